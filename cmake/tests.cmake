@@ -1,0 +1,87 @@
+# The tests. Included by CMakeLists.txt.
+find_path(CMOCKA_INCLUDE_DIR cmocka.h)
+find_library(CMOCKA_LIBRARY cmocka)
+mark_as_advanced(CMOCKA_INCLUDE_DIR CMOCKA_LIBRARY)
+if(NOT CMOCKA_INCLUDE_DIR OR NOT CMOCKA_LIBRARY)
+    message(FATAL_ERROR "PATHKERNEL_TESTS needs cmocka (Debian: libcmocka-dev)")
+endif()
+
+# ---- tests/test_<name>.c, each with the modules and with the single header.
+set(tests status context matrix random array dataset graph network loss optimizer trajectory train segment
+    quadrature tangent decompose decompose_exact)
+list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
+pathkernel_expect("tests/test_*.c" ${sources})
+
+foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
+    add_library(test_${variant} STATIC tests/implementation.c)
+    target_include_directories(test_${variant} SYSTEM PUBLIC "${CMOCKA_INCLUDE_DIR}")
+    target_include_directories(test_${variant} PUBLIC tests)
+    target_link_libraries(test_${variant} PUBLIC pathkernel pathkernel_warnings "${CMOCKA_LIBRARY}")
+    if(variant STREQUAL "amalgam")
+        target_compile_definitions(test_${variant} PUBLIC PATHKERNEL_TEST_AMALGAM)
+    elseif(NOT variant STREQUAL "modules")
+        message(FATAL_ERROR "PATHKERNEL_TEST_VARIANTS: `${variant}` is neither modules nor amalgam")
+    endif()
+    foreach(test IN LISTS tests)
+        if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/tests/test_${test}.c") # WHILE-WRITING
+        add_executable(test_${test}_${variant} tests/test_${test}.c)
+        target_link_libraries(test_${test}_${variant} PRIVATE test_${variant})
+        add_test(NAME ${test}.${variant} COMMAND test_${test}_${variant}
+            WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}")
+        set_tests_properties(${test}.${variant} PROPERTIES LABELS ${variant} TIMEOUT 600)
+        endif() # WHILE-WRITING
+    endforeach()
+endforeach()
+
+# ---- Each header's implementation by itself, as strict C11 and as C++17. To compile is the test.
+if(PATHKERNEL_CHECK_HEADERS)
+    set(headers pathkernel.h)
+    foreach(module IN LISTS PATHKERNEL_MODULES)
+        list(APPEND headers pathkernel/${module}.h)
+    endforeach()
+
+    set(units "")
+    function(header_unit mode header switches)
+        string(MAKE_C_IDENTIFIER "${mode}_${header}" name)
+        set(unit "${CMAKE_CURRENT_BINARY_DIR}/headers/${name}")
+        foreach(suffix IN ITEMS c cpp)
+            file(CONFIGURE OUTPUT "${unit}.${suffix}" CONTENT "${switches}#include <${header}>\n" @ONLY)
+        endforeach()
+        set(units ${units} "${unit}" PARENT_SCOPE)
+    endfunction()
+    foreach(header IN LISTS headers)
+        header_unit(declarations ${header} "")
+        header_unit(implementation ${header} "#define PATHKERNEL_IMPLEMENTATION\n")
+    endforeach()
+    header_unit(static pathkernel.h "#define PATHKERNEL_IMPLEMENTATION\n#define PATHKERNEL_STATIC\n")
+    header_unit(float pathkernel.h "#define PATHKERNEL_IMPLEMENTATION\n#define PATHKERNEL_FLOAT\n")
+
+    list(TRANSFORM units APPEND ".c" OUTPUT_VARIABLE c_units)
+    list(TRANSFORM units APPEND ".cpp" OUTPUT_VARIABLE cxx_units)
+    add_library(headers_c11 OBJECT ${c_units})
+    set_target_properties(headers_c11 PROPERTIES C_STANDARD 11 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)
+    set(header_checks headers_c11)
+    if(CMAKE_CXX_COMPILER_LOADED)
+        add_library(headers_cxx17 OBJECT ${cxx_units})
+        set_target_properties(headers_cxx17 PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF)
+        list(APPEND header_checks headers_cxx17)
+    endif()
+    foreach(check IN LISTS header_checks)
+        target_link_libraries(${check} PRIVATE pathkernel pathkernel_warnings)
+        target_compile_options(${check} PRIVATE -O0)
+    endforeach()
+endif()
+
+# ---- The single header is what the modules give, and its generator works.
+add_test(NAME amalgam_is_current COMMAND "${CMAKE_COMMAND}" -D CHECK=ON
+    -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/amalgamate.cmake")
+add_test(NAME amalgamate COMMAND "${CMAKE_COMMAND}" -D "WORK=${CMAKE_CURRENT_BINARY_DIR}/amalgamate"
+    -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/amalgamate_test.cmake")
+
+# ---- What a user does: one header in an empty folder; an installed package. The scripts print what they
+# leave out and why.
+add_test(NAME dropin COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/dropin/run.sh")
+add_test(NAME installed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/installed/run.sh"
+    "${CMAKE_CURRENT_BINARY_DIR}")
+set_tests_properties(dropin installed PROPERTIES LABELS user TIMEOUT 600
+    ENVIRONMENT "CMAKE=${CMAKE_COMMAND};CC=${CMAKE_C_COMPILER};CXX=${CMAKE_CXX_COMPILER}")
