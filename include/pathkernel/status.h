@@ -1,0 +1,110 @@
+/* pathkernel/status.h: status codes and their texts, the version, the linkage switches.
+ *
+ * Every module of pathkernel has the shape of this one: declarations under an include guard, then one
+ * implementation section that is compiled where PATHKERNEL_IMPLEMENTATION is defined (in exactly one
+ * source file of a program, or in each file that also defines PATHKERNEL_STATIC).
+ *
+ *   PATHKERNEL_IMPLEMENTATION  compile the functions here
+ *   PATHKERNEL_STATIC          make all functions static
+ *   PATHKERNEL_BLIS            use BLIS for matrix products (link with -lblis -lm)
+ */
+#ifndef PATHKERNEL_STATUS_H
+#define PATHKERNEL_STATUS_H
+
+/* The implementation maps files and appends to them: POSIX. A strict -std=c11 hides POSIX unless it is
+ * asked for before the first header of the C library. */
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(_POSIX_C_SOURCE) && !defined(_FEATURES_H)
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+/* >>> declarations */
+#include <stddef.h>
+#include <stdint.h>
+
+#define PK_VERSION_MAJOR 0
+#define PK_VERSION_MINOR 1
+#define PK_VERSION_PATCH 0
+#define PK_VERSION "0.1.0"
+
+#if defined(__GNUC__)
+#define PK__UNUSED __attribute__((unused))
+#define PK__MUST_USE __attribute__((warn_unused_result))
+#define PK__FORMAT(string, first) __attribute__((format(printf, string, first)))
+#else
+#define PK__UNUSED
+#define PK__MUST_USE
+#define PK__FORMAT(string, first)
+#endif
+
+/* C linkage is written once per section, so that each section compiles as C11 and as C++17. */
+#ifdef __cplusplus
+#define PK__BEGIN_C extern "C" {
+#define PK__END_C }
+#else
+#define PK__BEGIN_C
+#define PK__END_C
+#endif
+
+#ifdef PATHKERNEL_STATIC
+#define PK_API static PK__UNUSED
+#else
+#define PK_API
+#endif
+/* Shared between modules, invisible to users. */
+#define PK__PRIVATE static PK__UNUSED
+
+PK__BEGIN_C
+
+/* name, value, text. Values are stable: they may be stored. */
+#define PK_STATUS_LIST(X)                                                                  \
+    X(PK_OK, 0, "success")                                                                 \
+    X(PK_ARGUMENT, 1, "an argument is invalid")                                            \
+    X(PK_SHAPE, 2, "shapes do not agree")                                                  \
+    X(PK_OVERFLOW, 3, "a size is too large for this machine")                              \
+    X(PK_MEMORY, 4, "the allocator has no memory left")                                    \
+    X(PK_MEMORY_LIMIT, 5, "the memory limit of the context cannot be met")                 \
+    X(PK_IO, 6, "a file could not be read or written")                                     \
+    X(PK_FORMAT, 7, "a file or a text is malformed")                                       \
+    X(PK_UNSUPPORTED, 8, "valid, but not supported")                                       \
+    X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed")            \
+    X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")                \
+    X(PK_CANCELLED, 11, "cancelled by the caller")
+
+#define PK__STATUS_ENUM(name, value, text) name = value,
+typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 12 } pk_status;
+#undef PK__STATUS_ENUM
+
+/* One short lower-case phrase for a status; never NULL. pk_message() (context.h) has the details. */
+PK_API const char *pk_status_text(pk_status status);
+
+/* The version of the implementation that was compiled, "major.minor.patch". */
+PK_API const char *pk_version(void);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_STATUS_IMPLEMENTED)
+#define PATHKERNEL_STATUS_IMPLEMENTED
+/* >>> implementation */
+PK__BEGIN_C
+
+PK_API const char *pk_status_text(pk_status status)
+{
+    switch (status) {
+#define PK__STATUS_CASE(name, value, text) \
+    case name: return text;
+        PK_STATUS_LIST(PK__STATUS_CASE)
+#undef PK__STATUS_CASE
+    default: return "unknown status";
+    }
+}
+
+PK_API const char *pk_version(void)
+{
+    return PK_VERSION;
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
