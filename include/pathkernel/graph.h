@@ -1,0 +1,618 @@
+/* pathkernel/graph.h: autodiff. A static graph of batched operations, each one table entry with its
+ * forward, reverse and tangent rules; a tape is the memory of one batch going through a graph.
+ *
+ * Weights are one flat vector w of P numbers. Everything here also works along a line w + t d with an own
+ * t for each row (pk_line): an operation that is linear in its weights gives
+ *     F(w + t d, a) = F(w, a) + t F(d, a),
+ * so that rows with their own t need no own weights, only two calls for the whole batch.
+ */
+#ifndef PATHKERNEL_GRAPH_H
+#define PATHKERNEL_GRAPH_H
+#include "matrix.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 8 };
+
+/* The shape of one example at a node; width is the product of dims. */
+typedef struct pk_shape {
+    int rank;
+    size_t dims[PK_SHAPE_RANK];
+} pk_shape;
+
+/* How an operation depends on its inputs. */
+typedef enum pk_smoothness {
+    PK_LINEAR,           /* linear (a constant may be added) */
+    PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
+    PK_SMOOTH            /* analytic, not polynomial */
+} pk_smoothness;
+
+/* How the gradient with respect to the weights is represented, see tangent.h. */
+typedef enum pk_tangent_form {
+    PK_TANGENT_NONE,  /* no weights */
+    PK_TANGENT_OUTER, /* weight (out, in), then bias (out): cotangent (x) input, cotangent */
+    PK_TANGENT_ROWS   /* materialised: row_gradients */
+} pk_tangent_form;
+
+struct pk_operation;
+struct pk_graph;
+
+typedef struct pk_node {
+    const struct pk_operation *operation; /* NULL for the input */
+    int input_count;
+    int inputs[PK_NODE_INPUTS]; /* earlier nodes */
+    pk_shape shape;
+    size_t width;
+    size_t weight_offset, weight_count;
+    double attributes[PK_NODE_ATTRIBUTES];
+    int layer; /* number among the nodes with weights, -1 without */
+    /* Along a line w + t d: */
+    int varies;             /* the value depends on t */
+    int degree;             /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
+    int input_constant;     /* no input depends on t */
+    int cotangent_constant; /* d output / d value does not depend on t */
+    int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
+} pk_node;
+
+/* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
+ * width: one row may carry several cotangents. */
+typedef struct pk_call {
+    const pk_node *node;
+    size_t rows, copies;
+    size_t in_width[PK_NODE_INPUTS];
+    const pk_real *weights;   /* this node's */
+    const pk_real *direction; /* tangent of the weights; NULL: zero */
+    const pk_real *in[PK_NODE_INPUTS];
+    pk_real *out;
+    const pk_real *in_tangent[PK_NODE_INPUTS]; /* NULL: zero */
+    pk_real *out_tangent;
+    const pk_real *out_cotangent;
+    pk_real *in_cotangent[PK_NODE_INPUTS]; /* NULL: not wanted */
+    int accumulate[PK_NODE_INPUTS];        /* add to in_cotangent instead of writing it */
+    pk_real *gradient;
+    pk_real *scratch;
+} pk_call;
+
+/* An operation F(weights, in). Functions must not fail, allocate or keep state; rows are independent. */
+typedef struct pk_operation {
+    const char *name; /* its word in the network language */
+    pk_smoothness smoothness;
+    pk_tangent_form tangent_form;
+    int linear_in_weights; /* F is linear and homogeneous in its weights (or has none) */
+    int parameters;        /* numbers that may follow the name in the network language, all optional */
+    double defaults[PK_NODE_ATTRIBUTES];
+    /* Reads the words after the name into attributes (the defaults); NULL: parameters numbers. */
+    pk_status (*parse)(pk_context *context, int count, const char *const *words, double *attributes);
+    /* Checks the inputs, sets node->shape and node->weight_count. */
+    pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
+    size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
+    void (*forward)(const pk_call *call);  /* out = F */
+    void (*tangent)(const pk_call *call);  /* out_tangent = sum_j dF/din_j in_tangent_j + dF/dw direction */
+    void (*reverse)(const pk_call *call);  /* in_cotangent_j (+)= (dF/din_j)^T out_cotangent */
+    void (*weight_gradient)(const pk_call *call); /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
+    void (*row_gradients)(const pk_call *call);   /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
+    /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
+    size_t (*switch_count)(const pk_node *node);
+    void (*switches)(const pk_call *call); /* out[row][switch] */
+} pk_operation;
+
+typedef struct pk_graph {
+    size_t node_count, node_capacity;
+    pk_node *nodes; /* in topological order; nodes[0] is the input, the last one the output */
+    size_t parameters, layers, input_width, output_width, widest;
+    pk_shape input_shape;
+    int degree;   /* of the output in t along a line, -1: not polynomial */
+    int switched; /* some piecewise-linear node depends on the weights */
+    char *text;   /* its network line where it came from one, else NULL; owned */
+} pk_graph;
+
+/* Starts a zeroed graph with its input. */
+PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_shape *shape);
+/* Appends operation(inputs); attributes (PK_NODE_ATTRIBUTES numbers) may be NULL for the operation's
+ * defaults. *node (may be NULL) is its number. The last node added is the output. The graph is unchanged
+ * on an error. */
+PK_API PK__MUST_USE pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                           int input_count, const int *inputs, const double *attributes, int *node);
+/* The node of a layer (0 <= layer < graph->layers). */
+PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
+PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
+
+/* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
+typedef struct pk_line {
+    const pk_real *weights, *direction;
+    const pk_real *t;
+} pk_line;
+
+/* The memory of one batch. value[n] is rows x width, cotangent[n] rows x copies x width, tangent[n]
+ * rows x width; value[0] points to the caller's inputs. */
+typedef struct pk_tape {
+    const pk_graph *graph;
+    size_t rows, copies; /* capacity */
+    pk_real **value, **cotangent, **tangent;
+    pk_real *scratch, *line_scratch, *row_weights;
+    pk_line line; /* of the last reverse */
+} pk_tape;
+
+/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape);
+/* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
+PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
+/* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
+ * on the same line; seeds (rows x copies x output width) stand in pk_tape_seed(). */
+PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies);
+/* tangent[n] = d value[n] along the line's direction, at each row's t: a Jacobian-vector product. */
+PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
+/* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
+PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
+PK_API pk_real *pk_tape_output(const pk_tape *tape);
+PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+
+/* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
+ * outputs must not overlap inputs. Cost 2 P rows flops. */
+PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                                pk_matrix inputs, pk_matrix outputs);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_GRAPH_IMPLEMENTED)
+#define PATHKERNEL_GRAPH_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- graphs ---------------------------------------------------------------------------------------- */
+
+static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
+{
+    *width = 1;
+    if (shape->rank < 1 || shape->rank > PK_SHAPE_RANK)
+        return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank, PK_SHAPE_RANK);
+    for (int i = 0; i < shape->rank; i++)
+        if (shape->dims[i] == 0 || !pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
+            return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of %zu, zero or too large",
+                            shape->dims[i]);
+    return PK_OK;
+}
+
+/* What is known of a node before it runs, see pk_node. Inputs precede it. */
+static void pk__node_analyse(const pk_graph *graph, pk_node *node)
+{
+    const pk_operation *operation = node->operation;
+    node->input_constant = 1;
+    for (int j = 0; j < node->input_count; j++) {
+        const pk_node *input = &graph->nodes[node->inputs[j]];
+        node->input_constant &= !input->varies;
+        if (input->degree < 0 || node->degree < 0)
+            node->degree = -1;
+        else if (input->degree > node->degree)
+            node->degree = input->degree;
+    }
+    node->varies = !node->input_constant || node->weight_count > 0;
+    if (!node->input_constant && operation->smoothness == PK_SMOOTH)
+        node->degree = -1;
+    if (node->weight_count > 0)
+        node->degree = node->degree < 0 || !operation->linear_in_weights ? -1 : node->degree + 1;
+}
+
+static void pk__graph_analyse(pk_graph *graph)
+{
+    size_t last = graph->node_count - 1;
+    graph->switched = 0;
+    graph->widest = 0;
+    for (size_t n = 0; n < graph->node_count; n++) {
+        pk_node *node = &graph->nodes[n];
+        node->cotangent_constant = 1;
+        if (node->width > graph->widest)
+            graph->widest = node->width;
+        for (int j = 0; j < node->input_count; j++) {
+            node->shared[j] = 0;
+            for (int k = 0; k < j; k++)
+                node->shared[j] |= node->inputs[k] == node->inputs[j];
+            for (size_t later = n + 1; later <= last; later++)
+                for (int k = 0; k < graph->nodes[later].input_count; k++)
+                    node->shared[j] |= graph->nodes[later].inputs[k] == node->inputs[j];
+        }
+    }
+    for (size_t n = last; n > 0; n--) {
+        const pk_node *node = &graph->nodes[n];
+        int constant = node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
+        for (int j = 0; j < node->input_count; j++)
+            graph->nodes[node->inputs[j]].cotangent_constant &= constant;
+        graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
+    }
+    graph->output_width = graph->nodes[last].width;
+    graph->degree = graph->nodes[last].degree;
+}
+
+static pk_status pk__graph_grow(pk_context *context, pk_graph *graph)
+{
+    if (graph->node_count < graph->node_capacity)
+        return PK_OK;
+    size_t capacity = graph->node_capacity ? 2 * graph->node_capacity : 16;
+    pk_node *nodes = NULL;
+    pk_status status = pk_allocate(context, capacity, sizeof *nodes, "the graph's nodes", &nodes);
+    if (status)
+        return status;
+    if (graph->node_count)
+        memcpy(nodes, graph->nodes, graph->node_count * sizeof *nodes);
+    pk_release(context, graph->nodes);
+    graph->nodes = nodes;
+    graph->node_capacity = capacity;
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_shape *shape)
+{
+    size_t width = 0;
+    pk_status status = pk__shape_width(context, shape, &width);
+    if (status)
+        return status;
+    if (graph->node_count)
+        return pk__fail(context, PK_ARGUMENT, "the graph has an input already");
+    status = pk__graph_grow(context, graph);
+    if (status)
+        return status;
+    pk_node *node = &graph->nodes[0];
+    memset(node, 0, sizeof *node);
+    node->shape = *shape;
+    node->width = width;
+    node->layer = -1;
+    node->input_constant = 1;
+    graph->node_count = 1;
+    graph->input_width = width;
+    graph->input_shape = *shape;
+    pk__graph_analyse(graph);
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation, int input_count,
+                              const int *inputs, const double *attributes, int *number)
+{
+    if (!graph->node_count || !operation)
+        return pk__fail(context, PK_ARGUMENT, graph->node_count ? "no operation given" : "the graph has no input yet");
+    if (input_count < 1 || input_count > PK_NODE_INPUTS)
+        return pk__fail(context, PK_ARGUMENT, "%s has %d inputs; 1 to %d are possible", operation->name, input_count,
+                        PK_NODE_INPUTS);
+    pk_node node;
+    memset(&node, 0, sizeof node);
+    node.operation = operation;
+    node.input_count = input_count;
+    node.layer = -1;
+    memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
+    for (int j = 0; j < input_count; j++) {
+        if (inputs[j] < 0 || (size_t)inputs[j] >= graph->node_count)
+            return pk__fail(context, PK_ARGUMENT, "%s: input %d is node %d of a graph with %zu nodes",
+                            operation->name, j, inputs[j], graph->node_count);
+        node.inputs[j] = inputs[j];
+    }
+    pk_status status = operation->shape(context, graph, &node);
+    if (!status)
+        status = pk__shape_width(context, &node.shape, &node.width);
+    if (!status)
+        status = pk__graph_grow(context, graph);
+    if (status)
+        return status;
+    if (node.weight_count > SIZE_MAX / 4096 - graph->parameters)
+        return pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
+    if (node.weight_count) {
+        node.layer = (int)graph->layers++;
+        node.weight_offset = graph->parameters;
+        graph->parameters += node.weight_count;
+    }
+    pk__node_analyse(graph, &node);
+    if (number)
+        *number = (int)graph->node_count;
+    graph->nodes[graph->node_count++] = node;
+    pk__graph_analyse(graph);
+    return PK_OK;
+}
+
+PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
+{
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].layer == (int)layer)
+            return &graph->nodes[n];
+    return NULL;
+}
+
+PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
+{
+    pk_release(context, graph->nodes);
+    pk_release(context, graph->text);
+    memset(graph, 0, sizeof *graph);
+}
+
+/* ---- tapes ----------------------------------------------------------------------------------------- */
+
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape)
+{
+    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = rows, all = 0;
+    memset(tape, 0, sizeof *tape);
+    tape->graph = graph;
+    tape->rows = rows;
+    tape->copies = copies;
+    if (!pk__multiply(rows, copies > 1 ? copies : 1, &both) || !pk__multiply(both, graph->widest, &all))
+        arena->overflow = 1;
+    tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    for (size_t n = 0; n < count && !arena->overflow; n++) {
+        const pk_node *node = &graph->nodes[n];
+        const size_t bytes = node->width * sizeof(pk_real);
+        /* The input's value belongs to the caller: no room for it. */
+        pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        pk_real *cotangent = copies && node->varies ? (pk_real *)pk_arena_take(arena, both, bytes) : NULL;
+        pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        if (tape->value)
+            tape->value[n] = value;
+        if (tape->cotangent)
+            tape->cotangent[n] = cotangent;
+        if (tape->tangent)
+            tape->tangent[n] = tangent;
+        if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
+            scratch = node->operation->scratch(node, rows, copies);
+        if (node->weight_count && both * node->width > line)
+            line = both * node->width;
+        if (n && !node->operation->linear_in_weights && node->weight_count > weights)
+            weights = node->weight_count;
+    }
+    tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+}
+
+PK_API pk_real *pk_tape_output(const pk_tape *tape)
+{
+    return tape->value[tape->graph->node_count - 1];
+}
+
+PK_API pk_real *pk_tape_seed(const pk_tape *tape)
+{
+    return tape->cotangent[tape->graph->node_count - 1];
+}
+
+PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies, pk_call *call)
+{
+    memset(call, 0, sizeof *call);
+    call->node = node;
+    call->rows = rows;
+    call->copies = copies;
+    call->scratch = tape->scratch;
+    call->out = tape->value[node - tape->graph->nodes];
+    for (int j = 0; j < node->input_count; j++) {
+        call->in[j] = tape->value[node->inputs[j]];
+        call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
+    }
+}
+
+/* out[row] (+)= t[row] add[row]; each row has count numbers. */
+static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
+                           pk_real *out)
+{
+    for (size_t row = 0; row < rows; row++) {
+        const pk_real *from = add + row * count;
+        pk_real *to = out + row * count;
+        if (accumulate)
+            for (size_t j = 0; j < count; j++)
+                to[j] += t[row] * from[j];
+        else
+            for (size_t j = 0; j < count; j++)
+                to[j] = t[row] * from[j];
+    }
+}
+
+/* A node's weights at row row of the line; until the next call. An operation that is linear in its weights is
+ * never asked where on the line it is. */
+PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node, size_t row)
+{
+    const pk_real *weights = line->weights + node->weight_offset;
+    if (!line->direction || node->operation->linear_in_weights)
+        return weights;
+    for (size_t i = 0; i < node->weight_count; i++)
+        tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
+    return tape->row_weights;
+}
+
+/* An operation that is not linear in its weights gets own weights for each row: slow, and right. */
+static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
+{
+    const pk_node *node = whole->node;
+    for (size_t row = 0; row < whole->rows; row++) {
+        pk_call call = *whole;
+        call.rows = 1;
+        call.weights = pk__row_weights(tape, line, node, row);
+        call.out += row * node->width;
+        if (call.out_tangent)
+            call.out_tangent += row * node->width;
+        if (call.out_cotangent)
+            call.out_cotangent += row * call.copies * node->width;
+        for (int j = 0; j < node->input_count; j++) {
+            call.in[j] += row * call.in_width[j];
+            if (call.in_tangent[j])
+                call.in_tangent[j] += row * call.in_width[j];
+            if (call.in_cotangent[j])
+                call.in_cotangent[j] += row * call.copies * call.in_width[j];
+        }
+        rule(&call);
+    }
+}
+
+PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+{
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = line->weights + node->weight_offset;
+    int along = line->direction && node->weight_count;
+    if (along && !node->operation->linear_in_weights) {
+        pk__by_row(tape, line, &call, node->operation->forward);
+        return;
+    }
+    node->operation->forward(&call);
+    if (along) {
+        pk_real *out = call.out;
+        call.weights = line->direction + node->weight_offset;
+        call.out = tape->line_scratch;
+        node->operation->forward(&call);
+        pk__scale_rows(rows, node->width, line->t, tape->line_scratch, 1, out);
+    }
+}
+
+PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs)
+{
+    const pk_graph *graph = tape->graph;
+    tape->value[0] = (pk_real *)inputs; /* only read */
+    for (size_t n = 1; n < graph->node_count; n++)
+        pk__node_forward(tape, line, &graph->nodes[n], rows);
+}
+
+PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows, size_t copies)
+{
+    const pk_graph *graph = tape->graph;
+    if (node->input_constant)
+        return;
+    pk_call call;
+    pk__tape_call(tape, node, rows, copies, &call);
+    call.weights = line->weights + node->weight_offset;
+    call.out_cotangent = tape->cotangent[node - graph->nodes];
+    for (int j = 0; j < node->input_count; j++) {
+        if (!graph->nodes[node->inputs[j]].varies)
+            continue;
+        call.in_cotangent[j] = tape->cotangent[node->inputs[j]];
+        /* The first consumer met, which is the last in the graph, writes; the others add. */
+        call.accumulate[j] = node->shared[j];
+    }
+    int along = line->direction && node->weight_count;
+    if (along && !node->operation->linear_in_weights) {
+        pk__by_row(tape, line, &call, node->operation->reverse);
+        return;
+    }
+    node->operation->reverse(&call);
+    if (along) {
+        pk__scale_rows(rows, copies * node->width, line->t, call.out_cotangent, 0, tape->line_scratch);
+        call.weights = line->direction + node->weight_offset;
+        call.out_cotangent = tape->line_scratch;
+        for (int j = 0; j < node->input_count; j++)
+            call.accumulate[j] = 1;
+        node->operation->reverse(&call);
+    }
+}
+
+PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies)
+{
+    tape->line = *line;
+    for (size_t n = tape->graph->node_count - 1; n > 0; n--)
+        pk__node_reverse(tape, line, &tape->graph->nodes[n], rows, copies);
+}
+
+PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+{
+    const pk_graph *graph = tape->graph;
+    if (!node->varies)
+        return;
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = line->weights + node->weight_offset;
+    call.direction = line->direction && node->weight_count ? line->direction + node->weight_offset : NULL;
+    call.out_tangent = tape->tangent[node - graph->nodes];
+    for (int j = 0; j < node->input_count; j++)
+        call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (call.direction && line->t && !node->operation->linear_in_weights) {
+        pk__by_row(tape, line, &call, node->operation->tangent);
+        return;
+    }
+    node->operation->tangent(&call);
+    /* dF/din at w + t d is linear in the weights, too: add its t d part. */
+    if (call.direction && line->t && !node->input_constant) {
+        pk_real *out = call.out_tangent;
+        call.weights = call.direction;
+        call.direction = NULL;
+        call.out_tangent = tape->line_scratch;
+        node->operation->tangent(&call);
+        pk__scale_rows(rows, node->width, line->t, tape->line_scratch, 1, out);
+    }
+}
+
+PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows)
+{
+    for (size_t n = 1; n < tape->graph->node_count; n++)
+        pk__node_tangent(tape, line, &tape->graph->nodes[n], rows);
+}
+
+PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient)
+{
+    const pk_graph *graph = tape->graph;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->weight_count)
+            continue;
+        pk_call call;
+        pk__tape_call(tape, node, rows, 1, &call);
+        call.weights = tape->line.weights + node->weight_offset;
+        call.out_cotangent = tape->cotangent[n];
+        call.gradient = gradient + node->weight_offset;
+        if (tape->line.direction && !node->operation->linear_in_weights)
+            pk__by_row(tape, &tape->line, &call, node->operation->weight_gradient);
+        else
+            node->operation->weight_gradient(&call);
+    }
+}
+
+#define PK__EVALUATE_ROWS ((size_t)64)
+
+PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                   pk_matrix inputs, pk_matrix outputs)
+{
+    if (!graph->node_count || inputs.cols != graph->input_width || outputs.cols != graph->output_width ||
+        inputs.rows != outputs.rows || inputs.ld < inputs.cols || outputs.ld < outputs.cols)
+        return pk__fail(context, PK_SHAPE,
+                        "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
+                        "(ld %zu)",
+                        graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
+                        outputs.cols, outputs.ld);
+    if (inputs.rows == 0)
+        return PK_OK;
+    if (!weights || !inputs.data || !outputs.data)
+        return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
+    size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
+    size_t threads = pk__least((size_t)pk_threads(context), blocks);
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk_tape tape;
+    pk_tape_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
+    pk_arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
+    const size_t bytes = arena.used;
+    unsigned char *memory = NULL;
+    pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
+    if (status)
+        return status;
+    const pk_line line = {weights, NULL, NULL};
+    const int workers = (int)threads;
+    PK__PARALLEL_FOR(workers)
+    for (size_t block = 0; block < blocks; block++) {
+        pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
+        pk_tape batch;
+        pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
+        pk_real *rows = (pk_real *)pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        size_t first = block * PK__EVALUATE_ROWS;
+        size_t count = pk__least(inputs.rows - first, PK__EVALUATE_ROWS);
+        for (size_t row = 0; row < count; row++)
+            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld, inputs.cols * sizeof *rows);
+        pk_tape_forward(&batch, &line, count, rows);
+        for (size_t row = 0; row < count; row++)
+            memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
+                   outputs.cols * sizeof *rows);
+    }
+    pk_release(context, memory);
+    return PK_OK;
+}
+
+PK__END_C
+/* <<< implementation */
+#endif

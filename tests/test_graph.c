@@ -1,0 +1,423 @@
+/* Autodiff: every operation and whole graphs, in reverse and forward, against long double, central
+ * differences and each other; graphs built node by node with operations from outside. */
+#include "user_operations.h"
+
+/* A tape with memory of its own, filled with rubbish first. */
+typedef struct holder {
+    pk_context context;
+    pk_graph graph;
+    pk_tape tape;
+    unsigned char *memory;
+} holder;
+
+static void hold_graph(holder *h, size_t rows, size_t copies)
+{
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk_tape_take(&arena, &h->graph, rows, copies, 1, &h->tape);
+    assert_false(arena.overflow);
+    assert_ok(&h->context, pk_allocate(&h->context, arena.used, 1, "a tape", &h->memory));
+    memset(h->memory, 0xa5, arena.used);
+    pk_arena own = {h->memory, arena.used, 0, 0};
+    pk_tape_take(&own, &h->graph, rows, copies, 1, &h->tape);
+    assert_false(own.overflow);
+    assert_int_equal(own.used, arena.used);
+}
+
+static void hold(holder *h, const char *network, size_t rows, size_t copies)
+{
+    memset(h, 0, sizeof *h);
+    assert_ok(&h->context, pk_network_parse(&h->context, network, &h->graph));
+    hold_graph(h, rows, copies);
+}
+
+static void drop(holder *h)
+{
+    pk_release(&h->context, h->memory);
+    pk_graph_release(&h->context, &h->graph);
+    assert_int_equal(h->context.memory_used, 0);
+}
+
+static const char *const activations[BF_ACTIVATIONS] = {"identity",   "relu", "leaky_relu 0.1", "tanh",
+                                                        "sigmoid",    "softplus 2", "gelu",  "silu",
+                                                        "erf",        "hard_tanh",  "abs"};
+
+/* Values and slopes of every activation from tiny to huge, at kinks too. */
+static void test_activations(void **state)
+{
+    (void)state;
+    static const double points[] = {0,     -0.0, 1e-320, -1e-300, 1e-8, -1e-8, 0.3,  -0.7, 1,    -1,    1 + 1e-15, -1 - 1e-15,
+                                    2.5,   -3.5, 8,      -8,      20,   -20,   37.5, -37.5, 100,  -100,  709,      -745,
+                                    1000,  -1e4, 1e30,   -1e30,   1e154, -1e154, 1e300, -1e300};
+    enum { COUNT = sizeof points / sizeof *points };
+    for (int a = 0; a < BF_ACTIVATIONS; a++) {
+        holder h;
+        char network[100];
+        snprintf(network, sizeof network, "input 1; dense 1 nobias; %s", activations[a]);
+        hold(&h, network, COUNT, 1);
+        const bf_network net = fixture_network(network);
+        const pk_real one = 1;
+        const pk_line line = {&one, NULL, NULL};
+        pk_tape_forward(&h.tape, &line, COUNT, points);
+        for (int i = 0; i < COUNT; i++) {
+            pk_tape_seed(&h.tape)[i] = 1;
+            h.tape.tangent[1][i] = 1;
+        }
+        pk_tape_reverse(&h.tape, &line, COUNT, 1);
+        for (int i = 0; i < COUNT; i++) {
+            const double value = (double)bf_activate(&net.layer[0], (bf_real)points[i]);
+            const double slope = (double)bf_slope(&net.layer[0], (bf_real)points[i]);
+            const double own = pk_tape_output(&h.tape)[i], own_slope = h.tape.cotangent[1][i];
+            if (!(fabs(own - value) <= 4e-16 * fmax(fabs(value), fabs(points[i]) < 1 ? fabs(points[i]) + (value > 0.1) : 1)))
+                fail_msg("%s(%g) = %.17g, not %.17g", activations[a], points[i], own, value);
+            if (!(fabs(own_slope - slope) <= 1e-15 * fmax(1, fabs(slope))))
+                fail_msg("%s'(%g) = %.17g, not %.17g", activations[a], points[i], own_slope, slope);
+        }
+        drop(&h);
+    }
+}
+
+/* Values, Jacobian by reverse with several copies, weight gradients, tangents: against the oracle. */
+static void check_network(const char *network, uint64_t seed)
+{
+    holder h;
+    enum { ROWS = 5 };
+    const bf_network net = fixture_network(network);
+    const size_t P = bf_parameters(&net), C = bf_outputs(&net), in = net.inputs;
+    double *w = fixture_normals(seed, P, 0.6), *d = fixture_normals(seed + 1, P, 1);
+    double *x = fixture_normals(seed + 2, ROWS * in, 1), *u = fixture_normals(seed + 3, ROWS * C, 1);
+    hold(&h, network, ROWS, C);
+    assert_int_equal(h.graph.parameters, P);
+    assert_int_equal(h.graph.output_width, C);
+    assert_int_equal(h.graph.layers, net.layers);
+    for (size_t l = 0; l < net.layers; l++)
+        assert_int_equal(pk_graph_layer(&h.graph, l)->weight_offset, bf_offset(&net, l));
+    const pk_line line = {w, d, NULL}, plain = {w, NULL, NULL};
+    pk_real t[ROWS] = {0, 0, 0, 0, 0};
+    const pk_line along = {w, d, t};
+    (void)line;
+    pk_tape_forward(&h.tape, &along, ROWS, x);
+    pk_tape_tangent(&h.tape, &along, ROWS);
+    double *tangent = FIXTURE_NEW(double, ROWS * C);
+    memcpy(tangent, h.tape.tangent[h.graph.node_count - 1], ROWS * C * sizeof *tangent);
+    pk_tape_forward(&h.tape, &plain, ROWS, x);
+    for (size_t r = 0; r < ROWS; r++)
+        for (size_t k = 0; k < C; k++)
+            for (size_t c = 0; c < C; c++)
+                pk_tape_seed(&h.tape)[(r * C + k) * C + c] = c == k;
+    pk_tape_reverse(&h.tape, &plain, ROWS, C);
+    bf_real f[64], *jacobian = BF_NEW(bf_real, C * P);
+    for (size_t r = 0; r < ROWS; r++) {
+        bf_evaluate(&net, w, x + r * in, f, jacobian);
+        for (size_t c = 0; c < C; c++) {
+            bf_real push = 0;
+            for (size_t p = 0; p < P; p++)
+                push += jacobian[c * P + p] * (bf_real)d[p];
+            assert_close(pk_tape_output(&h.tape)[r * C + c], (double)f[c], 1e-14 * fmax(1, fabs((double)f[c])));
+            assert_close(tangent[r * C + c], (double)push, 1e-13 * fmax(1, fabs((double)push)));
+            for (size_t l = 0; l < net.layers; l++) { /* the outer product of cotangent and input is the Jacobian */
+                const pk_node *node = pk_graph_layer(&h.graph, l);
+                const size_t n = (size_t)(node - h.graph.nodes), before = (size_t)node->inputs[0];
+                const size_t fan_in = h.graph.nodes[before].width;
+                for (size_t j = 0; j < node->width; j++) {
+                    const double delta = h.tape.cotangent[n][(r * C + c) * node->width + j];
+                    for (size_t k = 0; k < fan_in; k++)
+                        assert_close(delta * h.tape.value[before][r * fan_in + k],
+                                     jacobian[c * P + node->weight_offset + j * fan_in + k], 1e-13);
+                }
+            }
+        }
+    }
+    /* gradient += sum over rows of u . J, after one reverse with u; adjoint of the tangent */
+    pk_real *gradient = FIXTURE_NEW(pk_real, P);
+    bf_real *expected = BF_NEW(bf_real, P);
+    double left = 0, right = 0, size = 0;
+    for (size_t p = 0; p < P; p++)
+        gradient[p] = (pk_real)p;
+    memcpy(pk_tape_seed(&h.tape), u, ROWS * C * sizeof *u);
+    pk_tape_reverse(&h.tape, &plain, ROWS, 1);
+    pk_tape_weight_gradient(&h.tape, ROWS, gradient);
+    for (size_t r = 0; r < ROWS; r++) {
+        bf_evaluate(&net, w, x + r * in, f, jacobian);
+        for (size_t c = 0; c < C; c++) {
+            left += u[r * C + c] * tangent[r * C + c];
+            for (size_t p = 0; p < P; p++)
+                expected[p] += (bf_real)u[r * C + c] * jacobian[c * P + p];
+        }
+    }
+    for (size_t p = 0; p < P; p++) {
+        assert_close(gradient[p] - (pk_real)p, (double)expected[p], 1e-13 * fmax(1, (double)p));
+        right += (gradient[p] - (pk_real)p) * d[p];
+        size += fabs(gradient[p] * d[p]);
+    }
+    assert_close(left, right, 1e-13 * fmax(1, size));
+    free(w), free(d), free(x), free(u), free(tangent), free(jacobian), free(gradient), free(expected);
+    drop(&h);
+}
+
+static void test_networks(void **state)
+{
+    (void)state;
+    for (int a = 0; a < BF_ACTIVATIONS; a++)
+        for (int b = 0; b < 3; b++) {
+            char network[200];
+            snprintf(network, sizeof network, "input %d; dense %d%s; %s; dense 4; %s; dense %d nobias", 1 + a % 4, 3 + b,
+                     b == 1 ? " nobias" : "", activations[a], activations[(a + b) % BF_ACTIVATIONS], 1 + b);
+            check_network(network, (uint64_t)(10 * a + b));
+        }
+    check_network("input 2; dense 3", 500);
+    check_network("input 2; dense 3; relu", 501);
+    check_network("input 40; dense 70; tanh; dense 33; relu; dense 17", 502);
+}
+
+/* ---- graphs node by node ------------------------------------------------------------------------------ */
+
+static double evaluate(holder *h, const double *w, const double *x, const double *u, size_t rows)
+{
+    const size_t C = h->graph.output_width;
+    pk_real *out = FIXTURE_NEW(pk_real, rows * C);
+    double sum = 0;
+    assert_ok(&h->context, pk_graph_evaluate(&h->context, &h->graph, w, pk_matrix_view((double *)x, rows, h->graph.input_width),
+                                             pk_matrix_view(out, rows, C)));
+    for (size_t i = 0; i < rows * C; i++)
+        sum += u[i] * out[i];
+    free(out);
+    return sum;
+}
+
+/* gradient (P) of sum u . f(w + t d), each row at its own t, from the cotangents of every layer. */
+static void full_gradient(holder *h, const pk_line *line, const double *u, const double *x, size_t rows, double *gradient)
+{
+    const size_t C = h->graph.output_width;
+    pk_tape_forward(&h->tape, line, rows, x);
+    memcpy(pk_tape_seed(&h->tape), u, rows * C * sizeof *u);
+    pk_tape_reverse(&h->tape, line, rows, 1);
+    memset(gradient, 0, h->graph.parameters * sizeof *gradient);
+    pk_tape_weight_gradient(&h->tape, rows, gradient);
+}
+
+static void test_residual(void **state)
+{
+    (void)state;
+    enum { ROWS = 4, IN = 3, OUT = 2 };
+    user_operations all;
+    user_fill(&all);
+    for (int kinked = 0; kinked < 2; kinked++) {
+        holder h;
+        memset(&h, 0, sizeof h);
+        user_residual(&h.context, &all, IN, OUT, kinked, &h.graph);
+        hold_graph(&h, ROWS, 1);
+        const size_t P = h.graph.parameters;
+        assert_int_equal(h.graph.degree < 0, !kinked);
+        assert_int_equal(h.graph.switched, kinked);
+        double *w = fixture_normals(11, P, 0.5), *d = fixture_normals(12, P, 0.5), *x = fixture_normals(13, ROWS * IN, 1);
+        double *u = fixture_normals(14, ROWS * OUT, 1), *gradient = FIXTURE_NEW(double, P), *at = FIXTURE_NEW(double, P);
+        const pk_line plain = {w, NULL, NULL};
+        full_gradient(&h, &plain, u, x, ROWS, gradient);
+        /* Central differences, with Richardson's step: error h^4. */
+        for (size_t p = 0; p < P; p++) {
+            double slope[2];
+            for (int k = 0; k < 2; k++) {
+                const double step = 1e-3 / (k + 1);
+                memcpy(at, w, P * sizeof *at);
+                at[p] = w[p] + step;
+                slope[k] = evaluate(&h, at, x, u, ROWS);
+                at[p] = w[p] - step;
+                slope[k] = (slope[k] - evaluate(&h, at, x, u, ROWS)) / (2 * step);
+            }
+            assert_close(gradient[p], (4 * slope[1] - slope[0]) / 3, 2e-9);
+        }
+        /* Along the line, each row at its own t, equals plain weights at w + t d; tangents are adjoint. */
+        const pk_real t[ROWS] = {0, 0.5, 1, 0.125};
+        const pk_line line = {w, d, t};
+        pk_tape_forward(&h.tape, &line, ROWS, x);
+        pk_tape_tangent(&h.tape, &line, ROWS);
+        double *f = FIXTURE_NEW(double, ROWS * OUT), *push = FIXTURE_NEW(double, ROWS * OUT);
+        memcpy(f, pk_tape_output(&h.tape), ROWS * OUT * sizeof *f);
+        memcpy(push, h.tape.tangent[h.graph.node_count - 1], ROWS * OUT * sizeof *push);
+        memcpy(pk_tape_seed(&h.tape), u, ROWS * OUT * sizeof *u);
+        pk_tape_reverse(&h.tape, &line, ROWS, 1);
+        double *cotangent = FIXTURE_NEW(double, ROWS * 4);
+        const int first = (int)(pk_graph_layer(&h.graph, 0) - h.graph.nodes);
+        memcpy(cotangent, h.tape.cotangent[first], ROWS * 4 * sizeof *cotangent);
+        for (size_t r = 0; r < ROWS; r++) {
+            for (size_t p = 0; p < P; p++)
+                at[p] = w[p] + t[r] * d[p];
+            const pk_line there = {at, NULL, NULL};
+            full_gradient(&h, &there, u + r * OUT, x + r * IN, 1, gradient);
+            double left = 0, right = 0, size = 0;
+            for (size_t c = 0; c < OUT; c++) {
+                assert_close(pk_tape_output(&h.tape)[c], f[r * OUT + c], 1e-14 * fmax(1, fabs(f[r * OUT + c])));
+                left += u[r * OUT + c] * push[r * OUT + c];
+            }
+            for (size_t p = 0; p < P; p++) {
+                right += gradient[p] * d[p];
+                size += fabs(gradient[p] * d[p]);
+            }
+            assert_close(left, right, 1e-13 * fmax(1, size));
+            for (size_t j = 0; j < 4; j++)
+                assert_close(h.tape.cotangent[first][j], cotangent[r * 4 + j], 1e-13 * fmax(1, fabs(cotangent[r * 4 + j])));
+        }
+        free(w), free(d), free(x), free(u), free(gradient), free(at), free(f), free(push), free(cotangent);
+        drop(&h);
+    }
+}
+
+/* A node that nobody reads does not disturb the others. */
+static void test_unread_node(void **state)
+{
+    (void)state;
+    holder h;
+    memset(&h, 0, sizeof h);
+    const pk_operation *dense = pk_operation_find("dense");
+    user_input(&h.context, &h.graph, 2);
+    int a = user_node(&h.context, &h.graph, dense, 0, -1, 3);
+    (void)user_node(&h.context, &h.graph, dense, a, -1, 5); /* unread */
+    int c = user_node(&h.context, &h.graph, pk_operation_find("tanh"), a, -1, 0);
+    (void)user_node(&h.context, &h.graph, dense, c, -1, 2);
+    hold_graph(&h, 3, 1);
+    const size_t P = h.graph.parameters;
+    double *w = fixture_normals(1, P, 1), *x = fixture_normals(2, 6, 1), *u = fixture_normals(3, 6, 1);
+    double *gradient = FIXTURE_NEW(double, P);
+    const pk_line plain = {w, NULL, NULL};
+    full_gradient(&h, &plain, u, x, 3, gradient);
+    for (size_t p = 0; p < P; p++) {
+        const double keep = w[p], step = 1e-5;
+        w[p] = keep + step;
+        double slope = evaluate(&h, w, x, u, 3);
+        w[p] = keep - step;
+        slope = (slope - evaluate(&h, w, x, u, 3)) / (2 * step);
+        w[p] = keep;
+        assert_close(gradient[p], slope, 1e-8);
+    }
+    free(w), free(x), free(u), free(gradient);
+    drop(&h);
+}
+
+/* ---- arguments ---------------------------------------------------------------------------------------- */
+
+static pk_status bad_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    (void)context, (void)graph;
+    node->shape.rank = 2;
+    node->shape.dims[0] = SIZE_MAX / 2;
+    node->shape.dims[1] = 4;
+    return PK_OK;
+}
+
+static void test_arguments(void **state)
+{
+    (void)state;
+    pk_context context;
+    pk_graph graph, before;
+    pk_shape shape;
+    int zero = 0, wrong = 5, many[5] = {0, 0, 0, 0, 0}, number = -7;
+    double attributes[PK_NODE_ATTRIBUTES] = {0}, four[PK_NODE_ATTRIBUTES] = {4, 1};
+    const pk_operation *dense = pk_operation_find("dense"), *relu = pk_operation_find("relu");
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    memset(&shape, 0, sizeof shape);
+    assert_null(pk_operation_find("conv9"));
+    assert_null(pk_operation_find(""));
+    assert_refused(&context, PK_ARGUMENT, "no input yet", pk_graph_add(&context, &graph, relu, 1, &zero, NULL, NULL));
+    assert_refused(&context, PK_SHAPE, "rank 0", pk_graph_input(&context, &graph, &shape));
+    shape.rank = 5;
+    assert_refused(&context, PK_SHAPE, "rank 5", pk_graph_input(&context, &graph, &shape));
+    shape.rank = 2;
+    shape.dims[0] = 3;
+    assert_refused(&context, PK_OVERFLOW, "zero", pk_graph_input(&context, &graph, &shape));
+    shape.dims[1] = SIZE_MAX / 2;
+    assert_refused(&context, PK_OVERFLOW, "too large", pk_graph_input(&context, &graph, &shape));
+    assert_int_equal(graph.node_count, 0);
+    shape.dims[1] = 2;
+    assert_ok(&context, pk_graph_input(&context, &graph, &shape));
+    assert_int_equal(graph.input_width, 6);
+    assert_refused(&context, PK_ARGUMENT, "already", pk_graph_input(&context, &graph, &shape));
+    before = graph;
+    assert_refused(&context, PK_SHAPE, "flat", pk_graph_add(&context, &graph, dense, 1, &zero, four, &number));
+    assert_refused(&context, PK_ARGUMENT, "no operation", pk_graph_add(&context, &graph, NULL, 1, &zero, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "0 inputs", pk_graph_add(&context, &graph, relu, 0, &zero, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "5 inputs", pk_graph_add(&context, &graph, relu, 5, many, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "node 5", pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
+    wrong = -1;
+    assert_refused(&context, PK_ARGUMENT, "node -1", pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
+    pk_operation odd = *relu;
+    odd.shape = bad_shape;
+    assert_refused(&context, PK_OVERFLOW, "too large", pk_graph_add(&context, &graph, &odd, 1, &zero, NULL, &number));
+    assert_memory_equal(&graph, &before, sizeof before);
+    assert_int_equal(number, -7);
+    pk_graph_release(&context, &graph);
+    shape.rank = 1;
+    assert_ok(&context, pk_graph_input(&context, &graph, &shape));
+    static const double outs[] = {0, -1, 1.5, 2e9, (double)NAN, (double)INFINITY};
+    for (int k = 0; k < 6; k++) {
+        attributes[0] = outs[k];
+        assert_refused(&context, PK_ARGUMENT, "whole number", pk_graph_add(&context, &graph, dense, 1, &zero, attributes, NULL));
+    }
+    attributes[0] = 4;
+    assert_ok(&context, pk_graph_add(&context, &graph, dense, 1, &zero, attributes, &number));
+    assert_int_equal(number, 1);
+    assert_null(pk_graph_layer(&graph, 1));
+    /* evaluate */
+    pk_real w[12] = {1}, x[6] = {1, 2, 3, 4, 5, 6}, y[8] = {7, 7, 7, 7, 7, 7, 7, 7};
+    pk_matrix in = pk_matrix_view(x, 2, 3), out = pk_matrix_view(y, 2, 4), bad;
+    bad = in, bad.cols = 2;
+    assert_refused(&context, PK_SHAPE, "2 x 2", pk_graph_evaluate(&context, &graph, w, bad, out));
+    bad = in, bad.ld = 2;
+    assert_refused(&context, PK_SHAPE, "ld 2", pk_graph_evaluate(&context, &graph, w, bad, out));
+    bad = out, bad.rows = 1;
+    assert_refused(&context, PK_SHAPE, "1 x 4", pk_graph_evaluate(&context, &graph, w, in, bad));
+    bad = out, bad.data = NULL;
+    assert_refused(&context, PK_ARGUMENT, "NULL", pk_graph_evaluate(&context, &graph, w, in, bad));
+    assert_refused(&context, PK_ARGUMENT, "NULL", pk_graph_evaluate(&context, &graph, NULL, in, out));
+    assert_true(y[0] == 7 && y[7] == 7);
+    bad = in, bad.rows = 0, bad.data = NULL;
+    pk_matrix empty = out;
+    empty.rows = 0;
+    assert_ok(&context, pk_graph_evaluate(&context, &graph, NULL, bad, empty));
+    assert_ok(&context, pk_graph_evaluate(&context, &graph, w, in, out));
+    assert_true(y[0] == 1 && y[4] == 4 && y[7] == 0);
+    context.memory_limit = context.memory_used + 100;
+    assert_int_equal(pk_graph_evaluate(&context, &graph, w, in, out), PK_MEMORY_LIMIT);
+    pk_graph_release(&context, &graph);
+    assert_int_equal(context.memory_used, 0);
+}
+
+/* The same bits for any number of threads, rows apart in memory. */
+static void test_evaluate_bits(void **state)
+{
+    (void)state;
+    enum { ROWS = 333 };
+    pk_context context;
+    pk_graph graph;
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    assert_ok(&context, pk_network_parse(&context, "input 5; dense 17; tanh; dense 9; relu; dense 3", &graph));
+    double *w = fixture_normals(1, graph.parameters, 1), *x = fixture_normals(2, ROWS * 5, 1);
+    double *wide = FIXTURE_NEW(double, ROWS * 7), *first = FIXTURE_NEW(double, ROWS * 3), *y = FIXTURE_NEW(double, ROWS * 4);
+    for (size_t i = 0; i < ROWS * 5; i++)
+        wide[i / 5 * 7 + i % 5] = x[i];
+    context.threads = 1;
+    assert_ok(&context, pk_graph_evaluate(&context, &graph, w, pk_matrix_view(x, ROWS, 5), pk_matrix_view(first, ROWS, 3)));
+    for (int threads = 2; threads <= 5; threads++) {
+        pk_matrix in = {wide, ROWS, 5, 7}, out = {y, ROWS, 3, 4};
+        context.threads = threads;
+        for (size_t i = 0; i < ROWS * 4; i++)
+            y[i] = -5;
+        assert_ok(&context, pk_graph_evaluate(&context, &graph, w, in, out));
+        for (size_t r = 0; r < ROWS; r++) {
+            assert_memory_equal(y + 4 * r, first + 3 * r, 3 * sizeof *y);
+            assert_true(y[4 * r + 3] == -5);
+        }
+    }
+    free(w), free(x), free(wide), free(first), free(y);
+    pk_graph_release(&context, &graph);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_networks),  cmocka_unit_test(test_residual),
+        cmocka_unit_test(test_unread_node), cmocka_unit_test(test_arguments), cmocka_unit_test(test_evaluate_bits),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
