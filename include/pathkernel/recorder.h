@@ -1,0 +1,529 @@
+/* pathkernel/recorder.h: writes the run directory of trajectory.h while training, and resumes it.
+ *
+ * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
+ * last of all when a run starts. A kill at any moment loses the step in flight at most.
+ */
+#ifndef PATHKERNEL_RECORDER_H
+#define PATHKERNEL_RECORDER_H
+#include "trajectory.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* What to record. The texts are those of run.txt; they are written in canonical form. */
+typedef struct pk_recorder_options {
+    const char *network;   /* "input 64; dense 32; tanh; dense 10" */
+    const char *loss;      /* "softmax_cross_entropy" */
+    const char *optimizer; /* "adamw beta2=0.98"; NULL: "sgd" */
+    int float32;           /* 1: weights (and second moments) as float32; default float64 */
+    int batch_weights;     /* 1: record batch_weights.npy */
+    int gradient_scales;   /* 1: record gradient_scales.npy */
+    int second_moments;    /* 1: record second_moments.npy */
+    int resume;            /* 1: continue the run in the directory, if there is one */
+} pk_recorder_options;
+
+/* A recording in progress. A zeroed recorder is closed. */
+typedef struct pk_recorder {
+    size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
+    /* private: */
+    pk_array_writer files[7];
+    int present[7];
+    int float32, failed, lock;
+    int64_t items;   /* rows of batch_items.npy */
+    void *row;       /* P numbers of the file's type, where that is not pk_real */
+    double *uniform; /* weights of a batch that was given without, grows */
+    size_t uniform_size;
+} pk_recorder;
+
+/* Starts a recording: makes the directory (not its parents), writes the training data, w_0 =
+ * initial_weights (P) and last the manifest. Refuses a directory that already holds a file of a run.
+ *
+ * With options->resume and a run there: checks that it is the same one (network, loss, optimizer, types,
+ * optional files, training data, w_0; initial_weights may be NULL to skip the last), cuts off what a step
+ * in flight left behind, and appends after step recorder->steps; pk_run_weights gives the weights to go on
+ * from. A directory without run.txt (a start that was cut off) is started anew.
+ *
+ * One recorder at a time: a second one on the same directory is refused (advisory lock).
+ * PK_IO, PK_ARGUMENT, PK_SHAPE, PK_FORMAT, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; *recorder is
+ * untouched then. */
+PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *directory,
+                                               const pk_recorder_options *options, const pk_dataset *train,
+                                               const pk_real *initial_weights, pk_recorder *recorder);
+
+/* Appends one step: w_{s+1} = weights_after (P) came from w_s by this rate on this batch, whose gradient was
+ * multiplied by gradient_scale (1 without clipping). batch->weights: NULL for 1/count; must be NULL unless
+ * batch_weights are recorded. gradient_scale must be 1 unless recorded. second_moments (P): given exactly if
+ * recorded. Cost: one write(2) a file. The step is on disk (for other processes; not yet on the platter)
+ * when this returns PK_OK; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
+ * disk, say) the run stays readable up to the step before, and this recorder takes no further steps. */
+PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                               const pk_batch *batch, double gradient_scale,
+                                               const pk_real *second_moments, const pk_real *weights_after);
+
+/* Brings the headers up to date and closes the files; *recorder is zeroed, whatever is returned. A zeroed
+ * recorder is allowed. PK_IO. */
+PK_API PK__MUST_USE pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_RECORDER_IMPLEMENTED)
+#define PATHKERNEL_RECORDER_IMPLEMENTED
+/* >>> implementation */
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+PK__BEGIN_C
+
+/* ---- recording ------------------------------------------------------------------------------------- */
+
+/* What a recorder was asked for, parsed. */
+typedef struct pk__recording {
+    pk_graph graph;
+    pk_loss loss;
+    pk_optimizer optimizer;
+    char optimizer_text[256];
+    int present[PK__RUN_FILES];
+    int exists; /* the directory holds a manifest */
+    int made;   /* the directory is new */
+} pk__recording;
+
+static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
+                                     const pk_dataset *train, pk__recording *recording)
+{
+    pk_status status = pk_loss_parse(context, options->loss, &recording->loss);
+    if (status == PK_OK)
+        status =
+            pk_optimizer_parse(context, options->optimizer ? options->optimizer : "sgd", &recording->optimizer);
+    if (status == PK_OK)
+        status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
+                                     sizeof recording->optimizer_text);
+    if (status == PK_OK)
+        status = pk_network_parse(context, options->network, &recording->graph);
+    if (status != PK_OK)
+        return status;
+    for (int f = 0; f < PK__RUN_FILES; f++)
+        recording->present[f] = !pk__run_files[f].optional;
+    recording->present[PK__RUN_ITEM_WEIGHTS] = options->batch_weights != 0;
+    recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
+    recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
+    return pk__run_check_data(context, train, &recording->graph, recording->loss);
+}
+
+/* Parameters of numbers as the file's type, in recorder->row where they have to be converted; the caller
+ * has checked that they fit. */
+static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *numbers)
+{
+    if (!recorder->row)
+        return numbers;
+    for (size_t p = 0; p < recorder->parameters; p++)
+        if (recorder->float32)
+            ((float *)recorder->row)[p] = (float)numbers[p];
+        else
+            ((double *)recorder->row)[p] = (double)numbers[p];
+    return recorder->row;
+}
+
+/* Whether P numbers are finite as the file's type. */
+static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
+                                     const pk_real *numbers)
+{
+    double limit = recorder->float32 ? FLT_MAX : DBL_MAX;
+    for (size_t p = 0; p < recorder->parameters; p++)
+        if (!(fabs((double)numbers[p]) <= limit))
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu is %g after step %zu, not a finite %s",
+                            what, p, (double)numbers[p], recorder->steps,
+                            recorder->float32 ? "float32" : "float64");
+    return PK_OK;
+}
+
+/* train_inputs.npy or train_targets.npy; bytes become numbers. */
+static pk_status pk__recorder_data(pk_context *context, const char *path, const pk_array *array)
+{
+    if (array->type != PK_UINT8)
+        return pk_array_write(context, path, array->type, array->rank, array->shape, array->data);
+    pk_array_writer writer;
+    memset(&writer, 0, sizeof writer);
+    pk_real *row = NULL;
+    pk_status status = pk_allocate(context, array->row_items, sizeof *row, "a row of training data", &row);
+    if (status == PK_OK)
+        status = pk_array_create(context, path, PK__REAL_TYPE, array->rank, array->shape + 1, &writer);
+    for (size_t i = 0; i < pk_array_length(array) && status == PK_OK; i++) {
+        pk_array_reals(array, i * array->row_items, array->row_items, row);
+        status = pk_array_append(context, &writer, 1, row);
+    }
+    pk_release(context, row);
+    pk_status closed = pk_array_close(status == PK_OK ? context : NULL, &writer); /* keeps the first message */
+    return status == PK_OK ? closed : status;
+}
+
+/* run.txt in the directory folder, complete or not there at all. */
+static pk_status pk__recorder_manifest(pk_context *context, int folder, const char *directory,
+                                       const pk__recording *recording)
+{
+    char *text = NULL;
+    size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text + 256, at = 0;
+    pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
+    if (status != PK_OK)
+        return status;
+    size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n",
+                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text);
+    int file = openat(folder, "run.txt.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    int failed = file < 0;
+    while (!failed && at < size) {
+        ssize_t count = write(file, text + at, size - at);
+        if (count >= 0)
+            at += (size_t)count;
+        else
+            failed = errno != EINTR;
+    }
+    if (failed || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0)
+        status = pk__fail(context, PK_IO, "%s/run.txt: %s", directory, strerror(errno));
+    if (file >= 0)
+        close(file);
+    pk_release(context, text);
+    return status;
+}
+
+/* Makes the directory where it is missing, locks it, and sees what it holds. */
+static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, pk_recorder *recorder,
+                                     pk__recording *recording)
+{
+    if (mkdir(path->directory, 0777) == 0)
+        recording->made = 1;
+    else if (errno != EEXIST)
+        return pk__run_io(context, path->directory);
+    int folder = open(path->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder < 0)
+        return pk__run_io(context, path->directory);
+    recorder->lock = folder + 1;
+    /* Where the file system has no locks, go without. */
+    if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        return pk__fail(context, PK_IO, "%s is being recorded by another recorder", path->directory);
+    recording->exists = faccessat(folder, pk__run_fixed[PK__RUN_MANIFEST], F_OK, 0) == 0;
+    if (recording->exists && !resume)
+        return pk__fail(context, PK_ARGUMENT, "%s holds a run already: resume it, or record elsewhere",
+                        path->directory);
+    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED && !resume; f++) {
+        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        if (faccessat(folder, name, F_OK, 0) == 0)
+            return pk__fail(context, PK_ARGUMENT, "%s exists already: record elsewhere",
+                            pk__run_path_of(path, name));
+    }
+    return PK_OK;
+}
+
+static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
+{
+    return pk__run_files[file].type ? pk__run_files[file].type : recorder->float32 ? PK_FLOAT32 : PK_FLOAT64;
+}
+
+/* Undoes a start that failed. */
+static void pk__recorder_clear(int folder)
+{
+    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED; f++) {
+        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        char unfinished[64];
+        snprintf(unfinished, sizeof unfinished, "%s.tmp", name);
+        (void)unlinkat(folder, name, 0);
+        (void)unlinkat(folder, unfinished, 0);
+    }
+}
+
+static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, const pk__recording *recording,
+                                    const pk_dataset *train, const pk_real *initial, pk_recorder *recorder)
+{
+    const pk_array *data[2] = {&train->inputs, &train->targets};
+    pk_status status = PK_OK;
+    for (int k = 0; k < 2 && status == PK_OK; k++)
+        status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+        if (recording->present[f])
+            status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
+                                     pk__recorder_type(recorder, f), pk__run_files[f].type ? 1 : 2,
+                                     &recorder->parameters, &recorder->files[f]);
+    int64_t zero = 0;
+    if (status == PK_OK)
+        status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
+    if (status == PK_OK)
+        status =
+            pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
+    if (status == PK_OK)
+        status = pk__recorder_manifest(context, recorder->lock - 1, path->directory, recording);
+    return status;
+}
+
+/* Whether the training data are those of the run. */
+static int pk__same_data(const pk_array *given, const pk_array *recorded)
+{
+    if (given->rank != recorded->rank)
+        return 0;
+    for (int d = 0; d < given->rank; d++)
+        if (given->shape[d] != recorded->shape[d])
+            return 0;
+    size_t items = pk_array_items(given);
+    if (given->type == recorded->type)
+        return memcmp(given->data, recorded->data, items * pk_type_size(given->type)) == 0;
+    if (given->type != PK_UINT8)
+        return 0;
+    for (size_t i = 0; i < items; i++) { /* bytes were recorded as numbers */
+        pk_real number;
+        pk_array_reals(recorded, i, 1, &number);
+        if (number != (pk_real)((const unsigned char *)given->data)[i])
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether the run is the one that would have been recorded. */
+static pk_status pk__recorder_compare(pk_context *context, const char *directory,
+                                      const pk__recording *recording, const pk_dataset *train,
+                                      const pk_real *initial, const pk_recorder *recorder, pk_run *run)
+{
+    char optimizer[256];
+    pk_status status = pk_optimizer_format(&run->optimizer, optimizer, sizeof optimizer);
+    if (status != PK_OK)
+        return pk__fail(context, status, "%s/run.txt: the optimizer cannot be written", directory);
+    const char *line[3][3] = {{"network", run->graph.text, recording->graph.text},
+                              {"loss", pk_loss_name(run->loss), pk_loss_name(recording->loss)},
+                              {"optimizer", optimizer, recording->optimizer_text}};
+    for (int k = 0; k < 3; k++)
+        if (strcmp(line[k][1], line[k][2]) != 0)
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
+                            directory, line[k][0], line[k][1], line[k][2]);
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array(run, f);
+        if (!array->data != !recording->present[f])
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: it was recorded %s %s", directory,
+                            array->data ? "with" : "without", pk__run_files[f].name);
+        if (array->data && array->type != pk__recorder_type(recorder, f))
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds %s, not %s", directory,
+                            pk__run_files[f].name, pk_type_name(array->type),
+                            pk_type_name(pk__recorder_type(recorder, f)));
+    }
+    const pk_array *given[2] = {&train->inputs, &train->targets};
+    const pk_array *recorded[2] = {&run->train.inputs, &run->train.targets};
+    for (int k = 0; k < 2; k++)
+        if (!pk__same_data(given[k], recorded[k]))
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds other data", directory,
+                            pk__run_fixed[k]);
+    for (size_t p = 0; initial && p < run->parameters; p++) {
+        pk_real there, here = recorder->float32 ? (pk_real)(float)initial[p] : initial[p];
+        pk_array_reals(&run->weights, p, 1, &there);
+        if (there != here)
+            return pk__fail(
+                context, PK_ARGUMENT,
+                "%s cannot be resumed: it starts from other weights, parameter %zu is %.17g, not %.17g",
+                directory, p, (double)there, (double)here);
+    }
+    return PK_OK;
+}
+
+static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, const pk__recording *recording,
+                                       const pk_dataset *train, const pk_real *initial, pk_recorder *recorder)
+{
+    pk_run run;
+    pk_status status = pk_run_open(context, path->directory, &run);
+    if (status != PK_OK)
+        return status;
+    status = pk__recorder_compare(context, path->directory, recording, train, initial, recorder, &run);
+    recorder->steps = run.steps;
+    recorder->items = run.batch_offsets[run.steps];
+    pk_run_release(context, &run); /* before files shrink */
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        if (recording->present[f])
+            status = pk_array_reopen(
+                context, pk__run_path_of(path, pk__run_files[f].name), pk__recorder_type(recorder, f),
+                pk__run_files[f].type ? 1 : 2, &recorder->parameters,
+                (per_item ? (size_t)recorder->items : recorder->steps) + pk__run_files[f].before,
+                &recorder->files[f]);
+    }
+    return status;
+}
+
+/* Closes; errors go to report only: NULL keeps the message of an earlier error. */
+PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, pk_recorder *recorder)
+{
+    pk_status first = PK_OK;
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        pk_status status = pk_array_close(first == PK_OK ? report : NULL, &recorder->files[f]);
+        if (first == PK_OK)
+            first = status;
+    }
+    pk_release(context, recorder->row);
+    pk_release(context, recorder->uniform);
+    if (recorder->lock)
+        close(recorder->lock - 1);
+    memset(recorder, 0, sizeof *recorder);
+    return first;
+}
+
+PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
+                                  const pk_recorder_options *options, const pk_dataset *train,
+                                  const pk_real *initial_weights, pk_recorder *recorder)
+{
+    const char *missing = !directory                                              ? "directory"
+                          : !options || !options->network || !options->loss       ? "options, network or loss"
+                          : !train || !train->inputs.data || !train->targets.data ? "training data"
+                          : !initial_weights && !options->resume                  ? "initial_weights"
+                          : !recorder                                             ? "recorder"
+                                                                                  : NULL;
+    if (missing)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_open: %s missing (NULL)", missing);
+    pk__recording recording;
+    pk_recorder opened;
+    pk__run_path path;
+    memset(&recording, 0, sizeof recording);
+    memset(&opened, 0, sizeof opened);
+    memset(&path, 0, sizeof path);
+    opened.float32 = options->float32 != 0;
+    pk_status status = pk__recording_parse(context, options, train, &recording);
+    opened.parameters = recording.graph.parameters;
+    opened.examples = pk_dataset_examples(train);
+    memcpy(opened.present, recording.present, sizeof opened.present);
+    if (status == PK_OK && initial_weights)
+        status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
+    if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
+        status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
+                             "a row of weights", &opened.row);
+    if (status == PK_OK)
+        status = pk__run_path_take(context, directory, &path);
+    if (status == PK_OK)
+        status = pk__recorder_folder(context, &path, options->resume, &opened, &recording);
+    if (status == PK_OK && recording.exists) {
+        status = pk__recorder_continue(context, &path, &recording, train, initial_weights, &opened);
+    } else if (status == PK_OK) {
+        if (initial_weights)
+            status = pk__recorder_start(context, &path, &recording, train, initial_weights, &opened);
+        else
+            status = pk__fail(context, PK_ARGUMENT, "%s: there is no run to resume, and no initial weights",
+                              directory);
+        if (status != PK_OK)
+            pk__recorder_clear(opened.lock - 1);
+    }
+    if (status != PK_OK && recording.made)
+        (void)rmdir(directory);
+    pk_release(context, path.text);
+    pk_graph_release(context, &recording.graph);
+    if (status == PK_OK) {
+        *recorder = opened;
+        return PK_OK;
+    }
+    (void)pk__recorder_end(context, NULL, &opened);
+    return status;
+}
+
+/* Everything about a step that can be wrong before anything is written. */
+static pk_status pk__recorder_check(pk_context *context, const pk_recorder *recorder, double learning_rate,
+                                    const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
+                                    const pk_real *weights_after)
+{
+    size_t step = recorder->steps;
+    if (!recorder->lock)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: the recorder is closed");
+    if (recorder->failed)
+        return pk__fail(context, PK_IO, "%s: a write failed at step %zu; resume the run with a new recorder",
+                        recorder->files[PK__RUN_WEIGHTS].name, step);
+    if (!batch || !batch->items || batch->count == 0 || !weights_after)
+        return pk__fail(context, PK_ARGUMENT, "step %zu: an empty batch, or no weights", step);
+    if (!isfinite(learning_rate) || !isfinite(gradient_scale))
+        return pk__fail(context, PK_NOT_FINITE, "step %zu: the learning rate is %g, the gradient scale %g",
+                        step, learning_rate, gradient_scale);
+    if (gradient_scale != 1 && !recorder->present[PK__RUN_SCALES])
+        return pk__fail(context, PK_ARGUMENT,
+                        "step %zu: gradient scale %g, but gradient_scales are not recorded", step,
+                        gradient_scale);
+    if (batch->weights && !recorder->present[PK__RUN_ITEM_WEIGHTS])
+        return pk__fail(context, PK_ARGUMENT,
+                        "step %zu: the batch has weights, but batch_weights are not recorded", step);
+    if (!second_moments != !recorder->present[PK__RUN_MOMENTS])
+        return pk__fail(context, PK_ARGUMENT, "step %zu: second moments are %s, but %s", step,
+                        second_moments ? "given" : "missing", second_moments ? "not recorded" : "recorded");
+    for (size_t b = 0; b < batch->count; b++)
+        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= recorder->examples)
+            return pk__fail(context, PK_ARGUMENT,
+                            "step %zu: item %zu of the batch is %lld; there are %zu examples", step, b,
+                            (long long)batch->items[b], recorder->examples);
+    size_t bad = batch->weights ? pk__not_finite(batch->weights, batch->count) : batch->count;
+    if (bad < batch->count)
+        return pk__fail(context, PK_NOT_FINITE, "step %zu: weight %zu of the batch is %g", step, bad,
+                        batch->weights[bad]);
+    pk_status status = pk__recorder_finite(context, recorder, "weights", weights_after);
+    if (status == PK_OK && second_moments)
+        status = pk__recorder_finite(context, recorder, "second moments", second_moments);
+    return status;
+}
+
+/* batch->weights, or as many times 1/count. */
+static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *recorder, const pk_batch *batch,
+                                            const double **weights)
+{
+    *weights = batch->weights;
+    if (batch->weights || !recorder->present[PK__RUN_ITEM_WEIGHTS])
+        return PK_OK;
+    if (recorder->uniform_size < batch->count) {
+        double *more = NULL;
+        pk_status status = pk_allocate(context, batch->count, sizeof *more, "the weights of a batch", &more);
+        if (status != PK_OK)
+            return status;
+        pk_release(context, recorder->uniform);
+        recorder->uniform = more;
+        recorder->uniform_size = batch->count;
+    }
+    for (size_t b = 0; b < batch->count; b++)
+        recorder->uniform[b] = 1 / (double)batch->count;
+    *weights = recorder->uniform;
+    return PK_OK;
+}
+
+PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                  const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
+                                  const pk_real *weights_after)
+{
+    if (!recorder)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: recorder is NULL");
+    const double *batch_weights = NULL;
+    pk_status status = pk__recorder_check(context, recorder, learning_rate, batch, gradient_scale,
+                                          second_moments, weights_after);
+    if (status == PK_OK)
+        status = pk__recorder_batch_weights(context, recorder, batch, &batch_weights);
+    if (status != PK_OK)
+        return status;
+    int64_t end = recorder->items + (int64_t)batch->count;
+    const void *rows[PK__RUN_FILES] = {&learning_rate,  &end, batch->items, batch_weights,
+                                       &gradient_scale, NULL, NULL};
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+        if (!recorder->present[f])
+            continue;
+        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        const void *row = f == PK__RUN_WEIGHTS   ? pk__recorder_row(recorder, weights_after)
+                          : f == PK__RUN_MOMENTS ? pk__recorder_row(recorder, second_moments)
+                                                 : rows[f];
+        status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
+    }
+    if (status != PK_OK) {
+        recorder->failed = 1; /* the files disagree now: readers see the step before */
+        return status;
+    }
+    recorder->items = end;
+    recorder->steps++;
+    return PK_OK;
+}
+
+PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
+{
+    return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
+}
+
+PK__END_C
+/* <<< implementation */
+#endif

@@ -1,0 +1,337 @@
+/* pathkernel/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
+ *
+ * The bits of every step depend on the options alone: not on the number of threads, not on recording, not
+ * on where a run was interrupted and resumed.
+ */
+#ifndef PATHKERNEL_TRAIN_H
+#define PATHKERNEL_TRAIN_H
+#include "random.h"
+#include "recorder.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* How to train; zero means the default. */
+typedef struct pk_train_options {
+    pk_loss loss;           /* required */
+    pk_optimizer optimizer; /* zero: plain SGD */
+    pk_schedule schedule;   /* schedule.rate alone: that rate at every step */
+    size_t steps;           /* S: the number of updates from w_0, those already recorded included */
+    size_t batch_size;      /* 0, or N and more: full batches in row order */
+    int shuffle_off;        /* 1: mini-batches in row order; default: a new permutation every epoch */
+    uint64_t seed;          /* of the permutations; epoch e is stream e */
+    double clip_norm;       /* the gradient's largest norm (torch's clip_grad_norm_); 0: no clipping */
+
+    const char *record; /* a run directory to write; NULL: none */
+    int resume;         /* 1: continue the run in `record`, if there is one */
+    int record_float32, record_second_moments;
+
+    /* Called after each step of this call (recorded already): the batch's objective at w_step, and
+     * w_{step+1} (P). Non-zero ends training with PK_CANCELLED. */
+    int (*on_step)(void *user, size_t step, double objective, const pk_real *weights);
+    void *user;
+} pk_train_options;
+
+typedef struct pk_train_result {
+    size_t steps;     /* steps from w_0 to the weights returned */
+    size_t resumed;   /* of these, steps that were read from the recording */
+    double objective; /* of the last batch trained on, before its update; NaN when no step was made */
+} pk_train_result;
+
+/* weights (P): in w_0, out w_S.
+ *
+ *     g = sum over the batch of grad l_i(w_s) / |B_s|;  w_{s+1} = w_s + D_s(clip(g))
+ *
+ * Mini-batches are consecutive slices of an epoch's permutation, the last one smaller. The progress
+ * callback of the context is called after each step. Parallel inside a batch.
+ *
+ * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
+ * state is rebuilt by recomputing the gradients along the recorded weights, and training goes on to the
+ * same bits as without the interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
+ *
+ * Also after an error or a cancel, weights are those of the last complete step, result (may be NULL) tells
+ * its number, and the recording holds every step up to it.
+ * PK_ARGUMENT, PK_SHAPE, PK_NOT_FINITE (the step at which training diverged; it is not recorded), PK_IO,
+ * PK_CANCELLED, PK_MEMORY, PK_MEMORY_LIMIT. */
+PK_API PK__MUST_USE pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                       const pk_train_options *options, pk_real *weights,
+                                       pk_train_result *result);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_TRAIN_IMPLEMENTED)
+#define PATHKERNEL_TRAIN_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* What a training run holds between steps. */
+typedef struct pk__training {
+    const pk_graph *graph;
+    const pk_dataset *train;
+    const pk_train_options *options;
+    size_t examples, batch_size, per_epoch; /* batches an epoch */
+    size_t epoch;                           /* whose permutation order holds */
+    int64_t *order;                         /* examples */
+    pk_real *gradient, *update, *state;     /* P, P (D_s, then w_{s+1}), state vectors x P */
+    pk_gradient_workspace workspace;
+    pk_recorder recorder;
+} pk__training;
+
+/* One step as it was made. */
+typedef struct pk__step {
+    pk_batch batch;
+    double rate, scale, objective;
+} pk__step;
+
+/* The batch of any step, without the steps before it. */
+static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
+{
+    size_t epoch = step / t->per_epoch, first = step % t->per_epoch * t->batch_size;
+    if (epoch != t->epoch) {
+        for (size_t i = 0; i < t->examples; i++)
+            t->order[i] = (int64_t)i;
+        if (t->batch_size < t->examples && !t->options->shuffle_off) {
+            pk_random random;
+            random.seed = t->options->seed;
+            random.stream = epoch;
+            random.counter = 0;
+            pk_random_shuffle(&random, t->examples, t->order);
+        }
+        t->epoch = epoch;
+    }
+    batch->count = t->examples - first < t->batch_size ? t->examples - first : t->batch_size;
+    batch->items = t->order + first;
+    batch->weights = NULL;
+}
+
+/* t->update = w_{step+1} from weights = w_step; the optimiser's state moves on. */
+static pk_status pk__training_step(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
+                                   pk__step *made)
+{
+    const pk_train_options *options = t->options;
+    size_t parameters = t->graph->parameters;
+    pk__training_batch(t, step, &made->batch);
+    made->rate = pk_schedule_rate(&options->schedule, step);
+    if (!isfinite(made->rate))
+        return pk__fail(context, PK_ARGUMENT, "the learning rate of step %zu is %g", step, made->rate);
+    pk_status status = pk_batch_gradient(context, t->graph, options->loss, weights, t->train, &made->batch,
+                                         &t->workspace, &made->objective, t->gradient);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "step %zu: ", step);
+    made->scale = options->clip_norm > 0 ? pk_clip_scale(t->gradient, parameters, options->clip_norm) : 1;
+    pk_optimizer_update(&options->optimizer, step, made->rate, made->scale, parameters, weights, t->gradient,
+                        t->state, t->update);
+    for (size_t p = 0; p < parameters; p++)
+        t->update[p] += weights[p];
+    for (size_t p = 0; p < parameters; p++)
+        if (!isfinite(t->update[p]))
+            return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
+                            step, p, (double)t->update[p]);
+    return PK_OK;
+}
+
+/* Rebuilds the state after the recorded steps and proves that these options made them. update holds the
+ * weights to go on from when it is done. */
+static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
+{
+    const char *folder = t->options->record;
+    if (run->weights.type == PK_FLOAT32 && sizeof(pk_real) > sizeof(float))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s was recorded as float32: training cannot go on to the same bits", folder);
+    /* A rule without state needs no gradient of the past; one step is checked all the same. */
+    size_t from = pk_optimizer_stateless(&t->options->optimizer) && run->steps ? run->steps - 1 : 0;
+    pk_real *after = t->gradient; /* free between steps */
+    for (size_t s = 0; s < run->steps; s++) {
+        pk__step made;
+        pk_batch there;
+        pk_run_batch(run, s, &there);
+        pk__training_batch(t, s, &made.batch);
+        made.rate = pk_schedule_rate(&t->options->schedule, s);
+        if (there.count != made.batch.count || there.weights ||
+            memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0)
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu used another batch",
+                            folder, s);
+        if (run->learning_rates[s] != made.rate)
+            return pk__fail(context, PK_ARGUMENT,
+                            "%s cannot be resumed: the rate of its step %zu is %.17g, not %.17g", folder, s,
+                            run->learning_rates[s], made.rate);
+        if (s < from)
+            continue;
+        pk_status status = pk_run_weights(context, run, s, weights);
+        if (status == PK_OK)
+            status = pk__training_step(context, t, s, weights, &made);
+        if (status == PK_OK)
+            status = pk_run_weights(context, run, s + 1, after);
+        if (status != PK_OK)
+            return status;
+        if (memcmp(after, t->update, run->parameters * sizeof *after) != 0)
+            return pk__fail(
+                context, PK_ARGUMENT,
+                "%s cannot be resumed: its step %zu was made by other options, or by another build or "
+                "processor whose sums round otherwise",
+                folder, s);
+        if (pk_run_gradient_scale(run, s) != made.scale)
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu was clipped otherwise",
+                            folder, s);
+        status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
+        if (status != PK_OK)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* Opens the recording; with resume, moves on to where it ends. */
+static pk_status pk__training_record(pk_context *context, pk__training *t, pk_real *weights, size_t *done)
+{
+    const pk_train_options *options = t->options;
+    size_t parameters = t->graph->parameters;
+    char optimizer[256];
+    if (!t->graph->text)
+        return pk__fail(context, PK_UNSUPPORTED, "%s: a graph without a network line cannot be recorded",
+                        options->record);
+    pk_status status = pk_optimizer_format(&options->optimizer, optimizer, sizeof optimizer);
+    if (status != PK_OK)
+        return pk__fail(context, status, "%s: the optimizer cannot be written down", options->record);
+    pk_recorder_options recording;
+    memset(&recording, 0, sizeof recording);
+    recording.network = t->graph->text;
+    recording.loss = pk_loss_name(options->loss);
+    recording.optimizer = optimizer;
+    recording.float32 = options->record_float32;
+    recording.gradient_scales = options->clip_norm > 0;
+    recording.second_moments = options->record_second_moments;
+    recording.resume = options->resume;
+    status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
+    if (status != PK_OK || t->recorder.steps == 0)
+        return status;
+    if (t->recorder.steps > options->steps)
+        return pk__fail(context, PK_ARGUMENT, "%s holds %zu steps already, more than the %zu asked for",
+                        options->record, t->recorder.steps, options->steps);
+    pk_run run;
+    status = pk_run_open(context, options->record, &run);
+    if (status != PK_OK)
+        return status;
+    pk_real *replayed = NULL; /* weights stay w_0 until the replay has succeeded */
+    status = pk_allocate(context, parameters, sizeof *replayed, "the weights of a replay", &replayed);
+    if (status == PK_OK)
+        status = pk__training_replay(context, t, &run, replayed);
+    if (status == PK_OK) {
+        memcpy(weights, t->update, parameters * sizeof *weights);
+        *done = run.steps;
+    }
+    pk_release(context, replayed);
+    pk_run_release(context, &run);
+    return status;
+}
+
+static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real *weights,
+                                   pk_train_result *result)
+{
+    const pk_train_options *options = t->options;
+    size_t parameters = t->graph->parameters;
+    pk_status status = PK_OK;
+    if (options->record) {
+        status = pk__training_record(context, t, weights, &result->steps);
+        result->resumed = result->steps;
+    }
+    while (status == PK_OK && result->steps < options->steps) {
+        size_t step = result->steps;
+        pk__step made;
+        status = pk__training_step(context, t, step, weights, &made);
+        if (status == PK_OK && options->record)
+            status = pk_recorder_step(context, &t->recorder, made.rate, &made.batch, made.scale,
+                                      options->record_second_moments ? t->state + parameters : NULL, t->update);
+        if (status != PK_OK)
+            break;
+        memcpy(weights, t->update, parameters * sizeof *weights);
+        result->steps++;
+        result->objective = made.objective;
+        if (options->on_step && options->on_step(options->user, step, made.objective, weights) != 0)
+            status = pk__fail(context, PK_CANCELLED, "cancelled by the caller after step %zu", step);
+        else
+            status = pk__progress(context, "training", (double)result->steps / (double)options->steps);
+    }
+    return status;
+}
+
+static pk_status pk__training_check(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                    const pk_train_options *options, const pk_real *weights)
+{
+    if (!graph || !graph->nodes || !train || !train->inputs.data || !train->targets.data || !options ||
+        !weights)
+        return pk__fail(context, PK_ARGUMENT, "pk_train: graph, training data, options or weights are missing");
+    if (graph->parameters == 0)
+        return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
+    if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
+        return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
+    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments))
+        return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
+    if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
+        return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
+    for (size_t p = 0; p < graph->parameters; p++)
+        if (!isfinite(weights[p]))
+            return pk__fail(context, PK_NOT_FINITE, "pk_train: initial weight %zu is %g", p,
+                            (double)weights[p]);
+    pk_status status = pk_optimizer_check(context, &options->optimizer);
+    if (status == PK_OK)
+        status = pk_schedule_check(context, &options->schedule, options->steps);
+    if (status == PK_OK)
+        status = pk__run_check_data(context, train, graph, options->loss);
+    return status;
+}
+
+PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                          const pk_train_options *options, pk_real *weights, pk_train_result *result)
+{
+    pk_status status = pk__training_check(context, graph, train, options, weights);
+    if (status != PK_OK)
+        return status;
+    pk_train_result reached;
+    memset(&reached, 0, sizeof reached);
+    reached.objective = (double)NAN;
+    pk__training t;
+    memset(&t, 0, sizeof t);
+    t.graph = graph;
+    t.train = train;
+    t.options = options;
+    t.examples = pk_dataset_examples(train);
+    t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
+    t.per_epoch = (t.examples - 1) / t.batch_size + 1;
+    t.epoch = SIZE_MAX;
+    size_t parameters = graph->parameters, vectors = pk_optimizer_state_vectors(&options->optimizer),
+           numbers = 0;
+    if (!pk__multiply(vectors, parameters, &numbers))
+        return pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows: %zu vectors of %zu", vectors,
+                        parameters);
+    status = pk_allocate(context, t.examples, sizeof *t.order, "the order of the examples", &t.order);
+    if (status == PK_OK)
+        status = pk_allocate(context, parameters, sizeof *t.gradient, "the gradient", &t.gradient);
+    if (status == PK_OK)
+        status = pk_allocate(context, parameters, sizeof *t.update, "the update", &t.update);
+    if (status == PK_OK)
+        status = pk_allocate(context, numbers, sizeof *t.state, "the optimizer's state", &t.state);
+    if (status == PK_OK)
+        status = pk_gradient_prepare(context, graph, t.batch_size, &t.workspace);
+    if (status == PK_OK)
+        status = pk__training_loop(context, &t, weights, &reached);
+    pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
+    if (status == PK_OK)
+        status = closed;
+    pk_gradient_release(context, &t.workspace);
+    pk_release(context, t.state);
+    pk_release(context, t.update);
+    pk_release(context, t.gradient);
+    pk_release(context, t.order);
+    if (result)
+        *result = reached;
+    return status;
+}
+
+PK__END_C
+/* <<< implementation */
+#endif

@@ -1,0 +1,541 @@
+/* pathkernel/trajectory.h: the run directory: a training run as plain NumPy arrays and one text file,
+ * written while training, read back mapped.
+ *
+ *     run.txt              the manifest: network, loss, optimizer
+ *     weights.npy          (S+1, P) float32 or float64: w_0 .. w_S
+ *     learning_rates.npy   (S,)     float64
+ *     batch_offsets.npy    (S+1,)   int64: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
+ *     batch_items.npy      (T,)     int64: rows of train_inputs.npy; a row may repeat
+ *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s| without it
+ *     train_inputs.npy     (N, D...) float32, float64 or int64
+ *     train_targets.npy    (N,) int64 labels, (N, C) or (N,) float
+ *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
+ *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
+ *
+ * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
+ * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are;
+ * a reader takes the smallest number of steps that every file holds. run.txt is put in place last of all
+ * when a run starts, so a directory with a manifest is a run.
+ */
+#ifndef PATHKERNEL_TRAJECTORY_H
+#define PATHKERNEL_TRAJECTORY_H
+#include "network.h"
+#include "loss.h"
+#include "optimizer.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_run_weights
+ * and batches with pk_run_batch: they hide how the steps are stored. */
+typedef struct pk_run {
+    pk_graph graph;
+    pk_loss loss;
+    pk_optimizer optimizer;
+    size_t steps, parameters, examples, outputs; /* S, P, N, C */
+    /* 1: the files hold more than the complete steps (recording was cut off inside a step); after
+     * pk_run_open, pk_message then tells which file ends first. */
+    int cut_off;
+    pk_dataset train;
+    pk_array weights;              /* (at least steps + 1, P) */
+    pk_array second_moments;       /* (at least steps, P); data is NULL where absent */
+    const double *learning_rates;  /* steps */
+    const int64_t *batch_offsets;  /* steps + 1 */
+    const int64_t *batch_items;    /* batch_offsets[steps] */
+    const double *batch_weights;   /* batch_offsets[steps]; NULL: 1/|B_s| */
+    const double *gradient_scales; /* steps; NULL: 1 */
+    pk_array columns[5];           /* private: the arrays behind the five pointers above */
+} pk_run;
+
+/* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
+ * type and shape against the network, finite training data, targets that fit the loss, offsets that grow,
+ * items in [0, N), finite rates, weights and scales. The arrays stay mapped: do not truncate them meanwhile.
+ * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
+ * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
+ * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. */
+PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
+
+/* Gives everything back; *run is zeroed. A zeroed run is allowed. */
+PK_API void pk_run_release(pk_context *context, pk_run *run);
+
+/* The batch of step `step` < run->steps, as a view of the run: never allocates. weights == NULL there
+ * means 1/count. */
+PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
+
+/* The factor that clipping applied at a step: 1 where none was recorded. */
+PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
+
+/* weights (P) := w_step, step in [0, run->steps], converted exactly (float32 to double). Reads one row.
+ * PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not there. May be called
+ * from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
+PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step,
+                                             pk_real *weights);
+
+/* moments (P) := Adam's uncorrected v after step `step` < run->steps; like pk_run_weights.
+ * PK_ARGUMENT where the run has no second_moments.npy. */
+PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
+                                                    pk_real *moments);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_TRAJECTORY_IMPLEMENTED)
+#define PATHKERNEL_TRAJECTORY_IMPLEMENTED
+/* >>> implementation */
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+PK__BEGIN_C
+
+/* The files that grow, in the order in which a step writes them: weights.npy commits the step. */
+enum {
+    PK__RUN_RATES,
+    PK__RUN_OFFSETS,
+    PK__RUN_ITEMS,
+    PK__RUN_ITEM_WEIGHTS,
+    PK__RUN_SCALES,
+    PK__RUN_MOMENTS,
+    PK__RUN_WEIGHTS,
+    PK__RUN_FILES
+};
+
+typedef struct pk__run_file {
+    const char *name;
+    pk_type type; /* 0: float32 or float64, rows of P */
+    int optional;
+    size_t before; /* rows that belong to no step: w_0, the first offset */
+} pk__run_file;
+
+static const pk__run_file pk__run_files[PK__RUN_FILES] = {
+    {"learning_rates.npy", PK_FLOAT64, 0, 0},  {"batch_offsets.npy", PK_INT64, 0, 1},
+    {"batch_items.npy", PK_INT64, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 0},
+    {"gradient_scales.npy", PK_FLOAT64, 1, 0}, {"second_moments.npy", (pk_type)0, 1, 0},
+    {"weights.npy", (pk_type)0, 0, 1}};
+
+/* Those that do not grow; the manifest is the last to appear. */
+enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
+static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
+
+#ifdef PATHKERNEL_FLOAT
+#define PK__REAL_TYPE PK_FLOAT32
+#else
+#define PK__REAL_TYPE PK_FLOAT64
+#endif
+
+/* directory/name in one buffer that fits every file of a run. */
+typedef struct pk__run_path {
+    const char *directory;
+    char *text;
+    size_t size;
+} pk__run_path;
+
+static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
+{
+    path->directory = directory;
+    path->size = strlen(directory) + 32;
+    return pk_allocate(context, path->size, 1, "the path of a run", &path->text);
+}
+
+static const char *pk__run_path_of(pk__run_path *path, const char *name)
+{
+    snprintf(path->text, path->size, "%s/%s", path->directory, name);
+    return path->text;
+}
+
+static pk_status pk__run_io(pk_context *context, const char *path)
+{
+    return pk__fail(context, PK_IO, "%s: %s", path, strerror(errno));
+}
+
+/* Puts a prefix before the message of an error that another module reported. */
+PK__FORMAT(3, 4)
+PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
+{
+    if (context && status != PK_OK) {
+        char message[PK_MESSAGE_SIZE];
+        memcpy(message, context->message, sizeof message);
+        va_list arguments;
+        va_start(arguments, format);
+        int length = vsnprintf(context->message, sizeof context->message, format, arguments);
+        va_end(arguments);
+        if (length >= 0 && (size_t)length < sizeof message) {
+            size_t room = sizeof message - (size_t)length - 1;
+            memcpy(context->message + length, message, room);
+            context->message[sizeof message - 1] = '\0';
+        }
+    }
+    return status;
+}
+
+/* ---- the manifest ---------------------------------------------------------------------------------- */
+
+enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEYS };
+static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer"};
+enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at most */
+
+typedef struct pk__manifest {
+    char *value[PK__MANIFEST_KEYS]; /* inside the text that was split */
+    size_t line[PK__MANIFEST_KEYS]; /* counted from 1; 0: not there */
+} pk__manifest;
+
+static int pk__blank(char c)
+{
+    return c == ' ' || c == '\t';
+}
+
+/* One line without its line break, key and value cut out in place. *version: the version line was read. */
+static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, size_t line, int *version,
+                                   pk__manifest *manifest)
+{
+    if (end - begin > PK__MANIFEST_LINE)
+        return pk__fail(context, PK_FORMAT, "run.txt line %zu: longer than %d bytes", line,
+                        (int)PK__MANIFEST_LINE);
+    for (char *c = begin; c < end; c++)
+        if ((unsigned char)*c < 32 && *c != '\t')
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: a control character (0x%02x) in column %zu",
+                            line, (unsigned)(unsigned char)*c, (size_t)(c - begin) + 1);
+    char *comment = (char *)memchr(begin, '#', (size_t)(end - begin));
+    if (comment)
+        end = comment;
+    while (begin < end && pk__blank(*begin))
+        begin++;
+    while (end > begin && pk__blank(end[-1]))
+        end--;
+    if (begin == end)
+        return PK_OK;
+    *end = '\0'; /* the line break, the comment, trailing blanks or the terminating NUL stood here */
+    char *value = begin;
+    while (*value && !pk__blank(*value))
+        value++;
+    while (pk__blank(*value))
+        *value++ = '\0';
+    if (!*version) {
+        if (strcmp(begin, "pathkernel-run") != 0)
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: expected 'pathkernel-run 1', found '%.60s'",
+                            line, begin);
+        if (strcmp(value, "1") != 0)
+            return pk__fail(context, PK_UNSUPPORTED, "run.txt line %zu: version '%.20s'; this library reads 1",
+                            line, value);
+        *version = 1;
+        return PK_OK;
+    }
+    for (int k = 0; k < PK__MANIFEST_KEYS; k++) {
+        if (strcmp(begin, pk__manifest_keys[k]) != 0)
+            continue;
+        if (manifest->line[k])
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: '%s' again, it stands on line %zu already",
+                            line, begin, manifest->line[k]);
+        if (!*value)
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: '%s' has no value", line, begin);
+        manifest->line[k] = line;
+        manifest->value[k] = value;
+        return PK_OK;
+    }
+    return pk__fail(context, PK_FORMAT,
+                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer)", line, begin);
+}
+
+/* Splits text (size bytes and a NUL after them), which is changed. */
+static pk_status pk__manifest_split(pk_context *context, char *text, size_t size, pk__manifest *manifest)
+{
+    memset(manifest, 0, sizeof *manifest);
+    int version = 0;
+    size_t line = 0;
+    for (size_t at = 0; at < size;) {
+        char *begin = text + at, *feed = (char *)memchr(begin, '\n', size - at);
+        char *end = feed ? feed : text + size;
+        at = (size_t)(end - text) + 1;
+        if (end > begin && end[-1] == '\r')
+            end--;
+        pk_status status = pk__manifest_line(context, begin, end, ++line, &version, manifest);
+        if (status != PK_OK)
+            return status;
+    }
+    if (!version)
+        return pk__fail(context, PK_FORMAT, "run.txt line 1: expected 'pathkernel-run 1', found an empty file");
+    for (int k = 0; k < PK__MANIFEST_KEYS; k++)
+        if (!manifest->line[k])
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: the file ends without a '%s' line", line,
+                            pk__manifest_keys[k]);
+    return PK_OK;
+}
+
+/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
+PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size, pk_graph *graph,
+                                         pk_loss *loss, pk_optimizer *optimizer)
+{
+    pk__manifest manifest;
+    pk_status status = pk__manifest_split(context, text, size, &manifest);
+    if (status != PK_OK)
+        return status;
+    int key = PK__MANIFEST_LOSS;
+    status = pk_loss_parse(context, manifest.value[key], loss);
+    if (status == PK_OK) {
+        key = PK__MANIFEST_OPTIMIZER;
+        status = pk_optimizer_parse(context, manifest.value[key], optimizer);
+    }
+    if (status == PK_OK) {
+        key = PK__MANIFEST_NETWORK;
+        status = pk_network_parse(context, manifest.value[key], graph);
+    }
+    return pk__prefix(context, status, "run.txt line %zu: ", manifest.line[key]);
+}
+
+static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run *run)
+{
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
+    if (file < 0)
+        return pk__run_io(context, path);
+    struct stat about;
+    pk_status status = PK_OK;
+    if (fstat(file, &about) != 0)
+        status = pk__run_io(context, path);
+    else if (!S_ISREG(about.st_mode))
+        status = pk__fail(context, PK_IO, "%s is not a regular file", path);
+    /* One byte past the limit tells that the file is longer. */
+    size_t limit = (size_t)PK__MANIFEST_SIZE + 1, size = 0;
+    char *text = NULL;
+    if (status == PK_OK) {
+        if (about.st_size < (off_t)limit)
+            limit = (size_t)about.st_size;
+        status = pk_allocate(context, limit + 1, 1, "the text of run.txt", &text);
+    }
+    while (status == PK_OK && size < limit) {
+        ssize_t count = read(file, text + size, limit - size);
+        if (count > 0)
+            size += (size_t)count;
+        else if (count == 0)
+            break;
+        else if (errno != EINTR)
+            status = pk__run_io(context, path);
+    }
+    close(file);
+    if (status == PK_OK) {
+        text[size] = '\0';
+        status = pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer);
+        if (status == PK_OK && size > PK__MANIFEST_SIZE)
+            status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
+    }
+    pk_release(context, text);
+    return status;
+}
+
+/* ---- reading a run --------------------------------------------------------------------------------- */
+
+static pk_array *pk__run_array(pk_run *run, int file)
+{
+    return file == PK__RUN_WEIGHTS   ? &run->weights
+           : file == PK__RUN_MOMENTS ? &run->second_moments
+                                     : &run->columns[file];
+}
+
+/* Maps one of the growing files and checks its type and the shape of its rows. */
+static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, pk_run *run)
+{
+    const pk__run_file *expected = &pk__run_files[file];
+    pk_array *array = pk__run_array(run, file);
+    pk__run_path_of(path, expected->name);
+    if (expected->optional && access(path->text, F_OK) != 0 && errno == ENOENT)
+        return PK_OK;
+    pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
+    if (status != PK_OK)
+        return status;
+    if (expected->type ? array->type != expected->type : array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+        return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold %s", path->text,
+                        pk_type_name(array->type),
+                        expected->type ? pk_type_name(expected->type) : "float64 or float32");
+    if (array->rank != (expected->type ? 1 : 2))
+        return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
+                        expected->type ? 1 : 2);
+    if (!expected->type && array->shape[1] != run->parameters)
+        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters",
+                        path->text, array->shape[1], run->parameters);
+    if (array->shape[0] < expected->before)
+        return pk__fail(context, PK_FORMAT, "%s holds no row, not even that of the start", path->text);
+    return PK_OK;
+}
+
+/* The first of count numbers that is not finite, or count. */
+static size_t pk__not_finite(const double *numbers, size_t count)
+{
+    size_t i = 0;
+    while (i < count && isfinite(numbers[i]))
+        i++;
+    return i;
+}
+
+/* How many steps are complete, and whether the batches of these make sense. */
+static pk_status pk__run_count(pk_context *context, const char *directory, pk_run *run)
+{
+    size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
+    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0};
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array(run, f);
+        rows[f] = array->data ? array->shape[0] : SIZE_MAX;
+        if (array->data && !per_item[f] && rows[f] - pk__run_files[f].before < steps)
+            steps = rows[f] - pk__run_files[f].before, least = f;
+    }
+    int shorter = rows[PK__RUN_ITEM_WEIGHTS] < rows[PK__RUN_ITEMS] ? PK__RUN_ITEM_WEIGHTS : PK__RUN_ITEMS;
+    const int64_t *offsets = run->batch_offsets;
+    if (offsets[0] != 0)
+        return pk__fail(context, PK_FORMAT, "%s/batch_offsets.npy starts with %lld, not with 0", directory,
+                        (long long)offsets[0]);
+    for (size_t s = 0; s < steps; s++) {
+        if (offsets[s + 1] <= offsets[s])
+            return pk__fail(context, PK_FORMAT, "%s/batch_offsets.npy %s at row %zu: from %lld to %lld",
+                            directory, offsets[s + 1] < offsets[s] ? "goes backwards" : "holds an empty batch",
+                            s + 1, (long long)offsets[s], (long long)offsets[s + 1]);
+        if ((uint64_t)offsets[s + 1] > rows[shorter])
+            steps = s, least = shorter; /* ends the loop */
+    }
+    size_t items = (size_t)offsets[steps];
+    for (size_t i = 0; i < items; i++)
+        if (run->batch_items[i] < 0 || (uint64_t)run->batch_items[i] >= run->examples)
+            return pk__fail(context, PK_ARGUMENT,
+                            "%s/batch_items.npy holds %lld at row %zu; there are %zu examples", directory,
+                            (long long)run->batch_items[i], i, run->examples);
+    const double *finite[3] = {run->learning_rates, run->batch_weights, run->gradient_scales};
+    const int file[3] = {PK__RUN_RATES, PK__RUN_ITEM_WEIGHTS, PK__RUN_SCALES};
+    for (int k = 0; k < 3; k++) {
+        size_t count = !finite[k] ? 0 : k == 1 ? items : steps, i = pk__not_finite(finite[k], count);
+        if (i < count)
+            return pk__fail(context, PK_NOT_FINITE, "%s/%s holds %g at row %zu", directory,
+                            pk__run_files[file[k]].name, finite[k][i], i);
+    }
+    run->steps = steps;
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array(run, f);
+        size_t complete = (per_item[f] ? items : steps) + pk__run_files[f].before;
+        if (array->data && (rows[f] > complete || array->extra_bytes))
+            run->cut_off = 1;
+    }
+    if (run->cut_off)
+        (void)pk__fail(context, PK_OK, "%s was cut off after step %zu: %s ends first, with %zu whole rows",
+                       directory, steps, pk__run_files[least].name, rows[least]);
+    return PK_OK;
+}
+
+/* Inputs and targets against network and loss; also what a recorder is given. */
+PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
+                                         pk_loss loss)
+{
+    pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
+    return status != PK_OK ? status : pk_loss_check(context, loss, train, graph->output_width);
+}
+
+static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *run)
+{
+    pk_status status = pk__manifest_read(context, pk__run_path_of(path, "run.txt"), run);
+    if (status != PK_OK)
+        return status;
+    run->parameters = run->graph.parameters;
+    run->outputs = run->graph.output_width;
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+        status = pk__run_map(context, path, f, run);
+    pk_array *data[2] = {&run->train.inputs, &run->train.targets};
+    for (int k = 0; k < 2 && status == PK_OK; k++) {
+        status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
+        if (status == PK_OK && data[k]->type == PK_UINT8)
+            status = pk__fail(context, PK_UNSUPPORTED,
+                              "%s holds uint8, it has to hold float64, float32 or int64", path->text);
+    }
+    if (status != PK_OK)
+        return status;
+    status = pk__run_check_data(context, &run->train, &run->graph, run->loss);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
+    run->examples = pk_dataset_examples(&run->train);
+    run->learning_rates = (const double *)run->columns[PK__RUN_RATES].data;
+    run->batch_offsets = (const int64_t *)run->columns[PK__RUN_OFFSETS].data;
+    run->batch_items = (const int64_t *)run->columns[PK__RUN_ITEMS].data;
+    run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
+    run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
+    return pk__run_count(context, path->directory, run);
+}
+
+PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
+{
+    if (!directory || !run)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
+    pk__run_path path;
+    pk_status status = pk__run_path_take(context, directory, &path);
+    if (status != PK_OK)
+        return status;
+    pk_run opened;
+    memset(&opened, 0, sizeof opened);
+    status = pk__run_load(context, &path, &opened);
+    pk_release(context, path.text);
+    if (status != PK_OK)
+        pk_run_release(context, &opened);
+    else
+        *run = opened;
+    return status;
+}
+
+PK_API void pk_run_release(pk_context *context, pk_run *run)
+{
+    if (!run)
+        return;
+    for (int f = 0; f < PK__RUN_FILES; f++)
+        pk_array_release(context, pk__run_array(run, f));
+    pk_dataset_release(context, &run->train);
+    pk_graph_release(context, &run->graph);
+    memset(run, 0, sizeof *run);
+}
+
+PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
+{
+    size_t first = (size_t)run->batch_offsets[step];
+    batch->count = (size_t)run->batch_offsets[step + 1] - first;
+    batch->items = run->batch_items + first;
+    batch->weights = run->batch_weights ? run->batch_weights + first : NULL;
+}
+
+PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
+{
+    return run->gradient_scales ? run->gradient_scales[step] : 1;
+}
+
+/* out (P) = a row of weights.npy or second_moments.npy. */
+static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
+                             size_t row, pk_real *out)
+{
+    pk_array_reals(array, row * run->parameters, run->parameters, out);
+    for (size_t p = 0; p < run->parameters; p++)
+        if (!isfinite(out[p]))
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, row,
+                            (double)out[p]);
+    return PK_OK;
+}
+
+PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)
+{
+    if (!run || !weights || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_weights: no run or no weights");
+    if (step > run->steps)
+        return pk__fail(context, PK_ARGUMENT, "weights of step %zu: the run has %zu steps", step, run->steps);
+    return pk__run_row(context, run, &run->weights, "weights.npy", step, weights);
+}
+
+PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step, pk_real *moments)
+{
+    if (!run || !moments || !run->second_moments.data)
+        return pk__fail(context, PK_ARGUMENT, "second moments: %s",
+                        run && moments ? "the run has no second_moments.npy" : "an argument is NULL");
+    if (step >= run->steps)
+        return pk__fail(context, PK_ARGUMENT, "second moments of step %zu: the run has %zu steps", step,
+                        run->steps);
+    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, moments);
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
