@@ -1,0 +1,492 @@
+/* pathkernel/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
+ * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
+ *
+ * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. Its product
+ * with d is known from forward passes alone: h at the end minus h at the start. The difference to the sum
+ * over the nodes is the closure of a piece, and judges it.
+ */
+#ifndef PATHKERNEL_QUADRATURE_H
+#define PATHKERNEL_QUADRATURE_H
+#include "segment.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+typedef enum pk_rule {
+    PK_RULE_AUTO,      /* exact where the network is piecewise linear, adaptive Gauss elsewhere */
+    PK_RULE_EXACT,     /* split at the kinks; refused where the integrand is no piecewise polynomial */
+    PK_RULE_GAUSS,     /* Gauss-Legendre, nodes per step */
+    PK_RULE_MIDPOINT,  /* composite midpoint */
+    PK_RULE_TRAPEZOID, /* composite trapezoid, nodes >= 2 points */
+    PK_RULE_LEFT       /* t = 0, or the left ends of nodes subintervals (TracIn with every step) */
+} pk_rule;
+
+typedef struct pk_quadrature {
+    pk_rule rule;
+    int nodes; /* per step; 0: 1 (trapezoid: 2). Ignored by auto and exact */
+} pk_quadrature;
+
+enum { PK_GAUSS_NODES = 32, PK_RULE_NODES = 1000000 };
+
+/* Gauss-Legendre on [0, 1]: count nodes, exact for degree 2 count - 1; count <= 1000 or so. By Newton's
+ * method on the Legendre polynomial in long double. Cost O(count^2). */
+PK_API void pk_gauss_legendre(int count, double *nodes, double *weights);
+
+/* What is decomposed: a readout h(f) of the network's outputs f. */
+typedef enum pk_readout_kind {
+    PK_READOUT_ALL,     /* h = f */
+    PK_READOUT_ONE,     /* h = f[output] */
+    PK_READOUT_LABEL,   /* h = f[labels[row]] */
+    PK_READOUT_FUNCTION /* the caller's */
+} pk_readout_kind;
+
+typedef struct pk_readout {
+    pk_readout_kind kind;
+    size_t output;
+    const int64_t *labels; /* one per test row */
+    /* h[0 .. count-1] = h(f) of test row row, slope[k * outputs + c] = dh_k / df_c; called from several
+     * threads at once, differentiable along the path. */
+    size_t count;
+    void (*function)(void *user, size_t row, const pk_real *f, pk_real *h, pk_real *slope);
+    void *user;
+} pk_readout;
+
+/* The number of values of h for a network with outputs outputs. */
+PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
+/* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
+                             pk_real *slope);
+
+/* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the
+ * weights of (a rule of higher order minus the rule), and slack[p] is how far the kinks beside the point may
+ * lie from where they were found; else both are NULL. */
+typedef struct pk_points {
+    size_t count;
+    size_t *row;
+    pk_real *t, *weight, *check, *slack;
+    int last; /* no more points come in this step */
+} pk_points;
+
+/* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
+typedef void pk_point_sink(void *user, const pk_points *points);
+
+/* The integration of one block of rows, step after step; one a thread. */
+typedef struct pk_integrator {
+    pk_segment segment;
+    pk_quadrature quadrature;
+    pk_readout readout;
+    size_t first_row; /* of the block among the test rows */
+    double target;    /* closure a piece may have, relative to max(1, |h|) */
+    const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
+    int order;        /* nodes that the last step needed: where the next one starts */
+    pk_pieces stack, batch, pieces;
+    unsigned char *passed;
+    size_t bisections;
+    pk_points buffer; /* points on their way to the sink */
+    pk_real *slope, *h;
+    /* Counted over the steps since the caller zeroed them: */
+    size_t points_last; /* points of the last step: the cost model's guess for the next one */
+    size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
+} pk_integrator;
+
+/* bounds: also send what bounds on the error of the integrals are made from. */
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
+                               int bounds, pk_integrator *integrator);
+PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
+/* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
+PK_API void pk_gauss_table(double *nodes, double *weights);
+/* PK_UNSUPPORTED where the rule does not fit the network or the readout, PK_ARGUMENT for a bad node count. */
+PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
+                                                  const pk_graph *graph, const pk_readout *readout);
+/* Sends points of the segment's step (after pk_segment_begin) to the sink. */
+PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_QUADRATURE_IMPLEMENTED)
+#define PATHKERNEL_QUADRATURE_IMPLEMENTED
+/* >>> implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API void pk_gauss_legendre(int count, double *nodes, double *weights)
+{
+    for (int i = 0; i < count; i++) {
+        long double x = cosl(3.14159265358979323846264338327950288L * (i + 0.75L) / (count + 0.5L)), slope = 1;
+        for (int iteration = 0; iteration < 100; iteration++) {
+            long double p = 1, before = 0;
+            for (int k = 1; k <= count; k++) {
+                long double next = ((2 * k - 1) * x * p - (k - 1) * before) / k;
+                before = p;
+                p = next;
+            }
+            slope = count * (before - x * p) / (1 - x * x);
+            long double change = p / slope;
+            x -= change;
+            if (fabsl(change) < 4 * LDBL_EPSILON)
+                break;
+        }
+        /* Descending x: the last node first, so that nodes ascend. */
+        nodes[count - 1 - i] = (double)((1 + x) / 2);
+        weights[count - 1 - i] = (double)(1 / ((1 - x * x) * slope * slope));
+    }
+    if (count % 2)
+        nodes[count / 2] = 0.5;
+}
+
+PK_API void pk_gauss_table(double *nodes, double *weights)
+{
+    for (int n = 1; n <= PK_GAUSS_NODES; n++)
+        pk_gauss_legendre(n, nodes + n * (n - 1) / 2, weights + n * (n - 1) / 2);
+}
+
+PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
+{
+    switch (readout->kind) {
+    case PK_READOUT_ALL: return outputs;
+    case PK_READOUT_FUNCTION: return readout->count;
+    case PK_READOUT_ONE:
+    case PK_READOUT_LABEL:
+    default: return 1;
+    }
+}
+
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
+                             pk_real *slope)
+{
+    size_t count = pk_readout_count(readout, outputs);
+    if (readout->kind == PK_READOUT_FUNCTION) {
+        readout->function(readout->user, row, f, h, slope);
+        return;
+    }
+    for (size_t k = 0; k < count; k++) {
+        size_t output = readout->kind == PK_READOUT_ALL   ? k
+                        : readout->kind == PK_READOUT_ONE ? readout->output
+                                                          : (size_t)readout->labels[row];
+        if (h && f)
+            h[k] = f[output];
+        if (slope) {
+            memset(slope + k * outputs, 0, outputs * sizeof *slope);
+            slope[k * outputs + output] = 1;
+        }
+    }
+}
+
+/* The integrand is a piecewise polynomial whose pieces can all be found. */
+static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
+{
+    if (graph->degree < 0 || readout->kind == PK_READOUT_FUNCTION || (graph->degree + 1) / 2 > PK_GAUSS_NODES)
+        return 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK_SEGMENT_DEGREE)
+            return 0;
+    return 1;
+}
+
+PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature, const pk_graph *graph,
+                                     const pk_readout *readout)
+{
+    if ((int)quadrature->rule < 0 || quadrature->rule > PK_RULE_LEFT)
+        return pk__fail(context, PK_ARGUMENT, "quadrature rule %d does not exist", (int)quadrature->rule);
+    if (quadrature->nodes < 0 || quadrature->nodes > PK_RULE_NODES)
+        return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible", quadrature->nodes,
+                        (int)PK_RULE_NODES);
+    if (quadrature->rule == PK_RULE_GAUSS && quadrature->nodes > PK_GAUSS_NODES)
+        return pk__fail(context, PK_ARGUMENT, "Gauss-Legendre with %d nodes; 1 to %d are possible",
+                        quadrature->nodes, (int)PK_GAUSS_NODES);
+    if (quadrature->rule == PK_RULE_TRAPEZOID && quadrature->nodes == 1)
+        return pk__fail(context, PK_ARGUMENT, "the trapezoid rule needs at least 2 nodes");
+    if (quadrature->rule == PK_RULE_EXACT && !pk__is_exact(graph, readout))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
+                        "readout; use auto, which measures its closure",
+                        (int)PK_SEGMENT_DEGREE);
+    return PK_OK;
+}
+
+/* Pieces in one batch: room for the kinks of a block; more of them are met by halving the batch. */
+static size_t pk__piece_capacity(size_t rows)
+{
+    return 64 * rows + 1024;
+}
+
+PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
+{
+    points->count = 0;
+    points->row = (size_t *)pk_arena_take(arena, capacity, sizeof *points->row);
+    points->t = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+}
+
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
+                               int bounds, pk_integrator *integrator)
+{
+    size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
+    memset(integrator, 0, sizeof *integrator);
+    points = pk__most(points, PK_GAUSS_NODES + 2);
+    pk_segment_take(arena, graph, rows, points, copies, pieces, bounds, &integrator->segment);
+    /* Each level of bisection leaves at most one more batch: depth 64 is beyond the resolution of t. */
+    pk_pieces_take(arena, 66 * rows + 64 * pieces, &integrator->stack);
+    pk_pieces_take(arena, rows, &integrator->batch);
+    pk_pieces_take(arena, pieces, &integrator->pieces);
+    integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
+    pk_points_take(arena, points, bounds, &integrator->buffer);
+    integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
+    integrator->order = 2;
+}
+
+static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
+{
+    integrator->buffer.last = last;
+    sink(user, &integrator->buffer);
+    integrator->points += integrator->buffer.count;
+    integrator->buffer.count = 0;
+}
+
+static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t, double weight,
+                     double check, double slack)
+{
+    pk_points *buffer = &integrator->buffer;
+    if (buffer->count == integrator->segment.point_capacity)
+        pk__flush(integrator, sink, user, 0);
+    size_t at = buffer->count++;
+    buffer->row[at] = row;
+    buffer->t[at] = (pk_real)t;
+    buffer->weight[at] = (pk_real)weight;
+    if (buffer->check) {
+        buffer->check[at] = (pk_real)check;
+        buffer->slack[at] = (pk_real)slack;
+    }
+}
+
+/* checked: the rule is not exact, its error is to be estimated by one of two more nodes. */
+static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t piece, int order,
+                           int checked)
+{
+    const pk_pieces *pieces = &integrator->pieces;
+    const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
+    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
+    size_t row = pieces->row[piece];
+    double a = pieces->a[piece], length = pieces->b[piece] - a, slack = pieces->slack[piece], after = 0;
+    if (piece + 1 < pieces->count && pieces->row[piece + 1] == row)
+        after = pieces->slack[piece + 1];
+    checked = checked && integrator->buffer.check;
+    for (int q = 0; q < order; q++)
+        pk__emit(integrator, sink, user, row, a + length * x[q], length * w[q], checked ? -length * w[q] : 0,
+                 (q == 0 ? slack : 0) + (q == order - 1 ? after : 0));
+    if (!checked)
+        return;
+    order += 2;
+    x = integrator->gauss_nodes + order * (order - 1) / 2;
+    w = integrator->gauss_weights + order * (order - 1) / 2;
+    for (int q = 0; q < order; q++)
+        pk__emit(integrator, sink, user, row, a + length * x[q], 0, length * w[q], 0);
+}
+
+/* A rule that is the same for every row and step. */
+static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_rule rule = integrator->quadrature.rule;
+    int count = integrator->quadrature.nodes ? integrator->quadrature.nodes : rule == PK_RULE_TRAPEZOID ? 2 : 1;
+    const double *x = integrator->gauss_nodes + count * (count - 1) / 2;
+    const double *w = integrator->gauss_weights + count * (count - 1) / 2;
+    for (size_t row = 0; row < integrator->segment.rows; row++)
+        for (int q = 0; q < count; q++) {
+            double t = 0, weight = 1.0 / count;
+            if (rule == PK_RULE_GAUSS) {
+                t = x[q];
+                weight = w[q];
+            } else if (rule == PK_RULE_MIDPOINT) {
+                t = (q + 0.5) / count;
+            } else if (rule == PK_RULE_LEFT) {
+                t = (double)q / count;
+            } else {
+                t = (double)q / (count - 1);
+                weight = (q == 0 || q == count - 1 ? 0.5 : 1.0) / (count - 1);
+            }
+            pk__emit(integrator, sink, user, row, t, weight, 0, 0);
+        }
+}
+
+/* The closure of a piece over its target, at the points first .. first + order + 1 of the segment's tape:
+ * the nodes, then both ends. At most 1: accepted. */
+static double pk__piece_error(pk_integrator *integrator, size_t first, size_t row, double length, int order)
+{
+    const pk_tape *tape = &integrator->segment.tape;
+    const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
+    const pk_real *f = pk_tape_output(tape) + first * outputs;
+    const pk_real *tangent = tape->tangent[tape->graph->node_count - 1] + first * outputs;
+    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
+    pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count;
+    pk_real *slope = integrator->slope;
+    memset(sum, 0, 2 * count * sizeof *sum);
+    for (int q = 0; q < order; q++) {
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs, start,
+                         slope);
+        for (size_t k = 0; k < count; k++) {
+            double along = 0;
+            for (size_t c = 0; c < outputs; c++)
+                along += slope[k * outputs + c] * tangent[(size_t)q * outputs + c];
+            sum[k] += (pk_real)(length * w[q] * along);
+            size[k] += (pk_real)(length * w[q] * fabs(along));
+        }
+    }
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs, start,
+                     slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)(order + 1) * outputs,
+                     end, slope);
+    double worst = 0;
+    for (size_t k = 0; k < count; k++) {
+        double scale = fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
+        scale = scale > 1 ? scale : 1;
+        /* Below a few roundings of what was added nothing can be measured. */
+        double floor = 16 * (sizeof(pk_real) == 4 ? (double)FLT_EPSILON : DBL_EPSILON) * (scale + size[k]);
+        double allowed = integrator->target * scale > floor ? integrator->target * scale : floor;
+        double error = fabs((double)(end[k] - start[k] - sum[k])) / allowed;
+        /* NaN counts as bad. */
+        worst = error <= worst ? worst : error;
+    }
+    return worst;
+}
+
+/* passed[i] = whether piece i closes with order nodes, for those not passed before; returns the worst error
+ * over target among the tested ones. */
+static double pk__test_pieces(pk_integrator *integrator, int order)
+{
+    pk_segment *segment = &integrator->segment;
+    const pk_pieces *pieces = &integrator->pieces;
+    const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
+    size_t each = (size_t)order + 2, chunk = segment->point_capacity / each, next = 0;
+    double worst = 0;
+    while (next < pieces->count) {
+        size_t tested = 0, last = next;
+        for (; last < pieces->count && tested < chunk; last++) {
+            if (integrator->passed[last])
+                continue;
+            double a = pieces->a[last], b = pieces->b[last];
+            size_t at = tested++ * each;
+            for (size_t q = 0; q < each; q++) {
+                segment->point_row[at + q] = pieces->row[last];
+                segment->point_t[at + q] =
+                    (pk_real)(q < (size_t)order ? a + (b - a) * x[q] : q == (size_t)order ? a : b);
+            }
+        }
+        pk_segment_forward(segment, tested * each, segment->point_row, segment->point_t, segment->graph->node_count);
+        pk_segment_tangent(segment, tested * each, segment->point_row, segment->point_t);
+        size_t at = 0;
+        for (size_t i = next; i < last; i++) {
+            if (integrator->passed[i])
+                continue;
+            double error =
+                pk__piece_error(integrator, at * each, pieces->row[i], pieces->b[i] - pieces->a[i], order);
+            integrator->passed[i] = error <= 1 ? (unsigned char)order : 0;
+            worst = error <= worst ? worst : error;
+            at++;
+        }
+        next = last;
+    }
+    return worst;
+}
+
+/* Bisections a row may cost in one step; an unreachable target or a NaN must end. */
+enum { PK__BISECTIONS = 512 };
+
+/* Halves what has not passed; what cannot be halved any more is accepted and counted. */
+static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
+                       pk_point_sink *sink, void *user)
+{
+    for (size_t i = 0; i < pieces->count; i++) {
+        double a = pieces->a[i], b = pieces->b[i], middle = 0.5 * (a + b);
+        if (passed && passed[i])
+            continue;
+        if (b - a < 1e-9 || integrator->bisections >= PK__BISECTIONS * integrator->segment.rows ||
+            integrator->stack.count + 2 > integrator->stack.capacity) {
+            if (passed)
+                pk__emit_gauss(integrator, sink, user, i, PK_GAUSS_NODES / 2, 1);
+            else
+                pk__emit(integrator, sink, user, pieces->row[i], middle, b - a, 0, b - a);
+            integrator->refused++;
+            continue;
+        }
+        integrator->bisections++;
+        pk_pieces_push(&integrator->stack, pieces->row[i], middle, b, 0);
+        pk_pieces_push(&integrator->stack, pieces->row[i], a, middle, pieces->slack[i]);
+    }
+}
+
+enum { PK__LARGEST_ORDER = 16 };
+
+/* Raises the order until the pieces pass or the largest order is reached; emits what passed. */
+static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_pieces *pieces = &integrator->pieces;
+    int order = integrator->order, first = 1;
+    memset(integrator->passed, 0, pieces->count);
+    for (;;) {
+        double error = pk__test_pieces(integrator, order);
+        if (error <= 1) {
+            /* Far below the target on the first try: one node less next time. */
+            integrator->order = first && error < 1e-3 && order > 1 ? order - 1 : order;
+            break;
+        }
+        if (order == PK__LARGEST_ORDER) {
+            integrator->order = order;
+            break;
+        }
+        order = order < 6 ? order + 1 : order < 12 ? order + 2 : (int)PK__LARGEST_ORDER;
+        first = 0;
+    }
+    for (size_t i = 0; i < pieces->count; i++)
+        if (integrator->passed[i])
+            pk__emit_gauss(integrator, sink, user, i, integrator->passed[i], 1);
+    pk__bisect(integrator, pieces, integrator->passed, sink, user);
+}
+
+PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_segment *segment = &integrator->segment;
+    pk_rule rule = integrator->quadrature.rule;
+    if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
+        pk__emit_fixed(integrator, sink, user);
+        pk__flush(integrator, sink, user, 1);
+        return;
+    }
+    int exact = pk__is_exact(segment->graph, &integrator->readout);
+    int order = segment->graph->degree < 2 ? 1 : (segment->graph->degree + 1) / 2;
+    pk_pieces *stack = &integrator->stack, *batch = &integrator->batch, *pieces = &integrator->pieces;
+    stack->count = 0;
+    integrator->bisections = 0;
+    for (size_t row = segment->rows; row-- > 0;)
+        pk_pieces_push(stack, row, 0, 1, 0);
+    while (stack->count) {
+        batch->count = 0;
+        while (stack->count && batch->count < batch->capacity) {
+            size_t top = --stack->count;
+            pk_pieces_push(batch, stack->row[top], stack->a[top], stack->b[top], stack->slack[top]);
+        }
+        if (!pk_segment_split(segment, batch, pieces)) {
+            /* More kinks than there is room for: half as long pieces have fewer. */
+            pk__bisect(integrator, batch, NULL, sink, user);
+            continue;
+        }
+        integrator->split_pieces += pieces->count;
+        if (!exact) {
+            pk__adapt(integrator, sink, user);
+            continue;
+        }
+        for (size_t i = 0; i < pieces->count; i++)
+            pk__emit_gauss(integrator, sink, user, i, order, 0);
+    }
+    pk__flush(integrator, sink, user, 1);
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
