@@ -1,0 +1,757 @@
+/* pathkernel/decompose.h: the predictions of a recorded run, decomposed over its training examples to
+ * rounding error, and certified.
+ *
+ *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + unattributed + closure
+ *
+ * (Domingos 2020; Bell et al. 2023, the exact path kernel.) With D_s = w_{s+1} - w_s and
+ * Phi_s(x) = integral_0^1 grad_w h(f(w_s + t D_s, x)) dt, the left side is initial + sum_s Phi_s D_s. An
+ * optimiser makes D_s linear in the examples' gradients g_i (optimizer.h: pk_linear_form), so that
+ *
+ *     A(x, i) = - sum_s scale_s c_{s,i} < E_s(x), g_{s,i} >,
+ *     E_s = gain_s R_s + direct_s p_s o Phi_s,   R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,   R_S = 0:
+ *
+ * stateful optimisers run in reverse time on the test side, without a vector per training example. decay is
+ * the part of weight decay, unattributed that of u_s = D_s - (the update recomputed in double).
+ */
+#ifndef PATHKERNEL_DECOMPOSE_H
+#define PATHKERNEL_DECOMPOSE_H
+#include "decomposition.h"
+#include "window.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* Decomposes h(f(w_S, inputs)) of a run. inputs: rows x input width. *out is zeroed first; release it also
+ * after PK_NOT_CLOSED, which means: computed, but the worst closure exceeds the tolerance (the message names
+ * row, output and step). Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
+ * memory limit. Memory beyond the results: the least is the state of one block of rows, about
+ * 50 P numbers for stateful optimisers. */
+PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                           const pk_decompose_options *options, pk_decomposition *out);
+
+/* The same in parts: part(user, rows first_row .. first_row + rows - 1) is called from the calling thread as
+ * each pass over the run ends, so that results larger than memory can be written and finished parts survive
+ * a cancel. Its tensors are valid during the call. A status other than PK_OK ends the decomposition with it.
+ * *summary (may be NULL) gets the sizes, the certificate and the costs over all parts, and no arrays. */
+typedef pk_status pk_decomposition_part(void *user, const pk_decomposition *part);
+PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                                 const pk_decompose_options *options, pk_decomposition_part *part,
+                                                 void *user, pk_decomposition *summary);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_DECOMPOSE_IMPLEMENTED)
+#define PATHKERNEL_DECOMPOSE_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- the job --------------------------------------------------------------------------------------- */
+
+/* A window of consecutive steps is prepared (weights, examples' gradients, updates) before the test side goes
+ * through it; neither its length nor the number of rows in a pass can be seen in the results. */
+typedef struct pk__plan {
+    size_t threads, rows, window;
+} pk__plan;
+
+/* One thread's memory. */
+typedef struct pk__worker {
+    struct pk__job *job;
+    pk_tangent tangent;
+    pk_real *phi, *effective; /* outputs x weights of one layer */
+    pk_real *tile;            /* outputs x PK_EXAMPLE_BLOCK */
+    pk_real *left_inputs;
+    /* Of the tile that is being added: */
+    size_t row, rows, step;
+    const pk_examples *batch;
+    double factor;
+    double seconds_test;
+} pk__worker;
+
+typedef struct pk__block_state { /* of a block of rows, kept between windows */
+    int order;
+    size_t points_last, points, pieces, refused;
+    double flops, worst;
+    size_t worst_step, worst_row;
+} pk__block_state;
+
+typedef struct pk__job {
+    pk_context *context;
+    const pk_run *run;
+    const pk_decompose_options *options;
+    const pk_graph *graph;
+    pk_quadrature quadrature;
+    double tolerance, target;
+    size_t outputs, block;
+    int reverse, decays;
+    pk_window window;
+    pk_matrix inputs;
+    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2], gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
+    pk__plan plan;
+    unsigned char *memory;
+    /* In the arena: */
+    pk_real *rows;        /* plan.rows x inputs, packed */
+    pk_real *gram;        /* plan.rows x gram_ld */
+    size_t gram_ld;
+    pk_real *reverse_state; /* plan.rows x outputs x P: R */
+    pk_real *reverse_error; /* the same: a bound on the error of R */
+    pk__block_state *blocks;
+    pk__worker *workers;
+    double next_carry; /* carry of the step after the window */
+    pk_decomposition *part;
+} pk__job;
+
+/* Kinds of things in memory, in the order in which they are used. Measures and takes. */
+static void pk__job_layout(pk__job *job, pk_arena *arena)
+{
+    const pk_graph *graph = job->graph;
+    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads, rows = job->plan.rows;
+    size_t largest = 0;
+    pk_window_take(arena, job->plan.window, threads, job->reverse, job->options->bounds, &job->window);
+    job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
+    job->gram_ld = job->run->examples;
+    job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
+    job->reverse_state = NULL;
+    if (job->reverse) {
+        size_t per_row = 0;
+        if (!pk__multiply(job->outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
+            arena->overflow = 1;
+        else
+            job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+        job->reverse_error = NULL;
+        if (!arena->overflow && job->options->bounds)
+            job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+    }
+    job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
+    for (size_t l = 0; l < graph->layers; l++)
+        largest = pk__most(largest, pk_graph_layer(graph, l)->weight_count);
+    for (size_t w = 0; w < threads && !arena->overflow; w++) {
+        pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
+        memset(worker, 0, sizeof *worker);
+        worker->job = job;
+        pk_tangent_take(arena, graph, &job->options->readout, job->block,
+                        job->reverse || job->options->engine != PK_ENGINE_FACTORED, job->options->bounds,
+                        &worker->tangent);
+        worker->phi = (pk_real *)pk_arena_take(arena, job->outputs, largest * real);
+        worker->effective = (pk_real *)pk_arena_take(arena, job->outputs, largest * real);
+        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
+        worker->left_inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * real);
+        worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
+        worker->tangent.integrator.gauss_weights = job->gauss_weights;
+        worker->tangent.integrator.quadrature = job->quadrature;
+        worker->tangent.integrator.target = job->target;
+    }
+}
+
+/* Numbers of result per row, in bytes. */
+static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
+{
+    size_t items = 6 * out->outputs;
+    for (size_t i = 0; i < out->kept_count; i++)
+        items += out->kept[i].row_items;
+    items += options->bounds ? out->outputs * out->examples : 0;
+    items += options->step_closure ? out->outputs * out->steps : 0;
+    return items * sizeof(double);
+}
+
+/* Chooses threads, rows per pass and window so that everything fits; row_bytes of results come on top, for all
+ * rows or for those of a pass. */
+static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
+{
+    static const size_t windows[] = {32, 16, 64, 128, 8, 256, 512, 4, 2, 1};
+    size_t limit = job->context ? job->context->memory_limit : 0, held = job->context ? job->context->memory_used : 0;
+    size_t available = !limit ? SIZE_MAX : limit > held ? limit - held : 0;
+    size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
+    size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
+    for (size_t threads = (size_t)pk_threads(job->context); threads >= 1; threads /= 2)
+        for (size_t at_once = pk__least(most, blocks); at_once >= 1; at_once /= 2)
+            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++) {
+                pk_arena arena = {NULL, 0, 0, 0};
+                size_t results = 0;
+                job->plan.threads = threads;
+                job->plan.rows = pk__least(rows, at_once * job->block);
+                job->plan.window = pk__least(windows[i], steps);
+                pk__job_layout(job, &arena);
+                if (arena.overflow || !pk__multiply(by_pass ? job->plan.rows : rows, row_bytes, &results) ||
+                    arena.used > SIZE_MAX / 2 - results)
+                    continue;
+                /* 64 bytes of header and rounding for each of a dozen allocations. */
+                size_t needed = arena.used + results + 4096;
+                if (needed <= available)
+                    return PK_OK;
+                least = pk__least(least, needed);
+            }
+    if (least == SIZE_MAX)
+        return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
+    return pk__fail(job->context, PK_MEMORY_LIMIT,
+                    "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes",
+                    limit, held + least);
+}
+
+/* ---- the test side of one block over one window ------------------------------------------------------ */
+
+/* Adds factor * tile (rows x outputs x count, rows from worker->row) of one layer, or of all (-1). */
+static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
+{
+    const pk__worker *worker = (const pk__worker *)user;
+    const pk__job *job = worker->job;
+    pk_decomposition *part = job->part;
+    const int64_t *items = worker->batch->items + first;
+    const double factor = worker->factor;
+    const size_t outputs = job->outputs, level = layer < 0 ? 0 : (size_t)layer;
+    for (size_t i = 0; i < worker->rows * outputs; i++) {
+        const pk_real *from = tile + i * count;
+        size_t cell = worker->row * outputs + i;
+        double sum = 0;
+        for (size_t b = 0; b < count; b++)
+            sum += from[b];
+        part->data[cell] += factor * sum;
+        for (size_t k = 0; k < part->kept_count; k++) {
+            const pk_tensor *tensor = &part->kept[k];
+            unsigned axes = tensor->axes;
+            size_t layers = axes & PK_BY_LAYER ? part->layers : 1, steps = axes & PK_BY_STEP ? part->steps : 1;
+            size_t at = (axes & PK_BY_STEP ? worker->step * layers : 0) + (axes & PK_BY_LAYER ? level : 0);
+            double *to = tensor->data + cell * (tensor->row_items / outputs) + at;
+            if (axes == PK_BY_EXAMPLE && worker->batch->consecutive) {
+                to += items[0];
+                for (size_t b = 0; b < count; b++)
+                    to[b] += factor * from[b];
+            } else if (axes & PK_BY_EXAMPLE) {
+                for (size_t b = 0; b < count; b++)
+                    to[(size_t)items[b] * steps * layers] += factor * from[b];
+            } else if (axes & PK_BY_GROUP) {
+                for (size_t b = 0; b < count; b++)
+                    to[(size_t)job->options->groups[items[b]] * steps * layers] += factor * from[b];
+            } else {
+                *to += factor * sum;
+            }
+        }
+    }
+}
+
+/* Weights of a layer that Phi keeps apart from its matrix. */
+static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
+{
+    return node->operation->tangent_form == PK_TANGENT_OUTER && pk__has_bias(graph, node) ? node->width : 0;
+}
+
+/* Phi of a layer (outputs x out x in, then outputs x out) scaled by p (out x in, then out); NULL: by rate. */
+static void pk__precondition(const pk_graph *graph, const pk_node *node, size_t outputs, double rate, const pk_real *p, pk_real *phi)
+{
+    size_t weights = node->weight_count;
+    if (!p) {
+        for (size_t i = 0; i < outputs * weights; i++)
+            phi[i] *= (pk_real)rate;
+        return;
+    }
+    size_t bias = pk__bias_count(graph, node), matrix = weights - bias;
+    for (size_t k = 0; k < outputs; k++) {
+        for (size_t i = 0; i < matrix; i++)
+            phi[k * matrix + i] *= p[i];
+        for (size_t i = 0; i < bias; i++)
+            phi[outputs * matrix + k * bias + i] *= p[matrix + i];
+    }
+}
+
+/* < e_k, v > for e laid out like Phi of a layer and v like its weights. */
+static pk_real pk__dot_layer(const pk_graph *graph, const pk_node *node, size_t outputs, size_t k, const pk_real *e, const pk_real *v)
+{
+    size_t bias = pk__bias_count(graph, node), matrix = node->weight_count - bias;
+    return pk__dot(matrix, e + k * matrix, v) + pk__dot(bias, e + outputs * matrix + k * bias, v + matrix);
+}
+
+/* < e, |g_b| > |factor| added to the bounds of one row. */
+static void pk__add_bounds(pk__worker *worker, size_t layer, size_t row, size_t j, const pk_real *e)
+{
+    pk__job *job = worker->job;
+    pk_tangent *tangent = &worker->tangent;
+    double *bounds = job->part->bounds + row * job->outputs * job->part->examples;
+    tangent->examples = &job->window.magnitudes[j];
+    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
+        size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
+        memset(worker->tile, 0, job->outputs * count * sizeof *worker->tile);
+        pk_tangent_contract_row(tangent, layer, e, first, count, worker->tile);
+        for (size_t k = 0; k < job->outputs; k++)
+            for (size_t b = 0; b < count; b++)
+                bounds[k * job->part->examples + (size_t)job->window.batches[j].items[first + b]] +=
+                    fabs(worker->factor) * (double)worker->tile[k * count + b];
+    }
+    tangent->examples = &job->window.examples[j];
+}
+
+/* < e, g_b > factor added to the results of one row of the block. */
+static void pk__add_row(pk__worker *worker, size_t layer, size_t r, size_t j, const pk_real *e)
+{
+    pk__job *job = worker->job;
+    const size_t row = worker->row, rows = worker->rows;
+    worker->row = row + r;
+    worker->rows = 1;
+    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
+        size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
+        memset(worker->tile, 0, job->outputs * count * sizeof *worker->tile);
+        pk_tangent_contract_row(&worker->tangent, layer, e, first, count, worker->tile);
+        pk__add_tile(worker, (int)layer, first, count, worker->tile);
+    }
+    worker->row = row;
+    worker->rows = rows;
+}
+
+/* One layer, one row whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction
+ * with the batch, and the bounds by the same way with absolute values. */
+static void pk__materialised_row(pk__worker *worker, size_t layer, size_t r, size_t j, double carry)
+{
+    pk__job *job = worker->job;
+    const pk_node *node = worker->tangent.node[layer];
+    const pk_linear_form *form = &job->window.forms[j];
+    const size_t P = job->graph->parameters, outputs = job->outputs, cells = outputs * node->weight_count;
+    const size_t row = worker->row + r, at = row * outputs * P + outputs * node->weight_offset;
+    const pk_real *p = job->window.preconditioner ? job->window.preconditioner + j * P + node->weight_offset : NULL;
+    const pk_real *slack =
+        job->window.preconditioner_error ? job->window.preconditioner_error + j * P + node->weight_offset : NULL;
+    pk_real *phi = worker->phi, *e = worker->effective;
+    for (int error = 0; error <= (job->part->bounds != NULL); error++) {
+        if (error)
+            pk_tangent_row_error(&worker->tangent, layer, r, phi);
+        else
+            pk_tangent_row_phi(&worker->tangent, layer, r, phi);
+        if (job->reverse) {
+            pk_real *state = (error ? job->reverse_error : job->reverse_state) + at;
+            pk__precondition(job->graph, node, outputs, form->rate, p, phi);
+            if (error && slack) { /* |error of p Phi| <= p |error of Phi| + |error of p| |Phi| */
+                pk_tangent_row_phi(&worker->tangent, layer, r, e);
+                pk__precondition(job->graph, node, outputs, form->rate, slack, e);
+                for (size_t i = 0; i < cells; i++)
+                    phi[i] += (pk_real)fabs(e[i]);
+            }
+            for (size_t i = 0; i < cells; i++) {
+                state[i] = (pk_real)(carry * state[i] + form->enter * phi[i]);
+                e[i] = (pk_real)(form->gain * state[i] + form->direct * phi[i]);
+            }
+            for (size_t k = 0; form->coupled != 0 && !error && k < outputs; k++)
+                job->part->decay[row * outputs + k] -=
+                    form->coupled * pk__dot_layer(job->graph, node, outputs, k, e, job->window.weights + j * P + node->weight_offset);
+        }
+        if (error)
+            pk__add_bounds(worker, layer, row, j, job->reverse ? e : phi);
+        else
+            pk__add_row(worker, layer, r, j, job->reverse ? e : phi);
+    }
+}
+
+/* h at t of every row: into h (rows x outputs). */
+static void pk__readout_at(pk__worker *worker, double t, pk_real *h)
+{
+    pk_integrator *integrator = &worker->tangent.integrator;
+    pk_segment *segment = &integrator->segment;
+    size_t classes = worker->job->graph->output_width;
+    for (size_t r = 0; r < segment->rows; r++) {
+        segment->point_row[r] = r;
+        segment->point_t[r] = (pk_real)t;
+    }
+    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t, segment->graph->node_count);
+    for (size_t r = 0; r < segment->rows; r++)
+        pk_readout_apply(&integrator->readout, classes, integrator->first_row + r,
+                         pk_tape_output(&segment->tape) + r * classes, h + r * worker->job->outputs,
+                         integrator->slope);
+}
+
+/* What a step adds beside its examples, and its own closure. */
+static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j, size_t step)
+{
+    pk__job *job = worker->job;
+    pk_decomposition *part = job->part;
+    const pk_linear_form *form = &job->window.forms[j];
+    pk_real *start = worker->tangent.tile, *end = start + worker->rows * job->outputs;
+    double linear = form->decoupled;
+    if (!job->reverse)
+        linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
+    pk__readout_at(worker, 0, start);
+    pk__readout_at(worker, 1, end);
+    for (size_t i = 0; i < worker->rows * job->outputs; i++) {
+        size_t cell = worker->row * job->outputs + i;
+        double closure = (double)(end[i] - start[i]) - (double)worker->tangent.along[0][i];
+        part->unattributed[cell] += worker->tangent.along[1][i];
+        if (worker->tangent.directions[2])
+            part->decay[cell] -= linear * worker->tangent.along[2][i];
+        if (part->step_closure)
+            part->step_closure[cell * part->steps + step] = closure;
+        if (pk__worse(fabs(closure), block->worst)) {
+            block->worst = fabs(closure);
+            block->worst_step = step;
+            block->worst_row = part->first_row + worker->row + i / job->outputs;
+        }
+    }
+}
+
+static void pk__block_window(pk__worker *worker, size_t number, size_t first, size_t count)
+{
+    pk__job *job = worker->job;
+    pk__block_state *block = &job->blocks[number];
+    pk_tangent *tangent = &worker->tangent;
+    const size_t P = job->graph->parameters;
+    double begin = pk__seconds(), contraction = tangent->seconds_contraction;
+    worker->row = number * job->block;
+    worker->rows = pk__least(job->block, job->part->rows - worker->row);
+    tangent->integrator.order = block->order;
+    tangent->integrator.points_last = block->points_last;
+    tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
+    tangent->flops = 0;
+    tangent->gram = job->gram ? job->gram + worker->row * job->gram_ld : NULL;
+    tangent->gram_ld = job->gram_ld;
+    tangent->sink = pk__add_tile;
+    tangent->user = worker;
+    tangent->per_layer = 0;
+    for (size_t k = 0; k < job->part->kept_count; k++)
+        tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t j = job->reverse ? count - 1 - i : i;
+        const pk_linear_form *form = &job->window.forms[j];
+        double scale = pk_run_gradient_scale(job->run, first + j);
+        worker->step = first + j;
+        worker->batch = &job->window.examples[j];
+        worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
+        tangent->examples = &job->window.examples[j];
+        tangent->directions[0] = job->window.direction + j * P;
+        tangent->directions[1] = job->window.remainder + j * P;
+        tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
+        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P, job->part->first_row + worker->row,
+                        worker->rows, job->rows + worker->row * job->graph->input_width,
+                        job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
+        for (size_t l = 0; l < job->graph->layers; l++) {
+            if (!tangent->integrated[l])
+                continue;
+            double carry = j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry;
+            for (size_t r = 0; r < worker->rows; r++)
+                pk__materialised_row(worker, l, r, j, carry);
+        }
+        pk__close_step(worker, block, j, first + j);
+    }
+    block->order = tangent->integrator.order;
+    block->points_last = tangent->integrator.points_last;
+    block->points += tangent->integrator.points;
+    block->pieces += tangent->integrator.split_pieces;
+    block->refused += tangent->integrator.refused;
+    block->flops += tangent->flops;
+    worker->seconds_test += pk__seconds() - begin - (tangent->seconds_contraction - contraction);
+}
+
+/* ---- one pass over the run ----------------------------------------------------------------------------- */
+
+/* Gram matrix of the pass's rows and the training inputs: the first layer's share, the same at every step. */
+static void pk__fill_gram(pk__job *job)
+{
+    const size_t in = job->graph->input_width, N = job->run->examples;
+    const size_t blocks = pk__blocks(N, PK_EXAMPLE_BLOCK);
+    const int threads = (int)job->plan.threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t b = 0; b < blocks; b++) {
+        pk__worker *worker = &job->workers[pk__thread()];
+        size_t first = b * PK_EXAMPLE_BLOCK, count = pk__least(PK_EXAMPLE_BLOCK, N - first);
+        int64_t items[PK_EXAMPLE_BLOCK];
+        for (size_t i = 0; i < count; i++)
+            items[i] = (int64_t)(first + i);
+        pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
+        for (size_t row = 0; row < job->part->rows; row += job->block)
+            pk__gemm(0, 1, pk__least(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
+                     worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
+    }
+}
+
+/* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
+static pk_status pk__predict(pk__job *job, size_t step, double *h)
+{
+    const pk_graph *graph = job->graph;
+    const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
+    const size_t blocks = pk__blocks(rows, job->block);
+    pk_status status = pk_run_weights(job->context, job->run, step, job->window.weights);
+    if (status)
+        return status;
+    const pk_line line = {job->window.weights, NULL, NULL};
+    const int threads = (int)job->plan.threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t b = 0; b < blocks; b++) {
+        pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
+        pk_tape *tape = &integrator->segment.tape;
+        size_t first = b * job->block, count = pk__least(job->block, rows - first);
+        pk_tape_forward(tape, &line, count, job->rows + first * graph->input_width);
+        for (size_t r = 0; r < count; r++) {
+            pk_readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
+                             pk_tape_output(tape) + r * classes, integrator->h, integrator->slope);
+            for (size_t k = 0; k < outputs; k++)
+                h[(first + r) * outputs + k] = integrator->h[k];
+        }
+    }
+    return PK_OK;
+}
+
+static void pk__certify(pk__job *job)
+{
+    pk_decomposition *part = job->part;
+    size_t blocks = pk__blocks(part->rows, job->block);
+    part->worst_closure = part->worst_unattributed = 0;
+    for (size_t i = 0; i < part->rows * part->outputs; i++) {
+        part->closure[i] = part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+        double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
+        if (pk__worse(fabs(part->closure[i]) / scale, part->worst_closure)) {
+            part->worst_closure = fabs(part->closure[i]) / scale;
+            part->worst_row = part->first_row + i / part->outputs;
+            part->worst_output = i % part->outputs;
+        }
+        if (pk__worse(fabs(part->unattributed[i]) / scale, part->worst_unattributed))
+            part->worst_unattributed = fabs(part->unattributed[i]) / scale;
+    }
+    part->worst_step_closure = 0;
+    part->points = part->pieces = part->refused = 0;
+    part->flops = 0;
+    for (size_t b = 0; b < blocks; b++) {
+        const pk__block_state *block = &job->blocks[b];
+        part->points += block->points;
+        part->pieces += block->pieces;
+        part->refused += block->refused;
+        part->flops += block->flops;
+        if (pk__worse(block->worst, part->worst_step_closure)) {
+            part->worst_step_closure = block->worst;
+            part->worst_step = block->worst_step;
+            part->worst_step_row = block->worst_row;
+        }
+    }
+}
+
+static pk_status pk__pass(pk__job *job, double done, double share)
+{
+    const size_t in = job->graph->input_width, P = job->graph->parameters, steps = job->run->steps;
+    const size_t window = job->plan.window, windows = job->window.windows;
+    const size_t blocks = pk__blocks(job->part->rows, job->block);
+    for (size_t r = 0; r < job->part->rows; r++)
+        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld, in * sizeof(pk_real));
+    pk_status status = pk__predict(job, 0, job->part->initial);
+    if (!status)
+        status = pk__predict(job, steps, job->part->final);
+    if (status)
+        return status;
+    memset(job->blocks, 0, blocks * sizeof *job->blocks);
+    for (size_t b = 0; b < blocks; b++)
+        job->blocks[b].order = 2;
+    if (job->gram)
+        pk__fill_gram(job);
+    if (job->reverse_error)
+        memset(job->reverse_error, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+    if (job->reverse)
+        memset(job->reverse_state, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+    job->next_carry = 0;
+    for (size_t i = 0; i < windows; i++) {
+        size_t w = job->reverse ? windows - 1 - i : i;
+        size_t first = w * window, count = pk__least(window, steps - first);
+        status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
+        if (status)
+            return status;
+        pk_window_restore_state(&job->window, w);
+        status = pk_window_prepare(job->context, &job->window, first, count);
+        if (status)
+            return status;
+        const int threads = (int)job->plan.threads;
+        PK__PARALLEL_FOR(threads)
+        for (size_t b = 0; b < blocks; b++)
+            pk__block_window(&job->workers[pk__thread()], b, first, count);
+        job->next_carry = job->window.forms[0].carry;
+    }
+    pk__certify(job);
+    return PK_OK;
+}
+
+/* ---- the calls ------------------------------------------------------------------------------------------- */
+
+static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                   const pk_decompose_options *options)
+{
+    const pk_readout *readout = &options->readout;
+    if (inputs.rows == 0 || !inputs.data || inputs.cols != run->graph.input_width || inputs.ld < inputs.cols)
+        return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu", inputs.rows,
+                        inputs.cols, inputs.ld, run->graph.input_width);
+    for (size_t r = 0; r < inputs.rows; r++)
+        for (size_t j = 0; j < inputs.cols; j++)
+            if (!isfinite(inputs.data[r * inputs.ld + j]))
+                return pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, column %zu is not finite", r, j);
+    if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
+        return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
+    if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||
+        (readout->kind == PK_READOUT_FUNCTION && (!readout->function || !readout->count)) ||
+        (readout->kind == PK_READOUT_LABEL && !readout->labels))
+        return pk__fail(context, PK_ARGUMENT, "the readout lacks its function, its count or its labels");
+    if (readout->kind == PK_READOUT_ONE && readout->output >= run->outputs)
+        return pk__fail(context, PK_ARGUMENT, "output %zu of a network with %zu outputs", readout->output,
+                        run->outputs);
+    for (size_t r = 0; readout->kind == PK_READOUT_LABEL && r < inputs.rows; r++)
+        if (readout->labels[r] < 0 || (size_t)readout->labels[r] >= run->outputs)
+            return pk__fail(context, PK_ARGUMENT, "label %lld of input %zu, of a network with %zu outputs",
+                            (long long)readout->labels[r], r, run->outputs);
+    for (size_t i = 0; options->groups && i < run->examples; i++)
+        if (options->groups[i] < 0 || (size_t)options->groups[i] >= options->group_count)
+            return pk__fail(context, PK_ARGUMENT, "example %zu is in group %lld of %zu", i,
+                            (long long)options->groups[i], options->group_count);
+    if ((int)options->engine < 0 || options->engine > PK_ENGINE_INTEGRATED)
+        return pk__fail(context, PK_ARGUMENT, "engine %d does not exist", (int)options->engine);
+    if (options->bounds && options->quadrature.rule != PK_RULE_AUTO && options->quadrature.rule != PK_RULE_EXACT)
+        return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
+    return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
+}
+
+/* Everything but the plan and the memory. */
+static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
+                          const pk_decompose_options *options)
+{
+    memset(job, 0, sizeof *job);
+    job->context = context;
+    job->run = run;
+    job->options = options;
+    job->graph = &run->graph;
+    job->quadrature = options->quadrature;
+    job->inputs = inputs;
+    job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
+    job->block = pk_tangent_block(job->outputs);
+    job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
+    /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
+    job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
+    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
+    pk_window_begin(run, &job->window);
+    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
+    job->reverse |= form.preconditioned;
+    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
+}
+
+static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
+{
+    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure)) {
+        whole->worst_closure = part->worst_closure;
+        whole->worst_row = part->worst_row;
+        whole->worst_output = part->worst_output;
+    }
+    if (!whole->passes || pk__worse(part->worst_step_closure, whole->worst_step_closure)) {
+        whole->worst_step_closure = part->worst_step_closure;
+        whole->worst_step = part->worst_step;
+        whole->worst_step_row = part->worst_step_row;
+    }
+    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed))
+        whole->worst_unattributed = part->worst_unattributed;
+    whole->points += part->points;
+    whole->pieces += part->pieces;
+    whole->refused += part->refused;
+    whole->flops += part->flops;
+    whole->passes++;
+}
+
+/* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
+static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback, void *user)
+{
+    const size_t rows = whole->rows;
+    double start = pk__seconds();
+    pk_status status = job->window.saves ? pk_window_save_states(job->context, &job->window) : PK_OK;
+    for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
+        size_t count = pk__least(job->plan.rows, rows - first);
+        pk_decomposition part;
+        if (callback) {
+            part = *whole;
+            part.first_row = first;
+            part.rows = count;
+            status = pk__allocate_results(job->context, job->options, &part);
+        } else {
+            pk__view_rows(whole, first, count, &part);
+        }
+        job->part = &part;
+        if (!status)
+            status = pk__pass(job, (double)first / (double)rows, (double)count / (double)rows);
+        if (!status) {
+            pk__add_summary(&part, whole);
+            if (callback)
+                status = callback(user, &part);
+        }
+        if (callback)
+            pk_decomposition_release(job->context, &part);
+    }
+    for (size_t w = 0; w < job->plan.threads; w++) {
+        whole->seconds_examples += job->window.seconds[w];
+        whole->seconds_test += job->workers[w].seconds_test;
+        whole->seconds_contraction += job->workers[w].tangent.seconds_contraction;
+    }
+    whole->seconds_read = job->window.seconds_read;
+    whole->seconds = pk__seconds() - start;
+    if (!status && !(whole->worst_closure <= job->tolerance))
+        status = pk__fail(job->context, PK_NOT_CLOSED,
+                          "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
+                          "(closure %.3g at row %zu)",
+                          whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
+                          whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
+    return status;
+}
+
+static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                               const pk_decompose_options *options, pk_decomposition *whole,
+                               pk_decomposition_part *callback, void *user)
+{
+    pk__job own_job, *job = &own_job;
+    pk_decompose_options defaults;
+    memset(&defaults, 0, sizeof defaults);
+    options = options ? options : &defaults;
+    memset(whole, 0, sizeof *whole);
+    pk_status status = pk__check_options(context, run, inputs, options);
+    if (status)
+        return status;
+    whole->rows = inputs.rows;
+    whole->outputs = pk_readout_count(&options->readout, run->graph.output_width);
+    whole->examples = run->examples;
+    whole->groups = options->group_count;
+    whole->steps = run->steps;
+    whole->layers = run->graph.layers;
+    status = pk__keep(context, options, whole);
+    if (status)
+        return status;
+    pk__job_begin(job, context, run, inputs, options);
+    status = pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), callback != NULL);
+    if (!status && !callback)
+        status = pk__allocate_results(context, options, whole);
+    pk_arena arena = {NULL, 0, 0, 0};
+    if (!status) {
+        pk__job_layout(job, &arena);
+        status = pk_allocate(context, 1, arena.used, "the decomposition's work", &job->memory);
+    }
+    if (!status) {
+        pk_arena own = {job->memory, arena.used, 0, 0};
+        pk__job_layout(job, &own);
+        status = pk__run_passes(job, whole, callback, user);
+    }
+    pk_release(context, job->memory);
+    return status;
+}
+
+PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                              const pk_decompose_options *options, pk_decomposition *out)
+{
+    pk_status status = pk__decompose(context, run, inputs, options, out, NULL, NULL);
+    if (status && status != PK_NOT_CLOSED)
+        pk_decomposition_release(context, out);
+    return status;
+}
+
+PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                    const pk_decompose_options *options, pk_decomposition_part *part, void *user,
+                                    pk_decomposition *summary)
+{
+    pk_decomposition own;
+    if (!part)
+        return pk__fail(context, PK_ARGUMENT, "decomposing in parts needs a function that takes them");
+    summary = summary ? summary : &own;
+    pk_status status = pk__decompose(context, run, inputs, options, summary, part, user);
+    memset(summary->kept, 0, sizeof summary->kept);
+    summary->kept_count = 0;
+    return status;
+}
+
+PK__END_C
+/* <<< implementation */
+#endif

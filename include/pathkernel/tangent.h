@@ -1,0 +1,846 @@
+/* pathkernel/tangent.h: tangent features (gradients of outputs and of losses with respect to the weights),
+ * factored or materialised, and their inner products: the hot loop.
+ *
+ * For a dense layer the gradient is an outer product, grad_W = delta (x) a, so that
+ *     < grad f(x), g_i > = sum over layers (delta_x . delta_i) (a_x . a_i + 1):
+ * two small Gram matrices and a Hadamard product per layer, and no vector of P numbers. What does not
+ * change along a step is taken out of the sum over its points:
+ *   - a layer whose input is data: sum the cotangents first, and its a_x . a_i is one Gram matrix for all steps;
+ *   - a layer behind which everything is linear: its cotangent is constant, sum the inputs first;
+ *   - any other layer: one Hadamard product per point, or, where many points or few examples make it
+ *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ */
+#ifndef PATHKERNEL_TANGENT_H
+#define PATHKERNEL_TANGENT_H
+#include "loss.h"
+#include "quadrature.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* ---- examples: the loss gradients g_i of one batch ---- */
+
+/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (layer inputs x ld), cotangent[l]
+ * (layer outputs x ld), rows[l] (weights x ld) for layers of the form PK_TANGENT_ROWS. Column b is batch position b. */
+typedef struct pk_examples {
+    size_t count, ld;
+    const int64_t *items;
+    int consecutive; /* items[b] == items[0] + b */
+    pk_real **input, **cotangent, **rows;
+} pk_examples;
+
+enum { PK_EXAMPLE_BLOCK = 256 };
+
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples);
+/* to = the absolute values of from: for bounds. */
+PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
+/* sum (P) += sum over the examples of their gradients. */
+PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
+/* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
+PK_API double pk_rounding_allowance(const pk_graph *graph);
+/* Memory of one thread to fill examples. */
+typedef struct pk_example_workspace {
+    pk_tape tape;
+    pk_real *inputs, *targets, *row_gradients;
+} pk_example_workspace;
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace);
+PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
+/* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
+ * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
+PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                             const pk_dataset *data, const pk_batch *batch, size_t first,
+                             pk_example_workspace *workspace, pk_real *gradient);
+
+/* ---- the test side: integrated tangent features of one block of rows over one step ---- */
+
+typedef enum pk_engine {
+    PK_ENGINE_AUTO,      /* the cheapest by the cost model */
+    PK_ENGINE_FACTORED,  /* Hadamard products at each point */
+    PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
+} pk_engine;
+
+/* What a layer needs per point. */
+typedef enum pk_layer_kind {
+    PK_LAYER_DATA,   /* input constant: sum_p w_p delta_p */
+    PK_LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
+    PK_LAYER_POINTS, /* both vary */
+    PK_LAYER_ROWS    /* materialised row by row */
+} pk_layer_kind;
+
+enum { PK_DIRECTIONS = 3 };
+
+/* tile (row_count * outputs x count, contiguous) of inner products <Phi, g_b>, b = first .. first + count - 1,
+ * from one layer, or from several at once (layer -1). */
+typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
+
+/* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
+ * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK_LAYER_ROWS. */
+typedef struct pk_tangent {
+    const pk_graph *graph;
+    pk_integrator integrator;
+    size_t outputs, rows, row_capacity;
+    pk_layer_kind *kind;
+    const pk_node **node;
+    int *integrated; /* this step: Phi of the layer is wanted */
+    pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
+    pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
+    pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
+    pk_real **check, **size; /* with bounds, like phi: the difference to a better rule, and what rounding scales with */
+    double allowance;        /* c eps of the rounding bound */
+    int per_layer;   /* tiles layer by layer */
+    const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
+    pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
+    pk_real *weight_sum;                      /* rows */
+    /* The contraction: */
+    const pk_examples *examples;
+    const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
+    size_t gram_ld;
+    pk_tile_sink *sink;
+    void *user;
+    pk_real *tile, *left, *right, *scratch, *weighted, *absolute;
+    size_t *order;
+    pk_points sorted;
+    double flops; /* of the contraction, counted */
+    double seconds_contraction;
+} pk_tangent;
+
+/* With materialise, Phi of every layer can be had (it costs rows x outputs x P numbers); with bounds, also a
+ * bound on its error, number by number (three times that). */
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            int materialise, int bounds, pk_tangent *tangent);
+/* How many test rows make a block, from shapes alone. */
+PK_API size_t pk_tangent_block(size_t outputs);
+/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
+                            size_t rows, const pk_real *inputs, pk_engine engine);
+/* phi (outputs x weights of the layer, in the layout above) of one row after pk_tangent_step. */
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, pk_real *phi);
+/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
+ * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, pk_real *error);
+/* tile rows (row, k) x (examples first .. first + count - 1) += < e, g_b > for e laid out like Phi of the layer. */
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, const pk_real *e, size_t first, size_t count,
+                                    pk_real *tile);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_TANGENT_IMPLEMENTED)
+#define PATHKERNEL_TANGENT_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+#include <time.h>
+PK__BEGIN_C
+
+PK__PRIVATE double pk__seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+#define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
+
+PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
+{
+    pk_real sum = 0;
+    for (size_t i = 0; i < count; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
+{
+    return &graph->nodes[node->inputs[0]];
+}
+
+/* The bias of an outer-product layer is what its weight (out, in) leaves. */
+static int pk__has_bias(const pk_graph *graph, const pk_node *node)
+{
+    return node->weight_count > node->width * pk__layer_input(graph, node)->width;
+}
+
+/* ---- examples -------------------------------------------------------------------------------------- */
+
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
+{
+    memset(examples, 0, sizeof *examples);
+    /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
+    examples->ld = (capacity + 7) / 8 * 8;
+    if (examples->ld % 512 == 0)
+        examples->ld += 8;
+    examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
+        size_t bytes = examples->ld * sizeof(pk_real);
+        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
+        pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
+        pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
+        if (examples->input) {
+            examples->input[l] = input;
+            examples->cotangent[l] = cotangent;
+            examples->rows[l] = gradients;
+        }
+    }
+}
+
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
+{
+    size_t most = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].operation->tangent_form == PK_TANGENT_ROWS)
+            most = pk__most(most, graph->nodes[n].weight_count);
+    pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
+    workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
+    workspace->targets = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
+}
+
+PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
+{
+    examples->count = batch->count;
+    examples->items = batch->items;
+    examples->consecutive = 1;
+    for (size_t b = 1; b < batch->count; b++)
+        examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
+}
+
+/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
+static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
+{
+    enum { TILE = 16 };
+    for (size_t i = 0; i < rows; i += TILE)
+        for (size_t j = 0; j < cols; j++)
+            for (size_t k = i; k < rows && k < i + TILE; k++)
+                to[j * ld + k] = from[k * cols + j];
+}
+
+PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                             const pk_dataset *data, const pk_batch *batch, size_t first,
+                             pk_example_workspace *workspace, pk_real *gradient)
+{
+    size_t count = pk__least(batch->count - first, PK_EXAMPLE_BLOCK), outputs = graph->output_width;
+    pk_tape *tape = &workspace->tape;
+    const pk_line line = {weights, NULL, NULL};
+    pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
+    pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
+    pk_tape_forward(tape, &line, count, workspace->inputs);
+    const pk_real *f = pk_tape_output(tape);
+    pk_real *seed = pk_tape_seed(tape);
+    for (size_t b = 0; b < count; b++) {
+        pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
+        double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
+        for (size_t c = 0; c < outputs; c++)
+            seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
+    }
+    pk_tape_reverse(tape, &line, count, 1);
+    if (gradient)
+        pk_tape_weight_gradient(tape, count, gradient);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const size_t n = (size_t)(node - graph->nodes);
+        if (examples->rows[l]) {
+            pk_call call;
+            pk__tape_call(tape, node, count, 1, &call);
+            call.weights = weights + node->weight_offset;
+            call.out_cotangent = tape->cotangent[n];
+            call.gradient = workspace->row_gradients;
+            node->operation->row_gradients(&call);
+            pk__transpose(count, node->weight_count, workspace->row_gradients, examples->rows[l] + first,
+                          examples->ld);
+            continue;
+        }
+        pk__transpose(count, pk__layer_input(graph, node)->width, tape->value[node->inputs[0]],
+                      examples->input[l] + first, examples->ld);
+        pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+    }
+}
+
+PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
+{
+    to->count = from->count;
+    to->items = from->items;
+    to->consecutive = from->consecutive;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
+        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
+        const size_t features[3] = {pk__layer_input(graph, node)->width, node->width, node->weight_count};
+        for (int part = 0; part < 3; part++)
+            for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
+                targets[part][i] = (pk_real)fabs(sources[part][i]);
+    }
+}
+
+PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
+{
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const size_t out = node->width, ld = examples->ld, count = examples->count;
+        pk_real *to = sum + node->weight_offset;
+        if (examples->rows[l]) {
+            for (size_t i = 0; i < node->weight_count; i++)
+                for (size_t b = 0; b < count; b++)
+                    to[i] += examples->rows[l][i * ld + b];
+            continue;
+        }
+        const size_t in = pk__layer_input(graph, node)->width;
+        pk__gemm(0, 1, out, in, count, 1, examples->cotangent[l], ld, examples->input[l], ld, 1, to, in);
+        for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
+            for (size_t b = 0; b < count; b++)
+                to[out * in + j] += examples->cotangent[l][j * ld + b];
+    }
+}
+
+PK_API double pk_rounding_allowance(const pk_graph *graph)
+{
+    double sum = 0;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        sum += (double)(node->width + pk__layer_input(graph, node)->width);
+    }
+    return 2 * PK__EPSILON * sum;
+}
+
+/* ---- the test side --------------------------------------------------------------------------------- */
+
+PK_API size_t pk_tangent_block(size_t outputs)
+{
+    return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
+}
+
+/* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
+static size_t pk__point_capacity(size_t outputs)
+{
+    return pk__most(PK_GAUSS_NODES + 2, pk__least(256, 640 / pk__most(outputs, 1)));
+}
+
+/* Rows of products that are on their way to a Hadamard product at one time. */
+static size_t pk__product_rows(size_t outputs)
+{
+    return pk__most(1, 128 / outputs);
+}
+
+static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
+{
+    if (node->operation->tangent_form == PK_TANGENT_ROWS)
+        return PK_LAYER_ROWS;
+    if (bounds)
+        return PK_LAYER_POINTS;
+    if (node->input_constant)
+        return PK_LAYER_DATA;
+    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
+}
+
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            int materialise, int bounds, pk_tangent *tangent)
+{
+    size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
+    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0, deepest = 0;
+    memset(tangent, 0, sizeof *tangent);
+    tangent->graph = graph;
+    tangent->outputs = outputs;
+    tangent->row_capacity = rows;
+    tangent->allowance = pk_rounding_allowance(graph);
+    pk_integrator_take(arena, graph, rows, points, outputs, bounds, &tangent->integrator);
+    tangent->integrator.readout = *readout;
+    points = tangent->integrator.segment.point_capacity;
+    tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->delta = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    for (size_t l = 0; l < layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        pk_layer_kind kind = pk__layer_kind(node, readout, bounds);
+        size_t fan_in = pk__layer_input(graph, node)->width;
+        int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
+        int phi_wanted = kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && (materialise || bounds));
+        pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *input =
+            kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        if (tangent->check) {
+            tangent->check[l] = check;
+            tangent->size[l] = size;
+        }
+        if (tangent->kind) {
+            tangent->kind[l] = kind;
+            tangent->node[l] = node;
+            tangent->delta[l] = delta;
+            tangent->input[l] = input;
+            tangent->phi[l] = phi;
+        }
+        if (phi_wanted)
+            deepest = pk__most(deepest, fan_in);
+        widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
+    }
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
+    size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
+    tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
+    tangent->left = (pk_real *)pk_arena_take(arena, pk__most(rows, points), block * sizeof(pk_real));
+    tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
+    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
+    tangent->scratch = (pk_real *)pk_arena_take(
+        arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64), widest * sizeof(pk_real));
+    tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    tangent->order = (size_t *)pk_arena_take(arena, points, sizeof *tangent->order);
+    pk_points_take(arena, points, bounds, &tangent->sorted);
+}
+
+/* left[p] o right[p, k] summed into tile[row[p], k], over count columns; row == NULL: row p. */
+static void pk__hadamard(size_t points, size_t outputs, size_t count, const size_t *row, const pk_real *left,
+                         const pk_real *right, pk_real *tile)
+{
+    for (size_t p = 0; p < points; p++) {
+        const pk_real *l = left + p * count;
+        pk_real *t = tile + (row ? row[p] : p) * outputs * count;
+        const pk_real *r = right + p * outputs * count;
+        for (size_t k = 0; k < outputs; k++, t += count, r += count)
+            for (size_t i = 0; i < count; i++)
+                t[i] += l[i] * r[i];
+    }
+}
+
+/* One layer, one block of examples, the points of the sink: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
+static void pk__contract_points(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
+                                const pk_real *weight, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *a = tape->value[node->inputs[0]], *delta = tape->cotangent[node - tangent->graph->nodes];
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    pk__gemm(0, 0, count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left, block);
+    for (size_t p = 0; p < count; p++)
+        for (size_t i = 0; i < block; i++)
+            left[p * block + i] = weight[p] * (left[p * block + i] + bias);
+    for (size_t p = 0; p < count; p += chunk) {
+        size_t points = pk__least(chunk, count - p);
+        pk__gemm(0, 0, points * outputs, block, out, 1, delta + p * outputs * out, out,
+                 examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
+        pk__hadamard(points, outputs, block, row + p, left + p * block, tangent->right, tangent->tile);
+    }
+    tangent->flops += 2.0 * (double)block * (double)count * (double)(in + outputs * out);
+}
+
+/* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
+static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    if (tangent->gram && node->inputs[0] == 0) {
+        const int64_t *items = examples->items + first;
+        for (size_t r = 0; r < rows; r++) {
+            const pk_real *gram = tangent->gram + r * tangent->gram_ld;
+            if (examples->consecutive)
+                for (size_t i = 0; i < block; i++)
+                    left[r * block + i] = gram[(size_t)items[0] + i] + bias;
+            else
+                for (size_t i = 0; i < block; i++)
+                    left[r * block + i] = gram[items[i]] + bias;
+        }
+    } else {
+        pk__gemm(0, 0, rows, block, in, 1, tangent->integrator.segment.base[node->inputs[0]], in,
+                 examples->input[layer] + first, examples->ld, 0, left, block);
+        for (size_t i = 0; i < rows * block; i++)
+            left[i] += bias;
+        tangent->flops += 2.0 * (double)block * (double)(rows * in);
+    }
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
+             examples->ld, 0, tangent->right, block);
+    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
+    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+}
+
+/* A layer with a constant cotangent, whole step: tile += (a . a_i + bias) (delta . delta_i), a summed over points. */
+static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld, 0,
+             left, block);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < block; i++)
+            left[r * block + i] += bias * tangent->weight_sum[r];
+    tangent->flops += 2.0 * (double)block * (double)(rows * in);
+    if (tangent->integrator.readout.kind == PK_READOUT_ALL && node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
+        /* The last layer of all outputs: delta is the unit matrix. */
+        for (size_t r = 0; r < rows; r++)
+            for (size_t k = 0; k < outputs; k++) {
+                const pk_real *right = examples->cotangent[layer] + k * examples->ld + first;
+                pk_real *tile = tangent->tile + (r * outputs + k) * block;
+                for (size_t i = 0; i < block; i++)
+                    tile[i] += left[r * block + i] * right[i];
+            }
+        return;
+    }
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
+             examples->ld, 0, tangent->right, block);
+    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
+    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+}
+
+/* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
+ * ones, of what was summed over the step. */
+static void pk__contract(pk_tangent *tangent, const pk_points *points)
+{
+    const pk_examples *examples = tangent->examples;
+    double start = pk__seconds();
+    for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
+        size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
+        size_t cells = tangent->rows * tangent->outputs * block;
+        int filled = 0;
+        for (size_t l = 0; l < tangent->graph->layers; l++) {
+            pk_layer_kind kind = tangent->kind[l];
+            if (tangent->integrated[l] || (kind == PK_LAYER_POINTS ? !points->count : !points->last))
+                continue;
+            if (!filled || tangent->per_layer)
+                memset(tangent->tile, 0, cells * sizeof *tangent->tile);
+            filled = 1;
+            if (kind == PK_LAYER_POINTS)
+                pk__contract_points(tangent, l, points->count, points->row, points->weight, first, block);
+            else if (kind == PK_LAYER_DATA)
+                pk__contract_data(tangent, l, first, block);
+            else
+                pk__contract_linear(tangent, l, first, block);
+            if (tangent->per_layer)
+                tangent->sink(tangent->user, (int)l, first, block, tangent->tile);
+        }
+        if (filled && !tangent->per_layer)
+            tangent->sink(tangent->user, -1, first, block, tangent->tile);
+    }
+    tangent->seconds_contraction += pk__seconds() - start;
+}
+
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row, const pk_real *weight,
+                          const pk_real *input, const pk_real *delta, const pk_real *bias_scale)
+{
+    const pk_node *node = tangent->node[layer];
+    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    for (int v = 0; v < PK_DIRECTIONS; v++) {
+        if (!tangent->directions[v])
+            continue;
+        const pk_real *direction = tangent->directions[v] + node->weight_offset;
+        pk_real *product = tangent->scratch;
+        pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, product, out);
+        for (size_t p = 0; p < count; p++) {
+            pk_real *at = product + p * out;
+            if (pk__has_bias(tangent->graph, node))
+                for (size_t j = 0; j < out; j++)
+                    at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+            for (size_t k = 0; k < outputs; k++) {
+                const pk_real *d = delta + (p * outputs + k) * out;
+                pk_real sum = 0;
+                for (size_t j = 0; j < out; j++)
+                    sum += d[j] * at[j];
+                tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
+            }
+        }
+    }
+}
+
+/* phi += sum_p w_p delta_p (x) a_p over count points of one row. */
+static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
+                          const pk_real *a, const pk_real *delta, pk_real *phi)
+{
+    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    /* Weighted inputs, so that one product serves all outputs. */
+    for (size_t p = 0; p < count; p++)
+        for (size_t j = 0; j < in; j++)
+            tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
+    pk__gemm(1, 0, outputs * out, in, count, 1, delta, outputs * out, tangent->weighted, in, 1, phi, in);
+    if (pk__has_bias(tangent->graph, node)) {
+        pk_real *bias = phi + outputs * out * in;
+        for (size_t p = 0; p < count; p++)
+            for (size_t j = 0; j < outputs * out; j++)
+                bias[j] += weight[p] * delta[p * outputs * out + j];
+    }
+}
+
+/* Phi of one row from its points first .. last - 1, and what bounds its error. */
+static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t last)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t count = last - first, at = points->row[first] * outputs * node->weight_count;
+    pk_real *a = tape->value[node->inputs[0]] + first * in;
+    pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
+    pk__add_outer(tangent, node, count, points->weight + first, a, delta, tangent->phi[layer] + at);
+    if (!tangent->check)
+        return;
+    pk__add_outer(tangent, node, count, points->check + first, a, delta, tangent->check[layer] + at);
+    /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
+    pk_real *sizes = tangent->scratch, *weight = tangent->sorted.slack;
+    for (size_t p = 0; p < count; p++)
+        weight[p] = (pk_real)(tangent->allowance * fabs(points->weight[first + p]) + points->slack[first + p]);
+    for (size_t i = 0; i < count * outputs * out; i++)
+        sizes[i] = (pk_real)fabs(delta[i]);
+    for (size_t i = 0; i < count * in; i++)
+        tangent->absolute[i] = (pk_real)fabs(a[i]);
+    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, tangent->size[layer] + at);
+}
+
+/* Phi and along of a layer whose gradients are materialised point by point. */
+static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    size_t outputs = tangent->outputs, weights = node->weight_count;
+    for (size_t p = 0; p < points->count; p++) {
+        const size_t cell = points->row[p] * outputs;
+        const pk_real weight = points->weight[p];
+        pk_call call;
+        pk__tape_call(tape, node, 1, outputs, &call);
+        for (int j = 0; j < node->input_count; j++)
+            call.in[j] += p * call.in_width[j];
+        call.out += p * node->width;
+        call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
+        call.weights = pk__row_weights(tape, &tape->line, node, p);
+        call.gradient = tangent->scratch;
+        node->operation->row_gradients(&call);
+        for (size_t i = 0; i < outputs * weights; i++)
+            tangent->phi[layer][cell * weights + i] += weight * tangent->scratch[i];
+        for (size_t i = 0; tangent->check && i < outputs * weights; i++) {
+            tangent->check[layer][cell * weights + i] += points->check[p] * tangent->scratch[i];
+            tangent->size[layer][cell * weights + i] +=
+                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(tangent->scratch[i]));
+        }
+        for (int v = 0; v < PK_DIRECTIONS; v++)
+            for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
+                tangent->along[v][cell + k] +=
+                    weight * pk__dot(weights, tangent->scratch + k * weights, tangent->directions[v] + node->weight_offset);
+    }
+}
+
+/* Points of one row side by side: products over a row's points need them so. Stable. */
+static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *points)
+{
+    int sorted = 1;
+    for (size_t p = 1; p < points->count; p++)
+        sorted &= points->row[p - 1] <= points->row[p];
+    if (sorted)
+        return points;
+    pk_points *to = &tangent->sorted;
+    to->count = 0;
+    to->last = points->last;
+    for (size_t r = 0; r < tangent->rows; r++)
+        for (size_t p = 0; p < points->count; p++) {
+            if (points->row[p] != r)
+                continue;
+            size_t at = to->count++;
+            to->row[at] = r;
+            to->t[at] = points->t[p];
+            to->weight[at] = points->weight[p];
+            if (points->check) {
+                to->check[at] = points->check[p];
+                to->slack[at] = points->slack[p];
+            }
+        }
+    return to;
+}
+
+static void pk__tangent_points(void *user, const pk_points *unsorted)
+{
+    pk_tangent *tangent = (pk_tangent *)user;
+    pk_segment *segment = &tangent->integrator.segment;
+    const pk_graph *graph = tangent->graph;
+    const pk_points *points = pk__sort_points(tangent, unsorted);
+    const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
+    const size_t *row = points->row;
+    const pk_real *weight = points->weight;
+    if (count)
+        pk_segment_forward(segment, count, row, points->t, graph->node_count);
+    for (size_t p = 0; p < count; p++) {
+        pk_readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
+                         pk_tape_output(&segment->tape) + p * classes, tangent->integrator.h,
+                         pk_tape_seed(&segment->tape) + p * outputs * classes);
+        tangent->weight_sum[row[p]] += weight[p];
+    }
+    if (count)
+        pk_segment_reverse(segment, count, points->t, outputs);
+    for (size_t l = 0; count && l < graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
+        const pk_real *a = segment->tape.value[node->inputs[0]];
+        size_t out = node->width, in = pk__layer_input(graph, node)->width;
+        switch (tangent->kind[l]) {
+        case PK_LAYER_DATA:
+            for (size_t p = 0; p < count; p++)
+                for (size_t j = 0; j < outputs * out; j++)
+                    tangent->delta[l][row[p] * outputs * out + j] += weight[p] * delta[p * outputs * out + j];
+            break;
+        case PK_LAYER_LINEAR:
+            for (size_t p = 0; p < count; p++) {
+                memcpy(tangent->delta[l] + row[p] * outputs * out, delta + p * outputs * out,
+                       outputs * out * sizeof *delta);
+                for (size_t j = 0; j < in; j++)
+                    tangent->input[l][row[p] * in + j] += weight[p] * a[p * in + j];
+            }
+            break;
+        case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
+        case PK_LAYER_POINTS:
+        default:
+            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
+            if (!tangent->integrated[l])
+                break;
+            for (size_t p = 0, last; p < count; p = last) {
+                for (last = p + 1; last < count && row[last] == row[p]; last++)
+                    ;
+                pk__add_phi(tangent, l, points, p, last);
+            }
+        }
+    }
+    for (size_t l = 0; points->last && l < graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        if (tangent->kind[l] == PK_LAYER_DATA)
+            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]], tangent->delta[l],
+                          NULL);
+        else if (tangent->kind[l] == PK_LAYER_LINEAR)
+            pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
+                          tangent->weight_sum);
+    }
+    pk__contract(tangent, points);
+}
+
+/* Whether Phi of a layer is worth materialising for a step, from the points per row of the last step. */
+static int pk__choose_integrated(const pk_tangent *tangent, size_t layer, pk_engine engine)
+{
+    const pk_node *node = tangent->node[layer];
+    pk_layer_kind kind = tangent->kind[layer];
+    if (kind == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check)
+        return 1;
+    if (kind != PK_LAYER_POINTS || engine == PK_ENGINE_FACTORED || !tangent->phi[layer])
+        return 0;
+    double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
+    double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
+    double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
+    /* Flops a row; a Hadamard product reads and writes memory, worth about 8 flops a number. */
+    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
+    double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
+    return integrated < factored;
+}
+
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
+                            size_t rows, const pk_real *inputs, pk_engine engine)
+{
+    const pk_graph *graph = tangent->graph;
+    size_t outputs = tangent->outputs;
+    tangent->rows = rows;
+    tangent->integrator.first_row = first_row;
+    pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
+    memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        tangent->integrated[l] = pk__choose_integrated(tangent, l, engine);
+        if (tangent->delta[l])
+            memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
+        if (tangent->input[l])
+            memset(tangent->input[l], 0, rows * pk__layer_input(graph, node)->width * sizeof(pk_real));
+        if (tangent->phi[l] && tangent->integrated[l])
+            memset(tangent->phi[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+        if (tangent->check) {
+            memset(tangent->check[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+            memset(tangent->size[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+        }
+    }
+    size_t before = tangent->integrator.points;
+    pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
+    tangent->integrator.points_last = tangent->integrator.points - before;
+}
+
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, pk_real *phi)
+{
+    const pk_node *node = tangent->node[layer];
+    size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    if (tangent->phi[layer]) {
+        memcpy(phi, tangent->phi[layer] + row * outputs * node->weight_count,
+               outputs * node->weight_count * sizeof *phi);
+        return;
+    }
+    const int data = tangent->kind[layer] == PK_LAYER_DATA;
+    const pk_real *a = (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
+    const pk_real *delta = tangent->delta[layer] + row * outputs * out;
+    for (size_t j = 0; j < outputs * out; j++)
+        for (size_t i = 0; i < in; i++)
+            phi[j * in + i] = delta[j] * a[i];
+    if (pk__has_bias(tangent->graph, node))
+        for (size_t j = 0; j < outputs * out; j++)
+            phi[outputs * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
+}
+
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, pk_real *error)
+{
+    size_t cells = tangent->outputs * tangent->node[layer]->weight_count;
+    const pk_real *check = tangent->check[layer] + row * cells, *size = tangent->size[layer] + row * cells;
+    for (size_t i = 0; i < cells; i++)
+        error[i] = (pk_real)(2 * fabs(check[i])) + size[i];
+}
+
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, const pk_real *e, size_t first, size_t count,
+                                    pk_real *tile)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t outputs = tangent->outputs, out = node->width, ld = examples->ld;
+    double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_ROWS) {
+        pk__gemm(0, 0, outputs, count, node->weight_count, 1, e, node->weight_count, examples->rows[layer] + first, ld,
+                 1, tile, count);
+        tangent->flops += 2.0 * (double)outputs * (double)count * (double)node->weight_count;
+        tangent->seconds_contraction += pk__seconds() - start;
+        return;
+    }
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
+    /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
+    for (size_t at = 0; at < count; at += 64) {
+        size_t part = pk__least(64, count - at);
+        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0, tangent->scratch,
+                 part);
+        for (size_t k = 0; k < outputs; k++)
+            for (size_t j = 0; j < out; j++) {
+                const pk_real *product = tangent->scratch + (k * out + j) * part;
+                const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
+                const pk_real add = bias ? bias[k * out + j] : 0;
+                pk_real *to = tile + k * count + at;
+                for (size_t i = 0; i < part; i++)
+                    to[i] += (product[i] + add) * delta[i];
+            }
+    }
+    tangent->flops += 2.0 * (double)(outputs * out) * (double)count * (double)in;
+    tangent->seconds_contraction += pk__seconds() - start;
+}
+
+PK__END_C
+/* <<< implementation */
+#endif

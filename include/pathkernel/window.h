@@ -1,0 +1,278 @@
+/* pathkernel/window.h: the train side of an attribution: windows of consecutive steps of a run with their
+ * weights, the gradients of their examples, and their updates, recomputed and in linear form.
+ *
+ * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
+ * the results. An optimiser with state is followed forward once, its state kept at the start of every
+ * window, so that the windows can be visited in reverse.
+ */
+#ifndef PATHKERNEL_WINDOW_H
+#define PATHKERNEL_WINDOW_H
+#include "tangent.h"
+#include "trajectory.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+typedef struct pk_window {
+    const pk_run *run;
+    /* Of the run: */
+    size_t parameters, largest_batch, state_vectors;
+    int preconditioned; /* the optimiser scales each parameter on its own */
+    /* Of the plan: */
+    size_t capacity, windows, threads, lanes;
+    int saves, bounds;
+    /* The steps first .. first + count - 1; step first + j is number j below: */
+    size_t first, count;
+    pk_real *weights;        /* (count + 1) x P */
+    pk_real *direction;      /* count x P: D_s */
+    pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
+    pk_real *preconditioner; /* count x P: p_s, or NULL */
+    pk_real *preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    pk_linear_form *forms;
+    pk_batch *batches;
+    pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
+    /* Private: */
+    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    pk_real *state, *saved, *update; /* with bounds, a second state behind the first: of perturbed gradients */
+    pk_real *perturbed;              /* P */
+    size_t states;                   /* 1 or 2 */
+    pk_example_workspace *workspaces;
+    double *seconds; /* a thread's on examples */
+    double seconds_read;
+} pk_window;
+
+/* What of a run matters here: reads the batches' sizes. */
+PK_API void pk_window_begin(const pk_run *run, pk_window *window);
+/* Takes windows of up to capacity steps for threads threads. saves: keep the optimiser's state at the start
+ * of each window. bounds: have what bounds need. */
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+                           pk_window *window);
+/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
+ * flops an example. */
+PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count);
+/* Goes through the run once and keeps the state at the start of every window. */
+PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
+/* The state at the start of window number index: as saved, or zero at the start of the run. */
+PK_API void pk_window_restore_state(pk_window *window, size_t index);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_WINDOW_IMPLEMENTED)
+#define PATHKERNEL_WINDOW_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API void pk_window_begin(const pk_run *run, pk_window *window)
+{
+    memset(window, 0, sizeof *window);
+    window->run = run;
+    window->parameters = run->graph.parameters;
+    for (size_t s = 0; s < run->steps; s++) {
+        pk_batch batch;
+        pk_run_batch(run, s, &batch);
+        window->largest_batch = pk__most(window->largest_batch, batch.count);
+    }
+    window->lanes = pk__most(1, pk__least(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
+    window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
+    window->preconditioned = form.preconditioned;
+}
+
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+                           pk_window *window)
+{
+    const pk_graph *graph = &window->run->graph;
+    const size_t real = sizeof(pk_real), P = window->parameters;
+    size_t all = 0;
+    if (!pk__multiply(capacity, P, &all))
+        arena->overflow = 1;
+    window->capacity = capacity;
+    window->windows = pk__blocks(window->run->steps, capacity);
+    window->threads = threads;
+    window->saves = saves && window->state_vectors;
+    window->bounds = bounds;
+    window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
+    window->direction = (pk_real *)pk_arena_take(arena, all, real);
+    window->remainder = (pk_real *)pk_arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->states = bounds && window->preconditioned ? 2 : 1;
+    window->preconditioner_error = window->states == 2 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 2 ? (pk_real *)pk_arena_take(arena, P, real) : NULL;
+    window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
+    const size_t states = window->states * window->state_vectors;
+    window->state = (pk_real *)pk_arena_take(arena, states, P * real);
+    window->saved = (pk_real *)pk_arena_take(arena, window->saves ? window->windows : 0, states * P * real);
+    window->update = (pk_real *)pk_arena_take(arena, threads, P * real);
+    window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples));
+    window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    for (size_t j = 0; j < capacity && !arena->overflow; j++) {
+        pk_examples measured;
+        pk_examples_take(arena, graph, window->largest_batch, window->examples ? &window->examples[j] : &measured);
+        if (bounds)
+            pk_examples_take(arena, graph, window->largest_batch,
+                             window->magnitudes ? &window->magnitudes[j] : &measured);
+    }
+    window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    for (size_t w = 0; w < threads && !arena->overflow; w++) {
+        pk_example_workspace measured;
+        pk_example_workspace_take(arena, graph, window->workspaces ? &window->workspaces[w] : &measured);
+        if (window->seconds)
+            window->seconds[w] = 0;
+    }
+}
+
+static pk_status pk__load_window(pk_context *context, pk_window *window)
+{
+    const size_t P = window->parameters;
+    for (size_t j = 0; j <= window->count; j++) {
+        pk_status status = pk_run_weights(context, window->run, window->first + j, window->weights + j * P);
+        if (status)
+            return status;
+    }
+    const int threads = (int)window->threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t j = 0; j < window->count; j++) {
+        const pk_real *from = window->weights + j * P;
+        for (size_t i = 0; i < P; i++)
+            window->direction[j * P + i] = from[P + i] - from[i];
+        pk_run_batch(window->run, window->first + j, &window->batches[j]);
+        pk_examples_begin(&window->examples[j], &window->batches[j]);
+    }
+    return PK_OK;
+}
+
+/* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
+static void pk__fill_window(pk_window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, lanes = window->lanes;
+    const int threads = (int)window->threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t task = 0; task < window->count * lanes; task++) {
+        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        double start = pk__seconds();
+        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK), each = pk__blocks(blocks, lanes);
+        pk_real *gradient = window->gradient + task * P;
+        memset(gradient, 0, P * sizeof *gradient);
+        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++)
+            pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
+                             &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+        window->seconds[thread] += pk__seconds() - start;
+    }
+    PK__PARALLEL_FOR(threads)
+    for (size_t j = 0; j < window->count; j++)
+        if (window->magnitudes)
+            pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+}
+
+/* The update of step number j recomputed from its gradient: u_s, and the optimiser's linear form. */
+static void pk__recompute_update(pk_window *window, size_t j, pk_real *update)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, step = window->first + j;
+    double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
+    pk_real *gradient = window->gradient + j * window->lanes * P;
+    for (size_t lane = 1; lane < window->lanes; lane++)
+        for (size_t i = 0; i < P; i++)
+            gradient[i] += gradient[lane * P + i];
+    pk_optimizer_update(&run->optimizer, step, rate, scale, P, window->weights + j * P, gradient, window->state,
+                        update);
+    for (size_t i = 0; i < P; i++)
+        window->remainder[j * P + i] = window->direction[j * P + i] - update[i];
+    pk_optimizer_linear_form(&run->optimizer, step, rate, P, window->state, &window->forms[j],
+                             window->preconditioner ? window->preconditioner + j * P : NULL);
+}
+
+/* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
+ * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
+ * with the gradients' size, and the difference of the two p is the error. */
+static void pk__perturb_update(pk_window *window, size_t j, pk_real *update)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, step = window->first + j;
+    const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
+    double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
+    double allowance = pk_rounding_allowance(&run->graph);
+    pk_real *perturbed = window->perturbed, *state = window->state + window->state_vectors * P;
+    pk_real *error = window->preconditioner_error + j * P;
+    memset(perturbed, 0, P * sizeof *perturbed);
+    pk_examples_sum(&window->magnitudes[j], &run->graph, perturbed);
+    for (size_t i = 0; i < P; i++) {
+        double whole = scale * gradient[i] + coupled * weights[i];
+        double less = scale * allowance * perturbed[i];
+        less = less < fabs(whole) ? less : fabs(whole);
+        perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
+    }
+    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state, update);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
+    for (size_t i = 0; i < P; i++)
+        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * P + i]);
+}
+
+PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
+{
+    double start = pk__seconds();
+    window->first = first;
+    window->count = count;
+    pk_status status = pk__load_window(context, window);
+    if (status)
+        return status;
+    window->seconds_read += pk__seconds() - start;
+    pk__fill_window(window);
+    start = pk__seconds();
+    if (window->state_vectors) {
+        for (size_t j = 0; j < count; j++) {
+            pk__recompute_update(window, j, window->update);
+            if (window->states == 2)
+                pk__perturb_update(window, j, window->update);
+        }
+    } else {
+        const int threads = (int)window->threads;
+        PK__PARALLEL_FOR(threads)
+        for (size_t j = 0; j < count; j++)
+            pk__recompute_update(window, j, window->update + (size_t)pk__thread() * window->parameters);
+    }
+    window->seconds_read += pk__seconds() - start;
+    return PK_OK;
+}
+
+PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    memset(window->state, 0, numbers * sizeof(pk_real));
+    for (size_t w = 0; w < window->windows; w++) {
+        size_t first = w * window->capacity, count = pk__least(window->capacity, window->run->steps - first);
+        memcpy(window->saved + w * numbers, window->state, numbers * sizeof(pk_real));
+        pk_status status =
+            pk__progress(context, "recomputing the optimiser's state", (double)w / (double)window->windows);
+        if (!status && w + 1 < window->windows)
+            status = pk_window_prepare(context, window, first, count);
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+PK_API void pk_window_restore_state(pk_window *window, size_t index)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    if (!numbers)
+        return;
+    if (window->saves)
+        memcpy(window->state, window->saved + index * numbers, numbers * sizeof(pk_real));
+    else
+        memset(window->state, 0, numbers * sizeof(pk_real));
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
