@@ -29,28 +29,28 @@ extern "C" {
 #define FIXTURE static inline
 
 /* Fails with the library's message. */
-#define assert_ok(context, status)                                                       \
-    do {                                                                                 \
-        pk_status fixture_status = (status);                                             \
-        if (fixture_status)                                                              \
-            fail_msg("%s: %s", pk_status_text(fixture_status), pk_message(context));     \
+#define assert_ok(context, status)                                                   \
+    do {                                                                             \
+        pk_status fixture_status = (status);                                         \
+        if (fixture_status)                                                          \
+            fail_msg("%s: %s", pk_status_text(fixture_status), pk_message(context)); \
     } while (0)
 
 /* Fails unless the status is the expected one and the message contains the words. */
-#define assert_refused(context, expected, words, status)                                         \
-    do {                                                                                         \
-        pk_status fixture_status = (status);                                                     \
-        if (fixture_status != (expected) || !strstr(pk_message(context), words))                 \
-            fail_msg("expected %s with '%s', got %s: %s", pk_status_text(expected), words,       \
-                     pk_status_text(fixture_status), pk_message(context));                       \
+#define assert_refused(context, expected, words, status)                                   \
+    do {                                                                                   \
+        pk_status fixture_status = (status);                                               \
+        if (fixture_status != (expected) || !strstr(pk_message(context), words))           \
+            fail_msg("expected %s with '%s', got %s: %s", pk_status_text(expected), words, \
+                     pk_status_text(fixture_status), pk_message(context));                 \
     } while (0)
 
 /* |a - b| <= tolerance; false for NaN. */
-#define assert_close(a, b, tolerance)                                                                  \
-    do {                                                                                               \
-        double fixture_a = (double)(a), fixture_b = (double)(b);                                       \
-        if (!(fabs(fixture_a - fixture_b) <= (tolerance)))                                             \
-            fail_msg("%.17g and %.17g are %.3g apart", fixture_a, fixture_b, fixture_a - fixture_b);   \
+#define assert_close(a, b, tolerance)                                                                \
+    do {                                                                                             \
+        double fixture_a = (double)(a), fixture_b = (double)(b);                                     \
+        if (!(fabs(fixture_a - fixture_b) <= (tolerance)))                                           \
+            fail_msg("%.17g and %.17g are %.3g apart", fixture_a, fixture_b, fixture_a - fixture_b); \
     } while (0)
 
 FIXTURE void *fixture_take(size_t count, size_t size)
@@ -67,8 +67,9 @@ FIXTURE void *fixture_take(size_t count, size_t size)
 /* The network of a line such as "input 3; dense 4 nobias; tanh; dense 2", for the oracle. */
 FIXTURE bf_network fixture_network(const char *text)
 {
-    static const char *const names[BF_ACTIVATIONS] = {"identity", "relu", "leaky_relu", "tanh", "sigmoid", "softplus",
-                                                      "gelu",     "silu", "erf",        "hard_tanh", "abs"};
+    static const char *const names[BF_ACTIVATIONS] = {"identity", "relu",      "leaky_relu", "tanh",
+                                                      "sigmoid",  "softplus",  "gelu",       "silu",
+                                                      "erf",      "hard_tanh", "abs"};
     bf_network network;
     memset(&network, 0, sizeof network);
     for (const char *at = text; at; at = strchr(at, ';') ? strchr(at, ';') + 1 : NULL) {
@@ -138,8 +139,8 @@ FIXTURE void fixture_clear(const char *directory)
 
 /* Records a brute-force run under other words for its network and optimiser where they are not NULL, and
  * opens it. The directory is gone when this returns: the run stays mapped. */
-FIXTURE void fixture_open_as(pk_context *context, const bf_run *from, const char *network, const char *optimizer,
-                             pk_run *run)
+FIXTURE void fixture_open_as(pk_context *context, const bf_run *from, const char *network,
+                             const char *optimizer, pk_run *run)
 {
     const char *temporary = getenv("TMPDIR");
     char directory[300], network_text[512], optimizer_text[256];
@@ -159,7 +160,8 @@ FIXTURE void fixture_open_as(pk_context *context, const bf_run *from, const char
     options.batch_weights = from->batch_weights != NULL;
     options.gradient_scales = from->gradient_scales != NULL;
     options.second_moments = from->second_moments != NULL;
-    const size_t inputs[2] = {from->examples, from->network.inputs}, targets[2] = {from->examples, from->outputs};
+    const size_t inputs[2] = {from->examples, from->network.inputs},
+                 targets[2] = {from->examples, from->outputs};
     train.inputs = pk_array_view(PK_FLOAT64, 2, inputs, from->inputs);
     train.targets = from->labels ? pk_array_view(PK_INT64, 1, targets, from->labels)
                                  : pk_array_view(PK_FLOAT64, 2, targets, from->targets);
@@ -314,7 +316,7 @@ FIXTURE void *fixture_allocate(void *user, size_t bytes, size_t alignment)
     void *block = NULL;
     if (++memory->allocations == memory->fail_at || posix_memalign(&block, alignment, bytes) != 0)
         return NULL;
-    memset(block, 0xa5, bytes); /* nobody may count on zeros from here */
+    memset(block, 0xff, bytes); /* NaN: nobody may count on zeros from here */
     memory->held += bytes;
     return block;
 }

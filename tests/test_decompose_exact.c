@@ -1,5 +1,5 @@
 /* Decompositions against brute force in long double: every activation, loss, optimiser and engine. The last
- * lines of the output give the worst closure and the worst entry error over everything in this file. */
+ * line of the output gives the worst closure and the worst entry error over everything in this file. */
 #include "fixture.h"
 
 static double worst_closure, worst_entry, worst_engines[2]; /* adaptive, exact */
@@ -31,14 +31,14 @@ static void check_run(const bf_run *truth_run, const char *name, const double *i
         pk_decompose_options options;
         pk_decomposition got;
         memset(&options, 0, sizeof options);
-        context.threads = 1 + way % 2;
+        context.threads = 1; /* test_determinism.c has the threads */
         options.keep[0] = PK_BY_EXAMPLE;
         options.keep[1] = PK_BY_STEP;
         options.keep[2] = PK_BY_LAYER;
         options.engine = way == 1 ? PK_ENGINE_FACTORED : way == 2 ? PK_ENGINE_INTEGRATED : PK_ENGINE_AUTO;
         options.reverse_time = way == 3;
-        pk_status status = pk_decompose(&context, &run, pk_matrix_view((double *)inputs, ROWS, truth_run->network.inputs),
-                                        &options, &got);
+        pk_status status = pk_decompose(
+            &context, &run, pk_matrix_view((double *)inputs, ROWS, truth_run->network.inputs), &options, &got);
         if (status)
             fail_msg("%s, way %d: %s: %s", name, way, pk_status_text(status), pk_message(&context));
         double entry = fixture_entry_error(&got, &truth);
@@ -54,7 +54,8 @@ static void check_run(const bf_run *truth_run, const char *name, const double *i
         } else {
             /* Adaptive rules start at the order that the step before needed, and reverse time has another before. */
             const int exact = run.graph.degree >= 0;
-            double scale = fixture_largest(entries, first), apart = fixture_apart(entries, first, got.by_example);
+            double scale = fixture_largest(entries, first),
+                   apart = fixture_apart(entries, first, got.by_example);
             if (!(apart <= (exact || way < 3 ? 1e-13 : 1e-11) * scale))
                 fail_msg("%s: way %d differs from auto by %.3g of %.3g", name, way, apart, scale);
             if (scale > 0)
@@ -73,8 +74,8 @@ static void check(const subject *s)
     bf_run run;
     char name[300];
     fixture_make(s->network, s->loss, s->optimizer, &s->recipe, &run);
-    snprintf(name, sizeof name, "%.120s | %s | %.80s | seed %lu", s->network, bf_loss_name(s->loss), s->optimizer,
-             (unsigned long)s->recipe.seed);
+    snprintf(name, sizeof name, "%.120s | %s | %.80s | seed %lu", s->network, bf_loss_name(s->loss),
+             s->optimizer, (unsigned long)s->recipe.seed);
     double *inputs = fixture_normals(s->recipe.seed + 99, ROWS * run.network.inputs, 1);
     memcpy(inputs, run.inputs, run.network.inputs * sizeof *inputs); /* one training example among them */
     check_run(&run, name, inputs);
@@ -82,8 +83,9 @@ static void check(const subject *s)
     bf_run_free(&run);
 }
 
-static const char *const activations[] = {"identity", "relu", "leaky_relu 0.1", "tanh", "sigmoid", "softplus 2",
-                                          "gelu",     "silu", "erf",            "hard_tanh", "abs"};
+static const char *const activations[] = {"identity",   "relu", "leaky_relu 0.1", "tanh", "sigmoid",
+                                          "softplus 2", "gelu", "silu",           "erf",  "hard_tanh",
+                                          "abs"};
 enum { ACTIVATIONS = 11 };
 
 /* Every activation with three losses: full batches, mini-batches with repeated rows, batch weights. */
@@ -96,7 +98,8 @@ static void test_activations(void **state)
             char network[200];
             snprintf(network, sizeof network, "input 3; dense 5; %s; dense 4%s; %s; dense 2", activations[a],
                      v == 2 ? " nobias" : "", activations[a]);
-            subject s = {network, losses[v], "sgd", fixture_recipe((uint64_t)(10 * a + v), 6, 5, v ? 5 : 0, 0.5)};
+            subject s = {network, losses[v], "sgd",
+                         fixture_recipe((uint64_t)(10 * a + v), 6, 5, v ? 5 : 0, 0.5)};
             s.recipe.batch_weights = v == 2;
             check(&s);
         }
@@ -107,12 +110,13 @@ static void test_losses(void **state)
     (void)state;
     for (int loss = 0; loss < BF_LOSSES; loss++)
         for (int v = 0; v < 2; v++) {
-            subject s = {v ? "input 3; dense 5; relu; dense 3" : "input 2; dense 4; tanh; dense 3", (bf_loss)loss, "sgd",
-                         fixture_recipe((uint64_t)(200 + 2 * loss + v), 7, 6, 4, 0.4)};
+            subject s = {v ? "input 3; dense 5; relu; dense 3" : "input 2; dense 4; tanh; dense 3",
+                         (bf_loss)loss, "sgd", fixture_recipe((uint64_t)(200 + 2 * loss + v), 7, 6, 4, 0.4)};
             check(&s);
             if (loss == BF_SOFTMAX_CROSS_ENTROPY || loss == BF_NLL)
                 continue;
-            s.network = v ? "input 3; dense 5; relu; dense 1" : "input 2; dense 4; tanh; dense 1"; /* one output */
+            s.network =
+                v ? "input 3; dense 5; relu; dense 1" : "input 2; dense 4; tanh; dense 1"; /* one output */
             check(&s);
         }
 }
@@ -137,7 +141,8 @@ static void test_optimizers(void **state)
                                                     "input 3; dense 5; relu; dense 4 nobias; relu; dense 2",
                                                     "input 2; dense 3; silu; dense 1"};
             subject s = {networks[v], v == 2 ? BF_SQUARED : BF_SOFTMAX_CROSS_ENTROPY, optimizers[o],
-                         fixture_recipe((uint64_t)(300 + 3 * o + (size_t)v), 6, 7, v == 1 ? 0 : 4, strstr(optimizers[o], "adam") ? 0.05 : 0.2)};
+                         fixture_recipe((uint64_t)(300 + 3 * o + (size_t)v), 6, 7, v == 1 ? 0 : 4,
+                                        strstr(optimizers[o], "adam") ? 0.05 : 0.2)};
             s.recipe.gradient_scales = v == 0;
             s.recipe.batch_weights = v == 2;
             s.recipe.second_moments = v == 1;
@@ -236,7 +241,8 @@ static void test_degenerate_units(void **state)
     for (int v = 0; v < 4; v++) {
         bf_run run;
         const bf_recipe recipe = fixture_recipe((uint64_t)(800 + v), 5, 3, 0, 1);
-        fixture_make("input 3; dense 5; relu; dense 4; relu; dense 2", BF_SOFTMAX_CROSS_ENTROPY, "sgd", &recipe, &run);
+        fixture_make("input 3; dense 5; relu; dense 4; relu; dense 2", BF_SOFTMAX_CROSS_ENTROPY, "sgd", &recipe,
+                     &run);
         const size_t P = run.parameters;
         for (size_t s = 0; s <= run.steps; s++) {
             double *w = run.weights + s * P;
@@ -255,7 +261,12 @@ static void test_degenerate_units(void **state)
                     w[p] = 0;
         }
         double *inputs = fixture_normals(6, ROWS * run.network.inputs, 1);
-        check_run(&run, v == 0 ? "zero unit" : v == 1 ? "twin units" : v == 2 ? "dead units" : "from zeros", inputs);
+        check_run(&run,
+                  v == 0   ? "zero unit"
+                  : v == 1 ? "twin units"
+                  : v == 2 ? "dead units"
+                           : "from zeros",
+                  inputs);
         free(inputs);
         bf_run_free(&run);
     }
@@ -264,13 +275,15 @@ static void test_degenerate_units(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_activations),   cmocka_unit_test(test_losses),      cmocka_unit_test(test_optimizers),
-        cmocka_unit_test(test_shapes),        cmocka_unit_test(test_huge_steps),  cmocka_unit_test(test_many_examples),
-        cmocka_unit_test(test_still_steps),   cmocka_unit_test(test_degenerate_units),
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_losses),
+        cmocka_unit_test(test_optimizers),  cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_huge_steps),  cmocka_unit_test(test_many_examples),
+        cmocka_unit_test(test_still_steps), cmocka_unit_test(test_degenerate_units),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);
-    printf("%zu decompositions: worst closure %.3g; worst entry error %.3g of the largest entry; engines and "
-           "reverse time agree to %.3g (exact rule), %.3g (adaptive)\n",
-           decompositions, worst_closure, worst_entry, worst_engines[1], worst_engines[0]);
+    printf(
+        "worst closure %.3g; worst entry error %.3g of the largest entry, over %zu decompositions; engines and "
+        "reverse time agree to %.3g (exact rule), %.3g (adaptive)\n",
+        worst_closure, worst_entry, decompositions, worst_engines[1], worst_engines[0]);
     return failures;
 }

@@ -61,7 +61,7 @@ typedef struct pk__plan {
 typedef struct pk__worker {
     struct pk__job *job;
     pk_tangent tangent;
-    pk_real *phi, *effective; /* outputs x weights of one layer */
+    pk_real *phi, *effective; /* outputs of a part x weights of its layer */
     pk_real *tile;            /* outputs x PK_EXAMPLE_BLOCK */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
@@ -72,7 +72,6 @@ typedef struct pk__worker {
 } pk__worker;
 
 typedef struct pk__block_state { /* of a block of rows, kept between windows */
-    int order;
     size_t points_last, points, pieces, refused;
     double flops, worst;
     size_t worst_step, worst_row;
@@ -99,10 +98,17 @@ typedef struct pk__job {
     pk_real *reverse_state; /* plan.rows x outputs x P: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
+    unsigned char *row_order; /* plan.rows: see pk_integrator */
     pk__worker *workers;
     double next_carry; /* carry of the step after the window */
     pk_decomposition *part;
 } pk__job;
+
+/* A layer's outputs come in parts that stay in the cache. */
+static size_t pk__part_outputs(const pk_node *node, size_t outputs)
+{
+    return pk__most(1, pk__least(outputs, ((size_t)1 << 14) / node->weight_count));
+}
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
 static void pk__job_layout(pk__job *job, pk_arena *arena)
@@ -126,9 +132,12 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
             job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
     }
     job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->row_order = (unsigned char *)pk_arena_take(arena, rows, 1);
     job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
-    for (size_t l = 0; l < graph->layers; l++)
-        largest = pk__most(largest, pk_graph_layer(graph, l)->weight_count);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        largest = pk__most(largest, pk__part_outputs(node, job->outputs) * node->weight_count);
+    }
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
         memset(worker, 0, sizeof *worker);
@@ -136,8 +145,8 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
         pk_tangent_take(arena, graph, &job->options->readout, job->block,
                         job->reverse || job->options->engine != PK_ENGINE_FACTORED, job->options->bounds,
                         &worker->tangent);
-        worker->phi = (pk_real *)pk_arena_take(arena, job->outputs, largest * real);
-        worker->effective = (pk_real *)pk_arena_take(arena, job->outputs, largest * real);
+        worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
+        worker->effective = (pk_real *)pk_arena_take(arena, largest, real);
         worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
         worker->left_inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
@@ -194,18 +203,15 @@ static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int b
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
-/* Adds factor * tile (rows x outputs x count, rows from worker->row) of one layer, or of all (-1). */
-static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
+/* Adds factor * tile (cells x count) of one layer, or of all (-1), to the results of the cells from cell on. */
+static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor, size_t first,
+                          size_t count, const pk_real *tile)
 {
-    const pk__worker *worker = (const pk__worker *)user;
     const pk__job *job = worker->job;
     pk_decomposition *part = job->part;
     const int64_t *items = worker->batch->items + first;
-    const double factor = worker->factor;
     const size_t outputs = job->outputs, level = layer < 0 ? 0 : (size_t)layer;
-    for (size_t i = 0; i < worker->rows * outputs; i++) {
-        const pk_real *from = tile + i * count;
-        size_t cell = worker->row * outputs + i;
+    for (const pk_real *from = tile; from < tile + cells * count; from += count, cell++) {
         double sum = 0;
         for (size_t b = 0; b < count; b++)
             sum += from[b];
@@ -233,113 +239,137 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
     }
 }
 
+/* The tile of a block of rows from the factored layers. */
+static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
+{
+    const pk__worker *worker = (const pk__worker *)user;
+    const size_t outputs = worker->job->outputs;
+    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count, tile);
+}
+
 /* Weights of a layer that Phi keeps apart from its matrix. */
 static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
 {
     return node->operation->tangent_form == PK_TANGENT_OUTER && pk__has_bias(graph, node) ? node->width : 0;
 }
 
-/* Phi of a layer (outputs x out x in, then outputs x out) scaled by p (out x in, then out); NULL: by rate. */
-static void pk__precondition(const pk_graph *graph, const pk_node *node, size_t outputs, double rate, const pk_real *p, pk_real *phi)
-{
-    size_t weights = node->weight_count;
-    if (!p) {
-        for (size_t i = 0; i < outputs * weights; i++)
-            phi[i] *= (pk_real)rate;
-        return;
-    }
-    size_t bias = pk__bias_count(graph, node), matrix = weights - bias;
-    for (size_t k = 0; k < outputs; k++) {
-        for (size_t i = 0; i < matrix; i++)
-            phi[k * matrix + i] *= p[i];
-        for (size_t i = 0; i < bias; i++)
-            phi[outputs * matrix + k * bias + i] *= p[matrix + i];
-    }
-}
+/* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
+typedef struct pk__part {
+    const pk_node *node;
+    size_t layer, row, first, count; /* row of the block */
+    size_t bias, matrix;             /* weights of each output */
+} pk__part;
 
-/* < e_k, v > for e laid out like Phi of a layer and v like its weights. */
-static pk_real pk__dot_layer(const pk_graph *graph, const pk_node *node, size_t outputs, size_t k, const pk_real *e, const pk_real *v)
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted: one pass, since memory
+ * bounds it. p: out x in, then out; NULL: rate. */
+static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
+                              const pk_real *phi, pk_real *state, pk_real *e)
 {
-    size_t bias = pk__bias_count(graph, node), matrix = node->weight_count - bias;
-    return pk__dot(matrix, e + k * matrix, v) + pk__dot(bias, e + outputs * matrix + k * bias, v + matrix);
-}
-
-/* < e, |g_b| > |factor| added to the bounds of one row. */
-static void pk__add_bounds(pk__worker *worker, size_t layer, size_t row, size_t j, const pk_real *e)
-{
-    pk__job *job = worker->job;
-    pk_tangent *tangent = &worker->tangent;
-    double *bounds = job->part->bounds + row * job->outputs * job->part->examples;
-    tangent->examples = &job->window.magnitudes[j];
-    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
-        size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
-        memset(worker->tile, 0, job->outputs * count * sizeof *worker->tile);
-        pk_tangent_contract_row(tangent, layer, e, first, count, worker->tile);
-        for (size_t k = 0; k < job->outputs; k++)
-            for (size_t b = 0; b < count; b++)
-                bounds[k * job->part->examples + (size_t)job->window.batches[j].items[first + b]] +=
-                    fabs(worker->factor) * (double)worker->tile[k * count + b];
-    }
-    tangent->examples = &job->window.examples[j];
-}
-
-/* < e, g_b > factor added to the results of one row of the block. */
-static void pk__add_row(pk__worker *worker, size_t layer, size_t r, size_t j, const pk_real *e)
-{
-    pk__job *job = worker->job;
-    const size_t row = worker->row, rows = worker->rows;
-    worker->row = row + r;
-    worker->rows = 1;
-    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
-        size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
-        memset(worker->tile, 0, job->outputs * count * sizeof *worker->tile);
-        pk_tangent_contract_row(&worker->tangent, layer, e, first, count, worker->tile);
-        pk__add_tile(worker, (int)layer, first, count, worker->tile);
-    }
-    worker->row = row;
-    worker->rows = rows;
-}
-
-/* One layer, one row whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction
- * with the batch, and the bounds by the same way with absolute values. */
-static void pk__materialised_row(pk__worker *worker, size_t layer, size_t r, size_t j, double carry)
-{
-    pk__job *job = worker->job;
-    const pk_node *node = worker->tangent.node[layer];
-    const pk_linear_form *form = &job->window.forms[j];
-    const size_t P = job->graph->parameters, outputs = job->outputs, cells = outputs * node->weight_count;
-    const size_t row = worker->row + r, at = row * outputs * P + outputs * node->weight_offset;
-    const pk_real *p = job->window.preconditioner ? job->window.preconditioner + j * P + node->weight_offset : NULL;
-    const pk_real *slack =
-        job->window.preconditioner_error ? job->window.preconditioner_error + j * P + node->weight_offset : NULL;
-    pk_real *phi = worker->phi, *e = worker->effective;
-    for (int error = 0; error <= (job->part->bounds != NULL); error++) {
-        if (error)
-            pk_tangent_row_error(&worker->tangent, layer, r, phi);
-        else
-            pk_tangent_row_phi(&worker->tangent, layer, r, phi);
-        if (job->reverse) {
-            pk_real *state = (error ? job->reverse_error : job->reverse_state) + at;
-            pk__precondition(job->graph, node, outputs, form->rate, p, phi);
-            if (error && slack) { /* |error of p Phi| <= p |error of Phi| + |error of p| |Phi| */
-                pk_tangent_row_phi(&worker->tangent, layer, r, e);
-                pk__precondition(job->graph, node, outputs, form->rate, slack, e);
-                for (size_t i = 0; i < cells; i++)
-                    phi[i] += (pk_real)fabs(e[i]);
-            }
-            for (size_t i = 0; i < cells; i++) {
-                state[i] = (pk_real)(carry * state[i] + form->enter * phi[i]);
-                e[i] = (pk_real)(form->gain * state[i] + form->direct * phi[i]);
-            }
-            for (size_t k = 0; form->coupled != 0 && !error && k < outputs; k++)
-                job->part->decay[row * outputs + k] -=
-                    form->coupled * pk__dot_layer(job->graph, node, outputs, k, e, job->window.weights + j * P + node->weight_offset);
+    const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;
+    const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;
+    for (size_t segment = 0; segment < 2 * part->count; segment++) { /* matrices of all outputs, then biases */
+        const size_t k = segment % part->count, bias = segment / part->count;
+        const size_t count = bias ? part->bias : part->matrix;
+        const size_t at = bias ? part->count * part->matrix + k * part->bias : k * part->matrix;
+        const pk_real *scale = p ? p + (bias ? part->matrix : 0) : NULL;
+        for (size_t i = 0; i < count; i++) {
+            const pk_real entering = (scale ? scale[i] : rate) * phi[at + i];
+            state[at + i] = keep * state[at + i] + enter * entering;
+            if (e)
+                e[at + i] = gain * state[at + i] + direct * entering;
         }
-        if (error)
-            pk__add_bounds(worker, layer, row, j, job->reverse ? e : phi);
-        else
-            pk__add_row(worker, layer, r, j, job->reverse ? e : phi);
     }
+}
+
+/* < e_k, v > for e laid out like Phi of a part and v like the layer's weights. */
+static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, const pk_real *v)
+{
+    return (double)pk__dot(part->matrix, e + k * part->matrix, v) +
+           (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
+}
+
+/* factor < e, g_b > added to the results, or with bounds |factor| < e, |g_b| > to the bounds, of a part. */
+static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor, const pk_real *e,
+                              int bounds)
+{
+    pk__job *job = worker->job;
+    const size_t examples = job->part->examples;
+    const size_t cell = (worker->row + part->row) * job->outputs + part->first;
+    worker->tangent.examples = bounds ? &job->window.magnitudes[j] : &job->window.examples[j];
+    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
+        const size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
+        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first, count, worker->tile);
+        if (!bounds) {
+            pk__add_cells(worker, (int)part->layer, cell, part->count, factor, first, count, worker->tile);
+            continue;
+        }
+        for (size_t k = 0; k < part->count; k++)
+            for (size_t b = 0; b < count; b++)
+                job->part->bounds[(cell + k) * examples + (size_t)job->window.batches[j].items[first + b]] +=
+                    fabs(factor) * (double)worker->tile[k * count + b];
+    }
+    worker->tangent.examples = &job->window.examples[j];
+}
+
+/* One part whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction with the batch, and
+ * the bounds by the same way with absolute values. */
+static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j, double carry)
+{
+    pk__job *job = worker->job;
+    pk_window *window = &job->window;
+    const pk_linear_form *form = &window->forms[j];
+    const size_t P = job->graph->parameters, offset = part->node->weight_offset;
+    const size_t cell = (worker->row + part->row) * job->outputs;
+    const size_t at = cell * P + job->outputs * offset + part->first * part->node->weight_count;
+    const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
+    pk_real *phi = worker->phi, *e = phi;
+    double factor = worker->factor;
+    pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, phi);
+    if (job->reverse) {
+        /* Without a direct part E is gain R: no copy is needed. */
+        const int direct = form->direct != 0;
+        e = direct ? worker->effective : job->reverse_state + at;
+        factor *= direct ? 1 : form->gain;
+        pk__advance_state(part, form, carry, p, phi, job->reverse_state + at, direct ? e : NULL);
+        for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
+            job->part->decay[cell + part->first + k] -= form->coupled * (direct ? 1 : form->gain) *
+                                                        pk__dot_part(part, k, e, window->weights + j * P + offset);
+    }
+    pk__contract_part(worker, part, j, factor, e, 0);
+    if (!job->part->bounds)
+        return;
+    const size_t numbers = part->count * part->node->weight_count;
+    pk_real *error = worker->effective;
+    pk_tangent_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
+    if (job->reverse) {
+        if (window->preconditioner_error) {
+            /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
+            const pk_real *slack = window->preconditioner_error + j * P + offset;
+            for (size_t i = 0; i < numbers; i++) {
+                const size_t matrix = part->count * part->matrix;
+                const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
+                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(phi[i]) : 0;
+            }
+        }
+        pk__advance_state(part, form, carry, p, error, job->reverse_error + at, error);
+    }
+    pk__contract_part(worker, part, j, worker->factor, error, 1);
+}
+
+static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, double carry)
+{
+    const pk__job *job = worker->job;
+    pk__part part;
+    part.node = worker->tangent.node[layer];
+    part.layer = layer;
+    part.bias = pk__bias_count(job->graph, part.node);
+    part.matrix = part.node->weight_count - part.bias;
+    const size_t each = pk__part_outputs(part.node, job->outputs);
+    for (part.row = 0; part.row < worker->rows; part.row++)
+        for (part.first = 0; part.first < job->outputs; part.first += each) {
+            part.count = pk__least(each, job->outputs - part.first);
+            pk__materialised_part(worker, &part, j, carry);
+        }
 }
 
 /* h at t of every row: into h (rows x outputs). */
@@ -396,7 +426,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     double begin = pk__seconds(), contraction = tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__least(job->block, job->part->rows - worker->row);
-    tangent->integrator.order = block->order;
+    tangent->integrator.row_order = job->row_order + worker->row;
     tangent->integrator.points_last = block->points_last;
     tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
     tangent->flops = 0;
@@ -421,16 +451,11 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P, job->part->first_row + worker->row,
                         worker->rows, job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
-        for (size_t l = 0; l < job->graph->layers; l++) {
-            if (!tangent->integrated[l])
-                continue;
-            double carry = j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry;
-            for (size_t r = 0; r < worker->rows; r++)
-                pk__materialised_row(worker, l, r, j, carry);
-        }
+        for (size_t l = 0; l < job->graph->layers; l++)
+            if (tangent->integrated[l])
+                pk__materialised_layer(worker, l, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
-    block->order = tangent->integrator.order;
     block->points_last = tangent->integrator.points_last;
     block->points += tangent->integrator.points;
     block->pieces += tangent->integrator.split_pieces;
@@ -534,8 +559,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     if (status)
         return status;
     memset(job->blocks, 0, blocks * sizeof *job->blocks);
-    for (size_t b = 0; b < blocks; b++)
-        job->blocks[b].order = 2;
+    memset(job->row_order, 2, job->part->rows);
     if (job->gram)
         pk__fill_gram(job);
     if (job->reverse_error)

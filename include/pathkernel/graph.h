@@ -53,6 +53,7 @@ typedef struct pk_node {
     int input_constant;     /* no input depends on t */
     int cotangent_constant; /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
+    int unread;                 /* no node takes it, and it is not the output */
 } pk_node;
 
 /* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
@@ -207,22 +208,19 @@ static void pk__graph_analyse(pk_graph *graph)
     for (size_t n = 0; n < graph->node_count; n++) {
         pk_node *node = &graph->nodes[n];
         node->cotangent_constant = 1;
+        node->unread = n != last;
         if (node->width > graph->widest)
             graph->widest = node->width;
-        for (int j = 0; j < node->input_count; j++) {
-            node->shared[j] = 0;
-            for (int k = 0; k < j; k++)
-                node->shared[j] |= node->inputs[k] == node->inputs[j];
-            for (size_t later = n + 1; later <= last; later++)
-                for (int k = 0; k < graph->nodes[later].input_count; k++)
-                    node->shared[j] |= graph->nodes[later].inputs[k] == node->inputs[j];
-        }
     }
     for (size_t n = last; n > 0; n--) {
-        const pk_node *node = &graph->nodes[n];
+        pk_node *node = &graph->nodes[n];
         int constant = node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
-        for (int j = 0; j < node->input_count; j++)
-            graph->nodes[node->inputs[j]].cotangent_constant &= constant;
+        for (int j = 0; j < node->input_count; j++) {
+            pk_node *input = &graph->nodes[node->inputs[j]];
+            input->cotangent_constant &= constant;
+            node->shared[j] = !input->unread;
+            input->unread = 0;
+        }
         graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
     }
     graph->output_width = graph->nodes[last].width;
@@ -506,8 +504,12 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
 PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies)
 {
     tape->line = *line;
-    for (size_t n = tape->graph->node_count - 1; n > 0; n--)
-        pk__node_reverse(tape, line, &tape->graph->nodes[n], rows, copies);
+    for (size_t n = tape->graph->node_count - 1; n > 0; n--) {
+        const pk_node *node = &tape->graph->nodes[n];
+        if (node->unread && node->varies)
+            memset(tape->cotangent[n], 0, rows * copies * node->width * sizeof(pk_real));
+        pk__node_reverse(tape, line, node, rows, copies);
+    }
 }
 
 PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)

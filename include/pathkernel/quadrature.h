@@ -78,9 +78,9 @@ typedef struct pk_integrator {
     size_t first_row; /* of the block among the test rows */
     double target;    /* closure a piece may have, relative to max(1, |h|) */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    int order;        /* nodes that the last step needed: where the next one starts */
+    unsigned char *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
     pk_pieces stack, batch, pieces;
-    unsigned char *passed;
+    unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
@@ -235,11 +235,12 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     pk_pieces_take(arena, 66 * rows + 64 * pieces, &integrator->stack);
     pk_pieces_take(arena, rows, &integrator->batch);
     pk_pieces_take(arena, pieces, &integrator->pieces);
+    integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
+    integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
     pk_points_take(arena, points, bounds, &integrator->buffer);
     integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
-    integrator->order = 2;
 }
 
 static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
@@ -356,43 +357,55 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
     return worst;
 }
 
-/* passed[i] = whether piece i closes with order nodes, for those not passed before; returns the worst error
- * over target among the tested ones. */
-static double pk__test_pieces(pk_integrator *integrator, int order)
+enum { PK__LARGEST_ORDER = 16 };
+
+/* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
+ * be tested again. */
+static int pk__test_pieces(pk_integrator *integrator)
 {
     pk_segment *segment = &integrator->segment;
     const pk_pieces *pieces = &integrator->pieces;
-    const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
-    size_t each = (size_t)order + 2, chunk = segment->point_capacity / each, next = 0;
-    double worst = 0;
-    while (next < pieces->count) {
-        size_t tested = 0, last = next;
-        for (; last < pieces->count && tested < chunk; last++) {
-            if (integrator->passed[last])
+    unsigned char *order = integrator->order;
+    int again = 0;
+    for (size_t next = 0, last; next < pieces->count; next = last) {
+        size_t points = 0;
+        for (last = next; last < pieces->count; last++) {
+            const double a = pieces->a[last], b = pieces->b[last];
+            const size_t nodes = order[last];
+            if (integrator->passed[last] || nodes > PK__LARGEST_ORDER)
                 continue;
-            double a = pieces->a[last], b = pieces->b[last];
-            size_t at = tested++ * each;
-            for (size_t q = 0; q < each; q++) {
-                segment->point_row[at + q] = pieces->row[last];
-                segment->point_t[at + q] =
-                    (pk_real)(q < (size_t)order ? a + (b - a) * x[q] : q == (size_t)order ? a : b);
+            if (points + nodes + 2 > segment->point_capacity)
+                break;
+            const double *x = integrator->gauss_nodes + nodes * (nodes - 1) / 2;
+            for (size_t q = 0; q < nodes + 2; q++, points++) {
+                segment->point_row[points] = pieces->row[last];
+                segment->point_t[points] = (pk_real)(q < nodes ? a + (b - a) * x[q] : q == nodes ? a : b);
             }
         }
-        pk_segment_forward(segment, tested * each, segment->point_row, segment->point_t, segment->graph->node_count);
-        pk_segment_tangent(segment, tested * each, segment->point_row, segment->point_t);
-        size_t at = 0;
+        if (!points)
+            continue;
+        pk_segment_forward(segment, points, segment->point_row, segment->point_t, segment->graph->node_count);
+        pk_segment_tangent(segment, points, segment->point_row, segment->point_t);
+        points = 0;
         for (size_t i = next; i < last; i++) {
-            if (integrator->passed[i])
+            const int nodes = order[i];
+            if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
                 continue;
-            double error =
-                pk__piece_error(integrator, at * each, pieces->row[i], pieces->b[i] - pieces->a[i], order);
-            integrator->passed[i] = error <= 1 ? (unsigned char)order : 0;
-            worst = error <= worst ? worst : error;
-            at++;
+            double error = pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
+            points += (size_t)nodes + 2;
+            if (!(error <= 1)) {
+                order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
+                again |= order[i] <= PK__LARGEST_ORDER;
+                continue;
+            }
+            /* A test costs little beside a node that is too many: the next step starts one lower. */
+            int start = nodes > 1 ? nodes - 1 : nodes;
+            unsigned char *most = &integrator->next_order[pieces->row[i]];
+            integrator->passed[i] = 1;
+            *most = (unsigned char)(start > *most ? start : *most);
         }
-        next = last;
     }
-    return worst;
+    return again;
 }
 
 /* Bisections a row may cost in one step; an unreachable target or a NaN must end. */
@@ -421,31 +434,18 @@ static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const
     }
 }
 
-enum { PK__LARGEST_ORDER = 16 };
-
-/* Raises the order until the pieces pass or the largest order is reached; emits what passed. */
+/* Raises the order of each piece until it passes or the largest order is reached; emits what passed. */
 static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user)
 {
     pk_pieces *pieces = &integrator->pieces;
-    int order = integrator->order, first = 1;
     memset(integrator->passed, 0, pieces->count);
-    for (;;) {
-        double error = pk__test_pieces(integrator, order);
-        if (error <= 1) {
-            /* Far below the target on the first try: one node less next time. */
-            integrator->order = first && error < 1e-3 && order > 1 ? order - 1 : order;
-            break;
-        }
-        if (order == PK__LARGEST_ORDER) {
-            integrator->order = order;
-            break;
-        }
-        order = order < 6 ? order + 1 : order < 12 ? order + 2 : (int)PK__LARGEST_ORDER;
-        first = 0;
-    }
+    for (size_t i = 0; i < pieces->count; i++)
+        integrator->order[i] = integrator->row_order[pieces->row[i]];
+    while (pk__test_pieces(integrator))
+        ;
     for (size_t i = 0; i < pieces->count; i++)
         if (integrator->passed[i])
-            pk__emit_gauss(integrator, sink, user, i, integrator->passed[i], 1);
+            pk__emit_gauss(integrator, sink, user, i, integrator->order[i], 1);
     pk__bisect(integrator, pieces, integrator->passed, sink, user);
 }
 
@@ -463,6 +463,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     pk_pieces *stack = &integrator->stack, *batch = &integrator->batch, *pieces = &integrator->pieces;
     stack->count = 0;
     integrator->bisections = 0;
+    memset(integrator->next_order, 0, segment->rows);
     for (size_t row = segment->rows; row-- > 0;)
         pk_pieces_push(stack, row, 0, 1, 0);
     while (stack->count) {
@@ -484,6 +485,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         for (size_t i = 0; i < pieces->count; i++)
             pk__emit_gauss(integrator, sink, user, i, order, 0);
     }
+    for (size_t row = 0; !exact && row < segment->rows; row++)
+        integrator->row_order[row] = integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);
 }
 

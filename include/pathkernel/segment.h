@@ -163,6 +163,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
 {
     size_t count = graph->node_count, switches = 0;
     memset(segment, 0, sizeof *segment);
+    points = pk__most(points, PK_SEGMENT_DEGREE + 1); /* the samples of one piece */
     segment->graph = graph;
     segment->row_capacity = rows;
     segment->point_capacity = points;

@@ -85,7 +85,7 @@ typedef struct pk_tangent {
     pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
     pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
-    pk_real **check, **size; /* with bounds, like phi: the difference to a better rule, and what rounding scales with */
+    pk_real **check, **size; /* with bounds, like phi: the difference to a better rule; after a step, the error */
     double allowance;        /* c eps of the rounding bound */
     int per_layer;   /* tiles layer by layer */
     const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
@@ -114,14 +114,18 @@ PK_API size_t pk_tangent_block(size_t outputs);
  * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
                             size_t rows, const pk_real *inputs, pk_engine engine);
-/* phi (outputs x weights of the layer, in the layout above) of one row after pk_tangent_step. */
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, pk_real *phi);
+/* phi of the outputs first .. first + count - 1 of one row after pk_tangent_step: (count x layer outputs x layer
+ * inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                               pk_real *phi);
 /* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
  * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, pk_real *error);
-/* tile rows (row, k) x (examples first .. first + count - 1) += < e, g_b > for e laid out like Phi of the layer. */
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, const pk_real *e, size_t first, size_t count,
-                                    pk_real *tile);
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                                 pk_real *error);
+/* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
+ * out like phi of the layer. */
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
+                                    size_t columns, pk_real *tile);
 
 PK__END_C
 /* <<< declarations */
@@ -776,55 +780,71 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
     size_t before = tangent->integrator.points;
     pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
     tangent->integrator.points_last = tangent->integrator.points - before;
+    for (size_t l = 0; tangent->check && l < graph->layers; l++)
+        for (size_t i = 0; i < rows * outputs * tangent->node[l]->weight_count; i++)
+            tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, pk_real *phi)
+/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all
+ * outputs stand one behind the other. */
+static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                            const pk_real *from, pk_real *to)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t outputs = tangent->outputs, weights = node->weight_count;
+    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const size_t bias = !rows && pk__has_bias(tangent->graph, node) ? node->width : 0, matrix = weights - bias;
+    from += row * outputs * weights;
+    memcpy(to, from + first * matrix, count * matrix * sizeof *to);
+    memcpy(to + count * matrix, from + outputs * matrix + first * bias, count * bias * sizeof *to);
+}
+
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                               pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
     size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
     if (tangent->phi[layer]) {
-        memcpy(phi, tangent->phi[layer] + row * outputs * node->weight_count,
-               outputs * node->weight_count * sizeof *phi);
+        pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
         return;
     }
     const int data = tangent->kind[layer] == PK_LAYER_DATA;
     const pk_real *a = (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
-    const pk_real *delta = tangent->delta[layer] + row * outputs * out;
-    for (size_t j = 0; j < outputs * out; j++)
+    const pk_real *delta = tangent->delta[layer] + (row * outputs + first) * out;
+    for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
             phi[j * in + i] = delta[j] * a[i];
     if (pk__has_bias(tangent->graph, node))
-        for (size_t j = 0; j < outputs * out; j++)
-            phi[outputs * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
+        for (size_t j = 0; j < count * out; j++)
+            phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
 }
 
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, pk_real *error)
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                                 pk_real *error)
 {
-    size_t cells = tangent->outputs * tangent->node[layer]->weight_count;
-    const pk_real *check = tangent->check[layer] + row * cells, *size = tangent->size[layer] + row * cells;
-    for (size_t i = 0; i < cells; i++)
-        error[i] = (pk_real)(2 * fabs(check[i])) + size[i];
+    pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }
 
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, const pk_real *e, size_t first, size_t count,
-                                    pk_real *tile)
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
+                                    size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t outputs = tangent->outputs, out = node->width, ld = examples->ld;
+    size_t out = node->width, ld = examples->ld;
     double start = pk__seconds();
     if (tangent->kind[layer] == PK_LAYER_ROWS) {
-        pk__gemm(0, 0, outputs, count, node->weight_count, 1, e, node->weight_count, examples->rows[layer] + first, ld,
-                 1, tile, count);
-        tangent->flops += 2.0 * (double)outputs * (double)count * (double)node->weight_count;
+        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count, examples->rows[layer] + first,
+                 ld, 0, tile, columns);
+        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
         tangent->seconds_contraction += pk__seconds() - start;
         return;
     }
     size_t in = pk__layer_input(tangent->graph, node)->width;
     const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
+    memset(tile, 0, outputs * columns * sizeof *tile);
     /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
-    for (size_t at = 0; at < count; at += 64) {
-        size_t part = pk__least(64, count - at);
+    for (size_t at = 0; at < columns; at += 64) {
+        size_t part = pk__least(64, columns - at);
         pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0, tangent->scratch,
                  part);
         for (size_t k = 0; k < outputs; k++)
@@ -832,12 +852,12 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, const pk_
                 const pk_real *product = tangent->scratch + (k * out + j) * part;
                 const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
                 const pk_real add = bias ? bias[k * out + j] : 0;
-                pk_real *to = tile + k * count + at;
+                pk_real *to = tile + k * columns + at;
                 for (size_t i = 0; i < part; i++)
                     to[i] += (product[i] + add) * delta[i];
             }
     }
-    tangent->flops += 2.0 * (double)(outputs * out) * (double)count * (double)in;
+    tangent->flops += 2.0 * (double)(outputs * out) * (double)columns * (double)in;
     tangent->seconds_contraction += pk__seconds() - start;
 }
 

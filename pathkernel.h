@@ -1,0 +1,8959 @@
+/* pathkernel: a training run, recorded and decomposed exactly. C11, also C++17. MIT license.
+ *
+ * PURPOSE
+ * A network trained by gradient descent is a kernel machine: its output on any input is its initial output
+ * plus one exact contribution of each training example, summed over the steps of training. This library
+ * trains small networks, or takes a run recorded elsewhere, and computes these contributions to rounding
+ * error, with a measured closure as the proof:
+ *     final = initial + sum over examples of contribution + decay + unattributed + closure
+ *
+ * EXAMPLE
+ *     #define PATHKERNEL_IMPLEMENTATION
+ *     #include "pathkernel.h"
+ *     #include <stdio.h>
+ *
+ *     int main(void)
+ *     {
+ *         pk_context context = {0};
+ *         pk_graph graph = {0};
+ *         if (pk_network_parse(&context, "input 64; dense 32; relu; dense 10", &graph) != PK_OK) {
+ *             printf("%s\n", pk_message(&context));
+ *             return 1;
+ *         }
+ *         printf("%zu parameters\n", graph.parameters);
+ *         pk_graph_release(&context, &graph);
+ *         return 0;
+ *     }
+ * Compile with: cc -O3 -fopenmp program.c -lm
+ * With BLIS:    cc -O3 -fopenmp -DPATHKERNEL_BLIS program.c -lblis -lm
+ *
+ * CONTENTS
+ * status, context     status codes; what a call runs with: memory, threads, progress
+ * matrix              views and matrix products
+ * random              random numbers
+ * array, dataset      arrays in .npy files; examples and targets, also from IDX and CSV files
+ * graph, network      autodiff on a static graph; the network language
+ * loss, optimizer     losses; update rules, schedules, clipping
+ * trajectory, train   the run directory; the training loop
+ * segment, quadrature the network along one step; rules that integrate it, exactly where it is piecewise linear
+ * tangent, decompose  tangent features and their inner products; the decomposition and its closure
+ *
+ * SWITCHES
+ * PATHKERNEL_IMPLEMENTATION  compile the functions here; in exactly one source file of a program
+ * PATHKERNEL_STATIC          make all functions static; then each file may have its own implementation
+ * PATHKERNEL_BLIS            use BLIS for matrix products; link with -lblis -lm
+ * PATHKERNEL_FLOAT           float instead of double for weights, activations and results
+ * The file that holds the implementation includes this header before any other, or is compiled as gnu11 or
+ * with -D_POSIX_C_SOURCE=200809L: the library needs POSIX. Link with -lm.
+ *
+ * MEMORY
+ * A zeroed pk_context uses the C library. It may carry an allocator and a limit in bytes. Sizes are checked
+ * for overflow; a limit that cannot be met is an error. Hot loops do not allocate.
+ *
+ * THREADS
+ * OpenMP, where the compiler is asked for it; pk_context.threads chooses their number. There are no mutable
+ * globals: distinct contexts may run concurrently.
+ *
+ * DETERMINISM
+ * The same bits for any number of threads and any memory limit, for the same binary, BLIS and processor.
+ *
+ * LIMITS
+ * A call returns a pk_status and never prints, aborts or exits; after an error pk_message() has the sentence
+ * that tells what was wrong. On an argument error the outputs are untouched. POSIX systems.
+ */
+/* Generated from the files in include/pathkernel. Change those, then: cmake -P cmake/amalgamate.cmake */
+
+/* The implementation maps files and appends to them: POSIX. A strict -std=c11 hides POSIX unless it is
+ * asked for before the first header of the C library. */
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(_POSIX_C_SOURCE) && !defined(_FEATURES_H)
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+#ifndef PATHKERNEL_H
+#define PATHKERNEL_H
+
+/* pathkernel/status.h: status codes and their texts, the version, the linkage switches.
+ *
+ * Every module of pathkernel has the shape of this one: declarations under an include guard, then one
+ * implementation section that is compiled where PATHKERNEL_IMPLEMENTATION is defined (in exactly one
+ * source file of a program, or in each file that also defines PATHKERNEL_STATIC).
+ *
+ *   PATHKERNEL_IMPLEMENTATION  compile the functions here
+ *   PATHKERNEL_STATIC          make all functions static
+ *   PATHKERNEL_BLIS            use BLIS for matrix products (link with -lblis -lm)
+ */
+#include <stddef.h>
+#include <stdint.h>
+
+#define PK_VERSION_MAJOR 0
+#define PK_VERSION_MINOR 1
+#define PK_VERSION_PATCH 0
+#define PK_VERSION "0.1.0"
+
+#if defined(__GNUC__)
+#define PK__UNUSED __attribute__((unused))
+#define PK__MUST_USE __attribute__((warn_unused_result))
+#define PK__FORMAT(string, first) __attribute__((format(printf, string, first)))
+#else
+#define PK__UNUSED
+#define PK__MUST_USE
+#define PK__FORMAT(string, first)
+#endif
+
+/* C linkage is written once per section, so that each section compiles as C11 and as C++17. */
+#ifdef __cplusplus
+#define PK__BEGIN_C extern "C" {
+#define PK__END_C }
+#else
+#define PK__BEGIN_C
+#define PK__END_C
+#endif
+
+#ifdef PATHKERNEL_STATIC
+#define PK_API static PK__UNUSED
+#else
+#define PK_API
+#endif
+/* Shared between modules, invisible to users. */
+#define PK__PRIVATE static PK__UNUSED
+
+PK__BEGIN_C
+
+/* name, value, text. Values are stable: they may be stored. */
+#define PK_STATUS_LIST(X)                                                                  \
+    X(PK_OK, 0, "success")                                                                 \
+    X(PK_ARGUMENT, 1, "an argument is invalid")                                            \
+    X(PK_SHAPE, 2, "shapes do not agree")                                                  \
+    X(PK_OVERFLOW, 3, "a size is too large for this machine")                              \
+    X(PK_MEMORY, 4, "the allocator has no memory left")                                    \
+    X(PK_MEMORY_LIMIT, 5, "the memory limit of the context cannot be met")                 \
+    X(PK_IO, 6, "a file could not be read or written")                                     \
+    X(PK_FORMAT, 7, "a file or a text is malformed")                                       \
+    X(PK_UNSUPPORTED, 8, "valid, but not supported")                                       \
+    X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed")            \
+    X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")                \
+    X(PK_CANCELLED, 11, "cancelled by the caller")
+
+#define PK__STATUS_ENUM(name, value, text) name = value,
+typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 12 } pk_status;
+#undef PK__STATUS_ENUM
+
+/* One short lower-case phrase for a status; never NULL. pk_message() (context.h) has the details. */
+PK_API const char *pk_status_text(pk_status status);
+
+/* The version of the implementation that was compiled, "major.minor.patch". */
+PK_API const char *pk_version(void);
+
+PK__END_C
+
+/* pathkernel/context.h: what a call runs with: allocator, threads, memory limit, progress; aligned
+ * memory and arenas. Private, for all modules: errors, sizes, numbers as text.
+ *
+ * A zeroed pk_context means default everywhere, and NULL is accepted wherever a context is asked for
+ * (the message of an error is then lost). A context belongs to one call at a time; distinct contexts may
+ * run concurrently. There are no mutable globals.
+ */
+PK__BEGIN_C
+
+/* The number type of weights, activations and results. Sizes of files and times are always double. */
+#ifdef PATHKERNEL_FLOAT
+typedef float pk_real;
+#else
+typedef double pk_real;
+#endif
+
+#define PK_MESSAGE_SIZE 512
+
+/* Memory from the caller. allocate returns bytes aligned to alignment (a power of two, at most 64), or
+ * NULL; release gets what allocate returned and the same size. Both may be called from one thread at a
+ * time only. allocate == NULL: the C library. */
+typedef struct pk_allocator {
+    void *(*allocate)(void *user, size_t bytes, size_t alignment);
+    void (*release)(void *user, void *pointer, size_t bytes);
+    void *user;
+} pk_allocator;
+
+typedef struct pk_context {
+    pk_allocator allocator;
+    int threads;         /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP */
+    size_t memory_limit; /* bytes that the library may hold at one time through this context; 0: no limit */
+    /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
+    int (*progress)(void *user, const char *phase, double fraction);
+    void *progress_user;
+    /* Read only: */
+    size_t memory_used; /* bytes held now */
+    size_t memory_peak; /* the most that was ever held */
+    char message[PK_MESSAGE_SIZE];
+} pk_context;
+
+/* The sentence that tells what went wrong last, with the offending shape, file or value; "" if nothing. */
+PK_API const char *pk_message(const pk_context *context);
+
+/* Threads that a call with this context uses, >= 1. */
+PK_API int pk_threads(const pk_context *context);
+
+/* *(void **)pointer = count * size zeroed bytes, aligned to 64; NULL for 0 bytes. what names the memory
+ * in messages. PK_OVERFLOW, PK_MEMORY_LIMIT (the message says what would do) or PK_MEMORY; then
+ * *pointer is NULL. */
+PK_API PK__MUST_USE pk_status pk_allocate(pk_context *context, size_t count, size_t size, const char *what,
+                                          void *pointer);
+/* Gives back what pk_allocate gave, through the same context; NULL is allowed. */
+PK_API void pk_release(pk_context *context, void *pointer);
+
+/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes:
+ * run the same code twice, once to measure and once to take. */
+typedef struct pk_arena {
+    unsigned char *base;
+    size_t capacity, used; /* bytes */
+    int overflow;          /* a size did not fit into size_t or into the capacity */
+} pk_arena;
+
+/* count * size bytes (not zeroed), or NULL when measuring, when count * size == 0 or on overflow. */
+PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size);
+
+PK__END_C
+
+/* pathkernel/matrix.h: views of matrices, and every matrix product of the library: BLIS, or the portable
+ * fallback that gives the same numbers to rounding.
+ *
+ * Products run on one thread; the library is parallel over tiles around them. Tile sizes depend on shapes
+ * only. The bits of a product depend on its shapes and values, not on addresses, ld or threads; those of an
+ * element of the portable product do not even depend on how many rows and columns are beside it (with
+ * BLIS they do).
+ */
+PK__BEGIN_C
+
+/* Row-major view: element (i, j) is data[i * ld + j], ld >= cols. Owns nothing. */
+typedef struct pk_matrix {
+    pk_real *data;
+    size_t rows, cols, ld;
+} pk_matrix;
+
+/* A contiguous row-major view (ld == cols). */
+PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols);
+
+/* C := beta C + alpha op(A) op(B), op(X) = X or X^T.
+ * op(A) is m x k, op(B) is k x n, C is m x n. C must not overlap A or B. With beta == 0, C may hold
+ * anything, NaN included. Cost 2 m n k flops, one thread.
+ * With alpha == 0, A and B are not read.
+ * PK_SHAPE where the shapes disagree or an ld is smaller than its cols; PK_ARGUMENT for NULL data of a
+ * matrix that is not empty, or where C overlaps an operand (shares an element with it; where their ld
+ * differ: where the address ranges intersect); PK_OVERFLOW for a matrix larger than memory. C is untouched
+ * then. */
+PK_API PK__MUST_USE pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matrix a,
+                                                 int transpose_a, pk_matrix b, int transpose_b, pk_real beta,
+                                                 pk_matrix c);
+
+/* The name of what multiplies: "BLIS 0.9.0 (zen3)" or "portable". Writes at most size bytes, NUL included. */
+PK_API void pk_matrix_backend(char *text, size_t size);
+
+PK__END_C
+
+/* pathkernel/random.h: counter-based random numbers and shuffles.
+ *
+ * Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+ * A number is a function of (seed, stream, counter) alone, so that any point of any sequence can be reached
+ * at once, by any thread, and a run can be resumed without stored state.
+ */
+PK__BEGIN_C
+
+/* A place in a sequence of 2^64 numbers; sequences with another seed or stream are independent. Zeroed is
+ * valid. Every number drawn moves counter on by one (pk_random_below seldom by more). */
+typedef struct pk_random {
+    uint64_t seed, stream, counter;
+} pk_random;
+
+/* 64 random bits. 10 to 20 ns, as each of these but for the normal, 50 ns. */
+PK_API uint64_t pk_random_bits(pk_random *random);
+
+/* Uniform in [0, 1), a multiple of 2^-53. */
+PK_API double pk_random_uniform(pk_random *random);
+
+/* Standard normal, by Box and Muller's transform of two uniforms that one count gives (1958). Its last bits
+ * are those of the C library's log and cos. |result| < 8.6. */
+PK_API double pk_random_normal(pk_random *random);
+
+/* Uniform on 0 .. n - 1, without bias (by rejection); 0 where n is 0. */
+PK_API uint64_t pk_random_below(pk_random *random, uint64_t n);
+
+/* Permutes items uniformly, in place (Fisher and Yates). O(count). */
+PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items);
+
+PK__END_C
+
+/* pathkernel/array.h: n-dimensional arrays in NumPy's .npy files: mapped, written, grown by whole rows.
+ *
+ * Files are little-endian, in C order, of four item types. They are regular files: a pipe or a directory is
+ * refused. Every size in a file is checked against the file before it is believed. Nothing here calls fsync:
+ * what a process wrote survives the process, a power cut may cost the last seconds.
+ */
+PK__BEGIN_C
+
+typedef enum pk_type { PK_FLOAT64 = 1, PK_FLOAT32, PK_INT64, PK_UINT8 } pk_type;
+
+/* Bytes of one item, and NumPy's name ("float64"); 0 and "unknown" for other values. */
+PK_API size_t pk_type_size(pk_type type);
+PK_API const char *pk_type_name(pk_type type);
+
+#define PK_ARRAY_RANK 8
+
+/* A read-only array in C order: a view of memory, memory of its own, or a mapped file. Zeroed: none.
+ * Item (i0, i1, ...) is item (i0 * shape[1] + i1) * shape[2] + ... of data, which is aligned for its type. */
+typedef struct pk_array {
+    pk_type type;
+    int rank; /* 0: one item */
+    size_t shape[PK_ARRAY_RANK];
+    const void *data;
+    size_t row_items;   /* shape[1] * shape[2] * ... */
+    size_t extra_bytes; /* PK_ARRAY_PARTIAL: bytes in the file after its last whole row */
+    /* Private: how to release. */
+    void *mapping;
+    size_t mapping_bytes;
+    void *owned;
+} pk_array;
+
+/* A view of memory that must outlive it. Zeroed where rank is not in [0, PK_ARRAY_RANK], the type is
+ * unknown, or the size overflows. */
+PK_API pk_array pk_array_view(pk_type type, int rank, const size_t *shape, const void *data);
+
+/* Rows first .. first + count - 1 as a view; they must exist. */
+PK_API pk_array pk_array_rows(const pk_array *array, size_t first, size_t count);
+
+/* The number of items, and of rows (shape[0]; 1 for rank 0). */
+PK_API size_t pk_array_items(const pk_array *array);
+PK_API size_t pk_array_length(const pk_array *array);
+
+/* The file may be in the middle of being appended to: its size says how many whole rows it has, not its
+ * header, which may lag behind or run ahead. */
+#define PK_ARRAY_PARTIAL 1u
+
+/* Maps a .npy file (versions 1.0, 2.0, 3.0) and reads its header only. Without PK_ARRAY_PARTIAL the file
+ * must be exactly as long as its header says. Data that the header leaves misaligned (NumPy never does)
+ * is copied instead. The file must not shrink while it is mapped: touching rows that are gone is SIGBUS.
+ * PK_IO: cannot be opened, is no regular file. PK_FORMAT: not .npy, truncated, a header that lies.
+ * PK_UNSUPPORTED: big-endian, Fortran order, another item type, rank > PK_ARRAY_RANK.
+ * PK_OVERFLOW: sizes past half the address space. *array is untouched on an error. */
+PK_API PK__MUST_USE pk_status pk_array_map(pk_context *context, const char *path, unsigned flags,
+                                           pk_array *array);
+
+/* Gives back what the array holds, through the context it came from, and zeroes it. A zeroed array or NULL
+ * is allowed. */
+PK_API void pk_array_release(pk_context *context, pk_array *array);
+
+/* out[i] = item first + i (flat index) for i < count, converted; the items must exist. */
+PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out);
+
+/* Writes a whole file: path + ".tmp" first, then renamed, so that path is either as before or complete.
+ * PK_ARGUMENT, PK_OVERFLOW, PK_MEMORY, PK_IO. */
+PK_API PK__MUST_USE pk_status pk_array_write(pk_context *context, const char *path, pk_type type, int rank,
+                                             const size_t *shape, const void *data);
+
+/* A .npy file that grows by whole rows. Zeroed: closed. One writer a file. At any instant, kill -9 included,
+ * the file holds every row whose append returned, np.load can read it, and pk_array_map with
+ * PK_ARRAY_PARTIAL sees all of them. */
+typedef struct pk_array_writer {
+    size_t rows; /* read only: whole rows in the file */
+    /* Private: */
+    int file; /* descriptor + 1; 0: closed */
+    pk_type type;
+    int rank;
+    size_t shape[PK_ARRAY_RANK];
+    size_t row_bytes, header_bytes, header_rows, appends;
+    char name[96]; /* the end of the path, for messages */
+} pk_array_writer;
+
+/* Makes a file of no rows, or empties an existing one. row_shape = shape[1 .. rank - 1], rank >= 1; a row
+ * must have at least one item. */
+PK_API PK__MUST_USE pk_status pk_array_create(pk_context *context, const char *path, pk_type type, int rank,
+                                              const size_t *row_shape, pk_array_writer *writer);
+
+/* Opens a file for appending after its first rows rows and cuts off what follows them. PK_SHAPE where the
+ * file has another type or row shape, or fewer rows; otherwise errors as pk_array_map. */
+PK_API PK__MUST_USE pk_status pk_array_reopen(pk_context *context, const char *path, pk_type type, int rank,
+                                              const size_t *row_shape, size_t rows, pk_array_writer *writer);
+
+/* Appends whole rows with one write (2). Where the disk is full the file is cut back to its earlier rows, the
+ * writer stays usable, and the status is PK_IO. The header is rewritten at every 256th append only. */
+PK_API PK__MUST_USE pk_status pk_array_append(pk_context *context, pk_array_writer *writer, size_t rows,
+                                              const void *data);
+
+/* Brings the row count in the header up to date. */
+PK_API PK__MUST_USE pk_status pk_array_flush(pk_context *context, pk_array_writer *writer);
+
+/* Flushes and closes; the writer is closed and zeroed whatever the status. A zeroed writer is allowed. */
+PK_API PK__MUST_USE pk_status pk_array_close(pk_context *context, pk_array_writer *writer);
+
+PK__END_C
+
+/* pathkernel/dataset.h: examples with their targets: checked, gathered, read from IDX and CSV files. */
+PK__BEGIN_C
+
+/* Examples: inputs (N, D...), targets (N,) int64 labels, or (N,) or (N, C) float64 or float32. */
+typedef struct pk_dataset {
+    pk_array inputs, targets;
+} pk_dataset;
+
+/* N, and the product of D... */
+PK_API size_t pk_dataset_examples(const pk_dataset *dataset);
+PK_API size_t pk_dataset_width(const pk_dataset *dataset);
+
+/* Whether the data fit a network of input_width inputs and outputs outputs: at least one example, as many
+ * targets as inputs, all numbers finite as pk_real. Reads all floats; O(N (D + C)). What the numbers mean,
+ * also the range of labels, is the loss's: pk_loss_check.
+ * PK_SHAPE, PK_UNSUPPORTED (uint8 targets), PK_NOT_FINITE, PK_ARGUMENT; messages name the row. */
+PK_API PK__MUST_USE pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset,
+                                               size_t input_width, size_t outputs);
+
+/* rows (count x width) = the inputs of items[0 .. count - 1], which must be in range. Any thread. */
+PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, size_t count, pk_real *rows);
+
+/* Two IDX files of unsigned bytes (MNIST's format, unpacked) -> inputs (N, H, W) float64 = scale * byte,
+ * targets (N,) int64. Owns its memory. PK_IO, PK_FORMAT, PK_UNSUPPORTED, PK_SHAPE (N differs), PK_MEMORY... */
+PK_API PK__MUST_USE pk_status pk_dataset_idx(pk_context *context, const char *images_path,
+                                             const char *labels_path, double scale, pk_dataset *dataset);
+
+/* A table of finite decimal numbers: comma-separated, one example a line, LF or CRLF. The last target_columns
+ * columns become float64 targets, (N,) or (N, target_columns); with 0 the last column is an integer label.
+ * A first line without any number is a header. Independent of the locale. Anything else (ragged lines, empty
+ * lines but at the end, text) is PK_FORMAT with line and column. Owns its memory. */
+PK_API PK__MUST_USE pk_status pk_dataset_csv(pk_context *context, const char *path, int target_columns,
+                                             pk_dataset *dataset);
+
+/* *rows = a view of count consecutive examples from first on. PK_SHAPE where they do not exist. */
+PK_API PK__MUST_USE pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first,
+                                              size_t count, pk_dataset *rows);
+
+PK_API void pk_dataset_release(pk_context *context, pk_dataset *dataset);
+
+PK__END_C
+
+/* pathkernel/graph.h: autodiff. A static graph of batched operations, each one table entry with its
+ * forward, reverse and tangent rules; a tape is the memory of one batch going through a graph.
+ *
+ * Weights are one flat vector w of P numbers. Everything here also works along a line w + t d with an own
+ * t for each row (pk_line): an operation that is linear in its weights gives
+ *     F(w + t d, a) = F(w, a) + t F(d, a),
+ * so that rows with their own t need no own weights, only two calls for the whole batch.
+ */
+PK__BEGIN_C
+
+enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 8 };
+
+/* The shape of one example at a node; width is the product of dims. */
+typedef struct pk_shape {
+    int rank;
+    size_t dims[PK_SHAPE_RANK];
+} pk_shape;
+
+/* How an operation depends on its inputs. */
+typedef enum pk_smoothness {
+    PK_LINEAR,           /* linear (a constant may be added) */
+    PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
+    PK_SMOOTH            /* analytic, not polynomial */
+} pk_smoothness;
+
+/* How the gradient with respect to the weights is represented, see tangent.h. */
+typedef enum pk_tangent_form {
+    PK_TANGENT_NONE,  /* no weights */
+    PK_TANGENT_OUTER, /* weight (out, in), then bias (out): cotangent (x) input, cotangent */
+    PK_TANGENT_ROWS   /* materialised: row_gradients */
+} pk_tangent_form;
+
+struct pk_operation;
+struct pk_graph;
+
+typedef struct pk_node {
+    const struct pk_operation *operation; /* NULL for the input */
+    int input_count;
+    int inputs[PK_NODE_INPUTS]; /* earlier nodes */
+    pk_shape shape;
+    size_t width;
+    size_t weight_offset, weight_count;
+    double attributes[PK_NODE_ATTRIBUTES];
+    int layer; /* number among the nodes with weights, -1 without */
+    /* Along a line w + t d: */
+    int varies;             /* the value depends on t */
+    int degree;             /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
+    int input_constant;     /* no input depends on t */
+    int cotangent_constant; /* d output / d value does not depend on t */
+    int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
+    int unread;                 /* no node takes it, and it is not the output */
+} pk_node;
+
+/* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
+ * width: one row may carry several cotangents. */
+typedef struct pk_call {
+    const pk_node *node;
+    size_t rows, copies;
+    size_t in_width[PK_NODE_INPUTS];
+    const pk_real *weights;   /* this node's */
+    const pk_real *direction; /* tangent of the weights; NULL: zero */
+    const pk_real *in[PK_NODE_INPUTS];
+    pk_real *out;
+    const pk_real *in_tangent[PK_NODE_INPUTS]; /* NULL: zero */
+    pk_real *out_tangent;
+    const pk_real *out_cotangent;
+    pk_real *in_cotangent[PK_NODE_INPUTS]; /* NULL: not wanted */
+    int accumulate[PK_NODE_INPUTS];        /* add to in_cotangent instead of writing it */
+    pk_real *gradient;
+    pk_real *scratch;
+} pk_call;
+
+/* An operation F(weights, in). Functions must not fail, allocate or keep state; rows are independent. */
+typedef struct pk_operation {
+    const char *name; /* its word in the network language */
+    pk_smoothness smoothness;
+    pk_tangent_form tangent_form;
+    int linear_in_weights; /* F is linear and homogeneous in its weights (or has none) */
+    int parameters;        /* numbers that may follow the name in the network language, all optional */
+    double defaults[PK_NODE_ATTRIBUTES];
+    /* Reads the words after the name into attributes (the defaults); NULL: parameters numbers. */
+    pk_status (*parse)(pk_context *context, int count, const char *const *words, double *attributes);
+    /* Checks the inputs, sets node->shape and node->weight_count. */
+    pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
+    size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
+    void (*forward)(const pk_call *call);  /* out = F */
+    void (*tangent)(const pk_call *call);  /* out_tangent = sum_j dF/din_j in_tangent_j + dF/dw direction */
+    void (*reverse)(const pk_call *call);  /* in_cotangent_j (+)= (dF/din_j)^T out_cotangent */
+    void (*weight_gradient)(const pk_call *call); /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
+    void (*row_gradients)(const pk_call *call);   /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
+    /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
+    size_t (*switch_count)(const pk_node *node);
+    void (*switches)(const pk_call *call); /* out[row][switch] */
+} pk_operation;
+
+typedef struct pk_graph {
+    size_t node_count, node_capacity;
+    pk_node *nodes; /* in topological order; nodes[0] is the input, the last one the output */
+    size_t parameters, layers, input_width, output_width, widest;
+    pk_shape input_shape;
+    int degree;   /* of the output in t along a line, -1: not polynomial */
+    int switched; /* some piecewise-linear node depends on the weights */
+    char *text;   /* its network line where it came from one, else NULL; owned */
+} pk_graph;
+
+/* Starts a zeroed graph with its input. */
+PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_shape *shape);
+/* Appends operation(inputs); attributes (PK_NODE_ATTRIBUTES numbers) may be NULL for the operation's
+ * defaults. *node (may be NULL) is its number. The last node added is the output. The graph is unchanged
+ * on an error. */
+PK_API PK__MUST_USE pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                           int input_count, const int *inputs, const double *attributes, int *node);
+/* The node of a layer (0 <= layer < graph->layers). */
+PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
+PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
+
+/* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
+typedef struct pk_line {
+    const pk_real *weights, *direction;
+    const pk_real *t;
+} pk_line;
+
+/* The memory of one batch. value[n] is rows x width, cotangent[n] rows x copies x width, tangent[n]
+ * rows x width; value[0] points to the caller's inputs. */
+typedef struct pk_tape {
+    const pk_graph *graph;
+    size_t rows, copies; /* capacity */
+    pk_real **value, **cotangent, **tangent;
+    pk_real *scratch, *line_scratch, *row_weights;
+    pk_line line; /* of the last reverse */
+} pk_tape;
+
+/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape);
+/* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
+PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
+/* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
+ * on the same line; seeds (rows x copies x output width) stand in pk_tape_seed(). */
+PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies);
+/* tangent[n] = d value[n] along the line's direction, at each row's t: a Jacobian-vector product. */
+PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
+/* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
+PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
+PK_API pk_real *pk_tape_output(const pk_tape *tape);
+PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+
+/* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
+ * outputs must not overlap inputs. Cost 2 P rows flops. */
+PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                                pk_matrix inputs, pk_matrix outputs);
+
+PK__END_C
+
+/* pathkernel/operation.h: the built-in operations of the autodiff, one table entry each.
+ *
+ * To add one, write its rules and its line in pk__operations; to add one from outside, fill a pk_operation
+ * and give it to pk_graph_add. The engine knows nothing of single operations.
+ */
+PK__BEGIN_C
+
+/* A built-in operation by name, NULL where there is none. */
+PK_API const pk_operation *pk_operation_find(const char *name);
+
+PK__END_C
+
+/* pathkernel/network.h: the network language and the initialisation of weights.
+ *
+ *     input 64; dense 32; tanh; dense 32 nobias; leaky_relu 0.01; dense 10
+ *
+ * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Parameters are in
+ * PyTorch's order: layers in order, each layer's weight (out, in), then its bias.
+ */
+PK__BEGIN_C
+
+/* Builds the graph that text describes into a zeroed graph; graph->text is the text with single blanks.
+ * PK_FORMAT, PK_ARGUMENT or PK_SHAPE name the layer and the word; the graph stays zeroed then. */
+PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
+
+/* weights (P) = PyTorch's default initialisation: each layer's weights and biases uniform in
+ * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
+PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
+                                                    pk_real *weights);
+
+PK__END_C
+
+/* pathkernel/loss.h: losses, their derivatives, and the gradient of a weighted batch.
+ *
+ * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, what its
+ * targets must be, and whether an integer target is a class. Definitions are those of PyTorch's modules,
+ * per example; a batch weights its examples (1/count where no weights are given, PyTorch's mean).
+ *
+ *     name                    l(f, y), C outputs                                      PyTorch
+ *     squared                 sum_j (f_j - y_j)^2 / 2
+ *     mean_squared            sum_j (f_j - y_j)^2 / C                                 MSELoss
+ *     softmax_cross_entropy   sum_j y_j (log sum_k exp f_k - f_j)                     CrossEntropyLoss
+ *     logistic                sum_j (log(1 + exp f_j) - y_j f_j) / C                  BCEWithLogitsLoss
+ *     nll                     - sum_j y_j f_j                                         NLLLoss
+ *     huber                   sum_j h(f_j - y_j) / C, h(d) = |d| < 1 ? d^2/2 : |d| - 1/2   SmoothL1Loss
+ *     hinge                   sum_{j != k} max(0, 1 - f_k + f_j) / C, y_k = 1         MultiMarginLoss
+ *                             C = 1: max(0, 1 - y f)
+ *
+ * The derivative at a kink of hinge is 0, as in PyTorch. Exponentials never overflow, and small residuals
+ * (a confident, correct classification) keep their relative accuracy.
+ */
+PK__BEGIN_C
+
+typedef enum pk_loss {
+    PK_SQUARED = 1,
+    PK_MEAN_SQUARED,
+    PK_SOFTMAX_CROSS_ENTROPY,
+    PK_LOGISTIC,
+    PK_NLL,
+    PK_HUBER,
+    PK_HINGE
+} pk_loss;
+
+/* The loss of that name. PK_FORMAT names what is not a loss and lists those that are. */
+PK_API PK__MUST_USE pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss);
+/* The name pk_loss_parse takes; "unknown" for a value that is not a loss. */
+PK_API const char *pk_loss_name(pk_loss loss);
+
+/* l(f, y) for one example. f: outputs numbers, what the network gives; target: outputs numbers as
+ * pk_loss_targets writes them. Targets with entries 0 do not multiply infinities. NaN for a value that is
+ * not a loss. */
+PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target);
+/* gradient = dl/df (outputs numbers) of one example; may be f itself, not target. */
+PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                             pk_real *gradient);
+
+/* Do the targets fit the loss and the number of outputs? Reads every target.
+ *   (N,) integers        classes in [0, outputs), made one-hot. With one output they are numbers instead
+ *                        (0 or 1 for logistic, +1 or -1 for hinge), except for the two losses on
+ *                        (log-)probabilities.
+ *   (N, outputs) floats, or (N,) where outputs == 1: finite, and
+ *                        softmax_cross_entropy, nll: >= 0 (a row need not sum to 1)
+ *                        logistic: in [0, 1]
+ *                        hinge: one 1, the others 0; with one output +1 or -1.
+ * Statuses as pk_dataset_check; the message names the first row that does not fit. Cost: two passes over the
+ * targets; one row is allocated. */
+PK_API PK__MUST_USE pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_dataset *dataset,
+                                            size_t outputs);
+/* targets (count x outputs): the rows items[0..count) of the dataset's targets as vectors. The dataset has
+ * passed pk_loss_check, and items are in range. */
+PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
+                            size_t outputs, pk_real *targets);
+
+/* The examples of one step: count rows of a dataset; a row may repeat. */
+typedef struct pk_batch {
+    size_t count;
+    const int64_t *items;
+    const double *weights; /* c_b; NULL: 1 / count each */
+} pk_batch;
+
+struct pk__gradient_lane;
+struct pk__gradient_group;
+
+/* Memory for pk_batch_gradient; zeroed = none. The graph must outlive it. */
+typedef struct pk_gradient_workspace {
+    const pk_graph *graph;
+    size_t largest_batch; /* examples */
+    /* Private: */
+    int threads;
+    struct pk__gradient_lane *lanes;   /* threads: a tape and the rows of one block */
+    struct pk__gradient_group *groups; /* one result a group */
+    pk_real *partial;                  /* (groups - 1) x P */
+    void *memory;
+} pk_gradient_workspace;
+
+/* Takes the memory for batches of up to largest_batch examples with the threads of the context: about 64
+ * rows of activations and cotangents a thread, and for large batches partial gradients (at most 32, and
+ * no more than 2^22 numbers where P < 2^21). PK_ARGUMENT, or the statuses of pk_allocate. */
+PK_API PK__MUST_USE pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
+                                                  size_t largest_batch, pk_gradient_workspace *workspace);
+PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *workspace);
+
+/* L = sum_b c_b l(f(w, x_items[b]), y_items[b]) and its gradient with respect to w.
+ * weights, gradient: graph->parameters numbers, gradient is overwritten and overlaps nothing; objective may
+ * be NULL. An empty batch gives 0. The dataset has passed pk_loss_check.
+ * Cost: about 6 P flops an example; no allocation; batches of little work start no threads. The batch is
+ * cut into blocks and these into groups by shapes only, groups are added in order: the same bits for any
+ * number of threads.
+ * PK_ARGUMENT (also for an item out of range), PK_SHAPE: nothing is written. PK_NOT_FINITE: an output (the
+ * message names its position in the batch), the objective or the gradient is not finite; the outputs of
+ * this function hold what was found. */
+PK_API PK__MUST_USE pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                                const pk_real *weights, const pk_dataset *dataset,
+                                                const pk_batch *batch, pk_gradient_workspace *workspace,
+                                                double *objective, pk_real *gradient);
+
+PK__END_C
+
+/* pathkernel/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
+ * clipping.
+ *
+ * Semantics and defaults are PyTorch's (torch.optim.SGD, Adam, AdamW). A rule is one row of the table
+ * pk__optimizer_rules: name, keys with defaults and ranges, state vectors, update, linear form.
+ *
+ *     pk_optimizer optimizer;
+ *     pk_status status = pk_optimizer_parse(context, "adamw beta2=0.98 weight_decay=0.1", &optimizer);
+ *     pk_optimizer_update(&optimizer, step, rate, 1.0, P, w, gradient, state, update);   // then w += update
+ */
+PK__BEGIN_C
+
+typedef enum pk_optimizer_kind { PK_SGD = 0, PK_ADAM, PK_ADAMW } pk_optimizer_kind;
+
+/* Zeroed = plain SGD. A rule reads its own fields only. */
+typedef struct pk_optimizer {
+    pk_optimizer_kind kind;
+    double momentum, dampening;   /* sgd */
+    double weight_decay;          /* coupled L2 for sgd and adam, decoupled for adamw */
+    double beta1, beta2, epsilon; /* adam, adamw */
+    int nesterov;                 /* sgd */
+} pk_optimizer;
+
+/* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01. */
+PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind);
+PK_API pk_optimizer pk_optimizer_adam(void);
+PK_API pk_optimizer pk_optimizer_adamw(void);
+
+/* "sgd momentum=0.9 nesterov=1": a name, then keys in any order; what is not given has PyTorch's default.
+ *     sgd         momentum= dampening= nesterov=0|1 weight_decay=
+ *     adam, adamw beta1= beta2= epsilon= weight_decay=
+ * PK_FORMAT for an unknown name or key, a duplicate key, or what is not a number; PK_ARGUMENT as
+ * pk_optimizer_check. The message names the word; *optimizer is untouched then. */
+PK_API PK__MUST_USE pk_status pk_optimizer_parse(pk_context *context, const char *text,
+                                                 pk_optimizer *optimizer);
+/* The text that pk_optimizer_parse turns into the same bits, at most size bytes with NUL (256 always do).
+ * PK_ARGUMENT for an unknown kind or too small a size; text is "" then. */
+PK_API PK__MUST_USE pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, size_t size);
+/* The ranges PyTorch checks: momentum, weight_decay, epsilon >= 0, betas in [0, 1), Nesterov only with
+ * momentum and without dampening; all finite. PK_ARGUMENT names the key and the value. */
+PK_API PK__MUST_USE pk_status pk_optimizer_check(pk_context *context, const pk_optimizer *optimizer);
+
+/* How many vectors of P numbers the rule carries from step to step: sgd 0, with momentum 1 (the buffer),
+ * adam and adamw 2 (m, then v, both uncorrected). */
+PK_API size_t pk_optimizer_state_vectors(const pk_optimizer *optimizer);
+/* 1 when D_s is a function of w_s and of step s's gradient alone (plain sgd, decay included). */
+PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
+
+/* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
+ * step counts from 0; state (state_vectors x P) is zero before step 0 and is carried on; NULL where there
+ * is none. weights, gradient, update: P numbers; state and update overlap nothing. The optimizer has passed
+ * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
+ * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. */
+PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
+                                double gradient_scale, size_t parameters, const pk_real *weights,
+                                const pk_real *gradient, pk_real *state, pk_real *update);
+
+/* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s and m_0 = 0:
+ *     m_{s+1} = carry m_s + gain g'
+ *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s                                        */
+typedef struct pk_linear_form {
+    double carry, gain, enter, direct, coupled, decoupled;
+    double rate;        /* p where it is a scalar; its numerator where it is a vector */
+    int preconditioned; /* p is a vector */
+} pk_linear_form;
+
+/* The linear form of one step. state: as pk_optimizer_update left it after that step (NULL is allowed
+ * where preconditioner is NULL or not needed). preconditioner: p, P numbers, written if the form is
+ * preconditioned; NULL: only the scalars are wanted. Adam: p = lr / (1 - beta1^{s+1}) /
+ * (sqrt(v_{s+1} / (1 - beta2^{s+1})) + epsilon). */
+PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
+                                     size_t parameters, const pk_real *state, pk_linear_form *form,
+                                     pk_real *preconditioner);
+
+/* min(1, max_norm / (|gradient|_2 + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_. The norm neither
+ * overflows nor underflows. NaN where the gradient holds NaN. */
+PK_API double pk_clip_scale(const pk_real *gradient, size_t parameters, double max_norm);
+
+typedef enum pk_schedule_kind {
+    PK_SCHEDULE_CONSTANT = 0, /* rate */
+    PK_SCHEDULE_STEP,         /* rate factor^floor(s / period)                                  StepLR */
+    PK_SCHEDULE_COSINE,       /* low + (rate - low) (1 + cos(pi s / period)) / 2     CosineAnnealingLR */
+    PK_SCHEDULE_TRIANGULAR,   /* low to rate in period steps and back in period_down          CyclicLR */
+    PK_SCHEDULE_ARRAY,        /* rates[s] */
+    PK_SCHEDULE_FUNCTION      /* function(user, s) */
+} pk_schedule_kind;
+
+/* The learning rate of each step. {0} with a rate is constant. Any kind can be warmed up linearly: it is
+ * multiplied by warmup_start + (1 - warmup_start) min(s, warmup) / warmup (LinearLR, chained). */
+typedef struct pk_schedule {
+    pk_schedule_kind kind;
+    double rate, low;
+    double factor;              /* 0: 0.1, PyTorch's default */
+    size_t period, period_down; /* steps; period_down 0: period */
+    size_t warmup;              /* steps; 0: none */
+    double warmup_start;        /* 0: 1/3, PyTorch's default */
+    const double *rates;
+    size_t rates_count;
+    double (*function)(void *user, size_t step);
+    void *user;
+} pk_schedule;
+
+/* The learning rate of a step, counted from 0; past the end of an array its last rate. The schedule has
+ * passed pk_schedule_check. */
+PK_API double pk_schedule_rate(const pk_schedule *schedule, size_t step);
+/* Are all rates of steps 0 .. steps-1 finite and >= 0? A function is not called, only required: who calls
+ * it for a step judges its rate. PK_ARGUMENT names the field or the step and its rate. */
+PK_API PK__MUST_USE pk_status pk_schedule_check(pk_context *context, const pk_schedule *schedule, size_t steps);
+
+PK__END_C
+
+/* pathkernel/trajectory.h: the run directory: a training run as plain NumPy arrays and one text file,
+ * written while training, read back mapped.
+ *
+ *     run.txt              the manifest: network, loss, optimizer
+ *     weights.npy          (S+1, P) float32 or float64: w_0 .. w_S
+ *     learning_rates.npy   (S,)     float64
+ *     batch_offsets.npy    (S+1,)   int64: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
+ *     batch_items.npy      (T,)     int64: rows of train_inputs.npy; a row may repeat
+ *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s| without it
+ *     train_inputs.npy     (N, D...) float32, float64 or int64
+ *     train_targets.npy    (N,) int64 labels, (N, C) or (N,) float
+ *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
+ *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
+ *
+ * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
+ * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are;
+ * a reader takes the smallest number of steps that every file holds. run.txt is put in place last of all
+ * when a run starts, so a directory with a manifest is a run.
+ */
+PK__BEGIN_C
+
+/* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_run_weights
+ * and batches with pk_run_batch: they hide how the steps are stored. */
+typedef struct pk_run {
+    pk_graph graph;
+    pk_loss loss;
+    pk_optimizer optimizer;
+    size_t steps, parameters, examples, outputs; /* S, P, N, C */
+    /* 1: the files hold more than the complete steps (recording was cut off inside a step); after
+     * pk_run_open, pk_message then tells which file ends first. */
+    int cut_off;
+    pk_dataset train;
+    pk_array weights;              /* (at least steps + 1, P) */
+    pk_array second_moments;       /* (at least steps, P); data is NULL where absent */
+    const double *learning_rates;  /* steps */
+    const int64_t *batch_offsets;  /* steps + 1 */
+    const int64_t *batch_items;    /* batch_offsets[steps] */
+    const double *batch_weights;   /* batch_offsets[steps]; NULL: 1/|B_s| */
+    const double *gradient_scales; /* steps; NULL: 1 */
+    pk_array columns[5];           /* private: the arrays behind the five pointers above */
+} pk_run;
+
+/* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
+ * type and shape against the network, finite training data, targets that fit the loss, offsets that grow,
+ * items in [0, N), finite rates, weights and scales. The arrays stay mapped: do not truncate them meanwhile.
+ * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
+ * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
+ * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. */
+PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
+
+/* Gives everything back; *run is zeroed. A zeroed run is allowed. */
+PK_API void pk_run_release(pk_context *context, pk_run *run);
+
+/* The batch of step `step` < run->steps, as a view of the run: never allocates. weights == NULL there
+ * means 1/count. */
+PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
+
+/* The factor that clipping applied at a step: 1 where none was recorded. */
+PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
+
+/* weights (P) := w_step, step in [0, run->steps], converted exactly (float32 to double). Reads one row.
+ * PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not there. May be called
+ * from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
+PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step,
+                                             pk_real *weights);
+
+/* moments (P) := Adam's uncorrected v after step `step` < run->steps; like pk_run_weights.
+ * PK_ARGUMENT where the run has no second_moments.npy. */
+PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
+                                                    pk_real *moments);
+
+PK__END_C
+
+/* pathkernel/recorder.h: writes the run directory of trajectory.h while training, and resumes it.
+ *
+ * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
+ * last of all when a run starts. A kill at any moment loses the step in flight at most.
+ */
+PK__BEGIN_C
+
+/* What to record. The texts are those of run.txt; they are written in canonical form. */
+typedef struct pk_recorder_options {
+    const char *network;   /* "input 64; dense 32; tanh; dense 10" */
+    const char *loss;      /* "softmax_cross_entropy" */
+    const char *optimizer; /* "adamw beta2=0.98"; NULL: "sgd" */
+    int float32;           /* 1: weights (and second moments) as float32; default float64 */
+    int batch_weights;     /* 1: record batch_weights.npy */
+    int gradient_scales;   /* 1: record gradient_scales.npy */
+    int second_moments;    /* 1: record second_moments.npy */
+    int resume;            /* 1: continue the run in the directory, if there is one */
+} pk_recorder_options;
+
+/* A recording in progress. A zeroed recorder is closed. */
+typedef struct pk_recorder {
+    size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
+    /* private: */
+    pk_array_writer files[7];
+    int present[7];
+    int float32, failed, lock;
+    int64_t items;   /* rows of batch_items.npy */
+    void *row;       /* P numbers of the file's type, where that is not pk_real */
+    double *uniform; /* weights of a batch that was given without, grows */
+    size_t uniform_size;
+} pk_recorder;
+
+/* Starts a recording: makes the directory (not its parents), writes the training data, w_0 =
+ * initial_weights (P) and last the manifest. Refuses a directory that already holds a file of a run.
+ *
+ * With options->resume and a run there: checks that it is the same one (network, loss, optimizer, types,
+ * optional files, training data, w_0; initial_weights may be NULL to skip the last), cuts off what a step
+ * in flight left behind, and appends after step recorder->steps; pk_run_weights gives the weights to go on
+ * from. A directory without run.txt (a start that was cut off) is started anew.
+ *
+ * One recorder at a time: a second one on the same directory is refused (advisory lock).
+ * PK_IO, PK_ARGUMENT, PK_SHAPE, PK_FORMAT, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; *recorder is
+ * untouched then. */
+PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *directory,
+                                               const pk_recorder_options *options, const pk_dataset *train,
+                                               const pk_real *initial_weights, pk_recorder *recorder);
+
+/* Appends one step: w_{s+1} = weights_after (P) came from w_s by this rate on this batch, whose gradient was
+ * multiplied by gradient_scale (1 without clipping). batch->weights: NULL for 1/count; must be NULL unless
+ * batch_weights are recorded. gradient_scale must be 1 unless recorded. second_moments (P): given exactly if
+ * recorded. Cost: one write(2) a file. The step is on disk (for other processes; not yet on the platter)
+ * when this returns PK_OK; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
+ * disk, say) the run stays readable up to the step before, and this recorder takes no further steps. */
+PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                               const pk_batch *batch, double gradient_scale,
+                                               const pk_real *second_moments, const pk_real *weights_after);
+
+/* Brings the headers up to date and closes the files; *recorder is zeroed, whatever is returned. A zeroed
+ * recorder is allowed. PK_IO. */
+PK_API PK__MUST_USE pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder);
+
+PK__END_C
+
+/* pathkernel/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
+ *
+ * The bits of every step depend on the options alone: not on the number of threads, not on recording, not
+ * on where a run was interrupted and resumed.
+ */
+PK__BEGIN_C
+
+/* How to train; zero means the default. */
+typedef struct pk_train_options {
+    pk_loss loss;           /* required */
+    pk_optimizer optimizer; /* zero: plain SGD */
+    pk_schedule schedule;   /* schedule.rate alone: that rate at every step */
+    size_t steps;           /* S: the number of updates from w_0, those already recorded included */
+    size_t batch_size;      /* 0, or N and more: full batches in row order */
+    int shuffle_off;        /* 1: mini-batches in row order; default: a new permutation every epoch */
+    uint64_t seed;          /* of the permutations; epoch e is stream e */
+    double clip_norm;       /* the gradient's largest norm (torch's clip_grad_norm_); 0: no clipping */
+
+    const char *record; /* a run directory to write; NULL: none */
+    int resume;         /* 1: continue the run in `record`, if there is one */
+    int record_float32, record_second_moments;
+
+    /* Called after each step of this call (recorded already): the batch's objective at w_step, and
+     * w_{step+1} (P). Non-zero ends training with PK_CANCELLED. */
+    int (*on_step)(void *user, size_t step, double objective, const pk_real *weights);
+    void *user;
+} pk_train_options;
+
+typedef struct pk_train_result {
+    size_t steps;     /* steps from w_0 to the weights returned */
+    size_t resumed;   /* of these, steps that were read from the recording */
+    double objective; /* of the last batch trained on, before its update; NaN when no step was made */
+} pk_train_result;
+
+/* weights (P): in w_0, out w_S.
+ *
+ *     g = sum over the batch of grad l_i(w_s) / |B_s|;  w_{s+1} = w_s + D_s(clip(g))
+ *
+ * Mini-batches are consecutive slices of an epoch's permutation, the last one smaller. The progress
+ * callback of the context is called after each step. Parallel inside a batch.
+ *
+ * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
+ * state is rebuilt by recomputing the gradients along the recorded weights, and training goes on to the
+ * same bits as without the interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
+ *
+ * Also after an error or a cancel, weights are those of the last complete step, result (may be NULL) tells
+ * its number, and the recording holds every step up to it.
+ * PK_ARGUMENT, PK_SHAPE, PK_NOT_FINITE (the step at which training diverged; it is not recorded), PK_IO,
+ * PK_CANCELLED, PK_MEMORY, PK_MEMORY_LIMIT. */
+PK_API PK__MUST_USE pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                       const pk_train_options *options, pk_real *weights,
+                                       pk_train_result *result);
+
+PK__END_C
+
+/* pathkernel/segment.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents
+ * at points (row, t), and the kinks of its piecewise-linear parts.
+ *
+ * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
+ * changes are found layer by layer: sample at degree + 1 nodes of each piece that the layers below left,
+ * convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there.
+ */
+PK__BEGIN_C
+
+/* Above this degree, or where a pre-activation is no polynomial, it is interpolated by a polynomial of this
+ * degree on each piece, and the caller must judge the pieces by their closure. */
+enum { PK_SEGMENT_DEGREE = 12 };
+
+/* Pieces of rows: [a, b] of row; slack is the uncertainty of a (0 where a is no kink). */
+typedef struct pk_pieces {
+    size_t count, capacity;
+    size_t *row;
+    double *a, *b, *slack;
+} pk_pieces;
+
+/* One block of rows along one step; memory from an arena, one segment a thread. */
+typedef struct pk_segment {
+    const pk_graph *graph;
+    size_t row_capacity, point_capacity;
+    /* The step and the rows it is at: */
+    const pk_real *weights, *direction, *inputs;
+    size_t rows;
+    /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
+    pk_real **base, **slope;
+    int *gathered; /* a constant node that is needed at each point */
+    pk_tape tape;  /* of the points */
+    pk_real *input_points, *switch_values, *coefficients, *conversion[PK_SEGMENT_DEGREE + 1];
+    size_t *point_row;
+    pk_real *point_t;
+    pk_pieces spare;
+    double *roots; /* (t, slack) pairs */
+    size_t root_capacity;
+} pk_segment;
+
+/* Takes a segment for blocks of rows rows, points points at a time with copies cotangents each, pieces
+ * pieces at a time. gather: constant values are wanted at each point, too. */
+PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
+                            size_t pieces, int gather, pk_segment *segment);
+/* Moves it to a step and a block of rows (rows x input width). */
+PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
+                             const pk_real *inputs);
+/* Values at points (row[p], t[p]), p < count <= point_capacity, of the nodes before node number stop: in
+ * segment->tape, point by point. Cost 4 P flops a point. */
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, size_t stop);
+/* Tangents along the step's direction at the points of the last forward. */
+PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
+/* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
+PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
+/* to = the pieces from, split at the kinks inside them. 1, or 0 where the capacity does not suffice. Exact
+ * for graphs with 0 <= degree <= PK_SEGMENT_DEGREE. Cost 4 P flops a sample. */
+PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to);
+
+PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces);
+/* Appends a piece; the caller knows that it fits. */
+PK_API void pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b, double slack);
+
+PK__END_C
+
+/* pathkernel/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
+ * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
+ *
+ * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. Its product
+ * with d is known from forward passes alone: h at the end minus h at the start. The difference to the sum
+ * over the nodes is the closure of a piece, and judges it.
+ */
+PK__BEGIN_C
+
+typedef enum pk_rule {
+    PK_RULE_AUTO,      /* exact where the network is piecewise linear, adaptive Gauss elsewhere */
+    PK_RULE_EXACT,     /* split at the kinks; refused where the integrand is no piecewise polynomial */
+    PK_RULE_GAUSS,     /* Gauss-Legendre, nodes per step */
+    PK_RULE_MIDPOINT,  /* composite midpoint */
+    PK_RULE_TRAPEZOID, /* composite trapezoid, nodes >= 2 points */
+    PK_RULE_LEFT       /* t = 0, or the left ends of nodes subintervals (TracIn with every step) */
+} pk_rule;
+
+typedef struct pk_quadrature {
+    pk_rule rule;
+    int nodes; /* per step; 0: 1 (trapezoid: 2). Ignored by auto and exact */
+} pk_quadrature;
+
+enum { PK_GAUSS_NODES = 32, PK_RULE_NODES = 1000000 };
+
+/* Gauss-Legendre on [0, 1]: count nodes, exact for degree 2 count - 1; count <= 1000 or so. By Newton's
+ * method on the Legendre polynomial in long double. Cost O(count^2). */
+PK_API void pk_gauss_legendre(int count, double *nodes, double *weights);
+
+/* What is decomposed: a readout h(f) of the network's outputs f. */
+typedef enum pk_readout_kind {
+    PK_READOUT_ALL,     /* h = f */
+    PK_READOUT_ONE,     /* h = f[output] */
+    PK_READOUT_LABEL,   /* h = f[labels[row]] */
+    PK_READOUT_FUNCTION /* the caller's */
+} pk_readout_kind;
+
+typedef struct pk_readout {
+    pk_readout_kind kind;
+    size_t output;
+    const int64_t *labels; /* one per test row */
+    /* h[0 .. count-1] = h(f) of test row row, slope[k * outputs + c] = dh_k / df_c; called from several
+     * threads at once, differentiable along the path. */
+    size_t count;
+    void (*function)(void *user, size_t row, const pk_real *f, pk_real *h, pk_real *slope);
+    void *user;
+} pk_readout;
+
+/* The number of values of h for a network with outputs outputs. */
+PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
+/* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
+                             pk_real *slope);
+
+/* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the
+ * weights of (a rule of higher order minus the rule), and slack[p] is how far the kinks beside the point may
+ * lie from where they were found; else both are NULL. */
+typedef struct pk_points {
+    size_t count;
+    size_t *row;
+    pk_real *t, *weight, *check, *slack;
+    int last; /* no more points come in this step */
+} pk_points;
+
+/* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
+typedef void pk_point_sink(void *user, const pk_points *points);
+
+/* The integration of one block of rows, step after step; one a thread. */
+typedef struct pk_integrator {
+    pk_segment segment;
+    pk_quadrature quadrature;
+    pk_readout readout;
+    size_t first_row; /* of the block among the test rows */
+    double target;    /* closure a piece may have, relative to max(1, |h|) */
+    const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
+    unsigned char *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
+    pk_pieces stack, batch, pieces;
+    unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
+    size_t bisections;
+    pk_points buffer; /* points on their way to the sink */
+    pk_real *slope, *h;
+    /* Counted over the steps since the caller zeroed them: */
+    size_t points_last; /* points of the last step: the cost model's guess for the next one */
+    size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
+} pk_integrator;
+
+/* bounds: also send what bounds on the error of the integrals are made from. */
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
+                               int bounds, pk_integrator *integrator);
+PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
+/* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
+PK_API void pk_gauss_table(double *nodes, double *weights);
+/* PK_UNSUPPORTED where the rule does not fit the network or the readout, PK_ARGUMENT for a bad node count. */
+PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
+                                                  const pk_graph *graph, const pk_readout *readout);
+/* Sends points of the segment's step (after pk_segment_begin) to the sink. */
+PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user);
+
+PK__END_C
+
+/* pathkernel/tangent.h: tangent features (gradients of outputs and of losses with respect to the weights),
+ * factored or materialised, and their inner products: the hot loop.
+ *
+ * For a dense layer the gradient is an outer product, grad_W = delta (x) a, so that
+ *     < grad f(x), g_i > = sum over layers (delta_x . delta_i) (a_x . a_i + 1):
+ * two small Gram matrices and a Hadamard product per layer, and no vector of P numbers. What does not
+ * change along a step is taken out of the sum over its points:
+ *   - a layer whose input is data: sum the cotangents first, and its a_x . a_i is one Gram matrix for all steps;
+ *   - a layer behind which everything is linear: its cotangent is constant, sum the inputs first;
+ *   - any other layer: one Hadamard product per point, or, where many points or few examples make it
+ *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ */
+PK__BEGIN_C
+
+/* ---- examples: the loss gradients g_i of one batch ---- */
+
+/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (layer inputs x ld), cotangent[l]
+ * (layer outputs x ld), rows[l] (weights x ld) for layers of the form PK_TANGENT_ROWS. Column b is batch position b. */
+typedef struct pk_examples {
+    size_t count, ld;
+    const int64_t *items;
+    int consecutive; /* items[b] == items[0] + b */
+    pk_real **input, **cotangent, **rows;
+} pk_examples;
+
+enum { PK_EXAMPLE_BLOCK = 256 };
+
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples);
+/* to = the absolute values of from: for bounds. */
+PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
+/* sum (P) += sum over the examples of their gradients. */
+PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
+/* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
+PK_API double pk_rounding_allowance(const pk_graph *graph);
+/* Memory of one thread to fill examples. */
+typedef struct pk_example_workspace {
+    pk_tape tape;
+    pk_real *inputs, *targets, *row_gradients;
+} pk_example_workspace;
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace);
+PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
+/* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
+ * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
+PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                             const pk_dataset *data, const pk_batch *batch, size_t first,
+                             pk_example_workspace *workspace, pk_real *gradient);
+
+/* ---- the test side: integrated tangent features of one block of rows over one step ---- */
+
+typedef enum pk_engine {
+    PK_ENGINE_AUTO,      /* the cheapest by the cost model */
+    PK_ENGINE_FACTORED,  /* Hadamard products at each point */
+    PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
+} pk_engine;
+
+/* What a layer needs per point. */
+typedef enum pk_layer_kind {
+    PK_LAYER_DATA,   /* input constant: sum_p w_p delta_p */
+    PK_LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
+    PK_LAYER_POINTS, /* both vary */
+    PK_LAYER_ROWS    /* materialised row by row */
+} pk_layer_kind;
+
+enum { PK_DIRECTIONS = 3 };
+
+/* tile (row_count * outputs x count, contiguous) of inner products <Phi, g_b>, b = first .. first + count - 1,
+ * from one layer, or from several at once (layer -1). */
+typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
+
+/* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
+ * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK_LAYER_ROWS. */
+typedef struct pk_tangent {
+    const pk_graph *graph;
+    pk_integrator integrator;
+    size_t outputs, rows, row_capacity;
+    pk_layer_kind *kind;
+    const pk_node **node;
+    int *integrated; /* this step: Phi of the layer is wanted */
+    pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
+    pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
+    pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
+    pk_real **check, **size; /* with bounds, like phi: the difference to a better rule; after a step, the error */
+    double allowance;        /* c eps of the rounding bound */
+    int per_layer;   /* tiles layer by layer */
+    const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
+    pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
+    pk_real *weight_sum;                      /* rows */
+    /* The contraction: */
+    const pk_examples *examples;
+    const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
+    size_t gram_ld;
+    pk_tile_sink *sink;
+    void *user;
+    pk_real *tile, *left, *right, *scratch, *weighted, *absolute;
+    size_t *order;
+    pk_points sorted;
+    double flops; /* of the contraction, counted */
+    double seconds_contraction;
+} pk_tangent;
+
+/* With materialise, Phi of every layer can be had (it costs rows x outputs x P numbers); with bounds, also a
+ * bound on its error, number by number (three times that). */
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            int materialise, int bounds, pk_tangent *tangent);
+/* How many test rows make a block, from shapes alone. */
+PK_API size_t pk_tangent_block(size_t outputs);
+/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
+                            size_t rows, const pk_real *inputs, pk_engine engine);
+/* phi of the outputs first .. first + count - 1 of one row after pk_tangent_step: (count x layer outputs x layer
+ * inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                               pk_real *phi);
+/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
+ * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                                 pk_real *error);
+/* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
+ * out like phi of the layer. */
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
+                                    size_t columns, pk_real *tile);
+
+PK__END_C
+
+/* pathkernel/decomposition.h: what is asked of a decomposition and what it returns: sums of contributions over
+ * examples, groups, steps and layers, the certificate, the costs. decompose.h computes it.
+ */
+PK__BEGIN_C
+
+/* Axes of a kept tensor beside the test row and the output. Any sum of them may be kept; one tensor has
+ * either examples or groups. */
+enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_BY_TOTAL = 16, PK_KEPT = 8 };
+
+typedef struct pk_decompose_options {
+    pk_quadrature quadrature;
+    double tolerance; /* of closure / max(1, |h|); 0: 1e-10 */
+    pk_readout readout;
+    /* Which sums of contributions to keep, e.g. {PK_BY_EXAMPLE, PK_BY_STEP | PK_BY_LAYER}; the first 0 ends the
+     * list, none: PK_BY_EXAMPLE. PK_BY_TOTAL keeps none. */
+    unsigned keep[PK_KEPT];
+    const int64_t *groups; /* group of each training example, for PK_BY_GROUP */
+    size_t group_count;
+    int bounds;          /* 1: a bound on the error of each A(x, i); costs about three times as much */
+    int step_closure;    /* 1: the closure of each step */
+    pk_engine engine;    /* for tests and benchmarks */
+    int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
+    size_t rows_at_once; /* test rows in one pass over the run; 0: as many as the memory allows */
+} pk_decompose_options;
+
+/* rows x outputs x (examples or groups) x steps x layers, those that axes names, C order. */
+typedef struct pk_tensor {
+    unsigned axes;
+    int rank;
+    size_t shape[5];
+    size_t row_items; /* numbers per test row */
+    double *data;
+} pk_tensor;
+
+typedef struct pk_decomposition {
+    size_t first_row, rows, outputs, examples, groups, steps, layers;
+    double *initial, *final, *data, *decay, *unattributed, *closure; /* rows x outputs; data: sum over examples */
+    pk_tensor kept[PK_KEPT];
+    size_t kept_count;
+    double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
+    double *bounds;                          /* rows x outputs x examples, or NULL */
+    double *step_closure;                    /* rows x outputs x steps, or NULL */
+    /* The certificate: the worst closure / max(1, |final|) and where; the step with the worst closure of its own. */
+    double worst_closure;
+    size_t worst_row, worst_output;
+    double worst_step_closure;
+    size_t worst_step, worst_step_row;
+    /* The largest |unattributed| / max(1, |final|). */
+    double worst_unattributed;
+    /* What it took: */
+    size_t points;  /* quadrature nodes, over rows and steps */
+    size_t pieces;  /* pieces between kinks, over rows and steps */
+    size_t refused; /* pieces accepted although they missed their target */
+    size_t passes;
+    double flops; /* of the contraction */
+    /* Thread-seconds: reading and updates; gradients of the examples; the test side; the contraction. */
+    double seconds_read, seconds_examples, seconds_test, seconds_contraction, seconds;
+} pk_decomposition;
+
+/* Gives the arrays back; a zeroed decomposition is allowed. */
+PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition);
+
+/* indices (at most wanted) of the largest values if sign > 0, the smallest if sign < 0, strongest first, and
+ * only those of that sign; returns how many. Ties by index. Cost count * wanted. */
+PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices);
+
+PK__END_C
+
+/* pathkernel/window.h: the train side of an attribution: windows of consecutive steps of a run with their
+ * weights, the gradients of their examples, and their updates, recomputed and in linear form.
+ *
+ * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
+ * the results. An optimiser with state is followed forward once, its state kept at the start of every
+ * window, so that the windows can be visited in reverse.
+ */
+PK__BEGIN_C
+
+typedef struct pk_window {
+    const pk_run *run;
+    /* Of the run: */
+    size_t parameters, largest_batch, state_vectors;
+    int preconditioned; /* the optimiser scales each parameter on its own */
+    /* Of the plan: */
+    size_t capacity, windows, threads, lanes;
+    int saves, bounds;
+    /* The steps first .. first + count - 1; step first + j is number j below: */
+    size_t first, count;
+    pk_real *weights;        /* (count + 1) x P */
+    pk_real *direction;      /* count x P: D_s */
+    pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
+    pk_real *preconditioner; /* count x P: p_s, or NULL */
+    pk_real *preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    pk_linear_form *forms;
+    pk_batch *batches;
+    pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
+    /* Private: */
+    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    pk_real *state, *saved, *update; /* with bounds, a second state behind the first: of perturbed gradients */
+    pk_real *perturbed;              /* P */
+    size_t states;                   /* 1 or 2 */
+    pk_example_workspace *workspaces;
+    double *seconds; /* a thread's on examples */
+    double seconds_read;
+} pk_window;
+
+/* What of a run matters here: reads the batches' sizes. */
+PK_API void pk_window_begin(const pk_run *run, pk_window *window);
+/* Takes windows of up to capacity steps for threads threads. saves: keep the optimiser's state at the start
+ * of each window. bounds: have what bounds need. */
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+                           pk_window *window);
+/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
+ * flops an example. */
+PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count);
+/* Goes through the run once and keeps the state at the start of every window. */
+PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
+/* The state at the start of window number index: as saved, or zero at the start of the run. */
+PK_API void pk_window_restore_state(pk_window *window, size_t index);
+
+PK__END_C
+
+/* pathkernel/decompose.h: the predictions of a recorded run, decomposed over its training examples to
+ * rounding error, and certified.
+ *
+ *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + unattributed + closure
+ *
+ * (Domingos 2020; Bell et al. 2023, the exact path kernel.) With D_s = w_{s+1} - w_s and
+ * Phi_s(x) = integral_0^1 grad_w h(f(w_s + t D_s, x)) dt, the left side is initial + sum_s Phi_s D_s. An
+ * optimiser makes D_s linear in the examples' gradients g_i (optimizer.h: pk_linear_form), so that
+ *
+ *     A(x, i) = - sum_s scale_s c_{s,i} < E_s(x), g_{s,i} >,
+ *     E_s = gain_s R_s + direct_s p_s o Phi_s,   R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,   R_S = 0:
+ *
+ * stateful optimisers run in reverse time on the test side, without a vector per training example. decay is
+ * the part of weight decay, unattributed that of u_s = D_s - (the update recomputed in double).
+ */
+PK__BEGIN_C
+
+/* Decomposes h(f(w_S, inputs)) of a run. inputs: rows x input width. *out is zeroed first; release it also
+ * after PK_NOT_CLOSED, which means: computed, but the worst closure exceeds the tolerance (the message names
+ * row, output and step). Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
+ * memory limit. Memory beyond the results: the least is the state of one block of rows, about
+ * 50 P numbers for stateful optimisers. */
+PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                           const pk_decompose_options *options, pk_decomposition *out);
+
+/* The same in parts: part(user, rows first_row .. first_row + rows - 1) is called from the calling thread as
+ * each pass over the run ends, so that results larger than memory can be written and finished parts survive
+ * a cancel. Its tensors are valid during the call. A status other than PK_OK ends the decomposition with it.
+ * *summary (may be NULL) gets the sizes, the certificate and the costs over all parts, and no arrays. */
+typedef pk_status pk_decomposition_part(void *user, const pk_decomposition *part);
+PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                                 const pk_decompose_options *options, pk_decomposition_part *part,
+                                                 void *user, pk_decomposition *summary);
+
+PK__END_C
+
+#endif /* PATHKERNEL_H */
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_IMPLEMENTED)
+#define PATHKERNEL_IMPLEMENTED
+
+/* pathkernel/status.h: implementation */
+PK__BEGIN_C
+
+PK_API const char *pk_status_text(pk_status status)
+{
+    switch (status) {
+#define PK__STATUS_CASE(name, value, text) \
+    case name: return text;
+        PK_STATUS_LIST(PK__STATUS_CASE)
+#undef PK__STATUS_CASE
+    default: return "unknown status";
+    }
+}
+
+PK_API const char *pk_version(void)
+{
+    return PK_VERSION;
+}
+
+PK__END_C
+
+/* pathkernel/context.h: implementation */
+#include <float.h>
+#include <locale.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __APPLE__
+#include <xlocale.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__GLIBC__) && !defined(__USE_XOPEN2K8)
+#error "pathkernel's implementation needs POSIX: compile it with -std=gnu11 or -D_POSIX_C_SOURCE=200809L"
+#endif
+PK__BEGIN_C
+
+/* A loop whose iterations are independent; their number and order never depend on the threads. */
+#ifdef _OPENMP
+#define PK__PRAGMA(text) _Pragma(#text)
+#define PK__PARALLEL_FOR(threads) PK__PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
+#else
+#define PK__PARALLEL_FOR(threads) (void)(threads);
+#endif
+
+PK__PRIVATE int pk__thread(void)
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* Numbers are written and read with a point, whatever the locale of the program: this thread has the "C"
+ * locale between these two. */
+typedef struct pk__locale {
+    locale_t plain, before; /* plain: 0 where there is no memory for it */
+} pk__locale;
+
+static pk__locale pk__locale_enter(void)
+{
+    pk__locale locale = {newlocale(LC_ALL_MASK, "C", (locale_t)0), (locale_t)0};
+    if (locale.plain)
+        locale.before = uselocale(locale.plain);
+    return locale;
+}
+
+static void pk__locale_leave(pk__locale locale)
+{
+    if (!locale.plain)
+        return;
+    uselocale(locale.before);
+    freelocale(locale.plain);
+}
+
+/* snprintf in the "C" locale. */
+PK__FORMAT(3, 4)
+PK__PRIVATE int pk__print(char *text, size_t size, const char *format, ...)
+{
+    va_list arguments;
+    pk__locale locale = pk__locale_enter();
+    va_start(arguments, format);
+    int length = vsnprintf(text, size, format, arguments);
+    va_end(arguments);
+    pk__locale_leave(locale);
+    return length;
+}
+
+/* Records the message and returns the status, so that errors read `return pk__fail(...)`. Not from
+ * inside a parallel region. */
+PK__FORMAT(3, 4)
+PK__PRIVATE pk_status pk__fail(pk_context *context, pk_status status, const char *format, ...)
+{
+    if (context) {
+        va_list arguments;
+        pk__locale locale = pk__locale_enter();
+        va_start(arguments, format);
+        vsnprintf(context->message, sizeof context->message, format, arguments);
+        va_end(arguments);
+        pk__locale_leave(locale);
+    }
+    return status;
+}
+
+/* Bytes of a file as they may stand in a message: printable, and cut to size - 1. Returns text. */
+PK__PRIVATE const char *pk__printable(const char *bytes, size_t length, char *text, size_t size)
+{
+    size_t i;
+    for (i = 0; i < length && i + 1 < size; i++)
+        text[i] = bytes[i] < ' ' || bytes[i] > '~' ? '?' : bytes[i];
+    text[i] = 0;
+    return text;
+}
+
+/* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
+PK__PRIVATE int pk__finite(double value)
+{
+    uint64_t bits, exponent = (uint64_t)0x7ff << 52;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits & exponent) != exponent;
+}
+
+/* 1 and *value where the whole text is a finite decimal number of fewer than 512 characters, correctly
+ * rounded, with a point whatever the locale; else 0. */
+PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
+{
+    static const double powers[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                                    1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+    char copy[512];
+    size_t i = 0, digits = 0;
+    uint64_t mantissa = 0;
+    int exponent = 0, point = 0, exact = 1, negative = length && text[0] == '-';
+    if (length >= sizeof copy)
+        return 0;
+    for (i = length && (text[0] == '-' || text[0] == '+'); i < length; i++) {
+        if (text[i] == '.' && !point) {
+            point = 1;
+        } else if (text[i] >= '0' && text[i] <= '9') {
+            digits++;
+            if (mantissa < (uint64_t)1 << 53) /* so that it stays below 2^57 */
+                mantissa = 10 * mantissa + (uint64_t)(text[i] - '0'), exponent -= point;
+            else
+                exact = 0;
+        } else {
+            break;
+        }
+    }
+    if (!digits)
+        return 0;
+    if (i < length) {
+        int minus = 0, written = 0;
+        if (text[i] != 'e' && text[i] != 'E')
+            return 0;
+        if (++i < length && (text[i] == '-' || text[i] == '+'))
+            minus = text[i++] == '-';
+        if (i == length)
+            return 0;
+        for (; i < length; i++) {
+            if (text[i] < '0' || text[i] > '9')
+                return 0;
+            written = written < 100000 ? 10 * written + (text[i] - '0') : written;
+        }
+        exponent += minus ? -written : written;
+    }
+    /* Both operands exact, so one operation rounds correctly (Clinger 1990). */
+    if (FLT_EVAL_METHOD == 0 && exact && mantissa <= (uint64_t)1 << 53 && exponent >= -22 && exponent <= 22) {
+        double magnitude =
+            exponent < 0 ? (double)mantissa / powers[-exponent] : (double)mantissa * powers[exponent];
+        *value = negative ? -magnitude : magnitude;
+        return 1;
+    }
+    pk__locale locale = pk__locale_enter();
+    memcpy(copy, text, length);
+    copy[length] = 0;
+    double parsed = strtod(copy, NULL);
+    pk__locale_leave(locale);
+    if (!locale.plain || !pk__finite(parsed))
+        return 0;
+    *value = parsed;
+    return 1;
+}
+
+/* 1 and *product = a * b, or 0 on overflow. */
+PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
+{
+    if (b != 0 && a > SIZE_MAX / b)
+        return 0;
+    *product = a * b;
+    return 1;
+}
+
+PK__PRIVATE size_t pk__least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+PK__PRIVATE size_t pk__most(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+/* How many blocks of size hold count. */
+PK__PRIVATE size_t pk__blocks(size_t count, size_t size)
+{
+    return count / size + (count % size != 0);
+}
+
+PK__PRIVATE pk_status pk__progress(pk_context *context, const char *phase, double fraction)
+{
+    if (context && context->progress && context->progress(context->progress_user, phase, fraction) != 0)
+        return pk__fail(context, PK_CANCELLED, "cancelled by the caller during %s", phase);
+    return PK_OK;
+}
+
+PK_API const char *pk_message(const pk_context *context)
+{
+    return context ? context->message : "";
+}
+
+PK_API int pk_threads(const pk_context *context)
+{
+    if (context && context->threads > 0)
+        return context->threads;
+#ifdef _OPENMP
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+enum { PK__ALIGNMENT = 64 };
+
+/* Before each allocation, in its own cache line: its whole size. */
+typedef struct pk__header {
+    size_t bytes;
+} pk__header;
+
+PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, const char *what, void *pointer)
+{
+    void *none = NULL;
+    memcpy(pointer, &none, sizeof none);
+    size_t bytes = 0;
+    if (!pk__multiply(count, size, &bytes) || bytes > SIZE_MAX / 2 - 2 * PK__ALIGNMENT)
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu items of %zu bytes overflow", what, count, size);
+    if (bytes == 0)
+        return PK_OK;
+    bytes = (bytes + PK__ALIGNMENT - 1) / PK__ALIGNMENT * PK__ALIGNMENT + PK__ALIGNMENT;
+    if (context && context->memory_limit &&
+        (context->memory_used > context->memory_limit || bytes > context->memory_limit - context->memory_used))
+        return pk__fail(context, PK_MEMORY_LIMIT,
+                        "%s needs %zu bytes beside the %zu held, more than the memory limit of %zu bytes", what,
+                        bytes, context->memory_used, context->memory_limit);
+    void *block = NULL;
+    if (context && context->allocator.allocate)
+        block = context->allocator.allocate(context->allocator.user, bytes, PK__ALIGNMENT);
+    else if (posix_memalign(&block, PK__ALIGNMENT, bytes) != 0)
+        block = NULL;
+    if (!block)
+        return pk__fail(context, PK_MEMORY, "%s: no memory for %zu bytes", what, bytes);
+    memset(block, 0, bytes);
+    ((pk__header *)block)->bytes = bytes;
+    if (context) {
+        context->memory_used += bytes;
+        if (context->memory_used > context->memory_peak)
+            context->memory_peak = context->memory_used;
+    }
+    void *start = (unsigned char *)block + PK__ALIGNMENT;
+    memcpy(pointer, &start, sizeof start);
+    return PK_OK;
+}
+
+PK_API void pk_release(pk_context *context, void *pointer)
+{
+    if (!pointer)
+        return;
+    void *block = (unsigned char *)pointer - PK__ALIGNMENT;
+    size_t bytes = ((pk__header *)block)->bytes;
+    if (context) {
+        context->memory_used -= bytes;
+        if (context->allocator.allocate) {
+            context->allocator.release(context->allocator.user, block, bytes);
+            return;
+        }
+    }
+    free(block);
+}
+
+PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
+{
+    size_t bytes = 0;
+    if (!pk__multiply(count, size, &bytes) || bytes > SIZE_MAX / 2 || arena->used > SIZE_MAX / 2 - bytes - 64) {
+        arena->overflow = 1;
+        return NULL;
+    }
+    bytes = (bytes + PK__ALIGNMENT - 1) / PK__ALIGNMENT * PK__ALIGNMENT;
+    size_t start = arena->used;
+    if (arena->base && bytes > arena->capacity - start) {
+        arena->overflow = 1;
+        return NULL;
+    }
+    arena->used += bytes;
+    return arena->base && bytes ? arena->base + start : NULL;
+}
+
+PK__END_C
+
+/* pathkernel/matrix.h: implementation */
+#include <stdio.h>
+#include <string.h>
+#ifdef PATHKERNEL_BLIS
+/* blis.h needs pthread_barrier_t, which a strict -std=c11 hides once a header of the C library came first. */
+#if defined(__GLIBC__) && !defined(__USE_XOPEN2K)
+#error \
+    "PATHKERNEL_BLIS needs POSIX: compile with -std=gnu11 or -D_POSIX_C_SOURCE=200809L, or include pathkernel first"
+#endif
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpedantic"
+#pragma GCC diagnostic ignored "-Wshadow"
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#endif
+#include <blis.h>
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+PK__BEGIN_C
+
+/* C := beta C, where beta == 0 overwrites whatever was there. */
+PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t ldc)
+{
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++)
+            c[i * ldc + j] = beta == 0 ? 0 : beta * c[i * ldc + j];
+}
+
+#ifdef PATHKERNEL_BLIS
+
+PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+                             const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
+                             pk_real *c, size_t ldc)
+{
+    /* A rntm of its own: with none, BLIS reads the environment at each call and may abort in nested regions. */
+    rntm_t runtime;
+    bli_rntm_init(&runtime);
+    bli_rntm_set_num_threads(1, &runtime);
+    /* The small-matrix path reads a transposed B in place, at 16 to 22 GF/s instead of 30 to 44 where k is small
+     * or large (bench_matrix, example_major). Packing costs 15 % where few rows use B. */
+    if (transpose_b && (m >= 32 || k < 32 || k >= 384))
+        bli_rntm_set_pack_b(TRUE, &runtime);
+    inc_t row_a = transpose_a ? 1 : (inc_t)lda, column_a = transpose_a ? (inc_t)lda : 1;
+    inc_t row_b = transpose_b ? 1 : (inc_t)ldb, column_b = transpose_b ? (inc_t)ldb : 1;
+#ifdef PATHKERNEL_FLOAT
+    bli_rntm_disable_l3_sup(&runtime); /* 0.9.0's small sgemm reads past its operands */
+    bli_sgemm_ex(BLIS_NO_TRANSPOSE, BLIS_NO_TRANSPOSE, (dim_t)m, (dim_t)n, (dim_t)k, &alpha, (pk_real *)a,
+                 row_a, column_a, (pk_real *)b, row_b, column_b, &beta, c, (inc_t)ldc, 1, NULL, &runtime);
+#else
+    bli_dgemm_ex(BLIS_NO_TRANSPOSE, BLIS_NO_TRANSPOSE, (dim_t)m, (dim_t)n, (dim_t)k, &alpha, (pk_real *)a,
+                 row_a, column_a, (pk_real *)b, row_b, column_b, &beta, c, (inc_t)ldc, 1, NULL, &runtime);
+#endif
+}
+
+#else
+
+/* The portable product: both operands are packed, and a micro kernel keeps a tile of C in registers.
+ * Every element of C is, whatever m, n and its place, the same sum: blocks of PK__DEPTH terms, each added
+ * in ascending order to one accumulator. So the bits of an element depend on its row of op(A), its column
+ * of op(B), k, alpha and beta only.
+ *
+ * A vector is what one register holds. The tile is PK__TILE_ROWS x 2 vectors: the accumulators and what
+ * is multiplied fit into 16 registers. GNU vectors, since the vectorisers of gcc and clang differ by a
+ * factor of 6 on the same loops over arrays (gcc 12: 6.7 GF/s with arrays, 44 with vectors). */
+#if defined(__GNUC__)
+#if defined(__AVX__)
+#define PK__VECTOR_BYTES 32
+#define PK__TILE_ROWS 6
+#else
+#define PK__VECTOR_BYTES 16
+#define PK__TILE_ROWS 4
+#endif
+typedef pk_real pk__vector __attribute__((vector_size(PK__VECTOR_BYTES), aligned(sizeof(pk_real)), may_alias));
+#else
+#define PK__TILE_ROWS 4
+typedef pk_real pk__vector;
+#endif
+
+enum {
+    PK__LANES = (int)(sizeof(pk__vector) / sizeof(pk_real)),
+    PK__TILE_COLUMNS = 2 * PK__LANES,
+    PK__DEPTH = 128,                    /* terms per block: a panel of B stays in the first-level cache */
+    PK__BLOCK_ROWS = 12 * PK__TILE_ROWS /* with PK__DEPTH: the packed A, on the stack, <= 72 KiB */
+};
+
+static inline size_t pk__at_most(size_t count, size_t most)
+{
+    return count < most ? count : most;
+}
+
+/* packed[p * width + i] = source[i * across + p * along] for i < count, 0 up to width. */
+static inline void pk__pack(size_t width, size_t count, size_t depth, const pk_real *source, size_t across,
+                            size_t along, pk_real *packed)
+{
+    if (count == width && across == 1) {
+        for (size_t p = 0; p < depth; p++)
+            memcpy(packed + p * width, source + p * along, width * sizeof *packed);
+    } else if (count == width) {
+        for (size_t p = 0; p < depth; p++)
+            for (size_t i = 0; i < width; i++)
+                packed[p * width + i] = source[i * across + p * along];
+    } else {
+        for (size_t p = 0; p < depth; p++)
+            for (size_t i = 0; i < width; i++)
+                packed[p * width + i] = i < count ? source[i * across + p * along] : 0;
+    }
+}
+
+/* tile = sum over p < depth of a[p]^T b[p]: a is packed, row p of b starts at b[p * step]. Unrolled by hand,
+ * so that the accumulators are registers at -O2 too. */
+static inline void pk__micro(size_t depth, const pk_real *a, const pk_real *b, size_t step, pk_real *tile)
+{
+    const pk__vector zero = {0};
+#define PK__TILE_EACH_4(X) X(0) X(1) X(2) X(3)
+#define PK__TILE_EACH_6(X) PK__TILE_EACH_4(X) X(4) X(5)
+#define PK__TILE_ZERO(i) pk__vector left##i = zero, right##i = zero;
+#define PK__TILE_ADD(i)       \
+    left##i += a[i] * left_b; \
+    right##i += a[i] * right_b;
+#define PK__TILE_STORE(i)                                   \
+    *(pk__vector *)(tile + i * PK__TILE_COLUMNS) = left##i; \
+    *(pk__vector *)(tile + i * PK__TILE_COLUMNS + PK__LANES) = right##i;
+#if PK__TILE_ROWS == 6
+#define PK__TILE_EACH PK__TILE_EACH_6
+#else
+#define PK__TILE_EACH PK__TILE_EACH_4
+#endif
+    PK__TILE_EACH(PK__TILE_ZERO)
+    for (size_t p = 0; p < depth; p++) {
+        const pk__vector left_b = *(const pk__vector *)b, right_b = *(const pk__vector *)(b + PK__LANES);
+        PK__TILE_EACH(PK__TILE_ADD)
+        a += PK__TILE_ROWS;
+        b += step;
+    }
+    PK__TILE_EACH(PK__TILE_STORE)
+#undef PK__TILE_EACH
+#undef PK__TILE_EACH_4
+#undef PK__TILE_EACH_6
+#undef PK__TILE_ZERO
+#undef PK__TILE_ADD
+#undef PK__TILE_STORE
+}
+
+/* C := alpha tile, or C += alpha tile. */
+static inline void pk__store_tile(size_t rows, size_t columns, pk_real alpha, const pk_real *tile,
+                                  int overwrite, pk_real *c, size_t ldc)
+{
+    for (size_t i = 0; i < rows; i++, c += ldc, tile += PK__TILE_COLUMNS)
+        if (overwrite)
+            for (size_t j = 0; j < columns; j++)
+                c[j] = alpha * tile[j];
+        else
+            for (size_t j = 0; j < columns; j++)
+                c[j] += alpha * tile[j];
+}
+
+PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+                             const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
+                             pk_real *c, size_t ldc)
+{
+    pk_real packed_a[PK__BLOCK_ROWS * PK__DEPTH], packed_b[PK__TILE_COLUMNS * PK__DEPTH];
+    pk_real tile[PK__TILE_ROWS * PK__TILE_COLUMNS];
+    const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
+    const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
+    const int overwrite = beta == 0;
+    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
+    if (beta != 0 && beta != 1)
+        pk__scale(m, n, beta, c, ldc);
+    for (size_t p = 0; p < k; p += PK__DEPTH) {
+        const size_t depth = pk__at_most(k - p, PK__DEPTH);
+        for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
+            const size_t block = pk__at_most(m - top, PK__BLOCK_ROWS);
+            for (size_t i = 0; i < block; i += PK__TILE_ROWS)
+                pk__pack(PK__TILE_ROWS, pk__at_most(block - i, PK__TILE_ROWS), depth,
+                         a + (top + i) * row_a + p * column_a, row_a, column_a, packed_a + i * depth);
+            for (size_t j = 0; j < n; j += PK__TILE_COLUMNS) {
+                const size_t columns = pk__at_most(n - j, PK__TILE_COLUMNS);
+                const pk_real *panel = b + p * row_b + j * column_b;
+                size_t step = row_b;
+                /* Rows of B that are used once or twice are read where they are. */
+                if (transpose_b || columns < PK__TILE_COLUMNS || block > 2 * PK__TILE_ROWS) {
+                    pk__pack(PK__TILE_COLUMNS, columns, depth, panel, column_b, row_b, packed_b);
+                    panel = packed_b;
+                    step = PK__TILE_COLUMNS;
+                }
+                for (size_t i = 0; i < block; i += PK__TILE_ROWS) {
+                    pk_real *place = c + (top + i) * ldc + j;
+                    pk__micro(depth, packed_a + i * depth, panel, step, tile);
+                    if (block - i >= PK__TILE_ROWS && columns == PK__TILE_COLUMNS)
+                        pk__store_tile(PK__TILE_ROWS, PK__TILE_COLUMNS, alpha, tile, overwrite && p == 0, place,
+                                       ldc);
+                    else
+                        pk__store_tile(pk__at_most(block - i, PK__TILE_ROWS), columns, alpha, tile,
+                                       overwrite && p == 0, place, ldc);
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+/* C := beta C + alpha op(A) op(B), row-major, unchecked, one thread, no allocation of ours; any of m, n and k
+ * may be 0. With alpha == 0, A and B are not read. */
+PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+                          const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta, pk_real *c,
+                          size_t ldc)
+{
+    if (m == 0 || n == 0)
+        return;
+    if (k == 0 || alpha == 0)
+        pk__scale(m, n, beta, c, ldc);
+    else
+        pk__product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
+{
+    pk_matrix view;
+    view.data = data;
+    view.rows = rows;
+    view.cols = cols;
+    view.ld = cols;
+    return view;
+}
+
+/* PK_OK where the view is one that memory can hold. */
+static pk_status pk__check_matrix(pk_context *context, const char *name, const pk_matrix *x)
+{
+    size_t items = 0;
+    if (x->ld < x->cols)
+        return pk__fail(context, PK_SHAPE, "matrix %s: ld %zu is smaller than its %zu columns", name, x->ld,
+                        x->cols);
+    if (x->rows == 0 || x->cols == 0)
+        return PK_OK;
+    if (!x->data)
+        return pk__fail(context, PK_ARGUMENT, "matrix %s (%zu x %zu): data is NULL", name, x->rows, x->cols);
+    if (!pk__multiply(x->rows, x->ld, &items) || items > SIZE_MAX / 2 / sizeof(pk_real))
+        return pk__fail(context, PK_OVERFLOW, "matrix %s: %zu rows of ld %zu overflow", name, x->rows, x->ld);
+    return PK_OK;
+}
+
+/* 1 where two views share an element. Exact for views of one parent (the same ld); for unrelated ld, where
+ * their address ranges intersect. */
+static int pk__matrices_overlap(pk_matrix x, pk_matrix y)
+{
+    if (x.rows == 0 || x.cols == 0 || y.rows == 0 || y.cols == 0)
+        return 0;
+    if ((uintptr_t)x.data > (uintptr_t)y.data) {
+        pk_matrix other = x;
+        x = y;
+        y = other;
+    }
+    /* The ld of a single row means nothing. */
+    if (x.rows == 1)
+        x.ld = y.ld > x.cols ? y.ld : x.cols;
+    if (y.rows == 1)
+        y.ld = x.ld > y.cols ? x.ld : y.cols;
+    size_t distance = (uintptr_t)y.data - (uintptr_t)x.data;
+    if (distance >= ((x.rows - 1) * x.ld + x.cols) * sizeof(pk_real))
+        return 0;
+    if (x.ld != y.ld || distance % sizeof(pk_real) != 0)
+        return 1;
+    /* y starts on one of x's rows of ld columns: in a column of x, or beside it and then reaching, past the
+     * end of that row, into x's next one. */
+    size_t column = distance / sizeof(pk_real) % x.ld;
+    return column < x.cols || column + y.cols > x.ld;
+}
+
+PK_API pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matrix a, int transpose_a,
+                                    pk_matrix b, int transpose_b, pk_real beta, pk_matrix c)
+{
+    const size_t m = transpose_a ? a.cols : a.rows, inner_a = transpose_a ? a.rows : a.cols;
+    const size_t n = transpose_b ? b.rows : b.cols, inner_b = transpose_b ? b.cols : b.rows;
+    if (inner_a != inner_b || c.rows != m || c.cols != n)
+        return pk__fail(context, PK_SHAPE, "product: op(A) is %zu x %zu, op(B) %zu x %zu, C %zu x %zu", m,
+                        inner_a, inner_b, n, c.rows, c.cols);
+    pk_status status = pk__check_matrix(context, "A", &a);
+    if (status == PK_OK)
+        status = pk__check_matrix(context, "B", &b);
+    if (status == PK_OK)
+        status = pk__check_matrix(context, "C", &c);
+    if (status != PK_OK)
+        return status;
+    if (pk__matrices_overlap(a, c) || pk__matrices_overlap(b, c))
+        return pk__fail(context, PK_ARGUMENT, "product: C (%zu x %zu) overlaps %s", m, n,
+                        pk__matrices_overlap(a, c) ? "A" : "B");
+    pk__gemm(transpose_a, transpose_b, m, n, inner_a, alpha, a.data, a.ld, b.data, b.ld, beta, c.data, c.ld);
+    return PK_OK;
+}
+
+PK_API void pk_matrix_backend(char *text, size_t size)
+{
+#ifdef PATHKERNEL_BLIS
+    snprintf(text, size, "BLIS %s (%s)", bli_info_get_version_str(), bli_arch_string(bli_arch_query_id()));
+#else
+    snprintf(text, size, "portable");
+#endif
+}
+
+PK__END_C
+
+/* pathkernel/random.h: implementation */
+#include <math.h>
+PK__BEGIN_C
+
+/* Ten rounds of Philox4x32: block := bijection of block, chosen by key. */
+static void pk__philox(const uint32_t key[2], uint32_t block[4])
+{
+    uint32_t k0 = key[0], k1 = key[1], x0 = block[0], x1 = block[1], x2 = block[2], x3 = block[3];
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * x0, p1 = (uint64_t)0xCD9E8D57u * x2;
+        x0 = (uint32_t)(p1 >> 32) ^ x1 ^ k0;
+        x2 = (uint32_t)(p0 >> 32) ^ x3 ^ k1;
+        x1 = (uint32_t)p1;
+        x3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u; /* the golden ratio */
+        k1 += 0xBB67AE85u; /* sqrt(3) - 1 */
+    }
+    block[0] = x0, block[1] = x1, block[2] = x2, block[3] = x3;
+}
+
+/* The 128 bits at the counter, which moves on. */
+static void pk__random_block(pk_random *random, uint64_t bits[2])
+{
+    uint32_t key[2] = {(uint32_t)random->seed, (uint32_t)(random->seed >> 32)};
+    uint32_t block[4] = {(uint32_t)random->counter, (uint32_t)(random->counter >> 32), (uint32_t)random->stream,
+                         (uint32_t)(random->stream >> 32)};
+    random->counter++;
+    pk__philox(key, block);
+    bits[0] = (uint64_t)block[1] << 32 | block[0];
+    bits[1] = (uint64_t)block[3] << 32 | block[2];
+}
+
+PK_API uint64_t pk_random_bits(pk_random *random)
+{
+    uint64_t bits[2];
+    pk__random_block(random, bits);
+    return bits[0];
+}
+
+PK_API double pk_random_uniform(pk_random *random)
+{
+    return (double)(pk_random_bits(random) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+PK_API double pk_random_normal(pk_random *random)
+{
+    uint64_t bits[2];
+    pk__random_block(random, bits);
+    double radius = (double)((bits[0] >> 11) + 1) * (1.0 / 9007199254740992.0); /* (0, 1]: log is finite */
+    double angle = (double)(bits[1] >> 11) * (1.0 / 9007199254740992.0);
+    return sqrt(-2 * log(radius)) * cos(6.283185307179586476925 * angle);
+}
+
+PK_API uint64_t pk_random_below(pk_random *random, uint64_t n)
+{
+    if (n < 2)
+        return 0;
+    /* 2^64 mod n values are left out, so that every remainder has the same number of preimages. */
+    uint64_t excess = (0 - n) % n, bits;
+    do
+        bits = pk_random_bits(random);
+    while (bits < excess);
+    return bits % n;
+}
+
+PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items)
+{
+    for (size_t left = count; left > 1; left--) {
+        size_t other = (size_t)pk_random_below(random, left);
+        int64_t item = items[left - 1];
+        items[left - 1] = items[other];
+        items[other] = item;
+    }
+}
+
+PK__END_C
+
+/* pathkernel/array.h: implementation */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pathkernel maps little-endian files: it needs a little-endian machine"
+#endif
+PK__BEGIN_C
+
+/* ---- texts ---- */
+
+/* Names in messages are the ends of paths, so that a long path never hides the sentence. */
+PK__PRIVATE const char *pk__name(const char *path)
+{
+    size_t length = strlen(path);
+    return length > 160 ? path + length - 160 : path;
+}
+
+/* "(1437, 8, 8)". Returns text. */
+PK__PRIVATE const char *pk__shape_text(const pk_array *array, char *text, size_t size)
+{
+    size_t used = (size_t)snprintf(text, size, "(");
+    for (int i = 0; i < array->rank && used < size; i++)
+        used += (size_t)snprintf(text + used, size - used, i ? ", %zu" : "%zu", array->shape[i]);
+    if (used < size)
+        snprintf(text + used, size - used, array->rank == 1 ? ",)" : ")");
+    return text;
+}
+
+/* ---- files ---- */
+
+typedef struct pk__file {
+    unsigned char *bytes; /* NULL where size is 0 */
+    size_t size;
+} pk__file;
+
+/* Maps a whole regular file, read-only. */
+PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__file *file)
+{
+    const char *name = pk__name(path);
+    struct stat about;
+    file->bytes = NULL;
+    file->size = 0;
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a pipe must not hang us */
+    if (descriptor < 0)
+        return pk__fail(context, PK_IO, "%s: cannot be opened: %s", name, strerror(errno));
+    pk_status status = PK_OK;
+    if (fstat(descriptor, &about) != 0)
+        status = pk__fail(context, PK_IO, "%s: cannot be read: %s", name, strerror(errno));
+    else if (!S_ISREG(about.st_mode))
+        status = pk__fail(context, PK_IO, "%s: is %s, not a file", name,
+                          S_ISDIR(about.st_mode) ? "a directory" : "a device or a pipe");
+    else if ((uint64_t)about.st_size > SIZE_MAX / 2)
+        status = pk__fail(context, PK_OVERFLOW, "%s: too long to be mapped", name);
+    else
+        file->size = (size_t)about.st_size;
+    if (file->size) {
+        void *mapping = mmap(NULL, file->size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+        if (mapping == MAP_FAILED) {
+            status = pk__fail(context, PK_IO, "%s: cannot be mapped: %s", name, strerror(errno));
+            file->size = 0;
+        } else {
+            file->bytes = (unsigned char *)mapping;
+        }
+    }
+    close(descriptor);
+    return status;
+}
+
+PK__PRIVATE void pk__file_unmap(pk__file *file)
+{
+    if (file->bytes)
+        munmap(file->bytes, file->size);
+    file->bytes = NULL;
+    file->size = 0;
+}
+
+/* 1, or 0 with errno set: all the bytes at offset. One call unless the system stops short. */
+static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t offset)
+{
+    const unsigned char *at = (const unsigned char *)data;
+    while (bytes) {
+        ssize_t written = pwrite(descriptor, at, bytes, (off_t)offset);
+        if (written < 0 && errno == EINTR)
+            continue;
+        if (written <= 0) {
+            if (written == 0)
+                errno = ENOSPC;
+            return 0;
+        }
+        at += written;
+        offset += (size_t)written;
+        bytes -= (size_t)written;
+    }
+    return 1;
+}
+
+/* ---- arrays ---- */
+
+PK_API size_t pk_type_size(pk_type type)
+{
+    return type == PK_FLOAT64 || type == PK_INT64 ? 8 : type == PK_FLOAT32 ? 4 : type == PK_UINT8 ? 1 : 0;
+}
+
+PK_API const char *pk_type_name(pk_type type)
+{
+    return type == PK_FLOAT64   ? "float64"
+           : type == PK_FLOAT32 ? "float32"
+           : type == PK_INT64   ? "int64"
+           : type == PK_UINT8   ? "uint8"
+                                : "unknown";
+}
+
+/* Sets row_items and *bytes; 0 on overflow. Empty dimensions count as 1 in the check, so that every partial
+ * product of the shape can be formed. */
+PK__PRIVATE int pk__array_measure(pk_array *array, size_t *bytes)
+{
+    size_t bound = pk_type_size(array->type);
+    array->row_items = 1;
+    for (int i = 0; i < array->rank; i++) {
+        if (!pk__multiply(bound, array->shape[i] ? array->shape[i] : 1, &bound) || bound > SIZE_MAX / 2)
+            return 0;
+        if (i)
+            array->row_items *= array->shape[i];
+    }
+    *bytes = pk_type_size(array->type) * pk_array_items(array);
+    return 1;
+}
+
+PK_API pk_array pk_array_view(pk_type type, int rank, const size_t *shape, const void *data)
+{
+    pk_array array, none;
+    size_t bytes;
+    memset(&none, 0, sizeof none);
+    array = none;
+    if (!pk_type_size(type) || rank < 0 || rank > PK_ARRAY_RANK)
+        return none;
+    array.type = type;
+    array.rank = rank;
+    for (int i = 0; i < rank; i++)
+        array.shape[i] = shape[i];
+    if (!pk__array_measure(&array, &bytes))
+        return none;
+    array.data = data;
+    return array;
+}
+
+PK_API pk_array pk_array_rows(const pk_array *array, size_t first, size_t count)
+{
+    size_t shape[PK_ARRAY_RANK];
+    memcpy(shape, array->shape, sizeof shape);
+    shape[0] = count;
+    const char *data = (const char *)array->data;
+    size_t offset = first * array->row_items * pk_type_size(array->type);
+    return pk_array_view(array->type, array->rank, shape, offset ? data + offset : data);
+}
+
+PK_API size_t pk_array_length(const pk_array *array)
+{
+    return array->rank ? array->shape[0] : 1;
+}
+
+PK_API size_t pk_array_items(const pk_array *array)
+{
+    return pk_array_length(array) * array->row_items;
+}
+
+PK_API void pk_array_release(pk_context *context, pk_array *array)
+{
+    if (!array)
+        return;
+    if (array->mapping)
+        munmap(array->mapping, array->mapping_bytes);
+    pk_release(context, array->owned);
+    memset(array, 0, sizeof *array);
+}
+
+PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out)
+{
+#define PK__CONVERT(from)                                         \
+    for (size_t i = 0; i < count; i++)                            \
+        out[i] = (pk_real)((const from *)array->data)[first + i]; \
+    break
+    if (!count)
+        return;
+    switch (array->type) {
+    case PK_FLOAT64:
+        if (sizeof(pk_real) == sizeof(double)) {
+            memcpy(out, (const double *)array->data + first, count * sizeof(double));
+            break;
+        }
+        PK__CONVERT(double);
+    case PK_FLOAT32: PK__CONVERT(float);
+    case PK_INT64: PK__CONVERT(int64_t);
+    case PK_UINT8: PK__CONVERT(unsigned char);
+    }
+#undef PK__CONVERT
+}
+
+/* ---- .npy headers: a Python dictionary of three entries ---- */
+
+typedef struct pk__npy {
+    const char *descr;
+    size_t descr_length;
+    int seen[3];                                /* descr, fortran_order, shape */
+    int fortran, rank, negative, large, quoted; /* rank may exceed PK_ARRAY_RANK */
+    size_t shape[PK_ARRAY_RANK];
+} pk__npy;
+
+typedef struct pk__cursor {
+    const char *at, *end;
+} pk__cursor;
+
+/* The next character that is no space, which stays; 0 at the end. */
+static char pk__peek(pk__cursor *text)
+{
+    while (text->at < text->end &&
+           (*text->at == ' ' || *text->at == '\n' || *text->at == '\t' || *text->at == '\r'))
+        text->at++;
+    return text->at < text->end ? *text->at : (char)0;
+}
+
+static int pk__take(pk__cursor *text, char wanted)
+{
+    if (wanted == 0 || pk__peek(text) != wanted)
+        return 0;
+    text->at++;
+    return 1;
+}
+
+static int pk__take_word(pk__cursor *text, const char *word)
+{
+    size_t length = strlen(word);
+    pk__peek(text);
+    if ((size_t)(text->end - text->at) < length || memcmp(text->at, word, length) != 0)
+        return 0;
+    text->at += length;
+    return 1;
+}
+
+static int pk__take_string(pk__cursor *text, const char **string, size_t *length)
+{
+    char quote = pk__peek(text);
+    if (quote != '\'' && quote != '"')
+        return 0;
+    const char *start = ++text->at;
+    while (text->at < text->end && *text->at != quote)
+        text->at++;
+    if (text->at == text->end)
+        return 0;
+    *string = start;
+    *length = (size_t)(text->at++ - start);
+    return 1;
+}
+
+static int pk__take_shape(pk__cursor *text, pk__npy *header)
+{
+    if (!pk__take(text, '('))
+        return 0;
+    while (!pk__take(text, ')')) {
+        size_t size = 0;
+        const char *start;
+        int negative = pk__take(text, '-');
+        for (start = text->at; text->at < text->end && *text->at >= '0' && *text->at <= '9'; text->at++) {
+            if (size > (SIZE_MAX - 9) / 10)
+                header->large = 1;
+            else
+                size = 10 * size + (size_t)(*text->at - '0');
+        }
+        if (text->at == start)
+            return 0;
+        pk__take(text, 'L'); /* Python 2's long */
+        header->negative |= negative;
+        if (header->rank < PK_ARRAY_RANK)
+            header->shape[header->rank] = size;
+        header->rank++;
+        if (!pk__take(text, ',')) {
+            /* (3) is a number in Python, not a tuple */
+            if (header->rank == 1 || !pk__take(text, ')'))
+                return 0;
+            break;
+        }
+    }
+    return 1;
+}
+
+/* 1, or 0 where the text is no such dictionary. */
+static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
+{
+    static const char *const keys[] = {"descr", "fortran_order", "shape"};
+    memset(header, 0, sizeof *header);
+    if (!pk__take(text, '{'))
+        return 0;
+    while (!pk__take(text, '}')) {
+        const char *key = NULL;
+        size_t length = 0;
+        int which = 0;
+        if (!pk__take_string(text, &key, &length) || !pk__take(text, ':'))
+            return 0;
+        while (which < 3 && (strlen(keys[which]) != length || memcmp(keys[which], key, length) != 0))
+            which++;
+        if (which == 3 || header->seen[which]++)
+            return 0;
+        if (which == 2) {
+            if (!pk__take_shape(text, header))
+                return 0;
+        } else if (which == 1) {
+            header->fortran = pk__take_word(text, "True");
+            if (!header->fortran && !pk__take_word(text, "False"))
+                return 0;
+        } else if (pk__take_string(text, &header->descr, &header->descr_length)) {
+            header->quoted = 1;
+        } else if (pk__peek(text) == '[') { /* a structured type, not to be read but to be named */
+            const char *string;
+            size_t depth = 0;
+            header->descr = text->at;
+            do {
+                char next = pk__peek(text);
+                if (next == '\'' || next == '"') {
+                    if (!pk__take_string(text, &string, &length))
+                        return 0;
+                } else if (next == 0) {
+                    return 0;
+                } else {
+                    depth += next == '[';
+                    depth -= next == ']';
+                    text->at++;
+                }
+            } while (depth);
+            header->descr_length = (size_t)(text->at - header->descr);
+        } else {
+            return 0;
+        }
+        if (!pk__take(text, ',') && pk__peek(text) != '}')
+            return 0;
+    }
+    pk__peek(text);
+    return text->at == text->end && header->seen[0] && header->seen[1] && header->seen[2];
+}
+
+static pk_type pk__npy_type(const char *descr, size_t length)
+{
+    if (length == 3 && descr[1] == 'u' && descr[2] == '1')
+        return PK_UINT8;
+    if (length == 3 && (descr[0] == '<' || descr[0] == '=')) {
+        if (descr[1] == 'f' && descr[2] == '8')
+            return PK_FLOAT64;
+        if (descr[1] == 'f' && descr[2] == '4')
+            return PK_FLOAT32;
+        if (descr[1] == 'i' && descr[2] == '8')
+            return PK_INT64;
+    }
+    return (pk_type)0;
+}
+
+enum { PK__NPY_LONGEST = 65535 }; /* the longest header of version 1.0 */
+
+/* The array that the bytes of a .npy file hold, but for its data, which start at bytes[*offset]. */
+PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const unsigned char *bytes,
+                                    size_t size, unsigned flags, pk_array *array, size_t *offset)
+{
+    char text[64];
+    pk__npy header;
+    if (size == 0)
+        return pk__fail(context, PK_FORMAT, "%s: is empty, not a .npy file", name);
+    if (memcmp(bytes, "\x93NUMPY", size < 6 ? size : 6) != 0)
+        return pk__fail(context, PK_FORMAT, "%s: is not a .npy file%s", name,
+                        size > 3 && memcmp(bytes, "PK\3\4", 4) == 0        ? " but a .npz or zip archive"
+                        : size > 1 && bytes[0] == 0x1f && bytes[1] == 0x8b ? " but compressed by gzip"
+                                                                           : "");
+    if (size < 12)
+        return pk__fail(context, PK_FORMAT, "%s: the header is cut off: %zu bytes", name, size);
+    if (bytes[6] < 1 || bytes[6] > 3 || bytes[7] != 0)
+        return pk__fail(context, PK_UNSUPPORTED, "%s: version %d.%d of .npy is not supported", name, bytes[6],
+                        bytes[7]);
+    size_t start = bytes[6] == 1 ? 10 : 12, length = (size_t)bytes[8] | (size_t)bytes[9] << 8;
+    if (bytes[6] > 1)
+        length |= (size_t)bytes[10] << 16 | (size_t)bytes[11] << 24;
+    if (length > PK__NPY_LONGEST)
+        return pk__fail(context, PK_FORMAT, "%s: a header of %zu bytes is none of NumPy's", name, length);
+    if (length > size - start)
+        return pk__fail(context, PK_FORMAT, "%s: the header is cut off: %zu bytes of %zu", name, size - start,
+                        length);
+    pk__cursor cursor = {(const char *)bytes + start, (const char *)bytes + start + length};
+    if (!pk__npy_dictionary(&cursor, &header))
+        return pk__fail(context, PK_FORMAT, "%s: the header is not NumPy's: %s", name,
+                        pk__printable((const char *)bytes + start, length, text, sizeof text));
+    pk_array found;
+    memset(&found, 0, sizeof found);
+    found.type = header.quoted ? pk__npy_type(header.descr, header.descr_length) : (pk_type)0;
+    pk__printable(header.descr, header.descr_length, text, sizeof text);
+    if (!found.type)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        text[0] == '>'
+                            ? "%s: items are big-endian ('%s'); write them little-endian"
+                            : "%s: items of type %s are not supported; float64, float32, int64, uint8 are",
+                        name, text);
+    if (header.rank > PK_ARRAY_RANK)
+        return pk__fail(context, PK_UNSUPPORTED, "%s: %d dimensions, more than %d", name, header.rank,
+                        PK_ARRAY_RANK);
+    if (header.negative)
+        return pk__fail(context, PK_FORMAT, "%s: a negative dimension", name);
+    found.rank = header.rank;
+    int long_dimensions = 0;
+    for (int i = 0; i < header.rank; i++) {
+        found.shape[i] = header.shape[i];
+        long_dimensions += header.shape[i] > 1;
+    }
+    char shape[200];
+    pk__shape_text(&found, shape, sizeof shape);
+    if (header.fortran && long_dimensions > 1)
+        return pk__fail(context, PK_UNSUPPORTED, "%s: %s in Fortran order; save it with np.ascontiguousarray",
+                        name, shape);
+    size_t expected = 0, row_bytes = 0, held = size - start - length;
+    if (header.large || !pk__array_measure(&found, &expected))
+        return pk__fail(context, PK_OVERFLOW, "%s: the header's shape %s overflows", name, shape);
+    row_bytes = found.row_items * pk_type_size(found.type);
+    if ((flags & PK_ARRAY_PARTIAL) && found.rank && row_bytes) {
+        found.shape[0] = held / row_bytes;
+        found.extra_bytes = held % row_bytes;
+    } else if (expected != held) {
+        return pk__fail(context, PK_FORMAT, "%s: %s %s takes %zu bytes, the file holds %zu", name, shape,
+                        pk_type_name(found.type), expected, held);
+    }
+    *array = found;
+    *offset = start + length;
+    return PK_OK;
+}
+
+/* Writes a header of version 1.0 that fills room bytes, or with room == 0 as many as numpy.save would use for
+ * an array whose first dimension is to grow. Returns the bytes, or 0 where they do not suffice. */
+enum { PK__NPY_ROOM = 4096 };
+static size_t pk__npy_header(const pk_array *array, size_t room, unsigned char bytes[PK__NPY_ROOM])
+{
+    const char *descr = array->type == PK_FLOAT64   ? "<f8"
+                        : array->type == PK_FLOAT32 ? "<f4"
+                        : array->type == PK_INT64   ? "<i8"
+                                                    : "|u1";
+    char shape[200];
+    pk__shape_text(array, shape, sizeof shape);
+    char *text = (char *)bytes + 10;
+    size_t length =
+        10 + (size_t)snprintf(text, PK__NPY_ROOM - 10, "{'descr': '%s', 'fortran_order': False, 'shape': %s, }",
+                              descr, shape);
+    if (!room) {
+        char digits[24];
+        size_t growth = array->rank ? 20 - (size_t)snprintf(digits, sizeof digits, "%zu", array->shape[0]) : 0;
+        room = (length + growth + 1 + 63) / 64 * 64;
+    }
+    if (length + 1 > room || room > PK__NPY_ROOM)
+        return 0;
+    memcpy(bytes, "\x93NUMPY\1", 8); /* version 1 and the 0 after it */
+    bytes[8] = (unsigned char)((room - 10) & 255);
+    bytes[9] = (unsigned char)((room - 10) >> 8);
+    memset(bytes + length, ' ', room - length - 1);
+    bytes[room - 1] = '\n';
+    return room;
+}
+
+PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned flags, pk_array *array)
+{
+    if (!path || !array)
+        return pk__fail(context, PK_ARGUMENT, "pk_array_map: the path or the array is NULL");
+    pk__file file;
+    pk_array found;
+    size_t offset = 0;
+    pk_status status = pk__file_map(context, path, &file);
+    if (status == PK_OK)
+        status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
+    if (status == PK_OK && offset % pk_type_size(found.type) == 0) {
+        found.data = file.bytes + offset;
+        found.mapping = file.bytes;
+        found.mapping_bytes = file.size;
+    } else if (status == PK_OK) {
+        size_t items = pk_array_items(&found), size = pk_type_size(found.type);
+        status = pk_allocate(context, items, size, pk__name(path), &found.owned);
+        if (status == PK_OK && items)
+            memcpy(found.owned, file.bytes + offset, items * size);
+        found.data = found.owned;
+        pk__file_unmap(&file);
+    }
+    if (status == PK_OK)
+        *array = found;
+    else
+        pk__file_unmap(&file);
+    return status;
+}
+
+/* ---- writing ---- */
+
+PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type type, int rank,
+                                const size_t *shape, const void *data)
+{
+    unsigned char header[PK__NPY_ROOM];
+    if (!path || rank < 0 || rank > PK_ARRAY_RANK || (rank && !shape) || !pk_type_size(type))
+        return pk__fail(context, PK_ARGUMENT,
+                        "pk_array_write: rank %d or type %d is invalid, or a pointer is NULL", rank, (int)type);
+    pk_array array = pk_array_view(type, rank, shape, data);
+    if (!array.type)
+        return pk__fail(context, PK_OVERFLOW, "%s: the shape overflows", pk__name(path));
+    size_t bytes = pk_array_items(&array) * pk_type_size(type), room = pk__npy_header(&array, 0, header);
+    size_t length = strlen(path);
+    if (bytes && !data)
+        return pk__fail(context, PK_ARGUMENT, "%s: the data are NULL", pk__name(path));
+    char *aside = NULL;
+    pk_status status = pk_allocate(context, length + 5, 1, "the name of a file", &aside);
+    if (status != PK_OK)
+        return status;
+    memcpy(aside, path, length);
+    memcpy(aside + length, ".tmp", 5);
+    int file = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (file < 0) {
+        status = pk__fail(context, PK_IO, "%s: cannot be made: %s", pk__name(aside), strerror(errno));
+    } else {
+        int good = pk__write_at(file, header, room, 0) && pk__write_at(file, data, bytes, room), reason = errno;
+        if (close(file) != 0 && good)
+            good = 0, reason = errno;
+        if (good && rename(aside, path) != 0)
+            good = 0, reason = errno;
+        if (!good) {
+            unlink(aside);
+            status = pk__fail(context, PK_IO, "%s: %zu bytes cannot be written: %s", pk__name(path),
+                              room + bytes, strerror(reason));
+        }
+    }
+    pk_release(context, aside);
+    return status;
+}
+
+/* What create and reopen share: the checked shape of a writer, with no rows. */
+static pk_status pk__writer_shape(pk_context *context, const char *path, pk_type type, int rank,
+                                  const size_t *row_shape, pk_array_writer *writer, pk_array *array)
+{
+    size_t shape[PK_ARRAY_RANK] = {0};
+    if (!path || !writer || rank < 1 || rank > PK_ARRAY_RANK || (rank > 1 && !row_shape) || !pk_type_size(type))
+        return pk__fail(context, PK_ARGUMENT,
+                        "an array to append to: rank %d or type %d is invalid, or a pointer is NULL", rank,
+                        (int)type);
+    for (int i = 1; i < rank; i++)
+        shape[i] = row_shape[i - 1];
+    *array = pk_array_view(type, rank, shape, NULL);
+    if (!array->type)
+        return pk__fail(context, PK_OVERFLOW, "%s: the shape of a row overflows", pk__name(path));
+    if (!array->row_items)
+        return pk__fail(context, PK_SHAPE, "%s: rows without items cannot be appended", pk__name(path));
+    return PK_OK;
+}
+
+static void pk__writer_fill(pk_array_writer *writer, const char *path, int file, const pk_array *array,
+                            size_t header_bytes)
+{
+    size_t length = strlen(path);
+    memset(writer, 0, sizeof *writer);
+    writer->rows = writer->header_rows = array->shape[0];
+    writer->file = file + 1;
+    writer->type = array->type;
+    writer->rank = array->rank;
+    memcpy(writer->shape, array->shape, sizeof writer->shape);
+    writer->row_bytes = array->row_items * pk_type_size(array->type);
+    writer->header_bytes = header_bytes;
+    snprintf(writer->name, sizeof writer->name, "%s",
+             length < sizeof writer->name ? path : path + length - (sizeof writer->name - 1));
+}
+
+PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type type, int rank,
+                                 const size_t *row_shape, pk_array_writer *writer)
+{
+    unsigned char header[PK__NPY_ROOM];
+    pk_array array;
+    pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
+    if (status != PK_OK)
+        return status;
+    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (file < 0)
+        return pk__fail(context, PK_IO, "%s: cannot be made: %s", pk__name(path), strerror(errno));
+    size_t room = pk__npy_header(&array, 0, header);
+    if (!pk__write_at(file, header, room, 0)) {
+        status = pk__fail(context, PK_IO, "%s: cannot be written: %s", pk__name(path), strerror(errno));
+        close(file);
+        return status;
+    }
+    pk__writer_fill(writer, path, file, &array, room);
+    return PK_OK;
+}
+
+PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type type, int rank,
+                                 const size_t *row_shape, size_t rows, pk_array_writer *writer)
+{
+    unsigned char header[PK__NPY_ROOM];
+    pk_array array, found;
+    pk__file file;
+    size_t offset = 0;
+    pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
+    if (status != PK_OK)
+        return status;
+    const char *name = pk__name(path);
+    status = pk__file_map(context, path, &file);
+    if (status == PK_OK)
+        status = pk__npy_parse(context, name, file.bytes, file.size, PK_ARRAY_PARTIAL, &found, &offset);
+    pk__file_unmap(&file);
+    if (status != PK_OK)
+        return status;
+    int same = found.type == type && found.rank == rank;
+    for (int i = 1; same && i < rank; i++)
+        same = found.shape[i] == array.shape[i];
+    array.shape[0] = rows;
+    if (!same || rows > found.shape[0]) {
+        char has[180], wanted[180];
+        return pk__fail(context, PK_SHAPE, "%s: holds %s %s, wanted for appending: %s %s", name,
+                        pk__shape_text(&found, has, sizeof has), pk_type_name(found.type),
+                        pk__shape_text(&array, wanted, sizeof wanted), pk_type_name(type));
+    }
+    if (!pk__npy_header(&array, offset, header))
+        return pk__fail(context, PK_UNSUPPORTED, "%s: the header's %zu bytes leave no room for a row count",
+                        name, offset);
+    int descriptor = open(path, O_WRONLY | O_CLOEXEC);
+    if (descriptor < 0)
+        return pk__fail(context, PK_IO, "%s: cannot be opened for writing: %s", name, strerror(errno));
+    /* The header first: it may lag behind the data, but never run ahead. */
+    if (!pk__write_at(descriptor, header, offset, 0) ||
+        ftruncate(descriptor, (off_t)(offset + rows * array.row_items * pk_type_size(type))) != 0) {
+        status = pk__fail(context, PK_IO, "%s: cannot be cut to %zu rows: %s", name, rows, strerror(errno));
+        close(descriptor);
+        return status;
+    }
+    pk__writer_fill(writer, path, descriptor, &array, offset);
+    return PK_OK;
+}
+
+/* The row count into the header; 0 with errno set. */
+static int pk__writer_header(pk_array_writer *writer)
+{
+    unsigned char header[PK__NPY_ROOM];
+    if (writer->header_rows == writer->rows)
+        return 1;
+    writer->shape[0] = writer->rows;
+    pk_array array = pk_array_view(writer->type, writer->rank, writer->shape, NULL);
+    errno = EFBIG;
+    if (!pk__npy_header(&array, writer->header_bytes, header) ||
+        !pk__write_at(writer->file - 1, header, writer->header_bytes, 0))
+        return 0;
+    writer->header_rows = writer->rows;
+    return 1;
+}
+
+PK_API pk_status pk_array_append(pk_context *context, pk_array_writer *writer, size_t rows, const void *data)
+{
+    size_t bytes = 0;
+    if (!writer || !writer->file || (rows && !data))
+        return pk__fail(context, PK_ARGUMENT, "pk_array_append: the writer is closed, or a pointer is NULL");
+    size_t end = writer->header_bytes + writer->rows * writer->row_bytes;
+    if (!pk__multiply(rows, writer->row_bytes, &bytes) || bytes > SIZE_MAX / 2 - end)
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu rows overflow", writer->name, rows);
+    if (!pk__write_at(writer->file - 1, data, bytes, end)) {
+        int reason = errno;
+        int undone = ftruncate(writer->file - 1, (off_t)end) == 0;
+        return pk__fail(context, PK_IO, "%s: %zu rows of %zu bytes cannot be appended to %zu%s: %s",
+                        writer->name, rows, writer->row_bytes, writer->rows, undone ? "" : " nor cut off",
+                        strerror(reason));
+    }
+    writer->rows += rows;
+    /* The rows are safe; a header that cannot be written now may lag, and flush will tell. */
+    if (++writer->appends % 256 == 0)
+        (void)pk__writer_header(writer);
+    return PK_OK;
+}
+
+PK_API pk_status pk_array_flush(pk_context *context, pk_array_writer *writer)
+{
+    if (!writer || !writer->file)
+        return pk__fail(context, PK_ARGUMENT, "pk_array_flush: the writer is closed or NULL");
+    if (!pk__writer_header(writer))
+        return pk__fail(context, PK_IO, "%s: the header cannot be written: %s", writer->name, strerror(errno));
+    return PK_OK;
+}
+
+PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
+{
+    if (!writer || !writer->file)
+        return PK_OK;
+    pk_status status = pk_array_flush(context, writer);
+    if (close(writer->file - 1) != 0 && status == PK_OK)
+        status = pk__fail(context, PK_IO, "%s: cannot be closed: %s", writer->name, strerror(errno));
+    memset(writer, 0, sizeof *writer);
+    return status;
+}
+
+PK__END_C
+
+/* pathkernel/dataset.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- examples ---- */
+
+PK_API size_t pk_dataset_examples(const pk_dataset *dataset)
+{
+    return pk_array_length(&dataset->inputs);
+}
+
+PK_API size_t pk_dataset_width(const pk_dataset *dataset)
+{
+    return dataset->inputs.row_items;
+}
+
+/* The index of the first item that is no finite pk_real; the number of items where all are. */
+static size_t pk__first_not_finite(const pk_array *array)
+{
+    enum { BLOCK = 4096 };
+    const double *doubles = (const double *)array->data;
+    const float *floats = (const float *)array->data;
+    size_t items = pk_array_items(array), i, start;
+    if (array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+        return items;
+    for (start = 0; start < items; start += BLOCK) {
+        size_t end = pk__least(items, start + BLOCK);
+        int bad = 0; /* without an exit in the loops, they become vectors */
+        if (array->type == PK_FLOAT64)
+            for (i = start; i < end; i++)
+                bad |= !pk__finite((double)(pk_real)doubles[i]);
+        else
+            for (i = start; i < end; i++)
+                bad |= !pk__finite((double)floats[i]);
+        for (i = start; bad && i < end; i++)
+            if (!pk__finite(array->type == PK_FLOAT64 ? (double)(pk_real)doubles[i] : (double)floats[i]))
+                return i;
+    }
+    return items;
+}
+
+static pk_status pk__check_finite(pk_context *context, const char *name, const pk_array *array)
+{
+    size_t i = pk__first_not_finite(array);
+    return i == pk_array_items(array)
+               ? PK_OK
+               : pk__fail(context, PK_NOT_FINITE, "%s: row %zu, number %zu is not finite", name,
+                          i / array->row_items, i % array->row_items);
+}
+
+/* Whether targets have one row for each input and as many finite numbers in it as a network has outputs. */
+PK__PRIVATE pk_status pk__dataset_check_targets(pk_context *context, const pk_dataset *dataset, size_t outputs)
+{
+    char has[200], also[200];
+    if (!dataset || !dataset->inputs.type || !dataset->targets.type)
+        return pk__fail(context, PK_ARGUMENT, "a data set has no inputs or no targets");
+    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
+    size_t examples = pk_array_length(inputs);
+    pk__shape_text(inputs, has, sizeof has);
+    pk__shape_text(targets, also, sizeof also);
+    if (!inputs->rank || !targets->rank || pk_array_length(targets) != examples)
+        return pk__fail(context, PK_SHAPE, "inputs %s and targets %s: not one target row for each input row",
+                        has, also);
+    if (targets->type == PK_UINT8)
+        return pk__fail(context, PK_UNSUPPORTED, "targets %s uint8: labels are int64", also);
+    if (targets->rank > (targets->type == PK_INT64 ? 1 : 2) ||
+        (targets->type != PK_INT64 && targets->row_items != outputs))
+        return pk__fail(
+            context, PK_SHAPE,
+            "targets %s %s: the network's %zu outputs take (%zu,) int64 labels or (%zu, %zu) floats", also,
+            pk_type_name(targets->type), outputs, examples, examples, outputs);
+    if (pk_array_items(targets) && !targets->data)
+        return pk__fail(context, PK_ARGUMENT, "targets %s: the data are NULL", also);
+    return pk__check_finite(context, "targets", targets);
+}
+
+PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset, size_t input_width,
+                                  size_t outputs)
+{
+    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
+    if (status != PK_OK)
+        return status;
+    char has[200];
+    const pk_array *inputs = &dataset->inputs;
+    pk__shape_text(inputs, has, sizeof has);
+    if (!pk_array_length(inputs))
+        return pk__fail(context, PK_SHAPE, "inputs %s: no examples", has);
+    if (inputs->row_items != input_width)
+        return pk__fail(context, PK_SHAPE, "inputs %s: %zu numbers an example, the network takes %zu", has,
+                        inputs->row_items, input_width);
+    if (pk_array_items(inputs) && !inputs->data)
+        return pk__fail(context, PK_ARGUMENT, "inputs %s: the data are NULL", has);
+    return pk__check_finite(context, "inputs", inputs);
+}
+
+PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, size_t count, pk_real *rows)
+{
+    size_t width = dataset->inputs.row_items;
+    for (size_t i = 0; i < count; i++)
+        pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
+}
+
+PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,
+                                 pk_dataset *rows)
+{
+    if (!dataset || !rows)
+        return pk__fail(context, PK_ARGUMENT, "pk_dataset_rows: a data set is NULL");
+    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
+    size_t examples = pk_array_length(inputs);
+    if (!inputs->rank || !targets->rank || pk_array_length(targets) != examples || first > examples ||
+        count > examples - first)
+        return pk__fail(context, PK_SHAPE, "rows %zu .. +%zu of a data set of %zu examples", first, count,
+                        examples);
+    pk_dataset view;
+    view.inputs = pk_array_rows(inputs, first, count);
+    view.targets = pk_array_rows(targets, first, count);
+    *rows = view;
+    return PK_OK;
+}
+
+PK_API void pk_dataset_release(pk_context *context, pk_dataset *dataset)
+{
+    if (!dataset)
+        return;
+    pk_array_release(context, &dataset->inputs);
+    pk_array_release(context, &dataset->targets);
+}
+
+/* A data set's memory: inputs of the shape (shape[0], shape[1], ...), targets (shape[0],) or with columns. */
+static pk_status pk__dataset_allocate(pk_context *context, int rank, const size_t *shape, pk_type target_type,
+                                      size_t target_columns, pk_dataset *dataset)
+{
+    size_t target_shape[2] = {shape[0], target_columns}, bytes = 0;
+    pk_dataset made;
+    memset(&made, 0, sizeof made);
+    made.inputs = pk_array_view(PK_FLOAT64, rank, shape, NULL);
+    made.targets = pk_array_view(target_type, target_columns > 1 ? 2 : 1, target_shape, NULL);
+    if (!made.inputs.type || !made.targets.type || !pk__array_measure(&made.inputs, &bytes))
+        return pk__fail(context, PK_OVERFLOW, "a data set of %zu examples overflows", shape[0]);
+    pk_status status = pk_allocate(context, bytes, 1, "the inputs of a data set", &made.inputs.owned);
+    if (status == PK_OK)
+        status = pk_allocate(context, pk_array_items(&made.targets), 8, "the targets of a data set",
+                             &made.targets.owned);
+    if (status != PK_OK) {
+        pk_release(context, made.inputs.owned);
+        return status;
+    }
+    made.inputs.data = made.inputs.owned;
+    made.targets.data = made.targets.owned;
+    *dataset = made;
+    return PK_OK;
+}
+
+/* ---- IDX ---- */
+
+/* A view of the bytes of an IDX file: 0, 0, type, rank, then big-endian 32-bit dimensions, then the items. */
+static pk_status pk__idx_parse(pk_context *context, const char *name, const unsigned char *bytes, size_t size,
+                               pk_array *array)
+{
+    if (size < 4 || bytes[0] || bytes[1])
+        return pk__fail(context, PK_FORMAT, "%s: is not an IDX file%s", name,
+                        size > 1 && bytes[0] == 0x1f && bytes[1] == 0x8b ? " but compressed by gzip; unpack it"
+                                                                         : "");
+    if (bytes[2] != 8)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s: IDX items of type 0x%02x; unsigned bytes (0x08) are supported", name, bytes[2]);
+    int rank = bytes[3];
+    size_t shape[PK_ARRAY_RANK], start = 4 + 4 * (size_t)rank;
+    if (rank < 1 || rank > PK_ARRAY_RANK)
+        return pk__fail(context, PK_UNSUPPORTED, "%s: %d dimensions; 1 to %d are supported", name, rank,
+                        PK_ARRAY_RANK);
+    if (size < start)
+        return pk__fail(context, PK_FORMAT, "%s: the header is cut off: %zu bytes of %zu", name, size, start);
+    for (int i = 0; i < rank; i++) {
+        const unsigned char *at = bytes + 4 + 4 * i;
+        shape[i] = (size_t)at[0] << 24 | (size_t)at[1] << 16 | (size_t)at[2] << 8 | at[3];
+    }
+    pk_array view = pk_array_view(PK_UINT8, rank, shape, bytes + start);
+    if (!view.type)
+        return pk__fail(context, PK_OVERFLOW, "%s: the header's shape overflows", name);
+    if (pk_array_items(&view) != size - start) {
+        char text[200];
+        return pk__fail(context, PK_FORMAT, "%s: %s takes %zu bytes, the file holds %zu", name,
+                        pk__shape_text(&view, text, sizeof text), pk_array_items(&view), size - start);
+    }
+    *array = view;
+    return PK_OK;
+}
+
+/* pk_dataset_idx after its files are in memory. */
+PK__PRIVATE pk_status pk__idx_dataset(pk_context *context, const char *images_name, const pk__file *images_file,
+                                      const char *labels_name, const pk__file *labels_file, double scale,
+                                      pk_dataset *dataset)
+{
+    pk_array images, labels;
+    pk_status status = pk__idx_parse(context, images_name, images_file->bytes, images_file->size, &images);
+    if (status == PK_OK)
+        status = pk__idx_parse(context, labels_name, labels_file->bytes, labels_file->size, &labels);
+    if (status != PK_OK)
+        return status;
+    size_t examples = images.shape[0], items = pk_array_items(&images), i;
+    if (labels.rank != 1 || labels.shape[0] != examples) {
+        char text[200];
+        return pk__fail(context, PK_SHAPE, "%s: labels %s for %zu images", labels_name,
+                        pk__shape_text(&labels, text, sizeof text), examples);
+    }
+    pk_dataset made;
+    status = pk__dataset_allocate(context, images.rank, images.shape, PK_INT64, 1, &made);
+    if (status != PK_OK)
+        return status;
+    double *inputs = (double *)made.inputs.owned;
+    int64_t *targets = (int64_t *)made.targets.owned;
+    for (i = 0; i < items; i++)
+        inputs[i] = scale * ((const unsigned char *)images.data)[i];
+    for (i = 0; i < examples; i++)
+        targets[i] = ((const unsigned char *)labels.data)[i];
+    *dataset = made;
+    return PK_OK;
+}
+
+PK_API pk_status pk_dataset_idx(pk_context *context, const char *images_path, const char *labels_path,
+                                double scale, pk_dataset *dataset)
+{
+    pk__file images = {NULL, 0}, labels = {NULL, 0};
+    if (!images_path || !labels_path || !dataset || !pk__finite(scale))
+        return pk__fail(context, PK_ARGUMENT,
+                        "pk_dataset_idx: a pointer is NULL, or the scale %g is not finite", scale);
+    pk_status status = pk__file_map(context, images_path, &images);
+    if (status == PK_OK)
+        status = pk__file_map(context, labels_path, &labels);
+    if (status == PK_OK)
+        status = pk__idx_dataset(context, pk__name(images_path), &images, pk__name(labels_path), &labels, scale,
+                                 dataset);
+    pk__file_unmap(&images);
+    pk__file_unmap(&labels);
+    return status;
+}
+
+/* ---- CSV ---- */
+
+/* The next field of a line, without the spaces around it; the cursor moves past its comma. 1 where a comma
+ * followed. quotes: a field in quotes may hold commas. */
+static int pk__csv_field(pk__cursor *line, int quotes, const char **field, size_t *length)
+{
+    const char *start = line->at, *end;
+    int quoted = 0;
+    for (end = start; end < line->end && (*end != ',' || quoted); end++)
+        quoted ^= quotes && *end == '"';
+    line->at = end < line->end ? end + 1 : end;
+    int more = end < line->end;
+    while (start < end && (*start == ' ' || *start == '\t'))
+        start++;
+    while (start < end && (end[-1] == ' ' || end[-1] == '\t'))
+        end--;
+    *field = start;
+    *length = (size_t)(end - start);
+    return more;
+}
+
+/* The line at *at without its LF or CRLF; *at moves past it. */
+static pk__cursor pk__csv_line(const char **at, const char *end)
+{
+    pk__cursor line = {*at, end};
+    const char *feed = (const char *)memchr(*at, '\n', (size_t)(end - *at));
+    if (feed)
+        line.end = feed;
+    *at = feed ? feed + 1 : end;
+    if (line.end > line.at && line.end[-1] == '\r')
+        line.end--;
+    return line;
+}
+
+/* pk_dataset_csv after its file is in memory. */
+PK__PRIVATE pk_status pk__csv_dataset(pk_context *context, const char *name, const char *text, size_t size,
+                                      int target_columns, pk_dataset *dataset)
+{
+    const char *end = size ? text + size : text, *at = text, *field;
+    char shown[40];
+    size_t length, columns = 1, numbers = 0, line_number = 1, rows = 0, column;
+    double value;
+    if (size >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
+        at = text += 3; /* a byte order mark */
+    while (end > text && (end[-1] == '\n' || end[-1] == '\r' || end[-1] == ' ' || end[-1] == '\t'))
+        end--;
+    if (end == text)
+        return pk__fail(context, PK_FORMAT, "%s: holds no numbers", name);
+    pk__cursor line = pk__csv_line(&at, end), again = line;
+    for (columns = 1; pk__csv_field(&line, 0, &field, &length); columns++)
+        numbers += (size_t)pk__number(field, length, &value);
+    numbers += (size_t)pk__number(field, length, &value);
+    if (!numbers) { /* a header */
+        for (columns = 1; pk__csv_field(&again, 1, &field, &length); columns++)
+            continue;
+        text = at;
+        line_number = 2;
+    }
+    size_t outputs = target_columns ? (size_t)target_columns : 1;
+    if (columns <= outputs)
+        return pk__fail(context, PK_FORMAT,
+                        "%s: line 1 has %zu columns, there must be more than the %zu of the targets", name,
+                        columns, outputs);
+    /* Count first, so that memory is asked for only where the file holds as much. */
+    for (at = text; at < end; rows++) {
+        size_t commas = 0;
+        line = pk__csv_line(&at, end);
+        if (line.at == line.end)
+            return pk__fail(context, PK_FORMAT, "%s: line %zu is empty", name, line_number + rows);
+        for (; line.at < line.end; line.at++)
+            commas += *line.at == ',';
+        if (commas + 1 != columns)
+            return pk__fail(context, PK_FORMAT, "%s: line %zu has %zu columns, line 1 has %zu", name,
+                            line_number + rows, commas + 1, columns);
+    }
+    if (!rows)
+        return pk__fail(context, PK_FORMAT, "%s: holds a header but no numbers", name);
+    pk_dataset made;
+    size_t shape[2] = {rows, columns - outputs};
+    pk_status status =
+        pk__dataset_allocate(context, 2, shape, target_columns ? PK_FLOAT64 : PK_INT64, outputs, &made);
+    if (status != PK_OK)
+        return status;
+    double *inputs = (double *)made.inputs.owned, *targets = (double *)made.targets.owned;
+    int64_t *labels = (int64_t *)made.targets.owned;
+    for (at = text; at < end && status == PK_OK; line_number++) {
+        line = pk__csv_line(&at, end);
+        for (column = 0; column < columns; column++) {
+            pk__csv_field(&line, 0, &field, &length);
+            int good = pk__number(field, length, &value);
+            if (good && column < columns - outputs)
+                *inputs++ = value;
+            else if (good && target_columns)
+                *targets++ = value;
+            else if (good && value > -9007199254740992.0 && value < 9007199254740992.0 && value == floor(value))
+                *labels++ = (int64_t)value;
+            else
+                status = pk__fail(context, PK_FORMAT, "%s: line %zu, column %zu: '%s' is not %s", name,
+                                  line_number, column + 1, pk__printable(field, length, shown, sizeof shown),
+                                  good ? "an integer label" : "a finite number");
+            if (status != PK_OK)
+                break;
+        }
+    }
+    if (status == PK_OK)
+        *dataset = made;
+    else
+        pk_dataset_release(context, &made);
+    return status;
+}
+
+PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int target_columns, pk_dataset *dataset)
+{
+    pk__file file;
+    if (!path || !dataset || target_columns < 0)
+        return pk__fail(context, PK_ARGUMENT,
+                        "pk_dataset_csv: a pointer is NULL, or target_columns %d is negative", target_columns);
+    pk_status status = pk__file_map(context, path, &file);
+    if (status == PK_OK)
+        status = pk__csv_dataset(context, pk__name(path), (const char *)file.bytes, file.size, target_columns,
+                                 dataset);
+    pk__file_unmap(&file);
+    return status;
+}
+
+PK__END_C
+
+/* pathkernel/graph.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- graphs ---------------------------------------------------------------------------------------- */
+
+static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
+{
+    *width = 1;
+    if (shape->rank < 1 || shape->rank > PK_SHAPE_RANK)
+        return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank, PK_SHAPE_RANK);
+    for (int i = 0; i < shape->rank; i++)
+        if (shape->dims[i] == 0 || !pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
+            return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of %zu, zero or too large",
+                            shape->dims[i]);
+    return PK_OK;
+}
+
+/* What is known of a node before it runs, see pk_node. Inputs precede it. */
+static void pk__node_analyse(const pk_graph *graph, pk_node *node)
+{
+    const pk_operation *operation = node->operation;
+    node->input_constant = 1;
+    for (int j = 0; j < node->input_count; j++) {
+        const pk_node *input = &graph->nodes[node->inputs[j]];
+        node->input_constant &= !input->varies;
+        if (input->degree < 0 || node->degree < 0)
+            node->degree = -1;
+        else if (input->degree > node->degree)
+            node->degree = input->degree;
+    }
+    node->varies = !node->input_constant || node->weight_count > 0;
+    if (!node->input_constant && operation->smoothness == PK_SMOOTH)
+        node->degree = -1;
+    if (node->weight_count > 0)
+        node->degree = node->degree < 0 || !operation->linear_in_weights ? -1 : node->degree + 1;
+}
+
+static void pk__graph_analyse(pk_graph *graph)
+{
+    size_t last = graph->node_count - 1;
+    graph->switched = 0;
+    graph->widest = 0;
+    for (size_t n = 0; n < graph->node_count; n++) {
+        pk_node *node = &graph->nodes[n];
+        node->cotangent_constant = 1;
+        node->unread = n != last;
+        if (node->width > graph->widest)
+            graph->widest = node->width;
+    }
+    for (size_t n = last; n > 0; n--) {
+        pk_node *node = &graph->nodes[n];
+        int constant = node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
+        for (int j = 0; j < node->input_count; j++) {
+            pk_node *input = &graph->nodes[node->inputs[j]];
+            input->cotangent_constant &= constant;
+            node->shared[j] = !input->unread;
+            input->unread = 0;
+        }
+        graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
+    }
+    graph->output_width = graph->nodes[last].width;
+    graph->degree = graph->nodes[last].degree;
+}
+
+static pk_status pk__graph_grow(pk_context *context, pk_graph *graph)
+{
+    if (graph->node_count < graph->node_capacity)
+        return PK_OK;
+    size_t capacity = graph->node_capacity ? 2 * graph->node_capacity : 16;
+    pk_node *nodes = NULL;
+    pk_status status = pk_allocate(context, capacity, sizeof *nodes, "the graph's nodes", &nodes);
+    if (status)
+        return status;
+    if (graph->node_count)
+        memcpy(nodes, graph->nodes, graph->node_count * sizeof *nodes);
+    pk_release(context, graph->nodes);
+    graph->nodes = nodes;
+    graph->node_capacity = capacity;
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_shape *shape)
+{
+    size_t width = 0;
+    pk_status status = pk__shape_width(context, shape, &width);
+    if (status)
+        return status;
+    if (graph->node_count)
+        return pk__fail(context, PK_ARGUMENT, "the graph has an input already");
+    status = pk__graph_grow(context, graph);
+    if (status)
+        return status;
+    pk_node *node = &graph->nodes[0];
+    memset(node, 0, sizeof *node);
+    node->shape = *shape;
+    node->width = width;
+    node->layer = -1;
+    node->input_constant = 1;
+    graph->node_count = 1;
+    graph->input_width = width;
+    graph->input_shape = *shape;
+    pk__graph_analyse(graph);
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation, int input_count,
+                              const int *inputs, const double *attributes, int *number)
+{
+    if (!graph->node_count || !operation)
+        return pk__fail(context, PK_ARGUMENT, graph->node_count ? "no operation given" : "the graph has no input yet");
+    if (input_count < 1 || input_count > PK_NODE_INPUTS)
+        return pk__fail(context, PK_ARGUMENT, "%s has %d inputs; 1 to %d are possible", operation->name, input_count,
+                        PK_NODE_INPUTS);
+    pk_node node;
+    memset(&node, 0, sizeof node);
+    node.operation = operation;
+    node.input_count = input_count;
+    node.layer = -1;
+    memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
+    for (int j = 0; j < input_count; j++) {
+        if (inputs[j] < 0 || (size_t)inputs[j] >= graph->node_count)
+            return pk__fail(context, PK_ARGUMENT, "%s: input %d is node %d of a graph with %zu nodes",
+                            operation->name, j, inputs[j], graph->node_count);
+        node.inputs[j] = inputs[j];
+    }
+    pk_status status = operation->shape(context, graph, &node);
+    if (!status)
+        status = pk__shape_width(context, &node.shape, &node.width);
+    if (!status)
+        status = pk__graph_grow(context, graph);
+    if (status)
+        return status;
+    if (node.weight_count > SIZE_MAX / 4096 - graph->parameters)
+        return pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
+    if (node.weight_count) {
+        node.layer = (int)graph->layers++;
+        node.weight_offset = graph->parameters;
+        graph->parameters += node.weight_count;
+    }
+    pk__node_analyse(graph, &node);
+    if (number)
+        *number = (int)graph->node_count;
+    graph->nodes[graph->node_count++] = node;
+    pk__graph_analyse(graph);
+    return PK_OK;
+}
+
+PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
+{
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].layer == (int)layer)
+            return &graph->nodes[n];
+    return NULL;
+}
+
+PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
+{
+    pk_release(context, graph->nodes);
+    pk_release(context, graph->text);
+    memset(graph, 0, sizeof *graph);
+}
+
+/* ---- tapes ----------------------------------------------------------------------------------------- */
+
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape)
+{
+    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = rows, all = 0;
+    memset(tape, 0, sizeof *tape);
+    tape->graph = graph;
+    tape->rows = rows;
+    tape->copies = copies;
+    if (!pk__multiply(rows, copies > 1 ? copies : 1, &both) || !pk__multiply(both, graph->widest, &all))
+        arena->overflow = 1;
+    tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    for (size_t n = 0; n < count && !arena->overflow; n++) {
+        const pk_node *node = &graph->nodes[n];
+        const size_t bytes = node->width * sizeof(pk_real);
+        /* The input's value belongs to the caller: no room for it. */
+        pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        pk_real *cotangent = copies && node->varies ? (pk_real *)pk_arena_take(arena, both, bytes) : NULL;
+        pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        if (tape->value)
+            tape->value[n] = value;
+        if (tape->cotangent)
+            tape->cotangent[n] = cotangent;
+        if (tape->tangent)
+            tape->tangent[n] = tangent;
+        if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
+            scratch = node->operation->scratch(node, rows, copies);
+        if (node->weight_count && both * node->width > line)
+            line = both * node->width;
+        if (n && !node->operation->linear_in_weights && node->weight_count > weights)
+            weights = node->weight_count;
+    }
+    tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+}
+
+PK_API pk_real *pk_tape_output(const pk_tape *tape)
+{
+    return tape->value[tape->graph->node_count - 1];
+}
+
+PK_API pk_real *pk_tape_seed(const pk_tape *tape)
+{
+    return tape->cotangent[tape->graph->node_count - 1];
+}
+
+PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies, pk_call *call)
+{
+    memset(call, 0, sizeof *call);
+    call->node = node;
+    call->rows = rows;
+    call->copies = copies;
+    call->scratch = tape->scratch;
+    call->out = tape->value[node - tape->graph->nodes];
+    for (int j = 0; j < node->input_count; j++) {
+        call->in[j] = tape->value[node->inputs[j]];
+        call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
+    }
+}
+
+/* out[row] (+)= t[row] add[row]; each row has count numbers. */
+static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
+                           pk_real *out)
+{
+    for (size_t row = 0; row < rows; row++) {
+        const pk_real *from = add + row * count;
+        pk_real *to = out + row * count;
+        if (accumulate)
+            for (size_t j = 0; j < count; j++)
+                to[j] += t[row] * from[j];
+        else
+            for (size_t j = 0; j < count; j++)
+                to[j] = t[row] * from[j];
+    }
+}
+
+/* A node's weights at row row of the line; until the next call. An operation that is linear in its weights is
+ * never asked where on the line it is. */
+PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node, size_t row)
+{
+    const pk_real *weights = line->weights + node->weight_offset;
+    if (!line->direction || node->operation->linear_in_weights)
+        return weights;
+    for (size_t i = 0; i < node->weight_count; i++)
+        tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
+    return tape->row_weights;
+}
+
+/* An operation that is not linear in its weights gets own weights for each row: slow, and right. */
+static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
+{
+    const pk_node *node = whole->node;
+    for (size_t row = 0; row < whole->rows; row++) {
+        pk_call call = *whole;
+        call.rows = 1;
+        call.weights = pk__row_weights(tape, line, node, row);
+        call.out += row * node->width;
+        if (call.out_tangent)
+            call.out_tangent += row * node->width;
+        if (call.out_cotangent)
+            call.out_cotangent += row * call.copies * node->width;
+        for (int j = 0; j < node->input_count; j++) {
+            call.in[j] += row * call.in_width[j];
+            if (call.in_tangent[j])
+                call.in_tangent[j] += row * call.in_width[j];
+            if (call.in_cotangent[j])
+                call.in_cotangent[j] += row * call.copies * call.in_width[j];
+        }
+        rule(&call);
+    }
+}
+
+PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+{
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = line->weights + node->weight_offset;
+    int along = line->direction && node->weight_count;
+    if (along && !node->operation->linear_in_weights) {
+        pk__by_row(tape, line, &call, node->operation->forward);
+        return;
+    }
+    node->operation->forward(&call);
+    if (along) {
+        pk_real *out = call.out;
+        call.weights = line->direction + node->weight_offset;
+        call.out = tape->line_scratch;
+        node->operation->forward(&call);
+        pk__scale_rows(rows, node->width, line->t, tape->line_scratch, 1, out);
+    }
+}
+
+PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs)
+{
+    const pk_graph *graph = tape->graph;
+    tape->value[0] = (pk_real *)inputs; /* only read */
+    for (size_t n = 1; n < graph->node_count; n++)
+        pk__node_forward(tape, line, &graph->nodes[n], rows);
+}
+
+PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows, size_t copies)
+{
+    const pk_graph *graph = tape->graph;
+    if (node->input_constant)
+        return;
+    pk_call call;
+    pk__tape_call(tape, node, rows, copies, &call);
+    call.weights = line->weights + node->weight_offset;
+    call.out_cotangent = tape->cotangent[node - graph->nodes];
+    for (int j = 0; j < node->input_count; j++) {
+        if (!graph->nodes[node->inputs[j]].varies)
+            continue;
+        call.in_cotangent[j] = tape->cotangent[node->inputs[j]];
+        /* The first consumer met, which is the last in the graph, writes; the others add. */
+        call.accumulate[j] = node->shared[j];
+    }
+    int along = line->direction && node->weight_count;
+    if (along && !node->operation->linear_in_weights) {
+        pk__by_row(tape, line, &call, node->operation->reverse);
+        return;
+    }
+    node->operation->reverse(&call);
+    if (along) {
+        pk__scale_rows(rows, copies * node->width, line->t, call.out_cotangent, 0, tape->line_scratch);
+        call.weights = line->direction + node->weight_offset;
+        call.out_cotangent = tape->line_scratch;
+        for (int j = 0; j < node->input_count; j++)
+            call.accumulate[j] = 1;
+        node->operation->reverse(&call);
+    }
+}
+
+PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies)
+{
+    tape->line = *line;
+    for (size_t n = tape->graph->node_count - 1; n > 0; n--) {
+        const pk_node *node = &tape->graph->nodes[n];
+        if (node->unread && node->varies)
+            memset(tape->cotangent[n], 0, rows * copies * node->width * sizeof(pk_real));
+        pk__node_reverse(tape, line, node, rows, copies);
+    }
+}
+
+PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+{
+    const pk_graph *graph = tape->graph;
+    if (!node->varies)
+        return;
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = line->weights + node->weight_offset;
+    call.direction = line->direction && node->weight_count ? line->direction + node->weight_offset : NULL;
+    call.out_tangent = tape->tangent[node - graph->nodes];
+    for (int j = 0; j < node->input_count; j++)
+        call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (call.direction && line->t && !node->operation->linear_in_weights) {
+        pk__by_row(tape, line, &call, node->operation->tangent);
+        return;
+    }
+    node->operation->tangent(&call);
+    /* dF/din at w + t d is linear in the weights, too: add its t d part. */
+    if (call.direction && line->t && !node->input_constant) {
+        pk_real *out = call.out_tangent;
+        call.weights = call.direction;
+        call.direction = NULL;
+        call.out_tangent = tape->line_scratch;
+        node->operation->tangent(&call);
+        pk__scale_rows(rows, node->width, line->t, tape->line_scratch, 1, out);
+    }
+}
+
+PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows)
+{
+    for (size_t n = 1; n < tape->graph->node_count; n++)
+        pk__node_tangent(tape, line, &tape->graph->nodes[n], rows);
+}
+
+PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient)
+{
+    const pk_graph *graph = tape->graph;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->weight_count)
+            continue;
+        pk_call call;
+        pk__tape_call(tape, node, rows, 1, &call);
+        call.weights = tape->line.weights + node->weight_offset;
+        call.out_cotangent = tape->cotangent[n];
+        call.gradient = gradient + node->weight_offset;
+        if (tape->line.direction && !node->operation->linear_in_weights)
+            pk__by_row(tape, &tape->line, &call, node->operation->weight_gradient);
+        else
+            node->operation->weight_gradient(&call);
+    }
+}
+
+#define PK__EVALUATE_ROWS ((size_t)64)
+
+PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                   pk_matrix inputs, pk_matrix outputs)
+{
+    if (!graph->node_count || inputs.cols != graph->input_width || outputs.cols != graph->output_width ||
+        inputs.rows != outputs.rows || inputs.ld < inputs.cols || outputs.ld < outputs.cols)
+        return pk__fail(context, PK_SHAPE,
+                        "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
+                        "(ld %zu)",
+                        graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
+                        outputs.cols, outputs.ld);
+    if (inputs.rows == 0)
+        return PK_OK;
+    if (!weights || !inputs.data || !outputs.data)
+        return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
+    size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
+    size_t threads = pk__least((size_t)pk_threads(context), blocks);
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk_tape tape;
+    pk_tape_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
+    pk_arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
+    const size_t bytes = arena.used;
+    unsigned char *memory = NULL;
+    pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
+    if (status)
+        return status;
+    const pk_line line = {weights, NULL, NULL};
+    const int workers = (int)threads;
+    PK__PARALLEL_FOR(workers)
+    for (size_t block = 0; block < blocks; block++) {
+        pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
+        pk_tape batch;
+        pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
+        pk_real *rows = (pk_real *)pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        size_t first = block * PK__EVALUATE_ROWS;
+        size_t count = pk__least(inputs.rows - first, PK__EVALUATE_ROWS);
+        for (size_t row = 0; row < count; row++)
+            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld, inputs.cols * sizeof *rows);
+        pk_tape_forward(&batch, &line, count, rows);
+        for (size_t row = 0; row < count; row++)
+            memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
+                   outputs.cols * sizeof *rows);
+    }
+    pk_release(context, memory);
+    return PK_OK;
+}
+
+PK__END_C
+
+/* pathkernel/operation.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+static pk_status pk__elementwise_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    if (node->operation->parameters && !(isfinite(node->attributes[0]) && node->attributes[0] > 0))
+        return pk__fail(context, PK_ARGUMENT, "%s needs a positive finite number, not %g", node->operation->name,
+                        node->attributes[0]);
+    node->shape = graph->nodes[node->inputs[0]].shape;
+    return PK_OK;
+}
+
+/* One word as a finite number. */
+PK__PRIVATE pk_status pk__parse_number(pk_context *context, const char *word, double *number)
+{
+    return pk__number(word, strlen(word), number)
+               ? PK_OK
+               : pk__fail(context, PK_FORMAT, "'%.40s' is not a finite number", word);
+}
+
+static size_t pk__one_row_scratch(const pk_node *node, size_t rows, size_t copies)
+{
+    (void)rows, (void)copies;
+    return node->width;
+}
+
+static size_t pk__width_switches(const pk_node *node)
+{
+    return node->width;
+}
+
+/* dense N [nobias]: y = W x + b, W (out, in). attributes: out, bias. */
+static pk_status pk__dense_parse(pk_context *context, int count, const char *const *words, double *attributes)
+{
+    if (count < 1)
+        return pk__fail(context, PK_FORMAT, "dense needs its number of outputs");
+    if (count > 2 || (count == 2 && strcmp(words[1], "nobias") != 0))
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of dense; 'nobias' is", words[count - 1]);
+    attributes[1] = count == 1;
+    return pk__parse_number(context, words[0], &attributes[0]);
+}
+
+static pk_status pk__dense_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    double out = node->attributes[0];
+    if (!(out >= 1 && out <= 1e9) || out != floor(out))
+        return pk__fail(context, PK_ARGUMENT, "dense needs a whole number of outputs from 1 to 1e9, not %g", out);
+    if (input->shape.rank != 1)
+        return pk__fail(context, PK_SHAPE, "dense needs a flat input, not one of rank %d", input->shape.rank);
+    node->shape.rank = 1;
+    node->shape.dims[0] = (size_t)out;
+    if (!pk__multiply((size_t)out, input->width, &node->weight_count) ||
+        node->weight_count > SIZE_MAX / 2 - (size_t)out)
+        return pk__fail(context, PK_OVERFLOW, "dense %g: its weights overflow", out);
+    if (node->attributes[1] != 0)
+        node->weight_count += (size_t)out;
+    return PK_OK;
+}
+
+/* out = add o bias, or zero; then the caller adds products. */
+static void pk__dense_bias(const pk_call *call, const pk_real *weights, pk_real *out)
+{
+    size_t width = call->node->width;
+    const pk_real *bias = weights + width * call->in_width[0];
+    for (size_t row = 0; row < call->rows; row++)
+        memcpy(out + row * width, bias, width * sizeof *out);
+}
+
+static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, pk_real beta,
+                            pk_real *out)
+{
+    size_t width = call->node->width, fan_in = call->in_width[0];
+    if (bias) {
+        pk__dense_bias(call, weights, out);
+        beta = 1;
+    }
+    pk__gemm(0, 1, call->rows, width, fan_in, 1, in, fan_in, weights, fan_in, beta, out, width);
+}
+
+static void pk__dense_forward(const pk_call *call)
+{
+    pk__dense_apply(call, call->weights, call->in[0], call->node->attributes[1] != 0, 0, call->out);
+}
+
+static void pk__dense_tangent(const pk_call *call)
+{
+    pk_real beta = 0;
+    if (call->direction) {
+        pk__dense_apply(call, call->direction, call->in[0], call->node->attributes[1] != 0, 0, call->out_tangent);
+        beta = 1;
+    }
+    if (call->in_tangent[0])
+        pk__dense_apply(call, call->weights, call->in_tangent[0], 0, beta, call->out_tangent);
+    else if (!call->direction)
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__dense_reverse(const pk_call *call)
+{
+    size_t width = call->node->width, fan_in = call->in_width[0];
+    pk__gemm(0, 0, call->rows * call->copies, fan_in, width, 1, call->out_cotangent, width, call->weights, fan_in,
+             call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
+}
+
+static void pk__dense_weight_gradient(const pk_call *call)
+{
+    size_t width = call->node->width, fan_in = call->in_width[0];
+    pk__gemm(1, 0, width, fan_in, call->rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1, call->gradient,
+             fan_in);
+    if (call->node->attributes[1] != 0) {
+        pk_real *bias = call->gradient + width * fan_in;
+        for (size_t row = 0; row < call->rows; row++)
+            for (size_t j = 0; j < width; j++)
+                bias[j] += call->out_cotangent[row * width + j];
+    }
+}
+
+/* Elementwise y = V(x) with slope D(x, y): p are the node's attributes, threshold the number of switch
+ * functions x - c. Slopes at kinks are PyTorch's. */
+#define PK__ELEMENTWISE(name, V, D)                                                                  \
+    static void pk__##name##_forward(const pk_call *call)                                            \
+    {                                                                                                \
+        const double *p = call->node->attributes;                                                    \
+        size_t count = call->rows * call->node->width;                                               \
+        const pk_real *in = call->in[0];                                                             \
+        pk_real *out = call->out;                                                                    \
+        (void)p;                                                                                     \
+        for (size_t i = 0; i < count; i++) {                                                         \
+            pk_real x = in[i];                                                                       \
+            out[i] = (pk_real)(V);                                                                   \
+        }                                                                                            \
+    }                                                                                                \
+    static void pk__##name##_slopes(const pk_call *call, size_t first, size_t count, pk_real *slope) \
+    {                                                                                                \
+        const double *p = call->node->attributes;                                                    \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                           \
+        (void)p;                                                                                     \
+        for (size_t i = 0; i < count; i++) {                                                         \
+            pk_real x = in[i], y = out[i];                                                           \
+            (void)x, (void)y;                                                                        \
+            slope[i] = (pk_real)(D);                                                                 \
+        }                                                                                            \
+    }                                                                                                \
+    static void pk__##name##_tangent(const pk_call *call)                                            \
+    {                                                                                                \
+        pk__elementwise_tangent(call, pk__##name##_slopes);                                          \
+    }                                                                                                \
+    static void pk__##name##_reverse(const pk_call *call)                                            \
+    {                                                                                                \
+        pk__elementwise_reverse(call, pk__##name##_slopes);                                          \
+    }
+
+typedef void pk__slopes(const pk_call *call, size_t first, size_t count, pk_real *slope);
+
+static void pk__elementwise_tangent(const pk_call *call, pk__slopes *slopes)
+{
+    size_t count = call->rows * call->node->width;
+    pk_real *out = call->out_tangent;
+    if (!call->in_tangent[0]) {
+        memset(out, 0, count * sizeof *out);
+        return;
+    }
+    slopes(call, 0, count, out);
+    for (size_t i = 0; i < count; i++)
+        out[i] *= call->in_tangent[0][i];
+}
+
+static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes)
+{
+    size_t width = call->node->width, copies = call->copies;
+    pk_real *slope = call->scratch;
+    for (size_t row = 0; row < call->rows; row++) {
+        slopes(call, row * width, width, slope);
+        for (size_t copy = 0; copy < copies; copy++) {
+            const pk_real *from = call->out_cotangent + (row * copies + copy) * width;
+            pk_real *to = call->in_cotangent[0] + (row * copies + copy) * width;
+            if (call->accumulate[0])
+                for (size_t j = 0; j < width; j++)
+                    to[j] += from[j] * slope[j];
+            else
+                for (size_t j = 0; j < width; j++)
+                    to[j] = from[j] * slope[j];
+        }
+    }
+}
+
+#define PK__SQRT_HALF 0.70710678118654752440
+#define PK__INV_SQRT_2PI 0.39894228040143267794
+#define PK__TWO_BY_SQRT_PI 1.12837916709551257390
+
+PK__PRIVATE double pk__sigmoid(double x)
+{
+    double e = exp(-fabs(x));
+    return x >= 0 ? 1 / (1 + e) : e / (1 + e);
+}
+
+/* log(1 + e^(b x)) / b, without overflow and without PyTorch's switch to x at b x > 20: that switch is a
+ * jump of 2e-9 / b, which no path integral could close over. */
+static double pk__softplus(double x, double b)
+{
+    return (b * x > 0 ? x : 0) + log1p(exp(-fabs(b * x))) / b;
+}
+
+PK__ELEMENTWISE(identity, x, 1)
+PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0)
+PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0])
+PK__ELEMENTWISE(hard_tanh, x < -1 ? -1 : x > 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0)
+PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0)
+PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y)
+PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y * (1 - y))
+PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x))
+PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
+                0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x))
+PK__ELEMENTWISE(silu, x * pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)))
+PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI * exp(-x * x))
+#undef PK__ELEMENTWISE
+
+static void pk__zero_switches(const pk_call *call)
+{
+    memcpy(call->out, call->in[0], call->rows * call->node->width * sizeof(pk_real));
+}
+
+static size_t pk__hard_tanh_switch_count(const pk_node *node)
+{
+    return 2 * node->width;
+}
+
+static void pk__hard_tanh_switches(const pk_call *call)
+{
+    size_t count = call->rows * call->node->width;
+    for (size_t i = 0; i < count; i++) {
+        call->out[2 * i] = call->in[0][i] + 1;
+        call->out[2 * i + 1] = call->in[0][i] - 1;
+    }
+}
+
+#define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                                          \
+    {#name, kind, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape, pk__one_row_scratch, \
+     pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL}
+#define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                               \
+    {#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape,       \
+     pk__one_row_scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches}
+
+static const pk_operation pk__operations[] = {
+    {"dense", PK_LINEAR, PK_TANGENT_OUTER, 1, 1, {0, 1, 0, 0, 0, 0, 0, 0}, pk__dense_parse, pk__dense_shape, NULL,
+     pk__dense_forward, pk__dense_tangent, pk__dense_reverse, pk__dense_weight_gradient, NULL, NULL, NULL},
+    PK__SMOOTH_OPERATION(identity, PK_LINEAR, 0, 0),
+    PK__KINKED_OPERATION(relu, 0, 0, pk__width_switches, pk__zero_switches),
+    PK__KINKED_OPERATION(leaky_relu, 1, 0.01, pk__width_switches, pk__zero_switches),
+    PK__KINKED_OPERATION(hard_tanh, 0, 0, pk__hard_tanh_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(abs, 0, 0, pk__width_switches, pk__zero_switches),
+    PK__SMOOTH_OPERATION(tanh, PK_SMOOTH, 0, 0),
+    PK__SMOOTH_OPERATION(sigmoid, PK_SMOOTH, 0, 0),
+    PK__SMOOTH_OPERATION(softplus, PK_SMOOTH, 1, 1),
+    PK__SMOOTH_OPERATION(gelu, PK_SMOOTH, 0, 0),
+    PK__SMOOTH_OPERATION(silu, PK_SMOOTH, 0, 0),
+    PK__SMOOTH_OPERATION(erf, PK_SMOOTH, 0, 0),
+};
+#undef PK__SMOOTH_OPERATION
+#undef PK__KINKED_OPERATION
+
+PK_API const pk_operation *pk_operation_find(const char *name)
+{
+    for (size_t i = 0; i < sizeof pk__operations / sizeof *pk__operations; i++)
+        if (strcmp(name, pk__operations[i].name) == 0)
+            return &pk__operations[i];
+    return NULL;
+}
+
+PK__END_C
+
+/* pathkernel/network.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000 };
+
+/* "64" or "1x28x28" as a shape. */
+static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
+{
+    const char *at = word;
+    shape->rank = 0;
+    do {
+        size_t dim = 0;
+        if (shape->rank == PK_SHAPE_RANK || *at < '0' || *at > '9')
+            return pk__fail(context, PK_FORMAT, "'%.40s' is not a shape such as 64 or 1x28x28", word);
+        for (; *at >= '0' && *at <= '9'; at++) {
+            if (dim > SIZE_MAX / 65536)
+                return pk__fail(context, PK_OVERFLOW, "the shape '%.40s' is too large", word);
+            dim = 10 * dim + (size_t)(*at - '0');
+        }
+        shape->dims[shape->rank++] = dim;
+    } while (*at++ == 'x');
+    if (at[-1])
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not a shape such as 64 or 1x28x28", word);
+    return PK_OK;
+}
+
+static pk_status pk__add_layer(pk_context *context, pk_graph *graph, int count, const char *const *words)
+{
+    if (!graph->node_count) {
+        pk_shape shape;
+        if (strcmp(words[0], "input") != 0 || count != 2)
+            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
+                            words[0]);
+        pk_status status = pk__parse_shape(context, words[1], &shape);
+        return status ? status : pk_graph_input(context, graph, &shape);
+    }
+    const pk_operation *operation = pk_operation_find(words[0]);
+    if (!operation)
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", words[0]);
+    double attributes[PK_NODE_ATTRIBUTES];
+    memcpy(attributes, operation->defaults, sizeof attributes);
+    if (operation->parse) {
+        pk_status status = operation->parse(context, count - 1, words + 1, attributes);
+        if (status)
+            return status;
+    } else {
+        if (count - 1 > operation->parameters)
+            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many", words[0],
+                            operation->parameters, words[operation->parameters + 1]);
+        for (int i = 1; i < count; i++) {
+            pk_status status = pk__parse_number(context, words[i], &attributes[i - 1]);
+            if (status)
+                return status;
+        }
+    }
+    int input = (int)graph->node_count - 1;
+    return pk_graph_add(context, graph, operation, 1, &input, attributes, NULL);
+}
+
+static int pk__is_blank(char c)
+{
+    return c == ' ' || c == '\t' || c == '\r' || c == '\n';
+}
+
+/* One layer: copies the words from [*at, `;` or the end) into words, single blanks between, moves *at on. */
+static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count, const char **words)
+{
+    size_t used = 0;
+    const char *from = *at;
+    *count = 0;
+    while (*from && *from != ';') {
+        if (pk__is_blank(*from)) {
+            from++;
+            continue;
+        }
+        if (*count == PK__LAYER_WORDS)
+            return pk__fail(context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
+        words[(*count)++] = text + used;
+        while (*from && *from != ';' && !pk__is_blank(*from)) {
+            if (used + 2 > PK__LAYER_TEXT)
+                return pk__fail(context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
+            text[used++] = *from++;
+        }
+        text[used++] = 0;
+    }
+    *at = from;
+    return *count ? PK_OK : pk__fail(context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
+}
+
+static pk_status pk__parse_layers(pk_context *context, const char *text, pk_graph *graph)
+{
+    char layer[PK__LAYER_TEXT];
+    const char *words[PK__LAYER_WORDS];
+    char *canonical = graph->text;
+    for (int number = 1;; number++) {
+        int count = 0;
+        pk_status status = number > PK__NETWORK_LAYERS
+                               ? pk__fail(context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
+                               : pk__split_layer(context, &text, layer, &count, words);
+        if (!status)
+            status = pk__add_layer(context, graph, count, words);
+        if (status) {
+            char message[PK_MESSAGE_SIZE] = "";
+            if (context)
+                memcpy(message, context->message, sizeof message);
+            return pk__fail(context, status, "network, layer %d: %.400s", number, message);
+        }
+        for (int i = 0; i < count; i++) {
+            size_t length = strlen(words[i]);
+            memcpy(canonical, words[i], length);
+            canonical += length;
+            *canonical++ = i + 1 < count ? ' ' : ';';
+        }
+        if (!*text) {
+            canonical[-1] = 0;
+            break;
+        }
+        text++;
+        *canonical++ = ' ';
+    }
+    if (!graph->parameters)
+        return pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+    return PK_OK;
+}
+
+PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
+{
+    if (!text || graph->node_count)
+        return pk__fail(context, PK_ARGUMENT, text ? "network: the graph is in use already" : "network: no text");
+    /* A blank after each ';' makes the canonical text at most twice as long. */
+    pk_status status = pk_allocate(context, 2 * strlen(text) + 2, 1, "the network's text", &graph->text);
+    if (!status)
+        status = pk__parse_layers(context, text, graph);
+    if (status)
+        pk_graph_release(context, graph);
+    return status;
+}
+
+PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed, pk_real *weights)
+{
+    if (!graph->node_count || !weights)
+        return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->weight_count)
+            continue;
+        pk_random random = {seed, (uint64_t)node->layer, 0};
+        double bound = 1 / sqrt((double)graph->nodes[node->inputs[0]].width);
+        for (size_t i = 0; i < node->weight_count; i++)
+            weights[node->weight_offset + i] = (pk_real)(bound * (2 * pk_random_uniform(&random) - 1));
+    }
+    return PK_OK;
+}
+
+PK__END_C
+
+/* pathkernel/loss.h: implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- rules: value, and the gradient where it is not NULL; gradient may be f ---------------------------- */
+
+static double pk__squared(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    double sum = 0;
+    for (size_t j = 0; j < outputs; j++) {
+        double d = (double)f[j] - y[j];
+        sum += d * d;
+        if (gradient)
+            gradient[j] = (pk_real)d;
+    }
+    return sum / 2;
+}
+
+static double pk__mean_squared(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    double sum = 0, factor = 2 / (double)outputs;
+    for (size_t j = 0; j < outputs; j++) {
+        double d = (double)f[j] - y[j];
+        sum += d * d;
+        if (gradient)
+            gradient[j] = (pk_real)(factor * d);
+    }
+    return sum / (double)outputs;
+}
+
+/* With Z = 1 + rest after the largest output is subtracted: log Z = log1p(rest), and 1 - p = rest / Z for
+ * the largest, so that nothing cancels where the network is sure. */
+static double pk__softmax_cross_entropy(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    size_t top = 0;
+    for (size_t j = 1; j < outputs; j++)
+        if (f[j] > f[top])
+            top = j;
+    double largest = f[top], rest = 0, total = 0, value = 0;
+    for (size_t j = 0; j < outputs; j++) {
+        double below = f[j] - largest, e = j == top ? 1 + below : exp(below); /* 1, NaN for infinity */
+        if (j != top)
+            rest += e;
+        total += y[j];
+        if (y[j] != 0) /* 0 * infinity is 0 here */
+            value -= y[j] * below;
+        if (gradient)
+            gradient[j] = (pk_real)e;
+    }
+    if (gradient) {
+        double inverse = 1 / (1 + rest);
+        for (size_t j = 0; j < outputs; j++) {
+            double p = gradient[j] * inverse, q = j == top ? rest * inverse : 1 - p;
+            gradient[j] = (pk_real)(p * (total - y[j]) - y[j] * q);
+        }
+    }
+    return value + total * log1p(rest);
+}
+
+static double pk__logistic(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    double sum = 0, count = (double)outputs;
+    for (size_t j = 0; j < outputs; j++) {
+        double x = f[j], t = y[j], e = exp(-fabs(x)), tail = e / (1 + e); /* sigmoid(-|x|) */
+        sum += (x > 0 ? (1 - t) * x : -t * x) + log1p(e);
+        if (gradient) /* sigmoid(x) - t without cancelling at t = 0 or 1 */
+            gradient[j] = (pk_real)((x > 0 ? (1 - t) - tail : tail - t) / count);
+    }
+    return sum / count;
+}
+
+static double pk__nll(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    double sum = 0;
+    for (size_t j = 0; j < outputs; j++) {
+        if (y[j] != 0)
+            sum -= (double)y[j] * f[j];
+        if (gradient)
+            gradient[j] = -y[j];
+    }
+    return sum;
+}
+
+static double pk__huber(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    double sum = 0, factor = 1 / (double)outputs;
+    for (size_t j = 0; j < outputs; j++) {
+        double d = (double)f[j] - y[j], size = fabs(d);
+        sum += size < 1 ? 0.5 * d * d : size - 0.5;
+        if (gradient)
+            gradient[j] = (pk_real)(d <= -1 ? -factor : d >= 1 ? factor : factor * d);
+    }
+    return sum / (double)outputs;
+}
+
+static double pk__hinge(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+{
+    if (outputs == 1) {
+        double z = 1 - (double)y[0] * f[0];
+        if (gradient)
+            gradient[0] = z > 0 ? -y[0] : z != z ? (pk_real)z : 0;
+        return z > 0 || z != z ? z : 0;
+    }
+    size_t k = 0;
+    for (size_t j = 1; j < outputs; j++)
+        if (y[j] > y[k])
+            k = j;
+    double own = f[k], factor = 1 / (double)outputs, sum = 0, sum_gradient = 0;
+    for (size_t j = 0; j < outputs; j++) {
+        double z = j == k ? 0 : 1 - own + f[j], g = z > 0 ? factor : z != z ? z : 0;
+        if (z > 0 || z != z)
+            sum += z;
+        sum_gradient += g;
+        if (gradient)
+            gradient[j] = (pk_real)g;
+    }
+    if (gradient)
+        gradient[k] = (pk_real)-sum_gradient;
+    return sum / (double)outputs;
+}
+
+/* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
+
+static const char *pk__accept_any(size_t outputs, const pk_real *y)
+{
+    (void)outputs, (void)y;
+    return NULL;
+}
+
+static const char *pk__accept_masses(size_t outputs, const pk_real *y)
+{
+    for (size_t j = 0; j < outputs; j++)
+        if (y[j] < 0)
+            return "numbers >= 0";
+    return NULL;
+}
+
+static const char *pk__accept_probabilities(size_t outputs, const pk_real *y)
+{
+    for (size_t j = 0; j < outputs; j++)
+        if (!(y[j] >= 0 && y[j] <= 1))
+            return "numbers in [0, 1]";
+    return NULL;
+}
+
+static const char *pk__accept_class(size_t outputs, const pk_real *y)
+{
+    if (outputs == 1)
+        return y[0] == 1 || y[0] == -1 ? NULL : "+1 or -1";
+    size_t ones = 0, zeros = 0;
+    for (size_t j = 0; j < outputs; j++) {
+        ones += y[j] == 1;
+        zeros += y[j] == 0;
+    }
+    return ones == 1 && ones + zeros == outputs ? NULL : "one 1 and otherwise 0";
+}
+
+typedef struct pk__loss_rule {
+    pk_loss loss;
+    const char *name;
+    double (*evaluate)(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient);
+    const char *(*accept)(size_t outputs, const pk_real *y);
+    int classes; /* integer targets are classes for one output, too */
+} pk__loss_rule;
+
+static const pk__loss_rule pk__losses[] = {
+    {PK_SQUARED, "squared", pk__squared, pk__accept_any, 0},
+    {PK_MEAN_SQUARED, "mean_squared", pk__mean_squared, pk__accept_any, 0},
+    {PK_SOFTMAX_CROSS_ENTROPY, "softmax_cross_entropy", pk__softmax_cross_entropy, pk__accept_masses, 1},
+    {PK_LOGISTIC, "logistic", pk__logistic, pk__accept_probabilities, 0},
+    {PK_NLL, "nll", pk__nll, pk__accept_masses, 1},
+    {PK_HUBER, "huber", pk__huber, pk__accept_any, 0},
+    {PK_HINGE, "hinge", pk__hinge, pk__accept_class, 0},
+};
+
+enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
+
+static const pk__loss_rule *pk__loss_find(pk_loss loss)
+{
+    for (int i = 0; i < PK__LOSSES; i++)
+        if (pk__losses[i].loss == loss)
+            return &pk__losses[i];
+    return NULL;
+}
+
+PK_API pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss)
+{
+    if (!name || !loss)
+        return pk__fail(context, PK_ARGUMENT, "loss: the name or the place for the loss is NULL");
+    char names[128] = "";
+    for (int i = 0; i < PK__LOSSES; i++) {
+        if (strcmp(pk__losses[i].name, name) == 0) {
+            *loss = pk__losses[i].loss;
+            return PK_OK;
+        }
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "",
+                 pk__losses[i].name);
+    }
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not a loss; these are: %s", name, names);
+}
+
+PK_API const char *pk_loss_name(pk_loss loss)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    return rule ? rule->name : "unknown";
+}
+
+PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    return rule ? rule->evaluate(outputs, f, target, NULL) : (double)NAN;
+}
+
+PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                             pk_real *gradient)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    if (rule)
+        rule->evaluate(outputs, f, target, gradient);
+    else
+        for (size_t j = 0; j < outputs; j++)
+            gradient[j] = (pk_real)NAN;
+}
+
+/* ---- targets ------------------------------------------------------------------------------------------ */
+
+/* The target of one row as outputs numbers. A class out of range gives zeros. */
+static void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
+                            pk_real *target)
+{
+    if (targets->type != PK_INT64) {
+        pk_array_reals(targets, row * outputs, outputs, target);
+        return;
+    }
+    int64_t label = ((const int64_t *)targets->data)[row];
+    if (outputs == 1 && !rule->classes)
+        target[0] = (pk_real)label;
+    else
+        for (size_t j = 0; j < outputs; j++)
+            target[j] = label == (int64_t)j;
+}
+
+static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
+                                     size_t outputs, pk_real *target)
+{
+    int labels = targets->type == PK_INT64 && (outputs > 1 || rule->classes);
+    for (size_t row = 0; row < targets->shape[0]; row++) {
+        if (labels) {
+            int64_t label = ((const int64_t *)targets->data)[row];
+            if (label < 0 || (uint64_t)label >= outputs)
+                return pk__fail(context, PK_ARGUMENT, "targets, row %zu: label %lld is not in [0, %zu)", row,
+                                (long long)label, outputs);
+            continue;
+        }
+        pk__loss_target(rule, targets, row, outputs, target);
+        const char *asked = rule->accept(outputs, target);
+        if (asked)
+            return pk__fail(context, PK_ARGUMENT, "targets, row %zu: %s takes %s; the row starts with %g", row,
+                            rule->name, asked, (double)target[0]);
+    }
+    return PK_OK;
+}
+
+PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_dataset *dataset, size_t outputs)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    if (!rule)
+        return pk__fail(context, PK_ARGUMENT, "targets: %d is not a loss", (int)loss);
+    if (!dataset || outputs == 0)
+        return pk__fail(context, PK_ARGUMENT, "targets: a dataset and at least one output are needed");
+    pk_real *target = NULL;
+    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
+    if (status == PK_OK)
+        status = pk_allocate(context, outputs, sizeof *target, "one target", &target);
+    if (status == PK_OK)
+        status = pk__loss_check_rows(context, rule, &dataset->targets, outputs, target);
+    pk_release(context, target);
+    return status;
+}
+
+PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
+                            size_t outputs, pk_real *targets)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    if (rule)
+        for (size_t b = 0; b < count; b++)
+            pk__loss_target(rule, &dataset->targets, (size_t)items[b], outputs, targets + b * outputs);
+}
+
+/* ---- the gradient of a batch -------------------------------------------------------------------------- */
+
+typedef struct pk__gradient_lane {
+    pk_tape tape;
+    pk_real *inputs, *targets; /* block x input width, block x outputs */
+} pk__gradient_lane;
+
+typedef struct pk__gradient_group {
+    double objective;
+    size_t not_finite; /* position in the batch, SIZE_MAX: none */
+} pk__gradient_group;
+
+/* How a batch is cut: blocks of examples that one thread takes at a time, groups of consecutive blocks that
+ * share a partial gradient. By shapes only. */
+typedef struct pk__gradient_plan {
+    size_t block, blocks, groups;
+} pk__gradient_plan;
+
+static pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
+{
+    pk__gradient_plan plan = {64, 0, 0};
+    if (parameters >= 32768)
+        plan.block = 32; /* enough work to share a batch of 64 */
+    plan.blocks = count / plan.block + (count % plan.block != 0);
+    size_t most = ((size_t)1 << 22) / (parameters + 1);
+    most = most < 2 ? 2 : most > 32 ? 32 : most;
+    plan.groups = plan.blocks < most ? plan.blocks : most;
+    return plan;
+}
+
+static void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
+{
+    pk__gradient_plan plan = pk__gradient_cut(graph->parameters, workspace->largest_batch);
+    size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
+    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->parameters, &partial))
+        arena->overflow = 1;
+    workspace->lanes =
+        (pk__gradient_lane *)pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
+    workspace->groups = (pk__gradient_group *)pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
+    workspace->partial = (pk_real *)pk_arena_take(arena, partial, sizeof *workspace->partial);
+    for (int thread = 0; thread < workspace->threads; thread++) {
+        pk__gradient_lane lane;
+        size_t inputs = 0, targets = 0;
+        if (!pk__multiply(rows, graph->input_width, &inputs) ||
+            !pk__multiply(rows, graph->output_width, &targets))
+            arena->overflow = 1;
+        memset(&lane, 0, sizeof lane);
+        pk_tape_take(arena, graph, rows, 1, 0, &lane.tape);
+        lane.inputs = (pk_real *)pk_arena_take(arena, inputs, sizeof *lane.inputs);
+        lane.targets = (pk_real *)pk_arena_take(arena, targets, sizeof *lane.targets);
+        if (arena->base && !arena->overflow)
+            workspace->lanes[thread] = lane;
+    }
+}
+
+PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph, size_t largest_batch,
+                                     pk_gradient_workspace *workspace)
+{
+    if (!graph || !workspace || largest_batch == 0 || graph->node_count == 0)
+        return pk__fail(context, PK_ARGUMENT,
+                        "gradient: a graph, a workspace and batches of at least 1 example are needed");
+    pk_gradient_workspace taken;
+    memset(&taken, 0, sizeof taken);
+    taken.graph = graph;
+    taken.largest_batch = largest_batch;
+    size_t groups = pk__gradient_cut(graph->parameters, largest_batch).groups;
+    taken.threads = pk_threads(context);
+    if ((size_t)taken.threads > groups)
+        taken.threads = (int)groups;
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk__gradient_take(&arena, graph, &taken);
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "gradient: the memory for batches of %zu overflows",
+                        largest_batch);
+    void *memory = NULL;
+    pk_status status = pk_allocate(context, arena.used, 1, "the workspace of the batch gradient", &memory);
+    if (status != PK_OK)
+        return status;
+    arena.base = (unsigned char *)memory;
+    arena.capacity = arena.used;
+    arena.used = 0;
+    pk__gradient_take(&arena, graph, &taken);
+    taken.memory = memory;
+    *workspace = taken;
+    return PK_OK;
+}
+
+PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *workspace)
+{
+    if (!workspace)
+        return;
+    pk_release(context, workspace->memory);
+    memset(workspace, 0, sizeof *workspace);
+}
+
+/* 1 if all are finite. Eight chains, so that the additions do not wait for each other. */
+static int pk__all_finite(const pk_real *x, size_t count)
+{
+    pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0; /* 0 * x is 0, or NaN for NaN and infinities */
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (size_t k = 0; k < 8; k++)
+            chain[k] += 0 * x[i + k];
+    for (; i < count; i++)
+        zero += 0 * x[i];
+    for (size_t k = 0; k < 8; k++)
+        zero += chain[k];
+    return zero == 0;
+}
+
+/* What all blocks of one call share. */
+typedef struct pk__gradient_job {
+    const pk__loss_rule *rule;
+    const pk_real *weights;
+    const pk_dataset *dataset;
+    const pk_batch *batch;
+    pk__gradient_plan plan;
+} pk__gradient_job;
+
+/* gradient = the part of one group of blocks. */
+static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk__gradient_lane *lane,
+                                   pk__gradient_group *result, pk_real *gradient)
+{
+    const pk_batch *batch = job->batch;
+    pk_tape *tape = &lane->tape;
+    size_t outputs = tape->graph->output_width, block = job->plan.block;
+    size_t first = job->plan.blocks * group / job->plan.groups * block;
+    size_t end = job->plan.blocks * (group + 1) / job->plan.groups * block;
+    if (end > batch->count)
+        end = batch->count;
+    double objective = 0; /* results of groups share cache lines: written once */
+    size_t not_finite = SIZE_MAX;
+    memset(gradient, 0, tape->graph->parameters * sizeof *gradient);
+    for (; first < end; first += block) {
+        size_t rows = end - first < block ? end - first : block;
+        pk_line line = {job->weights, NULL, NULL};
+        pk_dataset_inputs(job->dataset, batch->items + first, rows, lane->inputs);
+        pk_tape_forward(tape, &line, rows, lane->inputs);
+        const pk_real *output = pk_tape_output(tape);
+        pk_real *seed = pk_tape_seed(tape);
+        for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
+            pk_real *target = lane->targets + row * outputs;
+            double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
+            pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs,
+                            target);
+            if (not_finite == SIZE_MAX && !pk__all_finite(output, outputs))
+                not_finite = first + row;
+            objective += weight * job->rule->evaluate(outputs, output, target, seed);
+            for (size_t j = 0; j < outputs; j++)
+                seed[j] *= (pk_real)weight;
+        }
+        pk_tape_reverse(tape, &line, rows, 1);
+        pk_tape_weight_gradient(tape, rows, gradient);
+    }
+    result->objective = objective;
+    result->not_finite = not_finite;
+}
+
+/* gradient += the other groups' parts, in order; ranges of parameters are independent. */
+static void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
+                                int threads)
+{
+    size_t range = 4096, ranges = (parameters + range - 1) / range;
+    PK__PARALLEL_FOR(threads)
+    for (size_t r = 0; r < ranges; r++) {
+        size_t end = r + 1 < ranges ? (r + 1) * range : parameters;
+        for (size_t group = 1; group < groups; group++)
+            for (size_t i = r * range; i < end; i++)
+                gradient[i] += partial[(group - 1) * parameters + i];
+    }
+}
+
+static pk_status pk__gradient_arguments(pk_context *context, const pk_graph *graph, const pk__loss_rule *rule,
+                                        const pk_real *weights, const pk_dataset *dataset,
+                                        const pk_batch *batch, const pk_gradient_workspace *workspace,
+                                        const pk_real *gradient)
+{
+    if (!graph || !dataset || !batch || !workspace || (graph->parameters && (!weights || !gradient)) ||
+        (batch->count && !batch->items))
+        return pk__fail(context, PK_ARGUMENT, "gradient: an argument is NULL");
+    if (!rule)
+        return pk__fail(context, PK_ARGUMENT, "gradient: the loss is unknown");
+    if (workspace->graph != graph || batch->count > workspace->largest_batch)
+        return pk__fail(context, PK_ARGUMENT, "gradient: the workspace is for batches of up to %zu%s, not %zu",
+                        workspace->largest_batch, workspace->graph != graph ? " of another graph" : "",
+                        batch->count);
+    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
+    size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
+    if (pk_dataset_width(dataset) != graph->input_width)
+        return pk__fail(context, PK_SHAPE, "gradient: inputs of width %zu for a network of %zu",
+                        pk_dataset_width(dataset), graph->input_width);
+    if (targets->rank < 1 || targets->shape[0] != examples ||
+        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
+        return pk__fail(
+            context, PK_SHAPE, "gradient: %zu targets of %zu numbers for %zu examples and %zu outputs",
+            targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples, outputs);
+    for (size_t b = 0; b < batch->count; b++)
+        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= examples)
+            return pk__fail(context, PK_ARGUMENT, "gradient: batch position %zu is example %lld of %zu", b,
+                            (long long)batch->items[b], examples);
+    return PK_OK;
+}
+
+PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                   const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
+                                   pk_gradient_workspace *workspace, double *objective, pk_real *gradient)
+{
+    pk__gradient_job job = {pk__loss_find(loss), weights, dataset, batch, {0, 0, 0}};
+    pk_status status =
+        pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
+    if (status != PK_OK)
+        return status;
+    size_t parameters = graph->parameters;
+    job.plan = pk__gradient_cut(parameters, batch->count);
+    size_t groups = job.plan.groups;
+    if (groups <= 1) {
+        if (groups == 1) {
+            pk__gradient_group_run(&job, 0, workspace->lanes, workspace->groups, gradient);
+        } else {
+            memset(gradient, 0, parameters * sizeof *gradient);
+            workspace->groups[0].objective = 0;
+            workspace->groups[0].not_finite = SIZE_MAX;
+        }
+    } else {
+        /* A thread is started for about a million flops or more. */
+        double work = 6.0 * (double)parameters * (double)batch->count / 1048576.0;
+        int threads = workspace->threads, available = pk_threads(context);
+        threads = threads < available ? threads : available;
+        threads = (size_t)threads < groups ? threads : (int)groups;
+        threads = threads <= work ? threads : work < 1 ? 1 : (int)work;
+        pk__gradient_lane *lanes = workspace->lanes;
+        PK__PARALLEL_FOR(threads)
+        for (size_t group = 0; group < groups; group++)
+            pk__gradient_group_run(&job, group, &lanes[pk__thread()], &workspace->groups[group],
+                                   group ? workspace->partial + (group - 1) * parameters : gradient);
+        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, threads);
+    }
+    double sum = workspace->groups[0].objective;
+    size_t not_finite = workspace->groups[0].not_finite;
+    for (size_t group = 1; group < groups; group++) {
+        sum += workspace->groups[group].objective;
+        if (not_finite == SIZE_MAX)
+            not_finite = workspace->groups[group].not_finite;
+    }
+    if (objective)
+        *objective = sum;
+    if (not_finite != SIZE_MAX)
+        return pk__fail(context, PK_NOT_FINITE,
+                        "gradient: the network's output is not finite at batch position %zu "
+                        "(example %lld)",
+                        not_finite, (long long)batch->items[not_finite]);
+    if (!isfinite(sum) || !pk__all_finite(gradient, parameters))
+        return pk__fail(context, PK_NOT_FINITE, "gradient: the %s is not finite",
+                        isfinite(sum) ? "gradient" : "objective");
+    return PK_OK;
+}
+
+PK__END_C
+
+/* pathkernel/optimizer.h: implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- rules -------------------------------------------------------------------------------------------- */
+
+typedef struct pk__update {
+    size_t step;
+    double rate, scale;
+    size_t parameters;
+    const pk_real *weights, *gradient;
+    pk_real *state, *update;
+} pk__update;
+
+static size_t pk__sgd_state_vectors(const pk_optimizer *optimizer)
+{
+    return optimizer->momentum != 0;
+}
+
+static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    double rate = call->rate, scale = call->scale, decay = optimizer->weight_decay,
+           momentum = optimizer->momentum;
+    const pk_real *weights = call->weights, *gradient = call->gradient;
+    pk_real *buffer = call->state, *update = call->update;
+    if (momentum == 0) {
+        for (size_t i = 0; i < call->parameters; i++)
+            update[i] = (pk_real)(-rate * (scale * gradient[i] + decay * weights[i]));
+        return;
+    }
+    /* PyTorch starts the buffer as the gradient itself, undampened. */
+    double carry = call->step ? momentum : 0, gain = call->step ? 1 - optimizer->dampening : 1;
+    double enter = optimizer->nesterov ? momentum : 1, direct = optimizer->nesterov ? 1 : 0;
+    for (size_t i = 0; i < call->parameters; i++) {
+        double g = scale * gradient[i] + decay * weights[i], m = carry * buffer[i] + gain * g;
+        buffer[i] = (pk_real)m;
+        update[i] = (pk_real)(-rate * (direct * g + enter * m));
+    }
+}
+
+static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
+                                const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
+{
+    (void)parameters, (void)state, (void)preconditioner;
+    double momentum = optimizer->momentum;
+    if (momentum != 0) {
+        form->carry = step ? momentum : 0;
+        form->gain = step ? 1 - optimizer->dampening : 1;
+        form->enter = optimizer->nesterov ? momentum : 1;
+    }
+    form->direct = momentum == 0 || optimizer->nesterov ? 1 : 0;
+    form->coupled = optimizer->weight_decay;
+    form->rate = rate;
+}
+
+static size_t pk__adam_state_vectors(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return 2;
+}
+
+/* lr / (1 - beta1^{s+1}) and sqrt(1 - beta2^{s+1}). */
+static void pk__adam_corrections(const pk_optimizer *optimizer, size_t step, double rate, double *size,
+                                 double *root)
+{
+    double count = (double)step + 1;
+    *size = rate / (1 - pow(optimizer->beta1, count));
+    *root = sqrt(1 - pow(optimizer->beta2, count));
+}
+
+static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call, double coupled,
+                          double decoupled)
+{
+    double size, root, scale = call->scale, beta2 = optimizer->beta2, epsilon = optimizer->epsilon;
+    double blend = 1 - optimizer->beta1, blend2 = 1 - beta2;
+    const pk_real *weights = call->weights, *gradient = call->gradient;
+    pk_real *first = call->state, *second = call->state + call->parameters, *update = call->update;
+    pk__adam_corrections(optimizer, call->step, call->rate, &size, &root);
+    /* Two loops: the square roots and divisions of the second do not hold up the first. */
+    for (size_t i = 0; i < call->parameters; i++) {
+        double g = scale * gradient[i] + coupled * weights[i], m = first[i];
+        first[i] = (pk_real)(blend < 0.5 ? m + blend * (g - m) : g - (g - m) * (1 - blend)); /* torch.lerp */
+        second[i] = (pk_real)(beta2 * second[i] + blend2 * g * g);
+    }
+    for (size_t i = 0; i < call->parameters; i++)
+        update[i] =
+            (pk_real)(-size * first[i] / (sqrt((double)second[i]) / root + epsilon) - decoupled * weights[i]);
+}
+
+static void pk__adam_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    pk__adam_step(optimizer, call, optimizer->weight_decay, 0);
+}
+
+static void pk__adamw_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    pk__adam_step(optimizer, call, 0, call->rate * optimizer->weight_decay);
+}
+
+static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
+                                 const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
+{
+    double root;
+    form->carry = optimizer->beta1;
+    form->gain = 1 - optimizer->beta1;
+    form->enter = 1;
+    form->preconditioned = 1;
+    form->coupled = optimizer->kind == PK_ADAM ? optimizer->weight_decay : 0;
+    form->decoupled = optimizer->kind == PK_ADAMW ? rate * optimizer->weight_decay : 0;
+    pk__adam_corrections(optimizer, step, rate, &form->rate, &root);
+    if (preconditioner)
+        for (size_t i = 0; i < parameters; i++)
+            preconditioner[i] =
+                (pk_real)(form->rate / (sqrt((double)state[parameters + i]) / root + optimizer->epsilon));
+}
+
+typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
+
+/* A field of pk_optimizer: a double, or an int for a switch. */
+typedef struct pk__optimizer_key {
+    const char *name;
+    size_t offset;
+    pk__range range;
+    double standard; /* PyTorch's default */
+} pk__optimizer_key;
+
+enum { PK__OPTIMIZER_KEYS = 6 };
+
+typedef struct pk__optimizer_rule {
+    pk_optimizer_kind kind;
+    const char *name;
+    pk__optimizer_key keys[PK__OPTIMIZER_KEYS]; /* ends with a NULL name */
+    size_t (*state_vectors)(const pk_optimizer *optimizer);
+    void (*update)(const pk_optimizer *optimizer, const pk__update *call);
+    void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
+                        const pk_real *state, pk_linear_form *form,
+                        pk_real *preconditioner); /* form is zeroed */
+} pk__optimizer_rule;
+
+#define PK__KEY(field, range, standard)                        \
+    {                                                          \
+#field, offsetof(pk_optimizer, field), range, standard \
+    }
+#define PK__NO_KEY          \
+    {                       \
+        NULL, 0, PK__ANY, 0 \
+    }
+static const pk__optimizer_rule pk__optimizer_rules[] = {
+    {PK_SGD,
+     "sgd",
+     {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0), PK__KEY(nesterov, PK__SWITCH, 0),
+      PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__NO_KEY, PK__NO_KEY},
+     pk__sgd_state_vectors,
+     pk__sgd_update,
+     pk__sgd_linear_form},
+    {PK_ADAM,
+     "adam",
+     {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+      PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__NO_KEY,
+      PK__NO_KEY},
+     pk__adam_state_vectors,
+     pk__adam_update,
+     pk__adam_linear_form},
+    {PK_ADAMW,
+     "adamw",
+     {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+      PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01), PK__NO_KEY,
+      PK__NO_KEY},
+     pk__adam_state_vectors,
+     pk__adamw_update,
+     pk__adam_linear_form},
+};
+#undef PK__KEY
+#undef PK__NO_KEY
+
+static const pk__optimizer_rule *pk__optimizer_find(pk_optimizer_kind kind)
+{
+    for (size_t i = 0; i < sizeof pk__optimizer_rules / sizeof pk__optimizer_rules[0]; i++)
+        if (pk__optimizer_rules[i].kind == kind)
+            return &pk__optimizer_rules[i];
+    return NULL;
+}
+
+static double pk__key_get(const pk__optimizer_key *key, const pk_optimizer *optimizer)
+{
+    const char *field = (const char *)optimizer + key->offset;
+    double value;
+    int flag;
+    if (key->range != PK__SWITCH) {
+        memcpy(&value, field, sizeof value);
+        return value;
+    }
+    memcpy(&flag, field, sizeof flag);
+    return flag;
+}
+
+static void pk__key_set(const pk__optimizer_key *key, pk_optimizer *optimizer, double value)
+{
+    char *field = (char *)optimizer + key->offset;
+    int flag = value != 0;
+    if (key->range == PK__SWITCH)
+        memcpy(field, &flag, sizeof flag);
+    else
+        memcpy(field, &value, sizeof value);
+}
+
+PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind)
+{
+    pk_optimizer optimizer;
+    memset(&optimizer, 0, sizeof optimizer);
+    optimizer.kind = kind;
+    const pk__optimizer_rule *rule = pk__optimizer_find(kind);
+    for (const pk__optimizer_key *key = rule ? rule->keys : NULL; key && key->name; key++)
+        pk__key_set(key, &optimizer, key->standard);
+    return optimizer;
+}
+
+PK_API pk_optimizer pk_optimizer_adam(void)
+{
+    return pk_optimizer_default(PK_ADAM);
+}
+
+PK_API pk_optimizer pk_optimizer_adamw(void)
+{
+    return pk_optimizer_default(PK_ADAMW);
+}
+
+/* What a value of the key must be, NULL if it is. */
+static const char *pk__key_refuse(const pk__optimizer_key *key, double value)
+{
+    switch (key->range) {
+    case PK__SWITCH: return value == 0 || value == 1 ? NULL : "0 or 1";
+    case PK__BELOW_ONE: return value >= 0 && value < 1 ? NULL : "in [0, 1)";
+    case PK__NOT_NEGATIVE: return isfinite(value) && value >= 0 ? NULL : "finite and >= 0";
+    default: return isfinite(value) ? NULL : "finite";
+    }
+}
+
+PK_API pk_status pk_optimizer_check(pk_context *context, const pk_optimizer *optimizer)
+{
+    if (!optimizer)
+        return pk__fail(context, PK_ARGUMENT, "optimizer: it is NULL");
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    if (!rule)
+        return pk__fail(context, PK_ARGUMENT, "optimizer: kind %d is unknown", (int)optimizer->kind);
+    for (const pk__optimizer_key *key = rule->keys; key->name; key++) {
+        double value = pk__key_get(key, optimizer);
+        const char *asked = pk__key_refuse(key, value);
+        if (asked)
+            return pk__fail(context, PK_ARGUMENT, "optimizer %s: %s is %.17g; it must be %s", rule->name,
+                            key->name, value, asked);
+    }
+    if (optimizer->kind == PK_SGD && optimizer->nesterov &&
+        (optimizer->momentum == 0 || optimizer->dampening != 0))
+        return pk__fail(context, PK_ARGUMENT,
+                        "optimizer sgd: nesterov needs momentum > 0 and dampening 0, not %.17g and %.17g",
+                        optimizer->momentum, optimizer->dampening);
+    return PK_OK;
+}
+
+PK_API size_t pk_optimizer_state_vectors(const pk_optimizer *optimizer)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    return rule ? rule->state_vectors(optimizer) : 0;
+}
+
+PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer)
+{
+    return pk_optimizer_state_vectors(optimizer) == 0;
+}
+
+PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
+                                double gradient_scale, size_t parameters, const pk_real *weights,
+                                const pk_real *gradient, pk_real *state, pk_real *update)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    pk__update call = {step, learning_rate, gradient_scale, parameters, weights, gradient, state, update};
+    if (rule)
+        rule->update(optimizer, &call);
+}
+
+PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
+                                     size_t parameters, const pk_real *state, pk_linear_form *form,
+                                     pk_real *preconditioner)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    memset(form, 0, sizeof *form);
+    if (rule)
+        rule->linear_form(optimizer, step, learning_rate, parameters, state, form, preconditioner);
+}
+
+/* ---- text --------------------------------------------------------------------------------------------- */
+
+PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_optimizer *optimizer)
+{
+    const char *space = " \t";
+    if (!text || !optimizer)
+        return pk__fail(context, PK_ARGUMENT, "optimizer: the text or the place for the optimizer is NULL");
+    text += strspn(text, space);
+    size_t length = strcspn(text, space);
+    const pk__optimizer_rule *rule = NULL;
+    for (size_t i = 0; i < sizeof pk__optimizer_rules / sizeof pk__optimizer_rules[0]; i++)
+        if (strlen(pk__optimizer_rules[i].name) == length &&
+            strncmp(pk__optimizer_rules[i].name, text, length) == 0)
+            rule = &pk__optimizer_rules[i];
+    if (!rule)
+        return pk__fail(context, PK_FORMAT, "optimizer: '%.*s' is not sgd, adam or adamw",
+                        (int)(length < 40 ? length : 40), text);
+    pk_optimizer parsed = pk_optimizer_default(rule->kind);
+    unsigned seen = 0;
+    for (text += length, text += strspn(text, space); *text; text += length, text += strspn(text, space)) {
+        length = strcspn(text, space);
+        size_t name = strcspn(text, "= \t");
+        int shown = (int)(length < 40 ? length : 40), index = 0;
+        double value = 0;
+        while (rule->keys[index].name &&
+               (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
+            index++;
+        const pk__optimizer_key *key = &rule->keys[index];
+        if (!key->name)
+            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name,
+                            shown, text);
+        if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
+            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown,
+                            text, key->name);
+        if (seen & (1u << index))
+            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' gives %s a second time", rule->name,
+                            shown, text, key->name);
+        if (pk__key_refuse(key, value)) /* before a switch becomes an int */
+            return pk__fail(context, PK_ARGUMENT, "optimizer %s: %s is %.17g; it must be %s", rule->name,
+                            key->name, value, pk__key_refuse(key, value));
+        seen |= 1u << index;
+        pk__key_set(key, &parsed, value);
+    }
+    pk_status status = pk_optimizer_check(context, &parsed);
+    if (status == PK_OK)
+        *optimizer = parsed;
+    return status;
+}
+
+PK_API pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, size_t size)
+{
+    if (!text || size == 0)
+        return PK_ARGUMENT;
+    text[0] = '\0';
+    const pk__optimizer_rule *rule = optimizer ? pk__optimizer_find(optimizer->kind) : NULL;
+    if (!rule)
+        return PK_ARGUMENT;
+    char whole[512];
+    size_t used = (size_t)snprintf(whole, sizeof whole, "%s", rule->name);
+    for (const pk__optimizer_key *key = rule->keys; key->name; key++) {
+        char number[64];
+        double value = pk__key_get(key, optimizer), back;
+        if (value == 0 && key->standard == 0)
+            continue;
+        for (int digits = 15; digits <= 17; digits++) { /* the shortest that gives the same bits back */
+            pk__print(number, sizeof number, "%.*g", digits, value);
+            if (pk__number(number, strlen(number), &back) && back == value)
+                break;
+        }
+        used += (size_t)snprintf(whole + used, sizeof whole - used, " %s=%s", key->name, number);
+    }
+    if (used + 1 > size)
+        return PK_ARGUMENT;
+    memcpy(text, whole, used + 1);
+    return PK_OK;
+}
+
+/* ---- clipping and schedules ---------------------------------------------------------------------------- */
+
+/* sum (factor x_i)^2 in eight chains, so that the additions do not wait for each other. */
+static double pk__sum_of_squares(const pk_real *x, size_t count, double factor)
+{
+    double chain[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (size_t k = 0; k < 8; k++) {
+            double y = factor * x[i + k];
+            chain[k] += y * y;
+        }
+    for (; i < count; i++)
+        chain[i % 8] += (factor * x[i]) * (factor * x[i]);
+    return ((chain[0] + chain[1]) + (chain[2] + chain[3])) + ((chain[4] + chain[5]) + (chain[6] + chain[7]));
+}
+
+PK_API double pk_clip_scale(const pk_real *gradient, size_t parameters, double max_norm)
+{
+    double sum = pk__sum_of_squares(gradient, parameters, 1), norm = sqrt(sum);
+    if (!(sum > 1e-280 && sum < 1e300)) { /* squares may have overflowed or vanished: scale by a power of 2 */
+        double largest = 0;
+        for (size_t i = 0; i < parameters; i++)
+            if (fabs((double)gradient[i]) > largest || gradient[i] != gradient[i])
+                largest = fabs((double)gradient[i]);
+        int exponent = 0;
+        if (largest != largest)
+            return largest;
+        if (largest > 0 && isfinite(largest)) {
+            (void)frexp(largest, &exponent);
+            exponent = exponent < -1000 ? -1000 : exponent;
+            norm = ldexp(sqrt(pk__sum_of_squares(gradient, parameters, ldexp(1, -exponent))), exponent);
+        }
+    }
+    double scale = max_norm / (norm + 1e-6);
+    return scale < 1 || scale != scale ? scale : 1;
+}
+
+PK_API double pk_schedule_rate(const pk_schedule *schedule, size_t step)
+{
+    double s = (double)step, rate = schedule->rate, low = schedule->low, period = (double)schedule->period;
+    switch (schedule->kind) {
+    case PK_SCHEDULE_STEP:
+        rate *= pow(schedule->factor != 0 ? schedule->factor : 0.1, floor(s / period));
+        break;
+    case PK_SCHEDULE_COSINE:
+        rate = low + (rate - low) * (1 + cos(3.14159265358979323846 * s / period)) / 2;
+        break;
+    case PK_SCHEDULE_TRIANGULAR: {
+        double down = schedule->period_down ? (double)schedule->period_down : period;
+        double place = fmod(s, period + down);
+        rate = low + (rate - low) * (place <= period ? place / period : (period + down - place) / down);
+        break;
+    }
+    case PK_SCHEDULE_ARRAY:
+        rate = schedule->rates[step < schedule->rates_count ? step : schedule->rates_count - 1];
+        break;
+    case PK_SCHEDULE_FUNCTION: rate = schedule->function(schedule->user, step); break;
+    default: break;
+    }
+    if (step < schedule->warmup) {
+        double start = schedule->warmup_start != 0 ? schedule->warmup_start : 1.0 / 3;
+        rate *= start + (1 - start) * s / (double)schedule->warmup;
+    }
+    return rate;
+}
+
+PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *schedule, size_t steps)
+{
+    if (!schedule)
+        return pk__fail(context, PK_ARGUMENT, "schedule: it is NULL");
+    pk_schedule_kind kind = schedule->kind;
+    int periodic = kind == PK_SCHEDULE_STEP || kind == PK_SCHEDULE_COSINE || kind == PK_SCHEDULE_TRIANGULAR;
+    if ((int)kind < (int)PK_SCHEDULE_CONSTANT || (int)kind > (int)PK_SCHEDULE_FUNCTION)
+        return pk__fail(context, PK_ARGUMENT, "schedule: kind %d is unknown", (int)kind);
+    if (periodic && schedule->period == 0)
+        return pk__fail(context, PK_ARGUMENT, "schedule: period is 0 steps");
+    if (kind == PK_SCHEDULE_ARRAY && steps && (!schedule->rates || schedule->rates_count < steps))
+        return pk__fail(context, PK_ARGUMENT, "schedule: %zu rates for %zu steps",
+                        schedule->rates ? schedule->rates_count : (size_t)0, steps);
+    if (kind == PK_SCHEDULE_FUNCTION && !schedule->function)
+        return pk__fail(context, PK_ARGUMENT, "schedule: the function is NULL");
+    if (!isfinite(schedule->factor) || !isfinite(schedule->warmup_start) || schedule->factor < 0 ||
+        schedule->warmup_start < 0)
+        return pk__fail(context, PK_ARGUMENT, "schedule: factor %g or warmup_start %g is not finite and >= 0",
+                        schedule->factor, schedule->warmup_start);
+    for (size_t step = 0; kind != PK_SCHEDULE_FUNCTION && step < steps; step++) {
+        double rate = pk_schedule_rate(schedule, step);
+        if (!isfinite(rate) || rate < 0)
+            return pk__fail(context, PK_ARGUMENT,
+                            "schedule: the rate of step %zu is %g; it must be finite and >= 0", step, rate);
+    }
+    return PK_OK;
+}
+
+PK__END_C
+
+/* pathkernel/trajectory.h: implementation */
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+PK__BEGIN_C
+
+/* The files that grow, in the order in which a step writes them: weights.npy commits the step. */
+enum {
+    PK__RUN_RATES,
+    PK__RUN_OFFSETS,
+    PK__RUN_ITEMS,
+    PK__RUN_ITEM_WEIGHTS,
+    PK__RUN_SCALES,
+    PK__RUN_MOMENTS,
+    PK__RUN_WEIGHTS,
+    PK__RUN_FILES
+};
+
+typedef struct pk__run_file {
+    const char *name;
+    pk_type type; /* 0: float32 or float64, rows of P */
+    int optional;
+    size_t before; /* rows that belong to no step: w_0, the first offset */
+} pk__run_file;
+
+static const pk__run_file pk__run_files[PK__RUN_FILES] = {
+    {"learning_rates.npy", PK_FLOAT64, 0, 0},  {"batch_offsets.npy", PK_INT64, 0, 1},
+    {"batch_items.npy", PK_INT64, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 0},
+    {"gradient_scales.npy", PK_FLOAT64, 1, 0}, {"second_moments.npy", (pk_type)0, 1, 0},
+    {"weights.npy", (pk_type)0, 0, 1}};
+
+/* Those that do not grow; the manifest is the last to appear. */
+enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
+static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
+
+#ifdef PATHKERNEL_FLOAT
+#define PK__REAL_TYPE PK_FLOAT32
+#else
+#define PK__REAL_TYPE PK_FLOAT64
+#endif
+
+/* directory/name in one buffer that fits every file of a run. */
+typedef struct pk__run_path {
+    const char *directory;
+    char *text;
+    size_t size;
+} pk__run_path;
+
+static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
+{
+    path->directory = directory;
+    path->size = strlen(directory) + 32;
+    return pk_allocate(context, path->size, 1, "the path of a run", &path->text);
+}
+
+static const char *pk__run_path_of(pk__run_path *path, const char *name)
+{
+    snprintf(path->text, path->size, "%s/%s", path->directory, name);
+    return path->text;
+}
+
+static pk_status pk__run_io(pk_context *context, const char *path)
+{
+    return pk__fail(context, PK_IO, "%s: %s", path, strerror(errno));
+}
+
+/* Puts a prefix before the message of an error that another module reported. */
+PK__FORMAT(3, 4)
+PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
+{
+    if (context && status != PK_OK) {
+        char message[PK_MESSAGE_SIZE];
+        memcpy(message, context->message, sizeof message);
+        va_list arguments;
+        va_start(arguments, format);
+        int length = vsnprintf(context->message, sizeof context->message, format, arguments);
+        va_end(arguments);
+        if (length >= 0 && (size_t)length < sizeof message) {
+            size_t room = sizeof message - (size_t)length - 1;
+            memcpy(context->message + length, message, room);
+            context->message[sizeof message - 1] = '\0';
+        }
+    }
+    return status;
+}
+
+/* ---- the manifest ---------------------------------------------------------------------------------- */
+
+enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEYS };
+static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer"};
+enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at most */
+
+typedef struct pk__manifest {
+    char *value[PK__MANIFEST_KEYS]; /* inside the text that was split */
+    size_t line[PK__MANIFEST_KEYS]; /* counted from 1; 0: not there */
+} pk__manifest;
+
+static int pk__blank(char c)
+{
+    return c == ' ' || c == '\t';
+}
+
+/* One line without its line break, key and value cut out in place. *version: the version line was read. */
+static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, size_t line, int *version,
+                                   pk__manifest *manifest)
+{
+    if (end - begin > PK__MANIFEST_LINE)
+        return pk__fail(context, PK_FORMAT, "run.txt line %zu: longer than %d bytes", line,
+                        (int)PK__MANIFEST_LINE);
+    for (char *c = begin; c < end; c++)
+        if ((unsigned char)*c < 32 && *c != '\t')
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: a control character (0x%02x) in column %zu",
+                            line, (unsigned)(unsigned char)*c, (size_t)(c - begin) + 1);
+    char *comment = (char *)memchr(begin, '#', (size_t)(end - begin));
+    if (comment)
+        end = comment;
+    while (begin < end && pk__blank(*begin))
+        begin++;
+    while (end > begin && pk__blank(end[-1]))
+        end--;
+    if (begin == end)
+        return PK_OK;
+    *end = '\0'; /* the line break, the comment, trailing blanks or the terminating NUL stood here */
+    char *value = begin;
+    while (*value && !pk__blank(*value))
+        value++;
+    while (pk__blank(*value))
+        *value++ = '\0';
+    if (!*version) {
+        if (strcmp(begin, "pathkernel-run") != 0)
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: expected 'pathkernel-run 1', found '%.60s'",
+                            line, begin);
+        if (strcmp(value, "1") != 0)
+            return pk__fail(context, PK_UNSUPPORTED, "run.txt line %zu: version '%.20s'; this library reads 1",
+                            line, value);
+        *version = 1;
+        return PK_OK;
+    }
+    for (int k = 0; k < PK__MANIFEST_KEYS; k++) {
+        if (strcmp(begin, pk__manifest_keys[k]) != 0)
+            continue;
+        if (manifest->line[k])
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: '%s' again, it stands on line %zu already",
+                            line, begin, manifest->line[k]);
+        if (!*value)
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: '%s' has no value", line, begin);
+        manifest->line[k] = line;
+        manifest->value[k] = value;
+        return PK_OK;
+    }
+    return pk__fail(context, PK_FORMAT,
+                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer)", line, begin);
+}
+
+/* Splits text (size bytes and a NUL after them), which is changed. */
+static pk_status pk__manifest_split(pk_context *context, char *text, size_t size, pk__manifest *manifest)
+{
+    memset(manifest, 0, sizeof *manifest);
+    int version = 0;
+    size_t line = 0;
+    for (size_t at = 0; at < size;) {
+        char *begin = text + at, *feed = (char *)memchr(begin, '\n', size - at);
+        char *end = feed ? feed : text + size;
+        at = (size_t)(end - text) + 1;
+        if (end > begin && end[-1] == '\r')
+            end--;
+        pk_status status = pk__manifest_line(context, begin, end, ++line, &version, manifest);
+        if (status != PK_OK)
+            return status;
+    }
+    if (!version)
+        return pk__fail(context, PK_FORMAT, "run.txt line 1: expected 'pathkernel-run 1', found an empty file");
+    for (int k = 0; k < PK__MANIFEST_KEYS; k++)
+        if (!manifest->line[k])
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: the file ends without a '%s' line", line,
+                            pk__manifest_keys[k]);
+    return PK_OK;
+}
+
+/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
+PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size, pk_graph *graph,
+                                         pk_loss *loss, pk_optimizer *optimizer)
+{
+    pk__manifest manifest;
+    pk_status status = pk__manifest_split(context, text, size, &manifest);
+    if (status != PK_OK)
+        return status;
+    int key = PK__MANIFEST_LOSS;
+    status = pk_loss_parse(context, manifest.value[key], loss);
+    if (status == PK_OK) {
+        key = PK__MANIFEST_OPTIMIZER;
+        status = pk_optimizer_parse(context, manifest.value[key], optimizer);
+    }
+    if (status == PK_OK) {
+        key = PK__MANIFEST_NETWORK;
+        status = pk_network_parse(context, manifest.value[key], graph);
+    }
+    return pk__prefix(context, status, "run.txt line %zu: ", manifest.line[key]);
+}
+
+static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run *run)
+{
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
+    if (file < 0)
+        return pk__run_io(context, path);
+    struct stat about;
+    pk_status status = PK_OK;
+    if (fstat(file, &about) != 0)
+        status = pk__run_io(context, path);
+    else if (!S_ISREG(about.st_mode))
+        status = pk__fail(context, PK_IO, "%s is not a regular file", path);
+    /* One byte past the limit tells that the file is longer. */
+    size_t limit = (size_t)PK__MANIFEST_SIZE + 1, size = 0;
+    char *text = NULL;
+    if (status == PK_OK) {
+        if (about.st_size < (off_t)limit)
+            limit = (size_t)about.st_size;
+        status = pk_allocate(context, limit + 1, 1, "the text of run.txt", &text);
+    }
+    while (status == PK_OK && size < limit) {
+        ssize_t count = read(file, text + size, limit - size);
+        if (count > 0)
+            size += (size_t)count;
+        else if (count == 0)
+            break;
+        else if (errno != EINTR)
+            status = pk__run_io(context, path);
+    }
+    close(file);
+    if (status == PK_OK) {
+        text[size] = '\0';
+        status = pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer);
+        if (status == PK_OK && size > PK__MANIFEST_SIZE)
+            status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
+    }
+    pk_release(context, text);
+    return status;
+}
+
+/* ---- reading a run --------------------------------------------------------------------------------- */
+
+static pk_array *pk__run_array(pk_run *run, int file)
+{
+    return file == PK__RUN_WEIGHTS   ? &run->weights
+           : file == PK__RUN_MOMENTS ? &run->second_moments
+                                     : &run->columns[file];
+}
+
+/* Maps one of the growing files and checks its type and the shape of its rows. */
+static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, pk_run *run)
+{
+    const pk__run_file *expected = &pk__run_files[file];
+    pk_array *array = pk__run_array(run, file);
+    pk__run_path_of(path, expected->name);
+    if (expected->optional && access(path->text, F_OK) != 0 && errno == ENOENT)
+        return PK_OK;
+    pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
+    if (status != PK_OK)
+        return status;
+    if (expected->type ? array->type != expected->type : array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+        return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold %s", path->text,
+                        pk_type_name(array->type),
+                        expected->type ? pk_type_name(expected->type) : "float64 or float32");
+    if (array->rank != (expected->type ? 1 : 2))
+        return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
+                        expected->type ? 1 : 2);
+    if (!expected->type && array->shape[1] != run->parameters)
+        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters",
+                        path->text, array->shape[1], run->parameters);
+    if (array->shape[0] < expected->before)
+        return pk__fail(context, PK_FORMAT, "%s holds no row, not even that of the start", path->text);
+    return PK_OK;
+}
+
+/* The first of count numbers that is not finite, or count. */
+static size_t pk__not_finite(const double *numbers, size_t count)
+{
+    size_t i = 0;
+    while (i < count && isfinite(numbers[i]))
+        i++;
+    return i;
+}
+
+/* How many steps are complete, and whether the batches of these make sense. */
+static pk_status pk__run_count(pk_context *context, const char *directory, pk_run *run)
+{
+    size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
+    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0};
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array(run, f);
+        rows[f] = array->data ? array->shape[0] : SIZE_MAX;
+        if (array->data && !per_item[f] && rows[f] - pk__run_files[f].before < steps)
+            steps = rows[f] - pk__run_files[f].before, least = f;
+    }
+    int shorter = rows[PK__RUN_ITEM_WEIGHTS] < rows[PK__RUN_ITEMS] ? PK__RUN_ITEM_WEIGHTS : PK__RUN_ITEMS;
+    const int64_t *offsets = run->batch_offsets;
+    if (offsets[0] != 0)
+        return pk__fail(context, PK_FORMAT, "%s/batch_offsets.npy starts with %lld, not with 0", directory,
+                        (long long)offsets[0]);
+    for (size_t s = 0; s < steps; s++) {
+        if (offsets[s + 1] <= offsets[s])
+            return pk__fail(context, PK_FORMAT, "%s/batch_offsets.npy %s at row %zu: from %lld to %lld",
+                            directory, offsets[s + 1] < offsets[s] ? "goes backwards" : "holds an empty batch",
+                            s + 1, (long long)offsets[s], (long long)offsets[s + 1]);
+        if ((uint64_t)offsets[s + 1] > rows[shorter])
+            steps = s, least = shorter; /* ends the loop */
+    }
+    size_t items = (size_t)offsets[steps];
+    for (size_t i = 0; i < items; i++)
+        if (run->batch_items[i] < 0 || (uint64_t)run->batch_items[i] >= run->examples)
+            return pk__fail(context, PK_ARGUMENT,
+                            "%s/batch_items.npy holds %lld at row %zu; there are %zu examples", directory,
+                            (long long)run->batch_items[i], i, run->examples);
+    const double *finite[3] = {run->learning_rates, run->batch_weights, run->gradient_scales};
+    const int file[3] = {PK__RUN_RATES, PK__RUN_ITEM_WEIGHTS, PK__RUN_SCALES};
+    for (int k = 0; k < 3; k++) {
+        size_t count = !finite[k] ? 0 : k == 1 ? items : steps, i = pk__not_finite(finite[k], count);
+        if (i < count)
+            return pk__fail(context, PK_NOT_FINITE, "%s/%s holds %g at row %zu", directory,
+                            pk__run_files[file[k]].name, finite[k][i], i);
+    }
+    run->steps = steps;
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array(run, f);
+        size_t complete = (per_item[f] ? items : steps) + pk__run_files[f].before;
+        if (array->data && (rows[f] > complete || array->extra_bytes))
+            run->cut_off = 1;
+    }
+    if (run->cut_off)
+        (void)pk__fail(context, PK_OK, "%s was cut off after step %zu: %s ends first, with %zu whole rows",
+                       directory, steps, pk__run_files[least].name, rows[least]);
+    return PK_OK;
+}
+
+/* Inputs and targets against network and loss; also what a recorder is given. */
+PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
+                                         pk_loss loss)
+{
+    pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
+    return status != PK_OK ? status : pk_loss_check(context, loss, train, graph->output_width);
+}
+
+static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *run)
+{
+    pk_status status = pk__manifest_read(context, pk__run_path_of(path, "run.txt"), run);
+    if (status != PK_OK)
+        return status;
+    run->parameters = run->graph.parameters;
+    run->outputs = run->graph.output_width;
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+        status = pk__run_map(context, path, f, run);
+    pk_array *data[2] = {&run->train.inputs, &run->train.targets};
+    for (int k = 0; k < 2 && status == PK_OK; k++) {
+        status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
+        if (status == PK_OK && data[k]->type == PK_UINT8)
+            status = pk__fail(context, PK_UNSUPPORTED,
+                              "%s holds uint8, it has to hold float64, float32 or int64", path->text);
+    }
+    if (status != PK_OK)
+        return status;
+    status = pk__run_check_data(context, &run->train, &run->graph, run->loss);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
+    run->examples = pk_dataset_examples(&run->train);
+    run->learning_rates = (const double *)run->columns[PK__RUN_RATES].data;
+    run->batch_offsets = (const int64_t *)run->columns[PK__RUN_OFFSETS].data;
+    run->batch_items = (const int64_t *)run->columns[PK__RUN_ITEMS].data;
+    run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
+    run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
+    return pk__run_count(context, path->directory, run);
+}
+
+PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
+{
+    if (!directory || !run)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
+    pk__run_path path;
+    pk_status status = pk__run_path_take(context, directory, &path);
+    if (status != PK_OK)
+        return status;
+    pk_run opened;
+    memset(&opened, 0, sizeof opened);
+    status = pk__run_load(context, &path, &opened);
+    pk_release(context, path.text);
+    if (status != PK_OK)
+        pk_run_release(context, &opened);
+    else
+        *run = opened;
+    return status;
+}
+
+PK_API void pk_run_release(pk_context *context, pk_run *run)
+{
+    if (!run)
+        return;
+    for (int f = 0; f < PK__RUN_FILES; f++)
+        pk_array_release(context, pk__run_array(run, f));
+    pk_dataset_release(context, &run->train);
+    pk_graph_release(context, &run->graph);
+    memset(run, 0, sizeof *run);
+}
+
+PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
+{
+    size_t first = (size_t)run->batch_offsets[step];
+    batch->count = (size_t)run->batch_offsets[step + 1] - first;
+    batch->items = run->batch_items + first;
+    batch->weights = run->batch_weights ? run->batch_weights + first : NULL;
+}
+
+PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
+{
+    return run->gradient_scales ? run->gradient_scales[step] : 1;
+}
+
+/* out (P) = a row of weights.npy or second_moments.npy. */
+static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
+                             size_t row, pk_real *out)
+{
+    pk_array_reals(array, row * run->parameters, run->parameters, out);
+    for (size_t p = 0; p < run->parameters; p++)
+        if (!isfinite(out[p]))
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, row,
+                            (double)out[p]);
+    return PK_OK;
+}
+
+PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)
+{
+    if (!run || !weights || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_weights: no run or no weights");
+    if (step > run->steps)
+        return pk__fail(context, PK_ARGUMENT, "weights of step %zu: the run has %zu steps", step, run->steps);
+    return pk__run_row(context, run, &run->weights, "weights.npy", step, weights);
+}
+
+PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step, pk_real *moments)
+{
+    if (!run || !moments || !run->second_moments.data)
+        return pk__fail(context, PK_ARGUMENT, "second moments: %s",
+                        run && moments ? "the run has no second_moments.npy" : "an argument is NULL");
+    if (step >= run->steps)
+        return pk__fail(context, PK_ARGUMENT, "second moments of step %zu: the run has %zu steps", step,
+                        run->steps);
+    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, moments);
+}
+
+PK__END_C
+
+/* pathkernel/recorder.h: implementation */
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+PK__BEGIN_C
+
+/* ---- recording ------------------------------------------------------------------------------------- */
+
+/* What a recorder was asked for, parsed. */
+typedef struct pk__recording {
+    pk_graph graph;
+    pk_loss loss;
+    pk_optimizer optimizer;
+    char optimizer_text[256];
+    int present[PK__RUN_FILES];
+    int exists; /* the directory holds a manifest */
+    int made;   /* the directory is new */
+} pk__recording;
+
+static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
+                                     const pk_dataset *train, pk__recording *recording)
+{
+    pk_status status = pk_loss_parse(context, options->loss, &recording->loss);
+    if (status == PK_OK)
+        status =
+            pk_optimizer_parse(context, options->optimizer ? options->optimizer : "sgd", &recording->optimizer);
+    if (status == PK_OK)
+        status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
+                                     sizeof recording->optimizer_text);
+    if (status == PK_OK)
+        status = pk_network_parse(context, options->network, &recording->graph);
+    if (status != PK_OK)
+        return status;
+    for (int f = 0; f < PK__RUN_FILES; f++)
+        recording->present[f] = !pk__run_files[f].optional;
+    recording->present[PK__RUN_ITEM_WEIGHTS] = options->batch_weights != 0;
+    recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
+    recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
+    return pk__run_check_data(context, train, &recording->graph, recording->loss);
+}
+
+/* Parameters of numbers as the file's type, in recorder->row where they have to be converted; the caller
+ * has checked that they fit. */
+static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *numbers)
+{
+    if (!recorder->row)
+        return numbers;
+    for (size_t p = 0; p < recorder->parameters; p++)
+        if (recorder->float32)
+            ((float *)recorder->row)[p] = (float)numbers[p];
+        else
+            ((double *)recorder->row)[p] = (double)numbers[p];
+    return recorder->row;
+}
+
+/* Whether P numbers are finite as the file's type. */
+static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
+                                     const pk_real *numbers)
+{
+    double limit = recorder->float32 ? FLT_MAX : DBL_MAX;
+    for (size_t p = 0; p < recorder->parameters; p++)
+        if (!(fabs((double)numbers[p]) <= limit))
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu is %g after step %zu, not a finite %s",
+                            what, p, (double)numbers[p], recorder->steps,
+                            recorder->float32 ? "float32" : "float64");
+    return PK_OK;
+}
+
+/* train_inputs.npy or train_targets.npy; bytes become numbers. */
+static pk_status pk__recorder_data(pk_context *context, const char *path, const pk_array *array)
+{
+    if (array->type != PK_UINT8)
+        return pk_array_write(context, path, array->type, array->rank, array->shape, array->data);
+    pk_array_writer writer;
+    memset(&writer, 0, sizeof writer);
+    pk_real *row = NULL;
+    pk_status status = pk_allocate(context, array->row_items, sizeof *row, "a row of training data", &row);
+    if (status == PK_OK)
+        status = pk_array_create(context, path, PK__REAL_TYPE, array->rank, array->shape + 1, &writer);
+    for (size_t i = 0; i < pk_array_length(array) && status == PK_OK; i++) {
+        pk_array_reals(array, i * array->row_items, array->row_items, row);
+        status = pk_array_append(context, &writer, 1, row);
+    }
+    pk_release(context, row);
+    pk_status closed = pk_array_close(status == PK_OK ? context : NULL, &writer); /* keeps the first message */
+    return status == PK_OK ? closed : status;
+}
+
+/* run.txt in the directory folder, complete or not there at all. */
+static pk_status pk__recorder_manifest(pk_context *context, int folder, const char *directory,
+                                       const pk__recording *recording)
+{
+    char *text = NULL;
+    size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text + 256, at = 0;
+    pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
+    if (status != PK_OK)
+        return status;
+    size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n",
+                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text);
+    int file = openat(folder, "run.txt.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    int failed = file < 0;
+    while (!failed && at < size) {
+        ssize_t count = write(file, text + at, size - at);
+        if (count >= 0)
+            at += (size_t)count;
+        else
+            failed = errno != EINTR;
+    }
+    if (failed || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0)
+        status = pk__fail(context, PK_IO, "%s/run.txt: %s", directory, strerror(errno));
+    if (file >= 0)
+        close(file);
+    pk_release(context, text);
+    return status;
+}
+
+/* Makes the directory where it is missing, locks it, and sees what it holds. */
+static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, pk_recorder *recorder,
+                                     pk__recording *recording)
+{
+    if (mkdir(path->directory, 0777) == 0)
+        recording->made = 1;
+    else if (errno != EEXIST)
+        return pk__run_io(context, path->directory);
+    int folder = open(path->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder < 0)
+        return pk__run_io(context, path->directory);
+    recorder->lock = folder + 1;
+    /* Where the file system has no locks, go without. */
+    if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        return pk__fail(context, PK_IO, "%s is being recorded by another recorder", path->directory);
+    recording->exists = faccessat(folder, pk__run_fixed[PK__RUN_MANIFEST], F_OK, 0) == 0;
+    if (recording->exists && !resume)
+        return pk__fail(context, PK_ARGUMENT, "%s holds a run already: resume it, or record elsewhere",
+                        path->directory);
+    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED && !resume; f++) {
+        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        if (faccessat(folder, name, F_OK, 0) == 0)
+            return pk__fail(context, PK_ARGUMENT, "%s exists already: record elsewhere",
+                            pk__run_path_of(path, name));
+    }
+    return PK_OK;
+}
+
+static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
+{
+    return pk__run_files[file].type ? pk__run_files[file].type : recorder->float32 ? PK_FLOAT32 : PK_FLOAT64;
+}
+
+/* Undoes a start that failed. */
+static void pk__recorder_clear(int folder)
+{
+    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED; f++) {
+        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        char unfinished[64];
+        snprintf(unfinished, sizeof unfinished, "%s.tmp", name);
+        (void)unlinkat(folder, name, 0);
+        (void)unlinkat(folder, unfinished, 0);
+    }
+}
+
+static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, const pk__recording *recording,
+                                    const pk_dataset *train, const pk_real *initial, pk_recorder *recorder)
+{
+    const pk_array *data[2] = {&train->inputs, &train->targets};
+    pk_status status = PK_OK;
+    for (int k = 0; k < 2 && status == PK_OK; k++)
+        status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+        if (recording->present[f])
+            status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
+                                     pk__recorder_type(recorder, f), pk__run_files[f].type ? 1 : 2,
+                                     &recorder->parameters, &recorder->files[f]);
+    int64_t zero = 0;
+    if (status == PK_OK)
+        status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
+    if (status == PK_OK)
+        status =
+            pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
+    if (status == PK_OK)
+        status = pk__recorder_manifest(context, recorder->lock - 1, path->directory, recording);
+    return status;
+}
+
+/* Whether the training data are those of the run. */
+static int pk__same_data(const pk_array *given, const pk_array *recorded)
+{
+    if (given->rank != recorded->rank)
+        return 0;
+    for (int d = 0; d < given->rank; d++)
+        if (given->shape[d] != recorded->shape[d])
+            return 0;
+    size_t items = pk_array_items(given);
+    if (given->type == recorded->type)
+        return memcmp(given->data, recorded->data, items * pk_type_size(given->type)) == 0;
+    if (given->type != PK_UINT8)
+        return 0;
+    for (size_t i = 0; i < items; i++) { /* bytes were recorded as numbers */
+        pk_real number;
+        pk_array_reals(recorded, i, 1, &number);
+        if (number != (pk_real)((const unsigned char *)given->data)[i])
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether the run is the one that would have been recorded. */
+static pk_status pk__recorder_compare(pk_context *context, const char *directory,
+                                      const pk__recording *recording, const pk_dataset *train,
+                                      const pk_real *initial, const pk_recorder *recorder, pk_run *run)
+{
+    char optimizer[256];
+    pk_status status = pk_optimizer_format(&run->optimizer, optimizer, sizeof optimizer);
+    if (status != PK_OK)
+        return pk__fail(context, status, "%s/run.txt: the optimizer cannot be written", directory);
+    const char *line[3][3] = {{"network", run->graph.text, recording->graph.text},
+                              {"loss", pk_loss_name(run->loss), pk_loss_name(recording->loss)},
+                              {"optimizer", optimizer, recording->optimizer_text}};
+    for (int k = 0; k < 3; k++)
+        if (strcmp(line[k][1], line[k][2]) != 0)
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
+                            directory, line[k][0], line[k][1], line[k][2]);
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array(run, f);
+        if (!array->data != !recording->present[f])
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: it was recorded %s %s", directory,
+                            array->data ? "with" : "without", pk__run_files[f].name);
+        if (array->data && array->type != pk__recorder_type(recorder, f))
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds %s, not %s", directory,
+                            pk__run_files[f].name, pk_type_name(array->type),
+                            pk_type_name(pk__recorder_type(recorder, f)));
+    }
+    const pk_array *given[2] = {&train->inputs, &train->targets};
+    const pk_array *recorded[2] = {&run->train.inputs, &run->train.targets};
+    for (int k = 0; k < 2; k++)
+        if (!pk__same_data(given[k], recorded[k]))
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds other data", directory,
+                            pk__run_fixed[k]);
+    for (size_t p = 0; initial && p < run->parameters; p++) {
+        pk_real there, here = recorder->float32 ? (pk_real)(float)initial[p] : initial[p];
+        pk_array_reals(&run->weights, p, 1, &there);
+        if (there != here)
+            return pk__fail(
+                context, PK_ARGUMENT,
+                "%s cannot be resumed: it starts from other weights, parameter %zu is %.17g, not %.17g",
+                directory, p, (double)there, (double)here);
+    }
+    return PK_OK;
+}
+
+static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, const pk__recording *recording,
+                                       const pk_dataset *train, const pk_real *initial, pk_recorder *recorder)
+{
+    pk_run run;
+    pk_status status = pk_run_open(context, path->directory, &run);
+    if (status != PK_OK)
+        return status;
+    status = pk__recorder_compare(context, path->directory, recording, train, initial, recorder, &run);
+    recorder->steps = run.steps;
+    recorder->items = run.batch_offsets[run.steps];
+    pk_run_release(context, &run); /* before files shrink */
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        if (recording->present[f])
+            status = pk_array_reopen(
+                context, pk__run_path_of(path, pk__run_files[f].name), pk__recorder_type(recorder, f),
+                pk__run_files[f].type ? 1 : 2, &recorder->parameters,
+                (per_item ? (size_t)recorder->items : recorder->steps) + pk__run_files[f].before,
+                &recorder->files[f]);
+    }
+    return status;
+}
+
+/* Closes; errors go to report only: NULL keeps the message of an earlier error. */
+PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, pk_recorder *recorder)
+{
+    pk_status first = PK_OK;
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        pk_status status = pk_array_close(first == PK_OK ? report : NULL, &recorder->files[f]);
+        if (first == PK_OK)
+            first = status;
+    }
+    pk_release(context, recorder->row);
+    pk_release(context, recorder->uniform);
+    if (recorder->lock)
+        close(recorder->lock - 1);
+    memset(recorder, 0, sizeof *recorder);
+    return first;
+}
+
+PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
+                                  const pk_recorder_options *options, const pk_dataset *train,
+                                  const pk_real *initial_weights, pk_recorder *recorder)
+{
+    const char *missing = !directory                                              ? "directory"
+                          : !options || !options->network || !options->loss       ? "options, network or loss"
+                          : !train || !train->inputs.data || !train->targets.data ? "training data"
+                          : !initial_weights && !options->resume                  ? "initial_weights"
+                          : !recorder                                             ? "recorder"
+                                                                                  : NULL;
+    if (missing)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_open: %s missing (NULL)", missing);
+    pk__recording recording;
+    pk_recorder opened;
+    pk__run_path path;
+    memset(&recording, 0, sizeof recording);
+    memset(&opened, 0, sizeof opened);
+    memset(&path, 0, sizeof path);
+    opened.float32 = options->float32 != 0;
+    pk_status status = pk__recording_parse(context, options, train, &recording);
+    opened.parameters = recording.graph.parameters;
+    opened.examples = pk_dataset_examples(train);
+    memcpy(opened.present, recording.present, sizeof opened.present);
+    if (status == PK_OK && initial_weights)
+        status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
+    if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
+        status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
+                             "a row of weights", &opened.row);
+    if (status == PK_OK)
+        status = pk__run_path_take(context, directory, &path);
+    if (status == PK_OK)
+        status = pk__recorder_folder(context, &path, options->resume, &opened, &recording);
+    if (status == PK_OK && recording.exists) {
+        status = pk__recorder_continue(context, &path, &recording, train, initial_weights, &opened);
+    } else if (status == PK_OK) {
+        if (initial_weights)
+            status = pk__recorder_start(context, &path, &recording, train, initial_weights, &opened);
+        else
+            status = pk__fail(context, PK_ARGUMENT, "%s: there is no run to resume, and no initial weights",
+                              directory);
+        if (status != PK_OK)
+            pk__recorder_clear(opened.lock - 1);
+    }
+    if (status != PK_OK && recording.made)
+        (void)rmdir(directory);
+    pk_release(context, path.text);
+    pk_graph_release(context, &recording.graph);
+    if (status == PK_OK) {
+        *recorder = opened;
+        return PK_OK;
+    }
+    (void)pk__recorder_end(context, NULL, &opened);
+    return status;
+}
+
+/* Everything about a step that can be wrong before anything is written. */
+static pk_status pk__recorder_check(pk_context *context, const pk_recorder *recorder, double learning_rate,
+                                    const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
+                                    const pk_real *weights_after)
+{
+    size_t step = recorder->steps;
+    if (!recorder->lock)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: the recorder is closed");
+    if (recorder->failed)
+        return pk__fail(context, PK_IO, "%s: a write failed at step %zu; resume the run with a new recorder",
+                        recorder->files[PK__RUN_WEIGHTS].name, step);
+    if (!batch || !batch->items || batch->count == 0 || !weights_after)
+        return pk__fail(context, PK_ARGUMENT, "step %zu: an empty batch, or no weights", step);
+    if (!isfinite(learning_rate) || !isfinite(gradient_scale))
+        return pk__fail(context, PK_NOT_FINITE, "step %zu: the learning rate is %g, the gradient scale %g",
+                        step, learning_rate, gradient_scale);
+    if (gradient_scale != 1 && !recorder->present[PK__RUN_SCALES])
+        return pk__fail(context, PK_ARGUMENT,
+                        "step %zu: gradient scale %g, but gradient_scales are not recorded", step,
+                        gradient_scale);
+    if (batch->weights && !recorder->present[PK__RUN_ITEM_WEIGHTS])
+        return pk__fail(context, PK_ARGUMENT,
+                        "step %zu: the batch has weights, but batch_weights are not recorded", step);
+    if (!second_moments != !recorder->present[PK__RUN_MOMENTS])
+        return pk__fail(context, PK_ARGUMENT, "step %zu: second moments are %s, but %s", step,
+                        second_moments ? "given" : "missing", second_moments ? "not recorded" : "recorded");
+    for (size_t b = 0; b < batch->count; b++)
+        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= recorder->examples)
+            return pk__fail(context, PK_ARGUMENT,
+                            "step %zu: item %zu of the batch is %lld; there are %zu examples", step, b,
+                            (long long)batch->items[b], recorder->examples);
+    size_t bad = batch->weights ? pk__not_finite(batch->weights, batch->count) : batch->count;
+    if (bad < batch->count)
+        return pk__fail(context, PK_NOT_FINITE, "step %zu: weight %zu of the batch is %g", step, bad,
+                        batch->weights[bad]);
+    pk_status status = pk__recorder_finite(context, recorder, "weights", weights_after);
+    if (status == PK_OK && second_moments)
+        status = pk__recorder_finite(context, recorder, "second moments", second_moments);
+    return status;
+}
+
+/* batch->weights, or as many times 1/count. */
+static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *recorder, const pk_batch *batch,
+                                            const double **weights)
+{
+    *weights = batch->weights;
+    if (batch->weights || !recorder->present[PK__RUN_ITEM_WEIGHTS])
+        return PK_OK;
+    if (recorder->uniform_size < batch->count) {
+        double *more = NULL;
+        pk_status status = pk_allocate(context, batch->count, sizeof *more, "the weights of a batch", &more);
+        if (status != PK_OK)
+            return status;
+        pk_release(context, recorder->uniform);
+        recorder->uniform = more;
+        recorder->uniform_size = batch->count;
+    }
+    for (size_t b = 0; b < batch->count; b++)
+        recorder->uniform[b] = 1 / (double)batch->count;
+    *weights = recorder->uniform;
+    return PK_OK;
+}
+
+PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                  const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
+                                  const pk_real *weights_after)
+{
+    if (!recorder)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: recorder is NULL");
+    const double *batch_weights = NULL;
+    pk_status status = pk__recorder_check(context, recorder, learning_rate, batch, gradient_scale,
+                                          second_moments, weights_after);
+    if (status == PK_OK)
+        status = pk__recorder_batch_weights(context, recorder, batch, &batch_weights);
+    if (status != PK_OK)
+        return status;
+    int64_t end = recorder->items + (int64_t)batch->count;
+    const void *rows[PK__RUN_FILES] = {&learning_rate,  &end, batch->items, batch_weights,
+                                       &gradient_scale, NULL, NULL};
+    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+        if (!recorder->present[f])
+            continue;
+        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        const void *row = f == PK__RUN_WEIGHTS   ? pk__recorder_row(recorder, weights_after)
+                          : f == PK__RUN_MOMENTS ? pk__recorder_row(recorder, second_moments)
+                                                 : rows[f];
+        status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
+    }
+    if (status != PK_OK) {
+        recorder->failed = 1; /* the files disagree now: readers see the step before */
+        return status;
+    }
+    recorder->items = end;
+    recorder->steps++;
+    return PK_OK;
+}
+
+PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
+{
+    return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
+}
+
+PK__END_C
+
+/* pathkernel/train.h: implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* What a training run holds between steps. */
+typedef struct pk__training {
+    const pk_graph *graph;
+    const pk_dataset *train;
+    const pk_train_options *options;
+    size_t examples, batch_size, per_epoch; /* batches an epoch */
+    size_t epoch;                           /* whose permutation order holds */
+    int64_t *order;                         /* examples */
+    pk_real *gradient, *update, *state;     /* P, P (D_s, then w_{s+1}), state vectors x P */
+    pk_gradient_workspace workspace;
+    pk_recorder recorder;
+} pk__training;
+
+/* One step as it was made. */
+typedef struct pk__step {
+    pk_batch batch;
+    double rate, scale, objective;
+} pk__step;
+
+/* The batch of any step, without the steps before it. */
+static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
+{
+    size_t epoch = step / t->per_epoch, first = step % t->per_epoch * t->batch_size;
+    if (epoch != t->epoch) {
+        for (size_t i = 0; i < t->examples; i++)
+            t->order[i] = (int64_t)i;
+        if (t->batch_size < t->examples && !t->options->shuffle_off) {
+            pk_random random;
+            random.seed = t->options->seed;
+            random.stream = epoch;
+            random.counter = 0;
+            pk_random_shuffle(&random, t->examples, t->order);
+        }
+        t->epoch = epoch;
+    }
+    batch->count = t->examples - first < t->batch_size ? t->examples - first : t->batch_size;
+    batch->items = t->order + first;
+    batch->weights = NULL;
+}
+
+/* t->update = w_{step+1} from weights = w_step; the optimiser's state moves on. */
+static pk_status pk__training_step(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
+                                   pk__step *made)
+{
+    const pk_train_options *options = t->options;
+    size_t parameters = t->graph->parameters;
+    pk__training_batch(t, step, &made->batch);
+    made->rate = pk_schedule_rate(&options->schedule, step);
+    if (!isfinite(made->rate))
+        return pk__fail(context, PK_ARGUMENT, "the learning rate of step %zu is %g", step, made->rate);
+    pk_status status = pk_batch_gradient(context, t->graph, options->loss, weights, t->train, &made->batch,
+                                         &t->workspace, &made->objective, t->gradient);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "step %zu: ", step);
+    made->scale = options->clip_norm > 0 ? pk_clip_scale(t->gradient, parameters, options->clip_norm) : 1;
+    pk_optimizer_update(&options->optimizer, step, made->rate, made->scale, parameters, weights, t->gradient,
+                        t->state, t->update);
+    for (size_t p = 0; p < parameters; p++)
+        t->update[p] += weights[p];
+    for (size_t p = 0; p < parameters; p++)
+        if (!isfinite(t->update[p]))
+            return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
+                            step, p, (double)t->update[p]);
+    return PK_OK;
+}
+
+/* Rebuilds the state after the recorded steps and proves that these options made them. update holds the
+ * weights to go on from when it is done. */
+static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
+{
+    const char *folder = t->options->record;
+    if (run->weights.type == PK_FLOAT32 && sizeof(pk_real) > sizeof(float))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s was recorded as float32: training cannot go on to the same bits", folder);
+    /* A rule without state needs no gradient of the past; one step is checked all the same. */
+    size_t from = pk_optimizer_stateless(&t->options->optimizer) && run->steps ? run->steps - 1 : 0;
+    pk_real *after = t->gradient; /* free between steps */
+    for (size_t s = 0; s < run->steps; s++) {
+        pk__step made;
+        pk_batch there;
+        pk_run_batch(run, s, &there);
+        pk__training_batch(t, s, &made.batch);
+        made.rate = pk_schedule_rate(&t->options->schedule, s);
+        if (there.count != made.batch.count || there.weights ||
+            memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0)
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu used another batch",
+                            folder, s);
+        if (run->learning_rates[s] != made.rate)
+            return pk__fail(context, PK_ARGUMENT,
+                            "%s cannot be resumed: the rate of its step %zu is %.17g, not %.17g", folder, s,
+                            run->learning_rates[s], made.rate);
+        if (s < from)
+            continue;
+        pk_status status = pk_run_weights(context, run, s, weights);
+        if (status == PK_OK)
+            status = pk__training_step(context, t, s, weights, &made);
+        if (status == PK_OK)
+            status = pk_run_weights(context, run, s + 1, after);
+        if (status != PK_OK)
+            return status;
+        if (memcmp(after, t->update, run->parameters * sizeof *after) != 0)
+            return pk__fail(
+                context, PK_ARGUMENT,
+                "%s cannot be resumed: its step %zu was made by other options, or by another build or "
+                "processor whose sums round otherwise",
+                folder, s);
+        if (pk_run_gradient_scale(run, s) != made.scale)
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu was clipped otherwise",
+                            folder, s);
+        status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
+        if (status != PK_OK)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* Opens the recording; with resume, moves on to where it ends. */
+static pk_status pk__training_record(pk_context *context, pk__training *t, pk_real *weights, size_t *done)
+{
+    const pk_train_options *options = t->options;
+    size_t parameters = t->graph->parameters;
+    char optimizer[256];
+    if (!t->graph->text)
+        return pk__fail(context, PK_UNSUPPORTED, "%s: a graph without a network line cannot be recorded",
+                        options->record);
+    pk_status status = pk_optimizer_format(&options->optimizer, optimizer, sizeof optimizer);
+    if (status != PK_OK)
+        return pk__fail(context, status, "%s: the optimizer cannot be written down", options->record);
+    pk_recorder_options recording;
+    memset(&recording, 0, sizeof recording);
+    recording.network = t->graph->text;
+    recording.loss = pk_loss_name(options->loss);
+    recording.optimizer = optimizer;
+    recording.float32 = options->record_float32;
+    recording.gradient_scales = options->clip_norm > 0;
+    recording.second_moments = options->record_second_moments;
+    recording.resume = options->resume;
+    status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
+    if (status != PK_OK || t->recorder.steps == 0)
+        return status;
+    if (t->recorder.steps > options->steps)
+        return pk__fail(context, PK_ARGUMENT, "%s holds %zu steps already, more than the %zu asked for",
+                        options->record, t->recorder.steps, options->steps);
+    pk_run run;
+    status = pk_run_open(context, options->record, &run);
+    if (status != PK_OK)
+        return status;
+    pk_real *replayed = NULL; /* weights stay w_0 until the replay has succeeded */
+    status = pk_allocate(context, parameters, sizeof *replayed, "the weights of a replay", &replayed);
+    if (status == PK_OK)
+        status = pk__training_replay(context, t, &run, replayed);
+    if (status == PK_OK) {
+        memcpy(weights, t->update, parameters * sizeof *weights);
+        *done = run.steps;
+    }
+    pk_release(context, replayed);
+    pk_run_release(context, &run);
+    return status;
+}
+
+static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real *weights,
+                                   pk_train_result *result)
+{
+    const pk_train_options *options = t->options;
+    size_t parameters = t->graph->parameters;
+    pk_status status = PK_OK;
+    if (options->record) {
+        status = pk__training_record(context, t, weights, &result->steps);
+        result->resumed = result->steps;
+    }
+    while (status == PK_OK && result->steps < options->steps) {
+        size_t step = result->steps;
+        pk__step made;
+        status = pk__training_step(context, t, step, weights, &made);
+        if (status == PK_OK && options->record)
+            status = pk_recorder_step(context, &t->recorder, made.rate, &made.batch, made.scale,
+                                      options->record_second_moments ? t->state + parameters : NULL, t->update);
+        if (status != PK_OK)
+            break;
+        memcpy(weights, t->update, parameters * sizeof *weights);
+        result->steps++;
+        result->objective = made.objective;
+        if (options->on_step && options->on_step(options->user, step, made.objective, weights) != 0)
+            status = pk__fail(context, PK_CANCELLED, "cancelled by the caller after step %zu", step);
+        else
+            status = pk__progress(context, "training", (double)result->steps / (double)options->steps);
+    }
+    return status;
+}
+
+static pk_status pk__training_check(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                    const pk_train_options *options, const pk_real *weights)
+{
+    if (!graph || !graph->nodes || !train || !train->inputs.data || !train->targets.data || !options ||
+        !weights)
+        return pk__fail(context, PK_ARGUMENT, "pk_train: graph, training data, options or weights are missing");
+    if (graph->parameters == 0)
+        return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
+    if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
+        return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
+    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments))
+        return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
+    if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
+        return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
+    for (size_t p = 0; p < graph->parameters; p++)
+        if (!isfinite(weights[p]))
+            return pk__fail(context, PK_NOT_FINITE, "pk_train: initial weight %zu is %g", p,
+                            (double)weights[p]);
+    pk_status status = pk_optimizer_check(context, &options->optimizer);
+    if (status == PK_OK)
+        status = pk_schedule_check(context, &options->schedule, options->steps);
+    if (status == PK_OK)
+        status = pk__run_check_data(context, train, graph, options->loss);
+    return status;
+}
+
+PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                          const pk_train_options *options, pk_real *weights, pk_train_result *result)
+{
+    pk_status status = pk__training_check(context, graph, train, options, weights);
+    if (status != PK_OK)
+        return status;
+    pk_train_result reached;
+    memset(&reached, 0, sizeof reached);
+    reached.objective = (double)NAN;
+    pk__training t;
+    memset(&t, 0, sizeof t);
+    t.graph = graph;
+    t.train = train;
+    t.options = options;
+    t.examples = pk_dataset_examples(train);
+    t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
+    t.per_epoch = (t.examples - 1) / t.batch_size + 1;
+    t.epoch = SIZE_MAX;
+    size_t parameters = graph->parameters, vectors = pk_optimizer_state_vectors(&options->optimizer),
+           numbers = 0;
+    if (!pk__multiply(vectors, parameters, &numbers))
+        return pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows: %zu vectors of %zu", vectors,
+                        parameters);
+    status = pk_allocate(context, t.examples, sizeof *t.order, "the order of the examples", &t.order);
+    if (status == PK_OK)
+        status = pk_allocate(context, parameters, sizeof *t.gradient, "the gradient", &t.gradient);
+    if (status == PK_OK)
+        status = pk_allocate(context, parameters, sizeof *t.update, "the update", &t.update);
+    if (status == PK_OK)
+        status = pk_allocate(context, numbers, sizeof *t.state, "the optimizer's state", &t.state);
+    if (status == PK_OK)
+        status = pk_gradient_prepare(context, graph, t.batch_size, &t.workspace);
+    if (status == PK_OK)
+        status = pk__training_loop(context, &t, weights, &reached);
+    pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
+    if (status == PK_OK)
+        status = closed;
+    pk_gradient_release(context, &t.workspace);
+    pk_release(context, t.state);
+    pk_release(context, t.update);
+    pk_release(context, t.gradient);
+    pk_release(context, t.order);
+    if (result)
+        *result = reached;
+    return status;
+}
+
+PK__END_C
+
+/* pathkernel/segment.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
+{
+    pieces->count = 0;
+    pieces->capacity = capacity;
+    pieces->row = (size_t *)pk_arena_take(arena, capacity, sizeof *pieces->row);
+    pieces->a = (double *)pk_arena_take(arena, capacity, sizeof *pieces->a);
+    pieces->b = (double *)pk_arena_take(arena, capacity, sizeof *pieces->b);
+    pieces->slack = (double *)pk_arena_take(arena, capacity, sizeof *pieces->slack);
+}
+
+PK_API void pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b, double slack)
+{
+    size_t at = pieces->count++;
+    pieces->row[at] = row;
+    pieces->a[at] = a;
+    pieces->b[at] = b;
+    pieces->slack[at] = slack;
+}
+
+/* Affine in t for each row: no product per point is needed. */
+static int pk__is_affine(const pk_node *node)
+{
+    return node->weight_count && node->input_constant && node->operation->linear_in_weights;
+}
+
+static int pk__is_switch(const pk_node *node)
+{
+    return node->operation && node->operation->switch_count && !node->input_constant;
+}
+
+static int pk__sample_degree(const pk_node *node)
+{
+    return node->degree >= 0 && node->degree <= PK_SEGMENT_DEGREE ? node->degree : (int)PK_SEGMENT_DEGREE;
+}
+
+/* The sampling nodes: Chebyshev-Lobatto on [0, 1]. */
+static double pk__sample_node(int degree, int k)
+{
+    double s = sin(1.57079632679489661923 * k / degree);
+    return s * s;
+}
+
+/* conversion (degree + 1 squared): Bernstein coefficients = conversion * values at the sampling nodes; the
+ * inverse of B[k][i] = binomial(degree, i) x_k^i (1 - x_k)^(degree - i), by Gauss-Jordan with pivoting. */
+static void pk__bernstein_conversion(int degree, pk_real *conversion)
+{
+    enum { N = PK_SEGMENT_DEGREE + 1 };
+    long double m[N][2 * N];
+    int n = degree + 1;
+    for (int k = 0; k < n; k++) {
+        long double x = pk__sample_node(degree, k), binomial = 1;
+        for (int i = 0; i < n; i++) {
+            m[k][i] = binomial * powl(x, i) * powl(1 - x, degree - i);
+            binomial = binomial * (degree - i) / (i + 1);
+            m[k][n + i] = i == k;
+        }
+    }
+    for (int column = 0; column < n; column++) {
+        int pivot = column;
+        for (int k = column + 1; k < n; k++)
+            if (fabsl(m[k][column]) > fabsl(m[pivot][column]))
+                pivot = k;
+        for (int i = 0; i < 2 * n; i++) {
+            long double swap = m[column][i];
+            m[column][i] = m[pivot][i];
+            m[pivot][i] = swap;
+        }
+        long double scale = 1 / m[column][column];
+        for (int i = 0; i < 2 * n; i++)
+            m[column][i] *= scale;
+        for (int k = 0; k < n; k++) {
+            long double factor = m[k][column];
+            if (k != column && factor != 0)
+                for (int i = 0; i < 2 * n; i++)
+                    m[k][i] -= factor * m[column][i];
+        }
+    }
+    for (int k = 0; k < n; k++)
+        for (int i = 0; i < n; i++)
+            conversion[k * n + i] = (pk_real)m[k][n + i];
+}
+
+PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
+                            size_t pieces, int gather, pk_segment *segment)
+{
+    size_t count = graph->node_count, switches = 0;
+    memset(segment, 0, sizeof *segment);
+    points = pk__most(points, PK_SEGMENT_DEGREE + 1); /* the samples of one piece */
+    segment->graph = graph;
+    segment->row_capacity = rows;
+    segment->point_capacity = points;
+    segment->base = (pk_real **)pk_arena_take(arena, count, sizeof *segment->base);
+    segment->slope = (pk_real **)pk_arena_take(arena, count, sizeof *segment->slope);
+    segment->gathered = (int *)pk_arena_take(arena, count, sizeof *segment->gathered);
+    for (size_t n = 0; n < count && segment->gathered; n++)
+        segment->gathered[n] = 0;
+    for (size_t n = 0; n < count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        int affine = n && pk__is_affine(node), constant = n && !node->varies;
+        pk_real *base = affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *slope = affine ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
+        if (segment->base) {
+            segment->base[n] = base;
+            segment->slope[n] = slope;
+        }
+        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) && segment->gathered)
+            for (int j = 0; j < node->input_count; j++)
+                segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
+        if (n && pk__is_switch(node)) {
+            int degree = pk__sample_degree(node);
+            switches = pk__most(switches, node->operation->switch_count(node));
+            if (!segment->conversion[degree]) {
+                size_t square = (size_t)(degree + 1) * (size_t)(degree + 1);
+                segment->conversion[degree] = (pk_real *)pk_arena_take(arena, square, sizeof(pk_real));
+                if (segment->conversion[degree])
+                    pk__bernstein_conversion(degree, segment->conversion[degree]);
+            }
+        }
+    }
+    pk_tape_take(arena, graph, points, copies, 1, &segment->tape);
+    segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
+    segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
+    segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
+    segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
+    segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
+    pk_pieces_take(arena, pieces, &segment->spare);
+    segment->root_capacity = pieces;
+    segment->roots = (double *)pk_arena_take(arena, pieces, 2 * sizeof *segment->roots);
+}
+
+PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
+                             const pk_real *inputs)
+{
+    const pk_graph *graph = segment->graph;
+    segment->weights = weights;
+    segment->direction = direction;
+    segment->rows = rows;
+    segment->inputs = inputs;
+    segment->base[0] = (pk_real *)inputs; /* only read */
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!segment->base[n])
+            continue;
+        pk_call call;
+        pk__tape_call(&segment->tape, node, rows, 1, &call);
+        for (int j = 0; j < node->input_count; j++)
+            call.in[j] = segment->base[node->inputs[j]];
+        call.weights = weights + node->weight_offset;
+        call.out = segment->base[n];
+        node->operation->forward(&call);
+        if (segment->slope[n]) {
+            call.weights = direction + node->weight_offset;
+            call.out = segment->slope[n];
+            node->operation->forward(&call);
+        }
+    }
+}
+
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, size_t stop)
+{
+    const pk_graph *graph = segment->graph;
+    const pk_line line = {segment->weights, segment->direction, t};
+    segment->tape.value[0] = segment->input_points;
+    for (size_t n = 0; n < stop; n++) {
+        const pk_node *node = &graph->nodes[n];
+        const size_t width = node->width;
+        pk_real *value = segment->tape.value[n];
+        const pk_real *base = segment->base[n], *slope = segment->slope[n];
+        if (!node->varies) {
+            if (segment->gathered[n])
+                for (size_t p = 0; p < count; p++)
+                    memcpy(value + p * width, base + row[p] * width, width * sizeof *value);
+        } else if (slope) {
+            for (size_t p = 0; p < count; p++)
+                for (size_t j = 0; j < width; j++)
+                    value[p * width + j] = base[row[p] * width + j] + t[p] * slope[row[p] * width + j];
+        } else {
+            pk__node_forward(&segment->tape, &line, node, count);
+        }
+    }
+}
+
+PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+{
+    const pk_graph *graph = segment->graph;
+    const pk_line line = {segment->weights, segment->direction, t};
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (segment->slope[n])
+            for (size_t p = 0; p < count; p++)
+                memcpy(segment->tape.tangent[n] + p * node->width, segment->slope[n] + row[p] * node->width,
+                       node->width * sizeof(pk_real));
+        else
+            pk__node_tangent(&segment->tape, &line, node, count);
+    }
+}
+
+PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies)
+{
+    const pk_line line = {segment->weights, segment->direction, t};
+    pk_tape_reverse(&segment->tape, &line, count, copies);
+}
+
+/* ---- kinks ----------------------------------------------------------------------------------------- */
+
+/* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
+static double pk__casteljau(int degree, const double *c, double x, double *left, double *right, double *slope)
+{
+    double work[PK_SEGMENT_DEGREE + 1];
+    memcpy(work, c, (size_t)(degree + 1) * sizeof *work);
+    if (slope)
+        *slope = degree == 1 ? c[1] - c[0] : 0;
+    for (int k = 0; k <= degree; k++) {
+        if (left)
+            left[k] = work[0];
+        if (right)
+            right[degree - k] = work[degree - k];
+        if (slope && degree - k == 1)
+            *slope = degree * (work[1] - work[0]);
+        for (int i = 0; i < degree - k; i++)
+            work[i] = (1 - x) * work[i] + x * work[i + 1];
+    }
+    return work[0];
+}
+
+/* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
+static double pk__bracketed_root(int degree, const double *c)
+{
+    double lo = 0, hi = 1, at_lo = c[0], at_hi = c[degree];
+    if (degree == 1)
+        return at_lo / (at_lo - at_hi);
+    for (int i = 0, side = 0; i < 200 && hi - lo > DBL_EPSILON * hi; i++) {
+        double x = i % 4 == 3 ? 0.5 * (lo + hi) : lo + (hi - lo) * (at_lo / (at_lo - at_hi));
+        if (!(x > lo && x < hi))
+            x = 0.5 * (lo + hi);
+        if (!(x > lo && x < hi))
+            break;
+        double value = pk__casteljau(degree, c, x, NULL, NULL, NULL);
+        if (value == 0)
+            return x;
+        if ((value > 0) == (at_hi > 0)) {
+            hi = x;
+            at_hi = value;
+            if (side == 1)
+                at_lo *= 0.5;
+            side = 1;
+        } else {
+            lo = x;
+            at_lo = value;
+            if (side == -1)
+                at_hi *= 0.5;
+            side = -1;
+        }
+    }
+    return 0.5 * (lo + hi);
+}
+
+/* Where roots go: t = a + (b - a) x for x in the local [lo, hi], scale is the size of the polynomial. */
+typedef struct pk__root_sink {
+    double a, b, scale;
+    double *roots;
+    size_t count, capacity;
+} pk__root_sink;
+
+static void pk__push_root(pk__root_sink *sink, double x, double slope)
+{
+    if (sink->count < sink->capacity) {
+        double length = sink->b - sink->a;
+        /* Rounding moves the zero of z by its own error over |dz/dt|. */
+        double slack = 64 * DBL_EPSILON * sink->scale / (fabs(slope) + DBL_MIN);
+        sink->roots[2 * sink->count] = sink->a + length * x;
+        sink->roots[2 * sink->count + 1] = length * (slack < 1 ? slack : 1);
+    }
+    sink->count++; /* beyond the capacity: the caller sees it */
+}
+
+/* Pushes the sign changes inside (lo, hi) of the polynomial with Bernstein coefficients c on [lo, hi]. */
+static void pk__isolate(int degree, const double *c, double lo, double hi, pk__root_sink *sink)
+{
+    int changes = 0;
+    double last = 0;
+    for (int i = 0; i <= degree; i++)
+        if (c[i] != 0) {
+            changes += last != 0 && (c[i] > 0) != (last > 0);
+            last = c[i];
+        }
+    if (changes == 0 || sink->count > sink->capacity)
+        return;
+    if (changes == 1 && c[0] != 0 && c[degree] != 0) {
+        double slope = 0, x = pk__bracketed_root(degree, c);
+        pk__casteljau(degree, c, x, NULL, NULL, &slope);
+        pk__push_root(sink, lo + (hi - lo) * x, slope / (hi - lo));
+        return;
+    }
+    double middle = 0.5 * (lo + hi), left[PK_SEGMENT_DEGREE + 1], right[PK_SEGMENT_DEGREE + 1];
+    if (hi - lo < 4 * DBL_EPSILON) {
+        /* A cluster that touches zero: one split serves them all. */
+        pk__push_root(sink, middle, 0);
+        return;
+    }
+    if (pk__casteljau(degree, c, 0.5, left, right, NULL) == 0)
+        pk__push_root(sink, middle, degree * 2 * (right[1] - right[0]) / (hi - lo));
+    pk__isolate(degree, left, lo, middle, sink);
+    pk__isolate(degree, right, middle, hi, sink);
+}
+
+/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first. */
+static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, size_t first, pk__root_sink *sink)
+{
+    const pk_real *values = segment->switch_values + first * switches;
+    pk_real *coefficients = segment->coefficients;
+    const pk_real *conversion = segment->conversion[degree];
+    for (int k = 0; k <= degree; k++) {
+        pk_real *to = coefficients + (size_t)k * switches;
+        if (k == 0 || k == degree) { /* end coefficients are end values, exactly */
+            memcpy(to, values + (size_t)k * switches, switches * sizeof *to);
+            continue;
+        }
+        memset(to, 0, switches * sizeof *to);
+        for (int i = 0; i <= degree; i++) {
+            const pk_real *from = values + (size_t)i * switches;
+            const pk_real factor = conversion[k * (degree + 1) + i];
+            for (size_t j = 0; j < switches; j++)
+                to[j] += factor * from[j];
+        }
+    }
+    for (size_t j = 0; j < switches; j++) {
+        double c[PK_SEGMENT_DEGREE + 1], low = coefficients[j], high = low;
+        for (int k = 0; k <= degree; k++) {
+            c[k] = coefficients[(size_t)k * switches + j];
+            low = c[k] < low ? c[k] : low;
+            high = c[k] > high ? c[k] : high;
+        }
+        if (!(low < 0 && high > 0))
+            continue;
+        sink->scale = high - low;
+        pk__isolate(degree, c, 0, 1, sink);
+    }
+}
+
+/* Appends [a, b] of row to pieces, split at the roots. 0 where it does not fit. */
+static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack, pk__root_sink *sink)
+{
+    double *roots = sink->roots;
+    if (sink->count > sink->capacity)
+        return 0;
+    for (size_t i = 1; i < sink->count; i++) { /* insertion sort of pairs: few */
+        double t = roots[2 * i], own = roots[2 * i + 1];
+        size_t k = i;
+        for (; k > 0 && roots[2 * k - 2] > t; k--) {
+            roots[2 * k] = roots[2 * k - 2];
+            roots[2 * k + 1] = roots[2 * k - 1];
+        }
+        roots[2 * k] = t;
+        roots[2 * k + 1] = own;
+    }
+    const double least = 4 * DBL_EPSILON;
+    for (size_t i = 0; i < sink->count; i++) {
+        double t = roots[2 * i], own = roots[2 * i + 1];
+        if (t - a <= least || b - t <= least) {
+            slack = own > slack ? own : slack;
+            continue;
+        }
+        if (pieces->count == pieces->capacity)
+            return 0;
+        pk_pieces_push(pieces, row, a, t, slack);
+        a = t;
+        slack = own;
+    }
+    if (pieces->count == pieces->capacity)
+        return 0;
+    pk_pieces_push(pieces, row, a, b, slack);
+    return 1;
+}
+
+/* Splits from at the kinks of one node into to. */
+static int pk__split_node(pk_segment *segment, const pk_node *node, const pk_pieces *from, pk_pieces *to)
+{
+    int degree = pk__sample_degree(node);
+    size_t samples = (size_t)degree + 1, switches = node->operation->switch_count(node);
+    size_t chunk = segment->point_capacity / samples;
+    to->count = 0;
+    for (size_t first = 0; first < from->count; first += chunk) {
+        size_t count = pk__least(chunk, from->count - first);
+        for (size_t i = 0; i < count; i++)
+            for (size_t k = 0; k < samples; k++) {
+                double a = from->a[first + i], b = from->b[first + i];
+                segment->point_row[i * samples + k] = from->row[first + i];
+                segment->point_t[i * samples + k] = (pk_real)(a + (b - a) * pk__sample_node(degree, (int)k));
+            }
+        pk_segment_forward(segment, count * samples, segment->point_row, segment->point_t,
+                           (size_t)(node - segment->graph->nodes));
+        pk_call call;
+        pk__tape_call(&segment->tape, node, count * samples, 1, &call);
+        call.out = segment->switch_values;
+        node->operation->switches(&call);
+        for (size_t i = 0; i < count; i++) {
+            size_t at = first + i;
+            pk__root_sink sink = {from->a[at], from->b[at], 1, segment->roots, 0, segment->root_capacity};
+            pk__piece_roots(segment, degree, switches, i * samples, &sink);
+            if (!pk__append_split(to, from->row[at], from->a[at], from->b[at], from->slack[at], &sink))
+                return 0;
+        }
+    }
+    return 1;
+}
+
+static void pk__copy_pieces(const pk_pieces *from, pk_pieces *to)
+{
+    to->count = from->count;
+    memcpy(to->row, from->row, from->count * sizeof *to->row);
+    memcpy(to->a, from->a, from->count * sizeof *to->a);
+    memcpy(to->b, from->b, from->count * sizeof *to->b);
+    memcpy(to->slack, from->slack, from->count * sizeof *to->slack);
+}
+
+PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to)
+{
+    const pk_graph *graph = segment->graph;
+    if (from->count > to->capacity)
+        return 0;
+    pk__copy_pieces(from, to);
+    for (size_t n = 1; n < graph->node_count; n++) {
+        if (!pk__is_switch(&graph->nodes[n]))
+            continue;
+        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) || segment->spare.count > to->capacity)
+            return 0;
+        pk__copy_pieces(&segment->spare, to);
+    }
+    return 1;
+}
+
+PK__END_C
+
+/* pathkernel/quadrature.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API void pk_gauss_legendre(int count, double *nodes, double *weights)
+{
+    for (int i = 0; i < count; i++) {
+        long double x = cosl(3.14159265358979323846264338327950288L * (i + 0.75L) / (count + 0.5L)), slope = 1;
+        for (int iteration = 0; iteration < 100; iteration++) {
+            long double p = 1, before = 0;
+            for (int k = 1; k <= count; k++) {
+                long double next = ((2 * k - 1) * x * p - (k - 1) * before) / k;
+                before = p;
+                p = next;
+            }
+            slope = count * (before - x * p) / (1 - x * x);
+            long double change = p / slope;
+            x -= change;
+            if (fabsl(change) < 4 * LDBL_EPSILON)
+                break;
+        }
+        /* Descending x: the last node first, so that nodes ascend. */
+        nodes[count - 1 - i] = (double)((1 + x) / 2);
+        weights[count - 1 - i] = (double)(1 / ((1 - x * x) * slope * slope));
+    }
+    if (count % 2)
+        nodes[count / 2] = 0.5;
+}
+
+PK_API void pk_gauss_table(double *nodes, double *weights)
+{
+    for (int n = 1; n <= PK_GAUSS_NODES; n++)
+        pk_gauss_legendre(n, nodes + n * (n - 1) / 2, weights + n * (n - 1) / 2);
+}
+
+PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
+{
+    switch (readout->kind) {
+    case PK_READOUT_ALL: return outputs;
+    case PK_READOUT_FUNCTION: return readout->count;
+    case PK_READOUT_ONE:
+    case PK_READOUT_LABEL:
+    default: return 1;
+    }
+}
+
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
+                             pk_real *slope)
+{
+    size_t count = pk_readout_count(readout, outputs);
+    if (readout->kind == PK_READOUT_FUNCTION) {
+        readout->function(readout->user, row, f, h, slope);
+        return;
+    }
+    for (size_t k = 0; k < count; k++) {
+        size_t output = readout->kind == PK_READOUT_ALL   ? k
+                        : readout->kind == PK_READOUT_ONE ? readout->output
+                                                          : (size_t)readout->labels[row];
+        if (h && f)
+            h[k] = f[output];
+        if (slope) {
+            memset(slope + k * outputs, 0, outputs * sizeof *slope);
+            slope[k * outputs + output] = 1;
+        }
+    }
+}
+
+/* The integrand is a piecewise polynomial whose pieces can all be found. */
+static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
+{
+    if (graph->degree < 0 || readout->kind == PK_READOUT_FUNCTION || (graph->degree + 1) / 2 > PK_GAUSS_NODES)
+        return 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK_SEGMENT_DEGREE)
+            return 0;
+    return 1;
+}
+
+PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature, const pk_graph *graph,
+                                     const pk_readout *readout)
+{
+    if ((int)quadrature->rule < 0 || quadrature->rule > PK_RULE_LEFT)
+        return pk__fail(context, PK_ARGUMENT, "quadrature rule %d does not exist", (int)quadrature->rule);
+    if (quadrature->nodes < 0 || quadrature->nodes > PK_RULE_NODES)
+        return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible", quadrature->nodes,
+                        (int)PK_RULE_NODES);
+    if (quadrature->rule == PK_RULE_GAUSS && quadrature->nodes > PK_GAUSS_NODES)
+        return pk__fail(context, PK_ARGUMENT, "Gauss-Legendre with %d nodes; 1 to %d are possible",
+                        quadrature->nodes, (int)PK_GAUSS_NODES);
+    if (quadrature->rule == PK_RULE_TRAPEZOID && quadrature->nodes == 1)
+        return pk__fail(context, PK_ARGUMENT, "the trapezoid rule needs at least 2 nodes");
+    if (quadrature->rule == PK_RULE_EXACT && !pk__is_exact(graph, readout))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
+                        "readout; use auto, which measures its closure",
+                        (int)PK_SEGMENT_DEGREE);
+    return PK_OK;
+}
+
+/* Pieces in one batch: room for the kinks of a block; more of them are met by halving the batch. */
+static size_t pk__piece_capacity(size_t rows)
+{
+    return 64 * rows + 1024;
+}
+
+PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
+{
+    points->count = 0;
+    points->row = (size_t *)pk_arena_take(arena, capacity, sizeof *points->row);
+    points->t = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+}
+
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
+                               int bounds, pk_integrator *integrator)
+{
+    size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
+    memset(integrator, 0, sizeof *integrator);
+    points = pk__most(points, PK_GAUSS_NODES + 2);
+    pk_segment_take(arena, graph, rows, points, copies, pieces, bounds, &integrator->segment);
+    /* Each level of bisection leaves at most one more batch: depth 64 is beyond the resolution of t. */
+    pk_pieces_take(arena, 66 * rows + 64 * pieces, &integrator->stack);
+    pk_pieces_take(arena, rows, &integrator->batch);
+    pk_pieces_take(arena, pieces, &integrator->pieces);
+    integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
+    integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
+    integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
+    pk_points_take(arena, points, bounds, &integrator->buffer);
+    integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
+}
+
+static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
+{
+    integrator->buffer.last = last;
+    sink(user, &integrator->buffer);
+    integrator->points += integrator->buffer.count;
+    integrator->buffer.count = 0;
+}
+
+static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t, double weight,
+                     double check, double slack)
+{
+    pk_points *buffer = &integrator->buffer;
+    if (buffer->count == integrator->segment.point_capacity)
+        pk__flush(integrator, sink, user, 0);
+    size_t at = buffer->count++;
+    buffer->row[at] = row;
+    buffer->t[at] = (pk_real)t;
+    buffer->weight[at] = (pk_real)weight;
+    if (buffer->check) {
+        buffer->check[at] = (pk_real)check;
+        buffer->slack[at] = (pk_real)slack;
+    }
+}
+
+/* checked: the rule is not exact, its error is to be estimated by one of two more nodes. */
+static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t piece, int order,
+                           int checked)
+{
+    const pk_pieces *pieces = &integrator->pieces;
+    const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
+    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
+    size_t row = pieces->row[piece];
+    double a = pieces->a[piece], length = pieces->b[piece] - a, slack = pieces->slack[piece], after = 0;
+    if (piece + 1 < pieces->count && pieces->row[piece + 1] == row)
+        after = pieces->slack[piece + 1];
+    checked = checked && integrator->buffer.check;
+    for (int q = 0; q < order; q++)
+        pk__emit(integrator, sink, user, row, a + length * x[q], length * w[q], checked ? -length * w[q] : 0,
+                 (q == 0 ? slack : 0) + (q == order - 1 ? after : 0));
+    if (!checked)
+        return;
+    order += 2;
+    x = integrator->gauss_nodes + order * (order - 1) / 2;
+    w = integrator->gauss_weights + order * (order - 1) / 2;
+    for (int q = 0; q < order; q++)
+        pk__emit(integrator, sink, user, row, a + length * x[q], 0, length * w[q], 0);
+}
+
+/* A rule that is the same for every row and step. */
+static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_rule rule = integrator->quadrature.rule;
+    int count = integrator->quadrature.nodes ? integrator->quadrature.nodes : rule == PK_RULE_TRAPEZOID ? 2 : 1;
+    const double *x = integrator->gauss_nodes + count * (count - 1) / 2;
+    const double *w = integrator->gauss_weights + count * (count - 1) / 2;
+    for (size_t row = 0; row < integrator->segment.rows; row++)
+        for (int q = 0; q < count; q++) {
+            double t = 0, weight = 1.0 / count;
+            if (rule == PK_RULE_GAUSS) {
+                t = x[q];
+                weight = w[q];
+            } else if (rule == PK_RULE_MIDPOINT) {
+                t = (q + 0.5) / count;
+            } else if (rule == PK_RULE_LEFT) {
+                t = (double)q / count;
+            } else {
+                t = (double)q / (count - 1);
+                weight = (q == 0 || q == count - 1 ? 0.5 : 1.0) / (count - 1);
+            }
+            pk__emit(integrator, sink, user, row, t, weight, 0, 0);
+        }
+}
+
+/* The closure of a piece over its target, at the points first .. first + order + 1 of the segment's tape:
+ * the nodes, then both ends. At most 1: accepted. */
+static double pk__piece_error(pk_integrator *integrator, size_t first, size_t row, double length, int order)
+{
+    const pk_tape *tape = &integrator->segment.tape;
+    const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
+    const pk_real *f = pk_tape_output(tape) + first * outputs;
+    const pk_real *tangent = tape->tangent[tape->graph->node_count - 1] + first * outputs;
+    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
+    pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count;
+    pk_real *slope = integrator->slope;
+    memset(sum, 0, 2 * count * sizeof *sum);
+    for (int q = 0; q < order; q++) {
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs, start,
+                         slope);
+        for (size_t k = 0; k < count; k++) {
+            double along = 0;
+            for (size_t c = 0; c < outputs; c++)
+                along += slope[k * outputs + c] * tangent[(size_t)q * outputs + c];
+            sum[k] += (pk_real)(length * w[q] * along);
+            size[k] += (pk_real)(length * w[q] * fabs(along));
+        }
+    }
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs, start,
+                     slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)(order + 1) * outputs,
+                     end, slope);
+    double worst = 0;
+    for (size_t k = 0; k < count; k++) {
+        double scale = fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
+        scale = scale > 1 ? scale : 1;
+        /* Below a few roundings of what was added nothing can be measured. */
+        double floor = 16 * (sizeof(pk_real) == 4 ? (double)FLT_EPSILON : DBL_EPSILON) * (scale + size[k]);
+        double allowed = integrator->target * scale > floor ? integrator->target * scale : floor;
+        double error = fabs((double)(end[k] - start[k] - sum[k])) / allowed;
+        /* NaN counts as bad. */
+        worst = error <= worst ? worst : error;
+    }
+    return worst;
+}
+
+enum { PK__LARGEST_ORDER = 16 };
+
+/* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
+ * be tested again. */
+static int pk__test_pieces(pk_integrator *integrator)
+{
+    pk_segment *segment = &integrator->segment;
+    const pk_pieces *pieces = &integrator->pieces;
+    unsigned char *order = integrator->order;
+    int again = 0;
+    for (size_t next = 0, last; next < pieces->count; next = last) {
+        size_t points = 0;
+        for (last = next; last < pieces->count; last++) {
+            const double a = pieces->a[last], b = pieces->b[last];
+            const size_t nodes = order[last];
+            if (integrator->passed[last] || nodes > PK__LARGEST_ORDER)
+                continue;
+            if (points + nodes + 2 > segment->point_capacity)
+                break;
+            const double *x = integrator->gauss_nodes + nodes * (nodes - 1) / 2;
+            for (size_t q = 0; q < nodes + 2; q++, points++) {
+                segment->point_row[points] = pieces->row[last];
+                segment->point_t[points] = (pk_real)(q < nodes ? a + (b - a) * x[q] : q == nodes ? a : b);
+            }
+        }
+        if (!points)
+            continue;
+        pk_segment_forward(segment, points, segment->point_row, segment->point_t, segment->graph->node_count);
+        pk_segment_tangent(segment, points, segment->point_row, segment->point_t);
+        points = 0;
+        for (size_t i = next; i < last; i++) {
+            const int nodes = order[i];
+            if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
+                continue;
+            double error = pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
+            points += (size_t)nodes + 2;
+            if (!(error <= 1)) {
+                order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
+                again |= order[i] <= PK__LARGEST_ORDER;
+                continue;
+            }
+            /* A test costs little beside a node that is too many: the next step starts one lower. */
+            int start = nodes > 1 ? nodes - 1 : nodes;
+            unsigned char *most = &integrator->next_order[pieces->row[i]];
+            integrator->passed[i] = 1;
+            *most = (unsigned char)(start > *most ? start : *most);
+        }
+    }
+    return again;
+}
+
+/* Bisections a row may cost in one step; an unreachable target or a NaN must end. */
+enum { PK__BISECTIONS = 512 };
+
+/* Halves what has not passed; what cannot be halved any more is accepted and counted. */
+static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
+                       pk_point_sink *sink, void *user)
+{
+    for (size_t i = 0; i < pieces->count; i++) {
+        double a = pieces->a[i], b = pieces->b[i], middle = 0.5 * (a + b);
+        if (passed && passed[i])
+            continue;
+        if (b - a < 1e-9 || integrator->bisections >= PK__BISECTIONS * integrator->segment.rows ||
+            integrator->stack.count + 2 > integrator->stack.capacity) {
+            if (passed)
+                pk__emit_gauss(integrator, sink, user, i, PK_GAUSS_NODES / 2, 1);
+            else
+                pk__emit(integrator, sink, user, pieces->row[i], middle, b - a, 0, b - a);
+            integrator->refused++;
+            continue;
+        }
+        integrator->bisections++;
+        pk_pieces_push(&integrator->stack, pieces->row[i], middle, b, 0);
+        pk_pieces_push(&integrator->stack, pieces->row[i], a, middle, pieces->slack[i]);
+    }
+}
+
+/* Raises the order of each piece until it passes or the largest order is reached; emits what passed. */
+static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_pieces *pieces = &integrator->pieces;
+    memset(integrator->passed, 0, pieces->count);
+    for (size_t i = 0; i < pieces->count; i++)
+        integrator->order[i] = integrator->row_order[pieces->row[i]];
+    while (pk__test_pieces(integrator))
+        ;
+    for (size_t i = 0; i < pieces->count; i++)
+        if (integrator->passed[i])
+            pk__emit_gauss(integrator, sink, user, i, integrator->order[i], 1);
+    pk__bisect(integrator, pieces, integrator->passed, sink, user);
+}
+
+PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_segment *segment = &integrator->segment;
+    pk_rule rule = integrator->quadrature.rule;
+    if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
+        pk__emit_fixed(integrator, sink, user);
+        pk__flush(integrator, sink, user, 1);
+        return;
+    }
+    int exact = pk__is_exact(segment->graph, &integrator->readout);
+    int order = segment->graph->degree < 2 ? 1 : (segment->graph->degree + 1) / 2;
+    pk_pieces *stack = &integrator->stack, *batch = &integrator->batch, *pieces = &integrator->pieces;
+    stack->count = 0;
+    integrator->bisections = 0;
+    memset(integrator->next_order, 0, segment->rows);
+    for (size_t row = segment->rows; row-- > 0;)
+        pk_pieces_push(stack, row, 0, 1, 0);
+    while (stack->count) {
+        batch->count = 0;
+        while (stack->count && batch->count < batch->capacity) {
+            size_t top = --stack->count;
+            pk_pieces_push(batch, stack->row[top], stack->a[top], stack->b[top], stack->slack[top]);
+        }
+        if (!pk_segment_split(segment, batch, pieces)) {
+            /* More kinks than there is room for: half as long pieces have fewer. */
+            pk__bisect(integrator, batch, NULL, sink, user);
+            continue;
+        }
+        integrator->split_pieces += pieces->count;
+        if (!exact) {
+            pk__adapt(integrator, sink, user);
+            continue;
+        }
+        for (size_t i = 0; i < pieces->count; i++)
+            pk__emit_gauss(integrator, sink, user, i, order, 0);
+    }
+    for (size_t row = 0; !exact && row < segment->rows; row++)
+        integrator->row_order[row] = integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER;
+    pk__flush(integrator, sink, user, 1);
+}
+
+PK__END_C
+
+/* pathkernel/tangent.h: implementation */
+#include <math.h>
+#include <string.h>
+#include <time.h>
+PK__BEGIN_C
+
+PK__PRIVATE double pk__seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+#define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
+
+PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
+{
+    pk_real sum = 0;
+    for (size_t i = 0; i < count; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
+{
+    return &graph->nodes[node->inputs[0]];
+}
+
+/* The bias of an outer-product layer is what its weight (out, in) leaves. */
+static int pk__has_bias(const pk_graph *graph, const pk_node *node)
+{
+    return node->weight_count > node->width * pk__layer_input(graph, node)->width;
+}
+
+/* ---- examples -------------------------------------------------------------------------------------- */
+
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
+{
+    memset(examples, 0, sizeof *examples);
+    /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
+    examples->ld = (capacity + 7) / 8 * 8;
+    if (examples->ld % 512 == 0)
+        examples->ld += 8;
+    examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
+        size_t bytes = examples->ld * sizeof(pk_real);
+        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
+        pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
+        pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
+        if (examples->input) {
+            examples->input[l] = input;
+            examples->cotangent[l] = cotangent;
+            examples->rows[l] = gradients;
+        }
+    }
+}
+
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
+{
+    size_t most = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].operation->tangent_form == PK_TANGENT_ROWS)
+            most = pk__most(most, graph->nodes[n].weight_count);
+    pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
+    workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
+    workspace->targets = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
+}
+
+PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
+{
+    examples->count = batch->count;
+    examples->items = batch->items;
+    examples->consecutive = 1;
+    for (size_t b = 1; b < batch->count; b++)
+        examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
+}
+
+/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
+static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
+{
+    enum { TILE = 16 };
+    for (size_t i = 0; i < rows; i += TILE)
+        for (size_t j = 0; j < cols; j++)
+            for (size_t k = i; k < rows && k < i + TILE; k++)
+                to[j * ld + k] = from[k * cols + j];
+}
+
+PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                             const pk_dataset *data, const pk_batch *batch, size_t first,
+                             pk_example_workspace *workspace, pk_real *gradient)
+{
+    size_t count = pk__least(batch->count - first, PK_EXAMPLE_BLOCK), outputs = graph->output_width;
+    pk_tape *tape = &workspace->tape;
+    const pk_line line = {weights, NULL, NULL};
+    pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
+    pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
+    pk_tape_forward(tape, &line, count, workspace->inputs);
+    const pk_real *f = pk_tape_output(tape);
+    pk_real *seed = pk_tape_seed(tape);
+    for (size_t b = 0; b < count; b++) {
+        pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
+        double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
+        for (size_t c = 0; c < outputs; c++)
+            seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
+    }
+    pk_tape_reverse(tape, &line, count, 1);
+    if (gradient)
+        pk_tape_weight_gradient(tape, count, gradient);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const size_t n = (size_t)(node - graph->nodes);
+        if (examples->rows[l]) {
+            pk_call call;
+            pk__tape_call(tape, node, count, 1, &call);
+            call.weights = weights + node->weight_offset;
+            call.out_cotangent = tape->cotangent[n];
+            call.gradient = workspace->row_gradients;
+            node->operation->row_gradients(&call);
+            pk__transpose(count, node->weight_count, workspace->row_gradients, examples->rows[l] + first,
+                          examples->ld);
+            continue;
+        }
+        pk__transpose(count, pk__layer_input(graph, node)->width, tape->value[node->inputs[0]],
+                      examples->input[l] + first, examples->ld);
+        pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+    }
+}
+
+PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
+{
+    to->count = from->count;
+    to->items = from->items;
+    to->consecutive = from->consecutive;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
+        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
+        const size_t features[3] = {pk__layer_input(graph, node)->width, node->width, node->weight_count};
+        for (int part = 0; part < 3; part++)
+            for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
+                targets[part][i] = (pk_real)fabs(sources[part][i]);
+    }
+}
+
+PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
+{
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const size_t out = node->width, ld = examples->ld, count = examples->count;
+        pk_real *to = sum + node->weight_offset;
+        if (examples->rows[l]) {
+            for (size_t i = 0; i < node->weight_count; i++)
+                for (size_t b = 0; b < count; b++)
+                    to[i] += examples->rows[l][i * ld + b];
+            continue;
+        }
+        const size_t in = pk__layer_input(graph, node)->width;
+        pk__gemm(0, 1, out, in, count, 1, examples->cotangent[l], ld, examples->input[l], ld, 1, to, in);
+        for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
+            for (size_t b = 0; b < count; b++)
+                to[out * in + j] += examples->cotangent[l][j * ld + b];
+    }
+}
+
+PK_API double pk_rounding_allowance(const pk_graph *graph)
+{
+    double sum = 0;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        sum += (double)(node->width + pk__layer_input(graph, node)->width);
+    }
+    return 2 * PK__EPSILON * sum;
+}
+
+/* ---- the test side --------------------------------------------------------------------------------- */
+
+PK_API size_t pk_tangent_block(size_t outputs)
+{
+    return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
+}
+
+/* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
+static size_t pk__point_capacity(size_t outputs)
+{
+    return pk__most(PK_GAUSS_NODES + 2, pk__least(256, 640 / pk__most(outputs, 1)));
+}
+
+/* Rows of products that are on their way to a Hadamard product at one time. */
+static size_t pk__product_rows(size_t outputs)
+{
+    return pk__most(1, 128 / outputs);
+}
+
+static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
+{
+    if (node->operation->tangent_form == PK_TANGENT_ROWS)
+        return PK_LAYER_ROWS;
+    if (bounds)
+        return PK_LAYER_POINTS;
+    if (node->input_constant)
+        return PK_LAYER_DATA;
+    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
+}
+
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            int materialise, int bounds, pk_tangent *tangent)
+{
+    size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
+    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0, deepest = 0;
+    memset(tangent, 0, sizeof *tangent);
+    tangent->graph = graph;
+    tangent->outputs = outputs;
+    tangent->row_capacity = rows;
+    tangent->allowance = pk_rounding_allowance(graph);
+    pk_integrator_take(arena, graph, rows, points, outputs, bounds, &tangent->integrator);
+    tangent->integrator.readout = *readout;
+    points = tangent->integrator.segment.point_capacity;
+    tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->delta = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    for (size_t l = 0; l < layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        pk_layer_kind kind = pk__layer_kind(node, readout, bounds);
+        size_t fan_in = pk__layer_input(graph, node)->width;
+        int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
+        int phi_wanted = kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && (materialise || bounds));
+        pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *input =
+            kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        if (tangent->check) {
+            tangent->check[l] = check;
+            tangent->size[l] = size;
+        }
+        if (tangent->kind) {
+            tangent->kind[l] = kind;
+            tangent->node[l] = node;
+            tangent->delta[l] = delta;
+            tangent->input[l] = input;
+            tangent->phi[l] = phi;
+        }
+        if (phi_wanted)
+            deepest = pk__most(deepest, fan_in);
+        widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
+    }
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
+    size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
+    tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
+    tangent->left = (pk_real *)pk_arena_take(arena, pk__most(rows, points), block * sizeof(pk_real));
+    tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
+    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
+    tangent->scratch = (pk_real *)pk_arena_take(
+        arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64), widest * sizeof(pk_real));
+    tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    tangent->order = (size_t *)pk_arena_take(arena, points, sizeof *tangent->order);
+    pk_points_take(arena, points, bounds, &tangent->sorted);
+}
+
+/* left[p] o right[p, k] summed into tile[row[p], k], over count columns; row == NULL: row p. */
+static void pk__hadamard(size_t points, size_t outputs, size_t count, const size_t *row, const pk_real *left,
+                         const pk_real *right, pk_real *tile)
+{
+    for (size_t p = 0; p < points; p++) {
+        const pk_real *l = left + p * count;
+        pk_real *t = tile + (row ? row[p] : p) * outputs * count;
+        const pk_real *r = right + p * outputs * count;
+        for (size_t k = 0; k < outputs; k++, t += count, r += count)
+            for (size_t i = 0; i < count; i++)
+                t[i] += l[i] * r[i];
+    }
+}
+
+/* One layer, one block of examples, the points of the sink: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
+static void pk__contract_points(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
+                                const pk_real *weight, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *a = tape->value[node->inputs[0]], *delta = tape->cotangent[node - tangent->graph->nodes];
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    pk__gemm(0, 0, count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left, block);
+    for (size_t p = 0; p < count; p++)
+        for (size_t i = 0; i < block; i++)
+            left[p * block + i] = weight[p] * (left[p * block + i] + bias);
+    for (size_t p = 0; p < count; p += chunk) {
+        size_t points = pk__least(chunk, count - p);
+        pk__gemm(0, 0, points * outputs, block, out, 1, delta + p * outputs * out, out,
+                 examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
+        pk__hadamard(points, outputs, block, row + p, left + p * block, tangent->right, tangent->tile);
+    }
+    tangent->flops += 2.0 * (double)block * (double)count * (double)(in + outputs * out);
+}
+
+/* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
+static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    if (tangent->gram && node->inputs[0] == 0) {
+        const int64_t *items = examples->items + first;
+        for (size_t r = 0; r < rows; r++) {
+            const pk_real *gram = tangent->gram + r * tangent->gram_ld;
+            if (examples->consecutive)
+                for (size_t i = 0; i < block; i++)
+                    left[r * block + i] = gram[(size_t)items[0] + i] + bias;
+            else
+                for (size_t i = 0; i < block; i++)
+                    left[r * block + i] = gram[items[i]] + bias;
+        }
+    } else {
+        pk__gemm(0, 0, rows, block, in, 1, tangent->integrator.segment.base[node->inputs[0]], in,
+                 examples->input[layer] + first, examples->ld, 0, left, block);
+        for (size_t i = 0; i < rows * block; i++)
+            left[i] += bias;
+        tangent->flops += 2.0 * (double)block * (double)(rows * in);
+    }
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
+             examples->ld, 0, tangent->right, block);
+    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
+    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+}
+
+/* A layer with a constant cotangent, whole step: tile += (a . a_i + bias) (delta . delta_i), a summed over points. */
+static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld, 0,
+             left, block);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < block; i++)
+            left[r * block + i] += bias * tangent->weight_sum[r];
+    tangent->flops += 2.0 * (double)block * (double)(rows * in);
+    if (tangent->integrator.readout.kind == PK_READOUT_ALL && node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
+        /* The last layer of all outputs: delta is the unit matrix. */
+        for (size_t r = 0; r < rows; r++)
+            for (size_t k = 0; k < outputs; k++) {
+                const pk_real *right = examples->cotangent[layer] + k * examples->ld + first;
+                pk_real *tile = tangent->tile + (r * outputs + k) * block;
+                for (size_t i = 0; i < block; i++)
+                    tile[i] += left[r * block + i] * right[i];
+            }
+        return;
+    }
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
+             examples->ld, 0, tangent->right, block);
+    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
+    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+}
+
+/* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
+ * ones, of what was summed over the step. */
+static void pk__contract(pk_tangent *tangent, const pk_points *points)
+{
+    const pk_examples *examples = tangent->examples;
+    double start = pk__seconds();
+    for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
+        size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
+        size_t cells = tangent->rows * tangent->outputs * block;
+        int filled = 0;
+        for (size_t l = 0; l < tangent->graph->layers; l++) {
+            pk_layer_kind kind = tangent->kind[l];
+            if (tangent->integrated[l] || (kind == PK_LAYER_POINTS ? !points->count : !points->last))
+                continue;
+            if (!filled || tangent->per_layer)
+                memset(tangent->tile, 0, cells * sizeof *tangent->tile);
+            filled = 1;
+            if (kind == PK_LAYER_POINTS)
+                pk__contract_points(tangent, l, points->count, points->row, points->weight, first, block);
+            else if (kind == PK_LAYER_DATA)
+                pk__contract_data(tangent, l, first, block);
+            else
+                pk__contract_linear(tangent, l, first, block);
+            if (tangent->per_layer)
+                tangent->sink(tangent->user, (int)l, first, block, tangent->tile);
+        }
+        if (filled && !tangent->per_layer)
+            tangent->sink(tangent->user, -1, first, block, tangent->tile);
+    }
+    tangent->seconds_contraction += pk__seconds() - start;
+}
+
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row, const pk_real *weight,
+                          const pk_real *input, const pk_real *delta, const pk_real *bias_scale)
+{
+    const pk_node *node = tangent->node[layer];
+    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    for (int v = 0; v < PK_DIRECTIONS; v++) {
+        if (!tangent->directions[v])
+            continue;
+        const pk_real *direction = tangent->directions[v] + node->weight_offset;
+        pk_real *product = tangent->scratch;
+        pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, product, out);
+        for (size_t p = 0; p < count; p++) {
+            pk_real *at = product + p * out;
+            if (pk__has_bias(tangent->graph, node))
+                for (size_t j = 0; j < out; j++)
+                    at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+            for (size_t k = 0; k < outputs; k++) {
+                const pk_real *d = delta + (p * outputs + k) * out;
+                pk_real sum = 0;
+                for (size_t j = 0; j < out; j++)
+                    sum += d[j] * at[j];
+                tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
+            }
+        }
+    }
+}
+
+/* phi += sum_p w_p delta_p (x) a_p over count points of one row. */
+static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
+                          const pk_real *a, const pk_real *delta, pk_real *phi)
+{
+    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    /* Weighted inputs, so that one product serves all outputs. */
+    for (size_t p = 0; p < count; p++)
+        for (size_t j = 0; j < in; j++)
+            tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
+    pk__gemm(1, 0, outputs * out, in, count, 1, delta, outputs * out, tangent->weighted, in, 1, phi, in);
+    if (pk__has_bias(tangent->graph, node)) {
+        pk_real *bias = phi + outputs * out * in;
+        for (size_t p = 0; p < count; p++)
+            for (size_t j = 0; j < outputs * out; j++)
+                bias[j] += weight[p] * delta[p * outputs * out + j];
+    }
+}
+
+/* Phi of one row from its points first .. last - 1, and what bounds its error. */
+static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t last)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t count = last - first, at = points->row[first] * outputs * node->weight_count;
+    pk_real *a = tape->value[node->inputs[0]] + first * in;
+    pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
+    pk__add_outer(tangent, node, count, points->weight + first, a, delta, tangent->phi[layer] + at);
+    if (!tangent->check)
+        return;
+    pk__add_outer(tangent, node, count, points->check + first, a, delta, tangent->check[layer] + at);
+    /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
+    pk_real *sizes = tangent->scratch, *weight = tangent->sorted.slack;
+    for (size_t p = 0; p < count; p++)
+        weight[p] = (pk_real)(tangent->allowance * fabs(points->weight[first + p]) + points->slack[first + p]);
+    for (size_t i = 0; i < count * outputs * out; i++)
+        sizes[i] = (pk_real)fabs(delta[i]);
+    for (size_t i = 0; i < count * in; i++)
+        tangent->absolute[i] = (pk_real)fabs(a[i]);
+    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, tangent->size[layer] + at);
+}
+
+/* Phi and along of a layer whose gradients are materialised point by point. */
+static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    size_t outputs = tangent->outputs, weights = node->weight_count;
+    for (size_t p = 0; p < points->count; p++) {
+        const size_t cell = points->row[p] * outputs;
+        const pk_real weight = points->weight[p];
+        pk_call call;
+        pk__tape_call(tape, node, 1, outputs, &call);
+        for (int j = 0; j < node->input_count; j++)
+            call.in[j] += p * call.in_width[j];
+        call.out += p * node->width;
+        call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
+        call.weights = pk__row_weights(tape, &tape->line, node, p);
+        call.gradient = tangent->scratch;
+        node->operation->row_gradients(&call);
+        for (size_t i = 0; i < outputs * weights; i++)
+            tangent->phi[layer][cell * weights + i] += weight * tangent->scratch[i];
+        for (size_t i = 0; tangent->check && i < outputs * weights; i++) {
+            tangent->check[layer][cell * weights + i] += points->check[p] * tangent->scratch[i];
+            tangent->size[layer][cell * weights + i] +=
+                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(tangent->scratch[i]));
+        }
+        for (int v = 0; v < PK_DIRECTIONS; v++)
+            for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
+                tangent->along[v][cell + k] +=
+                    weight * pk__dot(weights, tangent->scratch + k * weights, tangent->directions[v] + node->weight_offset);
+    }
+}
+
+/* Points of one row side by side: products over a row's points need them so. Stable. */
+static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *points)
+{
+    int sorted = 1;
+    for (size_t p = 1; p < points->count; p++)
+        sorted &= points->row[p - 1] <= points->row[p];
+    if (sorted)
+        return points;
+    pk_points *to = &tangent->sorted;
+    to->count = 0;
+    to->last = points->last;
+    for (size_t r = 0; r < tangent->rows; r++)
+        for (size_t p = 0; p < points->count; p++) {
+            if (points->row[p] != r)
+                continue;
+            size_t at = to->count++;
+            to->row[at] = r;
+            to->t[at] = points->t[p];
+            to->weight[at] = points->weight[p];
+            if (points->check) {
+                to->check[at] = points->check[p];
+                to->slack[at] = points->slack[p];
+            }
+        }
+    return to;
+}
+
+static void pk__tangent_points(void *user, const pk_points *unsorted)
+{
+    pk_tangent *tangent = (pk_tangent *)user;
+    pk_segment *segment = &tangent->integrator.segment;
+    const pk_graph *graph = tangent->graph;
+    const pk_points *points = pk__sort_points(tangent, unsorted);
+    const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
+    const size_t *row = points->row;
+    const pk_real *weight = points->weight;
+    if (count)
+        pk_segment_forward(segment, count, row, points->t, graph->node_count);
+    for (size_t p = 0; p < count; p++) {
+        pk_readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
+                         pk_tape_output(&segment->tape) + p * classes, tangent->integrator.h,
+                         pk_tape_seed(&segment->tape) + p * outputs * classes);
+        tangent->weight_sum[row[p]] += weight[p];
+    }
+    if (count)
+        pk_segment_reverse(segment, count, points->t, outputs);
+    for (size_t l = 0; count && l < graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
+        const pk_real *a = segment->tape.value[node->inputs[0]];
+        size_t out = node->width, in = pk__layer_input(graph, node)->width;
+        switch (tangent->kind[l]) {
+        case PK_LAYER_DATA:
+            for (size_t p = 0; p < count; p++)
+                for (size_t j = 0; j < outputs * out; j++)
+                    tangent->delta[l][row[p] * outputs * out + j] += weight[p] * delta[p * outputs * out + j];
+            break;
+        case PK_LAYER_LINEAR:
+            for (size_t p = 0; p < count; p++) {
+                memcpy(tangent->delta[l] + row[p] * outputs * out, delta + p * outputs * out,
+                       outputs * out * sizeof *delta);
+                for (size_t j = 0; j < in; j++)
+                    tangent->input[l][row[p] * in + j] += weight[p] * a[p * in + j];
+            }
+            break;
+        case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
+        case PK_LAYER_POINTS:
+        default:
+            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
+            if (!tangent->integrated[l])
+                break;
+            for (size_t p = 0, last; p < count; p = last) {
+                for (last = p + 1; last < count && row[last] == row[p]; last++)
+                    ;
+                pk__add_phi(tangent, l, points, p, last);
+            }
+        }
+    }
+    for (size_t l = 0; points->last && l < graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        if (tangent->kind[l] == PK_LAYER_DATA)
+            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]], tangent->delta[l],
+                          NULL);
+        else if (tangent->kind[l] == PK_LAYER_LINEAR)
+            pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
+                          tangent->weight_sum);
+    }
+    pk__contract(tangent, points);
+}
+
+/* Whether Phi of a layer is worth materialising for a step, from the points per row of the last step. */
+static int pk__choose_integrated(const pk_tangent *tangent, size_t layer, pk_engine engine)
+{
+    const pk_node *node = tangent->node[layer];
+    pk_layer_kind kind = tangent->kind[layer];
+    if (kind == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check)
+        return 1;
+    if (kind != PK_LAYER_POINTS || engine == PK_ENGINE_FACTORED || !tangent->phi[layer])
+        return 0;
+    double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
+    double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
+    double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
+    /* Flops a row; a Hadamard product reads and writes memory, worth about 8 flops a number. */
+    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
+    double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
+    return integrated < factored;
+}
+
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
+                            size_t rows, const pk_real *inputs, pk_engine engine)
+{
+    const pk_graph *graph = tangent->graph;
+    size_t outputs = tangent->outputs;
+    tangent->rows = rows;
+    tangent->integrator.first_row = first_row;
+    pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
+    memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        tangent->integrated[l] = pk__choose_integrated(tangent, l, engine);
+        if (tangent->delta[l])
+            memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
+        if (tangent->input[l])
+            memset(tangent->input[l], 0, rows * pk__layer_input(graph, node)->width * sizeof(pk_real));
+        if (tangent->phi[l] && tangent->integrated[l])
+            memset(tangent->phi[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+        if (tangent->check) {
+            memset(tangent->check[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+            memset(tangent->size[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+        }
+    }
+    size_t before = tangent->integrator.points;
+    pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
+    tangent->integrator.points_last = tangent->integrator.points - before;
+    for (size_t l = 0; tangent->check && l < graph->layers; l++)
+        for (size_t i = 0; i < rows * outputs * tangent->node[l]->weight_count; i++)
+            tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
+}
+
+/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all
+ * outputs stand one behind the other. */
+static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                            const pk_real *from, pk_real *to)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t outputs = tangent->outputs, weights = node->weight_count;
+    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const size_t bias = !rows && pk__has_bias(tangent->graph, node) ? node->width : 0, matrix = weights - bias;
+    from += row * outputs * weights;
+    memcpy(to, from + first * matrix, count * matrix * sizeof *to);
+    memcpy(to + count * matrix, from + outputs * matrix + first * bias, count * bias * sizeof *to);
+}
+
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                               pk_real *phi)
+{
+    const pk_node *node = tangent->node[layer];
+    size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    if (tangent->phi[layer]) {
+        pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
+        return;
+    }
+    const int data = tangent->kind[layer] == PK_LAYER_DATA;
+    const pk_real *a = (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
+    const pk_real *delta = tangent->delta[layer] + (row * outputs + first) * out;
+    for (size_t j = 0; j < count * out; j++)
+        for (size_t i = 0; i < in; i++)
+            phi[j * in + i] = delta[j] * a[i];
+    if (pk__has_bias(tangent->graph, node))
+        for (size_t j = 0; j < count * out; j++)
+            phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
+}
+
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                                 pk_real *error)
+{
+    pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
+}
+
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
+                                    size_t columns, pk_real *tile)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t out = node->width, ld = examples->ld;
+    double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_ROWS) {
+        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count, examples->rows[layer] + first,
+                 ld, 0, tile, columns);
+        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
+        tangent->seconds_contraction += pk__seconds() - start;
+        return;
+    }
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
+    memset(tile, 0, outputs * columns * sizeof *tile);
+    /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
+    for (size_t at = 0; at < columns; at += 64) {
+        size_t part = pk__least(64, columns - at);
+        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0, tangent->scratch,
+                 part);
+        for (size_t k = 0; k < outputs; k++)
+            for (size_t j = 0; j < out; j++) {
+                const pk_real *product = tangent->scratch + (k * out + j) * part;
+                const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
+                const pk_real add = bias ? bias[k * out + j] : 0;
+                pk_real *to = tile + k * columns + at;
+                for (size_t i = 0; i < part; i++)
+                    to[i] += (product[i] + add) * delta[i];
+            }
+    }
+    tangent->flops += 2.0 * (double)(outputs * out) * (double)columns * (double)in;
+    tangent->seconds_contraction += pk__seconds() - start;
+}
+
+PK__END_C
+
+/* pathkernel/decomposition.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices)
+{
+    size_t found = 0;
+    for (size_t i = 0; i < count && wanted; i++) {
+        double value = sign < 0 ? -values[i] : values[i];
+        if (!(value > 0))
+            continue;
+        size_t at = found;
+        while (at > 0 && value > (sign < 0 ? -values[indices[at - 1]] : values[indices[at - 1]]))
+            at--;
+        if (at == wanted)
+            continue;
+        found = pk__least(found + 1, wanted);
+        memmove(indices + at + 1, indices + at, (found - at - 1) * sizeof *indices);
+        indices[at] = i;
+    }
+    return found;
+}
+
+/* ---- results --------------------------------------------------------------------------------------- */
+
+/* value is worse than worst; a NaN is the worst. */
+static int pk__worse(double value, double worst)
+{
+    return !(value <= worst) && !isnan(worst);
+}
+
+static pk_status pk__keep(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
+{
+    out->kept_count = 0;
+    for (int i = 0; i < PK_KEPT && (options->keep[i] || i == 0); i++) {
+        unsigned axes = options->keep[i] ? options->keep[i] : (unsigned)PK_BY_EXAMPLE;
+        if (axes == PK_BY_TOTAL)
+            continue;
+        if (axes >= PK_BY_TOTAL || (axes & PK_BY_EXAMPLE && axes & PK_BY_GROUP))
+            return pk__fail(context, PK_ARGUMENT, "keep[%d] = %u is no sum of axes that can be kept", i, axes);
+        if (axes & PK_BY_GROUP && (!options->groups || !options->group_count))
+            return pk__fail(context, PK_ARGUMENT, "keep[%d] wants groups, but no groups are given", i);
+        pk_tensor *tensor = &out->kept[out->kept_count++];
+        const size_t sizes[4] = {out->examples, out->groups, out->steps, out->layers};
+        memset(tensor, 0, sizeof *tensor);
+        tensor->axes = axes;
+        tensor->shape[0] = out->rows;
+        tensor->shape[1] = out->outputs;
+        tensor->rank = 2;
+        tensor->row_items = out->outputs;
+        for (int axis = 0; axis < 4; axis++) {
+            if (!(axes & (1U << axis)))
+                continue;
+            tensor->shape[tensor->rank++] = sizes[axis];
+            if (!pk__multiply(tensor->row_items, sizes[axis], &tensor->row_items))
+                return pk__fail(context, PK_OVERFLOW, "keep[%d]: the size of a kept tensor overflows", i);
+        }
+    }
+    return PK_OK;
+}
+
+static void pk__name_tensors(pk_decomposition *out)
+{
+    out->by_example = out->by_step = out->by_layer = NULL;
+    for (size_t i = 0; i < out->kept_count; i++) {
+        if (out->kept[i].axes == PK_BY_EXAMPLE)
+            out->by_example = out->kept[i].data;
+        if (out->kept[i].axes == PK_BY_STEP)
+            out->by_step = out->kept[i].data;
+        if (out->kept[i].axes == PK_BY_LAYER)
+            out->by_layer = out->kept[i].data;
+    }
+}
+
+PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition)
+{
+    pk_release(context, decomposition->initial); /* the six of rows x outputs are one piece */
+    for (size_t i = 0; i < decomposition->kept_count; i++)
+        pk_release(context, decomposition->kept[i].data);
+    pk_release(context, decomposition->bounds);
+    pk_release(context, decomposition->step_closure);
+    memset(decomposition, 0, sizeof *decomposition);
+}
+
+static void pk__split_six(double *memory, size_t cells, pk_decomposition *out)
+{
+    out->initial = memory;
+    out->final = memory ? memory + cells : NULL;
+    out->data = memory ? memory + 2 * cells : NULL;
+    out->decay = memory ? memory + 3 * cells : NULL;
+    out->unattributed = memory ? memory + 4 * cells : NULL;
+    out->closure = memory ? memory + 5 * cells : NULL;
+}
+
+/* Arrays for out->rows rows. */
+static pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
+{
+    double *memory = NULL;
+    size_t cells = out->rows * out->outputs;
+    pk_status status = pk_allocate(context, cells, 6 * sizeof *memory, "the results", &memory);
+    pk__split_six(memory, cells, out);
+    for (size_t i = 0; !status && i < out->kept_count; i++) {
+        size_t count = 0;
+        out->kept[i].shape[0] = out->rows;
+        status = pk__multiply(out->rows, out->kept[i].row_items, &count)
+                     ? pk_allocate(context, count, sizeof(double), "a kept tensor", &out->kept[i].data)
+                     : pk__fail(context, PK_OVERFLOW, "the size of a kept tensor overflows");
+    }
+    if (!status && options->bounds)
+        status = pk_allocate(context, cells, out->examples * sizeof(double), "the bounds", &out->bounds);
+    if (!status && options->step_closure)
+        status = pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
+    pk__name_tensors(out);
+    return status;
+}
+
+/* A view of rows of whole, for a pass to write into. */
+static void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
+{
+    size_t cell = (first - whole->first_row) * whole->outputs;
+    *part = *whole;
+    part->first_row = first;
+    part->rows = rows;
+    part->initial += cell;
+    part->final += cell;
+    part->data += cell;
+    part->decay += cell;
+    part->unattributed += cell;
+    part->closure += cell;
+    for (size_t i = 0; i < part->kept_count; i++) {
+        part->kept[i].shape[0] = rows;
+        if (part->kept[i].data)
+            part->kept[i].data += (first - whole->first_row) * part->kept[i].row_items;
+    }
+    if (part->bounds)
+        part->bounds += cell * whole->examples;
+    if (part->step_closure)
+        part->step_closure += cell * whole->steps;
+    pk__name_tensors(part);
+}
+
+PK__END_C
+
+/* pathkernel/window.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API void pk_window_begin(const pk_run *run, pk_window *window)
+{
+    memset(window, 0, sizeof *window);
+    window->run = run;
+    window->parameters = run->graph.parameters;
+    for (size_t s = 0; s < run->steps; s++) {
+        pk_batch batch;
+        pk_run_batch(run, s, &batch);
+        window->largest_batch = pk__most(window->largest_batch, batch.count);
+    }
+    window->lanes = pk__most(1, pk__least(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
+    window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
+    window->preconditioned = form.preconditioned;
+}
+
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+                           pk_window *window)
+{
+    const pk_graph *graph = &window->run->graph;
+    const size_t real = sizeof(pk_real), P = window->parameters;
+    size_t all = 0;
+    if (!pk__multiply(capacity, P, &all))
+        arena->overflow = 1;
+    window->capacity = capacity;
+    window->windows = pk__blocks(window->run->steps, capacity);
+    window->threads = threads;
+    window->saves = saves && window->state_vectors;
+    window->bounds = bounds;
+    window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
+    window->direction = (pk_real *)pk_arena_take(arena, all, real);
+    window->remainder = (pk_real *)pk_arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->states = bounds && window->preconditioned ? 2 : 1;
+    window->preconditioner_error = window->states == 2 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 2 ? (pk_real *)pk_arena_take(arena, P, real) : NULL;
+    window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
+    const size_t states = window->states * window->state_vectors;
+    window->state = (pk_real *)pk_arena_take(arena, states, P * real);
+    window->saved = (pk_real *)pk_arena_take(arena, window->saves ? window->windows : 0, states * P * real);
+    window->update = (pk_real *)pk_arena_take(arena, threads, P * real);
+    window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples));
+    window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    for (size_t j = 0; j < capacity && !arena->overflow; j++) {
+        pk_examples measured;
+        pk_examples_take(arena, graph, window->largest_batch, window->examples ? &window->examples[j] : &measured);
+        if (bounds)
+            pk_examples_take(arena, graph, window->largest_batch,
+                             window->magnitudes ? &window->magnitudes[j] : &measured);
+    }
+    window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    for (size_t w = 0; w < threads && !arena->overflow; w++) {
+        pk_example_workspace measured;
+        pk_example_workspace_take(arena, graph, window->workspaces ? &window->workspaces[w] : &measured);
+        if (window->seconds)
+            window->seconds[w] = 0;
+    }
+}
+
+static pk_status pk__load_window(pk_context *context, pk_window *window)
+{
+    const size_t P = window->parameters;
+    for (size_t j = 0; j <= window->count; j++) {
+        pk_status status = pk_run_weights(context, window->run, window->first + j, window->weights + j * P);
+        if (status)
+            return status;
+    }
+    const int threads = (int)window->threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t j = 0; j < window->count; j++) {
+        const pk_real *from = window->weights + j * P;
+        for (size_t i = 0; i < P; i++)
+            window->direction[j * P + i] = from[P + i] - from[i];
+        pk_run_batch(window->run, window->first + j, &window->batches[j]);
+        pk_examples_begin(&window->examples[j], &window->batches[j]);
+    }
+    return PK_OK;
+}
+
+/* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
+static void pk__fill_window(pk_window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, lanes = window->lanes;
+    const int threads = (int)window->threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t task = 0; task < window->count * lanes; task++) {
+        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        double start = pk__seconds();
+        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK), each = pk__blocks(blocks, lanes);
+        pk_real *gradient = window->gradient + task * P;
+        memset(gradient, 0, P * sizeof *gradient);
+        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++)
+            pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
+                             &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+        window->seconds[thread] += pk__seconds() - start;
+    }
+    PK__PARALLEL_FOR(threads)
+    for (size_t j = 0; j < window->count; j++)
+        if (window->magnitudes)
+            pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+}
+
+/* The update of step number j recomputed from its gradient: u_s, and the optimiser's linear form. */
+static void pk__recompute_update(pk_window *window, size_t j, pk_real *update)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, step = window->first + j;
+    double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
+    pk_real *gradient = window->gradient + j * window->lanes * P;
+    for (size_t lane = 1; lane < window->lanes; lane++)
+        for (size_t i = 0; i < P; i++)
+            gradient[i] += gradient[lane * P + i];
+    pk_optimizer_update(&run->optimizer, step, rate, scale, P, window->weights + j * P, gradient, window->state,
+                        update);
+    for (size_t i = 0; i < P; i++)
+        window->remainder[j * P + i] = window->direction[j * P + i] - update[i];
+    pk_optimizer_linear_form(&run->optimizer, step, rate, P, window->state, &window->forms[j],
+                             window->preconditioner ? window->preconditioner + j * P : NULL);
+}
+
+/* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
+ * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
+ * with the gradients' size, and the difference of the two p is the error. */
+static void pk__perturb_update(pk_window *window, size_t j, pk_real *update)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, step = window->first + j;
+    const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
+    double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
+    double allowance = pk_rounding_allowance(&run->graph);
+    pk_real *perturbed = window->perturbed, *state = window->state + window->state_vectors * P;
+    pk_real *error = window->preconditioner_error + j * P;
+    memset(perturbed, 0, P * sizeof *perturbed);
+    pk_examples_sum(&window->magnitudes[j], &run->graph, perturbed);
+    for (size_t i = 0; i < P; i++) {
+        double whole = scale * gradient[i] + coupled * weights[i];
+        double less = scale * allowance * perturbed[i];
+        less = less < fabs(whole) ? less : fabs(whole);
+        perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
+    }
+    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state, update);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
+    for (size_t i = 0; i < P; i++)
+        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * P + i]);
+}
+
+PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
+{
+    double start = pk__seconds();
+    window->first = first;
+    window->count = count;
+    pk_status status = pk__load_window(context, window);
+    if (status)
+        return status;
+    window->seconds_read += pk__seconds() - start;
+    pk__fill_window(window);
+    start = pk__seconds();
+    if (window->state_vectors) {
+        for (size_t j = 0; j < count; j++) {
+            pk__recompute_update(window, j, window->update);
+            if (window->states == 2)
+                pk__perturb_update(window, j, window->update);
+        }
+    } else {
+        const int threads = (int)window->threads;
+        PK__PARALLEL_FOR(threads)
+        for (size_t j = 0; j < count; j++)
+            pk__recompute_update(window, j, window->update + (size_t)pk__thread() * window->parameters);
+    }
+    window->seconds_read += pk__seconds() - start;
+    return PK_OK;
+}
+
+PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    memset(window->state, 0, numbers * sizeof(pk_real));
+    for (size_t w = 0; w < window->windows; w++) {
+        size_t first = w * window->capacity, count = pk__least(window->capacity, window->run->steps - first);
+        memcpy(window->saved + w * numbers, window->state, numbers * sizeof(pk_real));
+        pk_status status =
+            pk__progress(context, "recomputing the optimiser's state", (double)w / (double)window->windows);
+        if (!status && w + 1 < window->windows)
+            status = pk_window_prepare(context, window, first, count);
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+PK_API void pk_window_restore_state(pk_window *window, size_t index)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    if (!numbers)
+        return;
+    if (window->saves)
+        memcpy(window->state, window->saved + index * numbers, numbers * sizeof(pk_real));
+    else
+        memset(window->state, 0, numbers * sizeof(pk_real));
+}
+
+PK__END_C
+
+/* pathkernel/decompose.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- the job --------------------------------------------------------------------------------------- */
+
+/* A window of consecutive steps is prepared (weights, examples' gradients, updates) before the test side goes
+ * through it; neither its length nor the number of rows in a pass can be seen in the results. */
+typedef struct pk__plan {
+    size_t threads, rows, window;
+} pk__plan;
+
+/* One thread's memory. */
+typedef struct pk__worker {
+    struct pk__job *job;
+    pk_tangent tangent;
+    pk_real *phi, *effective; /* outputs of a part x weights of its layer */
+    pk_real *tile;            /* outputs x PK_EXAMPLE_BLOCK */
+    pk_real *left_inputs;
+    /* Of the tile that is being added: */
+    size_t row, rows, step;
+    const pk_examples *batch;
+    double factor;
+    double seconds_test;
+} pk__worker;
+
+typedef struct pk__block_state { /* of a block of rows, kept between windows */
+    size_t points_last, points, pieces, refused;
+    double flops, worst;
+    size_t worst_step, worst_row;
+} pk__block_state;
+
+typedef struct pk__job {
+    pk_context *context;
+    const pk_run *run;
+    const pk_decompose_options *options;
+    const pk_graph *graph;
+    pk_quadrature quadrature;
+    double tolerance, target;
+    size_t outputs, block;
+    int reverse, decays;
+    pk_window window;
+    pk_matrix inputs;
+    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2], gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
+    pk__plan plan;
+    unsigned char *memory;
+    /* In the arena: */
+    pk_real *rows;        /* plan.rows x inputs, packed */
+    pk_real *gram;        /* plan.rows x gram_ld */
+    size_t gram_ld;
+    pk_real *reverse_state; /* plan.rows x outputs x P: R */
+    pk_real *reverse_error; /* the same: a bound on the error of R */
+    pk__block_state *blocks;
+    unsigned char *row_order; /* plan.rows: see pk_integrator */
+    pk__worker *workers;
+    double next_carry; /* carry of the step after the window */
+    pk_decomposition *part;
+} pk__job;
+
+/* A layer's outputs come in parts that stay in the cache. */
+static size_t pk__part_outputs(const pk_node *node, size_t outputs)
+{
+    return pk__most(1, pk__least(outputs, ((size_t)1 << 14) / node->weight_count));
+}
+
+/* Kinds of things in memory, in the order in which they are used. Measures and takes. */
+static void pk__job_layout(pk__job *job, pk_arena *arena)
+{
+    const pk_graph *graph = job->graph;
+    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads, rows = job->plan.rows;
+    size_t largest = 0;
+    pk_window_take(arena, job->plan.window, threads, job->reverse, job->options->bounds, &job->window);
+    job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
+    job->gram_ld = job->run->examples;
+    job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
+    job->reverse_state = NULL;
+    if (job->reverse) {
+        size_t per_row = 0;
+        if (!pk__multiply(job->outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
+            arena->overflow = 1;
+        else
+            job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+        job->reverse_error = NULL;
+        if (!arena->overflow && job->options->bounds)
+            job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+    }
+    job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->row_order = (unsigned char *)pk_arena_take(arena, rows, 1);
+    job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        largest = pk__most(largest, pk__part_outputs(node, job->outputs) * node->weight_count);
+    }
+    for (size_t w = 0; w < threads && !arena->overflow; w++) {
+        pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
+        memset(worker, 0, sizeof *worker);
+        worker->job = job;
+        pk_tangent_take(arena, graph, &job->options->readout, job->block,
+                        job->reverse || job->options->engine != PK_ENGINE_FACTORED, job->options->bounds,
+                        &worker->tangent);
+        worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
+        worker->effective = (pk_real *)pk_arena_take(arena, largest, real);
+        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
+        worker->left_inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * real);
+        worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
+        worker->tangent.integrator.gauss_weights = job->gauss_weights;
+        worker->tangent.integrator.quadrature = job->quadrature;
+        worker->tangent.integrator.target = job->target;
+    }
+}
+
+/* Numbers of result per row, in bytes. */
+static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
+{
+    size_t items = 6 * out->outputs;
+    for (size_t i = 0; i < out->kept_count; i++)
+        items += out->kept[i].row_items;
+    items += options->bounds ? out->outputs * out->examples : 0;
+    items += options->step_closure ? out->outputs * out->steps : 0;
+    return items * sizeof(double);
+}
+
+/* Chooses threads, rows per pass and window so that everything fits; row_bytes of results come on top, for all
+ * rows or for those of a pass. */
+static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
+{
+    static const size_t windows[] = {32, 16, 64, 128, 8, 256, 512, 4, 2, 1};
+    size_t limit = job->context ? job->context->memory_limit : 0, held = job->context ? job->context->memory_used : 0;
+    size_t available = !limit ? SIZE_MAX : limit > held ? limit - held : 0;
+    size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
+    size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
+    for (size_t threads = (size_t)pk_threads(job->context); threads >= 1; threads /= 2)
+        for (size_t at_once = pk__least(most, blocks); at_once >= 1; at_once /= 2)
+            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++) {
+                pk_arena arena = {NULL, 0, 0, 0};
+                size_t results = 0;
+                job->plan.threads = threads;
+                job->plan.rows = pk__least(rows, at_once * job->block);
+                job->plan.window = pk__least(windows[i], steps);
+                pk__job_layout(job, &arena);
+                if (arena.overflow || !pk__multiply(by_pass ? job->plan.rows : rows, row_bytes, &results) ||
+                    arena.used > SIZE_MAX / 2 - results)
+                    continue;
+                /* 64 bytes of header and rounding for each of a dozen allocations. */
+                size_t needed = arena.used + results + 4096;
+                if (needed <= available)
+                    return PK_OK;
+                least = pk__least(least, needed);
+            }
+    if (least == SIZE_MAX)
+        return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
+    return pk__fail(job->context, PK_MEMORY_LIMIT,
+                    "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes",
+                    limit, held + least);
+}
+
+/* ---- the test side of one block over one window ------------------------------------------------------ */
+
+/* Adds factor * tile (cells x count) of one layer, or of all (-1), to the results of the cells from cell on. */
+static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor, size_t first,
+                          size_t count, const pk_real *tile)
+{
+    const pk__job *job = worker->job;
+    pk_decomposition *part = job->part;
+    const int64_t *items = worker->batch->items + first;
+    const size_t outputs = job->outputs, level = layer < 0 ? 0 : (size_t)layer;
+    for (const pk_real *from = tile; from < tile + cells * count; from += count, cell++) {
+        double sum = 0;
+        for (size_t b = 0; b < count; b++)
+            sum += from[b];
+        part->data[cell] += factor * sum;
+        for (size_t k = 0; k < part->kept_count; k++) {
+            const pk_tensor *tensor = &part->kept[k];
+            unsigned axes = tensor->axes;
+            size_t layers = axes & PK_BY_LAYER ? part->layers : 1, steps = axes & PK_BY_STEP ? part->steps : 1;
+            size_t at = (axes & PK_BY_STEP ? worker->step * layers : 0) + (axes & PK_BY_LAYER ? level : 0);
+            double *to = tensor->data + cell * (tensor->row_items / outputs) + at;
+            if (axes == PK_BY_EXAMPLE && worker->batch->consecutive) {
+                to += items[0];
+                for (size_t b = 0; b < count; b++)
+                    to[b] += factor * from[b];
+            } else if (axes & PK_BY_EXAMPLE) {
+                for (size_t b = 0; b < count; b++)
+                    to[(size_t)items[b] * steps * layers] += factor * from[b];
+            } else if (axes & PK_BY_GROUP) {
+                for (size_t b = 0; b < count; b++)
+                    to[(size_t)job->options->groups[items[b]] * steps * layers] += factor * from[b];
+            } else {
+                *to += factor * sum;
+            }
+        }
+    }
+}
+
+/* The tile of a block of rows from the factored layers. */
+static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
+{
+    const pk__worker *worker = (const pk__worker *)user;
+    const size_t outputs = worker->job->outputs;
+    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count, tile);
+}
+
+/* Weights of a layer that Phi keeps apart from its matrix. */
+static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
+{
+    return node->operation->tangent_form == PK_TANGENT_OUTER && pk__has_bias(graph, node) ? node->width : 0;
+}
+
+/* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
+typedef struct pk__part {
+    const pk_node *node;
+    size_t layer, row, first, count; /* row of the block */
+    size_t bias, matrix;             /* weights of each output */
+} pk__part;
+
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted: one pass, since memory
+ * bounds it. p: out x in, then out; NULL: rate. */
+static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
+                              const pk_real *phi, pk_real *state, pk_real *e)
+{
+    const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;
+    const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;
+    for (size_t segment = 0; segment < 2 * part->count; segment++) { /* matrices of all outputs, then biases */
+        const size_t k = segment % part->count, bias = segment / part->count;
+        const size_t count = bias ? part->bias : part->matrix;
+        const size_t at = bias ? part->count * part->matrix + k * part->bias : k * part->matrix;
+        const pk_real *scale = p ? p + (bias ? part->matrix : 0) : NULL;
+        for (size_t i = 0; i < count; i++) {
+            const pk_real entering = (scale ? scale[i] : rate) * phi[at + i];
+            state[at + i] = keep * state[at + i] + enter * entering;
+            if (e)
+                e[at + i] = gain * state[at + i] + direct * entering;
+        }
+    }
+}
+
+/* < e_k, v > for e laid out like Phi of a part and v like the layer's weights. */
+static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, const pk_real *v)
+{
+    return (double)pk__dot(part->matrix, e + k * part->matrix, v) +
+           (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
+}
+
+/* factor < e, g_b > added to the results, or with bounds |factor| < e, |g_b| > to the bounds, of a part. */
+static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor, const pk_real *e,
+                              int bounds)
+{
+    pk__job *job = worker->job;
+    const size_t examples = job->part->examples;
+    const size_t cell = (worker->row + part->row) * job->outputs + part->first;
+    worker->tangent.examples = bounds ? &job->window.magnitudes[j] : &job->window.examples[j];
+    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
+        const size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
+        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first, count, worker->tile);
+        if (!bounds) {
+            pk__add_cells(worker, (int)part->layer, cell, part->count, factor, first, count, worker->tile);
+            continue;
+        }
+        for (size_t k = 0; k < part->count; k++)
+            for (size_t b = 0; b < count; b++)
+                job->part->bounds[(cell + k) * examples + (size_t)job->window.batches[j].items[first + b]] +=
+                    fabs(factor) * (double)worker->tile[k * count + b];
+    }
+    worker->tangent.examples = &job->window.examples[j];
+}
+
+/* One part whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction with the batch, and
+ * the bounds by the same way with absolute values. */
+static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j, double carry)
+{
+    pk__job *job = worker->job;
+    pk_window *window = &job->window;
+    const pk_linear_form *form = &window->forms[j];
+    const size_t P = job->graph->parameters, offset = part->node->weight_offset;
+    const size_t cell = (worker->row + part->row) * job->outputs;
+    const size_t at = cell * P + job->outputs * offset + part->first * part->node->weight_count;
+    const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
+    pk_real *phi = worker->phi, *e = phi;
+    double factor = worker->factor;
+    pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, phi);
+    if (job->reverse) {
+        /* Without a direct part E is gain R: no copy is needed. */
+        const int direct = form->direct != 0;
+        e = direct ? worker->effective : job->reverse_state + at;
+        factor *= direct ? 1 : form->gain;
+        pk__advance_state(part, form, carry, p, phi, job->reverse_state + at, direct ? e : NULL);
+        for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
+            job->part->decay[cell + part->first + k] -= form->coupled * (direct ? 1 : form->gain) *
+                                                        pk__dot_part(part, k, e, window->weights + j * P + offset);
+    }
+    pk__contract_part(worker, part, j, factor, e, 0);
+    if (!job->part->bounds)
+        return;
+    const size_t numbers = part->count * part->node->weight_count;
+    pk_real *error = worker->effective;
+    pk_tangent_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
+    if (job->reverse) {
+        if (window->preconditioner_error) {
+            /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
+            const pk_real *slack = window->preconditioner_error + j * P + offset;
+            for (size_t i = 0; i < numbers; i++) {
+                const size_t matrix = part->count * part->matrix;
+                const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
+                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(phi[i]) : 0;
+            }
+        }
+        pk__advance_state(part, form, carry, p, error, job->reverse_error + at, error);
+    }
+    pk__contract_part(worker, part, j, worker->factor, error, 1);
+}
+
+static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, double carry)
+{
+    const pk__job *job = worker->job;
+    pk__part part;
+    part.node = worker->tangent.node[layer];
+    part.layer = layer;
+    part.bias = pk__bias_count(job->graph, part.node);
+    part.matrix = part.node->weight_count - part.bias;
+    const size_t each = pk__part_outputs(part.node, job->outputs);
+    for (part.row = 0; part.row < worker->rows; part.row++)
+        for (part.first = 0; part.first < job->outputs; part.first += each) {
+            part.count = pk__least(each, job->outputs - part.first);
+            pk__materialised_part(worker, &part, j, carry);
+        }
+}
+
+/* h at t of every row: into h (rows x outputs). */
+static void pk__readout_at(pk__worker *worker, double t, pk_real *h)
+{
+    pk_integrator *integrator = &worker->tangent.integrator;
+    pk_segment *segment = &integrator->segment;
+    size_t classes = worker->job->graph->output_width;
+    for (size_t r = 0; r < segment->rows; r++) {
+        segment->point_row[r] = r;
+        segment->point_t[r] = (pk_real)t;
+    }
+    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t, segment->graph->node_count);
+    for (size_t r = 0; r < segment->rows; r++)
+        pk_readout_apply(&integrator->readout, classes, integrator->first_row + r,
+                         pk_tape_output(&segment->tape) + r * classes, h + r * worker->job->outputs,
+                         integrator->slope);
+}
+
+/* What a step adds beside its examples, and its own closure. */
+static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j, size_t step)
+{
+    pk__job *job = worker->job;
+    pk_decomposition *part = job->part;
+    const pk_linear_form *form = &job->window.forms[j];
+    pk_real *start = worker->tangent.tile, *end = start + worker->rows * job->outputs;
+    double linear = form->decoupled;
+    if (!job->reverse)
+        linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
+    pk__readout_at(worker, 0, start);
+    pk__readout_at(worker, 1, end);
+    for (size_t i = 0; i < worker->rows * job->outputs; i++) {
+        size_t cell = worker->row * job->outputs + i;
+        double closure = (double)(end[i] - start[i]) - (double)worker->tangent.along[0][i];
+        part->unattributed[cell] += worker->tangent.along[1][i];
+        if (worker->tangent.directions[2])
+            part->decay[cell] -= linear * worker->tangent.along[2][i];
+        if (part->step_closure)
+            part->step_closure[cell * part->steps + step] = closure;
+        if (pk__worse(fabs(closure), block->worst)) {
+            block->worst = fabs(closure);
+            block->worst_step = step;
+            block->worst_row = part->first_row + worker->row + i / job->outputs;
+        }
+    }
+}
+
+static void pk__block_window(pk__worker *worker, size_t number, size_t first, size_t count)
+{
+    pk__job *job = worker->job;
+    pk__block_state *block = &job->blocks[number];
+    pk_tangent *tangent = &worker->tangent;
+    const size_t P = job->graph->parameters;
+    double begin = pk__seconds(), contraction = tangent->seconds_contraction;
+    worker->row = number * job->block;
+    worker->rows = pk__least(job->block, job->part->rows - worker->row);
+    tangent->integrator.row_order = job->row_order + worker->row;
+    tangent->integrator.points_last = block->points_last;
+    tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
+    tangent->flops = 0;
+    tangent->gram = job->gram ? job->gram + worker->row * job->gram_ld : NULL;
+    tangent->gram_ld = job->gram_ld;
+    tangent->sink = pk__add_tile;
+    tangent->user = worker;
+    tangent->per_layer = 0;
+    for (size_t k = 0; k < job->part->kept_count; k++)
+        tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t j = job->reverse ? count - 1 - i : i;
+        const pk_linear_form *form = &job->window.forms[j];
+        double scale = pk_run_gradient_scale(job->run, first + j);
+        worker->step = first + j;
+        worker->batch = &job->window.examples[j];
+        worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
+        tangent->examples = &job->window.examples[j];
+        tangent->directions[0] = job->window.direction + j * P;
+        tangent->directions[1] = job->window.remainder + j * P;
+        tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
+        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P, job->part->first_row + worker->row,
+                        worker->rows, job->rows + worker->row * job->graph->input_width,
+                        job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
+        for (size_t l = 0; l < job->graph->layers; l++)
+            if (tangent->integrated[l])
+                pk__materialised_layer(worker, l, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+        pk__close_step(worker, block, j, first + j);
+    }
+    block->points_last = tangent->integrator.points_last;
+    block->points += tangent->integrator.points;
+    block->pieces += tangent->integrator.split_pieces;
+    block->refused += tangent->integrator.refused;
+    block->flops += tangent->flops;
+    worker->seconds_test += pk__seconds() - begin - (tangent->seconds_contraction - contraction);
+}
+
+/* ---- one pass over the run ----------------------------------------------------------------------------- */
+
+/* Gram matrix of the pass's rows and the training inputs: the first layer's share, the same at every step. */
+static void pk__fill_gram(pk__job *job)
+{
+    const size_t in = job->graph->input_width, N = job->run->examples;
+    const size_t blocks = pk__blocks(N, PK_EXAMPLE_BLOCK);
+    const int threads = (int)job->plan.threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t b = 0; b < blocks; b++) {
+        pk__worker *worker = &job->workers[pk__thread()];
+        size_t first = b * PK_EXAMPLE_BLOCK, count = pk__least(PK_EXAMPLE_BLOCK, N - first);
+        int64_t items[PK_EXAMPLE_BLOCK];
+        for (size_t i = 0; i < count; i++)
+            items[i] = (int64_t)(first + i);
+        pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
+        for (size_t row = 0; row < job->part->rows; row += job->block)
+            pk__gemm(0, 1, pk__least(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
+                     worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
+    }
+}
+
+/* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
+static pk_status pk__predict(pk__job *job, size_t step, double *h)
+{
+    const pk_graph *graph = job->graph;
+    const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
+    const size_t blocks = pk__blocks(rows, job->block);
+    pk_status status = pk_run_weights(job->context, job->run, step, job->window.weights);
+    if (status)
+        return status;
+    const pk_line line = {job->window.weights, NULL, NULL};
+    const int threads = (int)job->plan.threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t b = 0; b < blocks; b++) {
+        pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
+        pk_tape *tape = &integrator->segment.tape;
+        size_t first = b * job->block, count = pk__least(job->block, rows - first);
+        pk_tape_forward(tape, &line, count, job->rows + first * graph->input_width);
+        for (size_t r = 0; r < count; r++) {
+            pk_readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
+                             pk_tape_output(tape) + r * classes, integrator->h, integrator->slope);
+            for (size_t k = 0; k < outputs; k++)
+                h[(first + r) * outputs + k] = integrator->h[k];
+        }
+    }
+    return PK_OK;
+}
+
+static void pk__certify(pk__job *job)
+{
+    pk_decomposition *part = job->part;
+    size_t blocks = pk__blocks(part->rows, job->block);
+    part->worst_closure = part->worst_unattributed = 0;
+    for (size_t i = 0; i < part->rows * part->outputs; i++) {
+        part->closure[i] = part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+        double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
+        if (pk__worse(fabs(part->closure[i]) / scale, part->worst_closure)) {
+            part->worst_closure = fabs(part->closure[i]) / scale;
+            part->worst_row = part->first_row + i / part->outputs;
+            part->worst_output = i % part->outputs;
+        }
+        if (pk__worse(fabs(part->unattributed[i]) / scale, part->worst_unattributed))
+            part->worst_unattributed = fabs(part->unattributed[i]) / scale;
+    }
+    part->worst_step_closure = 0;
+    part->points = part->pieces = part->refused = 0;
+    part->flops = 0;
+    for (size_t b = 0; b < blocks; b++) {
+        const pk__block_state *block = &job->blocks[b];
+        part->points += block->points;
+        part->pieces += block->pieces;
+        part->refused += block->refused;
+        part->flops += block->flops;
+        if (pk__worse(block->worst, part->worst_step_closure)) {
+            part->worst_step_closure = block->worst;
+            part->worst_step = block->worst_step;
+            part->worst_step_row = block->worst_row;
+        }
+    }
+}
+
+static pk_status pk__pass(pk__job *job, double done, double share)
+{
+    const size_t in = job->graph->input_width, P = job->graph->parameters, steps = job->run->steps;
+    const size_t window = job->plan.window, windows = job->window.windows;
+    const size_t blocks = pk__blocks(job->part->rows, job->block);
+    for (size_t r = 0; r < job->part->rows; r++)
+        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld, in * sizeof(pk_real));
+    pk_status status = pk__predict(job, 0, job->part->initial);
+    if (!status)
+        status = pk__predict(job, steps, job->part->final);
+    if (status)
+        return status;
+    memset(job->blocks, 0, blocks * sizeof *job->blocks);
+    memset(job->row_order, 2, job->part->rows);
+    if (job->gram)
+        pk__fill_gram(job);
+    if (job->reverse_error)
+        memset(job->reverse_error, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+    if (job->reverse)
+        memset(job->reverse_state, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+    job->next_carry = 0;
+    for (size_t i = 0; i < windows; i++) {
+        size_t w = job->reverse ? windows - 1 - i : i;
+        size_t first = w * window, count = pk__least(window, steps - first);
+        status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
+        if (status)
+            return status;
+        pk_window_restore_state(&job->window, w);
+        status = pk_window_prepare(job->context, &job->window, first, count);
+        if (status)
+            return status;
+        const int threads = (int)job->plan.threads;
+        PK__PARALLEL_FOR(threads)
+        for (size_t b = 0; b < blocks; b++)
+            pk__block_window(&job->workers[pk__thread()], b, first, count);
+        job->next_carry = job->window.forms[0].carry;
+    }
+    pk__certify(job);
+    return PK_OK;
+}
+
+/* ---- the calls ------------------------------------------------------------------------------------------- */
+
+static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                   const pk_decompose_options *options)
+{
+    const pk_readout *readout = &options->readout;
+    if (inputs.rows == 0 || !inputs.data || inputs.cols != run->graph.input_width || inputs.ld < inputs.cols)
+        return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu", inputs.rows,
+                        inputs.cols, inputs.ld, run->graph.input_width);
+    for (size_t r = 0; r < inputs.rows; r++)
+        for (size_t j = 0; j < inputs.cols; j++)
+            if (!isfinite(inputs.data[r * inputs.ld + j]))
+                return pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, column %zu is not finite", r, j);
+    if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
+        return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
+    if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||
+        (readout->kind == PK_READOUT_FUNCTION && (!readout->function || !readout->count)) ||
+        (readout->kind == PK_READOUT_LABEL && !readout->labels))
+        return pk__fail(context, PK_ARGUMENT, "the readout lacks its function, its count or its labels");
+    if (readout->kind == PK_READOUT_ONE && readout->output >= run->outputs)
+        return pk__fail(context, PK_ARGUMENT, "output %zu of a network with %zu outputs", readout->output,
+                        run->outputs);
+    for (size_t r = 0; readout->kind == PK_READOUT_LABEL && r < inputs.rows; r++)
+        if (readout->labels[r] < 0 || (size_t)readout->labels[r] >= run->outputs)
+            return pk__fail(context, PK_ARGUMENT, "label %lld of input %zu, of a network with %zu outputs",
+                            (long long)readout->labels[r], r, run->outputs);
+    for (size_t i = 0; options->groups && i < run->examples; i++)
+        if (options->groups[i] < 0 || (size_t)options->groups[i] >= options->group_count)
+            return pk__fail(context, PK_ARGUMENT, "example %zu is in group %lld of %zu", i,
+                            (long long)options->groups[i], options->group_count);
+    if ((int)options->engine < 0 || options->engine > PK_ENGINE_INTEGRATED)
+        return pk__fail(context, PK_ARGUMENT, "engine %d does not exist", (int)options->engine);
+    if (options->bounds && options->quadrature.rule != PK_RULE_AUTO && options->quadrature.rule != PK_RULE_EXACT)
+        return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
+    return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
+}
+
+/* Everything but the plan and the memory. */
+static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
+                          const pk_decompose_options *options)
+{
+    memset(job, 0, sizeof *job);
+    job->context = context;
+    job->run = run;
+    job->options = options;
+    job->graph = &run->graph;
+    job->quadrature = options->quadrature;
+    job->inputs = inputs;
+    job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
+    job->block = pk_tangent_block(job->outputs);
+    job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
+    /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
+    job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
+    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
+    pk_window_begin(run, &job->window);
+    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
+    job->reverse |= form.preconditioned;
+    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
+}
+
+static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
+{
+    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure)) {
+        whole->worst_closure = part->worst_closure;
+        whole->worst_row = part->worst_row;
+        whole->worst_output = part->worst_output;
+    }
+    if (!whole->passes || pk__worse(part->worst_step_closure, whole->worst_step_closure)) {
+        whole->worst_step_closure = part->worst_step_closure;
+        whole->worst_step = part->worst_step;
+        whole->worst_step_row = part->worst_step_row;
+    }
+    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed))
+        whole->worst_unattributed = part->worst_unattributed;
+    whole->points += part->points;
+    whole->pieces += part->pieces;
+    whole->refused += part->refused;
+    whole->flops += part->flops;
+    whole->passes++;
+}
+
+/* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
+static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback, void *user)
+{
+    const size_t rows = whole->rows;
+    double start = pk__seconds();
+    pk_status status = job->window.saves ? pk_window_save_states(job->context, &job->window) : PK_OK;
+    for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
+        size_t count = pk__least(job->plan.rows, rows - first);
+        pk_decomposition part;
+        if (callback) {
+            part = *whole;
+            part.first_row = first;
+            part.rows = count;
+            status = pk__allocate_results(job->context, job->options, &part);
+        } else {
+            pk__view_rows(whole, first, count, &part);
+        }
+        job->part = &part;
+        if (!status)
+            status = pk__pass(job, (double)first / (double)rows, (double)count / (double)rows);
+        if (!status) {
+            pk__add_summary(&part, whole);
+            if (callback)
+                status = callback(user, &part);
+        }
+        if (callback)
+            pk_decomposition_release(job->context, &part);
+    }
+    for (size_t w = 0; w < job->plan.threads; w++) {
+        whole->seconds_examples += job->window.seconds[w];
+        whole->seconds_test += job->workers[w].seconds_test;
+        whole->seconds_contraction += job->workers[w].tangent.seconds_contraction;
+    }
+    whole->seconds_read = job->window.seconds_read;
+    whole->seconds = pk__seconds() - start;
+    if (!status && !(whole->worst_closure <= job->tolerance))
+        status = pk__fail(job->context, PK_NOT_CLOSED,
+                          "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
+                          "(closure %.3g at row %zu)",
+                          whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
+                          whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
+    return status;
+}
+
+static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                               const pk_decompose_options *options, pk_decomposition *whole,
+                               pk_decomposition_part *callback, void *user)
+{
+    pk__job own_job, *job = &own_job;
+    pk_decompose_options defaults;
+    memset(&defaults, 0, sizeof defaults);
+    options = options ? options : &defaults;
+    memset(whole, 0, sizeof *whole);
+    pk_status status = pk__check_options(context, run, inputs, options);
+    if (status)
+        return status;
+    whole->rows = inputs.rows;
+    whole->outputs = pk_readout_count(&options->readout, run->graph.output_width);
+    whole->examples = run->examples;
+    whole->groups = options->group_count;
+    whole->steps = run->steps;
+    whole->layers = run->graph.layers;
+    status = pk__keep(context, options, whole);
+    if (status)
+        return status;
+    pk__job_begin(job, context, run, inputs, options);
+    status = pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), callback != NULL);
+    if (!status && !callback)
+        status = pk__allocate_results(context, options, whole);
+    pk_arena arena = {NULL, 0, 0, 0};
+    if (!status) {
+        pk__job_layout(job, &arena);
+        status = pk_allocate(context, 1, arena.used, "the decomposition's work", &job->memory);
+    }
+    if (!status) {
+        pk_arena own = {job->memory, arena.used, 0, 0};
+        pk__job_layout(job, &own);
+        status = pk__run_passes(job, whole, callback, user);
+    }
+    pk_release(context, job->memory);
+    return status;
+}
+
+PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                              const pk_decompose_options *options, pk_decomposition *out)
+{
+    pk_status status = pk__decompose(context, run, inputs, options, out, NULL, NULL);
+    if (status && status != PK_NOT_CLOSED)
+        pk_decomposition_release(context, out);
+    return status;
+}
+
+PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                    const pk_decompose_options *options, pk_decomposition_part *part, void *user,
+                                    pk_decomposition *summary)
+{
+    pk_decomposition own;
+    if (!part)
+        return pk__fail(context, PK_ARGUMENT, "decomposing in parts needs a function that takes them");
+    summary = summary ? summary : &own;
+    pk_status status = pk__decompose(context, run, inputs, options, summary, part, user);
+    memset(summary->kept, 0, sizeof summary->kept);
+    summary->kept_count = 0;
+    return status;
+}
+
+PK__END_C
+
+#endif /* PATHKERNEL_IMPLEMENTATION */
