@@ -81,6 +81,7 @@ PK__END_C
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #ifdef __APPLE__
 #include <xlocale.h>
 #endif
@@ -261,6 +262,13 @@ PK__PRIVATE size_t pk__most(size_t a, size_t b)
 PK__PRIVATE size_t pk__blocks(size_t count, size_t size)
 {
     return count / size + (count % size != 0);
+}
+
+PK__PRIVATE double pk__seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 PK__PRIVATE pk_status pk__progress(pk_context *context, const char *phase, double fraction)

@@ -96,6 +96,7 @@ typedef struct pk_operation {
     /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
+    int elementwise;                       /* one input of the same shape, number by number, no weights */
 } pk_operation;
 
 typedef struct pk_graph {

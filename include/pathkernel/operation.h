@@ -260,14 +260,14 @@ static void pk__hard_tanh_switches(const pk_call *call)
 
 #define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                                          \
     {#name, kind, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape, pk__one_row_scratch, \
-     pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL}
+     pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL, 1}
 #define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                               \
     {#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape,       \
-     pk__one_row_scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches}
+     pk__one_row_scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1}
 
 static const pk_operation pk__operations[] = {
     {"dense", PK_LINEAR, PK_TANGENT_OUTER, 1, 1, {0, 1, 0, 0, 0, 0, 0, 0}, pk__dense_parse, pk__dense_shape, NULL,
-     pk__dense_forward, pk__dense_tangent, pk__dense_reverse, pk__dense_weight_gradient, NULL, NULL, NULL},
+     pk__dense_forward, pk__dense_tangent, pk__dense_reverse, pk__dense_weight_gradient, NULL, NULL, NULL, 0},
     PK__SMOOTH_OPERATION(identity, PK_LINEAR, 0, 0),
     PK__KINKED_OPERATION(relu, 0, 0, pk__width_switches, pk__zero_switches),
     PK__KINKED_OPERATION(leaky_relu, 1, 0.01, pk__width_switches, pk__zero_switches),

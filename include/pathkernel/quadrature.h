@@ -486,7 +486,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
             pk__emit_gauss(integrator, sink, user, i, order, 0);
     }
     for (size_t row = 0; !exact && row < segment->rows; row++)
-        integrator->row_order[row] = integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER;
+        integrator->row_order[row] = integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);
 }
 

@@ -7,55 +7,23 @@
  * change along a step is taken out of the sum over its points:
  *   - a layer whose input is data: sum the cotangents first, and its a_x . a_i is one Gram matrix for all steps;
  *   - a layer behind which everything is linear: its cotangent is constant, sum the inputs first;
- *   - any other layer: one Hadamard product per point, or, where many points or few examples make it
+ *   - the layer below that one: its cotangents are delta_k = slope o (W + t D)^T seed_k, W the last layer's weight;
+ *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
+ *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
  *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
  */
 #ifndef PATHKERNEL_TANGENT_H
 #define PATHKERNEL_TANGENT_H
-#include "loss.h"
+#include "example.h"
 #include "quadrature.h"
 
 /* >>> declarations */
 PK__BEGIN_C
 
-/* ---- examples: the loss gradients g_i of one batch ---- */
-
-/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (layer inputs x ld), cotangent[l]
- * (layer outputs x ld), rows[l] (weights x ld) for layers of the form PK_TANGENT_ROWS. Column b is batch position b. */
-typedef struct pk_examples {
-    size_t count, ld;
-    const int64_t *items;
-    int consecutive; /* items[b] == items[0] + b */
-    pk_real **input, **cotangent, **rows;
-} pk_examples;
-
-enum { PK_EXAMPLE_BLOCK = 256 };
-
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples);
-/* to = the absolute values of from: for bounds. */
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
-/* sum (P) += sum over the examples of their gradients. */
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
-/* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
-PK_API double pk_rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples. */
-typedef struct pk_example_workspace {
-    pk_tape tape;
-    pk_real *inputs, *targets, *row_gradients;
-} pk_example_workspace;
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace);
-PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
-/* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
- * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient);
-
-/* ---- the test side: integrated tangent features of one block of rows over one step ---- */
-
 typedef enum pk_engine {
     PK_ENGINE_AUTO,      /* the cheapest by the cost model */
     PK_ENGINE_FACTORED,  /* Hadamard products at each point */
+    PK_ENGINE_HEAD,      /* the outputs taken out of the sum over points, where a layer allows it */
     PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
 } pk_engine;
 
@@ -82,6 +50,8 @@ typedef struct pk_tangent {
     pk_layer_kind *kind;
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
+    int *headed;     /* this step: the outputs are taken out of the sum over points */
+    const pk_node **head; /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
     pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
     pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
@@ -98,6 +68,9 @@ typedef struct pk_tangent {
     pk_tile_sink *sink;
     void *user;
     pk_real *tile, *left, *right, *scratch, *weighted, *absolute;
+    pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
+    pk_real *slopes;       /* points x 2 out: slope, t slope */
+    pk_real *sums;         /* 2 out x PK_EXAMPLE_BLOCK */
     size_t *order;
     pk_points sorted;
     double flops; /* of the contraction, counted */
@@ -136,183 +109,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-#include <time.h>
 PK__BEGIN_C
-
-PK__PRIVATE double pk__seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-#define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
-
-PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
-{
-    pk_real sum = 0;
-    for (size_t i = 0; i < count; i++)
-        sum += a[i] * b[i];
-    return sum;
-}
-
-static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
-{
-    return &graph->nodes[node->inputs[0]];
-}
-
-/* The bias of an outer-product layer is what its weight (out, in) leaves. */
-static int pk__has_bias(const pk_graph *graph, const pk_node *node)
-{
-    return node->weight_count > node->width * pk__layer_input(graph, node)->width;
-}
-
-/* ---- examples -------------------------------------------------------------------------------------- */
-
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
-{
-    memset(examples, 0, sizeof *examples);
-    /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
-    examples->ld = (capacity + 7) / 8 * 8;
-    if (examples->ld % 512 == 0)
-        examples->ld += 8;
-    examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
-        size_t bytes = examples->ld * sizeof(pk_real);
-        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
-        pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
-        pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
-        if (examples->input) {
-            examples->input[l] = input;
-            examples->cotangent[l] = cotangent;
-            examples->rows[l] = gradients;
-        }
-    }
-}
-
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
-{
-    size_t most = 0;
-    for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].operation->tangent_form == PK_TANGENT_ROWS)
-            most = pk__most(most, graph->nodes[n].weight_count);
-    pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
-    workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
-    workspace->targets = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
-}
-
-PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
-{
-    examples->count = batch->count;
-    examples->items = batch->items;
-    examples->consecutive = 1;
-    for (size_t b = 1; b < batch->count; b++)
-        examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
-}
-
-/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
-static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
-{
-    enum { TILE = 16 };
-    for (size_t i = 0; i < rows; i += TILE)
-        for (size_t j = 0; j < cols; j++)
-            for (size_t k = i; k < rows && k < i + TILE; k++)
-                to[j * ld + k] = from[k * cols + j];
-}
-
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient)
-{
-    size_t count = pk__least(batch->count - first, PK_EXAMPLE_BLOCK), outputs = graph->output_width;
-    pk_tape *tape = &workspace->tape;
-    const pk_line line = {weights, NULL, NULL};
-    pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
-    pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
-    pk_tape_forward(tape, &line, count, workspace->inputs);
-    const pk_real *f = pk_tape_output(tape);
-    pk_real *seed = pk_tape_seed(tape);
-    for (size_t b = 0; b < count; b++) {
-        pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
-        double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
-        for (size_t c = 0; c < outputs; c++)
-            seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
-    }
-    pk_tape_reverse(tape, &line, count, 1);
-    if (gradient)
-        pk_tape_weight_gradient(tape, count, gradient);
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const size_t n = (size_t)(node - graph->nodes);
-        if (examples->rows[l]) {
-            pk_call call;
-            pk__tape_call(tape, node, count, 1, &call);
-            call.weights = weights + node->weight_offset;
-            call.out_cotangent = tape->cotangent[n];
-            call.gradient = workspace->row_gradients;
-            node->operation->row_gradients(&call);
-            pk__transpose(count, node->weight_count, workspace->row_gradients, examples->rows[l] + first,
-                          examples->ld);
-            continue;
-        }
-        pk__transpose(count, pk__layer_input(graph, node)->width, tape->value[node->inputs[0]],
-                      examples->input[l] + first, examples->ld);
-        pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
-    }
-}
-
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
-{
-    to->count = from->count;
-    to->items = from->items;
-    to->consecutive = from->consecutive;
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
-        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t features[3] = {pk__layer_input(graph, node)->width, node->width, node->weight_count};
-        for (int part = 0; part < 3; part++)
-            for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
-                targets[part][i] = (pk_real)fabs(sources[part][i]);
-    }
-}
-
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
-{
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const size_t out = node->width, ld = examples->ld, count = examples->count;
-        pk_real *to = sum + node->weight_offset;
-        if (examples->rows[l]) {
-            for (size_t i = 0; i < node->weight_count; i++)
-                for (size_t b = 0; b < count; b++)
-                    to[i] += examples->rows[l][i * ld + b];
-            continue;
-        }
-        const size_t in = pk__layer_input(graph, node)->width;
-        pk__gemm(0, 1, out, in, count, 1, examples->cotangent[l], ld, examples->input[l], ld, 1, to, in);
-        for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
-            for (size_t b = 0; b < count; b++)
-                to[out * in + j] += examples->cotangent[l][j * ld + b];
-    }
-}
-
-PK_API double pk_rounding_allowance(const pk_graph *graph)
-{
-    double sum = 0;
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        sum += (double)(node->width + pk__layer_input(graph, node)->width);
-    }
-    return 2 * PK__EPSILON * sum;
-}
-
-/* ---- the test side --------------------------------------------------------------------------------- */
 
 PK_API size_t pk_tangent_block(size_t outputs)
 {
@@ -329,6 +126,29 @@ static size_t pk__point_capacity(size_t outputs)
 static size_t pk__product_rows(size_t outputs)
 {
     return pk__most(1, 128 / outputs);
+}
+
+/* The only node that reads node, NULL where there are none or several. */
+static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *reader = NULL;
+    for (size_t n = 1; n < graph->node_count; n++)
+        for (int j = 0; j < graph->nodes[n].input_count; j++) {
+            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
+                continue;
+            if (reader)
+                return NULL;
+            reader = &graph->nodes[n];
+        }
+    return reader;
+}
+
+/* The last layer where only an elementwise operation stands between it and node. */
+static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *between = pk__only_reader(graph, node);
+    const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
+    return head && head->cotangent_constant && head->operation->tangent_form == PK_TANGENT_OUTER ? head : NULL;
 }
 
 static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
@@ -358,6 +178,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
     tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
     tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->headed = (int *)pk_arena_take(arena, layers, sizeof *tangent->headed);
+    tangent->head = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->head);
     tangent->delta = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
     tangent->input = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
     tangent->phi = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
@@ -381,6 +203,9 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         }
         if (tangent->kind) {
             tangent->kind[l] = kind;
+            tangent->head[l] = kind == PK_LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
+                                   ? pk__head_of(graph, node)
+                                   : NULL;
             tangent->node[l] = node;
             tangent->delta[l] = delta;
             tangent->input[l] = input;
@@ -401,6 +226,9 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->scratch = (pk_real *)pk_arena_take(
         arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64), widest * sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
+    tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
+    tangent->sums = (pk_real *)pk_arena_take(arena, block, 2 * widest * sizeof(pk_real));
     tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     tangent->order = (size_t *)pk_arena_take(arena, points, sizeof *tangent->order);
     pk_points_take(arena, points, bounds, &tangent->sorted);
@@ -420,29 +248,101 @@ static void pk__hadamard(size_t points, size_t outputs, size_t count, const size
     }
 }
 
-/* One layer, one block of examples, the points of the sink: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
-static void pk__contract_points(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
-                                const pk_real *weight, size_t first, size_t block)
+/* left = w_p (a_p . a_i + bias) for the points in hand and a block of examples. */
+static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const pk_tape *tape = &tangent->integrator.segment.tape;
-    size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real *a = tape->value[node->inputs[0]], *delta = tape->cotangent[node - tangent->graph->nodes];
+    const size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
     const pk_real bias = pk__has_bias(tangent->graph, node);
     pk_real *left = tangent->left;
-    pk__gemm(0, 0, count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left, block);
-    for (size_t p = 0; p < count; p++)
+    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left, block);
+    for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < block; i++)
-            left[p * block + i] = weight[p] * (left[p * block + i] + bias);
-    for (size_t p = 0; p < count; p += chunk) {
-        size_t points = pk__least(chunk, count - p);
-        pk__gemm(0, 0, points * outputs, block, out, 1, delta + p * outputs * out, out,
+            left[p * block + i] = points->weight[p] * (left[p * block + i] + bias);
+}
+
+/* One layer, one block of examples, the points in hand: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
+static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *delta = tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes];
+    pk__weighted_inputs(tangent, layer, points, first, block);
+    for (size_t p = 0; p < points->count; p += chunk) {
+        size_t count = pk__least(chunk, points->count - p);
+        pk__gemm(0, 0, count * outputs, block, out, 1, delta + p * outputs * out, out,
                  examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-        pk__hadamard(points, outputs, block, row + p, left + p * block, tangent->right, tangent->tile);
+        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right, tangent->tile);
     }
-    tangent->flops += 2.0 * (double)block * (double)count * (double)(in + outputs * out);
+    tangent->flops += 2.0 * (double)block * (double)points->count * (double)(in + outputs * out);
+}
+
+/* W^T seed_k and D^T seed_k of the last layer for every row and output, side by side: seeds are its cotangents. */
+static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
+{
+    const pk_segment *segment = &tangent->integrator.segment;
+    const size_t outputs = tangent->outputs, out = head->width, in = pk__layer_input(tangent->graph, head)->width;
+    const size_t cells = tangent->rows * outputs;
+    const pk_real *seed = tangent->delta[head->layer];
+    for (int part = 0; part < 2; part++)
+        pk__gemm(0, 0, cells, in, out, 1, seed, out, (part ? segment->direction : segment->weights) + head->weight_offset,
+                 in, 0, tangent->head_weights + (size_t)part * in, 2 * in);
+}
+
+/* slope and t slope of the operation between the layer and the last one, at the points in hand. */
+static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_graph *graph = tangent->graph;
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk_node *between = pk__layer_input(graph, tangent->head[layer]);
+    const size_t out = between->width;
+    pk_real *ones = tangent->left, *slopes = tangent->scratch;
+    for (size_t i = 0; i < out; i++)
+        ones[i] = 1;
+    for (size_t p = 0; p < points->count; p++) {
+        pk_call call;
+        pk__tape_call(tape, between, 1, 1, &call);
+        call.in[0] += p * out;
+        call.out += p * out;
+        call.out_cotangent = ones;
+        call.in_cotangent[0] = slopes;
+        between->operation->reverse(&call);
+        for (size_t i = 0; i < out; i++) {
+            tangent->slopes[p * 2 * out + i] = slopes[i];
+            tangent->slopes[p * 2 * out + out + i] = points->t[p] * slopes[i];
+        }
+    }
+}
+
+/* One layer below the last, one block of examples: tile += sum_j (W_kj Q_ji + D_kj R_ji) delta_ij with
+ * Q = sum_p w_p slope_p (a_p . a_i + bias) and R the same with t_p: outputs cost once a row, not once a point. */
+static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    pk_real *left = tangent->left, *sums = tangent->sums;
+    pk__weighted_inputs(tangent, layer, points, first, block);
+    for (size_t p = 0, last; p < points->count; p = last) {
+        const size_t row = points->row[p];
+        for (last = p + 1; last < points->count && points->row[last] == row; last++)
+            ;
+        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block, block, 0,
+                 sums, block);
+        for (size_t j = 0; j < 2 * out; j++) {
+            const pk_real *delta = examples->cotangent[layer] + j % out * examples->ld + first;
+            for (size_t i = 0; i < block; i++)
+                sums[j * block + i] *= delta[i];
+        }
+        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out, sums, block,
+                 1, tangent->tile + row * outputs * block, block);
+        tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
+    }
+    tangent->flops += 2.0 * (double)block * (double)(points->count * in);
 }
 
 /* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
@@ -516,6 +416,11 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
 {
     const pk_examples *examples = tangent->examples;
     double start = pk__seconds();
+    for (size_t l = 0; points->count && l < tangent->graph->layers; l++)
+        if (tangent->headed[l]) { /* at most one layer stands below the last one */
+            pk__head_weights(tangent, tangent->head[l]);
+            pk__head_slopes(tangent, l, points);
+        }
     for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
         size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
         size_t cells = tangent->rows * tangent->outputs * block;
@@ -527,8 +432,10 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
             if (!filled || tangent->per_layer)
                 memset(tangent->tile, 0, cells * sizeof *tangent->tile);
             filled = 1;
-            if (kind == PK_LAYER_POINTS)
-                pk__contract_points(tangent, l, points->count, points->row, points->weight, first, block);
+            if (kind == PK_LAYER_POINTS && tangent->headed[l])
+                pk__contract_head(tangent, l, points, first, block);
+            else if (kind == PK_LAYER_POINTS)
+                pk__contract_points(tangent, l, points, first, block);
             else if (kind == PK_LAYER_DATA)
                 pk__contract_data(tangent, l, first, block);
             else
@@ -734,22 +641,24 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     pk__contract(tangent, points);
 }
 
-/* Whether Phi of a layer is worth materialising for a step, from the points per row of the last step. */
-static int pk__choose_integrated(const pk_tangent *tangent, size_t layer, pk_engine engine)
+/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
+static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
 {
     const pk_node *node = tangent->node[layer];
-    pk_layer_kind kind = tangent->kind[layer];
-    if (kind == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check)
-        return 1;
-    if (kind != PK_LAYER_POINTS || engine == PK_ENGINE_FACTORED || !tangent->phi[layer])
-        return 0;
+    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS;
     double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
-    /* Flops a row; a Hadamard product reads and writes memory, worth about 8 flops a number. */
+    /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
+     * products over few points, which run at half the rate. */
     double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
+    double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
     double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
-    return integrated < factored;
+    const int automatic = engine == PK_ENGINE_AUTO && is_points;
+    tangent->headed[layer] =
+        tangent->head[layer] && (engine == PK_ENGINE_HEAD || (automatic && headed < factored && headed < integrated));
+    tangent->integrated[layer] = tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
+                                 (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
@@ -765,7 +674,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
-        tangent->integrated[l] = pk__choose_integrated(tangent, l, engine);
+        pk__choose_contraction(tangent, l, engine);
         if (tangent->delta[l])
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
