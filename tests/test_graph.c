@@ -16,7 +16,7 @@ static void hold_graph(holder *h, size_t rows, size_t copies)
     pk_tape_take(&arena, &h->graph, rows, copies, 1, &h->tape);
     assert_false(arena.overflow);
     assert_ok(&h->context, pk_allocate(&h->context, arena.used, 1, "a tape", &h->memory));
-    memset(h->memory, 0xa5, arena.used);
+    memset(h->memory, 0xff, arena.used); /* NaN */
     pk_arena own = {h->memory, arena.used, 0, 0};
     pk_tape_take(&own, &h->graph, rows, copies, 1, &h->tape);
     assert_false(own.overflow);
@@ -37,17 +37,18 @@ static void drop(holder *h)
     assert_int_equal(h->context.memory_used, 0);
 }
 
-static const char *const activations[BF_ACTIVATIONS] = {"identity",   "relu", "leaky_relu 0.1", "tanh",
-                                                        "sigmoid",    "softplus 2", "gelu",  "silu",
-                                                        "erf",        "hard_tanh",  "abs"};
+static const char *const activations[BF_ACTIVATIONS] = {
+    "identity", "relu", "leaky_relu 0.1", "tanh", "sigmoid", "softplus 2", "gelu",
+    "silu",     "erf",  "hard_tanh",      "abs"};
 
 /* Values and slopes of every activation from tiny to huge, at kinks too. */
 static void test_activations(void **state)
 {
     (void)state;
-    static const double points[] = {0,     -0.0, 1e-320, -1e-300, 1e-8, -1e-8, 0.3,  -0.7, 1,    -1,    1 + 1e-15, -1 - 1e-15,
-                                    2.5,   -3.5, 8,      -8,      20,   -20,   37.5, -37.5, 100,  -100,  709,      -745,
-                                    1000,  -1e4, 1e30,   -1e30,   1e154, -1e154, 1e300, -1e300};
+    static const double points[] = {0,    -0.0, 1e-320,    -1e-300,    1e-8,  -1e-8,  0.3,   -0.7,
+                                    1,    -1,   1 + 1e-15, -1 - 1e-15, 2.5,   -3.5,   8,     -8,
+                                    20,   -20,  37.5,      -37.5,      100,   -100,   709,   -745,
+                                    1000, -1e4, 1e30,      -1e30,      1e154, -1e154, 1e300, -1e300};
     enum { COUNT = sizeof points / sizeof *points };
     for (int a = 0; a < BF_ACTIVATIONS; a++) {
         holder h;
@@ -67,7 +68,8 @@ static void test_activations(void **state)
             const double value = (double)bf_activate(&net.layer[0], (bf_real)points[i]);
             const double slope = (double)bf_slope(&net.layer[0], (bf_real)points[i]);
             const double own = pk_tape_output(&h.tape)[i], own_slope = h.tape.cotangent[1][i];
-            if (!(fabs(own - value) <= 4e-16 * fmax(fabs(value), fabs(points[i]) < 1 ? fabs(points[i]) + (value > 0.1) : 1)))
+            if (!(fabs(own - value) <=
+                  4e-16 * fmax(fabs(value), fabs(points[i]) < 1 ? fabs(points[i]) + (value > 0.1) : 1)))
                 fail_msg("%s(%g) = %.17g, not %.17g", activations[a], points[i], own, value);
             if (!(fabs(own_slope - slope) <= 1e-15 * fmax(1, fabs(slope))))
                 fail_msg("%s'(%g) = %.17g, not %.17g", activations[a], points[i], own_slope, slope);
@@ -97,7 +99,7 @@ static void check_network(const char *network, uint64_t seed)
     (void)line;
     pk_tape_forward(&h.tape, &along, ROWS, x);
     pk_tape_tangent(&h.tape, &along, ROWS);
-    double *tangent = FIXTURE_NEW(double, ROWS * C);
+    double *tangent = FIXTURE_NEW(double, ROWS *C);
     memcpy(tangent, h.tape.tangent[h.graph.node_count - 1], ROWS * C * sizeof *tangent);
     pk_tape_forward(&h.tape, &plain, ROWS, x);
     for (size_t r = 0; r < ROWS; r++)
@@ -114,7 +116,8 @@ static void check_network(const char *network, uint64_t seed)
                 push += jacobian[c * P + p] * (bf_real)d[p];
             assert_close(pk_tape_output(&h.tape)[r * C + c], (double)f[c], 1e-14 * fmax(1, fabs((double)f[c])));
             assert_close(tangent[r * C + c], (double)push, 1e-13 * fmax(1, fabs((double)push)));
-            for (size_t l = 0; l < net.layers; l++) { /* the outer product of cotangent and input is the Jacobian */
+            for (size_t l = 0; l < net.layers;
+                 l++) { /* the outer product of cotangent and input is the Jacobian */
                 const pk_node *node = pk_graph_layer(&h.graph, l);
                 const size_t n = (size_t)(node - h.graph.nodes), before = (size_t)node->inputs[0];
                 const size_t fan_in = h.graph.nodes[before].width;
@@ -160,8 +163,9 @@ static void test_networks(void **state)
     for (int a = 0; a < BF_ACTIVATIONS; a++)
         for (int b = 0; b < 3; b++) {
             char network[200];
-            snprintf(network, sizeof network, "input %d; dense %d%s; %s; dense 4; %s; dense %d nobias", 1 + a % 4, 3 + b,
-                     b == 1 ? " nobias" : "", activations[a], activations[(a + b) % BF_ACTIVATIONS], 1 + b);
+            snprintf(network, sizeof network, "input %d; dense %d%s; %s; dense 4; %s; dense %d nobias",
+                     1 + a % 4, 3 + b, b == 1 ? " nobias" : "", activations[a],
+                     activations[(a + b) % BF_ACTIVATIONS], 1 + b);
             check_network(network, (uint64_t)(10 * a + b));
         }
     check_network("input 2; dense 3", 500);
@@ -176,7 +180,8 @@ static double evaluate(holder *h, const double *w, const double *x, const double
     const size_t C = h->graph.output_width;
     pk_real *out = FIXTURE_NEW(pk_real, rows * C);
     double sum = 0;
-    assert_ok(&h->context, pk_graph_evaluate(&h->context, &h->graph, w, pk_matrix_view((double *)x, rows, h->graph.input_width),
+    assert_ok(&h->context, pk_graph_evaluate(&h->context, &h->graph, w,
+                                             pk_matrix_view((double *)x, rows, h->graph.input_width),
                                              pk_matrix_view(out, rows, C)));
     for (size_t i = 0; i < rows * C; i++)
         sum += u[i] * out[i];
@@ -185,7 +190,8 @@ static double evaluate(holder *h, const double *w, const double *x, const double
 }
 
 /* gradient (P) of sum u . f(w + t d), each row at its own t, from the cotangents of every layer. */
-static void full_gradient(holder *h, const pk_line *line, const double *u, const double *x, size_t rows, double *gradient)
+static void full_gradient(holder *h, const pk_line *line, const double *u, const double *x, size_t rows,
+                          double *gradient)
 {
     const size_t C = h->graph.output_width;
     pk_tape_forward(&h->tape, line, rows, x);
@@ -209,8 +215,10 @@ static void test_residual(void **state)
         const size_t P = h.graph.parameters;
         assert_int_equal(h.graph.degree < 0, !kinked);
         assert_int_equal(h.graph.switched, kinked);
-        double *w = fixture_normals(11, P, 0.5), *d = fixture_normals(12, P, 0.5), *x = fixture_normals(13, ROWS * IN, 1);
-        double *u = fixture_normals(14, ROWS * OUT, 1), *gradient = FIXTURE_NEW(double, P), *at = FIXTURE_NEW(double, P);
+        double *w = fixture_normals(11, P, 0.5), *d = fixture_normals(12, P, 0.5),
+               *x = fixture_normals(13, ROWS * IN, 1);
+        double *u = fixture_normals(14, ROWS * OUT, 1), *gradient = FIXTURE_NEW(double, P),
+               *at = FIXTURE_NEW(double, P);
         const pk_line plain = {w, NULL, NULL};
         full_gradient(&h, &plain, u, x, ROWS, gradient);
         /* Central differences, with Richardson's step: error h^4. */
@@ -231,7 +239,7 @@ static void test_residual(void **state)
         const pk_line line = {w, d, t};
         pk_tape_forward(&h.tape, &line, ROWS, x);
         pk_tape_tangent(&h.tape, &line, ROWS);
-        double *f = FIXTURE_NEW(double, ROWS * OUT), *push = FIXTURE_NEW(double, ROWS * OUT);
+        double *f = FIXTURE_NEW(double, ROWS *OUT), *push = FIXTURE_NEW(double, ROWS *OUT);
         memcpy(f, pk_tape_output(&h.tape), ROWS * OUT * sizeof *f);
         memcpy(push, h.tape.tangent[h.graph.node_count - 1], ROWS * OUT * sizeof *push);
         memcpy(pk_tape_seed(&h.tape), u, ROWS * OUT * sizeof *u);
@@ -255,7 +263,8 @@ static void test_residual(void **state)
             }
             assert_close(left, right, 1e-13 * fmax(1, size));
             for (size_t j = 0; j < 4; j++)
-                assert_close(h.tape.cotangent[first][j], cotangent[r * 4 + j], 1e-13 * fmax(1, fabs(cotangent[r * 4 + j])));
+                assert_close(h.tape.cotangent[first][j], cotangent[r * 4 + j],
+                             1e-13 * fmax(1, fabs(cotangent[r * 4 + j])));
         }
         free(w), free(d), free(x), free(u), free(gradient), free(at), free(f), free(push), free(cotangent);
         drop(&h);
@@ -318,7 +327,8 @@ static void test_arguments(void **state)
     memset(&shape, 0, sizeof shape);
     assert_null(pk_operation_find("conv9"));
     assert_null(pk_operation_find(""));
-    assert_refused(&context, PK_ARGUMENT, "no input yet", pk_graph_add(&context, &graph, relu, 1, &zero, NULL, NULL));
+    assert_refused(&context, PK_ARGUMENT, "no input yet",
+                   pk_graph_add(&context, &graph, relu, 1, &zero, NULL, NULL));
     assert_refused(&context, PK_SHAPE, "rank 0", pk_graph_input(&context, &graph, &shape));
     shape.rank = 5;
     assert_refused(&context, PK_SHAPE, "rank 5", pk_graph_input(&context, &graph, &shape));
@@ -334,15 +344,21 @@ static void test_arguments(void **state)
     assert_refused(&context, PK_ARGUMENT, "already", pk_graph_input(&context, &graph, &shape));
     before = graph;
     assert_refused(&context, PK_SHAPE, "flat", pk_graph_add(&context, &graph, dense, 1, &zero, four, &number));
-    assert_refused(&context, PK_ARGUMENT, "no operation", pk_graph_add(&context, &graph, NULL, 1, &zero, NULL, &number));
-    assert_refused(&context, PK_ARGUMENT, "0 inputs", pk_graph_add(&context, &graph, relu, 0, &zero, NULL, &number));
-    assert_refused(&context, PK_ARGUMENT, "5 inputs", pk_graph_add(&context, &graph, relu, 5, many, NULL, &number));
-    assert_refused(&context, PK_ARGUMENT, "node 5", pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "no operation",
+                   pk_graph_add(&context, &graph, NULL, 1, &zero, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "0 inputs",
+                   pk_graph_add(&context, &graph, relu, 0, &zero, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "5 inputs",
+                   pk_graph_add(&context, &graph, relu, 5, many, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "node 5",
+                   pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
     wrong = -1;
-    assert_refused(&context, PK_ARGUMENT, "node -1", pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "node -1",
+                   pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
     pk_operation odd = *relu;
     odd.shape = bad_shape;
-    assert_refused(&context, PK_OVERFLOW, "too large", pk_graph_add(&context, &graph, &odd, 1, &zero, NULL, &number));
+    assert_refused(&context, PK_OVERFLOW, "too large",
+                   pk_graph_add(&context, &graph, &odd, 1, &zero, NULL, &number));
     assert_memory_equal(&graph, &before, sizeof before);
     assert_int_equal(number, -7);
     pk_graph_release(&context, &graph);
@@ -351,7 +367,8 @@ static void test_arguments(void **state)
     static const double outs[] = {0, -1, 1.5, 2e9, (double)NAN, (double)INFINITY};
     for (int k = 0; k < 6; k++) {
         attributes[0] = outs[k];
-        assert_refused(&context, PK_ARGUMENT, "whole number", pk_graph_add(&context, &graph, dense, 1, &zero, attributes, NULL));
+        assert_refused(&context, PK_ARGUMENT, "whole number",
+                       pk_graph_add(&context, &graph, dense, 1, &zero, attributes, NULL));
     }
     attributes[0] = 4;
     assert_ok(&context, pk_graph_add(&context, &graph, dense, 1, &zero, attributes, &number));
@@ -393,11 +410,13 @@ static void test_evaluate_bits(void **state)
     memset(&graph, 0, sizeof graph);
     assert_ok(&context, pk_network_parse(&context, "input 5; dense 17; tanh; dense 9; relu; dense 3", &graph));
     double *w = fixture_normals(1, graph.parameters, 1), *x = fixture_normals(2, ROWS * 5, 1);
-    double *wide = FIXTURE_NEW(double, ROWS * 7), *first = FIXTURE_NEW(double, ROWS * 3), *y = FIXTURE_NEW(double, ROWS * 4);
+    double *wide = FIXTURE_NEW(double, ROWS * 7), *first = FIXTURE_NEW(double, ROWS * 3),
+           *y = FIXTURE_NEW(double, ROWS * 4);
     for (size_t i = 0; i < ROWS * 5; i++)
         wide[i / 5 * 7 + i % 5] = x[i];
     context.threads = 1;
-    assert_ok(&context, pk_graph_evaluate(&context, &graph, w, pk_matrix_view(x, ROWS, 5), pk_matrix_view(first, ROWS, 3)));
+    assert_ok(&context, pk_graph_evaluate(&context, &graph, w, pk_matrix_view(x, ROWS, 5),
+                                          pk_matrix_view(first, ROWS, 3)));
     for (int threads = 2; threads <= 5; threads++) {
         pk_matrix in = {wide, ROWS, 5, 7}, out = {y, ROWS, 3, 4};
         context.threads = threads;
@@ -416,8 +435,9 @@ static void test_evaluate_bits(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_activations), cmocka_unit_test(test_networks),  cmocka_unit_test(test_residual),
-        cmocka_unit_test(test_unread_node), cmocka_unit_test(test_arguments), cmocka_unit_test(test_evaluate_bits),
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_networks),
+        cmocka_unit_test(test_residual),    cmocka_unit_test(test_unread_node),
+        cmocka_unit_test(test_arguments),   cmocka_unit_test(test_evaluate_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -25,7 +25,7 @@ static void hold(holder *h, const char *network, size_t rows, size_t points, siz
     layout(h, &arena, rows, points, copies, pieces);
     assert_false(arena.overflow);
     assert_ok(&h->context, pk_allocate(&h->context, arena.used, 1, "a segment", &h->memory));
-    memset(h->memory, 0xa5, arena.used);
+    memset(h->memory, 0xff, arena.used); /* NaN */
     pk_arena own = {h->memory, arena.used, 0, 0};
     layout(h, &own, rows, points, copies, pieces);
     assert_false(own.overflow);
@@ -40,7 +40,8 @@ static void drop(holder *h)
 }
 
 /* The kinks of one row, by the oracle: sampling and bisection in long double. */
-static bf_real *oracle_kinks(const bf_network *net, const double *w, const double *d, const double *x, size_t *count)
+static bf_real *oracle_kinks(const bf_network *net, const double *w, const double *d, const double *x,
+                             size_t *count)
 {
     bf_path path;
     bf_real *kinks;
@@ -54,8 +55,8 @@ static bf_real *oracle_kinks(const bf_network *net, const double *w, const doubl
     for (size_t l = 0; l < net->layers; l++)
         path.kinks += net->layer[l].width * (net->layer[l].activation == BF_HARD_TANH ? 2u
                                              : net->layer[l].activation == BF_RELU ||
-                                                       net->layer[l].activation == BF_LEAKY_RELU ||
-                                                       net->layer[l].activation == BF_ABS
+                                                     net->layer[l].activation == BF_LEAKY_RELU ||
+                                                     net->layer[l].activation == BF_ABS
                                                  ? 1u
                                                  : 0u);
     bf_forward(net, path.from, x, &path.tape);
@@ -117,8 +118,8 @@ static void check_kinks(const char *network, const double *w, const double *d, s
             }
             /* Where a pre-activation is nearly flat at its zero, rounding moves the zero; slack says how far. */
             if (!(nearest <= 1e-11) && !(nearest <= slack))
-                fail_msg("%s, row %zu: the kink at %.17g is missed by %.3g (slack %.3g)", network, r, (double)kinks[k],
-                         nearest, slack);
+                fail_msg("%s, row %zu: the kink at %.17g is missed by %.3g (slack %.3g)", network, r,
+                         (double)kinks[k], nearest, slack);
             if (nearest <= 1e-11)
                 worst_kink = fmax(worst_kink, nearest);
         }
@@ -127,7 +128,8 @@ static void check_kinks(const char *network, const double *w, const double *d, s
     drop(&h);
 }
 
-static void random_line(const char *network, uint64_t seed, double far, size_t rows, double **w, double **d, double **x)
+static void random_line(const char *network, uint64_t seed, double far, size_t rows, double **w, double **d,
+                        double **x)
 {
     const bf_network net = fixture_network(network);
     const size_t P = bf_parameters(&net);
@@ -166,7 +168,7 @@ static size_t borders(const char *network, const double *w, const double *d, con
 {
     holder h;
     size_t count = 0;
-    hold(&h, network, 1, 34, 1, 256);
+    hold(&h, network, 1, 1, 1, 256); /* room for the samples of a piece is always taken */
     pk_segment_begin(&h.segment, w, d, 1, x);
     pk_pieces_push(&h.from, 0, 0, 1, 0);
     assert_int_equal(pk_segment_split(&h.segment, &h.from, &h.to), 1);
@@ -345,7 +347,8 @@ static void test_points(void **state)
                 assert_close(h.segment.tape.tangent[h.graph.node_count - 1][p * C + c], (double)along, 1e-13);
                 /* d f_c / d bias of the last layer's input: the cotangent itself. */
                 const pk_node *first = pk_graph_layer(&h.graph, 0);
-                const pk_real *delta = h.segment.tape.cotangent[first - h.graph.nodes] + (p * 2 + c) * first->width;
+                const pk_real *delta =
+                    h.segment.tape.cotangent[first - h.graph.nodes] + (p * 2 + c) * first->width;
                 for (size_t j = 0; j < first->width; j++)
                     assert_close(delta[j], (double)jacobian[c * P + 3 * first->width + j], 1e-13);
             }
@@ -365,7 +368,8 @@ static void test_not_finite(void **state)
         for (uint64_t seed = 0; seed < 5; seed++) {
             holder h;
             double *w, *d, *x;
-            const char *network = "input 3; dense 5; relu; dense 5; abs; dense 5; hard_tanh; dense 5; relu; dense 2";
+            const char *network =
+                "input 3; dense 5; relu; dense 5; abs; dense 5; hard_tanh; dense 5; relu; dense 2";
             random_line(network, seed, sizes[k], 2, &w, &d, &x);
             hold(&h, network, 2, 64, 1, 512);
             pk_segment_begin(&h.segment, w, d, 2, x);
@@ -381,8 +385,9 @@ static void test_not_finite(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_random_networks), cmocka_unit_test(test_special_kinks), cmocka_unit_test(test_capacity),
-        cmocka_unit_test(test_points),          cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_random_networks), cmocka_unit_test(test_special_kinks),
+        cmocka_unit_test(test_capacity),        cmocka_unit_test(test_points),
+        cmocka_unit_test(test_not_finite),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

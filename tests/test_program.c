@@ -1,0 +1,933 @@
+/* The program pathkernel-decompose, run as a user runs it: exit status, what it says, what it writes.
+ * It is $PATHKERNEL_DECOMPOSE, or pathkernel-decompose in the folder of this test. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* unshare; pseudo terminals */
+#endif
+#include <fcntl.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sched.h>
+#include <sys/mount.h>
+#endif
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include <cmocka.h>
+#ifdef __cplusplus
+}
+#endif
+#include "pathkernel_under_test.h"
+
+enum { IN = 4, OUT = 3, N = 40, S = 12, M = 23, LONG = 60000, TEXT = 20000, ARGUMENTS = 40 };
+
+static char program[1000], root[200];
+static char told[TEXT], complained[TEXT]; /* standard output and error of the last run of the program */
+static double inputs[M * IN];
+
+/* root/..., in one of a few buffers. */
+PK__FORMAT(1, 2)
+static const char *in_root(const char *format, ...)
+{
+    static char paths[16][400];
+    static unsigned next;
+    char *path = paths[next++ % 16];
+    va_list arguments;
+    int length = snprintf(path, 400, "%s/", root);
+    va_start(arguments, format);
+    vsnprintf(path + length, 400 - (size_t)length, format, arguments);
+    va_end(arguments);
+    return path;
+}
+
+static void read_text(const char *path, char text[TEXT])
+{
+    FILE *file = fopen(path, "rb");
+    assert_non_null(file);
+    text[fread(text, 1, TEXT - 1, file)] = 0;
+    fclose(file);
+}
+
+static int exists(const char *path)
+{
+    return access(path, F_OK) == 0;
+}
+
+static void shell(const char *command)
+{
+    char line[1200];
+    snprintf(line, sizeof line, "cd '%s' && %s", root, command);
+    if (system(line) != 0)
+        fail_msg("%s", line);
+}
+
+/* ---- running it ---------------------------------------------------------------------------------------- */
+
+static rlim_t file_limit;   /* bytes that the next one may write to one file; 0: any */
+static const char *sent_to; /* where its standard output goes instead */
+
+/* What a shell gives its foreground jobs, whoever runs the tests. */
+static void default_signals(void)
+{
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
+}
+
+/* Starts the program with the words of line, in which % stands for root. */
+static pid_t start(const char *line)
+{
+    char copy[2000];
+    char *arguments[ARGUMENTS];
+    size_t used = 0, count = 0;
+    for (; *line && used < sizeof copy - 1; line++) {
+        if (*line == '%')
+            used += (size_t)snprintf(copy + used, sizeof copy - used, "%s", root);
+        else
+            copy[used++] = *line;
+    }
+    copy[used] = 0;
+    arguments[count++] = program;
+    for (char *word = strtok(copy, " "); word && count < ARGUMENTS - 1; word = strtok(NULL, " "))
+        arguments[count++] = word;
+    arguments[count] = NULL;
+    fflush(stdout);
+    fflush(stderr);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child) {
+        file_limit = 0;
+        return child;
+    }
+    int out = open(sent_to ? sent_to : in_root("stdout"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    int err = open(in_root("stderr"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    struct rlimit limit = {file_limit, file_limit};
+    default_signals();
+    if (dup2(out, STDOUT_FILENO) < 0 || dup2(err, STDERR_FILENO) < 0 ||
+        (file_limit && setrlimit(RLIMIT_FSIZE, &limit)))
+        _exit(99);
+    execv(program, arguments);
+    _exit(98);
+}
+
+static int finish(pid_t child)
+{
+    int status = 0;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    read_text(in_root("stdout"), told);
+    read_text(in_root("stderr"), complained);
+    if (!WIFEXITED(status))
+        fail_msg("ended by signal %d; %s", WTERMSIG(status), complained);
+    return WEXITSTATUS(status);
+}
+
+PK__FORMAT(2, 3)
+static void expect(int status, const char *format, ...)
+{
+    char line[1500];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    int got = finish(start(line));
+    if (got != status)
+        fail_msg("%s\nexit status %d, not %d; %s", line, got, status, complained);
+}
+
+/* Status 2, nothing on standard output, one line on standard error, and these words in it. */
+static void expect_refused(const char *line, const char *words)
+{
+    expect(2, "%s", line);
+    if (*told || !strstr(complained, words) || strncmp(complained, "pathkernel-decompose: ", 22) != 0 ||
+        strchr(complained, '\n') != complained + strlen(complained) - 1)
+        fail_msg("%s\nsays: %s%s\nnot one line with: %s", line, told, complained, words);
+}
+
+/* ---- what it wrote ------------------------------------------------------------------------------------- */
+
+static pk_context context;
+
+/* A result as float64 of the given shape (0s end it). */
+static pk_array result(const char *path, size_t a, size_t b, size_t c, size_t d)
+{
+    const size_t shape[4] = {a, b, c, d};
+    pk_array array;
+    if (pk_array_map(&context, path, 0, &array) != PK_OK)
+        fail_msg("%s", pk_message(&context));
+    assert_int_equal(array.type, PK_FLOAT64);
+    assert_int_equal(array.rank, 2 + (c != 0) + (d != 0));
+    for (int i = 0; i < array.rank; i++)
+        assert_int_equal(array.shape[i], shape[i]);
+    return array;
+}
+
+static const double *numbers(const pk_array *array)
+{
+    return (const double *)array->data;
+}
+
+/* final = initial + by_example.sum(2) + decay + unattributed + closure to rounding; so by the other axes. */
+static void check_identity(const char *folder, size_t rows, size_t outputs, const char *kept, size_t items)
+{
+    pk_array six[6];
+    static const char *const names[] = {"initial", "final", "decay", "unattributed", "closure"};
+    for (int i = 0; i < 5; i++)
+        six[i] = result(in_root("%s/%s.npy", folder, names[i]), rows, outputs, 0, 0);
+    six[5] = result(in_root("%s/%s.npy", folder, kept), rows, outputs, items, 0);
+    for (size_t i = 0; i < rows * outputs; i++) {
+        double sum = numbers(&six[0])[i] + numbers(&six[2])[i] + numbers(&six[3])[i] + numbers(&six[4])[i],
+               size = 1;
+        for (size_t k = 0; k < items; k++) {
+            sum += numbers(&six[5])[i * items + k];
+            size += fabs(numbers(&six[5])[i * items + k]);
+        }
+        if (!(fabs(sum - numbers(&six[1])[i]) <= 1e-14 * size))
+            fail_msg("%s by %s: %.17g and %.17g in cell %zu", folder, kept, sum, numbers(&six[1])[i], i);
+    }
+    for (int i = 0; i < 6; i++)
+        pk_array_release(&context, &six[i]);
+}
+
+/* The same bytes in the results of two folders, rows of the first one only. */
+static void check_same(const char *a, const char *b, const char *name)
+{
+    pk_array one, other;
+    assert_int_equal(pk_array_map(&context, in_root("%s/%s.npy", a, name), 0, &one), PK_OK);
+    assert_int_equal(pk_array_map(&context, in_root("%s/%s.npy", b, name), 0, &other), PK_OK);
+    assert_int_equal(one.rank, other.rank);
+    assert_int_equal(one.row_items, other.row_items);
+    assert_true(one.shape[0] && one.shape[0] <= other.shape[0]);
+    if (memcmp(one.data, other.data, pk_array_items(&one) * sizeof(double)) != 0)
+        fail_msg("%s/%s and %s/%s differ", a, name, b, name);
+    pk_array_release(&context, &one);
+    pk_array_release(&context, &other);
+}
+
+static const char *const all_names[] = {"by_example", "initial", "final", "decay", "unattributed", "closure"};
+
+static void check_all_same(const char *a, const char *b)
+{
+    for (int i = 0; i < 6; i++)
+        check_same(a, b, all_names[i]);
+}
+
+/* No file that a job leaves behind only when it is killed. */
+static void check_no_parts(const char *folder)
+{
+    for (int i = 0; i < 6; i++)
+        if (exists(in_root("%s/%s.npy.part", folder, all_names[i])))
+            fail_msg("%s/%s.npy.part was left behind", folder, all_names[i]);
+}
+
+static void write_array(const char *name, pk_type type, int rank, size_t a, size_t b, const void *data)
+{
+    const size_t shape[2] = {a, b};
+    if (pk_array_write(&context, in_root("%s", name), type, rank, shape, data) != PK_OK)
+        fail_msg("%s", pk_message(&context));
+}
+
+/* ---- runs ---------------------------------------------------------------------------------------------- */
+
+static void train(const char *name, const char *network, const char *optimizer, double rate, size_t steps,
+                  int float32)
+{
+    static double x[N * IN];
+    static int64_t y[N];
+    const size_t shape[2] = {N, IN};
+    pk_random random = {7, 0, 0};
+    pk_graph graph;
+    pk_dataset data;
+    pk_train_options options;
+    memset(&graph, 0, sizeof graph);
+    memset(&options, 0, sizeof options);
+    for (size_t i = 0; i < N; i++) {
+        y[i] = (int64_t)(i % OUT);
+        for (size_t j = 0; j < IN; j++)
+            x[i * IN + j] = pk_random_normal(&random) + (j == (size_t)y[i]);
+    }
+    data.inputs = pk_array_view(PK_FLOAT64, 2, shape, x);
+    data.targets = pk_array_view(PK_INT64, 1, shape, y);
+    options.loss = PK_SOFTMAX_CROSS_ENTROPY;
+    options.schedule.rate = rate;
+    options.steps = steps;
+    options.batch_size = 16;
+    options.record = in_root("%s", name);
+    options.record_float32 = float32;
+    pk_status status = pk_network_parse(&context, network, &graph);
+    pk_real *weights = NULL;
+    if (!status)
+        status = pk_optimizer_parse(&context, optimizer, &options.optimizer);
+    if (!status)
+        status = pk_allocate(&context, graph.parameters, sizeof *weights, "weights", &weights);
+    if (!status)
+        status = pk_network_initialize(&context, &graph, 3, weights);
+    if (!status)
+        status = pk_train(&context, &graph, &data, &options, weights, NULL);
+    if (status)
+        fail_msg("%s: %s", name, pk_message(&context));
+    pk_release(&context, weights);
+    pk_graph_release(&context, &graph);
+}
+
+static int set_up(void **state)
+{
+    const char *temporary = getenv("TMPDIR");
+    pk_random random = {9, 0, 0};
+    (void)state;
+    snprintf(root, sizeof root, "%.100s/pathkernel-program-XXXXXX", temporary ? temporary : "/tmp");
+    if (!mkdtemp(root))
+        return -1;
+    train("tanh", "input 4; dense 6; tanh; dense 3", "sgd", 0.5, S, 0);
+    train("relu", "input 4; dense 6; relu; dense 5; relu; dense 3", "sgd momentum=0.9 weight_decay=0.01", 0.2,
+          S, 0);
+    train("adamw", "input 4; dense 6; gelu; dense 3", "adamw weight_decay=0.1", 0.02, S, 1);
+    train("still", "input 4; dense 3", "sgd", 1, 0, 0);
+    for (size_t i = 0; i < M * IN; i++)
+        inputs[i] = (double)pk_random_below(&random, 5); /* whole numbers: every item type holds them */
+    write_array("x.npy", PK_FLOAT64, 2, M, IN, inputs);
+    double *many = (double *)calloc(LONG * IN, sizeof *many);
+    if (!many)
+        return -1;
+    for (size_t i = 0; i < LONG * IN; i++)
+        many[i] = i < M * IN ? inputs[i] : pk_random_normal(&random);
+    write_array("long.npy", PK_FLOAT64, 2, LONG, IN, many);
+    write_array("200.npy", PK_FLOAT64, 2, 200, IN, many);
+    free(many);
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    char line[600];
+    (void)state;
+    snprintf(line, sizeof line, "chmod -R u+w '%s'; rm -rf '%s'", root, root);
+    return system(line);
+}
+
+/* ---- results ------------------------------------------------------------------------------------------- */
+
+static void test_results(void **state)
+{
+    static const char *const runs[] = {"tanh", "relu", "adamw"};
+    static const size_t layers[] = {2, 3, 2};
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        pk_run run;
+        pk_decomposition d;
+        pk_decompose_options options;
+        memset(&options, 0, sizeof options);
+        options.keep[0] = PK_BY_EXAMPLE;
+        options.keep[1] = PK_BY_STEP;
+        options.keep[2] = PK_BY_LAYER;
+        options.keep[3] = PK_BY_STEP | PK_BY_LAYER;
+        options.step_closure = 1;
+        expect(0,
+               "%%/%s --inputs %%/x.npy --out %%/a/deep/%s --keep train --keep=step --keep layer --keep "
+               "step,layer "
+               "--step-closure --tolerance 1e-12",
+               runs[i], runs[i]);
+        assert_string_equal(complained, ""); /* no progress where nobody looks */
+        assert_non_null(strstr(told, "\nclosed\n"));
+        assert_int_equal(pk_run_open(&context, in_root("%s", runs[i]), &run), PK_OK);
+        assert_int_equal(pk_decompose(&context, &run, pk_matrix_view(inputs, M, IN), &options, &d), PK_OK);
+        const struct {
+            const char *name;
+            size_t third, fourth;
+            const double *truth;
+        } files[] = {{"initial", 0, 0, d.initial},
+                     {"final", 0, 0, d.final},
+                     {"decay", 0, 0, d.decay},
+                     {"unattributed", 0, 0, d.unattributed},
+                     {"closure", 0, 0, d.closure},
+                     {"by_example", N, 0, d.by_example},
+                     {"by_step", S, 0, d.by_step},
+                     {"by_layer", layers[i], 0, d.by_layer},
+                     {"by_step_layer", S, layers[i], d.kept[3].data},
+                     {"closure_by_step", S, 0, d.step_closure}};
+        for (size_t f = 0; f < sizeof files / sizeof *files; f++) {
+            pk_array array = result(in_root("a/deep/%s/%s.npy", runs[i], files[f].name), M, OUT, files[f].third,
+                                    files[f].fourth);
+            for (size_t k = 0; k < pk_array_items(&array); k++)
+                if (!(fabs(numbers(&array)[k] - files[f].truth[k]) <= 1e-12))
+                    fail_msg("%s, %s: %.17g, not %.17g", runs[i], files[f].name, numbers(&array)[k],
+                             files[f].truth[k]);
+            pk_array_release(&context, &array);
+        }
+        char folder[40];
+        snprintf(folder, sizeof folder, "a/deep/%s", runs[i]);
+        check_identity(folder, M, OUT, "by_example", N);
+        check_identity(folder, M, OUT, "by_step", S);
+        check_identity(folder, M, OUT, "by_layer", layers[i]);
+        check_no_parts(folder);
+        pk_decomposition_release(&context, &d);
+        pk_run_release(&context, &run);
+    }
+}
+
+static void test_same_bytes(void **state)
+{
+    static const char *const runs[] = {"tanh", "relu", "adamw"};
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        expect(0, "%%/%s --inputs %%/x.npy --out %%/one --threads 1 --memory 4G", runs[i]);
+        expect(0, "%%/%s --inputs %%/x.npy --out %%/two --threads 2 --memory 64M", runs[i]);
+        check_all_same("one", "two");
+        expect(0, "%%/%s --inputs %%/x.npy --out %%/two --threads 3 --rows-at-once 1", runs[i]);
+        check_all_same("one", "two");
+        /* The least memory that it asks for does. */
+        expect(2, "%%/%s --inputs %%/x.npy --out %%/three --memory 1K --threads 1", runs[i]);
+        const char *least = strstr(complained, "the least that would do is ");
+        assert_non_null(least);
+        assert_false(exists(in_root("three")));
+        expect(0, "%%/%s --inputs %%/x.npy --out %%/two --threads 1 --memory %llu", runs[i],
+               strtoull(least + 27, NULL, 10));
+        check_all_same("one", "two");
+    }
+}
+
+static void test_outputs(void **state)
+{
+    int64_t labels[M];
+    uint8_t bytes[M];
+    (void)state;
+    for (int i = 0; i < M; i++) {
+        labels[i] = i % OUT;
+        bytes[i] = (uint8_t)(i % OUT);
+    }
+    write_array("labels.npy", PK_INT64, 1, M, 0, labels);
+    write_array("bytes.npy", PK_UINT8, 1, M, 0, bytes);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/every");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/number --outputs 2");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/given --outputs label --labels %%/labels.npy");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/given2 --outputs label --labels %%/bytes.npy");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/own --outputs label");
+    check_all_same("given", "given2");
+    check_identity("number", M, 1, "by_example", N);
+    check_identity("own", M, 1, "by_example", N);
+    pk_array every = result(in_root("every/by_example.npy"), M, OUT, N, 0),
+             ends = result(in_root("every/final.npy"), M, OUT, 0, 0);
+    pk_array number = result(in_root("number/by_example.npy"), M, 1, N, 0),
+             own = result(in_root("own/by_example.npy"), M, 1, N, 0);
+    pk_array given = result(in_root("given/by_example.npy"), M, 1, N, 0);
+    for (size_t r = 0; r < M; r++) {
+        const double *f = numbers(&ends) + r * OUT;
+        size_t best = f[1] > f[0] ? (f[2] > f[1] ? 2 : 1) : f[2] > f[0] ? 2 : 0;
+        for (size_t i = 0; i < N; i++) {
+            const double *row = numbers(&every) + r * OUT * N + i;
+            assert_true(fabs(row[2 * N] - numbers(&number)[r * N + i]) < 1e-12);
+            assert_true(fabs(row[best * N] - numbers(&own)[r * N + i]) < 1e-12);
+            assert_true(fabs(row[(size_t)labels[r] * N] - numbers(&given)[r * N + i]) < 1e-12);
+        }
+    }
+    pk_array_release(&context, &every);
+    pk_array_release(&context, &ends);
+    pk_array_release(&context, &number);
+    pk_array_release(&context, &own);
+    pk_array_release(&context, &given);
+}
+
+static void test_input_types(void **state)
+{
+    float floats[M * IN];
+    int64_t integers[M * IN];
+    uint8_t bytes[M * IN];
+    const size_t shape[4] = {M, 2, 1, 2};
+    (void)state;
+    for (size_t i = 0; i < M * IN; i++) {
+        floats[i] = (float)inputs[i];
+        integers[i] = (int64_t)inputs[i];
+        bytes[i] = (uint8_t)inputs[i];
+    }
+    write_array("f.npy", PK_FLOAT32, 2, M, IN, floats);
+    write_array("i.npy", PK_INT64, 2, M, IN, integers);
+    write_array("b.npy", PK_UINT8, 2, M, IN, bytes);
+    assert_int_equal(pk_array_write(&context, in_root("images.npy"), PK_FLOAT64, 4, shape, inputs), PK_OK);
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/plain");
+    static const char *const names[] = {"f", "i", "b", "images"};
+    for (int i = 0; i < 4; i++) {
+        expect(0, "%%/tanh --inputs %%/%s.npy --out %%/typed", names[i]);
+        check_all_same("plain", "typed");
+    }
+}
+
+static void test_not_closed(void **state)
+{
+    (void)state;
+    expect(1, "%%/tanh --inputs %%/x.npy --out %%/left --quadrature left");
+    assert_non_null(strstr(complained, "not closed: closure "));
+    assert_non_null(strstr(told, "\nNOT CLOSED\n"));
+    check_identity("left", M, OUT, "by_example", N);
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/left --quadrature left --tolerance 100");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/gauss --quadrature gauss:16");
+    expect(1, "%%/tanh --inputs %%/x.npy --out %%/midpoint --quadrature midpoint:3");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/trapezoid --quadrature trapezoid:200 --tolerance 1e-3");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/exact --quadrature exact --tolerance 1e-13");
+}
+
+static void test_bounds(void **state)
+{
+    (void)state;
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/bounds --bounds --top 0");
+    pk_array bounds = result(in_root("bounds/bounds.npy"), M, OUT, N, 0);
+    for (size_t i = 0; i < pk_array_items(&bounds); i++)
+        assert_true(numbers(&bounds)[i] >= 0 && numbers(&bounds)[i] < 1e-8);
+    pk_array_release(&context, &bounds);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/unbounded");
+    pk_array with = result(in_root("bounds/by_example.npy"), M, OUT, N, 0);
+    pk_array without = result(in_root("unbounded/by_example.npy"), M, OUT, N, 0);
+    for (size_t i = 0; i < pk_array_items(&with); i++)
+        assert_true(fabs(numbers(&with)[i] - numbers(&without)[i]) < 1e-12);
+    pk_array_release(&context, &with);
+    pk_array_release(&context, &without);
+}
+
+static void test_no_steps(void **state)
+{
+    pk_array array;
+    (void)state;
+    expect(0, "%%/still --inputs %%/x.npy --out %%/none --keep step --keep train");
+    assert_int_equal(pk_array_map(&context, in_root("none/by_step.npy"), 0, &array), PK_OK);
+    assert_int_equal(array.rank, 3);
+    assert_true(array.shape[0] == M && array.shape[1] == OUT && array.shape[2] == 0);
+    pk_array_release(&context, &array);
+    check_identity("none", M, OUT, "by_example", N);
+}
+
+/* ---- what it prints ------------------------------------------------------------------------------------ */
+
+static size_t occurrences(const char *text, const char *words)
+{
+    size_t count = 0;
+    for (; (text = strstr(text, words)) != NULL; text++)
+        count++;
+    return count;
+}
+
+static void test_printed(void **state)
+{
+    (void)state;
+    expect(0, "--help");
+    assert_non_null(strstr(told, "--quadrature RULE"));
+    assert_string_equal(complained, "");
+    expect(0, "--version");
+    assert_string_equal(told, "pathkernel-decompose " PK_VERSION "\n");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/printed");
+    assert_int_equal(occurrences(told, "\ninput "), 10); /* of 23 */
+    assert_int_equal(occurrences(told, "\n  for "), 10);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/printed --top 2 --keep layer");
+    assert_int_equal(occurrences(told, "\ninput "), M);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/printed --top 0");
+    assert_int_equal(occurrences(told, "\ninput "), 0);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/printed --top 1000000 --verbose");
+    assert_non_null(strstr(complained, "plan: "));
+    assert_non_null(strstr(complained, "23 of 23 inputs complete"));
+
+    /* The strongest example of the first input, against the file. */
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/printed --outputs 1 --top 1");
+    pk_array by_example = result(in_root("printed/by_example.npy"), M, 1, N, 0);
+    size_t strongest = 0;
+    char wanted[100];
+    for (size_t i = 1; i < N; i++)
+        strongest = numbers(&by_example)[i] > numbers(&by_example)[strongest] ? i : strongest;
+    snprintf(wanted, sizeof wanted, "  for      %zu (%zu) %+.4g\n", strongest, strongest % OUT,
+             numbers(&by_example)[strongest]);
+    assert_non_null(strstr(told, wanted));
+    pk_array_release(&context, &by_example);
+
+    /* Where standard output is full, the results are there and the status says so. */
+    if (exists("/dev/full")) {
+        sent_to = "/dev/full";
+        int status = finish(start("%/tanh --inputs %/x.npy --out %/unsaid"));
+        sent_to = NULL;
+        assert_int_equal(status, 2);
+        assert_non_null(strstr(complained, "summary could not be written"));
+        check_identity("unsaid", M, OUT, "by_example", N);
+    }
+}
+
+/* A manifest that declares another optimiser than the one that trained. */
+static void test_wrong_optimizer(void **state)
+{
+    (void)state;
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/right");
+    assert_null(strstr(told, "does not describe"));
+    expect(0, "%%/adamw --inputs %%/x.npy --out %%/right"); /* float32: rounding, and no complaint */
+    assert_null(strstr(told, "does not describe"));
+    assert_null(strstr(told, "float32?"));
+    shell("cp -r relu forgotten && sed -i 's/momentum=0.9//' forgotten/run.txt");
+    shell("cp -r adamw decay && sed -i 's/weight_decay=[^ ]*/weight_decay=0.5/' decay/run.txt");
+    expect(0, "%%/forgotten --inputs %%/x.npy --out %%/wrong"); /* it closes all the same */
+    assert_non_null(strstr(told, "optimizer line probably does not describe how the"));
+    expect(0, "%%/decay --inputs %%/x.npy --out %%/wrong");
+    assert_non_null(strstr(told, "optimizer line probably does not describe how the"));
+}
+
+/* ---- bad input ----------------------------------------------------------------------------------------- */
+
+static void test_bad_arguments(void **state)
+{
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"", "no run directory"},
+        {"%/tanh", "--inputs X.npy is missing"},
+        {"%/tanh --inputs %/x.npy", "--out DIR is missing"},
+        {"%/tanh --inputs %/x.npy --out", "--out needs a value"},
+        {"%/tanh --inputs --out %/no", "--inputs needs a value"},
+        {"%/tanh --inputs= --out %/no", "--inputs needs a value"},
+        {"%/tanh %/relu --inputs %/x.npy --out %/no", "only one run"},
+        {"%/tanh --inputs %/x.npy --out %/no --fast", "unknown option '--fast'"},
+        {"%/tanh --inputs %/x.npy --out %/no -t 2", "unknown option '-t'"},
+        {"%/tanh --inputs %/x.npy --out %/no --outputsall", "unknown option '--outputsall'"},
+        {"%/tanh --inputs %/x.npy --out %/no --keep everything", "--keep: 'everything' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --keep train,", "--keep: 'train,' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --outputs 3", "--outputs: there is no output 3"},
+        {"%/tanh --inputs %/x.npy --out %/no --outputs -1", "--outputs: '-1' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --outputs 99999999999999999999999", "--outputs: '9999"},
+        {"%/tanh --inputs %/x.npy --out %/no --outputs labels", "--outputs: 'labels' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature simpson", "--quadrature: 'simpson' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature gauss", "--quadrature: 'gauss' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature gauss:", "--quadrature: 'gauss:' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature gauss:0", "--quadrature: 'gauss:0' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature gauss:4x", "--quadrature: 'gauss:4x' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature gauss:1000", "--quadrature: "},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature auto:4", "--quadrature: 'auto:4' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature exact", "--quadrature: the exact rule needs"},
+        {"%/tanh --inputs %/x.npy --out %/no --quadrature trapezoid:1", "--quadrature: "},
+        {"%/tanh --inputs %/x.npy --out %/no --tolerance 0", "--tolerance: '0' is not a positive"},
+        {"%/tanh --inputs %/x.npy --out %/no --tolerance nan", "--tolerance: 'nan' is not a positive"},
+        {"%/tanh --inputs %/x.npy --out %/no --tolerance 1e-10x", "--tolerance: '1e-10x' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --tolerance 1e999", "--tolerance: '1e999' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --top -3", "--top: '-3' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --threads 0", "--threads: '0' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --threads 1000000", "--threads: '1000000' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --rows-at-once 0", "--rows-at-once: '0' is not"},
+        {"%/tanh --inputs %/x.npy --out %/no --memory 0", "--memory: '0' is not a size"},
+        {"%/tanh --inputs %/x.npy --out %/no --memory -1G", "--memory: '-1G' is not a size"},
+        {"%/tanh --inputs %/x.npy --out %/no --memory 2X", "--memory: '2X' is not a size"},
+        {"%/tanh --inputs %/x.npy --out %/no --memory 99999999999T", "--memory: '99999999999T' is not a size"},
+        {"%/tanh --inputs %/x.npy --out %/no --memory 1K", "within 1024 bytes is not possible; the least"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_refused(cases[i].arguments, cases[i].words);
+        assert_false(exists(in_root("no")));
+    }
+}
+
+static void test_bad_files(void **state)
+{
+    double values[M * IN];
+    int64_t labels[M] = {0};
+    (void)state;
+    memcpy(values, inputs, sizeof values);
+    values[5 * IN + 2] = NAN;
+    write_array("nan.npy", PK_FLOAT64, 2, M, IN, values);
+    values[5 * IN + 2] = (double)INFINITY;
+    write_array("infinite.npy", PK_FLOAT64, 2, M, IN, values);
+    write_array("wide.npy", PK_FLOAT64, 2, IN, M, inputs);
+    write_array("flat.npy", PK_FLOAT64, 1, IN, 0, inputs);
+    write_array("empty.npy", PK_FLOAT64, 2, 0, IN, inputs);
+    write_array("few.npy", PK_INT64, 1, M - 1, 0, labels);
+    write_array("real.npy", PK_FLOAT64, 1, M, 0, inputs);
+    labels[4] = OUT;
+    write_array("high.npy", PK_INT64, 1, M, 0, labels);
+    shell("head -c 300 x.npy >short.npy; head -c 20 x.npy >header.npy; : >nothing.npy; echo hello >text.npy");
+    shell("for r in a b c d e f; do cp -r tanh bad-$r; done; rm bad-a/run.txt; echo 'speed 9' >>bad-b/run.txt;"
+          "truncate -s 200 bad-c/weights.npy; rm bad-d/batch_items.npy; sed -i 's/dense 6/dense 7/' "
+          "bad-e/run.txt;"
+          "printf '\\0\\0\\0\\0\\0\\0\\370\\177' | dd of=bad-f/weights.npy bs=1 conv=notrunc"
+          " seek=$(($(wc -c <bad-f/weights.npy) - 8)) 2>/dev/null; mkdir bad-g");
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"%/gone --inputs %/x.npy --out %/no", "/gone/run.txt: No such file"},
+        {"%/x.npy --inputs %/x.npy --out %/no", "/x.npy"},
+        {"%/bad-a --inputs %/x.npy --out %/no", "/bad-a/run.txt: No such file"},
+        {"%/bad-b --inputs %/x.npy --out %/no", "unknown key 'speed'"},
+        {"%/bad-c --inputs %/x.npy --out %/no", "weights.npy"},
+        {"%/bad-d --inputs %/x.npy --out %/no", "batch_items.npy"},
+        {"%/bad-e --inputs %/x.npy --out %/no", "weights.npy"},
+        {"%/bad-f --inputs %/x.npy --out %/no", "weights.npy"},
+        {"%/bad-g --inputs %/x.npy --out %/no", "/bad-g/run.txt: No such file"},
+        {"%/tanh --inputs %/gone.npy --out %/no", "/gone.npy: cannot be opened: No such file"},
+        {"%/tanh --inputs %/tanh --out %/no", "is a directory"},
+        {"%/tanh --inputs %/short.npy --out %/no", "short.npy"},
+        {"%/tanh --inputs %/header.npy --out %/no", "header.npy"},
+        {"%/tanh --inputs %/nothing.npy --out %/no", "nothing.npy"},
+        {"%/tanh --inputs %/text.npy --out %/no", "text.npy"},
+        {"%/tanh --inputs %/wide.npy --out %/no",
+         "wide.npy has shape (4, 23), rows of 23 numbers; the network takes 4"},
+        {"%/tanh --inputs %/flat.npy --out %/no", "one input has shape (1, ...)"},
+        {"%/tanh --inputs %/empty.npy --out %/no", "empty.npy has shape (0, 4): no inputs"},
+        {"%/tanh --inputs %/nan.npy --out %/no", "nan.npy: row 5, number 2 is NaN"},
+        {"%/tanh --inputs %/infinite.npy --out %/no", "infinite.npy: row 5, number 2 is infinite"},
+        {"%/tanh --inputs %/x.npy --labels %/gone.npy --out %/no", "--labels: "},
+        {"%/tanh --inputs %/x.npy --labels %/few.npy --out %/no",
+         "few.npy has shape (22,); 23 inputs need (23,)"},
+        {"%/tanh --inputs %/x.npy --labels %/real.npy --out %/no", "real.npy has type float64"},
+        {"%/tanh --inputs %/x.npy --labels %/high.npy --out %/no", "high.npy: label 3 in row 4"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_refused(cases[i].arguments, cases[i].words);
+        assert_false(exists(in_root("no")));
+    }
+}
+
+static void test_unwritable(void **state)
+{
+    (void)state;
+    expect_refused("%/tanh --inputs %/x.npy --out %/x.npy", "there is a file of that name");
+    expect_refused("%/tanh --inputs %/x.npy --out %/x.npy/below", "/x.npy/below: the folder cannot be made");
+    if (exists("/proc/self"))
+        expect_refused("%/tanh --inputs %/x.npy --out /proc", "/proc");
+    shell("mkdir -p taken/closure.npy.part");
+    expect_refused("%/tanh --inputs %/x.npy --out %/taken", "closure.npy.part: cannot be made: Is a directory");
+    assert_false(exists(in_root("taken/by_example.npy.part")));
+    shell("mkdir locked && chmod 555 locked");
+    if (geteuid() != 0) /* nothing is locked to root */
+        expect_refused("%/tanh --inputs %/x.npy --out %/locked", "/locked: the folder cannot be written");
+}
+
+/* ---- cut short ----------------------------------------------------------------------------------------- */
+
+/* The rows that the message counts as complete are in all files, equal to those of the whole job. */
+static size_t check_complete(const char *text, const char *folder, size_t rows)
+{
+    char counted[60];
+    const char *found = strstr(text, " inputs are complete, rows 0 to ");
+    assert_non_null(found);
+    size_t last = (size_t)strtoull(found + 32, NULL, 10), complete = last + 1;
+    snprintf(counted, sizeof counted, " %zu of %zu inputs are complete", complete, rows);
+    if (!strstr(text, counted))
+        fail_msg("%s", text);
+    check_identity(folder, complete, OUT, "by_example", N);
+    check_no_parts(folder);
+    return complete;
+}
+
+static void test_full_disk(void **state)
+{
+    (void)state;
+    expect(0, "%%/tanh --inputs %%/200.npy --out %%/whole --top 0");
+    file_limit = 100000; /* of 200 * 3 * 40 * 8 */
+    expect(2, "%%/tanh --inputs %%/200.npy --out %%/full --top 0 --rows-at-once 16");
+    assert_non_null(strstr(complained, "by_example.npy"));
+    assert_int_equal(check_complete(complained, "full", 200), 96);
+    check_all_same("full", "whole");
+
+    /* Nothing complete: an older decomposition stays as it was. */
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/older");
+    file_limit = 4000;
+    expect(2, "%%/relu --inputs %%/200.npy --out %%/older --top 0");
+    file_limit = 4000;
+    expect(2, "%%/relu --inputs %%/200.npy --out %%/newer --top 0");
+    check_no_parts("older");
+    assert_false(exists(in_root("newer")));
+    check_identity("older", M, OUT, "by_example", N);
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/same");
+    check_all_same("older", "same");
+}
+
+#ifdef __linux__
+static int put(const char *path, const char *text)
+{
+    int file = open(path, O_WRONLY);
+    int done = file >= 0 && write(file, text, strlen(text)) == (ssize_t)strlen(text);
+    if (file >= 0)
+        close(file);
+    return done;
+}
+
+/* In a child: a small file system of its own on root/small, where the machine allows that. */
+static int small_disk(void)
+{
+    char users[40], groups[40];
+    const int user = geteuid() != 0;
+    snprintf(users, sizeof users, "0 %lu 1", (unsigned long)geteuid());
+    snprintf(groups, sizeof groups, "0 %lu 1", (unsigned long)getegid());
+    if (unshare(CLONE_NEWNS | (user ? CLONE_NEWUSER : 0)) ||
+        (user && (!put("/proc/self/setgroups", "deny") || !put("/proc/self/uid_map", users) ||
+                  !put("/proc/self/gid_map", groups))))
+        return 77;
+    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
+        mount("tmpfs", in_root("small"), "tmpfs", 0, "size=128k"))
+        return 77;
+    expect(2, "%%/tanh --inputs %%/200.npy --out %%/small --top 0 --rows-at-once 16");
+    if (!strstr(complained, "No space left on device"))
+        return 1;
+    size_t complete = check_complete(complained, "small", 200);
+    check_all_same("small", "whole");
+    return complete > 0 && complete < 200 ? 0 : 1;
+}
+
+static void test_small_disk(void **state)
+{
+    int status = 0;
+    (void)state;
+    shell("mkdir small");
+    expect(0, "%%/tanh --inputs %%/200.npy --out %%/whole --top 0");
+    fflush(stdout);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        setenv("CMOCKA_TEST_ABORT", "1", 1); /* a failure in here must not go on with the other tests */
+        _exit(small_disk());
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77) {
+        print_message("this machine lets nobody mount a small file system\n");
+        skip();
+    }
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+#endif
+
+/* Waits until its standard error has the words; the time limit is for a broken program only. */
+static void wait_for(const char *words)
+{
+    for (int i = 0; i < 12000; i++) {
+        read_text(in_root("stderr"), complained);
+        if (strstr(complained, words))
+            return;
+        usleep(10000);
+    }
+    fail_msg("'%s' never came: %s", words, complained);
+}
+
+static void test_cancel(void **state)
+{
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    (void)state;
+    expect(0, "%%/relu --inputs %%/200.npy --out %%/whole --top 0 --threads 1");
+    for (int i = 0; i < 3; i++) {
+        shell(": >stderr");
+        pid_t child =
+            start("%/relu --inputs %/long.npy --out %/cut --top 0 --rows-at-once 16 --threads 1 --verbose");
+        wait_for(" inputs complete, after");
+        kill(child, signals[i]);
+        assert_int_equal(finish(child), 2);
+        assert_string_equal(told, "");
+        size_t complete = check_complete(strstr(complained, "cancelled: "), "cut", LONG);
+        assert_true(complete % 16 == 0 && complete < LONG);
+    }
+    /* Row for row what an uncut job gives. */
+    expect(0, "%%/relu --inputs %%/200.npy --out %%/first --top 0 --rows-at-once 16");
+    check_all_same("first", "whole");
+    pk_array cut, whole;
+    assert_int_equal(pk_array_map(&context, in_root("cut/by_example.npy"), 0, &cut), PK_OK);
+    assert_int_equal(pk_array_map(&context, in_root("whole/by_example.npy"), 0, &whole), PK_OK);
+    size_t rows = cut.shape[0] < whole.shape[0] ? cut.shape[0] : whole.shape[0];
+    assert_memory_equal(cut.data, whole.data, rows * cut.row_items * sizeof(double));
+    pk_array_release(&context, &cut);
+    pk_array_release(&context, &whole);
+}
+
+/* On a terminal: a progress line with an estimate, and Ctrl-C. */
+static void test_terminal(void **state)
+{
+    char text[TEXT] = "";
+    size_t used = 0;
+    int status = 0, sent = 0;
+    (void)state;
+    int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) {
+        print_message("this machine has no pseudo terminals\n");
+        skip();
+    }
+    const char *name = ptsname(terminal);
+    fflush(stdout);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        default_signals();
+        setsid();
+        int own = open(name, O_RDWR);
+        if (own < 0 || ioctl(own, TIOCSCTTY, 0) || dup2(own, STDIN_FILENO) < 0 ||
+            dup2(own, STDERR_FILENO) < 0 || !freopen("/dev/null", "w", stdout))
+            _exit(97);
+        execl(program, program, in_root("relu"), "--inputs", in_root("long.npy"), "--out", in_root("shown"),
+              "--top", "0", "--rows-at-once", "64", "--threads", "1", (char *)NULL);
+        _exit(98);
+    }
+    for (;;) {
+        ssize_t got = read(terminal, text + used, sizeof text - 1 - used);
+        if (got <= 0)
+            break;
+        used += (size_t)got;
+        text[used] = 0;
+        if (!sent && strstr(text, " left")) {
+            sent = 1;
+            assert_int_equal(write(terminal, "\003", 1), 1);
+        }
+        if (used > sizeof text / 2 && !strstr(text, "cancelled")) { /* keep the end */
+            memmove(text, text + used / 2, used - used / 2 + 1);
+            used -= used / 2;
+        }
+    }
+    close(terminal);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    if (WEXITSTATUS(status) == 97)
+        skip();
+    if (WEXITSTATUS(status) != 2 || !sent || !strstr(text, " inputs, ") || !strstr(text, " %") ||
+        !strstr(text, "stopping"))
+        fail_msg("status %d: %s", WEXITSTATUS(status), text);
+    (void)check_complete(strstr(text, "cancelled: "), "shown", LONG);
+}
+
+/* A second decomposition into the same folder takes the place of the first. */
+static void test_again(void **state)
+{
+    (void)state;
+    expect(0, "%%/tanh --inputs %%/200.npy --out %%/again --keep train --keep step");
+    assert_null(strstr(told, "older decomposition"));
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/again --keep train");
+    assert_non_null(strstr(told, "by_step.npy is of an older decomposition"));
+    check_identity("again", M, OUT, "by_example", N);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/anew");
+    check_all_same("again", "anew");
+}
+
+int main(int count, char **arguments)
+{
+    const char *given = getenv("PATHKERNEL_DECOMPOSE");
+    const char *slash = count > 0 ? strrchr(arguments[0], '/') : NULL;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_results),         cmocka_unit_test(test_same_bytes),
+        cmocka_unit_test(test_outputs),         cmocka_unit_test(test_input_types),
+        cmocka_unit_test(test_not_closed),      cmocka_unit_test(test_bounds),
+        cmocka_unit_test(test_no_steps),        cmocka_unit_test(test_printed),
+        cmocka_unit_test(test_wrong_optimizer), cmocka_unit_test(test_bad_arguments),
+        cmocka_unit_test(test_bad_files),       cmocka_unit_test(test_unwritable),
+        cmocka_unit_test(test_full_disk),
+#ifdef __linux__
+        cmocka_unit_test(test_small_disk),
+#endif
+        cmocka_unit_test(test_cancel),          cmocka_unit_test(test_terminal),
+        cmocka_unit_test(test_again),
+    };
+    if (given)
+        snprintf(program, sizeof program, "%s", given);
+    else
+        snprintf(program, sizeof program, "%.*s/pathkernel-decompose", slash ? (int)(slash - arguments[0]) : 1,
+                 slash ? arguments[0] : ".");
+    if (access(program, X_OK) != 0) {
+        fprintf(stderr, "%s: not there; build it, or set PATHKERNEL_DECOMPOSE\n", program);
+        return 1;
+    }
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
