@@ -1,0 +1,1030 @@
+/* pathkernel-decompose: decomposes the predictions of a recorded training run over its training examples.
+ *
+ *     pathkernel-decompose RUN --inputs X.npy --out DIR [options]        (--help lists them)
+ *
+ * Results are written as NAME.npy.part, part by part, and take their names when the job ends: an older
+ * decomposition in DIR stays whole until there is something to put in its place. After a cancel or a full disk
+ * the files hold the rows that are complete. Exit status: 0 closed within the tolerance, 1 computed but not
+ * closed, 2 anything else, with one line on standard error.
+ */
+#define PATHKERNEL_IMPLEMENTATION
+#include "pathkernel.h"
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define PROGRAM "pathkernel-decompose"
+
+enum { CLOSED = 0, NOT_CLOSED = 1, FAILED = 2 };
+enum { FILES_MOST = 16, SHOWN_INPUTS = 10, THREADS_MOST = 1024 };
+
+static const char usage[] =
+    "usage: " PROGRAM " RUN --inputs X.npy --out DIR [options]\n"
+    "\n"
+    "Decomposes the outputs of the network that RUN ends with, on the inputs of X.npy (M, ...):\n"
+    "    final = initial + sum over the training examples + decay + unattributed + closure\n"
+    "\n"
+    "  --inputs X.npy        float32, float64, int64 or uint8; one input a row\n"
+    "  --out DIR             where the results go; made if it is not there\n"
+    "  --keep KIND           train: by_example.npy (M,C,N), the default; step: by_step.npy (M,C,S);\n"
+    "                        layer: by_layer.npy (M,C,L). Repeatable; train,step and the like keep both axes:\n"
+    "                        by_example_step.npy (M,C,N,S)\n"
+    "  --outputs WHICH       all (default), label (each input's label), or the number of one output, from 0\n"
+    "  --labels Y.npy        each input's label (M,), int64 or uint8; default: the label predicted at the end\n"
+    "  --quadrature RULE     auto (default), exact, gauss:N, midpoint:N, trapezoid:N or left, N nodes a step\n"
+    "  --tolerance T         of closure / max(1, |final|); default 1e-10\n"
+    "  --bounds              also bounds.npy (M,C,N): a bound on the error of every entry of by_example.npy\n"
+    "  --step-closure        also closure_by_step.npy (M,C,S)\n"
+    "  --top K               print the K strongest examples for and against each input;\n"
+    "                        default 3, of the first 10 inputs\n"
+    "  --threads N           default: all; the results do not depend on it\n"
+    "  --memory SIZE         the most memory for data, such as 2G, 64M or 512K; default 2G;\n"
+    "                        the results do not depend on it\n"
+    "  --rows-at-once R      inputs in one pass over the run, that is, in one part that survives a cancel\n"
+    "  --verbose             print the plan, the phases and the finished parts on standard error\n"
+    "  --help, --version\n"
+    "\n"
+    "Exit status: 0 closed within the tolerance; 1 computed, but not closed (results are written);\n"
+    "2 bad input, cancelled or out of space (complete rows are kept), with a line that says what and where.\n";
+
+typedef struct settings {
+    const char *run, *inputs, *out, *labels;
+    pk_decompose_options options;
+    char outputs; /* 'a'll, 'l'abel, 'n'umber */
+    size_t top;   /* strongest examples per input and sign */
+    int top_given, threads, verbose;
+    size_t memory;
+} settings;
+
+/* One result file. */
+typedef struct result {
+    char name[48];
+    char *path, *partial; /* DIR/name, DIR/name.part */
+    int rank;
+    size_t row_shape[PK_ARRAY_RANK], row_items;
+    pk_array_writer writer;
+} result;
+
+typedef struct task {
+    settings *set;
+    pk_context context;
+    pk_run run;
+    pk_real *inputs; /* rows x input width */
+    int64_t *labels; /* rows, or NULL */
+    size_t rows, outputs, finished;
+    result files[FILES_MOST];
+    size_t file_count;
+    int made_folder, top_hidden; /* by_example is kept for the list of the strongest only */
+    size_t *strongest;           /* set->top */
+    /* The worst unattributed and the largest change of an output by training. */
+    double unattributed, moved;
+    size_t unattributed_row, unattributed_output;
+    /* Progress: */
+    int terminal, line_shown;
+    const char *phase;
+    double begin, phase_begin, last_shown;
+} task;
+
+/* ---- messages ------------------------------------------------------------------------------------------ */
+
+static int line_on_terminal; /* a progress line stands on the terminal */
+
+static void clear_line(void)
+{
+    if (line_on_terminal)
+        fprintf(stderr, "\r%78s\r", "");
+    line_on_terminal = 0;
+}
+
+/* One line on standard error, whatever the arguments contain. */
+PK__FORMAT(1, 2)
+static int refuse(const char *format, ...)
+{
+    char text[1600];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    for (char *at = text; *at; at++)
+        if ((unsigned char)*at < ' ' || *at == 127)
+            *at = '?';
+    fflush(stdout);
+    clear_line();
+    fprintf(stderr, PROGRAM ": %s\n", text);
+    return FAILED;
+}
+
+static const char *duration(double seconds, char text[32])
+{
+    if (seconds < 10)
+        snprintf(text, 32, "%.*f s", seconds < 0.1 ? 3 : seconds < 1 ? 2 : 1, seconds);
+    else if (seconds < 60)
+        snprintf(text, 32, "%.0f s", seconds);
+    else if (seconds < 3600)
+        snprintf(text, 32, "%d min %02d s", (int)seconds / 60, (int)seconds % 60);
+    else
+        snprintf(text, 32, "%.0f h %02d min", floor(seconds / 3600), (int)(fmod(seconds, 3600) / 60));
+    return text;
+}
+
+static const char *size_text(double bytes, char text[32])
+{
+    static const char *const units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
+    int unit = 0;
+    for (; bytes >= 1024 && unit < 4; unit++)
+        bytes /= 1024;
+    snprintf(text, 32, "%.*f %s", unit && bytes < 100 ? 1 : 0, bytes, units[unit]);
+    return text;
+}
+
+static const char *shape_text(const pk_array *array, char text[200])
+{
+    size_t used = 0;
+    text[used++] = '(';
+    for (int i = 0; i < array->rank && used < 160; i++)
+        used += (size_t)snprintf(text + used, 200 - used, "%s%zu", i ? ", " : "", array->shape[i]);
+    snprintf(text + used, 200 - used, array->rank == 1 ? ",)" : ")");
+    return text;
+}
+
+/* ---- arguments ----------------------------------------------------------------------------------------- */
+
+/* A whole number, and nothing else. */
+static int parse_count(const char *text, size_t *count)
+{
+    char *end = NULL;
+    errno = 0;
+    if (*text < '0' || *text > '9')
+        return 0;
+    unsigned long long value = strtoull(text, &end, 10);
+    if (errno || *end || value > SIZE_MAX)
+        return 0;
+    *count = (size_t)value;
+    return 1;
+}
+
+/* 512K, 64M, 2G, 1T (powers of 1024), 1.5G, or plain bytes. */
+static int parse_memory(const char *text, size_t *bytes)
+{
+    char *end = NULL;
+    if (!((*text >= '0' && *text <= '9') || *text == '.') || text[strspn(text, "0123456789.")] == 'x')
+        return 0;
+    double value = strtod(text, &end);
+    const char *units = "KMGT", *unit = *end ? strchr(units, *end >= 'a' ? *end - 'a' + 'A' : *end) : NULL;
+    if (unit) {
+        value *= ldexp(1, 10 * (int)(unit - units + 1));
+        end++;
+        end += end[0] == 'i' && end[1] == 'B' ? 2 : end[0] == 'B';
+    }
+    if (*end || !(value >= 1) || value > 9e18 || value > (double)SIZE_MAX / 2)
+        return 0;
+    *bytes = (size_t)value;
+    return 1;
+}
+
+static int parse_quadrature(const char *text, pk_quadrature *quadrature)
+{
+    static const struct {
+        const char *name;
+        pk_rule rule;
+        int nodes; /* 0: takes no count, 1: may have one, 2: needs one */
+    } rules[] = {{"auto", PK_RULE_AUTO, 0},         {"exact", PK_RULE_EXACT, 0},
+                 {"gauss", PK_RULE_GAUSS, 2},       {"left", PK_RULE_LEFT, 1},
+                 {"midpoint", PK_RULE_MIDPOINT, 2}, {"trapezoid", PK_RULE_TRAPEZOID, 2}};
+    size_t length = strcspn(text, ":"), nodes = 0;
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
+        if (strlen(rules[i].name) != length || strncmp(rules[i].name, text, length) != 0)
+            continue;
+        if (text[length] ? !rules[i].nodes : rules[i].nodes == 2)
+            return 0;
+        if (text[length] && (!parse_count(text + length + 1, &nodes) || nodes < 1 || nodes > PK_RULE_NODES))
+            return 0;
+        quadrature->rule = rules[i].rule;
+        quadrature->nodes = (int)nodes;
+        return 1;
+    }
+    return 0;
+}
+
+/* "train", "step", "layer", or several with commas between. */
+static int parse_keep(const char *text, unsigned keep[PK_KEPT])
+{
+    static const char *const names[] = {"train", "step", "layer"};
+    static const unsigned axes[] = {PK_BY_EXAMPLE, PK_BY_STEP, PK_BY_LAYER};
+    unsigned wanted = 0;
+    for (;; text++) {
+        size_t length = strcspn(text, ","), i = 0;
+        while (i < 3 && (strlen(names[i]) != length || strncmp(names[i], text, length) != 0))
+            i++;
+        if (i == 3)
+            return 0;
+        wanted |= axes[i];
+        text += length;
+        if (!*text)
+            break;
+    }
+    size_t at = 0;
+    while (keep[at] && keep[at] != wanted) /* seven sums of axes, eight places */
+        at++;
+    keep[at] = wanted;
+    return 1;
+}
+
+/* Whether arguments[*at] is the option; then *value is what follows it, NULL where nothing does. */
+static int is_option(char **arguments, int *at, const char *option, const char **value)
+{
+    size_t length = strlen(option);
+    if (strncmp(arguments[*at], option, length) != 0 ||
+        (arguments[*at][length] && arguments[*at][length] != '='))
+        return 0;
+    if (arguments[*at][length]) {
+        *value = arguments[*at] + length + 1;
+        return 1;
+    }
+    *value = arguments[++*at];
+    if (*value && strncmp(*value, "--", 2) == 0) /* the next option; --out=--name is for such a name */
+        *value = NULL;
+    return 1;
+}
+
+/* -1: go on; otherwise the exit status. */
+static int parse_arguments(int count, char **arguments, settings *set)
+{
+    pk_decompose_options *options = &set->options;
+    memset(set, 0, sizeof *set);
+    set->outputs = 'a';
+    set->top = 3;
+    set->memory = (size_t)2 << 30;
+    int only_names = 0;
+    for (int i = 1; i < count; i++) {
+        const char *argument = arguments[i], *value = argument, *wanted = NULL;
+        size_t number = 0;
+        if (only_names || argument[0] != '-' || !argument[1]) {
+            if (set->run)
+                return refuse("'%s': only one run can be decomposed, and that is '%s'", argument, set->run);
+            set->run = argument;
+        } else if (strcmp(argument, "--") == 0) {
+            only_names = 1;
+        } else if (strcmp(argument, "--help") == 0 || strcmp(argument, "-h") == 0) {
+            return fputs(usage, stdout) < 0 || fflush(stdout) != 0 ? FAILED : CLOSED;
+        } else if (strcmp(argument, "--version") == 0) {
+            return printf(PROGRAM " %s\n", pk_version()) < 0 || fflush(stdout) != 0 ? FAILED : CLOSED;
+        } else if (strcmp(argument, "--bounds") == 0) {
+            options->bounds = 1;
+        } else if (strcmp(argument, "--step-closure") == 0) {
+            options->step_closure = 1;
+        } else if (strcmp(argument, "--verbose") == 0) {
+            set->verbose = 1;
+        } else if (is_option(arguments, &i, "--inputs", &value)) {
+            set->inputs = value;
+        } else if (is_option(arguments, &i, "--out", &value)) {
+            set->out = value;
+        } else if (is_option(arguments, &i, "--labels", &value)) {
+            set->labels = value;
+        } else if (is_option(arguments, &i, "--keep", &value)) {
+            if (value && !parse_keep(value, options->keep))
+                wanted = "train, step or layer";
+        } else if (is_option(arguments, &i, "--outputs", &value)) {
+            set->outputs = value && strcmp(value, "label") == 0 ? 'l'
+                           : value && strcmp(value, "all") == 0 ? 'a'
+                                                                : 'n';
+            if (value && set->outputs == 'n' && !parse_count(value, &options->readout.output))
+                wanted = "all, label or the number of an output, counted from 0";
+        } else if (is_option(arguments, &i, "--quadrature", &value)) {
+            if (value && !parse_quadrature(value, &options->quadrature))
+                wanted = "auto, exact, gauss:N, midpoint:N, trapezoid:N or left, with N from 1 to 1000000";
+        } else if (is_option(arguments, &i, "--tolerance", &value)) {
+            char *end = NULL;
+            options->tolerance = value ? strtod(value, &end) : 1;
+            if (value && (end == value || *end || !(options->tolerance > 0) || !isfinite(options->tolerance)))
+                wanted = "a positive number";
+        } else if (is_option(arguments, &i, "--top", &value)) {
+            set->top_given = 1;
+            if (value && !parse_count(value, &set->top))
+                wanted = "a whole number, 0 or more";
+        } else if (is_option(arguments, &i, "--threads", &value)) {
+            if (value && (!parse_count(value, &number) || number < 1 || number > THREADS_MOST))
+                wanted = "a whole number from 1 to 1024";
+            set->threads = (int)number;
+        } else if (is_option(arguments, &i, "--rows-at-once", &value)) {
+            if (value && (!parse_count(value, &options->rows_at_once) || !options->rows_at_once))
+                wanted = "a whole number, 1 or more";
+        } else if (is_option(arguments, &i, "--memory", &value)) {
+            if (value && !parse_memory(value, &set->memory))
+                wanted = "a size such as 2G, 64M or 512K";
+        } else {
+            return refuse("unknown option '%s'; --help lists them", argument);
+        }
+        if (!value || !*value)
+            return refuse("%.*s needs a value; --help tells which", (int)strcspn(argument, "="), argument);
+        if (wanted)
+            return refuse("%.*s: '%s' is not %s", (int)strcspn(argument, "="), argument, value, wanted);
+    }
+    if (!set->run)
+        return refuse("no run directory is given; --help tells how");
+    if (!set->inputs || !set->out)
+        return refuse("%s is missing; --help tells how", set->inputs ? "--out DIR" : "--inputs X.npy");
+    return -1;
+}
+
+/* ---- what goes in -------------------------------------------------------------------------------------- */
+
+static int read_inputs(task *job)
+{
+    const char *path = job->set->inputs;
+    pk_context *context = &job->context;
+    pk_array array;
+    char shape[200];
+    size_t width = job->run.graph.input_width;
+    if (pk_array_map(context, path, 0, &array) != PK_OK)
+        return refuse("--inputs: %s", pk_message(context));
+    int status = -1;
+    if (array.rank < 1 || array.shape[0] == 0)
+        status = refuse("--inputs: %s has shape %s: no inputs", path, shape_text(&array, shape));
+    else if (array.row_items != width)
+        status = refuse("--inputs: %s has shape %s, rows of %zu numbers; the network takes %zu%s", path,
+                        shape_text(&array, shape), array.row_items, width,
+                        array.rank == 1 && array.shape[0] == width ? " (one input has shape (1, ...))" : "");
+    else if (pk_allocate(context, pk_array_items(&array), sizeof *job->inputs, path, &job->inputs) != PK_OK)
+        status = refuse("--inputs: %s", pk_message(context));
+    if (status < 0) {
+        job->rows = array.shape[0];
+        pk_array_reals(&array, 0, job->rows * width, job->inputs);
+        for (size_t i = 0; status < 0 && i < job->rows * width; i++)
+            if (!isfinite(job->inputs[i]))
+                status = refuse("--inputs: %s: row %zu, number %zu is %s", path, i / width, i % width,
+                                isnan(job->inputs[i]) ? "NaN" : "infinite");
+    }
+    pk_array_release(context, &array);
+    return status;
+}
+
+static int read_labels(task *job)
+{
+    const char *path = job->set->labels;
+    pk_context *context = &job->context;
+    pk_array array;
+    char shape[200];
+    if (pk_array_map(context, path, 0, &array) != PK_OK)
+        return refuse("--labels: %s", pk_message(context));
+    int status = -1;
+    if (array.rank < 1 || array.shape[0] != job->rows || array.row_items != 1)
+        status = refuse("--labels: %s has shape %s; %zu inputs need (%zu,)", path, shape_text(&array, shape),
+                        job->rows, job->rows);
+    else if (array.type != PK_INT64 && array.type != PK_UINT8)
+        status = refuse("--labels: %s has type %s; labels are int64 or uint8", path, pk_type_name(array.type));
+    else if (pk_allocate(context, job->rows, sizeof *job->labels, path, &job->labels) != PK_OK)
+        status = refuse("--labels: %s", pk_message(context));
+    for (size_t i = 0; status < 0 && i < job->rows; i++) {
+        job->labels[i] =
+            array.type == PK_INT64 ? ((const int64_t *)array.data)[i] : ((const uint8_t *)array.data)[i];
+        if (job->labels[i] < 0 || (size_t)job->labels[i] >= job->run.outputs)
+            status = refuse("--labels: %s: label %lld in row %zu; the network has outputs 0 to %zu", path,
+                            (long long)job->labels[i], i, job->run.outputs - 1);
+    }
+    pk_array_release(context, &array);
+    return status;
+}
+
+/* Labels := the largest outputs at w_S. */
+static int predict_labels(task *job)
+{
+    pk_context *context = &job->context;
+    const size_t outputs = job->run.outputs;
+    pk_real *weights = NULL, *f = NULL;
+    pk_status status = pk_allocate(context, job->run.parameters, sizeof *weights, "the weights", &weights);
+    if (!status)
+        status = pk_allocate(context, job->rows, outputs * sizeof *f, "the predictions", &f);
+    if (!status)
+        status = pk_allocate(context, job->rows, sizeof *job->labels, "the labels", &job->labels);
+    if (!status)
+        status = pk_run_weights(context, &job->run, job->run.steps, weights);
+    if (!status)
+        status = pk_graph_evaluate(context, &job->run.graph, weights,
+                                   pk_matrix_view(job->inputs, job->rows, job->run.graph.input_width),
+                                   pk_matrix_view(f, job->rows, outputs));
+    for (size_t i = 0; !status && i < job->rows; i++)
+        for (size_t k = 1; k < outputs; k++)
+            if (f[i * outputs + k] > f[i * outputs + (size_t)job->labels[i]])
+                job->labels[i] = (int64_t)k;
+    pk_release(context, f);
+    pk_release(context, weights);
+    return status ? refuse("%s", pk_message(context)) : -1;
+}
+
+/* ---- what comes out ------------------------------------------------------------------------------------ */
+
+static int folder_exists(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+/* The folder and those above it. */
+static int make_folder(task *job)
+{
+    const char *out = job->set->out;
+    char *path = (char *)malloc(strlen(out) + 1);
+    if (!path)
+        return refuse("--out: no memory");
+    strcpy(path, out);
+    for (char *at = path + 1; *path && *at; at++)
+        if (*at == '/' && at[-1] != '/') {
+            *at = 0;
+            (void)mkdir(path, 0777);
+            *at = '/';
+        }
+    job->made_folder = mkdir(path, 0777) == 0;
+    int reason = errno;
+    free(path);
+    if (!job->made_folder && !(reason == EEXIST && folder_exists(out)))
+        return refuse("--out: %s: the folder cannot be made: %s", out,
+                      reason == EEXIST ? "there is a file of that name" : strerror(reason));
+    if (access(out, W_OK | X_OK) != 0)
+        return refuse("--out: %s: the folder cannot be written: %s", out, strerror(errno));
+    return -1;
+}
+
+static void name_kept(unsigned axes, char name[48])
+{
+    snprintf(name, 48, "by%s%s%s.npy", axes & PK_BY_EXAMPLE ? "_example" : "", axes & PK_BY_STEP ? "_step" : "",
+             axes & PK_BY_LAYER ? "_layer" : "");
+}
+
+static pk_status add_file(task *job, const char *name, size_t count, const size_t *sizes)
+{
+    result *file = &job->files[job->file_count++];
+    size_t length = strlen(job->set->out) + sizeof file->name + 8;
+    snprintf(file->name, sizeof file->name, "%s", name);
+    file->rank = 2;
+    file->row_shape[0] = file->row_items = job->outputs;
+    for (size_t i = 0; i < count; i++) {
+        file->row_shape[file->rank++ - 1] = sizes[i];
+        if (!pk__multiply(file->row_items, sizes[i], &file->row_items))
+            file->row_items = SIZE_MAX; /* the decomposition itself refuses this */
+    }
+    pk_status status = pk_allocate(&job->context, length, 1, "a path", &file->path);
+    if (!status)
+        status = pk_allocate(&job->context, length, 1, "a path", &file->partial);
+    if (status)
+        return status;
+    snprintf(file->path, length, "%s/%s", job->set->out, name);
+    snprintf(file->partial, length, "%s/%s.part", job->set->out, name);
+    return PK_OK;
+}
+
+/* The large ones first, so that a full disk shows before the small ones have grown. The order is that of
+ * rows_of(). */
+static pk_status list_files(task *job)
+{
+    static const char *const always[] = {"initial.npy", "final.npy", "decay.npy", "unattributed.npy",
+                                         "closure.npy"};
+    const pk_decompose_options *options = &job->set->options;
+    const size_t examples = job->run.examples, steps = job->run.steps, layers = job->run.graph.layers;
+    pk_status status = PK_OK;
+    for (size_t i = 0; !status && i < PK_KEPT && options->keep[i]; i++) {
+        size_t sizes[3], count = 0;
+        char name[48];
+        if (options->keep[i] & PK_BY_EXAMPLE)
+            sizes[count++] = examples;
+        if (options->keep[i] & PK_BY_STEP)
+            sizes[count++] = steps;
+        if (options->keep[i] & PK_BY_LAYER)
+            sizes[count++] = layers;
+        name_kept(options->keep[i], name);
+        status = add_file(job, name, count, sizes);
+    }
+    if (!status && options->bounds)
+        status = add_file(job, "bounds.npy", 1, &examples);
+    if (!status && options->step_closure)
+        status = add_file(job, "closure_by_step.npy", 1, &steps);
+    for (size_t i = 0; !status && i < sizeof always / sizeof *always; i++)
+        status = add_file(job, always[i], 0, NULL);
+    return status;
+}
+
+/* The rows that a part adds to each file, in the order of list_files(). */
+static void rows_of(const task *job, const pk_decomposition *part, const double *rows[FILES_MOST])
+{
+    size_t count = 0;
+    for (size_t i = 0; i < part->kept_count - (size_t)job->top_hidden; i++)
+        rows[count++] = part->kept[i].data;
+    if (job->set->options.bounds)
+        rows[count++] = part->bounds;
+    if (job->set->options.step_closure)
+        rows[count++] = part->step_closure;
+    rows[count++] = part->initial;
+    rows[count++] = part->final;
+    rows[count++] = part->decay;
+    rows[count++] = part->unattributed;
+    rows[count++] = part->closure;
+}
+
+static pk_status create_files(task *job)
+{
+    pk_status status = PK_OK;
+    for (size_t i = 0; !status && i < job->file_count; i++) {
+        result *file = &job->files[i];
+        if (file->row_items) /* a run of no steps has nothing by step: see publish_files */
+            status = pk_array_create(&job->context, file->partial, PK_FLOAT64, file->rank, file->row_shape,
+                                     &file->writer);
+    }
+    return status;
+}
+
+/* Closes the files with exactly the finished rows and gives them their names; none: removes them. */
+static pk_status publish_files(task *job)
+{
+    pk_context *context = &job->context;
+    pk_status status = PK_OK;
+    for (size_t i = 0; i < job->file_count; i++) {
+        result *file = &job->files[i];
+        pk_status closed = PK_OK;
+        if (file->writer.file) {
+            size_t rows = file->writer.rows;
+            closed = pk_array_close(context, &file->writer);
+            if (!closed && job->finished && rows != job->finished) {
+                closed = pk_array_reopen(context, file->partial, PK_FLOAT64, file->rank, file->row_shape,
+                                         job->finished, &file->writer);
+                if (!closed)
+                    closed = pk_array_close(context, &file->writer);
+            }
+        } else if (job->finished && !file->row_items) {
+            size_t shape[PK_ARRAY_RANK] = {job->finished};
+            memcpy(shape + 1, file->row_shape, (size_t)(file->rank - 1) * sizeof *shape);
+            closed = pk_array_write(context, file->partial, PK_FLOAT64, file->rank, shape, NULL);
+        }
+        status = status ? status : closed;
+    }
+    for (size_t i = 0; i < job->file_count; i++) {
+        result *file = &job->files[i];
+        if (!file->partial)
+            continue;
+        if (!job->finished || status)
+            (void)unlink(file->partial);
+        else if (rename(file->partial, file->path) != 0)
+            return pk__fail(context, PK_IO, "%s: cannot be renamed to %s: %s", file->partial, file->name,
+                            strerror(errno));
+    }
+    if (!job->finished && job->made_folder)
+        (void)rmdir(job->set->out);
+    return status;
+}
+
+/* ---- printed along the way ----------------------------------------------------------------------------- */
+
+static void print_examples(const task *job, const double *values, int sign, const char *word)
+{
+    const pk_array *targets = &job->run.train.targets;
+    size_t found = pk_strongest(values, job->run.examples, sign, job->set->top, job->strongest);
+    printf("  %-8s", word);
+    for (size_t i = 0; i < found; i++) {
+        size_t example = job->strongest[i];
+        printf("%s%zu", i ? ",  " : " ", example);
+        if (targets->type == PK_INT64)
+            printf(" (%lld)", (long long)((const int64_t *)targets->data)[example]);
+        else if (targets->row_items == 1) {
+            pk_real target;
+            pk_array_reals(targets, example, 1, &target);
+            printf(" (%.4g)", (double)target);
+        }
+        printf(" %+.4g", values[example]);
+    }
+    printf(found ? "\n" : " none\n");
+}
+
+static size_t largest_of(const double *values, size_t count)
+{
+    size_t best = 0;
+    for (size_t i = 1; i < count; i++)
+        if (values[i] > values[best])
+            best = i;
+    return best;
+}
+
+/* final = initial + data + ... of one output of each input, and the examples that made it. */
+static void print_strongest(const task *job, const pk_decomposition *part)
+{
+    const settings *set = job->set;
+    const double *by_example = part->by_example;
+    for (size_t r = 0; r < part->rows && by_example; r++) {
+        size_t row = part->first_row + r, cell = r * part->outputs, output = 0;
+        size_t predicted = largest_of(part->final + cell, part->outputs);
+        if (row >= SHOWN_INPUTS && !set->top_given)
+            return;
+        if (row == 0)
+            printf("strongest examples of each input: row of train_inputs.npy%s, contribution\n",
+                   job->run.train.targets.type == PK_INT64 ? " (label)"
+                   : job->run.outputs == 1                 ? " (target)"
+                                                           : "");
+        printf("input %zu: ", row);
+        if (set->outputs == 'a' && part->outputs > 1) {
+            output = job->labels ? (size_t)job->labels[row] : predicted;
+            printf("predicted %zu; output %zu", predicted, output);
+        } else {
+            printf("output %zu", set->outputs == 'l'   ? (size_t)job->labels[row]
+                                 : set->outputs == 'n' ? set->options.readout.output
+                                                       : (size_t)0);
+        }
+        cell += output;
+        printf(" = %.6g = initial %.6g, examples %+.6g", part->final[cell], part->initial[cell],
+               part->data[cell]);
+        if (part->decay[cell] != 0)
+            printf(", decay %+.4g", part->decay[cell]);
+        printf(", rest %+.1e\n", part->unattributed[cell] + part->closure[cell]);
+        print_examples(job, by_example + cell * part->examples, +1, "for");
+        print_examples(job, by_example + cell * part->examples, -1, "against");
+    }
+}
+
+static volatile sig_atomic_t signalled, tell_signal;
+
+/* A second signal ends the program at once: the handler is installed for one. */
+static void on_signal(int number)
+{
+    static const char text[] = " stopping after the steps in hand; once more ends at once\n";
+    int reason = errno;
+    signalled = number;
+    if (tell_signal && write(STDERR_FILENO, text, sizeof text - 1) < 0)
+        tell_signal = 0;
+    errno = reason;
+}
+
+static void catch_signals(int terminal)
+{
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action, old;
+    tell_signal = terminal;
+    memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = on_signal;
+    action.sa_flags = (int)SA_RESETHAND;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN) /* nohup */
+            (void)sigaction(numbers[i], &action, NULL);
+    (void)signal(SIGPIPE, SIG_IGN); /* `| head` must not cost the results */
+#ifdef SIGXFSZ
+    (void)signal(SIGXFSZ, SIG_IGN); /* a file size limit is a full disk, not a reason to die */
+#endif
+}
+
+static int on_progress(void *user, const char *phase, double fraction)
+{
+    task *own = (task *)user;
+    double now = pk__seconds();
+    char took[32], left[32];
+    if (!own->phase || strcmp(own->phase, phase) != 0) {
+        own->phase = phase;
+        own->phase_begin = now;
+        if (own->set->verbose) {
+            clear_line();
+            fprintf(stderr, PROGRAM ": %s, after %s\n", phase, duration(now - own->begin, took));
+        }
+    }
+    if (signalled) {
+        line_on_terminal = 0; /* the handler wrote below it */
+        return 1;
+    }
+    if (own->terminal && now - own->begin > 0.3 && now - own->last_shown > 0.1) {
+        double spent = now - own->phase_begin;
+        char line[128];
+        own->last_shown = now;
+        int used = snprintf(line, sizeof line, "%s %3.0f %%", phase, floor(100 * fraction));
+        if (own->finished)
+            used += snprintf(line + used, sizeof line - (size_t)used, ", %zu of %zu inputs", own->finished,
+                             own->rows);
+        used +=
+            snprintf(line + used, sizeof line - (size_t)used, ", %s", duration(floor(now - own->begin), took));
+        if (spent > 1 && fraction > 0.01)
+            snprintf(line + used, sizeof line - (size_t)used, ", about %s left",
+                     duration(ceil(spent * (1 - fraction) / fraction), left));
+        fprintf(stderr, "\r%-77.77s", line);
+        fflush(stderr);
+        line_on_terminal = 1;
+    }
+    return 0;
+}
+
+static pk_status on_part(void *user, const pk_decomposition *part)
+{
+    task *own = (task *)user;
+    const double *rows[FILES_MOST];
+    char took[32];
+    rows_of(own, part, rows);
+    for (size_t i = 0; i < own->file_count; i++) {
+        result *file = &own->files[i];
+        if (!file->row_items)
+            continue;
+        pk_status status = pk_array_append(&own->context, &file->writer, part->rows, rows[i]);
+        if (!status)
+            status = pk_array_flush(&own->context, &file->writer);
+        if (status)
+            return status;
+    }
+    own->finished = part->first_row + part->rows;
+    for (size_t i = 0; i < part->rows * part->outputs; i++) {
+        double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1,
+               share = fabs(part->unattributed[i]) / scale;
+        double moved = fabs(part->final[i] - part->initial[i]) / scale;
+        if (!(share <= own->unattributed) && !isnan(own->unattributed)) {
+            own->unattributed = share;
+            own->unattributed_row = part->first_row + i / part->outputs;
+            own->unattributed_output = i % part->outputs;
+        }
+        own->moved = moved > own->moved ? moved : own->moved;
+    }
+    clear_line();
+    if (own->set->verbose)
+        fprintf(stderr, PROGRAM ": %zu of %zu inputs complete, after %s\n", own->finished, own->rows,
+                duration(pk__seconds() - own->begin, took));
+    if (own->set->top)
+        print_strongest(own, part);
+    fflush(stdout);
+    return PK_OK;
+}
+
+/* ---- the job ------------------------------------------------------------------------------------------- */
+
+/* Inputs in one pass. Each pass reads the run and computes the examples' gradients anew, and each finished one
+ * survives a cancel: passes of about half a minute, long enough that the gradients cost under a tenth of them,
+ * results of at most a quarter of the memory; one pass where all takes less than a minute. */
+static size_t choose_rows(const task *job, double *seconds)
+{
+    const pk_run *run = &job->run;
+    const double steps = (double)run->steps, items = (double)run->batch_offsets[run->steps], points = 6;
+    const double outputs = (double)job->outputs, P = (double)run->parameters,
+                 threads = pk_threads(&job->context);
+    const int stateful = !pk_optimizer_stateless(&run->optimizer);
+    double widths = 0, bytes = 0;
+    for (size_t l = 0; l < run->graph.layers; l++)
+        widths += 2 * (double)pk_graph_layer(&run->graph, l)->width;
+    for (size_t i = 0; i < job->file_count; i++)
+        bytes += 8 * (double)job->files[i].row_items;
+    /* Operations: per training example in a pass, per test input. */
+    double example_side = 6 * P * items;
+    double row = outputs * (items * (stateful ? 2 * P : 2 * points * widths) + 6 * points * P * steps);
+    row *= job->set->options.bounds ? 3 : 1;
+    const double rate = 8e9 * threads, rows = (double)job->rows, block = (double)pk_tangent_block(job->outputs);
+    *seconds = (row * rows + example_side) / rate;
+    double wanted =
+        *seconds < 60 ? rows : fmax(fmax(30 * rate / row, 10 * example_side / row), 4 * threads * block);
+    wanted = fmax(block, fmin(wanted, (double)job->set->memory / 4 / fmax(bytes, 1)));
+    double passes = ceil(rows / fmin(wanted, rows));
+    return (size_t)fmax(1, ceil(rows / passes));
+}
+
+static void print_plan(const task *job, double seconds)
+{
+    char size[32], time[32];
+    if (!job->set->verbose)
+        return;
+    fprintf(stderr,
+            PROGRAM
+            ": plan: at most %zu of %zu inputs in a pass, in blocks of %zu; %d threads; memory up to %s; "
+            "expected to take about %s\n",
+            job->set->options.rows_at_once, job->rows, pk_tangent_block(job->outputs),
+            pk_threads(&job->context), size_text((double)job->set->memory, size), duration(seconds, time));
+}
+
+/* What a large unattributed term means, in words; NULL where it is rounding. */
+static const char *judge_unattributed(const task *job)
+{
+    const int coarse = job->run.weights.type == PK_FLOAT32;
+    const double large = coarse ? 1e-3 : 1e-5, noise = coarse ? 1e-5 : 1e-9;
+    double value = job->unattributed;
+    if (!(value <= large) || (value > noise && value > 0.1 * job->moved))
+        return "This is far more than rounding: the manifest's optimizer line probably does not describe how "
+               "the\n"
+               "             run was trained (its rates, momentum, betas, weight decay or gradient clipping), "
+               "or its loss,\n"
+               "             batches or batch weights do not. Contributions of examples are those of the "
+               "declared rule.";
+    if (!coarse && value > noise)
+        return "This is more than the rounding of float64, and about that of float32: was the run trained in\n"
+               "             float32 and stored as float64? Otherwise run.txt does not quite describe how it "
+               "was trained.";
+    return NULL;
+}
+
+static void print_quadrature(const task *job, const pk_decomposition *d)
+{
+    static const char *const names[] = {"auto", "exact", "gauss", "midpoint", "trapezoid", "left"};
+    const pk_quadrature *rule = &job->set->options.quadrature;
+    double cells = (double)job->finished * (double)d->steps;
+    printf("quadrature   %s", names[rule->rule]);
+    if (rule->nodes)
+        printf(":%d", rule->nodes);
+    if (cells > 0)
+        printf(", %.2f nodes and %.2f pieces per input and step, %zu nodes in all", (double)d->points / cells,
+               (double)d->pieces / cells, d->points);
+    printf("\n");
+    if (d->refused)
+        printf("             %zu pieces were accepted although they missed their target\n", d->refused);
+}
+
+static void print_time(const task *job, const pk_decomposition *d)
+{
+    const struct {
+        const char *name;
+        double seconds;
+    } phases[] = {{"reading and updates", d->seconds_read},
+                  {"gradients of the examples", d->seconds_examples},
+                  {"inputs along the path", d->seconds_test},
+                  {"contraction", d->seconds_contraction}};
+    double sum = 0;
+    char took[32], peak[32];
+    for (int i = 0; i < 4; i++)
+        sum += phases[i].seconds;
+    printf("time         %s in %zu pass%s, %d thread%s, %s of memory at the peak\n", duration(d->seconds, took),
+           d->passes, d->passes == 1 ? "" : "es", pk_threads(&job->context),
+           pk_threads(&job->context) == 1 ? "" : "s", size_text((double)job->context.memory_peak, peak));
+    printf("             thread time:");
+    for (int i = 0; i < 4; i++)
+        printf(" %s %.0f %%%s", phases[i].name, sum > 0 ? 100 * phases[i].seconds / sum : 0, i < 3 ? "," : "");
+    if (d->flops > 0 && d->seconds_contraction > 0)
+        printf(" (%.1f GF/s a thread)", d->flops / d->seconds_contraction * 1e-9);
+    printf("\n");
+}
+
+/* Files of the same kind in DIR that this job did not write. */
+static void print_left_behind(const task *job)
+{
+    char name[48], path[4096];
+    for (unsigned i = 0; i < 9; i++) {
+        static const unsigned axes[] = {1, 4, 8, 5, 9, 12, 13};
+        if (i < 7)
+            name_kept(axes[i], name);
+        else
+            snprintf(name, sizeof name, i == 7 ? "bounds.npy" : "closure_by_step.npy");
+        size_t f = 0;
+        while (f < job->file_count && strcmp(job->files[f].name, name) != 0)
+            f++;
+        int length = snprintf(path, sizeof path, "%s/%s", job->set->out, name);
+        if (f == job->file_count && length < (int)sizeof path && access(path, F_OK) == 0)
+            printf("note         %s is of an older decomposition\n", path);
+    }
+}
+
+static void print_summary(const task *job, const pk_decomposition *d, pk_status status)
+{
+    const pk_run *run = &job->run;
+    const char *out = job->set->out, *verdict = judge_unattributed(job);
+    char rule[200], size[32];
+    double tolerance = job->set->options.tolerance > 0 ? job->set->options.tolerance : 1e-10, bytes = 0;
+    if (pk_optimizer_format(&run->optimizer, rule, sizeof rule) != PK_OK)
+        rule[0] = 0;
+    if (job->set->top)
+        printf("\n");
+    printf("run          %s: %s; %s; %s\n", job->set->run, run->graph.text ? run->graph.text : "",
+           pk_loss_name(run->loss), rule);
+    if (run->cut_off)
+        printf("             recording was cut off: %zu steps are complete\n", run->steps);
+    printf("sizes        %zu of %zu inputs, %zu of %zu outputs, %zu examples, %zu steps, %zu layers, %zu "
+           "parameters in %s\n",
+           job->finished, job->rows, job->outputs, run->outputs, run->examples, run->steps, run->graph.layers,
+           run->parameters, pk_type_name(run->weights.type));
+    print_quadrature(job, d);
+    printf("closure      %.2e of max(1, |final|) at worst (input %zu, output %zu); tolerance %g\n",
+           d->worst_closure, d->worst_row, d->worst_output, tolerance);
+    if (d->steps)
+        printf("             %.2e in the worst single step (step %zu, input %zu)\n", d->worst_step_closure,
+               d->worst_step, d->worst_step_row);
+    printf("unattributed %.2e of max(1, |final|) at worst (input %zu, output %zu)\n", job->unattributed,
+           job->unattributed_row, job->unattributed_output);
+    if (verdict)
+        printf("             %s\n", verdict);
+    print_time(job, d);
+    for (size_t i = 0; i < job->file_count; i++)
+        bytes += 8 * (double)job->files[i].row_items * (double)job->finished;
+    printf("results      %s in %s:", size_text(bytes, size), out);
+    for (size_t i = 0; i < job->file_count; i++)
+        printf(" %.*s", (int)(strlen(job->files[i].name) - 4), job->files[i].name);
+    printf("\n");
+    print_left_behind(job);
+    printf("%s\n", status == PK_OK ? "closed" : "NOT CLOSED");
+}
+
+static int finish(task *job, const pk_decomposition *summary, pk_status status)
+{
+    char reason[PK_MESSAGE_SIZE];
+    const char *out = job->set->out;
+    clear_line();
+    snprintf(reason, sizeof reason, "%s", pk_message(&job->context));
+    if (status == PK_CANCELLED)
+        snprintf(reason, sizeof reason, "cancelled");
+    pk_status published = publish_files(job);
+    if (published)
+        return refuse("%s%s%s", pk_message(&job->context), status ? ", after: " : "", status ? reason : "");
+    if ((status && status != PK_NOT_CLOSED) || job->finished < job->rows) {
+        if (!job->finished && status == PK_CANCELLED)
+            return refuse("cancelled: 0 of %zu inputs are complete, nothing was written to %s", job->rows, out);
+        if (!job->finished)
+            return refuse("%s%s", status == PK_MEMORY_LIMIT ? "--memory: " : "", reason);
+        return refuse("%s: %zu of %zu inputs are complete, rows 0 to %zu of the files in %s", reason,
+                      job->finished, job->rows, job->finished - 1, out);
+    }
+    print_summary(job, summary, status);
+    if (fflush(stdout) != 0 || ferror(stdout))
+        return refuse("the results are in %s, but the summary could not be written: %s", out, strerror(errno));
+    if (status == PK_NOT_CLOSED) {
+        (void)refuse("not closed: %s", reason);
+        return NOT_CLOSED;
+    }
+    return CLOSED;
+}
+
+static int decompose(task *job)
+{
+    settings *set = job->set;
+    pk_decompose_options *options = &set->options;
+    pk_context *context = &job->context;
+    double seconds = 0;
+    size_t kept = 0;
+    int failed = -1;
+    /* The limit holds from the decomposition on: only it can tell the least that would do. */
+    if (pk_run_open(context, set->run, &job->run) != PK_OK) {
+        int named = strstr(pk_message(context), set->run) != NULL;
+        return refuse("%s%s%s", named ? "" : set->run, named ? "" : ": ", pk_message(context));
+    }
+    if (set->outputs == 'n' && options->readout.output >= job->run.outputs)
+        return refuse("--outputs: there is no output %zu; the network has %zu, 0 to %zu",
+                      options->readout.output, job->run.outputs, job->run.outputs - 1);
+    failed = read_inputs(job);
+    if (failed < 0 && set->labels)
+        failed = read_labels(job);
+    else if (failed < 0 && set->outputs == 'l')
+        failed = predict_labels(job);
+    if (failed >= 0)
+        return failed;
+    options->readout.kind = set->outputs == 'n'   ? PK_READOUT_ONE
+                            : set->outputs == 'l' ? PK_READOUT_LABEL
+                                                  : PK_READOUT_ALL;
+    options->readout.labels = job->labels;
+    job->outputs = pk_readout_count(&options->readout, job->run.outputs);
+    if (pk_quadrature_check(context, &options->quadrature, &job->run.graph, &options->readout) != PK_OK)
+        return refuse("--quadrature: %s", pk_message(context));
+    if (!options->keep[0])
+        options->keep[0] = PK_BY_EXAMPLE;
+    if (list_files(job) != PK_OK)
+        return refuse("%s", pk_message(context));
+    if (set->top > job->run.examples)
+        set->top = job->run.examples;
+    if (pk_allocate(context, set->top, sizeof *job->strongest, "the strongest examples", &job->strongest) !=
+        PK_OK)
+        return refuse("%s", pk_message(context));
+    for (kept = 0; kept < PK_KEPT && options->keep[kept]; kept++)
+        job->top_hidden |= options->keep[kept] == PK_BY_EXAMPLE;
+    job->top_hidden = set->top && !job->top_hidden; /* at most six sums of axes are kept then */
+    if (job->top_hidden)
+        options->keep[kept] = PK_BY_EXAMPLE;
+    failed = make_folder(job);
+    if (failed >= 0)
+        return failed;
+    catch_signals(job->terminal);
+    size_t rows_at_once = choose_rows(job, &seconds);
+    options->rows_at_once = options->rows_at_once ? options->rows_at_once : rows_at_once;
+    print_plan(job, seconds);
+    pk_decomposition summary;
+    memset(&summary, 0, sizeof summary);
+    pk_status status = create_files(job);
+    if (!status) {
+        context->memory_limit = set->memory;
+        status = pk_decompose_parts(context, &job->run,
+                                    pk_matrix_view(job->inputs, job->rows, job->run.graph.input_width), options,
+                                    on_part, job, &summary);
+        context->memory_limit = 0;
+    }
+    return finish(job, &summary, status);
+}
+
+int main(int count, char **arguments)
+{
+    settings set;
+    task job;
+    int status = parse_arguments(count, arguments, &set);
+    if (status >= 0)
+        return status;
+    memset(&job, 0, sizeof job);
+    job.set = &set;
+    job.context.threads = set.threads;
+    job.context.progress = on_progress;
+    job.context.progress_user = &job;
+    job.terminal = isatty(STDERR_FILENO);
+    job.begin = pk__seconds();
+    status = decompose(&job);
+    for (size_t i = 0; i < job.file_count; i++) {
+        pk_release(&job.context, job.files[i].path);
+        pk_release(&job.context, job.files[i].partial);
+    }
+    pk_release(&job.context, job.strongest);
+    pk_release(&job.context, job.labels);
+    pk_release(&job.context, job.inputs);
+    pk_run_release(&job.context, &job.run);
+    return status;
+}
