@@ -28,15 +28,23 @@
  * With BLIS:    cc -O3 -fopenmp -DPATHKERNEL_BLIS program.c -lblis -lm
  *
  * CONTENTS
- * status, context     status codes; what a call runs with: memory, threads, progress
- * matrix              views and matrix products
- * random              random numbers
- * array, dataset      arrays in .npy files; examples and targets, also from IDX and CSV files
- * graph, network      autodiff on a static graph; the network language
- * loss, optimizer     losses; update rules, schedules, clipping
- * trajectory, train   the run directory; the training loop
- * segment, quadrature the network along one step; rules that integrate it, exactly where it is piecewise linear
- * tangent, decompose  tangent features and their inner products; the decomposition and its closure
+ * easy
+ *   train               pk_train: the training loop, recorded
+ *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
+ *   trajectory          pk_run_open: a recorded run, from here or from PyTorch
+ * medium
+ *   status, context     status codes; what a call runs with: memory, threads, progress
+ *   array, dataset      .npy files; IDX, CSV, training data
+ *   network, loss       the network language; losses and gradients of batches
+ *   optimizer           update rules, schedules, clipping, and their linear form
+ *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
+ *   safetensors         final weights, read and written
+ * extended
+ *   matrix, random      matrix products; counter-based random numbers
+ *   graph, operation    autodiff on a static graph; its operations, and how to add one
+ *   segment, quadrature a network along one step; rules that integrate it, exactly where it is piecewise linear
+ *   example, tangent    the train side and the test side of a kernel, and their inner products
+ *   window              windows of steps with recomputed updates
  *
  * SWITCHES
  * PATHKERNEL_IMPLEMENTATION  compile the functions here; in exactly one source file of a program
@@ -132,10 +140,11 @@ PK__BEGIN_C
     X(PK_UNSUPPORTED, 8, "valid, but not supported")                                       \
     X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed")            \
     X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")                \
-    X(PK_CANCELLED, 11, "cancelled by the caller")
+    X(PK_CANCELLED, 11, "cancelled by the caller")                                         \
+    X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")
 
 #define PK__STATUS_ENUM(name, value, text) name = value,
-typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 12 } pk_status;
+typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 13 } pk_status;
 #undef PK__STATUS_ENUM
 
 /* One short lower-case phrase for a status; never NULL. pk_message() (context.h) has the details. */
@@ -845,32 +854,46 @@ PK__END_C
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *
+ * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); replay.h repeats the
+ * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
+ *     optimizer_states.npy (S/k + 1, V P) float64: the optimiser's V vectors before steps 0, k, 2k, ...;
+ *                          not there where V = 0
+ *     checksums.npy        (S+1,)   int64: a hash of the bits of w_s at every step; at kept steps, of the
+ *                          optimiser's vectors as well
+ *
  * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
  * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are;
- * a reader takes the smallest number of steps that every file holds. run.txt is put in place last of all
- * when a run starts, so a directory with a manifest is a run.
+ * a reader takes the smallest number of steps that every file holds, and of a run that keeps every k-th step
+ * those that can be replayed: all whose small rows are there, up to a missing row of weights. run.txt is put
+ * in place last of all when a run starts, so a directory with a manifest is a run.
  */
 PK__BEGIN_C
 
-/* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_run_weights
- * and batches with pk_run_batch: they hide how the steps are stored. */
+enum { PK_KEEP_EVERY_MOST = 1000000000 };
+
+/* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_replay_weights
+ * (replay.h; of kept steps also with pk_run_weights) and batches with pk_run_batch: they hide how the steps
+ * are stored. */
 typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
     pk_optimizer optimizer;
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
+    size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
     /* 1: the files hold more than the complete steps (recording was cut off inside a step); after
      * pk_run_open, pk_message then tells which file ends first. */
     int cut_off;
     pk_dataset train;
-    pk_array weights;              /* (at least steps + 1, P) */
+    pk_array weights;              /* (at least steps / k + 1, P) */
+    pk_array optimizer_states;     /* (at least steps / k + 1, V P); data is NULL where absent */
     pk_array second_moments;       /* (at least steps, P); data is NULL where absent */
     const double *learning_rates;  /* steps */
     const int64_t *batch_offsets;  /* steps + 1 */
     const int64_t *batch_items;    /* batch_offsets[steps] */
     const double *batch_weights;   /* batch_offsets[steps]; NULL: 1/|B_s| */
     const double *gradient_scales; /* steps; NULL: 1 */
-    pk_array columns[5];           /* private: the arrays behind the five pointers above */
+    const int64_t *checksums;      /* steps + 1; NULL where k = 1 */
+    pk_array columns[6];           /* private: the arrays behind the six pointers above */
 } pk_run;
 
 /* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
@@ -891,9 +914,9 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
 /* The factor that clipping applied at a step: 1 where none was recorded. */
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 
-/* weights (P) := w_step, step in [0, run->steps], converted exactly (float32 to double). Reads one row.
- * PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not there. May be called
- * from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
+/* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
+ * to double). Reads one row. PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not
+ * there. May be called from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
 PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step,
                                              pk_real *weights);
 
@@ -921,17 +944,23 @@ typedef struct pk_recorder_options {
     int gradient_scales;   /* 1: record gradient_scales.npy */
     int second_moments;    /* 1: record second_moments.npy */
     int resume;            /* 1: continue the run in the directory, if there is one */
+    /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
+     * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
+     * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
+    size_t keep_every;
 } pk_recorder_options;
 
 /* A recording in progress. A zeroed recorder is closed. */
 typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
-    pk_array_writer files[7];
-    int present[7];
+    size_t keep_every, state_numbers; /* k; numbers of the optimiser's state, V P */
+    pk_array_writer files[9];
+    int present[9];
     int float32, failed, lock;
     int64_t items;   /* rows of batch_items.npy */
     void *row;       /* P numbers of the file's type, where that is not pk_real */
+    double *states;  /* V P numbers, where k > 1 */
     double *uniform; /* weights of a batch that was given without, grows */
     size_t uniform_size;
 } pk_recorder;
@@ -940,9 +969,9 @@ typedef struct pk_recorder {
  * initial_weights (P) and last the manifest. Refuses a directory that already holds a file of a run.
  *
  * With options->resume and a run there: checks that it is the same one (network, loss, optimizer, types,
- * optional files, training data, w_0; initial_weights may be NULL to skip the last), cuts off what a step
- * in flight left behind, and appends after step recorder->steps; pk_run_weights gives the weights to go on
- * from. A directory without run.txt (a start that was cut off) is started anew.
+ * optional files, keep_every, training data, w_0; initial_weights may be NULL to skip the last), cuts off what
+ * a step in flight left behind, and appends after step recorder->steps; pk_replay_weights gives the weights to
+ * go on from. A directory without run.txt (a start that was cut off) is started anew.
  *
  * One recorder at a time: a second one on the same directory is refused (advisory lock).
  * PK_IO, PK_ARGUMENT, PK_SHAPE, PK_FORMAT, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; *recorder is
@@ -956,14 +985,110 @@ PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *
  * batch_weights are recorded. gradient_scale must be 1 unless recorded. second_moments (P): given exactly if
  * recorded. Cost: one write(2) a file. The step is on disk (for other processes; not yet on the platter)
  * when this returns PK_OK; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
- * disk, say) the run stays readable up to the step before, and this recorder takes no further steps. */
+ * disk, say) the run stays readable up to the step before, and this recorder takes no further steps.
+ * With keep_every: PK_ARGUMENT; only the library's own steps can be replayed (pk_recorder_training_step). */
 PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
                                                const pk_batch *batch, double gradient_scale,
                                                const pk_real *second_moments, const pk_real *weights_after);
 
+/* The same for a step that pk_training_step (replay.h) made, with any keep_every. state: the optimiser's vectors
+ * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
+ * step costs its small rows, a hash of the weights, and at every k-th step the two long rows. */
+PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder,
+                                                        double learning_rate, const pk_batch *batch,
+                                                        double gradient_scale, const pk_real *state,
+                                                        const pk_real *weights_after);
+
+/* The smallest k with which the weights of a run of `steps` steps in float64, and the optimiser's state_vectors
+ * (pk_optimizer_state_vectors) that k > 1 keeps beside them, take at most `bytes` on disk; batches and rates come
+ * on top. 0 where w_0 alone takes more. */
+PK_API size_t pk_recorder_choose_keep_every(size_t parameters, size_t steps, size_t state_vectors,
+                                            uint64_t bytes);
+
 /* Brings the headers up to date and closes the files; *recorder is zeroed, whatever is returned. A zeroed
  * recorder is allowed. PK_IO. */
 PK_API PK__MUST_USE pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder);
+
+PK__END_C
+
+/* pathkernel/replay.h: one step of training, and its repetition: the weights of any step of a run that keeps
+ * only every k-th one, bit for bit.
+ *
+ * pk_train and pk_replay make a step by the same function, from the same weights, state, batch, rate and scale;
+ * with the same build, BLIS and kind of processor its bits are the same, for any number of threads. The
+ * checksum that was recorded with every step proves it.
+ */
+PK__BEGIN_C
+
+/* What steps are made with. Zeroed = none. graph and train must outlive it. */
+typedef struct pk_trainer {
+    const pk_graph *graph;
+    const pk_dataset *train;
+    pk_loss loss;
+    pk_optimizer optimizer;
+    size_t state_numbers; /* V P */
+    pk_real *gradient;    /* P: of the last step */
+    pk_real *state;       /* state_numbers: the optimiser's vectors; zero before step 0 */
+    pk_gradient_workspace workspace;
+    void *memory; /* private */
+} pk_trainer;
+
+/* Takes the memory for steps with batches of up to largest_batch examples: (1 + V) P numbers and the workspace
+ * of pk_gradient_prepare. The data have passed pk_loss_check, the optimizer pk_optimizer_check. PK_ARGUMENT,
+ * or the statuses of pk_allocate. */
+PK_API PK__MUST_USE pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph,
+                                                 const pk_dataset *train, pk_loss loss,
+                                                 const pk_optimizer *optimizer, size_t largest_batch,
+                                                 pk_trainer *trainer);
+PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
+
+/* One step of training:
+ *
+ *     g = sum over the batch of c_i grad l_i(weights);  *scale = pk_clip_scale(g, clip_norm), 1 for clip_norm 0;
+ *     next = weights + D_s(*scale g)
+ *
+ * step counts from 0. weights, next (P) do not overlap; scale and objective (at weights) may be NULL.
+ * trainer->state moves on. Cost: one pk_batch_gradient and a few passes over P; no allocation.
+ * PK_ARGUMENT, PK_SHAPE, PK_NOT_FINITE (the step at which training diverged; the message names it). */
+PK_API PK__MUST_USE pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step,
+                                               double learning_rate, double clip_norm, const pk_batch *batch,
+                                               const pk_real *weights, pk_real *next, double *scale,
+                                               double *objective);
+
+/* The weights of a run, in any order. Zeroed = none. Of a run with keep_every = k it repeats the steps from the
+ * nearest earlier ones that it holds: its own position, a kept step, or one of at most PK_REPLAY_STOPS stops that
+ * it made itself. */
+enum { PK_REPLAY_STOPS = 16 };
+typedef struct pk_replay {
+    const pk_run *run;
+    size_t step, repeated; /* read only: the position, SIZE_MAX: none; how many steps were repeated */
+    /* private: */
+    size_t spacing, stops;        /* steps between stops; how many there is room for */
+    size_t stop[PK_REPLAY_STOPS]; /* their steps */
+    pk_real *stop_numbers;        /* stops x (1 + V) P */
+    pk_real *weights, *next;      /* P */
+    pk_trainer trainer;
+    void *memory;
+} pk_replay;
+
+/* Takes the memory for a run: none for one that keeps every step; otherwise (3 + V) P numbers and the workspace
+ * of pk_gradient_prepare, and (1 + V) P for each stop. reach: steps that are asked for in a row, going on
+ * backwards from there; stops make that cheap: 0: none. */
+PK_API PK__MUST_USE pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach,
+                                                pk_replay *replay);
+PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
+
+/* The same from an arena, for threads threads; nothing to release. */
+PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
+                           pk_replay *replay);
+
+/* weights (P) := w_step, step in [0, run->steps]. Consecutive steps cost one training step each, others up to k.
+ * Every repeated step is compared with the checksum of the recording:
+ * PK_NOT_REPRODUCED names the step whose bits differ (another build, BLIS or kind of processor, or damaged
+ * batches), PK_FORMAT a kept step whose rows are damaged, PK_UNSUPPORTED: kept with fewer digits than pk_real has.
+ * PK_ARGUMENT, PK_NOT_FINITE as pk_run_weights. weights is undefined after an error. */
+PK_API PK__MUST_USE pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_t step,
+                                                pk_real *weights);
 
 PK__END_C
 
@@ -988,6 +1113,8 @@ typedef struct pk_train_options {
     const char *record; /* a run directory to write; NULL: none */
     int resume;         /* 1: continue the run in `record`, if there is one */
     int record_float32, record_second_moments;
+    size_t
+        keep_every; /* k > 1: record the weights of every k-th step only (recorder.h); 0 or 1: of every step */
 
     /* Called after each step of this call (recorded already): the batch's objective at w_step, and
      * w_{step+1} (P). Non-zero ends training with PK_CANCELLED. */
@@ -1009,8 +1136,9 @@ typedef struct pk_train_result {
  * callback of the context is called after each step. Parallel inside a batch.
  *
  * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
- * state is rebuilt by recomputing the gradients along the recorded weights, and training goes on to the
- * same bits as without the interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
+ * state is rebuilt by recomputing the gradients along the recorded weights (with keep_every: read at the
+ * last kept step, and replayed from there), and training goes on to the same bits as without the
+ * interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
  *
  * Also after an error or a cancel, weights are those of the last complete step, result (may be NULL) tells
  * its number, and the recording holds every step up to it.
@@ -1405,7 +1533,8 @@ typedef struct pk_window {
     int preconditioned; /* the optimiser scales each parameter on its own */
     /* Of the plan: */
     size_t capacity, windows, threads, lanes;
-    int saves, bounds;
+    size_t stride;
+    int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
     size_t first, count;
     pk_real *weights;        /* (count + 1) x P */
@@ -1424,21 +1553,23 @@ typedef struct pk_window {
     pk_example_workspace *workspaces;
     double *seconds; /* a thread's on examples */
     double seconds_read;
+    pk_replay replay; /* of runs that keep only every k-th step */
 } pk_window;
 
 /* What of a run matters here: reads the batches' sizes. */
 PK_API void pk_window_begin(const pk_run *run, pk_window *window);
-/* Takes windows of up to capacity steps for threads threads. saves: keep the optimiser's state at the start
- * of each window. bounds: have what bounds need. */
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
+ * stride-th window, so that windows can be visited backwards; 0: do not. bounds: have what bounds need. */
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t threads, int bounds,
                            pk_window *window);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
 PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count);
-/* Goes through the run once and keeps the state at the start of every window. */
+/* Goes through the run once and keeps the states. */
 PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
-/* The state at the start of window number index: as saved, or zero at the start of the run. */
-PK_API void pk_window_restore_state(pk_window *window, size_t index);
+/* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
+ * state that was kept, which costs up to stride windows. */
+PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index);
 
 PK__END_C
 
@@ -4438,7 +4569,7 @@ typedef struct pk__gradient_plan {
     size_t block, blocks, groups;
 } pk__gradient_plan;
 
-static pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
+PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
 {
     pk__gradient_plan plan = {64, 0, 0};
     if (parameters >= 32768)
@@ -4450,7 +4581,8 @@ static pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
     return plan;
 }
 
-static void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
+/* workspace: graph, largest_batch and threads are set. */
+PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
     pk__gradient_plan plan = pk__gradient_cut(graph->parameters, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
@@ -5159,30 +5291,75 @@ PK__END_C
 #include <unistd.h>
 PK__BEGIN_C
 
-/* The files that grow, in the order in which a step writes them: weights.npy commits the step. */
+/* The files that grow, in the order in which a step writes them: weights.npy commits the step; checksums.npy
+ * does where the weights are not kept. */
 enum {
     PK__RUN_RATES,
     PK__RUN_OFFSETS,
     PK__RUN_ITEMS,
     PK__RUN_ITEM_WEIGHTS,
     PK__RUN_SCALES,
+    PK__RUN_CHECKSUMS,
     PK__RUN_MOMENTS,
+    PK__RUN_STATES,
     PK__RUN_WEIGHTS,
     PK__RUN_FILES
 };
 
 typedef struct pk__run_file {
     const char *name;
-    pk_type type; /* 0: float32 or float64, rows of P */
+    pk_type type; /* 0: float32 or float64 */
+    int rank;     /* 2: rows of P, or V P */
     int optional;
     size_t before; /* rows that belong to no step: w_0, the first offset */
+    int kept;      /* one row a kept step */
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
-    {"learning_rates.npy", PK_FLOAT64, 0, 0},  {"batch_offsets.npy", PK_INT64, 0, 1},
-    {"batch_items.npy", PK_INT64, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 0},
-    {"gradient_scales.npy", PK_FLOAT64, 1, 0}, {"second_moments.npy", (pk_type)0, 1, 0},
-    {"weights.npy", (pk_type)0, 0, 1}};
+    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},  {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
+    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
+    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0}, {"checksums.npy", PK_INT64, 1, 0, 1, 0},
+    {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},  {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1},
+    {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
+
+/* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
+static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer)
+{
+    if (file == PK__RUN_CHECKSUMS)
+        return keep_every > 1;
+    if (file == PK__RUN_STATES)
+        return keep_every > 1 && pk_optimizer_state_vectors(optimizer) > 0;
+    if (file == PK__RUN_MOMENTS && keep_every > 1)
+        return 0;
+    return pk__run_files[file].optional ? -1 : 1;
+}
+
+/* Of P numbers and then of count more, as the bits of doubles: what a replay is compared with. Four lanes, so
+ * that the multiplications do not wait for each other; the order of the numbers matters in each. */
+static uint64_t pk__checksum_mix(uint64_t hash, uint64_t bits)
+{
+    hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+    return hash ^ hash >> 32;
+}
+
+PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, const pk_real *state, size_t count)
+{
+    uint64_t lane[4] = {1, 2, 3, 4}, hash = parameters;
+    const pk_real *part[2] = {weights, state};
+    const size_t numbers[2] = {parameters, state ? count : 0};
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < numbers[k]; i++) {
+            double number = (double)part[k][i];
+            uint64_t bits;
+            memcpy(&bits, &number, sizeof bits);
+            lane[i % 4] = pk__checksum_mix(lane[i % 4], bits);
+        }
+    for (int k = 0; k < 4; k++)
+        hash = pk__checksum_mix(hash, lane[k]);
+    int64_t signed_hash;
+    memcpy(&signed_hash, &hash, sizeof signed_hash);
+    return signed_hash;
+}
 
 /* Those that do not grow; the manifest is the last to appear. */
 enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
@@ -5241,8 +5418,8 @@ PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const ch
 
 /* ---- the manifest ---------------------------------------------------------------------------------- */
 
-enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEYS };
-static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer"};
+enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEEP, PK__MANIFEST_KEYS };
+static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer", "keep_every"};
 enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at most */
 
 typedef struct pk__manifest {
@@ -5304,7 +5481,8 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         return PK_OK;
     }
     return pk__fail(context, PK_FORMAT,
-                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer)", line, begin);
+                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, keep_every)", line,
+                    begin);
 }
 
 /* Splits text (size bytes and a NUL after them), which is changed. */
@@ -5325,23 +5503,44 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
     }
     if (!version)
         return pk__fail(context, PK_FORMAT, "run.txt line 1: expected 'pathkernel-run 1', found an empty file");
-    for (int k = 0; k < PK__MANIFEST_KEYS; k++)
+    for (int k = 0; k < PK__MANIFEST_KEEP; k++)
         if (!manifest->line[k])
             return pk__fail(context, PK_FORMAT, "run.txt line %zu: the file ends without a '%s' line", line,
                             pk__manifest_keys[k]);
     return PK_OK;
 }
 
+/* A whole number from 1 to 10^9: a decimal text without sign. */
+static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *manifest, size_t *keep_every)
+{
+    const char *text = manifest->value[PK__MANIFEST_KEEP];
+    *keep_every = 1;
+    if (!manifest->line[PK__MANIFEST_KEEP])
+        return PK_OK;
+    size_t value = 0, length = 0;
+    for (; text[length] >= '0' && text[length] <= '9' && length < 10; length++)
+        value = 10 * value + (size_t)(text[length] - '0');
+    if (text[length] || value < 1 || value > PK_KEEP_EVERY_MOST)
+        return pk__fail(context, PK_FORMAT, "keep_every '%.60s' is not a whole number from 1 to %d", text,
+                        (int)PK_KEEP_EVERY_MOST);
+    *keep_every = value;
+    return PK_OK;
+}
+
 /* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
 PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size, pk_graph *graph,
-                                         pk_loss *loss, pk_optimizer *optimizer)
+                                         pk_loss *loss, pk_optimizer *optimizer, size_t *keep_every)
 {
     pk__manifest manifest;
     pk_status status = pk__manifest_split(context, text, size, &manifest);
     if (status != PK_OK)
         return status;
-    int key = PK__MANIFEST_LOSS;
-    status = pk_loss_parse(context, manifest.value[key], loss);
+    int key = PK__MANIFEST_KEEP;
+    status = pk__manifest_keep(context, &manifest, keep_every);
+    if (status == PK_OK) {
+        key = PK__MANIFEST_LOSS;
+        status = pk_loss_parse(context, manifest.value[key], loss);
+    }
     if (status == PK_OK) {
         key = PK__MANIFEST_OPTIMIZER;
         status = pk_optimizer_parse(context, manifest.value[key], optimizer);
@@ -5384,7 +5583,8 @@ static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run
     close(file);
     if (status == PK_OK) {
         text[size] = '\0';
-        status = pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer);
+        status =
+            pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer, &run->keep_every);
         if (status == PK_OK && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -5398,6 +5598,7 @@ static pk_array *pk__run_array(pk_run *run, int file)
 {
     return file == PK__RUN_WEIGHTS   ? &run->weights
            : file == PK__RUN_MOMENTS ? &run->second_moments
+           : file == PK__RUN_STATES  ? &run->optimizer_states
                                      : &run->columns[file];
 }
 
@@ -5407,7 +5608,13 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     const pk__run_file *expected = &pk__run_files[file];
     pk_array *array = pk__run_array(run, file);
     pk__run_path_of(path, expected->name);
-    if (expected->optional && access(path->text, F_OK) != 0 && errno == ENOENT)
+    int has = pk__run_has(file, run->keep_every, &run->optimizer);
+    if (has <= 0 && access(path->text, F_OK) != 0 && errno == ENOENT)
+        return PK_OK;
+    if (!has && file == PK__RUN_MOMENTS)
+        return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
+                        path->text);
+    if (!has) /* other programs may leave what they like */
         return PK_OK;
     pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
     if (status != PK_OK)
@@ -5416,12 +5623,14 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
         return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold %s", path->text,
                         pk_type_name(array->type),
                         expected->type ? pk_type_name(expected->type) : "float64 or float32");
-    if (array->rank != (expected->type ? 1 : 2))
+    if (array->rank != expected->rank)
         return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
-                        expected->type ? 1 : 2);
-    if (!expected->type && array->shape[1] != run->parameters)
-        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters",
-                        path->text, array->shape[1], run->parameters);
+                        expected->rank);
+    size_t vectors = file == PK__RUN_STATES ? pk_optimizer_state_vectors(&run->optimizer) : 1;
+    if (expected->rank == 2 && (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
+        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters%s",
+                        path->text, array->shape[1], run->parameters,
+                        vectors > 1 ? " and the optimizer two vectors" : "");
     if (array->shape[0] < expected->before)
         return pk__fail(context, PK_FORMAT, "%s holds no row, not even that of the start", path->text);
     return PK_OK;
@@ -5440,12 +5649,15 @@ static size_t pk__not_finite(const double *numbers, size_t count)
 static pk_status pk__run_count(pk_context *context, const char *directory, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
-    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0};
+    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0};
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         rows[f] = array->data ? array->shape[0] : SIZE_MAX;
-        if (array->data && !per_item[f] && rows[f] - pk__run_files[f].before < steps)
-            steps = rows[f] - pk__run_files[f].before, least = f;
+        size_t reach = rows[f] - pk__run_files[f].before; /* the last step that this file allows */
+        if (pk__run_files[f].kept)
+            reach = rows[f] > SIZE_MAX / run->keep_every ? SIZE_MAX : rows[f] * run->keep_every - 1;
+        if (array->data && !per_item[f] && reach < steps)
+            steps = reach, least = f;
     }
     int shorter = rows[PK__RUN_ITEM_WEIGHTS] < rows[PK__RUN_ITEMS] ? PK__RUN_ITEM_WEIGHTS : PK__RUN_ITEMS;
     const int64_t *offsets = run->batch_offsets;
@@ -5477,7 +5689,8 @@ static pk_status pk__run_count(pk_context *context, const char *directory, pk_ru
     run->steps = steps;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
-        size_t complete = (per_item[f] ? items : steps) + pk__run_files[f].before;
+        size_t complete = per_item[f] ? items : pk__run_files[f].kept ? steps / run->keep_every : steps;
+        complete += pk__run_files[f].before;
         if (array->data && (rows[f] > complete || array->extra_bytes))
             run->cut_off = 1;
     }
@@ -5522,6 +5735,7 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *r
     run->batch_items = (const int64_t *)run->columns[PK__RUN_ITEMS].data;
     run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
+    run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
     return pk__run_count(context, path->directory, run);
 }
 
@@ -5568,14 +5782,14 @@ PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
     return run->gradient_scales ? run->gradient_scales[step] : 1;
 }
 
-/* out (P) = a row of weights.npy or second_moments.npy. */
+/* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
 static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
-                             size_t row, pk_real *out)
+                             size_t row, size_t step, pk_real *out)
 {
     pk_array_reals(array, row * run->parameters, run->parameters, out);
     for (size_t p = 0; p < run->parameters; p++)
         if (!isfinite(out[p]))
-            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, row,
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
                             (double)out[p]);
     return PK_OK;
 }
@@ -5586,7 +5800,12 @@ PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t s
         return pk__fail(context, PK_ARGUMENT, "pk_run_weights: no run or no weights");
     if (step > run->steps)
         return pk__fail(context, PK_ARGUMENT, "weights of step %zu: the run has %zu steps", step, run->steps);
-    return pk__run_row(context, run, &run->weights, "weights.npy", step, weights);
+    if (step % run->keep_every)
+        return pk__fail(
+            context, PK_ARGUMENT,
+            "weights of step %zu: the run keeps every %zuth step; pk_replay_weights repeats the others", step,
+            run->keep_every);
+    return pk__run_row(context, run, &run->weights, "weights.npy", step / run->keep_every, step, weights);
 }
 
 PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step, pk_real *moments)
@@ -5597,7 +5816,7 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     if (step >= run->steps)
         return pk__fail(context, PK_ARGUMENT, "second moments of step %zu: the run has %zu steps", step,
                         run->steps);
-    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, moments);
+    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
 }
 
 PK__END_C
@@ -5623,6 +5842,7 @@ typedef struct pk__recording {
     pk_loss loss;
     pk_optimizer optimizer;
     char optimizer_text[256];
+    size_t keep_every;
     int present[PK__RUN_FILES];
     int exists; /* the directory holds a manifest */
     int made;   /* the directory is new */
@@ -5642,8 +5862,16 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
         status = pk_network_parse(context, options->network, &recording->graph);
     if (status != PK_OK)
         return status;
+    recording->keep_every = options->keep_every ? options->keep_every : 1;
+    if (recording->keep_every > PK_KEEP_EVERY_MOST)
+        return pk__fail(context, PK_ARGUMENT, "keep_every %zu is more than %d", recording->keep_every,
+                        (int)PK_KEEP_EVERY_MOST);
+    if (recording->keep_every > 1 && options->float32 && sizeof(pk_real) > sizeof(float))
+        return pk__fail(context, PK_ARGUMENT, "keep_every: steps cannot be replayed from weights in float32");
+    if (recording->keep_every > 1 && options->second_moments)
+        return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
     for (int f = 0; f < PK__RUN_FILES; f++)
-        recording->present[f] = !pk__run_files[f].optional;
+        recording->present[f] = pk__run_has(f, recording->keep_every, &recording->optimizer) > 0;
     recording->present[PK__RUN_ITEM_WEIGHTS] = options->batch_weights != 0;
     recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
     recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
@@ -5703,11 +5931,15 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
 {
     char *text = NULL;
     size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text + 256, at = 0;
+    char keep[40] = "";
+    if (recording->keep_every > 1)
+        snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
     if (status != PK_OK)
         return status;
-    size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n",
-                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text);
+    size =
+        (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s",
+                         recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text, keep);
     int file = openat(folder, "run.txt.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     int failed = file < 0;
     while (!failed && at < size) {
@@ -5758,6 +5990,20 @@ static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
     return pk__run_files[file].type ? pk__run_files[file].type : recorder->float32 ? PK_FLOAT32 : PK_FLOAT64;
 }
 
+/* Numbers in a row of a file of rank 2. */
+static const size_t *pk__recorder_width(const pk_recorder *recorder, int file)
+{
+    return file == PK__RUN_STATES ? &recorder->state_numbers : &recorder->parameters;
+}
+
+/* The optimiser's state as float64. */
+static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *state)
+{
+    for (size_t i = 0; i < recorder->state_numbers; i++)
+        recorder->states[i] = (double)state[i];
+    return recorder->states;
+}
+
 /* Undoes a start that failed. */
 static void pk__recorder_clear(int folder)
 {
@@ -5770,6 +6016,26 @@ static void pk__recorder_clear(int folder)
     }
 }
 
+/* What goes with w_0 where steps are replayed: the optimiser's vectors are zero then. */
+static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial)
+{
+    int64_t checksum = pk__checksum(initial, recorder->parameters, NULL, 0);
+    if (recorder->state_numbers) {
+        pk_real *zeros = NULL;
+        pk_status status =
+            pk_allocate(context, recorder->state_numbers, sizeof *zeros, "the optimizer's first state", &zeros);
+        if (status == PK_OK) {
+            checksum = pk__checksum(initial, recorder->parameters, zeros, recorder->state_numbers);
+            status = pk_array_append(context, &recorder->files[PK__RUN_STATES], 1,
+                                     pk__recorder_state(recorder, zeros));
+        }
+        pk_release(context, zeros);
+        if (status != PK_OK)
+            return status;
+    }
+    return pk_array_append(context, &recorder->files[PK__RUN_CHECKSUMS], 1, &checksum);
+}
+
 static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, const pk__recording *recording,
                                     const pk_dataset *train, const pk_real *initial, pk_recorder *recorder)
 {
@@ -5780,11 +6046,13 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
         if (recording->present[f])
             status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
-                                     pk__recorder_type(recorder, f), pk__run_files[f].type ? 1 : 2,
-                                     &recorder->parameters, &recorder->files[f]);
+                                     pk__recorder_type(recorder, f), pk__run_files[f].rank,
+                                     pk__recorder_width(recorder, f), &recorder->files[f]);
     int64_t zero = 0;
     if (status == PK_OK)
         status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
+    if (status == PK_OK && recorder->present[PK__RUN_CHECKSUMS])
+        status = pk__recorder_first(context, recorder, initial);
     if (status == PK_OK)
         status =
             pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
@@ -5831,6 +6099,10 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
         if (strcmp(line[k][1], line[k][2]) != 0)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
                             directory, line[k][0], line[k][1], line[k][2]);
+    if (run->keep_every != recording->keep_every)
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s cannot be resumed: it keeps every %zuth step, not every %zuth", directory,
+                        run->keep_every, recording->keep_every);
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         if (!array->data != !recording->present[f])
@@ -5872,12 +6144,14 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     pk_run_release(context, &run); /* before files shrink */
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        size_t rows = per_item                ? (size_t)recorder->items
+                      : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
+                                              : recorder->steps;
         if (recording->present[f])
-            status = pk_array_reopen(
-                context, pk__run_path_of(path, pk__run_files[f].name), pk__recorder_type(recorder, f),
-                pk__run_files[f].type ? 1 : 2, &recorder->parameters,
-                (per_item ? (size_t)recorder->items : recorder->steps) + pk__run_files[f].before,
-                &recorder->files[f]);
+            status = pk_array_reopen(context, pk__run_path_of(path, pk__run_files[f].name),
+                                     pk__recorder_type(recorder, f), pk__run_files[f].rank,
+                                     pk__recorder_width(recorder, f), rows + pk__run_files[f].before,
+                                     &recorder->files[f]);
     }
     return status;
 }
@@ -5892,6 +6166,7 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
             first = status;
     }
     pk_release(context, recorder->row);
+    pk_release(context, recorder->states);
     pk_release(context, recorder->uniform);
     if (recorder->lock)
         close(recorder->lock - 1);
@@ -5922,11 +6197,18 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     opened.parameters = recording.graph.parameters;
     opened.examples = pk_dataset_examples(train);
     memcpy(opened.present, recording.present, sizeof opened.present);
+    opened.keep_every = recording.keep_every;
+    if (status == PK_OK && !pk__multiply(pk_optimizer_state_vectors(&recording.optimizer), opened.parameters,
+                                         &opened.state_numbers))
+        status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
     if (status == PK_OK && initial_weights)
         status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
     if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
         status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
                              "a row of weights", &opened.row);
+    if (status == PK_OK && opened.present[PK__RUN_STATES])
+        status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
+                             &opened.states);
     if (status == PK_OK)
         status = pk__run_path_take(context, directory, &path);
     if (status == PK_OK)
@@ -5957,7 +6239,7 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
 /* Everything about a step that can be wrong before anything is written. */
 static pk_status pk__recorder_check(pk_context *context, const pk_recorder *recorder, double learning_rate,
                                     const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
-                                    const pk_real *weights_after)
+                                    const pk_real *state, const pk_real *weights_after)
 {
     size_t step = recorder->steps;
     if (!recorder->lock)
@@ -5992,6 +6274,12 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
     pk_status status = pk__recorder_finite(context, recorder, "weights", weights_after);
     if (status == PK_OK && second_moments)
         status = pk__recorder_finite(context, recorder, "second moments", second_moments);
+    if (status == PK_OK && !state && recorder->present[PK__RUN_STATES])
+        return pk__fail(context, PK_ARGUMENT, "step %zu: the optimizer's state is missing", step);
+    for (size_t i = 0; status == PK_OK && recorder->present[PK__RUN_STATES] && i < recorder->state_numbers; i++)
+        if (!isfinite(state[i]))
+            return pk__fail(context, PK_NOT_FINITE, "the optimizer's state: number %zu is %g after step %zu", i,
+                            (double)state[i], step);
     return status;
 }
 
@@ -6017,28 +6305,34 @@ static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *re
     return PK_OK;
 }
 
-PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
-                                  const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
-                                  const pk_real *weights_after)
+/* Appends the rows of a step. state: where steps are replayed. */
+static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                     const pk_batch *batch, double gradient_scale,
+                                     const pk_real *second_moments, const pk_real *state,
+                                     const pk_real *weights_after)
 {
-    if (!recorder)
-        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: recorder is NULL");
     const double *batch_weights = NULL;
     pk_status status = pk__recorder_check(context, recorder, learning_rate, batch, gradient_scale,
-                                          second_moments, weights_after);
+                                          second_moments, state, weights_after);
     if (status == PK_OK)
         status = pk__recorder_batch_weights(context, recorder, batch, &batch_weights);
     if (status != PK_OK)
         return status;
     int64_t end = recorder->items + (int64_t)batch->count;
-    const void *rows[PK__RUN_FILES] = {&learning_rate,  &end, batch->items, batch_weights,
-                                       &gradient_scale, NULL, NULL};
+    int keeps = (recorder->steps + 1) % recorder->keep_every == 0;
+    int64_t checksum =
+        !recorder->present[PK__RUN_CHECKSUMS]
+            ? 0
+            : pk__checksum(weights_after, recorder->parameters, keeps ? state : NULL, recorder->state_numbers);
+    const void *rows[PK__RUN_FILES] = {&learning_rate, &end, batch->items, batch_weights, &gradient_scale,
+                                       &checksum,      NULL, NULL,         NULL};
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
-        if (!recorder->present[f])
+        if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         const void *row = f == PK__RUN_WEIGHTS   ? pk__recorder_row(recorder, weights_after)
                           : f == PK__RUN_MOMENTS ? pk__recorder_row(recorder, second_moments)
+                          : f == PK__RUN_STATES  ? pk__recorder_state(recorder, state)
                                                  : rows[f];
         status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
     }
@@ -6051,9 +6345,325 @@ PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, do
     return PK_OK;
 }
 
+PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                  const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
+                                  const pk_real *weights_after)
+{
+    if (!recorder)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: recorder is NULL");
+    if (recorder->present[PK__RUN_CHECKSUMS])
+        return pk__fail(context, PK_ARGUMENT,
+                        "keep_every: only steps of pk_training_step can be replayed; they are recorded by "
+                        "pk_recorder_training_step");
+    return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, second_moments, NULL,
+                               weights_after);
+}
+
+PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                           const pk_batch *batch, double gradient_scale, const pk_real *state,
+                                           const pk_real *weights_after)
+{
+    if (!recorder)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_training_step: recorder is NULL");
+    const pk_real *moments = state && recorder->present[PK__RUN_MOMENTS] ? state + recorder->parameters : NULL;
+    return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, moments, state,
+                               weights_after);
+}
+
+PK_API size_t pk_recorder_choose_keep_every(size_t parameters, size_t steps, size_t state_vectors,
+                                            uint64_t bytes)
+{
+    double row = (double)parameters * sizeof(double); /* exact below 2^50 parameters */
+    if (((double)steps + 1) * row <= (double)bytes)
+        return 1;
+    /* R rows fit: floor(S / k) + 1 <= R where k > S / R. */
+    double rows = floor(((double)bytes - 8 * ((double)steps + 1)) / (row * (1 + (double)state_vectors)));
+    if (!(rows >= 1))
+        return 0;
+    size_t every = rows > (double)steps ? 2 : steps / (size_t)rows + 1;
+    return every < 2 ? 2 : every;
+}
+
 PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
 {
     return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
+}
+
+PK__END_C
+
+/* pathkernel/replay.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- one step --------------------------------------------------------------------------------------- */
+
+/* graph, train, loss and optimizer are set. */
+static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
+{
+    const size_t P = trainer->graph->parameters, real = sizeof(pk_real);
+    pk_gradient_workspace *workspace = &trainer->workspace;
+    if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
+        arena->overflow = 1;
+    trainer->gradient = (pk_real *)pk_arena_take(arena, P, real);
+    trainer->state = (pk_real *)pk_arena_take(arena, trainer->state_numbers, real);
+    memset(workspace, 0, sizeof *workspace);
+    workspace->graph = trainer->graph;
+    workspace->largest_batch = largest_batch;
+    workspace->threads = (int)pk__least((size_t)threads, pk__gradient_cut(P, largest_batch).groups);
+    pk__gradient_take(arena, trainer->graph, workspace);
+}
+
+PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                    pk_loss loss, const pk_optimizer *optimizer, size_t largest_batch,
+                                    pk_trainer *trainer)
+{
+    if (!graph || !graph->node_count || !train || !optimizer || !trainer || !largest_batch)
+        return pk__fail(context, PK_ARGUMENT, "training steps: graph, data, optimizer or batches are missing");
+    pk_trainer taken;
+    memset(&taken, 0, sizeof taken);
+    taken.graph = graph;
+    taken.train = train;
+    taken.loss = loss;
+    taken.optimizer = *optimizer;
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "the memory for training steps on %zu examples overflows",
+                        largest_batch);
+    pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
+    if (status != PK_OK)
+        return status;
+    pk_arena own = {(unsigned char *)taken.memory, arena.used, 0, 0};
+    pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
+    *trainer = taken;
+    return PK_OK;
+}
+
+PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
+{
+    if (!trainer)
+        return;
+    pk_release(context, trainer->memory);
+    memset(trainer, 0, sizeof *trainer);
+}
+
+/* The step, whoever makes it. clip_norm 0: *scale is given. */
+static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t step, double rate,
+                               double clip_norm, const pk_batch *batch, const pk_real *weights, pk_real *next,
+                               double *scale, double *objective)
+{
+    const size_t P = trainer->graph->parameters;
+    pk_status status = pk_batch_gradient(context, trainer->graph, trainer->loss, weights, trainer->train, batch,
+                                         &trainer->workspace, objective, trainer->gradient);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "step %zu: ", step);
+    if (clip_norm > 0)
+        *scale = pk_clip_scale(trainer->gradient, P, clip_norm);
+    pk_optimizer_update(&trainer->optimizer, step, rate, *scale, P, weights, trainer->gradient, trainer->state,
+                        next);
+    for (size_t p = 0; p < P; p++)
+        next[p] += weights[p];
+    for (size_t p = 0; p < P; p++)
+        if (!isfinite(next[p]))
+            return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
+                            step, p, (double)next[p]);
+    return PK_OK;
+}
+
+PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step, double learning_rate,
+                                  double clip_norm, const pk_batch *batch, const pk_real *weights,
+                                  pk_real *next, double *scale, double *objective)
+{
+    double used = 1;
+    if (!trainer || !trainer->gradient || !batch || !weights || !next)
+        return pk__fail(context, PK_ARGUMENT, "step %zu: trainer, batch or weights are missing", step);
+    if (!isfinite(learning_rate))
+        return pk__fail(context, PK_ARGUMENT, "the learning rate of step %zu is %g", step, learning_rate);
+    if (!(clip_norm >= 0))
+        return pk__fail(context, PK_ARGUMENT, "the clip_norm of step %zu is %g", step, clip_norm);
+    pk_status status =
+        pk__make_step(context, trainer, step, learning_rate, clip_norm, batch, weights, next, &used, objective);
+    if (scale)
+        *scale = used;
+    return status;
+}
+
+/* ---- replay ----------------------------------------------------------------------------------------- */
+
+/* Whether weights and state are those that the run had at a step. */
+PK__PRIVATE int pk__same_step(const pk_run *run, size_t step, const pk_real *weights, const pk_real *state,
+                              size_t state_numbers)
+{
+    const pk_real *kept = step % run->keep_every ? NULL : state;
+    return pk__checksum(weights, run->parameters, kept, state_numbers) == run->checksums[step];
+}
+
+/* Reads a kept step of a run with keep_every > 1. */
+PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, size_t step, pk_real *weights,
+                                      pk_real *state, size_t state_numbers)
+{
+    if (run->weights.type == PK_FLOAT32 && sizeof(pk_real) > sizeof(float))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "keep_every: steps cannot be replayed from weights in float32");
+    pk_status status = pk_run_weights(context, run, step, weights);
+    if (status != PK_OK)
+        return status;
+    if (state_numbers)
+        pk_array_reals(&run->optimizer_states, step / run->keep_every * state_numbers, state_numbers, state);
+    if (!pk__same_step(run, step, weights, state, state_numbers))
+        return pk__fail(context, PK_FORMAT,
+                        "weights.npy%s: the rows of step %zu are damaged, their checksum differs",
+                        state_numbers ? ", optimizer_states.npy" : "", step);
+    return PK_OK;
+}
+
+PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
+                           pk_replay *replay)
+{
+    const size_t P = run->parameters, every = pk__least(run->keep_every, run->steps + 1);
+    memset(replay, 0, sizeof *replay);
+    replay->run = run;
+    replay->step = SIZE_MAX;
+    if (run->keep_every == 1)
+        return;
+    replay->trainer.graph = &run->graph;
+    replay->trainer.train = &run->train;
+    replay->trainer.loss = run->loss;
+    replay->trainer.optimizer = run->optimizer;
+    pk__trainer_take(arena, pk__most(largest_batch, 1), threads, &replay->trainer);
+    replay->weights = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
+    replay->next = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
+    if (reach && every > 1) {
+        replay->spacing = pk__most(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
+        replay->stops = (every - 1) / replay->spacing;
+    }
+    size_t numbers = 0;
+    if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
+        !pk__multiply(replay->stops, numbers, &numbers))
+        arena->overflow = 1;
+    replay->stop_numbers = (pk_real *)pk_arena_take(arena, numbers, sizeof(pk_real));
+    for (int i = 0; i < PK_REPLAY_STOPS; i++)
+        replay->stop[i] = SIZE_MAX;
+}
+
+PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach, pk_replay *replay)
+{
+    if (!run || !replay || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_replay_prepare: no run or no replay");
+    pk_replay taken;
+    size_t largest = 1;
+    for (size_t s = 0; s < run->steps; s++)
+        largest = pk__most(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk_replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "the memory of a replay overflows");
+    void *memory = NULL;
+    pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
+    if (status != PK_OK)
+        return status;
+    pk_arena own = {(unsigned char *)memory, arena.used, 0, 0};
+    if (memory)
+        pk_replay_take(&own, run, largest, pk_threads(context), reach, &taken);
+    taken.memory = memory;
+    *replay = taken;
+    return PK_OK;
+}
+
+PK_API void pk_replay_release(pk_context *context, pk_replay *replay)
+{
+    if (!replay)
+        return;
+    pk_release(context, replay->memory);
+    memset(replay, 0, sizeof *replay);
+}
+
+/* The room of the stop at replay->step, or NULL where none belongs. */
+static pk_real *pk__replay_stop(const pk_replay *replay, size_t step, size_t *index)
+{
+    size_t within = step % replay->run->keep_every;
+    if (!replay->stops || !within || within % replay->spacing)
+        return NULL;
+    *index = within / replay->spacing - 1;
+    return replay->stop_numbers + *index * (replay->run->parameters + replay->trainer.state_numbers);
+}
+
+/* Goes to the latest step up to `step` whose weights and state are at hand. */
+static pk_status pk__replay_start(pk_context *context, pk_replay *replay, size_t step)
+{
+    const size_t P = replay->run->parameters, state = replay->trainer.state_numbers;
+    size_t kept = step - step % replay->run->keep_every, best = kept, index = 0, found = 0;
+    for (size_t i = 0; i < replay->stops; i++)
+        if (replay->stop[i] != SIZE_MAX && replay->stop[i] <= step && replay->stop[i] > best)
+            best = replay->stop[i], found = i + 1;
+    /* Also from just before: it proves the step into a kept one. */
+    if (replay->step != SIZE_MAX && replay->step <= step && replay->step + 1 >= best)
+        return PK_OK;
+    replay->step = SIZE_MAX; /* until it is there */
+    if (found) {
+        const pk_real *stop = pk__replay_stop(replay, best, &index);
+        memcpy(replay->weights, stop, P * sizeof *stop);
+        if (state)
+            memcpy(replay->trainer.state, stop + P, state * sizeof *stop);
+    } else {
+        pk_status status =
+            pk__replay_load(context, replay->run, kept, replay->weights, replay->trainer.state, state);
+        if (status != PK_OK)
+            return status;
+    }
+    replay->step = best;
+    return PK_OK;
+}
+
+/* One step on. */
+static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
+{
+    const pk_run *run = replay->run;
+    const size_t P = run->parameters, state = replay->trainer.state_numbers, step = replay->step;
+    double scale = pk_run_gradient_scale(run, step);
+    pk_batch batch;
+    pk_run_batch(run, step, &batch);
+    replay->step = SIZE_MAX; /* after an error, the state belongs to no step */
+    pk_status status = pk__make_step(context, &replay->trainer, step, run->learning_rates[step], 0, &batch,
+                                     replay->weights, replay->next, &scale, NULL);
+    if (status != PK_OK)
+        return pk__prefix(context, PK_NOT_REPRODUCED, "replay: ");
+    if (!pk__same_step(run, step + 1, replay->next, replay->trainer.state, state))
+        return pk__fail(
+            context, PK_NOT_REPRODUCED,
+            "replaying step %zu gives other bits than were recorded at step %zu: another build, BLIS "
+            "or processor than that of the training, or damaged files",
+            step, step + 1);
+    pk_real *weights = replay->next;
+    replay->next = replay->weights;
+    replay->weights = weights;
+    replay->step = step + 1;
+    replay->repeated++;
+    size_t index = 0;
+    pk_real *stop = pk__replay_stop(replay, step + 1, &index);
+    if (stop) {
+        memcpy(stop, weights, P * sizeof *stop);
+        if (state)
+            memcpy(stop + P, replay->trainer.state, state * sizeof *stop);
+        replay->stop[index] = step + 1;
+    }
+    return PK_OK;
+}
+
+PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_t step, pk_real *weights)
+{
+    if (!replay || !replay->run || !weights)
+        return pk__fail(context, PK_ARGUMENT, "pk_replay_weights: no replay or no weights");
+    const pk_run *run = replay->run;
+    if (run->keep_every == 1 || step > run->steps)
+        return pk_run_weights(context, run, step, weights);
+    pk_status status = pk__replay_start(context, replay, step);
+    while (status == PK_OK && replay->step < step)
+        status = pk__replay_advance(context, replay);
+    if (status == PK_OK)
+        memcpy(weights, replay->weights, run->parameters * sizeof *weights);
+    return status;
 }
 
 PK__END_C
@@ -6072,8 +6682,8 @@ typedef struct pk__training {
     size_t examples, batch_size, per_epoch; /* batches an epoch */
     size_t epoch;                           /* whose permutation order holds */
     int64_t *order;                         /* examples */
-    pk_real *gradient, *update, *state;     /* P, P (D_s, then w_{s+1}), state vectors x P */
-    pk_gradient_workspace workspace;
+    pk_real *next;                          /* P: w_{s+1} */
+    pk_trainer trainer;
     pk_recorder recorder;
 } pk__training;
 
@@ -6104,33 +6714,32 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
-/* t->update = w_{step+1} from weights = w_step; the optimiser's state moves on. */
-static pk_status pk__training_step(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
+/* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
+static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
 {
     const pk_train_options *options = t->options;
-    size_t parameters = t->graph->parameters;
     pk__training_batch(t, step, &made->batch);
     made->rate = pk_schedule_rate(&options->schedule, step);
-    if (!isfinite(made->rate))
-        return pk__fail(context, PK_ARGUMENT, "the learning rate of step %zu is %g", step, made->rate);
-    pk_status status = pk_batch_gradient(context, t->graph, options->loss, weights, t->train, &made->batch,
-                                         &t->workspace, &made->objective, t->gradient);
-    if (status != PK_OK)
-        return pk__prefix(context, status, "step %zu: ", step);
-    made->scale = options->clip_norm > 0 ? pk_clip_scale(t->gradient, parameters, options->clip_norm) : 1;
-    pk_optimizer_update(&options->optimizer, step, made->rate, made->scale, parameters, weights, t->gradient,
-                        t->state, t->update);
-    for (size_t p = 0; p < parameters; p++)
-        t->update[p] += weights[p];
-    for (size_t p = 0; p < parameters; p++)
-        if (!isfinite(t->update[p]))
-            return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
-                            step, p, (double)t->update[p]);
-    return PK_OK;
+    return pk_training_step(context, &t->trainer, step, made->rate, options->clip_norm, &made->batch, weights,
+                            t->next, &made->scale, &made->objective);
 }
 
-/* Rebuilds the state after the recorded steps and proves that these options made them. update holds the
+/* Whether t->next and the state are those of a recorded step, bit for bit. */
+static pk_status pk__training_compare(pk_context *context, pk__training *t, const pk_run *run, size_t step,
+                                      int *same)
+{
+    if (run->keep_every > 1) {
+        *same = pk__same_step(run, step, t->next, t->trainer.state, t->trainer.state_numbers);
+        return PK_OK;
+    }
+    pk_real *there = t->trainer.gradient; /* free between steps */
+    pk_status status = pk_run_weights(context, run, step, there);
+    *same = status == PK_OK && memcmp(there, t->next, run->parameters * sizeof *there) == 0;
+    return status;
+}
+
+/* Rebuilds the state after the recorded steps and proves that these options made them. t->next holds the
  * weights to go on from when it is done. */
 static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
 {
@@ -6138,9 +6747,11 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
     if (run->weights.type == PK_FLOAT32 && sizeof(pk_real) > sizeof(float))
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s was recorded as float32: training cannot go on to the same bits", folder);
-    /* A rule without state needs no gradient of the past; one step is checked all the same. */
-    size_t from = pk_optimizer_stateless(&t->options->optimizer) && run->steps ? run->steps - 1 : 0;
-    pk_real *after = t->gradient; /* free between steps */
+    /* A rule without state needs no gradient of the past, nor does one whose state was kept; at least one step is
+     * checked all the same. */
+    size_t last = run->steps - 1, from = pk_optimizer_stateless(&t->options->optimizer) ? last : 0;
+    if (run->keep_every > 1)
+        from = last - last % run->keep_every;
     for (size_t s = 0; s < run->steps; s++) {
         pk__step made;
         pk_batch there;
@@ -6157,14 +6768,19 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
                             run->learning_rates[s], made.rate);
         if (s < from)
             continue;
-        pk_status status = pk_run_weights(context, run, s, weights);
+        int same = 0;
+        pk_status status = PK_OK;
+        if (s == from && run->keep_every > 1)
+            status = pk__replay_load(context, run, s, weights, t->trainer.state, t->trainer.state_numbers);
+        else if (s == from)
+            status = pk_run_weights(context, run, s, weights);
         if (status == PK_OK)
-            status = pk__training_step(context, t, s, weights, &made);
+            status = pk__training_next(context, t, s, weights, &made);
         if (status == PK_OK)
-            status = pk_run_weights(context, run, s + 1, after);
+            status = pk__training_compare(context, t, run, s + 1, &same);
         if (status != PK_OK)
             return status;
-        if (memcmp(after, t->update, run->parameters * sizeof *after) != 0)
+        if (!same)
             return pk__fail(
                 context, PK_ARGUMENT,
                 "%s cannot be resumed: its step %zu was made by other options, or by another build or "
@@ -6173,6 +6789,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         if (pk_run_gradient_scale(run, s) != made.scale)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu was clipped otherwise",
                             folder, s);
+        memcpy(weights, t->next, run->parameters * sizeof *weights);
         status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
         if (status != PK_OK)
             return status;
@@ -6201,6 +6818,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
     recording.resume = options->resume;
+    recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
     if (status != PK_OK || t->recorder.steps == 0)
         return status;
@@ -6216,7 +6834,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     if (status == PK_OK)
         status = pk__training_replay(context, t, &run, replayed);
     if (status == PK_OK) {
-        memcpy(weights, t->update, parameters * sizeof *weights);
+        memcpy(weights, t->next, parameters * sizeof *weights);
         *done = run.steps;
     }
     pk_release(context, replayed);
@@ -6237,13 +6855,13 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
     while (status == PK_OK && result->steps < options->steps) {
         size_t step = result->steps;
         pk__step made;
-        status = pk__training_step(context, t, step, weights, &made);
+        status = pk__training_next(context, t, step, weights, &made);
         if (status == PK_OK && options->record)
-            status = pk_recorder_step(context, &t->recorder, made.rate, &made.batch, made.scale,
-                                      options->record_second_moments ? t->state + parameters : NULL, t->update);
+            status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
+                                               t->trainer.state, t->next);
         if (status != PK_OK)
             break;
-        memcpy(weights, t->update, parameters * sizeof *weights);
+        memcpy(weights, t->next, parameters * sizeof *weights);
         result->steps++;
         result->objective = made.objective;
         if (options->on_step && options->on_step(options->user, step, made.objective, weights) != 0)
@@ -6264,7 +6882,8 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
     if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
         return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
-    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments))
+    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments ||
+                             options->keep_every > 1))
         return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
     if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
         return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
@@ -6298,29 +6917,19 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
     t.per_epoch = (t.examples - 1) / t.batch_size + 1;
     t.epoch = SIZE_MAX;
-    size_t parameters = graph->parameters, vectors = pk_optimizer_state_vectors(&options->optimizer),
-           numbers = 0;
-    if (!pk__multiply(vectors, parameters, &numbers))
-        return pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows: %zu vectors of %zu", vectors,
-                        parameters);
     status = pk_allocate(context, t.examples, sizeof *t.order, "the order of the examples", &t.order);
     if (status == PK_OK)
-        status = pk_allocate(context, parameters, sizeof *t.gradient, "the gradient", &t.gradient);
+        status = pk_allocate(context, graph->parameters, sizeof *t.next, "the next weights", &t.next);
     if (status == PK_OK)
-        status = pk_allocate(context, parameters, sizeof *t.update, "the update", &t.update);
-    if (status == PK_OK)
-        status = pk_allocate(context, numbers, sizeof *t.state, "the optimizer's state", &t.state);
-    if (status == PK_OK)
-        status = pk_gradient_prepare(context, graph, t.batch_size, &t.workspace);
+        status = pk_trainer_prepare(context, graph, train, options->loss, &options->optimizer, t.batch_size,
+                                    &t.trainer);
     if (status == PK_OK)
         status = pk__training_loop(context, &t, weights, &reached);
     pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
     if (status == PK_OK)
         status = closed;
-    pk_gradient_release(context, &t.workspace);
-    pk_release(context, t.state);
-    pk_release(context, t.update);
-    pk_release(context, t.gradient);
+    pk_trainer_release(context, &t.trainer);
+    pk_release(context, t.next);
     pk_release(context, t.order);
     if (result)
         *result = reached;
@@ -8158,7 +8767,7 @@ PK_API void pk_window_begin(const pk_run *run, pk_window *window)
     window->preconditioned = form.preconditioned;
 }
 
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t threads, int bounds,
                            pk_window *window)
 {
     const pk_graph *graph = &window->run->graph;
@@ -8169,7 +8778,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
     window->threads = threads;
-    window->saves = saves && window->state_vectors;
+    window->stride = window->state_vectors ? stride : 0;
     window->bounds = bounds;
     window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
     window->direction = (pk_real *)pk_arena_take(arena, all, real);
@@ -8181,7 +8790,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int
     window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
     window->state = (pk_real *)pk_arena_take(arena, states, P * real);
-    window->saved = (pk_real *)pk_arena_take(arena, window->saves ? window->windows : 0, states * P * real);
+    window->saved = (pk_real *)pk_arena_take(
+        arena, window->stride ? pk__blocks(window->windows, window->stride) : 0, states * P * real);
     window->update = (pk_real *)pk_arena_take(arena, threads, P * real);
     window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
     window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
@@ -8196,6 +8806,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int
     }
     window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
     window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk_example_workspace measured;
         pk_example_workspace_take(arena, graph, window->workspaces ? &window->workspaces[w] : &measured);
@@ -8208,7 +8819,7 @@ static pk_status pk__load_window(pk_context *context, pk_window *window)
 {
     const size_t P = window->parameters;
     for (size_t j = 0; j <= window->count; j++) {
-        pk_status status = pk_run_weights(context, window->run, window->first + j, window->weights + j * P);
+        pk_status status = pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
         if (status)
             return status;
     }
@@ -8320,32 +8931,44 @@ PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_
     return PK_OK;
 }
 
+static size_t pk__window_count(const pk_window *window, size_t index)
+{
+    return pk__least(window->capacity, window->run->steps - index * window->capacity);
+}
+
 PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
+    const size_t last = (window->windows - 1) / window->stride * window->stride;
     memset(window->state, 0, numbers * sizeof(pk_real));
-    for (size_t w = 0; w < window->windows; w++) {
-        size_t first = w * window->capacity, count = pk__least(window->capacity, window->run->steps - first);
-        memcpy(window->saved + w * numbers, window->state, numbers * sizeof(pk_real));
+    for (size_t w = 0; w <= last; w++) {
+        if (w % window->stride == 0)
+            memcpy(window->saved + w / window->stride * numbers, window->state, numbers * sizeof(pk_real));
         pk_status status =
             pk__progress(context, "recomputing the optimiser's state", (double)w / (double)window->windows);
-        if (!status && w + 1 < window->windows)
-            status = pk_window_prepare(context, window, first, count);
+        if (!status && w < last)
+            status = pk_window_prepare(context, window, w * window->capacity, pk__window_count(window, w));
         if (status)
             return status;
     }
     return PK_OK;
 }
 
-PK_API void pk_window_restore_state(pk_window *window, size_t index)
+PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
-    if (!numbers)
-        return;
-    if (window->saves)
-        memcpy(window->state, window->saved + index * numbers, numbers * sizeof(pk_real));
-    else
-        memset(window->state, 0, numbers * sizeof(pk_real));
+    size_t from = index;
+    if (window->stride) {
+        from = index / window->stride * window->stride;
+        memcpy(window->state, window->saved + from / window->stride * numbers, numbers * sizeof(pk_real));
+    }
+    for (; from <= index; from++) {
+        pk_status status =
+            pk_window_prepare(context, window, from * window->capacity, pk__window_count(window, from));
+        if (status)
+            return status;
+    }
+    return PK_OK;
 }
 
 PK__END_C
@@ -8361,6 +8984,7 @@ PK__BEGIN_C
  * through it; neither its length nor the number of rows in a pass can be seen in the results. */
 typedef struct pk__plan {
     size_t threads, rows, window;
+    size_t stride; /* windows between states of the optimiser that are kept */
 } pk__plan;
 
 /* One thread's memory. */
@@ -8422,7 +9046,8 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
     const pk_graph *graph = job->graph;
     const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads, rows = job->plan.rows;
     size_t largest = 0;
-    pk_window_take(arena, job->plan.window, threads, job->reverse, job->options->bounds, &job->window);
+    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, threads, job->options->bounds,
+                   &job->window);
     job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
     job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
@@ -8473,33 +9098,63 @@ static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_o
     return items * sizeof(double);
 }
 
-/* Chooses threads, rows per pass and window so that everything fits; row_bytes of results come on top, for all
- * rows or for those of a pass. */
+/* Bytes that a plan needs with row_bytes of results per row, of all rows or of those of a pass; SIZE_MAX: overflow. */
+static size_t pk__plan_bytes(pk__job *job, const pk__plan *plan, size_t rows, size_t row_bytes, int by_pass)
+{
+    pk_arena arena = {NULL, 0, 0, 0};
+    size_t results = 0;
+    job->plan = *plan;
+    pk__job_layout(job, &arena);
+    if (arena.overflow || !pk__multiply(by_pass ? plan->rows : rows, row_bytes, &results) ||
+        arena.used > SIZE_MAX / 2 - results)
+        return SIZE_MAX;
+    return arena.used + results + 4096; /* headers and rounding of a dozen allocations */
+}
+
+/* What a plan costs beside the contraction, which is the same for all and counts as 10: every pass prepares the examples
+ * of every step, and again on the way from a kept state; short windows leave threads idle. */
+static double pk__plan_cost(const pk__plan *plan, size_t rows)
+{
+    double passes = (double)pk__blocks(rows, plan->rows), again = 0.5 * (double)(plan->stride - 1);
+    return (10 + passes * (1 + again) * (1 + 4 / (double)plan->window)) / (double)plan->threads;
+}
+
+/* Chooses threads, rows per pass, window and stride so that everything fits, at the least cost. */
 static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
 {
-    static const size_t windows[] = {32, 16, 64, 128, 8, 256, 512, 4, 2, 1};
+    static const size_t windows[] = {32, 64, 16, 8, 4, 2, 1, 128, 256, 512}, strides[] = {1, 2, 4, 8, 16, 32};
     size_t limit = job->context ? job->context->memory_limit : 0, held = job->context ? job->context->memory_used : 0;
-    size_t available = !limit ? SIZE_MAX : limit > held ? limit - held : 0;
+    size_t available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
     size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
     size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
-    for (size_t threads = (size_t)pk_threads(job->context); threads >= 1; threads /= 2)
+    size_t all_threads = (size_t)pk_threads(job->context);
+    double cost = INFINITY;
+    pk__plan plan, best;
+    memset(&best, 0, sizeof best);
+    for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
         for (size_t at_once = pk__least(most, blocks); at_once >= 1; at_once /= 2)
-            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++) {
-                pk_arena arena = {NULL, 0, 0, 0};
-                size_t results = 0;
-                job->plan.threads = threads;
-                job->plan.rows = pk__least(rows, at_once * job->block);
-                job->plan.window = pk__least(windows[i], steps);
-                pk__job_layout(job, &arena);
-                if (arena.overflow || !pk__multiply(by_pass ? job->plan.rows : rows, row_bytes, &results) ||
-                    arena.used > SIZE_MAX / 2 - results)
-                    continue;
-                /* 64 bytes of header and rounding for each of a dozen allocations. */
-                size_t needed = arena.used + results + 4096;
-                if (needed <= available)
-                    return PK_OK;
-                least = pk__least(least, needed);
-            }
+            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
+                for (size_t j = 0; j < (job->reverse ? sizeof strides / sizeof *strides : 1); j++) {
+                    plan.rows = pk__least(rows, at_once * job->block);
+                    plan.window = pk__least(windows[i], steps);
+                    plan.stride = strides[j];
+                    double own = pk__plan_cost(&plan, rows);
+                    if (!(own < cost))
+                        continue;
+                    size_t needed = pk__plan_bytes(job, &plan, rows, row_bytes, by_pass);
+                    least = pk__least(least, needed);
+                    if (needed <= available && own < cost) {
+                        cost = own;
+                        best = plan;
+                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 && j == 0) {
+                            job->plan = best; /* nothing has to be saved */
+                            return PK_OK;
+                        }
+                    }
+                }
+    job->plan = best;
+    if (best.threads)
+        return PK_OK;
     if (least == SIZE_MAX)
         return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
     return pk__fail(job->context, PK_MEMORY_LIMIT,
@@ -8798,7 +9453,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     const pk_graph *graph = job->graph;
     const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
     const size_t blocks = pk__blocks(rows, job->block);
-    pk_status status = pk_run_weights(job->context, job->run, step, job->window.weights);
+    pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
     const pk_line line = {job->window.weights, NULL, NULL};
@@ -8879,8 +9534,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
             return status;
-        pk_window_restore_state(&job->window, w);
-        status = pk_window_prepare(job->context, &job->window, first, count);
+        status = pk_window_visit(job->context, &job->window, w);
         if (status)
             return status;
         const int threads = (int)job->plan.threads;
@@ -8942,7 +9596,6 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     job->quadrature = options->quadrature;
     job->inputs = inputs;
     job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
-    job->block = pk_tangent_block(job->outputs);
     job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
@@ -8952,6 +9605,10 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;
+    job->block = pk_tangent_block(job->outputs);
+    /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
+    if (job->reverse)
+        job->block = pk__most(1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
@@ -8981,7 +9638,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
 {
     const size_t rows = whole->rows;
     double start = pk__seconds();
-    pk_status status = job->window.saves ? pk_window_save_states(job->context, &job->window) : PK_OK;
+    pk_status status =
+        job->window.stride && job->run->steps ? pk_window_save_states(job->context, &job->window) : PK_OK;
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
         size_t count = pk__least(job->plan.rows, rows - first);
         pk_decomposition part;

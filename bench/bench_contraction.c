@@ -67,12 +67,11 @@ static void add_materialised(const job *j, block *b)
 {
     for (size_t l = 0; l < j->graph.layers; l++)
         for (size_t r = 0; b->tangent.integrated[l] && r < b->count; r++) {
-            pk_tangent_row_phi(&b->tangent, l, r, b->phi);
+            pk_tangent_row_phi(&b->tangent, l, r, 0, j->outputs, b->phi);
             for (size_t first = 0; first < j->batch; first += PK_EXAMPLE_BLOCK) {
                 size_t count = pk__least(j->batch - first, PK_EXAMPLE_BLOCK);
                 pk_real *tile = b->tangent.tile;
-                memset(tile, 0, j->outputs * count * sizeof *tile);
-                pk_tangent_contract_row(&b->tangent, l, b->phi, first, count, tile);
+                pk_tangent_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
                 for (size_t k = 0; k < j->outputs; k++)
                     for (size_t i = 0; i < count; i++)
                         b->result[(r * j->outputs + k) * j->batch + first + i] += tile[k * count + i];

@@ -6,9 +6,13 @@ if(NOT CMOCKA_INCLUDE_DIR OR NOT CMOCKA_LIBRARY)
     message(FATAL_ERROR "PATHKERNEL_TESTS needs cmocka (Debian: libcmocka-dev)")
 endif()
 
+if(NOT PATHKERNEL_EXAMPLES)
+    message(FATAL_ERROR "PATHKERNEL_TESTS tests the examples and the program too: set PATHKERNEL_EXAMPLES=ON")
+endif()
+
 # ---- tests/test_<name>.c, each with the modules and with the single header.
-set(tests status context matrix random array dataset graph network loss optimizer trajectory train segment
-    quadrature tangent decompose decompose_exact)
+set(tests context matrix random array dataset graph network loss optimizer trajectory replay train segment quadrature
+    tangent decompose_exact decompose_options bounds allocation determinism program)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/test_*.c" ${sources})
 
@@ -23,15 +27,25 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
         message(FATAL_ERROR "PATHKERNEL_TEST_VARIANTS: `${variant}` is neither modules nor amalgam")
     endif()
     foreach(test IN LISTS tests)
-        if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/tests/test_${test}.c") # WHILE-WRITING
         add_executable(test_${test}_${variant} tests/test_${test}.c)
         target_link_libraries(test_${test}_${variant} PRIVATE test_${variant})
         add_test(NAME ${test}.${variant} COMMAND test_${test}_${variant}
             WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}")
-        set_tests_properties(${test}.${variant} PROPERTIES LABELS ${variant} TIMEOUT 600)
-        endif() # WHILE-WRITING
+        set_tests_properties(${test}.${variant} PROPERTIES LABELS ${variant} TIMEOUT 600
+            ENVIRONMENT "PATHKERNEL_DECOMPOSE=$<TARGET_FILE:pathkernel-decompose>")
     endforeach()
 endforeach()
+
+# ---- The tutorials check themselves.
+function(example_test name program)
+    add_test(NAME example.${name} COMMAND ${program} ${ARGN} "${runs}" "${CMAKE_CURRENT_SOURCE_DIR}/examples/data")
+    set_tests_properties(example.${name} PROPERTIES LABELS example TIMEOUT 600)
+endfunction()
+example_test(01_quickstart 01_quickstart)
+example_test(02_digits_report_tanh 02_digits_report tanh)
+example_test(02_digits_report_relu 02_digits_report relu)
+example_test(03_quadrature 03_quadrature)
+example_test(04_own_loop 04_own_loop)
 
 # ---- Each header's implementation by itself, as strict C11 and as C++17. To compile is the test.
 if(PATHKERNEL_CHECK_HEADERS)

@@ -21,6 +21,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     pk_context context;
     pk_graph graph;
     pk_loss loss = (pk_loss)0;
+    size_t keep_every = 0;
     pk_optimizer optimizer, again;
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
@@ -30,11 +31,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size)
         memcpy(text, data, size);
     text[size] = '\0';
-    pk_status status = pk__manifest_parse(&context, text, size, &graph, &loss, &optimizer);
+    pk_status status = pk__manifest_parse(&context, text, size, &graph, &loss, &optimizer, &keep_every);
     free(text);
     if (status == PK_OK) {
         char line[256];
-        REQUIRE(graph.parameters > 0 && graph.text && loss);
+        REQUIRE(graph.parameters > 0 && graph.text && loss && keep_every);
         REQUIRE(pk_optimizer_format(&optimizer, line, sizeof line) == PK_OK);
         REQUIRE(pk_optimizer_parse(&context, line, &again) == PK_OK);
     } else {

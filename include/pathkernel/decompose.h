@@ -55,6 +55,7 @@ PK__BEGIN_C
  * through it; neither its length nor the number of rows in a pass can be seen in the results. */
 typedef struct pk__plan {
     size_t threads, rows, window;
+    size_t stride; /* windows between states of the optimiser that are kept */
 } pk__plan;
 
 /* One thread's memory. */
@@ -116,7 +117,8 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
     const pk_graph *graph = job->graph;
     const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads, rows = job->plan.rows;
     size_t largest = 0;
-    pk_window_take(arena, job->plan.window, threads, job->reverse, job->options->bounds, &job->window);
+    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, threads, job->options->bounds,
+                   &job->window);
     job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
     job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
@@ -167,33 +169,63 @@ static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_o
     return items * sizeof(double);
 }
 
-/* Chooses threads, rows per pass and window so that everything fits; row_bytes of results come on top, for all
- * rows or for those of a pass. */
+/* Bytes that a plan needs with row_bytes of results per row, of all rows or of those of a pass; SIZE_MAX: overflow. */
+static size_t pk__plan_bytes(pk__job *job, const pk__plan *plan, size_t rows, size_t row_bytes, int by_pass)
+{
+    pk_arena arena = {NULL, 0, 0, 0};
+    size_t results = 0;
+    job->plan = *plan;
+    pk__job_layout(job, &arena);
+    if (arena.overflow || !pk__multiply(by_pass ? plan->rows : rows, row_bytes, &results) ||
+        arena.used > SIZE_MAX / 2 - results)
+        return SIZE_MAX;
+    return arena.used + results + 4096; /* headers and rounding of a dozen allocations */
+}
+
+/* What a plan costs beside the contraction, which is the same for all and counts as 10: every pass prepares the examples
+ * of every step, and again on the way from a kept state; short windows leave threads idle. */
+static double pk__plan_cost(const pk__plan *plan, size_t rows)
+{
+    double passes = (double)pk__blocks(rows, plan->rows), again = 0.5 * (double)(plan->stride - 1);
+    return (10 + passes * (1 + again) * (1 + 4 / (double)plan->window)) / (double)plan->threads;
+}
+
+/* Chooses threads, rows per pass, window and stride so that everything fits, at the least cost. */
 static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
 {
-    static const size_t windows[] = {32, 16, 64, 128, 8, 256, 512, 4, 2, 1};
+    static const size_t windows[] = {32, 64, 16, 8, 4, 2, 1, 128, 256, 512}, strides[] = {1, 2, 4, 8, 16, 32};
     size_t limit = job->context ? job->context->memory_limit : 0, held = job->context ? job->context->memory_used : 0;
-    size_t available = !limit ? SIZE_MAX : limit > held ? limit - held : 0;
+    size_t available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
     size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
     size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
-    for (size_t threads = (size_t)pk_threads(job->context); threads >= 1; threads /= 2)
+    size_t all_threads = (size_t)pk_threads(job->context);
+    double cost = INFINITY;
+    pk__plan plan, best;
+    memset(&best, 0, sizeof best);
+    for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
         for (size_t at_once = pk__least(most, blocks); at_once >= 1; at_once /= 2)
-            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++) {
-                pk_arena arena = {NULL, 0, 0, 0};
-                size_t results = 0;
-                job->plan.threads = threads;
-                job->plan.rows = pk__least(rows, at_once * job->block);
-                job->plan.window = pk__least(windows[i], steps);
-                pk__job_layout(job, &arena);
-                if (arena.overflow || !pk__multiply(by_pass ? job->plan.rows : rows, row_bytes, &results) ||
-                    arena.used > SIZE_MAX / 2 - results)
-                    continue;
-                /* 64 bytes of header and rounding for each of a dozen allocations. */
-                size_t needed = arena.used + results + 4096;
-                if (needed <= available)
-                    return PK_OK;
-                least = pk__least(least, needed);
-            }
+            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
+                for (size_t j = 0; j < (job->reverse ? sizeof strides / sizeof *strides : 1); j++) {
+                    plan.rows = pk__least(rows, at_once * job->block);
+                    plan.window = pk__least(windows[i], steps);
+                    plan.stride = strides[j];
+                    double own = pk__plan_cost(&plan, rows);
+                    if (!(own < cost))
+                        continue;
+                    size_t needed = pk__plan_bytes(job, &plan, rows, row_bytes, by_pass);
+                    least = pk__least(least, needed);
+                    if (needed <= available && own < cost) {
+                        cost = own;
+                        best = plan;
+                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 && j == 0) {
+                            job->plan = best; /* nothing has to be saved */
+                            return PK_OK;
+                        }
+                    }
+                }
+    job->plan = best;
+    if (best.threads)
+        return PK_OK;
     if (least == SIZE_MAX)
         return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
     return pk__fail(job->context, PK_MEMORY_LIMIT,
@@ -492,7 +524,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     const pk_graph *graph = job->graph;
     const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
     const size_t blocks = pk__blocks(rows, job->block);
-    pk_status status = pk_run_weights(job->context, job->run, step, job->window.weights);
+    pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
     const pk_line line = {job->window.weights, NULL, NULL};
@@ -573,8 +605,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
             return status;
-        pk_window_restore_state(&job->window, w);
-        status = pk_window_prepare(job->context, &job->window, first, count);
+        status = pk_window_visit(job->context, &job->window, w);
         if (status)
             return status;
         const int threads = (int)job->plan.threads;
@@ -636,7 +667,6 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     job->quadrature = options->quadrature;
     job->inputs = inputs;
     job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
-    job->block = pk_tangent_block(job->outputs);
     job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
@@ -646,6 +676,10 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;
+    job->block = pk_tangent_block(job->outputs);
+    /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
+    if (job->reverse)
+        job->block = pk__most(1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
@@ -675,7 +709,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
 {
     const size_t rows = whole->rows;
     double start = pk__seconds();
-    pk_status status = job->window.saves ? pk_window_save_states(job->context, &job->window) : PK_OK;
+    pk_status status =
+        job->window.stride && job->run->steps ? pk_window_save_states(job->context, &job->window) : PK_OK;
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
         size_t count = pk__least(job->plan.rows, rows - first);
         pk_decomposition part;

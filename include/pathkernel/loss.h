@@ -423,7 +423,7 @@ typedef struct pk__gradient_plan {
     size_t block, blocks, groups;
 } pk__gradient_plan;
 
-static pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
+PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
 {
     pk__gradient_plan plan = {64, 0, 0};
     if (parameters >= 32768)
@@ -435,7 +435,8 @@ static pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
     return plan;
 }
 
-static void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
+/* workspace: graph, largest_batch and threads are set. */
+PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
     pk__gradient_plan plan = pk__gradient_cut(graph->parameters, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;

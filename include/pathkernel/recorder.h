@@ -20,17 +20,23 @@ typedef struct pk_recorder_options {
     int gradient_scales;   /* 1: record gradient_scales.npy */
     int second_moments;    /* 1: record second_moments.npy */
     int resume;            /* 1: continue the run in the directory, if there is one */
+    /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
+     * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
+     * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
+    size_t keep_every;
 } pk_recorder_options;
 
 /* A recording in progress. A zeroed recorder is closed. */
 typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
-    pk_array_writer files[7];
-    int present[7];
+    size_t keep_every, state_numbers; /* k; numbers of the optimiser's state, V P */
+    pk_array_writer files[9];
+    int present[9];
     int float32, failed, lock;
     int64_t items;   /* rows of batch_items.npy */
     void *row;       /* P numbers of the file's type, where that is not pk_real */
+    double *states;  /* V P numbers, where k > 1 */
     double *uniform; /* weights of a batch that was given without, grows */
     size_t uniform_size;
 } pk_recorder;
@@ -39,9 +45,9 @@ typedef struct pk_recorder {
  * initial_weights (P) and last the manifest. Refuses a directory that already holds a file of a run.
  *
  * With options->resume and a run there: checks that it is the same one (network, loss, optimizer, types,
- * optional files, training data, w_0; initial_weights may be NULL to skip the last), cuts off what a step
- * in flight left behind, and appends after step recorder->steps; pk_run_weights gives the weights to go on
- * from. A directory without run.txt (a start that was cut off) is started anew.
+ * optional files, keep_every, training data, w_0; initial_weights may be NULL to skip the last), cuts off what
+ * a step in flight left behind, and appends after step recorder->steps; pk_replay_weights gives the weights to
+ * go on from. A directory without run.txt (a start that was cut off) is started anew.
  *
  * One recorder at a time: a second one on the same directory is refused (advisory lock).
  * PK_IO, PK_ARGUMENT, PK_SHAPE, PK_FORMAT, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; *recorder is
@@ -55,10 +61,25 @@ PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *
  * batch_weights are recorded. gradient_scale must be 1 unless recorded. second_moments (P): given exactly if
  * recorded. Cost: one write(2) a file. The step is on disk (for other processes; not yet on the platter)
  * when this returns PK_OK; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
- * disk, say) the run stays readable up to the step before, and this recorder takes no further steps. */
+ * disk, say) the run stays readable up to the step before, and this recorder takes no further steps.
+ * With keep_every: PK_ARGUMENT; only the library's own steps can be replayed (pk_recorder_training_step). */
 PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
                                                const pk_batch *batch, double gradient_scale,
                                                const pk_real *second_moments, const pk_real *weights_after);
+
+/* The same for a step that pk_training_step (replay.h) made, with any keep_every. state: the optimiser's vectors
+ * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
+ * step costs its small rows, a hash of the weights, and at every k-th step the two long rows. */
+PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder,
+                                                        double learning_rate, const pk_batch *batch,
+                                                        double gradient_scale, const pk_real *state,
+                                                        const pk_real *weights_after);
+
+/* The smallest k with which the weights of a run of `steps` steps in float64, and the optimiser's state_vectors
+ * (pk_optimizer_state_vectors) that k > 1 keeps beside them, take at most `bytes` on disk; batches and rates come
+ * on top. 0 where w_0 alone takes more. */
+PK_API size_t pk_recorder_choose_keep_every(size_t parameters, size_t steps, size_t state_vectors,
+                                            uint64_t bytes);
 
 /* Brings the headers up to date and closes the files; *recorder is zeroed, whatever is returned. A zeroed
  * recorder is allowed. PK_IO. */
@@ -91,6 +112,7 @@ typedef struct pk__recording {
     pk_loss loss;
     pk_optimizer optimizer;
     char optimizer_text[256];
+    size_t keep_every;
     int present[PK__RUN_FILES];
     int exists; /* the directory holds a manifest */
     int made;   /* the directory is new */
@@ -110,8 +132,16 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
         status = pk_network_parse(context, options->network, &recording->graph);
     if (status != PK_OK)
         return status;
+    recording->keep_every = options->keep_every ? options->keep_every : 1;
+    if (recording->keep_every > PK_KEEP_EVERY_MOST)
+        return pk__fail(context, PK_ARGUMENT, "keep_every %zu is more than %d", recording->keep_every,
+                        (int)PK_KEEP_EVERY_MOST);
+    if (recording->keep_every > 1 && options->float32 && sizeof(pk_real) > sizeof(float))
+        return pk__fail(context, PK_ARGUMENT, "keep_every: steps cannot be replayed from weights in float32");
+    if (recording->keep_every > 1 && options->second_moments)
+        return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
     for (int f = 0; f < PK__RUN_FILES; f++)
-        recording->present[f] = !pk__run_files[f].optional;
+        recording->present[f] = pk__run_has(f, recording->keep_every, &recording->optimizer) > 0;
     recording->present[PK__RUN_ITEM_WEIGHTS] = options->batch_weights != 0;
     recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
     recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
@@ -171,11 +201,15 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
 {
     char *text = NULL;
     size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text + 256, at = 0;
+    char keep[40] = "";
+    if (recording->keep_every > 1)
+        snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
     if (status != PK_OK)
         return status;
-    size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n",
-                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text);
+    size =
+        (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s",
+                         recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text, keep);
     int file = openat(folder, "run.txt.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     int failed = file < 0;
     while (!failed && at < size) {
@@ -226,6 +260,20 @@ static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
     return pk__run_files[file].type ? pk__run_files[file].type : recorder->float32 ? PK_FLOAT32 : PK_FLOAT64;
 }
 
+/* Numbers in a row of a file of rank 2. */
+static const size_t *pk__recorder_width(const pk_recorder *recorder, int file)
+{
+    return file == PK__RUN_STATES ? &recorder->state_numbers : &recorder->parameters;
+}
+
+/* The optimiser's state as float64. */
+static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *state)
+{
+    for (size_t i = 0; i < recorder->state_numbers; i++)
+        recorder->states[i] = (double)state[i];
+    return recorder->states;
+}
+
 /* Undoes a start that failed. */
 static void pk__recorder_clear(int folder)
 {
@@ -238,6 +286,26 @@ static void pk__recorder_clear(int folder)
     }
 }
 
+/* What goes with w_0 where steps are replayed: the optimiser's vectors are zero then. */
+static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial)
+{
+    int64_t checksum = pk__checksum(initial, recorder->parameters, NULL, 0);
+    if (recorder->state_numbers) {
+        pk_real *zeros = NULL;
+        pk_status status =
+            pk_allocate(context, recorder->state_numbers, sizeof *zeros, "the optimizer's first state", &zeros);
+        if (status == PK_OK) {
+            checksum = pk__checksum(initial, recorder->parameters, zeros, recorder->state_numbers);
+            status = pk_array_append(context, &recorder->files[PK__RUN_STATES], 1,
+                                     pk__recorder_state(recorder, zeros));
+        }
+        pk_release(context, zeros);
+        if (status != PK_OK)
+            return status;
+    }
+    return pk_array_append(context, &recorder->files[PK__RUN_CHECKSUMS], 1, &checksum);
+}
+
 static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, const pk__recording *recording,
                                     const pk_dataset *train, const pk_real *initial, pk_recorder *recorder)
 {
@@ -248,11 +316,13 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
         if (recording->present[f])
             status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
-                                     pk__recorder_type(recorder, f), pk__run_files[f].type ? 1 : 2,
-                                     &recorder->parameters, &recorder->files[f]);
+                                     pk__recorder_type(recorder, f), pk__run_files[f].rank,
+                                     pk__recorder_width(recorder, f), &recorder->files[f]);
     int64_t zero = 0;
     if (status == PK_OK)
         status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
+    if (status == PK_OK && recorder->present[PK__RUN_CHECKSUMS])
+        status = pk__recorder_first(context, recorder, initial);
     if (status == PK_OK)
         status =
             pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
@@ -299,6 +369,10 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
         if (strcmp(line[k][1], line[k][2]) != 0)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
                             directory, line[k][0], line[k][1], line[k][2]);
+    if (run->keep_every != recording->keep_every)
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s cannot be resumed: it keeps every %zuth step, not every %zuth", directory,
+                        run->keep_every, recording->keep_every);
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         if (!array->data != !recording->present[f])
@@ -340,12 +414,14 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     pk_run_release(context, &run); /* before files shrink */
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        size_t rows = per_item                ? (size_t)recorder->items
+                      : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
+                                              : recorder->steps;
         if (recording->present[f])
-            status = pk_array_reopen(
-                context, pk__run_path_of(path, pk__run_files[f].name), pk__recorder_type(recorder, f),
-                pk__run_files[f].type ? 1 : 2, &recorder->parameters,
-                (per_item ? (size_t)recorder->items : recorder->steps) + pk__run_files[f].before,
-                &recorder->files[f]);
+            status = pk_array_reopen(context, pk__run_path_of(path, pk__run_files[f].name),
+                                     pk__recorder_type(recorder, f), pk__run_files[f].rank,
+                                     pk__recorder_width(recorder, f), rows + pk__run_files[f].before,
+                                     &recorder->files[f]);
     }
     return status;
 }
@@ -360,6 +436,7 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
             first = status;
     }
     pk_release(context, recorder->row);
+    pk_release(context, recorder->states);
     pk_release(context, recorder->uniform);
     if (recorder->lock)
         close(recorder->lock - 1);
@@ -390,11 +467,18 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     opened.parameters = recording.graph.parameters;
     opened.examples = pk_dataset_examples(train);
     memcpy(opened.present, recording.present, sizeof opened.present);
+    opened.keep_every = recording.keep_every;
+    if (status == PK_OK && !pk__multiply(pk_optimizer_state_vectors(&recording.optimizer), opened.parameters,
+                                         &opened.state_numbers))
+        status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
     if (status == PK_OK && initial_weights)
         status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
     if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
         status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
                              "a row of weights", &opened.row);
+    if (status == PK_OK && opened.present[PK__RUN_STATES])
+        status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
+                             &opened.states);
     if (status == PK_OK)
         status = pk__run_path_take(context, directory, &path);
     if (status == PK_OK)
@@ -425,7 +509,7 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
 /* Everything about a step that can be wrong before anything is written. */
 static pk_status pk__recorder_check(pk_context *context, const pk_recorder *recorder, double learning_rate,
                                     const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
-                                    const pk_real *weights_after)
+                                    const pk_real *state, const pk_real *weights_after)
 {
     size_t step = recorder->steps;
     if (!recorder->lock)
@@ -460,6 +544,12 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
     pk_status status = pk__recorder_finite(context, recorder, "weights", weights_after);
     if (status == PK_OK && second_moments)
         status = pk__recorder_finite(context, recorder, "second moments", second_moments);
+    if (status == PK_OK && !state && recorder->present[PK__RUN_STATES])
+        return pk__fail(context, PK_ARGUMENT, "step %zu: the optimizer's state is missing", step);
+    for (size_t i = 0; status == PK_OK && recorder->present[PK__RUN_STATES] && i < recorder->state_numbers; i++)
+        if (!isfinite(state[i]))
+            return pk__fail(context, PK_NOT_FINITE, "the optimizer's state: number %zu is %g after step %zu", i,
+                            (double)state[i], step);
     return status;
 }
 
@@ -485,28 +575,34 @@ static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *re
     return PK_OK;
 }
 
-PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
-                                  const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
-                                  const pk_real *weights_after)
+/* Appends the rows of a step. state: where steps are replayed. */
+static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                     const pk_batch *batch, double gradient_scale,
+                                     const pk_real *second_moments, const pk_real *state,
+                                     const pk_real *weights_after)
 {
-    if (!recorder)
-        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: recorder is NULL");
     const double *batch_weights = NULL;
     pk_status status = pk__recorder_check(context, recorder, learning_rate, batch, gradient_scale,
-                                          second_moments, weights_after);
+                                          second_moments, state, weights_after);
     if (status == PK_OK)
         status = pk__recorder_batch_weights(context, recorder, batch, &batch_weights);
     if (status != PK_OK)
         return status;
     int64_t end = recorder->items + (int64_t)batch->count;
-    const void *rows[PK__RUN_FILES] = {&learning_rate,  &end, batch->items, batch_weights,
-                                       &gradient_scale, NULL, NULL};
+    int keeps = (recorder->steps + 1) % recorder->keep_every == 0;
+    int64_t checksum =
+        !recorder->present[PK__RUN_CHECKSUMS]
+            ? 0
+            : pk__checksum(weights_after, recorder->parameters, keeps ? state : NULL, recorder->state_numbers);
+    const void *rows[PK__RUN_FILES] = {&learning_rate, &end, batch->items, batch_weights, &gradient_scale,
+                                       &checksum,      NULL, NULL,         NULL};
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
-        if (!recorder->present[f])
+        if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         const void *row = f == PK__RUN_WEIGHTS   ? pk__recorder_row(recorder, weights_after)
                           : f == PK__RUN_MOMENTS ? pk__recorder_row(recorder, second_moments)
+                          : f == PK__RUN_STATES  ? pk__recorder_state(recorder, state)
                                                  : rows[f];
         status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
     }
@@ -517,6 +613,45 @@ PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, do
     recorder->items = end;
     recorder->steps++;
     return PK_OK;
+}
+
+PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                  const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
+                                  const pk_real *weights_after)
+{
+    if (!recorder)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_step: recorder is NULL");
+    if (recorder->present[PK__RUN_CHECKSUMS])
+        return pk__fail(context, PK_ARGUMENT,
+                        "keep_every: only steps of pk_training_step can be replayed; they are recorded by "
+                        "pk_recorder_training_step");
+    return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, second_moments, NULL,
+                               weights_after);
+}
+
+PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder, double learning_rate,
+                                           const pk_batch *batch, double gradient_scale, const pk_real *state,
+                                           const pk_real *weights_after)
+{
+    if (!recorder)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_training_step: recorder is NULL");
+    const pk_real *moments = state && recorder->present[PK__RUN_MOMENTS] ? state + recorder->parameters : NULL;
+    return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, moments, state,
+                               weights_after);
+}
+
+PK_API size_t pk_recorder_choose_keep_every(size_t parameters, size_t steps, size_t state_vectors,
+                                            uint64_t bytes)
+{
+    double row = (double)parameters * sizeof(double); /* exact below 2^50 parameters */
+    if (((double)steps + 1) * row <= (double)bytes)
+        return 1;
+    /* R rows fit: floor(S / k) + 1 <= R where k > S / R. */
+    double rows = floor(((double)bytes - 8 * ((double)steps + 1)) / (row * (1 + (double)state_vectors)));
+    if (!(rows >= 1))
+        return 0;
+    size_t every = rows > (double)steps ? 2 : steps / (size_t)rows + 1;
+    return every < 2 ? 2 : every;
 }
 
 PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)

@@ -7,6 +7,7 @@
 #define PATHKERNEL_TRAIN_H
 #include "random.h"
 #include "recorder.h"
+#include "replay.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -25,6 +26,8 @@ typedef struct pk_train_options {
     const char *record; /* a run directory to write; NULL: none */
     int resume;         /* 1: continue the run in `record`, if there is one */
     int record_float32, record_second_moments;
+    size_t
+        keep_every; /* k > 1: record the weights of every k-th step only (recorder.h); 0 or 1: of every step */
 
     /* Called after each step of this call (recorded already): the batch's objective at w_step, and
      * w_{step+1} (P). Non-zero ends training with PK_CANCELLED. */
@@ -46,8 +49,9 @@ typedef struct pk_train_result {
  * callback of the context is called after each step. Parallel inside a batch.
  *
  * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
- * state is rebuilt by recomputing the gradients along the recorded weights, and training goes on to the
- * same bits as without the interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
+ * state is rebuilt by recomputing the gradients along the recorded weights (with keep_every: read at the
+ * last kept step, and replayed from there), and training goes on to the same bits as without the
+ * interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
  *
  * Also after an error or a cancel, weights are those of the last complete step, result (may be NULL) tells
  * its number, and the recording holds every step up to it.
@@ -77,8 +81,8 @@ typedef struct pk__training {
     size_t examples, batch_size, per_epoch; /* batches an epoch */
     size_t epoch;                           /* whose permutation order holds */
     int64_t *order;                         /* examples */
-    pk_real *gradient, *update, *state;     /* P, P (D_s, then w_{s+1}), state vectors x P */
-    pk_gradient_workspace workspace;
+    pk_real *next;                          /* P: w_{s+1} */
+    pk_trainer trainer;
     pk_recorder recorder;
 } pk__training;
 
@@ -109,33 +113,32 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
-/* t->update = w_{step+1} from weights = w_step; the optimiser's state moves on. */
-static pk_status pk__training_step(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
+/* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
+static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
 {
     const pk_train_options *options = t->options;
-    size_t parameters = t->graph->parameters;
     pk__training_batch(t, step, &made->batch);
     made->rate = pk_schedule_rate(&options->schedule, step);
-    if (!isfinite(made->rate))
-        return pk__fail(context, PK_ARGUMENT, "the learning rate of step %zu is %g", step, made->rate);
-    pk_status status = pk_batch_gradient(context, t->graph, options->loss, weights, t->train, &made->batch,
-                                         &t->workspace, &made->objective, t->gradient);
-    if (status != PK_OK)
-        return pk__prefix(context, status, "step %zu: ", step);
-    made->scale = options->clip_norm > 0 ? pk_clip_scale(t->gradient, parameters, options->clip_norm) : 1;
-    pk_optimizer_update(&options->optimizer, step, made->rate, made->scale, parameters, weights, t->gradient,
-                        t->state, t->update);
-    for (size_t p = 0; p < parameters; p++)
-        t->update[p] += weights[p];
-    for (size_t p = 0; p < parameters; p++)
-        if (!isfinite(t->update[p]))
-            return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
-                            step, p, (double)t->update[p]);
-    return PK_OK;
+    return pk_training_step(context, &t->trainer, step, made->rate, options->clip_norm, &made->batch, weights,
+                            t->next, &made->scale, &made->objective);
 }
 
-/* Rebuilds the state after the recorded steps and proves that these options made them. update holds the
+/* Whether t->next and the state are those of a recorded step, bit for bit. */
+static pk_status pk__training_compare(pk_context *context, pk__training *t, const pk_run *run, size_t step,
+                                      int *same)
+{
+    if (run->keep_every > 1) {
+        *same = pk__same_step(run, step, t->next, t->trainer.state, t->trainer.state_numbers);
+        return PK_OK;
+    }
+    pk_real *there = t->trainer.gradient; /* free between steps */
+    pk_status status = pk_run_weights(context, run, step, there);
+    *same = status == PK_OK && memcmp(there, t->next, run->parameters * sizeof *there) == 0;
+    return status;
+}
+
+/* Rebuilds the state after the recorded steps and proves that these options made them. t->next holds the
  * weights to go on from when it is done. */
 static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
 {
@@ -143,9 +146,11 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
     if (run->weights.type == PK_FLOAT32 && sizeof(pk_real) > sizeof(float))
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s was recorded as float32: training cannot go on to the same bits", folder);
-    /* A rule without state needs no gradient of the past; one step is checked all the same. */
-    size_t from = pk_optimizer_stateless(&t->options->optimizer) && run->steps ? run->steps - 1 : 0;
-    pk_real *after = t->gradient; /* free between steps */
+    /* A rule without state needs no gradient of the past, nor does one whose state was kept; at least one step is
+     * checked all the same. */
+    size_t last = run->steps - 1, from = pk_optimizer_stateless(&t->options->optimizer) ? last : 0;
+    if (run->keep_every > 1)
+        from = last - last % run->keep_every;
     for (size_t s = 0; s < run->steps; s++) {
         pk__step made;
         pk_batch there;
@@ -162,14 +167,19 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
                             run->learning_rates[s], made.rate);
         if (s < from)
             continue;
-        pk_status status = pk_run_weights(context, run, s, weights);
+        int same = 0;
+        pk_status status = PK_OK;
+        if (s == from && run->keep_every > 1)
+            status = pk__replay_load(context, run, s, weights, t->trainer.state, t->trainer.state_numbers);
+        else if (s == from)
+            status = pk_run_weights(context, run, s, weights);
         if (status == PK_OK)
-            status = pk__training_step(context, t, s, weights, &made);
+            status = pk__training_next(context, t, s, weights, &made);
         if (status == PK_OK)
-            status = pk_run_weights(context, run, s + 1, after);
+            status = pk__training_compare(context, t, run, s + 1, &same);
         if (status != PK_OK)
             return status;
-        if (memcmp(after, t->update, run->parameters * sizeof *after) != 0)
+        if (!same)
             return pk__fail(
                 context, PK_ARGUMENT,
                 "%s cannot be resumed: its step %zu was made by other options, or by another build or "
@@ -178,6 +188,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         if (pk_run_gradient_scale(run, s) != made.scale)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu was clipped otherwise",
                             folder, s);
+        memcpy(weights, t->next, run->parameters * sizeof *weights);
         status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
         if (status != PK_OK)
             return status;
@@ -206,6 +217,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
     recording.resume = options->resume;
+    recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
     if (status != PK_OK || t->recorder.steps == 0)
         return status;
@@ -221,7 +233,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     if (status == PK_OK)
         status = pk__training_replay(context, t, &run, replayed);
     if (status == PK_OK) {
-        memcpy(weights, t->update, parameters * sizeof *weights);
+        memcpy(weights, t->next, parameters * sizeof *weights);
         *done = run.steps;
     }
     pk_release(context, replayed);
@@ -242,13 +254,13 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
     while (status == PK_OK && result->steps < options->steps) {
         size_t step = result->steps;
         pk__step made;
-        status = pk__training_step(context, t, step, weights, &made);
+        status = pk__training_next(context, t, step, weights, &made);
         if (status == PK_OK && options->record)
-            status = pk_recorder_step(context, &t->recorder, made.rate, &made.batch, made.scale,
-                                      options->record_second_moments ? t->state + parameters : NULL, t->update);
+            status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
+                                               t->trainer.state, t->next);
         if (status != PK_OK)
             break;
-        memcpy(weights, t->update, parameters * sizeof *weights);
+        memcpy(weights, t->next, parameters * sizeof *weights);
         result->steps++;
         result->objective = made.objective;
         if (options->on_step && options->on_step(options->user, step, made.objective, weights) != 0)
@@ -269,7 +281,8 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
     if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
         return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
-    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments))
+    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments ||
+                             options->keep_every > 1))
         return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
     if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
         return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
@@ -303,29 +316,19 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
     t.per_epoch = (t.examples - 1) / t.batch_size + 1;
     t.epoch = SIZE_MAX;
-    size_t parameters = graph->parameters, vectors = pk_optimizer_state_vectors(&options->optimizer),
-           numbers = 0;
-    if (!pk__multiply(vectors, parameters, &numbers))
-        return pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows: %zu vectors of %zu", vectors,
-                        parameters);
     status = pk_allocate(context, t.examples, sizeof *t.order, "the order of the examples", &t.order);
     if (status == PK_OK)
-        status = pk_allocate(context, parameters, sizeof *t.gradient, "the gradient", &t.gradient);
+        status = pk_allocate(context, graph->parameters, sizeof *t.next, "the next weights", &t.next);
     if (status == PK_OK)
-        status = pk_allocate(context, parameters, sizeof *t.update, "the update", &t.update);
-    if (status == PK_OK)
-        status = pk_allocate(context, numbers, sizeof *t.state, "the optimizer's state", &t.state);
-    if (status == PK_OK)
-        status = pk_gradient_prepare(context, graph, t.batch_size, &t.workspace);
+        status = pk_trainer_prepare(context, graph, train, options->loss, &options->optimizer, t.batch_size,
+                                    &t.trainer);
     if (status == PK_OK)
         status = pk__training_loop(context, &t, weights, &reached);
     pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
     if (status == PK_OK)
         status = closed;
-    pk_gradient_release(context, &t.workspace);
-    pk_release(context, t.state);
-    pk_release(context, t.update);
-    pk_release(context, t.gradient);
+    pk_trainer_release(context, &t.trainer);
+    pk_release(context, t.next);
     pk_release(context, t.order);
     if (result)
         *result = reached;

@@ -12,10 +12,18 @@
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *
+ * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); replay.h repeats the
+ * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
+ *     optimizer_states.npy (S/k + 1, V P) float64: the optimiser's V vectors before steps 0, k, 2k, ...;
+ *                          not there where V = 0
+ *     checksums.npy        (S+1,)   int64: a hash of the bits of w_s at every step; at kept steps, of the
+ *                          optimiser's vectors as well
+ *
  * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
  * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are;
- * a reader takes the smallest number of steps that every file holds. run.txt is put in place last of all
- * when a run starts, so a directory with a manifest is a run.
+ * a reader takes the smallest number of steps that every file holds, and of a run that keeps every k-th step
+ * those that can be replayed: all whose small rows are there, up to a missing row of weights. run.txt is put
+ * in place last of all when a run starts, so a directory with a manifest is a run.
  */
 #ifndef PATHKERNEL_TRAJECTORY_H
 #define PATHKERNEL_TRAJECTORY_H
@@ -26,25 +34,31 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_run_weights
- * and batches with pk_run_batch: they hide how the steps are stored. */
+enum { PK_KEEP_EVERY_MOST = 1000000000 };
+
+/* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_replay_weights
+ * (replay.h; of kept steps also with pk_run_weights) and batches with pk_run_batch: they hide how the steps
+ * are stored. */
 typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
     pk_optimizer optimizer;
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
+    size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
     /* 1: the files hold more than the complete steps (recording was cut off inside a step); after
      * pk_run_open, pk_message then tells which file ends first. */
     int cut_off;
     pk_dataset train;
-    pk_array weights;              /* (at least steps + 1, P) */
+    pk_array weights;              /* (at least steps / k + 1, P) */
+    pk_array optimizer_states;     /* (at least steps / k + 1, V P); data is NULL where absent */
     pk_array second_moments;       /* (at least steps, P); data is NULL where absent */
     const double *learning_rates;  /* steps */
     const int64_t *batch_offsets;  /* steps + 1 */
     const int64_t *batch_items;    /* batch_offsets[steps] */
     const double *batch_weights;   /* batch_offsets[steps]; NULL: 1/|B_s| */
     const double *gradient_scales; /* steps; NULL: 1 */
-    pk_array columns[5];           /* private: the arrays behind the five pointers above */
+    const int64_t *checksums;      /* steps + 1; NULL where k = 1 */
+    pk_array columns[6];           /* private: the arrays behind the six pointers above */
 } pk_run;
 
 /* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
@@ -65,9 +79,9 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
 /* The factor that clipping applied at a step: 1 where none was recorded. */
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 
-/* weights (P) := w_step, step in [0, run->steps], converted exactly (float32 to double). Reads one row.
- * PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not there. May be called
- * from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
+/* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
+ * to double). Reads one row. PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not
+ * there. May be called from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
 PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step,
                                              pk_real *weights);
 
@@ -95,30 +109,75 @@ PK__END_C
 #include <unistd.h>
 PK__BEGIN_C
 
-/* The files that grow, in the order in which a step writes them: weights.npy commits the step. */
+/* The files that grow, in the order in which a step writes them: weights.npy commits the step; checksums.npy
+ * does where the weights are not kept. */
 enum {
     PK__RUN_RATES,
     PK__RUN_OFFSETS,
     PK__RUN_ITEMS,
     PK__RUN_ITEM_WEIGHTS,
     PK__RUN_SCALES,
+    PK__RUN_CHECKSUMS,
     PK__RUN_MOMENTS,
+    PK__RUN_STATES,
     PK__RUN_WEIGHTS,
     PK__RUN_FILES
 };
 
 typedef struct pk__run_file {
     const char *name;
-    pk_type type; /* 0: float32 or float64, rows of P */
+    pk_type type; /* 0: float32 or float64 */
+    int rank;     /* 2: rows of P, or V P */
     int optional;
     size_t before; /* rows that belong to no step: w_0, the first offset */
+    int kept;      /* one row a kept step */
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
-    {"learning_rates.npy", PK_FLOAT64, 0, 0},  {"batch_offsets.npy", PK_INT64, 0, 1},
-    {"batch_items.npy", PK_INT64, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 0},
-    {"gradient_scales.npy", PK_FLOAT64, 1, 0}, {"second_moments.npy", (pk_type)0, 1, 0},
-    {"weights.npy", (pk_type)0, 0, 1}};
+    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},  {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
+    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
+    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0}, {"checksums.npy", PK_INT64, 1, 0, 1, 0},
+    {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},  {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1},
+    {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
+
+/* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
+static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer)
+{
+    if (file == PK__RUN_CHECKSUMS)
+        return keep_every > 1;
+    if (file == PK__RUN_STATES)
+        return keep_every > 1 && pk_optimizer_state_vectors(optimizer) > 0;
+    if (file == PK__RUN_MOMENTS && keep_every > 1)
+        return 0;
+    return pk__run_files[file].optional ? -1 : 1;
+}
+
+/* Of P numbers and then of count more, as the bits of doubles: what a replay is compared with. Four lanes, so
+ * that the multiplications do not wait for each other; the order of the numbers matters in each. */
+static uint64_t pk__checksum_mix(uint64_t hash, uint64_t bits)
+{
+    hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+    return hash ^ hash >> 32;
+}
+
+PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, const pk_real *state, size_t count)
+{
+    uint64_t lane[4] = {1, 2, 3, 4}, hash = parameters;
+    const pk_real *part[2] = {weights, state};
+    const size_t numbers[2] = {parameters, state ? count : 0};
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < numbers[k]; i++) {
+            double number = (double)part[k][i];
+            uint64_t bits;
+            memcpy(&bits, &number, sizeof bits);
+            lane[i % 4] = pk__checksum_mix(lane[i % 4], bits);
+        }
+    for (int k = 0; k < 4; k++)
+        hash = pk__checksum_mix(hash, lane[k]);
+    int64_t signed_hash;
+    memcpy(&signed_hash, &hash, sizeof signed_hash);
+    return signed_hash;
+}
 
 /* Those that do not grow; the manifest is the last to appear. */
 enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
@@ -177,8 +236,8 @@ PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const ch
 
 /* ---- the manifest ---------------------------------------------------------------------------------- */
 
-enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEYS };
-static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer"};
+enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEEP, PK__MANIFEST_KEYS };
+static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer", "keep_every"};
 enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at most */
 
 typedef struct pk__manifest {
@@ -240,7 +299,8 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         return PK_OK;
     }
     return pk__fail(context, PK_FORMAT,
-                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer)", line, begin);
+                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, keep_every)", line,
+                    begin);
 }
 
 /* Splits text (size bytes and a NUL after them), which is changed. */
@@ -261,23 +321,44 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
     }
     if (!version)
         return pk__fail(context, PK_FORMAT, "run.txt line 1: expected 'pathkernel-run 1', found an empty file");
-    for (int k = 0; k < PK__MANIFEST_KEYS; k++)
+    for (int k = 0; k < PK__MANIFEST_KEEP; k++)
         if (!manifest->line[k])
             return pk__fail(context, PK_FORMAT, "run.txt line %zu: the file ends without a '%s' line", line,
                             pk__manifest_keys[k]);
     return PK_OK;
 }
 
+/* A whole number from 1 to 10^9: a decimal text without sign. */
+static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *manifest, size_t *keep_every)
+{
+    const char *text = manifest->value[PK__MANIFEST_KEEP];
+    *keep_every = 1;
+    if (!manifest->line[PK__MANIFEST_KEEP])
+        return PK_OK;
+    size_t value = 0, length = 0;
+    for (; text[length] >= '0' && text[length] <= '9' && length < 10; length++)
+        value = 10 * value + (size_t)(text[length] - '0');
+    if (text[length] || value < 1 || value > PK_KEEP_EVERY_MOST)
+        return pk__fail(context, PK_FORMAT, "keep_every '%.60s' is not a whole number from 1 to %d", text,
+                        (int)PK_KEEP_EVERY_MOST);
+    *keep_every = value;
+    return PK_OK;
+}
+
 /* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
 PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size, pk_graph *graph,
-                                         pk_loss *loss, pk_optimizer *optimizer)
+                                         pk_loss *loss, pk_optimizer *optimizer, size_t *keep_every)
 {
     pk__manifest manifest;
     pk_status status = pk__manifest_split(context, text, size, &manifest);
     if (status != PK_OK)
         return status;
-    int key = PK__MANIFEST_LOSS;
-    status = pk_loss_parse(context, manifest.value[key], loss);
+    int key = PK__MANIFEST_KEEP;
+    status = pk__manifest_keep(context, &manifest, keep_every);
+    if (status == PK_OK) {
+        key = PK__MANIFEST_LOSS;
+        status = pk_loss_parse(context, manifest.value[key], loss);
+    }
     if (status == PK_OK) {
         key = PK__MANIFEST_OPTIMIZER;
         status = pk_optimizer_parse(context, manifest.value[key], optimizer);
@@ -320,7 +401,8 @@ static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run
     close(file);
     if (status == PK_OK) {
         text[size] = '\0';
-        status = pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer);
+        status =
+            pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer, &run->keep_every);
         if (status == PK_OK && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -334,6 +416,7 @@ static pk_array *pk__run_array(pk_run *run, int file)
 {
     return file == PK__RUN_WEIGHTS   ? &run->weights
            : file == PK__RUN_MOMENTS ? &run->second_moments
+           : file == PK__RUN_STATES  ? &run->optimizer_states
                                      : &run->columns[file];
 }
 
@@ -343,7 +426,13 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     const pk__run_file *expected = &pk__run_files[file];
     pk_array *array = pk__run_array(run, file);
     pk__run_path_of(path, expected->name);
-    if (expected->optional && access(path->text, F_OK) != 0 && errno == ENOENT)
+    int has = pk__run_has(file, run->keep_every, &run->optimizer);
+    if (has <= 0 && access(path->text, F_OK) != 0 && errno == ENOENT)
+        return PK_OK;
+    if (!has && file == PK__RUN_MOMENTS)
+        return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
+                        path->text);
+    if (!has) /* other programs may leave what they like */
         return PK_OK;
     pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
     if (status != PK_OK)
@@ -352,12 +441,14 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
         return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold %s", path->text,
                         pk_type_name(array->type),
                         expected->type ? pk_type_name(expected->type) : "float64 or float32");
-    if (array->rank != (expected->type ? 1 : 2))
+    if (array->rank != expected->rank)
         return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
-                        expected->type ? 1 : 2);
-    if (!expected->type && array->shape[1] != run->parameters)
-        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters",
-                        path->text, array->shape[1], run->parameters);
+                        expected->rank);
+    size_t vectors = file == PK__RUN_STATES ? pk_optimizer_state_vectors(&run->optimizer) : 1;
+    if (expected->rank == 2 && (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
+        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters%s",
+                        path->text, array->shape[1], run->parameters,
+                        vectors > 1 ? " and the optimizer two vectors" : "");
     if (array->shape[0] < expected->before)
         return pk__fail(context, PK_FORMAT, "%s holds no row, not even that of the start", path->text);
     return PK_OK;
@@ -376,12 +467,15 @@ static size_t pk__not_finite(const double *numbers, size_t count)
 static pk_status pk__run_count(pk_context *context, const char *directory, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
-    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0};
+    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0};
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         rows[f] = array->data ? array->shape[0] : SIZE_MAX;
-        if (array->data && !per_item[f] && rows[f] - pk__run_files[f].before < steps)
-            steps = rows[f] - pk__run_files[f].before, least = f;
+        size_t reach = rows[f] - pk__run_files[f].before; /* the last step that this file allows */
+        if (pk__run_files[f].kept)
+            reach = rows[f] > SIZE_MAX / run->keep_every ? SIZE_MAX : rows[f] * run->keep_every - 1;
+        if (array->data && !per_item[f] && reach < steps)
+            steps = reach, least = f;
     }
     int shorter = rows[PK__RUN_ITEM_WEIGHTS] < rows[PK__RUN_ITEMS] ? PK__RUN_ITEM_WEIGHTS : PK__RUN_ITEMS;
     const int64_t *offsets = run->batch_offsets;
@@ -413,7 +507,8 @@ static pk_status pk__run_count(pk_context *context, const char *directory, pk_ru
     run->steps = steps;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
-        size_t complete = (per_item[f] ? items : steps) + pk__run_files[f].before;
+        size_t complete = per_item[f] ? items : pk__run_files[f].kept ? steps / run->keep_every : steps;
+        complete += pk__run_files[f].before;
         if (array->data && (rows[f] > complete || array->extra_bytes))
             run->cut_off = 1;
     }
@@ -458,6 +553,7 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *r
     run->batch_items = (const int64_t *)run->columns[PK__RUN_ITEMS].data;
     run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
+    run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
     return pk__run_count(context, path->directory, run);
 }
 
@@ -504,14 +600,14 @@ PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
     return run->gradient_scales ? run->gradient_scales[step] : 1;
 }
 
-/* out (P) = a row of weights.npy or second_moments.npy. */
+/* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
 static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
-                             size_t row, pk_real *out)
+                             size_t row, size_t step, pk_real *out)
 {
     pk_array_reals(array, row * run->parameters, run->parameters, out);
     for (size_t p = 0; p < run->parameters; p++)
         if (!isfinite(out[p]))
-            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, row,
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
                             (double)out[p]);
     return PK_OK;
 }
@@ -522,7 +618,12 @@ PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t s
         return pk__fail(context, PK_ARGUMENT, "pk_run_weights: no run or no weights");
     if (step > run->steps)
         return pk__fail(context, PK_ARGUMENT, "weights of step %zu: the run has %zu steps", step, run->steps);
-    return pk__run_row(context, run, &run->weights, "weights.npy", step, weights);
+    if (step % run->keep_every)
+        return pk__fail(
+            context, PK_ARGUMENT,
+            "weights of step %zu: the run keeps every %zuth step; pk_replay_weights repeats the others", step,
+            run->keep_every);
+    return pk__run_row(context, run, &run->weights, "weights.npy", step / run->keep_every, step, weights);
 }
 
 PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step, pk_real *moments)
@@ -533,7 +634,7 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     if (step >= run->steps)
         return pk__fail(context, PK_ARGUMENT, "second moments of step %zu: the run has %zu steps", step,
                         run->steps);
-    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, moments);
+    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
 }
 
 PK__END_C

@@ -8,7 +8,7 @@
 #ifndef PATHKERNEL_WINDOW_H
 #define PATHKERNEL_WINDOW_H
 #include "tangent.h"
-#include "trajectory.h"
+#include "replay.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -20,7 +20,8 @@ typedef struct pk_window {
     int preconditioned; /* the optimiser scales each parameter on its own */
     /* Of the plan: */
     size_t capacity, windows, threads, lanes;
-    int saves, bounds;
+    size_t stride;
+    int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
     size_t first, count;
     pk_real *weights;        /* (count + 1) x P */
@@ -39,21 +40,23 @@ typedef struct pk_window {
     pk_example_workspace *workspaces;
     double *seconds; /* a thread's on examples */
     double seconds_read;
+    pk_replay replay; /* of runs that keep only every k-th step */
 } pk_window;
 
 /* What of a run matters here: reads the batches' sizes. */
 PK_API void pk_window_begin(const pk_run *run, pk_window *window);
-/* Takes windows of up to capacity steps for threads threads. saves: keep the optimiser's state at the start
- * of each window. bounds: have what bounds need. */
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
+ * stride-th window, so that windows can be visited backwards; 0: do not. bounds: have what bounds need. */
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t threads, int bounds,
                            pk_window *window);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
 PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count);
-/* Goes through the run once and keeps the state at the start of every window. */
+/* Goes through the run once and keeps the states. */
 PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
-/* The state at the start of window number index: as saved, or zero at the start of the run. */
-PK_API void pk_window_restore_state(pk_window *window, size_t index);
+/* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
+ * state that was kept, which costs up to stride windows. */
+PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index);
 
 PK__END_C
 /* <<< declarations */
@@ -83,7 +86,7 @@ PK_API void pk_window_begin(const pk_run *run, pk_window *window)
     window->preconditioned = form.preconditioned;
 }
 
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int saves, int bounds,
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t threads, int bounds,
                            pk_window *window)
 {
     const pk_graph *graph = &window->run->graph;
@@ -94,7 +97,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
     window->threads = threads;
-    window->saves = saves && window->state_vectors;
+    window->stride = window->state_vectors ? stride : 0;
     window->bounds = bounds;
     window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
     window->direction = (pk_real *)pk_arena_take(arena, all, real);
@@ -106,7 +109,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int
     window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
     window->state = (pk_real *)pk_arena_take(arena, states, P * real);
-    window->saved = (pk_real *)pk_arena_take(arena, window->saves ? window->windows : 0, states * P * real);
+    window->saved = (pk_real *)pk_arena_take(
+        arena, window->stride ? pk__blocks(window->windows, window->stride) : 0, states * P * real);
     window->update = (pk_real *)pk_arena_take(arena, threads, P * real);
     window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
     window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
@@ -121,6 +125,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t threads, int
     }
     window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
     window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk_example_workspace measured;
         pk_example_workspace_take(arena, graph, window->workspaces ? &window->workspaces[w] : &measured);
@@ -133,7 +138,7 @@ static pk_status pk__load_window(pk_context *context, pk_window *window)
 {
     const size_t P = window->parameters;
     for (size_t j = 0; j <= window->count; j++) {
-        pk_status status = pk_run_weights(context, window->run, window->first + j, window->weights + j * P);
+        pk_status status = pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
         if (status)
             return status;
     }
@@ -245,32 +250,44 @@ PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_
     return PK_OK;
 }
 
+static size_t pk__window_count(const pk_window *window, size_t index)
+{
+    return pk__least(window->capacity, window->run->steps - index * window->capacity);
+}
+
 PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
+    const size_t last = (window->windows - 1) / window->stride * window->stride;
     memset(window->state, 0, numbers * sizeof(pk_real));
-    for (size_t w = 0; w < window->windows; w++) {
-        size_t first = w * window->capacity, count = pk__least(window->capacity, window->run->steps - first);
-        memcpy(window->saved + w * numbers, window->state, numbers * sizeof(pk_real));
+    for (size_t w = 0; w <= last; w++) {
+        if (w % window->stride == 0)
+            memcpy(window->saved + w / window->stride * numbers, window->state, numbers * sizeof(pk_real));
         pk_status status =
             pk__progress(context, "recomputing the optimiser's state", (double)w / (double)window->windows);
-        if (!status && w + 1 < window->windows)
-            status = pk_window_prepare(context, window, first, count);
+        if (!status && w < last)
+            status = pk_window_prepare(context, window, w * window->capacity, pk__window_count(window, w));
         if (status)
             return status;
     }
     return PK_OK;
 }
 
-PK_API void pk_window_restore_state(pk_window *window, size_t index)
+PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
-    if (!numbers)
-        return;
-    if (window->saves)
-        memcpy(window->state, window->saved + index * numbers, numbers * sizeof(pk_real));
-    else
-        memset(window->state, 0, numbers * sizeof(pk_real));
+    size_t from = index;
+    if (window->stride) {
+        from = index / window->stride * window->stride;
+        memcpy(window->state, window->saved + from / window->stride * numbers, numbers * sizeof(pk_real));
+    }
+    for (; from <= index; from++) {
+        pk_status status =
+            pk_window_prepare(context, window, from * window->capacity, pk__window_count(window, from));
+        if (status)
+            return status;
+    }
+    return PK_OK;
 }
 
 PK__END_C
