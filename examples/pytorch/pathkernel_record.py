@@ -1,4 +1,4 @@
-"""Records a PyTorch training run for pathkernel-decompose. Copy this file; it needs torch (1.13 or later) and NumPy.
+"""Records a PyTorch training run for pathkernel-decompose. Copy this file; it needs torch >= 1.13 and NumPy.
 
     from pathkernel_record import Recorder
 
@@ -7,20 +7,22 @@
             indices = torch.randperm(len(x))[:64]
             opt.zero_grad()
             criterion(model(x[indices]), y[indices]).backward()
-            record.clip(1.0)                 # only if gradients are clipped, in place of clip_grad_norm_
+            record.clip(1.0)     # only where gradients are clipped, in place of clip_grad_norm_
             opt.step()
-            record(indices)                  # rows of inputs and targets; schedulers may step before or after
+            record(indices)      # rows of inputs and targets; a scheduler may step before or after
 
-The network, loss and optimizer lines of run.txt are derived from the module, the loss and torch.optim's object.
-What the format cannot say is refused with a RecordError that names it, before anything is written. Two more checks
-catch what would only show as a large "unattributed" part later: before the first step, the model's outputs must be
-those of the derived network with the weights that parameters_to_vector gives (so layout and order agree); at the
-first `check` steps, the gradient that the optimizer is given must be that of the declared loss on the declared rows.
+The network, loss and optimizer lines of run.txt are derived from the module, the loss and torch.optim's
+object. What the format cannot say is refused with a RecordError that names it, before anything is written. Two
+checks catch what else would only show later, as a large "unattributed" part: before the first step, the model's
+outputs must be those of the derived network with the weights that parameters_to_vector gives, so layout and
+order agree; at the first `check` steps, the gradient must be that of the declared loss on the declared rows.
 
 With a DataLoader, wrap the dataset in Indexed: each batch then starts with the row numbers.
 
-Every step appends one row to each .npy file, weights.npy last; a kill at any moment loses the step in flight only.
+Every step appends one row to each .npy file, weights.npy last; a kill at any moment loses at most the step in
+flight.
 """
+
 import functools
 import math
 import os
@@ -53,7 +55,7 @@ class Erf(nn.Module):
 
 
 class Indexed(torch.utils.data.Dataset):
-    """A dataset whose samples start with their index: for indices, x, y in DataLoader(Indexed(data), shuffle=True)."""
+    """A dataset whose samples start with their index: for indices, x, y in DataLoader(Indexed(data))."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -68,21 +70,39 @@ class Indexed(torch.utils.data.Dataset):
 
 # ---- the network line: words, a function for each, and the modules that they come from
 
+
 def _softplus(x, beta=1.0):
     return torch.logaddexp(beta * x, torch.zeros_like(x)) / beta
 
 
 _FUNCTIONS = {
-    "identity": lambda x: x, "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": _softplus,
-    "leaky_relu": lambda x, slope=0.01: nn.functional.leaky_relu(x, slope), "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu, "erf": torch.erf, "hard_tanh": nn.functional.hardtanh, "abs": torch.abs,
+    "identity": lambda x: x,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": _softplus,
+    "leaky_relu": lambda x, slope=0.01: nn.functional.leaky_relu(x, slope),
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "erf": torch.erf,
+    "hard_tanh": nn.functional.hardtanh,
+    "abs": torch.abs,
 }
-_PLAIN = {nn.Identity: "identity", nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
-          Abs: "abs", Erf: "erf"}
+_PLAIN = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    Abs: "abs",
+    Erf: "erf",
+}
 _REASONS = {  # by the name of the class, so that old versions of torch need not have it
-    "BatchNorm": "it couples the examples of a batch", "InstanceNorm": "the format has no such layer",
+    "BatchNorm": "it couples the examples of a batch",
+    "InstanceNorm": "the format has no such layer",
     "PReLU": "its slope is trained, the format has a fixed one (LeakyReLU)",
-    "RReLU": "it is random", "ReLU6": "the format has no such layer",
+    "RReLU": "it is random",
+    "ReLU6": "the format has no such layer",
     "LogSoftmax": "the format has no such layer; use CrossEntropyLoss on what comes before it",
 }
 
@@ -97,7 +117,9 @@ def _leaves(module, name=""):
         yield name, module
         return
     if len({id(child) for child in module}) != len(module):  # named_children leaves out the second
-        raise RecordError(f"{name or 'the model'} holds the same module twice; weights used twice cannot be recorded")
+        raise RecordError(
+            f"{name or 'the model'} holds the same module twice; weights used twice cannot be recorded"
+        )
     for child, inner in module.named_children():
         yield from _leaves(inner, f"{name}.{child}" if name else child)
 
@@ -107,8 +129,8 @@ def _layer(where, module):
     kind = type(module)
     no = lambda reason: RecordError(f"{where}: {reason}")
     if kind is nn.Linear:
-        if [n for n, _ in module.named_parameters()] not in (["weight"], ["weight", "bias"]) or len(list(module.buffers())):
-            raise no("its weight is computed from other parameters (weight_norm, pruning?); the format has none of that")
+        if [n for n, _ in module.named_parameters()] not in (["weight"], ["weight", "bias"]):
+            raise no("its weight comes from other parameters (weight_norm, pruning?), not the format's")
         return f"dense {module.out_features}" + (" nobias" if module.bias is None else "")
     if kind in _PLAIN:
         return _PLAIN[kind]
@@ -118,7 +140,7 @@ def _layer(where, module):
         return "leaky_relu " + _number(module.negative_slope)
     if kind is nn.Softplus:
         if module.threshold < 20:
-            raise no(f"threshold = {module.threshold} jumps from softplus to x where they differ; the format has no jump")
+            raise no(f"threshold = {module.threshold} makes a jump that the format's softplus does not have")
         return "softplus" if module.beta == 1 else "softplus " + _number(module.beta)
     if kind is nn.GELU:
         if getattr(module, "approximate", "none") != "none":
@@ -137,22 +159,28 @@ def _layer(where, module):
             raise no("dropout draws random numbers that the format does not keep; use p=0, or .eval() it")
         return "identity"
     reason = next((r for n, r in _REASONS.items() if kind.__name__.startswith(n)), None)
-    raise no(reason or "not supported. Supported are nested Sequentials of Linear, ReLU, LeakyReLU, Tanh, Sigmoid, "
-             "Softplus, GELU, SiLU, Hardtanh, Identity, Flatten, Dropout(p=0), and Abs and Erf of this file. A module "
-             "with its own forward that only chains these: say so by network='input 64; dense 32; relu; dense 10'")
+    raise no(
+        reason
+        or "not supported. Supported are nested Sequentials of Linear, ReLU, LeakyReLU, Tanh, Sigmoid, "
+        "Softplus, GELU, SiLU, Hardtanh, Identity, Flatten, Dropout(p=0), and Abs and Erf of this file. A module "
+        "with its own forward that only chains these: say so by network='input 64; dense 32; relu; dense 10'"
+    )
 
 
 def network_line(model):
     """The network line of nested Sequentials of supported layers."""
     lines, width = [], None
     for number, (name, module) in enumerate(_leaves(model)):
-        where = f"layer {number} ('{name}', {type(module).__name__})" if name else f"the model ({type(module).__name__})"
+        kind = type(module).__name__
+        where = f"layer {number} ('{name}', {kind})" if name else f"the model ({kind})"
         lines.append(_layer(where, module))
         if isinstance(module, nn.Linear):
             if width is None:
                 lines.insert(0, f"input {module.in_features}")
             elif module.in_features != width:
-                raise RecordError(f"{where}: takes {module.in_features} inputs, the layers before it give {width}")
+                raise RecordError(
+                    f"{where}: takes {module.in_features} inputs, the layers before it give {width}"
+                )
             width = module.out_features
     if width is None:
         raise RecordError("the model has no Linear layer, so nothing to train")
@@ -188,19 +216,21 @@ def _evaluate(layers, weights, x):
             x = _FUNCTIONS[word](x, *numbers)
             continue
         width, out, bias = numbers
-        x = x @ weights[at:at + out * width].reshape(out, width).T
+        x = x @ weights[at : at + out * width].reshape(out, width).T
         at += out * width
         if bias:
-            x = x + weights[at:at + out]
+            x = x + weights[at : at + out]
             at += out
     return x
 
 
 # ---- the loss line
 
+
 def _one_hot(y, f):
-    # Integers are classes; with one output, numbers.
-    return nn.functional.one_hot(y, f.shape[1]).to(f) if y.dtype == torch.int64 and f.shape[1] > 1 else y.to(f).reshape(f.shape)
+    if y.dtype == torch.int64 and f.shape[1] > 1:  # classes; with one output, numbers
+        return nn.functional.one_hot(y, f.shape[1]).to(f)
+    return y.to(f).reshape(f.shape)
 
 
 def _hinge(f, y):
@@ -219,11 +249,25 @@ _LOSSES = {  # per example, of outputs and target vectors
     "huber": lambda f, y: nn.functional.smooth_l1_loss(f, y, reduction="none").mean(1),
     "hinge": _hinge,
 }
-_LOSS_MODULES = {nn.CrossEntropyLoss: "softmax_cross_entropy", nn.MSELoss: "mean_squared", nn.NLLLoss: "nll",
-                 nn.BCEWithLogitsLoss: "logistic", nn.SmoothL1Loss: "huber", nn.HuberLoss: "huber",
-                 nn.MultiMarginLoss: "hinge"}
-_LOSS_SETTINGS = {"weight": None, "pos_weight": None, "label_smoothing": 0.0, "beta": 1.0, "delta": 1.0, "p": 1,
-                  "margin": 1.0, "reduction": "mean"}
+_LOSS_MODULES = {
+    nn.CrossEntropyLoss: "softmax_cross_entropy",
+    nn.MSELoss: "mean_squared",
+    nn.NLLLoss: "nll",
+    nn.BCEWithLogitsLoss: "logistic",
+    nn.SmoothL1Loss: "huber",
+    nn.HuberLoss: "huber",
+    nn.MultiMarginLoss: "hinge",
+}
+_LOSS_SETTINGS = {
+    "weight": None,
+    "pos_weight": None,
+    "label_smoothing": 0.0,
+    "beta": 1.0,
+    "delta": 1.0,
+    "p": 1,
+    "margin": 1.0,
+    "reduction": "mean",
+}
 
 
 def loss_line(loss):
@@ -232,23 +276,27 @@ def loss_line(loss):
         if loss not in _LOSSES:
             raise RecordError(f"loss '{loss}' is none of {', '.join(_LOSSES)}")
         return loss
-    word = _LOSS_MODULES.get(type(loss))
+    word, kind = _LOSS_MODULES.get(type(loss)), type(loss).__name__
     if word is None:
-        raise RecordError(f"loss {type(loss).__name__} is not supported; the format has {', '.join(_LOSSES)}")
+        raise RecordError(f"loss {kind} is not supported; the format has {', '.join(_LOSSES)}")
     for setting, only in _LOSS_SETTINGS.items():
         value = getattr(loss, setting, only)
         if setting == "reduction" and value != only:
-            raise RecordError(f"loss {type(loss).__name__}: reduction='{value}'; name the loss '{word}' instead of passing "
-                              "its module, and give each example's weight: record(indices, weights=...)")
+            raise RecordError(
+                f"loss {kind}: reduction='{value}'; name the loss '{word}' instead of passing its module, and "
+                "give each example's weight: record(indices, weights=...)"
+            )
         if not (value is None if only is None else value == only):
-            raise RecordError(f"loss {type(loss).__name__}: {setting} = {value}; the format has {only} only")
+            raise RecordError(f"loss {kind}: {setting} = {value}; the format has {only} only")
     if getattr(loss, "ignore_index", -1) >= 0:
-        raise RecordError(f"loss {type(loss).__name__}: ignore_index = {loss.ignore_index}: leave such rows out of the "
-                          "batches instead")
+        raise RecordError(
+            f"loss {kind}: ignore_index = {loss.ignore_index}: leave such rows out of the batches"
+        )
     return word
 
 
 # ---- the optimizer line
+
 
 def _group_line(kind, group):
     def no(setting, reason):
@@ -258,18 +306,23 @@ def _group_line(kind, group):
         if group.get(setting):
             raise no(setting, "the format has no such rule")
     if kind is torch.optim.SGD:
-        words = ["sgd"] + [f"{k}={_number(group[k])}" for k in ("momentum", "dampening", "weight_decay") if group[k] != 0]
-        return " ".join(words + ["nesterov=1"] * bool(group["nesterov"]))
+        keys = [k for k in ("momentum", "dampening", "weight_decay") if group[k] != 0]
+        return " ".join(
+            ["sgd", *(f"{k}={_number(group[k])}" for k in keys), *["nesterov=1"] * bool(group["nesterov"])]
+        )
     name = "adamw" if group.get("decoupled_weight_decay", kind is torch.optim.AdamW) else "adam"
-    return (f"{name} beta1={_number(group['betas'][0])} beta2={_number(group['betas'][1])} epsilon={_number(group['eps'])} "
-            f"weight_decay={_number(group['weight_decay'])}")
+    values = {"beta1": group["betas"][0], "beta2": group["betas"][1], "epsilon": group["eps"]}
+    values["weight_decay"] = group["weight_decay"]
+    return " ".join([name, *(f"{k}={_number(v)}" for k, v in values.items())])
 
 
 def _one_of(what, values):
     values = list(values)
     if any(v != values[0] for v in values):
-        raise RecordError(f"optimizer: its parameter groups differ in their {what}: {' | '.join(str(v) for v in values)}; "
-                          "the format has one for all parameters")
+        different = " | ".join(map(str, values))
+        raise RecordError(
+            f"optimizer: its parameter groups differ in their {what}: {different}; the format has one for all"
+        )
     return values[0]
 
 
@@ -282,20 +335,23 @@ def optimizer_line(optimizer):
 
 
 def _check_parameters(model, optimizer):
-    """Every parameter of the model is trained by the optimizer, and nothing else is. Its order there is free: the rules
-    work on each number by itself."""
+    """Every parameter of the model is trained by the optimizer, and nothing else is. Their order there is free:
+    the rules work on each number by itself."""
     names = {id(p): n for n, p in model.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in model.named_parameters():
         if not p.requires_grad:
-            raise RecordError(f"parameter '{name}' is frozen (requires_grad=False); the format trains all parameters")
+            raise RecordError(
+                f"parameter '{name}' is frozen (requires_grad=False); the format trains all parameters"
+            )
         if not any(p is t for t in trained):
             raise RecordError(f"parameter '{name}' is not in the optimizer; the format trains all parameters")
     if any(id(p) not in names for p in trained):
         raise RecordError("the optimizer trains parameters that are not the model's")
     types = {p.dtype for p in trained}
     if types not in ({torch.float32}, {torch.float64}):
-        raise RecordError(f"parameters of type {', '.join(sorted(map(str, types)))}; the format has float32 or float64")
+        named = ", ".join(sorted(map(str, types)))
+        raise RecordError(f"parameters of type {named}; the format has float32 or float64")
     for state in optimizer.state.values():
         if any(torch.is_tensor(v) and v.abs().max() > 0 for v in state.values()):
             raise RecordError("the optimizer has made steps already; a recording starts with a fresh one")
@@ -303,19 +359,23 @@ def _check_parameters(model, optimizer):
 
 # ---- files
 
+
 class _Growing:
-    """A .npy file that grows by whole rows. Its header is brought up to date after the data, so that np.load can always
-    read it; pathkernel-decompose goes by the size of the file and sees every row."""
+    """A .npy file that grows by whole rows. Its header is brought up to date after the data, so that np.load
+    can always read it; pathkernel-decompose goes by the size of the file and sees every row."""
 
     def __init__(self, path, dtype, row_shape=()):
-        self.dtype, self.row_shape, self.rows, self.appends = np.dtype(dtype).newbyteorder("<"), tuple(row_shape), 0, 0
-        room = len(self._header(10 ** 19, 0))
+        self.dtype, self.row_shape = np.dtype(dtype).newbyteorder("<"), tuple(row_shape)
+        self.rows = self.appends = 0
+        room = len(self._header(10**19, 0))
         self.room = -(-room // 64) * 64
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._write(self._header(0, self.room), 0)
 
     def _header(self, rows, room):
-        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {(rows, *self.row_shape)}, }}"
+        text = (
+            f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {(rows, *self.row_shape)}, }}"
+        )
         text = text.ljust(room - 11) + "\n"
         return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("ascii")
 
@@ -347,7 +407,8 @@ class _Growing:
             os.close(self.file)
 
 
-_FILES = ("learning_rates", "batch_offsets", "batch_items", "batch_weights", "gradient_scales", "second_moments", "weights")
+_INTEGERS, _NUMBERS = ("batch_offsets", "batch_items"), ("learning_rates", "batch_weights", "gradient_scales")
+_FILES = (*_NUMBERS, *_INTEGERS, "second_moments", "weights")  # in the order in which a step writes them
 
 
 def _array(values, what):
@@ -355,7 +416,7 @@ def _array(values, what):
     if values.dtype.kind in "biu" and what == "targets":
         return values.astype(np.int64)
     if values.dtype not in (np.float32, np.float64):
-        raise RecordError(f"{what} are {values.dtype}; the format has float32 and float64. Pass what the model is given")
+        raise RecordError(f"{what} are {values.dtype}, not float32 or float64; pass what the model is given")
     if not np.isfinite(values).all():
         raise RecordError(f"{what} hold a NaN or an infinity")
     return values
@@ -364,23 +425,37 @@ def _array(values, what):
 class Recorder:
     """Records the steps of a training loop; see the top of the file.
 
-    loss        a word of the format (docs/run-directory.md) or an instance of a loss of torch.nn with reduction="mean"
+    loss        a word of the format (docs/run-directory.md), or a module of torch.nn with reduction="mean"
     inputs      (N, ...) and targets: all training data, tensors or arrays, in the order that indices refer to
     network     the network line, for a module with its own forward; derived where it is None
     second_moments  True: also record Adam's second moments; otherwise they are recomputed
     check       at how many first steps the gradient is checked
     """
 
-    def __init__(self, directory, model, *, loss, optimizer, inputs, targets, network=None, second_moments=False, check=1):
+    def __init__(
+        self,
+        directory,
+        model,
+        *,
+        loss,
+        optimizer,
+        inputs,
+        targets,
+        network=None,
+        second_moments=False,
+        check=1,
+    ):
         self.directory, self.model, self.optimizer = os.fspath(directory), model, optimizer
         self.loss, self.rule = loss_line(loss), optimizer_line(optimizer)
-        _check_parameters(model, optimizer)
         self.network = network or network_line(model)
+        _check_parameters(model, optimizer)
         self.layers, count, width, outputs = _parse_network(self.network)
         self.parameters = list(model.parameters())
         if sum(p.numel() for p in self.parameters) != count:
-            raise RecordError(f"the model has {sum(p.numel() for p in self.parameters)} parameters, '{self.network}' has "
-                              f"{count}; does a weight stand in two layers?")
+            has = sum(p.numel() for p in self.parameters)
+            raise RecordError(
+                f"the model has {has} parameters, '{self.network}' has {count}; is a weight in two layers?"
+            )
         self.inputs, self.targets = _array(inputs, "inputs"), _array(targets, "targets")
         if len(self.inputs) != len(self.targets) or not len(self.inputs):
             raise RecordError(f"{len(self.inputs)} inputs and {len(self.targets)} targets")
@@ -390,7 +465,9 @@ class Recorder:
         self.moments = second_moments
         if second_moments and self.rule.startswith("sgd"):
             raise RecordError("second_moments=True is for Adam and AdamW")
-        self.dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p != 0]
+        self.dropouts = [
+            m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p != 0
+        ]
         self._check_outputs()
         self.check, self.steps, self.failed = check, 0, False
         self.files, self.pending, self.scale = None, [], None
@@ -399,14 +476,16 @@ class Recorder:
         y = self.targets
         if y.dtype == np.int64:
             if y.ndim != 1 or (outputs > 1 and not (0 <= y.min() and y.max() < outputs)):
-                raise RecordError(f"integer targets are classes, shape (N,), from 0 to {outputs - 1}; these have shape "
-                                  f"{y.shape}, from {y.min()} to {y.max()}")
+                raise RecordError(
+                    f"integer targets are classes, shape (N,), from 0 to {outputs - 1}; these have shape "
+                    f"{y.shape}, from {y.min()} to {y.max()}"
+                )
         elif y.shape != (len(y), outputs) and (outputs != 1 or y.ndim != 1):
             raise RecordError(f"targets have shape {y.shape}, the network has {outputs} outputs")
 
     def _check_outputs(self):
-        """The model is the network of the line, with weights in the order of parameters_to_vector: compared at its own
-        weights and at random ones, which tell every parameter from every other."""
+        """The model is the network of the line, with weights in the order of parameters_to_vector: compared at
+        its own weights and at random ones, which tell every parameter from every other."""
         first = self.parameters[0]
         rows = torch.as_tensor(self.inputs[:8])
         saved = [p.detach().clone() for p in self.parameters]
@@ -420,12 +499,16 @@ class Recorder:
                     given = self.model(rows.to(first)).double().cpu()
                     wanted = _evaluate(self.layers, self._weights().double().cpu(), rows.double())
                     if given.shape != wanted.shape:
-                        raise RecordError(f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
-                                          f"{tuple(wanted.shape)} as '{self.network}' does")
+                        raise RecordError(
+                            f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
+                            f"{tuple(wanted.shape)} as '{self.network}' does"
+                        )
                     error = (given - wanted).abs().max() / (1 + wanted.abs().max())
                     if not error < (1e-4 if first.dtype == torch.float32 else 1e-7):
-                        raise RecordError(f"the model is not '{self.network}' with the weights in the order of "
-                                          f"parameters_to_vector(model.parameters()): outputs differ by {error:.2g}")
+                        raise RecordError(
+                            f"the model is not '{self.network}' with the weights in the order of "
+                            f"parameters_to_vector(model.parameters()): outputs differ by {error:.2g}"
+                        )
             finally:
                 for p, value in zip(self.parameters, saved):
                     p.copy_(value)
@@ -447,9 +530,11 @@ class Recorder:
         for name in _FILES:
             vector = name in ("second_moments", "weights")
             if name != "second_moments" or self.moments:
-                self.files[name] = _Growing(os.path.join(self.directory, name + ".npy"),
-                                            weights.dtype if vector else "<i8" if name in _FILES[1:3] else "<f8",
-                                            weights.shape if vector else ())
+                self.files[name] = _Growing(
+                    os.path.join(self.directory, name + ".npy"),
+                    weights.dtype if vector else "<i8" if name in _INTEGERS else "<f8",
+                    weights.shape if vector else (),
+                )
         self.files["batch_offsets"].append([0])
         self.files["weights"].append(weights)
         text = f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss}\noptimizer {self.rule}\n"
@@ -470,8 +555,8 @@ class Recorder:
             file.close()
 
     def _watch(self):
-        """Looks at settings and gradients when the optimizer steps: a scheduler changes the rate right after that,
-        and zero_grad the gradients. (torch.optim has hooks for this since 2.0 only.)"""
+        """Looks at settings and gradients when the optimizer steps: a scheduler changes the rate right after
+        that, and zero_grad the gradients. (torch.optim has hooks for this since 2.0 only.)"""
         self.old = self._weights().cpu() if self.check else None
         self.before = self.optimizer.__dict__.get("step")
         step = self.optimizer.step
@@ -481,16 +566,22 @@ class Recorder:
             if self.files is not None:
                 gradients, closure = [p.grad for p in self.parameters], bool(arguments or options)
                 if not closure and any(g is None for g in gradients):
-                    raise RecordError(f"step {self.steps}: a parameter has no gradient, the optimizer would leave it out")
-                checked = self.steps + len(self.pending) < self.check and not closure
-                self.pending.append((torch.cat([g.detach().reshape(-1).cpu() for g in gradients]) if checked else None,
-                                     [dict(group, params=None) for group in optimizer.param_groups]))
+                    raise self._refusal("a parameter has no gradient, the optimizer would leave it out")
+                gradient = None
+                if self.steps + len(self.pending) < self.check and not closure:
+                    gradient = torch.cat([g.detach().reshape(-1).cpu() for g in gradients])
+                self.pending.append(
+                    (gradient, [dict(group, params=None) for group in optimizer.param_groups])
+                )
             return step(*arguments, **options)
 
         # A method, as schedulers want it.
         self.watching = self.optimizer.step = types.MethodType(watched, self.optimizer)
 
     # ---- steps
+
+    def _refusal(self, reason):
+        return RecordError(f"step {self.steps}: {reason}")
 
     def clip(self, max_norm, norm_type=2.0):
         """clip_grad_norm_ on the model's parameters, remembered for this step. Returns the norm before."""
@@ -509,38 +600,52 @@ class Recorder:
         if self.files is None or self.failed:
             raise RecordError("record() outside of `with Recorder(...) as record`, or after a full disk")
         if len(self.pending) != 1:
-            raise RecordError(f"step {self.steps}: {len(self.pending)} optimizer steps since the last record(); one each")
+            count, self.pending = len(self.pending), []
+            raise self._refusal(f"{count} optimizer steps since the last record(); one each")
         gradient, groups = self.pending.pop()
         scale, self.scale = self.scale if gradient_scale is None else float(gradient_scale), None
         scale = 1.0 if scale is None else scale
         items = np.asarray(indices.detach().cpu() if torch.is_tensor(indices) else indices)
         if items.ndim != 1 or not len(items) or items.dtype.kind not in "iu":
-            raise RecordError(f"step {self.steps}: indices are row numbers in one dimension, not {items.dtype} {items.shape}")
+            raise self._refusal(f"indices are row numbers in one dimension, not {items.dtype} {items.shape}")
         if items.min() < 0 or items.max() >= len(self.inputs):
-            raise RecordError(f"step {self.steps}: indices from {items.min()} to {items.max()}, there are {len(self.inputs)} rows")
+            raise self._refusal(
+                f"indices {items.min()} to {items.max()}, but there are {len(self.inputs)} rows"
+            )
         if weights is None:
             weights = np.full(len(items), 1 / len(items))
         weights = np.asarray(weights.detach().cpu() if torch.is_tensor(weights) else weights, np.float64)
         if weights.shape != items.shape or not np.isfinite(weights).all() or not math.isfinite(scale):
-            raise RecordError(f"step {self.steps}: weights have shape {weights.shape} for {len(items)} indices, or are not finite")
+            raise self._refusal(
+                f"weights have shape {weights.shape} for {len(items)} indices, or are not finite"
+            )
         rate = _one_of("learning rates", [float(group["lr"]) for group in groups])
         rule = _one_of("settings", [_group_line(type(self.optimizer), group) for group in groups])
         if rule != self.rule:
-            raise RecordError(f"step {self.steps}: the optimizer is now '{rule}', it was '{self.rule}'; the format has one for "
-                              "the whole run (CyclicLR and OneCycleLR: cycle_momentum=False)")
+            raise self._refusal(
+                f"the optimizer is now '{rule}', it was '{self.rule}'; the format has one for the whole run "
+                "(CyclicLR and OneCycleLR: cycle_momentum=False)"
+            )
         if any(m.training for m in self.dropouts):
-            raise RecordError(f"step {self.steps}: a Dropout was switched to training")
+            raise self._refusal("a Dropout was switched to training")
         row = self._weights().cpu()
         if not torch.isfinite(row).all() or not math.isfinite(rate):
-            raise RecordError(f"step {self.steps}: a weight or the learning rate is not finite")
+            raise self._refusal("a weight or the learning rate is not finite")
         if gradient is not None:
             self._check_gradient(gradient, items, weights, scale)
         self.old = row if self.steps + 1 < self.check else None
-        rows = {"learning_rates": [rate], "batch_offsets": [self.files["batch_items"].rows + len(items)],
-                "batch_items": items, "batch_weights": weights, "gradient_scales": [scale], "weights": row.numpy()}
+        rows = {
+            "learning_rates": [rate],
+            "batch_offsets": [self.files["batch_items"].rows + len(items)],
+            "batch_items": items,
+            "batch_weights": weights,
+            "gradient_scales": [scale],
+            "weights": row.numpy(),
+        }
         if self.moments:
-            rows["second_moments"] = torch.cat([self.optimizer.state[p]["exp_avg_sq"].detach().reshape(-1).cpu()
-                                                for p in self.parameters]).numpy()
+            rows["second_moments"] = torch.cat(
+                [self.optimizer.state[p]["exp_avg_sq"].detach().reshape(-1).cpu() for p in self.parameters]
+            ).numpy()
         self.failed = True
         for name in self.files:  # weights last: they commit the step
             self.files[name].append(rows[name])
@@ -558,6 +663,8 @@ class Recorder:
         epsilon = torch.finfo(gradient.dtype).eps
         error = (gradient.double() - wanted).norm() / (wanted.norm() + 1e4 * epsilon)
         if not error < (1e-2 if gradient.dtype == torch.float32 else 1e-6):
-            raise RecordError(f"step {self.steps}: the gradient that the optimizer was given is not that of loss '{self.loss}' on "
-                              f"these rows: it differs by {error:.2g} of its size. Are indices the rows of this batch? Is it "
-                              "another loss or reduction? Were gradients accumulated, or clipped without record.clip?")
+            raise self._refusal(
+                f"the gradient that the optimizer was given is not that of loss '{self.loss}' on these rows: it "
+                f"differs by {error:.2g} of its size. Are indices the rows of this batch? Is it another loss or "
+                "reduction? Were gradients accumulated, or clipped without record.clip?"
+            )

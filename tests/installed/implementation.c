@@ -1,0 +1,2 @@
+#define PATHKERNEL_IMPLEMENTATION
+#include <pathkernel.h>
