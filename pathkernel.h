@@ -38,7 +38,7 @@
  *   network, loss       the network language; losses and gradients of batches
  *   optimizer           update rules, schedules, clipping, and their linear form
  *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
- *   safetensors         final weights, read and written
+ *   safetensors         final weights as safetensors, read and written
  * extended
  *   matrix, random      matrix products; counter-based random numbers
  *   graph, operation    autodiff on a static graph; its operations, and how to add one
@@ -128,19 +128,19 @@
 PK__BEGIN_C
 
 /* name, value, text. Values are stable: they may be stored. */
-#define PK_STATUS_LIST(X)                                                                  \
-    X(PK_OK, 0, "success")                                                                 \
-    X(PK_ARGUMENT, 1, "an argument is invalid")                                            \
-    X(PK_SHAPE, 2, "shapes do not agree")                                                  \
-    X(PK_OVERFLOW, 3, "a size is too large for this machine")                              \
-    X(PK_MEMORY, 4, "the allocator has no memory left")                                    \
-    X(PK_MEMORY_LIMIT, 5, "the memory limit of the context cannot be met")                 \
-    X(PK_IO, 6, "a file could not be read or written")                                     \
-    X(PK_FORMAT, 7, "a file or a text is malformed")                                       \
-    X(PK_UNSUPPORTED, 8, "valid, but not supported")                                       \
-    X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed")            \
-    X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")                \
-    X(PK_CANCELLED, 11, "cancelled by the caller")                                         \
+#define PK_STATUS_LIST(X)                                                       \
+    X(PK_OK, 0, "success")                                                      \
+    X(PK_ARGUMENT, 1, "an argument is invalid")                                 \
+    X(PK_SHAPE, 2, "shapes do not agree")                                       \
+    X(PK_OVERFLOW, 3, "a size is too large for this machine")                   \
+    X(PK_MEMORY, 4, "the allocator has no memory left")                         \
+    X(PK_MEMORY_LIMIT, 5, "the memory limit of the context cannot be met")      \
+    X(PK_IO, 6, "a file could not be read or written")                          \
+    X(PK_FORMAT, 7, "a file or a text is malformed")                            \
+    X(PK_UNSUPPORTED, 8, "valid, but not supported")                            \
+    X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed") \
+    X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")     \
+    X(PK_CANCELLED, 11, "cancelled by the caller")                              \
     X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")
 
 #define PK__STATUS_ENUM(name, value, text) name = value,
@@ -481,10 +481,10 @@ typedef struct pk_node {
     double attributes[PK_NODE_ATTRIBUTES];
     int layer; /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
-    int varies;             /* the value depends on t */
-    int degree;             /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
-    int input_constant;     /* no input depends on t */
-    int cotangent_constant; /* d output / d value does not depend on t */
+    int varies;         /* the value depends on t */
+    int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
+    int input_constant; /* no input depends on t */
+    int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
     int unread;                 /* no node takes it, and it is not the output */
 } pk_node;
@@ -521,11 +521,12 @@ typedef struct pk_operation {
     /* Checks the inputs, sets node->shape and node->weight_count. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
-    void (*forward)(const pk_call *call);  /* out = F */
-    void (*tangent)(const pk_call *call);  /* out_tangent = sum_j dF/din_j in_tangent_j + dF/dw direction */
-    void (*reverse)(const pk_call *call);  /* in_cotangent_j (+)= (dF/din_j)^T out_cotangent */
-    void (*weight_gradient)(const pk_call *call); /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
-    void (*row_gradients)(const pk_call *call);   /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
+    void (*forward)(const pk_call *call);                               /* out = F */
+    void (*tangent)(const pk_call *call); /* out_tangent = sum_j dF/din_j in_tangent_j + dF/dw direction */
+    void (*reverse)(const pk_call *call); /* in_cotangent_j (+)= (dF/din_j)^T out_cotangent */
+    void (*weight_gradient)(
+        const pk_call *call);                   /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
+    void (*row_gradients)(const pk_call *call); /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
     /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
@@ -548,7 +549,8 @@ PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *grap
  * defaults. *node (may be NULL) is its number. The last node added is the output. The graph is unchanged
  * on an error. */
 PK_API PK__MUST_USE pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
-                                           int input_count, const int *inputs, const double *attributes, int *node);
+                                           int input_count, const int *inputs, const double *attributes,
+                                           int *node);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
@@ -586,8 +588,8 @@ PK_API pk_real *pk_tape_seed(const pk_tape *tape);
 
 /* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
  * outputs must not overlap inputs. Cost 2 P rows flops. */
-PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
-                                                pk_matrix inputs, pk_matrix outputs);
+PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph,
+                                                const pk_real *weights, pk_matrix inputs, pk_matrix outputs);
 
 PK__END_C
 
@@ -972,6 +974,7 @@ typedef struct pk_recorder_options {
     int gradient_scales;   /* 1: record gradient_scales.npy */
     int second_moments;    /* 1: record second_moments.npy */
     int resume;            /* 1: continue the run in the directory, if there is one */
+    int replace;           /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
@@ -1140,6 +1143,7 @@ typedef struct pk_train_options {
 
     const char *record; /* a run directory to write; NULL: none */
     int resume;         /* 1: continue the run in `record`, if there is one */
+    int replace;        /* 1: remove the run in `record` first, if there is one */
     int record_float32, record_second_moments;
     size_t
         keep_every; /* k > 1: record the weights of every k-th step only (recorder.h); 0 or 1: of every step */
@@ -1226,7 +1230,8 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
                              const pk_real *inputs);
 /* Values at points (row[p], t[p]), p < count <= point_capacity, of the nodes before node number stop: in
  * segment->tape, point by point. Cost 4 P flops a point. */
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, size_t stop);
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
+                               size_t stop);
 /* Tangents along the step's direction at the points of the last forward. */
 PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
@@ -1292,8 +1297,8 @@ typedef struct pk_readout {
 /* The number of values of h for a network with outputs outputs. */
 PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
 /* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
-                             pk_real *slope);
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                             pk_real *h, pk_real *slope);
 
 /* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the
  * weights of (a rule of higher order minus the rule), and slack[p] is how far the kinks beside the point may
@@ -1313,23 +1318,24 @@ typedef struct pk_integrator {
     pk_segment segment;
     pk_quadrature quadrature;
     pk_readout readout;
-    size_t first_row; /* of the block among the test rows */
-    double target;    /* closure a piece may have, relative to max(1, |h|) */
+    size_t first_row;                          /* of the block among the test rows */
+    double target;                             /* closure a piece may have, relative to max(1, |h|) */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    unsigned char *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
+    unsigned char
+        *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
     pk_pieces stack, batch, pieces;
     unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
     /* Counted over the steps since the caller zeroed them: */
-    size_t points_last; /* points of the last step: the cost model's guess for the next one */
+    size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
 } pk_integrator;
 
 /* bounds: also send what bounds on the error of the integrals are made from. */
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                               int bounds, pk_integrator *integrator);
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                               size_t copies, int bounds, pk_integrator *integrator);
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
 /* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
 PK_API void pk_gauss_table(double *nodes, double *weights);
@@ -1426,13 +1432,15 @@ typedef struct pk_tangent {
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
     int *headed;     /* this step: the outputs are taken out of the sum over points */
-    const pk_node **head; /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
+    const pk_node *
+        *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
     pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
     pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
-    pk_real **check, **size; /* with bounds, like phi: the difference to a better rule; after a step, the error */
-    double allowance;        /* c eps of the rounding bound */
-    int per_layer;   /* tiles layer by layer */
+    pk_real **check,
+        **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
+    double allowance; /* c eps of the rounding bound */
+    int per_layer;    /* tiles layer by layer */
     const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
     pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                      /* rows */
@@ -1460,20 +1468,20 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
 PK_API size_t pk_tangent_block(size_t outputs);
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
  * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
-                            size_t rows, const pk_real *inputs, pk_engine engine);
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
+                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
 /* phi of the outputs first .. first + count - 1 of one row after pk_tangent_step: (count x layer outputs x layer
  * inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi);
 /* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
  * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                                 pk_real *error);
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                 size_t count, pk_real *error);
 /* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
  * out like phi of the layer. */
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
-                                    size_t columns, pk_real *tile);
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile);
 
 PK__END_C
 
@@ -1513,7 +1521,8 @@ typedef struct pk_tensor {
 
 typedef struct pk_decomposition {
     size_t first_row, rows, outputs, examples, groups, steps, layers;
-    double *initial, *final, *data, *decay, *unattributed, *closure; /* rows x outputs; data: sum over examples */
+    double *initial, *final, *data, *decay, *unattributed,
+        *closure; /* rows x outputs; data: sum over examples */
     pk_tensor kept[PK_KEPT];
     size_t kept_count;
     double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
@@ -1569,12 +1578,13 @@ typedef struct pk_window {
     pk_real *direction;      /* count x P: D_s */
     pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
     pk_real *preconditioner; /* count x P: p_s, or NULL */
-    pk_real *preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    pk_real *
+        preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
     pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    pk_real *gradient;               /* count x lanes x P; lane 0 becomes the sum */
     pk_real *state, *saved, *update; /* with bounds, a second state behind the first: of perturbed gradients */
     pk_real *perturbed;              /* P */
     size_t states;                   /* 1 or 2 */
@@ -1592,7 +1602,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
                            pk_window *window);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
-PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count);
+PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first,
+                                                size_t count);
 /* Goes through the run once and keeps the states. */
 PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
 /* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
@@ -1632,8 +1643,9 @@ PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *ru
  * *summary (may be NULL) gets the sizes, the certificate and the costs over all parts, and no arrays. */
 typedef pk_status pk_decomposition_part(void *user, const pk_decomposition *part);
 PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
-                                                 const pk_decompose_options *options, pk_decomposition_part *part,
-                                                 void *user, pk_decomposition *summary);
+                                                 const pk_decompose_options *options,
+                                                 pk_decomposition_part *part, void *user,
+                                                 pk_decomposition *summary);
 
 PK__END_C
 
@@ -3411,7 +3423,8 @@ static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, siz
 {
     *width = 1;
     if (shape->rank < 1 || shape->rank > PK_SHAPE_RANK)
-        return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank, PK_SHAPE_RANK);
+        return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank,
+                        PK_SHAPE_RANK);
     for (int i = 0; i < shape->rank; i++)
         if (shape->dims[i] == 0 || !pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
             return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of %zu, zero or too large",
@@ -3453,7 +3466,8 @@ static void pk__graph_analyse(pk_graph *graph)
     }
     for (size_t n = last; n > 0; n--) {
         pk_node *node = &graph->nodes[n];
-        int constant = node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
+        int constant =
+            node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
         for (int j = 0; j < node->input_count; j++) {
             pk_node *input = &graph->nodes[node->inputs[j]];
             input->cotangent_constant &= constant;
@@ -3507,14 +3521,15 @@ PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_s
     return PK_OK;
 }
 
-PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation, int input_count,
-                              const int *inputs, const double *attributes, int *number)
+PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                              int input_count, const int *inputs, const double *attributes, int *number)
 {
     if (!graph->node_count || !operation)
-        return pk__fail(context, PK_ARGUMENT, graph->node_count ? "no operation given" : "the graph has no input yet");
+        return pk__fail(context, PK_ARGUMENT,
+                        graph->node_count ? "no operation given" : "the graph has no input yet");
     if (input_count < 1 || input_count > PK_NODE_INPUTS)
-        return pk__fail(context, PK_ARGUMENT, "%s has %d inputs; 1 to %d are possible", operation->name, input_count,
-                        PK_NODE_INPUTS);
+        return pk__fail(context, PK_ARGUMENT, "%s has %d inputs; 1 to %d are possible", operation->name,
+                        input_count, PK_NODE_INPUTS);
     pk_node node;
     memset(&node, 0, sizeof node);
     node.operation = operation;
@@ -3614,7 +3629,8 @@ PK_API pk_real *pk_tape_seed(const pk_tape *tape)
     return tape->cotangent[tape->graph->node_count - 1];
 }
 
-PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies, pk_call *call)
+PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
+                               pk_call *call)
 {
     memset(call, 0, sizeof *call);
     call->node = node;
@@ -3646,7 +3662,8 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
 
 /* A node's weights at row row of the line; until the next call. An operation that is linear in its weights is
  * never asked where on the line it is. */
-PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node, size_t row)
+PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
+                                           size_t row)
 {
     const pk_real *weights = line->weights + node->weight_offset;
     if (!line->direction || node->operation->linear_in_weights)
@@ -3708,7 +3725,8 @@ PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, con
         pk__node_forward(tape, line, &graph->nodes[n], rows);
 }
 
-PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows, size_t copies)
+PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows,
+                                  size_t copies)
 {
     const pk_graph *graph = tape->graph;
     if (node->input_constant)
@@ -3811,11 +3829,12 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
 {
     if (!graph->node_count || inputs.cols != graph->input_width || outputs.cols != graph->output_width ||
         inputs.rows != outputs.rows || inputs.ld < inputs.cols || outputs.ld < outputs.cols)
-        return pk__fail(context, PK_SHAPE,
-                        "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
-                        "(ld %zu)",
-                        graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
-                        outputs.cols, outputs.ld);
+        return pk__fail(
+            context, PK_SHAPE,
+            "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
+            "(ld %zu)",
+            graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
+            outputs.cols, outputs.ld);
     if (inputs.rows == 0)
         return PK_OK;
     if (!weights || !inputs.data || !outputs.data)
@@ -3844,7 +3863,8 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__least(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
-            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld, inputs.cols * sizeof *rows);
+            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
+                   inputs.cols * sizeof *rows);
         pk_tape_forward(&batch, &line, count, rows);
         for (size_t row = 0; row < count; row++)
             memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
@@ -3864,8 +3884,8 @@ PK__BEGIN_C
 static pk_status pk__elementwise_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     if (node->operation->parameters && !(isfinite(node->attributes[0]) && node->attributes[0] > 0))
-        return pk__fail(context, PK_ARGUMENT, "%s needs a positive finite number, not %g", node->operation->name,
-                        node->attributes[0]);
+        return pk__fail(context, PK_ARGUMENT, "%s needs a positive finite number, not %g",
+                        node->operation->name, node->attributes[0]);
     node->shape = graph->nodes[node->inputs[0]].shape;
     return PK_OK;
 }
@@ -3905,7 +3925,8 @@ static pk_status pk__dense_shape(pk_context *context, const pk_graph *graph, pk_
     const pk_node *input = &graph->nodes[node->inputs[0]];
     double out = node->attributes[0];
     if (!(out >= 1 && out <= 1e9) || out != floor(out))
-        return pk__fail(context, PK_ARGUMENT, "dense needs a whole number of outputs from 1 to 1e9, not %g", out);
+        return pk__fail(context, PK_ARGUMENT, "dense needs a whole number of outputs from 1 to 1e9, not %g",
+                        out);
     if (input->shape.rank != 1)
         return pk__fail(context, PK_SHAPE, "dense needs a flat input, not one of rank %d", input->shape.rank);
     node->shape.rank = 1;
@@ -3927,8 +3948,8 @@ static void pk__dense_bias(const pk_call *call, const pk_real *weights, pk_real 
         memcpy(out + row * width, bias, width * sizeof *out);
 }
 
-static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, pk_real beta,
-                            pk_real *out)
+static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias,
+                            pk_real beta, pk_real *out)
 {
     size_t width = call->node->width, fan_in = call->in_width[0];
     if (bias) {
@@ -3947,7 +3968,8 @@ static void pk__dense_tangent(const pk_call *call)
 {
     pk_real beta = 0;
     if (call->direction) {
-        pk__dense_apply(call, call->direction, call->in[0], call->node->attributes[1] != 0, 0, call->out_tangent);
+        pk__dense_apply(call, call->direction, call->in[0], call->node->attributes[1] != 0, 0,
+                        call->out_tangent);
         beta = 1;
     }
     if (call->in_tangent[0])
@@ -3959,15 +3981,15 @@ static void pk__dense_tangent(const pk_call *call)
 static void pk__dense_reverse(const pk_call *call)
 {
     size_t width = call->node->width, fan_in = call->in_width[0];
-    pk__gemm(0, 0, call->rows * call->copies, fan_in, width, 1, call->out_cotangent, width, call->weights, fan_in,
-             call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
+    pk__gemm(0, 0, call->rows * call->copies, fan_in, width, 1, call->out_cotangent, width, call->weights,
+             fan_in, call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
 }
 
 static void pk__dense_weight_gradient(const pk_call *call)
 {
     size_t width = call->node->width, fan_in = call->in_width[0];
-    pk__gemm(1, 0, width, fan_in, call->rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1, call->gradient,
-             fan_in);
+    pk__gemm(1, 0, width, fan_in, call->rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1,
+             call->gradient, fan_in);
     if (call->node->attributes[1] != 0) {
         pk_real *bias = call->gradient + width * fan_in;
         for (size_t row = 0; row < call->rows; row++)
@@ -4065,15 +4087,15 @@ static double pk__softplus(double x, double b)
 PK__ELEMENTWISE(identity, x, 1)
 PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0)
 PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0])
-PK__ELEMENTWISE(hard_tanh, x < -1 ? -1 : x > 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0)
+PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0)
 PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0)
 PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y)
-PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y * (1 - y))
+PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y *(1 - y))
 PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x))
 PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
                 0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x))
-PK__ELEMENTWISE(silu, x * pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)))
-PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI * exp(-x * x))
+PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)))
+PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x))
 #undef PK__ELEMENTWISE
 
 static void pk__zero_switches(const pk_call *call)
@@ -4095,16 +4117,37 @@ static void pk__hard_tanh_switches(const pk_call *call)
     }
 }
 
-#define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                                          \
-    {#name, kind, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape, pk__one_row_scratch, \
-     pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL, 1}
-#define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                               \
-    {#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape,       \
-     pk__one_row_scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1}
+#define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                              \
+    {                                                                                                    \
+#name, kind, PK_TANGENT_NONE, 1, parameters,                                                     \
+            {value, 0, 0, 0, 0, 0, 0, 0 }, NULL, pk__elementwise_shape, pk__one_row_scratch,             \
+             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL, 1 \
+    }
+#define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                        \
+    {                                                                                                         \
+#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters,                                           \
+            {value, 0, 0, 0, 0, 0, 0, 0 }, NULL, pk__elementwise_shape, pk__one_row_scratch,                  \
+             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1 \
+    }
 
 static const pk_operation pk__operations[] = {
-    {"dense", PK_LINEAR, PK_TANGENT_OUTER, 1, 1, {0, 1, 0, 0, 0, 0, 0, 0}, pk__dense_parse, pk__dense_shape, NULL,
-     pk__dense_forward, pk__dense_tangent, pk__dense_reverse, pk__dense_weight_gradient, NULL, NULL, NULL, 0},
+    {"dense",
+     PK_LINEAR,
+     PK_TANGENT_OUTER,
+     1,
+     1,
+     {0, 1, 0, 0, 0, 0, 0, 0},
+     pk__dense_parse,
+     pk__dense_shape,
+     NULL,
+     pk__dense_forward,
+     pk__dense_tangent,
+     pk__dense_reverse,
+     pk__dense_weight_gradient,
+     NULL,
+     NULL,
+     NULL,
+     0},
     PK__SMOOTH_OPERATION(identity, PK_LINEAR, 0, 0),
     PK__KINKED_OPERATION(relu, 0, 0, pk__width_switches, pk__zero_switches),
     PK__KINKED_OPERATION(leaky_relu, 1, 0.01, pk__width_switches, pk__zero_switches),
@@ -4179,8 +4222,8 @@ static pk_status pk__add_layer(pk_context *context, pk_graph *graph, int count, 
             return status;
     } else {
         if (count - 1 > operation->parameters)
-            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many", words[0],
-                            operation->parameters, words[operation->parameters + 1]);
+            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many",
+                            words[0], operation->parameters, words[operation->parameters + 1]);
         for (int i = 1; i < count; i++) {
             pk_status status = pk__parse_number(context, words[i], &attributes[i - 1]);
             if (status)
@@ -4197,7 +4240,8 @@ static int pk__is_blank(char c)
 }
 
 /* One layer: copies the words from [*at, `;` or the end) into words, single blanks between, moves *at on. */
-static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count, const char **words)
+static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count,
+                                 const char **words)
 {
     size_t used = 0;
     const char *from = *at;
@@ -4260,7 +4304,8 @@ static pk_status pk__parse_layers(pk_context *context, const char *text, pk_grap
 PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
 {
     if (!text || graph->node_count)
-        return pk__fail(context, PK_ARGUMENT, text ? "network: the graph is in use already" : "network: no text");
+        return pk__fail(context, PK_ARGUMENT,
+                        text ? "network: the graph is in use already" : "network: no text");
     /* A blank after each ';' makes the canonical text at most twice as long. */
     pk_status status = pk_allocate(context, 2 * strlen(text) + 2, 1, "the network's text", &graph->text);
     if (!status)
@@ -4270,7 +4315,8 @@ PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_grap
     return status;
 }
 
-PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed, pk_real *weights)
+PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
+                                       pk_real *weights)
 {
     if (!graph->node_count || !weights)
         return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
@@ -4328,8 +4374,8 @@ static int pk__tensor_by_begin(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void pk__tensor_add(pk__tensor_list *list, size_t layer, const char *kind, int rank, size_t out, size_t in,
-                           size_t offset)
+static void pk__tensor_add(pk__tensor_list *list, size_t layer, const char *kind, int rank, size_t out,
+                           size_t in, size_t offset)
 {
     pk__tensor_place *place = &list->places[list->count++];
     snprintf(place->name, sizeof place->name, "%zu.%s", layer, kind);
@@ -4494,10 +4540,10 @@ static int pk__json_tensor(pk__cursor *json, pk__tensor_entry *entry)
             which++;
         if (which == 3 || seen[which]++)
             return 0;
-        if (which == 0 ? !pk__json_string(json, entry->dtype, sizeof entry->dtype)
-            : which == 1
-                ? !pk__json_sizes(json, PK_ARRAY_RANK, entry->shape, &entry->rank) || entry->rank > PK_ARRAY_RANK
-                : !pk__json_sizes(json, 2, entry->offsets, &entry->bounds) || entry->bounds != 2)
+        if (which == 0   ? !pk__json_string(json, entry->dtype, sizeof entry->dtype)
+            : which == 1 ? !pk__json_sizes(json, PK_ARRAY_RANK, entry->shape, &entry->rank) ||
+                               entry->rank > PK_ARRAY_RANK
+                         : !pk__json_sizes(json, 2, entry->offsets, &entry->bounds) || entry->bounds != 2)
             return 0;
     } while (pk__take(json, ','));
     return pk__take(json, '}') && seen[0] && seen[1] && seen[2];
@@ -4513,7 +4559,8 @@ static pk_status pk__tensor_found(pk_context *context, const char *file, size_t 
     char has[200], should[200];
     memcpy(wanted.name, name, sizeof wanted.name);
     if (list->count)
-        place = (pk__tensor_place *)bsearch(&wanted, list->places, list->count, sizeof wanted, pk__tensor_by_name);
+        place =
+            (pk__tensor_place *)bsearch(&wanted, list->places, list->count, sizeof wanted, pk__tensor_by_name);
     if (!place)
         return pk__fail(context, PK_SHAPE, "%s: holds '%s', which the network does not have", file, name);
     if (place->type)
@@ -4533,8 +4580,9 @@ static pk_status pk__tensor_found(pk_context *context, const char *file, size_t 
                         pk__tensor_shape(place->rank, place->shape, should, sizeof should));
     if (entry->offsets[0] > entry->offsets[1] || entry->offsets[1] > data_bytes ||
         entry->offsets[1] - entry->offsets[0] != place->items * pk_type_size(type))
-        return pk__fail(context, PK_FORMAT, "%s: '%s' is said to be bytes %zu to %zu of %zu; it takes %zu", file,
-                        name, entry->offsets[0], entry->offsets[1], data_bytes, place->items * pk_type_size(type));
+        return pk__fail(context, PK_FORMAT, "%s: '%s' is said to be bytes %zu to %zu of %zu; it takes %zu",
+                        file, name, entry->offsets[0], entry->offsets[1], data_bytes,
+                        place->items * pk_type_size(type));
     place->type = type;
     place->begin = entry->offsets[0];
     place->end = entry->offsets[1];
@@ -4566,8 +4614,8 @@ static pk_status pk__safetensors_header(pk_context *context, const char *file, c
     }
     /* Blanks may follow, nothing else. */
     if (!good || !pk__take(&json, '}') || (pk__peek(&json), json.at != json.end))
-        return pk__fail(context, PK_FORMAT, "%s: the header is not that of a safetensors file, at byte %zu", file,
-                        (size_t)(json.at - (const char *)bytes) + 8);
+        return pk__fail(context, PK_FORMAT, "%s: the header is not that of a safetensors file, at byte %zu",
+                        file, (size_t)(json.at - (const char *)bytes) + 8);
     size_t expected = 0;
     for (size_t i = 0; i < list->count; i++)
         if (!list->places[i].type)
@@ -4578,7 +4626,8 @@ static pk_status pk__safetensors_header(pk_context *context, const char *file, c
             return pk__fail(context, PK_FORMAT, "%s: '%s' starts at byte %zu of the data, not at %zu", file,
                             list->places[i].name, list->places[i].begin, expected);
     if (expected != data_bytes)
-        return pk__fail(context, PK_FORMAT, "%s: %zu bytes follow the last tensor", file, data_bytes - expected);
+        return pk__fail(context, PK_FORMAT, "%s: %zu bytes follow the last tensor", file,
+                        data_bytes - expected);
     return PK_OK;
 }
 
@@ -4611,8 +4660,9 @@ PK__PRIVATE pk_status pk__safetensors_parse(pk_context *context, const char *fil
     for (int i = 0; i < 8; i++)
         length |= (uint64_t)bytes[i] << 8 * i;
     if (length > size - 8)
-        return pk__fail(context, PK_FORMAT, "%s: is no safetensors file, or cut off: a header of %llu bytes in %zu",
-                        file, (unsigned long long)length, size);
+        return pk__fail(context, PK_FORMAT,
+                        "%s: is no safetensors file, or cut off: a header of %llu bytes in %zu", file,
+                        (unsigned long long)length, size);
     pk__tensor_list list;
     pk_status status = pk__tensor_list_take(context, graph, &list);
     if (status != PK_OK)
@@ -4632,7 +4682,8 @@ PK__PRIVATE pk_status pk__safetensors_parse(pk_context *context, const char *fil
     return status;
 }
 
-PK_API pk_status pk_safetensors_read(pk_context *context, const char *path, const pk_graph *graph, pk_real *weights)
+PK_API pk_status pk_safetensors_read(pk_context *context, const char *path, const pk_graph *graph,
+                                     pk_real *weights)
 {
     if (!path || !graph || !graph->parameters || !weights)
         return pk__fail(context, PK_ARGUMENT,
@@ -4658,8 +4709,10 @@ static size_t pk__safetensors_head(const pk__tensor_list *list, int float32, siz
             const pk__tensor_place *place = &list->places[t];
             size_t end = begin + place->items * (float32 ? 4 : 8);
             char shape[64];
-            snprintf(shape, sizeof shape, place->rank == 1 ? "%zu" : "%zu,%zu", place->shape[0], place->shape[1]);
-            length = snprintf(line, sizeof line, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+            snprintf(shape, sizeof shape, place->rank == 1 ? "%zu" : "%zu,%zu", place->shape[0],
+                     place->shape[1]);
+            length = snprintf(line, sizeof line,
+                              "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
                               t ? "," : "{\"__metadata__\":{\"format\":\"pt\"},", place->name,
                               float32 ? "F32" : "F64", shape, begin, end);
             begin = end;
@@ -4738,7 +4791,8 @@ PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, con
     unsigned char *bytes = NULL;
     size_t head = pk__safetensors_head(&list, float32, 0, NULL), size = 0;
     if (!pk__multiply(graph->parameters, float32 ? 4 : 8, &size) || size > SIZE_MAX / 2 - head)
-        status = pk__fail(context, PK_OVERFLOW, "%s: %zu parameters overflow", pk__name(path), graph->parameters);
+        status =
+            pk__fail(context, PK_OVERFLOW, "%s: %zu parameters overflow", pk__name(path), graph->parameters);
     else
         status = pk_allocate(context, head + size, 1, "the text of a safetensors file", &bytes);
     if (status == PK_OK) {
@@ -6451,9 +6505,21 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     return status;
 }
 
+/* Undoes a start that failed. */
+static void pk__recorder_clear(int folder)
+{
+    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED; f++) {
+        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        char unfinished[64];
+        snprintf(unfinished, sizeof unfinished, "%s.tmp", name);
+        (void)unlinkat(folder, name, 0);
+        (void)unlinkat(folder, unfinished, 0);
+    }
+}
+
 /* Makes the directory where it is missing, locks it, and sees what it holds. */
-static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, pk_recorder *recorder,
-                                     pk__recording *recording)
+static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, int replace,
+                                     pk_recorder *recorder, pk__recording *recording)
 {
     if (mkdir(path->directory, 0777) == 0)
         recording->made = 1;
@@ -6466,10 +6532,14 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
     /* Where the file system has no locks, go without. */
     if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         return pk__fail(context, PK_IO, "%s is being recorded by another recorder", path->directory);
+    if (replace) { /* the manifest first: without it the rest is no run */
+        (void)unlinkat(folder, pk__run_fixed[PK__RUN_MANIFEST], 0);
+        pk__recorder_clear(folder);
+    }
     recording->exists = faccessat(folder, pk__run_fixed[PK__RUN_MANIFEST], F_OK, 0) == 0;
     if (recording->exists && !resume)
-        return pk__fail(context, PK_ARGUMENT, "%s holds a run already: resume it, or record elsewhere",
-                        path->directory);
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s holds a run already: resume or replace it, or record elsewhere", path->directory);
     for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED && !resume; f++) {
         const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
         if (faccessat(folder, name, F_OK, 0) == 0)
@@ -6496,18 +6566,6 @@ static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *st
     for (size_t i = 0; i < recorder->state_numbers; i++)
         recorder->states[i] = (double)state[i];
     return recorder->states;
-}
-
-/* Undoes a start that failed. */
-static void pk__recorder_clear(int folder)
-{
-    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED; f++) {
-        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
-        char unfinished[64];
-        snprintf(unfinished, sizeof unfinished, "%s.tmp", name);
-        (void)unlinkat(folder, name, 0);
-        (void)unlinkat(folder, unfinished, 0);
-    }
 }
 
 /* What goes with w_0 where steps are replayed: the optimiser's vectors are zero then. */
@@ -6680,6 +6738,8 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
                                                                                   : NULL;
     if (missing)
         return pk__fail(context, PK_ARGUMENT, "pk_recorder_open: %s missing (NULL)", missing);
+    if (options->resume && options->replace)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_open: a run cannot be both resumed and replaced");
     pk__recording recording;
     pk_recorder opened;
     pk__run_path path;
@@ -6706,7 +6766,7 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     if (status == PK_OK)
         status = pk__run_path_take(context, directory, &path);
     if (status == PK_OK)
-        status = pk__recorder_folder(context, &path, options->resume, &opened, &recording);
+        status = pk__recorder_folder(context, &path, options->resume, options->replace, &opened, &recording);
     if (status == PK_OK && recording.exists) {
         status = pk__recorder_continue(context, &path, &recording, train, initial_weights, &opened);
     } else if (status == PK_OK) {
@@ -7312,6 +7372,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
     recording.resume = options->resume;
+    recording.replace = options->replace;
     recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
     if (status != PK_OK || t->recorder.steps == 0)
@@ -7376,8 +7437,8 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
     if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
         return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
-    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments ||
-                             options->keep_every > 1))
+    if (!options->record && (options->resume || options->replace || options->record_float32 ||
+                             options->record_second_moments || options->keep_every > 1))
         return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
     if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
         return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
@@ -7537,13 +7598,15 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
-        pk_real *base = affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *base =
+            affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
         pk_real *slope = affine ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
             segment->slope[n] = slope;
         }
-        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) && segment->gathered)
+        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) &&
+            segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
         if (n && pk__is_switch(node)) {
@@ -7596,7 +7659,8 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     }
 }
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, size_t stop)
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
+                               size_t stop)
 {
     const pk_graph *graph = segment->graph;
     const pk_line line = {segment->weights, segment->direction, t};
@@ -7779,7 +7843,8 @@ static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, si
 }
 
 /* Appends [a, b] of row to pieces, split at the roots. 0 where it does not fit. */
-static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack, pk__root_sink *sink)
+static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack,
+                            pk__root_sink *sink)
 {
     double *roots = sink->roots;
     if (sink->count > sink->capacity)
@@ -7863,7 +7928,8 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     for (size_t n = 1; n < graph->node_count; n++) {
         if (!pk__is_switch(&graph->nodes[n]))
             continue;
-        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) || segment->spare.count > to->capacity)
+        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) ||
+            segment->spare.count > to->capacity)
             return 0;
         pk__copy_pieces(&segment->spare, to);
     }
@@ -7920,8 +7986,8 @@ PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
     }
 }
 
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
-                             pk_real *slope)
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                             pk_real *h, pk_real *slope)
 {
     size_t count = pk_readout_count(readout, outputs);
     if (readout->kind == PK_READOUT_FUNCTION) {
@@ -7952,24 +8018,25 @@ static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
     return 1;
 }
 
-PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature, const pk_graph *graph,
-                                     const pk_readout *readout)
+PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
+                                     const pk_graph *graph, const pk_readout *readout)
 {
     if ((int)quadrature->rule < 0 || quadrature->rule > PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT, "quadrature rule %d does not exist", (int)quadrature->rule);
     if (quadrature->nodes < 0 || quadrature->nodes > PK_RULE_NODES)
-        return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible", quadrature->nodes,
-                        (int)PK_RULE_NODES);
+        return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible",
+                        quadrature->nodes, (int)PK_RULE_NODES);
     if (quadrature->rule == PK_RULE_GAUSS && quadrature->nodes > PK_GAUSS_NODES)
         return pk__fail(context, PK_ARGUMENT, "Gauss-Legendre with %d nodes; 1 to %d are possible",
                         quadrature->nodes, (int)PK_GAUSS_NODES);
     if (quadrature->rule == PK_RULE_TRAPEZOID && quadrature->nodes == 1)
         return pk__fail(context, PK_ARGUMENT, "the trapezoid rule needs at least 2 nodes");
     if (quadrature->rule == PK_RULE_EXACT && !pk__is_exact(graph, readout))
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
-                        "readout; use auto, which measures its closure",
-                        (int)PK_SEGMENT_DEGREE);
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
+            "readout; use auto, which measures its closure",
+            (int)PK_SEGMENT_DEGREE);
     return PK_OK;
 }
 
@@ -7989,8 +8056,8 @@ PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_poin
     points->slack = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
 }
 
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                               int bounds, pk_integrator *integrator)
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                               size_t copies, int bounds, pk_integrator *integrator)
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
@@ -8016,8 +8083,8 @@ static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user
     integrator->buffer.count = 0;
 }
 
-static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t, double weight,
-                     double check, double slack)
+static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t,
+                     double weight, double check, double slack)
 {
     pk_points *buffer = &integrator->buffer;
     if (buffer->count == integrator->segment.point_capacity)
@@ -8094,8 +8161,8 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
     pk_real *slope = integrator->slope;
     memset(sum, 0, 2 * count * sizeof *sum);
     for (int q = 0; q < order; q++) {
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs, start,
-                         slope);
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs,
+                         start, slope);
         for (size_t k = 0; k < count; k++) {
             double along = 0;
             for (size_t c = 0; c < outputs; c++)
@@ -8104,13 +8171,14 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
             size[k] += (pk_real)(length * w[q] * fabs(along));
         }
     }
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs, start,
-                     slope);
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)(order + 1) * outputs,
-                     end, slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs,
+                     start, slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row,
+                     f + (size_t)(order + 1) * outputs, end, slope);
     double worst = 0;
     for (size_t k = 0; k < count; k++) {
-        double scale = fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
+        double scale =
+            fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
         scale = scale > 1 ? scale : 1;
         /* Below a few roundings of what was added nothing can be measured. */
         double floor = 16 * (sizeof(pk_real) == 4 ? (double)FLT_EPSILON : DBL_EPSILON) * (scale + size[k]);
@@ -8156,7 +8224,8 @@ static int pk__test_pieces(pk_integrator *integrator)
             const int nodes = order[i];
             if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
                 continue;
-            double error = pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
+            double error =
+                pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
             points += (size_t)nodes + 2;
             if (!(error <= 1)) {
                 order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
@@ -8251,7 +8320,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
             pk__emit_gauss(integrator, sink, user, i, order, 0);
     }
     for (size_t row = 0; !exact && row < segment->rows; row++)
-        integrator->row_order[row] = integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
+        integrator->row_order[row] =
+            integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);
 }
 
@@ -8298,7 +8368,8 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
         size_t bytes = examples->ld * sizeof(pk_real);
-        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
+        pk_real *input =
+            rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
         pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
         if (examples->input) {
@@ -8317,7 +8388,8 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk
             most = pk__most(most, graph->nodes[n].weight_count);
     pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
-    workspace->targets = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
+    workspace->targets =
+        (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
     workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
 }
 
@@ -8489,7 +8561,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
                             int materialise, int bounds, pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
-    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0, deepest = 0;
+    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
+           deepest = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
@@ -8517,8 +8590,10 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
             kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
-        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
-        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *phi =
+            phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *check =
+            bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
         pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
@@ -8546,8 +8621,9 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->left = (pk_real *)pk_arena_take(arena, pk__most(rows, points), block * sizeof(pk_real));
     tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
     /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
-    tangent->scratch = (pk_real *)pk_arena_take(
-        arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64), widest * sizeof(pk_real));
+    tangent->scratch =
+        (pk_real *)pk_arena_take(arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64),
+                                 widest * sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
     tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
     tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
@@ -8572,7 +8648,8 @@ static void pk__hadamard(size_t points, size_t outputs, size_t count, const size
 }
 
 /* left = w_p (a_p . a_i + bias) for the points in hand and a block of examples. */
-static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                                size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
@@ -8580,14 +8657,16 @@ static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
     const pk_real bias = pk__has_bias(tangent->graph, node);
     pk_real *left = tangent->left;
-    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left, block);
+    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left,
+             block);
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < block; i++)
             left[p * block + i] = points->weight[p] * (left[p * block + i] + bias);
 }
 
 /* One layer, one block of examples, the points in hand: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
-static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                                size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
@@ -8599,7 +8678,8 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
         size_t count = pk__least(chunk, points->count - p);
         pk__gemm(0, 0, count * outputs, block, out, 1, delta + p * outputs * out, out,
                  examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right, tangent->tile);
+        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right,
+                     tangent->tile);
     }
     tangent->flops += 2.0 * (double)block * (double)points->count * (double)(in + outputs * out);
 }
@@ -8608,12 +8688,14 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 {
     const pk_segment *segment = &tangent->integrator.segment;
-    const size_t outputs = tangent->outputs, out = head->width, in = pk__layer_input(tangent->graph, head)->width;
+    const size_t outputs = tangent->outputs, out = head->width,
+                 in = pk__layer_input(tangent->graph, head)->width;
     const size_t cells = tangent->rows * outputs;
     const pk_real *seed = tangent->delta[head->layer];
     for (int part = 0; part < 2; part++)
-        pk__gemm(0, 0, cells, in, out, 1, seed, out, (part ? segment->direction : segment->weights) + head->weight_offset,
-                 in, 0, tangent->head_weights + (size_t)part * in, 2 * in);
+        pk__gemm(0, 0, cells, in, out, 1, seed, out,
+                 (part ? segment->direction : segment->weights) + head->weight_offset, in, 0,
+                 tangent->head_weights + (size_t)part * in, 2 * in);
 }
 
 /* slope and t slope of the operation between the layer and the last one, at the points in hand. */
@@ -8643,26 +8725,28 @@ static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *
 
 /* One layer below the last, one block of examples: tile += sum_j (W_kj Q_ji + D_kj R_ji) delta_ij with
  * Q = sum_p w_p slope_p (a_p . a_i + bias) and R the same with t_p: outputs cost once a row, not once a point. */
-static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                              size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    const size_t outputs = tangent->outputs, out = node->width,
+                 in = pk__layer_input(tangent->graph, node)->width;
     pk_real *left = tangent->left, *sums = tangent->sums;
     pk__weighted_inputs(tangent, layer, points, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
         const size_t row = points->row[p];
         for (last = p + 1; last < points->count && points->row[last] == row; last++)
             ;
-        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block, block, 0,
-                 sums, block);
+        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block,
+                 block, 0, sums, block);
         for (size_t j = 0; j < 2 * out; j++) {
             const pk_real *delta = examples->cotangent[layer] + j % out * examples->ld + first;
             for (size_t i = 0; i < block; i++)
                 sums[j * block + i] *= delta[i];
         }
-        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out, sums, block,
-                 1, tangent->tile + row * outputs * block, block);
+        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out,
+                 sums, block, 1, tangent->tile + row * outputs * block, block);
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
     tangent->flops += 2.0 * (double)block * (double)(points->count * in);
@@ -8695,8 +8779,8 @@ static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, s
             left[i] += bias;
         tangent->flops += 2.0 * (double)block * (double)(rows * in);
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
-             examples->ld, 0, tangent->right, block);
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
+             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
     pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
     tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
 }
@@ -8710,13 +8794,14 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
     size_t in = pk__layer_input(tangent->graph, node)->width;
     const pk_real bias = pk__has_bias(tangent->graph, node);
     pk_real *left = tangent->left;
-    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld, 0,
-             left, block);
+    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld,
+             0, left, block);
     for (size_t r = 0; r < rows; r++)
         for (size_t i = 0; i < block; i++)
             left[r * block + i] += bias * tangent->weight_sum[r];
     tangent->flops += 2.0 * (double)block * (double)(rows * in);
-    if (tangent->integrator.readout.kind == PK_READOUT_ALL && node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
+    if (tangent->integrator.readout.kind == PK_READOUT_ALL &&
+        node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
         /* The last layer of all outputs: delta is the unit matrix. */
         for (size_t r = 0; r < rows; r++)
             for (size_t k = 0; k < outputs; k++) {
@@ -8727,8 +8812,8 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
             }
         return;
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
-             examples->ld, 0, tangent->right, block);
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
+             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
     pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
     tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
 }
@@ -8773,8 +8858,9 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
-static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row, const pk_real *weight,
-                          const pk_real *input, const pk_real *delta, const pk_real *bias_scale)
+static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
+                          const pk_real *weight, const pk_real *input, const pk_real *delta,
+                          const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
     size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
@@ -8869,8 +8955,8 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         }
         for (int v = 0; v < PK_DIRECTIONS; v++)
             for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
-                tangent->along[v][cell + k] +=
-                    weight * pk__dot(weights, tangent->scratch + k * weights, tangent->directions[v] + node->weight_offset);
+                tangent->along[v][cell + k] += weight * pk__dot(weights, tangent->scratch + k * weights,
+                                                                tangent->directions[v] + node->weight_offset);
     }
 }
 
@@ -8955,8 +9041,8 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         if (tangent->kind[l] == PK_LAYER_DATA)
-            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]], tangent->delta[l],
-                          NULL);
+            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
+                          tangent->delta[l], NULL);
         else if (tangent->kind[l] == PK_LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
                           tangent->weight_sum);
@@ -8978,14 +9064,15 @@ static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine 
     double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
     double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
     const int automatic = engine == PK_ENGINE_AUTO && is_points;
-    tangent->headed[layer] =
-        tangent->head[layer] && (engine == PK_ENGINE_HEAD || (automatic && headed < factored && headed < integrated));
-    tangent->integrated[layer] = tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
-                                 (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
+    tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
+                                                      (automatic && headed < factored && headed < integrated));
+    tangent->integrated[layer] =
+        tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
+        (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
-                            size_t rows, const pk_real *inputs, pk_engine engine)
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
+                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine)
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
@@ -9041,7 +9128,8 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
         return;
     }
     const int data = tangent->kind[layer] == PK_LAYER_DATA;
-    const pk_real *a = (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
+    const pk_real *a =
+        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
     const pk_real *delta = tangent->delta[layer] + (row * outputs + first) * out;
     for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
@@ -9051,22 +9139,22 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
             phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
 }
 
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                                 pk_real *error)
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                 size_t count, pk_real *error)
 {
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }
 
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
-                                    size_t columns, pk_real *tile)
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
     size_t out = node->width, ld = examples->ld;
     double start = pk__seconds();
     if (tangent->kind[layer] == PK_LAYER_ROWS) {
-        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count, examples->rows[layer] + first,
-                 ld, 0, tile, columns);
+        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
+                 examples->rows[layer] + first, ld, 0, tile, columns);
         tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
         tangent->seconds_contraction += pk__seconds() - start;
         return;
@@ -9077,8 +9165,8 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
     for (size_t at = 0; at < columns; at += 64) {
         size_t part = pk__least(64, columns - at);
-        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0, tangent->scratch,
-                 part);
+        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0,
+                 tangent->scratch, part);
         for (size_t k = 0; k < outputs; k++)
             for (size_t j = 0; j < out; j++) {
                 const pk_real *product = tangent->scratch + (k * out + j) * part;
@@ -9122,12 +9210,12 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 /* ---- results --------------------------------------------------------------------------------------- */
 
 /* value is worse than worst; a NaN is the worst. */
-static int pk__worse(double value, double worst)
+PK__PRIVATE int pk__worse(double value, double worst)
 {
     return !(value <= worst) && !isnan(worst);
 }
 
-static pk_status pk__keep(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
+PK__PRIVATE pk_status pk__keep(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
 {
     out->kept_count = 0;
     for (int i = 0; i < PK_KEPT && (options->keep[i] || i == 0); i++) {
@@ -9191,7 +9279,8 @@ static void pk__split_six(double *memory, size_t cells, pk_decomposition *out)
 }
 
 /* Arrays for out->rows rows. */
-static pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
+PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options,
+                                           pk_decomposition *out)
 {
     double *memory = NULL;
     size_t cells = out->rows * out->outputs;
@@ -9207,13 +9296,14 @@ static pk_status pk__allocate_results(pk_context *context, const pk_decompose_op
     if (!status && options->bounds)
         status = pk_allocate(context, cells, out->examples * sizeof(double), "the bounds", &out->bounds);
     if (!status && options->step_closure)
-        status = pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
+        status =
+            pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
     pk__name_tensors(out);
     return status;
 }
 
 /* A view of rows of whole, for a pass to write into. */
-static void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
+PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
 {
     size_t cell = (first - whole->first_row) * whole->outputs;
     *part = *whole;
@@ -9293,7 +9383,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
         pk_examples measured;
-        pk_examples_take(arena, graph, window->largest_batch, window->examples ? &window->examples[j] : &measured);
+        pk_examples_take(arena, graph, window->largest_batch,
+                         window->examples ? &window->examples[j] : &measured);
         if (bounds)
             pk_examples_take(arena, graph, window->largest_batch,
                              window->magnitudes ? &window->magnitudes[j] : &measured);
@@ -9313,7 +9404,8 @@ static pk_status pk__load_window(pk_context *context, pk_window *window)
 {
     const size_t P = window->parameters;
     for (size_t j = 0; j <= window->count; j++) {
-        pk_status status = pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
+        pk_status status =
+            pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
         if (status)
             return status;
     }
@@ -9339,7 +9431,8 @@ static void pk__fill_window(pk_window *window)
     for (size_t task = 0; task < window->count * lanes; task++) {
         const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
         double start = pk__seconds();
-        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK), each = pk__blocks(blocks, lanes);
+        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
+               each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
         for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++)
@@ -9391,7 +9484,8 @@ static void pk__perturb_update(pk_window *window, size_t j, pk_real *update)
         less = less < fabs(whole) ? less : fabs(whole);
         perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
     }
-    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state, update);
+    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state,
+                        update);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
     for (size_t i = 0; i < P; i++)
@@ -9512,12 +9606,13 @@ typedef struct pk__job {
     int reverse, decays;
     pk_window window;
     pk_matrix inputs;
-    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2], gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
+    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
+        gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
     pk__plan plan;
     unsigned char *memory;
     /* In the arena: */
-    pk_real *rows;        /* plan.rows x inputs, packed */
-    pk_real *gram;        /* plan.rows x gram_ld */
+    pk_real *rows; /* plan.rows x inputs, packed */
+    pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
     pk_real *reverse_state; /* plan.rows x outputs x P: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
@@ -9538,7 +9633,8 @@ static size_t pk__part_outputs(const pk_node *node, size_t outputs)
 static void pk__job_layout(pk__job *job, pk_arena *arena)
 {
     const pk_graph *graph = job->graph;
-    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads, rows = job->plan.rows;
+    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads,
+                 rows = job->plan.rows;
     size_t largest = 0;
     pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, threads, job->options->bounds,
                    &job->window);
@@ -9617,7 +9713,8 @@ static double pk__plan_cost(const pk__plan *plan, size_t rows)
 static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
 {
     static const size_t windows[] = {32, 64, 16, 8, 4, 2, 1, 128, 256, 512}, strides[] = {1, 2, 4, 8, 16, 32};
-    size_t limit = job->context ? job->context->memory_limit : 0, held = job->context ? job->context->memory_used : 0;
+    size_t limit = job->context ? job->context->memory_limit : 0,
+           held = job->context ? job->context->memory_used : 0;
     size_t available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
     size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
     size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
@@ -9640,7 +9737,8 @@ static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int b
                     if (needed <= available && own < cost) {
                         cost = own;
                         best = plan;
-                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 && j == 0) {
+                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 &&
+                            j == 0) {
                             job->plan = best; /* nothing has to be saved */
                             return PK_OK;
                         }
@@ -9651,16 +9749,17 @@ static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int b
         return PK_OK;
     if (least == SIZE_MAX)
         return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
-    return pk__fail(job->context, PK_MEMORY_LIMIT,
-                    "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes",
-                    limit, held + least);
+    return pk__fail(
+        job->context, PK_MEMORY_LIMIT,
+        "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes", limit,
+        held + least);
 }
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
 /* Adds factor * tile (cells x count) of one layer, or of all (-1), to the results of the cells from cell on. */
-static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor, size_t first,
-                          size_t count, const pk_real *tile)
+static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
+                          size_t first, size_t count, const pk_real *tile)
 {
     const pk__job *job = worker->job;
     pk_decomposition *part = job->part;
@@ -9699,7 +9798,8 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 {
     const pk__worker *worker = (const pk__worker *)user;
     const size_t outputs = worker->job->outputs;
-    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count, tile);
+    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count,
+                  tile);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -9744,8 +9844,8 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
 }
 
 /* factor < e, g_b > added to the results, or with bounds |factor| < e, |g_b| > to the bounds, of a part. */
-static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor, const pk_real *e,
-                              int bounds)
+static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor,
+                              const pk_real *e, int bounds)
 {
     pk__job *job = worker->job;
     const size_t examples = job->part->examples;
@@ -9787,8 +9887,9 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         factor *= direct ? 1 : form->gain;
         pk__advance_state(part, form, carry, p, phi, job->reverse_state + at, direct ? e : NULL);
         for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
-            job->part->decay[cell + part->first + k] -= form->coupled * (direct ? 1 : form->gain) *
-                                                        pk__dot_part(part, k, e, window->weights + j * P + offset);
+            job->part->decay[cell + part->first + k] -=
+                form->coupled * (direct ? 1 : form->gain) *
+                pk__dot_part(part, k, e, window->weights + j * P + offset);
     }
     pk__contract_part(worker, part, j, factor, e, 0);
     if (!job->part->bounds)
@@ -9837,7 +9938,8 @@ static void pk__readout_at(pk__worker *worker, double t, pk_real *h)
         segment->point_row[r] = r;
         segment->point_t[r] = (pk_real)t;
     }
-    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t, segment->graph->node_count);
+    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t,
+                       segment->graph->node_count);
     for (size_t r = 0; r < segment->rows; r++)
         pk_readout_apply(&integrator->readout, classes, integrator->first_row + r,
                          pk_tape_output(&segment->tape) + r * classes, h + r * worker->job->outputs,
@@ -9898,17 +10000,20 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         double scale = pk_run_gradient_scale(job->run, first + j);
         worker->step = first + j;
         worker->batch = &job->window.examples[j];
-        worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
+        worker->factor =
+            job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
         tangent->examples = &job->window.examples[j];
         tangent->directions[0] = job->window.direction + j * P;
         tangent->directions[1] = job->window.remainder + j * P;
         tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
-        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P, job->part->first_row + worker->row,
-                        worker->rows, job->rows + worker->row * job->graph->input_width,
+        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
+                        job->part->first_row + worker->row, worker->rows,
+                        job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
         for (size_t l = 0; l < job->graph->layers; l++)
             if (tangent->integrated[l])
-                pk__materialised_layer(worker, l, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+                pk__materialised_layer(worker, l, j,
+                                       j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
@@ -9974,7 +10079,8 @@ static void pk__certify(pk__job *job)
     size_t blocks = pk__blocks(part->rows, job->block);
     part->worst_closure = part->worst_unattributed = 0;
     for (size_t i = 0; i < part->rows * part->outputs; i++) {
-        part->closure[i] = part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+        part->closure[i] =
+            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
         double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
         if (pk__worse(fabs(part->closure[i]) / scale, part->worst_closure)) {
             part->worst_closure = fabs(part->closure[i]) / scale;
@@ -10007,7 +10113,8 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     const size_t window = job->plan.window, windows = job->window.windows;
     const size_t blocks = pk__blocks(job->part->rows, job->block);
     for (size_t r = 0; r < job->part->rows; r++)
-        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld, in * sizeof(pk_real));
+        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld,
+               in * sizeof(pk_real));
     pk_status status = pk__predict(job, 0, job->part->initial);
     if (!status)
         status = pk__predict(job, steps, job->part->final);
@@ -10048,8 +10155,8 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
 {
     const pk_readout *readout = &options->readout;
     if (inputs.rows == 0 || !inputs.data || inputs.cols != run->graph.input_width || inputs.ld < inputs.cols)
-        return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu", inputs.rows,
-                        inputs.cols, inputs.ld, run->graph.input_width);
+        return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu",
+                        inputs.rows, inputs.cols, inputs.ld, run->graph.input_width);
     for (size_t r = 0; r < inputs.rows; r++)
         for (size_t j = 0; j < inputs.cols; j++)
             if (!isfinite(inputs.data[r * inputs.ld + j]))
@@ -10073,7 +10180,8 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
                             (long long)options->groups[i], options->group_count);
     if ((int)options->engine < 0 || options->engine > PK_ENGINE_INTEGRATED)
         return pk__fail(context, PK_ARGUMENT, "engine %d does not exist", (int)options->engine);
-    if (options->bounds && options->quadrature.rule != PK_RULE_AUTO && options->quadrature.rule != PK_RULE_EXACT)
+    if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
+        options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
@@ -10102,7 +10210,8 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     job->block = pk_tangent_block(job->outputs);
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
-        job->block = pk__most(1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
+        job->block = pk__most(
+            1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
@@ -10128,7 +10237,8 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
 }
 
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
-static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback, void *user)
+static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback,
+                                void *user)
 {
     const size_t rows = whole->rows;
     double start = pk__seconds();
@@ -10164,11 +10274,12 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     whole->seconds_read = job->window.seconds_read;
     whole->seconds = pk__seconds() - start;
     if (!status && !(whole->worst_closure <= job->tolerance))
-        status = pk__fail(job->context, PK_NOT_CLOSED,
-                          "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
-                          "(closure %.3g at row %zu)",
-                          whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
-                          whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
+        status =
+            pk__fail(job->context, PK_NOT_CLOSED,
+                     "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
+                     "(closure %.3g at row %zu)",
+                     whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
+                     whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
     return status;
 }
 
@@ -10221,8 +10332,8 @@ PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix 
 }
 
 PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
-                                    const pk_decompose_options *options, pk_decomposition_part *part, void *user,
-                                    pk_decomposition *summary)
+                                    const pk_decompose_options *options, pk_decomposition_part *part,
+                                    void *user, pk_decomposition *summary)
 {
     pk_decomposition own;
     if (!part)

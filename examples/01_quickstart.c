@@ -24,19 +24,6 @@
     if ((call) != PK_OK) \
     return fprintf(stderr, "%s\n", pk_message(&context)), 1
 
-/* A recording is never overwritten: this removes the one of an earlier start. */
-static void forget(const char *folder)
-{
-    static const char *const names[] = {"run.txt",           "weights.npy",     "learning_rates.npy",
-                                        "batch_offsets.npy", "batch_items.npy", "train_inputs.npy",
-                                        "train_targets.npy"};
-    char path[1100];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, names[i]);
-        remove(path);
-    }
-}
-
 /* Digits side by side, two characters a pixel, each under its contribution, label and number. */
 static void draw(const char *title, const pk_dataset *digits, size_t count, const size_t *items,
                  const double *values)
@@ -77,13 +64,13 @@ int main(int count, char **arguments)
 
     snprintf(folder, sizeof folder, "%s/01_quickstart", output);
     mkdir(output, 0777);
-    forget(folder);
 
     static pk_train_options options;
     options.loss = PK_SOFTMAX_CROSS_ENTROPY;
     options.schedule.rate = 0.5;
     options.steps = 100; /* of full-batch gradient descent */
     options.record = folder;
+    options.replace = 1; /* the recording of an earlier start */
     TRY(pk_train(&context, &graph, &train, &options, weights, NULL));
 
     static pk_run run;

@@ -56,6 +56,7 @@ static int train(pk_context *context, report *r)
     options.schedule.rate = 0.5;
     options.steps = STEPS;
     options.record = r->folder;
+    options.replace = 1;
     pk_real *weights = (pk_real *)malloc(r->graph.parameters * sizeof *weights);
     if (!weights)
         return perror("weights"), 1;
@@ -97,8 +98,7 @@ static int check(const report *r)
             examples += d->by_example[cell * TRAIN + i];
         for (size_t i = 0; i < CLASSES * STEPS; i++)
             classes += d->kept[1].data[cell * CLASSES * STEPS + i];
-        worst =
-            fmax(worst, fabs(d->initial[cell] + examples + d->unattributed[cell] - d->final[cell]) / scale);
+        worst = fmax(worst, fabs(d->initial[cell] + examples + d->unattributed[cell] - d->final[cell]) / scale);
         worst = fmax(worst, fabs(examples - classes) / scale);
     }
     for (size_t m = 0; m < TEST; m++)
@@ -135,9 +135,9 @@ static int write_numbers(pk_context *context, const report *r)
             "digit label read_as       initial  contributions          final  unattributed       closure\n");
     for (size_t m = 0; m < TEST; m++) {
         size_t cell = m * CLASSES + r->read_as[m];
-        fprintf(file, "%5zu %5d %7zu %13.9f %14.9f %14.9f %13.2e %13.2e\n", TRAIN + m,
-                (int)r->label[TRAIN + m], r->read_as[m], d->initial[cell], d->data[cell], d->final[cell],
-                d->unattributed[cell], d->closure[cell]);
+        fprintf(file, "%5zu %5d %7zu %13.9f %14.9f %14.9f %13.2e %13.2e\n", TRAIN + m, (int)r->label[TRAIN + m],
+                r->read_as[m], d->initial[cell], d->data[cell], d->final[cell], d->unattributed[cell],
+                d->closure[cell]);
     }
     return fclose(file) ? perror("closure.txt"), 1 : 0;
 }
@@ -146,11 +146,7 @@ static int write_numbers(pk_context *context, const report *r)
 
 enum { BLUE = 0x0072B2, ORANGE = 0xC84B00, BLACK = 0x222222, GREY = 0x777777 }; /* told apart by everybody */
 enum { PITCH_X = 11, PITCH_Y = 13, FOR_X = 14, AGAINST_X = FOR_X + SHOWN * PITCH_X + 3 };
-enum {
-    SHEET_WIDTH = AGAINST_X + SHOWN * PITCH_X,
-    SHEET_HEIGHT = ROWS * PITCH_Y,
-    ACCOUNT_X = SHEET_WIDTH + 28
-};
+enum { SHEET_WIDTH = AGAINST_X + SHOWN * PITCH_X, SHEET_HEIGHT = ROWS * PITCH_Y, ACCOUNT_X = SHEET_WIDTH + 28 };
 
 static int is_wrong(const report *r, size_t m)
 {
@@ -216,8 +212,8 @@ static void put_row(sheet *s, const report *r, size_t m, int y)
         for (size_t k = 0; k < count; k++) {
             snprintf(text, sizeof text, "%d:  %s", (int)r->label[items[k]],
                      with_sign(values[items[k]], number));
-            put(s, r, items[k], (sign > 0 ? FOR_X : AGAINST_X) + (int)k * PITCH_X, y,
-                sign > 0 ? BLUE : ORANGE, text);
+            put(s, r, items[k], (sign > 0 ? FOR_X : AGAINST_X) + (int)k * PITCH_X, y, sign > 0 ? BLUE : ORANGE,
+                text);
         }
     }
     double sum[2] = {0, 0};
@@ -343,8 +339,7 @@ static int draw_classes(pk_context *context, const report *r, const char *activa
 static int run(pk_context *context, report *r, const char *activation, const char *output, const char *data)
 {
     char network[64], name[64];
-    snprintf(network, sizeof network, "input 64; dense 32; %s; dense 32; %s; dense 10", activation,
-             activation);
+    snprintf(network, sizeof network, "input 64; dense 32; %s; dense 32; %s; dense 10", activation, activation);
     snprintf(name, sizeof name, "02_digits_report-%s", activation);
     if (tutorial_digits(context, data, __FILE__, &r->digits) || tutorial_folder(output, name, r->folder))
         return 1;

@@ -84,6 +84,7 @@ static int record(pk_context *context, const pk_dataset *train, const char *netw
     options.schedule.rate = 0.5;
     options.steps = STEPS;
     options.record = folder;
+    options.replace = 1;
     TRY(pk_network_parse(context, network, &graph));
     pk_real *weights = (pk_real *)malloc(graph.parameters * sizeof *weights);
     pk_status status = weights ? pk_network_initialize(context, &graph, 1, weights) : PK_MEMORY;

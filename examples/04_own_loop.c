@@ -205,6 +205,7 @@ static int run(pk_context *context, const char *output, const char *data)
     r.data.inputs = pk_array_view(PK_FLOAT64, 2, shape, inputs);
     r.data.targets = pk_array_view(PK_INT64, 1, shape, labels);
     r.options.network = "input 64; dense 24; tanh; dense 10";
+    r.options.replace = 1;
     r.options.loss = "softmax_cross_entropy";
     r.options.optimizer = "sgd";
     for (r.lie = 0; r.lie < 2; r.lie++) {

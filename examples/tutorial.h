@@ -37,24 +37,15 @@ static inline int tutorial_digits(pk_context *context, const char *folder, const
     return 1;
 }
 
-/* path = output/name, a folder for a new run: what an earlier start recorded there is removed, since the
- * library never overwrites a recording. */
+/* path = output/name, a folder for a run. */
 static inline int tutorial_folder(const char *output, const char *name, char path[TUTORIAL_PATH])
 {
-    static const char *const files[] = {"run.txt",           "weights.npy",      "learning_rates.npy",
-                                        "batch_offsets.npy", "batch_items.npy",  "batch_weights.npy",
-                                        "train_inputs.npy",  "train_targets.npy"};
-    char file[2 * TUTORIAL_PATH];
     int length = snprintf(path, TUTORIAL_PATH, "%s/%s", output, name);
     mkdir(output, 0777);
     errno = ENAMETOOLONG;
     if (length >= TUTORIAL_PATH || (mkdir(path, 0777) && access(path, W_OK))) {
         perror(path);
         return 1;
-    }
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
-        snprintf(file, sizeof file, "%s/%s", path, files[i]);
-        remove(file);
     }
     return 0;
 }
@@ -65,8 +56,7 @@ static inline int tutorial_plot(const char *source, const char *script, const ch
 {
     const char *slash = strrchr(source, '/');
     if (system("gnuplot --version >/dev/null 2>&1")) {
-        printf("No pictures: gnuplot is not installed (Debian: gnuplot-nox). The numbers are in %s.\n",
-               folder);
+        printf("No pictures: gnuplot is not installed (Debian: gnuplot-nox). The numbers are in %s.\n", folder);
         return 0;
     }
     FILE *gnuplot = popen("gnuplot", "w");

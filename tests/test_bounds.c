@@ -5,7 +5,8 @@
 enum { ROWS = 3 };
 
 /* Worst true error over bound; 0 / 0 counts as held. */
-static double check(const char *network, const char *optimizer, double rate, double tolerance, double *looseness)
+static double check(const char *network, const char *optimizer, double rate, double tolerance,
+                    double *looseness)
 {
     pk_context context;
     pk_run run;
@@ -22,7 +23,8 @@ static double check(const char *network, const char *optimizer, double rate, dou
     bf_decompose(&made, ROWS, inputs, &truth);
     options.bounds = 1;
     options.tolerance = tolerance;
-    assert_ok(&context, pk_decompose(&context, &run, pk_matrix_view(inputs, ROWS, made.network.inputs), &options, &got));
+    assert_ok(&context,
+              pk_decompose(&context, &run, pk_matrix_view(inputs, ROWS, made.network.inputs), &options, &got));
     double worst = 0, largest_bound = 0, largest = 0;
     for (size_t i = 0; i < ROWS * truth.outputs * truth.examples; i++) {
         double error = (double)fabsl((long double)(got.by_example[i] - (bf_real)truth.by_example[i]));
@@ -33,8 +35,8 @@ static double check(const char *network, const char *optimizer, double rate, dou
         largest = fmax(largest, fabs(got.by_example[i]));
     }
     *looseness = largest_bound / largest;
-    printf("%-62s %-26s tolerance %-6.0e error/bound %.2e, bound/entry %.2e\n", network, optimizer, tolerance, worst,
-           *looseness);
+    printf("%-62s %-26s tolerance %-6.0e error/bound %.2e, bound/entry %.2e\n", network, optimizer, tolerance,
+           worst, *looseness);
     pk_decomposition_release(&context, &got);
     pk_run_release(&context, &run);
     assert_int_equal(context.memory_used, 0);
@@ -67,7 +69,8 @@ static void test_bounds_hold(void **state)
                 if (!(worst <= 1))
                     fail_msg("%s, %s: an error is %.3g times its bound", networks[n], optimizers[o], worst);
                 if (!(looseness <= fmax(1e-8, 10 * tolerances[t])))
-                    fail_msg("%s, %s: bounds of %.3g of the entries say nothing", networks[n], optimizers[o], looseness);
+                    fail_msg("%s, %s: bounds of %.3g of the entries say nothing", networks[n], optimizers[o],
+                             looseness);
             }
 }
 
@@ -96,6 +99,7 @@ static void test_bounds_need_a_rule(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_bounds_hold), cmocka_unit_test(test_bounds_need_a_rule)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_bounds_hold),
+                                       cmocka_unit_test(test_bounds_need_a_rule)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -689,8 +689,13 @@ static void test_recorder_refuses(void **state)
     int descriptor = lowest_free_descriptor();
     record(in(root, "run", directory), &options, &data);
     copy_run(directory, in(root, "other", other));
-    /* A run is never overwritten, nor a file of its name. */
+    /* A run is never overwritten, nor a file of its name, unless it is asked for. */
     assert_refused(directory, &options, &data, PK_ARGUMENT, "holds a run already");
+    different = options, different.replace = 1;
+    record(directory, &different, &data);
+    assert_same_run(directory, other);
+    different.resume = 1;
+    assert_refused(directory, &different, &data, PK_ARGUMENT, "both resumed and replaced");
     assert_int_equal(remove(in(other, "run.txt", path)), 0);
     assert_refused(other, &options, &data, PK_ARGUMENT, "learning_rates.npy exists already");
     clear(other);

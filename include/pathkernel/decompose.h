@@ -35,8 +35,9 @@ PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *ru
  * *summary (may be NULL) gets the sizes, the certificate and the costs over all parts, and no arrays. */
 typedef pk_status pk_decomposition_part(void *user, const pk_decomposition *part);
 PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
-                                                 const pk_decompose_options *options, pk_decomposition_part *part,
-                                                 void *user, pk_decomposition *summary);
+                                                 const pk_decompose_options *options,
+                                                 pk_decomposition_part *part, void *user,
+                                                 pk_decomposition *summary);
 
 PK__END_C
 /* <<< declarations */
@@ -89,12 +90,13 @@ typedef struct pk__job {
     int reverse, decays;
     pk_window window;
     pk_matrix inputs;
-    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2], gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
+    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
+        gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
     pk__plan plan;
     unsigned char *memory;
     /* In the arena: */
-    pk_real *rows;        /* plan.rows x inputs, packed */
-    pk_real *gram;        /* plan.rows x gram_ld */
+    pk_real *rows; /* plan.rows x inputs, packed */
+    pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
     pk_real *reverse_state; /* plan.rows x outputs x P: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
@@ -115,7 +117,8 @@ static size_t pk__part_outputs(const pk_node *node, size_t outputs)
 static void pk__job_layout(pk__job *job, pk_arena *arena)
 {
     const pk_graph *graph = job->graph;
-    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads, rows = job->plan.rows;
+    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads,
+                 rows = job->plan.rows;
     size_t largest = 0;
     pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, threads, job->options->bounds,
                    &job->window);
@@ -194,7 +197,8 @@ static double pk__plan_cost(const pk__plan *plan, size_t rows)
 static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
 {
     static const size_t windows[] = {32, 64, 16, 8, 4, 2, 1, 128, 256, 512}, strides[] = {1, 2, 4, 8, 16, 32};
-    size_t limit = job->context ? job->context->memory_limit : 0, held = job->context ? job->context->memory_used : 0;
+    size_t limit = job->context ? job->context->memory_limit : 0,
+           held = job->context ? job->context->memory_used : 0;
     size_t available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
     size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
     size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
@@ -217,7 +221,8 @@ static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int b
                     if (needed <= available && own < cost) {
                         cost = own;
                         best = plan;
-                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 && j == 0) {
+                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 &&
+                            j == 0) {
                             job->plan = best; /* nothing has to be saved */
                             return PK_OK;
                         }
@@ -228,16 +233,17 @@ static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int b
         return PK_OK;
     if (least == SIZE_MAX)
         return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
-    return pk__fail(job->context, PK_MEMORY_LIMIT,
-                    "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes",
-                    limit, held + least);
+    return pk__fail(
+        job->context, PK_MEMORY_LIMIT,
+        "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes", limit,
+        held + least);
 }
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
 /* Adds factor * tile (cells x count) of one layer, or of all (-1), to the results of the cells from cell on. */
-static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor, size_t first,
-                          size_t count, const pk_real *tile)
+static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
+                          size_t first, size_t count, const pk_real *tile)
 {
     const pk__job *job = worker->job;
     pk_decomposition *part = job->part;
@@ -276,7 +282,8 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 {
     const pk__worker *worker = (const pk__worker *)user;
     const size_t outputs = worker->job->outputs;
-    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count, tile);
+    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count,
+                  tile);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -321,8 +328,8 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
 }
 
 /* factor < e, g_b > added to the results, or with bounds |factor| < e, |g_b| > to the bounds, of a part. */
-static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor, const pk_real *e,
-                              int bounds)
+static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor,
+                              const pk_real *e, int bounds)
 {
     pk__job *job = worker->job;
     const size_t examples = job->part->examples;
@@ -364,8 +371,9 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         factor *= direct ? 1 : form->gain;
         pk__advance_state(part, form, carry, p, phi, job->reverse_state + at, direct ? e : NULL);
         for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
-            job->part->decay[cell + part->first + k] -= form->coupled * (direct ? 1 : form->gain) *
-                                                        pk__dot_part(part, k, e, window->weights + j * P + offset);
+            job->part->decay[cell + part->first + k] -=
+                form->coupled * (direct ? 1 : form->gain) *
+                pk__dot_part(part, k, e, window->weights + j * P + offset);
     }
     pk__contract_part(worker, part, j, factor, e, 0);
     if (!job->part->bounds)
@@ -414,7 +422,8 @@ static void pk__readout_at(pk__worker *worker, double t, pk_real *h)
         segment->point_row[r] = r;
         segment->point_t[r] = (pk_real)t;
     }
-    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t, segment->graph->node_count);
+    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t,
+                       segment->graph->node_count);
     for (size_t r = 0; r < segment->rows; r++)
         pk_readout_apply(&integrator->readout, classes, integrator->first_row + r,
                          pk_tape_output(&segment->tape) + r * classes, h + r * worker->job->outputs,
@@ -475,17 +484,20 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         double scale = pk_run_gradient_scale(job->run, first + j);
         worker->step = first + j;
         worker->batch = &job->window.examples[j];
-        worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
+        worker->factor =
+            job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
         tangent->examples = &job->window.examples[j];
         tangent->directions[0] = job->window.direction + j * P;
         tangent->directions[1] = job->window.remainder + j * P;
         tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
-        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P, job->part->first_row + worker->row,
-                        worker->rows, job->rows + worker->row * job->graph->input_width,
+        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
+                        job->part->first_row + worker->row, worker->rows,
+                        job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
         for (size_t l = 0; l < job->graph->layers; l++)
             if (tangent->integrated[l])
-                pk__materialised_layer(worker, l, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+                pk__materialised_layer(worker, l, j,
+                                       j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
@@ -551,7 +563,8 @@ static void pk__certify(pk__job *job)
     size_t blocks = pk__blocks(part->rows, job->block);
     part->worst_closure = part->worst_unattributed = 0;
     for (size_t i = 0; i < part->rows * part->outputs; i++) {
-        part->closure[i] = part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+        part->closure[i] =
+            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
         double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
         if (pk__worse(fabs(part->closure[i]) / scale, part->worst_closure)) {
             part->worst_closure = fabs(part->closure[i]) / scale;
@@ -584,7 +597,8 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     const size_t window = job->plan.window, windows = job->window.windows;
     const size_t blocks = pk__blocks(job->part->rows, job->block);
     for (size_t r = 0; r < job->part->rows; r++)
-        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld, in * sizeof(pk_real));
+        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld,
+               in * sizeof(pk_real));
     pk_status status = pk__predict(job, 0, job->part->initial);
     if (!status)
         status = pk__predict(job, steps, job->part->final);
@@ -625,8 +639,8 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
 {
     const pk_readout *readout = &options->readout;
     if (inputs.rows == 0 || !inputs.data || inputs.cols != run->graph.input_width || inputs.ld < inputs.cols)
-        return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu", inputs.rows,
-                        inputs.cols, inputs.ld, run->graph.input_width);
+        return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu",
+                        inputs.rows, inputs.cols, inputs.ld, run->graph.input_width);
     for (size_t r = 0; r < inputs.rows; r++)
         for (size_t j = 0; j < inputs.cols; j++)
             if (!isfinite(inputs.data[r * inputs.ld + j]))
@@ -650,7 +664,8 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
                             (long long)options->groups[i], options->group_count);
     if ((int)options->engine < 0 || options->engine > PK_ENGINE_INTEGRATED)
         return pk__fail(context, PK_ARGUMENT, "engine %d does not exist", (int)options->engine);
-    if (options->bounds && options->quadrature.rule != PK_RULE_AUTO && options->quadrature.rule != PK_RULE_EXACT)
+    if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
+        options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
@@ -679,7 +694,8 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     job->block = pk_tangent_block(job->outputs);
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
-        job->block = pk__most(1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
+        job->block = pk__most(
+            1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
@@ -705,7 +721,8 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
 }
 
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
-static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback, void *user)
+static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback,
+                                void *user)
 {
     const size_t rows = whole->rows;
     double start = pk__seconds();
@@ -741,11 +758,12 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     whole->seconds_read = job->window.seconds_read;
     whole->seconds = pk__seconds() - start;
     if (!status && !(whole->worst_closure <= job->tolerance))
-        status = pk__fail(job->context, PK_NOT_CLOSED,
-                          "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
-                          "(closure %.3g at row %zu)",
-                          whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
-                          whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
+        status =
+            pk__fail(job->context, PK_NOT_CLOSED,
+                     "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
+                     "(closure %.3g at row %zu)",
+                     whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
+                     whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
     return status;
 }
 
@@ -798,8 +816,8 @@ PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix 
 }
 
 PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
-                                    const pk_decompose_options *options, pk_decomposition_part *part, void *user,
-                                    pk_decomposition *summary)
+                                    const pk_decompose_options *options, pk_decomposition_part *part,
+                                    void *user, pk_decomposition *summary)
 {
     pk_decomposition own;
     if (!part)

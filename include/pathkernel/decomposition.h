@@ -39,7 +39,8 @@ typedef struct pk_tensor {
 
 typedef struct pk_decomposition {
     size_t first_row, rows, outputs, examples, groups, steps, layers;
-    double *initial, *final, *data, *decay, *unattributed, *closure; /* rows x outputs; data: sum over examples */
+    double *initial, *final, *data, *decay, *unattributed,
+        *closure; /* rows x outputs; data: sum over examples */
     pk_tensor kept[PK_KEPT];
     size_t kept_count;
     double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
@@ -102,12 +103,12 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 /* ---- results --------------------------------------------------------------------------------------- */
 
 /* value is worse than worst; a NaN is the worst. */
-static int pk__worse(double value, double worst)
+PK__PRIVATE int pk__worse(double value, double worst)
 {
     return !(value <= worst) && !isnan(worst);
 }
 
-static pk_status pk__keep(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
+PK__PRIVATE pk_status pk__keep(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
 {
     out->kept_count = 0;
     for (int i = 0; i < PK_KEPT && (options->keep[i] || i == 0); i++) {
@@ -171,7 +172,8 @@ static void pk__split_six(double *memory, size_t cells, pk_decomposition *out)
 }
 
 /* Arrays for out->rows rows. */
-static pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options, pk_decomposition *out)
+PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options,
+                                           pk_decomposition *out)
 {
     double *memory = NULL;
     size_t cells = out->rows * out->outputs;
@@ -187,13 +189,14 @@ static pk_status pk__allocate_results(pk_context *context, const pk_decompose_op
     if (!status && options->bounds)
         status = pk_allocate(context, cells, out->examples * sizeof(double), "the bounds", &out->bounds);
     if (!status && options->step_closure)
-        status = pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
+        status =
+            pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
     pk__name_tensors(out);
     return status;
 }
 
 /* A view of rows of whole, for a pass to write into. */
-static void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
+PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
 {
     size_t cell = (first - whole->first_row) * whole->outputs;
     *part = *whole;

@@ -86,7 +86,8 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
         size_t bytes = examples->ld * sizeof(pk_real);
-        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
+        pk_real *input =
+            rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
         pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
         if (examples->input) {
@@ -105,7 +106,8 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk
             most = pk__most(most, graph->nodes[n].weight_count);
     pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
-    workspace->targets = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
+    workspace->targets =
+        (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
     workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
 }
 

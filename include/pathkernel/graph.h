@@ -48,10 +48,10 @@ typedef struct pk_node {
     double attributes[PK_NODE_ATTRIBUTES];
     int layer; /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
-    int varies;             /* the value depends on t */
-    int degree;             /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
-    int input_constant;     /* no input depends on t */
-    int cotangent_constant; /* d output / d value does not depend on t */
+    int varies;         /* the value depends on t */
+    int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
+    int input_constant; /* no input depends on t */
+    int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
     int unread;                 /* no node takes it, and it is not the output */
 } pk_node;
@@ -88,11 +88,12 @@ typedef struct pk_operation {
     /* Checks the inputs, sets node->shape and node->weight_count. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
-    void (*forward)(const pk_call *call);  /* out = F */
-    void (*tangent)(const pk_call *call);  /* out_tangent = sum_j dF/din_j in_tangent_j + dF/dw direction */
-    void (*reverse)(const pk_call *call);  /* in_cotangent_j (+)= (dF/din_j)^T out_cotangent */
-    void (*weight_gradient)(const pk_call *call); /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
-    void (*row_gradients)(const pk_call *call);   /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
+    void (*forward)(const pk_call *call);                               /* out = F */
+    void (*tangent)(const pk_call *call); /* out_tangent = sum_j dF/din_j in_tangent_j + dF/dw direction */
+    void (*reverse)(const pk_call *call); /* in_cotangent_j (+)= (dF/din_j)^T out_cotangent */
+    void (*weight_gradient)(
+        const pk_call *call);                   /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
+    void (*row_gradients)(const pk_call *call); /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
     /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
@@ -115,7 +116,8 @@ PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *grap
  * defaults. *node (may be NULL) is its number. The last node added is the output. The graph is unchanged
  * on an error. */
 PK_API PK__MUST_USE pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
-                                           int input_count, const int *inputs, const double *attributes, int *node);
+                                           int input_count, const int *inputs, const double *attributes,
+                                           int *node);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
@@ -153,8 +155,8 @@ PK_API pk_real *pk_tape_seed(const pk_tape *tape);
 
 /* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
  * outputs must not overlap inputs. Cost 2 P rows flops. */
-PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
-                                                pk_matrix inputs, pk_matrix outputs);
+PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph,
+                                                const pk_real *weights, pk_matrix inputs, pk_matrix outputs);
 
 PK__END_C
 /* <<< declarations */
@@ -173,7 +175,8 @@ static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, siz
 {
     *width = 1;
     if (shape->rank < 1 || shape->rank > PK_SHAPE_RANK)
-        return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank, PK_SHAPE_RANK);
+        return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank,
+                        PK_SHAPE_RANK);
     for (int i = 0; i < shape->rank; i++)
         if (shape->dims[i] == 0 || !pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
             return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of %zu, zero or too large",
@@ -215,7 +218,8 @@ static void pk__graph_analyse(pk_graph *graph)
     }
     for (size_t n = last; n > 0; n--) {
         pk_node *node = &graph->nodes[n];
-        int constant = node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
+        int constant =
+            node->cotangent_constant && node->operation->smoothness == PK_LINEAR && !node->weight_count;
         for (int j = 0; j < node->input_count; j++) {
             pk_node *input = &graph->nodes[node->inputs[j]];
             input->cotangent_constant &= constant;
@@ -269,14 +273,15 @@ PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_s
     return PK_OK;
 }
 
-PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation, int input_count,
-                              const int *inputs, const double *attributes, int *number)
+PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                              int input_count, const int *inputs, const double *attributes, int *number)
 {
     if (!graph->node_count || !operation)
-        return pk__fail(context, PK_ARGUMENT, graph->node_count ? "no operation given" : "the graph has no input yet");
+        return pk__fail(context, PK_ARGUMENT,
+                        graph->node_count ? "no operation given" : "the graph has no input yet");
     if (input_count < 1 || input_count > PK_NODE_INPUTS)
-        return pk__fail(context, PK_ARGUMENT, "%s has %d inputs; 1 to %d are possible", operation->name, input_count,
-                        PK_NODE_INPUTS);
+        return pk__fail(context, PK_ARGUMENT, "%s has %d inputs; 1 to %d are possible", operation->name,
+                        input_count, PK_NODE_INPUTS);
     pk_node node;
     memset(&node, 0, sizeof node);
     node.operation = operation;
@@ -376,7 +381,8 @@ PK_API pk_real *pk_tape_seed(const pk_tape *tape)
     return tape->cotangent[tape->graph->node_count - 1];
 }
 
-PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies, pk_call *call)
+PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
+                               pk_call *call)
 {
     memset(call, 0, sizeof *call);
     call->node = node;
@@ -408,7 +414,8 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
 
 /* A node's weights at row row of the line; until the next call. An operation that is linear in its weights is
  * never asked where on the line it is. */
-PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node, size_t row)
+PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
+                                           size_t row)
 {
     const pk_real *weights = line->weights + node->weight_offset;
     if (!line->direction || node->operation->linear_in_weights)
@@ -470,7 +477,8 @@ PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, con
         pk__node_forward(tape, line, &graph->nodes[n], rows);
 }
 
-PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows, size_t copies)
+PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows,
+                                  size_t copies)
 {
     const pk_graph *graph = tape->graph;
     if (node->input_constant)
@@ -573,11 +581,12 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
 {
     if (!graph->node_count || inputs.cols != graph->input_width || outputs.cols != graph->output_width ||
         inputs.rows != outputs.rows || inputs.ld < inputs.cols || outputs.ld < outputs.cols)
-        return pk__fail(context, PK_SHAPE,
-                        "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
-                        "(ld %zu)",
-                        graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
-                        outputs.cols, outputs.ld);
+        return pk__fail(
+            context, PK_SHAPE,
+            "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
+            "(ld %zu)",
+            graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
+            outputs.cols, outputs.ld);
     if (inputs.rows == 0)
         return PK_OK;
     if (!weights || !inputs.data || !outputs.data)
@@ -606,7 +615,8 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__least(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
-            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld, inputs.cols * sizeof *rows);
+            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
+                   inputs.cols * sizeof *rows);
         pk_tape_forward(&batch, &line, count, rows);
         for (size_t row = 0; row < count; row++)
             memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,

@@ -77,8 +77,8 @@ static pk_status pk__add_layer(pk_context *context, pk_graph *graph, int count, 
             return status;
     } else {
         if (count - 1 > operation->parameters)
-            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many", words[0],
-                            operation->parameters, words[operation->parameters + 1]);
+            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many",
+                            words[0], operation->parameters, words[operation->parameters + 1]);
         for (int i = 1; i < count; i++) {
             pk_status status = pk__parse_number(context, words[i], &attributes[i - 1]);
             if (status)
@@ -95,7 +95,8 @@ static int pk__is_blank(char c)
 }
 
 /* One layer: copies the words from [*at, `;` or the end) into words, single blanks between, moves *at on. */
-static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count, const char **words)
+static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count,
+                                 const char **words)
 {
     size_t used = 0;
     const char *from = *at;
@@ -158,7 +159,8 @@ static pk_status pk__parse_layers(pk_context *context, const char *text, pk_grap
 PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
 {
     if (!text || graph->node_count)
-        return pk__fail(context, PK_ARGUMENT, text ? "network: the graph is in use already" : "network: no text");
+        return pk__fail(context, PK_ARGUMENT,
+                        text ? "network: the graph is in use already" : "network: no text");
     /* A blank after each ';' makes the canonical text at most twice as long. */
     pk_status status = pk_allocate(context, 2 * strlen(text) + 2, 1, "the network's text", &graph->text);
     if (!status)
@@ -168,7 +170,8 @@ PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_grap
     return status;
 }
 
-PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed, pk_real *weights)
+PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
+                                       pk_real *weights)
 {
     if (!graph->node_count || !weights)
         return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");

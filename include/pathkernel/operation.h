@@ -27,8 +27,8 @@ PK__BEGIN_C
 static pk_status pk__elementwise_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     if (node->operation->parameters && !(isfinite(node->attributes[0]) && node->attributes[0] > 0))
-        return pk__fail(context, PK_ARGUMENT, "%s needs a positive finite number, not %g", node->operation->name,
-                        node->attributes[0]);
+        return pk__fail(context, PK_ARGUMENT, "%s needs a positive finite number, not %g",
+                        node->operation->name, node->attributes[0]);
     node->shape = graph->nodes[node->inputs[0]].shape;
     return PK_OK;
 }
@@ -68,7 +68,8 @@ static pk_status pk__dense_shape(pk_context *context, const pk_graph *graph, pk_
     const pk_node *input = &graph->nodes[node->inputs[0]];
     double out = node->attributes[0];
     if (!(out >= 1 && out <= 1e9) || out != floor(out))
-        return pk__fail(context, PK_ARGUMENT, "dense needs a whole number of outputs from 1 to 1e9, not %g", out);
+        return pk__fail(context, PK_ARGUMENT, "dense needs a whole number of outputs from 1 to 1e9, not %g",
+                        out);
     if (input->shape.rank != 1)
         return pk__fail(context, PK_SHAPE, "dense needs a flat input, not one of rank %d", input->shape.rank);
     node->shape.rank = 1;
@@ -90,8 +91,8 @@ static void pk__dense_bias(const pk_call *call, const pk_real *weights, pk_real 
         memcpy(out + row * width, bias, width * sizeof *out);
 }
 
-static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, pk_real beta,
-                            pk_real *out)
+static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias,
+                            pk_real beta, pk_real *out)
 {
     size_t width = call->node->width, fan_in = call->in_width[0];
     if (bias) {
@@ -110,7 +111,8 @@ static void pk__dense_tangent(const pk_call *call)
 {
     pk_real beta = 0;
     if (call->direction) {
-        pk__dense_apply(call, call->direction, call->in[0], call->node->attributes[1] != 0, 0, call->out_tangent);
+        pk__dense_apply(call, call->direction, call->in[0], call->node->attributes[1] != 0, 0,
+                        call->out_tangent);
         beta = 1;
     }
     if (call->in_tangent[0])
@@ -122,15 +124,15 @@ static void pk__dense_tangent(const pk_call *call)
 static void pk__dense_reverse(const pk_call *call)
 {
     size_t width = call->node->width, fan_in = call->in_width[0];
-    pk__gemm(0, 0, call->rows * call->copies, fan_in, width, 1, call->out_cotangent, width, call->weights, fan_in,
-             call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
+    pk__gemm(0, 0, call->rows * call->copies, fan_in, width, 1, call->out_cotangent, width, call->weights,
+             fan_in, call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
 }
 
 static void pk__dense_weight_gradient(const pk_call *call)
 {
     size_t width = call->node->width, fan_in = call->in_width[0];
-    pk__gemm(1, 0, width, fan_in, call->rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1, call->gradient,
-             fan_in);
+    pk__gemm(1, 0, width, fan_in, call->rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1,
+             call->gradient, fan_in);
     if (call->node->attributes[1] != 0) {
         pk_real *bias = call->gradient + width * fan_in;
         for (size_t row = 0; row < call->rows; row++)
@@ -228,15 +230,15 @@ static double pk__softplus(double x, double b)
 PK__ELEMENTWISE(identity, x, 1)
 PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0)
 PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0])
-PK__ELEMENTWISE(hard_tanh, x < -1 ? -1 : x > 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0)
+PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0)
 PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0)
 PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y)
-PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y * (1 - y))
+PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y *(1 - y))
 PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x))
 PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
                 0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x))
-PK__ELEMENTWISE(silu, x * pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)))
-PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI * exp(-x * x))
+PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)))
+PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x))
 #undef PK__ELEMENTWISE
 
 static void pk__zero_switches(const pk_call *call)
@@ -258,16 +260,37 @@ static void pk__hard_tanh_switches(const pk_call *call)
     }
 }
 
-#define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                                          \
-    {#name, kind, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape, pk__one_row_scratch, \
-     pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL, 1}
-#define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                               \
-    {#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters, {value, 0, 0, 0, 0, 0, 0, 0}, NULL, pk__elementwise_shape,       \
-     pk__one_row_scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1}
+#define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                              \
+    {                                                                                                    \
+#name, kind, PK_TANGENT_NONE, 1, parameters,                                                     \
+            {value, 0, 0, 0, 0, 0, 0, 0 }, NULL, pk__elementwise_shape, pk__one_row_scratch,             \
+             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL, 1 \
+    }
+#define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                        \
+    {                                                                                                         \
+#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters,                                           \
+            {value, 0, 0, 0, 0, 0, 0, 0 }, NULL, pk__elementwise_shape, pk__one_row_scratch,                  \
+             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1 \
+    }
 
 static const pk_operation pk__operations[] = {
-    {"dense", PK_LINEAR, PK_TANGENT_OUTER, 1, 1, {0, 1, 0, 0, 0, 0, 0, 0}, pk__dense_parse, pk__dense_shape, NULL,
-     pk__dense_forward, pk__dense_tangent, pk__dense_reverse, pk__dense_weight_gradient, NULL, NULL, NULL, 0},
+    {"dense",
+     PK_LINEAR,
+     PK_TANGENT_OUTER,
+     1,
+     1,
+     {0, 1, 0, 0, 0, 0, 0, 0},
+     pk__dense_parse,
+     pk__dense_shape,
+     NULL,
+     pk__dense_forward,
+     pk__dense_tangent,
+     pk__dense_reverse,
+     pk__dense_weight_gradient,
+     NULL,
+     NULL,
+     NULL,
+     0},
     PK__SMOOTH_OPERATION(identity, PK_LINEAR, 0, 0),
     PK__KINKED_OPERATION(relu, 0, 0, pk__width_switches, pk__zero_switches),
     PK__KINKED_OPERATION(leaky_relu, 1, 0.01, pk__width_switches, pk__zero_switches),

@@ -54,8 +54,8 @@ typedef struct pk_readout {
 /* The number of values of h for a network with outputs outputs. */
 PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
 /* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
-                             pk_real *slope);
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                             pk_real *h, pk_real *slope);
 
 /* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the
  * weights of (a rule of higher order minus the rule), and slack[p] is how far the kinks beside the point may
@@ -75,23 +75,24 @@ typedef struct pk_integrator {
     pk_segment segment;
     pk_quadrature quadrature;
     pk_readout readout;
-    size_t first_row; /* of the block among the test rows */
-    double target;    /* closure a piece may have, relative to max(1, |h|) */
+    size_t first_row;                          /* of the block among the test rows */
+    double target;                             /* closure a piece may have, relative to max(1, |h|) */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    unsigned char *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
+    unsigned char
+        *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
     pk_pieces stack, batch, pieces;
     unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
     /* Counted over the steps since the caller zeroed them: */
-    size_t points_last; /* points of the last step: the cost model's guess for the next one */
+    size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
 } pk_integrator;
 
 /* bounds: also send what bounds on the error of the integrals are made from. */
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                               int bounds, pk_integrator *integrator);
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                               size_t copies, int bounds, pk_integrator *integrator);
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
 /* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
 PK_API void pk_gauss_table(double *nodes, double *weights);
@@ -155,8 +156,8 @@ PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
     }
 }
 
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
-                             pk_real *slope)
+PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                             pk_real *h, pk_real *slope)
 {
     size_t count = pk_readout_count(readout, outputs);
     if (readout->kind == PK_READOUT_FUNCTION) {
@@ -187,24 +188,25 @@ static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
     return 1;
 }
 
-PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature, const pk_graph *graph,
-                                     const pk_readout *readout)
+PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
+                                     const pk_graph *graph, const pk_readout *readout)
 {
     if ((int)quadrature->rule < 0 || quadrature->rule > PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT, "quadrature rule %d does not exist", (int)quadrature->rule);
     if (quadrature->nodes < 0 || quadrature->nodes > PK_RULE_NODES)
-        return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible", quadrature->nodes,
-                        (int)PK_RULE_NODES);
+        return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible",
+                        quadrature->nodes, (int)PK_RULE_NODES);
     if (quadrature->rule == PK_RULE_GAUSS && quadrature->nodes > PK_GAUSS_NODES)
         return pk__fail(context, PK_ARGUMENT, "Gauss-Legendre with %d nodes; 1 to %d are possible",
                         quadrature->nodes, (int)PK_GAUSS_NODES);
     if (quadrature->rule == PK_RULE_TRAPEZOID && quadrature->nodes == 1)
         return pk__fail(context, PK_ARGUMENT, "the trapezoid rule needs at least 2 nodes");
     if (quadrature->rule == PK_RULE_EXACT && !pk__is_exact(graph, readout))
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
-                        "readout; use auto, which measures its closure",
-                        (int)PK_SEGMENT_DEGREE);
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
+            "readout; use auto, which measures its closure",
+            (int)PK_SEGMENT_DEGREE);
     return PK_OK;
 }
 
@@ -224,8 +226,8 @@ PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_poin
     points->slack = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
 }
 
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                               int bounds, pk_integrator *integrator)
+PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                               size_t copies, int bounds, pk_integrator *integrator)
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
@@ -251,8 +253,8 @@ static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user
     integrator->buffer.count = 0;
 }
 
-static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t, double weight,
-                     double check, double slack)
+static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t,
+                     double weight, double check, double slack)
 {
     pk_points *buffer = &integrator->buffer;
     if (buffer->count == integrator->segment.point_capacity)
@@ -329,8 +331,8 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
     pk_real *slope = integrator->slope;
     memset(sum, 0, 2 * count * sizeof *sum);
     for (int q = 0; q < order; q++) {
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs, start,
-                         slope);
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs,
+                         start, slope);
         for (size_t k = 0; k < count; k++) {
             double along = 0;
             for (size_t c = 0; c < outputs; c++)
@@ -339,13 +341,14 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
             size[k] += (pk_real)(length * w[q] * fabs(along));
         }
     }
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs, start,
-                     slope);
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)(order + 1) * outputs,
-                     end, slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs,
+                     start, slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row,
+                     f + (size_t)(order + 1) * outputs, end, slope);
     double worst = 0;
     for (size_t k = 0; k < count; k++) {
-        double scale = fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
+        double scale =
+            fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
         scale = scale > 1 ? scale : 1;
         /* Below a few roundings of what was added nothing can be measured. */
         double floor = 16 * (sizeof(pk_real) == 4 ? (double)FLT_EPSILON : DBL_EPSILON) * (scale + size[k]);
@@ -391,7 +394,8 @@ static int pk__test_pieces(pk_integrator *integrator)
             const int nodes = order[i];
             if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
                 continue;
-            double error = pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
+            double error =
+                pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
             points += (size_t)nodes + 2;
             if (!(error <= 1)) {
                 order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
@@ -486,7 +490,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
             pk__emit_gauss(integrator, sink, user, i, order, 0);
     }
     for (size_t row = 0; !exact && row < segment->rows; row++)
-        integrator->row_order[row] = integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
+        integrator->row_order[row] =
+            integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);
 }
 

@@ -20,6 +20,7 @@ typedef struct pk_recorder_options {
     int gradient_scales;   /* 1: record gradient_scales.npy */
     int second_moments;    /* 1: record second_moments.npy */
     int resume;            /* 1: continue the run in the directory, if there is one */
+    int replace;           /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
@@ -227,9 +228,21 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     return status;
 }
 
+/* Undoes a start that failed. */
+static void pk__recorder_clear(int folder)
+{
+    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED; f++) {
+        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        char unfinished[64];
+        snprintf(unfinished, sizeof unfinished, "%s.tmp", name);
+        (void)unlinkat(folder, name, 0);
+        (void)unlinkat(folder, unfinished, 0);
+    }
+}
+
 /* Makes the directory where it is missing, locks it, and sees what it holds. */
-static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, pk_recorder *recorder,
-                                     pk__recording *recording)
+static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, int replace,
+                                     pk_recorder *recorder, pk__recording *recording)
 {
     if (mkdir(path->directory, 0777) == 0)
         recording->made = 1;
@@ -242,10 +255,14 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
     /* Where the file system has no locks, go without. */
     if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         return pk__fail(context, PK_IO, "%s is being recorded by another recorder", path->directory);
+    if (replace) { /* the manifest first: without it the rest is no run */
+        (void)unlinkat(folder, pk__run_fixed[PK__RUN_MANIFEST], 0);
+        pk__recorder_clear(folder);
+    }
     recording->exists = faccessat(folder, pk__run_fixed[PK__RUN_MANIFEST], F_OK, 0) == 0;
     if (recording->exists && !resume)
-        return pk__fail(context, PK_ARGUMENT, "%s holds a run already: resume it, or record elsewhere",
-                        path->directory);
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s holds a run already: resume or replace it, or record elsewhere", path->directory);
     for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED && !resume; f++) {
         const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
         if (faccessat(folder, name, F_OK, 0) == 0)
@@ -272,18 +289,6 @@ static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *st
     for (size_t i = 0; i < recorder->state_numbers; i++)
         recorder->states[i] = (double)state[i];
     return recorder->states;
-}
-
-/* Undoes a start that failed. */
-static void pk__recorder_clear(int folder)
-{
-    for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED; f++) {
-        const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
-        char unfinished[64];
-        snprintf(unfinished, sizeof unfinished, "%s.tmp", name);
-        (void)unlinkat(folder, name, 0);
-        (void)unlinkat(folder, unfinished, 0);
-    }
 }
 
 /* What goes with w_0 where steps are replayed: the optimiser's vectors are zero then. */
@@ -456,6 +461,8 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
                                                                                   : NULL;
     if (missing)
         return pk__fail(context, PK_ARGUMENT, "pk_recorder_open: %s missing (NULL)", missing);
+    if (options->resume && options->replace)
+        return pk__fail(context, PK_ARGUMENT, "pk_recorder_open: a run cannot be both resumed and replaced");
     pk__recording recording;
     pk_recorder opened;
     pk__run_path path;
@@ -482,7 +489,7 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     if (status == PK_OK)
         status = pk__run_path_take(context, directory, &path);
     if (status == PK_OK)
-        status = pk__recorder_folder(context, &path, options->resume, &opened, &recording);
+        status = pk__recorder_folder(context, &path, options->resume, options->replace, &opened, &recording);
     if (status == PK_OK && recording.exists) {
         status = pk__recorder_continue(context, &path, &recording, train, initial_weights, &opened);
     } else if (status == PK_OK) {

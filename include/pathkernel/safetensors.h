@@ -76,8 +76,8 @@ static int pk__tensor_by_begin(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void pk__tensor_add(pk__tensor_list *list, size_t layer, const char *kind, int rank, size_t out, size_t in,
-                           size_t offset)
+static void pk__tensor_add(pk__tensor_list *list, size_t layer, const char *kind, int rank, size_t out,
+                           size_t in, size_t offset)
 {
     pk__tensor_place *place = &list->places[list->count++];
     snprintf(place->name, sizeof place->name, "%zu.%s", layer, kind);
@@ -242,10 +242,10 @@ static int pk__json_tensor(pk__cursor *json, pk__tensor_entry *entry)
             which++;
         if (which == 3 || seen[which]++)
             return 0;
-        if (which == 0 ? !pk__json_string(json, entry->dtype, sizeof entry->dtype)
-            : which == 1
-                ? !pk__json_sizes(json, PK_ARRAY_RANK, entry->shape, &entry->rank) || entry->rank > PK_ARRAY_RANK
-                : !pk__json_sizes(json, 2, entry->offsets, &entry->bounds) || entry->bounds != 2)
+        if (which == 0   ? !pk__json_string(json, entry->dtype, sizeof entry->dtype)
+            : which == 1 ? !pk__json_sizes(json, PK_ARRAY_RANK, entry->shape, &entry->rank) ||
+                               entry->rank > PK_ARRAY_RANK
+                         : !pk__json_sizes(json, 2, entry->offsets, &entry->bounds) || entry->bounds != 2)
             return 0;
     } while (pk__take(json, ','));
     return pk__take(json, '}') && seen[0] && seen[1] && seen[2];
@@ -261,7 +261,8 @@ static pk_status pk__tensor_found(pk_context *context, const char *file, size_t 
     char has[200], should[200];
     memcpy(wanted.name, name, sizeof wanted.name);
     if (list->count)
-        place = (pk__tensor_place *)bsearch(&wanted, list->places, list->count, sizeof wanted, pk__tensor_by_name);
+        place =
+            (pk__tensor_place *)bsearch(&wanted, list->places, list->count, sizeof wanted, pk__tensor_by_name);
     if (!place)
         return pk__fail(context, PK_SHAPE, "%s: holds '%s', which the network does not have", file, name);
     if (place->type)
@@ -281,8 +282,9 @@ static pk_status pk__tensor_found(pk_context *context, const char *file, size_t 
                         pk__tensor_shape(place->rank, place->shape, should, sizeof should));
     if (entry->offsets[0] > entry->offsets[1] || entry->offsets[1] > data_bytes ||
         entry->offsets[1] - entry->offsets[0] != place->items * pk_type_size(type))
-        return pk__fail(context, PK_FORMAT, "%s: '%s' is said to be bytes %zu to %zu of %zu; it takes %zu", file,
-                        name, entry->offsets[0], entry->offsets[1], data_bytes, place->items * pk_type_size(type));
+        return pk__fail(context, PK_FORMAT, "%s: '%s' is said to be bytes %zu to %zu of %zu; it takes %zu",
+                        file, name, entry->offsets[0], entry->offsets[1], data_bytes,
+                        place->items * pk_type_size(type));
     place->type = type;
     place->begin = entry->offsets[0];
     place->end = entry->offsets[1];
@@ -314,8 +316,8 @@ static pk_status pk__safetensors_header(pk_context *context, const char *file, c
     }
     /* Blanks may follow, nothing else. */
     if (!good || !pk__take(&json, '}') || (pk__peek(&json), json.at != json.end))
-        return pk__fail(context, PK_FORMAT, "%s: the header is not that of a safetensors file, at byte %zu", file,
-                        (size_t)(json.at - (const char *)bytes) + 8);
+        return pk__fail(context, PK_FORMAT, "%s: the header is not that of a safetensors file, at byte %zu",
+                        file, (size_t)(json.at - (const char *)bytes) + 8);
     size_t expected = 0;
     for (size_t i = 0; i < list->count; i++)
         if (!list->places[i].type)
@@ -326,7 +328,8 @@ static pk_status pk__safetensors_header(pk_context *context, const char *file, c
             return pk__fail(context, PK_FORMAT, "%s: '%s' starts at byte %zu of the data, not at %zu", file,
                             list->places[i].name, list->places[i].begin, expected);
     if (expected != data_bytes)
-        return pk__fail(context, PK_FORMAT, "%s: %zu bytes follow the last tensor", file, data_bytes - expected);
+        return pk__fail(context, PK_FORMAT, "%s: %zu bytes follow the last tensor", file,
+                        data_bytes - expected);
     return PK_OK;
 }
 
@@ -359,8 +362,9 @@ PK__PRIVATE pk_status pk__safetensors_parse(pk_context *context, const char *fil
     for (int i = 0; i < 8; i++)
         length |= (uint64_t)bytes[i] << 8 * i;
     if (length > size - 8)
-        return pk__fail(context, PK_FORMAT, "%s: is no safetensors file, or cut off: a header of %llu bytes in %zu",
-                        file, (unsigned long long)length, size);
+        return pk__fail(context, PK_FORMAT,
+                        "%s: is no safetensors file, or cut off: a header of %llu bytes in %zu", file,
+                        (unsigned long long)length, size);
     pk__tensor_list list;
     pk_status status = pk__tensor_list_take(context, graph, &list);
     if (status != PK_OK)
@@ -380,7 +384,8 @@ PK__PRIVATE pk_status pk__safetensors_parse(pk_context *context, const char *fil
     return status;
 }
 
-PK_API pk_status pk_safetensors_read(pk_context *context, const char *path, const pk_graph *graph, pk_real *weights)
+PK_API pk_status pk_safetensors_read(pk_context *context, const char *path, const pk_graph *graph,
+                                     pk_real *weights)
 {
     if (!path || !graph || !graph->parameters || !weights)
         return pk__fail(context, PK_ARGUMENT,
@@ -406,8 +411,10 @@ static size_t pk__safetensors_head(const pk__tensor_list *list, int float32, siz
             const pk__tensor_place *place = &list->places[t];
             size_t end = begin + place->items * (float32 ? 4 : 8);
             char shape[64];
-            snprintf(shape, sizeof shape, place->rank == 1 ? "%zu" : "%zu,%zu", place->shape[0], place->shape[1]);
-            length = snprintf(line, sizeof line, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+            snprintf(shape, sizeof shape, place->rank == 1 ? "%zu" : "%zu,%zu", place->shape[0],
+                     place->shape[1]);
+            length = snprintf(line, sizeof line,
+                              "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
                               t ? "," : "{\"__metadata__\":{\"format\":\"pt\"},", place->name,
                               float32 ? "F32" : "F64", shape, begin, end);
             begin = end;
@@ -486,7 +493,8 @@ PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, con
     unsigned char *bytes = NULL;
     size_t head = pk__safetensors_head(&list, float32, 0, NULL), size = 0;
     if (!pk__multiply(graph->parameters, float32 ? 4 : 8, &size) || size > SIZE_MAX / 2 - head)
-        status = pk__fail(context, PK_OVERFLOW, "%s: %zu parameters overflow", pk__name(path), graph->parameters);
+        status =
+            pk__fail(context, PK_OVERFLOW, "%s: %zu parameters overflow", pk__name(path), graph->parameters);
     else
         status = pk_allocate(context, head + size, 1, "the text of a safetensors file", &bytes);
     if (status == PK_OK) {

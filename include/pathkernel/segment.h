@@ -51,7 +51,8 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
                              const pk_real *inputs);
 /* Values at points (row[p], t[p]), p < count <= point_capacity, of the nodes before node number stop: in
  * segment->tape, point by point. Cost 4 P flops a point. */
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, size_t stop);
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
+                               size_t stop);
 /* Tangents along the step's direction at the points of the last forward. */
 PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
@@ -175,13 +176,15 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
-        pk_real *base = affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *base =
+            affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
         pk_real *slope = affine ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
             segment->slope[n] = slope;
         }
-        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) && segment->gathered)
+        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) &&
+            segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
         if (n && pk__is_switch(node)) {
@@ -234,7 +237,8 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     }
 }
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, size_t stop)
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
+                               size_t stop)
 {
     const pk_graph *graph = segment->graph;
     const pk_line line = {segment->weights, segment->direction, t};
@@ -417,7 +421,8 @@ static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, si
 }
 
 /* Appends [a, b] of row to pieces, split at the roots. 0 where it does not fit. */
-static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack, pk__root_sink *sink)
+static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack,
+                            pk__root_sink *sink)
 {
     double *roots = sink->roots;
     if (sink->count > sink->capacity)
@@ -501,7 +506,8 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     for (size_t n = 1; n < graph->node_count; n++) {
         if (!pk__is_switch(&graph->nodes[n]))
             continue;
-        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) || segment->spare.count > to->capacity)
+        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) ||
+            segment->spare.count > to->capacity)
             return 0;
         pk__copy_pieces(&segment->spare, to);
     }

@@ -56,19 +56,19 @@
 PK__BEGIN_C
 
 /* name, value, text. Values are stable: they may be stored. */
-#define PK_STATUS_LIST(X)                                                                  \
-    X(PK_OK, 0, "success")                                                                 \
-    X(PK_ARGUMENT, 1, "an argument is invalid")                                            \
-    X(PK_SHAPE, 2, "shapes do not agree")                                                  \
-    X(PK_OVERFLOW, 3, "a size is too large for this machine")                              \
-    X(PK_MEMORY, 4, "the allocator has no memory left")                                    \
-    X(PK_MEMORY_LIMIT, 5, "the memory limit of the context cannot be met")                 \
-    X(PK_IO, 6, "a file could not be read or written")                                     \
-    X(PK_FORMAT, 7, "a file or a text is malformed")                                       \
-    X(PK_UNSUPPORTED, 8, "valid, but not supported")                                       \
-    X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed")            \
-    X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")                \
-    X(PK_CANCELLED, 11, "cancelled by the caller")                                         \
+#define PK_STATUS_LIST(X)                                                       \
+    X(PK_OK, 0, "success")                                                      \
+    X(PK_ARGUMENT, 1, "an argument is invalid")                                 \
+    X(PK_SHAPE, 2, "shapes do not agree")                                       \
+    X(PK_OVERFLOW, 3, "a size is too large for this machine")                   \
+    X(PK_MEMORY, 4, "the allocator has no memory left")                         \
+    X(PK_MEMORY_LIMIT, 5, "the memory limit of the context cannot be met")      \
+    X(PK_IO, 6, "a file could not be read or written")                          \
+    X(PK_FORMAT, 7, "a file or a text is malformed")                            \
+    X(PK_UNSUPPORTED, 8, "valid, but not supported")                            \
+    X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed") \
+    X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")     \
+    X(PK_CANCELLED, 11, "cancelled by the caller")                              \
     X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")
 
 #define PK__STATUS_ENUM(name, value, text) name = value,

@@ -51,13 +51,15 @@ typedef struct pk_tangent {
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
     int *headed;     /* this step: the outputs are taken out of the sum over points */
-    const pk_node **head; /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
+    const pk_node *
+        *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
     pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
     pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
-    pk_real **check, **size; /* with bounds, like phi: the difference to a better rule; after a step, the error */
-    double allowance;        /* c eps of the rounding bound */
-    int per_layer;   /* tiles layer by layer */
+    pk_real **check,
+        **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
+    double allowance; /* c eps of the rounding bound */
+    int per_layer;    /* tiles layer by layer */
     const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
     pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                      /* rows */
@@ -85,20 +87,20 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
 PK_API size_t pk_tangent_block(size_t outputs);
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
  * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
-                            size_t rows, const pk_real *inputs, pk_engine engine);
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
+                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
 /* phi of the outputs first .. first + count - 1 of one row after pk_tangent_step: (count x layer outputs x layer
  * inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi);
 /* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
  * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                                 pk_real *error);
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                 size_t count, pk_real *error);
 /* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
  * out like phi of the layer. */
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
-                                    size_t columns, pk_real *tile);
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile);
 
 PK__END_C
 /* <<< declarations */
@@ -166,7 +168,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
                             int materialise, int bounds, pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
-    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0, deepest = 0;
+    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
+           deepest = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
@@ -194,8 +197,10 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
             kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
-        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
-        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *phi =
+            phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        pk_real *check =
+            bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
         pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
@@ -223,8 +228,9 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->left = (pk_real *)pk_arena_take(arena, pk__most(rows, points), block * sizeof(pk_real));
     tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
     /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
-    tangent->scratch = (pk_real *)pk_arena_take(
-        arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64), widest * sizeof(pk_real));
+    tangent->scratch =
+        (pk_real *)pk_arena_take(arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64),
+                                 widest * sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
     tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
     tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
@@ -249,7 +255,8 @@ static void pk__hadamard(size_t points, size_t outputs, size_t count, const size
 }
 
 /* left = w_p (a_p . a_i + bias) for the points in hand and a block of examples. */
-static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                                size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
@@ -257,14 +264,16 @@ static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
     const pk_real bias = pk__has_bias(tangent->graph, node);
     pk_real *left = tangent->left;
-    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left, block);
+    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left,
+             block);
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < block; i++)
             left[p * block + i] = points->weight[p] * (left[p * block + i] + bias);
 }
 
 /* One layer, one block of examples, the points in hand: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
-static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                                size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
@@ -276,7 +285,8 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
         size_t count = pk__least(chunk, points->count - p);
         pk__gemm(0, 0, count * outputs, block, out, 1, delta + p * outputs * out, out,
                  examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right, tangent->tile);
+        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right,
+                     tangent->tile);
     }
     tangent->flops += 2.0 * (double)block * (double)points->count * (double)(in + outputs * out);
 }
@@ -285,12 +295,14 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 {
     const pk_segment *segment = &tangent->integrator.segment;
-    const size_t outputs = tangent->outputs, out = head->width, in = pk__layer_input(tangent->graph, head)->width;
+    const size_t outputs = tangent->outputs, out = head->width,
+                 in = pk__layer_input(tangent->graph, head)->width;
     const size_t cells = tangent->rows * outputs;
     const pk_real *seed = tangent->delta[head->layer];
     for (int part = 0; part < 2; part++)
-        pk__gemm(0, 0, cells, in, out, 1, seed, out, (part ? segment->direction : segment->weights) + head->weight_offset,
-                 in, 0, tangent->head_weights + (size_t)part * in, 2 * in);
+        pk__gemm(0, 0, cells, in, out, 1, seed, out,
+                 (part ? segment->direction : segment->weights) + head->weight_offset, in, 0,
+                 tangent->head_weights + (size_t)part * in, 2 * in);
 }
 
 /* slope and t slope of the operation between the layer and the last one, at the points in hand. */
@@ -320,26 +332,28 @@ static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *
 
 /* One layer below the last, one block of examples: tile += sum_j (W_kj Q_ji + D_kj R_ji) delta_ij with
  * Q = sum_p w_p slope_p (a_p . a_i + bias) and R the same with t_p: outputs cost once a row, not once a point. */
-static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t block)
+static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                              size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    const size_t outputs = tangent->outputs, out = node->width,
+                 in = pk__layer_input(tangent->graph, node)->width;
     pk_real *left = tangent->left, *sums = tangent->sums;
     pk__weighted_inputs(tangent, layer, points, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
         const size_t row = points->row[p];
         for (last = p + 1; last < points->count && points->row[last] == row; last++)
             ;
-        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block, block, 0,
-                 sums, block);
+        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block,
+                 block, 0, sums, block);
         for (size_t j = 0; j < 2 * out; j++) {
             const pk_real *delta = examples->cotangent[layer] + j % out * examples->ld + first;
             for (size_t i = 0; i < block; i++)
                 sums[j * block + i] *= delta[i];
         }
-        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out, sums, block,
-                 1, tangent->tile + row * outputs * block, block);
+        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out,
+                 sums, block, 1, tangent->tile + row * outputs * block, block);
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
     tangent->flops += 2.0 * (double)block * (double)(points->count * in);
@@ -372,8 +386,8 @@ static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, s
             left[i] += bias;
         tangent->flops += 2.0 * (double)block * (double)(rows * in);
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
-             examples->ld, 0, tangent->right, block);
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
+             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
     pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
     tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
 }
@@ -387,13 +401,14 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
     size_t in = pk__layer_input(tangent->graph, node)->width;
     const pk_real bias = pk__has_bias(tangent->graph, node);
     pk_real *left = tangent->left;
-    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld, 0,
-             left, block);
+    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld,
+             0, left, block);
     for (size_t r = 0; r < rows; r++)
         for (size_t i = 0; i < block; i++)
             left[r * block + i] += bias * tangent->weight_sum[r];
     tangent->flops += 2.0 * (double)block * (double)(rows * in);
-    if (tangent->integrator.readout.kind == PK_READOUT_ALL && node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
+    if (tangent->integrator.readout.kind == PK_READOUT_ALL &&
+        node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
         /* The last layer of all outputs: delta is the unit matrix. */
         for (size_t r = 0; r < rows; r++)
             for (size_t k = 0; k < outputs; k++) {
@@ -404,8 +419,8 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
             }
         return;
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out, examples->cotangent[layer] + first,
-             examples->ld, 0, tangent->right, block);
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
+             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
     pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
     tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
 }
@@ -450,8 +465,9 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
-static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row, const pk_real *weight,
-                          const pk_real *input, const pk_real *delta, const pk_real *bias_scale)
+static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
+                          const pk_real *weight, const pk_real *input, const pk_real *delta,
+                          const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
     size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
@@ -546,8 +562,8 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         }
         for (int v = 0; v < PK_DIRECTIONS; v++)
             for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
-                tangent->along[v][cell + k] +=
-                    weight * pk__dot(weights, tangent->scratch + k * weights, tangent->directions[v] + node->weight_offset);
+                tangent->along[v][cell + k] += weight * pk__dot(weights, tangent->scratch + k * weights,
+                                                                tangent->directions[v] + node->weight_offset);
     }
 }
 
@@ -632,8 +648,8 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         if (tangent->kind[l] == PK_LAYER_DATA)
-            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]], tangent->delta[l],
-                          NULL);
+            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
+                          tangent->delta[l], NULL);
         else if (tangent->kind[l] == PK_LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
                           tangent->weight_sum);
@@ -655,14 +671,15 @@ static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine 
     double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
     double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
     const int automatic = engine == PK_ENGINE_AUTO && is_points;
-    tangent->headed[layer] =
-        tangent->head[layer] && (engine == PK_ENGINE_HEAD || (automatic && headed < factored && headed < integrated));
-    tangent->integrated[layer] = tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
-                                 (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
+    tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
+                                                      (automatic && headed < factored && headed < integrated));
+    tangent->integrated[layer] =
+        tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
+        (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction, size_t first_row,
-                            size_t rows, const pk_real *inputs, pk_engine engine)
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
+                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine)
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
@@ -718,7 +735,8 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
         return;
     }
     const int data = tangent->kind[layer] == PK_LAYER_DATA;
-    const pk_real *a = (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
+    const pk_real *a =
+        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
     const pk_real *delta = tangent->delta[layer] + (row * outputs + first) * out;
     for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
@@ -728,22 +746,22 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
             phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
 }
 
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                                 pk_real *error)
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                 size_t count, pk_real *error)
 {
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }
 
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e, size_t first,
-                                    size_t columns, pk_real *tile)
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
     size_t out = node->width, ld = examples->ld;
     double start = pk__seconds();
     if (tangent->kind[layer] == PK_LAYER_ROWS) {
-        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count, examples->rows[layer] + first,
-                 ld, 0, tile, columns);
+        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
+                 examples->rows[layer] + first, ld, 0, tile, columns);
         tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
         tangent->seconds_contraction += pk__seconds() - start;
         return;
@@ -754,8 +772,8 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
     for (size_t at = 0; at < columns; at += 64) {
         size_t part = pk__least(64, columns - at);
-        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0, tangent->scratch,
-                 part);
+        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0,
+                 tangent->scratch, part);
         for (size_t k = 0; k < outputs; k++)
             for (size_t j = 0; j < out; j++) {
                 const pk_real *product = tangent->scratch + (k * out + j) * part;

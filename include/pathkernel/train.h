@@ -25,6 +25,7 @@ typedef struct pk_train_options {
 
     const char *record; /* a run directory to write; NULL: none */
     int resume;         /* 1: continue the run in `record`, if there is one */
+    int replace;        /* 1: remove the run in `record` first, if there is one */
     int record_float32, record_second_moments;
     size_t
         keep_every; /* k > 1: record the weights of every k-th step only (recorder.h); 0 or 1: of every step */
@@ -217,6 +218,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
     recording.resume = options->resume;
+    recording.replace = options->replace;
     recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
     if (status != PK_OK || t->recorder.steps == 0)
@@ -281,8 +283,8 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
     if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
         return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
-    if (!options->record && (options->resume || options->record_float32 || options->record_second_moments ||
-                             options->keep_every > 1))
+    if (!options->record && (options->resume || options->replace || options->record_float32 ||
+                             options->record_second_moments || options->keep_every > 1))
         return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
     if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
         return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");

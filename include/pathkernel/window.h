@@ -28,12 +28,13 @@ typedef struct pk_window {
     pk_real *direction;      /* count x P: D_s */
     pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
     pk_real *preconditioner; /* count x P: p_s, or NULL */
-    pk_real *preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    pk_real *
+        preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
     pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    pk_real *gradient;               /* count x lanes x P; lane 0 becomes the sum */
     pk_real *state, *saved, *update; /* with bounds, a second state behind the first: of perturbed gradients */
     pk_real *perturbed;              /* P */
     size_t states;                   /* 1 or 2 */
@@ -51,7 +52,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
                            pk_window *window);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
-PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count);
+PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first,
+                                                size_t count);
 /* Goes through the run once and keeps the states. */
 PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
 /* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
@@ -118,7 +120,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
         pk_examples measured;
-        pk_examples_take(arena, graph, window->largest_batch, window->examples ? &window->examples[j] : &measured);
+        pk_examples_take(arena, graph, window->largest_batch,
+                         window->examples ? &window->examples[j] : &measured);
         if (bounds)
             pk_examples_take(arena, graph, window->largest_batch,
                              window->magnitudes ? &window->magnitudes[j] : &measured);
@@ -138,7 +141,8 @@ static pk_status pk__load_window(pk_context *context, pk_window *window)
 {
     const size_t P = window->parameters;
     for (size_t j = 0; j <= window->count; j++) {
-        pk_status status = pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
+        pk_status status =
+            pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
         if (status)
             return status;
     }
@@ -164,7 +168,8 @@ static void pk__fill_window(pk_window *window)
     for (size_t task = 0; task < window->count * lanes; task++) {
         const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
         double start = pk__seconds();
-        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK), each = pk__blocks(blocks, lanes);
+        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
+               each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
         for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++)
@@ -216,7 +221,8 @@ static void pk__perturb_update(pk_window *window, size_t j, pk_real *update)
         less = less < fabs(whole) ? less : fabs(whole);
         perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
     }
-    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state, update);
+    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state,
+                        update);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
     for (size_t i = 0; i < P; i++)
