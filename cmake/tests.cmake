@@ -11,8 +11,8 @@ if(NOT PATHKERNEL_EXAMPLES)
 endif()
 
 # ---- tests/test_<name>.c, each with the modules and with the single header.
-set(tests context matrix random array dataset graph network safetensors loss optimizer trajectory replay train segment quadrature
-    tangent decompose_exact decompose_options bounds allocation determinism program)
+set(tests context matrix random array dataset graph network safetensors loss optimizer trajectory replay train
+    segment quadrature tangent decompose_exact decompose_options bounds allocation determinism program)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/test_*.c" ${sources})
 
@@ -35,17 +35,6 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
             ENVIRONMENT "PATHKERNEL_DECOMPOSE=$<TARGET_FILE:pathkernel-decompose>")
     endforeach()
 endforeach()
-
-# ---- The tutorials check themselves.
-function(example_test name program)
-    add_test(NAME example.${name} COMMAND ${program} ${ARGN} "${runs}" "${CMAKE_CURRENT_SOURCE_DIR}/examples/data")
-    set_tests_properties(example.${name} PROPERTIES LABELS example TIMEOUT 600)
-endfunction()
-example_test(01_quickstart 01_quickstart)
-example_test(02_digits_report_tanh 02_digits_report tanh)
-example_test(02_digits_report_relu 02_digits_report relu)
-example_test(03_quadrature 03_quadrature)
-example_test(04_own_loop 04_own_loop)
 
 # ---- Each header's implementation by itself, as strict C11 and as C++17. To compile is the test.
 if(PATHKERNEL_CHECK_HEADERS)
@@ -92,10 +81,22 @@ add_test(NAME amalgam_is_current COMMAND "${CMAKE_COMMAND}" -D CHECK=ON
 add_test(NAME amalgamate COMMAND "${CMAKE_COMMAND}" -D "WORK=${CMAKE_CURRENT_BINARY_DIR}/amalgamate"
     -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/amalgamate_test.cmake")
 
-# ---- What a user does: one header in an empty folder; an installed package. The scripts print what they
-# leave out and why.
-add_test(NAME dropin COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/dropin/run.sh")
-add_test(NAME installed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/installed/run.sh"
-    "${CMAKE_CURRENT_BINARY_DIR}")
-set_tests_properties(dropin installed PROPERTIES LABELS user TIMEOUT 600
-    ENVIRONMENT "CMAKE=${CMAKE_COMMAND};CC=${CMAKE_C_COMPILER};CXX=${CMAKE_CXX_COMPILER}")
+# ---- What a user does: the tutorials, which check themselves; one header in an empty folder; an installed
+# package. The scripts print what they leave out and why.
+if(PATHKERNEL_CHECK_USE)
+    function(example_test name program)
+        add_test(NAME example.${name} COMMAND ${program} ${ARGN} "${runs}" "${CMAKE_CURRENT_SOURCE_DIR}/examples/data")
+        set_tests_properties(example.${name} PROPERTIES LABELS example TIMEOUT 600)
+    endfunction()
+    example_test(01_quickstart 01_quickstart)
+    example_test(02_digits_report_tanh 02_digits_report tanh)
+    example_test(02_digits_report_relu 02_digits_report relu)
+    example_test(03_quadrature 03_quadrature)
+    example_test(04_own_loop 04_own_loop)
+
+    add_test(NAME dropin COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/dropin/run.sh")
+    add_test(NAME installed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/installed/run.sh"
+        "${CMAKE_CURRENT_BINARY_DIR}")
+    set_tests_properties(dropin installed PROPERTIES LABELS user TIMEOUT 600
+        ENVIRONMENT "CMAKE=${CMAKE_COMMAND};CC=${CMAKE_C_COMPILER};CXX=${CMAKE_CXX_COMPILER}")
+endif()
