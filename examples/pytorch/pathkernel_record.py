@@ -31,7 +31,7 @@ import types
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils import clip_grad_norm_
 
 __all__ = ["Recorder", "RecordError", "Indexed", "Abs", "Erf"]
 
@@ -366,11 +366,11 @@ class _Growing:
 
     def __init__(self, path, dtype, row_shape=()):
         self.dtype, self.row_shape = np.dtype(dtype).newbyteorder("<"), tuple(row_shape)
+        self.row_bytes = self.dtype.itemsize * math.prod(self.row_shape)
         self.rows = self.appends = 0
-        room = len(self._header(10**19, 0))
-        self.room = -(-room // 64) * 64
+        self.room = -(-len(self._header(10**19, 0)) // 64) * 64
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._write(self._header(0, self.room), 0)
+        os.write(self.file, self._header(0, self.room))
 
     def _header(self, rows, room):
         text = (
@@ -379,26 +379,25 @@ class _Growing:
         text = text.ljust(room - 11) + "\n"
         return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("ascii")
 
-    def _write(self, data, offset):
-        data = memoryview(data).cast("B")
-        while len(data):
-            written = os.pwrite(self.file, data, offset)
-            data, offset = data[written:], offset + written
-
-    def append(self, rows):
-        rows = np.ascontiguousarray(rows, self.dtype).reshape(-1, *self.row_shape)
-        end = self.room + self.rows * self.dtype.itemsize * math.prod(self.row_shape)
+    def append(self, *parts):
+        """Arrays that, one after the other, are whole rows."""
+        parts = [np.ascontiguousarray(part, self.dtype) for part in parts]
+        size = sum(part.nbytes for part in parts)
         try:
-            self._write(rows, end)
+            written = os.writev(self.file, parts[:1024])  # no system takes more
+            if written < size:
+                rest = memoryview(b"".join(parts))[written:]
+                while rest:
+                    rest = rest[os.write(self.file, rest) :]
         except OSError:  # a full disk: back to the rows before
-            os.ftruncate(self.file, end)
+            os.ftruncate(self.file, self.room + self.rows * self.row_bytes)
             raise
-        self.rows, self.appends = self.rows + len(rows), self.appends + 1
+        self.rows, self.appends = self.rows + size // self.row_bytes, self.appends + 1
         if self.appends % 256 == 0:
             self.update()
 
     def update(self):
-        self._write(self._header(self.rows, self.room), 0)
+        os.pwrite(self.file, self._header(self.rows, self.room), 0)
 
     def close(self):
         try:
@@ -411,8 +410,12 @@ _INTEGERS, _NUMBERS = ("batch_offsets", "batch_items"), ("learning_rates", "batc
 _FILES = (*_NUMBERS, *_INTEGERS, "second_moments", "weights")  # in the order in which a step writes them
 
 
+def _numbers(values):
+    return values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+
+
 def _array(values, what):
-    values = values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    values = _numbers(values)
     if values.dtype.kind in "biu" and what == "targets":
         return values.astype(np.int64)
     if values.dtype not in (np.float32, np.float64):
@@ -470,7 +473,7 @@ class Recorder:
         ]
         self._check_outputs()
         self.check, self.steps, self.failed = check, 0, False
-        self.files, self.pending, self.scale = None, [], None
+        self.files, self.pending, self.scale, self.settings, self.mean = None, [], None, None, ()
 
     def _check_targets(self, outputs):
         y = self.targets
@@ -497,7 +500,7 @@ class Recorder:
                         for p in self.parameters:
                             p.copy_(torch.randn(p.shape, generator=generator) / max(p.shape[-1], 1) ** 0.5)
                     given = self.model(rows.to(first)).double().cpu()
-                    wanted = _evaluate(self.layers, self._weights().double().cpu(), rows.double())
+                    wanted = _evaluate(self.layers, self._weights().double(), rows.double())
                     if given.shape != wanted.shape:
                         raise RecordError(
                             f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
@@ -514,7 +517,7 @@ class Recorder:
                     p.copy_(value)
 
     def _weights(self):
-        return parameters_to_vector(self.parameters).detach()
+        return torch.cat([p.detach().reshape(-1).cpu() for p in self.parameters])
 
     # ---- start and end
 
@@ -523,7 +526,7 @@ class Recorder:
         for name in [f + ".npy" for f in _FILES] + ["train_inputs.npy", "train_targets.npy", "run.txt"]:
             if os.path.lexists(os.path.join(self.directory, name)):
                 raise RecordError(f"{os.path.join(self.directory, name)} exists already: record elsewhere")
-        weights = self._weights().cpu().numpy()
+        weights = self._weights().numpy()
         np.save(os.path.join(self.directory, "train_inputs.npy"), np.ascontiguousarray(self.inputs))
         np.save(os.path.join(self.directory, "train_targets.npy"), np.ascontiguousarray(self.targets))
         self.files = {}
@@ -535,7 +538,7 @@ class Recorder:
                     weights.dtype if vector else "<i8" if name in _INTEGERS else "<f8",
                     weights.shape if vector else (),
                 )
-        self.files["batch_offsets"].append([0])
+        self.files["batch_offsets"].append(0)
         self.files["weights"].append(weights)
         text = f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss}\noptimizer {self.rule}\n"
         with open(os.path.join(self.directory, "run.txt.tmp"), "w", encoding="ascii", newline="\n") as file:
@@ -557,7 +560,7 @@ class Recorder:
     def _watch(self):
         """Looks at settings and gradients when the optimizer steps: a scheduler changes the rate right after
         that, and zero_grad the gradients. (torch.optim has hooks for this since 2.0 only.)"""
-        self.old = self._weights().cpu() if self.check else None
+        self.old = self._weights() if self.check else None
         self.before = self.optimizer.__dict__.get("step")
         step = self.optimizer.step
 
@@ -605,50 +608,60 @@ class Recorder:
         gradient, groups = self.pending.pop()
         scale, self.scale = self.scale if gradient_scale is None else float(gradient_scale), None
         scale = 1.0 if scale is None else scale
-        items = np.asarray(indices.detach().cpu() if torch.is_tensor(indices) else indices)
+        if not math.isfinite(scale):
+            raise self._refusal(f"the gradient was multiplied by {scale}")
+        items = _numbers(indices)
         if items.ndim != 1 or not len(items) or items.dtype.kind not in "iu":
             raise self._refusal(f"indices are row numbers in one dimension, not {items.dtype} {items.shape}")
-        if items.min() < 0 or items.max() >= len(self.inputs):
+        items = items.astype(np.int64, copy=False)
+        # A negative number is the largest without its sign. (argmax, because max takes 30 us.)
+        if not 0 <= items[items.view(np.uint64).argmax()] < len(self.inputs):
             raise self._refusal(
                 f"indices {items.min()} to {items.max()}, but there are {len(self.inputs)} rows"
             )
         if weights is None:
-            weights = np.full(len(items), 1 / len(items))
-        weights = np.asarray(weights.detach().cpu() if torch.is_tensor(weights) else weights, np.float64)
-        if weights.shape != items.shape or not np.isfinite(weights).all() or not math.isfinite(scale):
-            raise self._refusal(
-                f"weights have shape {weights.shape} for {len(items)} indices, or are not finite"
-            )
-        rate = _one_of("learning rates", [float(group["lr"]) for group in groups])
-        rule = _one_of("settings", [_group_line(type(self.optimizer), group) for group in groups])
-        if rule != self.rule:
-            raise self._refusal(
-                f"the optimizer is now '{rule}', it was '{self.rule}'; the format has one for the whole run "
-                "(CyclicLR and OneCycleLR: cycle_momentum=False)"
-            )
+            if len(self.mean) != len(items):
+                self.mean = np.full(len(items), 1 / len(items))
+            weights = self.mean
+        else:
+            weights = _numbers(weights).astype(np.float64)
+            if weights.shape != items.shape or not np.isfinite(weights).all():
+                raise self._refusal(
+                    f"weights have shape {weights.shape} for {len(items)} indices, or are not finite"
+                )
+        rate = _one_of("learning rates", [float(group.pop("lr")) for group in groups])
+        if groups != self.settings:  # else they are those of the step before
+            rule = _one_of("settings", [_group_line(type(self.optimizer), group) for group in groups])
+            if rule != self.rule:
+                raise self._refusal(
+                    f"the optimizer is now '{rule}', it was '{self.rule}'; the format has one for the whole "
+                    "run (CyclicLR and OneCycleLR: cycle_momentum=False)"
+                )
+            self.settings = groups
         if any(m.training for m in self.dropouts):
             raise self._refusal("a Dropout was switched to training")
-        row = self._weights().cpu()
-        if not torch.isfinite(row).all() or not math.isfinite(rate):
+        row = [_numbers(p) for p in self.parameters]  # no copies on the CPU
+        finite = all(math.isfinite(np.vdot(a, a)) or np.isfinite(a).all() for a in row)  # the latter is slow
+        if not finite or not math.isfinite(rate):
             raise self._refusal("a weight or the learning rate is not finite")
         if gradient is not None:
             self._check_gradient(gradient, items, weights, scale)
-        self.old = row if self.steps + 1 < self.check else None
+        self.old = self._weights() if self.steps + 1 < self.check else None
         rows = {
             "learning_rates": [rate],
             "batch_offsets": [self.files["batch_items"].rows + len(items)],
-            "batch_items": items,
-            "batch_weights": weights,
+            "batch_items": [items],
+            "batch_weights": [weights],
             "gradient_scales": [scale],
-            "weights": row.numpy(),
+            "weights": row,
         }
         if self.moments:
-            rows["second_moments"] = torch.cat(
-                [self.optimizer.state[p]["exp_avg_sq"].detach().reshape(-1).cpu() for p in self.parameters]
-            ).numpy()
+            rows["second_moments"] = [
+                _numbers(self.optimizer.state[p]["exp_avg_sq"]) for p in self.parameters
+            ]
         self.failed = True
         for name in self.files:  # weights last: they commit the step
-            self.files[name].append(rows[name])
+            self.files[name].append(*rows[name])
         self.failed = False
         self.steps += 1
 

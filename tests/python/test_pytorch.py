@@ -6,6 +6,7 @@ Needs torch >= 1.13 and NumPy. The program is $PATHKERNEL_DECOMPOSE, or pathkern
 """
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from torch import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "..", "examples", "pytorch"))
-from pathkernel_record import Abs, Erf, Indexed, RecordError, Recorder  # noqa: E402
+from pathkernel_record import Abs, Erf, Indexed, RecordError, Recorder, _Growing  # noqa: E402
 
 PROGRAM = os.environ.get("PATHKERNEL_DECOMPOSE") or shutil.which("pathkernel-decompose")
 N, IN, HIDDEN, OUT, M, BATCH, STEPS = 24, 5, 7, 3, 5, 6, 15
@@ -408,6 +409,44 @@ with Recorder({self.run_dir!r}, model, **options) as record:
             self.assertGreaterEqual(result["by_step"].shape[2], 19)
             self.assertLess(np.abs(result["closure"]).max(), 1e-12)
             self.assertLess(np.abs(result["unattributed"]).max(), 1e-12)
+
+    def test_full_disk(self):
+        """A limit on the size of files stands in for it: a row is written in part, then not at all."""
+        model = network()
+        x, y = data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        weights, limits = os.path.join(self.run_dir, "weights.npy"), resource.getrlimit(resource.RLIMIT_FSIZE)
+        with Recorder(
+            self.run_dir, model, loss="softmax_cross_entropy", optimizer=optimizer, inputs=x, targets=y
+        ) as record:
+
+            def step():
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                record(range(N))
+
+            step()
+            expected = os.path.getsize(weights)
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (expected + 100, limits[1]))
+                with self.assertRaises(OSError):
+                    step()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            self.assertEqual(os.path.getsize(weights), expected)
+            with self.assertRaisesRegex(RecordError, "full disk"):
+                step()
+        self.assertEqual(np.load(weights).shape[0], 2)
+        self.assertEqual(self.decompose()["by_step"].shape[2], 1)
+
+    def test_more_parts_than_one_write_takes(self):
+        path, parts = os.path.join(self.folder, "a.npy"), np.random.default_rng(0).random((2, 3000))
+        file = _Growing(path, "<f8", (3000,))
+        for row in parts:
+            file.append(*row)
+        file.close()
+        np.testing.assert_array_equal(np.load(path), parts)
 
 
 class Refusals(Case):
