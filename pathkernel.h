@@ -446,7 +446,7 @@ PK__END_C
  */
 PK__BEGIN_C
 
-enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 8 };
+enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16 };
 
 /* The shape of one example at a node; width is the product of dims. */
 typedef struct pk_shape {
@@ -458,15 +458,36 @@ typedef struct pk_shape {
 typedef enum pk_smoothness {
     PK_LINEAR,           /* linear (a constant may be added) */
     PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
-    PK_SMOOTH            /* analytic, not polynomial */
+    PK_SMOOTH,           /* analytic, not polynomial */
+    PK_SURROGATE         /* the reverse rule is not the derivative: no path integral can close */
 } pk_smoothness;
 
 /* How the gradient with respect to the weights is represented, see tangent.h. */
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE,  /* no weights */
-    PK_TANGENT_OUTER, /* weight (out, in), then bias (out): cotangent (x) input, cotangent */
+    PK_TANGENT_OUTER, /* weight (fan_out, fan_in), then perhaps bias (fan_out), used at `positions` places:
+                         sum over places of cotangent (x) input, sum of cotangents */
     PK_TANGENT_ROWS   /* materialised: row_gradients */
 } pk_tangent_form;
+
+typedef enum pk_option_kind {
+    PK_OPTION_NUMBER, /* a number */
+    PK_OPTION_PAIR,   /* AxB, or A for both; two attributes */
+    PK_OPTION_FLAG,   /* the name alone: the attribute becomes `least` */
+    PK_OPTION_CHOICE  /* one of the words of `choices`, its number */
+} pk_option_kind;
+
+/* A word of an operation in the network language and the attribute that it sets. */
+typedef struct pk_option {
+    const char *name; /* NULL ends a list */
+    pk_option_kind kind;
+    int attribute;
+    int position; /* 1, 2, ...: the word of this number; 0: name=value, or the name of a flag, anywhere */
+    int required;
+    double least, most; /* what a number may be */
+    int whole;
+    const char *choices; /* "a b c" */
+} pk_option;
 
 struct pk_operation;
 struct pk_graph;
@@ -479,7 +500,11 @@ typedef struct pk_node {
     size_t width;
     size_t weight_offset, weight_count;
     double attributes[PK_NODE_ATTRIBUTES];
-    int layer; /* number among the nodes with weights, -1 without */
+    pk_real *constants; /* fixed numbers that are no weights; owned by the graph */
+    size_t constant_count;
+    pk_tangent_form tangent_form;      /* the operation's, unless its shape rule chose another */
+    size_t positions, fan_in, fan_out; /* PK_TANGENT_OUTER */
+    int layer;                         /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
@@ -513,12 +538,11 @@ typedef struct pk_operation {
     const char *name; /* its word in the network language */
     pk_smoothness smoothness;
     pk_tangent_form tangent_form;
-    int linear_in_weights; /* F is linear and homogeneous in its weights (or has none) */
-    int parameters;        /* numbers that may follow the name in the network language, all optional */
+    int linear_in_weights;    /* F is linear and homogeneous in its weights (or has none) */
+    const pk_option *options; /* what may follow the name in the network language; NULL: nothing */
     double defaults[PK_NODE_ATTRIBUTES];
-    /* Reads the words after the name into attributes (the defaults); NULL: parameters numbers. */
-    pk_status (*parse)(pk_context *context, int count, const char *const *words, double *attributes);
-    /* Checks the inputs, sets node->shape and node->weight_count. */
+    /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
+     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
     void (*forward)(const pk_call *call);                               /* out = F */
@@ -531,6 +555,16 @@ typedef struct pk_operation {
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
     int elementwise;                       /* one input of the same shape, number by number, no weights */
+    /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
+     * Operations that are linear in their inputs or between kinks need none. */
+    void (*curvature)(const pk_call *call);
+    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. */
+    void (*unfold)(const pk_call *call);
+    int channels_first; /* values are fan_out x positions, not positions x fan_out */
+    /* Whether one row of data may come in; NULL: any. The message names row and number. */
+    pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
+    /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
+    void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
 } pk_operation;
 
 typedef struct pk_graph {
@@ -538,10 +572,16 @@ typedef struct pk_graph {
     pk_node *nodes; /* in topological order; nodes[0] is the input, the last one the output */
     size_t parameters, layers, input_width, output_width, widest;
     pk_shape input_shape;
-    int degree;   /* of the output in t along a line, -1: not polynomial */
-    int switched; /* some piecewise-linear node depends on the weights */
-    char *text;   /* its network line where it came from one, else NULL; owned */
+    int degree;    /* of the output in t along a line, -1: not polynomial */
+    int switched;  /* some piecewise-linear node depends on the weights */
+    int surrogate; /* some node that depends on the weights is PK_SURROGATE */
+    int checked;   /* some operation restricts its data: pk_graph_check_inputs */
+    char *text;    /* its network line where it came from one, else NULL; owned */
 } pk_graph;
+
+/* Writes a shape as 1x28x28 into text (PK_SHAPE_TEXT bytes); returns text. */
+enum { PK_SHAPE_TEXT = 96 };
+PK_API const char *pk_shape_text(const pk_shape *shape, char *text);
 
 /* Starts a zeroed graph with its input. */
 PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_shape *shape);
@@ -551,6 +591,16 @@ PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *grap
 PK_API PK__MUST_USE pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
                                            int input_count, const int *inputs, const double *attributes,
                                            int *node);
+/* The same for an operation with fixed numbers, which are copied. */
+PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph,
+                                                     const pk_operation *operation, int input_count,
+                                                     const int *inputs, const double *attributes,
+                                                     size_t constant_count, const pk_real *constants,
+                                                     int *node);
+/* Whether inputs (rows x input width) may go in: tokens are whole numbers below the vocabulary's size.
+ * PK_ARGUMENT names the row, counted from first. */
+PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first,
+                                                    size_t rows, const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
@@ -593,32 +643,129 @@ PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_gr
 
 PK__END_C
 
-/* pathkernel/operation.h: the built-in operations of the autodiff, one table entry each.
+/* pathkernel/activation.h: elementwise operations. */
+PK__BEGIN_C
+
+/* The one attribute of leaky_relu (slope below zero), scale (factor), softplus (beta), sine (frequency), and of sign
+ * and step (sharpness of the surrogate's slope), for pk_graph_add. */
+enum { PK_ACTIVATION_NUMBER };
+
+PK__END_C
+
+/* pathkernel/dense.h: the dense layer, and the usual distributions of starting weights. */
+PK__BEGIN_C
+
+/* Attributes of dense, for pk_graph_add: outputs, 1 with bias, initialisation, gain. */
+enum { PK_DENSE_OUTPUTS, PK_DENSE_BIAS, PK_DENSE_INITIAL, PK_DENSE_GAIN };
+
+/* Starting weights: PyTorch's default for Linear and Conv2d is uniform in +-1/sqrt(fan_in), biases too. The others
+ * have zero biases; normal ones have the standard deviation gain times
+ *     He: sqrt(2 / fan_in), Glorot: sqrt(2 / (fan_in + fan_out)), LeCun: sqrt(1 / fan_in), normal: 1,
+ * uniform ones the same standard deviation. */
+typedef enum pk_initial {
+    PK_INITIAL_DEFAULT,
+    PK_INITIAL_HE,
+    PK_INITIAL_HE_UNIFORM,
+    PK_INITIAL_GLOROT,
+    PK_INITIAL_GLOROT_UNIFORM,
+    PK_INITIAL_LECUN,
+    PK_INITIAL_LECUN_UNIFORM,
+    PK_INITIAL_NORMAL,
+    PK_INITIAL_ZERO,
+    PK_INITIAL_STANDARD /* weights and biases standard normal, whatever the gain: the NTK parameterisation's */
+} pk_initial;
+
+PK__END_C
+
+/* pathkernel/structure.h: operations without arithmetic of their own: sums of branches, flattening, learned
+ * positions, and products with a fixed sparse matrix.
+ */
+PK__BEGIN_C
+
+/* Attributes of position, for pk_graph_add: tokens and width of the values that it is to be added to. */
+enum { PK_POSITION_TOKENS, PK_POSITION_WIDTH };
+
+PK__END_C
+
+/* pathkernel/image.h: operations on images of channels x height x width: convolution and pooling. */
+PK__BEGIN_C
+
+/* Attributes of conv and of the pools, for pk_graph_add; pairs are height, width. */
+enum {
+    PK_CONVOLUTION_CHANNELS,
+    PK_CONVOLUTION_KERNEL,
+    PK_CONVOLUTION_STRIDE = 3,
+    PK_CONVOLUTION_PAD = 5,
+    PK_CONVOLUTION_DILATION = 7,
+    PK_CONVOLUTION_GROUPS = 9,
+    PK_CONVOLUTION_BIAS,
+    PK_CONVOLUTION_INITIAL,
+    PK_CONVOLUTION_GAIN
+};
+enum { PK_POOL_KERNEL, PK_POOL_STRIDE = 2 /* 0: the kernel */, PK_POOL_PAD = 4 };
+
+PK__END_C
+
+/* pathkernel/norm.h: operations on normalisation and softmax. */
+PK__BEGIN_C
+
+/* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon alone), and of
+ * affine, for pk_graph_add. */
+enum { PK_NORM_EPSILON, PK_NORM_DIMS };
+enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS };
+
+PK__END_C
+
+/* pathkernel/sequence.h: operations on tokens: embedding, attention, and what makes one vector of several. */
+PK__BEGIN_C
+
+/* Attributes, for pk_graph_add. */
+enum { PK_EMBEDDING_TOKENS, PK_EMBEDDING_WIDTH };
+enum { PK_ATTEND_HEADS, PK_ATTEND_CAUSAL, PK_ATTEND_SHARED };
+enum { PK_TOKEN_INDEX };
+
+PK__END_C
+
+/* pathkernel/operation.h: the built-in operations of the autodiff by name.
  *
- * To add one, write its rules and its line in pk__operations; to add one from outside, fill a pk_operation
+ * To add one, write its rules and its line in its module's table; to add one from outside, fill a pk_operation
  * and give it to pk_graph_add. The engine knows nothing of single operations.
  */
 PK__BEGIN_C
 
 /* A built-in operation by name, NULL where there is none. */
 PK_API const pk_operation *pk_operation_find(const char *name);
+/* The built-in operations one by one: NULL behind the last one. */
+PK_API const pk_operation *pk_operation_at(size_t index);
 
 PK__END_C
 
 /* pathkernel/network.h: the network language and the initialisation of weights.
  *
  *     input 64; dense 32; tanh; dense 32 nobias; leaky_relu 0.01; dense 10
+ *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
  *
- * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Parameters are in
- * PyTorch's order: layers in order, each layer's weight (out, in), then its bias.
+ * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Most layers are one
+ * operation of the same name with its options; what is made of several is in the table pk__composites. Parameters are
+ * in PyTorch's order: layers in order, the branches of a residual in order, each layer's weight, then its bias.
  */
 PK__BEGIN_C
 
-/* Builds the graph that text describes into a zeroed graph; graph->text is the text with single blanks.
+/* Where the arrays come from that a network names, such as the matrix of `propagate NAME`. load fills a zeroed array,
+ * which is released after use; its message names what is missing. */
+typedef struct pk_constants {
+    pk_status (*load)(void *user, pk_context *context, const char *name, pk_array *array);
+    void *user;
+} pk_constants;
+
+/* Builds the graph that text describes into a zeroed graph; graph->text is the text with single blanks. constants may
+ * be NULL for a network that names none.
  * PK_FORMAT, PK_ARGUMENT or PK_SHAPE name the layer and the word; the graph stays zeroed then. */
+PK_API PK__MUST_USE pk_status pk_network_parse_with(pk_context *context, const char *text,
+                                                    const pk_constants *constants, pk_graph *graph);
 PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
 
-/* weights (P) = PyTorch's default initialisation: each layer's weights and biases uniform in
+/* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
 PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
                                                     pk_real *weights);
@@ -3414,10 +3561,26 @@ PK__END_C
 
 /* pathkernel/graph.h: implementation */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 PK__BEGIN_C
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
+
+PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (int i = 0; i < shape->rank && i < PK_SHAPE_RANK; i++)
+        used += (size_t)snprintf(text + used, PK_SHAPE_TEXT - used, i ? "x%zu" : "%zu", shape->dims[i]);
+    return text;
+}
+
+/* The gradient is one outer product: what the factored engine takes. */
+PK__PRIVATE int pk__is_outer(const pk_node *node)
+{
+    return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
+}
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
 {
@@ -3446,7 +3609,8 @@ static void pk__node_analyse(const pk_graph *graph, pk_node *node)
             node->degree = input->degree;
     }
     node->varies = !node->input_constant || node->weight_count > 0;
-    if (!node->input_constant && operation->smoothness == PK_SMOOTH)
+    if (!node->input_constant && operation->smoothness != PK_LINEAR &&
+        operation->smoothness != PK_PIECEWISE_LINEAR)
         node->degree = -1;
     if (node->weight_count > 0)
         node->degree = node->degree < 0 || !operation->linear_in_weights ? -1 : node->degree + 1;
@@ -3456,6 +3620,8 @@ static void pk__graph_analyse(pk_graph *graph)
 {
     size_t last = graph->node_count - 1;
     graph->switched = 0;
+    graph->surrogate = 0;
+    graph->checked = 0;
     graph->widest = 0;
     for (size_t n = 0; n < graph->node_count; n++) {
         pk_node *node = &graph->nodes[n];
@@ -3475,6 +3641,8 @@ static void pk__graph_analyse(pk_graph *graph)
             input->unread = 0;
         }
         graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
+        graph->surrogate |= node->operation->smoothness == PK_SURROGATE && !node->input_constant;
+        graph->checked |= node->operation->check != NULL;
     }
     graph->output_width = graph->nodes[last].width;
     graph->degree = graph->nodes[last].degree;
@@ -3521,8 +3689,41 @@ PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_s
     return PK_OK;
 }
 
-PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
-                              int input_count, const int *inputs, const double *attributes, int *number)
+/* The number of a blank-separated word in a list, -1 where it is none of them. */
+PK__PRIVATE int pk__word_index(const char *list, const char *word)
+{
+    const size_t length = strlen(word);
+    for (int index = 0; *list; index++) {
+        const size_t own = strcspn(list, " ");
+        if (own == length && memcmp(list, word, own) == 0)
+            return index;
+        list += own + (list[own] == ' ');
+    }
+    return -1;
+}
+
+/* Whether attributes are in the options' ranges. */
+PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name, const pk_option *options,
+                                           const double *attributes)
+{
+    for (const pk_option *option = options; option && option->name; option++) {
+        const int count = option->kind == PK_OPTION_PAIR ? 2 : 1;
+        for (int i = 0; i < count && option->kind != PK_OPTION_FLAG; i++) {
+            const double value = attributes[option->attribute + i];
+            if (option->kind == PK_OPTION_CHOICE ? value >= 0 && value < 64 && value == floor(value)
+                                                 : value >= option->least && value <= option->most &&
+                                                       (!option->whole || value == floor(value)))
+                continue;
+            return pk__fail(context, PK_ARGUMENT, "%s: %s is %g; a %snumber from %g to %g is possible", name,
+                            option->name, value, option->whole ? "whole " : "", option->least, option->most);
+        }
+    }
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                        int input_count, const int *inputs, const double *attributes,
+                                        size_t constant_count, const pk_real *constants, int *number)
 {
     if (!graph->node_count || !operation)
         return pk__fail(context, PK_ARGUMENT,
@@ -3535,6 +3736,9 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
     node.operation = operation;
     node.input_count = input_count;
     node.layer = -1;
+    node.tangent_form = operation->tangent_form;
+    node.constants = (pk_real *)constants; /* only read, until it is copied */
+    node.constant_count = constant_count;
     memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
     for (int j = 0; j < input_count; j++) {
         if (inputs[j] < 0 || (size_t)inputs[j] >= graph->node_count)
@@ -3542,25 +3746,59 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
                             operation->name, j, inputs[j], graph->node_count);
         node.inputs[j] = inputs[j];
     }
-    pk_status status = operation->shape(context, graph, &node);
+    pk_status status = pk__check_attributes(context, operation->name, operation->options, node.attributes);
+    if (!status)
+        status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
     if (!status)
         status = pk__graph_grow(context, graph);
+    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
+        status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
+    if (!status && constant_count) {
+        status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
+        if (!status)
+            memcpy(node.constants, constants, constant_count * sizeof *constants);
+    }
     if (status)
         return status;
-    if (node.weight_count > SIZE_MAX / 4096 - graph->parameters)
-        return pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
         node.weight_offset = graph->parameters;
         graph->parameters += node.weight_count;
+    }
+    if (node.tangent_form == PK_TANGENT_OUTER && !node.positions) {
+        node.positions = 1;
+        node.fan_in = graph->nodes[node.inputs[0]].width;
+        node.fan_out = node.width;
     }
     pk__node_analyse(graph, &node);
     if (number)
         *number = (int)graph->node_count;
     graph->nodes[graph->node_count++] = node;
     pk__graph_analyse(graph);
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                              int input_count, const int *inputs, const double *attributes, int *number)
+{
+    return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
+}
+
+PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first, size_t rows,
+                                       const pk_real *inputs)
+{
+    for (size_t row = 0; graph->checked && row < rows; row++)
+        for (size_t n = 1; n < graph->node_count; n++) {
+            const pk_node *node = &graph->nodes[n];
+            if (!node->operation->check || node->inputs[0] != 0)
+                continue;
+            pk_status status =
+                node->operation->check(context, node, first + row, inputs + row * graph->input_width);
+            if (status)
+                return status;
+        }
     return PK_OK;
 }
 
@@ -3574,6 +3812,8 @@ PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
 
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
+    for (size_t n = 0; n < graph->node_count; n++)
+        pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
     memset(graph, 0, sizeof *graph);
@@ -3609,6 +3849,8 @@ PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, si
             tape->tangent[n] = tangent;
         if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
             scratch = node->operation->scratch(node, rows, copies);
+        if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
+            scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count && both * node->width > line)
             line = both * node->width;
         if (n && !node->operation->linear_in_weights && node->weight_count > weights)
@@ -3671,6 +3913,38 @@ PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *l
     for (size_t i = 0; i < node->weight_count; i++)
         tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
     return tape->row_weights;
+}
+
+/* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
+PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
+{
+    const pk_node *node = call->node;
+    if (node->tangent_form != PK_TANGENT_OUTER) {
+        node->operation->row_gradients(call);
+        return;
+    }
+    const size_t positions = node->positions, in = node->fan_in, out = node->fan_out;
+    const int first = node->operation->channels_first;
+    for (size_t row = 0; row < call->rows; row++) {
+        pk_call one = *call;
+        one.rows = 1;
+        one.in[0] = call->in[0] + row * call->in_width[0];
+        one.out = call->scratch;
+        if (node->operation->unfold)
+            node->operation->unfold(&one);
+        const pk_real *places = node->operation->unfold ? one.out : one.in[0];
+        for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
+            const pk_real *delta = call->out_cotangent + copy * node->width;
+            pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
+            pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0, gradient,
+                     in);
+            for (size_t j = 0; node->weight_count > out * in && j < out; j++) {
+                bias[j] = 0;
+                for (size_t q = 0; q < positions; q++)
+                    bias[j] += first ? delta[j * positions + q] : delta[q * out + j];
+            }
+        }
+    }
 }
 
 /* An operation that is not linear in its weights gets own weights for each row: slow, and right. */
@@ -3839,6 +4113,11 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         return PK_OK;
     if (!weights || !inputs.data || !outputs.data)
         return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
+    for (size_t row = 0; graph->checked && row < inputs.rows; row++) {
+        pk_status status = pk_graph_check_inputs(context, graph, row, 1, inputs.data + row * inputs.ld);
+        if (status)
+            return status;
+    }
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
     size_t threads = pk__least((size_t)pk_threads(context), blocks);
     pk_arena arena = {NULL, 0, 0, 0};
@@ -3876,162 +4155,29 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
 
 PK__END_C
 
-/* pathkernel/operation.h: implementation */
+/* pathkernel/activation.h: implementation */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
 
-static pk_status pk__elementwise_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+PK__PRIVATE pk_status pk__same_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
-    if (node->operation->parameters && !(isfinite(node->attributes[0]) && node->attributes[0] > 0))
-        return pk__fail(context, PK_ARGUMENT, "%s needs a positive finite number, not %g",
-                        node->operation->name, node->attributes[0]);
+    (void)context;
     node->shape = graph->nodes[node->inputs[0]].shape;
     return PK_OK;
 }
 
-/* One word as a finite number. */
-PK__PRIVATE pk_status pk__parse_number(pk_context *context, const char *word, double *number)
-{
-    return pk__number(word, strlen(word), number)
-               ? PK_OK
-               : pk__fail(context, PK_FORMAT, "'%.40s' is not a finite number", word);
-}
-
-static size_t pk__one_row_scratch(const pk_node *node, size_t rows, size_t copies)
+PK__PRIVATE size_t pk__one_row_scratch(const pk_node *node, size_t rows, size_t copies)
 {
     (void)rows, (void)copies;
     return node->width;
 }
 
-static size_t pk__width_switches(const pk_node *node)
+PK__PRIVATE size_t pk__width_switches(const pk_node *node)
 {
     return node->width;
 }
-
-/* dense N [nobias]: y = W x + b, W (out, in). attributes: out, bias. */
-static pk_status pk__dense_parse(pk_context *context, int count, const char *const *words, double *attributes)
-{
-    if (count < 1)
-        return pk__fail(context, PK_FORMAT, "dense needs its number of outputs");
-    if (count > 2 || (count == 2 && strcmp(words[1], "nobias") != 0))
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of dense; 'nobias' is", words[count - 1]);
-    attributes[1] = count == 1;
-    return pk__parse_number(context, words[0], &attributes[0]);
-}
-
-static pk_status pk__dense_shape(pk_context *context, const pk_graph *graph, pk_node *node)
-{
-    const pk_node *input = &graph->nodes[node->inputs[0]];
-    double out = node->attributes[0];
-    if (!(out >= 1 && out <= 1e9) || out != floor(out))
-        return pk__fail(context, PK_ARGUMENT, "dense needs a whole number of outputs from 1 to 1e9, not %g",
-                        out);
-    if (input->shape.rank != 1)
-        return pk__fail(context, PK_SHAPE, "dense needs a flat input, not one of rank %d", input->shape.rank);
-    node->shape.rank = 1;
-    node->shape.dims[0] = (size_t)out;
-    if (!pk__multiply((size_t)out, input->width, &node->weight_count) ||
-        node->weight_count > SIZE_MAX / 2 - (size_t)out)
-        return pk__fail(context, PK_OVERFLOW, "dense %g: its weights overflow", out);
-    if (node->attributes[1] != 0)
-        node->weight_count += (size_t)out;
-    return PK_OK;
-}
-
-/* out = add o bias, or zero; then the caller adds products. */
-static void pk__dense_bias(const pk_call *call, const pk_real *weights, pk_real *out)
-{
-    size_t width = call->node->width;
-    const pk_real *bias = weights + width * call->in_width[0];
-    for (size_t row = 0; row < call->rows; row++)
-        memcpy(out + row * width, bias, width * sizeof *out);
-}
-
-static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias,
-                            pk_real beta, pk_real *out)
-{
-    size_t width = call->node->width, fan_in = call->in_width[0];
-    if (bias) {
-        pk__dense_bias(call, weights, out);
-        beta = 1;
-    }
-    pk__gemm(0, 1, call->rows, width, fan_in, 1, in, fan_in, weights, fan_in, beta, out, width);
-}
-
-static void pk__dense_forward(const pk_call *call)
-{
-    pk__dense_apply(call, call->weights, call->in[0], call->node->attributes[1] != 0, 0, call->out);
-}
-
-static void pk__dense_tangent(const pk_call *call)
-{
-    pk_real beta = 0;
-    if (call->direction) {
-        pk__dense_apply(call, call->direction, call->in[0], call->node->attributes[1] != 0, 0,
-                        call->out_tangent);
-        beta = 1;
-    }
-    if (call->in_tangent[0])
-        pk__dense_apply(call, call->weights, call->in_tangent[0], 0, beta, call->out_tangent);
-    else if (!call->direction)
-        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
-static void pk__dense_reverse(const pk_call *call)
-{
-    size_t width = call->node->width, fan_in = call->in_width[0];
-    pk__gemm(0, 0, call->rows * call->copies, fan_in, width, 1, call->out_cotangent, width, call->weights,
-             fan_in, call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
-}
-
-static void pk__dense_weight_gradient(const pk_call *call)
-{
-    size_t width = call->node->width, fan_in = call->in_width[0];
-    pk__gemm(1, 0, width, fan_in, call->rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1,
-             call->gradient, fan_in);
-    if (call->node->attributes[1] != 0) {
-        pk_real *bias = call->gradient + width * fan_in;
-        for (size_t row = 0; row < call->rows; row++)
-            for (size_t j = 0; j < width; j++)
-                bias[j] += call->out_cotangent[row * width + j];
-    }
-}
-
-/* Elementwise y = V(x) with slope D(x, y): p are the node's attributes, threshold the number of switch
- * functions x - c. Slopes at kinks are PyTorch's. */
-#define PK__ELEMENTWISE(name, V, D)                                                                  \
-    static void pk__##name##_forward(const pk_call *call)                                            \
-    {                                                                                                \
-        const double *p = call->node->attributes;                                                    \
-        size_t count = call->rows * call->node->width;                                               \
-        const pk_real *in = call->in[0];                                                             \
-        pk_real *out = call->out;                                                                    \
-        (void)p;                                                                                     \
-        for (size_t i = 0; i < count; i++) {                                                         \
-            pk_real x = in[i];                                                                       \
-            out[i] = (pk_real)(V);                                                                   \
-        }                                                                                            \
-    }                                                                                                \
-    static void pk__##name##_slopes(const pk_call *call, size_t first, size_t count, pk_real *slope) \
-    {                                                                                                \
-        const double *p = call->node->attributes;                                                    \
-        const pk_real *in = call->in[0] + first, *out = call->out + first;                           \
-        (void)p;                                                                                     \
-        for (size_t i = 0; i < count; i++) {                                                         \
-            pk_real x = in[i], y = out[i];                                                           \
-            (void)x, (void)y;                                                                        \
-            slope[i] = (pk_real)(D);                                                                 \
-        }                                                                                            \
-    }                                                                                                \
-    static void pk__##name##_tangent(const pk_call *call)                                            \
-    {                                                                                                \
-        pk__elementwise_tangent(call, pk__##name##_slopes);                                          \
-    }                                                                                                \
-    static void pk__##name##_reverse(const pk_call *call)                                            \
-    {                                                                                                \
-        pk__elementwise_reverse(call, pk__##name##_slopes);                                          \
-    }
 
 typedef void pk__slopes(const pk_call *call, size_t first, size_t count, pk_real *slope);
 
@@ -4048,16 +4194,20 @@ static void pk__elementwise_tangent(const pk_call *call, pk__slopes *slopes)
         out[i] *= call->in_tangent[0][i];
 }
 
-static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes)
+/* in_cotangent (+)= slope o out_cotangent, or, with the second derivatives as slopes, += slope o in_tangent o
+ * out_cotangent. */
+static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int second)
 {
     size_t width = call->node->width, copies = call->copies;
     pk_real *slope = call->scratch;
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
+        for (size_t j = 0; second && j < width; j++)
+            slope[j] *= call->in_tangent[0][row * width + j];
         for (size_t copy = 0; copy < copies; copy++) {
             const pk_real *from = call->out_cotangent + (row * copies + copy) * width;
             pk_real *to = call->in_cotangent[0] + (row * copies + copy) * width;
-            if (call->accumulate[0])
+            if (second || call->accumulate[0])
                 for (size_t j = 0; j < width; j++)
                     to[j] += from[j] * slope[j];
             else
@@ -4066,6 +4216,56 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes)
         }
     }
 }
+
+/* Elementwise y = V(x) with slope D(x, y) and second derivative D2(x, y) between kinks: p are the node's
+ * attributes. Slopes at kinks are PyTorch's. */
+#define PK__ELEMENTWISE(name, V, D, D2)                                                               \
+    static void pk__##name##_forward(const pk_call *call)                                             \
+    {                                                                                                 \
+        const double *p = call->node->attributes;                                                     \
+        size_t count = call->rows * call->node->width;                                                \
+        const pk_real *in = call->in[0];                                                              \
+        pk_real *out = call->out;                                                                     \
+        (void)p;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            pk_real x = in[i];                                                                        \
+            out[i] = (pk_real)(V);                                                                    \
+        }                                                                                             \
+    }                                                                                                 \
+    static void pk__##name##_slopes(const pk_call *call, size_t first, size_t count, pk_real *slope)  \
+    {                                                                                                 \
+        const double *p = call->node->attributes;                                                     \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
+        (void)p;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            pk_real x = in[i], y = out[i];                                                            \
+            (void)x, (void)y;                                                                         \
+            slope[i] = (pk_real)(D);                                                                  \
+        }                                                                                             \
+    }                                                                                                 \
+    static void pk__##name##_tangent(const pk_call *call)                                             \
+    {                                                                                                 \
+        pk__elementwise_tangent(call, pk__##name##_slopes);                                           \
+    }                                                                                                 \
+    static void pk__##name##_reverse(const pk_call *call)                                             \
+    {                                                                                                 \
+        pk__elementwise_reverse(call, pk__##name##_slopes, 0);                                        \
+    }                                                                                                 \
+    static void pk__##name##_seconds(const pk_call *call, size_t first, size_t count, pk_real *slope) \
+    {                                                                                                 \
+        const double *p = call->node->attributes;                                                     \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
+        (void)p;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            pk_real x = in[i], y = out[i];                                                            \
+            (void)x, (void)y;                                                                         \
+            slope[i] = (pk_real)(D2);                                                                 \
+        }                                                                                             \
+    }                                                                                                 \
+    static void pk__##name##_curvature(const pk_call *call)                                           \
+    {                                                                                                 \
+        pk__elementwise_reverse(call, pk__##name##_seconds, 1);                                       \
+    }
 
 #define PK__SQRT_HALF 0.70710678118654752440
 #define PK__INV_SQRT_2PI 0.39894228040143267794
@@ -4084,18 +4284,28 @@ static double pk__softplus(double x, double b)
     return (b * x > 0 ? x : 0) + log1p(exp(-fabs(b * x))) / b;
 }
 
-PK__ELEMENTWISE(identity, x, 1)
-PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0)
-PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0])
-PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0)
-PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0)
-PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y)
-PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y *(1 - y))
-PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x))
+PK__ELEMENTWISE(identity, x, 1, 0)
+PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0, 0)
+PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0], 0)
+PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0, 0)
+PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0, 0)
+PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
+PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y, -2 * y * (1 - y * y))
+PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y *(1 - y), y *(1 - y) * (1 - 2 * y))
+PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x),
+                p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
 PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
-                0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x))
-PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)))
-PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x))
+                0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
+                PK__INV_SQRT_2PI *exp(-0.5 * x * x) * (2 - x * x))
+PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)),
+                pk__sigmoid(x) * pk__sigmoid(-x) * (2 + x * (1 - 2 * pk__sigmoid(x))))
+PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x), -2 * x * PK__TWO_BY_SQRT_PI * exp(-x * x))
+PK__ELEMENTWISE(sine, sin(p[0] * x), p[0] * cos(p[0] * x), -p[0] * p[0] * y)
+/* The surrogates are the slopes of erf(b x) and of sigmoid(b x) (Eilers, Memmesheimer & Goedeke, 2024). */
+PK__ELEMENTWISE(sign, (x > 0) - (x < 0), p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] * p[0] * x * x),
+                -2 * p[0] * p[0] * x * p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] * p[0] * x * x))
+PK__ELEMENTWISE(step, x > 0, p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x),
+                p[0] * p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x) * (1 - 2 * pk__sigmoid(p[0] * x)))
 #undef PK__ELEMENTWISE
 
 static void pk__zero_switches(const pk_call *call)
@@ -4117,27 +4327,199 @@ static void pk__hard_tanh_switches(const pk_call *call)
     }
 }
 
-#define PK__SMOOTH_OPERATION(name, kind, parameters, value)                                              \
-    {                                                                                                    \
-#name, kind, PK_TANGENT_NONE, 1, parameters,                                                     \
-            {value, 0, 0, 0, 0, 0, 0, 0 }, NULL, pk__elementwise_shape, pk__one_row_scratch,             \
-             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, NULL, NULL, 1 \
+static const pk_option pk__positive_option[] = {
+    {"its number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__scale_option[] = {
+    {"its factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+#define PK__ACTIVATION(name, kind, options, value, count, switches, curvature)                                 \
+    {                                                                                                          \
+#name, kind, PK_TANGENT_NONE, 1, options,                                                              \
+            {value, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, pk__same_shape, pk__one_row_scratch,        \
+             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1, \
+             curvature, NULL, 0, NULL, NULL                                                                    \
     }
-#define PK__KINKED_OPERATION(name, parameters, value, count, switches)                                        \
-    {                                                                                                         \
-#name, PK_PIECEWISE_LINEAR, PK_TANGENT_NONE, 1, parameters,                                           \
-            {value, 0, 0, 0, 0, 0, 0, 0 }, NULL, pk__elementwise_shape, pk__one_row_scratch,                  \
-             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1 \
+#define PK__SMOOTH_OPERATION(name, options, value) \
+    PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)
+#define PK__KINKED_OPERATION(name, options, value, count, switches) \
+    PK__ACTIVATION(name, PK_PIECEWISE_LINEAR, options, value, count, switches, pk__##name##_curvature)
+
+static const pk_operation pk__activation_operations[] = {
+    PK__ACTIVATION(identity, PK_LINEAR, NULL, 0, NULL, NULL, pk__identity_curvature),
+    PK__ACTIVATION(scale, PK_LINEAR, pk__scale_option, 1, NULL, NULL, pk__scale_curvature),
+    PK__KINKED_OPERATION(relu, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__KINKED_OPERATION(leaky_relu, pk__positive_option, 0.01, pk__width_switches, pk__zero_switches),
+    PK__KINKED_OPERATION(hard_tanh, NULL, 0, pk__hard_tanh_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(abs, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__SMOOTH_OPERATION(tanh, NULL, 0),
+    PK__SMOOTH_OPERATION(sigmoid, NULL, 0),
+    PK__SMOOTH_OPERATION(softplus, pk__positive_option, 1),
+    PK__SMOOTH_OPERATION(gelu, NULL, 0),
+    PK__SMOOTH_OPERATION(silu, NULL, 0),
+    PK__SMOOTH_OPERATION(erf, NULL, 0),
+    PK__SMOOTH_OPERATION(sine, pk__positive_option, 1),
+    PK__ACTIVATION(sign, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
+                   pk__sign_curvature),
+    PK__ACTIVATION(step, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
+                   pk__step_curvature),
+};
+#undef PK__SMOOTH_OPERATION
+#undef PK__KINKED_OPERATION
+#undef PK__ACTIVATION
+
+PK__END_C
+
+/* pathkernel/dense.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+#define PK__INITIAL_OPTIONS(first)                                                            \
+    {"init",                                                                                  \
+     PK_OPTION_CHOICE,                                                                        \
+     first,                                                                                   \
+     0,                                                                                       \
+     0,                                                                                       \
+     0,                                                                                       \
+     0,                                                                                       \
+     0,                                                                                       \
+     "default he he_uniform glorot glorot_uniform lecun lecun_uniform normal zero standard"}, \
+    {                                                                                         \
+        "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
     }
 
-static const pk_operation pk__operations[] = {
+/* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
+PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_in, size_t fan_out,
+                                       size_t count, pk_random *random, pk_real *weights)
+{
+    const double in = (double)fan_in, out = (double)fan_out;
+    double deviation = gain;
+    switch (kind) {
+    case PK_INITIAL_HE:
+    case PK_INITIAL_HE_UNIFORM: deviation *= sqrt(2 / in); break;
+    case PK_INITIAL_GLOROT:
+    case PK_INITIAL_GLOROT_UNIFORM: deviation *= sqrt(2 / (in + out)); break;
+    case PK_INITIAL_LECUN:
+    case PK_INITIAL_LECUN_UNIFORM: deviation *= sqrt(1 / in); break;
+    case PK_INITIAL_ZERO: deviation = 0; break;
+    case PK_INITIAL_STANDARD: deviation = 1; break;
+    case PK_INITIAL_DEFAULT: deviation *= sqrt(1 / (3 * in)); break;
+    case PK_INITIAL_NORMAL:
+    default: break;
+    }
+    const int uniform = kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_HE_UNIFORM ||
+                        kind == PK_INITIAL_GLOROT_UNIFORM || kind == PK_INITIAL_LECUN_UNIFORM;
+    const size_t drawn =
+        kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_STANDARD ? count : pk__least(count, fan_in * fan_out);
+    for (size_t i = 0; i < count; i++) {
+        if (i >= drawn || deviation == 0)
+            weights[i] = 0;
+        else if (uniform)
+            weights[i] = (pk_real)(sqrt(3.0) * deviation * (2 * pk_random_uniform(random) - 1));
+        else
+            weights[i] = (pk_real)(deviation * pk_random_normal(random));
+    }
+}
+
+/* dense N [nobias]: y = W x + b along the last dimension, W (out, in). */
+static pk_status pk__dense_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    const size_t out = (size_t)node->attributes[PK_DENSE_OUTPUTS];
+    node->shape = input->shape;
+    node->fan_in = input->shape.dims[input->shape.rank - 1];
+    node->fan_out = node->shape.dims[input->shape.rank - 1] = out;
+    node->positions = input->width / node->fan_in;
+    if (!pk__multiply(out, node->fan_in, &node->weight_count) || node->weight_count > SIZE_MAX / 2 - out)
+        return pk__fail(context, PK_OVERFLOW, "dense %zu: its weights overflow", out);
+    if (node->attributes[PK_DENSE_BIAS] != 0)
+        node->weight_count += out;
+    return PK_OK;
+}
+
+static void pk__dense_initialize(const pk_node *node, pk_random *random, pk_real *weights)
+{
+    pk__initialize_matrix((pk_initial)(int)node->attributes[PK_DENSE_INITIAL], node->attributes[PK_DENSE_GAIN],
+                          node->fan_in, node->fan_out, node->weight_count, random, weights);
+}
+
+static int pk__dense_bias(const pk_call *call)
+{
+    return call->node->attributes[PK_DENSE_BIAS] != 0;
+}
+
+static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias,
+                            pk_real beta, pk_real *out)
+{
+    const size_t rows = call->rows * call->node->positions, width = call->node->fan_out,
+                 fan_in = call->node->fan_in;
+    if (bias) {
+        const pk_real *from = weights + width * fan_in;
+        for (size_t row = 0; row < rows; row++)
+            memcpy(out + row * width, from, width * sizeof *out);
+        beta = 1;
+    }
+    pk__gemm(0, 1, rows, width, fan_in, 1, in, fan_in, weights, fan_in, beta, out, width);
+}
+
+static void pk__dense_forward(const pk_call *call)
+{
+    pk__dense_apply(call, call->weights, call->in[0], pk__dense_bias(call), 0, call->out);
+}
+
+static void pk__dense_tangent(const pk_call *call)
+{
+    pk_real beta = 0;
+    if (call->direction) {
+        pk__dense_apply(call, call->direction, call->in[0], pk__dense_bias(call), 0, call->out_tangent);
+        beta = 1;
+    }
+    if (call->in_tangent[0])
+        pk__dense_apply(call, call->weights, call->in_tangent[0], 0, beta, call->out_tangent);
+    else if (!call->direction)
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__dense_reverse(const pk_call *call)
+{
+    const size_t width = call->node->fan_out, fan_in = call->node->fan_in;
+    pk__gemm(0, 0, call->rows * call->copies * call->node->positions, fan_in, width, 1, call->out_cotangent,
+             width, call->weights, fan_in, call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
+}
+
+static void pk__dense_weight_gradient(const pk_call *call)
+{
+    const size_t rows = call->rows * call->node->positions, width = call->node->fan_out,
+                 fan_in = call->node->fan_in;
+    pk__gemm(1, 0, width, fan_in, rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1, call->gradient,
+             fan_in);
+    if (pk__dense_bias(call)) {
+        pk_real *bias = call->gradient + width * fan_in;
+        for (size_t row = 0; row < rows; row++)
+            for (size_t j = 0; j < width; j++)
+                bias[j] += call->out_cotangent[row * width + j];
+    }
+}
+
+static const pk_option pk__dense_options[] = {
+    {"outputs", PK_OPTION_NUMBER, PK_DENSE_OUTPUTS, 1, 1, 1, 1e9, 1, NULL},
+    {"nobias", PK_OPTION_FLAG, PK_DENSE_BIAS, 0, 0, 0, 0, 0, NULL},
+    PK__INITIAL_OPTIONS(PK_DENSE_INITIAL),
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static const pk_operation pk__dense_operations[] = {
     {"dense",
      PK_LINEAR,
      PK_TANGENT_OUTER,
      1,
-     1,
-     {0, 1, 0, 0, 0, 0, 0, 0},
-     pk__dense_parse,
+     pk__dense_options,
+     {0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
      pk__dense_shape,
      NULL,
      pk__dense_forward,
@@ -4147,38 +4529,493 @@ static const pk_operation pk__operations[] = {
      NULL,
      NULL,
      NULL,
-     0},
-    PK__SMOOTH_OPERATION(identity, PK_LINEAR, 0, 0),
-    PK__KINKED_OPERATION(relu, 0, 0, pk__width_switches, pk__zero_switches),
-    PK__KINKED_OPERATION(leaky_relu, 1, 0.01, pk__width_switches, pk__zero_switches),
-    PK__KINKED_OPERATION(hard_tanh, 0, 0, pk__hard_tanh_switch_count, pk__hard_tanh_switches),
-    PK__KINKED_OPERATION(abs, 0, 0, pk__width_switches, pk__zero_switches),
-    PK__SMOOTH_OPERATION(tanh, PK_SMOOTH, 0, 0),
-    PK__SMOOTH_OPERATION(sigmoid, PK_SMOOTH, 0, 0),
-    PK__SMOOTH_OPERATION(softplus, PK_SMOOTH, 1, 1),
-    PK__SMOOTH_OPERATION(gelu, PK_SMOOTH, 0, 0),
-    PK__SMOOTH_OPERATION(silu, PK_SMOOTH, 0, 0),
-    PK__SMOOTH_OPERATION(erf, PK_SMOOTH, 0, 0),
+     0,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     pk__dense_initialize},
 };
-#undef PK__SMOOTH_OPERATION
-#undef PK__KINKED_OPERATION
+
+PK__END_C
+
+/* pathkernel/structure.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+/* to (+)= from */
+PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_real *to)
+{
+    if (!accumulate)
+        memcpy(to, from, count * sizeof *to);
+    else
+        for (size_t i = 0; i < count; i++)
+            to[i] += from[i];
+}
+
+/* Whether number at of a row of data is a whole number below count. */
+PK__PRIVATE pk_status pk__check_token(pk_context *context, const char *name, size_t row, size_t at,
+                                      double token, double count)
+{
+    if (token >= 0 && token < count && token == floor(token))
+        return PK_OK;
+    return pk__fail(context, PK_ARGUMENT, "row %zu, number %zu: %s takes whole numbers from 0 to %.0f, not %g",
+                    row, at, name, count - 1, token);
+}
+
+/* add: y = sum_j x_j, 2 to PK_NODE_INPUTS inputs of one shape. */
+static pk_status pk__add_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_shape *first = &graph->nodes[node->inputs[0]].shape;
+    for (int j = 1; j < node->input_count; j++) {
+        const pk_shape *other = &graph->nodes[node->inputs[j]].shape;
+        char texts[2][PK_SHAPE_TEXT];
+        if (other->rank != first->rank ||
+            memcmp(other->dims, first->dims, (size_t)first->rank * sizeof *first->dims) != 0)
+            return pk__fail(context, PK_SHAPE, "branches of %s and of %s cannot be added",
+                            pk_shape_text(first, texts[0]), pk_shape_text(other, texts[1]));
+    }
+    node->shape = *first;
+    return PK_OK;
+}
+
+static void pk__add_forward(const pk_call *call)
+{
+    for (int j = 0; j < call->node->input_count; j++)
+        pk__give(call->rows * call->node->width, call->in[j], j > 0, call->out);
+}
+
+static void pk__add_tangent(const pk_call *call)
+{
+    int any = 0;
+    for (int j = 0; j < call->node->input_count; j++)
+        if (call->in_tangent[j])
+            pk__give(call->rows * call->node->width, call->in_tangent[j], any++, call->out_tangent);
+    if (!any)
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__add_reverse(const pk_call *call)
+{
+    for (int j = 0; j < call->node->input_count; j++)
+        if (call->in_cotangent[j])
+            pk__give(call->rows * call->copies * call->node->width, call->out_cotangent, call->accumulate[j],
+                     call->in_cotangent[j]);
+}
+
+/* flatten: the same numbers as one dimension. */
+static pk_status pk__flatten_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    (void)context;
+    node->shape.rank = 1;
+    node->shape.dims[0] = graph->nodes[node->inputs[0]].width;
+    return PK_OK;
+}
+
+/* position: y = w (tokens, width) for every row, whatever the input. */
+static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    (void)graph;
+    node->shape.rank = 2;
+    for (int i = 0; i < 2; i++)
+        node->shape.dims[i] = (size_t)node->attributes[i];
+    if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &node->weight_count))
+        return pk__fail(context, PK_OVERFLOW, "position: its weights overflow");
+    return PK_OK;
+}
+
+static void pk__repeat_rows(size_t rows, size_t width, const pk_real *from, pk_real *to)
+{
+    for (size_t row = 0; row < rows; row++)
+        memcpy(to + row * width, from, width * sizeof *to);
+}
+
+static void pk__position_forward(const pk_call *call)
+{
+    pk__repeat_rows(call->rows, call->node->width, call->weights, call->out);
+}
+
+static void pk__position_tangent(const pk_call *call)
+{
+    if (call->direction)
+        pk__repeat_rows(call->rows, call->node->width, call->direction, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__position_reverse(const pk_call *call)
+{
+    if (call->in_cotangent[0] && !call->accumulate[0])
+        memset(call->in_cotangent[0], 0, call->rows * call->copies * call->in_width[0] * sizeof(pk_real));
+}
+
+static void pk__position_weight_gradient(const pk_call *call)
+{
+    for (size_t row = 0; row < call->rows; row++)
+        pk__give(call->node->width, call->out_cotangent + row * call->node->width, 1, call->gradient);
+}
+
+static void pk__position_row_gradients(const pk_call *call)
+{
+    memcpy(call->gradient, call->out_cotangent,
+           call->rows * call->copies * call->node->width * sizeof(pk_real));
+}
+
+/* As PyTorch's Embedding. */
+PK__PRIVATE void pk__normal_initialize(const pk_node *node, pk_random *random, pk_real *weights)
+{
+    for (size_t i = 0; i < node->weight_count; i++)
+        weights[i] = (pk_real)pk_random_normal(random);
+}
+
+/* propagate: Y = A X over tokens (tokens x width), A a fixed sparse matrix (tokens x tokens); its constants are
+ * triples (row, column, value), one behind the other. Kipf & Welling 2017, eq. 2, without weights. */
+static pk_status pk__propagate_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    if (input->shape.rank != 2)
+        return pk__fail(context, PK_SHAPE, "propagate needs values of tokens x width, not of rank %d",
+                        input->shape.rank);
+    if (node->constant_count == 0 || node->constant_count % 3)
+        return pk__fail(context, PK_SHAPE, "propagate: %zu numbers are no triples (row, column, value)",
+                        node->constant_count);
+    for (size_t i = 0; i < node->constant_count; i += 3)
+        for (size_t k = 0; k < 3; k++) {
+            const double value = node->constants[i + k], tokens = (double)input->shape.dims[0];
+            if (k < 2 ? !(value >= 0 && value < tokens && value == floor(value)) : !isfinite(value))
+                return pk__fail(context, PK_ARGUMENT, "propagate: entry %zu has the %s %g; there are %g tokens",
+                                i / 3,
+                                k == 2 ? "value"
+                                : k    ? "column"
+                                       : "row",
+                                value, tokens);
+        }
+    node->shape = input->shape;
+    return PK_OK;
+}
+
+/* to += A from, or A^T from, for each of count matrices. */
+static void pk__propagate(const pk_node *node, size_t count, int transpose, const pk_real *from, pk_real *to)
+{
+    const size_t width = node->shape.dims[1];
+    for (size_t m = 0; m < count; m++, from += node->width, to += node->width)
+        for (size_t i = 0; i < node->constant_count; i += 3) {
+            const pk_real value = node->constants[i + 2];
+            const pk_real *x = from + (size_t)node->constants[i + !transpose] * width;
+            pk_real *y = to + (size_t)node->constants[i + transpose] * width;
+            for (size_t j = 0; j < width; j++)
+                y[j] += value * x[j];
+        }
+}
+
+static void pk__propagate_forward(const pk_call *call)
+{
+    memset(call->out, 0, call->rows * call->node->width * sizeof(pk_real));
+    pk__propagate(call->node, call->rows, 0, call->in[0], call->out);
+}
+
+static void pk__propagate_tangent(const pk_call *call)
+{
+    memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+    if (call->in_tangent[0])
+        pk__propagate(call->node, call->rows, 0, call->in_tangent[0], call->out_tangent);
+}
+
+static void pk__propagate_reverse(const pk_call *call)
+{
+    const size_t count = call->rows * call->copies;
+    if (!call->accumulate[0])
+        memset(call->in_cotangent[0], 0, count * call->node->width * sizeof(pk_real));
+    pk__propagate(call->node, count, 1, call->out_cotangent, call->in_cotangent[0]);
+}
+
+/* constant: y = the node's constants for every row, of the shape (attribute 0) x (attribute 1); no cotangent. */
+static pk_status pk__constant_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    (void)graph;
+    node->shape.rank = 2;
+    for (int i = 0; i < 2; i++)
+        node->shape.dims[i] = (size_t)node->attributes[i];
+    if (node->shape.dims[0] * node->shape.dims[1] != node->constant_count)
+        return pk__fail(context, PK_SHAPE, "a constant of %zu x %zu has %zu numbers", node->shape.dims[0],
+                        node->shape.dims[1], node->constant_count);
+    return PK_OK;
+}
+
+static void pk__constant_forward(const pk_call *call)
+{
+    pk__repeat_rows(call->rows, call->node->width, call->node->constants, call->out);
+}
+
+static void pk__constant_tangent(const pk_call *call)
+{
+    memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+/* fourier: y = (cos 2 pi B x, sin 2 pi B x), B (N, in) the node's constants; on data only, so it has no slopes.
+ * Rahimi & Recht 2007; Tancik et al. 2020, eq. 5. */
+static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    if (input->varies)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "Fourier features are taken of data, before the first weights");
+    if (!node->constant_count || node->constant_count % input->width)
+        return pk__fail(context, PK_SHAPE, "fourier: %zu frequencies for %zu inputs", node->constant_count,
+                        input->width);
+    node->shape.rank = 1;
+    node->shape.dims[0] = 2 * (node->constant_count / input->width);
+    return PK_OK;
+}
+
+static void pk__fourier_forward(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    pk__gemm(0, 1, call->rows, count, in, 1, call->in[0], in, call->node->constants, in, 0, call->out,
+             2 * count);
+    for (size_t row = 0; row < call->rows; row++)
+        for (size_t j = 0; j < count; j++) {
+            pk_real *y = call->out + row * 2 * count + j;
+            const double angle = 6.28318530717958647693 * *y;
+            y[0] = (pk_real)cos(angle);
+            y[count] = (pk_real)sin(angle);
+        }
+}
+
+/* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
+static pk_status pk__select_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    if (node->input_count != 2 || node->inputs[1] != 0 || graph->input_width != 1 || input->shape.rank != 2)
+        return pk__fail(context, PK_SHAPE,
+                        "select needs values of tokens x width, and data of one number a row");
+    node->shape.rank = 1;
+    node->shape.dims[0] = input->shape.dims[1];
+    node->attributes[0] = (double)input->shape.dims[0];
+    return PK_OK;
+}
+
+static pk_status pk__select_check(pk_context *context, const pk_node *node, size_t row, const pk_real *in)
+{
+    return pk__check_token(context, "select", row, 0, in[0], node->attributes[0]);
+}
+
+/* Where the row's token starts; a token that is none counts as the first: pk_graph_check_inputs refuses it. */
+static size_t pk__selected(const pk_call *call, size_t row)
+{
+    const double token = call->in[1][row];
+    return token >= 0 && token * (double)call->node->width < (double)call->in_width[0]
+               ? (size_t)token * call->node->width
+               : 0;
+}
+
+static void pk__select_rows(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const size_t width = call->node->width;
+    for (size_t row = 0; row < call->rows; row++)
+        memcpy(to + row * width, from + row * call->in_width[0] + pk__selected(call, row), width * sizeof *to);
+}
+
+static void pk__select_forward(const pk_call *call)
+{
+    pk__select_rows(call, call->in[0], call->out);
+}
+
+static void pk__select_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__select_rows(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__select_reverse(const pk_call *call)
+{
+    const size_t width = call->node->width, in = call->in_width[0];
+    for (size_t copy = 0; call->in_cotangent[0] && copy < call->rows * call->copies; copy++) {
+        pk_real *to = call->in_cotangent[0] + copy * in;
+        if (!call->accumulate[0])
+            memset(to, 0, in * sizeof *to);
+        pk__give(width, call->out_cotangent + copy * width, 1, to + pk__selected(call, copy / call->copies));
+    }
+}
+
+static const pk_option pk__position_options[] = {
+    {"tokens", PK_OPTION_NUMBER, PK_POSITION_TOKENS, 1, 1, 1, 1e9, 1, NULL},
+    {"width", PK_OPTION_NUMBER, PK_POSITION_WIDTH, 2, 1, 1, 1e9, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+#define PK__NO_NUMBERS                                 \
+    {                                                  \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 \
+    }
+#define PK__LINEAR_OPERATION(name, shape, forward, tangent, reverse)                                       \
+    {                                                                                                      \
+        name, PK_LINEAR, PK_TANGENT_NONE, 1, NULL, PK__NO_NUMBERS, shape, NULL, forward, tangent, reverse, \
+            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL                                           \
+    }
+
+static const pk_operation pk__structure_operations[] = {
+    PK__LINEAR_OPERATION("add", pk__add_shape, pk__add_forward, pk__add_tangent, pk__add_reverse),
+    PK__LINEAR_OPERATION("flatten", pk__flatten_shape, pk__add_forward, pk__add_tangent, pk__add_reverse),
+    PK__LINEAR_OPERATION("propagate", pk__propagate_shape, pk__propagate_forward, pk__propagate_tangent,
+                         pk__propagate_reverse),
+    {"select",
+     PK_LINEAR,
+     PK_TANGENT_NONE,
+     1,
+     NULL,
+     PK__NO_NUMBERS,
+     pk__select_shape,
+     NULL,
+     pk__select_forward,
+     pk__select_tangent,
+     pk__select_reverse,
+     NULL,
+     NULL,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL,
+     0,
+     pk__select_check,
+     NULL},
+    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__constant_tangent,
+                         pk__position_reverse),
+    {"constant",
+     PK_LINEAR,
+     PK_TANGENT_NONE,
+     1,
+     pk__position_options,
+     PK__NO_NUMBERS,
+     pk__constant_shape,
+     NULL,
+     pk__constant_forward,
+     pk__constant_tangent,
+     pk__position_reverse,
+     NULL,
+     NULL,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL},
+    {"position",
+     PK_LINEAR,
+     PK_TANGENT_ROWS,
+     1,
+     pk__position_options,
+     PK__NO_NUMBERS,
+     pk__position_shape,
+     NULL,
+     pk__position_forward,
+     pk__position_tangent,
+     pk__position_reverse,
+     pk__position_weight_gradient,
+     pk__position_row_gradients,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     pk__normal_initialize},
+};
+
+PK__END_C
+
+/* pathkernel/image.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK__END_C
+
+/* pathkernel/norm.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK__END_C
+
+/* pathkernel/sequence.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK__END_C
+
+/* pathkernel/operation.h: implementation */
+#include <string.h>
+PK__BEGIN_C
+
+PK_API const pk_operation *pk_operation_at(size_t index)
+{
+    static const struct {
+        const pk_operation *operations;
+        size_t count;
+    } tables[] = {
+        {pk__dense_operations, sizeof pk__dense_operations / sizeof *pk__dense_operations},
+        {pk__activation_operations, sizeof pk__activation_operations / sizeof *pk__activation_operations},
+        {pk__structure_operations, sizeof pk__structure_operations / sizeof *pk__structure_operations},
+    };
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
+        if (index < tables[i].count)
+            return &tables[i].operations[index];
+        index -= tables[i].count;
+    }
+    return NULL;
+}
 
 PK_API const pk_operation *pk_operation_find(const char *name)
 {
-    for (size_t i = 0; i < sizeof pk__operations / sizeof *pk__operations; i++)
-        if (strcmp(name, pk__operations[i].name) == 0)
-            return &pk__operations[i];
+    const pk_operation *operation;
+    for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
+        if (strcmp(name, operation->name) == 0)
+            return operation;
     return NULL;
 }
 
 PK__END_C
 
 /* pathkernel/network.h: implementation */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
 
-enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000 };
+enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
+
+/* The words of a layer, its name first. */
+typedef struct pk__layer {
+    int count;
+    const char *words[PK__LAYER_WORDS];
+    char text[PK__LAYER_TEXT];
+} pk__layer;
+
+typedef struct pk__parser {
+    pk_context *context;
+    pk_graph *graph;
+    const pk_constants *constants;
+    const char *at;  /* in the text */
+    char *canonical; /* where the next canonical character goes */
+    int number;      /* of the layer */
+    int depth;       /* of residuals */
+    int node;        /* the last one of the branch in hand */
+} pk__parser;
+
+/* ---- words ----------------------------------------------------------------------------------------- */
 
 /* "64" or "1x28x28" as a shape. */
 static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
@@ -4201,118 +5038,572 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
     return PK_OK;
 }
 
-static pk_status pk__add_layer(pk_context *context, pk_graph *graph, int count, const char *const *words)
+/* The value of an option: what follows `name=`, or the positional word. */
+static pk_status pk__parse_value(pk_context *context, const pk_option *option, const char *value,
+                                 double *attributes)
 {
-    if (!graph->node_count) {
-        pk_shape shape;
-        if (strcmp(words[0], "input") != 0 || count != 2)
-            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
-                            words[0]);
-        pk_status status = pk__parse_shape(context, words[1], &shape);
-        return status ? status : pk_graph_input(context, graph, &shape);
+    double *to = attributes + option->attribute;
+    size_t length = strlen(value);
+    if (option->kind == PK_OPTION_CHOICE) {
+        int choice = pk__word_index(option->choices, value);
+        *to = choice;
+        return choice >= 0 ? PK_OK
+                           : pk__fail(context, PK_FORMAT, "%s: '%.40s' is none of: %s", option->name, value,
+                                      option->choices);
     }
-    const pk_operation *operation = pk_operation_find(words[0]);
-    if (!operation)
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", words[0]);
-    double attributes[PK_NODE_ATTRIBUTES];
-    memcpy(attributes, operation->defaults, sizeof attributes);
-    if (operation->parse) {
-        pk_status status = operation->parse(context, count - 1, words + 1, attributes);
+    if (option->kind == PK_OPTION_PAIR) {
+        const size_t first = strcspn(value, "x");
+        if (value[first] && !pk__number(value + first + 1, length - first - 1, &to[1]))
+            return pk__fail(context, PK_FORMAT, "%s: '%.40s' is not a pair such as 3x3", option->name, value);
+        length = first;
+    }
+    if (!pk__number(value, length, to))
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not a finite number", value);
+    if (option->kind == PK_OPTION_PAIR && !value[length])
+        to[1] = to[0];
+    return PK_OK;
+}
+
+static const pk_option *pk__find_option(const pk_option *options, const char *word, int position)
+{
+    for (const pk_option *option = options; option && option->name; option++) {
+        const size_t length = strlen(option->name);
+        if (position ? option->position == position
+                     : !option->position && strncmp(word, option->name, length) == 0 &&
+                           word[length] == (option->kind == PK_OPTION_FLAG ? '\0' : '='))
+            return option;
+    }
+    return NULL;
+}
+
+/* A list of the options without a position, for a message. */
+static void pk__option_names(const pk_option *options, char *text, size_t size)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (const pk_option *option = options; option && option->name; option++)
+        if (!option->position && used < size)
+            used += (size_t)snprintf(text + used, size - used, "%s'%s%s'", used ? ", " : "", option->name,
+                                     option->kind == PK_OPTION_FLAG ? "" : "=");
+}
+
+/* Reads the words of a layer after its name into attributes, which hold the defaults. */
+static pk_status pk__parse_options(pk_context *context, const char *name, const pk_option *options,
+                                   const pk__layer *layer, double *attributes)
+{
+    const pk_option *seen[PK__LAYER_WORDS];
+    int position = 0;
+    for (int i = 1; i < layer->count; i++) {
+        const char *word = layer->words[i];
+        const pk_option *option = pk__find_option(options, word, 0);
+        const char *value = option ? word + strlen(option->name) + 1 : word;
+        if (!option)
+            option = pk__find_option(options, word, ++position);
+        seen[i] = option;
+        for (int k = 1; option && k < i; k++)
+            if (seen[k] == option)
+                return pk__fail(context, PK_FORMAT, "%s: '%.40s' comes twice", name, word);
+        if (!option) {
+            char names[256];
+            pk__option_names(options, names, sizeof names);
+            return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of %s%s%s", word, name,
+                            names[0] ? "; possible are " : "", names);
+        }
+        if (option->kind == PK_OPTION_FLAG) {
+            attributes[option->attribute] = option->least;
+            continue;
+        }
+        pk_status status = pk__parse_value(context, option, value, attributes);
         if (status)
             return status;
-    } else {
-        if (count - 1 > operation->parameters)
-            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many",
-                            words[0], operation->parameters, words[operation->parameters + 1]);
-        for (int i = 1; i < count; i++) {
-            pk_status status = pk__parse_number(context, words[i], &attributes[i - 1]);
-            if (status)
-                return status;
-        }
     }
-    int input = (int)graph->node_count - 1;
-    return pk_graph_add(context, graph, operation, 1, &input, attributes, NULL);
+    for (const pk_option *option = options; option && option->name; option++)
+        if (option->required && position < option->position)
+            return pk__fail(context, PK_FORMAT, "%s needs its %s", name, option->name);
+    return PK_OK;
 }
+
+/* ---- layers ---------------------------------------------------------------------------------------- */
+
+/* Appends a built-in operation behind the branch in hand. */
+static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
+                            size_t constant_count, const pk_real *constants)
+{
+    return pk_graph_add_constants(parser->context, parser->graph, pk_operation_find(name), 1, &parser->node,
+                                  attributes, constant_count, constants, &parser->node);
+}
+
+static pk_status pk__append_add(pk__parser *parser, int other)
+{
+    const int both[2] = {parser->node, other};
+    return pk_graph_add(parser->context, parser->graph, pk_operation_find("add"), 2, both, NULL, &parser->node);
+}
+
+/* A layer that is one operation. */
+static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
+                                 double *attributes)
+{
+    memcpy(attributes, operation->defaults, PK_NODE_ATTRIBUTES * sizeof *attributes);
+    return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
+}
+
+/* An array that the network names, as numbers; the caller releases both. */
+static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer, pk_array *array,
+                                     pk_real **numbers)
+{
+    const char *name = layer->count > 1 ? layer->words[1] : "";
+    *numbers = NULL;
+    memset(array, 0, sizeof *array);
+    if (!name[0] ||
+        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != strlen(name))
+        return pk__fail(parser->context, PK_FORMAT, "%s needs the name of an array: letters, digits and _",
+                        layer->words[0]);
+    if (!parser->constants)
+        return pk__fail(parser->context, PK_ARGUMENT, "%s: no arrays were given, so '%.40s' is not known",
+                        layer->words[0], name);
+    pk_status status = parser->constants->load(parser->constants->user, parser->context, name, array);
+    if (!status)
+        status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
+    if (!status)
+        pk_array_reals(array, 0, pk_array_items(array), *numbers);
+    for (size_t i = 0; !status && i < pk_array_items(array); i++)
+        if (!isfinite((*numbers)[i]))
+            status = pk__fail(parser->context, PK_NOT_FINITE,
+                              "the array '%.40s' has a number that is not finite", name);
+    return status;
+}
+
+/* The shape of the branch in hand. */
+static const pk_shape *pk__branch_shape(const pk__parser *parser)
+{
+    return &parser->graph->nodes[parser->node].shape;
+}
+
+/* dense and conv, `ntk` [w_std=] [b_std=]: the NTK parameterisation y = w_std / sqrt(fan_in) W x + b_std b with
+ * standard normal W and b (Jacot et al. 2018, section 2; Lee et al. 2019, eq. 1), as scaled inputs and outputs. */
+enum { PK__NTK_FLAG, PK__NTK_WEIGHTS, PK__NTK_BIASES };
+static const pk_option pk__ntk_options[] = {
+    {"ntk", PK_OPTION_FLAG, PK__NTK_FLAG, 0, 0, 1, 0, 0, NULL},
+    {"w_std", PK_OPTION_NUMBER, PK__NTK_WEIGHTS, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {"b_std", PK_OPTION_NUMBER, PK__NTK_BIASES, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static pk_status pk__append_scale(pk__parser *parser, double factor)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_ACTIVATION_NUMBER] = factor;
+    return factor == 1 ? PK_OK : pk__append(parser, "scale", attributes, 0, NULL);
+}
+
+static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_operation *operation = pk_operation_find(layer->words[0]);
+    const int dense = strcmp(operation->name, "dense") == 0;
+    double attributes[PK_NODE_ATTRIBUTES], ntk[PK_NODE_ATTRIBUTES] = {0, 1, 1};
+    pk__layer rest = *layer, own = *layer;
+    rest.count = own.count = 1;
+    for (int i = 1; i < layer->count; i++) {
+        pk__layer *to = pk__find_option(pk__ntk_options, layer->words[i], 0) ? &own : &rest;
+        to->words[to->count++] = layer->words[i];
+    }
+    pk_status status = pk__plain_layer(parser, &rest, operation, attributes);
+    if (!status)
+        status = pk__parse_options(parser->context, operation->name, pk__ntk_options, &own, ntk);
+    if (!status && ntk[PK__NTK_FLAG] == 0 && own.count > 1)
+        status =
+            pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk", operation->name, own.words[1]);
+    if (status || ntk[PK__NTK_FLAG] == 0)
+        return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+    /* Biases are scaled with everything behind the layer, so the input is scaled by what is left. */
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int biased = attributes[dense ? (int)PK_DENSE_BIAS : (int)PK_CONVOLUTION_BIAS] != 0;
+    const double after = biased ? ntk[PK__NTK_BIASES] : 1;
+    const double fan_in = dense ? (double)shape->dims[shape->rank - 1]
+                                : (double)shape->dims[0] / attributes[PK_CONVOLUTION_GROUPS] *
+                                      attributes[PK_CONVOLUTION_KERNEL] * attributes[PK_CONVOLUTION_KERNEL + 1];
+    attributes[dense ? (int)PK_DENSE_INITIAL : (int)PK_CONVOLUTION_INITIAL] = PK_INITIAL_STANDARD;
+    status = pk__append_scale(parser, ntk[PK__NTK_WEIGHTS] / (after * sqrt(fan_in)));
+    if (!status)
+        status = pk__append(parser, operation->name, attributes, 0, NULL);
+    return status ? status : pk__append_scale(parser, after);
+}
+
+/* position: a learned vector for each token. */
+static pk_status pk__position_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int values = parser->node;
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    if (layer->count > 1 || shape->rank != 2)
+        return pk__fail(parser->context, layer->count > 1 ? PK_FORMAT : PK_SHAPE,
+                        "position has no options, and needs values of tokens x width");
+    attributes[PK_POSITION_TOKENS] = (double)shape->dims[0];
+    attributes[PK_POSITION_WIDTH] = (double)shape->dims[1];
+    parser->node = 0; /* it depends on weights alone */
+    pk_status status = pk__append(parser, "position", attributes, 0, NULL);
+    return status ? status : pk__append_add(parser, values);
+}
+
+/* A learned factor and, with bias, summand for each number of the trailing dims dimensions; dims 0: each channel. */
+static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_AFFINE_BIAS] = bias;
+    attributes[PK_AFFINE_DIMS] = dims;
+    return pk__append(parser, "affine", attributes, 0, NULL);
+}
+
+/* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
+enum { PK__NORM_AFFINE = PK_NODE_ATTRIBUTES - 1 };
+static const pk_option pk__norm_options[] = {
+    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
+    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
+    {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const int root = strcmp(layer->words[0], "rms_norm") == 0;
+    const char *name = root ? "rms_normalize" : "normalize";
+    double attributes[PK_NODE_ATTRIBUTES];
+    memcpy(attributes, pk_operation_find(name)->defaults, sizeof attributes);
+    attributes[PK__NORM_AFFINE] = 1;
+    pk_status status = pk__parse_options(parser->context, layer->words[0], pk__norm_options, layer, attributes);
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (!status)
+        status = pk__append(parser, name, attributes, 0, NULL);
+    return status || !affine ? status : pk__append_affine(parser, !root, attributes[PK_NORM_DIMS]);
+}
+
+/* attention H [causal] [shared] [nobias]: PyTorch's MultiheadAttention with as many outputs as inputs; shared: one
+ * projection for queries, keys and values. */
+static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
+{
+    enum { BIAS = PK_NODE_ATTRIBUTES - 1 };
+    static const pk_option options[] = {
+        {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
+        {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
+        {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
+        {"nobias", PK_OPTION_FLAG, BIAS, 0, 0, 0, 0, 0, NULL},
+        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    };
+    const pk_shape *shape = pk__branch_shape(parser);
+    const double width = (double)shape->dims[shape->rank - 1];
+    double attributes[PK_NODE_ATTRIBUTES] = {0}, dense[PK_NODE_ATTRIBUTES] = {0};
+    attributes[BIAS] = 1;
+    pk_status status = pk__parse_options(parser->context, "attention", options, layer, attributes);
+    dense[PK_DENSE_OUTPUTS] = (attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3) * width;
+    dense[PK_DENSE_BIAS] = attributes[BIAS];
+    dense[PK_DENSE_INITIAL] = PK_INITIAL_GLOROT_UNIFORM;
+    dense[PK_DENSE_GAIN] = 1;
+    attributes[BIAS] = 0;
+    if (!status && shape->rank != 2)
+        status = pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of rank %d",
+                          shape->rank);
+    if (!status)
+        status = pk__append(parser, "dense", dense, 0, NULL);
+    if (!status)
+        status = pk__append(parser, "attend", attributes, 0, NULL);
+    dense[PK_DENSE_OUTPUTS] = width;
+    dense[PK_DENSE_INITIAL] = PK_INITIAL_LECUN_UNIFORM;
+    dense[PK_DENSE_GAIN] =
+        0.57735026918962576451; /* PyTorch's default weight, 1/sqrt(3) of LeCun's, bias zero */
+    return status ? status : pk__append(parser, "dense", dense, 0, NULL);
+}
+
+/* max_pool of KxK as 1xK and Kx1: fewer differences whose signs must be watched. */
+static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_operation *operation = pk_operation_find("max_pool");
+    static const int pairs[3] = {PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD};
+    double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
+    pk_status status = pk__plain_layer(parser, layer, operation, attributes);
+    for (int i = 0; i < 2 && !status; i++) /* an unstated stride is the kernel */
+        if (attributes[PK_POOL_STRIDE + i] == 0)
+            attributes[PK_POOL_STRIDE + i] = attributes[PK_POOL_KERNEL + i];
+    for (int side = 1; side >= 0 && !status; side--) {
+        memcpy(part, attributes, sizeof part);
+        for (int i = 0; i < 3; i++)
+            part[pairs[i] + !side] = pairs[i] == PK_POOL_PAD ? 0 : 1;
+        if (part[PK_POOL_KERNEL + side] != 1 || part[PK_POOL_STRIDE + side] != 1 ||
+            part[PK_POOL_PAD + side] != 0)
+            status = pk__append(parser, "max_pool", part, 0, NULL);
+    }
+    return status;
+}
+
+/* constant NAME, propagate NAME, batch_norm NAME. */
+static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const char *name = layer->words[0];
+    pk_array array;
+    pk_real *numbers = NULL;
+    const int norm = strcmp(name, "batch_norm") == 0;
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk__layer rest = *layer;
+    rest.count--;
+    for (int i = 1; i < rest.count; i++)
+        rest.words[i] = layer->words[i + 1];
+    attributes[PK_NORM_EPSILON] = norm ? 1e-5 : 0;
+    attributes[PK__NORM_AFFINE] = norm;
+    pk_status status = pk__named_constants(parser, layer, &array, &numbers);
+    if (!status)
+        status = pk__parse_options(parser->context, name, norm ? pk__norm_options : NULL, &rest, attributes);
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (!status && array.rank != 2)
+        status = pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name,
+                          layer->words[1], array.rank);
+    if (!status && strcmp(name, "propagate") == 0 && array.shape[1] != 3)
+        status = pk__fail(parser->context, PK_SHAPE,
+                          "propagate: the array '%.40s' has %zu columns, not row, column and value",
+                          layer->words[1], array.shape[1]);
+    if (!status && strcmp(name, "constant") == 0) {
+        attributes[PK_POSITION_TOKENS] = (double)array.shape[0];
+        attributes[PK_POSITION_WIDTH] = (double)array.shape[1];
+        parser->node = 0;
+    }
+    if (!status)
+        status = pk__append(parser, norm ? "standardize" : name, attributes, pk_array_items(&array), numbers);
+    pk_release(parser->context, numbers);
+    pk_array_release(parser->context, &array);
+    return status || !affine ? status : pk__append_affine(parser, 1, 0);
+}
+
+/* fourier N [scale=1] [seed=0]: N normal frequencies of standard deviation scale for each input. */
+enum { PK__FOURIER_COUNT, PK__FOURIER_SCALE, PK__FOURIER_SEED };
+static const pk_option pk__fourier_options[] = {
+    {"number of frequencies", PK_OPTION_NUMBER, PK__FOURIER_COUNT, 1, 1, 1, 1e9, 1, NULL},
+    {"scale", PK_OPTION_NUMBER, PK__FOURIER_SCALE, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {"seed", PK_OPTION_NUMBER, PK__FOURIER_SEED, 0, 0, 0, 9e15, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0, 1, 0};
+    pk_status status = pk__parse_options(parser->context, "fourier", pk__fourier_options, layer, attributes);
+    if (!status)
+        status = pk__check_attributes(parser->context, "fourier", pk__fourier_options, attributes);
+    pk_real *numbers = NULL;
+    size_t count = 0;
+    if (!status &&
+        !pk__multiply((size_t)attributes[PK__FOURIER_COUNT], parser->graph->nodes[parser->node].width, &count))
+        status = pk__fail(parser->context, PK_OVERFLOW, "fourier: the number of frequencies overflows");
+    if (!status)
+        status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
+    pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
+    for (size_t i = 0; !status && i < count; i++)
+        numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
+    if (!status)
+        status = pk__append(parser, "fourier", NULL, count, numbers);
+    pk_release(parser->context, numbers);
+    return status;
+}
+
+/* select: the token that the row's data name. */
+static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const int both[2] = {parser->node, 0};
+    if (layer->count > 1)
+        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not an option of select", layer->words[1]);
+    return pk_graph_add(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL,
+                        &parser->node);
+}
+
+static pk_status pk__refused_layer(pk__parser *parser, const pk__layer *layer)
+{
+    (void)layer;
+    return pk__fail(parser->context, PK_UNSUPPORTED,
+                    "dropout draws a random network at each step, so a step's update is not a function of the "
+                    "weights and the examples; train without it");
+}
+
+/* Layers that are more than one operation, or need more than numbers. */
+static const struct {
+    const char *name;
+    pk_status (*build)(pk__parser *parser, const pk__layer *layer);
+} pk__composites[] = {
+    {"dense", pk__weights_layer},      {"conv", pk__weights_layer},        {"position", pk__position_layer},
+    {"propagate", pk__constant_layer}, {"constant", pk__constant_layer},   {"fourier", pk__fourier_layer},
+    {"select", pk__select_layer},      {"dropout", pk__refused_layer},     {"layer_norm", pk__norm_layer},
+    {"rms_norm", pk__norm_layer},      {"batch_norm", pk__constant_layer}, {"attention", pk__attention_layer},
+    {"max_pool", pk__max_pool_layer},
+};
+
+static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+{
+    pk_context *context = parser->context;
+    if (!parser->graph->node_count) {
+        pk_shape shape;
+        if (strcmp(layer->words[0], "input") != 0 || layer->count != 2)
+            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
+                            layer->words[0]);
+        pk_status status = pk__parse_shape(context, layer->words[1], &shape);
+        return status ? status : pk_graph_input(context, parser->graph, &shape);
+    }
+    for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
+        if (strcmp(layer->words[0], pk__composites[i].name) == 0)
+            return pk__composites[i].build(parser, layer);
+    const pk_operation *operation = pk_operation_find(layer->words[0]);
+    double attributes[PK_NODE_ATTRIBUTES];
+    if (!operation || strcmp(operation->name, "add") == 0)
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
+    pk_status status = pk__plain_layer(parser, layer, operation, attributes);
+    return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+}
+
+/* ---- the language ---------------------------------------------------------------------------------- */
 
 static int pk__is_blank(char c)
 {
     return c == ' ' || c == '\t' || c == '\r' || c == '\n';
 }
 
-/* One layer: copies the words from [*at, `;` or the end) into words, single blanks between, moves *at on. */
-static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count,
-                                 const char **words)
+static int pk__ends_layer(char c)
+{
+    return c == 0 || c == ';' || c == '(' || c == ')' || c == '|';
+}
+
+static void pk__write_canonical(pk__parser *parser, const char *text)
+{
+    const size_t length = strlen(text);
+    memcpy(parser->canonical, text, length);
+    parser->canonical += length;
+}
+
+/* One layer: reads words up to what ends it, and appends them to the canonical text, single blanks between. */
+static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
 {
     size_t used = 0;
-    const char *from = *at;
-    *count = 0;
-    while (*from && *from != ';') {
+    const char *from = parser->at;
+    layer->count = 0;
+    while (!pk__ends_layer(*from)) {
         if (pk__is_blank(*from)) {
             from++;
             continue;
         }
-        if (*count == PK__LAYER_WORDS)
-            return pk__fail(context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
-        words[(*count)++] = text + used;
-        while (*from && *from != ';' && !pk__is_blank(*from)) {
+        if (layer->count == PK__LAYER_WORDS)
+            return pk__fail(parser->context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
+        layer->words[layer->count++] = layer->text + used;
+        while (!pk__ends_layer(*from) && !pk__is_blank(*from)) {
             if (used + 2 > PK__LAYER_TEXT)
-                return pk__fail(context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
-            text[used++] = *from++;
+                return pk__fail(parser->context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
+            layer->text[used++] = *from++;
         }
-        text[used++] = 0;
+        layer->text[used++] = 0;
     }
-    *at = from;
-    return *count ? PK_OK : pk__fail(context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
+    parser->at = from;
+    for (int i = 0; i < layer->count; i++) {
+        pk__write_canonical(parser, i ? " " : "");
+        pk__write_canonical(parser, layer->words[i]);
+    }
+    return layer->count
+               ? PK_OK
+               : pk__fail(parser->context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
 }
 
-static pk_status pk__parse_layers(pk_context *context, const char *text, pk_graph *graph)
+static pk_status pk__parse_layers(pk__parser *parser);
+
+/* residual( body ) or residual( body | shortcut ), from behind the '(': y = body(x) + shortcut(x). */
+static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
 {
-    char layer[PK__LAYER_TEXT];
-    const char *words[PK__LAYER_WORDS];
-    char *canonical = graph->text;
-    for (int number = 1;; number++) {
-        int count = 0;
+    const int start = parser->node;
+    if (strcmp(layer->words[0], "residual") != 0 || layer->count != 1 || !parser->graph->node_count)
+        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is no residual that could have branches",
+                        layer->words[layer->count - 1]);
+    if (++parser->depth > PK__NETWORK_DEPTH)
+        return pk__fail(parser->context, PK_FORMAT, "residuals are nested more than %d deep",
+                        PK__NETWORK_DEPTH);
+    parser->at++;
+    pk__write_canonical(parser, "( ");
+    pk_status status = pk__parse_layers(parser);
+    int body = parser->node, shortcut = start;
+    if (!status && *parser->at == '|') {
+        parser->at++;
+        parser->node = start;
+        pk__write_canonical(parser, " | ");
+        status = pk__parse_layers(parser);
+        shortcut = parser->node;
+    }
+    if (!status && *parser->at != ')')
+        status = pk__fail(parser->context, PK_FORMAT,
+                          *parser->at ? "'%c' where ')' ends the residual" : "the ')' of a residual is missing",
+                          *parser->at);
+    if (status)
+        return status;
+    parser->depth--;
+    parser->at++;
+    pk__write_canonical(parser, " )");
+    while (pk__is_blank(*parser->at))
+        parser->at++;
+    if (!pk__ends_layer(*parser->at) || *parser->at == '(')
+        return pk__fail(parser->context, PK_FORMAT, "'%.20s' behind a residual; a ';' is missing", parser->at);
+    parser->node = body;
+    return pk__append_add(parser, shortcut);
+}
+
+/* Layers up to what is no ';'. A message names the layer; a residual's inner layers name themselves. */
+static pk_status pk__parse_layers(pk__parser *parser)
+{
+    for (;;) {
+        pk__layer layer;
+        const int number = ++parser->number;
         pk_status status = number > PK__NETWORK_LAYERS
-                               ? pk__fail(context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
-                               : pk__split_layer(context, &text, layer, &count, words);
+                               ? pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
+                               : pk__split_layer(parser, &layer);
         if (!status)
-            status = pk__add_layer(context, graph, count, words);
+            status = *parser->at == '(' ? pk__parse_residual(parser, &layer) : pk__add_layer(parser, &layer);
+        if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
+            status = pk__fail(parser->context, PK_FORMAT, "'%c' outside of a residual", *parser->at);
         if (status) {
             char message[PK_MESSAGE_SIZE] = "";
-            if (context)
-                memcpy(message, context->message, sizeof message);
-            return pk__fail(context, status, "network, layer %d: %.400s", number, message);
+            if (parser->context)
+                memcpy(message, parser->context->message, sizeof message);
+            if (strncmp(message, "network, layer ", 15) == 0)
+                return status;
+            return pk__fail(parser->context, status, "network, layer %d: %.400s", number, message);
         }
-        for (int i = 0; i < count; i++) {
-            size_t length = strlen(words[i]);
-            memcpy(canonical, words[i], length);
-            canonical += length;
-            *canonical++ = i + 1 < count ? ' ' : ';';
-        }
-        if (!*text) {
-            canonical[-1] = 0;
-            break;
-        }
-        text++;
-        *canonical++ = ' ';
+        if (*parser->at != ';')
+            return PK_OK;
+        parser->at++;
+        pk__write_canonical(parser, "; ");
     }
-    if (!graph->parameters)
-        return pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
-    return PK_OK;
 }
 
-PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
+PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, const pk_constants *constants,
+                                       pk_graph *graph)
 {
     if (!text || graph->node_count)
         return pk__fail(context, PK_ARGUMENT,
                         text ? "network: the graph is in use already" : "network: no text");
-    /* A blank after each ';' makes the canonical text at most twice as long. */
-    pk_status status = pk_allocate(context, 2 * strlen(text) + 2, 1, "the network's text", &graph->text);
-    if (!status)
-        status = pk__parse_layers(context, text, graph);
+    /* A sign becomes at most three characters, a blank on each side. */
+    pk_status status = pk_allocate(context, 3 * strlen(text) + 4, 1, "the network's text", &graph->text);
+    if (!status) {
+        pk__parser parser = {context, graph, constants, text, graph->text, 0, 0, 0};
+        status = pk__parse_layers(&parser);
+        *parser.canonical = 0;
+    }
+    if (!status && !graph->parameters)
+        status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+    if (!status && graph->nodes[graph->node_count - 1].shape.rank != 1) {
+        char shape[PK_SHAPE_TEXT];
+        status = pk__fail(context, PK_SHAPE,
+                          "network: its outputs are %s numbers; 'flatten' makes one vector of them, 'token' or "
+                          "'mean_tokens' of tokens",
+                          pk_shape_text(&graph->nodes[graph->node_count - 1].shape, shape));
+    }
     if (status)
         pk_graph_release(context, graph);
     return status;
+}
+
+PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
+{
+    return pk_network_parse_with(context, text, NULL, graph);
 }
 
 PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
@@ -4325,9 +5616,11 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
         if (!node->weight_count)
             continue;
         pk_random random = {seed, (uint64_t)node->layer, 0};
-        double bound = 1 / sqrt((double)graph->nodes[node->inputs[0]].width);
-        for (size_t i = 0; i < node->weight_count; i++)
-            weights[node->weight_offset + i] = (pk_real)(bound * (2 * pk_random_uniform(&random) - 1));
+        if (node->operation->initialize)
+            node->operation->initialize(node, &random, weights + node->weight_offset);
+        else
+            pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, graph->nodes[node->inputs[0]].width, 1,
+                                  node->weight_count, &random, weights + node->weight_offset);
     }
     return PK_OK;
 }
@@ -4396,8 +5689,8 @@ static pk_status pk__tensor_list_take(pk_context *context, const pk_graph *graph
         const pk_node *node = &graph->nodes[n];
         if (!node->weight_count)
             continue;
-        size_t out = node->width, in = graph->nodes[node->inputs[0]].width, offset = node->weight_offset;
-        if (node->operation->tangent_form != PK_TANGENT_OUTER)
+        size_t out = node->fan_out, in = node->fan_in, offset = node->weight_offset;
+        if (node->tangent_form != PK_TANGENT_OUTER)
             status = pk__fail(context, PK_UNSUPPORTED,
                               "safetensors: layer %zu, '%s': the shape of its weights is not known", n - 1,
                               node->operation->name);
@@ -7605,8 +8898,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
             segment->base[n] = base;
             segment->slope[n] = slope;
         }
-        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) &&
-            segment->gathered)
+        if (n && node->varies && (gather || !affine || !pk__is_outer(node)) && segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
         if (n && pk__is_switch(node)) {
@@ -8351,7 +9643,8 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
 static int pk__has_bias(const pk_graph *graph, const pk_node *node)
 {
-    return node->weight_count > node->width * pk__layer_input(graph, node)->width;
+    (void)graph;
+    return node->weight_count > node->fan_out * node->fan_in;
 }
 
 PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
@@ -8366,7 +9659,7 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
+        int rows = !pk__is_outer(node);
         size_t bytes = examples->ld * sizeof(pk_real);
         pk_real *input =
             rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
@@ -8384,7 +9677,7 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk
 {
     size_t most = 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].operation->tangent_form == PK_TANGENT_ROWS)
+        if (graph->nodes[n].weight_count && !pk__is_outer(&graph->nodes[n]))
             most = pk__most(most, graph->nodes[n].weight_count);
     pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
@@ -8442,7 +9735,7 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
             call.weights = weights + node->weight_offset;
             call.out_cotangent = tape->cotangent[n];
             call.gradient = workspace->row_gradients;
-            node->operation->row_gradients(&call);
+            pk__node_row_gradients(&call);
             pk__transpose(count, node->weight_count, workspace->row_gradients, examples->rows[l] + first,
                           examples->ld);
             continue;
@@ -8543,12 +9836,12 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 {
     const pk_node *between = pk__only_reader(graph, node);
     const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
-    return head && head->cotangent_constant && head->operation->tangent_form == PK_TANGENT_OUTER ? head : NULL;
+    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
 static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
 {
-    if (node->operation->tangent_form == PK_TANGENT_ROWS)
+    if (!pk__is_outer(node))
         return PK_LAYER_ROWS;
     if (bounds)
         return PK_LAYER_POINTS;
@@ -8945,7 +10238,7 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
         call.weights = pk__row_weights(tape, &tape->line, node, p);
         call.gradient = tangent->scratch;
-        node->operation->row_gradients(&call);
+        pk__node_row_gradients(&call);
         for (size_t i = 0; i < outputs * weights; i++)
             tangent->phi[layer][cell * weights + i] += weight * tangent->scratch[i];
         for (size_t i = 0; tangent->check && i < outputs * weights; i++) {
@@ -9805,7 +11098,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 /* Weights of a layer that Phi keeps apart from its matrix. */
 static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
 {
-    return node->operation->tangent_form == PK_TANGENT_OUTER && pk__has_bias(graph, node) ? node->width : 0;
+    return pk__is_outer(node) && pk__has_bias(graph, node) ? node->width : 0;
 }
 
 /* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */

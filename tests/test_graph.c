@@ -320,7 +320,7 @@ static void test_arguments(void **state)
     pk_graph graph, before;
     pk_shape shape;
     int zero = 0, wrong = 5, many[5] = {0, 0, 0, 0, 0}, number = -7;
-    double attributes[PK_NODE_ATTRIBUTES] = {0}, four[PK_NODE_ATTRIBUTES] = {4, 1};
+    double attributes[PK_NODE_ATTRIBUTES] = {0}, no[PK_NODE_ATTRIBUTES] = {0, 1};
     const pk_operation *dense = pk_operation_find("dense"), *relu = pk_operation_find("relu");
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
@@ -343,7 +343,6 @@ static void test_arguments(void **state)
     assert_int_equal(graph.input_width, 6);
     assert_refused(&context, PK_ARGUMENT, "already", pk_graph_input(&context, &graph, &shape));
     before = graph;
-    assert_refused(&context, PK_SHAPE, "flat", pk_graph_add(&context, &graph, dense, 1, &zero, four, &number));
     assert_refused(&context, PK_ARGUMENT, "no operation",
                    pk_graph_add(&context, &graph, NULL, 1, &zero, NULL, &number));
     assert_refused(&context, PK_ARGUMENT, "0 inputs",
@@ -355,6 +354,8 @@ static void test_arguments(void **state)
     wrong = -1;
     assert_refused(&context, PK_ARGUMENT, "node -1",
                    pk_graph_add(&context, &graph, relu, 1, &wrong, NULL, &number));
+    assert_refused(&context, PK_ARGUMENT, "dense: outputs is 0; a whole number from 1",
+                   pk_graph_add(&context, &graph, dense, 1, &zero, no, &number));
     pk_operation odd = *relu;
     odd.shape = bad_shape;
     assert_refused(&context, PK_OVERFLOW, "too large",

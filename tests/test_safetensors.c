@@ -324,8 +324,8 @@ static void test_other_forms(void **state)
     pk_real weights[PARAMETERS] = {0};
     (void)state;
     other.name = "mine";
-    other.tangent_form = PK_TANGENT_ROWS;
     graph.nodes[1].operation = &other;
+    graph.nodes[1].tangent_form = PK_TANGENT_ROWS;
     in_folder("w.safetensors", path);
     assert_status(PK_UNSUPPORTED, "layer 0, 'mine'", pk_safetensors_write(&context, path, &graph, weights, 0));
     assert_status(PK_UNSUPPORTED, "layer 0, 'mine'",

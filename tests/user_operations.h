@@ -223,7 +223,6 @@ FIXTURE void user_fill(user_operations *all)
     all->dense_rows.row_gradients = user_dense_rows;
     all->own_dense = *pk_operation_find("dense");
     all->own_dense.name = "own_dense";
-    all->own_dense.parse = NULL;
     all->own_dense.shape = user_own_shape;
     all->own_dense.forward = user_own_forward;
     all->own_dense.tangent = user_own_tangent;

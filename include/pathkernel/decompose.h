@@ -289,7 +289,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 /* Weights of a layer that Phi keeps apart from its matrix. */
 static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
 {
-    return node->operation->tangent_form == PK_TANGENT_OUTER && pk__has_bias(graph, node) ? node->width : 0;
+    return pk__is_outer(node) && pk__has_bias(graph, node) ? node->width : 0;
 }
 
 /* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */

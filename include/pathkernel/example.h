@@ -69,7 +69,8 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
 static int pk__has_bias(const pk_graph *graph, const pk_node *node)
 {
-    return node->weight_count > node->width * pk__layer_input(graph, node)->width;
+    (void)graph;
+    return node->weight_count > node->fan_out * node->fan_in;
 }
 
 PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
@@ -84,7 +85,7 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        int rows = node->operation->tangent_form == PK_TANGENT_ROWS;
+        int rows = !pk__is_outer(node);
         size_t bytes = examples->ld * sizeof(pk_real);
         pk_real *input =
             rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
@@ -102,7 +103,7 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk
 {
     size_t most = 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].operation->tangent_form == PK_TANGENT_ROWS)
+        if (graph->nodes[n].weight_count && !pk__is_outer(&graph->nodes[n]))
             most = pk__most(most, graph->nodes[n].weight_count);
     pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
@@ -160,7 +161,7 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
             call.weights = weights + node->weight_offset;
             call.out_cotangent = tape->cotangent[n];
             call.gradient = workspace->row_gradients;
-            node->operation->row_gradients(&call);
+            pk__node_row_gradients(&call);
             pk__transpose(count, node->weight_count, workspace->row_gradients, examples->rows[l] + first,
                           examples->ld);
             continue;

@@ -9,11 +9,12 @@
 #ifndef PATHKERNEL_GRAPH_H
 #define PATHKERNEL_GRAPH_H
 #include "matrix.h"
+#include "random.h"
 
 /* >>> declarations */
 PK__BEGIN_C
 
-enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 8 };
+enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16 };
 
 /* The shape of one example at a node; width is the product of dims. */
 typedef struct pk_shape {
@@ -25,15 +26,36 @@ typedef struct pk_shape {
 typedef enum pk_smoothness {
     PK_LINEAR,           /* linear (a constant may be added) */
     PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
-    PK_SMOOTH            /* analytic, not polynomial */
+    PK_SMOOTH,           /* analytic, not polynomial */
+    PK_SURROGATE         /* the reverse rule is not the derivative: no path integral can close */
 } pk_smoothness;
 
 /* How the gradient with respect to the weights is represented, see tangent.h. */
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE,  /* no weights */
-    PK_TANGENT_OUTER, /* weight (out, in), then bias (out): cotangent (x) input, cotangent */
+    PK_TANGENT_OUTER, /* weight (fan_out, fan_in), then perhaps bias (fan_out), used at `positions` places:
+                         sum over places of cotangent (x) input, sum of cotangents */
     PK_TANGENT_ROWS   /* materialised: row_gradients */
 } pk_tangent_form;
+
+typedef enum pk_option_kind {
+    PK_OPTION_NUMBER, /* a number */
+    PK_OPTION_PAIR,   /* AxB, or A for both; two attributes */
+    PK_OPTION_FLAG,   /* the name alone: the attribute becomes `least` */
+    PK_OPTION_CHOICE  /* one of the words of `choices`, its number */
+} pk_option_kind;
+
+/* A word of an operation in the network language and the attribute that it sets. */
+typedef struct pk_option {
+    const char *name; /* NULL ends a list */
+    pk_option_kind kind;
+    int attribute;
+    int position; /* 1, 2, ...: the word of this number; 0: name=value, or the name of a flag, anywhere */
+    int required;
+    double least, most; /* what a number may be */
+    int whole;
+    const char *choices; /* "a b c" */
+} pk_option;
 
 struct pk_operation;
 struct pk_graph;
@@ -46,7 +68,11 @@ typedef struct pk_node {
     size_t width;
     size_t weight_offset, weight_count;
     double attributes[PK_NODE_ATTRIBUTES];
-    int layer; /* number among the nodes with weights, -1 without */
+    pk_real *constants; /* fixed numbers that are no weights; owned by the graph */
+    size_t constant_count;
+    pk_tangent_form tangent_form;      /* the operation's, unless its shape rule chose another */
+    size_t positions, fan_in, fan_out; /* PK_TANGENT_OUTER */
+    int layer;                         /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
@@ -80,12 +106,11 @@ typedef struct pk_operation {
     const char *name; /* its word in the network language */
     pk_smoothness smoothness;
     pk_tangent_form tangent_form;
-    int linear_in_weights; /* F is linear and homogeneous in its weights (or has none) */
-    int parameters;        /* numbers that may follow the name in the network language, all optional */
+    int linear_in_weights;    /* F is linear and homogeneous in its weights (or has none) */
+    const pk_option *options; /* what may follow the name in the network language; NULL: nothing */
     double defaults[PK_NODE_ATTRIBUTES];
-    /* Reads the words after the name into attributes (the defaults); NULL: parameters numbers. */
-    pk_status (*parse)(pk_context *context, int count, const char *const *words, double *attributes);
-    /* Checks the inputs, sets node->shape and node->weight_count. */
+    /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
+     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
     void (*forward)(const pk_call *call);                               /* out = F */
@@ -98,6 +123,16 @@ typedef struct pk_operation {
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
     int elementwise;                       /* one input of the same shape, number by number, no weights */
+    /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
+     * Operations that are linear in their inputs or between kinks need none. */
+    void (*curvature)(const pk_call *call);
+    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. */
+    void (*unfold)(const pk_call *call);
+    int channels_first; /* values are fan_out x positions, not positions x fan_out */
+    /* Whether one row of data may come in; NULL: any. The message names row and number. */
+    pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
+    /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
+    void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
 } pk_operation;
 
 typedef struct pk_graph {
@@ -105,10 +140,16 @@ typedef struct pk_graph {
     pk_node *nodes; /* in topological order; nodes[0] is the input, the last one the output */
     size_t parameters, layers, input_width, output_width, widest;
     pk_shape input_shape;
-    int degree;   /* of the output in t along a line, -1: not polynomial */
-    int switched; /* some piecewise-linear node depends on the weights */
-    char *text;   /* its network line where it came from one, else NULL; owned */
+    int degree;    /* of the output in t along a line, -1: not polynomial */
+    int switched;  /* some piecewise-linear node depends on the weights */
+    int surrogate; /* some node that depends on the weights is PK_SURROGATE */
+    int checked;   /* some operation restricts its data: pk_graph_check_inputs */
+    char *text;    /* its network line where it came from one, else NULL; owned */
 } pk_graph;
+
+/* Writes a shape as 1x28x28 into text (PK_SHAPE_TEXT bytes); returns text. */
+enum { PK_SHAPE_TEXT = 96 };
+PK_API const char *pk_shape_text(const pk_shape *shape, char *text);
 
 /* Starts a zeroed graph with its input. */
 PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_shape *shape);
@@ -118,6 +159,16 @@ PK_API PK__MUST_USE pk_status pk_graph_input(pk_context *context, pk_graph *grap
 PK_API PK__MUST_USE pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
                                            int input_count, const int *inputs, const double *attributes,
                                            int *node);
+/* The same for an operation with fixed numbers, which are copied. */
+PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph,
+                                                     const pk_operation *operation, int input_count,
+                                                     const int *inputs, const double *attributes,
+                                                     size_t constant_count, const pk_real *constants,
+                                                     int *node);
+/* Whether inputs (rows x input width) may go in: tokens are whole numbers below the vocabulary's size.
+ * PK_ARGUMENT names the row, counted from first. */
+PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first,
+                                                    size_t rows, const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
@@ -166,10 +217,26 @@ PK__END_C
 #define PATHKERNEL_GRAPH_IMPLEMENTED
 /* >>> implementation */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 PK__BEGIN_C
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
+
+PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (int i = 0; i < shape->rank && i < PK_SHAPE_RANK; i++)
+        used += (size_t)snprintf(text + used, PK_SHAPE_TEXT - used, i ? "x%zu" : "%zu", shape->dims[i]);
+    return text;
+}
+
+/* The gradient is one outer product: what the factored engine takes. */
+PK__PRIVATE int pk__is_outer(const pk_node *node)
+{
+    return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
+}
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
 {
@@ -198,7 +265,8 @@ static void pk__node_analyse(const pk_graph *graph, pk_node *node)
             node->degree = input->degree;
     }
     node->varies = !node->input_constant || node->weight_count > 0;
-    if (!node->input_constant && operation->smoothness == PK_SMOOTH)
+    if (!node->input_constant && operation->smoothness != PK_LINEAR &&
+        operation->smoothness != PK_PIECEWISE_LINEAR)
         node->degree = -1;
     if (node->weight_count > 0)
         node->degree = node->degree < 0 || !operation->linear_in_weights ? -1 : node->degree + 1;
@@ -208,6 +276,8 @@ static void pk__graph_analyse(pk_graph *graph)
 {
     size_t last = graph->node_count - 1;
     graph->switched = 0;
+    graph->surrogate = 0;
+    graph->checked = 0;
     graph->widest = 0;
     for (size_t n = 0; n < graph->node_count; n++) {
         pk_node *node = &graph->nodes[n];
@@ -227,6 +297,8 @@ static void pk__graph_analyse(pk_graph *graph)
             input->unread = 0;
         }
         graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
+        graph->surrogate |= node->operation->smoothness == PK_SURROGATE && !node->input_constant;
+        graph->checked |= node->operation->check != NULL;
     }
     graph->output_width = graph->nodes[last].width;
     graph->degree = graph->nodes[last].degree;
@@ -273,8 +345,41 @@ PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_s
     return PK_OK;
 }
 
-PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
-                              int input_count, const int *inputs, const double *attributes, int *number)
+/* The number of a blank-separated word in a list, -1 where it is none of them. */
+PK__PRIVATE int pk__word_index(const char *list, const char *word)
+{
+    const size_t length = strlen(word);
+    for (int index = 0; *list; index++) {
+        const size_t own = strcspn(list, " ");
+        if (own == length && memcmp(list, word, own) == 0)
+            return index;
+        list += own + (list[own] == ' ');
+    }
+    return -1;
+}
+
+/* Whether attributes are in the options' ranges. */
+PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name, const pk_option *options,
+                                           const double *attributes)
+{
+    for (const pk_option *option = options; option && option->name; option++) {
+        const int count = option->kind == PK_OPTION_PAIR ? 2 : 1;
+        for (int i = 0; i < count && option->kind != PK_OPTION_FLAG; i++) {
+            const double value = attributes[option->attribute + i];
+            if (option->kind == PK_OPTION_CHOICE ? value >= 0 && value < 64 && value == floor(value)
+                                                 : value >= option->least && value <= option->most &&
+                                                       (!option->whole || value == floor(value)))
+                continue;
+            return pk__fail(context, PK_ARGUMENT, "%s: %s is %g; a %snumber from %g to %g is possible", name,
+                            option->name, value, option->whole ? "whole " : "", option->least, option->most);
+        }
+    }
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                        int input_count, const int *inputs, const double *attributes,
+                                        size_t constant_count, const pk_real *constants, int *number)
 {
     if (!graph->node_count || !operation)
         return pk__fail(context, PK_ARGUMENT,
@@ -287,6 +392,9 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
     node.operation = operation;
     node.input_count = input_count;
     node.layer = -1;
+    node.tangent_form = operation->tangent_form;
+    node.constants = (pk_real *)constants; /* only read, until it is copied */
+    node.constant_count = constant_count;
     memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
     for (int j = 0; j < input_count; j++) {
         if (inputs[j] < 0 || (size_t)inputs[j] >= graph->node_count)
@@ -294,25 +402,59 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
                             operation->name, j, inputs[j], graph->node_count);
         node.inputs[j] = inputs[j];
     }
-    pk_status status = operation->shape(context, graph, &node);
+    pk_status status = pk__check_attributes(context, operation->name, operation->options, node.attributes);
+    if (!status)
+        status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
     if (!status)
         status = pk__graph_grow(context, graph);
+    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
+        status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
+    if (!status && constant_count) {
+        status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
+        if (!status)
+            memcpy(node.constants, constants, constant_count * sizeof *constants);
+    }
     if (status)
         return status;
-    if (node.weight_count > SIZE_MAX / 4096 - graph->parameters)
-        return pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
         node.weight_offset = graph->parameters;
         graph->parameters += node.weight_count;
+    }
+    if (node.tangent_form == PK_TANGENT_OUTER && !node.positions) {
+        node.positions = 1;
+        node.fan_in = graph->nodes[node.inputs[0]].width;
+        node.fan_out = node.width;
     }
     pk__node_analyse(graph, &node);
     if (number)
         *number = (int)graph->node_count;
     graph->nodes[graph->node_count++] = node;
     pk__graph_analyse(graph);
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                              int input_count, const int *inputs, const double *attributes, int *number)
+{
+    return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
+}
+
+PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first, size_t rows,
+                                       const pk_real *inputs)
+{
+    for (size_t row = 0; graph->checked && row < rows; row++)
+        for (size_t n = 1; n < graph->node_count; n++) {
+            const pk_node *node = &graph->nodes[n];
+            if (!node->operation->check || node->inputs[0] != 0)
+                continue;
+            pk_status status =
+                node->operation->check(context, node, first + row, inputs + row * graph->input_width);
+            if (status)
+                return status;
+        }
     return PK_OK;
 }
 
@@ -326,6 +468,8 @@ PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
 
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
+    for (size_t n = 0; n < graph->node_count; n++)
+        pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
     memset(graph, 0, sizeof *graph);
@@ -361,6 +505,8 @@ PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, si
             tape->tangent[n] = tangent;
         if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
             scratch = node->operation->scratch(node, rows, copies);
+        if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
+            scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count && both * node->width > line)
             line = both * node->width;
         if (n && !node->operation->linear_in_weights && node->weight_count > weights)
@@ -423,6 +569,38 @@ PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *l
     for (size_t i = 0; i < node->weight_count; i++)
         tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
     return tape->row_weights;
+}
+
+/* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
+PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
+{
+    const pk_node *node = call->node;
+    if (node->tangent_form != PK_TANGENT_OUTER) {
+        node->operation->row_gradients(call);
+        return;
+    }
+    const size_t positions = node->positions, in = node->fan_in, out = node->fan_out;
+    const int first = node->operation->channels_first;
+    for (size_t row = 0; row < call->rows; row++) {
+        pk_call one = *call;
+        one.rows = 1;
+        one.in[0] = call->in[0] + row * call->in_width[0];
+        one.out = call->scratch;
+        if (node->operation->unfold)
+            node->operation->unfold(&one);
+        const pk_real *places = node->operation->unfold ? one.out : one.in[0];
+        for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
+            const pk_real *delta = call->out_cotangent + copy * node->width;
+            pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
+            pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0, gradient,
+                     in);
+            for (size_t j = 0; node->weight_count > out * in && j < out; j++) {
+                bias[j] = 0;
+                for (size_t q = 0; q < positions; q++)
+                    bias[j] += first ? delta[j * positions + q] : delta[q * out + j];
+            }
+        }
+    }
 }
 
 /* An operation that is not linear in its weights gets own weights for each row: slow, and right. */
@@ -591,6 +769,11 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         return PK_OK;
     if (!weights || !inputs.data || !outputs.data)
         return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
+    for (size_t row = 0; graph->checked && row < inputs.rows; row++) {
+        pk_status status = pk_graph_check_inputs(context, graph, row, 1, inputs.data + row * inputs.ld);
+        if (status)
+            return status;
+    }
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
     size_t threads = pk__least((size_t)pk_threads(context), blocks);
     pk_arena arena = {NULL, 0, 0, 0};

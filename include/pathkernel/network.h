@@ -1,23 +1,35 @@
 /* pathkernel/network.h: the network language and the initialisation of weights.
  *
  *     input 64; dense 32; tanh; dense 32 nobias; leaky_relu 0.01; dense 10
+ *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
  *
- * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Parameters are in
- * PyTorch's order: layers in order, each layer's weight (out, in), then its bias.
+ * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Most layers are one
+ * operation of the same name with its options; what is made of several is in the table pk__composites. Parameters are
+ * in PyTorch's order: layers in order, the branches of a residual in order, each layer's weight, then its bias.
  */
 #ifndef PATHKERNEL_NETWORK_H
 #define PATHKERNEL_NETWORK_H
+#include "array.h"
 #include "operation.h"
-#include "random.h"
 
 /* >>> declarations */
 PK__BEGIN_C
 
-/* Builds the graph that text describes into a zeroed graph; graph->text is the text with single blanks.
+/* Where the arrays come from that a network names, such as the matrix of `propagate NAME`. load fills a zeroed array,
+ * which is released after use; its message names what is missing. */
+typedef struct pk_constants {
+    pk_status (*load)(void *user, pk_context *context, const char *name, pk_array *array);
+    void *user;
+} pk_constants;
+
+/* Builds the graph that text describes into a zeroed graph; graph->text is the text with single blanks. constants may
+ * be NULL for a network that names none.
  * PK_FORMAT, PK_ARGUMENT or PK_SHAPE name the layer and the word; the graph stays zeroed then. */
+PK_API PK__MUST_USE pk_status pk_network_parse_with(pk_context *context, const char *text,
+                                                    const pk_constants *constants, pk_graph *graph);
 PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
 
-/* weights (P) = PyTorch's default initialisation: each layer's weights and biases uniform in
+/* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
 PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
                                                     pk_real *weights);
@@ -29,11 +41,32 @@ PK__END_C
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_NETWORK_IMPLEMENTED)
 #define PATHKERNEL_NETWORK_IMPLEMENTED
 /* >>> implementation */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
 
-enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000 };
+enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
+
+/* The words of a layer, its name first. */
+typedef struct pk__layer {
+    int count;
+    const char *words[PK__LAYER_WORDS];
+    char text[PK__LAYER_TEXT];
+} pk__layer;
+
+typedef struct pk__parser {
+    pk_context *context;
+    pk_graph *graph;
+    const pk_constants *constants;
+    const char *at;  /* in the text */
+    char *canonical; /* where the next canonical character goes */
+    int number;      /* of the layer */
+    int depth;       /* of residuals */
+    int node;        /* the last one of the branch in hand */
+} pk__parser;
+
+/* ---- words ----------------------------------------------------------------------------------------- */
 
 /* "64" or "1x28x28" as a shape. */
 static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
@@ -56,118 +89,572 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
     return PK_OK;
 }
 
-static pk_status pk__add_layer(pk_context *context, pk_graph *graph, int count, const char *const *words)
+/* The value of an option: what follows `name=`, or the positional word. */
+static pk_status pk__parse_value(pk_context *context, const pk_option *option, const char *value,
+                                 double *attributes)
 {
-    if (!graph->node_count) {
-        pk_shape shape;
-        if (strcmp(words[0], "input") != 0 || count != 2)
-            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
-                            words[0]);
-        pk_status status = pk__parse_shape(context, words[1], &shape);
-        return status ? status : pk_graph_input(context, graph, &shape);
+    double *to = attributes + option->attribute;
+    size_t length = strlen(value);
+    if (option->kind == PK_OPTION_CHOICE) {
+        int choice = pk__word_index(option->choices, value);
+        *to = choice;
+        return choice >= 0 ? PK_OK
+                           : pk__fail(context, PK_FORMAT, "%s: '%.40s' is none of: %s", option->name, value,
+                                      option->choices);
     }
-    const pk_operation *operation = pk_operation_find(words[0]);
-    if (!operation)
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", words[0]);
-    double attributes[PK_NODE_ATTRIBUTES];
-    memcpy(attributes, operation->defaults, sizeof attributes);
-    if (operation->parse) {
-        pk_status status = operation->parse(context, count - 1, words + 1, attributes);
+    if (option->kind == PK_OPTION_PAIR) {
+        const size_t first = strcspn(value, "x");
+        if (value[first] && !pk__number(value + first + 1, length - first - 1, &to[1]))
+            return pk__fail(context, PK_FORMAT, "%s: '%.40s' is not a pair such as 3x3", option->name, value);
+        length = first;
+    }
+    if (!pk__number(value, length, to))
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not a finite number", value);
+    if (option->kind == PK_OPTION_PAIR && !value[length])
+        to[1] = to[0];
+    return PK_OK;
+}
+
+static const pk_option *pk__find_option(const pk_option *options, const char *word, int position)
+{
+    for (const pk_option *option = options; option && option->name; option++) {
+        const size_t length = strlen(option->name);
+        if (position ? option->position == position
+                     : !option->position && strncmp(word, option->name, length) == 0 &&
+                           word[length] == (option->kind == PK_OPTION_FLAG ? '\0' : '='))
+            return option;
+    }
+    return NULL;
+}
+
+/* A list of the options without a position, for a message. */
+static void pk__option_names(const pk_option *options, char *text, size_t size)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (const pk_option *option = options; option && option->name; option++)
+        if (!option->position && used < size)
+            used += (size_t)snprintf(text + used, size - used, "%s'%s%s'", used ? ", " : "", option->name,
+                                     option->kind == PK_OPTION_FLAG ? "" : "=");
+}
+
+/* Reads the words of a layer after its name into attributes, which hold the defaults. */
+static pk_status pk__parse_options(pk_context *context, const char *name, const pk_option *options,
+                                   const pk__layer *layer, double *attributes)
+{
+    const pk_option *seen[PK__LAYER_WORDS];
+    int position = 0;
+    for (int i = 1; i < layer->count; i++) {
+        const char *word = layer->words[i];
+        const pk_option *option = pk__find_option(options, word, 0);
+        const char *value = option ? word + strlen(option->name) + 1 : word;
+        if (!option)
+            option = pk__find_option(options, word, ++position);
+        seen[i] = option;
+        for (int k = 1; option && k < i; k++)
+            if (seen[k] == option)
+                return pk__fail(context, PK_FORMAT, "%s: '%.40s' comes twice", name, word);
+        if (!option) {
+            char names[256];
+            pk__option_names(options, names, sizeof names);
+            return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of %s%s%s", word, name,
+                            names[0] ? "; possible are " : "", names);
+        }
+        if (option->kind == PK_OPTION_FLAG) {
+            attributes[option->attribute] = option->least;
+            continue;
+        }
+        pk_status status = pk__parse_value(context, option, value, attributes);
         if (status)
             return status;
-    } else {
-        if (count - 1 > operation->parameters)
-            return pk__fail(context, PK_FORMAT, "%s takes at most %d numbers; '%.40s' is one too many",
-                            words[0], operation->parameters, words[operation->parameters + 1]);
-        for (int i = 1; i < count; i++) {
-            pk_status status = pk__parse_number(context, words[i], &attributes[i - 1]);
-            if (status)
-                return status;
-        }
     }
-    int input = (int)graph->node_count - 1;
-    return pk_graph_add(context, graph, operation, 1, &input, attributes, NULL);
+    for (const pk_option *option = options; option && option->name; option++)
+        if (option->required && position < option->position)
+            return pk__fail(context, PK_FORMAT, "%s needs its %s", name, option->name);
+    return PK_OK;
 }
+
+/* ---- layers ---------------------------------------------------------------------------------------- */
+
+/* Appends a built-in operation behind the branch in hand. */
+static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
+                            size_t constant_count, const pk_real *constants)
+{
+    return pk_graph_add_constants(parser->context, parser->graph, pk_operation_find(name), 1, &parser->node,
+                                  attributes, constant_count, constants, &parser->node);
+}
+
+static pk_status pk__append_add(pk__parser *parser, int other)
+{
+    const int both[2] = {parser->node, other};
+    return pk_graph_add(parser->context, parser->graph, pk_operation_find("add"), 2, both, NULL, &parser->node);
+}
+
+/* A layer that is one operation. */
+static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
+                                 double *attributes)
+{
+    memcpy(attributes, operation->defaults, PK_NODE_ATTRIBUTES * sizeof *attributes);
+    return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
+}
+
+/* An array that the network names, as numbers; the caller releases both. */
+static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer, pk_array *array,
+                                     pk_real **numbers)
+{
+    const char *name = layer->count > 1 ? layer->words[1] : "";
+    *numbers = NULL;
+    memset(array, 0, sizeof *array);
+    if (!name[0] ||
+        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != strlen(name))
+        return pk__fail(parser->context, PK_FORMAT, "%s needs the name of an array: letters, digits and _",
+                        layer->words[0]);
+    if (!parser->constants)
+        return pk__fail(parser->context, PK_ARGUMENT, "%s: no arrays were given, so '%.40s' is not known",
+                        layer->words[0], name);
+    pk_status status = parser->constants->load(parser->constants->user, parser->context, name, array);
+    if (!status)
+        status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
+    if (!status)
+        pk_array_reals(array, 0, pk_array_items(array), *numbers);
+    for (size_t i = 0; !status && i < pk_array_items(array); i++)
+        if (!isfinite((*numbers)[i]))
+            status = pk__fail(parser->context, PK_NOT_FINITE,
+                              "the array '%.40s' has a number that is not finite", name);
+    return status;
+}
+
+/* The shape of the branch in hand. */
+static const pk_shape *pk__branch_shape(const pk__parser *parser)
+{
+    return &parser->graph->nodes[parser->node].shape;
+}
+
+/* dense and conv, `ntk` [w_std=] [b_std=]: the NTK parameterisation y = w_std / sqrt(fan_in) W x + b_std b with
+ * standard normal W and b (Jacot et al. 2018, section 2; Lee et al. 2019, eq. 1), as scaled inputs and outputs. */
+enum { PK__NTK_FLAG, PK__NTK_WEIGHTS, PK__NTK_BIASES };
+static const pk_option pk__ntk_options[] = {
+    {"ntk", PK_OPTION_FLAG, PK__NTK_FLAG, 0, 0, 1, 0, 0, NULL},
+    {"w_std", PK_OPTION_NUMBER, PK__NTK_WEIGHTS, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {"b_std", PK_OPTION_NUMBER, PK__NTK_BIASES, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static pk_status pk__append_scale(pk__parser *parser, double factor)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_ACTIVATION_NUMBER] = factor;
+    return factor == 1 ? PK_OK : pk__append(parser, "scale", attributes, 0, NULL);
+}
+
+static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_operation *operation = pk_operation_find(layer->words[0]);
+    const int dense = strcmp(operation->name, "dense") == 0;
+    double attributes[PK_NODE_ATTRIBUTES], ntk[PK_NODE_ATTRIBUTES] = {0, 1, 1};
+    pk__layer rest = *layer, own = *layer;
+    rest.count = own.count = 1;
+    for (int i = 1; i < layer->count; i++) {
+        pk__layer *to = pk__find_option(pk__ntk_options, layer->words[i], 0) ? &own : &rest;
+        to->words[to->count++] = layer->words[i];
+    }
+    pk_status status = pk__plain_layer(parser, &rest, operation, attributes);
+    if (!status)
+        status = pk__parse_options(parser->context, operation->name, pk__ntk_options, &own, ntk);
+    if (!status && ntk[PK__NTK_FLAG] == 0 && own.count > 1)
+        status =
+            pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk", operation->name, own.words[1]);
+    if (status || ntk[PK__NTK_FLAG] == 0)
+        return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+    /* Biases are scaled with everything behind the layer, so the input is scaled by what is left. */
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int biased = attributes[dense ? (int)PK_DENSE_BIAS : (int)PK_CONVOLUTION_BIAS] != 0;
+    const double after = biased ? ntk[PK__NTK_BIASES] : 1;
+    const double fan_in = dense ? (double)shape->dims[shape->rank - 1]
+                                : (double)shape->dims[0] / attributes[PK_CONVOLUTION_GROUPS] *
+                                      attributes[PK_CONVOLUTION_KERNEL] * attributes[PK_CONVOLUTION_KERNEL + 1];
+    attributes[dense ? (int)PK_DENSE_INITIAL : (int)PK_CONVOLUTION_INITIAL] = PK_INITIAL_STANDARD;
+    status = pk__append_scale(parser, ntk[PK__NTK_WEIGHTS] / (after * sqrt(fan_in)));
+    if (!status)
+        status = pk__append(parser, operation->name, attributes, 0, NULL);
+    return status ? status : pk__append_scale(parser, after);
+}
+
+/* position: a learned vector for each token. */
+static pk_status pk__position_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int values = parser->node;
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    if (layer->count > 1 || shape->rank != 2)
+        return pk__fail(parser->context, layer->count > 1 ? PK_FORMAT : PK_SHAPE,
+                        "position has no options, and needs values of tokens x width");
+    attributes[PK_POSITION_TOKENS] = (double)shape->dims[0];
+    attributes[PK_POSITION_WIDTH] = (double)shape->dims[1];
+    parser->node = 0; /* it depends on weights alone */
+    pk_status status = pk__append(parser, "position", attributes, 0, NULL);
+    return status ? status : pk__append_add(parser, values);
+}
+
+/* A learned factor and, with bias, summand for each number of the trailing dims dimensions; dims 0: each channel. */
+static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_AFFINE_BIAS] = bias;
+    attributes[PK_AFFINE_DIMS] = dims;
+    return pk__append(parser, "affine", attributes, 0, NULL);
+}
+
+/* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
+enum { PK__NORM_AFFINE = PK_NODE_ATTRIBUTES - 1 };
+static const pk_option pk__norm_options[] = {
+    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
+    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
+    {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const int root = strcmp(layer->words[0], "rms_norm") == 0;
+    const char *name = root ? "rms_normalize" : "normalize";
+    double attributes[PK_NODE_ATTRIBUTES];
+    memcpy(attributes, pk_operation_find(name)->defaults, sizeof attributes);
+    attributes[PK__NORM_AFFINE] = 1;
+    pk_status status = pk__parse_options(parser->context, layer->words[0], pk__norm_options, layer, attributes);
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (!status)
+        status = pk__append(parser, name, attributes, 0, NULL);
+    return status || !affine ? status : pk__append_affine(parser, !root, attributes[PK_NORM_DIMS]);
+}
+
+/* attention H [causal] [shared] [nobias]: PyTorch's MultiheadAttention with as many outputs as inputs; shared: one
+ * projection for queries, keys and values. */
+static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
+{
+    enum { BIAS = PK_NODE_ATTRIBUTES - 1 };
+    static const pk_option options[] = {
+        {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
+        {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
+        {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
+        {"nobias", PK_OPTION_FLAG, BIAS, 0, 0, 0, 0, 0, NULL},
+        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    };
+    const pk_shape *shape = pk__branch_shape(parser);
+    const double width = (double)shape->dims[shape->rank - 1];
+    double attributes[PK_NODE_ATTRIBUTES] = {0}, dense[PK_NODE_ATTRIBUTES] = {0};
+    attributes[BIAS] = 1;
+    pk_status status = pk__parse_options(parser->context, "attention", options, layer, attributes);
+    dense[PK_DENSE_OUTPUTS] = (attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3) * width;
+    dense[PK_DENSE_BIAS] = attributes[BIAS];
+    dense[PK_DENSE_INITIAL] = PK_INITIAL_GLOROT_UNIFORM;
+    dense[PK_DENSE_GAIN] = 1;
+    attributes[BIAS] = 0;
+    if (!status && shape->rank != 2)
+        status = pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of rank %d",
+                          shape->rank);
+    if (!status)
+        status = pk__append(parser, "dense", dense, 0, NULL);
+    if (!status)
+        status = pk__append(parser, "attend", attributes, 0, NULL);
+    dense[PK_DENSE_OUTPUTS] = width;
+    dense[PK_DENSE_INITIAL] = PK_INITIAL_LECUN_UNIFORM;
+    dense[PK_DENSE_GAIN] =
+        0.57735026918962576451; /* PyTorch's default weight, 1/sqrt(3) of LeCun's, bias zero */
+    return status ? status : pk__append(parser, "dense", dense, 0, NULL);
+}
+
+/* max_pool of KxK as 1xK and Kx1: fewer differences whose signs must be watched. */
+static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_operation *operation = pk_operation_find("max_pool");
+    static const int pairs[3] = {PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD};
+    double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
+    pk_status status = pk__plain_layer(parser, layer, operation, attributes);
+    for (int i = 0; i < 2 && !status; i++) /* an unstated stride is the kernel */
+        if (attributes[PK_POOL_STRIDE + i] == 0)
+            attributes[PK_POOL_STRIDE + i] = attributes[PK_POOL_KERNEL + i];
+    for (int side = 1; side >= 0 && !status; side--) {
+        memcpy(part, attributes, sizeof part);
+        for (int i = 0; i < 3; i++)
+            part[pairs[i] + !side] = pairs[i] == PK_POOL_PAD ? 0 : 1;
+        if (part[PK_POOL_KERNEL + side] != 1 || part[PK_POOL_STRIDE + side] != 1 ||
+            part[PK_POOL_PAD + side] != 0)
+            status = pk__append(parser, "max_pool", part, 0, NULL);
+    }
+    return status;
+}
+
+/* constant NAME, propagate NAME, batch_norm NAME. */
+static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const char *name = layer->words[0];
+    pk_array array;
+    pk_real *numbers = NULL;
+    const int norm = strcmp(name, "batch_norm") == 0;
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk__layer rest = *layer;
+    rest.count--;
+    for (int i = 1; i < rest.count; i++)
+        rest.words[i] = layer->words[i + 1];
+    attributes[PK_NORM_EPSILON] = norm ? 1e-5 : 0;
+    attributes[PK__NORM_AFFINE] = norm;
+    pk_status status = pk__named_constants(parser, layer, &array, &numbers);
+    if (!status)
+        status = pk__parse_options(parser->context, name, norm ? pk__norm_options : NULL, &rest, attributes);
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (!status && array.rank != 2)
+        status = pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name,
+                          layer->words[1], array.rank);
+    if (!status && strcmp(name, "propagate") == 0 && array.shape[1] != 3)
+        status = pk__fail(parser->context, PK_SHAPE,
+                          "propagate: the array '%.40s' has %zu columns, not row, column and value",
+                          layer->words[1], array.shape[1]);
+    if (!status && strcmp(name, "constant") == 0) {
+        attributes[PK_POSITION_TOKENS] = (double)array.shape[0];
+        attributes[PK_POSITION_WIDTH] = (double)array.shape[1];
+        parser->node = 0;
+    }
+    if (!status)
+        status = pk__append(parser, norm ? "standardize" : name, attributes, pk_array_items(&array), numbers);
+    pk_release(parser->context, numbers);
+    pk_array_release(parser->context, &array);
+    return status || !affine ? status : pk__append_affine(parser, 1, 0);
+}
+
+/* fourier N [scale=1] [seed=0]: N normal frequencies of standard deviation scale for each input. */
+enum { PK__FOURIER_COUNT, PK__FOURIER_SCALE, PK__FOURIER_SEED };
+static const pk_option pk__fourier_options[] = {
+    {"number of frequencies", PK_OPTION_NUMBER, PK__FOURIER_COUNT, 1, 1, 1, 1e9, 1, NULL},
+    {"scale", PK_OPTION_NUMBER, PK__FOURIER_SCALE, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {"seed", PK_OPTION_NUMBER, PK__FOURIER_SEED, 0, 0, 0, 9e15, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0, 1, 0};
+    pk_status status = pk__parse_options(parser->context, "fourier", pk__fourier_options, layer, attributes);
+    if (!status)
+        status = pk__check_attributes(parser->context, "fourier", pk__fourier_options, attributes);
+    pk_real *numbers = NULL;
+    size_t count = 0;
+    if (!status &&
+        !pk__multiply((size_t)attributes[PK__FOURIER_COUNT], parser->graph->nodes[parser->node].width, &count))
+        status = pk__fail(parser->context, PK_OVERFLOW, "fourier: the number of frequencies overflows");
+    if (!status)
+        status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
+    pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
+    for (size_t i = 0; !status && i < count; i++)
+        numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
+    if (!status)
+        status = pk__append(parser, "fourier", NULL, count, numbers);
+    pk_release(parser->context, numbers);
+    return status;
+}
+
+/* select: the token that the row's data name. */
+static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const int both[2] = {parser->node, 0};
+    if (layer->count > 1)
+        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not an option of select", layer->words[1]);
+    return pk_graph_add(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL,
+                        &parser->node);
+}
+
+static pk_status pk__refused_layer(pk__parser *parser, const pk__layer *layer)
+{
+    (void)layer;
+    return pk__fail(parser->context, PK_UNSUPPORTED,
+                    "dropout draws a random network at each step, so a step's update is not a function of the "
+                    "weights and the examples; train without it");
+}
+
+/* Layers that are more than one operation, or need more than numbers. */
+static const struct {
+    const char *name;
+    pk_status (*build)(pk__parser *parser, const pk__layer *layer);
+} pk__composites[] = {
+    {"dense", pk__weights_layer},      {"conv", pk__weights_layer},        {"position", pk__position_layer},
+    {"propagate", pk__constant_layer}, {"constant", pk__constant_layer},   {"fourier", pk__fourier_layer},
+    {"select", pk__select_layer},      {"dropout", pk__refused_layer},     {"layer_norm", pk__norm_layer},
+    {"rms_norm", pk__norm_layer},      {"batch_norm", pk__constant_layer}, {"attention", pk__attention_layer},
+    {"max_pool", pk__max_pool_layer},
+};
+
+static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+{
+    pk_context *context = parser->context;
+    if (!parser->graph->node_count) {
+        pk_shape shape;
+        if (strcmp(layer->words[0], "input") != 0 || layer->count != 2)
+            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
+                            layer->words[0]);
+        pk_status status = pk__parse_shape(context, layer->words[1], &shape);
+        return status ? status : pk_graph_input(context, parser->graph, &shape);
+    }
+    for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
+        if (strcmp(layer->words[0], pk__composites[i].name) == 0)
+            return pk__composites[i].build(parser, layer);
+    const pk_operation *operation = pk_operation_find(layer->words[0]);
+    double attributes[PK_NODE_ATTRIBUTES];
+    if (!operation || strcmp(operation->name, "add") == 0)
+        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
+    pk_status status = pk__plain_layer(parser, layer, operation, attributes);
+    return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+}
+
+/* ---- the language ---------------------------------------------------------------------------------- */
 
 static int pk__is_blank(char c)
 {
     return c == ' ' || c == '\t' || c == '\r' || c == '\n';
 }
 
-/* One layer: copies the words from [*at, `;` or the end) into words, single blanks between, moves *at on. */
-static pk_status pk__split_layer(pk_context *context, const char **at, char *text, int *count,
-                                 const char **words)
+static int pk__ends_layer(char c)
+{
+    return c == 0 || c == ';' || c == '(' || c == ')' || c == '|';
+}
+
+static void pk__write_canonical(pk__parser *parser, const char *text)
+{
+    const size_t length = strlen(text);
+    memcpy(parser->canonical, text, length);
+    parser->canonical += length;
+}
+
+/* One layer: reads words up to what ends it, and appends them to the canonical text, single blanks between. */
+static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
 {
     size_t used = 0;
-    const char *from = *at;
-    *count = 0;
-    while (*from && *from != ';') {
+    const char *from = parser->at;
+    layer->count = 0;
+    while (!pk__ends_layer(*from)) {
         if (pk__is_blank(*from)) {
             from++;
             continue;
         }
-        if (*count == PK__LAYER_WORDS)
-            return pk__fail(context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
-        words[(*count)++] = text + used;
-        while (*from && *from != ';' && !pk__is_blank(*from)) {
+        if (layer->count == PK__LAYER_WORDS)
+            return pk__fail(parser->context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
+        layer->words[layer->count++] = layer->text + used;
+        while (!pk__ends_layer(*from) && !pk__is_blank(*from)) {
             if (used + 2 > PK__LAYER_TEXT)
-                return pk__fail(context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
-            text[used++] = *from++;
+                return pk__fail(parser->context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
+            layer->text[used++] = *from++;
         }
-        text[used++] = 0;
+        layer->text[used++] = 0;
     }
-    *at = from;
-    return *count ? PK_OK : pk__fail(context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
+    parser->at = from;
+    for (int i = 0; i < layer->count; i++) {
+        pk__write_canonical(parser, i ? " " : "");
+        pk__write_canonical(parser, layer->words[i]);
+    }
+    return layer->count
+               ? PK_OK
+               : pk__fail(parser->context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
 }
 
-static pk_status pk__parse_layers(pk_context *context, const char *text, pk_graph *graph)
+static pk_status pk__parse_layers(pk__parser *parser);
+
+/* residual( body ) or residual( body | shortcut ), from behind the '(': y = body(x) + shortcut(x). */
+static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
 {
-    char layer[PK__LAYER_TEXT];
-    const char *words[PK__LAYER_WORDS];
-    char *canonical = graph->text;
-    for (int number = 1;; number++) {
-        int count = 0;
+    const int start = parser->node;
+    if (strcmp(layer->words[0], "residual") != 0 || layer->count != 1 || !parser->graph->node_count)
+        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is no residual that could have branches",
+                        layer->words[layer->count - 1]);
+    if (++parser->depth > PK__NETWORK_DEPTH)
+        return pk__fail(parser->context, PK_FORMAT, "residuals are nested more than %d deep",
+                        PK__NETWORK_DEPTH);
+    parser->at++;
+    pk__write_canonical(parser, "( ");
+    pk_status status = pk__parse_layers(parser);
+    int body = parser->node, shortcut = start;
+    if (!status && *parser->at == '|') {
+        parser->at++;
+        parser->node = start;
+        pk__write_canonical(parser, " | ");
+        status = pk__parse_layers(parser);
+        shortcut = parser->node;
+    }
+    if (!status && *parser->at != ')')
+        status = pk__fail(parser->context, PK_FORMAT,
+                          *parser->at ? "'%c' where ')' ends the residual" : "the ')' of a residual is missing",
+                          *parser->at);
+    if (status)
+        return status;
+    parser->depth--;
+    parser->at++;
+    pk__write_canonical(parser, " )");
+    while (pk__is_blank(*parser->at))
+        parser->at++;
+    if (!pk__ends_layer(*parser->at) || *parser->at == '(')
+        return pk__fail(parser->context, PK_FORMAT, "'%.20s' behind a residual; a ';' is missing", parser->at);
+    parser->node = body;
+    return pk__append_add(parser, shortcut);
+}
+
+/* Layers up to what is no ';'. A message names the layer; a residual's inner layers name themselves. */
+static pk_status pk__parse_layers(pk__parser *parser)
+{
+    for (;;) {
+        pk__layer layer;
+        const int number = ++parser->number;
         pk_status status = number > PK__NETWORK_LAYERS
-                               ? pk__fail(context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
-                               : pk__split_layer(context, &text, layer, &count, words);
+                               ? pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
+                               : pk__split_layer(parser, &layer);
         if (!status)
-            status = pk__add_layer(context, graph, count, words);
+            status = *parser->at == '(' ? pk__parse_residual(parser, &layer) : pk__add_layer(parser, &layer);
+        if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
+            status = pk__fail(parser->context, PK_FORMAT, "'%c' outside of a residual", *parser->at);
         if (status) {
             char message[PK_MESSAGE_SIZE] = "";
-            if (context)
-                memcpy(message, context->message, sizeof message);
-            return pk__fail(context, status, "network, layer %d: %.400s", number, message);
+            if (parser->context)
+                memcpy(message, parser->context->message, sizeof message);
+            if (strncmp(message, "network, layer ", 15) == 0)
+                return status;
+            return pk__fail(parser->context, status, "network, layer %d: %.400s", number, message);
         }
-        for (int i = 0; i < count; i++) {
-            size_t length = strlen(words[i]);
-            memcpy(canonical, words[i], length);
-            canonical += length;
-            *canonical++ = i + 1 < count ? ' ' : ';';
-        }
-        if (!*text) {
-            canonical[-1] = 0;
-            break;
-        }
-        text++;
-        *canonical++ = ' ';
+        if (*parser->at != ';')
+            return PK_OK;
+        parser->at++;
+        pk__write_canonical(parser, "; ");
     }
-    if (!graph->parameters)
-        return pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
-    return PK_OK;
 }
 
-PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
+PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, const pk_constants *constants,
+                                       pk_graph *graph)
 {
     if (!text || graph->node_count)
         return pk__fail(context, PK_ARGUMENT,
                         text ? "network: the graph is in use already" : "network: no text");
-    /* A blank after each ';' makes the canonical text at most twice as long. */
-    pk_status status = pk_allocate(context, 2 * strlen(text) + 2, 1, "the network's text", &graph->text);
-    if (!status)
-        status = pk__parse_layers(context, text, graph);
+    /* A sign becomes at most three characters, a blank on each side. */
+    pk_status status = pk_allocate(context, 3 * strlen(text) + 4, 1, "the network's text", &graph->text);
+    if (!status) {
+        pk__parser parser = {context, graph, constants, text, graph->text, 0, 0, 0};
+        status = pk__parse_layers(&parser);
+        *parser.canonical = 0;
+    }
+    if (!status && !graph->parameters)
+        status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+    if (!status && graph->nodes[graph->node_count - 1].shape.rank != 1) {
+        char shape[PK_SHAPE_TEXT];
+        status = pk__fail(context, PK_SHAPE,
+                          "network: its outputs are %s numbers; 'flatten' makes one vector of them, 'token' or "
+                          "'mean_tokens' of tokens",
+                          pk_shape_text(&graph->nodes[graph->node_count - 1].shape, shape));
+    }
     if (status)
         pk_graph_release(context, graph);
     return status;
+}
+
+PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
+{
+    return pk_network_parse_with(context, text, NULL, graph);
 }
 
 PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
@@ -180,9 +667,11 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
         if (!node->weight_count)
             continue;
         pk_random random = {seed, (uint64_t)node->layer, 0};
-        double bound = 1 / sqrt((double)graph->nodes[node->inputs[0]].width);
-        for (size_t i = 0; i < node->weight_count; i++)
-            weights[node->weight_offset + i] = (pk_real)(bound * (2 * pk_random_uniform(&random) - 1));
+        if (node->operation->initialize)
+            node->operation->initialize(node, &random, weights + node->weight_offset);
+        else
+            pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, graph->nodes[node->inputs[0]].width, 1,
+                                  node->weight_count, &random, weights + node->weight_offset);
     }
     return PK_OK;
 }

@@ -98,8 +98,8 @@ static pk_status pk__tensor_list_take(pk_context *context, const pk_graph *graph
         const pk_node *node = &graph->nodes[n];
         if (!node->weight_count)
             continue;
-        size_t out = node->width, in = graph->nodes[node->inputs[0]].width, offset = node->weight_offset;
-        if (node->operation->tangent_form != PK_TANGENT_OUTER)
+        size_t out = node->fan_out, in = node->fan_in, offset = node->weight_offset;
+        if (node->tangent_form != PK_TANGENT_OUTER)
             status = pk__fail(context, PK_UNSUPPORTED,
                               "safetensors: layer %zu, '%s': the shape of its weights is not known", n - 1,
                               node->operation->name);

@@ -183,8 +183,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
             segment->base[n] = base;
             segment->slope[n] = slope;
         }
-        if (n && node->varies && (gather || !affine || node->operation->tangent_form == PK_TANGENT_ROWS) &&
-            segment->gathered)
+        if (n && node->varies && (gather || !affine || !pk__is_outer(node)) && segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
         if (n && pk__is_switch(node)) {

@@ -150,12 +150,12 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 {
     const pk_node *between = pk__only_reader(graph, node);
     const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
-    return head && head->cotangent_constant && head->operation->tangent_form == PK_TANGENT_OUTER ? head : NULL;
+    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
 static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
 {
-    if (node->operation->tangent_form == PK_TANGENT_ROWS)
+    if (!pk__is_outer(node))
         return PK_LAYER_ROWS;
     if (bounds)
         return PK_LAYER_POINTS;
@@ -552,7 +552,7 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
         call.weights = pk__row_weights(tape, &tape->line, node, p);
         call.gradient = tangent->scratch;
-        node->operation->row_gradients(&call);
+        pk__node_row_gradients(&call);
         for (size_t i = 0; i < outputs * weights; i++)
             tangent->phi[layer][cell * weights + i] += weight * tangent->scratch[i];
         for (size_t i = 0; tangent->check && i < outputs * weights; i++) {

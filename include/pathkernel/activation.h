@@ -1,0 +1,237 @@
+/* pathkernel/activation.h: elementwise operations. */
+#ifndef PATHKERNEL_ACTIVATION_H
+#define PATHKERNEL_ACTIVATION_H
+#include "graph.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* The one attribute of leaky_relu (slope below zero), scale (factor), softplus (beta), sine (frequency), and of sign
+ * and step (sharpness of the surrogate's slope), for pk_graph_add. */
+enum { PK_ACTIVATION_NUMBER };
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_ACTIVATION_IMPLEMENTED)
+#define PATHKERNEL_ACTIVATION_IMPLEMENTED
+/* >>> implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK__PRIVATE pk_status pk__same_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    (void)context;
+    node->shape = graph->nodes[node->inputs[0]].shape;
+    return PK_OK;
+}
+
+PK__PRIVATE size_t pk__one_row_scratch(const pk_node *node, size_t rows, size_t copies)
+{
+    (void)rows, (void)copies;
+    return node->width;
+}
+
+PK__PRIVATE size_t pk__width_switches(const pk_node *node)
+{
+    return node->width;
+}
+
+typedef void pk__slopes(const pk_call *call, size_t first, size_t count, pk_real *slope);
+
+static void pk__elementwise_tangent(const pk_call *call, pk__slopes *slopes)
+{
+    size_t count = call->rows * call->node->width;
+    pk_real *out = call->out_tangent;
+    if (!call->in_tangent[0]) {
+        memset(out, 0, count * sizeof *out);
+        return;
+    }
+    slopes(call, 0, count, out);
+    for (size_t i = 0; i < count; i++)
+        out[i] *= call->in_tangent[0][i];
+}
+
+/* in_cotangent (+)= slope o out_cotangent, or, with the second derivatives as slopes, += slope o in_tangent o
+ * out_cotangent. */
+static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int second)
+{
+    size_t width = call->node->width, copies = call->copies;
+    pk_real *slope = call->scratch;
+    for (size_t row = 0; row < call->rows; row++) {
+        slopes(call, row * width, width, slope);
+        for (size_t j = 0; second && j < width; j++)
+            slope[j] *= call->in_tangent[0][row * width + j];
+        for (size_t copy = 0; copy < copies; copy++) {
+            const pk_real *from = call->out_cotangent + (row * copies + copy) * width;
+            pk_real *to = call->in_cotangent[0] + (row * copies + copy) * width;
+            if (second || call->accumulate[0])
+                for (size_t j = 0; j < width; j++)
+                    to[j] += from[j] * slope[j];
+            else
+                for (size_t j = 0; j < width; j++)
+                    to[j] = from[j] * slope[j];
+        }
+    }
+}
+
+/* Elementwise y = V(x) with slope D(x, y) and second derivative D2(x, y) between kinks: p are the node's
+ * attributes. Slopes at kinks are PyTorch's. */
+#define PK__ELEMENTWISE(name, V, D, D2)                                                               \
+    static void pk__##name##_forward(const pk_call *call)                                             \
+    {                                                                                                 \
+        const double *p = call->node->attributes;                                                     \
+        size_t count = call->rows * call->node->width;                                                \
+        const pk_real *in = call->in[0];                                                              \
+        pk_real *out = call->out;                                                                     \
+        (void)p;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            pk_real x = in[i];                                                                        \
+            out[i] = (pk_real)(V);                                                                    \
+        }                                                                                             \
+    }                                                                                                 \
+    static void pk__##name##_slopes(const pk_call *call, size_t first, size_t count, pk_real *slope)  \
+    {                                                                                                 \
+        const double *p = call->node->attributes;                                                     \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
+        (void)p;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            pk_real x = in[i], y = out[i];                                                            \
+            (void)x, (void)y;                                                                         \
+            slope[i] = (pk_real)(D);                                                                  \
+        }                                                                                             \
+    }                                                                                                 \
+    static void pk__##name##_tangent(const pk_call *call)                                             \
+    {                                                                                                 \
+        pk__elementwise_tangent(call, pk__##name##_slopes);                                           \
+    }                                                                                                 \
+    static void pk__##name##_reverse(const pk_call *call)                                             \
+    {                                                                                                 \
+        pk__elementwise_reverse(call, pk__##name##_slopes, 0);                                        \
+    }                                                                                                 \
+    static void pk__##name##_seconds(const pk_call *call, size_t first, size_t count, pk_real *slope) \
+    {                                                                                                 \
+        const double *p = call->node->attributes;                                                     \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
+        (void)p;                                                                                      \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            pk_real x = in[i], y = out[i];                                                            \
+            (void)x, (void)y;                                                                         \
+            slope[i] = (pk_real)(D2);                                                                 \
+        }                                                                                             \
+    }                                                                                                 \
+    static void pk__##name##_curvature(const pk_call *call)                                           \
+    {                                                                                                 \
+        pk__elementwise_reverse(call, pk__##name##_seconds, 1);                                       \
+    }
+
+#define PK__SQRT_HALF 0.70710678118654752440
+#define PK__INV_SQRT_2PI 0.39894228040143267794
+#define PK__TWO_BY_SQRT_PI 1.12837916709551257390
+
+PK__PRIVATE double pk__sigmoid(double x)
+{
+    double e = exp(-fabs(x));
+    return x >= 0 ? 1 / (1 + e) : e / (1 + e);
+}
+
+/* log(1 + e^(b x)) / b, without overflow and without PyTorch's switch to x at b x > 20: that switch is a
+ * jump of 2e-9 / b, which no path integral could close over. */
+static double pk__softplus(double x, double b)
+{
+    return (b * x > 0 ? x : 0) + log1p(exp(-fabs(b * x))) / b;
+}
+
+PK__ELEMENTWISE(identity, x, 1, 0)
+PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0, 0)
+PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0], 0)
+PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0, 0)
+PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0, 0)
+PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
+PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y, -2 * y * (1 - y * y))
+PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y *(1 - y), y *(1 - y) * (1 - 2 * y))
+PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x),
+                p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
+PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
+                0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
+                PK__INV_SQRT_2PI *exp(-0.5 * x * x) * (2 - x * x))
+PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)),
+                pk__sigmoid(x) * pk__sigmoid(-x) * (2 + x * (1 - 2 * pk__sigmoid(x))))
+PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x), -2 * x * PK__TWO_BY_SQRT_PI * exp(-x * x))
+PK__ELEMENTWISE(sine, sin(p[0] * x), p[0] * cos(p[0] * x), -p[0] * p[0] * y)
+/* The surrogates are the slopes of erf(b x) and of sigmoid(b x) (Eilers, Memmesheimer & Goedeke, 2024). */
+PK__ELEMENTWISE(sign, (x > 0) - (x < 0), p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] * p[0] * x * x),
+                -2 * p[0] * p[0] * x * p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] * p[0] * x * x))
+PK__ELEMENTWISE(step, x > 0, p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x),
+                p[0] * p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x) * (1 - 2 * pk__sigmoid(p[0] * x)))
+#undef PK__ELEMENTWISE
+
+static void pk__zero_switches(const pk_call *call)
+{
+    memcpy(call->out, call->in[0], call->rows * call->node->width * sizeof(pk_real));
+}
+
+static size_t pk__hard_tanh_switch_count(const pk_node *node)
+{
+    return 2 * node->width;
+}
+
+static void pk__hard_tanh_switches(const pk_call *call)
+{
+    size_t count = call->rows * call->node->width;
+    for (size_t i = 0; i < count; i++) {
+        call->out[2 * i] = call->in[0][i] + 1;
+        call->out[2 * i + 1] = call->in[0][i] - 1;
+    }
+}
+
+static const pk_option pk__positive_option[] = {
+    {"its number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__scale_option[] = {
+    {"its factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+#define PK__ACTIVATION(name, kind, options, value, count, switches, curvature)                                 \
+    {                                                                                                          \
+#name, kind, PK_TANGENT_NONE, 1, options,                                                              \
+            {value, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, pk__same_shape, pk__one_row_scratch,        \
+             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1, \
+             curvature, NULL, 0, NULL, NULL                                                                    \
+    }
+#define PK__SMOOTH_OPERATION(name, options, value) \
+    PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)
+#define PK__KINKED_OPERATION(name, options, value, count, switches) \
+    PK__ACTIVATION(name, PK_PIECEWISE_LINEAR, options, value, count, switches, pk__##name##_curvature)
+
+static const pk_operation pk__activation_operations[] = {
+    PK__ACTIVATION(identity, PK_LINEAR, NULL, 0, NULL, NULL, pk__identity_curvature),
+    PK__ACTIVATION(scale, PK_LINEAR, pk__scale_option, 1, NULL, NULL, pk__scale_curvature),
+    PK__KINKED_OPERATION(relu, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__KINKED_OPERATION(leaky_relu, pk__positive_option, 0.01, pk__width_switches, pk__zero_switches),
+    PK__KINKED_OPERATION(hard_tanh, NULL, 0, pk__hard_tanh_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(abs, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__SMOOTH_OPERATION(tanh, NULL, 0),
+    PK__SMOOTH_OPERATION(sigmoid, NULL, 0),
+    PK__SMOOTH_OPERATION(softplus, pk__positive_option, 1),
+    PK__SMOOTH_OPERATION(gelu, NULL, 0),
+    PK__SMOOTH_OPERATION(silu, NULL, 0),
+    PK__SMOOTH_OPERATION(erf, NULL, 0),
+    PK__SMOOTH_OPERATION(sine, pk__positive_option, 1),
+    PK__ACTIVATION(sign, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
+                   pk__sign_curvature),
+    PK__ACTIVATION(step, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
+                   pk__step_curvature),
+};
+#undef PK__SMOOTH_OPERATION
+#undef PK__KINKED_OPERATION
+#undef PK__ACTIVATION
+
+PK__END_C
+/* <<< implementation */
+#endif
