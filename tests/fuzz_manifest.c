@@ -31,7 +31,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size)
         memcpy(text, data, size);
     text[size] = '\0';
-    pk_status status = pk__manifest_parse(&context, text, size, &graph, &loss, &optimizer, &keep_every);
+    pk_status status = pk__manifest_parse(&context, text, size, NULL, &graph, &loss, &optimizer, &keep_every);
     free(text);
     if (status == PK_OK) {
         char line[256];

@@ -645,6 +645,11 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
         for (size_t j = 0; j < inputs.cols; j++)
             if (!isfinite(inputs.data[r * inputs.ld + j]))
                 return pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, column %zu is not finite", r, j);
+    for (size_t r = 0; run->graph.checked && r < inputs.rows; r++) {
+        pk_status status = pk_graph_check_inputs(context, &run->graph, r, 1, inputs.data + r * inputs.ld);
+        if (status)
+            return pk__prefix(context, status, "inputs: ");
+    }
     if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
         return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
     if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||

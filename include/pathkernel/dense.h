@@ -57,31 +57,44 @@ PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_
                                        size_t count, pk_random *random, pk_real *weights)
 {
     const double in = (double)fan_in, out = (double)fan_out;
-    double deviation = gain;
+    double size = gain; /* the standard deviation, or half the width of a uniform distribution */
+    int uniform = 0, biases = 0;
     switch (kind) {
-    case PK_INITIAL_HE:
-    case PK_INITIAL_HE_UNIFORM: deviation *= sqrt(2 / in); break;
-    case PK_INITIAL_GLOROT:
-    case PK_INITIAL_GLOROT_UNIFORM: deviation *= sqrt(2 / (in + out)); break;
-    case PK_INITIAL_LECUN:
-    case PK_INITIAL_LECUN_UNIFORM: deviation *= sqrt(1 / in); break;
-    case PK_INITIAL_ZERO: deviation = 0; break;
-    case PK_INITIAL_STANDARD: deviation = 1; break;
-    case PK_INITIAL_DEFAULT: deviation *= sqrt(1 / (3 * in)); break;
+    case PK_INITIAL_DEFAULT:
+        size /= sqrt(in);
+        uniform = biases = 1;
+        break;
+    case PK_INITIAL_HE: size *= sqrt(2 / in); break;
+    case PK_INITIAL_HE_UNIFORM:
+        size *= sqrt(6 / in);
+        uniform = 1;
+        break;
+    case PK_INITIAL_GLOROT: size *= sqrt(2 / (in + out)); break;
+    case PK_INITIAL_GLOROT_UNIFORM:
+        size *= sqrt(6 / (in + out));
+        uniform = 1;
+        break;
+    case PK_INITIAL_LECUN: size *= sqrt(1 / in); break;
+    case PK_INITIAL_LECUN_UNIFORM:
+        size *= sqrt(3 / in);
+        uniform = 1;
+        break;
+    case PK_INITIAL_ZERO: size = 0; break;
+    case PK_INITIAL_STANDARD:
+        size = 1;
+        biases = 1;
+        break;
     case PK_INITIAL_NORMAL:
     default: break;
     }
-    const int uniform = kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_HE_UNIFORM ||
-                        kind == PK_INITIAL_GLOROT_UNIFORM || kind == PK_INITIAL_LECUN_UNIFORM;
-    const size_t drawn =
-        kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_STANDARD ? count : pk__least(count, fan_in * fan_out);
+    const size_t drawn = biases ? count : pk__least(count, fan_in * fan_out);
     for (size_t i = 0; i < count; i++) {
-        if (i >= drawn || deviation == 0)
+        if (i >= drawn || size == 0)
             weights[i] = 0;
         else if (uniform)
-            weights[i] = (pk_real)(sqrt(3.0) * deviation * (2 * pk_random_uniform(random) - 1));
+            weights[i] = (pk_real)(size * (2 * pk_random_uniform(random) - 1));
         else
-            weights[i] = (pk_real)(deviation * pk_random_normal(random));
+            weights[i] = (pk_real)(size * pk_random_normal(random));
     }
 }
 

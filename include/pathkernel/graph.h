@@ -14,7 +14,7 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16 };
+enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16, PK_CONSTANT_NAME = 32 };
 
 /* The shape of one example at a node; width is the product of dims. */
 typedef struct pk_shape {
@@ -68,11 +68,12 @@ typedef struct pk_node {
     size_t width;
     size_t weight_offset, weight_count;
     double attributes[PK_NODE_ATTRIBUTES];
-    pk_real *constants; /* fixed numbers that are no weights; owned by the graph */
-    size_t constant_count;
-    pk_tangent_form tangent_form;      /* the operation's, unless its shape rule chose another */
-    size_t positions, fan_in, fan_out; /* PK_TANGENT_OUTER */
-    int layer;                         /* number among the nodes with weights, -1 without */
+    pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
+    size_t constant_count, constant_columns; /* columns: of the array that the network language names */
+    char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
+    pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
+    size_t positions, fan_in, fan_out;       /* PK_TANGENT_OUTER */
+    int layer;                               /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */

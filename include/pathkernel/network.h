@@ -29,6 +29,11 @@ PK_API PK__MUST_USE pk_status pk_network_parse_with(pk_context *context, const c
                                                     const pk_constants *constants, pk_graph *graph);
 PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
 
+/* The arrays that the network language named when graph was built; graph has to outlive the result. */
+PK_API pk_constants pk_graph_constants(const pk_graph *graph);
+/* The next node from node number n on that holds a named array, with the array's view; NULL behind the last. */
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array);
+
 /* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
 PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
@@ -205,10 +210,11 @@ static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer,
     const char *name = layer->count > 1 ? layer->words[1] : "";
     *numbers = NULL;
     memset(array, 0, sizeof *array);
-    if (!name[0] ||
+    if (!name[0] || strlen(name) >= PK_CONSTANT_NAME ||
         strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != strlen(name))
-        return pk__fail(parser->context, PK_FORMAT, "%s needs the name of an array: letters, digits and _",
-                        layer->words[0]);
+        return pk__fail(parser->context, PK_FORMAT,
+                        "%s needs the name of an array: up to %d letters, digits and _", layer->words[0],
+                        PK_CONSTANT_NAME - 1);
     if (!parser->constants)
         return pk__fail(parser->context, PK_ARGUMENT, "%s: no arrays were given, so '%.40s' is not known",
                         layer->words[0], name);
@@ -419,6 +425,11 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     }
     if (!status)
         status = pk__append(parser, norm ? "standardize" : name, attributes, pk_array_items(&array), numbers);
+    if (!status) {
+        pk_node *node = &parser->graph->nodes[parser->node];
+        memcpy(node->constant_name, layer->words[1], strlen(layer->words[1]) + 1);
+        node->constant_columns = array.shape[1];
+    }
     pk_release(parser->context, numbers);
     pk_array_release(parser->context, &array);
     return status || !affine ? status : pk__append_affine(parser, 1, 0);
@@ -655,6 +666,36 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
 PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
 {
     return pk_network_parse_with(context, text, NULL, graph);
+}
+
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array)
+{
+    for (; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->constant_name[0])
+            continue;
+        const size_t shape[2] = {node->constant_count / node->constant_columns, node->constant_columns};
+        *array = pk_array_view(sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32, 2, shape,
+                               node->constants);
+        return node;
+    }
+    return NULL;
+}
+
+static pk_status pk__load_from_graph(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    const pk_graph *graph = (const pk_graph *)user;
+    const pk_node *node;
+    for (size_t n = 1; (node = pk_graph_named(graph, n, array)) != NULL; n = (size_t)(node - graph->nodes) + 1)
+        if (strcmp(node->constant_name, name) == 0)
+            return PK_OK;
+    return pk__fail(context, PK_ARGUMENT, "the network holds no array '%.40s'", name);
+}
+
+PK_API pk_constants pk_graph_constants(const pk_graph *graph)
+{
+    pk_constants constants = {pk__load_from_graph, (void *)graph}; /* only read */
+    return constants;
 }
 
 PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,

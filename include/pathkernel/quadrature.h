@@ -180,7 +180,8 @@ PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t r
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
 static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
 {
-    if (graph->degree < 0 || readout->kind == PK_READOUT_FUNCTION || (graph->degree + 1) / 2 > PK_GAUSS_NODES)
+    if (graph->degree < 0 || graph->surrogate || readout->kind == PK_READOUT_FUNCTION ||
+        (graph->degree + 1) / 2 > PK_GAUSS_NODES)
         return 0;
     for (size_t n = 1; n < graph->node_count; n++)
         if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK_SEGMENT_DEGREE)
@@ -453,6 +454,8 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     pk__bisect(integrator, pieces, integrator->passed, sink, user);
 }
 
+enum { PK__SURROGATE_NODES = 8 };
+
 PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user)
 {
     pk_segment *segment = &integrator->segment;
@@ -463,7 +466,12 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         return;
     }
     int exact = pk__is_exact(segment->graph, &integrator->readout);
-    int order = segment->graph->degree < 2 ? 1 : (segment->graph->degree + 1) / 2;
+    /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
+     * the jumps of its values. */
+    int fixed = exact || segment->graph->surrogate;
+    int order = segment->graph->surrogate    ? PK__SURROGATE_NODES
+                : segment->graph->degree < 2 ? 1
+                                             : (segment->graph->degree + 1) / 2;
     pk_pieces *stack = &integrator->stack, *batch = &integrator->batch, *pieces = &integrator->pieces;
     stack->count = 0;
     integrator->bisections = 0;
@@ -482,14 +490,14 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
             continue;
         }
         integrator->split_pieces += pieces->count;
-        if (!exact) {
+        if (!fixed) {
             pk__adapt(integrator, sink, user);
             continue;
         }
         for (size_t i = 0; i < pieces->count; i++)
             pk__emit_gauss(integrator, sink, user, i, order, 0);
     }
-    for (size_t row = 0; !exact && row < segment->rows; row++)
+    for (size_t row = 0; !fixed && row < segment->rows; row++)
         integrator->row_order[row] =
             integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);

@@ -12,15 +12,16 @@ PK__BEGIN_C
 
 /* What to record. The texts are those of run.txt; they are written in canonical form. */
 typedef struct pk_recorder_options {
-    const char *network;   /* "input 64; dense 32; tanh; dense 10" */
-    const char *loss;      /* "softmax_cross_entropy" */
-    const char *optimizer; /* "adamw beta2=0.98"; NULL: "sgd" */
-    int float32;           /* 1: weights (and second moments) as float32; default float64 */
-    int batch_weights;     /* 1: record batch_weights.npy */
-    int gradient_scales;   /* 1: record gradient_scales.npy */
-    int second_moments;    /* 1: record second_moments.npy */
-    int resume;            /* 1: continue the run in the directory, if there is one */
-    int replace;           /* 1: remove the run in the directory first, if there is one */
+    const char *network;           /* "input 64; dense 32; tanh; dense 10" */
+    const pk_constants *constants; /* of a network that names arrays; they are copied into the run */
+    const char *loss;              /* "softmax_cross_entropy" */
+    const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
+    int float32;                   /* 1: weights (and second moments) as float32; default float64 */
+    int batch_weights;             /* 1: record batch_weights.npy */
+    int gradient_scales;           /* 1: record gradient_scales.npy */
+    int second_moments;            /* 1: record second_moments.npy */
+    int resume;                    /* 1: continue the run in the directory, if there is one */
+    int replace;                   /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
@@ -130,7 +131,7 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
         status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
                                      sizeof recording->optimizer_text);
     if (status == PK_OK)
-        status = pk_network_parse(context, options->network, &recording->graph);
+        status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
     if (status != PK_OK)
         return status;
     recording->keep_every = options->keep_every ? options->keep_every : 1;
@@ -318,6 +319,15 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     pk_status status = PK_OK;
     for (int k = 0; k < 2 && status == PK_OK; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
+    pk_array constant;
+    const pk_node *node;
+    const pk_graph *graph = &recording->graph;
+    for (size_t n = 1; status == PK_OK && (node = pk_graph_named(graph, n, &constant)) != NULL;
+         n = (size_t)(node - graph->nodes) + 1) {
+        char file[PK__CONSTANT_FILE];
+        status = pk__recorder_data(context, pk__run_path_of(path, pk__constant_file(node->constant_name, file)),
+                                   &constant);
+    }
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
         if (recording->present[f])
             status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
@@ -394,6 +404,13 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
         if (!pk__same_data(given[k], recorded[k]))
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds other data", directory,
                             pk__run_fixed[k]);
+    pk_array own, other;
+    const pk_node *node;
+    for (size_t n = 1; (node = pk_graph_named(&run->graph, n, &own)) != NULL;
+         n = (size_t)(node - run->graph.nodes) + 1)
+        if (!pk_graph_named(&recording->graph, n, &other) || !pk__same_data(&other, &own))
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its array '%s' holds other numbers",
+                            directory, node->constant_name);
     for (size_t p = 0; initial && p < run->parameters; p++) {
         pk_real there, here = recorder->float32 ? (pk_real)(float)initial[p] : initial[p];
         pk_array_reals(&run->weights, p, 1, &there);

@@ -211,7 +211,9 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
         return pk__fail(context, status, "%s: the optimizer cannot be written down", options->record);
     pk_recorder_options recording;
     memset(&recording, 0, sizeof recording);
+    const pk_constants constants = pk_graph_constants(t->graph);
     recording.network = t->graph->text;
+    recording.constants = &constants;
     recording.loss = pk_loss_name(options->loss);
     recording.optimizer = optimizer;
     recording.float32 = options->record_float32;

@@ -346,8 +346,9 @@ static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *mani
 }
 
 /* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
-PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size, pk_graph *graph,
-                                         pk_loss *loss, pk_optimizer *optimizer, size_t *keep_every)
+PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
+                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                         pk_optimizer *optimizer, size_t *keep_every)
 {
     pk__manifest manifest;
     pk_status status = pk__manifest_split(context, text, size, &manifest);
@@ -365,13 +366,30 @@ PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t
     }
     if (status == PK_OK) {
         key = PK__MANIFEST_NETWORK;
-        status = pk_network_parse(context, manifest.value[key], graph);
+        status = pk_network_parse_with(context, manifest.value[key], constants, graph);
     }
     return pk__prefix(context, status, "run.txt line %zu: ", manifest.line[key]);
 }
 
-static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run *run)
+/* constant_NAME.npy */
+enum { PK__CONSTANT_FILE = PK_CONSTANT_NAME + 16 };
+
+static const char *pk__constant_file(const char *name, char *text)
 {
+    snprintf(text, PK__CONSTANT_FILE, "constant_%s.npy", name);
+    return text;
+}
+
+static pk_status pk__load_from_run(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    char file[PK__CONSTANT_FILE];
+    return pk_array_map(context, pk__run_path_of((pk__run_path *)user, pk__constant_file(name, file)), 0,
+                        array);
+}
+
+static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory, pk_run *run)
+{
+    const char *path = pk__run_path_of(directory, "run.txt");
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
     if (file < 0)
         return pk__run_io(context, path);
@@ -400,9 +418,10 @@ static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run
     }
     close(file);
     if (status == PK_OK) {
+        const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
-        status =
-            pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer, &run->keep_every);
+        status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
+                                    &run->keep_every);
         if (status == PK_OK && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -523,12 +542,24 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
                                          pk_loss loss)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
-    return status != PK_OK ? status : pk_loss_check(context, loss, train, graph->output_width);
+    if (status == PK_OK)
+        status = pk_loss_check(context, loss, train, graph->output_width);
+    if (status != PK_OK || !graph->checked)
+        return status;
+    pk_real *row = NULL;
+    status = pk_allocate(context, graph->input_width, sizeof *row, "a row of inputs", &row);
+    for (size_t i = 0; status == PK_OK && i < pk_dataset_examples(train); i++) {
+        const int64_t item = (int64_t)i;
+        pk_dataset_inputs(train, &item, 1, row);
+        status = pk_graph_check_inputs(context, graph, i, 1, row);
+    }
+    pk_release(context, row);
+    return status;
 }
 
 static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *run)
 {
-    pk_status status = pk__manifest_read(context, pk__run_path_of(path, "run.txt"), run);
+    pk_status status = pk__manifest_read(context, path, run);
     if (status != PK_OK)
         return status;
     run->parameters = run->graph.parameters;
