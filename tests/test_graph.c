@@ -1,41 +1,7 @@
 /* Autodiff: every operation and whole graphs, in reverse and forward, against long double, central
  * differences and each other; graphs built node by node with operations from outside. */
+#include "graph_checks.h"
 #include "user_operations.h"
-
-/* A tape with memory of its own, filled with rubbish first. */
-typedef struct holder {
-    pk_context context;
-    pk_graph graph;
-    pk_tape tape;
-    unsigned char *memory;
-} holder;
-
-static void hold_graph(holder *h, size_t rows, size_t copies)
-{
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_tape_take(&arena, &h->graph, rows, copies, 1, &h->tape);
-    assert_false(arena.overflow);
-    assert_ok(&h->context, pk_allocate(&h->context, arena.used, 1, "a tape", &h->memory));
-    memset(h->memory, 0xff, arena.used); /* NaN */
-    pk_arena own = {h->memory, arena.used, 0, 0};
-    pk_tape_take(&own, &h->graph, rows, copies, 1, &h->tape);
-    assert_false(own.overflow);
-    assert_int_equal(own.used, arena.used);
-}
-
-static void hold(holder *h, const char *network, size_t rows, size_t copies)
-{
-    memset(h, 0, sizeof *h);
-    assert_ok(&h->context, pk_network_parse(&h->context, network, &h->graph));
-    hold_graph(h, rows, copies);
-}
-
-static void drop(holder *h)
-{
-    pk_release(&h->context, h->memory);
-    pk_graph_release(&h->context, &h->graph);
-    assert_int_equal(h->context.memory_used, 0);
-}
 
 static const char *const activations[BF_ACTIVATIONS] = {
     "identity", "relu", "leaky_relu 0.1", "tanh", "sigmoid", "softplus 2", "gelu",
@@ -201,73 +167,35 @@ static void full_gradient(holder *h, const pk_line *line, const double *u, const
     pk_tape_weight_gradient(&h->tape, rows, gradient);
 }
 
+/* A residual network of operations from outside. */
 static void test_residual(void **state)
 {
     (void)state;
-    enum { ROWS = 4, IN = 3, OUT = 2 };
     user_operations all;
     user_fill(&all);
     for (int kinked = 0; kinked < 2; kinked++) {
-        holder h;
-        memset(&h, 0, sizeof h);
-        user_residual(&h.context, &all, IN, OUT, kinked, &h.graph);
-        hold_graph(&h, ROWS, 1);
-        const size_t P = h.graph.parameters;
-        assert_int_equal(h.graph.degree < 0, !kinked);
-        assert_int_equal(h.graph.switched, kinked);
-        double *w = fixture_normals(11, P, 0.5), *d = fixture_normals(12, P, 0.5),
-               *x = fixture_normals(13, ROWS * IN, 1);
-        double *u = fixture_normals(14, ROWS * OUT, 1), *gradient = FIXTURE_NEW(double, P),
-               *at = FIXTURE_NEW(double, P);
-        const pk_line plain = {w, NULL, NULL};
-        full_gradient(&h, &plain, u, x, ROWS, gradient);
-        /* Central differences, with Richardson's step: error h^4. */
-        for (size_t p = 0; p < P; p++) {
-            double slope[2];
-            for (int k = 0; k < 2; k++) {
-                const double step = 1e-3 / (k + 1);
-                memcpy(at, w, P * sizeof *at);
-                at[p] = w[p] + step;
-                slope[k] = evaluate(&h, at, x, u, ROWS);
-                at[p] = w[p] - step;
-                slope[k] = (slope[k] - evaluate(&h, at, x, u, ROWS)) / (2 * step);
-            }
-            assert_close(gradient[p], (4 * slope[1] - slope[0]) / 3, 2e-9);
-        }
-        /* Along the line, each row at its own t, equals plain weights at w + t d; tangents are adjoint. */
-        const pk_real t[ROWS] = {0, 0.5, 1, 0.125};
-        const pk_line line = {w, d, t};
-        pk_tape_forward(&h.tape, &line, ROWS, x);
-        pk_tape_tangent(&h.tape, &line, ROWS);
-        double *f = FIXTURE_NEW(double, ROWS *OUT), *push = FIXTURE_NEW(double, ROWS *OUT);
-        memcpy(f, pk_tape_output(&h.tape), ROWS * OUT * sizeof *f);
-        memcpy(push, h.tape.tangent[h.graph.node_count - 1], ROWS * OUT * sizeof *push);
-        memcpy(pk_tape_seed(&h.tape), u, ROWS * OUT * sizeof *u);
-        pk_tape_reverse(&h.tape, &line, ROWS, 1);
-        double *cotangent = FIXTURE_NEW(double, ROWS * 4);
-        const int first = (int)(pk_graph_layer(&h.graph, 0) - h.graph.nodes);
-        memcpy(cotangent, h.tape.cotangent[first], ROWS * 4 * sizeof *cotangent);
-        for (size_t r = 0; r < ROWS; r++) {
-            for (size_t p = 0; p < P; p++)
-                at[p] = w[p] + t[r] * d[p];
-            const pk_line there = {at, NULL, NULL};
-            full_gradient(&h, &there, u + r * OUT, x + r * IN, 1, gradient);
-            double left = 0, right = 0, size = 0;
-            for (size_t c = 0; c < OUT; c++) {
-                assert_close(pk_tape_output(&h.tape)[c], f[r * OUT + c], 1e-14 * fmax(1, fabs(f[r * OUT + c])));
-                left += u[r * OUT + c] * push[r * OUT + c];
-            }
-            for (size_t p = 0; p < P; p++) {
-                right += gradient[p] * d[p];
-                size += fabs(gradient[p] * d[p]);
-            }
-            assert_close(left, right, 1e-13 * fmax(1, size));
-            for (size_t j = 0; j < 4; j++)
-                assert_close(h.tape.cotangent[first][j], cotangent[r * 4 + j],
-                             1e-13 * fmax(1, fabs(cotangent[r * 4 + j])));
-        }
-        free(w), free(d), free(x), free(u), free(gradient), free(at), free(f), free(push), free(cotangent);
-        drop(&h);
+        pk_context context;
+        pk_graph graph;
+        memset(&context, 0, sizeof context);
+        user_residual(&context, &all, 3, 2, kinked, &graph);
+        assert_int_equal(graph.degree < 0, !kinked);
+        assert_int_equal(graph.switched, kinked);
+        check_graph(&context, &graph, 11);
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
+/* The rules of every elementwise operation, second derivatives and switches among them. */
+static void test_rules(void **state)
+{
+    (void)state;
+    static const char *const others[] = {"scale -1.5", "sine 2", "sign", "step 3"};
+    for (int a = 0; a < BF_ACTIVATIONS + 4; a++) {
+        char network[200];
+        snprintf(network, sizeof network, "input 3; dense 4; residual( %s; dense 4 ); dense 2",
+                 a < BF_ACTIVATIONS ? activations[a] : others[a - BF_ACTIVATIONS]);
+        check_network_text(network, (uint64_t)a);
     }
 }
 
@@ -436,9 +364,10 @@ static void test_evaluate_bits(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_activations), cmocka_unit_test(test_networks),
-        cmocka_unit_test(test_residual),    cmocka_unit_test(test_unread_node),
-        cmocka_unit_test(test_arguments),   cmocka_unit_test(test_evaluate_bits),
+        cmocka_unit_test(test_activations),   cmocka_unit_test(test_networks),
+        cmocka_unit_test(test_residual),      cmocka_unit_test(test_rules),
+        cmocka_unit_test(test_unread_node),   cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_evaluate_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
