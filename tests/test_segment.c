@@ -12,7 +12,7 @@ typedef struct holder {
 
 static void layout(holder *h, pk_arena *arena, size_t rows, size_t points, size_t copies, size_t pieces)
 {
-    pk_segment_take(arena, &h->graph, rows, points, copies, pieces, 1, &h->segment);
+    pk_segment_take(arena, &h->graph, rows, points, points, copies, pieces, 1, &h->segment);
     pk_pieces_take(arena, pieces, &h->from);
     pk_pieces_take(arena, pieces, &h->to);
 }

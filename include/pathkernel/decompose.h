@@ -149,7 +149,7 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
         worker->job = job;
         pk_tangent_take(arena, graph, &job->options->readout, job->block,
                         job->reverse || job->options->engine != PK_ENGINE_FACTORED, job->options->bounds,
-                        &worker->tangent);
+                        &job->window.representation, &worker->tangent);
         worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
         worker->effective = (pk_real *)pk_arena_take(arena, largest, real);
         worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
@@ -696,6 +696,11 @@ static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, 
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;
+    job->window.representation.outputs = job->outputs;
+    job->window.representation.batch = job->window.largest_batch;
+    job->window.representation.materialised =
+        job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
+    job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->block = pk_tangent_block(job->outputs);
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)

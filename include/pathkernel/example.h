@@ -8,9 +8,22 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (layer inputs x ld), cotangent[l]
- * (layer outputs x ld), rows[l] (weights x ld) for layers of the form PK_TANGENT_ROWS. Column b is batch position b. */
+/* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
+ * represented: as one outer product for each place, or by rows, materialised. */
+typedef struct pk_representation {
+    size_t outputs, batch; /* that a test row and a step have */
+    int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
+    int factored;     /* else: never materialise where that can be avoided */
+} pk_representation;
+
+/* 1: gradients of the node's weights are materialised. Cost model: flops a row and step with five points, where a
+ * Hadamard product of one number counts as 8. */
+PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
+
+/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
+ * (places x fan_out x ld), rows[l] (weights x ld) for layers by rows. Column b is batch position b. */
 typedef struct pk_examples {
+    pk_representation representation;
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
@@ -19,7 +32,8 @@ typedef struct pk_examples {
 
 enum { PK_EXAMPLE_BLOCK = 256 };
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples);
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
+                             const pk_representation *representation, pk_examples *examples);
 /* to = the absolute values of from: for bounds. */
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
 /* sum (P) += sum over the examples of their gradients. */
@@ -73,9 +87,24 @@ static int pk__has_bias(const pk_graph *graph, const pk_node *node)
     return node->weight_count > node->fan_out * node->fan_in;
 }
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
+PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node)
+{
+    if (pk__is_outer(node))
+        return 0;
+    if (node->tangent_form != PK_TANGENT_OUTER || representation->materialised)
+        return 1;
+    const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
+    const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
+    const double factored = points * batch * places * places * (2 * in + (2 * out + 8) * outputs);
+    const double by_rows = 2 * outputs * out * in * (batch + points * places);
+    return !representation->factored && by_rows <= factored;
+}
+
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
+                             const pk_representation *representation, pk_examples *examples)
 {
     memset(examples, 0, sizeof *examples);
+    examples->representation = *representation;
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     examples->ld = (capacity + 7) / 8 * 8;
     if (examples->ld % 512 == 0)
@@ -85,10 +114,9 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        int rows = !pk__is_outer(node);
+        int rows = pk_layer_by_rows(representation, node);
         size_t bytes = examples->ld * sizeof(pk_real);
-        pk_real *input =
-            rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
+        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
         pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
         if (examples->input) {
@@ -102,9 +130,14 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
 PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
 {
     size_t most = 0;
-    for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].weight_count && !pk__is_outer(&graph->nodes[n]))
-            most = pk__most(most, graph->nodes[n].weight_count);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        if (pk__is_outer(node))
+            continue;
+        most = pk__most(most, node->weight_count);
+        if (node->tangent_form == PK_TANGENT_OUTER)
+            most = pk__most(most, pk__blocks(node->positions * node->fan_in + node->width, PK_EXAMPLE_BLOCK));
+    }
     pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
     workspace->targets =
@@ -129,6 +162,42 @@ static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real
         for (size_t j = 0; j < cols; j++)
             for (size_t k = i; k < rows && k < i + TILE; k++)
                 to[j * ld + k] = from[k * cols + j];
+}
+
+/* places (positions x fan_in) and deltas (positions x copies x fan_out) of row row of a node that is used at several
+ * places. */
+PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_t row, size_t copies,
+                                 pk_real *places, pk_real *deltas)
+{
+    const size_t positions = node->positions, out = node->fan_out;
+    const pk_real *from = tape->cotangent[node - tape->graph->nodes] + row * copies * node->width;
+    pk_call call;
+    pk__tape_call(tape, node, 1, copies, &call);
+    call.in[0] += row * call.in_width[0];
+    call.out = places;
+    if (node->operation->unfold)
+        node->operation->unfold(&call);
+    else
+        memcpy(places, call.in[0], call.in_width[0] * sizeof *places);
+    for (size_t k = 0; k < copies; k++)
+        for (size_t q = 0; q < positions; q++)
+            for (size_t j = 0; j < out; j++)
+                deltas[(q * copies + k) * out + j] =
+                    from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
+}
+
+/* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
+static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
+                            pk_examples *examples, size_t first)
+{
+    const size_t ins = node->positions * node->fan_in, ld = examples->ld;
+    for (size_t b = 0; b < count; b++) {
+        pk__node_places(tape, node, b, 1, room, room + ins);
+        for (size_t i = 0; i < ins; i++)
+            examples->input[node->layer][i * ld + first + b] = room[i];
+        for (size_t j = 0; j < node->width; j++)
+            examples->cotangent[node->layer][j * ld + first + b] = room[ins + j];
+    }
 }
 
 PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
@@ -166,9 +235,13 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
                           examples->ld);
             continue;
         }
-        pk__transpose(count, pk__layer_input(graph, node)->width, tape->value[node->inputs[0]],
-                      examples->input[l] + first, examples->ld);
-        pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+        if (pk__is_outer(node)) {
+            pk__transpose(count, node->fan_in, tape->value[node->inputs[0]], examples->input[l] + first,
+                          examples->ld);
+            pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+        } else {
+            pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);
+        }
     }
 }
 
@@ -181,7 +254,7 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         const pk_node *node = pk_graph_layer(graph, l);
         const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
         pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t features[3] = {pk__layer_input(graph, node)->width, node->width, node->weight_count};
+        const size_t features[3] = {node->positions * node->fan_in, node->width, node->weight_count};
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
                 targets[part][i] = (pk_real)fabs(sources[part][i]);
@@ -192,7 +265,7 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
 {
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        const size_t out = node->width, ld = examples->ld, count = examples->count;
+        const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, count = examples->count;
         pk_real *to = sum + node->weight_offset;
         if (examples->rows[l]) {
             for (size_t i = 0; i < node->weight_count; i++)
@@ -200,11 +273,14 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
                     to[i] += examples->rows[l][i * ld + b];
             continue;
         }
-        const size_t in = pk__layer_input(graph, node)->width;
-        pk__gemm(0, 1, out, in, count, 1, examples->cotangent[l], ld, examples->input[l], ld, 1, to, in);
-        for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
-            for (size_t b = 0; b < count; b++)
-                to[out * in + j] += examples->cotangent[l][j * ld + b];
+        for (size_t q = 0; q < node->positions; q++) {
+            const pk_real *input = examples->input[l] + q * in * ld;
+            const pk_real *cotangent = examples->cotangent[l] + q * out * ld;
+            pk__gemm(0, 1, out, in, count, 1, cotangent, ld, input, ld, 1, to, in);
+            for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
+                for (size_t b = 0; b < count; b++)
+                    to[out * in + j] += cotangent[j * ld + b];
+        }
     }
 }
 

@@ -193,6 +193,9 @@ typedef struct pk_tape {
 /* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape);
+/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. */
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
 PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
 /* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
@@ -449,7 +452,10 @@ PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *grap
     for (size_t row = 0; graph->checked && row < rows; row++)
         for (size_t n = 1; n < graph->node_count; n++) {
             const pk_node *node = &graph->nodes[n];
-            if (!node->operation->check || node->inputs[0] != 0)
+            int data = 0;
+            for (int j = 0; j < node->input_count; j++)
+                data |= node->inputs[j] == 0;
+            if (!node->operation->check || !data)
                 continue;
             pk_status status =
                 node->operation->check(context, node, first + row, inputs + row * graph->input_width);
@@ -481,12 +487,19 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
 {
-    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = rows, all = 0;
+    pk_tape_take_parts(arena, graph, rows, rows, copies, tangents, tape);
+}
+
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape)
+{
+    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
     memset(tape, 0, sizeof *tape);
     tape->graph = graph;
     tape->rows = rows;
     tape->copies = copies;
-    if (!pk__multiply(rows, copies > 1 ? copies : 1, &both) || !pk__multiply(both, graph->widest, &all))
+    if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
+        !pk__multiply(pk__most(rows, both), graph->widest, &all))
         arena->overflow = 1;
     tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
     tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
@@ -508,8 +521,8 @@ PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, si
             scratch = node->operation->scratch(node, rows, copies);
         if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
             scratch = pk__most(scratch, node->positions * node->fan_in);
-        if (node->weight_count && both * node->width > line)
-            line = both * node->width;
+        if (node->weight_count)
+            line = pk__most(line, pk__most(rows, both) * node->width);
         if (n && !node->operation->linear_in_weights && node->weight_count > weights)
             weights = node->weight_count;
     }

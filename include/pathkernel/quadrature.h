@@ -90,9 +90,10 @@ typedef struct pk_integrator {
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
 } pk_integrator;
 
-/* bounds: also send what bounds on the error of the integrals are made from. */
+/* points: of one call of the sink; reverse_points: of one pk_segment_reverse. bounds: also send what bounds on the error
+ * of the integrals are made from. */
 PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t copies, int bounds, pk_integrator *integrator);
+                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator);
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
 /* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
 PK_API void pk_gauss_table(double *nodes, double *weights);
@@ -228,12 +229,12 @@ PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_poin
 }
 
 PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t copies, int bounds, pk_integrator *integrator)
+                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator)
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
     points = pk__most(points, PK_GAUSS_NODES + 2);
-    pk_segment_take(arena, graph, rows, points, copies, pieces, bounds, &integrator->segment);
+    pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
     /* Each level of bisection leaves at most one more batch: depth 64 is beyond the resolution of t. */
     pk_pieces_take(arena, 66 * rows + 64 * pieces, &integrator->stack);
     pk_pieces_take(arena, rows, &integrator->batch);

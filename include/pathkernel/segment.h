@@ -42,10 +42,11 @@ typedef struct pk_segment {
     size_t root_capacity;
 } pk_segment;
 
-/* Takes a segment for blocks of rows rows, points points at a time with copies cotangents each, pieces
- * pieces at a time. gather: constant values are wanted at each point, too. */
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                            size_t pieces, int gather, pk_segment *segment);
+/* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
+ * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
+PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                            size_t reverse_points, size_t copies, size_t pieces, int gather,
+                            pk_segment *segment);
 /* Moves it to a step and a block of rows (rows x input width). */
 PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
                              const pk_real *inputs);
@@ -159,8 +160,9 @@ static void pk__bernstein_conversion(int degree, pk_real *conversion)
             conversion[k * n + i] = (pk_real)m[k][n + i];
 }
 
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                            size_t pieces, int gather, pk_segment *segment)
+PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                            size_t reverse_points, size_t copies, size_t pieces, int gather,
+                            pk_segment *segment)
 {
     size_t count = graph->node_count, switches = 0;
     memset(segment, 0, sizeof *segment);
@@ -197,7 +199,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
             }
         }
     }
-    pk_tape_take(arena, graph, points, copies, 1, &segment->tape);
+    pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
     segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
     segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
     segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));

@@ -11,6 +11,8 @@
  *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
  *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
  *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
+ * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
  */
 #ifndef PATHKERNEL_TANGENT_H
 #define PATHKERNEL_TANGENT_H
@@ -46,7 +48,7 @@ typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, con
 typedef struct pk_tangent {
     const pk_graph *graph;
     pk_integrator integrator;
-    size_t outputs, rows, row_capacity;
+    size_t outputs, rows, row_capacity, reverse_points;
     pk_layer_kind *kind;
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
@@ -73,7 +75,8 @@ typedef struct pk_tangent {
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: slope, t slope */
     pk_real *sums;         /* 2 out x PK_EXAMPLE_BLOCK */
-    size_t *order;
+    pk_real *places;       /* of some points of a layer used at several places: inputs, then cotangents */
+    size_t *place_row;     /* the row of each place */
     pk_points sorted;
     double flops; /* of the contraction, counted */
     double seconds_contraction;
@@ -82,7 +85,8 @@ typedef struct pk_tangent {
 /* With materialise, Phi of every layer can be had (it costs rows x outputs x P numbers); with bounds, also a
  * bound on its error, number by number (three times that). */
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            int materialise, int bounds, pk_tangent *tangent);
+                            int materialise, int bounds, const pk_representation *representation,
+                            pk_tangent *tangent);
 /* How many test rows make a block, from shapes alone. */
 PK_API size_t pk_tangent_block(size_t outputs);
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
@@ -124,6 +128,16 @@ static size_t pk__point_capacity(size_t outputs)
     return pk__most(PK_GAUSS_NODES + 2, pk__least(256, 640 / pk__most(outputs, 1)));
 }
 
+/* Of those, points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
+static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t outputs)
+{
+    size_t numbers = 1;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].varies)
+            numbers += graph->nodes[n].width;
+    return pk__most(1, pk__least(points, ((size_t)1 << 21) / numbers / pk__most(outputs, 1)));
+}
+
 /* Rows of products that are on their way to a Hadamard product at one time. */
 static size_t pk__product_rows(size_t outputs)
 {
@@ -153,31 +167,48 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
     return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
-static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
+static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
+                                    const pk_representation *representation)
 {
-    if (!pk__is_outer(node))
+    if (pk_layer_by_rows(representation, node))
         return PK_LAYER_ROWS;
-    if (bounds)
+    if (bounds || !pk__is_outer(node))
         return PK_LAYER_POINTS;
     if (node->input_constant)
         return PK_LAYER_DATA;
     return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
 }
 
+/* Points of a spread layer whose places are in memory at one time. */
+static size_t pk__place_points(const pk_node *node, size_t outputs)
+{
+    return pk__most(1, ((size_t)1 << 17) / (node->positions * (node->fan_in + outputs * node->fan_out)));
+}
+
+/* A layer used at several places, where it is not by rows. */
+static int pk__is_spread(const pk_tangent *tangent, size_t layer)
+{
+    return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
+}
+
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            int materialise, int bounds, pk_tangent *tangent)
+                            int materialise, int bounds, const pk_representation *representation,
+                            pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
-           deepest = 0;
+           deepest = 0, places = 0, place_numbers = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
     tangent->row_capacity = rows;
     tangent->allowance = pk_rounding_allowance(graph);
-    pk_integrator_take(arena, graph, rows, points, outputs, bounds, &tangent->integrator);
+    points = pk__most(points, PK_GAUSS_NODES + 2);
+    tangent->reverse_points = pk__reverse_points(graph, points, outputs);
+    pk_integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
+                       &tangent->integrator);
     tangent->integrator.readout = *readout;
-    points = tangent->integrator.segment.point_capacity;
+    points = tangent->reverse_points;
     tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
     tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
     tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
@@ -190,10 +221,12 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        pk_layer_kind kind = pk__layer_kind(node, readout, bounds);
+        pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
         size_t fan_in = pk__layer_input(graph, node)->width;
+        const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
         int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
-        int phi_wanted = kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && (materialise || bounds));
+        int phi_wanted =
+            kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
         pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
             kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
@@ -218,6 +251,11 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         }
         if (phi_wanted)
             deepest = pk__most(deepest, fan_in);
+        if (spread) {
+            const size_t together = pk__place_points(node, outputs) * node->positions;
+            places = pk__most(places, together);
+            place_numbers = pk__most(place_numbers, together * (node->fan_in + outputs * node->fan_out));
+        }
         widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
@@ -225,7 +263,11 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
     size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
     tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
-    tangent->left = (pk_real *)pk_arena_take(arena, pk__most(rows, points), block * sizeof(pk_real));
+    tangent->left = (pk_real *)pk_arena_take(
+        arena, pk__most(pk__most(rows, points), pk__most(places, pk__blocks(widest, block))),
+        block * sizeof(pk_real));
+    tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
+    tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
     tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
     /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
     tangent->scratch =
@@ -236,7 +278,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
     tangent->sums = (pk_real *)pk_arena_take(arena, block, 2 * widest * sizeof(pk_real));
     tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
-    tangent->order = (size_t *)pk_arena_take(arena, points, sizeof *tangent->order);
+    points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }
 
@@ -251,6 +293,45 @@ static void pk__hadamard(size_t points, size_t outputs, size_t count, const size
         for (size_t k = 0; k < outputs; k++, t += count, r += count)
             for (size_t i = 0; i < count; i++)
                 t[i] += l[i] * r[i];
+    }
+}
+
+/* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
+ * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
+static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                                size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
+                 out = node->fan_out, together = pk__place_points(node, outputs),
+                 chunk = pk__product_rows(outputs);
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    for (size_t p = 0; p < points->count; p += together) {
+        const size_t count = pk__least(together, points->count - p), pairs = count * positions;
+        pk_real *places = tangent->places, *deltas = places + pairs * in;
+        for (size_t i = 0; i < count; i++)
+            pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
+                            places + i * positions * in, deltas + i * positions * outputs * out);
+        for (size_t i = 0; i < pairs; i++)
+            tangent->place_row[i] = points->row[p + i / positions];
+        for (size_t r = 0; r < positions; r++) {
+            const pk_real *input = examples->input[layer] + r * in * examples->ld + first;
+            const pk_real *cotangent = examples->cotangent[layer] + r * out * examples->ld + first;
+            pk__gemm(0, 0, pairs, block, in, 1, places, in, input, examples->ld, 0, left, block);
+            for (size_t i = 0; i < pairs; i++)
+                for (size_t b = 0; b < block; b++)
+                    left[i * block + b] = points->weight[p + i / positions] * (left[i * block + b] + bias);
+            for (size_t i = 0; i < pairs; i += chunk) {
+                const size_t some = pk__least(chunk, pairs - i);
+                pk__gemm(0, 0, some * outputs, block, out, 1, deltas + i * outputs * out, out, cotangent,
+                         examples->ld, 0, tangent->right, block);
+                pk__hadamard(some, outputs, block, tangent->place_row + i, left + i * block, tangent->right,
+                             tangent->tile);
+            }
+        }
+        tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
     }
 }
 
@@ -449,6 +530,8 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
             filled = 1;
             if (kind == PK_LAYER_POINTS && tangent->headed[l])
                 pk__contract_head(tangent, l, points, first, block);
+            else if (pk__is_spread(tangent, l))
+                pk__contract_places(tangent, l, points, first, block);
             else if (kind == PK_LAYER_POINTS)
                 pk__contract_points(tangent, l, points, first, block);
             else if (kind == PK_LAYER_DATA)
@@ -535,12 +618,68 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
     pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, tangent->size[layer] + at);
 }
 
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
+static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const size_t outputs = tangent->outputs, width = node->width;
+    const pk_real *delta = tape->cotangent[node - tangent->graph->nodes];
+    pk_call call;
+    pk__tape_call(tape, node, points->count, 1, &call);
+    call.out = tangent->scratch;
+    for (int v = 0; v < PK_DIRECTIONS; v++) {
+        if (!tangent->directions[v])
+            continue;
+        call.weights = tangent->directions[v] + node->weight_offset;
+        node->operation->forward(&call);
+        for (size_t p = 0; p < points->count; p++)
+            for (size_t k = 0; k < outputs; k++)
+                tangent->along[v][points->row[p] * outputs + k] +=
+                    points->weight[p] * pk__dot(width, delta + (p * outputs + k) * width, call.out + p * width);
+    }
+}
+
+/* Phi of a layer used at several places, point by point: products over many places of a few points each. */
+static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
+                 out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
+    for (size_t p = 0, last; p < points->count; p = last) {
+        for (last = p + 1; last < points->count && last - p < most && points->row[last] == points->row[p];
+             last++)
+            ;
+        const size_t pairs = (last - p) * positions;
+        pk_real *places = tangent->places, *deltas = places + pairs * in;
+        for (size_t i = p; i < last; i++) {
+            pk_real *own = places + (i - p) * positions * in;
+            pk__node_places(&tangent->integrator.segment.tape, node, i, outputs, own,
+                            deltas + (i - p) * positions * outputs * out);
+            for (size_t j = 0; j < positions * outputs * out; j++)
+                deltas[(i - p) * positions * outputs * out + j] *= points->weight[i];
+        }
+        for (size_t k = 0; k < outputs; k++) {
+            pk_real *phi = tangent->phi[layer] + (points->row[p] * outputs + k) * weights;
+            pk__gemm(1, 0, out, in, pairs, 1, deltas + k * out, outputs * out, places, in, 1, phi, in);
+            for (size_t i = 0; weights > out * in && i < pairs; i++)
+                for (size_t j = 0; j < out; j++)
+                    phi[out * in + j] += deltas[(i * outputs + k) * out + j];
+        }
+    }
+}
+
 /* Phi and along of a layer whose gradients are materialised point by point. */
 static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
     const pk_node *node = tangent->node[layer];
     const pk_tape *tape = &tangent->integrator.segment.tape;
     size_t outputs = tangent->outputs, weights = node->weight_count;
+    if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
+        pk__add_rows_places(tangent, layer, points);
+        pk__add_along_places(tangent, layer, points);
+        return;
+    }
     for (size_t p = 0; p < points->count; p++) {
         const size_t cell = points->row[p] * outputs;
         const pk_real weight = points->weight[p];
@@ -594,12 +733,11 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
     return to;
 }
 
-static void pk__tangent_points(void *user, const pk_points *unsorted)
+/* As many points as can be reversed at one time. */
+static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 {
-    pk_tangent *tangent = (pk_tangent *)user;
     pk_segment *segment = &tangent->integrator.segment;
     const pk_graph *graph = tangent->graph;
-    const pk_points *points = pk__sort_points(tangent, unsorted);
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
     const pk_real *weight = points->weight;
@@ -635,6 +773,10 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
         case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
         case PK_LAYER_POINTS:
         default:
+            if (pk__is_spread(tangent, l)) {
+                pk__add_along_places(tangent, l, points);
+                break;
+            }
             pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
             if (!tangent->integrated[l])
                 break;
@@ -657,11 +799,32 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     pk__contract(tangent, points);
 }
 
+static void pk__tangent_points(void *user, const pk_points *unsorted)
+{
+    pk_tangent *tangent = (pk_tangent *)user;
+    const pk_points *points = pk__sort_points(tangent, unsorted);
+    size_t first = 0;
+    do {
+        pk_points part = *points;
+        part.count = pk__least(tangent->reverse_points, points->count - first);
+        part.row += first;
+        part.t += first;
+        part.weight += first;
+        if (part.check) {
+            part.check += first;
+            part.slack += first;
+        }
+        first += part.count;
+        part.last = points->last && first == points->count;
+        pk__tangent_part(tangent, &part);
+    } while (first < points->count);
+}
+
 /* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
 static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
 {
     const pk_node *node = tangent->node[layer];
-    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS;
+    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
     double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
@@ -674,7 +837,8 @@ static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine 
     tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
                                                       (automatic && headed < factored && headed < integrated));
     tangent->integrated[layer] =
-        tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
+        tangent->kind[layer] == PK_LAYER_ROWS ||
+        (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 

@@ -18,6 +18,8 @@ typedef struct pk_window {
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
     int preconditioned; /* the optimiser scales each parameter on its own */
+    /* The caller's, after pk_window_begin: */
+    pk_representation representation;
     /* Of the plan: */
     size_t capacity, windows, threads, lanes;
     size_t stride;
@@ -120,10 +122,10 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
         pk_examples measured;
-        pk_examples_take(arena, graph, window->largest_batch,
+        pk_examples_take(arena, graph, window->largest_batch, &window->representation,
                          window->examples ? &window->examples[j] : &measured);
         if (bounds)
-            pk_examples_take(arena, graph, window->largest_batch,
+            pk_examples_take(arena, graph, window->largest_batch, &window->representation,
                              window->magnitudes ? &window->magnitudes[j] : &measured);
     }
     window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
