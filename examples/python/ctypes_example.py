@@ -32,6 +32,7 @@ class Context(ctypes.Structure):
         ("memory_limit", size_t),
         ("progress", pointer),
         ("progress_user", pointer),
+        ("operations", pointer),
         ("memory_used", size_t),
         ("memory_peak", size_t),
         ("message", ctypes.c_char * 512),

@@ -30,6 +30,8 @@ typedef struct pk_allocator {
     void *user;
 } pk_allocator;
 
+struct pk_operation;
+
 typedef struct pk_context {
     pk_allocator allocator;
     int threads;         /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP */
@@ -37,6 +39,9 @@ typedef struct pk_context {
     /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
     int (*progress)(void *user, const char *phase, double fraction);
     void *progress_user;
+    /* Operations of one's own (graph.h) that the network language knows by name, behind the built-in ones; the last one
+     * is NULL. They outlive every network that was read with this context. NULL: none. */
+    const struct pk_operation *const *operations;
     /* Read only: */
     size_t memory_used; /* bytes held now */
     size_t memory_peak; /* the most that was ever held */

@@ -111,7 +111,8 @@ typedef struct pk_operation {
     const pk_option *options; /* what may follow the name in the network language; NULL: nothing */
     double defaults[PK_NODE_ATTRIBUTES];
     /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
-     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width. */
+     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width.
+     * NULL: the first input's shape, no weights. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
     void (*forward)(const pk_call *call);                               /* out = F */
@@ -407,7 +408,8 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         node.inputs[j] = inputs[j];
     }
     pk_status status = pk__check_attributes(context, operation->name, operation->options, node.attributes);
-    if (!status)
+    node.shape = graph->nodes[node.inputs[0]].shape;
+    if (!status && operation->shape)
         status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);

@@ -4,7 +4,8 @@
  *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
  *
  * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Most layers are one
- * operation of the same name with its options; what is made of several is in the table pk__composites. Parameters are
+ * operation of the same name with its options, built in or from outside (pk_context.operations); what is made of
+ * several is in the table pk__composites. Parameters are
  * in PyTorch's order: layers in order, the branches of a residual in order, each layer's weight, then its bias.
  */
 #ifndef PATHKERNEL_NETWORK_H
@@ -181,12 +182,22 @@ static pk_status pk__parse_options(pk_context *context, const char *name, const 
 
 /* ---- layers ---------------------------------------------------------------------------------------- */
 
-/* Appends a built-in operation behind the branch in hand. */
+/* An operation by name, built in or the context's; NULL where there is none. */
+static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
+{
+    const pk_operation *found = pk_operation_find(name);
+    for (size_t i = 0; !found && context && context->operations && context->operations[i]; i++)
+        if (strcmp(context->operations[i]->name, name) == 0)
+            found = context->operations[i];
+    return found;
+}
+
+/* Appends an operation behind the branch in hand. */
 static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
                             size_t constant_count, const pk_real *constants)
 {
-    return pk_graph_add_constants(parser->context, parser->graph, pk_operation_find(name), 1, &parser->node,
-                                  attributes, constant_count, constants, &parser->node);
+    return pk_graph_add_constants(parser->context, parser->graph, pk__named_operation(parser->context, name), 1,
+                                  &parser->node, attributes, constant_count, constants, &parser->node);
 }
 
 static pk_status pk__append_add(pk__parser *parser, int other)
@@ -510,7 +521,7 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
     for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
         if (strcmp(layer->words[0], pk__composites[i].name) == 0)
             return pk__composites[i].build(parser, layer);
-    const pk_operation *operation = pk_operation_find(layer->words[0]);
+    const pk_operation *operation = pk__named_operation(context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
     if (!operation || strcmp(operation->name, "add") == 0)
         return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
