@@ -308,6 +308,66 @@ static void against_definition(void **state)
         }
 }
 
+/* Products with the Hessian against mixed differences of the definition; also where they overwrite the direction. */
+static void hessian_against_definition(void **state)
+{
+    (void)state;
+    uint64_t seed = 11;
+    for (int loss = PK_SQUARED; loss <= PK_HINGE; loss++)
+        for (int trial = 0; trial < 300; trial++) {
+            enum { N = 7 };
+            const long double h = 1e-4L;
+            const size_t n = 1 + (size_t)trial % N;
+            pk_real f[N], y[N], v[N], product[N];
+            long double at[N], total = 0;
+            int kink = 0;
+            for (size_t j = 0; j < n; j++) {
+                f[j] = (pk_real)(6 * draw(&seed));
+                v[j] = (pk_real)draw(&seed);
+            }
+            random_target((pk_loss)loss, n, &seed, y);
+            for (size_t j = 0; j < n; j++) { /* a kink, or a jump of the second derivative, within reach? */
+                size_t k = 0;
+                for (size_t i = 0; i < n; i++)
+                    k = y[i] > y[k] ? i : k;
+                kink |= loss == PK_HUBER && fabs(fabs((double)f[j] - y[j]) - 1) < 1e-3;
+                kink |=
+                    loss == PK_HINGE && fabs(n == 1 ? 1 - (double)y[0] * f[0] : 1 - (double)f[k] + f[j]) < 1e-3;
+            }
+            if (kink)
+                continue;
+            pk_loss_hessian_product((pk_loss)loss, n, f, y, v, product);
+            for (size_t j = 0; j < n; j++) {
+                long double mixed = 0;
+                for (int corner = 0; corner < 4; corner++) {
+                    const long double a = corner & 1 ? -h : h, b = corner & 2 ? -h : h;
+                    for (size_t i = 0; i < n; i++)
+                        at[i] = f[i] + b * v[i] + (i == j ? a : 0);
+                    mixed += (a * b > 0 ? 1 : -1) * naive_value((pk_loss)loss, n, at, y);
+                }
+                assert_true(fabsl(mixed / (4 * h * h) - product[j]) <= 1e-7L + 8 * epsilon());
+                total += product[j];
+            }
+            if (loss == PK_SOFTMAX_CROSS_ENTROPY) /* it does not see a shift of all outputs */
+                assert_true(fabsl(total) <= 8 * epsilon());
+            pk_loss_hessian_product((pk_loss)loss, n, f, y, v, v);
+            assert_memory_equal(v, product, n * sizeof *v);
+        }
+    /* Where the network is sure, a little is left, to its last digits; huber's jump counts as outside. */
+    const pk_real sure[2] = {40, 0}, one[2] = {1, 0}, other[2] = {0, 1}, far[2] = {1, -1}, zero[2] = {0, 0};
+    const long double small = expl(-40.0L) / ((1 + expl(-40.0L)) * (1 + expl(-40.0L)));
+    pk_real product[2];
+    pk_loss_hessian_product(PK_SOFTMAX_CROSS_ENTROPY, 2, sure, one, other, product);
+    assert_true(fabsl(product[0] + small) <= 4 * epsilon() * small);
+    assert_true(fabsl(product[1] - small) <= 4 * epsilon() * small);
+    pk_loss_hessian_product(PK_LOGISTIC, 2, sure, one, one, product);
+    assert_true(fabsl(product[0] - small / 2) <= 4 * epsilon() * small);
+    pk_loss_hessian_product(PK_HUBER, 2, far, zero, far, product);
+    assert_true(product[0] == 0 && product[1] == 0);
+    pk_loss_hessian_product((pk_loss)99, 2, far, zero, far, product);
+    assert_true(product[0] != product[0] && product[1] != product[1]);
+}
+
 /* Where the network is sure, value and gradient are small: they keep their relative accuracy. */
 static void small_residuals(void **state)
 {
@@ -796,6 +856,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(against_torch),
         cmocka_unit_test(against_definition),
+        cmocka_unit_test(hessian_against_definition),
         cmocka_unit_test(small_residuals),
         cmocka_unit_test(not_finite_outputs_show),
         cmocka_unit_test(names),

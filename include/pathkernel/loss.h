@@ -1,8 +1,9 @@
 /* pathkernel/loss.h: losses, their derivatives, and the gradient of a weighted batch.
  *
- * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, what its
- * targets must be, and whether an integer target is a class. Definitions are those of PyTorch's modules,
- * per example; a batch weights its examples (1/count where no weights are given, PyTorch's mean).
+ * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, one that
+ * multiplies with its Hessian, what its targets must be, and whether an integer target is a class. Definitions are
+ * those of PyTorch's modules, per example; a batch weights its examples (1/count where no weights are given,
+ * PyTorch's mean).
  *
  *     name                    l(f, y), C outputs                                      PyTorch
  *     squared                 sum_j (f_j - y_j)^2 / 2
@@ -14,8 +15,8 @@
  *     hinge                   sum_{j != k} max(0, 1 - f_k + f_j) / C, y_k = 1         MultiMarginLoss
  *                             C = 1: max(0, 1 - y f)
  *
- * The derivative at a kink of hinge is 0, as in PyTorch. Exponentials never overflow, and small residuals
- * (a confident, correct classification) keep their relative accuracy.
+ * The derivative at a kink of hinge is 0, and so is the second one of huber at |d| = 1, as in PyTorch. Exponentials
+ * never overflow, and small residuals (a confident, correct classification) keep their relative accuracy.
  */
 #ifndef PATHKERNEL_LOSS_H
 #define PATHKERNEL_LOSS_H
@@ -47,6 +48,9 @@ PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, cons
 /* gradient = dl/df (outputs numbers) of one example; may be f itself, not target. */
 PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
                              pk_real *gradient);
+/* product = (d2l/df2) direction (outputs numbers each) of one example; may be the direction itself. */
+PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                                    const pk_real *direction, pk_real *product);
 
 /* Do the targets fit the loss and the number of outputs? Reads every target.
  *   (N,) integers        classes in [0, outputs), made one-hot. With one output they are numbers instead
@@ -237,6 +241,73 @@ static double pk__hinge(size_t outputs, const pk_real *f, const pk_real *y, pk_r
     return sum / (double)outputs;
 }
 
+/* ---- products with the Hessian; product may be v ------------------------------------------------------- */
+
+static void pk__squared_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                pk_real *product)
+{
+    (void)f, (void)y;
+    for (size_t j = 0; j < outputs; j++)
+        product[j] = v[j];
+}
+
+static void pk__mean_squared_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                     pk_real *product)
+{
+    const double factor = 2 / (double)outputs;
+    (void)f, (void)y;
+    for (size_t j = 0; j < outputs; j++)
+        product[j] = (pk_real)(factor * v[j]);
+}
+
+/* sum_k y_k (diag p - p p^T) v, from the differences to the largest output's v: small where the network is sure. */
+static void pk__softmax_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                pk_real *product)
+{
+    size_t top = 0;
+    for (size_t j = 1; j < outputs; j++)
+        if (f[j] > f[top])
+            top = j;
+    double sum = 0, total = 0, mean = 0;
+    const double largest = f[top], base = v[top];
+    for (size_t j = 0; j < outputs; j++) {
+        const double e = j == top ? 1 : exp(f[j] - largest);
+        sum += e;
+        total += y[j];
+        mean += e * (v[j] - base);
+    }
+    mean /= sum;
+    for (size_t j = 0; j < outputs; j++) {
+        const double p = (j == top ? 1 : exp(f[j] - largest)) / sum;
+        product[j] = (pk_real)(total * p * ((v[j] - base) - mean));
+    }
+}
+
+static void pk__logistic_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                 pk_real *product)
+{
+    (void)y;
+    for (size_t j = 0; j < outputs; j++) {
+        const double e = exp(-fabs(f[j])), tail = e / (1 + e);
+        product[j] = (pk_real)(tail * (1 - tail) / (double)outputs * v[j]);
+    }
+}
+
+/* nll and hinge: (piecewise) linear. */
+static void pk__no_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                           pk_real *product)
+{
+    (void)f, (void)y, (void)v;
+    memset(product, 0, outputs * sizeof *product);
+}
+
+static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                              pk_real *product)
+{
+    for (size_t j = 0; j < outputs; j++)
+        product[j] = fabs((double)f[j] - y[j]) < 1 ? (pk_real)(v[j] / (double)outputs) : 0;
+}
+
 /* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
 
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
@@ -277,23 +348,25 @@ typedef struct pk__loss_rule {
     pk_loss loss;
     const char *name;
     double (*evaluate)(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient);
+    void (*curvature)(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v, pk_real *product);
     const char *(*accept)(size_t outputs, const pk_real *y);
     int classes; /* integer targets are classes for one output, too */
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
-    {PK_SQUARED, "squared", pk__squared, pk__accept_any, 0},
-    {PK_MEAN_SQUARED, "mean_squared", pk__mean_squared, pk__accept_any, 0},
-    {PK_SOFTMAX_CROSS_ENTROPY, "softmax_cross_entropy", pk__softmax_cross_entropy, pk__accept_masses, 1},
-    {PK_LOGISTIC, "logistic", pk__logistic, pk__accept_probabilities, 0},
-    {PK_NLL, "nll", pk__nll, pk__accept_masses, 1},
-    {PK_HUBER, "huber", pk__huber, pk__accept_any, 0},
-    {PK_HINGE, "hinge", pk__hinge, pk__accept_class, 0},
+    {PK_SQUARED, "squared", pk__squared, pk__squared_hessian, pk__accept_any, 0},
+    {PK_MEAN_SQUARED, "mean_squared", pk__mean_squared, pk__mean_squared_hessian, pk__accept_any, 0},
+    {PK_SOFTMAX_CROSS_ENTROPY, "softmax_cross_entropy", pk__softmax_cross_entropy, pk__softmax_hessian,
+     pk__accept_masses, 1},
+    {PK_LOGISTIC, "logistic", pk__logistic, pk__logistic_hessian, pk__accept_probabilities, 0},
+    {PK_NLL, "nll", pk__nll, pk__no_hessian, pk__accept_masses, 1},
+    {PK_HUBER, "huber", pk__huber, pk__huber_hessian, pk__accept_any, 0},
+    {PK_HINGE, "hinge", pk__hinge, pk__no_hessian, pk__accept_class, 0},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
 
-static const pk__loss_rule *pk__loss_find(pk_loss loss)
+PK__PRIVATE const pk__loss_rule *pk__loss_find(pk_loss loss)
 {
     for (int i = 0; i < PK__LOSSES; i++)
         if (pk__losses[i].loss == loss)
@@ -340,11 +413,22 @@ PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, con
             gradient[j] = (pk_real)NAN;
 }
 
+PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                                    const pk_real *direction, pk_real *product)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    if (rule)
+        rule->curvature(outputs, f, target, direction, product);
+    else
+        for (size_t j = 0; j < outputs; j++)
+            product[j] = (pk_real)NAN;
+}
+
 /* ---- targets ------------------------------------------------------------------------------------------ */
 
 /* The target of one row as outputs numbers. A class out of range gives zeros. */
-static void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
-                            pk_real *target)
+PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
+                                 pk_real *target)
 {
     if (targets->type != PK_INT64) {
         pk_array_reals(targets, row * outputs, outputs, target);
@@ -435,6 +519,15 @@ PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
     return plan;
 }
 
+/* Multiplications of a forward pass with one row, about: what a thread is worth being started for. */
+PK__PRIVATE double pk__graph_work(const pk_graph *graph)
+{
+    double work = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        work += (double)graph->nodes[n].weight_count * (double)pk__most(graph->nodes[n].positions, 1);
+    return work;
+}
+
 /* workspace: graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
@@ -502,7 +595,7 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
 }
 
 /* 1 if all are finite. Eight chains, so that the additions do not wait for each other. */
-static int pk__all_finite(const pk_real *x, size_t count)
+PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
 {
     pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0; /* 0 * x is 0, or NaN for NaN and infinities */
     size_t i = 0;
@@ -565,8 +658,8 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
 }
 
 /* gradient += the other groups' parts, in order; ranges of parameters are independent. */
-static void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
-                                int threads)
+PK__PRIVATE void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups,
+                                     size_t parameters, int threads)
 {
     size_t range = 4096, ranges = (parameters + range - 1) / range;
     PK__PARALLEL_FOR(threads)
@@ -578,35 +671,45 @@ static void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_
     }
 }
 
+/* Whether a batch fits a dataset and a network; name is for messages. */
+PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
+                                          const pk__loss_rule *rule, const pk_dataset *dataset,
+                                          const pk_batch *batch)
+{
+    if (!dataset || !batch || (batch->count && !batch->items))
+        return pk__fail(context, PK_ARGUMENT, "%s: an argument is NULL", name);
+    if (!rule)
+        return pk__fail(context, PK_ARGUMENT, "%s: the loss is unknown", name);
+    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
+    size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
+    if (pk_dataset_width(dataset) != graph->input_width)
+        return pk__fail(context, PK_SHAPE, "%s: inputs of width %zu for a network of %zu", name,
+                        pk_dataset_width(dataset), graph->input_width);
+    if (targets->rank < 1 || targets->shape[0] != examples ||
+        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
+        return pk__fail(context, PK_SHAPE, "%s: %zu targets of %zu numbers for %zu examples and %zu outputs",
+                        name, targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples,
+                        outputs);
+    for (size_t b = 0; b < batch->count; b++)
+        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= examples)
+            return pk__fail(context, PK_ARGUMENT, "%s: batch position %zu is example %lld of %zu", name, b,
+                            (long long)batch->items[b], examples);
+    return PK_OK;
+}
+
 static pk_status pk__gradient_arguments(pk_context *context, const pk_graph *graph, const pk__loss_rule *rule,
                                         const pk_real *weights, const pk_dataset *dataset,
                                         const pk_batch *batch, const pk_gradient_workspace *workspace,
                                         const pk_real *gradient)
 {
-    if (!graph || !dataset || !batch || !workspace || (graph->parameters && (!weights || !gradient)) ||
-        (batch->count && !batch->items))
+    if (!graph || !batch || !workspace || (graph->parameters && (!weights || !gradient)))
         return pk__fail(context, PK_ARGUMENT, "gradient: an argument is NULL");
-    if (!rule)
-        return pk__fail(context, PK_ARGUMENT, "gradient: the loss is unknown");
-    if (workspace->graph != graph || batch->count > workspace->largest_batch)
+    pk_status status = pk__batch_arguments(context, "gradient", graph, rule, dataset, batch);
+    if (status == PK_OK && (workspace->graph != graph || batch->count > workspace->largest_batch))
         return pk__fail(context, PK_ARGUMENT, "gradient: the workspace is for batches of up to %zu%s, not %zu",
                         workspace->largest_batch, workspace->graph != graph ? " of another graph" : "",
                         batch->count);
-    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
-    size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
-    if (pk_dataset_width(dataset) != graph->input_width)
-        return pk__fail(context, PK_SHAPE, "gradient: inputs of width %zu for a network of %zu",
-                        pk_dataset_width(dataset), graph->input_width);
-    if (targets->rank < 1 || targets->shape[0] != examples ||
-        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
-        return pk__fail(
-            context, PK_SHAPE, "gradient: %zu targets of %zu numbers for %zu examples and %zu outputs",
-            targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples, outputs);
-    for (size_t b = 0; b < batch->count; b++)
-        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= examples)
-            return pk__fail(context, PK_ARGUMENT, "gradient: batch position %zu is example %lld of %zu", b,
-                            (long long)batch->items[b], examples);
-    return PK_OK;
+    return status;
 }
 
 PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, pk_loss loss,
@@ -631,7 +734,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
         }
     } else {
         /* A thread is started for about a million flops or more. */
-        double work = 6.0 * (double)parameters * (double)batch->count / 1048576.0;
+        double work = 6.0 * pk__graph_work(graph) * (double)batch->count / 1048576.0;
         int threads = workspace->threads, available = pk_threads(context);
         threads = threads < available ? threads : available;
         threads = (size_t)threads < groups ? threads : (int)groups;

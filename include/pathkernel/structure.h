@@ -232,7 +232,8 @@ static void pk__constant_tangent(const pk_call *call)
     memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
-/* fourier: y = (cos 2 pi B x, sin 2 pi B x), B (N, in) the node's constants; on data only, so it has no slopes.
+/* fourier: y = (cos 2 pi B x, sin 2 pi B x), B (N, in) the node's constants; on data only: its slopes are for
+ * derivatives with respect to the data, along weights it is a constant.
  * Rahimi & Recht 2007; Tancik et al. 2020, eq. 5. */
 static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -248,6 +249,8 @@ static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
+#define PK__TWO_PI 6.28318530717958647693
+
 static void pk__fourier_forward(const pk_call *call)
 {
     const size_t in = call->in_width[0], count = call->node->width / 2;
@@ -256,10 +259,45 @@ static void pk__fourier_forward(const pk_call *call)
     for (size_t row = 0; row < call->rows; row++)
         for (size_t j = 0; j < count; j++) {
             pk_real *y = call->out + row * 2 * count + j;
-            const double angle = 6.28318530717958647693 * *y;
+            const double angle = PK__TWO_PI * *y;
             y[0] = (pk_real)cos(angle);
             y[count] = (pk_real)sin(angle);
         }
+}
+
+static void pk__fourier_tangent(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    if (!call->in_tangent[0]) {
+        memset(call->out_tangent, 0, call->rows * 2 * count * sizeof(pk_real));
+        return;
+    }
+    pk__gemm(0, 1, call->rows, count, in, PK__TWO_PI, call->in_tangent[0], in, call->node->constants, in, 0,
+             call->out_tangent, 2 * count);
+    for (size_t row = 0; row < call->rows; row++)
+        for (size_t j = 0; j < count; j++) {
+            const pk_real *y = call->out + row * 2 * count + j;
+            pk_real *to = call->out_tangent + row * 2 * count + j;
+            to[count] = y[0] * to[0];
+            to[0] *= -y[count];
+        }
+}
+
+static void pk__fourier_reverse(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        const pk_real *y = call->out + copy / call->copies * 2 * count;
+        const pk_real *c = call->out_cotangent + copy * 2 * count;
+        pk_real *to = call->in_cotangent[0] + copy * in;
+        if (!call->accumulate[0])
+            memset(to, 0, in * sizeof *to);
+        for (size_t j = 0; j < count; j++) {
+            const pk_real slope = (pk_real)PK__TWO_PI * (c[count + j] * y[j] - c[j] * y[count + j]);
+            for (size_t i = 0; i < in; i++)
+                to[i] += slope * call->node->constants[j * in + i];
+        }
+    }
 }
 
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
@@ -362,8 +400,8 @@ static const pk_operation pk__structure_operations[] = {
      0,
      pk__select_check,
      NULL},
-    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__constant_tangent,
-                         pk__position_reverse),
+    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__fourier_tangent,
+                         pk__fourier_reverse),
     {"constant",
      PK_LINEAR,
      PK_TANGENT_NONE,
