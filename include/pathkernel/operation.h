@@ -36,6 +36,7 @@ PK_API const pk_operation *pk_operation_at(size_t index)
         {pk__dense_operations, sizeof pk__dense_operations / sizeof *pk__dense_operations},
         {pk__activation_operations, sizeof pk__activation_operations / sizeof *pk__activation_operations},
         {pk__structure_operations, sizeof pk__structure_operations / sizeof *pk__structure_operations},
+        {pk__image_operations, sizeof pk__image_operations / sizeof *pk__image_operations},
     };
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (index < tables[i].count)
