@@ -76,6 +76,9 @@ static void check(const subject *s)
     bf_run run;
     char name[300];
     fixture_make(s->network, s->loss, s->optimizer, &s->recipe, &run);
+    /* What was recorded counts, not what the gradients would give: the difference is unattributed. */
+    for (size_t i = 0; run.second_moments && i < run.steps * run.parameters; i++)
+        run.second_moments[i] *= 1 + 0.5 * (double)(i % 3);
     snprintf(name, sizeof name, "%.120s | %s | %.80s | seed %lu", s->network, bf_loss_name(s->loss),
              s->optimizer, (unsigned long)s->recipe.seed);
     double *inputs = fixture_normals(s->recipe.seed + 99, ROWS * run.network.inputs, 1);

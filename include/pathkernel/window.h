@@ -107,7 +107,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->direction = (pk_real *)pk_arena_take(arena, all, real);
     window->remainder = (pk_real *)pk_arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
-    window->states = bounds && window->preconditioned ? 2 : 1;
+    /* Recorded moments are no result of gradients here: they have no error of their own. */
+    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 2 : 1;
     window->preconditioner_error = window->states == 2 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 2 ? (pk_real *)pk_arena_take(arena, P, real) : NULL;
     window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
@@ -203,6 +204,33 @@ static void pk__recompute_update(pk_window *window, size_t j, pk_real *update)
                              window->preconditioner ? window->preconditioner + j * P : NULL);
 }
 
+/* The same with the second moments that were recorded: what the optimiser did divide by, while a recomputed moment of
+ * gradients that nearly cancel has few digits in common with that of a float32 run. */
+static pk_status pk__take_recorded_moments(pk_context *context, pk_window *window, size_t j, pk_real *update)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, step = window->first + j;
+    const double scale = pk_run_gradient_scale(run, step);
+    const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
+    pk_real *p = window->preconditioner + j * P, *moments = window->state + (window->state_vectors - 1) * P;
+    pk_linear_form *form = &window->forms[j];
+    pk_status status = pk_run_second_moments(context, run, step, moments);
+    for (size_t i = 0; !status && i < P; i++)
+        if (moments[i] < 0)
+            status = pk__fail(context, PK_FORMAT, "second_moments.npy: parameter %zu is %g after step %zu", i,
+                              (double)moments[i], step);
+    if (status)
+        return status;
+    pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, window->state, form, p);
+    for (size_t i = 0; i < P; i++)
+        update[i] = (pk_real)(-p[i] * (form->enter * window->state[i] +
+                                       form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
+                              form->decoupled * weights[i]);
+    for (size_t i = 0; i < P; i++)
+        window->remainder[j * P + i] = window->direction[j * P + i] - update[i];
+    return PK_OK;
+}
+
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
  * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
  * with the gradients' size, and the difference of the two p is the error. */
@@ -245,6 +273,10 @@ PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_
     if (window->state_vectors) {
         for (size_t j = 0; j < count; j++) {
             pk__recompute_update(window, j, window->update);
+            if (window->preconditioned && window->run->second_moments.data)
+                status = pk__take_recorded_moments(context, window, j, window->update);
+            if (status)
+                return status;
             if (window->states == 2)
                 pk__perturb_update(window, j, window->update);
         }
