@@ -188,6 +188,18 @@ class Case(unittest.TestCase):
 
 
 class Runs(Case):
+    def test_recorded_second_moments_are_used(self):
+        """Four times as large, they halve each contribution; the other half of the steps is unattributed."""
+        model = network()
+        self.train(model, torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-12), second_moments=True)
+        before, path = self.decompose(), os.path.join(self.run_dir, "second_moments.npy")
+        np.save(path, 4 * np.load(path))
+        after = self.decompose()
+        size = np.abs(before["by_example"]).max()
+        self.assertLess(np.abs(after["by_example"] - before["by_example"] / 2).max() / size, 1e-6)
+        self.assertGreater(np.abs(after["unattributed"]).max(), 1e-2)
+        self.assertLess(np.abs(after["closure"]).max(), 1e-12)
+
     def test_optimizers(self):
         for dtype in (F64, F32):
             for name, make in OPTIMIZERS.items():
