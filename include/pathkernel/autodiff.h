@@ -373,12 +373,13 @@ static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *
 }
 
 /* sum += the tangent of a layer's gradient, which is linear in the cotangent and affine in the inputs: its part of
- * degree 0 (biases) is taken off. */
+ * degree 0 in these is taken off; of outer products that is the biases. */
 static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_lane *lane, const pk_node *node,
                                       size_t rows, pk_real *sum)
 {
     const pk_graph *graph = sweep->graph;
     const pk_tape *tape = &lane->tape;
+    const int outer = node->tangent_form == PK_TANGENT_OUTER;
     const size_t n = (size_t)(node - graph->nodes), count = node->weight_count;
     pk_real *parts[2] = {lane->part, lane->part + count};
     pk_call call;
@@ -391,7 +392,7 @@ static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_la
         return;
     call.out_cotangent = tape->cotangent[n];
     memset(lane->part, 0, 2 * count * sizeof *lane->part);
-    for (int part = 0; part < 2; part++) {
+    for (int part = 0; part < 2 - outer; part++) {
         for (int j = 0; j < node->input_count; j++) {
             const size_t from = (size_t)node->inputs[j];
             call.in[j] = part || !graph->nodes[from].varies ? lane->zeros : tape->tangent[from];
@@ -399,7 +400,7 @@ static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_la
         call.gradient = parts[part];
         node->operation->weight_gradient(&call);
     }
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < (outer ? node->fan_out * node->fan_in : count); i++)
         sum[node->weight_offset + i] += parts[0][i] - parts[1][i];
 }
 

@@ -608,8 +608,13 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
             const pk_real *delta = call->out_cotangent + copy * node->width;
             pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
-            pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0, gradient,
-                     in);
+            if (positions == 1) /* one outer product: a matrix product would cost three times as much */
+                for (size_t j = 0; j < out; j++)
+                    for (size_t k = 0; k < in; k++)
+                        gradient[j * in + k] = delta[j] * places[k];
+            else
+                pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0,
+                         gradient, in);
             for (size_t j = 0; node->weight_count > out * in && j < out; j++) {
                 bias[j] = 0;
                 for (size_t q = 0; q < positions; q++)
