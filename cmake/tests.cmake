@@ -11,7 +11,7 @@ if(NOT PATHKERNEL_EXAMPLES)
 endif()
 
 # ---- tests/test_<name>.c, each with the modules and with the single header.
-set(tests context matrix random array dataset graph image network safetensors loss optimizer trajectory replay train
+set(tests context matrix random array dataset graph image network safetensors loss autodiff optimizer trajectory replay train
     segment quadrature tangent decompose_exact decompose_options bounds allocation determinism program)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/test_*.c" ${sources})
@@ -93,6 +93,7 @@ if(PATHKERNEL_CHECK_USE)
     example_test(02_digits_report_relu 02_digits_report relu)
     example_test(03_quadrature 03_quadrature)
     example_test(04_own_loop 04_own_loop)
+    example_test(07_own_operation 07_own_operation)
 
     add_test(NAME dropin COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/dropin/run.sh")
     add_test(NAME installed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/installed/run.sh"

@@ -2,6 +2,7 @@
 #ifdef PATHKERNEL_TEST_AMALGAM
 #include "pathkernel.h"
 #else
+#include "pathkernel/autodiff.h"
 #include "pathkernel/decompose.h"
 #include "pathkernel/train.h"
 #endif
