@@ -37,6 +37,8 @@ PK_API const pk_operation *pk_operation_at(size_t index)
         {pk__activation_operations, sizeof pk__activation_operations / sizeof *pk__activation_operations},
         {pk__structure_operations, sizeof pk__structure_operations / sizeof *pk__structure_operations},
         {pk__image_operations, sizeof pk__image_operations / sizeof *pk__image_operations},
+        {pk__norm_operations, sizeof pk__norm_operations / sizeof *pk__norm_operations},
+        {pk__sequence_operations, sizeof pk__sequence_operations / sizeof *pk__sequence_operations},
     };
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (index < tables[i].count)
