@@ -127,6 +127,15 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     }
 }
 
+/* Examples that go through the network at one time: a block of them, or about 2^20 numbers of values. */
+static size_t pk__example_rows(const pk_graph *graph)
+{
+    size_t numbers = 1;
+    for (size_t n = 1; n < graph->node_count; n++)
+        numbers += graph->nodes[n].width;
+    return pk__most(1, pk__least(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
+}
+
 PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
 {
     size_t most = 0;
@@ -136,13 +145,13 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk
             continue;
         most = pk__most(most, node->weight_count);
         if (node->tangent_form == PK_TANGENT_OUTER)
-            most = pk__most(most, pk__blocks(node->positions * node->fan_in + node->width, PK_EXAMPLE_BLOCK));
+            most = pk__most(most, node->positions * node->fan_in + node->width);
     }
-    pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
-    workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
-    workspace->targets =
-        (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
+    const size_t rows = pk__example_rows(graph);
+    pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
+    workspace->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    workspace->targets = (pk_real *)pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, rows * sizeof(pk_real));
 }
 
 PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
@@ -200,11 +209,12 @@ static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t cou
     }
 }
 
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient)
+/* Columns first .. first + count - 1, as many as the workspace holds. */
+static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                          const pk_dataset *data, const pk_batch *batch, size_t first, size_t count,
+                          pk_example_workspace *workspace, pk_real *gradient)
 {
-    size_t count = pk__least(batch->count - first, PK_EXAMPLE_BLOCK), outputs = graph->output_width;
+    const size_t outputs = graph->output_width;
     pk_tape *tape = &workspace->tape;
     const pk_line line = {weights, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
@@ -243,6 +253,16 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
             pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);
         }
     }
+}
+
+PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                             const pk_dataset *data, const pk_batch *batch, size_t first,
+                             pk_example_workspace *workspace, pk_real *gradient)
+{
+    const size_t last = first + pk__least(batch->count - first, PK_EXAMPLE_BLOCK), rows = workspace->tape.rows;
+    for (; first < last; first += rows)
+        pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__least(rows, last - first),
+                      workspace, gradient);
 }
 
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)

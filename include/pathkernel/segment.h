@@ -2,8 +2,9 @@
  * at points (row, t), and the kinks of its piecewise-linear parts.
  *
  * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
- * changes are found layer by layer: sample at degree + 1 nodes of each piece that the layers below left,
- * convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there.
+ * changes are found layer by layer: sample at degree + 1 nodes of a piece that the layers below left,
+ * convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there. A piece without
+ * roots goes on to the next layer with the samples that it has; only what was split is sampled again.
  */
 #ifndef PATHKERNEL_SEGMENT_H
 #define PATHKERNEL_SEGMENT_H
@@ -32,13 +33,17 @@ typedef struct pk_segment {
     size_t rows;
     /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
     pk_real **base, **slope;
-    int *gathered; /* a constant node that is needed at each point */
-    pk_tape tape;  /* of the points */
-    pk_real *input_points, *switch_values, *coefficients, *conversion[PK_SEGMENT_DEGREE + 1];
+    int *gathered;      /* a constant node that is needed at each point */
+    pk_tape tape;       /* of the points */
+    int degree;         /* of the samples: the largest of a switch function */
+    size_t last_switch; /* the last node with switch functions, 0: none */
+    size_t *last_read;  /* of each node: the last node that takes it */
+    pk_real *input_points, *switch_values, *coefficients, *conversion;
     size_t *point_row;
     pk_real *point_t;
-    pk_pieces spare;
-    double *roots; /* (t, slack) pairs */
+    pk_pieces pending, batch;            /* to be sampled */
+    size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
+    double *roots;                       /* (t, slack) pairs */
     size_t root_capacity;
 } pk_segment;
 
@@ -173,6 +178,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->base = (pk_real **)pk_arena_take(arena, count, sizeof *segment->base);
     segment->slope = (pk_real **)pk_arena_take(arena, count, sizeof *segment->slope);
     segment->gathered = (int *)pk_arena_take(arena, count, sizeof *segment->gathered);
+    segment->last_read = (size_t *)pk_arena_take(arena, count, sizeof *segment->last_read);
     for (size_t n = 0; n < count && segment->gathered; n++)
         segment->gathered[n] = 0;
     for (size_t n = 0; n < count; n++) {
@@ -188,24 +194,30 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         if (n && node->varies && (gather || !affine || !pk__is_outer(node)) && segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
+        for (int j = 0; j < node->input_count && segment->last_read; j++)
+            segment->last_read[node->inputs[j]] = n;
         if (n && pk__is_switch(node)) {
-            int degree = pk__sample_degree(node);
             switches = pk__most(switches, node->operation->switch_count(node));
-            if (!segment->conversion[degree]) {
-                size_t square = (size_t)(degree + 1) * (size_t)(degree + 1);
-                segment->conversion[degree] = (pk_real *)pk_arena_take(arena, square, sizeof(pk_real));
-                if (segment->conversion[degree])
-                    pk__bernstein_conversion(degree, segment->conversion[degree]);
-            }
+            segment->last_switch = n;
+            if (pk__sample_degree(node) > segment->degree)
+                segment->degree = pk__sample_degree(node);
         }
     }
+    const size_t samples = (size_t)segment->degree + 1;
+    segment->conversion =
+        (pk_real *)pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+    if (segment->conversion && segment->last_switch)
+        pk__bernstein_conversion(segment->degree, segment->conversion);
     pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
     segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
     segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
     segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
     segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
     segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
-    pk_pieces_take(arena, pieces, &segment->spare);
+    pk_pieces_take(arena, pieces, &segment->pending);
+    segment->pending_start = (size_t *)pk_arena_take(arena, pieces, sizeof *segment->pending_start);
+    pk_pieces_take(arena, points, &segment->batch);
+    segment->batch_start = (size_t *)pk_arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
     segment->roots = (double *)pk_arena_take(arena, pieces, 2 * sizeof *segment->roots);
 }
@@ -238,29 +250,33 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     }
 }
 
+/* The value of node n at points whose earlier nodes are there. */
+static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
+{
+    const pk_line line = {segment->weights, segment->direction, t};
+    const pk_node *node = &segment->graph->nodes[n];
+    const size_t width = node->width;
+    pk_real *value = segment->tape.value[n];
+    const pk_real *base = segment->base[n], *slope = segment->slope[n];
+    if (!node->varies) {
+        if (segment->gathered[n])
+            for (size_t p = 0; p < count; p++)
+                memcpy(value + p * width, base + row[p] * width, width * sizeof *value);
+    } else if (slope) {
+        for (size_t p = 0; p < count; p++)
+            for (size_t j = 0; j < width; j++)
+                value[p * width + j] = base[row[p] * width + j] + t[p] * slope[row[p] * width + j];
+    } else {
+        pk__node_forward(&segment->tape, &line, node, count);
+    }
+}
+
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
                                size_t stop)
 {
-    const pk_graph *graph = segment->graph;
-    const pk_line line = {segment->weights, segment->direction, t};
     segment->tape.value[0] = segment->input_points;
-    for (size_t n = 0; n < stop; n++) {
-        const pk_node *node = &graph->nodes[n];
-        const size_t width = node->width;
-        pk_real *value = segment->tape.value[n];
-        const pk_real *base = segment->base[n], *slope = segment->slope[n];
-        if (!node->varies) {
-            if (segment->gathered[n])
-                for (size_t p = 0; p < count; p++)
-                    memcpy(value + p * width, base + row[p] * width, width * sizeof *value);
-        } else if (slope) {
-            for (size_t p = 0; p < count; p++)
-                for (size_t j = 0; j < width; j++)
-                    value[p * width + j] = base[row[p] * width + j] + t[p] * slope[row[p] * width + j];
-        } else {
-            pk__node_forward(&segment->tape, &line, node, count);
-        }
-    }
+    for (size_t n = 0; n < stop; n++)
+        pk__segment_node(segment, n, count, row, t);
 }
 
 PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
@@ -387,22 +403,23 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
-/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first. */
-static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, size_t first, pk__root_sink *sink)
+/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
+ * degree 1 (samples 0 and the last suffice) or at most of the samples' degree. */
+static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, size_t first, pk__root_sink *sink)
 {
+    const int degree = linear ? 1 : segment->degree;
     const pk_real *values = segment->switch_values + first * switches;
     pk_real *coefficients = segment->coefficients;
-    const pk_real *conversion = segment->conversion[degree];
     for (int k = 0; k <= degree; k++) {
         pk_real *to = coefficients + (size_t)k * switches;
         if (k == 0 || k == degree) { /* end coefficients are end values, exactly */
-            memcpy(to, values + (size_t)k * switches, switches * sizeof *to);
+            memcpy(to, values + (size_t)(k ? segment->degree : 0) * switches, switches * sizeof *to);
             continue;
         }
         memset(to, 0, switches * sizeof *to);
         for (int i = 0; i <= degree; i++) {
             const pk_real *from = values + (size_t)i * switches;
-            const pk_real factor = conversion[k * (degree + 1) + i];
+            const pk_real factor = segment->conversion[k * (degree + 1) + i];
             for (size_t j = 0; j < switches; j++)
                 to[j] += factor * from[j];
         }
@@ -421,11 +438,11 @@ static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, si
     }
 }
 
-/* Appends [a, b] of row to pieces, split at the roots. 0 where it does not fit. */
-static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack,
-                            pk__root_sink *sink)
+/* Appends piece at of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
+static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t at, pk__root_sink *sink)
 {
-    double *roots = sink->roots;
+    const size_t row = batch->row[at], before = pieces->count;
+    double a = batch->a[at], b = batch->b[at], slack = batch->slack[at], *roots = sink->roots;
     if (sink->count > sink->capacity)
         return 0;
     for (size_t i = 1; i < sink->count; i++) { /* insertion sort of pairs: few */
@@ -454,64 +471,140 @@ static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, d
     if (pieces->count == pieces->capacity)
         return 0;
     pk_pieces_push(pieces, row, a, b, slack);
-    return 1;
+    return pieces->count - before;
 }
 
-/* Splits from at the kinks of one node into to. */
-static int pk__split_node(pk_segment *segment, const pk_node *node, const pk_pieces *from, pk_pieces *to)
+/* The next pieces that wait, as many as there are points for, and their samples. */
+static void pk__begin_batch(pk_segment *segment)
 {
-    int degree = pk__sample_degree(node);
-    size_t samples = (size_t)degree + 1, switches = node->operation->switch_count(node);
-    size_t chunk = segment->point_capacity / samples;
-    to->count = 0;
-    for (size_t first = 0; first < from->count; first += chunk) {
-        size_t count = pk__least(chunk, from->count - first);
-        for (size_t i = 0; i < count; i++)
-            for (size_t k = 0; k < samples; k++) {
-                double a = from->a[first + i], b = from->b[first + i];
-                segment->point_row[i * samples + k] = from->row[first + i];
-                segment->point_t[i * samples + k] = (pk_real)(a + (b - a) * pk__sample_node(degree, (int)k));
-            }
-        pk_segment_forward(segment, count * samples, segment->point_row, segment->point_t,
-                           (size_t)(node - segment->graph->nodes));
-        pk_call call;
-        pk__tape_call(&segment->tape, node, count * samples, 1, &call);
-        call.out = segment->switch_values;
-        node->operation->switches(&call);
-        for (size_t i = 0; i < count; i++) {
-            size_t at = first + i;
-            pk__root_sink sink = {from->a[at], from->b[at], 1, segment->roots, 0, segment->root_capacity};
-            pk__piece_roots(segment, degree, switches, i * samples, &sink);
-            if (!pk__append_split(to, from->row[at], from->a[at], from->b[at], from->slack[at], &sink))
-                return 0;
+    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    const size_t samples = (size_t)segment->degree + 1, most = segment->point_capacity / samples;
+    batch->count = 0;
+    while (pending->count && batch->count < most) {
+        const size_t top = --pending->count, i = batch->count;
+        const double a = pending->a[top], b = pending->b[top];
+        segment->batch_start[i] = segment->pending_start[top];
+        pk_pieces_push(batch, pending->row[top], a, b, pending->slack[top]);
+        for (size_t k = 0; k < samples; k++) {
+            segment->point_row[i * samples + k] = pending->row[top];
+            segment->point_t[i * samples + k] =
+                (pk_real)(a + (b - a) * pk__sample_node(segment->degree, (int)k));
         }
     }
+}
+
+/* Moves piece `from` of the batch and all that is known of its samples, as far as nodes from n on need it. */
+static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to)
+{
+    const size_t samples = (size_t)segment->degree + 1;
+    pk_pieces *batch = &segment->batch;
+    if (from == to)
+        return;
+    batch->row[to] = batch->row[from];
+    batch->a[to] = batch->a[from];
+    batch->b[to] = batch->b[from];
+    batch->slack[to] = batch->slack[from];
+    segment->batch_start[to] = segment->batch_start[from];
+    memcpy(segment->point_row + to * samples, segment->point_row + from * samples,
+           samples * sizeof *segment->point_row);
+    memcpy(segment->point_t + to * samples, segment->point_t + from * samples,
+           samples * sizeof *segment->point_t);
+    for (size_t m = 0; m < n; m++) {
+        const pk_node *node = &segment->graph->nodes[m];
+        const size_t count = samples * node->width;
+        if (segment->last_read[m] >= n && (node->varies || segment->gathered[m]))
+            memcpy(segment->tape.value[m] + to * count, segment->tape.value[m] + from * count,
+                   count * sizeof(pk_real));
+    }
+}
+
+/* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
+static int pk__split_batch(pk_segment *segment, size_t n)
+{
+    const pk_node *node = &segment->graph->nodes[n];
+    const size_t samples = (size_t)segment->degree + 1, switches = node->operation->switch_count(node);
+    pk_pieces *batch = &segment->batch, *pending = &segment->pending;
+    size_t kept = 0;
+    pk_call call;
+    pk__tape_call(&segment->tape, node, batch->count * samples, 1, &call);
+    call.out = segment->switch_values;
+    node->operation->switches(&call);
+    for (size_t i = 0; i < batch->count; i++) {
+        if (segment->batch_start[i] <= n) {
+            pk__root_sink sink = {batch->a[i], batch->b[i], 1, segment->roots, 0, segment->root_capacity};
+            pk__piece_roots(segment, node->degree == 1, switches, i * samples, &sink);
+            const size_t parts = pk__append_split(pending, batch, i, &sink);
+            if (!parts)
+                return 0;
+            for (size_t k = 0; k < parts; k++)
+                segment->pending_start[pending->count - 1 - k] = n + 1;
+            if (parts > 1)
+                continue;
+            batch->slack[i] = pending->slack[--pending->count]; /* it is whole: go on with it */
+        }
+        pk__keep_piece(segment, n, i, kept++);
+    }
+    batch->count = kept;
     return 1;
 }
 
-static void pk__copy_pieces(const pk_pieces *from, pk_pieces *to)
+static int pk__precedes(const pk_pieces *pieces, size_t i, size_t row, double a)
 {
-    to->count = from->count;
-    memcpy(to->row, from->row, from->count * sizeof *to->row);
-    memcpy(to->a, from->a, from->count * sizeof *to->a);
-    memcpy(to->b, from->b, from->count * sizeof *to->b);
-    memcpy(to->slack, from->slack, from->count * sizeof *to->slack);
+    return pieces->row[i] < row || (pieces->row[i] == row && pieces->a[i] <= a);
+}
+
+/* By row and t. Shell sort: in place. */
+static void pk__sort_pieces(pk_pieces *pieces)
+{
+    size_t gap = 1;
+    while (gap < pieces->count / 3)
+        gap = 3 * gap + 1;
+    for (; gap > 0; gap /= 3)
+        for (size_t i = gap; i < pieces->count; i++) {
+            const size_t row = pieces->row[i];
+            const double a = pieces->a[i], b = pieces->b[i], slack = pieces->slack[i];
+            size_t k = i;
+            for (; k >= gap && !pk__precedes(pieces, k - gap, row, a); k -= gap) {
+                pieces->row[k] = pieces->row[k - gap];
+                pieces->a[k] = pieces->a[k - gap];
+                pieces->b[k] = pieces->b[k - gap];
+                pieces->slack[k] = pieces->slack[k - gap];
+            }
+            pieces->row[k] = row;
+            pieces->a[k] = a;
+            pieces->b[k] = b;
+            pieces->slack[k] = slack;
+        }
 }
 
 PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to)
 {
-    const pk_graph *graph = segment->graph;
-    if (from->count > to->capacity)
+    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    const size_t samples = (size_t)segment->degree + 1;
+    to->count = pending->count = 0;
+    if (from->count > to->capacity || from->count > pending->capacity)
         return 0;
-    pk__copy_pieces(from, to);
-    for (size_t n = 1; n < graph->node_count; n++) {
-        if (!pk__is_switch(&graph->nodes[n]))
-            continue;
-        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) ||
-            segment->spare.count > to->capacity)
-            return 0;
-        pk__copy_pieces(&segment->spare, to);
+    for (size_t i = 0; i < from->count; i++) {
+        pk_pieces *first = segment->last_switch ? pending : to;
+        segment->pending_start[i] = 1;
+        pk_pieces_push(first, from->row[i], from->a[i], from->b[i], from->slack[i]);
     }
+    segment->tape.value[0] = segment->input_points;
+    while (pending->count) {
+        pk__begin_batch(segment);
+        for (size_t n = 0; n <= segment->last_switch && batch->count; n++) {
+            if (n && pk__is_switch(&segment->graph->nodes[n]) && !pk__split_batch(segment, n))
+                return 0;
+            if (n < segment->last_switch && batch->count)
+                pk__segment_node(segment, n, batch->count * samples, segment->point_row, segment->point_t);
+        }
+        for (size_t i = 0; i < batch->count; i++) {
+            if (to->count == to->capacity)
+                return 0;
+            pk_pieces_push(to, batch->row[i], batch->a[i], batch->b[i], batch->slack[i]);
+        }
+    }
+    pk__sort_pieces(to);
     return 1;
 }
 
