@@ -36,12 +36,13 @@
  *   status, context     status codes; what a call runs with: memory, threads, progress
  *   array, dataset      .npy files; IDX, CSV, training data
  *   network, loss       the network language; losses and gradients of batches
+ *   autodiff            products with Jacobians and Hessians, Jacobians, gradients by example
  *   optimizer           update rules, schedules, clipping, and their linear form
  *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
  *   safetensors         final weights as safetensors, read and written
  * extended
  *   matrix, random      matrix products; counter-based random numbers
- *   graph, operation    autodiff on a static graph; its operations, and how to add one
+ *   graph, operation    the static graph behind a network; its operations, and how to add one
  *   segment, quadrature a network along one step; rules that integrate it, exactly where it is piecewise linear
  *   example, tangent    the train side and the test side of a kernel, and their inner products
  *   window              windows of steps with recomputed updates
@@ -182,6 +183,8 @@ typedef struct pk_allocator {
     void *user;
 } pk_allocator;
 
+struct pk_operation;
+
 typedef struct pk_context {
     pk_allocator allocator;
     int threads;         /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP */
@@ -189,6 +192,9 @@ typedef struct pk_context {
     /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
     int (*progress)(void *user, const char *phase, double fraction);
     void *progress_user;
+    /* Operations of one's own (graph.h) that the network language knows by name, behind the built-in ones; the last one
+     * is NULL. They outlive every network that was read with this context. NULL: none. */
+    const struct pk_operation *const *operations;
     /* Read only: */
     size_t memory_used; /* bytes held now */
     size_t memory_peak; /* the most that was ever held */
@@ -446,7 +452,7 @@ PK__END_C
  */
 PK__BEGIN_C
 
-enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16 };
+enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16, PK_CONSTANT_NAME = 32 };
 
 /* The shape of one example at a node; width is the product of dims. */
 typedef struct pk_shape {
@@ -500,11 +506,12 @@ typedef struct pk_node {
     size_t width;
     size_t weight_offset, weight_count;
     double attributes[PK_NODE_ATTRIBUTES];
-    pk_real *constants; /* fixed numbers that are no weights; owned by the graph */
-    size_t constant_count;
-    pk_tangent_form tangent_form;      /* the operation's, unless its shape rule chose another */
-    size_t positions, fan_in, fan_out; /* PK_TANGENT_OUTER */
-    int layer;                         /* number among the nodes with weights, -1 without */
+    pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
+    size_t constant_count, constant_columns; /* columns: of the array that the network language names */
+    char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
+    pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
+    size_t positions, fan_in, fan_out;       /* PK_TANGENT_OUTER */
+    int layer;                               /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
@@ -542,7 +549,8 @@ typedef struct pk_operation {
     const pk_option *options; /* what may follow the name in the network language; NULL: nothing */
     double defaults[PK_NODE_ATTRIBUTES];
     /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
-     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width. */
+     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width.
+     * NULL: the first input's shape, no weights. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
     void (*forward)(const pk_call *call);                               /* out = F */
@@ -624,6 +632,9 @@ typedef struct pk_tape {
 /* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape);
+/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. */
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
 PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
 /* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
@@ -709,8 +720,9 @@ PK__END_C
 /* pathkernel/norm.h: operations on normalisation and softmax. */
 PK__BEGIN_C
 
-/* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon alone), and of
- * affine, for pk_graph_add. */
+/* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon
+ * alone), and of affine, for pk_graph_add. affine with 0 dimensions has one factor for each channel, the
+ * first dimension. */
 enum { PK_NORM_EPSILON, PK_NORM_DIMS };
 enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS };
 
@@ -746,7 +758,8 @@ PK__END_C
  *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
  *
  * Layers are separated by `;`, words by blanks. `input 64` or `input 1x28x28` comes first. Most layers are one
- * operation of the same name with its options; what is made of several is in the table pk__composites. Parameters are
+ * operation of the same name with its options, built in or from outside (pk_context.operations); what is made of
+ * several is in the table pk__composites. Parameters are
  * in PyTorch's order: layers in order, the branches of a residual in order, each layer's weight, then its bias.
  */
 PK__BEGIN_C
@@ -764,6 +777,11 @@ typedef struct pk_constants {
 PK_API PK__MUST_USE pk_status pk_network_parse_with(pk_context *context, const char *text,
                                                     const pk_constants *constants, pk_graph *graph);
 PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
+
+/* The arrays that the network language named when graph was built; graph has to outlive the result. */
+PK_API pk_constants pk_graph_constants(const pk_graph *graph);
+/* The next node from node number n on that holds a named array, with the array's view; NULL behind the last. */
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array);
 
 /* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
@@ -802,9 +820,10 @@ PK__END_C
 
 /* pathkernel/loss.h: losses, their derivatives, and the gradient of a weighted batch.
  *
- * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, what its
- * targets must be, and whether an integer target is a class. Definitions are those of PyTorch's modules,
- * per example; a batch weights its examples (1/count where no weights are given, PyTorch's mean).
+ * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, one that
+ * multiplies with its Hessian, what its targets must be, and whether an integer target is a class. Definitions are
+ * those of PyTorch's modules, per example; a batch weights its examples (1/count where no weights are given,
+ * PyTorch's mean).
  *
  *     name                    l(f, y), C outputs                                      PyTorch
  *     squared                 sum_j (f_j - y_j)^2 / 2
@@ -816,8 +835,8 @@ PK__END_C
  *     hinge                   sum_{j != k} max(0, 1 - f_k + f_j) / C, y_k = 1         MultiMarginLoss
  *                             C = 1: max(0, 1 - y f)
  *
- * The derivative at a kink of hinge is 0, as in PyTorch. Exponentials never overflow, and small residuals
- * (a confident, correct classification) keep their relative accuracy.
+ * The derivative at a kink of hinge is 0, and so is the second one of huber at |d| = 1, as in PyTorch. Exponentials
+ * never overflow, and small residuals (a confident, correct classification) keep their relative accuracy.
  */
 PK__BEGIN_C
 
@@ -843,6 +862,9 @@ PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, cons
 /* gradient = dl/df (outputs numbers) of one example; may be f itself, not target. */
 PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
                              pk_real *gradient);
+/* product = (d2l/df2) direction (outputs numbers each) of one example; may be the direction itself. */
+PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                                    const pk_real *direction, pk_real *product);
 
 /* Do the targets fit the loss and the number of outputs? Reads every target.
  *   (N,) integers        classes in [0, outputs), made one-hot. With one output they are numbers instead
@@ -906,6 +928,69 @@ PK_API PK__MUST_USE pk_status pk_batch_gradient(pk_context *context, const pk_gr
 
 PK__END_C
 
+/* pathkernel/autodiff.h: derivatives of a network, batched: products with its Jacobian from either side, the Jacobian
+ * itself, gradients example by example, and products with the Hessian and the Gauss-Newton matrix of an objective.
+ *
+ *     f(w, x)   the network: P weights, D inputs, C outputs
+ *     J = df/dw (C x P),  K = df/dx (C x D), one of each for every row of inputs
+ *
+ * They are exact derivatives (no differences), for networks in words and for those built node by node, with operations
+ * of one's own. At a kink the derivative is PyTorch's; an operation of the kind PK_SURROGATE gives its surrogate.
+ * Batches are cut into blocks of rows by shapes only, and sums are added in order: the same bits for any number of
+ * threads. Each call allocates: one tape of a block for each thread.
+ */
+PK__BEGIN_C
+
+/* For all functions here: inputs are rows x D. Results overlap nothing that is read, and no other result. A matrix
+ * whose data are NULL is not wanted (a result) or zero (a direction).
+ * PK_ARGUMENT (also for data that an operation does not take), PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT:
+ * results are untouched. PK_UNSUPPORTED, too: a derivative with respect to inputs that are tokens does not exist.
+ * PK_NOT_FINITE: a result is not finite; the message names the first such row, results hold what was found. */
+
+/* The reverse product. With a cotangent u_r (C) for each row r:
+ *     weight_gradients (rows x P), row r:  J(x_r)^T u_r        input_gradients (rows x D), row r:  K(x_r)^T u_r
+ * With the gradient of a loss as u_r (pk_loss_gradient) these are the gradients of that loss.
+ * Cost: about 4 P flops a row, 2 P more for weight_gradients. */
+PK_API PK__MUST_USE pk_status pk_vjp(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                     pk_matrix inputs, pk_matrix cotangents, pk_matrix weight_gradients,
+                                     pk_matrix input_gradients);
+/* gradient (P) = sum_r J(x_r)^T u_r, without the rows. Cost: about 6 P flops a row. */
+PK_API PK__MUST_USE pk_status pk_vjp_sum(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                         pk_matrix inputs, pk_matrix cotangents, pk_real *gradient);
+/* The forward product: tangents (rows x C), row r: J(x_r) v + K(x_r) z_r. v: P numbers or NULL; input_directions: rows
+ * x D, row r is z_r. Cost: about 6 P flops a row. */
+PK_API PK__MUST_USE pk_status pk_jvp(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                     pk_matrix inputs, const pk_real *weight_direction,
+                                     pk_matrix input_directions, pk_matrix tangents);
+/* weight_jacobian (rows C x P): row r C + c is the gradient of output c for inputs r; input_jacobian (rows C x D)
+ * likewise. Cost: a forward pass, and C times that of pk_vjp backwards. */
+PK_API PK__MUST_USE pk_status pk_jacobian(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                          pk_matrix inputs, pk_matrix weight_jacobian,
+                                          pk_matrix input_jacobian);
+
+/* For each example b of a batch, whose weights c_b do not matter here: losses (count, may be NULL)
+ * l_b = l(f(w, x_b), y_b), and gradients (count x P), row b: grad_w l_b. The dataset has passed pk_loss_check. */
+PK_API PK__MUST_USE pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                                const pk_real *weights, const pk_dataset *dataset,
+                                                const pk_batch *batch, double *losses, pk_matrix gradients);
+
+/* product (P) = H v with the Hessian H = d2L / dw2 of L = sum_b c_b l(f(w, x_b), y_b), as in pk_batch_gradient: forward
+ * over reverse (Pearlmutter 1994), exact between kinks. Cost: about 14 P flops an example.
+ * PK_UNSUPPORTED names an operation that has no second derivative here: a surrogate, a smooth one without a curvature
+ * rule, or one whose weights do not enter it linearly, or together with a nonlinear function of its inputs. */
+PK_API PK__MUST_USE pk_status pk_hessian_product(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                                 const pk_real *weights, const pk_dataset *dataset,
+                                                 const pk_batch *batch, const pk_real *direction,
+                                                 pk_real *product);
+/* product (P) = G v with the Gauss-Newton matrix G = sum_b c_b J_b^T (d2l/df2)_b J_b (Schraudolph 2002), which is H
+ * without the curvature of the network; for every operation. Cost: about 10 P flops an example. */
+PK_API PK__MUST_USE pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                                      const pk_real *weights, const pk_dataset *dataset,
+                                                      const pk_batch *batch, const pk_real *direction,
+                                                      pk_real *product);
+
+PK__END_C
+
 /* pathkernel/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
  * clipping.
  *
@@ -956,7 +1041,8 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
 
 /* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
  * step counts from 0; state (state_vectors x P) is zero before step 0 and is carried on; NULL where there
- * is none. weights, gradient, update: P numbers; state and update overlap nothing. The optimizer has passed
+ * is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
+ * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
  * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. */
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
@@ -1113,15 +1199,16 @@ PK__BEGIN_C
 
 /* What to record. The texts are those of run.txt; they are written in canonical form. */
 typedef struct pk_recorder_options {
-    const char *network;   /* "input 64; dense 32; tanh; dense 10" */
-    const char *loss;      /* "softmax_cross_entropy" */
-    const char *optimizer; /* "adamw beta2=0.98"; NULL: "sgd" */
-    int float32;           /* 1: weights (and second moments) as float32; default float64 */
-    int batch_weights;     /* 1: record batch_weights.npy */
-    int gradient_scales;   /* 1: record gradient_scales.npy */
-    int second_moments;    /* 1: record second_moments.npy */
-    int resume;            /* 1: continue the run in the directory, if there is one */
-    int replace;           /* 1: remove the run in the directory first, if there is one */
+    const char *network;           /* "input 64; dense 32; tanh; dense 10" */
+    const pk_constants *constants; /* of a network that names arrays; they are copied into the run */
+    const char *loss;              /* "softmax_cross_entropy" */
+    const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
+    int float32;                   /* 1: weights (and second moments) as float32; default float64 */
+    int batch_weights;             /* 1: record batch_weights.npy */
+    int gradient_scales;           /* 1: record gradient_scales.npy */
+    int second_moments;            /* 1: record second_moments.npy */
+    int resume;                    /* 1: continue the run in the directory, if there is one */
+    int replace;                   /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
@@ -1333,8 +1420,9 @@ PK__END_C
  * at points (row, t), and the kinks of its piecewise-linear parts.
  *
  * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
- * changes are found layer by layer: sample at degree + 1 nodes of each piece that the layers below left,
- * convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there.
+ * changes are found layer by layer: sample at degree + 1 nodes of a piece that the layers below left,
+ * convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there. A piece without
+ * roots goes on to the next layer with the samples that it has; only what was split is sampled again.
  */
 PK__BEGIN_C
 
@@ -1358,20 +1446,25 @@ typedef struct pk_segment {
     size_t rows;
     /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
     pk_real **base, **slope;
-    int *gathered; /* a constant node that is needed at each point */
-    pk_tape tape;  /* of the points */
-    pk_real *input_points, *switch_values, *coefficients, *conversion[PK_SEGMENT_DEGREE + 1];
+    int *gathered;      /* a constant node that is needed at each point */
+    pk_tape tape;       /* of the points */
+    int degree;         /* of the samples: the largest of a switch function */
+    size_t last_switch; /* the last node with switch functions, 0: none */
+    size_t *last_read;  /* of each node: the last node that takes it */
+    pk_real *input_points, *switch_values, *coefficients, *conversion;
     size_t *point_row;
     pk_real *point_t;
-    pk_pieces spare;
-    double *roots; /* (t, slack) pairs */
+    pk_pieces pending, batch;            /* to be sampled */
+    size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
+    double *roots;                       /* (t, slack) pairs */
     size_t root_capacity;
 } pk_segment;
 
-/* Takes a segment for blocks of rows rows, points points at a time with copies cotangents each, pieces
- * pieces at a time. gather: constant values are wanted at each point, too. */
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                            size_t pieces, int gather, pk_segment *segment);
+/* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
+ * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
+PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                            size_t reverse_points, size_t copies, size_t pieces, int gather,
+                            pk_segment *segment);
 /* Moves it to a step and a block of rows (rows x input width). */
 PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
                              const pk_real *inputs);
@@ -1480,9 +1573,10 @@ typedef struct pk_integrator {
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
 } pk_integrator;
 
-/* bounds: also send what bounds on the error of the integrals are made from. */
+/* points: of one call of the sink; reverse_points: of one pk_segment_reverse. bounds: also send what bounds on the error
+ * of the integrals are made from. */
 PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t copies, int bounds, pk_integrator *integrator);
+                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator);
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
 /* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
 PK_API void pk_gauss_table(double *nodes, double *weights);
@@ -1499,9 +1593,22 @@ PK__END_C
  */
 PK__BEGIN_C
 
-/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (layer inputs x ld), cotangent[l]
- * (layer outputs x ld), rows[l] (weights x ld) for layers of the form PK_TANGENT_ROWS. Column b is batch position b. */
+/* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
+ * represented: as one outer product for each place, or by rows, materialised. */
+typedef struct pk_representation {
+    size_t outputs, batch; /* that a test row and a step have */
+    int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
+    int factored;     /* else: never materialise where that can be avoided */
+} pk_representation;
+
+/* 1: gradients of the node's weights are materialised. Cost model: flops a row and step with five points, where a
+ * Hadamard product of one number counts as 8. */
+PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
+
+/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
+ * (places x fan_out x ld), rows[l] (weights x ld) for layers by rows. Column b is batch position b. */
 typedef struct pk_examples {
+    pk_representation representation;
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
@@ -1510,19 +1617,21 @@ typedef struct pk_examples {
 
 enum { PK_EXAMPLE_BLOCK = 256 };
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples);
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
+                             const pk_representation *representation, pk_examples *examples);
 /* to = the absolute values of from: for bounds. */
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
 /* sum (P) += sum over the examples of their gradients. */
 PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
 PK_API double pk_rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples. */
+/* Memory of one thread to fill examples, at most rows <= PK_EXAMPLE_BLOCK at a time. */
 typedef struct pk_example_workspace {
     pk_tape tape;
     pk_real *inputs, *targets, *row_gradients;
 } pk_example_workspace;
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace);
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
+                                      pk_example_workspace *workspace);
 PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
 /* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
@@ -1545,6 +1654,8 @@ PK__END_C
  *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
  *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
  *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
+ * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
  */
 PK__BEGIN_C
 
@@ -1574,7 +1685,10 @@ typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, con
 typedef struct pk_tangent {
     const pk_graph *graph;
     pk_integrator integrator;
-    size_t outputs, rows, row_capacity;
+    size_t outputs, rows, row_capacity, reverse_points;
+    /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
+     * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
+    size_t unit, first_output, output_count, output_capacity;
     pk_layer_kind *kind;
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
@@ -1583,7 +1697,7 @@ typedef struct pk_tangent {
         *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
     pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
-    pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
+    pk_real **phi;   /* POINTS and ROWS: rows x output_capacity x weights */
     pk_real **check,
         **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
     double allowance; /* c eps of the rounding bound */
@@ -1601,24 +1715,28 @@ typedef struct pk_tangent {
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: slope, t slope */
     pk_real *sums;         /* 2 out x PK_EXAMPLE_BLOCK */
-    size_t *order;
+    pk_real *places;       /* of some points of a layer used at several places: inputs, then cotangents */
+    size_t *place_row;     /* the row of each place */
     pk_points sorted;
     double flops; /* of the contraction, counted */
     double seconds_contraction;
 } pk_tangent;
 
-/* With materialise, Phi of every layer can be had (it costs rows x outputs x P numbers); with bounds, also a
- * bound on its error, number by number (three times that). */
+/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+ * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            int materialise, int bounds, pk_tangent *tangent);
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent);
 /* How many test rows make a block, from shapes alone. */
 PK_API size_t pk_tangent_block(size_t outputs);
+/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
  * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
                             size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
-/* phi of the outputs first .. first + count - 1 of one row after pk_tangent_step: (count x layer outputs x layer
- * inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
+/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
+ * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi);
 /* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
@@ -1705,8 +1823,9 @@ PK__END_C
  * weights, the gradients of their examples, and their updates, recomputed and in linear form.
  *
  * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
- * the results. An optimiser with state is followed forward once, its state kept at the start of every
- * window, so that the windows can be visited in reverse.
+ * the results. An optimiser with state is followed forward once, its state kept at the start of every stride-th
+ * window; on the way back to a window between, spare more states are kept where they save most (Griewank and
+ * Walther 2000), so that any number of steps can be visited in reverse with few states.
  */
 PK__BEGIN_C
 
@@ -1715,9 +1834,11 @@ typedef struct pk_window {
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
     int preconditioned; /* the optimiser scales each parameter on its own */
+    /* The caller's, after pk_window_begin: */
+    pk_representation representation;
     /* Of the plan: */
     size_t capacity, windows, threads, lanes;
-    size_t stride;
+    size_t stride, spare;
     int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
     size_t first, count;
@@ -1731,10 +1852,13 @@ typedef struct pk_window {
     pk_batch *batches;
     pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
     /* Private: */
-    pk_real *gradient;               /* count x lanes x P; lane 0 becomes the sum */
-    pk_real *state, *saved, *update; /* with bounds, a second state behind the first: of perturbed gradients */
-    pk_real *perturbed;              /* P */
-    size_t states;                   /* 1 or 2 */
+    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    /* In parts of PK__STATE_PART parameters; with bounds, a second state behind the first: of perturbed gradients. */
+    pk_real *state, *saved, *update;
+    pk_real *perturbed;          /* P */
+    size_t states;               /* 1 or 2 */
+    size_t *spare_at;            /* the windows that the spare states stand before, ascending */
+    size_t spare_used, advanced; /* windows gone through only for the state */
     pk_example_workspace *workspaces;
     double *seconds; /* a thread's on examples */
     double seconds_read;
@@ -1744,9 +1868,13 @@ typedef struct pk_window {
 /* What of a run matters here: reads the batches' sizes. */
 PK_API void pk_window_begin(const pk_run *run, pk_window *window);
 /* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
- * stride-th window, so that windows can be visited backwards; 0: do not. bounds: have what bounds need. */
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t threads, int bounds,
-                           pk_window *window);
+ * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
+ * what bounds need. */
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                           int bounds, pk_window *window);
+/* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
+ * state before the first and room for spare more. */
+PK_API double pk_window_again(size_t windows, size_t spare);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
 PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first,
@@ -1754,8 +1882,41 @@ PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *
 /* Goes through the run once and keeps the states. */
 PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
 /* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
- * state that was kept, which costs up to stride windows. */
+ * state that was kept. Cheap for the window before the one that was visited last, see pk_window_again. */
 PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index);
+
+PK__END_C
+
+/* pathkernel/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
+ * its memory, what a plan costs, the choice. decompose.h carries it out.
+ *
+ * A pass goes through all steps with some of the test rows and some of the outputs; windows of steps are prepared
+ * ahead of it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
+ * alone. What a cut costs:
+ *   - each pass reads the run and computes the examples' gradients and the updates again;
+ *   - states of the optimiser that were not kept are computed again from those that were (window.h);
+ *   - each slice of the outputs takes the test rows along the path again, because their nodes are judged by all
+ *     outputs, and, where the optimiser has no state, contracts them again;
+ *   - few blocks of rows and short windows leave threads idle.
+ */
+PK__BEGIN_C
+
+typedef struct pk_plan {
+    size_t threads;
+    size_t rows, outputs; /* at most, of a pass; all of them where the memory allows it */
+    size_t passes;
+    size_t window; /* steps prepared at a time */
+    size_t stride,
+        spare;    /* the optimiser's state is kept before every stride-th window, and spare more between */
+    size_t bytes; /* to be held at most, results (in parts: of a part) included */
+    /* All passes together: */
+    double sweeps;       /* times that the examples' gradients of the whole run are computed; 1 at best */
+    double weight_bytes; /* read, of the recorded weights */
+    double gradient_flops, contraction_flops;
+    /* An estimate, at 35 GF/s a thread: all of it; the examples' side once, and what is computed again of it; the test
+     * rows' way along the path, with the optimiser's state; their contraction. */
+    double seconds, seconds_examples, seconds_again, seconds_test, seconds_contraction;
+} pk_plan;
 
 PK__END_C
 
@@ -1779,8 +1940,8 @@ PK__BEGIN_C
 /* Decomposes h(f(w_S, inputs)) of a run. inputs: rows x input width. *out is zeroed first; release it also
  * after PK_NOT_CLOSED, which means: computed, but the worst closure exceeds the tolerance (the message names
  * row, output and step). Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
- * memory limit. Memory beyond the results: the least is the state of one block of rows, about
- * 50 P numbers for stateful optimisers. */
+ * memory limit. Memory beyond the results: see pk_decompose_plan; the least is about 30 P numbers, whatever the
+ * number of examples, test rows, outputs and steps, and the factors of the largest batch. */
 PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
                                            const pk_decompose_options *options, pk_decomposition *out);
 
@@ -1793,6 +1954,12 @@ PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_r
                                                  const pk_decompose_options *options,
                                                  pk_decomposition_part *part, void *user,
                                                  pk_decomposition *summary);
+
+/* How pk_decompose (in_parts: pk_decompose_parts) would cut the job for rows test rows under the context's memory limit,
+ * and what that costs; nothing is computed. PK_MEMORY_LIMIT names the least that would do. */
+PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
+                                                const pk_decompose_options *options, int in_parts,
+                                                pk_plan *plan);
 
 PK__END_C
 
@@ -3747,7 +3914,8 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         node.inputs[j] = inputs[j];
     }
     pk_status status = pk__check_attributes(context, operation->name, operation->options, node.attributes);
-    if (!status)
+    node.shape = graph->nodes[node.inputs[0]].shape;
+    if (!status && operation->shape)
         status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
@@ -3792,7 +3960,10 @@ PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *grap
     for (size_t row = 0; graph->checked && row < rows; row++)
         for (size_t n = 1; n < graph->node_count; n++) {
             const pk_node *node = &graph->nodes[n];
-            if (!node->operation->check || node->inputs[0] != 0)
+            int data = 0;
+            for (int j = 0; j < node->input_count; j++)
+                data |= node->inputs[j] == 0;
+            if (!node->operation->check || !data)
                 continue;
             pk_status status =
                 node->operation->check(context, node, first + row, inputs + row * graph->input_width);
@@ -3824,12 +3995,19 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
 {
-    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = rows, all = 0;
+    pk_tape_take_parts(arena, graph, rows, rows, copies, tangents, tape);
+}
+
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape)
+{
+    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
     memset(tape, 0, sizeof *tape);
     tape->graph = graph;
     tape->rows = rows;
     tape->copies = copies;
-    if (!pk__multiply(rows, copies > 1 ? copies : 1, &both) || !pk__multiply(both, graph->widest, &all))
+    if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
+        !pk__multiply(pk__most(rows, both), graph->widest, &all))
         arena->overflow = 1;
     tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
     tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
@@ -3851,8 +4029,8 @@ PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, si
             scratch = node->operation->scratch(node, rows, copies);
         if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
             scratch = pk__most(scratch, node->positions * node->fan_in);
-        if (node->weight_count && both * node->width > line)
-            line = both * node->width;
+        if (node->weight_count)
+            line = pk__most(line, pk__most(rows, both) * node->width);
         if (n && !node->operation->linear_in_weights && node->weight_count > weights)
             weights = node->weight_count;
     }
@@ -3936,8 +4114,13 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
             const pk_real *delta = call->out_cotangent + copy * node->width;
             pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
-            pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0, gradient,
-                     in);
+            if (positions == 1) /* one outer product: a matrix product would cost three times as much */
+                for (size_t j = 0; j < out; j++)
+                    for (size_t k = 0; k < in; k++)
+                        gradient[j * in + k] = delta[j] * places[k];
+            else
+                pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0,
+                         gradient, in);
             for (size_t j = 0; node->weight_count > out * in && j < out; j++) {
                 bias[j] = 0;
                 for (size_t q = 0; q < positions; q++)
@@ -4398,31 +4581,44 @@ PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_
                                        size_t count, pk_random *random, pk_real *weights)
 {
     const double in = (double)fan_in, out = (double)fan_out;
-    double deviation = gain;
+    double size = gain; /* the standard deviation, or half the width of a uniform distribution */
+    int uniform = 0, biases = 0;
     switch (kind) {
-    case PK_INITIAL_HE:
-    case PK_INITIAL_HE_UNIFORM: deviation *= sqrt(2 / in); break;
-    case PK_INITIAL_GLOROT:
-    case PK_INITIAL_GLOROT_UNIFORM: deviation *= sqrt(2 / (in + out)); break;
-    case PK_INITIAL_LECUN:
-    case PK_INITIAL_LECUN_UNIFORM: deviation *= sqrt(1 / in); break;
-    case PK_INITIAL_ZERO: deviation = 0; break;
-    case PK_INITIAL_STANDARD: deviation = 1; break;
-    case PK_INITIAL_DEFAULT: deviation *= sqrt(1 / (3 * in)); break;
+    case PK_INITIAL_DEFAULT:
+        size /= sqrt(in);
+        uniform = biases = 1;
+        break;
+    case PK_INITIAL_HE: size *= sqrt(2 / in); break;
+    case PK_INITIAL_HE_UNIFORM:
+        size *= sqrt(6 / in);
+        uniform = 1;
+        break;
+    case PK_INITIAL_GLOROT: size *= sqrt(2 / (in + out)); break;
+    case PK_INITIAL_GLOROT_UNIFORM:
+        size *= sqrt(6 / (in + out));
+        uniform = 1;
+        break;
+    case PK_INITIAL_LECUN: size *= sqrt(1 / in); break;
+    case PK_INITIAL_LECUN_UNIFORM:
+        size *= sqrt(3 / in);
+        uniform = 1;
+        break;
+    case PK_INITIAL_ZERO: size = 0; break;
+    case PK_INITIAL_STANDARD:
+        size = 1;
+        biases = 1;
+        break;
     case PK_INITIAL_NORMAL:
     default: break;
     }
-    const int uniform = kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_HE_UNIFORM ||
-                        kind == PK_INITIAL_GLOROT_UNIFORM || kind == PK_INITIAL_LECUN_UNIFORM;
-    const size_t drawn =
-        kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_STANDARD ? count : pk__least(count, fan_in * fan_out);
+    const size_t drawn = biases ? count : pk__least(count, fan_in * fan_out);
     for (size_t i = 0; i < count; i++) {
-        if (i >= drawn || deviation == 0)
+        if (i >= drawn || size == 0)
             weights[i] = 0;
         else if (uniform)
-            weights[i] = (pk_real)(sqrt(3.0) * deviation * (2 * pk_random_uniform(random) - 1));
+            weights[i] = (pk_real)(size * (2 * pk_random_uniform(random) - 1));
         else
-            weights[i] = (pk_real)(deviation * pk_random_normal(random));
+            weights[i] = (pk_real)(size * pk_random_normal(random));
     }
 }
 
@@ -4754,7 +4950,8 @@ static void pk__constant_tangent(const pk_call *call)
     memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
-/* fourier: y = (cos 2 pi B x, sin 2 pi B x), B (N, in) the node's constants; on data only, so it has no slopes.
+/* fourier: y = (cos 2 pi B x, sin 2 pi B x), B (N, in) the node's constants; on data only: its slopes are for
+ * derivatives with respect to the data, along weights it is a constant.
  * Rahimi & Recht 2007; Tancik et al. 2020, eq. 5. */
 static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -4770,6 +4967,8 @@ static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
+#define PK__TWO_PI 6.28318530717958647693
+
 static void pk__fourier_forward(const pk_call *call)
 {
     const size_t in = call->in_width[0], count = call->node->width / 2;
@@ -4778,10 +4977,45 @@ static void pk__fourier_forward(const pk_call *call)
     for (size_t row = 0; row < call->rows; row++)
         for (size_t j = 0; j < count; j++) {
             pk_real *y = call->out + row * 2 * count + j;
-            const double angle = 6.28318530717958647693 * *y;
+            const double angle = PK__TWO_PI * *y;
             y[0] = (pk_real)cos(angle);
             y[count] = (pk_real)sin(angle);
         }
+}
+
+static void pk__fourier_tangent(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    if (!call->in_tangent[0]) {
+        memset(call->out_tangent, 0, call->rows * 2 * count * sizeof(pk_real));
+        return;
+    }
+    pk__gemm(0, 1, call->rows, count, in, PK__TWO_PI, call->in_tangent[0], in, call->node->constants, in, 0,
+             call->out_tangent, 2 * count);
+    for (size_t row = 0; row < call->rows; row++)
+        for (size_t j = 0; j < count; j++) {
+            const pk_real *y = call->out + row * 2 * count + j;
+            pk_real *to = call->out_tangent + row * 2 * count + j;
+            to[count] = y[0] * to[0];
+            to[0] *= -y[count];
+        }
+}
+
+static void pk__fourier_reverse(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        const pk_real *y = call->out + copy / call->copies * 2 * count;
+        const pk_real *c = call->out_cotangent + copy * 2 * count;
+        pk_real *to = call->in_cotangent[0] + copy * in;
+        if (!call->accumulate[0])
+            memset(to, 0, in * sizeof *to);
+        for (size_t j = 0; j < count; j++) {
+            const pk_real slope = (pk_real)PK__TWO_PI * (c[count + j] * y[j] - c[j] * y[count + j]);
+            for (size_t i = 0; i < in; i++)
+                to[i] += slope * call->node->constants[j * in + i];
+        }
+    }
 }
 
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
@@ -4884,8 +5118,8 @@ static const pk_operation pk__structure_operations[] = {
      0,
      pk__select_check,
      NULL},
-    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__constant_tangent,
-                         pk__position_reverse),
+    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__fourier_tangent,
+                         pk__fourier_reverse),
     {"constant",
      PK_LINEAR,
      PK_TANGENT_NONE,
@@ -4938,6 +5172,735 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+/* Behind the attributes of all of them: what the rules need of the input. */
+enum { PK__POOL_SWITCHES = 12, PK__IMAGE_CHANNELS, PK__IMAGE_HEIGHT, PK__IMAGE_WIDTH };
+
+/* ---- windows ----------------------------------------------------------------------------------------- */
+
+/* Windows on a padded plane: tap (i, j) of output (y, x) is number (y stride + i dilation - pad) of height, likewise
+ * of width. Where that is in front of the plane it wraps to a number far behind it. */
+typedef struct pk__windows {
+    size_t height, width, rows, columns; /* of input and output */
+    size_t kernel[2], stride[2], pad[2], dilation[2];
+} pk__windows;
+
+/* How far a window reaches. */
+static size_t pk__reach(const pk__windows *windows, int side)
+{
+    return (windows->kernel[side] - 1) * windows->dilation[side] + 1;
+}
+
+/* The attributes of kernel, stride, pad and dilation; -1: one. The windows fit, see pk__image_shape. */
+static pk__windows pk__windows_at(const pk_node *node, int kernel, int stride, int pad, int dilation)
+{
+    pk__windows windows;
+    windows.height = (size_t)node->attributes[PK__IMAGE_HEIGHT];
+    windows.width = (size_t)node->attributes[PK__IMAGE_WIDTH];
+    for (int side = 0; side < 2; side++) {
+        windows.kernel[side] = (size_t)node->attributes[kernel + side];
+        windows.stride[side] = (size_t)node->attributes[stride + side];
+        windows.pad[side] = (size_t)node->attributes[pad + side];
+        windows.dilation[side] = dilation < 0 ? 1 : (size_t)node->attributes[dilation + side];
+    }
+    windows.rows = (windows.height + 2 * windows.pad[0] - pk__reach(&windows, 0)) / windows.stride[0] + 1;
+    windows.columns = (windows.width + 2 * windows.pad[1] - pk__reach(&windows, 1)) / windows.stride[1] + 1;
+    return windows;
+}
+
+/* How many steps of stride reach over count. */
+static size_t pk__steps(size_t count, size_t stride)
+{
+    return stride == 1 ? count : pk__blocks(count, stride); /* spares a division where there are many */
+}
+
+/* The outputs from first up to past of which tap number of a side is on the plane. */
+static void pk__tap_range(const pk__windows *windows, int side, size_t number, size_t *first, size_t *past)
+{
+    const size_t size = side ? windows->width : windows->height, stride = windows->stride[side];
+    const size_t offset = number * windows->dilation[side], pad = windows->pad[side];
+    *past = offset < size + pad ? pk__steps(size + pad - offset, stride) : 0;
+    *past = pk__least(*past, side ? windows->columns : windows->rows);
+    *first = offset < pad ? pk__steps(pad - offset, stride) : 0;
+    *first = pk__least(*first, *past);
+}
+
+/* The number in the plane of tap (i, j) of output (y, x). */
+static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, size_t y, size_t x)
+{
+    return (y * windows->stride[0] + i * windows->dilation[0] - windows->pad[0]) * windows->width +
+           x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
+}
+
+/* The input's shape, kept in the node. */
+static pk_status pk__image_input(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_shape *input = &graph->nodes[node->inputs[0]].shape;
+    char text[PK_SHAPE_TEXT];
+    if (input->rank != 3)
+        return pk__fail(context, PK_SHAPE,
+                        "%s needs images of channels x height x width, not values of shape %s",
+                        node->operation->name, pk_shape_text(input, text));
+    for (int i = 0; i < 3; i++)
+        node->attributes[PK__IMAGE_CHANNELS + i] = (double)input->dims[i];
+    node->shape = *input;
+    return PK_OK;
+}
+
+/* Whether the windows fit; the shape of the output, of as many channels as the input. */
+static pk_status pk__image_shape(pk_context *context, const pk_graph *graph, pk_node *node, int kernel,
+                                 int stride, int pad, int dilation)
+{
+    const pk_shape *input = &graph->nodes[node->inputs[0]].shape;
+    pk_status status = pk__image_input(context, graph, node);
+    if (status)
+        return status;
+    pk_shape reach = *input, padded = *input;
+    char texts[3][PK_SHAPE_TEXT];
+    reach.rank = 2;
+    for (int side = 0; side < 2; side++) {
+        const size_t step = dilation < 0 ? 1 : (size_t)node->attributes[dilation + side];
+        reach.dims[side] = ((size_t)node->attributes[kernel + side] - 1) * step + 1;
+        padded.dims[1 + side] += 2 * (size_t)node->attributes[pad + side];
+    }
+    if (reach.dims[0] > padded.dims[1] || reach.dims[1] > padded.dims[2])
+        return pk__fail(context, PK_SHAPE,
+                        "%s: a kernel that reaches over %s is larger than the input %s padded to %s",
+                        node->operation->name, pk_shape_text(&reach, texts[0]), pk_shape_text(input, texts[1]),
+                        pk_shape_text(&padded, texts[2]));
+    const pk__windows windows = pk__windows_at(node, kernel, stride, pad, dilation);
+    node->shape.dims[1] = windows.rows;
+    node->shape.dims[2] = windows.columns;
+    return PK_OK;
+}
+
+/* ---- conv -------------------------------------------------------------------------------------------- */
+
+/* conv C KxK [stride=1] [pad=0] [dilation=1] [groups=1] [nobias]: PyTorch's Conv2d, padded with zeros. A group takes
+ * in channels to out channels: y = W x + b over patches x (in x kernel), W (groups, out, patch), b (groups, out). */
+typedef struct pk__convolution {
+    pk__windows windows;
+    size_t groups, in, out, plane, patch, positions;
+    size_t band;   /* rows of an output whose patches are in scratch at a time */
+    int pointwise; /* the patches are the input */
+    int aligned;   /* an output's rows are as long as the input's, and step by one */
+    int thin;      /* products too small for BLIS */
+} pk__convolution;
+
+enum { PK__BAND_NUMBERS = 1 << 15, PK__BAND_POSITIONS = 64, PK__THIN_PRODUCT = 1 << 12 };
+
+static pk__convolution pk__convolution_of(const pk_node *node)
+{
+    pk__convolution c;
+    c.windows = pk__windows_at(node, PK_CONVOLUTION_KERNEL, PK_CONVOLUTION_STRIDE, PK_CONVOLUTION_PAD,
+                               PK_CONVOLUTION_DILATION);
+    const pk__windows *w = &c.windows;
+    c.groups = (size_t)node->attributes[PK_CONVOLUTION_GROUPS];
+    c.in = (size_t)node->attributes[PK__IMAGE_CHANNELS] / c.groups;
+    c.out = (size_t)node->attributes[PK_CONVOLUTION_CHANNELS] / c.groups;
+    c.plane = w->height * w->width;
+    c.patch = c.in * w->kernel[0] * w->kernel[1];
+    c.positions = w->rows * w->columns;
+    c.pointwise = w->kernel[0] * w->kernel[1] * w->stride[0] * w->stride[1] == 1 && w->pad[0] + w->pad[1] == 0;
+    c.aligned = w->stride[0] * w->stride[1] == 1 && w->columns == w->width;
+    c.thin = c.out * c.patch * c.positions <= PK__THIN_PRODUCT || c.out < 2;
+    c.band = pk__most(PK__BAND_NUMBERS / c.patch, PK__BAND_POSITIONS) / w->columns;
+    c.band = c.pointwise ? w->rows : pk__least(pk__most(c.band, 1), w->rows);
+    return c;
+}
+
+static pk_status pk__convolution_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double channels = node->attributes[PK_CONVOLUTION_CHANNELS],
+                 groups = node->attributes[PK_CONVOLUTION_GROUPS];
+    pk_status status = pk__image_shape(context, graph, node, PK_CONVOLUTION_KERNEL, PK_CONVOLUTION_STRIDE,
+                                       PK_CONVOLUTION_PAD, PK_CONVOLUTION_DILATION);
+    if (status)
+        return status;
+    if (fmod(channels, groups) != 0 || fmod(node->attributes[PK__IMAGE_CHANNELS], groups) != 0)
+        return pk__fail(context, PK_SHAPE, "conv: %g groups do not divide its %g input and %g output channels",
+                        groups, node->attributes[PK__IMAGE_CHANNELS], channels);
+    const double patch = node->attributes[PK__IMAGE_CHANNELS] / groups *
+                         node->attributes[PK_CONVOLUTION_KERNEL] * node->attributes[PK_CONVOLUTION_KERNEL + 1];
+    const double positions = (double)node->shape.dims[1] * (double)node->shape.dims[2];
+    if (patch * channels > (double)(SIZE_MAX / 4096) || patch * positions > (double)(SIZE_MAX / 4096))
+        return pk__fail(context, PK_OVERFLOW, "conv: its weights or patches overflow");
+    const pk__convolution c = pk__convolution_of(node);
+    node->shape.dims[0] = (size_t)channels;
+    node->weight_count = node->shape.dims[0] * c.patch;
+    node->positions = c.positions;
+    node->fan_in = c.patch;
+    node->fan_out = node->shape.dims[0];
+    if (node->attributes[PK_CONVOLUTION_BIAS] != 0)
+        node->weight_count += node->fan_out;
+    if (c.groups > 1)
+        node->tangent_form = PK_TANGENT_ROWS;
+    return PK_OK;
+}
+
+static size_t pk__convolution_scratch(const pk_node *node, size_t rows, size_t copies)
+{
+    const pk__convolution c = pk__convolution_of(node);
+    (void)rows, (void)copies;
+    return c.pointwise ? 0 : c.patch * c.band * c.windows.columns;
+}
+
+/* As Conv2d's reset_parameters, and torch.nn.init's fans. */
+static void pk__convolution_initialize(const pk_node *node, pk_random *random, pk_real *weights)
+{
+    const pk_initial kind = (pk_initial)(int)node->attributes[PK_CONVOLUTION_INITIAL];
+    const pk__convolution c = pk__convolution_of(node);
+    const size_t fan_out = node->fan_out * (c.patch / c.in), own = node->fan_out * c.patch;
+    const int biases = kind == PK_INITIAL_DEFAULT || kind == PK_INITIAL_STANDARD;
+    memset(weights + own, 0, (node->weight_count - own) * sizeof *weights);
+    pk__initialize_matrix(kind, node->attributes[PK_CONVOLUTION_GAIN], c.patch, fan_out,
+                          biases ? node->weight_count : own, random, weights);
+}
+
+/* What a tap (i, j) has of the output rows from top up to bottom, in patches: rows from first up to past of it, in
+ * these numbers from left up to right; they start at number place of the plane. */
+typedef struct pk__stretch {
+    size_t first, past, left, right, place;
+} pk__stretch;
+
+static pk__stretch pk__stretch_of(const pk__windows *w, size_t i, size_t j, size_t top, size_t bottom)
+{
+    pk__stretch s;
+    pk__tap_range(w, 0, i, &s.first, &s.past);
+    pk__tap_range(w, 1, j, &s.left, &s.right);
+    s.first = pk__most(s.first, top);
+    s.past = pk__least(s.past, bottom);
+    s.place = 0;
+    if (s.first < s.past && s.left < s.right)
+        s.place = pk__tap_number(w, i, j, s.first, s.left);
+    else
+        s.first = s.past = top;
+    s.first -= top;
+    s.past -= top;
+    return s;
+}
+
+/* Zeros at both ends of a stretch's rows. */
+static void pk__clear_ends(const pk__stretch *stretch, size_t columns, pk_real *rows)
+{
+    if (stretch->left == 0 && stretch->right == columns)
+        return;
+    for (size_t y = stretch->first; y < stretch->past; y++) {
+        for (size_t x = 0; x < stretch->left; x++)
+            rows[y * columns + x] = 0;
+        for (size_t x = stretch->right; x < columns; x++)
+            rows[y * columns + x] = 0;
+    }
+}
+
+/* patches (patch x (bottom - top) columns) of a group's channels, for the output rows from top up to bottom. */
+static void pk__unfold_band(const pk__convolution *c, const pk_real *in, size_t top, size_t bottom,
+                            pk_real *patches)
+{
+    const pk__windows *w = &c->windows;
+    const size_t columns = w->columns, step = w->stride[1], rows = bottom - top;
+    const size_t taps = w->kernel[0] * w->kernel[1];
+    for (size_t tap = 0, i = 0, j = 0; tap < taps; tap++, j++) {
+        if (j == w->kernel[1])
+            i++, j = 0;
+        const pk__stretch s = pk__stretch_of(w, i, j, top, bottom);
+        for (size_t channel = 0; channel < c->in; channel++) {
+            const pk_real *from = in + channel * c->plane + s.place;
+            pk_real *to = patches + (channel * taps + tap) * rows * columns;
+            memset(to, 0, s.first * columns * sizeof *to);
+            if (c->aligned && s.past > s.first)
+                memcpy(to + s.first * columns + s.left, from,
+                       ((s.past - s.first - 1) * columns + s.right - s.left) * sizeof *to);
+            else
+                for (size_t y = s.first; y < s.past; y++, from += w->stride[0] * w->width)
+                    for (size_t x = s.left; x < s.right; x++)
+                        to[y * columns + x] = from[(x - s.left) * step];
+            pk__clear_ends(&s, columns, to);
+            memset(to + s.past * columns, 0, (rows - s.past) * columns * sizeof *to);
+        }
+    }
+}
+
+/* in += the sum of patches at their places: the transpose of pk__unfold_band. Overwrites patches. */
+static void pk__fold_band(const pk__convolution *c, pk_real *patches, size_t top, size_t bottom, pk_real *in)
+{
+    const pk__windows *w = &c->windows;
+    const size_t columns = w->columns, step = w->stride[1], rows = bottom - top;
+    const size_t taps = w->kernel[0] * w->kernel[1];
+    for (size_t tap = 0, i = 0, j = 0; tap < taps; tap++, j++) {
+        if (j == w->kernel[1])
+            i++, j = 0;
+        const pk__stretch s = pk__stretch_of(w, i, j, top, bottom);
+        for (size_t channel = 0; channel < c->in; channel++) {
+            pk_real *to = in + channel * c->plane + s.place;
+            pk_real *from = patches + (channel * taps + tap) * rows * columns;
+            if (c->aligned && s.past > s.first) {
+                const size_t count = (s.past - s.first - 1) * columns + s.right - s.left;
+                pk__clear_ends(&s, columns, from);
+                from += s.first * columns + s.left;
+                for (size_t x = 0; x < count; x++)
+                    to[x] += from[x];
+            } else
+                for (size_t y = s.first; y < s.past; y++, to += w->stride[0] * w->width)
+                    for (size_t x = s.left; x < s.right; x++)
+                        to[(x - s.left) * step] += from[y * columns + x];
+        }
+    }
+}
+
+/* pk__gemm, or the same by hand where its fixed cost is most of it. */
+static void pk__patch_product(const pk__convolution *c, int transpose_a, int transpose_b, size_t m, size_t n,
+                              size_t k, const pk_real *a, size_t lda, const pk_real *b, size_t ldb, int add,
+                              pk_real *to, size_t ld)
+{
+    if (!c->thin) {
+        pk__gemm(transpose_a, transpose_b, m, n, k, 1, a, lda, b, ldb, add ? 1 : 0, to, ld);
+        return;
+    }
+    for (size_t i = 0; i < m; i++, to += ld) {
+        if (!add)
+            memset(to, 0, n * sizeof *to);
+        if (transpose_b)
+            for (size_t j = 0; j < n; j++) {
+                const pk_real *x = a + i * lda, *y = b + j * ldb;
+                pk_real sum[4] = {0, 0, 0, 0};
+                size_t p = 0;
+                for (; p + 4 <= k; p += 4)
+                    for (size_t q = 0; q < 4; q++)
+                        sum[q] += x[p + q] * y[p + q];
+                for (; p < k; p++)
+                    sum[0] += x[p] * y[p];
+                to[j] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            }
+        else
+            for (size_t p = 0; p < k; p++) {
+                const pk_real factor = transpose_a ? a[p * lda + i] : a[i * lda + p], *y = b + p * ldb;
+                for (size_t j = 0; j < n; j++)
+                    to[j] += factor * y[j];
+            }
+    }
+}
+
+/* out = W in + b for each row, or out (+)= W in. */
+static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, int add,
+                         pk_real *out)
+{
+    const pk__convolution c = pk__convolution_of(call->node);
+    const size_t channels = c.groups * c.out, columns = c.windows.columns;
+    bias = bias && call->node->attributes[PK_CONVOLUTION_BIAS] != 0;
+    const pk_real *biases = weights + channels * c.patch;
+    for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], out += call->node->width) {
+        for (size_t channel = 0; bias && channel < channels; channel++)
+            for (size_t q = 0; q < c.positions; q++)
+                out[channel * c.positions + q] = biases[channel];
+        for (size_t group = 0; group < c.groups; group++) {
+            const pk_real *own = weights + group * c.out * c.patch, *from = in + group * c.in * c.plane;
+            pk_real *to = out + group * c.out * c.positions;
+            for (size_t top = 0; top < c.windows.rows; top += c.band) {
+                const size_t bottom = pk__least(top + c.band, c.windows.rows), count = (bottom - top) * columns;
+                if (!c.pointwise)
+                    pk__unfold_band(&c, from, top, bottom, call->scratch);
+                pk__patch_product(&c, 0, 0, c.out, count, c.patch, own, c.patch,
+                                  c.pointwise ? from : call->scratch, count, bias || add, to + top * columns,
+                                  c.positions);
+            }
+        }
+    }
+}
+
+static void pk__convolution_forward(const pk_call *call)
+{
+    pk__convolve(call, call->weights, call->in[0], 1, 0, call->out);
+}
+
+static void pk__convolution_tangent(const pk_call *call)
+{
+    if (call->direction)
+        pk__convolve(call, call->direction, call->in[0], 1, 0, call->out_tangent);
+    if (call->in_tangent[0])
+        pk__convolve(call, call->weights, call->in_tangent[0], 0, call->direction != NULL, call->out_tangent);
+    else if (!call->direction)
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__convolution_reverse(const pk_call *call)
+{
+    const pk__convolution c = pk__convolution_of(call->node);
+    const size_t columns = c.windows.columns;
+    const pk_real *delta = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
+        for (size_t group = 0; group < c.groups; group++, to += c.in * c.plane, delta += c.out * c.positions) {
+            const pk_real *own = call->weights + group * c.out * c.patch;
+            if (!c.pointwise && !call->accumulate[0])
+                memset(to, 0, c.in * c.plane * sizeof *to);
+            for (size_t top = 0; top < c.windows.rows; top += c.band) {
+                const size_t bottom = pk__least(top + c.band, c.windows.rows), count = (bottom - top) * columns;
+                pk__patch_product(&c, 1, 0, c.patch, count, c.out, own, c.patch, delta + top * columns,
+                                  c.positions, c.pointwise && call->accumulate[0],
+                                  c.pointwise ? to : call->scratch, count);
+                if (!c.pointwise)
+                    pk__fold_band(&c, call->scratch, top, bottom, to);
+            }
+        }
+}
+
+/* gradient (weights) += that of each row, or gradient[row][copy] = that of each copy. */
+static void pk__convolution_gradients(const pk_call *call, int sum)
+{
+    const pk__convolution c = pk__convolution_of(call->node);
+    const size_t columns = c.windows.columns, width = call->node->width, count = call->node->weight_count;
+    const size_t biases = c.groups * c.out * c.patch;
+    if (!sum)
+        memset(call->gradient, 0, call->rows * call->copies * count * sizeof(pk_real));
+    for (size_t row = 0; row < call->rows; row++) {
+        const pk_real *in = call->in[0] + row * call->in_width[0];
+        const size_t first = row * call->copies;
+        for (size_t group = 0; group < c.groups; group++, in += c.in * c.plane)
+            for (size_t top = 0; top < c.windows.rows; top += c.band) {
+                const size_t bottom = pk__least(top + c.band, c.windows.rows), band = (bottom - top) * columns;
+                if (!c.pointwise)
+                    pk__unfold_band(&c, in, top, bottom, call->scratch);
+                for (size_t copy = first; copy < first + call->copies; copy++) {
+                    pk_real *to = call->gradient + (sum ? 0 : copy * count) + group * c.out * c.patch;
+                    const pk_real *delta = call->out_cotangent + copy * width + group * c.out * c.positions;
+                    pk__patch_product(&c, 0, 1, c.out, c.patch, band, delta + top * columns, c.positions,
+                                      c.pointwise ? in : call->scratch, band, 1, to, c.patch);
+                }
+            }
+        for (size_t copy = first; count > biases && copy < first + call->copies; copy++) {
+            const pk_real *delta = call->out_cotangent + copy * width;
+            pk_real *to = call->gradient + (sum ? 0 : copy * count) + biases;
+            for (size_t channel = 0; channel < c.groups * c.out; channel++)
+                for (size_t q = 0; q < c.positions; q++)
+                    to[channel] += *delta++;
+        }
+    }
+}
+
+static void pk__convolution_weight_gradient(const pk_call *call)
+{
+    pk__convolution_gradients(call, 1);
+}
+
+static void pk__convolution_row_gradients(const pk_call *call)
+{
+    pk__convolution_gradients(call, 0);
+}
+
+/* out (positions x patch) for each row. */
+static void pk__convolution_unfold(const pk_call *call)
+{
+    const pk__convolution c = pk__convolution_of(call->node);
+    const pk__windows *w = &c.windows;
+    pk_real *to = call->out;
+    for (size_t place = 0; place < call->rows * c.positions; place++) {
+        const size_t row = place / c.positions, q = place % c.positions;
+        const size_t top = q / w->columns * w->stride[0] - w->pad[0],
+                     left = q % w->columns * w->stride[1] - w->pad[1];
+        const pk_real *from = call->in[0] + row * call->in_width[0];
+        for (size_t channel = 0; channel < c.in; channel++, from += c.plane)
+            for (size_t i = 0, y = top; i < w->kernel[0]; i++, y += w->dilation[0])
+                for (size_t j = 0, x = left; j < w->kernel[1]; j++, x += w->dilation[1])
+                    *to++ = y < w->height && x < w->width ? from[y * w->width + x] : 0;
+    }
+}
+
+/* ---- pools ------------------------------------------------------------------------------------------- */
+
+static pk__windows pk__pool_windows(const pk_node *node)
+{
+    return pk__windows_at(node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
+}
+
+static pk_status pk__pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    double *stride = node->attributes + PK_POOL_STRIDE;
+    const double *kernel = node->attributes + PK_POOL_KERNEL, *pad = node->attributes + PK_POOL_PAD;
+    for (int side = 0; side < 2; side++) {
+        if (stride[side] == 0)
+            stride[side] = kernel[side];
+        if (2 * pad[side] > kernel[side])
+            return pk__fail(context, PK_SHAPE, "%s: padding of %gx%g is more than half of its kernel, %gx%g",
+                            node->operation->name, pad[0], pad[1], kernel[0], kernel[1]);
+    }
+    return pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
+}
+
+/* max_pool K [stride=K] [pad=0]: PyTorch's MaxPool2d; padding is never the maximum. */
+
+/* The number in its plane of a window's first maximum, or of its last NaN, as PyTorch's. */
+static size_t pk__window_maximum(const pk__windows *w, const pk_real *plane, size_t y, size_t x)
+{
+    size_t best = SIZE_MAX;
+    for (size_t i = 0; i < w->kernel[0]; i++)
+        for (size_t j = 0; j < w->kernel[1]; j++) {
+            const size_t row = y * w->stride[0] + i - w->pad[0], column = x * w->stride[1] + j - w->pad[1];
+            const size_t at = row * w->width + column;
+            if (row < w->height && column < w->width &&
+                (best == SIZE_MAX || plane[at] > plane[best] || isnan(plane[at])))
+                best = at;
+        }
+    return best;
+}
+
+/* The same for output number output of an image: its number in the image. */
+static size_t pk__pool_maximum(const pk__windows *w, const pk_real *image, size_t output)
+{
+    const size_t positions = w->rows * w->columns, plane = output / positions * w->height * w->width;
+    return plane + pk__window_maximum(w, image + plane, output % positions / w->columns, output % w->columns);
+}
+
+/* to[output] = from[the first maximum of the output's window in the input] */
+static void pk__pool_pick(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real *in = call->in[0];
+    for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], from += call->in_width[0])
+        for (size_t output = 0; output < call->node->width; output++)
+            *to++ = from[pk__pool_maximum(&w, in, output)];
+}
+
+static void pk__max_pool_forward(const pk_call *call)
+{
+    pk__pool_pick(call, call->in[0], call->out);
+}
+
+static void pk__max_pool_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__pool_pick(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__max_pool_reverse(const pk_call *call)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const size_t in = call->in_width[0], width = call->node->width, copies = call->copies;
+    if (!call->accumulate[0])
+        memset(call->in_cotangent[0], 0, call->rows * copies * in * sizeof(pk_real));
+    for (size_t row = 0; row < call->rows; row++)
+        for (size_t output = 0; output < width; output++) {
+            const size_t at = pk__pool_maximum(&w, call->in[0] + row * in, output);
+            for (size_t copy = row * copies; copy < (row + 1) * copies; copy++)
+                call->in_cotangent[0][copy * in + at] += call->out_cotangent[copy * width + output];
+        }
+}
+
+/* Whether the window in front of number at of a side, which starts stride earlier, has number last, too. */
+static int pk__in_window_before(const pk__windows *w, int side, size_t at, size_t last)
+{
+    return at > 0 && last + w->pad[side] < (at - 1) * w->stride[side] + w->kernel[side];
+}
+
+/* Differences of the pairs of numbers that are in one window, each pair once: out may be NULL to count them.
+ * A pair that is in several windows is reported with the first of them. */
+static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, pk_real *out)
+{
+    const size_t taps = w->kernel[0] * w->kernel[1];
+    size_t count = 0;
+    for (size_t y = 0; y < w->rows; y++)
+        for (size_t x = 0; x < w->columns; x++)
+            for (size_t a = 0; a < taps; a++)
+                for (size_t b = a + 1; b < taps; b++) {
+                    const size_t top = y * w->stride[0] - w->pad[0], left = x * w->stride[1] - w->pad[1];
+                    const size_t row[2] = {top + a / w->kernel[1], top + b / w->kernel[1]};
+                    const size_t column[2] = {left + a % w->kernel[1], left + b % w->kernel[1]};
+                    if (row[0] >= w->height || row[1] >= w->height || column[0] >= w->width ||
+                        column[1] >= w->width || pk__in_window_before(w, 0, y, row[1]) ||
+                        pk__in_window_before(w, 1, x, pk__most(column[0], column[1])))
+                        continue;
+                    if (out)
+                        out[count] =
+                            plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
+                    count++;
+                }
+    return count;
+}
+
+static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    pk_status status = pk__pool_shape(context, graph, node);
+    if (status)
+        return status;
+    const pk__windows w = pk__pool_windows(node);
+    const double taps = node->attributes[PK_POOL_KERNEL] * node->attributes[PK_POOL_KERNEL + 1];
+    if (taps * taps * (double)w.rows * (double)w.columns * (double)node->shape.dims[0] > 1e9)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "max_pool: windows of %g numbers have too many pairs whose order would be watched",
+                        taps);
+    node->attributes[PK__POOL_SWITCHES] = (double)(node->shape.dims[0] * pk__pool_differences(&w, NULL, NULL));
+    return PK_OK;
+}
+
+static size_t pk__max_pool_switch_count(const pk_node *node)
+{
+    return (size_t)node->attributes[PK__POOL_SWITCHES];
+}
+
+static void pk__max_pool_switches(const pk_call *call)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const size_t planes = call->rows * call->node->shape.dims[0];
+    pk_real *out = call->out;
+    for (size_t plane = 0; plane < planes; plane++)
+        out += pk__pool_differences(&w, call->in[0] + plane * w.height * w.width, out);
+}
+
+/* avg_pool K [stride=K] [pad=0]: PyTorch's AvgPool2d; padding counts as zeros. */
+static void pk__average(const pk_call *call, const pk_real *in, pk_real *out)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
+    const size_t planes = call->rows * call->node->shape.dims[0];
+    for (size_t plane = 0; plane < planes; plane++, in += w.height * w.width)
+        for (size_t y = 0; y < w.rows; y++)
+            for (size_t x = 0; x < w.columns; x++) {
+                pk_real sum = 0;
+                for (size_t i = 0; i < w.kernel[0]; i++)
+                    for (size_t j = 0; j < w.kernel[1]; j++) {
+                        const size_t row = y * w.stride[0] + i - w.pad[0],
+                                     column = x * w.stride[1] + j - w.pad[1];
+                        if (row < w.height && column < w.width)
+                            sum += in[row * w.width + column];
+                    }
+                *out++ = factor * sum;
+            }
+}
+
+static void pk__average_forward(const pk_call *call)
+{
+    pk__average(call, call->in[0], call->out);
+}
+
+static void pk__average_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__average(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__average_reverse(const pk_call *call)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
+    const size_t planes = call->rows * call->copies * call->node->shape.dims[0];
+    const pk_real *delta = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    if (!call->accumulate[0])
+        memset(to, 0, call->rows * call->copies * call->in_width[0] * sizeof *to);
+    for (size_t plane = 0; plane < planes; plane++, to += w.height * w.width)
+        for (size_t y = 0; y < w.rows; y++)
+            for (size_t x = 0; x < w.columns; x++, delta++)
+                for (size_t i = 0; i < w.kernel[0]; i++)
+                    for (size_t j = 0; j < w.kernel[1]; j++) {
+                        const size_t row = y * w.stride[0] + i - w.pad[0],
+                                     column = x * w.stride[1] + j - w.pad[1];
+                        if (row < w.height && column < w.width)
+                            to[row * w.width + column] += factor * *delta;
+                    }
+}
+
+/* global_avg_pool: the mean of each channel, one number of it. */
+static pk_status pk__global_average_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    pk_status status = pk__image_input(context, graph, node);
+    for (int side = 0; side < 2; side++) {
+        node->attributes[PK_POOL_KERNEL + side] = node->attributes[PK__IMAGE_HEIGHT + side];
+        node->attributes[PK_POOL_STRIDE + side] = 1;
+        node->attributes[PK_POOL_PAD + side] = 0;
+    }
+    node->shape.rank = 1;
+    return status;
+}
+
+static const pk_option pk__convolution_options[] = {
+    {"channels", PK_OPTION_NUMBER, PK_CONVOLUTION_CHANNELS, 1, 1, 1, 1e9, 1, NULL},
+    {"kernel", PK_OPTION_PAIR, PK_CONVOLUTION_KERNEL, 2, 1, 1, 1e6, 1, NULL},
+    {"stride", PK_OPTION_PAIR, PK_CONVOLUTION_STRIDE, 0, 0, 1, 1e6, 1, NULL},
+    {"pad", PK_OPTION_PAIR, PK_CONVOLUTION_PAD, 0, 0, 0, 1e6, 1, NULL},
+    {"dilation", PK_OPTION_PAIR, PK_CONVOLUTION_DILATION, 0, 0, 1, 1e6, 1, NULL},
+    {"groups", PK_OPTION_NUMBER, PK_CONVOLUTION_GROUPS, 0, 0, 1, 1e9, 1, NULL},
+    {"nobias", PK_OPTION_FLAG, PK_CONVOLUTION_BIAS, 0, 0, 0, 0, 0, NULL},
+    PK__INITIAL_OPTIONS(PK_CONVOLUTION_INITIAL),
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__pool_options[] = {
+    {"kernel", PK_OPTION_PAIR, PK_POOL_KERNEL, 1, 1, 1, 1e6, 1, NULL},
+    {"stride", PK_OPTION_PAIR, PK_POOL_STRIDE, 0, 0, 0, 1e6, 1, NULL},
+    {"pad", PK_OPTION_PAIR, PK_POOL_PAD, 0, 0, 0, 1e6, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+static const pk_operation pk__image_operations[] = {
+    {"conv",
+     PK_LINEAR,
+     PK_TANGENT_OUTER,
+     1,
+     pk__convolution_options,
+     {0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, PK_INITIAL_DEFAULT, 1, 0, 0, 0},
+     pk__convolution_shape,
+     pk__convolution_scratch,
+     pk__convolution_forward,
+     pk__convolution_tangent,
+     pk__convolution_reverse,
+     pk__convolution_weight_gradient,
+     pk__convolution_row_gradients,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     pk__convolution_unfold,
+     1,
+     NULL,
+     pk__convolution_initialize},
+    {"max_pool",
+     PK_PIECEWISE_LINEAR,
+     PK_TANGENT_NONE,
+     1,
+     pk__pool_options,
+     PK__NO_NUMBERS,
+     pk__max_pool_shape,
+     NULL,
+     pk__max_pool_forward,
+     pk__max_pool_tangent,
+     pk__max_pool_reverse,
+     NULL,
+     NULL,
+     pk__max_pool_switch_count,
+     pk__max_pool_switches,
+     0,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL},
+    {"avg_pool",
+     PK_LINEAR,
+     PK_TANGENT_NONE,
+     1,
+     pk__pool_options,
+     PK__NO_NUMBERS,
+     pk__pool_shape,
+     NULL,
+     pk__average_forward,
+     pk__average_tangent,
+     pk__average_reverse,
+     NULL,
+     NULL,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL,
+     0,
+     NULL,
+     NULL},
+    PK__LINEAR_OPERATION("global_avg_pool", pk__global_average_shape, pk__average_forward, pk__average_tangent,
+                         pk__average_reverse),
+};
+
 PK__END_C
 
 /* pathkernel/norm.h: implementation */
@@ -4946,6 +5909,552 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+/* sum_i a_i b_i, b NULL: sum_i a_i. Four chains, since one would wait for each sum; the order is fixed. */
+PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_real *b)
+{
+    double part[4] = {0, 0, 0, 0};
+    size_t i = 0;
+    if (b) {
+        for (; i + 4 <= count; i += 4)
+            for (size_t k = 0; k < 4; k++)
+                part[k] += (double)a[i + k] * b[i + k];
+        for (; i < count; i++)
+            part[0] += (double)a[i] * b[i];
+    } else {
+        for (; i + 4 <= count; i += 4)
+            for (size_t k = 0; k < 4; k++)
+                part[k] += a[i + k];
+        for (; i < count; i++)
+            part[0] += a[i];
+    }
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+/* The numbers of the trailing dims dimensions of a node's values; 0 where it has fewer dimensions. */
+static size_t pk__trailing(const pk_shape *shape, double dims)
+{
+    size_t count = 1;
+    if (dims > shape->rank)
+        return 0;
+    for (int i = shape->rank - (int)dims; i < shape->rank; i++)
+        count *= shape->dims[i];
+    return count;
+}
+
+static pk_status pk__check_trailing(pk_context *context, const char *name, const pk_shape *shape, double dims)
+{
+    char text[PK_SHAPE_TEXT];
+    return dims <= shape->rank ? PK_OK
+                               : pk__fail(context, PK_SHAPE, "%s: dims is %g, but its values are %s", name,
+                                          dims, pk_shape_text(shape, text));
+}
+
+/* ---- normalize, rms_normalize ----------------------------------------------------------------------- */
+
+/* Over n numbers, normalize: y = (x - mean) / s, s^2 = mean((x - mean)^2) + epsilon (Ba et al. 2016, eq. 3),
+ * and rms_normalize: y = x / s, s^2 = mean(x^2) + epsilon (Zhang & Sennrich 2019, eq. 4). For both the
+ * Jacobian is symmetric: J v = (v - [mean(v)] - y mean(y v)) / s, where the first mean is normalize's alone.
+ * */
+static pk_status pk__normalize_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    node->shape = graph->nodes[node->inputs[0]].shape;
+    return pk__check_trailing(context, node->operation->name, &node->shape, node->attributes[PK_NORM_DIMS]);
+}
+
+/* Where one group of numbers stands: y = (x - shift - rest) / root. */
+typedef struct pk__norm {
+    size_t count, groups; /* numbers of a group, groups of a row */
+    int centred;
+    double shift, rest, root;
+} pk__norm;
+
+static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
+{
+    norm->count = pk__trailing(&node->shape, node->attributes[PK_NORM_DIMS]);
+    norm->groups = node->width / norm->count;
+    norm->centred = centred;
+    norm->shift = norm->rest = 0;
+}
+
+static double pk__norm_mean(const pk__norm *norm, const pk_real *a, const pk_real *b)
+{
+    return pk__sum_products(norm->count, a, b) / (double)norm->count;
+}
+
+/* mean_i of x_i - shift - rest, or of its square. */
+static double pk__mean_deviation(size_t count, const pk_real *x, double shift, double rest, int square)
+{
+    double part[4] = {0, 0, 0, 0};
+    size_t i = 0;
+    for (; i + 4 <= count; i += 4)
+        for (size_t k = 0; k < 4; k++) {
+            const double deviation = (x[i + k] - shift) - rest;
+            part[k] += square ? deviation * deviation : deviation;
+        }
+    for (; i < count; i++) {
+        const double deviation = (x[i] - shift) - rest;
+        part[0] += square ? deviation * deviation : deviation;
+    }
+    return ((part[0] + part[1]) + (part[2] + part[3])) / (double)count;
+}
+
+/* The mean in two parts, since the sum of a large mean and small deviations has lost the mean's last digits:
+ * of equal numbers every deviation is zero. */
+static void pk__norm_group(const pk_node *node, const pk_real *x, pk__norm *norm)
+{
+    if (norm->centred) {
+        norm->shift = pk__mean_deviation(norm->count, x, 0, 0, 0);
+        norm->rest = pk__mean_deviation(norm->count, x, norm->shift, 0, 0);
+    }
+    norm->root = sqrt(pk__mean_deviation(norm->count, x, norm->shift, norm->rest, 1) +
+                      node->attributes[PK_NORM_EPSILON]);
+}
+
+static void pk__norm_forward(const pk_call *call, int centred)
+{
+    pk__norm norm;
+    pk__norm_begin(call->node, centred, &norm);
+    const pk_real *x = call->in[0];
+    pk_real *y = call->out;
+    for (size_t group = 0; group < call->rows * norm.groups; group++, x += norm.count, y += norm.count) {
+        pk__norm_group(call->node, x, &norm);
+        for (size_t i = 0; i < norm.count; i++)
+            y[i] = (pk_real)(((x[i] - norm.shift) - norm.rest) / norm.root);
+    }
+}
+
+/* to (+)= J from, for each of copies vectors of each row. */
+static void pk__norm_jacobian(const pk_call *call, int centred, size_t copies, const pk_real *from,
+                              int accumulate, pk_real *to)
+{
+    pk__norm norm;
+    pk__norm_begin(call->node, centred, &norm);
+    const size_t width = call->node->width, count = norm.count;
+    for (size_t group = 0; group < call->rows * norm.groups; group++) {
+        const size_t at = group * count, row = group / norm.groups;
+        const pk_real *y = call->out + at;
+        pk__norm_group(call->node, call->in[0] + at, &norm);
+        for (size_t copy = 0; copy < copies; copy++) {
+            const size_t place = (row * copies + copy) * width + (at - row * width);
+            const pk_real *v = from + place;
+            pk_real *out = to + place;
+            const double mean = centred ? pk__norm_mean(&norm, v, NULL) : 0, along = pk__norm_mean(&norm, v, y);
+            for (size_t i = 0; i < count; i++) {
+                const double value = ((v[i] - mean) - y[i] * along) / norm.root;
+                out[i] = (pk_real)(accumulate ? out[i] + value : value);
+            }
+        }
+    }
+}
+
+static void pk__norm_tangent(const pk_call *call, int centred)
+{
+    if (call->in_tangent[0])
+        pk__norm_jacobian(call, centred, 1, call->in_tangent[0], 0, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+/* With a dot for the derivative along the tangent v: s. = mean(y v), y. = J v, so
+ * (J u). = -(s. J u + y. mean(u y) + y mean(u y.)) / s. */
+static void pk__norm_curvature(const pk_call *call, int centred)
+{
+    pk__norm norm;
+    pk__norm_begin(call->node, centred, &norm);
+    const size_t width = call->node->width, count = norm.count;
+    for (size_t group = 0; call->in_tangent[0] && group < call->rows * norm.groups; group++) {
+        const size_t at = group * count, row = group / norm.groups;
+        const pk_real *y = call->out + at, *v = call->in_tangent[0] + at;
+        pk__norm_group(call->node, call->in[0] + at, &norm);
+        const double mean_v = centred ? pk__norm_mean(&norm, v, NULL) : 0,
+                     root_dot = pk__norm_mean(&norm, v, y);
+        for (size_t copy = 0; copy < call->copies; copy++) {
+            const size_t place = (row * call->copies + copy) * width + (at - row * width);
+            const pk_real *u = call->out_cotangent + place;
+            pk_real *out = call->in_cotangent[0] + place;
+            const double mean_u = centred ? pk__norm_mean(&norm, u, NULL) : 0,
+                         along = pk__norm_mean(&norm, u, y);
+            double along_dot = 0;
+            for (size_t i = 0; i < count; i++)
+                along_dot += u[i] * ((v[i] - mean_v) - y[i] * root_dot);
+            along_dot /= (double)count * norm.root;
+            for (size_t i = 0; i < count; i++) {
+                const double y_dot = ((v[i] - mean_v) - y[i] * root_dot) / norm.root;
+                const double slope = ((u[i] - mean_u) - y[i] * along) / norm.root;
+                out[i] -= (pk_real)((root_dot * slope + y_dot * along + y[i] * along_dot) / norm.root);
+            }
+        }
+    }
+}
+
+#define PK__NORM(name, centred)                                                                  \
+    static void pk__##name##_forward(const pk_call *call)                                        \
+    {                                                                                            \
+        pk__norm_forward(call, centred);                                                         \
+    }                                                                                            \
+    static void pk__##name##_tangent(const pk_call *call)                                        \
+    {                                                                                            \
+        pk__norm_tangent(call, centred);                                                         \
+    }                                                                                            \
+    static void pk__##name##_reverse(const pk_call *call)                                        \
+    {                                                                                            \
+        pk__norm_jacobian(call, centred, call->copies, call->out_cotangent, call->accumulate[0], \
+                          call->in_cotangent[0]);                                                \
+    }                                                                                            \
+    static void pk__##name##_curvature(const pk_call *call)                                      \
+    {                                                                                            \
+        pk__norm_curvature(call, centred);                                                       \
+    }
+PK__NORM(normalize, 1)
+PK__NORM(rms_normalize, 0)
+#undef PK__NORM
+
+/* ---- standardize ------------------------------------------------------------------------------------ */
+
+/* y = (x - mean_c) / sqrt(variance_c + epsilon) with the channel c the first dimension; its constants are the
+ * means, then the variances: batch norm with fixed statistics (Ioffe & Szegedy 2015, algorithm 2). */
+static pk_status pk__standardize_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    node->shape = graph->nodes[node->inputs[0]].shape;
+    const size_t channels = node->shape.dims[0];
+    if (node->constant_count != 2 * channels)
+        return pk__fail(context, PK_SHAPE,
+                        "standardize: %zu numbers are no mean and variance for each of %zu channels",
+                        node->constant_count, channels);
+    for (size_t c = 0; c < channels; c++)
+        if (!(node->constants[channels + c] >= 0) ||
+            !(node->constants[channels + c] + node->attributes[PK_NORM_EPSILON] > 0))
+            return pk__fail(context, PK_ARGUMENT,
+                            "standardize: channel %zu has the variance %g; with epsilon %g it must be positive",
+                            c, (double)node->constants[channels + c], node->attributes[PK_NORM_EPSILON]);
+    return PK_OK;
+}
+
+/* to (+)= (from - shift mean) / root, for each of count rows. */
+static void pk__standardize(const pk_node *node, size_t count, int shift, const pk_real *from, int accumulate,
+                            pk_real *to)
+{
+    const size_t channels = node->shape.dims[0], each = node->width / channels;
+    for (size_t row = 0; row < count; row++)
+        for (size_t c = 0; c < channels; c++, from += each, to += each) {
+            const double mean = shift ? node->constants[c] : 0;
+            const double root = sqrt(node->constants[channels + c] + node->attributes[PK_NORM_EPSILON]);
+            for (size_t i = 0; i < each; i++) {
+                const double value = (from[i] - mean) / root;
+                to[i] = (pk_real)(accumulate ? to[i] + value : value);
+            }
+        }
+}
+
+static void pk__standardize_forward(const pk_call *call)
+{
+    pk__standardize(call->node, call->rows, 1, call->in[0], 0, call->out);
+}
+
+static void pk__standardize_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__standardize(call->node, call->rows, 0, call->in_tangent[0], 0, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__standardize_reverse(const pk_call *call)
+{
+    pk__standardize(call->node, call->rows * call->copies, 0, call->out_cotangent, call->accumulate[0],
+                    call->in_cotangent[0]);
+}
+
+/* ---- affine ----------------------------------------------------------------------------------------- */
+
+/* y = gamma x + beta: a gamma, and a beta, for each number of the trailing dims dimensions, or (dims 0) for
+ * each channel. Weights: gamma, then beta. */
+static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double dims = node->attributes[PK_AFFINE_DIMS];
+    node->shape = graph->nodes[node->inputs[0]].shape;
+    node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
+    if (node->attributes[PK_AFFINE_BIAS] != 0)
+        node->weight_count *= 2; /* at most twice the input's width, which is far from overflow */
+    return pk__check_trailing(context, "affine", &node->shape, dims);
+}
+
+static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_real *weights)
+{
+    const int biased = node->attributes[PK_AFFINE_BIAS] != 0;
+    (void)random;
+    for (size_t i = 0; i < node->weight_count; i++)
+        weights[i] = !biased || i < node->weight_count / 2;
+}
+
+/* A row is outer x count x each numbers, of which each slice [o][j] has the gamma j. */
+typedef struct pk__affine {
+    size_t outer, count, each;
+    int biased;
+} pk__affine;
+
+static pk__affine pk__affine_layout(const pk_node *node)
+{
+    pk__affine layout;
+    layout.biased = node->attributes[PK_AFFINE_BIAS] != 0;
+    layout.count = layout.biased ? node->weight_count / 2 : node->weight_count;
+    layout.each = node->attributes[PK_AFFINE_DIMS] == 0 ? node->width / layout.count : 1;
+    layout.outer = node->width / layout.count / layout.each;
+    return layout;
+}
+
+/* to (+)= gamma from (+ beta), for each of count rows. */
+static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *weights, const pk_real *from,
+                             int bias, int accumulate, pk_real *to)
+{
+    const pk__affine layout = pk__affine_layout(node);
+    const pk_real *beta = bias && layout.biased ? weights + layout.count : NULL;
+    for (size_t slice = 0; slice < count * layout.outer; slice++) {
+        for (size_t j = 0; layout.each == 1 && j < layout.count; j++)
+            to[j] = (accumulate ? to[j] : 0) + (weights[j] * from[j] + (beta ? beta[j] : 0));
+        for (size_t j = 0; layout.each > 1 && j < layout.count; j++) {
+            const pk_real gamma = weights[j], shift = beta ? beta[j] : 0;
+            for (size_t i = j * layout.each; i < (j + 1) * layout.each; i++)
+                to[i] = (accumulate ? to[i] : 0) + (gamma * from[i] + shift);
+        }
+        from += layout.count * layout.each;
+        to += layout.count * layout.each;
+    }
+}
+
+static void pk__affine_forward(const pk_call *call)
+{
+    pk__affine_apply(call->node, call->rows, call->weights, call->in[0], 1, 0, call->out);
+}
+
+static void pk__affine_tangent(const pk_call *call)
+{
+    if (call->direction)
+        pk__affine_apply(call->node, call->rows, call->direction, call->in[0], 1, 0, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+    if (call->in_tangent[0])
+        pk__affine_apply(call->node, call->rows, call->weights, call->in_tangent[0], 0, 1, call->out_tangent);
+}
+
+static void pk__affine_reverse(const pk_call *call)
+{
+    pk__affine_apply(call->node, call->rows * call->copies, call->weights, call->out_cotangent, 0,
+                     call->accumulate[0], call->in_cotangent[0]);
+}
+
+/* gradient += (dF/dw)^T delta of one row x. */
+static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, const pk_real *delta,
+                                pk_real *gradient)
+{
+    const size_t count = layout->count, each = layout->each;
+    for (size_t slice = 0; slice < layout->outer; slice++, x += count * each, delta += count * each) {
+        for (size_t j = 0; each == 1 && j < count; j++)
+            gradient[j] += x[j] * delta[j];
+        for (size_t j = 0; each > 1 && j < count; j++)
+            gradient[j] += (pk_real)pk__sum_products(each, x + j * each, delta + j * each);
+        for (size_t j = 0; each == 1 && layout->biased && j < count; j++)
+            gradient[count + j] += delta[j];
+        for (size_t j = 0; each > 1 && layout->biased && j < count; j++)
+            gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
+    }
+}
+
+static void pk__affine_weight_gradient(const pk_call *call)
+{
+    const pk__affine layout = pk__affine_layout(call->node);
+    const size_t width = call->node->width;
+    for (size_t row = 0; row < call->rows; row++)
+        pk__affine_gradient(&layout, call->in[0] + row * width, call->out_cotangent + row * width,
+                            call->gradient);
+}
+
+static void pk__affine_row_gradients(const pk_call *call)
+{
+    const pk__affine layout = pk__affine_layout(call->node);
+    const size_t width = call->node->width, weights = call->node->weight_count;
+    memset(call->gradient, 0, call->rows * call->copies * weights * sizeof(pk_real));
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
+        pk__affine_gradient(&layout, call->in[0] + copy / call->copies * width,
+                            call->out_cotangent + copy * width, call->gradient + copy * weights);
+}
+
+/* ---- softmax, log_softmax --------------------------------------------------------------------------- */
+
+/* p_i = exp(x_i) / sum_j exp(x_j) and y_i = log p_i, over the last dimension. */
+static size_t pk__last_dimension(const pk_node *node)
+{
+    return node->shape.dims[node->shape.rank - 1];
+}
+
+static size_t pk__softmax_scratch(const pk_node *node, size_t rows, size_t copies)
+{
+    (void)rows, (void)copies;
+    return pk__last_dimension(node);
+}
+
+static size_t pk__largest_at(size_t count, const pk_real *x)
+{
+    size_t at = 0;
+    for (size_t i = 1; i < count; i++)
+        at = x[i] > x[at] ? i : at;
+    return at;
+}
+
+/* p = softmax(x) of count numbers; may be in place. */
+PK__PRIVATE void pk__softmax_row(size_t count, const pk_real *x, pk_real *p)
+{
+    const pk_real most = x[pk__largest_at(count, x)];
+    double sum = 0;
+    for (size_t i = 0; i < count; i++) {
+        p[i] = (pk_real)exp((double)(x[i] - most));
+        sum += p[i];
+    }
+    for (size_t i = 0; i < count; i++)
+        p[i] = (pk_real)(p[i] / sum);
+}
+
+static void pk__softmax_forward(const pk_call *call)
+{
+    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
+    for (size_t at = 0; at < all; at += count)
+        pk__softmax_row(count, call->in[0] + at, call->out + at);
+}
+
+/* The largest term of the sum is 1: log1p of the others keeps the logarithm of a p near 1. */
+static void pk__log_softmax_forward(const pk_call *call)
+{
+    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
+    for (size_t at = 0; at < all; at += count) {
+        const pk_real *x = call->in[0] + at;
+        const size_t first = pk__largest_at(count, x);
+        double others = 0;
+        for (size_t i = 0; i < count; i++)
+            others += i == first ? 0 : exp((double)(x[i] - x[first]));
+        const double logarithm = log1p(others);
+        for (size_t i = 0; i < count; i++)
+            call->out[at + i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
+    }
+}
+
+/* The p of the slice at `at`. */
+static const pk_real *pk__probabilities(const pk_call *call, int logarithm, size_t at)
+{
+    const size_t count = pk__last_dimension(call->node);
+    if (!logarithm)
+        return call->out + at;
+    for (size_t i = 0; i < count; i++)
+        call->scratch[i] = (pk_real)exp((double)call->out[at + i]);
+    return call->scratch;
+}
+
+/* softmax: p. = p o (x. - p . x.); log_softmax: y. = x. - p . x. */
+static void pk__softmax_tangents(const pk_call *call, int logarithm)
+{
+    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
+    const pk_real *v = call->in_tangent[0];
+    if (!v)
+        memset(call->out_tangent, 0, all * sizeof(pk_real));
+    for (size_t at = 0; v && at < all; at += count) {
+        const pk_real *p = pk__probabilities(call, logarithm, at);
+        const double mean = pk__sum_products(count, p, v + at);
+        for (size_t i = 0; i < count; i++)
+            call->out_tangent[at + i] = (pk_real)((v[at + i] - mean) * (logarithm ? 1 : p[i]));
+    }
+}
+
+/* softmax: p o (u - p . u); log_softmax: u - p sum(u). With second their derivatives along the tangent, of
+ * which p. = p o (v - p . v): p. o (u - p . u) - p (p. . u), and -p. sum(u). */
+static void pk__softmax_cotangents(const pk_call *call, int logarithm, int second)
+{
+    const size_t count = pk__last_dimension(call->node), width = call->node->width;
+    const int accumulate = second || call->accumulate[0];
+    if (second && !call->in_tangent[0])
+        return;
+    for (size_t at = 0; at < call->rows * width; at += count) {
+        const size_t row = at / width;
+        const pk_real *p = pk__probabilities(call, logarithm, at),
+                      *v = second ? call->in_tangent[0] + at : NULL;
+        const double mean_v = second ? pk__sum_products(count, p, v) : 0;
+        for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
+            const pk_real *u = call->out_cotangent + copy * width + (at - row * width);
+            pk_real *to = call->in_cotangent[0] + copy * width + (at - row * width);
+            const double sum = pk__sum_products(count, u, logarithm ? NULL : p);
+            double mean_dot = 0;
+            for (size_t i = 0; second && !logarithm && i < count; i++)
+                mean_dot += p[i] * (v[i] - mean_v) * u[i];
+            for (size_t i = 0; i < count; i++) {
+                double value = logarithm ? u[i] - p[i] * sum : p[i] * (u[i] - sum);
+                if (second) {
+                    const double p_dot = p[i] * (v[i] - mean_v);
+                    value = logarithm ? -p_dot * sum : p_dot * (u[i] - sum) - p[i] * mean_dot;
+                }
+                to[i] = (pk_real)(accumulate ? to[i] + value : value);
+            }
+        }
+    }
+}
+
+#define PK__SOFTMAX(name, logarithm)                        \
+    static void pk__##name##_tangent(const pk_call *call)   \
+    {                                                       \
+        pk__softmax_tangents(call, logarithm);              \
+    }                                                       \
+    static void pk__##name##_reverse(const pk_call *call)   \
+    {                                                       \
+        pk__softmax_cotangents(call, logarithm, 0);         \
+    }                                                       \
+    static void pk__##name##_curvature(const pk_call *call) \
+    {                                                       \
+        pk__softmax_cotangents(call, logarithm, 1);         \
+    }
+PK__SOFTMAX(softmax, 0)
+PK__SOFTMAX(log_softmax, 1)
+#undef PK__SOFTMAX
+
+/* ---- the table -------------------------------------------------------------------------------------- */
+
+static const pk_option pk__normalize_options[] = {
+    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
+    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__standardize_options[] = {
+    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__affine_options[] = {
+    {"nobias", PK_OPTION_FLAG, PK_AFFINE_BIAS, 0, 0, 0, 0, 0, NULL},
+    {"dims", PK_OPTION_NUMBER, PK_AFFINE_DIMS, 0, 0, 0, PK_SHAPE_RANK, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+#define PK__NORM_OPERATION(name, text, kind, form, options, first, second, shape, scratch, gradient, rows,   \
+                           curvature, initialize)                                                            \
+    {                                                                                                        \
+        text, kind, form, 1, options, {first, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, shape,      \
+            scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, gradient, rows, NULL, \
+            NULL, 0, curvature, NULL, 0, NULL, initialize                                                    \
+    }
+
+/* rms_normalize: the epsilon of torch.nn.RMSNorm in double precision, torch.finfo(torch.float64).eps. */
+static const pk_operation pk__norm_operations[] = {
+    PK__NORM_OPERATION(normalize, "normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options, 1e-5, 1,
+                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL),
+    PK__NORM_OPERATION(rms_normalize, "rms_normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options,
+                       2.220446049250313e-16, 1, pk__normalize_shape, NULL, NULL, NULL,
+                       pk__rms_normalize_curvature, NULL),
+    PK__NORM_OPERATION(standardize, "standardize", PK_LINEAR, PK_TANGENT_NONE, pk__standardize_options, 1e-5, 0,
+                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL),
+    PK__NORM_OPERATION(affine, "affine", PK_LINEAR, PK_TANGENT_ROWS, pk__affine_options, 1, 1, pk__affine_shape,
+                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize),
+    PK__NORM_OPERATION(softmax, "softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
+                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL),
+    PK__NORM_OPERATION(log_softmax, "log_softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
+                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL),
+};
+#undef PK__NORM_OPERATION
+
 PK__END_C
 
 /* pathkernel/sequence.h: implementation */
@@ -4953,6 +6462,459 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
+
+/* ---- embedding -------------------------------------------------------------------------------------- */
+
+/* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
+static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    const size_t tokens = (size_t)node->attributes[PK_EMBEDDING_TOKENS],
+                 width = (size_t)node->attributes[PK_EMBEDDING_WIDTH];
+    char text[PK_SHAPE_TEXT];
+    if (node->inputs[0] != 0 || input->shape.rank != 1)
+        return pk__fail(
+            context, PK_SHAPE, "embedding takes the data, a row of whole numbers such as 'input 3', not %s%s",
+            pk_shape_text(&input->shape, text), node->inputs[0] ? " values behind other layers" : "");
+    node->shape.rank = 2;
+    node->shape.dims[0] = input->width;
+    node->shape.dims[1] = width;
+    if (!pk__multiply(tokens, width, &node->weight_count))
+        return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
+    return PK_OK;
+}
+
+static pk_status pk__embedding_check(pk_context *context, const pk_node *node, size_t row, const pk_real *in)
+{
+    pk_status status = PK_OK;
+    for (size_t i = 0; i < node->shape.dims[0] && !status; i++)
+        status = pk__check_token(context, "embedding", row, i, in[i], node->attributes[PK_EMBEDDING_TOKENS]);
+    return status;
+}
+
+/* Where a token's weights start; what is no token counts as the first: pk_graph_check_inputs refuses it. */
+static size_t pk__embedded(const pk_node *node, double token)
+{
+    return token >= 0 && token < node->attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * node->shape.dims[1]
+                                                                       : 0;
+}
+
+static void pk__embedding_rows(const pk_call *call, const pk_real *weights, pk_real *to)
+{
+    const size_t width = call->node->shape.dims[1];
+    for (size_t i = 0; i < call->rows * call->in_width[0]; i++)
+        memcpy(to + i * width, weights + pk__embedded(call->node, call->in[0][i]), width * sizeof *to);
+}
+
+static void pk__embedding_forward(const pk_call *call)
+{
+    pk__embedding_rows(call, call->weights, call->out);
+}
+
+static void pk__embedding_tangent(const pk_call *call)
+{
+    if (call->direction)
+        pk__embedding_rows(call, call->direction, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+/* gradient += (dF/dw)^T delta of the row. */
+static void pk__embedding_add(const pk_call *call, size_t row, const pk_real *delta, pk_real *gradient)
+{
+    const size_t tokens = call->in_width[0], width = call->node->shape.dims[1];
+    for (size_t i = 0; i < tokens; i++)
+        pk__give(width, delta + i * width, 1,
+                 gradient + pk__embedded(call->node, call->in[0][row * tokens + i]));
+}
+
+static void pk__embedding_weight_gradient(const pk_call *call)
+{
+    for (size_t row = 0; row < call->rows; row++)
+        pk__embedding_add(call, row, call->out_cotangent + row * call->node->width, call->gradient);
+}
+
+static void pk__embedding_row_gradients(const pk_call *call)
+{
+    const size_t weights = call->node->weight_count;
+    memset(call->gradient, 0, call->rows * call->copies * weights * sizeof(pk_real));
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
+        pk__embedding_add(call, copy / call->copies, call->out_cotangent + copy * call->node->width,
+                          call->gradient + copy * weights);
+}
+
+/* ---- token, mean_tokens ----------------------------------------------------------------------------- */
+
+static pk_status pk__tokens_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_shape *shape = &graph->nodes[node->inputs[0]].shape;
+    char text[PK_SHAPE_TEXT];
+    if (shape->rank != 2)
+        return pk__fail(context, PK_SHAPE, "%s needs values of tokens x width, not %s", node->operation->name,
+                        pk_shape_text(shape, text));
+    node->shape.rank = 1;
+    node->shape.dims[0] = shape->dims[1];
+    return PK_OK;
+}
+
+/* token I: y = x_I; a negative I counts from the end. */
+static pk_status pk__token_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double tokens = (double)graph->nodes[node->inputs[0]].shape.dims[0];
+    const double index = node->attributes[PK_TOKEN_INDEX];
+    pk_status status = pk__tokens_shape(context, graph, node);
+    if (!status && !(index >= -tokens && index < tokens))
+        status = pk__fail(context, PK_SHAPE, "token %g: there are %g tokens", index, tokens);
+    return status;
+}
+
+/* Where the token starts in a row of its input. */
+static size_t pk__token_start(const pk_call *call)
+{
+    const double index = call->node->attributes[PK_TOKEN_INDEX];
+    return index >= 0 ? (size_t)index * call->node->width
+                      : call->in_width[0] - (size_t)-index * call->node->width;
+}
+
+static void pk__token_rows(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const size_t width = call->node->width, start = pk__token_start(call);
+    for (size_t row = 0; row < call->rows; row++)
+        memcpy(to + row * width, from + row * call->in_width[0] + start, width * sizeof *to);
+}
+
+static void pk__token_forward(const pk_call *call)
+{
+    pk__token_rows(call, call->in[0], call->out);
+}
+
+static void pk__token_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__token_rows(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__token_reverse(const pk_call *call)
+{
+    const size_t width = call->node->width, in = call->in_width[0], start = pk__token_start(call);
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        pk_real *to = call->in_cotangent[0] + copy * in;
+        if (!call->accumulate[0])
+            memset(to, 0, in * sizeof *to);
+        pk__give(width, call->out_cotangent + copy * width, 1, to + start);
+    }
+}
+
+/* mean_tokens: y = the mean of the tokens. */
+static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const size_t width = call->node->width, tokens = call->in_width[0] / width;
+    for (size_t row = 0; row < call->rows; row++, to += width) {
+        for (size_t i = 0; i < tokens; i++, from += width)
+            pk__give(width, from, i > 0, to);
+        for (size_t j = 0; j < width; j++)
+            to[j] /= (pk_real)tokens;
+    }
+}
+
+static void pk__mean_tokens_forward(const pk_call *call)
+{
+    pk__mean_rows(call, call->in[0], call->out);
+}
+
+static void pk__mean_tokens_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__mean_rows(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__mean_tokens_reverse(const pk_call *call)
+{
+    const size_t width = call->node->width, tokens = call->in_width[0] / width;
+    pk_real *to = call->in_cotangent[0];
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
+        for (size_t i = 0; i < tokens; i++, to += width)
+            for (size_t j = 0; j < width; j++)
+                to[j] =
+                    (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
+}
+
+/* ---- attend ----------------------------------------------------------------------------------------- */
+
+/* Each head, a slice of the width d = E / heads: O = P V, P = softmax(Q K^T / sqrt(d)) by rows (Vaswani et
+ * al. 2017, eq. 1); causal: token i sees tokens 0 .. i, the softmax is over these. A row of the input is Q, K
+ * and V side by side (tokens x 3E), or, shared, all three at once (tokens x E). */
+static pk_status pk__attend_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_shape *shape = &graph->nodes[node->inputs[0]].shape;
+    const size_t heads = (size_t)node->attributes[PK_ATTEND_HEADS];
+    const size_t parts = node->attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3;
+    char text[PK_SHAPE_TEXT];
+    size_t scores = 0;
+    if (shape->rank != 2)
+        return pk__fail(context, PK_SHAPE, "attend needs values of tokens x width, not %s",
+                        pk_shape_text(shape, text));
+    if (shape->dims[1] % parts || shape->dims[1] / parts % heads)
+        return pk__fail(context, PK_SHAPE, "attention: a width of %zu%s cannot be split into %zu heads",
+                        shape->dims[1], parts == 3 ? " for queries, keys and values" : "", heads);
+    if (!pk__multiply(shape->dims[0], shape->dims[0], &scores) || scores > SIZE_MAX / 4096)
+        return pk__fail(context, PK_OVERFLOW, "attention over %zu tokens: the scores overflow", shape->dims[0]);
+    node->shape.rank = 2;
+    node->shape.dims[0] = shape->dims[0];
+    node->shape.dims[1] = shape->dims[1] / parts;
+    return PK_OK;
+}
+
+/* P and, for the derivatives, three more matrices of one head of one row. */
+static size_t pk__attend_scratch(const pk_node *node, size_t rows, size_t copies)
+{
+    (void)rows, (void)copies;
+    return 4 * node->shape.dims[0] * node->shape.dims[0];
+}
+
+/* The sizes, and where a head's queries, keys and values start in a row. */
+typedef struct pk__heads {
+    size_t heads, tokens, depth; /* of a head */
+    size_t in, out;              /* width of a token */
+    size_t key, value;           /* the query is at 0 */
+    pk_real scale;
+    int causal, shared;
+} pk__heads;
+
+static pk__heads pk__attend_heads(const pk_node *node)
+{
+    pk__heads h;
+    h.heads = (size_t)node->attributes[PK_ATTEND_HEADS];
+    h.causal = node->attributes[PK_ATTEND_CAUSAL] != 0;
+    h.shared = node->attributes[PK_ATTEND_SHARED] != 0;
+    h.tokens = node->shape.dims[0];
+    h.out = node->shape.dims[1];
+    h.in = h.shared ? h.out : 3 * h.out;
+    h.depth = h.out / h.heads;
+    h.key = h.shared ? 0 : h.out;
+    h.value = 2 * h.key;
+    h.scale = (pk_real)(1 / sqrt((double)h.depth));
+    return h;
+}
+
+/* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
+ * small for a library's product. */
+static void pk__attend_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+                               const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
+                               pk_real *c, size_t ldc)
+{
+    if (m * n * k > 8192) {
+        pk__gemm(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return;
+    }
+    const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
+    for (size_t i = 0; i < m; i++, a += down, c += ldc) {
+        for (size_t j = 0; transpose_b && j < n; j++)
+            c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
+        for (size_t j = 0; !transpose_b && beta != 1 && j < n; j++)
+            c[j] = beta == 0 ? 0 : beta * c[j];
+        for (size_t l = 0; !transpose_b && l < k; l++) {
+            const pk_real factor = alpha * a[l * along];
+            for (size_t j = 0; j < n; j++)
+                c[j] += factor * b[l * ldb + j];
+        }
+    }
+}
+
+/* tokens x tokens = beta to + alpha a b^T, of slices of a head, and tokens x depth += alpha op(p) b. */
+static void pk__scores(const pk__heads *h, pk_real alpha, const pk_real *a, size_t lda, const pk_real *b,
+                       size_t ldb, pk_real beta, pk_real *to)
+{
+    pk__attend_product(0, 1, h->tokens, h->tokens, h->depth, alpha, a, lda, b, ldb, beta, to, h->tokens);
+}
+
+static void pk__mix(const pk__heads *h, int transpose, pk_real alpha, const pk_real *p, const pk_real *b,
+                    size_t ldb, pk_real beta, pk_real *to, size_t ldto)
+{
+    pk__attend_product(transpose, 0, h->tokens, h->depth, h->tokens, alpha, p, h->tokens, b, ldb, beta, to,
+                       ldto);
+}
+
+/* The tokens that token i sees. */
+static size_t pk__seen(const pk__heads *h, size_t i)
+{
+    return h->causal ? i + 1 : h->tokens;
+}
+
+/* P of the head whose query starts at x. */
+static void pk__attend_weights(const pk__heads *h, const pk_real *x, pk_real *p)
+{
+    pk__scores(h, h->scale, x, h->in, x + h->key, h->in, 0, p);
+    for (size_t i = 0; i < h->tokens; i++, p += h->tokens) {
+        const size_t seen = pk__seen(h, i);
+        pk__softmax_row(seen, p, p);
+        memset(p + seen, 0, (h->tokens - seen) * sizeof *p);
+    }
+}
+
+/* s := p o (s - p . s) by rows: the softmax's tangent and cotangent. */
+static void pk__attend_jacobian(const pk__heads *h, const pk_real *p, pk_real *s)
+{
+    for (size_t i = 0; i < h->tokens; i++, p += h->tokens, s += h->tokens) {
+        const size_t seen = pk__seen(h, i);
+        const double mean = pk__sum_products(seen, p, s);
+        for (size_t j = 0; j < seen; j++)
+            s[j] = (pk_real)(p[j] * (s[j] - mean));
+        memset(s + seen, 0, (h->tokens - seen) * sizeof *s);
+    }
+}
+
+/* P. = the tangent of P along v. */
+static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, const pk_real *v, const pk_real *p,
+                                       pk_real *p_dot)
+{
+    pk__scores(h, h->scale, v, h->in, x + h->key, h->in, 0, p_dot);
+    pk__scores(h, h->scale, x, h->in, v + h->key, h->in, 1, p_dot);
+    pk__attend_jacobian(h, p, p_dot);
+}
+
+static void pk__attend_forward(const pk_call *call)
+{
+    const pk__heads h = pk__attend_heads(call->node);
+    for (size_t row = 0; row < call->rows; row++)
+        for (size_t head = 0; head < h.heads; head++) {
+            const pk_real *x = call->in[0] + row * call->in_width[0] + head * h.depth;
+            pk__attend_weights(&h, x, call->scratch);
+            pk__mix(&h, 0, 1, call->scratch, x + h.value, h.in, 0,
+                    call->out + row * call->node->width + head * h.depth, h.out);
+        }
+}
+
+/* O. = P. V + P V. */
+static void pk__attend_tangent(const pk_call *call)
+{
+    const pk__heads h = pk__attend_heads(call->node);
+    pk_real *p = call->scratch, *p_dot = p + h.tokens * h.tokens;
+    if (!call->in_tangent[0])
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+    for (size_t row = 0; call->in_tangent[0] && row < call->rows; row++)
+        for (size_t head = 0; head < h.heads; head++) {
+            const size_t at = row * call->in_width[0] + head * h.depth;
+            const pk_real *x = call->in[0] + at, *v = call->in_tangent[0] + at;
+            pk_real *to = call->out_tangent + row * call->node->width + head * h.depth;
+            pk__attend_weights(&h, x, p);
+            pk__attend_weights_tangent(&h, x, v, p, p_dot);
+            pk__mix(&h, 0, 1, p_dot, x + h.value, h.in, 0, to, h.out);
+            pk__mix(&h, 0, 1, p, v + h.value, h.in, 1, to, h.out);
+        }
+}
+
+/* With the cotangent U of O: of V it is P^T U, of the scores S = P o (U V^T - rows of P . U V^T), of Q scale
+ * S K, of K scale S^T Q. */
+static void pk__attend_reverse(const pk_call *call)
+{
+    const pk__heads h = pk__attend_heads(call->node);
+    pk_real *p = call->scratch, *s = p + h.tokens * h.tokens;
+    const pk_real add = call->accumulate[0] ? 1 : 0;
+    for (size_t row = 0; row < call->rows; row++)
+        for (size_t head = 0; head < h.heads; head++) {
+            const pk_real *x = call->in[0] + row * call->in_width[0] + head * h.depth;
+            pk__attend_weights(&h, x, p);
+            for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
+                const pk_real *u = call->out_cotangent + copy * call->node->width + head * h.depth;
+                pk_real *to = call->in_cotangent[0] + copy * call->in_width[0] + head * h.depth;
+                pk__scores(&h, 1, u, h.out, x + h.value, h.in, 0, s);
+                pk__attend_jacobian(&h, p, s);
+                pk__mix(&h, 1, 1, p, u, h.out, add, to + h.value, h.in);
+                pk__mix(&h, 0, h.scale, s, x + h.key, h.in, h.shared ? 1 : add, to, h.in);
+                pk__mix(&h, 1, h.scale, s, x, h.in, h.shared ? 1 : add, to + h.key, h.in);
+            }
+        }
+}
+
+/* s (U V^T on entry) := S, s_dot (U V.^T) := S. = P. o (s - P . s) + P o (s_dot - P . s_dot - P. . s). */
+static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_real *p_dot, pk_real *s,
+                              pk_real *s_dot)
+{
+    for (size_t i = 0; i < h->tokens; i++) {
+        const size_t seen = pk__seen(h, i), hidden = h->tokens - seen;
+        const double mean = pk__sum_products(seen, p, s);
+        const double mean_dot = pk__sum_products(seen, p, s_dot) + pk__sum_products(seen, p_dot, s);
+        for (size_t j = 0; j < seen; j++) {
+            s_dot[j] = (pk_real)(p_dot[j] * (s[j] - mean) + p[j] * (s_dot[j] - mean_dot));
+            s[j] = (pk_real)(p[j] * (s[j] - mean));
+        }
+        memset(s + seen, 0, hidden * sizeof *s);
+        memset(s_dot + seen, 0, hidden * sizeof *s_dot);
+        p += h->tokens, p_dot += h->tokens, s += h->tokens, s_dot += h->tokens;
+    }
+}
+
+/* The derivative of reverse along the tangent v of the input. */
+static void pk__attend_curvature(const pk_call *call)
+{
+    const pk__heads h = pk__attend_heads(call->node);
+    const size_t square = h.tokens * h.tokens;
+    pk_real *p = call->scratch, *p_dot = p + square, *s = p_dot + square, *s_dot = s + square;
+    for (size_t row = 0; call->in_tangent[0] && row < call->rows; row++)
+        for (size_t head = 0; head < h.heads; head++) {
+            const size_t at = row * call->in_width[0] + head * h.depth;
+            const pk_real *x = call->in[0] + at, *v = call->in_tangent[0] + at;
+            pk__attend_weights(&h, x, p);
+            pk__attend_weights_tangent(&h, x, v, p, p_dot);
+            for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
+                const pk_real *u = call->out_cotangent + copy * call->node->width + head * h.depth;
+                pk_real *to = call->in_cotangent[0] + copy * call->in_width[0] + head * h.depth;
+                pk__scores(&h, 1, u, h.out, x + h.value, h.in, 0, s);
+                pk__scores(&h, 1, u, h.out, v + h.value, h.in, 0, s_dot);
+                pk__attend_second(&h, p, p_dot, s, s_dot);
+                pk__mix(&h, 1, 1, p_dot, u, h.out, 1, to + h.value, h.in);
+                pk__mix(&h, 0, h.scale, s_dot, x + h.key, h.in, 1, to, h.in);
+                pk__mix(&h, 0, h.scale, s, v + h.key, h.in, 1, to, h.in);
+                pk__mix(&h, 1, h.scale, s_dot, x, h.in, 1, to + h.key, h.in);
+                pk__mix(&h, 1, h.scale, s, v, h.in, 1, to + h.key, h.in);
+            }
+        }
+}
+
+/* ---- the table -------------------------------------------------------------------------------------- */
+
+static const pk_option pk__embedding_options[] = {
+    {"number of tokens", PK_OPTION_NUMBER, PK_EMBEDDING_TOKENS, 1, 1, 1, 1e9, 1, NULL},
+    {"width", PK_OPTION_NUMBER, PK_EMBEDDING_WIDTH, 2, 1, 1, 1e9, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__token_options[] = {
+    {"number", PK_OPTION_NUMBER, PK_TOKEN_INDEX, 1, 1, -1e9, 1e9, 1, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+static const pk_option pk__attend_options[] = {
+    {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
+    {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
+    {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+};
+
+#define PK__SEQUENCE_OPERATION(name, text, kind, form, options, shape, scratch, reverse, gradient, rows, \
+                               curvature, check, initialize)                                             \
+    {                                                                                                    \
+        text, kind, form, 1, options, PK__NO_NUMBERS, shape, scratch, pk__##name##_forward,              \
+            pk__##name##_tangent, reverse, gradient, rows, NULL, NULL, 0, curvature, NULL, 0, check,     \
+            initialize                                                                                   \
+    }
+
+static const pk_operation pk__sequence_operations[] = {
+    PK__SEQUENCE_OPERATION(embedding, "embedding", PK_LINEAR, PK_TANGENT_ROWS, pk__embedding_options,
+                           pk__embedding_shape, NULL, pk__position_reverse, pk__embedding_weight_gradient,
+                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize),
+    PK__SEQUENCE_OPERATION(token, "token", PK_LINEAR, PK_TANGENT_NONE, pk__token_options, pk__token_shape, NULL,
+                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL),
+    PK__SEQUENCE_OPERATION(mean_tokens, "mean_tokens", PK_LINEAR, PK_TANGENT_NONE, NULL, pk__tokens_shape, NULL,
+                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL),
+    PK__SEQUENCE_OPERATION(attend, "attend", PK_SMOOTH, PK_TANGENT_NONE, pk__attend_options, pk__attend_shape,
+                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL,
+                           NULL),
+};
+#undef PK__SEQUENCE_OPERATION
 
 PK__END_C
 
@@ -4969,6 +6931,9 @@ PK_API const pk_operation *pk_operation_at(size_t index)
         {pk__dense_operations, sizeof pk__dense_operations / sizeof *pk__dense_operations},
         {pk__activation_operations, sizeof pk__activation_operations / sizeof *pk__activation_operations},
         {pk__structure_operations, sizeof pk__structure_operations / sizeof *pk__structure_operations},
+        {pk__image_operations, sizeof pk__image_operations / sizeof *pk__image_operations},
+        {pk__norm_operations, sizeof pk__norm_operations / sizeof *pk__norm_operations},
+        {pk__sequence_operations, sizeof pk__sequence_operations / sizeof *pk__sequence_operations},
     };
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (index < tables[i].count)
@@ -5125,12 +7090,22 @@ static pk_status pk__parse_options(pk_context *context, const char *name, const 
 
 /* ---- layers ---------------------------------------------------------------------------------------- */
 
-/* Appends a built-in operation behind the branch in hand. */
+/* An operation by name, built in or the context's; NULL where there is none. */
+static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
+{
+    const pk_operation *found = pk_operation_find(name);
+    for (size_t i = 0; !found && context && context->operations && context->operations[i]; i++)
+        if (strcmp(context->operations[i]->name, name) == 0)
+            found = context->operations[i];
+    return found;
+}
+
+/* Appends an operation behind the branch in hand. */
 static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
                             size_t constant_count, const pk_real *constants)
 {
-    return pk_graph_add_constants(parser->context, parser->graph, pk_operation_find(name), 1, &parser->node,
-                                  attributes, constant_count, constants, &parser->node);
+    return pk_graph_add_constants(parser->context, parser->graph, pk__named_operation(parser->context, name), 1,
+                                  &parser->node, attributes, constant_count, constants, &parser->node);
 }
 
 static pk_status pk__append_add(pk__parser *parser, int other)
@@ -5154,10 +7129,11 @@ static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer,
     const char *name = layer->count > 1 ? layer->words[1] : "";
     *numbers = NULL;
     memset(array, 0, sizeof *array);
-    if (!name[0] ||
+    if (!name[0] || strlen(name) >= PK_CONSTANT_NAME ||
         strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != strlen(name))
-        return pk__fail(parser->context, PK_FORMAT, "%s needs the name of an array: letters, digits and _",
-                        layer->words[0]);
+        return pk__fail(parser->context, PK_FORMAT,
+                        "%s needs the name of an array: up to %d letters, digits and _", layer->words[0],
+                        PK_CONSTANT_NAME - 1);
     if (!parser->constants)
         return pk__fail(parser->context, PK_ARGUMENT, "%s: no arrays were given, so '%.40s' is not known",
                         layer->words[0], name);
@@ -5368,6 +7344,11 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     }
     if (!status)
         status = pk__append(parser, norm ? "standardize" : name, attributes, pk_array_items(&array), numbers);
+    if (!status) {
+        pk_node *node = &parser->graph->nodes[parser->node];
+        memcpy(node->constant_name, layer->words[1], strlen(layer->words[1]) + 1);
+        node->constant_columns = array.shape[1];
+    }
     pk_release(parser->context, numbers);
     pk_array_release(parser->context, &array);
     return status || !affine ? status : pk__append_affine(parser, 1, 0);
@@ -5448,7 +7429,7 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
     for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
         if (strcmp(layer->words[0], pk__composites[i].name) == 0)
             return pk__composites[i].build(parser, layer);
-    const pk_operation *operation = pk_operation_find(layer->words[0]);
+    const pk_operation *operation = pk__named_operation(context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
     if (!operation || strcmp(operation->name, "add") == 0)
         return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
@@ -5604,6 +7585,36 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
 PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph)
 {
     return pk_network_parse_with(context, text, NULL, graph);
+}
+
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array)
+{
+    for (; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->constant_name[0])
+            continue;
+        const size_t shape[2] = {node->constant_count / node->constant_columns, node->constant_columns};
+        *array = pk_array_view(sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32, 2, shape,
+                               node->constants);
+        return node;
+    }
+    return NULL;
+}
+
+static pk_status pk__load_from_graph(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    const pk_graph *graph = (const pk_graph *)user;
+    const pk_node *node;
+    for (size_t n = 1; (node = pk_graph_named(graph, n, array)) != NULL; n = (size_t)(node - graph->nodes) + 1)
+        if (strcmp(node->constant_name, name) == 0)
+            return PK_OK;
+    return pk__fail(context, PK_ARGUMENT, "the network holds no array '%.40s'", name);
+}
+
+PK_API pk_constants pk_graph_constants(const pk_graph *graph)
+{
+    pk_constants constants = {pk__load_from_graph, (void *)graph}; /* only read */
+    return constants;
 }
 
 PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
@@ -6224,6 +8235,73 @@ static double pk__hinge(size_t outputs, const pk_real *f, const pk_real *y, pk_r
     return sum / (double)outputs;
 }
 
+/* ---- products with the Hessian; product may be v ------------------------------------------------------- */
+
+static void pk__squared_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                pk_real *product)
+{
+    (void)f, (void)y;
+    for (size_t j = 0; j < outputs; j++)
+        product[j] = v[j];
+}
+
+static void pk__mean_squared_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                     pk_real *product)
+{
+    const double factor = 2 / (double)outputs;
+    (void)f, (void)y;
+    for (size_t j = 0; j < outputs; j++)
+        product[j] = (pk_real)(factor * v[j]);
+}
+
+/* sum_k y_k (diag p - p p^T) v, from the differences to the largest output's v: small where the network is sure. */
+static void pk__softmax_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                pk_real *product)
+{
+    size_t top = 0;
+    for (size_t j = 1; j < outputs; j++)
+        if (f[j] > f[top])
+            top = j;
+    double sum = 0, total = 0, mean = 0;
+    const double largest = f[top], base = v[top];
+    for (size_t j = 0; j < outputs; j++) {
+        const double e = j == top ? 1 : exp(f[j] - largest);
+        sum += e;
+        total += y[j];
+        mean += e * (v[j] - base);
+    }
+    mean /= sum;
+    for (size_t j = 0; j < outputs; j++) {
+        const double p = (j == top ? 1 : exp(f[j] - largest)) / sum;
+        product[j] = (pk_real)(total * p * ((v[j] - base) - mean));
+    }
+}
+
+static void pk__logistic_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                                 pk_real *product)
+{
+    (void)y;
+    for (size_t j = 0; j < outputs; j++) {
+        const double e = exp(-fabs(f[j])), tail = e / (1 + e);
+        product[j] = (pk_real)(tail * (1 - tail) / (double)outputs * v[j]);
+    }
+}
+
+/* nll and hinge: (piecewise) linear. */
+static void pk__no_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                           pk_real *product)
+{
+    (void)f, (void)y, (void)v;
+    memset(product, 0, outputs * sizeof *product);
+}
+
+static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
+                              pk_real *product)
+{
+    for (size_t j = 0; j < outputs; j++)
+        product[j] = fabs((double)f[j] - y[j]) < 1 ? (pk_real)(v[j] / (double)outputs) : 0;
+}
+
 /* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
 
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
@@ -6264,23 +8342,25 @@ typedef struct pk__loss_rule {
     pk_loss loss;
     const char *name;
     double (*evaluate)(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient);
+    void (*curvature)(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v, pk_real *product);
     const char *(*accept)(size_t outputs, const pk_real *y);
     int classes; /* integer targets are classes for one output, too */
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
-    {PK_SQUARED, "squared", pk__squared, pk__accept_any, 0},
-    {PK_MEAN_SQUARED, "mean_squared", pk__mean_squared, pk__accept_any, 0},
-    {PK_SOFTMAX_CROSS_ENTROPY, "softmax_cross_entropy", pk__softmax_cross_entropy, pk__accept_masses, 1},
-    {PK_LOGISTIC, "logistic", pk__logistic, pk__accept_probabilities, 0},
-    {PK_NLL, "nll", pk__nll, pk__accept_masses, 1},
-    {PK_HUBER, "huber", pk__huber, pk__accept_any, 0},
-    {PK_HINGE, "hinge", pk__hinge, pk__accept_class, 0},
+    {PK_SQUARED, "squared", pk__squared, pk__squared_hessian, pk__accept_any, 0},
+    {PK_MEAN_SQUARED, "mean_squared", pk__mean_squared, pk__mean_squared_hessian, pk__accept_any, 0},
+    {PK_SOFTMAX_CROSS_ENTROPY, "softmax_cross_entropy", pk__softmax_cross_entropy, pk__softmax_hessian,
+     pk__accept_masses, 1},
+    {PK_LOGISTIC, "logistic", pk__logistic, pk__logistic_hessian, pk__accept_probabilities, 0},
+    {PK_NLL, "nll", pk__nll, pk__no_hessian, pk__accept_masses, 1},
+    {PK_HUBER, "huber", pk__huber, pk__huber_hessian, pk__accept_any, 0},
+    {PK_HINGE, "hinge", pk__hinge, pk__no_hessian, pk__accept_class, 0},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
 
-static const pk__loss_rule *pk__loss_find(pk_loss loss)
+PK__PRIVATE const pk__loss_rule *pk__loss_find(pk_loss loss)
 {
     for (int i = 0; i < PK__LOSSES; i++)
         if (pk__losses[i].loss == loss)
@@ -6327,11 +8407,22 @@ PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, con
             gradient[j] = (pk_real)NAN;
 }
 
+PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                                    const pk_real *direction, pk_real *product)
+{
+    const pk__loss_rule *rule = pk__loss_find(loss);
+    if (rule)
+        rule->curvature(outputs, f, target, direction, product);
+    else
+        for (size_t j = 0; j < outputs; j++)
+            product[j] = (pk_real)NAN;
+}
+
 /* ---- targets ------------------------------------------------------------------------------------------ */
 
 /* The target of one row as outputs numbers. A class out of range gives zeros. */
-static void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
-                            pk_real *target)
+PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
+                                 pk_real *target)
 {
     if (targets->type != PK_INT64) {
         pk_array_reals(targets, row * outputs, outputs, target);
@@ -6422,6 +8513,15 @@ PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
     return plan;
 }
 
+/* Multiplications of a forward pass with one row, about: what a thread is worth being started for. */
+PK__PRIVATE double pk__graph_work(const pk_graph *graph)
+{
+    double work = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        work += (double)graph->nodes[n].weight_count * (double)pk__most(graph->nodes[n].positions, 1);
+    return work;
+}
+
 /* workspace: graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
@@ -6489,7 +8589,7 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
 }
 
 /* 1 if all are finite. Eight chains, so that the additions do not wait for each other. */
-static int pk__all_finite(const pk_real *x, size_t count)
+PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
 {
     pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0; /* 0 * x is 0, or NaN for NaN and infinities */
     size_t i = 0;
@@ -6552,8 +8652,8 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
 }
 
 /* gradient += the other groups' parts, in order; ranges of parameters are independent. */
-static void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
-                                int threads)
+PK__PRIVATE void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups,
+                                     size_t parameters, int threads)
 {
     size_t range = 4096, ranges = (parameters + range - 1) / range;
     PK__PARALLEL_FOR(threads)
@@ -6565,35 +8665,45 @@ static void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_
     }
 }
 
+/* Whether a batch fits a dataset and a network; name is for messages. */
+PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
+                                          const pk__loss_rule *rule, const pk_dataset *dataset,
+                                          const pk_batch *batch)
+{
+    if (!dataset || !batch || (batch->count && !batch->items))
+        return pk__fail(context, PK_ARGUMENT, "%s: an argument is NULL", name);
+    if (!rule)
+        return pk__fail(context, PK_ARGUMENT, "%s: the loss is unknown", name);
+    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
+    size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
+    if (pk_dataset_width(dataset) != graph->input_width)
+        return pk__fail(context, PK_SHAPE, "%s: inputs of width %zu for a network of %zu", name,
+                        pk_dataset_width(dataset), graph->input_width);
+    if (targets->rank < 1 || targets->shape[0] != examples ||
+        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
+        return pk__fail(context, PK_SHAPE, "%s: %zu targets of %zu numbers for %zu examples and %zu outputs",
+                        name, targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples,
+                        outputs);
+    for (size_t b = 0; b < batch->count; b++)
+        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= examples)
+            return pk__fail(context, PK_ARGUMENT, "%s: batch position %zu is example %lld of %zu", name, b,
+                            (long long)batch->items[b], examples);
+    return PK_OK;
+}
+
 static pk_status pk__gradient_arguments(pk_context *context, const pk_graph *graph, const pk__loss_rule *rule,
                                         const pk_real *weights, const pk_dataset *dataset,
                                         const pk_batch *batch, const pk_gradient_workspace *workspace,
                                         const pk_real *gradient)
 {
-    if (!graph || !dataset || !batch || !workspace || (graph->parameters && (!weights || !gradient)) ||
-        (batch->count && !batch->items))
+    if (!graph || !batch || !workspace || (graph->parameters && (!weights || !gradient)))
         return pk__fail(context, PK_ARGUMENT, "gradient: an argument is NULL");
-    if (!rule)
-        return pk__fail(context, PK_ARGUMENT, "gradient: the loss is unknown");
-    if (workspace->graph != graph || batch->count > workspace->largest_batch)
+    pk_status status = pk__batch_arguments(context, "gradient", graph, rule, dataset, batch);
+    if (status == PK_OK && (workspace->graph != graph || batch->count > workspace->largest_batch))
         return pk__fail(context, PK_ARGUMENT, "gradient: the workspace is for batches of up to %zu%s, not %zu",
                         workspace->largest_batch, workspace->graph != graph ? " of another graph" : "",
                         batch->count);
-    const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
-    size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
-    if (pk_dataset_width(dataset) != graph->input_width)
-        return pk__fail(context, PK_SHAPE, "gradient: inputs of width %zu for a network of %zu",
-                        pk_dataset_width(dataset), graph->input_width);
-    if (targets->rank < 1 || targets->shape[0] != examples ||
-        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
-        return pk__fail(
-            context, PK_SHAPE, "gradient: %zu targets of %zu numbers for %zu examples and %zu outputs",
-            targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples, outputs);
-    for (size_t b = 0; b < batch->count; b++)
-        if (batch->items[b] < 0 || (uint64_t)batch->items[b] >= examples)
-            return pk__fail(context, PK_ARGUMENT, "gradient: batch position %zu is example %lld of %zu", b,
-                            (long long)batch->items[b], examples);
-    return PK_OK;
+    return status;
 }
 
 PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, pk_loss loss,
@@ -6618,7 +8728,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
         }
     } else {
         /* A thread is started for about a million flops or more. */
-        double work = 6.0 * (double)parameters * (double)batch->count / 1048576.0;
+        double work = 6.0 * pk__graph_work(graph) * (double)batch->count / 1048576.0;
         int threads = workspace->threads, available = pk_threads(context);
         threads = threads < available ? threads : available;
         threads = (size_t)threads < groups ? threads : (int)groups;
@@ -6652,6 +8762,694 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
 
 PK__END_C
 
+/* pathkernel/autodiff.h: implementation */
+#include <string.h>
+PK__BEGIN_C
+
+/* ---- a pass over a batch ------------------------------------------------------------------------------- */
+
+/* One thread's memory. */
+typedef struct pk__sweep_lane {
+    pk_tape tape;
+    pk_real *inputs, *target; /* block x D, C */
+    pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
+    pk_real *zeros;           /* block x the widest input of a layer */
+    pk_real *part;            /* 2 x the largest number of weights of a layer */
+} pk__sweep_lane;
+
+typedef struct pk__sweep {
+    const char *name; /* for messages */
+    const pk_graph *graph;
+    const pk_real *weights, *direction;
+    pk_matrix inputs; /* or: */
+    const pk_dataset *dataset;
+    const pk_batch *batch;
+    const pk__loss_rule *rule;
+    size_t rows, copies; /* cotangents a row; 0: no reverse */
+    int tangents, second;
+    /* Takes rows first ..., whose inputs are in the lane; adds to sum where there is one. The first of them with a
+     * result that is not finite, or SIZE_MAX. */
+    size_t (*block)(const struct pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
+                    pk_real *sum);
+    pk_matrix cotangents, input_directions;
+    pk_matrix of_weights, of_inputs, tangents_out;
+    double *losses;
+    pk_real *sum; /* P, NULL: none */
+} pk__sweep;
+
+static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
+{
+    const pk_graph *graph = sweep->graph;
+    size_t widest = 0, most = 0;
+    memset(lane, 0, sizeof *lane);
+    pk_tape_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
+    lane->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    lane->target = (pk_real *)pk_arena_take(arena, graph->output_width, sizeof(pk_real));
+    if (!sweep->second)
+        return;
+    lane->second = (pk_real **)pk_arena_take(arena, graph->node_count, sizeof *lane->second);
+    for (size_t n = 0; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        pk_real *second =
+            node->varies ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
+        if (lane->second && !arena->overflow)
+            lane->second[n] = second;
+        if (!node->weight_count)
+            continue;
+        most = pk__most(most, node->weight_count);
+        for (int j = 0; j < node->input_count; j++)
+            widest = pk__most(widest, graph->nodes[node->inputs[j]].width);
+    }
+    lane->zeros = (pk_real *)pk_arena_take(arena, rows, widest * sizeof(pk_real));
+    lane->part = (pk_real *)pk_arena_take(arena, most, 2 * sizeof(pk_real));
+    if (lane->zeros && !arena->overflow)
+        memset(lane->zeros, 0, rows * widest * sizeof(pk_real));
+}
+
+static void pk__sweep_inputs(const pk__sweep *sweep, size_t first, size_t rows, pk_real *to)
+{
+    const size_t width = sweep->graph->input_width;
+    if (sweep->dataset)
+        pk_dataset_inputs(sweep->dataset, sweep->batch->items + first, rows, to);
+    else
+        for (size_t r = 0; r < rows; r++)
+            memcpy(to + r * width, sweep->inputs.data + (first + r) * sweep->inputs.ld, width * sizeof *to);
+}
+
+/* A group of blocks, which a thread takes at a time, and which has its own sum. The first row with a result that is
+ * not finite, or SIZE_MAX. */
+static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *plan, size_t group,
+                              unsigned char *memory, size_t bytes, pk_real *sum)
+{
+    size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
+    const size_t end = pk__least(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
+    pk_arena arena = {memory, bytes, 0, 0};
+    pk__sweep_lane lane;
+    pk__sweep_take(&arena, sweep, pk__least(plan->block, sweep->rows), &lane);
+    if (sum)
+        memset(sum, 0, sweep->graph->parameters * sizeof *sum);
+    for (; first < end; first += plan->block) {
+        const size_t rows = pk__least(end - first, plan->block);
+        pk__sweep_inputs(sweep, first, rows, lane.inputs);
+        const size_t found = sweep->block(sweep, &lane, first, rows, sum);
+        bad = bad == SIZE_MAX ? found : bad;
+    }
+    return bad;
+}
+
+/* Checks the rows, takes the memory, runs the blocks. */
+static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
+{
+    const pk_graph *graph = sweep->graph;
+    const size_t parameters = graph->parameters;
+    pk__gradient_plan plan = pk__gradient_cut(parameters, sweep->rows);
+    if (!sweep->sum) {
+        plan.block = sweep->copies > 1 ? pk__most(64 / sweep->copies, 1) : 64;
+        plan.groups = plan.blocks = pk__blocks(sweep->rows, plan.block);
+    }
+    if (!sweep->rows) {
+        if (sweep->sum)
+            memset(sweep->sum, 0, parameters * sizeof *sweep->sum);
+        return PK_OK;
+    }
+    const double copies = (double)pk__most(sweep->copies, 1);
+    const double work = 6.0 * pk__graph_work(graph) * (double)sweep->rows * copies / 1048576.0;
+    size_t threads = pk__least((size_t)pk_threads(context), plan.groups);
+    threads = (double)threads <= work ? threads : work < 1 ? 1 : (size_t)work;
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk__sweep_lane lane;
+    pk__sweep_take(&arena, sweep, pk__least(plan.block, sweep->rows), &lane);
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", sweep->name);
+    const size_t bytes = arena.used;
+    unsigned char *memory = NULL;
+    size_t *bad = NULL;
+    pk_real *partial = NULL;
+    pk_status status = pk_allocate(context, threads, bytes, sweep->name, &memory);
+    if (!status)
+        status = pk_allocate(context, plan.groups, sizeof *bad, sweep->name, &bad);
+    if (!status && sweep->sum && plan.groups > 1)
+        status = pk_allocate(context, plan.groups - 1, parameters * sizeof *partial, sweep->name, &partial);
+    for (size_t r = 0; !status && graph->checked && r < sweep->rows; r++) {
+        pk__sweep_inputs(sweep, r, 1, (pk_real *)memory);
+        status = pk_graph_check_inputs(context, graph, r, 1, (pk_real *)memory);
+    }
+    if (!status) {
+        const int workers = (int)threads;
+        PK__PARALLEL_FOR(workers)
+        for (size_t group = 0; group < plan.groups; group++)
+            bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
+                                         group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
+        if (sweep->sum && plan.groups > 1)
+            pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
+        size_t group = 0;
+        while (group < plan.groups && bad[group] == SIZE_MAX)
+            group++;
+        if (group < plan.groups)
+            status = pk__fail(context, PK_NOT_FINITE, "%s: the result for row %zu is not finite", sweep->name,
+                              bad[group]);
+        else if (sweep->sum && !pk__all_finite(sweep->sum, parameters))
+            status = pk__fail(context, PK_NOT_FINITE, "%s: the sum over rows is not finite", sweep->name);
+    }
+    pk_release(context, partial);
+    pk_release(context, bad);
+    pk_release(context, memory);
+    return status;
+}
+
+/* ---- blocks -------------------------------------------------------------------------------------------- */
+
+/* Row r of the block's cotangents of the outputs (copies x C): given, all unit vectors, or of the losses. */
+static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t row, const pk_real *f,
+                           pk_real *seed)
+{
+    const size_t outputs = sweep->graph->output_width;
+    if (sweep->rule) {
+        pk__loss_target(sweep->rule, &sweep->dataset->targets, (size_t)sweep->batch->items[row], outputs,
+                        lane->target);
+        const double value = sweep->rule->evaluate(outputs, f, lane->target, seed);
+        if (sweep->losses)
+            sweep->losses[row] = value;
+    } else if (sweep->cotangents.data) {
+        memcpy(seed, sweep->cotangents.data + row * sweep->cotangents.ld, outputs * sizeof *seed);
+    } else {
+        memset(seed, 0, outputs * outputs * sizeof *seed);
+        for (size_t c = 0; c < outputs; c++)
+            seed[c * outputs + c] = 1;
+    }
+}
+
+/* The gradients of one row and copy of the tape. */
+static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk_tape *tape, size_t row, size_t copy,
+                                   pk_real *gradient)
+{
+    const pk_graph *graph = sweep->graph;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->weight_count)
+            continue;
+        pk_call call;
+        pk__tape_call(tape, node, 1, 1, &call);
+        for (int j = 0; j < node->input_count; j++)
+            call.in[j] += row * call.in_width[j];
+        call.out += row * node->width;
+        call.weights = sweep->weights + node->weight_offset;
+        call.out_cotangent = tape->cotangent[n] + (row * tape->copies + copy) * node->width;
+        call.gradient = gradient + node->weight_offset;
+        pk__node_row_gradients(&call);
+    }
+}
+
+/* Forward and reverse. */
+static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
+                                pk_real *sum)
+{
+    const pk_graph *graph = sweep->graph;
+    const size_t outputs = graph->output_width, inputs = graph->input_width, copies = sweep->copies;
+    const pk_line line = {sweep->weights, NULL, NULL};
+    pk_tape *tape = &lane->tape;
+    size_t bad = SIZE_MAX;
+    pk_tape_forward(tape, &line, rows, lane->inputs);
+    for (size_t r = 0; r < rows; r++) {
+        const pk_real *f = pk_tape_output(tape) + r * outputs;
+        pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * copies * outputs);
+        if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
+            bad = first + r;
+    }
+    pk_tape_reverse(tape, &line, rows, copies);
+    if (sum)
+        pk_tape_weight_gradient(tape, rows, sum);
+    for (size_t at = 0; at < rows * copies; at++) {
+        const size_t to = first * copies + at;
+        int finite = 1;
+        if (sweep->of_weights.data) {
+            pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
+            pk__sweep_row_gradient(sweep, tape, at / copies, at % copies, gradient);
+            finite = pk__all_finite(gradient, graph->parameters);
+        }
+        if (sweep->of_inputs.data) {
+            pk_real *gradient = sweep->of_inputs.data + to * sweep->of_inputs.ld;
+            memcpy(gradient, tape->cotangent[0] + at * inputs, inputs * sizeof *gradient);
+            finite &= pk__all_finite(gradient, inputs);
+        }
+        if (!finite)
+            bad = pk__least(bad, first + at / copies);
+    }
+    return bad;
+}
+
+/* Forward, and the tangents along the directions; those of the outputs. */
+static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows)
+{
+    const size_t inputs = sweep->graph->input_width, last = sweep->graph->node_count - 1;
+    const pk_line plain = {sweep->weights, NULL, NULL}, line = {sweep->weights, sweep->direction, NULL};
+    pk_tape *tape = &lane->tape;
+    pk_tape_forward(tape, &plain, rows, lane->inputs);
+    for (size_t r = 0; tape->tangent[0] && r < rows; r++) {
+        pk_real *to = tape->tangent[0] + r * inputs;
+        if (sweep->input_directions.data)
+            memcpy(to, sweep->input_directions.data + (first + r) * sweep->input_directions.ld,
+                   inputs * sizeof *to);
+        else
+            memset(to, 0, inputs * sizeof *to);
+    }
+    pk_tape_tangent(tape, &line, rows);
+    return tape->tangent[last];
+}
+
+static size_t pk__sweep_forward(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
+                                pk_real *sum)
+{
+    const size_t outputs = sweep->graph->output_width;
+    const pk_real *tangents = pk__sweep_push(sweep, lane, first, rows);
+    size_t bad = SIZE_MAX;
+    (void)sum;
+    for (size_t r = 0; r < rows; r++) {
+        memcpy(sweep->tangents_out.data + (first + r) * sweep->tangents_out.ld, tangents + r * outputs,
+               outputs * sizeof *tangents);
+        if (bad == SIZE_MAX && !pk__all_finite(tangents + r * outputs, outputs))
+            bad = first + r;
+    }
+    return bad;
+}
+
+/* Reverse of what the first reverse did: with dots for tangents along the direction v,
+ *     cotangent_in' = F_x(w)^T cotangent' + F_x(v)^T cotangent + (F_xx in')^T cotangent. */
+static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *lane, const pk_node *node,
+                                  size_t rows)
+{
+    const pk_graph *graph = sweep->graph;
+    const pk_tape *tape = &lane->tape;
+    const size_t n = (size_t)(node - graph->nodes);
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = sweep->weights + node->weight_offset;
+    call.out_cotangent = lane->second[n];
+    for (int j = 0; j < node->input_count; j++) {
+        if (!graph->nodes[node->inputs[j]].varies)
+            continue;
+        call.in_cotangent[j] = lane->second[node->inputs[j]];
+        call.in_tangent[j] = tape->tangent[node->inputs[j]];
+        call.accumulate[j] = node->shared[j];
+    }
+    node->operation->reverse(&call);
+    for (int j = 0; j < node->input_count; j++)
+        call.accumulate[j] = 1;
+    call.out_cotangent = tape->cotangent[n];
+    if (node->operation->smoothness == PK_SMOOTH)
+        node->operation->curvature(&call);
+    if (node->weight_count) {
+        call.weights = sweep->direction + node->weight_offset;
+        node->operation->reverse(&call);
+    }
+}
+
+/* sum += the tangent of a layer's gradient, which is linear in the cotangent and affine in the inputs: its part of
+ * degree 0 in these is taken off; of outer products that is the biases. */
+static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_lane *lane, const pk_node *node,
+                                      size_t rows, pk_real *sum)
+{
+    const pk_graph *graph = sweep->graph;
+    const pk_tape *tape = &lane->tape;
+    const int outer = node->tangent_form == PK_TANGENT_OUTER;
+    const size_t n = (size_t)(node - graph->nodes), count = node->weight_count;
+    pk_real *parts[2] = {lane->part, lane->part + count};
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = sweep->weights + node->weight_offset;
+    call.out_cotangent = lane->second[n];
+    call.gradient = sum + node->weight_offset;
+    node->operation->weight_gradient(&call);
+    if (node->input_constant)
+        return;
+    call.out_cotangent = tape->cotangent[n];
+    memset(lane->part, 0, 2 * count * sizeof *lane->part);
+    for (int part = 0; part < 2 - outer; part++) {
+        for (int j = 0; j < node->input_count; j++) {
+            const size_t from = (size_t)node->inputs[j];
+            call.in[j] = part || !graph->nodes[from].varies ? lane->zeros : tape->tangent[from];
+        }
+        call.gradient = parts[part];
+        node->operation->weight_gradient(&call);
+    }
+    for (size_t i = 0; i < (outer ? node->fan_out * node->fan_in : count); i++)
+        sum[node->weight_offset + i] += parts[0][i] - parts[1][i];
+}
+
+/* Hessian and Gauss-Newton products. */
+static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
+                                  pk_real *sum)
+{
+    const pk_graph *graph = sweep->graph;
+    const pk_batch *batch = sweep->batch;
+    const size_t outputs = graph->output_width, last = graph->node_count - 1;
+    const pk_line line = {sweep->weights, NULL, NULL};
+    const pk_real *tangents = pk__sweep_push(sweep, lane, first, rows);
+    pk_tape *tape = &lane->tape;
+    pk_real *seeds = pk_tape_seed(tape), *bent = sweep->second ? lane->second[last] : seeds;
+    size_t bad = SIZE_MAX;
+    for (size_t at = 0; at < rows * outputs; at += outputs) {
+        const size_t row = first + at / outputs;
+        const pk_real *f = pk_tape_output(tape) + at;
+        const double weight = batch->weights ? batch->weights[row] : 1.0 / (double)batch->count;
+        pk__sweep_seed(sweep, lane, row, f, seeds + at);
+        sweep->rule->curvature(outputs, f, lane->target, tangents + at, bent + at);
+        for (size_t c = 0; c < outputs; c++) {
+            bent[at + c] *= (pk_real)weight;
+            if (sweep->second)
+                seeds[at + c] *= (pk_real)weight;
+        }
+        if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
+            bad = row;
+    }
+    pk_tape_reverse(tape, &line, rows, 1);
+    if (!sweep->second) {
+        pk_tape_weight_gradient(tape, rows, sum);
+        return bad;
+    }
+    for (size_t n = last; n > 0; n--) {
+        const pk_node *node = &graph->nodes[n];
+        if (node->unread && node->varies)
+            memset(lane->second[n], 0, rows * node->width * sizeof(pk_real));
+        if (!node->input_constant)
+            pk__sweep_second_node(sweep, lane, node, rows);
+        if (node->weight_count)
+            pk__sweep_second_gradient(sweep, lane, node, rows, sum);
+    }
+    return bad;
+}
+
+/* ---- arguments ----------------------------------------------------------------------------------------- */
+
+/* Runs a sweep whose inputs vary as well where wanted, on a copy of the graph that says so. The copy shares the
+ * original's constants. */
+static pk_status pk__sweep_vary(pk_context *context, pk__sweep *sweep, int vary)
+{
+    const pk_graph *graph = sweep->graph;
+    pk_graph copy = *graph;
+    /* Also where no weight reaches the output: so it gets a cotangent. */
+    if (!vary && graph->nodes[graph->node_count - 1].varies)
+        return pk__sweep_run(context, sweep);
+    for (size_t n = 1; vary && n < graph->node_count; n++)
+        for (int j = 0; j < graph->nodes[n].input_count; j++)
+            if (graph->nodes[n].inputs[j] == 0 && graph->nodes[n].operation->check)
+                return pk__fail(context, PK_UNSUPPORTED,
+                                "%s: %s takes whole numbers, so the network has no derivative with respect to "
+                                "its inputs",
+                                sweep->name, graph->nodes[n].operation->name);
+    pk_status status = pk_allocate(context, copy.node_count, sizeof *copy.nodes, sweep->name, &copy.nodes);
+    if (status)
+        return status;
+    memcpy(copy.nodes, graph->nodes, copy.node_count * sizeof *copy.nodes);
+    copy.nodes[0].varies = 1;
+    for (size_t n = 1; n < copy.node_count; n++)
+        pk__node_analyse(&copy, &copy.nodes[n]);
+    pk__graph_analyse(&copy);
+    sweep->graph = &copy;
+    status = pk__sweep_run(context, sweep);
+    sweep->graph = graph;
+    pk_release(context, copy.nodes);
+    return status;
+}
+
+static pk_status pk__sweep_graph(pk_context *context, const char *name, const pk_graph *graph,
+                                 const pk_real *weights)
+{
+    if (graph && graph->node_count > 1 && (weights || !graph->parameters))
+        return PK_OK;
+    return pk__fail(context, PK_ARGUMENT, "%s: %s", name,
+                    graph && graph->node_count > 1 ? "the weights are NULL" : "there is no network");
+}
+
+/* Whether a matrix is rows x cols. */
+static pk_status pk__sweep_matrix(pk_context *context, const char *name, const char *what, pk_matrix matrix,
+                                  size_t rows, size_t cols)
+{
+    if (matrix.rows != rows || matrix.cols != cols || matrix.ld < cols)
+        return pk__fail(context, PK_SHAPE, "%s: the %s are %zu x %zu (ld %zu), not %zu x %zu", name, what,
+                        matrix.rows, matrix.cols, matrix.ld, rows, cols);
+    if (rows && cols && !matrix.data)
+        return pk__fail(context, PK_ARGUMENT, "%s: the %s are NULL", name, what);
+    return PK_OK;
+}
+
+static pk_status pk__sweep_inputs_check(pk_context *context, const char *name, const pk_graph *graph,
+                                        const pk_real *weights, pk_matrix inputs)
+{
+    pk_status status = pk__sweep_graph(context, name, graph, weights);
+    return status ? status : pk__sweep_matrix(context, name, "inputs", inputs, inputs.rows, graph->input_width);
+}
+
+/* Whether the results (those with data) overlap nothing. */
+static pk_status pk__sweep_results(pk_context *context, const char *name, size_t count, const pk_matrix *read,
+                                   size_t results, const pk_matrix *written)
+{
+    for (size_t i = 0; i < results; i++)
+        for (size_t k = 0; written[i].data && k < count + i; k++) {
+            const pk_matrix other = k < count ? read[k] : written[k - count];
+            if (other.data && pk__matrices_overlap(written[i], other))
+                return pk__fail(context, PK_ARGUMENT, "%s: a result overlaps what is read, or another result",
+                                name);
+        }
+    return PK_OK;
+}
+
+static pk_matrix pk__as_row(const pk_real *data, size_t count)
+{
+    return pk_matrix_view((pk_real *)data, 1, count); /* only to be compared, or read */
+}
+
+/* The reverse products and the Jacobian. */
+static pk_status pk__sweep_pull(pk_context *context, pk__sweep *sweep, const char *of_weights,
+                                const char *of_inputs)
+{
+    const pk_graph *graph = sweep->graph;
+    const size_t rows = sweep->inputs.rows, outputs = graph->output_width;
+    size_t all = 0;
+    if (!pk__multiply(rows, sweep->copies, &all))
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu rows of %zu outputs overflow", sweep->name, rows,
+                        outputs);
+    pk_status status = PK_OK;
+    if (sweep->of_weights.data)
+        status = pk__sweep_matrix(context, sweep->name, of_weights, sweep->of_weights, all, graph->parameters);
+    if (!status && sweep->of_inputs.data)
+        status = pk__sweep_matrix(context, sweep->name, of_inputs, sweep->of_inputs, all, graph->input_width);
+    const pk_matrix read[3] = {sweep->inputs, sweep->cotangents, pk__as_row(sweep->weights, graph->parameters)},
+                    written[3] = {sweep->of_weights, sweep->of_inputs,
+                                  pk__as_row(sweep->sum, graph->parameters)};
+    if (!status)
+        status = pk__sweep_results(context, sweep->name, 3, read, 3, written);
+    if (status || (!sweep->of_weights.data && !sweep->of_inputs.data && !sweep->sum))
+        return status;
+    sweep->rows = rows;
+    sweep->block = pk__sweep_reverse;
+    return pk__sweep_vary(context, sweep, sweep->of_inputs.data != NULL);
+}
+
+PK_API pk_status pk_vjp(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix inputs,
+                        pk_matrix cotangents, pk_matrix weight_gradients, pk_matrix input_gradients)
+{
+    pk__sweep sweep;
+    memset(&sweep, 0, sizeof sweep);
+    pk_status status = pk__sweep_inputs_check(context, "vjp", graph, weights, inputs);
+    if (!status)
+        status = pk__sweep_matrix(context, "vjp", "cotangents", cotangents, inputs.rows, graph->output_width);
+    if (status)
+        return status;
+    sweep.name = "vjp";
+    sweep.graph = graph;
+    sweep.weights = weights;
+    sweep.inputs = inputs;
+    sweep.cotangents = cotangents;
+    sweep.copies = 1;
+    sweep.of_weights = weight_gradients;
+    sweep.of_inputs = input_gradients;
+    return pk__sweep_pull(context, &sweep, "gradients for the weights", "gradients for the inputs");
+}
+
+PK_API pk_status pk_vjp_sum(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                            pk_matrix inputs, pk_matrix cotangents, pk_real *gradient)
+{
+    pk__sweep sweep;
+    memset(&sweep, 0, sizeof sweep);
+    pk_status status = pk__sweep_inputs_check(context, "vjp", graph, weights, inputs);
+    if (!status)
+        status = pk__sweep_matrix(context, "vjp", "cotangents", cotangents, inputs.rows, graph->output_width);
+    if (!status && graph->parameters && !gradient)
+        status = pk__fail(context, PK_ARGUMENT, "vjp: the place for the gradient is NULL");
+    if (status)
+        return status;
+    sweep.name = "vjp";
+    sweep.graph = graph;
+    sweep.weights = weights;
+    sweep.inputs = inputs;
+    sweep.cotangents = cotangents;
+    sweep.copies = 1;
+    sweep.sum = gradient;
+    return pk__sweep_pull(context, &sweep, "", "");
+}
+
+PK_API pk_status pk_jacobian(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                             pk_matrix inputs, pk_matrix weight_jacobian, pk_matrix input_jacobian)
+{
+    pk__sweep sweep;
+    memset(&sweep, 0, sizeof sweep);
+    pk_status status = pk__sweep_inputs_check(context, "jacobian", graph, weights, inputs);
+    if (status)
+        return status;
+    sweep.name = "jacobian";
+    sweep.graph = graph;
+    sweep.weights = weights;
+    sweep.inputs = inputs;
+    sweep.copies = graph->output_width;
+    sweep.of_weights = weight_jacobian;
+    sweep.of_inputs = input_jacobian;
+    return pk__sweep_pull(context, &sweep, "derivatives for the weights", "derivatives for the inputs");
+}
+
+PK_API pk_status pk_jvp(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix inputs,
+                        const pk_real *weight_direction, pk_matrix input_directions, pk_matrix tangents)
+{
+    pk__sweep sweep;
+    memset(&sweep, 0, sizeof sweep);
+    pk_status status = pk__sweep_inputs_check(context, "jvp", graph, weights, inputs);
+    if (!status && input_directions.data)
+        status = pk__sweep_matrix(context, "jvp", "directions of the inputs", input_directions, inputs.rows,
+                                  graph->input_width);
+    if (!status)
+        status = pk__sweep_matrix(context, "jvp", "tangents", tangents, inputs.rows, graph->output_width);
+    if (status)
+        return status;
+    const pk_matrix read[4] = {inputs, input_directions, pk__as_row(weights, graph->parameters),
+                               pk__as_row(weight_direction, graph->parameters)};
+    status = pk__sweep_results(context, "jvp", 4, read, 1, &tangents);
+    if (status)
+        return status;
+    sweep.name = "jvp";
+    sweep.graph = graph;
+    sweep.weights = weights;
+    sweep.direction = weight_direction;
+    sweep.inputs = inputs;
+    sweep.input_directions = input_directions;
+    sweep.tangents_out = tangents;
+    sweep.tangents = 1;
+    sweep.rows = inputs.rows;
+    sweep.block = pk__sweep_forward;
+    return pk__sweep_vary(context, &sweep, input_directions.data != NULL);
+}
+
+PK_API pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                   const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
+                                   double *losses, pk_matrix gradients)
+{
+    pk__sweep sweep;
+    memset(&sweep, 0, sizeof sweep);
+    sweep.name = "gradients";
+    sweep.rule = pk__loss_find(loss);
+    pk_status status = pk__sweep_graph(context, sweep.name, graph, weights);
+    if (!status)
+        status = pk__batch_arguments(context, sweep.name, graph, sweep.rule, dataset, batch);
+    if (!status)
+        status = pk__sweep_matrix(context, sweep.name, "gradients", gradients, batch->count, graph->parameters);
+    const pk_matrix read = pk__as_row(weights, status ? 0 : graph->parameters);
+    if (!status)
+        status = pk__sweep_results(context, sweep.name, 1, &read, 1, &gradients);
+    if (status)
+        return status;
+    sweep.graph = graph;
+    sweep.weights = weights;
+    sweep.dataset = dataset;
+    sweep.batch = batch;
+    sweep.copies = 1;
+    sweep.losses = losses;
+    sweep.of_weights = gradients;
+    sweep.rows = batch->count;
+    sweep.block = pk__sweep_reverse;
+    return pk__sweep_vary(context, &sweep, 0);
+}
+
+/* ---- second derivatives -------------------------------------------------------------------------------- */
+
+/* Whether the second reverse is right for every node: see pk_hessian_product. */
+static pk_status pk__check_second(pk_context *context, const pk_graph *graph)
+{
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        const pk_operation *operation = node->operation;
+        const char *why = NULL;
+        if (node->weight_count && !operation->linear_in_weights)
+            why = "is not linear in its weights";
+        else if (node->input_constant)
+            why = NULL;
+        else if (operation->smoothness == PK_SURROGATE)
+            why = "has a surrogate for a derivative";
+        else if (node->weight_count && operation->smoothness != PK_LINEAR)
+            why = "has weights and is not linear in its inputs";
+        else if (operation->smoothness == PK_SMOOTH && !operation->curvature)
+            why = "has no curvature rule";
+        if (why)
+            return pk__fail(context, PK_UNSUPPORTED, "hessian: node %zu, %s, %s: no second derivatives", n,
+                            operation->name, why);
+    }
+    return PK_OK;
+}
+
+static pk_status pk__curvature_product(pk_context *context, const char *name, const pk_graph *graph,
+                                       pk_loss loss, const pk_real *weights, const pk_dataset *dataset,
+                                       const pk_batch *batch, const pk_real *direction, int second,
+                                       pk_real *product)
+{
+    pk__sweep sweep;
+    memset(&sweep, 0, sizeof sweep);
+    sweep.name = name;
+    sweep.rule = pk__loss_find(loss);
+    pk_status status = pk__sweep_graph(context, name, graph, weights);
+    if (!status)
+        status = pk__batch_arguments(context, name, graph, sweep.rule, dataset, batch);
+    if (!status && graph->parameters && (!direction || !product))
+        status = pk__fail(context, PK_ARGUMENT, "%s: the direction or the place for the product is NULL", name);
+    if (status)
+        return status;
+    const pk_matrix read[2] = {pk__as_row(weights, graph->parameters),
+                               pk__as_row(direction, graph->parameters)},
+                    written = pk__as_row(product, graph->parameters);
+    status = pk__sweep_results(context, name, 2, read, 1, &written);
+    if (!status && second)
+        status = pk__check_second(context, graph);
+    if (status || !graph->parameters)
+        return status;
+    sweep.graph = graph;
+    sweep.weights = weights;
+    sweep.direction = direction;
+    sweep.dataset = dataset;
+    sweep.batch = batch;
+    sweep.copies = 1;
+    sweep.tangents = 1;
+    sweep.second = second;
+    sweep.sum = product;
+    sweep.rows = batch->count;
+    sweep.block = pk__sweep_curvature;
+    return pk__sweep_vary(context, &sweep, 0);
+}
+
+PK_API pk_status pk_hessian_product(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                    const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
+                                    const pk_real *direction, pk_real *product)
+{
+    return pk__curvature_product(context, "hessian", graph, loss, weights, dataset, batch, direction, 1,
+                                 product);
+}
+
+PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *graph, pk_loss loss,
+                                         const pk_real *weights, const pk_dataset *dataset,
+                                         const pk_batch *batch, const pk_real *direction, pk_real *product)
+{
+    return pk__curvature_product(context, "gauss_newton", graph, loss, weights, dataset, batch, direction, 0,
+                                 product);
+}
+
+PK__END_C
+
 /* pathkernel/optimizer.h: implementation */
 #include <math.h>
 #include <stdio.h>
@@ -6680,7 +9478,7 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
     const pk_real *weights = call->weights, *gradient = call->gradient;
     pk_real *buffer = call->state, *update = call->update;
     if (momentum == 0) {
-        for (size_t i = 0; i < call->parameters; i++)
+        for (size_t i = 0; update && i < call->parameters; i++)
             update[i] = (pk_real)(-rate * (scale * gradient[i] + decay * weights[i]));
         return;
     }
@@ -6690,7 +9488,8 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
     for (size_t i = 0; i < call->parameters; i++) {
         double g = scale * gradient[i] + decay * weights[i], m = carry * buffer[i] + gain * g;
         buffer[i] = (pk_real)m;
-        update[i] = (pk_real)(-rate * (direct * g + enter * m));
+        if (update)
+            update[i] = (pk_real)(-rate * (direct * g + enter * m));
     }
 }
 
@@ -6738,7 +9537,7 @@ static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call,
         first[i] = (pk_real)(blend < 0.5 ? m + blend * (g - m) : g - (g - m) * (1 - blend)); /* torch.lerp */
         second[i] = (pk_real)(beta2 * second[i] + blend2 * g * g);
     }
-    for (size_t i = 0; i < call->parameters; i++)
+    for (size_t i = 0; update && i < call->parameters; i++)
         update[i] =
             (pk_real)(-size * first[i] / (sqrt((double)second[i]) / root + epsilon) - decoupled * weights[i]);
 }
@@ -7369,8 +10168,9 @@ static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *mani
 }
 
 /* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
-PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size, pk_graph *graph,
-                                         pk_loss *loss, pk_optimizer *optimizer, size_t *keep_every)
+PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
+                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                         pk_optimizer *optimizer, size_t *keep_every)
 {
     pk__manifest manifest;
     pk_status status = pk__manifest_split(context, text, size, &manifest);
@@ -7388,13 +10188,30 @@ PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t
     }
     if (status == PK_OK) {
         key = PK__MANIFEST_NETWORK;
-        status = pk_network_parse(context, manifest.value[key], graph);
+        status = pk_network_parse_with(context, manifest.value[key], constants, graph);
     }
     return pk__prefix(context, status, "run.txt line %zu: ", manifest.line[key]);
 }
 
-static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run *run)
+/* constant_NAME.npy */
+enum { PK__CONSTANT_FILE = PK_CONSTANT_NAME + 16 };
+
+static const char *pk__constant_file(const char *name, char *text)
 {
+    snprintf(text, PK__CONSTANT_FILE, "constant_%s.npy", name);
+    return text;
+}
+
+static pk_status pk__load_from_run(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    char file[PK__CONSTANT_FILE];
+    return pk_array_map(context, pk__run_path_of((pk__run_path *)user, pk__constant_file(name, file)), 0,
+                        array);
+}
+
+static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory, pk_run *run)
+{
+    const char *path = pk__run_path_of(directory, "run.txt");
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
     if (file < 0)
         return pk__run_io(context, path);
@@ -7423,9 +10240,10 @@ static pk_status pk__manifest_read(pk_context *context, const char *path, pk_run
     }
     close(file);
     if (status == PK_OK) {
+        const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
-        status =
-            pk__manifest_parse(context, text, size, &run->graph, &run->loss, &run->optimizer, &run->keep_every);
+        status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
+                                    &run->keep_every);
         if (status == PK_OK && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -7546,12 +10364,24 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
                                          pk_loss loss)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
-    return status != PK_OK ? status : pk_loss_check(context, loss, train, graph->output_width);
+    if (status == PK_OK)
+        status = pk_loss_check(context, loss, train, graph->output_width);
+    if (status != PK_OK || !graph->checked)
+        return status;
+    pk_real *row = NULL;
+    status = pk_allocate(context, graph->input_width, sizeof *row, "a row of inputs", &row);
+    for (size_t i = 0; status == PK_OK && i < pk_dataset_examples(train); i++) {
+        const int64_t item = (int64_t)i;
+        pk_dataset_inputs(train, &item, 1, row);
+        status = pk_graph_check_inputs(context, graph, i, 1, row);
+    }
+    pk_release(context, row);
+    return status;
 }
 
 static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *run)
 {
-    pk_status status = pk__manifest_read(context, pk__run_path_of(path, "run.txt"), run);
+    pk_status status = pk__manifest_read(context, path, run);
     if (status != PK_OK)
         return status;
     run->parameters = run->graph.parameters;
@@ -7700,7 +10530,7 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
         status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
                                      sizeof recording->optimizer_text);
     if (status == PK_OK)
-        status = pk_network_parse(context, options->network, &recording->graph);
+        status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
     if (status != PK_OK)
         return status;
     recording->keep_every = options->keep_every ? options->keep_every : 1;
@@ -7888,6 +10718,15 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     pk_status status = PK_OK;
     for (int k = 0; k < 2 && status == PK_OK; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
+    pk_array constant;
+    const pk_node *node;
+    const pk_graph *graph = &recording->graph;
+    for (size_t n = 1; status == PK_OK && (node = pk_graph_named(graph, n, &constant)) != NULL;
+         n = (size_t)(node - graph->nodes) + 1) {
+        char file[PK__CONSTANT_FILE];
+        status = pk__recorder_data(context, pk__run_path_of(path, pk__constant_file(node->constant_name, file)),
+                                   &constant);
+    }
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
         if (recording->present[f])
             status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
@@ -7964,6 +10803,13 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
         if (!pk__same_data(given[k], recorded[k]))
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds other data", directory,
                             pk__run_fixed[k]);
+    pk_array own, other;
+    const pk_node *node;
+    for (size_t n = 1; (node = pk_graph_named(&run->graph, n, &own)) != NULL;
+         n = (size_t)(node - run->graph.nodes) + 1)
+        if (!pk_graph_named(&recording->graph, n, &other) || !pk__same_data(&other, &own))
+            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its array '%s' holds other numbers",
+                            directory, node->constant_name);
     for (size_t p = 0; initial && p < run->parameters; p++) {
         pk_real there, here = recorder->float32 ? (pk_real)(float)initial[p] : initial[p];
         pk_array_reals(&run->weights, p, 1, &there);
@@ -8658,7 +11504,9 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
         return pk__fail(context, status, "%s: the optimizer cannot be written down", options->record);
     pk_recorder_options recording;
     memset(&recording, 0, sizeof recording);
+    const pk_constants constants = pk_graph_constants(t->graph);
     recording.network = t->graph->text;
+    recording.constants = &constants;
     recording.loss = pk_loss_name(options->loss);
     recording.optimizer = optimizer;
     recording.float32 = options->record_float32;
@@ -8874,8 +11722,9 @@ static void pk__bernstein_conversion(int degree, pk_real *conversion)
             conversion[k * n + i] = (pk_real)m[k][n + i];
 }
 
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points, size_t copies,
-                            size_t pieces, int gather, pk_segment *segment)
+PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                            size_t reverse_points, size_t copies, size_t pieces, int gather,
+                            pk_segment *segment)
 {
     size_t count = graph->node_count, switches = 0;
     memset(segment, 0, sizeof *segment);
@@ -8886,6 +11735,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->base = (pk_real **)pk_arena_take(arena, count, sizeof *segment->base);
     segment->slope = (pk_real **)pk_arena_take(arena, count, sizeof *segment->slope);
     segment->gathered = (int *)pk_arena_take(arena, count, sizeof *segment->gathered);
+    segment->last_read = (size_t *)pk_arena_take(arena, count, sizeof *segment->last_read);
     for (size_t n = 0; n < count && segment->gathered; n++)
         segment->gathered[n] = 0;
     for (size_t n = 0; n < count; n++) {
@@ -8901,24 +11751,30 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         if (n && node->varies && (gather || !affine || !pk__is_outer(node)) && segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
+        for (int j = 0; j < node->input_count && segment->last_read; j++)
+            segment->last_read[node->inputs[j]] = n;
         if (n && pk__is_switch(node)) {
-            int degree = pk__sample_degree(node);
             switches = pk__most(switches, node->operation->switch_count(node));
-            if (!segment->conversion[degree]) {
-                size_t square = (size_t)(degree + 1) * (size_t)(degree + 1);
-                segment->conversion[degree] = (pk_real *)pk_arena_take(arena, square, sizeof(pk_real));
-                if (segment->conversion[degree])
-                    pk__bernstein_conversion(degree, segment->conversion[degree]);
-            }
+            segment->last_switch = n;
+            if (pk__sample_degree(node) > segment->degree)
+                segment->degree = pk__sample_degree(node);
         }
     }
-    pk_tape_take(arena, graph, points, copies, 1, &segment->tape);
+    const size_t samples = (size_t)segment->degree + 1;
+    segment->conversion =
+        (pk_real *)pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+    if (segment->conversion && segment->last_switch)
+        pk__bernstein_conversion(segment->degree, segment->conversion);
+    pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
     segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
     segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
     segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
     segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
     segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
-    pk_pieces_take(arena, pieces, &segment->spare);
+    pk_pieces_take(arena, pieces, &segment->pending);
+    segment->pending_start = (size_t *)pk_arena_take(arena, pieces, sizeof *segment->pending_start);
+    pk_pieces_take(arena, points, &segment->batch);
+    segment->batch_start = (size_t *)pk_arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
     segment->roots = (double *)pk_arena_take(arena, pieces, 2 * sizeof *segment->roots);
 }
@@ -8951,29 +11807,33 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     }
 }
 
+/* The value of node n at points whose earlier nodes are there. */
+static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
+{
+    const pk_line line = {segment->weights, segment->direction, t};
+    const pk_node *node = &segment->graph->nodes[n];
+    const size_t width = node->width;
+    pk_real *value = segment->tape.value[n];
+    const pk_real *base = segment->base[n], *slope = segment->slope[n];
+    if (!node->varies) {
+        if (segment->gathered[n])
+            for (size_t p = 0; p < count; p++)
+                memcpy(value + p * width, base + row[p] * width, width * sizeof *value);
+    } else if (slope) {
+        for (size_t p = 0; p < count; p++)
+            for (size_t j = 0; j < width; j++)
+                value[p * width + j] = base[row[p] * width + j] + t[p] * slope[row[p] * width + j];
+    } else {
+        pk__node_forward(&segment->tape, &line, node, count);
+    }
+}
+
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
                                size_t stop)
 {
-    const pk_graph *graph = segment->graph;
-    const pk_line line = {segment->weights, segment->direction, t};
     segment->tape.value[0] = segment->input_points;
-    for (size_t n = 0; n < stop; n++) {
-        const pk_node *node = &graph->nodes[n];
-        const size_t width = node->width;
-        pk_real *value = segment->tape.value[n];
-        const pk_real *base = segment->base[n], *slope = segment->slope[n];
-        if (!node->varies) {
-            if (segment->gathered[n])
-                for (size_t p = 0; p < count; p++)
-                    memcpy(value + p * width, base + row[p] * width, width * sizeof *value);
-        } else if (slope) {
-            for (size_t p = 0; p < count; p++)
-                for (size_t j = 0; j < width; j++)
-                    value[p * width + j] = base[row[p] * width + j] + t[p] * slope[row[p] * width + j];
-        } else {
-            pk__node_forward(&segment->tape, &line, node, count);
-        }
-    }
+    for (size_t n = 0; n < stop; n++)
+        pk__segment_node(segment, n, count, row, t);
 }
 
 PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
@@ -9100,22 +11960,23 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
-/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first. */
-static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, size_t first, pk__root_sink *sink)
+/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
+ * degree 1 (samples 0 and the last suffice) or at most of the samples' degree. */
+static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, size_t first, pk__root_sink *sink)
 {
+    const int degree = linear ? 1 : segment->degree;
     const pk_real *values = segment->switch_values + first * switches;
     pk_real *coefficients = segment->coefficients;
-    const pk_real *conversion = segment->conversion[degree];
     for (int k = 0; k <= degree; k++) {
         pk_real *to = coefficients + (size_t)k * switches;
         if (k == 0 || k == degree) { /* end coefficients are end values, exactly */
-            memcpy(to, values + (size_t)k * switches, switches * sizeof *to);
+            memcpy(to, values + (size_t)(k ? segment->degree : 0) * switches, switches * sizeof *to);
             continue;
         }
         memset(to, 0, switches * sizeof *to);
         for (int i = 0; i <= degree; i++) {
             const pk_real *from = values + (size_t)i * switches;
-            const pk_real factor = conversion[k * (degree + 1) + i];
+            const pk_real factor = segment->conversion[k * (degree + 1) + i];
             for (size_t j = 0; j < switches; j++)
                 to[j] += factor * from[j];
         }
@@ -9134,11 +11995,11 @@ static void pk__piece_roots(pk_segment *segment, int degree, size_t switches, si
     }
 }
 
-/* Appends [a, b] of row to pieces, split at the roots. 0 where it does not fit. */
-static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, double slack,
-                            pk__root_sink *sink)
+/* Appends piece at of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
+static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t at, pk__root_sink *sink)
 {
-    double *roots = sink->roots;
+    const size_t row = batch->row[at], before = pieces->count;
+    double a = batch->a[at], b = batch->b[at], slack = batch->slack[at], *roots = sink->roots;
     if (sink->count > sink->capacity)
         return 0;
     for (size_t i = 1; i < sink->count; i++) { /* insertion sort of pairs: few */
@@ -9167,64 +12028,140 @@ static int pk__append_split(pk_pieces *pieces, size_t row, double a, double b, d
     if (pieces->count == pieces->capacity)
         return 0;
     pk_pieces_push(pieces, row, a, b, slack);
-    return 1;
+    return pieces->count - before;
 }
 
-/* Splits from at the kinks of one node into to. */
-static int pk__split_node(pk_segment *segment, const pk_node *node, const pk_pieces *from, pk_pieces *to)
+/* The next pieces that wait, as many as there are points for, and their samples. */
+static void pk__begin_batch(pk_segment *segment)
 {
-    int degree = pk__sample_degree(node);
-    size_t samples = (size_t)degree + 1, switches = node->operation->switch_count(node);
-    size_t chunk = segment->point_capacity / samples;
-    to->count = 0;
-    for (size_t first = 0; first < from->count; first += chunk) {
-        size_t count = pk__least(chunk, from->count - first);
-        for (size_t i = 0; i < count; i++)
-            for (size_t k = 0; k < samples; k++) {
-                double a = from->a[first + i], b = from->b[first + i];
-                segment->point_row[i * samples + k] = from->row[first + i];
-                segment->point_t[i * samples + k] = (pk_real)(a + (b - a) * pk__sample_node(degree, (int)k));
-            }
-        pk_segment_forward(segment, count * samples, segment->point_row, segment->point_t,
-                           (size_t)(node - segment->graph->nodes));
-        pk_call call;
-        pk__tape_call(&segment->tape, node, count * samples, 1, &call);
-        call.out = segment->switch_values;
-        node->operation->switches(&call);
-        for (size_t i = 0; i < count; i++) {
-            size_t at = first + i;
-            pk__root_sink sink = {from->a[at], from->b[at], 1, segment->roots, 0, segment->root_capacity};
-            pk__piece_roots(segment, degree, switches, i * samples, &sink);
-            if (!pk__append_split(to, from->row[at], from->a[at], from->b[at], from->slack[at], &sink))
-                return 0;
+    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    const size_t samples = (size_t)segment->degree + 1, most = segment->point_capacity / samples;
+    batch->count = 0;
+    while (pending->count && batch->count < most) {
+        const size_t top = --pending->count, i = batch->count;
+        const double a = pending->a[top], b = pending->b[top];
+        segment->batch_start[i] = segment->pending_start[top];
+        pk_pieces_push(batch, pending->row[top], a, b, pending->slack[top]);
+        for (size_t k = 0; k < samples; k++) {
+            segment->point_row[i * samples + k] = pending->row[top];
+            segment->point_t[i * samples + k] =
+                (pk_real)(a + (b - a) * pk__sample_node(segment->degree, (int)k));
         }
     }
+}
+
+/* Moves piece `from` of the batch and all that is known of its samples, as far as nodes from n on need it. */
+static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to)
+{
+    const size_t samples = (size_t)segment->degree + 1;
+    pk_pieces *batch = &segment->batch;
+    if (from == to)
+        return;
+    batch->row[to] = batch->row[from];
+    batch->a[to] = batch->a[from];
+    batch->b[to] = batch->b[from];
+    batch->slack[to] = batch->slack[from];
+    segment->batch_start[to] = segment->batch_start[from];
+    memcpy(segment->point_row + to * samples, segment->point_row + from * samples,
+           samples * sizeof *segment->point_row);
+    memcpy(segment->point_t + to * samples, segment->point_t + from * samples,
+           samples * sizeof *segment->point_t);
+    for (size_t m = 0; m < n; m++) {
+        const pk_node *node = &segment->graph->nodes[m];
+        const size_t count = samples * node->width;
+        if (segment->last_read[m] >= n && (node->varies || segment->gathered[m]))
+            memcpy(segment->tape.value[m] + to * count, segment->tape.value[m] + from * count,
+                   count * sizeof(pk_real));
+    }
+}
+
+/* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
+static int pk__split_batch(pk_segment *segment, size_t n)
+{
+    const pk_node *node = &segment->graph->nodes[n];
+    const size_t samples = (size_t)segment->degree + 1, switches = node->operation->switch_count(node);
+    pk_pieces *batch = &segment->batch, *pending = &segment->pending;
+    size_t kept = 0;
+    pk_call call;
+    pk__tape_call(&segment->tape, node, batch->count * samples, 1, &call);
+    call.out = segment->switch_values;
+    node->operation->switches(&call);
+    for (size_t i = 0; i < batch->count; i++) {
+        if (segment->batch_start[i] <= n) {
+            pk__root_sink sink = {batch->a[i], batch->b[i], 1, segment->roots, 0, segment->root_capacity};
+            pk__piece_roots(segment, node->degree == 1, switches, i * samples, &sink);
+            const size_t parts = pk__append_split(pending, batch, i, &sink);
+            if (!parts)
+                return 0;
+            for (size_t k = 0; k < parts; k++)
+                segment->pending_start[pending->count - 1 - k] = n + 1;
+            if (parts > 1)
+                continue;
+            batch->slack[i] = pending->slack[--pending->count]; /* it is whole: go on with it */
+        }
+        pk__keep_piece(segment, n, i, kept++);
+    }
+    batch->count = kept;
     return 1;
 }
 
-static void pk__copy_pieces(const pk_pieces *from, pk_pieces *to)
+static int pk__precedes(const pk_pieces *pieces, size_t i, size_t row, double a)
 {
-    to->count = from->count;
-    memcpy(to->row, from->row, from->count * sizeof *to->row);
-    memcpy(to->a, from->a, from->count * sizeof *to->a);
-    memcpy(to->b, from->b, from->count * sizeof *to->b);
-    memcpy(to->slack, from->slack, from->count * sizeof *to->slack);
+    return pieces->row[i] < row || (pieces->row[i] == row && pieces->a[i] <= a);
+}
+
+/* By row and t. Shell sort: in place. */
+static void pk__sort_pieces(pk_pieces *pieces)
+{
+    size_t gap = 1;
+    while (gap < pieces->count / 3)
+        gap = 3 * gap + 1;
+    for (; gap > 0; gap /= 3)
+        for (size_t i = gap; i < pieces->count; i++) {
+            const size_t row = pieces->row[i];
+            const double a = pieces->a[i], b = pieces->b[i], slack = pieces->slack[i];
+            size_t k = i;
+            for (; k >= gap && !pk__precedes(pieces, k - gap, row, a); k -= gap) {
+                pieces->row[k] = pieces->row[k - gap];
+                pieces->a[k] = pieces->a[k - gap];
+                pieces->b[k] = pieces->b[k - gap];
+                pieces->slack[k] = pieces->slack[k - gap];
+            }
+            pieces->row[k] = row;
+            pieces->a[k] = a;
+            pieces->b[k] = b;
+            pieces->slack[k] = slack;
+        }
 }
 
 PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to)
 {
-    const pk_graph *graph = segment->graph;
-    if (from->count > to->capacity)
+    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    const size_t samples = (size_t)segment->degree + 1;
+    to->count = pending->count = 0;
+    if (from->count > to->capacity || from->count > pending->capacity)
         return 0;
-    pk__copy_pieces(from, to);
-    for (size_t n = 1; n < graph->node_count; n++) {
-        if (!pk__is_switch(&graph->nodes[n]))
-            continue;
-        if (!pk__split_node(segment, &graph->nodes[n], to, &segment->spare) ||
-            segment->spare.count > to->capacity)
-            return 0;
-        pk__copy_pieces(&segment->spare, to);
+    for (size_t i = 0; i < from->count; i++) {
+        pk_pieces *first = segment->last_switch ? pending : to;
+        segment->pending_start[i] = 1;
+        pk_pieces_push(first, from->row[i], from->a[i], from->b[i], from->slack[i]);
     }
+    segment->tape.value[0] = segment->input_points;
+    while (pending->count) {
+        pk__begin_batch(segment);
+        for (size_t n = 0; n <= segment->last_switch && batch->count; n++) {
+            if (n && pk__is_switch(&segment->graph->nodes[n]) && !pk__split_batch(segment, n))
+                return 0;
+            if (n < segment->last_switch && batch->count)
+                pk__segment_node(segment, n, batch->count * samples, segment->point_row, segment->point_t);
+        }
+        for (size_t i = 0; i < batch->count; i++) {
+            if (to->count == to->capacity)
+                return 0;
+            pk_pieces_push(to, batch->row[i], batch->a[i], batch->b[i], batch->slack[i]);
+        }
+    }
+    pk__sort_pieces(to);
     return 1;
 }
 
@@ -9302,7 +12239,8 @@ PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t r
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
 static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
 {
-    if (graph->degree < 0 || readout->kind == PK_READOUT_FUNCTION || (graph->degree + 1) / 2 > PK_GAUSS_NODES)
+    if (graph->degree < 0 || graph->surrogate || readout->kind == PK_READOUT_FUNCTION ||
+        (graph->degree + 1) / 2 > PK_GAUSS_NODES)
         return 0;
     for (size_t n = 1; n < graph->node_count; n++)
         if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK_SEGMENT_DEGREE)
@@ -9349,12 +12287,12 @@ PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_poin
 }
 
 PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t copies, int bounds, pk_integrator *integrator)
+                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator)
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
     points = pk__most(points, PK_GAUSS_NODES + 2);
-    pk_segment_take(arena, graph, rows, points, copies, pieces, bounds, &integrator->segment);
+    pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
     /* Each level of bisection leaves at most one more batch: depth 64 is beyond the resolution of t. */
     pk_pieces_take(arena, 66 * rows + 64 * pieces, &integrator->stack);
     pk_pieces_take(arena, rows, &integrator->batch);
@@ -9575,6 +12513,8 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     pk__bisect(integrator, pieces, integrator->passed, sink, user);
 }
 
+enum { PK__SURROGATE_NODES = 8 };
+
 PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user)
 {
     pk_segment *segment = &integrator->segment;
@@ -9585,7 +12525,12 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         return;
     }
     int exact = pk__is_exact(segment->graph, &integrator->readout);
-    int order = segment->graph->degree < 2 ? 1 : (segment->graph->degree + 1) / 2;
+    /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
+     * the jumps of its values. */
+    int fixed = exact || segment->graph->surrogate;
+    int order = segment->graph->surrogate    ? PK__SURROGATE_NODES
+                : segment->graph->degree < 2 ? 1
+                                             : (segment->graph->degree + 1) / 2;
     pk_pieces *stack = &integrator->stack, *batch = &integrator->batch, *pieces = &integrator->pieces;
     stack->count = 0;
     integrator->bisections = 0;
@@ -9604,14 +12549,14 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
             continue;
         }
         integrator->split_pieces += pieces->count;
-        if (!exact) {
+        if (!fixed) {
             pk__adapt(integrator, sink, user);
             continue;
         }
         for (size_t i = 0; i < pieces->count; i++)
             pk__emit_gauss(integrator, sink, user, i, order, 0);
     }
-    for (size_t row = 0; !exact && row < segment->rows; row++)
+    for (size_t row = 0; !fixed && row < segment->rows; row++)
         integrator->row_order[row] =
             integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);
@@ -9647,9 +12592,24 @@ static int pk__has_bias(const pk_graph *graph, const pk_node *node)
     return node->weight_count > node->fan_out * node->fan_in;
 }
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity, pk_examples *examples)
+PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node)
+{
+    if (pk__is_outer(node))
+        return 0;
+    if (node->tangent_form != PK_TANGENT_OUTER || representation->materialised)
+        return 1;
+    const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
+    const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
+    const double factored = points * batch * places * places * (2 * in + (2 * out + 8) * outputs);
+    const double by_rows = 2 * outputs * out * in * (batch + points * places);
+    return !representation->factored && by_rows <= factored;
+}
+
+PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
+                             const pk_representation *representation, pk_examples *examples)
 {
     memset(examples, 0, sizeof *examples);
+    examples->representation = *representation;
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     examples->ld = (capacity + 7) / 8 * 8;
     if (examples->ld % 512 == 0)
@@ -9659,10 +12619,9 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        int rows = !pk__is_outer(node);
+        int rows = pk_layer_by_rows(representation, node);
         size_t bytes = examples->ld * sizeof(pk_real);
-        pk_real *input =
-            rows ? NULL : (pk_real *)pk_arena_take(arena, pk__layer_input(graph, node)->width, bytes);
+        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
         pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
         if (examples->input) {
@@ -9673,17 +12632,32 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     }
 }
 
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
+/* Examples that go through the network at one time: a block of them, or about 2^20 numbers of values. */
+static size_t pk__example_rows(const pk_graph *graph)
+{
+    size_t numbers = 1;
+    for (size_t n = 1; n < graph->node_count; n++)
+        numbers += graph->nodes[n].width;
+    return pk__most(1, pk__least(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
+}
+
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
+                                      pk_example_workspace *workspace)
 {
     size_t most = 0;
-    for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].weight_count && !pk__is_outer(&graph->nodes[n]))
-            most = pk__most(most, graph->nodes[n].weight_count);
-    pk_tape_take(arena, graph, PK_EXAMPLE_BLOCK, 1, 0, &workspace->tape);
-    workspace->inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * sizeof(pk_real));
-    workspace->targets =
-        (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, PK_EXAMPLE_BLOCK * sizeof(pk_real));
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        if (pk__is_outer(node))
+            continue;
+        most = pk__most(most, node->weight_count);
+        if (node->tangent_form == PK_TANGENT_OUTER)
+            most = pk__most(most, node->positions * node->fan_in + node->width);
+    }
+    rows = pk__least(rows, pk__example_rows(graph));
+    pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
+    workspace->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    workspace->targets = (pk_real *)pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, rows * sizeof(pk_real));
 }
 
 PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
@@ -9705,11 +12679,48 @@ static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real
                 to[j * ld + k] = from[k * cols + j];
 }
 
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient)
+/* places (positions x fan_in) and deltas (positions x copies x fan_out) of row row of a node that is used at several
+ * places. */
+PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_t row, size_t copies,
+                                 pk_real *places, pk_real *deltas)
 {
-    size_t count = pk__least(batch->count - first, PK_EXAMPLE_BLOCK), outputs = graph->output_width;
+    const size_t positions = node->positions, out = node->fan_out;
+    const pk_real *from = tape->cotangent[node - tape->graph->nodes] + row * copies * node->width;
+    pk_call call;
+    pk__tape_call(tape, node, 1, copies, &call);
+    call.in[0] += row * call.in_width[0];
+    call.out = places;
+    if (node->operation->unfold)
+        node->operation->unfold(&call);
+    else
+        memcpy(places, call.in[0], call.in_width[0] * sizeof *places);
+    for (size_t k = 0; k < copies; k++)
+        for (size_t q = 0; q < positions; q++)
+            for (size_t j = 0; j < out; j++)
+                deltas[(q * copies + k) * out + j] =
+                    from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
+}
+
+/* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
+static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
+                            pk_examples *examples, size_t first)
+{
+    const size_t ins = node->positions * node->fan_in, ld = examples->ld;
+    for (size_t b = 0; b < count; b++) {
+        pk__node_places(tape, node, b, 1, room, room + ins);
+        for (size_t i = 0; i < ins; i++)
+            examples->input[node->layer][i * ld + first + b] = room[i];
+        for (size_t j = 0; j < node->width; j++)
+            examples->cotangent[node->layer][j * ld + first + b] = room[ins + j];
+    }
+}
+
+/* Columns first .. first + count - 1, as many as the workspace holds. */
+static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                          const pk_dataset *data, const pk_batch *batch, size_t first, size_t count,
+                          pk_example_workspace *workspace, pk_real *gradient)
+{
+    const size_t outputs = graph->output_width;
     pk_tape *tape = &workspace->tape;
     const pk_line line = {weights, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
@@ -9740,10 +12751,24 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
                           examples->ld);
             continue;
         }
-        pk__transpose(count, pk__layer_input(graph, node)->width, tape->value[node->inputs[0]],
-                      examples->input[l] + first, examples->ld);
-        pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+        if (pk__is_outer(node)) {
+            pk__transpose(count, node->fan_in, tape->value[node->inputs[0]], examples->input[l] + first,
+                          examples->ld);
+            pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+        } else {
+            pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);
+        }
     }
+}
+
+PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+                             const pk_dataset *data, const pk_batch *batch, size_t first,
+                             pk_example_workspace *workspace, pk_real *gradient)
+{
+    const size_t last = first + pk__least(batch->count - first, PK_EXAMPLE_BLOCK), rows = workspace->tape.rows;
+    for (; first < last; first += rows)
+        pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__least(rows, last - first),
+                      workspace, gradient);
 }
 
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
@@ -9755,7 +12780,7 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         const pk_node *node = pk_graph_layer(graph, l);
         const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
         pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t features[3] = {pk__layer_input(graph, node)->width, node->width, node->weight_count};
+        const size_t features[3] = {node->positions * node->fan_in, node->width, node->weight_count};
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
                 targets[part][i] = (pk_real)fabs(sources[part][i]);
@@ -9766,7 +12791,7 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
 {
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        const size_t out = node->width, ld = examples->ld, count = examples->count;
+        const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, count = examples->count;
         pk_real *to = sum + node->weight_offset;
         if (examples->rows[l]) {
             for (size_t i = 0; i < node->weight_count; i++)
@@ -9774,11 +12799,14 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
                     to[i] += examples->rows[l][i * ld + b];
             continue;
         }
-        const size_t in = pk__layer_input(graph, node)->width;
-        pk__gemm(0, 1, out, in, count, 1, examples->cotangent[l], ld, examples->input[l], ld, 1, to, in);
-        for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
-            for (size_t b = 0; b < count; b++)
-                to[out * in + j] += examples->cotangent[l][j * ld + b];
+        for (size_t q = 0; q < node->positions; q++) {
+            const pk_real *input = examples->input[l] + q * in * ld;
+            const pk_real *cotangent = examples->cotangent[l] + q * out * ld;
+            pk__gemm(0, 1, out, in, count, 1, cotangent, ld, input, ld, 1, to, in);
+            for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
+                for (size_t b = 0; b < count; b++)
+                    to[out * in + j] += cotangent[j * ld + b];
+        }
     }
 }
 
@@ -9804,10 +12832,25 @@ PK_API size_t pk_tangent_block(size_t outputs)
     return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
 }
 
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
+{
+    return pk__most(1, pk__least(outputs, ((size_t)1 << 17) / pk__most(parameters, 1)));
+}
+
 /* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
 static size_t pk__point_capacity(size_t outputs)
 {
     return pk__most(PK_GAUSS_NODES + 2, pk__least(256, 640 / pk__most(outputs, 1)));
+}
+
+/* Of those, points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
+static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t outputs)
+{
+    size_t numbers = 1;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].varies)
+            numbers += graph->nodes[n].width;
+    return pk__most(1, pk__least(points, ((size_t)1 << 21) / numbers / pk__most(outputs, 1)));
 }
 
 /* Rows of products that are on their way to a Hadamard product at one time. */
@@ -9839,31 +12882,50 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
     return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
-static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds)
+static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
+                                    const pk_representation *representation)
 {
-    if (!pk__is_outer(node))
+    if (pk_layer_by_rows(representation, node))
         return PK_LAYER_ROWS;
-    if (bounds)
+    if (bounds || !pk__is_outer(node))
         return PK_LAYER_POINTS;
     if (node->input_constant)
         return PK_LAYER_DATA;
     return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
 }
 
+/* Points of a spread layer whose places are in memory at one time. */
+static size_t pk__place_points(const pk_node *node, size_t outputs)
+{
+    return pk__most(1, ((size_t)1 << 17) / (node->positions * (node->fan_in + outputs * node->fan_out)));
+}
+
+/* A layer used at several places, where it is not by rows. */
+static int pk__is_spread(const pk_tangent *tangent, size_t layer)
+{
+    return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
+}
+
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            int materialise, int bounds, pk_tangent *tangent)
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
-           deepest = 0;
+           deepest = 0, places = 0, place_numbers = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
     tangent->row_capacity = rows;
+    tangent->unit = unit;
+    tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
     tangent->allowance = pk_rounding_allowance(graph);
-    pk_integrator_take(arena, graph, rows, points, outputs, bounds, &tangent->integrator);
+    points = pk__most(points, PK_GAUSS_NODES + 2);
+    tangent->reverse_points = pk__reverse_points(graph, points, outputs);
+    pk_integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
+                       &tangent->integrator);
     tangent->integrator.readout = *readout;
-    points = tangent->integrator.segment.point_capacity;
+    points = tangent->reverse_points;
     tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
     tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
     tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
@@ -9876,18 +12938,19 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        pk_layer_kind kind = pk__layer_kind(node, readout, bounds);
+        pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
         size_t fan_in = pk__layer_input(graph, node)->width;
+        const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
         int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
-        int phi_wanted = kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && (materialise || bounds));
+        int phi_wanted =
+            kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
         pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
             kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
-        pk_real *phi =
-            phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
-        pk_real *check =
-            bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
-        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
+        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
             tangent->size[l] = size;
@@ -9904,6 +12967,11 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         }
         if (phi_wanted)
             deepest = pk__most(deepest, fan_in);
+        if (spread) {
+            const size_t together = pk__place_points(node, outputs) * node->positions;
+            places = pk__most(places, together);
+            place_numbers = pk__most(place_numbers, together * (node->fan_in + outputs * node->fan_out));
+        }
         widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
@@ -9911,7 +12979,11 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
     size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
     tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
-    tangent->left = (pk_real *)pk_arena_take(arena, pk__most(rows, points), block * sizeof(pk_real));
+    tangent->left = (pk_real *)pk_arena_take(
+        arena, pk__most(pk__most(rows, points), pk__most(places, pk__blocks(widest, block))),
+        block * sizeof(pk_real));
+    tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
+    tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
     tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
     /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
     tangent->scratch =
@@ -9922,7 +12994,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
     tangent->sums = (pk_real *)pk_arena_take(arena, block, 2 * widest * sizeof(pk_real));
     tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
-    tangent->order = (size_t *)pk_arena_take(arena, points, sizeof *tangent->order);
+    points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }
 
@@ -9937,6 +13009,45 @@ static void pk__hadamard(size_t points, size_t outputs, size_t count, const size
         for (size_t k = 0; k < outputs; k++, t += count, r += count)
             for (size_t i = 0; i < count; i++)
                 t[i] += l[i] * r[i];
+    }
+}
+
+/* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
+ * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
+static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                                size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
+                 out = node->fan_out, together = pk__place_points(node, outputs),
+                 chunk = pk__product_rows(outputs);
+    const pk_real bias = pk__has_bias(tangent->graph, node);
+    pk_real *left = tangent->left;
+    for (size_t p = 0; p < points->count; p += together) {
+        const size_t count = pk__least(together, points->count - p), pairs = count * positions;
+        pk_real *places = tangent->places, *deltas = places + pairs * in;
+        for (size_t i = 0; i < count; i++)
+            pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
+                            places + i * positions * in, deltas + i * positions * outputs * out);
+        for (size_t i = 0; i < pairs; i++)
+            tangent->place_row[i] = points->row[p + i / positions];
+        for (size_t r = 0; r < positions; r++) {
+            const pk_real *input = examples->input[layer] + r * in * examples->ld + first;
+            const pk_real *cotangent = examples->cotangent[layer] + r * out * examples->ld + first;
+            pk__gemm(0, 0, pairs, block, in, 1, places, in, input, examples->ld, 0, left, block);
+            for (size_t i = 0; i < pairs; i++)
+                for (size_t b = 0; b < block; b++)
+                    left[i * block + b] = points->weight[p + i / positions] * (left[i * block + b] + bias);
+            for (size_t i = 0; i < pairs; i += chunk) {
+                const size_t some = pk__least(chunk, pairs - i);
+                pk__gemm(0, 0, some * outputs, block, out, 1, deltas + i * outputs * out, out, cotangent,
+                         examples->ld, 0, tangent->right, block);
+                pk__hadamard(some, outputs, block, tangent->place_row + i, left + i * block, tangent->right,
+                             tangent->tile);
+            }
+        }
+        tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
     }
 }
 
@@ -10135,6 +13246,8 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
             filled = 1;
             if (kind == PK_LAYER_POINTS && tangent->headed[l])
                 pk__contract_head(tangent, l, points, first, block);
+            else if (pk__is_spread(tangent, l))
+                pk__contract_places(tangent, l, points, first, block);
             else if (kind == PK_LAYER_POINTS)
                 pk__contract_points(tangent, l, points, first, block);
             else if (kind == PK_LAYER_DATA)
@@ -10179,20 +13292,24 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
     }
 }
 
-/* phi += sum_p w_p delta_p (x) a_p over count points of one row. */
+/* phi += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
 static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, pk_real *phi)
 {
     size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
-    /* Weighted inputs, so that one product serves all outputs. */
+    const size_t chosen = tangent->output_count;
+    delta += tangent->first_output * out;
+    /* Weighted inputs, so that one product serves a unit of outputs. */
     for (size_t p = 0; p < count; p++)
         for (size_t j = 0; j < in; j++)
             tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
-    pk__gemm(1, 0, outputs * out, in, count, 1, delta, outputs * out, tangent->weighted, in, 1, phi, in);
+    for (size_t k = 0; k < chosen; k += tangent->unit)
+        pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
+                 tangent->weighted, in, 1, phi + k * out * in, in);
     if (pk__has_bias(tangent->graph, node)) {
-        pk_real *bias = phi + outputs * out * in;
+        pk_real *bias = phi + chosen * out * in;
         for (size_t p = 0; p < count; p++)
-            for (size_t j = 0; j < outputs * out; j++)
+            for (size_t j = 0; j < chosen * out; j++)
                 bias[j] += weight[p] * delta[p * outputs * out + j];
     }
 }
@@ -10203,7 +13320,7 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
     const pk_node *node = tangent->node[layer];
     const pk_tape *tape = &tangent->integrator.segment.tape;
     size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
-    size_t count = last - first, at = points->row[first] * outputs * node->weight_count;
+    size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     pk_real *a = tape->value[node->inputs[0]] + first * in;
     pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
     pk__add_outer(tangent, node, count, points->weight + first, a, delta, tangent->phi[layer] + at);
@@ -10221,15 +13338,74 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
     pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, tangent->size[layer] + at);
 }
 
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
+static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const size_t outputs = tangent->outputs, width = node->width;
+    const pk_real *delta = tape->cotangent[node - tangent->graph->nodes];
+    pk_call call;
+    pk__tape_call(tape, node, points->count, 1, &call);
+    call.out = tangent->scratch;
+    for (int v = 0; v < PK_DIRECTIONS; v++) {
+        if (!tangent->directions[v])
+            continue;
+        call.weights = tangent->directions[v] + node->weight_offset;
+        node->operation->forward(&call);
+        for (size_t p = 0; p < points->count; p++)
+            for (size_t k = 0; k < outputs; k++)
+                tangent->along[v][points->row[p] * outputs + k] +=
+                    points->weight[p] * pk__dot(width, delta + (p * outputs + k) * width, call.out + p * width);
+    }
+}
+
+/* Phi of a layer used at several places, point by point: products over many places of a few points each. */
+static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
+                 out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
+    for (size_t p = 0, last; p < points->count; p = last) {
+        for (last = p + 1; last < points->count && last - p < most && points->row[last] == points->row[p];
+             last++)
+            ;
+        const size_t pairs = (last - p) * positions;
+        pk_real *places = tangent->places, *deltas = places + pairs * in;
+        for (size_t i = p; i < last; i++) {
+            pk_real *own = places + (i - p) * positions * in;
+            pk__node_places(&tangent->integrator.segment.tape, node, i, outputs, own,
+                            deltas + (i - p) * positions * outputs * out);
+            for (size_t j = 0; j < positions * outputs * out; j++)
+                deltas[(i - p) * positions * outputs * out + j] *= points->weight[i];
+        }
+        for (size_t chosen = 0; chosen < tangent->output_count; chosen++) {
+            const pk_real *delta = deltas + (tangent->first_output + chosen) * out;
+            pk_real *phi = tangent->phi[layer] + (points->row[p] * tangent->output_capacity + chosen) * weights;
+            pk__gemm(1, 0, out, in, pairs, 1, delta, outputs * out, places, in, 1, phi, in);
+            for (size_t i = 0; weights > out * in && i < pairs; i++)
+                for (size_t j = 0; j < out; j++)
+                    phi[out * in + j] += delta[i * outputs * out + j];
+        }
+    }
+}
+
 /* Phi and along of a layer whose gradients are materialised point by point. */
 static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
     const pk_node *node = tangent->node[layer];
     const pk_tape *tape = &tangent->integrator.segment.tape;
     size_t outputs = tangent->outputs, weights = node->weight_count;
+    if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
+        pk__add_rows_places(tangent, layer, points);
+        pk__add_along_places(tangent, layer, points);
+        return;
+    }
     for (size_t p = 0; p < points->count; p++) {
         const size_t cell = points->row[p] * outputs;
-        const pk_real weight = points->weight[p];
+        const size_t at = points->row[p] * tangent->output_capacity * weights;
+        const pk_real weight = points->weight[p],
+                      *gradient = tangent->scratch + tangent->first_output * weights;
         pk_call call;
         pk__tape_call(tape, node, 1, outputs, &call);
         for (int j = 0; j < node->input_count; j++)
@@ -10239,12 +13415,12 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         call.weights = pk__row_weights(tape, &tape->line, node, p);
         call.gradient = tangent->scratch;
         pk__node_row_gradients(&call);
-        for (size_t i = 0; i < outputs * weights; i++)
-            tangent->phi[layer][cell * weights + i] += weight * tangent->scratch[i];
-        for (size_t i = 0; tangent->check && i < outputs * weights; i++) {
-            tangent->check[layer][cell * weights + i] += points->check[p] * tangent->scratch[i];
-            tangent->size[layer][cell * weights + i] +=
-                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(tangent->scratch[i]));
+        for (size_t i = 0; i < tangent->output_count * weights; i++)
+            tangent->phi[layer][at + i] += weight * gradient[i];
+        for (size_t i = 0; tangent->check && i < tangent->output_count * weights; i++) {
+            tangent->check[layer][at + i] += points->check[p] * gradient[i];
+            tangent->size[layer][at + i] +=
+                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(gradient[i]));
         }
         for (int v = 0; v < PK_DIRECTIONS; v++)
             for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
@@ -10280,12 +13456,11 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
     return to;
 }
 
-static void pk__tangent_points(void *user, const pk_points *unsorted)
+/* As many points as can be reversed at one time. */
+static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 {
-    pk_tangent *tangent = (pk_tangent *)user;
     pk_segment *segment = &tangent->integrator.segment;
     const pk_graph *graph = tangent->graph;
-    const pk_points *points = pk__sort_points(tangent, unsorted);
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
     const pk_real *weight = points->weight;
@@ -10321,6 +13496,10 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
         case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
         case PK_LAYER_POINTS:
         default:
+            if (pk__is_spread(tangent, l)) {
+                pk__add_along_places(tangent, l, points);
+                break;
+            }
             pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
             if (!tangent->integrated[l])
                 break;
@@ -10343,11 +13522,32 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     pk__contract(tangent, points);
 }
 
+static void pk__tangent_points(void *user, const pk_points *unsorted)
+{
+    pk_tangent *tangent = (pk_tangent *)user;
+    const pk_points *points = pk__sort_points(tangent, unsorted);
+    size_t first = 0;
+    do {
+        pk_points part = *points;
+        part.count = pk__least(tangent->reverse_points, points->count - first);
+        part.row += first;
+        part.t += first;
+        part.weight += first;
+        if (part.check) {
+            part.check += first;
+            part.slack += first;
+        }
+        first += part.count;
+        part.last = points->last && first == points->count;
+        pk__tangent_part(tangent, &part);
+    } while (first < points->count);
+}
+
 /* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
 static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
 {
     const pk_node *node = tangent->node[layer];
-    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS;
+    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
     double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
@@ -10360,7 +13560,8 @@ static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine 
     tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
                                                       (automatic && headed < factored && headed < integrated));
     tangent->integrated[layer] =
-        tangent->kind[layer] == PK_LAYER_ROWS || engine == PK_ENGINE_INTEGRATED || tangent->check ||
+        tangent->kind[layer] == PK_LAYER_ROWS ||
+        (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
@@ -10369,6 +13570,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
+    const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
     pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
@@ -10383,32 +13585,34 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * pk__layer_input(graph, node)->width * sizeof(pk_real));
         if (tangent->phi[l] && tangent->integrated[l])
-            memset(tangent->phi[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+            memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
-            memset(tangent->check[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
-            memset(tangent->size[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+            memset(tangent->check[l], 0, chosen * node->weight_count * sizeof(pk_real));
+            memset(tangent->size[l], 0, chosen * node->weight_count * sizeof(pk_real));
         }
     }
     size_t before = tangent->integrator.points;
     pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
     tangent->integrator.points_last = tangent->integrator.points - before;
     for (size_t l = 0; tangent->check && l < graph->layers; l++)
-        for (size_t i = 0; i < rows * outputs * tangent->node[l]->weight_count; i++)
+        for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
-/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all
+/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
  * outputs stand one behind the other. */
 static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                             const pk_real *from, pk_real *to)
 {
     const pk_node *node = tangent->node[layer];
-    const size_t outputs = tangent->outputs, weights = node->weight_count;
+    const size_t weights = node->weight_count;
     const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
     const size_t bias = !rows && pk__has_bias(tangent->graph, node) ? node->width : 0, matrix = weights - bias;
-    from += row * outputs * weights;
+    from += row * tangent->output_capacity * weights;
+    first -= tangent->first_output;
     memcpy(to, from + first * matrix, count * matrix * sizeof *to);
-    memcpy(to + count * matrix, from + outputs * matrix + first * bias, count * bias * sizeof *to);
+    memcpy(to + count * matrix, from + tangent->output_count * matrix + first * bias,
+           count * bias * sizeof *to);
 }
 
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
@@ -10627,6 +13831,10 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+/* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
+ * each part's vectors one behind the other. */
+enum { PK__STATE_PART = 4096 };
+
 PK_API void pk_window_begin(const pk_run *run, pk_window *window)
 {
     memset(window, 0, sizeof *window);
@@ -10644,8 +13852,49 @@ PK_API void pk_window_begin(const pk_run *run, pk_window *window)
     window->preconditioned = form.preconditioned;
 }
 
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t threads, int bounds,
-                           pk_window *window)
+/* Windows that can be visited last to first with states states (the first one's among them) where none is gone
+ * through more than again times: binomial(states + again, again). */
+static double pk__binomial(double states, double again)
+{
+    double reach = again >= 0;
+    for (double k = 1; k <= again; k++)
+        reach = reach * (states + k) / k;
+    return reach;
+}
+
+/* The fewest times that will do: pk__binomial(states, again) >= windows. */
+static double pk__repeats(double windows, double states)
+{
+    double again = 0;
+    for (double reach = 1; reach < windows; reach = reach * (states + again) / again)
+        again++;
+    return again;
+}
+
+PK_API double pk_window_again(size_t windows, size_t spare)
+{
+    const double count = (double)windows, states = (double)spare + 1;
+    if (!spare) /* the formula below, at once */
+        return windows ? count * (count - 1) / 2 : 0;
+    const double again = pk__repeats(count, states);
+    return again * count - pk__binomial(states + 1, again - 1);
+}
+
+/* How far ahead of a state the next one belongs, of windows >= 2 to be visited with states >= 2. */
+static size_t pk__next_state(size_t windows, size_t states)
+{
+    const double count = (double)windows, all = (double)states, again = pk__repeats(count, all);
+    const double most = pk__binomial(all, again - 1), left = count - pk__binomial(all - 1, again - 1);
+    return (size_t)floor((most < left ? most : left) + 0.5);
+}
+
+static size_t pk__states_kept(const pk_window *window)
+{
+    return window->stride ? (window->windows - 1) / window->stride : 0; /* that of window 0 is zero */
+}
+
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                           int bounds, pk_window *window)
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
@@ -10655,31 +13904,34 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
     window->threads = threads;
-    window->stride = window->state_vectors ? stride : 0;
+    window->stride = window->state_vectors && window->windows ? stride : 0;
+    window->spare = window->stride ? spare : 0;
+    window->spare_used = window->advanced = 0;
     window->bounds = bounds;
     window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
     window->direction = (pk_real *)pk_arena_take(arena, all, real);
     window->remainder = (pk_real *)pk_arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
-    window->states = bounds && window->preconditioned ? 2 : 1;
+    /* Recorded moments are no result of gradients here: they have no error of their own. */
+    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 2 : 1;
     window->preconditioner_error = window->states == 2 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 2 ? (pk_real *)pk_arena_take(arena, P, real) : NULL;
     window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
     window->state = (pk_real *)pk_arena_take(arena, states, P * real);
-    window->saved = (pk_real *)pk_arena_take(
-        arena, window->stride ? pk__blocks(window->windows, window->stride) : 0, states * P * real);
-    window->update = (pk_real *)pk_arena_take(arena, threads, P * real);
+    window->saved = (pk_real *)pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
+    window->spare_at = (size_t *)pk_arena_take(arena, window->spare, sizeof *window->spare_at);
+    window->update = (pk_real *)pk_arena_take(arena, threads, PK__STATE_PART * real);
     window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
     window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
     window->examples = (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples));
     window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
         pk_examples measured;
-        pk_examples_take(arena, graph, window->largest_batch,
+        pk_examples_take(arena, graph, window->largest_batch, &window->representation,
                          window->examples ? &window->examples[j] : &measured);
         if (bounds)
-            pk_examples_take(arena, graph, window->largest_batch,
+            pk_examples_take(arena, graph, window->largest_batch, &window->representation,
                              window->magnitudes ? &window->magnitudes[j] : &measured);
     }
     window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
@@ -10687,16 +13939,17 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk_example_workspace measured;
-        pk_example_workspace_take(arena, graph, window->workspaces ? &window->workspaces[w] : &measured);
+        pk_example_workspace_take(arena, graph, pk__most(1, pk__least(window->largest_batch, PK_EXAMPLE_BLOCK)),
+                                  window->workspaces ? &window->workspaces[w] : &measured);
         if (window->seconds)
             window->seconds[w] = 0;
     }
 }
 
-static pk_status pk__load_window(pk_context *context, pk_window *window)
+static pk_status pk__load_window(pk_context *context, pk_window *window, int advance)
 {
     const size_t P = window->parameters;
-    for (size_t j = 0; j <= window->count; j++) {
+    for (size_t j = 0; j < window->count + !advance; j++) {
         pk_status status =
             pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
         if (status)
@@ -10706,7 +13959,7 @@ static pk_status pk__load_window(pk_context *context, pk_window *window)
     PK__PARALLEL_FOR(threads)
     for (size_t j = 0; j < window->count; j++) {
         const pk_real *from = window->weights + j * P;
-        for (size_t i = 0; i < P; i++)
+        for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk_examples_begin(&window->examples[j], &window->batches[j]);
@@ -10739,28 +13992,73 @@ static void pk__fill_window(pk_window *window)
             pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
 }
 
-/* The update of step number j recomputed from its gradient: u_s, and the optimiser's linear form. */
-static void pk__recompute_update(pk_window *window, size_t j, pk_real *update)
+static int pk__has_moments(const pk_window *window)
+{
+    return window->preconditioned && window->run->second_moments.data;
+}
+
+/* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
+ * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
+static pk_status pk__read_moments(pk_context *context, pk_window *window, size_t j)
+{
+    const size_t P = window->parameters, step = window->first + j;
+    pk_real *moments = window->preconditioner + j * P;
+    pk_status status = pk_run_second_moments(context, window->run, step, moments);
+    for (size_t i = 0; !status && i < P; i++)
+        if (moments[i] < 0)
+            status = pk__fail(context, PK_FORMAT, "second_moments.npy: parameter %zu is %g after step %zu", i,
+                              (double)moments[i], step);
+    return status;
+}
+
+/* D_s from its linear form, of count parameters. */
+static void pk__update_from_form(const pk_linear_form *form, double scale, size_t count, const pk_real *p,
+                                 const pk_real *m, const pk_real *gradient, const pk_real *weights,
+                                 pk_real *update)
+{
+    for (size_t i = 0; i < count; i++)
+        update[i] = (pk_real)(-p[i] * (form->enter * m[i] +
+                                       form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
+                              form->decoupled * weights[i]);
+}
+
+/* The updates of the window's steps recomputed from their gradients, of count parameters from first on: u_s, and the
+ * optimiser's linear form; or only its state. */
+static void pk__recompute_updates(pk_window *window, size_t first, size_t count, int advance, pk_real *update)
 {
     const pk_run *run = window->run;
-    const size_t P = window->parameters, step = window->first + j;
-    double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
-    pk_real *gradient = window->gradient + j * window->lanes * P;
-    for (size_t lane = 1; lane < window->lanes; lane++)
-        for (size_t i = 0; i < P; i++)
-            gradient[i] += gradient[lane * P + i];
-    pk_optimizer_update(&run->optimizer, step, rate, scale, P, window->weights + j * P, gradient, window->state,
-                        update);
-    for (size_t i = 0; i < P; i++)
-        window->remainder[j * P + i] = window->direction[j * P + i] - update[i];
-    pk_optimizer_linear_form(&run->optimizer, step, rate, P, window->state, &window->forms[j],
-                             window->preconditioner ? window->preconditioner + j * P : NULL);
+    const size_t P = window->parameters;
+    const int recorded = pk__has_moments(window);
+    pk_real *state = window->state_vectors ? window->state + window->state_vectors * first : NULL;
+    for (size_t j = 0; j < window->count; j++) {
+        const size_t step = window->first + j, at = j * P + first;
+        const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
+        const pk_real *weights = window->weights + at;
+        pk_real *gradient = window->gradient + j * window->lanes * P + first;
+        pk_real *p = window->preconditioner ? window->preconditioner + at : NULL;
+        pk_linear_form form;
+        for (size_t lane = 1; lane < window->lanes; lane++)
+            for (size_t i = 0; i < count; i++)
+                gradient[i] += gradient[lane * P + i];
+        pk_optimizer_update(&run->optimizer, step, rate, scale, count, weights, gradient, state,
+                            advance || recorded ? NULL : update);
+        if (advance)
+            continue;
+        if (recorded)
+            memcpy(state + (window->state_vectors - 1) * count, p, count * sizeof *p);
+        if (p)
+            pk_optimizer_linear_form(&run->optimizer, step, rate, count, state, &form, p);
+        if (recorded)
+            pk__update_from_form(&form, scale, count, p, state, gradient, weights, update);
+        for (size_t i = 0; i < count; i++)
+            window->remainder[at + i] = window->direction[at + i] - update[i];
+    }
 }
 
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
  * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
  * with the gradients' size, and the difference of the two p is the error. */
-static void pk__perturb_update(pk_window *window, size_t j, pk_real *update)
+static void pk__perturb_update(pk_window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
@@ -10778,102 +14076,142 @@ static void pk__perturb_update(pk_window *window, size_t j, pk_real *update)
         perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
     }
     pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state,
-                        update);
+                        NULL);
+    if (advance)
+        return;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
     for (size_t i = 0; i < P; i++)
         error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * P + i]);
 }
 
-PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
+static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
+                                    int advance)
 {
+    const size_t P = window->parameters, parts = pk__blocks(P, PK__STATE_PART);
     double start = pk__seconds();
     window->first = first;
     window->count = count;
-    pk_status status = pk__load_window(context, window);
+    pk_status status = pk__load_window(context, window, advance);
     if (status)
         return status;
     window->seconds_read += pk__seconds() - start;
     pk__fill_window(window);
     start = pk__seconds();
-    if (window->state_vectors) {
-        for (size_t j = 0; j < count; j++) {
-            pk__recompute_update(window, j, window->update);
-            if (window->states == 2)
-                pk__perturb_update(window, j, window->update);
-        }
-    } else {
-        const int threads = (int)window->threads;
-        PK__PARALLEL_FOR(threads)
-        for (size_t j = 0; j < count; j++)
-            pk__recompute_update(window, j, window->update + (size_t)pk__thread() * window->parameters);
+    for (size_t j = 0; j < count; j++)
+        pk_optimizer_linear_form(&window->run->optimizer, first + j, window->run->learning_rates[first + j], P,
+                                 NULL, &window->forms[j], NULL);
+    for (size_t j = 0; !advance && pk__has_moments(window) && j < count; j++) {
+        status = pk__read_moments(context, window, j);
+        if (status)
+            return status;
     }
+    const int threads = (int)window->threads;
+    PK__PARALLEL_FOR(threads)
+    for (size_t part = 0; part < parts; part++)
+        pk__recompute_updates(window, part * PK__STATE_PART,
+                              pk__least(PK__STATE_PART, P - part * PK__STATE_PART), advance,
+                              window->update + (size_t)pk__thread() * PK__STATE_PART);
+    for (size_t j = 0; window->states == 2 && j < count; j++)
+        pk__perturb_update(window, j, advance);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
 }
 
-static size_t pk__window_count(const pk_window *window, size_t index)
+PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
 {
-    return pk__least(window->capacity, window->run->steps - index * window->capacity);
+    return pk__prepare_window(context, window, first, count, 0);
+}
+
+/* From the state before window number index to the one behind it. */
+static pk_status pk__advance_window(pk_context *context, pk_window *window, size_t index)
+{
+    const size_t first = index * window->capacity;
+    window->advanced++;
+    return pk__prepare_window(context, window, first, pk__least(window->capacity, window->run->steps - first),
+                              1);
 }
 
 PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
-    const size_t last = (window->windows - 1) / window->stride * window->stride;
+    const size_t last = pk__states_kept(window) * window->stride;
     memset(window->state, 0, numbers * sizeof(pk_real));
-    for (size_t w = 0; w <= last; w++) {
-        if (w % window->stride == 0)
-            memcpy(window->saved + w / window->stride * numbers, window->state, numbers * sizeof(pk_real));
-        pk_status status =
-            pk__progress(context, "recomputing the optimiser's state", (double)w / (double)window->windows);
-        if (!status && w < last)
-            status = pk_window_prepare(context, window, w * window->capacity, pk__window_count(window, w));
+    for (size_t w = 0; w < last; w++) {
+        pk_status status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
+        if (!status)
+            status = pk__advance_window(context, window, w);
         if (status)
             return status;
+        if ((w + 1) % window->stride == 0)
+            memcpy(window->saved + ((w + 1) / window->stride - 1) * numbers, window->state,
+                   numbers * sizeof(pk_real));
+    }
+    return PK_OK;
+}
+
+/* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
+static pk_status pk__find_state(pk_context *context, pk_window *window, size_t index)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    const size_t kept = index / window->stride;
+    pk_real *spare = window->saved + pk__states_kept(window) * numbers;
+    size_t from = kept * window->stride;
+    while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
+        window->spare_used--;
+    if (window->spare_used && window->spare_at[0] < from)
+        window->spare_used = 0; /* of another part of the run */
+    const pk_real *nearest = kept ? window->saved + (kept - 1) * numbers : NULL;
+    if (window->spare_used) {
+        from = window->spare_at[window->spare_used - 1];
+        nearest = spare + (window->spare_used - 1) * numbers;
+    }
+    if (nearest)
+        memcpy(window->state, nearest, numbers * sizeof(pk_real));
+    else
+        memset(window->state, 0, numbers * sizeof(pk_real));
+    while (from < index) {
+        const size_t room = window->spare - window->spare_used;
+        const size_t next = room ? from + pk__next_state(index + 1 - from, room + 1) : index;
+        for (; from < next; from++) {
+            pk_status status = pk__advance_window(context, window, from);
+            if (status)
+                return status;
+        }
+        if (room) {
+            memcpy(spare + window->spare_used * numbers, window->state, numbers * sizeof(pk_real));
+            window->spare_at[window->spare_used++] = from;
+        }
     }
     return PK_OK;
 }
 
 PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index)
 {
-    const size_t numbers = window->states * window->state_vectors * window->parameters;
-    size_t from = index;
-    if (window->stride) {
-        from = index / window->stride * window->stride;
-        memcpy(window->state, window->saved + from / window->stride * numbers, numbers * sizeof(pk_real));
-    }
-    for (; from <= index; from++) {
-        pk_status status =
-            pk_window_prepare(context, window, from * window->capacity, pk__window_count(window, from));
-        if (status)
-            return status;
-    }
-    return PK_OK;
+    pk_status status = window->stride ? pk__find_state(context, window, index) : PK_OK;
+    const size_t first = index * window->capacity;
+    if (status)
+        return status;
+    return pk__prepare_window(context, window, first, pk__least(window->capacity, window->run->steps - first),
+                              0);
 }
 
 PK__END_C
 
-/* pathkernel/decompose.h: implementation */
+/* pathkernel/plan.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
 
 /* ---- the job --------------------------------------------------------------------------------------- */
 
-/* A window of consecutive steps is prepared (weights, examples' gradients, updates) before the test side goes
- * through it; neither its length nor the number of rows in a pass can be seen in the results. */
-typedef struct pk__plan {
-    size_t threads, rows, window;
-    size_t stride; /* windows between states of the optimiser that are kept */
-} pk__plan;
-
 /* One thread's memory. */
 typedef struct pk__worker {
     struct pk__job *job;
     pk_tangent tangent;
-    pk_real *phi, *effective; /* outputs of a part x weights of its layer */
-    pk_real *tile;            /* outputs x PK_EXAMPLE_BLOCK */
+    pk_real *phi,
+        *effective; /* outputs of a part x weights of its layer; effective where E is no multiple of R */
+    pk_real *tile;  /* outputs x PK_EXAMPLE_BLOCK */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -10895,49 +14233,51 @@ typedef struct pk__job {
     const pk_graph *graph;
     pk_quadrature quadrature;
     double tolerance, target;
-    size_t outputs, block;
+    size_t outputs, block, unit;
     int reverse, decays;
+    int direct; /* E has a part of its own beside R */
     pk_window window;
     pk_matrix inputs;
     double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
         gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
-    pk__plan plan;
+    pk_plan plan;
     unsigned char *memory;
     /* In the arena: */
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    pk_real *reverse_state; /* plan.rows x outputs x P: R */
+    pk_real *reverse_state; /* plan.rows x plan.outputs x P: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
     unsigned char *row_order; /* plan.rows: see pk_integrator */
     pk__worker *workers;
-    double next_carry; /* carry of the step after the window */
+    double next_carry;                 /* carry of the step after the window */
+    size_t first_output, output_count; /* of the pass */
     pk_decomposition *part;
 } pk__job;
 
-/* A layer's outputs come in parts that stay in the cache. */
-static size_t pk__part_outputs(const pk_node *node, size_t outputs)
+/* A layer's outputs come in parts of a unit that stay in the cache. */
+PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
-    return pk__most(1, pk__least(outputs, ((size_t)1 << 14) / node->weight_count));
+    return pk__most(1, pk__least(unit, ((size_t)1 << 14) / node->weight_count));
 }
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
-static void pk__job_layout(pk__job *job, pk_arena *arena)
+PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
 {
     const pk_graph *graph = job->graph;
     const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads,
                  rows = job->plan.rows;
     size_t largest = 0;
-    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, threads, job->options->bounds,
-                   &job->window);
+    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
+                   job->options->bounds, &job->window);
     job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
     job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0;
-        if (!pk__multiply(job->outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
+        if (!pk__multiply(job->plan.outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
             job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
@@ -10950,19 +14290,21 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
     job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        largest = pk__most(largest, pk__part_outputs(node, job->outputs) * node->weight_count);
+        largest = pk__most(largest, pk__part_outputs(node, job->unit) * node->weight_count);
     }
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
         memset(worker, 0, sizeof *worker);
         worker->job = job;
         pk_tangent_take(arena, graph, &job->options->readout, job->block,
-                        job->reverse || job->options->engine != PK_ENGINE_FACTORED, job->options->bounds,
-                        &worker->tangent);
+                        job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
+                        job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
         worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
-        worker->effective = (pk_real *)pk_arena_take(arena, largest, real);
+        worker->effective =
+            (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
-        worker->left_inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * real);
+        worker->left_inputs =
+            (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
         worker->tangent.integrator.gauss_weights = job->gauss_weights;
         worker->tangent.integrator.quadrature = job->quadrature;
@@ -10971,7 +14313,7 @@ static void pk__job_layout(pk__job *job, pk_arena *arena)
 }
 
 /* Numbers of result per row, in bytes. */
-static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
+PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
 {
     size_t items = 6 * out->outputs;
     for (size_t i = 0; i < out->kept_count; i++)
@@ -10982,7 +14324,7 @@ static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_o
 }
 
 /* Bytes that a plan needs with row_bytes of results per row, of all rows or of those of a pass; SIZE_MAX: overflow. */
-static size_t pk__plan_bytes(pk__job *job, const pk__plan *plan, size_t rows, size_t row_bytes, int by_pass)
+static size_t pk__plan_bytes(pk__job *job, const pk_plan *plan, size_t rows, size_t row_bytes, int by_pass)
 {
     pk_arena arena = {NULL, 0, 0, 0};
     size_t results = 0;
@@ -10994,59 +14336,229 @@ static size_t pk__plan_bytes(pk__job *job, const pk__plan *plan, size_t rows, si
     return arena.used + results + 4096; /* headers and rounding of a dozen allocations */
 }
 
-/* What a plan costs beside the contraction, which is the same for all and counts as 10: every pass prepares the examples
- * of every step, and again on the way from a kept state; short windows leave threads idle. */
-static double pk__plan_cost(const pk__plan *plan, size_t rows)
+/* What each costs, in seconds of one thread; measured on one machine, where only their proportions matter. */
+static const double pk__flop_seconds = 1 / 35e9;
+static const double pk__update_seconds =
+    14e-9; /* a parameter and step: D_s, the update again, its linear form */
+static const double pk__advance_seconds = 2e-9; /* the same where only the optimiser's state is wanted */
+static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
+static const double pk__points = 5;             /* quadrature nodes per row and step, about */
+
+/* How much longer a number of equal tasks takes than if they were spread evenly over the threads. */
+static double pk__idle(size_t tasks, size_t threads)
 {
-    double passes = (double)pk__blocks(rows, plan->rows), again = 0.5 * (double)(plan->stride - 1);
-    return (10 + passes * (1 + again) * (1 + 4 / (double)plan->window)) / (double)plan->threads;
+    return tasks ? (double)(pk__blocks(tasks, threads) * threads) / (double)tasks : 1;
 }
 
-/* Chooses threads, rows per pass, window and stride so that everything fits, at the least cost. */
-static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
+/* Fills in what the plan costs: see the top of this file. */
+static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
 {
-    static const size_t windows[] = {32, 64, 16, 8, 4, 2, 1, 128, 256, 512}, strides[] = {1, 2, 4, 8, 16, 32};
-    size_t limit = job->context ? job->context->memory_limit : 0,
-           held = job->context ? job->context->memory_used : 0;
-    size_t available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
-    size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
-    size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
-    size_t all_threads = (size_t)pk_threads(job->context);
-    double cost = INFINITY;
-    pk__plan plan, best;
-    memset(&best, 0, sizeof best);
-    for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
-        for (size_t at_once = pk__least(most, blocks); at_once >= 1; at_once /= 2)
-            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
-                for (size_t j = 0; j < (job->reverse ? sizeof strides / sizeof *strides : 1); j++) {
-                    plan.rows = pk__least(rows, at_once * job->block);
-                    plan.window = pk__least(windows[i], steps);
-                    plan.stride = strides[j];
-                    double own = pk__plan_cost(&plan, rows);
-                    if (!(own < cost))
-                        continue;
-                    size_t needed = pk__plan_bytes(job, &plan, rows, row_bytes, by_pass);
-                    least = pk__least(least, needed);
-                    if (needed <= available && own < cost) {
-                        cost = own;
-                        best = plan;
-                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 &&
-                            j == 0) {
-                            job->plan = best; /* nothing has to be saved */
-                            return PK_OK;
-                        }
+    const pk_run *run = job->run;
+    const double P = (double)run->parameters, steps = (double)run->steps, threads = (double)plan->threads;
+    const double items = run->steps ? (double)run->batch_offsets[run->steps] : 0;
+    const double outputs = (double)job->outputs, all_rows = (double)rows;
+    const size_t row_passes = pk__blocks(rows, plan->rows), slices = pk__blocks(job->outputs, plan->outputs);
+    const size_t blocks = pk__blocks(plan->rows, job->block), windows = pk__blocks(run->steps, plan->window);
+    const double factor = job->options->bounds ? 3 : 1;
+    double widths = 0, again = 0, saved = 0;
+    plan->passes = row_passes * slices;
+    for (size_t l = 0; l < run->graph.layers; l++) {
+        const pk_node *node = pk_graph_layer(&run->graph, l);
+        widths += (double)node->width + (double)pk__layer_input(&run->graph, node)->width / outputs;
+    }
+    if (plan->stride && job->window.state_vectors && windows) {
+        const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
+        again =
+            ((double)kept * pk_window_again(plan->stride, plan->spare) + pk_window_again(last, plan->spare)) /
+            (double)windows;
+        saved = (double)(kept * plan->stride) / (double)windows;
+    }
+    const double passes = (double)plan->passes;
+    const double gradients =
+        6 * P * items * pk__flop_seconds * factor *
+        pk__idle(pk__least(plan->window, pk__most(run->steps, 1)) * job->window.lanes, plan->threads);
+    const double visit = gradients + P * steps * pk__update_seconds,
+                 advance = gradients + P * steps * pk__advance_seconds;
+    const double idle = pk__idle(blocks, plan->threads);
+    plan->sweeps = saved + passes * (1 + again);
+    plan->weight_bytes = plan->sweeps * P * steps * (double)pk_type_size(run->weights.type);
+    plan->gradient_flops = plan->sweeps * 6 * P * items;
+    plan->contraction_flops =
+        job->reverse ? 2 * P * outputs * items * all_rows * factor
+                     : (double)slices * 2 * outputs * widths * items * all_rows * pk__points * factor;
+    plan->seconds_examples = visit / threads;
+    plan->seconds_again = ((passes - 1) * visit + (saved + passes * again) * advance) / threads;
+    plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__points) * pk__flop_seconds;
+    if (job->reverse)
+        plan->seconds_test += all_rows * steps * P * outputs * pk__state_seconds * factor;
+    plan->seconds_test *= idle / threads;
+    plan->seconds_contraction = plan->contraction_flops * pk__flop_seconds * idle / threads;
+    plan->seconds =
+        plan->seconds_examples + plan->seconds_again + plan->seconds_test + plan->seconds_contraction;
+}
+
+/* What a plan is chosen for. */
+typedef struct pk__choice {
+    size_t rows, row_bytes, available, least;
+    int by_pass;
+    pk_plan best;
+} pk__choice;
+
+/* Keeps the plan if it is cheaper than the best one, by more than a hundredth where it takes more memory; 1 where it
+ * fits. */
+static int pk__consider(pk__job *job, pk__choice *choice, pk_plan *plan)
+{
+    pk__plan_cost(job, choice->rows, plan);
+    if (choice->best.threads && !(plan->seconds < choice->best.seconds))
+        return 1;
+    plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
+    choice->least = pk__least(choice->least, plan->bytes);
+    if (plan->bytes > choice->available)
+        return 0;
+    if (!choice->best.threads || plan->bytes <= choice->best.bytes ||
+        plan->seconds < 0.99 * choice->best.seconds)
+        choice->best = *plan;
+    return 1;
+}
+
+/* The next of the numbers 1, 2, 3, 4, 5, 6, 8, 10, 12, 15 ... up to last; 0 after it. */
+static size_t pk__next_size(size_t size, size_t last)
+{
+    return size >= last ? 0 : pk__least(size + 1 + size / 5, last);
+}
+
+/* Threads, rows, outputs and window are set: chooses the states that are kept. */
+static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
+{
+    const size_t windows = pk__blocks(pk__most(job->run->steps, 1), plan->window);
+    const size_t vectors = job->reverse ? job->window.state_vectors : 0;
+    plan->stride = 1;
+    plan->spare = 0;
+    if (!vectors || windows == 1) {
+        (void)pk__consider(job, choice, plan);
+        return;
+    }
+    /* The cheapest that a plan can be, by keeping all. */
+    pk__plan_cost(job, choice->rows, plan);
+    if (choice->best.threads && !(plan->seconds < choice->best.seconds))
+        return;
+    /* With three states a run of any length is decomposed in tolerable time, with fewer it is not. */
+    const size_t fewest = pk__least(3, windows - 1);
+    plan->stride = windows;
+    plan->spare = fewest;
+    if (!pk__consider(job, choice, plan))
+        return;
+    size_t state = 0;
+    if (!pk__multiply(vectors * (job->options->bounds ? 2 : 1), job->graph->parameters * sizeof(pk_real),
+                      &state))
+        return;
+    size_t states = fewest;
+    plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
+    if (choice->available > plan->bytes + 256) /* what the pieces are rounded up to */
+        states += pk__least((choice->available - plan->bytes - 256) / (state + sizeof(size_t)), windows);
+    for (size_t stride = 1; stride; stride = pk__next_size(stride, windows)) {
+        const size_t kept = (windows - 1) / stride;
+        if (kept > states)
+            continue;
+        plan->stride = stride;
+        plan->spare = pk__least(states - kept, stride - 1);
+        (void)pk__consider(job, choice, plan);
+        if (stride == 1)
+            break;
+    }
+}
+
+/* Chooses a plan so that everything fits, at the least cost. */
+PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
+{
+    static const size_t windows[] = {32, 64, 24, 16, 12, 8, 6, 4, 3, 2, 1, 128, 256, 512};
+    const size_t limit = job->context ? job->context->memory_limit : 0,
+                 held = job->context ? job->context->memory_used : 0;
+    const size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block);
+    const size_t units = pk__blocks(job->outputs, job->unit), all_threads = (size_t)pk_threads(job->context);
+    const size_t most = pk__least(
+        blocks, job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks);
+    pk__choice choice;
+    pk_plan plan;
+    memset(&choice, 0, sizeof choice);
+    memset(&plan, 0, sizeof plan);
+    choice.rows = rows;
+    choice.row_bytes = row_bytes;
+    choice.by_pass = by_pass;
+    choice.available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
+    choice.least = SIZE_MAX;
+    /* Where nothing has to be saved: */
+    plan.threads = all_threads;
+    plan.rows = pk__least(rows, most * job->block);
+    plan.outputs = job->outputs;
+    plan.window = pk__least(windows[0], steps);
+    plan.stride = 1;
+    if (!pk__consider(job, &choice, &plan) || limit)
+        for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
+            for (size_t slices = 1; slices; slices = pk__next_size(slices, units))
+                for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
+                    for (size_t passes = pk__blocks(blocks, most); passes;
+                         passes = pk__next_size(passes, blocks)) {
+                        if (i && windows[i] >= 2 * steps)
+                            continue;
+                        plan.outputs = pk__least(job->outputs, pk__blocks(units, slices) * job->unit);
+                        plan.rows = pk__least(rows, pk__blocks(blocks, passes) * job->block);
+                        plan.window = pk__least(windows[i], steps);
+                        pk__choose_states(job, &choice, &plan);
                     }
-                }
-    job->plan = best;
-    if (best.threads)
+    job->plan = choice.best;
+    if (choice.best.threads)
         return PK_OK;
-    if (least == SIZE_MAX)
+    if (choice.least == SIZE_MAX)
         return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
     return pk__fail(
         job->context, PK_MEMORY_LIMIT,
         "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes", limit,
-        held + least);
+        held + choice.least);
 }
+
+/* Everything but the plan and the memory. */
+PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
+                               const pk_decompose_options *options)
+{
+    memset(job, 0, sizeof *job);
+    job->context = context;
+    job->run = run;
+    job->options = options;
+    job->graph = &run->graph;
+    job->quadrature = options->quadrature;
+    job->inputs = inputs;
+    job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
+    job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
+    /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
+    job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
+    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
+    pk_window_begin(run, &job->window);
+    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
+    job->reverse |= form.preconditioned;
+    job->window.representation.outputs = job->outputs;
+    job->window.representation.batch = job->window.largest_batch;
+    job->window.representation.materialised =
+        job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
+    job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
+    job->direct = job->reverse && form.direct != 0;
+    job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
+    job->block = pk_tangent_block(job->outputs);
+    /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
+    if (job->reverse)
+        job->block = pk__most(
+            1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
+    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
+}
+
+PK__END_C
+
+/* pathkernel/decompose.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
@@ -11090,9 +14602,16 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
 static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
 {
     const pk__worker *worker = (const pk__worker *)user;
-    const size_t outputs = worker->job->outputs;
-    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count,
-                  tile);
+    const pk__job *job = worker->job;
+    const size_t outputs = job->outputs;
+    if (job->output_count == outputs) {
+        pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
+                      count, tile);
+        return;
+    }
+    for (size_t row = 0; row < worker->rows; row++)
+        pk__add_cells(worker, layer, (worker->row + row) * outputs + job->first_output, job->output_count,
+                      worker->factor, first, count, tile + (row * outputs + job->first_output) * count);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -11168,7 +14687,9 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const pk_linear_form *form = &window->forms[j];
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
-    const size_t at = cell * P + job->outputs * offset + part->first * part->node->weight_count;
+    /* R: row after row, layer after layer, part after part. */
+    const size_t at = (worker->row + part->row) * job->plan.outputs * P + job->output_count * offset +
+                      (part->first - job->first_output) * part->node->weight_count;
     const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
     pk_real *phi = worker->phi, *e = phi;
     double factor = worker->factor;
@@ -11213,11 +14734,14 @@ static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, d
     part.layer = layer;
     part.bias = pk__bias_count(job->graph, part.node);
     part.matrix = part.node->weight_count - part.bias;
-    const size_t each = pk__part_outputs(part.node, job->outputs);
+    const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
     for (part.row = 0; part.row < worker->rows; part.row++)
-        for (part.first = 0; part.first < job->outputs; part.first += each) {
-            part.count = pk__least(each, job->outputs - part.first);
-            pk__materialised_part(worker, &part, j, carry);
+        for (size_t unit = job->first_output; unit < last; unit += job->unit) {
+            const size_t end = pk__least(unit + job->unit, last);
+            for (part.first = unit; part.first < end; part.first += part.count) {
+                part.count = pk__least(each, end - part.first);
+                pk__materialised_part(worker, &part, j, carry);
+            }
         }
 }
 
@@ -11252,17 +14776,22 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__readout_at(worker, 0, start);
     pk__readout_at(worker, 1, end);
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
-        size_t cell = worker->row * job->outputs + i;
+        const size_t cell = worker->row * job->outputs + i, output = i % job->outputs;
+        if (output < job->first_output || output >= job->first_output + job->output_count)
+            continue;
         double closure = (double)(end[i] - start[i]) - (double)worker->tangent.along[0][i];
         part->unattributed[cell] += worker->tangent.along[1][i];
         if (worker->tangent.directions[2])
             part->decay[cell] -= linear * worker->tangent.along[2][i];
         if (part->step_closure)
             part->step_closure[cell * part->steps + step] = closure;
-        if (pk__worse(fabs(closure), block->worst)) {
+        /* Of equals the first step, then the first row, in whatever order they are met. */
+        const size_t row = part->first_row + worker->row + i / job->outputs;
+        const int before = step < block->worst_step || (step == block->worst_step && row < block->worst_row);
+        if (pk__worse(fabs(closure), block->worst) || (fabs(closure) == block->worst && before)) {
             block->worst = fabs(closure);
             block->worst_step = step;
-            block->worst_row = part->first_row + worker->row + i / job->outputs;
+            block->worst_row = row;
         }
     }
 }
@@ -11284,6 +14813,8 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     tangent->gram_ld = job->gram_ld;
     tangent->sink = pk__add_tile;
     tangent->user = worker;
+    tangent->first_output = job->first_output;
+    tangent->output_count = job->output_count;
     tangent->per_layer = 0;
     for (size_t k = 0; k < job->part->kept_count; k++)
         tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
@@ -11310,9 +14841,11 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
-    block->points += tangent->integrator.points;
-    block->pieces += tangent->integrator.split_pieces;
-    block->refused += tangent->integrator.refused;
+    if (job->first_output == 0) { /* they are the same for every slice of the outputs */
+        block->points += tangent->integrator.points;
+        block->pieces += tangent->integrator.split_pieces;
+        block->refused += tangent->integrator.refused;
+    }
     block->flops += tangent->flops;
     worker->seconds_test += pk__seconds() - begin - (tangent->seconds_contraction - contraction);
 }
@@ -11400,6 +14933,7 @@ static void pk__certify(pk__job *job)
     }
 }
 
+/* A pass over the run with the outputs first_output .. first_output + output_count - 1 of the part's rows. */
 static pk_status pk__pass(pk__job *job, double done, double share)
 {
     const size_t in = job->graph->input_width, P = job->graph->parameters, steps = job->run->steps;
@@ -11408,24 +14942,30 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     for (size_t r = 0; r < job->part->rows; r++)
         memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld,
                in * sizeof(pk_real));
-    pk_status status = pk__predict(job, 0, job->part->initial);
-    if (!status)
-        status = pk__predict(job, steps, job->part->final);
-    if (status)
-        return status;
-    memset(job->blocks, 0, blocks * sizeof *job->blocks);
+    if (job->first_output == 0) {
+        pk_status status = pk__predict(job, 0, job->part->initial);
+        if (!status)
+            status = pk__predict(job, steps, job->part->final);
+        if (status)
+            return status;
+        memset(job->blocks, 0, blocks * sizeof *job->blocks);
+        if (job->gram)
+            pk__fill_gram(job);
+    }
+    for (size_t b = 0; b < blocks; b++)
+        job->blocks[b].points_last = 0;
     memset(job->row_order, 2, job->part->rows);
-    if (job->gram)
-        pk__fill_gram(job);
+    const size_t numbers = job->part->rows * job->plan.outputs * P;
     if (job->reverse_error)
-        memset(job->reverse_error, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+        memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)
-        memset(job->reverse_state, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+        memset(job->reverse_state, 0, numbers * sizeof(pk_real));
     job->next_carry = 0;
     for (size_t i = 0; i < windows; i++) {
         size_t w = job->reverse ? windows - 1 - i : i;
         size_t first = w * window, count = pk__least(window, steps - first);
-        status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
+        pk_status status =
+            pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
             return status;
         status = pk_window_visit(job->context, &job->window, w);
@@ -11437,16 +14977,29 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             pk__block_window(&job->workers[pk__thread()], b, first, count);
         job->next_carry = job->window.forms[0].carry;
     }
+    return PK_OK;
+}
+
+/* Pass after pass, all outputs of the part's rows: done and share of the whole are theirs. */
+static pk_status pk__passes(pk__job *job, double done, double share)
+{
+    const size_t outputs = job->outputs;
+    for (size_t first = 0; first < outputs; first += job->plan.outputs) {
+        job->first_output = first;
+        job->output_count = pk__least(job->plan.outputs, outputs - first);
+        pk_status status = pk__pass(job, done + share * (double)first / (double)outputs,
+                                    share * (double)job->output_count / (double)outputs);
+        if (status)
+            return status;
+    }
     pk__certify(job);
     return PK_OK;
 }
 
 /* ---- the calls ------------------------------------------------------------------------------------------- */
 
-static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_matrix inputs,
-                                   const pk_decompose_options *options)
+static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_matrix inputs)
 {
-    const pk_readout *readout = &options->readout;
     if (inputs.rows == 0 || !inputs.data || inputs.cols != run->graph.input_width || inputs.ld < inputs.cols)
         return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu",
                         inputs.rows, inputs.cols, inputs.ld, run->graph.input_width);
@@ -11454,6 +15007,18 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
         for (size_t j = 0; j < inputs.cols; j++)
             if (!isfinite(inputs.data[r * inputs.ld + j]))
                 return pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, column %zu is not finite", r, j);
+    for (size_t r = 0; run->graph.checked && r < inputs.rows; r++) {
+        pk_status status = pk_graph_check_inputs(context, &run->graph, r, 1, inputs.data + r * inputs.ld);
+        if (status)
+            return pk__prefix(context, status, "inputs: ");
+    }
+    return PK_OK;
+}
+
+static pk_status pk__check_options(pk_context *context, const pk_run *run, size_t rows,
+                                   const pk_decompose_options *options)
+{
+    const pk_readout *readout = &options->readout;
     if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
         return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
     if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||
@@ -11463,7 +15028,7 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
     if (readout->kind == PK_READOUT_ONE && readout->output >= run->outputs)
         return pk__fail(context, PK_ARGUMENT, "output %zu of a network with %zu outputs", readout->output,
                         run->outputs);
-    for (size_t r = 0; readout->kind == PK_READOUT_LABEL && r < inputs.rows; r++)
+    for (size_t r = 0; readout->kind == PK_READOUT_LABEL && r < rows; r++)
         if (readout->labels[r] < 0 || (size_t)readout->labels[r] >= run->outputs)
             return pk__fail(context, PK_ARGUMENT, "label %lld of input %zu, of a network with %zu outputs",
                             (long long)readout->labels[r], r, run->outputs);
@@ -11477,35 +15042,6 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
         options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
-}
-
-/* Everything but the plan and the memory. */
-static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
-                          const pk_decompose_options *options)
-{
-    memset(job, 0, sizeof *job);
-    job->context = context;
-    job->run = run;
-    job->options = options;
-    job->graph = &run->graph;
-    job->quadrature = options->quadrature;
-    job->inputs = inputs;
-    job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
-    job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
-    /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
-    job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
-    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
-    pk_window_begin(run, &job->window);
-    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
-    pk_linear_form form;
-    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
-    job->reverse |= form.preconditioned;
-    job->block = pk_tangent_block(job->outputs);
-    /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
-    if (job->reverse)
-        job->block = pk__most(
-            1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
-    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
 static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
@@ -11526,7 +15062,7 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
     whole->pieces += part->pieces;
     whole->refused += part->refused;
     whole->flops += part->flops;
-    whole->passes++;
+    whole->passes += part->passes;
 }
 
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
@@ -11550,8 +15086,9 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
         }
         job->part = &part;
         if (!status)
-            status = pk__pass(job, (double)first / (double)rows, (double)count / (double)rows);
+            status = pk__passes(job, (double)first / (double)rows, (double)count / (double)rows);
         if (!status) {
+            part.passes = pk__blocks(job->outputs, job->plan.outputs);
             pk__add_summary(&part, whole);
             if (callback)
                 status = callback(user, &part);
@@ -11576,16 +15113,12 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     return status;
 }
 
-static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
-                               const pk_decompose_options *options, pk_decomposition *whole,
-                               pk_decomposition_part *callback, void *user)
+/* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
+static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
+                              const pk_decompose_options *options, int by_pass, pk_decomposition *whole)
 {
-    pk__job own_job, *job = &own_job;
-    pk_decompose_options defaults;
-    memset(&defaults, 0, sizeof defaults);
-    options = options ? options : &defaults;
     memset(whole, 0, sizeof *whole);
-    pk_status status = pk__check_options(context, run, inputs, options);
+    pk_status status = pk__check_options(context, run, inputs.rows, options);
     if (status)
         return status;
     whole->rows = inputs.rows;
@@ -11598,8 +15131,25 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
     if (status)
         return status;
     pk__job_begin(job, context, run, inputs, options);
-    status = pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), callback != NULL);
-    if (!status && !callback)
+    return pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), by_pass);
+}
+
+static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                               const pk_decompose_options *options, pk_decomposition *whole,
+                               pk_decomposition_part *callback, void *user)
+{
+    pk__job own_job, *job = &own_job;
+    pk_decompose_options defaults;
+    memset(&defaults, 0, sizeof defaults);
+    memset(job, 0, sizeof *job);
+    options = options ? options : &defaults;
+    pk_status status = pk__check_inputs(context, run, inputs);
+    memset(whole, 0, sizeof *whole);
+    if (!status)
+        status = pk__plan_job(job, context, run, inputs, options, callback != NULL, whole);
+    if (status)
+        return status;
+    if (!callback)
         status = pk__allocate_results(context, options, whole);
     pk_arena arena = {NULL, 0, 0, 0};
     if (!status) {
@@ -11635,6 +15185,24 @@ PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_m
     pk_status status = pk__decompose(context, run, inputs, options, summary, part, user);
     memset(summary->kept, 0, sizeof summary->kept);
     summary->kept_count = 0;
+    return status;
+}
+
+PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
+                                   const pk_decompose_options *options, int in_parts, pk_plan *plan)
+{
+    pk__job job;
+    pk_decompose_options defaults;
+    pk_decomposition whole;
+    memset(&defaults, 0, sizeof defaults);
+    memset(&job, 0, sizeof job);
+    if (!run || !plan || !rows)
+        return pk__fail(context, PK_ARGUMENT, "pk_decompose_plan: no run, no rows or no place for the plan");
+    const pk_matrix inputs = {NULL, rows, run->graph.input_width, run->graph.input_width};
+    pk_status status =
+        pk__plan_job(&job, context, run, inputs, options ? options : &defaults, in_parts, &whole);
+    if (!status)
+        *plan = job.plan;
     return status;
 }
 

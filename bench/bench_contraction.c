@@ -225,13 +225,14 @@ static void job_layout(job *j, pk_arena *arena)
     const pk_representation representation = {j->outputs, j->batch, j->engine == PK_ENGINE_INTEGRATED,
                                               j->engine == PK_ENGINE_FACTORED};
     pk_examples_take(arena, &j->graph, j->batch, &representation, &j->examples);
-    pk_example_workspace_take(arena, &j->graph, &j->workspace);
+    pk_example_workspace_take(arena, &j->graph, PK_EXAMPLE_BLOCK, &j->workspace);
     j->blocks = (block *)pk_arena_take(arena, (size_t)j->threads, sizeof *j->blocks);
     for (size_t t = 0; t < (size_t)j->threads; t++) {
         block measured, *b = j->blocks ? &j->blocks[t] : &measured;
         memset(b, 0, sizeof *b);
-        pk_tangent_take(arena, &j->graph, &readout, j->block_rows, j->engine != PK_ENGINE_FACTORED, 0,
-                        &representation, &b->tangent);
+        pk_tangent_take(arena, &j->graph, &readout, j->block_rows,
+                        j->engine != PK_ENGINE_FACTORED ? j->outputs : 0, j->outputs, 0, &representation,
+                        &b->tangent);
         b->phi = (pk_real *)pk_arena_take(arena, j->outputs, P * real);
         b->result = (pk_real *)pk_arena_take(arena, j->block_rows * j->outputs, j->batch * real);
         b->rows = j->test ? j->test + t * j->block_rows * INPUTS : NULL;

@@ -754,7 +754,7 @@ static pk_status on_part(void *user, const pk_decomposition *part)
 /* Inputs in one pass. Each pass reads the run and computes the examples' gradients anew, and each finished one
  * survives a cancel: passes of about half a minute, long enough that the gradients cost under a tenth of them,
  * results of at most a quarter of the memory; one pass where all takes less than a minute. */
-static size_t choose_rows(const task *job, double *seconds)
+static size_t choose_rows(const task *job)
 {
     const pk_run *run = &job->run;
     const double steps = (double)run->steps, items = (double)run->batch_offsets[run->steps], points = 6;
@@ -771,25 +771,44 @@ static size_t choose_rows(const task *job, double *seconds)
     double row = outputs * (items * (stateful ? 2 * P : 2 * points * widths) + 6 * points * P * steps);
     row *= job->set->options.bounds ? 3 : 1;
     const double rate = 8e9 * threads, rows = (double)job->rows, block = (double)pk_tangent_block(job->outputs);
-    *seconds = (row * rows + example_side) / rate;
-    double wanted =
-        *seconds < 60 ? rows : fmax(fmax(30 * rate / row, 10 * example_side / row), 4 * threads * block);
+    double wanted = (row * rows + example_side) / rate < 60
+                        ? rows
+                        : fmax(fmax(30 * rate / row, 10 * example_side / row), 4 * threads * block);
     wanted = fmax(block, fmin(wanted, (double)job->set->memory / 4 / fmax(bytes, 1)));
     double passes = ceil(rows / fmin(wanted, rows));
     return (size_t)fmax(1, ceil(rows / passes));
 }
 
-static void print_plan(const task *job, double seconds)
+/* The plan, under the memory limit: what a pass is, what the passes cost again, what it all takes. */
+static void print_plan(task *job)
 {
-    char size[32], time[32];
-    if (!job->set->verbose)
-        return;
+    pk_plan plan;
+    char size[32], limit[32], read[32], time[32];
+    if (!job->set->verbose ||
+        pk_decompose_plan(&job->context, &job->run, job->rows, &job->set->options, 1, &plan) != PK_OK)
+        return; /* the decomposition itself tells why */
+    const double all = plan.seconds > 0 ? plan.seconds / 100 : 1;
     fprintf(stderr,
             PROGRAM
-            ": plan: at most %zu of %zu inputs in a pass, in blocks of %zu; %d threads; memory up to %s; "
-            "expected to take about %s\n",
-            job->set->options.rows_at_once, job->rows, pk_tangent_block(job->outputs),
-            pk_threads(&job->context), size_text((double)job->set->memory, size), duration(seconds, time));
+            ": plan: %zu pass%s over the run, %zu of %zu inputs and %zu of %zu outputs in each, %zu thread%s, "
+            "%zu steps prepared at a time",
+            plan.passes, plan.passes == 1 ? "" : "es", plan.rows, job->rows, plan.outputs, job->outputs,
+            plan.threads, plan.threads == 1 ? "" : "s", plan.window);
+    if (pk_optimizer_state_vectors(&job->run.optimizer))
+        fprintf(stderr, ", the optimizer's state kept every %zu steps and at %zu between",
+                plan.stride * plan.window, plan.spare);
+    fprintf(stderr, "; %s of %s\n", size_text((double)plan.bytes, size),
+            size_text((double)job->context.memory_limit, limit));
+    fprintf(stderr,
+            PROGRAM ": plan: reads %s of weights and computes the examples' gradients %.1f times (%.1e flops); "
+                    "contraction %.1e flops\n",
+            size_text(plan.weight_bytes, read), plan.sweeps, plan.gradient_flops, plan.contraction_flops);
+    fprintf(stderr,
+            PROGRAM
+            ": plan: about %s: examples once %.0f %%, examples again %.0f %%, inputs along the path %.0f %%, "
+            "contraction %.0f %%\n",
+            duration(plan.seconds, time), plan.seconds_examples / all, plan.seconds_again / all,
+            plan.seconds_test / all, plan.seconds_contraction / all);
 }
 
 /* What a large unattributed term means, in words; NULL where it is rounding. */
@@ -944,7 +963,6 @@ static int decompose(task *job)
     settings *set = job->set;
     pk_decompose_options *options = &set->options;
     pk_context *context = &job->context;
-    double seconds = 0;
     size_t kept = 0;
     int failed = -1;
     /* The limit holds from the decomposition on: only it can tell the least that would do. */
@@ -987,14 +1005,14 @@ static int decompose(task *job)
     if (failed >= 0)
         return failed;
     catch_signals(job->terminal);
-    size_t rows_at_once = choose_rows(job, &seconds);
-    options->rows_at_once = options->rows_at_once ? options->rows_at_once : rows_at_once;
-    print_plan(job, seconds);
+    if (!options->rows_at_once)
+        options->rows_at_once = choose_rows(job);
     pk_decomposition summary;
     memset(&summary, 0, sizeof summary);
     pk_status status = create_files(job);
     if (!status) {
         context->memory_limit = set->memory;
+        print_plan(job);
         status = pk_decompose_parts(context, &job->run,
                                     pk_matrix_view(job->inputs, job->rows, job->run.graph.input_width), options,
                                     on_part, job, &summary);

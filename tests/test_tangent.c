@@ -267,7 +267,7 @@ static void test_examples(void **state)
             arena.used = 0;
         }
         pk_examples_take(&arena, &graph, 9, &representation, &examples);
-        pk_example_workspace_take(&arena, &graph, w);
+        pk_example_workspace_take(&arena, &graph, PK_EXAMPLE_BLOCK, w);
     }
     pk_examples_begin(&examples, &batch);
     assert_int_equal(examples.count, 9);

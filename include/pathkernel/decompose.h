@@ -15,8 +15,7 @@
  */
 #ifndef PATHKERNEL_DECOMPOSE_H
 #define PATHKERNEL_DECOMPOSE_H
-#include "decomposition.h"
-#include "window.h"
+#include "plan.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -24,8 +23,8 @@ PK__BEGIN_C
 /* Decomposes h(f(w_S, inputs)) of a run. inputs: rows x input width. *out is zeroed first; release it also
  * after PK_NOT_CLOSED, which means: computed, but the worst closure exceeds the tolerance (the message names
  * row, output and step). Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
- * memory limit. Memory beyond the results: the least is the state of one block of rows, about
- * 50 P numbers for stateful optimisers. */
+ * memory limit. Memory beyond the results: see pk_decompose_plan; the least is about 30 P numbers, whatever the
+ * number of examples, test rows, outputs and steps, and the factors of the largest batch. */
 PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
                                            const pk_decompose_options *options, pk_decomposition *out);
 
@@ -39,6 +38,12 @@ PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_r
                                                  pk_decomposition_part *part, void *user,
                                                  pk_decomposition *summary);
 
+/* How pk_decompose (in_parts: pk_decompose_parts) would cut the job for rows test rows under the context's memory limit,
+ * and what that costs; nothing is computed. PK_MEMORY_LIMIT names the least that would do. */
+PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
+                                                const pk_decompose_options *options, int in_parts,
+                                                pk_plan *plan);
+
 PK__END_C
 /* <<< declarations */
 #endif
@@ -49,195 +54,6 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
-
-/* ---- the job --------------------------------------------------------------------------------------- */
-
-/* A window of consecutive steps is prepared (weights, examples' gradients, updates) before the test side goes
- * through it; neither its length nor the number of rows in a pass can be seen in the results. */
-typedef struct pk__plan {
-    size_t threads, rows, window;
-    size_t stride; /* windows between states of the optimiser that are kept */
-} pk__plan;
-
-/* One thread's memory. */
-typedef struct pk__worker {
-    struct pk__job *job;
-    pk_tangent tangent;
-    pk_real *phi, *effective; /* outputs of a part x weights of its layer */
-    pk_real *tile;            /* outputs x PK_EXAMPLE_BLOCK */
-    pk_real *left_inputs;
-    /* Of the tile that is being added: */
-    size_t row, rows, step;
-    const pk_examples *batch;
-    double factor;
-    double seconds_test;
-} pk__worker;
-
-typedef struct pk__block_state { /* of a block of rows, kept between windows */
-    size_t points_last, points, pieces, refused;
-    double flops, worst;
-    size_t worst_step, worst_row;
-} pk__block_state;
-
-typedef struct pk__job {
-    pk_context *context;
-    const pk_run *run;
-    const pk_decompose_options *options;
-    const pk_graph *graph;
-    pk_quadrature quadrature;
-    double tolerance, target;
-    size_t outputs, block;
-    int reverse, decays;
-    pk_window window;
-    pk_matrix inputs;
-    double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
-        gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
-    pk__plan plan;
-    unsigned char *memory;
-    /* In the arena: */
-    pk_real *rows; /* plan.rows x inputs, packed */
-    pk_real *gram; /* plan.rows x gram_ld */
-    size_t gram_ld;
-    pk_real *reverse_state; /* plan.rows x outputs x P: R */
-    pk_real *reverse_error; /* the same: a bound on the error of R */
-    pk__block_state *blocks;
-    unsigned char *row_order; /* plan.rows: see pk_integrator */
-    pk__worker *workers;
-    double next_carry; /* carry of the step after the window */
-    pk_decomposition *part;
-} pk__job;
-
-/* A layer's outputs come in parts that stay in the cache. */
-static size_t pk__part_outputs(const pk_node *node, size_t outputs)
-{
-    return pk__most(1, pk__least(outputs, ((size_t)1 << 14) / node->weight_count));
-}
-
-/* Kinds of things in memory, in the order in which they are used. Measures and takes. */
-static void pk__job_layout(pk__job *job, pk_arena *arena)
-{
-    const pk_graph *graph = job->graph;
-    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads,
-                 rows = job->plan.rows;
-    size_t largest = 0;
-    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, threads, job->options->bounds,
-                   &job->window);
-    job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
-    job->gram_ld = job->run->examples;
-    job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
-    job->reverse_state = NULL;
-    if (job->reverse) {
-        size_t per_row = 0;
-        if (!pk__multiply(job->outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
-            arena->overflow = 1;
-        else
-            job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
-        job->reverse_error = NULL;
-        if (!arena->overflow && job->options->bounds)
-            job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
-    }
-    job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_order = (unsigned char *)pk_arena_take(arena, rows, 1);
-    job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        largest = pk__most(largest, pk__part_outputs(node, job->outputs) * node->weight_count);
-    }
-    for (size_t w = 0; w < threads && !arena->overflow; w++) {
-        pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
-        memset(worker, 0, sizeof *worker);
-        worker->job = job;
-        pk_tangent_take(arena, graph, &job->options->readout, job->block,
-                        job->reverse || job->options->engine != PK_ENGINE_FACTORED, job->options->bounds,
-                        &job->window.representation, &worker->tangent);
-        worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
-        worker->effective = (pk_real *)pk_arena_take(arena, largest, real);
-        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
-        worker->left_inputs = (pk_real *)pk_arena_take(arena, PK_EXAMPLE_BLOCK, graph->input_width * real);
-        worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
-        worker->tangent.integrator.gauss_weights = job->gauss_weights;
-        worker->tangent.integrator.quadrature = job->quadrature;
-        worker->tangent.integrator.target = job->target;
-    }
-}
-
-/* Numbers of result per row, in bytes. */
-static size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
-{
-    size_t items = 6 * out->outputs;
-    for (size_t i = 0; i < out->kept_count; i++)
-        items += out->kept[i].row_items;
-    items += options->bounds ? out->outputs * out->examples : 0;
-    items += options->step_closure ? out->outputs * out->steps : 0;
-    return items * sizeof(double);
-}
-
-/* Bytes that a plan needs with row_bytes of results per row, of all rows or of those of a pass; SIZE_MAX: overflow. */
-static size_t pk__plan_bytes(pk__job *job, const pk__plan *plan, size_t rows, size_t row_bytes, int by_pass)
-{
-    pk_arena arena = {NULL, 0, 0, 0};
-    size_t results = 0;
-    job->plan = *plan;
-    pk__job_layout(job, &arena);
-    if (arena.overflow || !pk__multiply(by_pass ? plan->rows : rows, row_bytes, &results) ||
-        arena.used > SIZE_MAX / 2 - results)
-        return SIZE_MAX;
-    return arena.used + results + 4096; /* headers and rounding of a dozen allocations */
-}
-
-/* What a plan costs beside the contraction, which is the same for all and counts as 10: every pass prepares the examples
- * of every step, and again on the way from a kept state; short windows leave threads idle. */
-static double pk__plan_cost(const pk__plan *plan, size_t rows)
-{
-    double passes = (double)pk__blocks(rows, plan->rows), again = 0.5 * (double)(plan->stride - 1);
-    return (10 + passes * (1 + again) * (1 + 4 / (double)plan->window)) / (double)plan->threads;
-}
-
-/* Chooses threads, rows per pass, window and stride so that everything fits, at the least cost. */
-static pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
-{
-    static const size_t windows[] = {32, 64, 16, 8, 4, 2, 1, 128, 256, 512}, strides[] = {1, 2, 4, 8, 16, 32};
-    size_t limit = job->context ? job->context->memory_limit : 0,
-           held = job->context ? job->context->memory_used : 0;
-    size_t available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
-    size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block), least = SIZE_MAX;
-    size_t most = job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks;
-    size_t all_threads = (size_t)pk_threads(job->context);
-    double cost = INFINITY;
-    pk__plan plan, best;
-    memset(&best, 0, sizeof best);
-    for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
-        for (size_t at_once = pk__least(most, blocks); at_once >= 1; at_once /= 2)
-            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
-                for (size_t j = 0; j < (job->reverse ? sizeof strides / sizeof *strides : 1); j++) {
-                    plan.rows = pk__least(rows, at_once * job->block);
-                    plan.window = pk__least(windows[i], steps);
-                    plan.stride = strides[j];
-                    double own = pk__plan_cost(&plan, rows);
-                    if (!(own < cost))
-                        continue;
-                    size_t needed = pk__plan_bytes(job, &plan, rows, row_bytes, by_pass);
-                    least = pk__least(least, needed);
-                    if (needed <= available && own < cost) {
-                        cost = own;
-                        best = plan;
-                        if (plan.threads == all_threads && at_once == pk__least(most, blocks) && i == 0 &&
-                            j == 0) {
-                            job->plan = best; /* nothing has to be saved */
-                            return PK_OK;
-                        }
-                    }
-                }
-    job->plan = best;
-    if (best.threads)
-        return PK_OK;
-    if (least == SIZE_MAX)
-        return pk__fail(job->context, PK_OVERFLOW, "the memory to decompose this run overflows");
-    return pk__fail(
-        job->context, PK_MEMORY_LIMIT,
-        "decomposing this run within %zu bytes is not possible; the least that would do is %zu bytes", limit,
-        held + least);
-}
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
@@ -281,9 +97,16 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
 static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
 {
     const pk__worker *worker = (const pk__worker *)user;
-    const size_t outputs = worker->job->outputs;
-    pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first, count,
-                  tile);
+    const pk__job *job = worker->job;
+    const size_t outputs = job->outputs;
+    if (job->output_count == outputs) {
+        pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
+                      count, tile);
+        return;
+    }
+    for (size_t row = 0; row < worker->rows; row++)
+        pk__add_cells(worker, layer, (worker->row + row) * outputs + job->first_output, job->output_count,
+                      worker->factor, first, count, tile + (row * outputs + job->first_output) * count);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -359,7 +182,9 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const pk_linear_form *form = &window->forms[j];
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
-    const size_t at = cell * P + job->outputs * offset + part->first * part->node->weight_count;
+    /* R: row after row, layer after layer, part after part. */
+    const size_t at = (worker->row + part->row) * job->plan.outputs * P + job->output_count * offset +
+                      (part->first - job->first_output) * part->node->weight_count;
     const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
     pk_real *phi = worker->phi, *e = phi;
     double factor = worker->factor;
@@ -404,11 +229,14 @@ static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, d
     part.layer = layer;
     part.bias = pk__bias_count(job->graph, part.node);
     part.matrix = part.node->weight_count - part.bias;
-    const size_t each = pk__part_outputs(part.node, job->outputs);
+    const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
     for (part.row = 0; part.row < worker->rows; part.row++)
-        for (part.first = 0; part.first < job->outputs; part.first += each) {
-            part.count = pk__least(each, job->outputs - part.first);
-            pk__materialised_part(worker, &part, j, carry);
+        for (size_t unit = job->first_output; unit < last; unit += job->unit) {
+            const size_t end = pk__least(unit + job->unit, last);
+            for (part.first = unit; part.first < end; part.first += part.count) {
+                part.count = pk__least(each, end - part.first);
+                pk__materialised_part(worker, &part, j, carry);
+            }
         }
 }
 
@@ -443,17 +271,22 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__readout_at(worker, 0, start);
     pk__readout_at(worker, 1, end);
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
-        size_t cell = worker->row * job->outputs + i;
+        const size_t cell = worker->row * job->outputs + i, output = i % job->outputs;
+        if (output < job->first_output || output >= job->first_output + job->output_count)
+            continue;
         double closure = (double)(end[i] - start[i]) - (double)worker->tangent.along[0][i];
         part->unattributed[cell] += worker->tangent.along[1][i];
         if (worker->tangent.directions[2])
             part->decay[cell] -= linear * worker->tangent.along[2][i];
         if (part->step_closure)
             part->step_closure[cell * part->steps + step] = closure;
-        if (pk__worse(fabs(closure), block->worst)) {
+        /* Of equals the first step, then the first row, in whatever order they are met. */
+        const size_t row = part->first_row + worker->row + i / job->outputs;
+        const int before = step < block->worst_step || (step == block->worst_step && row < block->worst_row);
+        if (pk__worse(fabs(closure), block->worst) || (fabs(closure) == block->worst && before)) {
             block->worst = fabs(closure);
             block->worst_step = step;
-            block->worst_row = part->first_row + worker->row + i / job->outputs;
+            block->worst_row = row;
         }
     }
 }
@@ -475,6 +308,8 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     tangent->gram_ld = job->gram_ld;
     tangent->sink = pk__add_tile;
     tangent->user = worker;
+    tangent->first_output = job->first_output;
+    tangent->output_count = job->output_count;
     tangent->per_layer = 0;
     for (size_t k = 0; k < job->part->kept_count; k++)
         tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
@@ -501,9 +336,11 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
-    block->points += tangent->integrator.points;
-    block->pieces += tangent->integrator.split_pieces;
-    block->refused += tangent->integrator.refused;
+    if (job->first_output == 0) { /* they are the same for every slice of the outputs */
+        block->points += tangent->integrator.points;
+        block->pieces += tangent->integrator.split_pieces;
+        block->refused += tangent->integrator.refused;
+    }
     block->flops += tangent->flops;
     worker->seconds_test += pk__seconds() - begin - (tangent->seconds_contraction - contraction);
 }
@@ -591,6 +428,7 @@ static void pk__certify(pk__job *job)
     }
 }
 
+/* A pass over the run with the outputs first_output .. first_output + output_count - 1 of the part's rows. */
 static pk_status pk__pass(pk__job *job, double done, double share)
 {
     const size_t in = job->graph->input_width, P = job->graph->parameters, steps = job->run->steps;
@@ -599,24 +437,30 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     for (size_t r = 0; r < job->part->rows; r++)
         memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld,
                in * sizeof(pk_real));
-    pk_status status = pk__predict(job, 0, job->part->initial);
-    if (!status)
-        status = pk__predict(job, steps, job->part->final);
-    if (status)
-        return status;
-    memset(job->blocks, 0, blocks * sizeof *job->blocks);
+    if (job->first_output == 0) {
+        pk_status status = pk__predict(job, 0, job->part->initial);
+        if (!status)
+            status = pk__predict(job, steps, job->part->final);
+        if (status)
+            return status;
+        memset(job->blocks, 0, blocks * sizeof *job->blocks);
+        if (job->gram)
+            pk__fill_gram(job);
+    }
+    for (size_t b = 0; b < blocks; b++)
+        job->blocks[b].points_last = 0;
     memset(job->row_order, 2, job->part->rows);
-    if (job->gram)
-        pk__fill_gram(job);
+    const size_t numbers = job->part->rows * job->plan.outputs * P;
     if (job->reverse_error)
-        memset(job->reverse_error, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+        memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)
-        memset(job->reverse_state, 0, job->part->rows * job->outputs * P * sizeof(pk_real));
+        memset(job->reverse_state, 0, numbers * sizeof(pk_real));
     job->next_carry = 0;
     for (size_t i = 0; i < windows; i++) {
         size_t w = job->reverse ? windows - 1 - i : i;
         size_t first = w * window, count = pk__least(window, steps - first);
-        status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
+        pk_status status =
+            pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
             return status;
         status = pk_window_visit(job->context, &job->window, w);
@@ -628,16 +472,29 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             pk__block_window(&job->workers[pk__thread()], b, first, count);
         job->next_carry = job->window.forms[0].carry;
     }
+    return PK_OK;
+}
+
+/* Pass after pass, all outputs of the part's rows: done and share of the whole are theirs. */
+static pk_status pk__passes(pk__job *job, double done, double share)
+{
+    const size_t outputs = job->outputs;
+    for (size_t first = 0; first < outputs; first += job->plan.outputs) {
+        job->first_output = first;
+        job->output_count = pk__least(job->plan.outputs, outputs - first);
+        pk_status status = pk__pass(job, done + share * (double)first / (double)outputs,
+                                    share * (double)job->output_count / (double)outputs);
+        if (status)
+            return status;
+    }
     pk__certify(job);
     return PK_OK;
 }
 
 /* ---- the calls ------------------------------------------------------------------------------------------- */
 
-static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_matrix inputs,
-                                   const pk_decompose_options *options)
+static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_matrix inputs)
 {
-    const pk_readout *readout = &options->readout;
     if (inputs.rows == 0 || !inputs.data || inputs.cols != run->graph.input_width || inputs.ld < inputs.cols)
         return pk__fail(context, PK_SHAPE, "inputs are %zu x %zu (ld %zu); the network takes rows of %zu",
                         inputs.rows, inputs.cols, inputs.ld, run->graph.input_width);
@@ -650,6 +507,13 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
         if (status)
             return pk__prefix(context, status, "inputs: ");
     }
+    return PK_OK;
+}
+
+static pk_status pk__check_options(pk_context *context, const pk_run *run, size_t rows,
+                                   const pk_decompose_options *options)
+{
+    const pk_readout *readout = &options->readout;
     if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
         return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
     if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||
@@ -659,7 +523,7 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
     if (readout->kind == PK_READOUT_ONE && readout->output >= run->outputs)
         return pk__fail(context, PK_ARGUMENT, "output %zu of a network with %zu outputs", readout->output,
                         run->outputs);
-    for (size_t r = 0; readout->kind == PK_READOUT_LABEL && r < inputs.rows; r++)
+    for (size_t r = 0; readout->kind == PK_READOUT_LABEL && r < rows; r++)
         if (readout->labels[r] < 0 || (size_t)readout->labels[r] >= run->outputs)
             return pk__fail(context, PK_ARGUMENT, "label %lld of input %zu, of a network with %zu outputs",
                             (long long)readout->labels[r], r, run->outputs);
@@ -673,40 +537,6 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, pk_ma
         options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
-}
-
-/* Everything but the plan and the memory. */
-static void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
-                          const pk_decompose_options *options)
-{
-    memset(job, 0, sizeof *job);
-    job->context = context;
-    job->run = run;
-    job->options = options;
-    job->graph = &run->graph;
-    job->quadrature = options->quadrature;
-    job->inputs = inputs;
-    job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
-    job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
-    /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
-    job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
-    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
-    pk_window_begin(run, &job->window);
-    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
-    pk_linear_form form;
-    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
-    job->reverse |= form.preconditioned;
-    job->window.representation.outputs = job->outputs;
-    job->window.representation.batch = job->window.largest_batch;
-    job->window.representation.materialised =
-        job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
-    job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
-    job->block = pk_tangent_block(job->outputs);
-    /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
-    if (job->reverse)
-        job->block = pk__most(
-            1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
-    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
 static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
@@ -727,7 +557,7 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
     whole->pieces += part->pieces;
     whole->refused += part->refused;
     whole->flops += part->flops;
-    whole->passes++;
+    whole->passes += part->passes;
 }
 
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
@@ -751,8 +581,9 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
         }
         job->part = &part;
         if (!status)
-            status = pk__pass(job, (double)first / (double)rows, (double)count / (double)rows);
+            status = pk__passes(job, (double)first / (double)rows, (double)count / (double)rows);
         if (!status) {
+            part.passes = pk__blocks(job->outputs, job->plan.outputs);
             pk__add_summary(&part, whole);
             if (callback)
                 status = callback(user, &part);
@@ -777,16 +608,12 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     return status;
 }
 
-static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
-                               const pk_decompose_options *options, pk_decomposition *whole,
-                               pk_decomposition_part *callback, void *user)
+/* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
+static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
+                              const pk_decompose_options *options, int by_pass, pk_decomposition *whole)
 {
-    pk__job own_job, *job = &own_job;
-    pk_decompose_options defaults;
-    memset(&defaults, 0, sizeof defaults);
-    options = options ? options : &defaults;
     memset(whole, 0, sizeof *whole);
-    pk_status status = pk__check_options(context, run, inputs, options);
+    pk_status status = pk__check_options(context, run, inputs.rows, options);
     if (status)
         return status;
     whole->rows = inputs.rows;
@@ -799,8 +626,25 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
     if (status)
         return status;
     pk__job_begin(job, context, run, inputs, options);
-    status = pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), callback != NULL);
-    if (!status && !callback)
+    return pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), by_pass);
+}
+
+static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+                               const pk_decompose_options *options, pk_decomposition *whole,
+                               pk_decomposition_part *callback, void *user)
+{
+    pk__job own_job, *job = &own_job;
+    pk_decompose_options defaults;
+    memset(&defaults, 0, sizeof defaults);
+    memset(job, 0, sizeof *job);
+    options = options ? options : &defaults;
+    pk_status status = pk__check_inputs(context, run, inputs);
+    memset(whole, 0, sizeof *whole);
+    if (!status)
+        status = pk__plan_job(job, context, run, inputs, options, callback != NULL, whole);
+    if (status)
+        return status;
+    if (!callback)
         status = pk__allocate_results(context, options, whole);
     pk_arena arena = {NULL, 0, 0, 0};
     if (!status) {
@@ -836,6 +680,24 @@ PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_m
     pk_status status = pk__decompose(context, run, inputs, options, summary, part, user);
     memset(summary->kept, 0, sizeof summary->kept);
     summary->kept_count = 0;
+    return status;
+}
+
+PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
+                                   const pk_decompose_options *options, int in_parts, pk_plan *plan)
+{
+    pk__job job;
+    pk_decompose_options defaults;
+    pk_decomposition whole;
+    memset(&defaults, 0, sizeof defaults);
+    memset(&job, 0, sizeof job);
+    if (!run || !plan || !rows)
+        return pk__fail(context, PK_ARGUMENT, "pk_decompose_plan: no run, no rows or no place for the plan");
+    const pk_matrix inputs = {NULL, rows, run->graph.input_width, run->graph.input_width};
+    pk_status status =
+        pk__plan_job(&job, context, run, inputs, options ? options : &defaults, in_parts, &whole);
+    if (!status)
+        *plan = job.plan;
     return status;
 }
 

@@ -40,12 +40,13 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
 PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
 PK_API double pk_rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples. */
+/* Memory of one thread to fill examples, at most rows <= PK_EXAMPLE_BLOCK at a time. */
 typedef struct pk_example_workspace {
     pk_tape tape;
     pk_real *inputs, *targets, *row_gradients;
 } pk_example_workspace;
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace);
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
+                                      pk_example_workspace *workspace);
 PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
 /* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
@@ -136,7 +137,8 @@ static size_t pk__example_rows(const pk_graph *graph)
     return pk__most(1, pk__least(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
 }
 
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk_example_workspace *workspace)
+PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
+                                      pk_example_workspace *workspace)
 {
     size_t most = 0;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -147,7 +149,7 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, pk
         if (node->tangent_form == PK_TANGENT_OUTER)
             most = pk__most(most, node->positions * node->fan_in + node->width);
     }
-    const size_t rows = pk__example_rows(graph);
+    rows = pk__least(rows, pk__example_rows(graph));
     pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     workspace->targets = (pk_real *)pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));

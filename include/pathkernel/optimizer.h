@@ -53,7 +53,8 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
 
 /* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
  * step counts from 0; state (state_vectors x P) is zero before step 0 and is carried on; NULL where there
- * is none. weights, gradient, update: P numbers; state and update overlap nothing. The optimizer has passed
+ * is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
+ * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
  * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. */
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
@@ -146,7 +147,7 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
     const pk_real *weights = call->weights, *gradient = call->gradient;
     pk_real *buffer = call->state, *update = call->update;
     if (momentum == 0) {
-        for (size_t i = 0; i < call->parameters; i++)
+        for (size_t i = 0; update && i < call->parameters; i++)
             update[i] = (pk_real)(-rate * (scale * gradient[i] + decay * weights[i]));
         return;
     }
@@ -156,7 +157,8 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
     for (size_t i = 0; i < call->parameters; i++) {
         double g = scale * gradient[i] + decay * weights[i], m = carry * buffer[i] + gain * g;
         buffer[i] = (pk_real)m;
-        update[i] = (pk_real)(-rate * (direct * g + enter * m));
+        if (update)
+            update[i] = (pk_real)(-rate * (direct * g + enter * m));
     }
 }
 
@@ -204,7 +206,7 @@ static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call,
         first[i] = (pk_real)(blend < 0.5 ? m + blend * (g - m) : g - (g - m) * (1 - blend)); /* torch.lerp */
         second[i] = (pk_real)(beta2 * second[i] + blend2 * g * g);
     }
-    for (size_t i = 0; i < call->parameters; i++)
+    for (size_t i = 0; update && i < call->parameters; i++)
         update[i] =
             (pk_real)(-size * first[i] / (sqrt((double)second[i]) / root + epsilon) - decoupled * weights[i]);
 }

@@ -49,6 +49,9 @@ typedef struct pk_tangent {
     const pk_graph *graph;
     pk_integrator integrator;
     size_t outputs, rows, row_capacity, reverse_points;
+    /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
+     * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
+    size_t unit, first_output, output_count, output_capacity;
     pk_layer_kind *kind;
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
@@ -57,7 +60,7 @@ typedef struct pk_tangent {
         *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
     pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
-    pk_real **phi;   /* POINTS and ROWS: rows x outputs x weights */
+    pk_real **phi;   /* POINTS and ROWS: rows x output_capacity x weights */
     pk_real **check,
         **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
     double allowance; /* c eps of the rounding bound */
@@ -82,19 +85,21 @@ typedef struct pk_tangent {
     double seconds_contraction;
 } pk_tangent;
 
-/* With materialise, Phi of every layer can be had (it costs rows x outputs x P numbers); with bounds, also a
- * bound on its error, number by number (three times that). */
+/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+ * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            int materialise, int bounds, const pk_representation *representation,
-                            pk_tangent *tangent);
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent);
 /* How many test rows make a block, from shapes alone. */
 PK_API size_t pk_tangent_block(size_t outputs);
+/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
  * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
                             size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
-/* phi of the outputs first .. first + count - 1 of one row after pk_tangent_step: (count x layer outputs x layer
- * inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
+/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
+ * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi);
 /* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
@@ -120,6 +125,11 @@ PK__BEGIN_C
 PK_API size_t pk_tangent_block(size_t outputs)
 {
     return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
+}
+
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
+{
+    return pk__most(1, pk__least(outputs, ((size_t)1 << 17) / pk__most(parameters, 1)));
 }
 
 /* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
@@ -192,8 +202,8 @@ static int pk__is_spread(const pk_tangent *tangent, size_t layer)
 }
 
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            int materialise, int bounds, const pk_representation *representation,
-                            pk_tangent *tangent)
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
@@ -202,6 +212,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->graph = graph;
     tangent->outputs = outputs;
     tangent->row_capacity = rows;
+    tangent->unit = unit;
+    tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
     tangent->allowance = pk_rounding_allowance(graph);
     points = pk__most(points, PK_GAUSS_NODES + 2);
     tangent->reverse_points = pk__reverse_points(graph, points, outputs);
@@ -230,11 +242,10 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
             kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
-        pk_real *phi =
-            phi_wanted ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
-        pk_real *check =
-            bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
-        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, both, node->weight_count * sizeof *phi) : NULL;
+        const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
+        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
             tangent->size[l] = size;
@@ -576,20 +587,24 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
     }
 }
 
-/* phi += sum_p w_p delta_p (x) a_p over count points of one row. */
+/* phi += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
 static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, pk_real *phi)
 {
     size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
-    /* Weighted inputs, so that one product serves all outputs. */
+    const size_t chosen = tangent->output_count;
+    delta += tangent->first_output * out;
+    /* Weighted inputs, so that one product serves a unit of outputs. */
     for (size_t p = 0; p < count; p++)
         for (size_t j = 0; j < in; j++)
             tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
-    pk__gemm(1, 0, outputs * out, in, count, 1, delta, outputs * out, tangent->weighted, in, 1, phi, in);
+    for (size_t k = 0; k < chosen; k += tangent->unit)
+        pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
+                 tangent->weighted, in, 1, phi + k * out * in, in);
     if (pk__has_bias(tangent->graph, node)) {
-        pk_real *bias = phi + outputs * out * in;
+        pk_real *bias = phi + chosen * out * in;
         for (size_t p = 0; p < count; p++)
-            for (size_t j = 0; j < outputs * out; j++)
+            for (size_t j = 0; j < chosen * out; j++)
                 bias[j] += weight[p] * delta[p * outputs * out + j];
     }
 }
@@ -600,7 +615,7 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
     const pk_node *node = tangent->node[layer];
     const pk_tape *tape = &tangent->integrator.segment.tape;
     size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
-    size_t count = last - first, at = points->row[first] * outputs * node->weight_count;
+    size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     pk_real *a = tape->value[node->inputs[0]] + first * in;
     pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
     pk__add_outer(tangent, node, count, points->weight + first, a, delta, tangent->phi[layer] + at);
@@ -659,12 +674,13 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
             for (size_t j = 0; j < positions * outputs * out; j++)
                 deltas[(i - p) * positions * outputs * out + j] *= points->weight[i];
         }
-        for (size_t k = 0; k < outputs; k++) {
-            pk_real *phi = tangent->phi[layer] + (points->row[p] * outputs + k) * weights;
-            pk__gemm(1, 0, out, in, pairs, 1, deltas + k * out, outputs * out, places, in, 1, phi, in);
+        for (size_t chosen = 0; chosen < tangent->output_count; chosen++) {
+            const pk_real *delta = deltas + (tangent->first_output + chosen) * out;
+            pk_real *phi = tangent->phi[layer] + (points->row[p] * tangent->output_capacity + chosen) * weights;
+            pk__gemm(1, 0, out, in, pairs, 1, delta, outputs * out, places, in, 1, phi, in);
             for (size_t i = 0; weights > out * in && i < pairs; i++)
                 for (size_t j = 0; j < out; j++)
-                    phi[out * in + j] += deltas[(i * outputs + k) * out + j];
+                    phi[out * in + j] += delta[i * outputs * out + j];
         }
     }
 }
@@ -682,7 +698,9 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
     }
     for (size_t p = 0; p < points->count; p++) {
         const size_t cell = points->row[p] * outputs;
-        const pk_real weight = points->weight[p];
+        const size_t at = points->row[p] * tangent->output_capacity * weights;
+        const pk_real weight = points->weight[p],
+                      *gradient = tangent->scratch + tangent->first_output * weights;
         pk_call call;
         pk__tape_call(tape, node, 1, outputs, &call);
         for (int j = 0; j < node->input_count; j++)
@@ -692,12 +710,12 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         call.weights = pk__row_weights(tape, &tape->line, node, p);
         call.gradient = tangent->scratch;
         pk__node_row_gradients(&call);
-        for (size_t i = 0; i < outputs * weights; i++)
-            tangent->phi[layer][cell * weights + i] += weight * tangent->scratch[i];
-        for (size_t i = 0; tangent->check && i < outputs * weights; i++) {
-            tangent->check[layer][cell * weights + i] += points->check[p] * tangent->scratch[i];
-            tangent->size[layer][cell * weights + i] +=
-                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(tangent->scratch[i]));
+        for (size_t i = 0; i < tangent->output_count * weights; i++)
+            tangent->phi[layer][at + i] += weight * gradient[i];
+        for (size_t i = 0; tangent->check && i < tangent->output_count * weights; i++) {
+            tangent->check[layer][at + i] += points->check[p] * gradient[i];
+            tangent->size[layer][at + i] +=
+                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(gradient[i]));
         }
         for (int v = 0; v < PK_DIRECTIONS; v++)
             for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
@@ -847,6 +865,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
+    const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
     pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
@@ -861,32 +880,34 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * pk__layer_input(graph, node)->width * sizeof(pk_real));
         if (tangent->phi[l] && tangent->integrated[l])
-            memset(tangent->phi[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+            memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
-            memset(tangent->check[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
-            memset(tangent->size[l], 0, rows * outputs * node->weight_count * sizeof(pk_real));
+            memset(tangent->check[l], 0, chosen * node->weight_count * sizeof(pk_real));
+            memset(tangent->size[l], 0, chosen * node->weight_count * sizeof(pk_real));
         }
     }
     size_t before = tangent->integrator.points;
     pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
     tangent->integrator.points_last = tangent->integrator.points - before;
     for (size_t l = 0; tangent->check && l < graph->layers; l++)
-        for (size_t i = 0; i < rows * outputs * tangent->node[l]->weight_count; i++)
+        for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
-/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all
+/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
  * outputs stand one behind the other. */
 static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                             const pk_real *from, pk_real *to)
 {
     const pk_node *node = tangent->node[layer];
-    const size_t outputs = tangent->outputs, weights = node->weight_count;
+    const size_t weights = node->weight_count;
     const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
     const size_t bias = !rows && pk__has_bias(tangent->graph, node) ? node->width : 0, matrix = weights - bias;
-    from += row * outputs * weights;
+    from += row * tangent->output_capacity * weights;
+    first -= tangent->first_output;
     memcpy(to, from + first * matrix, count * matrix * sizeof *to);
-    memcpy(to + count * matrix, from + outputs * matrix + first * bias, count * bias * sizeof *to);
+    memcpy(to + count * matrix, from + tangent->output_count * matrix + first * bias,
+           count * bias * sizeof *to);
 }
 
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
