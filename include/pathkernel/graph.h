@@ -486,6 +486,16 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 
 /* ---- tapes ----------------------------------------------------------------------------------------- */
 
+enum { PK__MANY_POSITIONS = 16 };
+
+/* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
+ * them costs less than a second product. */
+static int pk__has_row_weights(const pk_node *node)
+{
+    return node->weight_count &&
+           (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
+}
+
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
 {
@@ -525,8 +535,8 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
-        if (n && !node->operation->linear_in_weights && node->weight_count > weights)
-            weights = node->weight_count;
+        if (pk__has_row_weights(node))
+            weights = pk__most(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
@@ -574,13 +584,12 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
-/* A node's weights at row row of the line; until the next call. An operation that is linear in its weights is
- * never asked where on the line it is. */
+/* A node's weights at row row of the line; until the next call. */
 PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
                                            size_t row)
 {
     const pk_real *weights = line->weights + node->weight_offset;
-    if (!line->direction || node->operation->linear_in_weights)
+    if (!line->direction || !pk__has_row_weights(node))
         return weights;
     for (size_t i = 0; i < node->weight_count; i++)
         tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
@@ -624,7 +633,7 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
-/* An operation that is not linear in its weights gets own weights for each row: slow, and right. */
+/* Row by row, each with its own weights. */
 static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
 {
     const pk_node *node = whole->node;
@@ -654,7 +663,7 @@ PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_n
     pk__tape_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     int along = line->direction && node->weight_count;
-    if (along && !node->operation->linear_in_weights) {
+    if (along && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->forward);
         return;
     }
@@ -694,7 +703,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
         call.accumulate[j] = node->shared[j];
     }
     int along = line->direction && node->weight_count;
-    if (along && !node->operation->linear_in_weights) {
+    if (along && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->reverse);
         return;
     }
@@ -732,7 +741,7 @@ PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_n
     call.out_tangent = tape->tangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++)
         call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
-    if (call.direction && line->t && !node->operation->linear_in_weights) {
+    if (call.direction && line->t && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->tangent);
         return;
     }

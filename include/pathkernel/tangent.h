@@ -685,7 +685,7 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
     }
 }
 
-/* Phi and along of a layer whose gradients are materialised point by point. */
+/* Phi of a layer whose gradients are materialised point by point. */
 static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
     const pk_node *node = tangent->node[layer];
@@ -693,7 +693,6 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
     size_t outputs = tangent->outputs, weights = node->weight_count;
     if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
         pk__add_rows_places(tangent, layer, points);
-        pk__add_along_places(tangent, layer, points);
         return;
     }
     for (size_t p = 0; p < points->count; p++) {
@@ -717,11 +716,21 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
             tangent->size[layer][at + i] +=
                 (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(gradient[i]));
         }
-        for (int v = 0; v < PK_DIRECTIONS; v++)
-            for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
-                tangent->along[v][cell + k] += weight * pk__dot(weights, tangent->scratch + k * weights,
-                                                                tangent->directions[v] + node->weight_offset);
     }
+}
+
+/* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
+static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t weights = node->weight_count, chosen = tangent->output_count;
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        for (size_t i = 0; tangent->directions[v] && i < tangent->rows * chosen; i++) {
+            const size_t row = i / chosen, k = i % chosen;
+            tangent->along[v][row * tangent->outputs + tangent->first_output + k] +=
+                pk__dot(weights, tangent->phi[layer] + (row * tangent->output_capacity + k) * weights,
+                        tangent->directions[v] + node->weight_offset);
+        }
 }
 
 /* Points of one row side by side: products over a row's points need them so. Stable. */
@@ -807,7 +816,9 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     }
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
-        if (tangent->kind[l] == PK_LAYER_DATA)
+        if (tangent->kind[l] == PK_LAYER_ROWS)
+            pk__add_along_rows(tangent, l);
+        else if (tangent->kind[l] == PK_LAYER_DATA)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
                           tangent->delta[l], NULL);
         else if (tangent->kind[l] == PK_LAYER_LINEAR)
