@@ -696,7 +696,6 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         return;
     }
     for (size_t p = 0; p < points->count; p++) {
-        const size_t cell = points->row[p] * outputs;
         const size_t at = points->row[p] * tangent->output_capacity * weights;
         const pk_real weight = points->weight[p],
                       *gradient = tangent->scratch + tangent->first_output * weights;
