@@ -198,6 +198,8 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
             segment->last_read[node->inputs[j]] = n;
         if (n && pk__is_switch(node)) {
             switches = pk__most(switches, node->operation->switch_count(node));
+            if (segment->last_switch && segment->degree < 2)
+                segment->degree = 2; /* see pk__is_dead */
             segment->last_switch = n;
             if (pk__sample_degree(node) > segment->degree)
                 segment->degree = pk__sample_degree(node);
@@ -403,6 +405,22 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
+/* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
+ * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
+static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+{
+    double largest = 0;
+    for (int k = 1; k < segment->degree; k++)
+        if (values[(size_t)k * switches + j] != 0)
+            return 0;
+    if (segment->degree < 2)
+        return 0;
+    for (size_t i = 0; i < switches; i++)
+        largest = fabs(values[i]) > largest ? fabs(values[i]) : largest;
+    return fabs(values[j]) <= 64 * DBL_EPSILON * largest &&
+           fabs(values[(size_t)segment->degree * switches + j]) <= 64 * DBL_EPSILON * largest;
+}
+
 /* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
  * degree 1 (samples 0 and the last suffice) or at most of the samples' degree. */
 static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, size_t first, pk__root_sink *sink)
@@ -431,7 +449,7 @@ static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, si
             low = c[k] < low ? c[k] : low;
             high = c[k] > high ? c[k] : high;
         }
-        if (!(low < 0 && high > 0))
+        if (!(low < 0 && high > 0) || pk__is_dead(segment, switches, j, values))
             continue;
         sink->scale = high - low;
         pk__isolate(degree, c, 0, 1, sink);
