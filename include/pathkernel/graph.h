@@ -398,7 +398,7 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     node.input_count = input_count;
     node.layer = -1;
     node.tangent_form = operation->tangent_form;
-    node.constants = (pk_real *)constants; /* only read, until it is copied */
+    node.constants = constant_count ? (pk_real *)constants : NULL; /* only read, until it is copied */
     node.constant_count = constant_count;
     memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
     for (int j = 0; j < input_count; j++) {

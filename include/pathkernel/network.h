@@ -210,6 +210,8 @@ static pk_status pk__append_add(pk__parser *parser, int other)
 static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
                                  double *attributes)
 {
+    if (!operation)
+        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
     memcpy(attributes, operation->defaults, PK_NODE_ATTRIBUTES * sizeof *attributes);
     return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
 }
@@ -325,8 +327,8 @@ static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
 /* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
 enum { PK__NORM_AFFINE = PK_NODE_ATTRIBUTES - 1 };
 static const pk_option pk__norm_options[] = {
+    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL}, /* not of batch_norm */
     {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
     {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
     {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
@@ -419,7 +421,7 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     attributes[PK__NORM_AFFINE] = norm;
     pk_status status = pk__named_constants(parser, layer, &array, &numbers);
     if (!status)
-        status = pk__parse_options(parser->context, name, norm ? pk__norm_options : NULL, &rest, attributes);
+        status = pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
     const int affine = attributes[PK__NORM_AFFINE] != 0;
     attributes[PK__NORM_AFFINE] = 0;
     if (!status && array.rank != 2)
