@@ -3904,7 +3904,7 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     node.input_count = input_count;
     node.layer = -1;
     node.tangent_form = operation->tangent_form;
-    node.constants = (pk_real *)constants; /* only read, until it is copied */
+    node.constants = constant_count ? (pk_real *)constants : NULL; /* only read, until it is copied */
     node.constant_count = constant_count;
     memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
     for (int j = 0; j < input_count; j++) {
@@ -3992,6 +3992,16 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 
 /* ---- tapes ----------------------------------------------------------------------------------------- */
 
+enum { PK__MANY_POSITIONS = 16 };
+
+/* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
+ * them costs less than a second product. */
+static int pk__has_row_weights(const pk_node *node)
+{
+    return node->weight_count &&
+           (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
+}
+
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
 {
@@ -4031,8 +4041,8 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
-        if (n && !node->operation->linear_in_weights && node->weight_count > weights)
-            weights = node->weight_count;
+        if (pk__has_row_weights(node))
+            weights = pk__most(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
@@ -4080,13 +4090,12 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
-/* A node's weights at row row of the line; until the next call. An operation that is linear in its weights is
- * never asked where on the line it is. */
+/* A node's weights at row row of the line; until the next call. */
 PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
                                            size_t row)
 {
     const pk_real *weights = line->weights + node->weight_offset;
-    if (!line->direction || node->operation->linear_in_weights)
+    if (!line->direction || !pk__has_row_weights(node))
         return weights;
     for (size_t i = 0; i < node->weight_count; i++)
         tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
@@ -4130,7 +4139,7 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
-/* An operation that is not linear in its weights gets own weights for each row: slow, and right. */
+/* Row by row, each with its own weights. */
 static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
 {
     const pk_node *node = whole->node;
@@ -4160,7 +4169,7 @@ PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_n
     pk__tape_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     int along = line->direction && node->weight_count;
-    if (along && !node->operation->linear_in_weights) {
+    if (along && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->forward);
         return;
     }
@@ -4200,7 +4209,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
         call.accumulate[j] = node->shared[j];
     }
     int along = line->direction && node->weight_count;
-    if (along && !node->operation->linear_in_weights) {
+    if (along && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->reverse);
         return;
     }
@@ -4238,7 +4247,7 @@ PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_n
     call.out_tangent = tape->tangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++)
         call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
-    if (call.direction && line->t && !node->operation->linear_in_weights) {
+    if (call.direction && line->t && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->tangent);
         return;
     }
@@ -7118,6 +7127,8 @@ static pk_status pk__append_add(pk__parser *parser, int other)
 static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
                                  double *attributes)
 {
+    if (!operation)
+        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
     memcpy(attributes, operation->defaults, PK_NODE_ATTRIBUTES * sizeof *attributes);
     return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
 }
@@ -7233,8 +7244,8 @@ static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
 /* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
 enum { PK__NORM_AFFINE = PK_NODE_ATTRIBUTES - 1 };
 static const pk_option pk__norm_options[] = {
+    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL}, /* not of batch_norm */
     {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
     {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
     {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
@@ -7327,7 +7338,7 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     attributes[PK__NORM_AFFINE] = norm;
     pk_status status = pk__named_constants(parser, layer, &array, &numbers);
     if (!status)
-        status = pk__parse_options(parser->context, name, norm ? pk__norm_options : NULL, &rest, attributes);
+        status = pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
     const int affine = attributes[PK__NORM_AFFINE] != 0;
     attributes[PK__NORM_AFFINE] = 0;
     if (!status && array.rank != 2)
@@ -11755,6 +11766,8 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
             segment->last_read[node->inputs[j]] = n;
         if (n && pk__is_switch(node)) {
             switches = pk__most(switches, node->operation->switch_count(node));
+            if (segment->last_switch && segment->degree < 2)
+                segment->degree = 2; /* see pk__is_dead */
             segment->last_switch = n;
             if (pk__sample_degree(node) > segment->degree)
                 segment->degree = pk__sample_degree(node);
@@ -11960,6 +11973,22 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
+/* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
+ * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
+static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+{
+    double largest = 0;
+    for (int k = 1; k < segment->degree; k++)
+        if (values[(size_t)k * switches + j] != 0)
+            return 0;
+    if (segment->degree < 2)
+        return 0;
+    for (size_t i = 0; i < switches; i++)
+        largest = fabs(values[i]) > largest ? fabs(values[i]) : largest;
+    return fabs(values[j]) <= 64 * DBL_EPSILON * largest &&
+           fabs(values[(size_t)segment->degree * switches + j]) <= 64 * DBL_EPSILON * largest;
+}
+
 /* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
  * degree 1 (samples 0 and the last suffice) or at most of the samples' degree. */
 static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, size_t first, pk__root_sink *sink)
@@ -11988,7 +12017,7 @@ static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, si
             low = c[k] < low ? c[k] : low;
             high = c[k] > high ? c[k] : high;
         }
-        if (!(low < 0 && high > 0))
+        if (!(low < 0 && high > 0) || pk__is_dead(segment, switches, j, values))
             continue;
         sink->scale = high - low;
         pk__isolate(degree, c, 0, 1, sink);
@@ -13390,7 +13419,7 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
     }
 }
 
-/* Phi and along of a layer whose gradients are materialised point by point. */
+/* Phi of a layer whose gradients are materialised point by point. */
 static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
     const pk_node *node = tangent->node[layer];
@@ -13398,11 +13427,9 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
     size_t outputs = tangent->outputs, weights = node->weight_count;
     if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
         pk__add_rows_places(tangent, layer, points);
-        pk__add_along_places(tangent, layer, points);
         return;
     }
     for (size_t p = 0; p < points->count; p++) {
-        const size_t cell = points->row[p] * outputs;
         const size_t at = points->row[p] * tangent->output_capacity * weights;
         const pk_real weight = points->weight[p],
                       *gradient = tangent->scratch + tangent->first_output * weights;
@@ -13422,11 +13449,21 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
             tangent->size[layer][at + i] +=
                 (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(gradient[i]));
         }
-        for (int v = 0; v < PK_DIRECTIONS; v++)
-            for (size_t k = 0; tangent->directions[v] && k < outputs; k++)
-                tangent->along[v][cell + k] += weight * pk__dot(weights, tangent->scratch + k * weights,
-                                                                tangent->directions[v] + node->weight_offset);
     }
+}
+
+/* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
+static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t weights = node->weight_count, chosen = tangent->output_count;
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        for (size_t i = 0; tangent->directions[v] && i < tangent->rows * chosen; i++) {
+            const size_t row = i / chosen, k = i % chosen;
+            tangent->along[v][row * tangent->outputs + tangent->first_output + k] +=
+                pk__dot(weights, tangent->phi[layer] + (row * tangent->output_capacity + k) * weights,
+                        tangent->directions[v] + node->weight_offset);
+        }
 }
 
 /* Points of one row side by side: products over a row's points need them so. Stable. */
@@ -13512,7 +13549,9 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     }
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
-        if (tangent->kind[l] == PK_LAYER_DATA)
+        if (tangent->kind[l] == PK_LAYER_ROWS)
+            pk__add_along_rows(tangent, l);
+        else if (tangent->kind[l] == PK_LAYER_DATA)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
                           tangent->delta[l], NULL);
         else if (tangent->kind[l] == PK_LAYER_LINEAR)
