@@ -12,10 +12,17 @@
             record(indices)      # rows of inputs and targets; a scheduler may step before or after
 
 The network, loss and optimizer lines of run.txt are derived from the module, the loss and torch.optim's
-object. What the format cannot say is refused with a RecordError that names it, before anything is written. Two
-checks catch what else would only show later, as a large "unattributed" part: before the first step, the model's
-outputs must be those of the derived network with the weights that parameters_to_vector gives, so layout and
-order agree; at the first `check` steps, the gradient must be that of the declared loss on the declared rows.
+object: the model runs on the first rows of inputs, and what its forward does is written down, whether it is a
+Sequential or hand-written with residuals, views and functions of torch.nn.functional. What the format cannot say
+is refused with a RecordError that names it, before anything is written. Two checks catch what else would only
+show later, as a large "unattributed" part: before the first step, the model's outputs must be those of the
+derived network, at its own weights and at random ones, so layout and order agree; at the first `check` steps,
+the gradient must be that of the declared loss on the declared rows.
+
+A module that cannot be followed may describe itself in the network language, by one method (see describe):
+
+    def pathkernel_line(self):
+        return f"residual( {describe(self.norm, self.inner)} )"
 
 With a DataLoader, wrap the dataset in Indexed: each batch then starts with the row numbers.
 
@@ -26,6 +33,7 @@ flight.
 import functools
 import math
 import os
+import re
 import types
 
 import numpy as np
@@ -33,7 +41,8 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-__all__ = ["Recorder", "RecordError", "Indexed", "Abs", "Erf"]
+__all__ = ["Recorder", "RecordError", "Indexed", "describe", "Abs", "Erf", "Residual", "SelfAttention"]
+__all__ += ["Position", "Token", "MeanTokens"]
 
 
 class RecordError(ValueError):
@@ -54,6 +63,60 @@ class Erf(nn.Module):
         return torch.erf(x)
 
 
+class Residual(nn.Module):
+    """body(x) + shortcut(x), or + x."""
+
+    def __init__(self, body, shortcut=None):
+        super().__init__()
+        self.body, self.shortcut = body, nn.Identity() if shortcut is None else shortcut
+
+    def forward(self, x):
+        return self.body(x) + self.shortcut(x)
+
+
+class SelfAttention(nn.Module):
+    """nn.MultiheadAttention of tokens among themselves; causal: each sees those up to itself."""
+
+    def __init__(self, dim, heads, causal=False, bias=True):
+        super().__init__()
+        self.attention, self.causal = nn.MultiheadAttention(dim, heads, bias=bias, batch_first=True), causal
+
+    def forward(self, x):
+        mask = None
+        if self.causal:
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return self.attention(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+
+class Position(nn.Module):
+    """Adds a learned vector to each token."""
+
+    def __init__(self, tokens, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tokens, dim))
+
+    def forward(self, x):
+        return x + self.weight
+
+
+class Token(nn.Module):
+    """One of the tokens; -1 is the last."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def forward(self, x):
+        return x[:, self.index]
+
+
+class MeanTokens(nn.Module):
+    """The mean of the tokens."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
 class Indexed(torch.utils.data.Dataset):
     """A dataset whose samples start with their index: for indices, x, y in DataLoader(Indexed(data))."""
 
@@ -68,160 +131,768 @@ class Indexed(torch.utils.data.Dataset):
         return (index, *sample) if isinstance(sample, (tuple, list)) else (index, sample)
 
 
-# ---- the network line: words, a function for each, and the modules that they come from
+# ---- modules in words of the network language
 
 
-def _softplus(x, beta=1.0):
-    return torch.logaddexp(beta * x, torch.zeros_like(x)) / beta
-
-
-_FUNCTIONS = {
-    "identity": lambda x: x,
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": _softplus,
-    "leaky_relu": lambda x, slope=0.01: nn.functional.leaky_relu(x, slope),
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
-    "erf": torch.erf,
-    "hard_tanh": nn.functional.hardtanh,
-    "abs": torch.abs,
-}
-_PLAIN = {
-    nn.Identity: "identity",
-    nn.ReLU: "relu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu",
-    Abs: "abs",
-    Erf: "erf",
-}
 _REASONS = {  # by the name of the class, so that old versions of torch need not have it
-    "BatchNorm": "it couples the examples of a batch",
     "InstanceNorm": "the format has no such layer",
     "PReLU": "its slope is trained, the format has a fixed one (LeakyReLU)",
     "RReLU": "it is random",
     "ReLU6": "the format has no such layer",
-    "LogSoftmax": "the format has no such layer; use CrossEntropyLoss on what comes before it",
+    "Parametrized": "its weight comes from other parameters (weight_norm?), not the format's",
 }
+_COUPLES = (
+    "it couples the examples of a batch, so contributions of single examples are not defined; freeze its "
+    "statistics with .eval()"
+)
+_RANDOM = "draws random numbers that the format does not keep; use p=0, or .eval() it"
 
 
 def _number(value):
     return repr(float(value))
 
 
-def _leaves(module, name=""):
-    """(name, module) of the layers of nested Sequentials, in order."""
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-        yield name, module
-        return
-    if len({id(child) for child in module}) != len(module):  # named_children leaves out the second
-        raise RecordError(
-            f"{name or 'the model'} holds the same module twice; weights used twice cannot be recorded"
+def _pair(value):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _words(word, *positional, **options):
+    """A layer's words; an option that is None is left out, one that is True is a flag."""
+    said = [word, *positional]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            said.append(name if value is True else f"{name}={value}")
+    return " ".join(map(str, said))
+
+
+def _by(pair, default=None):
+    return None if pair == default else f"{pair[0]}x{pair[1]}"
+
+
+# A rule turns a module into a list of layers: rule(module, x, options, no) with the module's input x, what else it
+# was called with, and no(reason), the error to raise. A list stands for a rule that returns it.
+
+
+def _leaky_relu(module, x, options, no):
+    if not module.negative_slope > 0:
+        raise no(f"negative_slope = {module.negative_slope}, the format needs a positive one")
+    return [_words("leaky_relu", _number(module.negative_slope))]
+
+
+def _softplus(module, x, options, no):
+    if module.threshold < 20:
+        raise no(f"threshold = {module.threshold} makes a jump that the format's softplus does not have")
+    return ["softplus" if module.beta == 1 else _words("softplus", _number(module.beta))]
+
+
+def _gelu(module, x, options, no):
+    if module.approximate != "none":
+        raise no(f"approximate='{module.approximate}'; the format has the erf form only")
+    return ["gelu"]
+
+
+def _hard_tanh(module, x, options, no):
+    if (module.min_val, module.max_val) != (-1, 1):
+        raise no(f"from {module.min_val} to {module.max_val}; the format has -1 to 1 only")
+    return ["hard_tanh"]
+
+
+def _dropout(module, x, options, no):
+    if module.p != 0 and module.training:
+        raise no(f"dropout {_RANDOM}")
+    return []
+
+
+def _flatten(module, x, options, no):
+    if module.start_dim != 1 or module.end_dim not in (-1, None if x is None else x.ndim - 1):
+        raise no("the format can flatten whole examples only (start_dim=1, end_dim=-1)")
+    return ["flatten"]
+
+
+def _softmax(module, x, options, no):
+    if module.dim != -1 and (x is None or module.dim != x.ndim - 1):
+        raise no(f"dim = {module.dim}; the format has the last dimension only (dim=-1)")
+    return ["softmax" if isinstance(module, nn.Softmax) else "log_softmax"]
+
+
+def _dense(module, x, options, no):
+    return [_words("dense", module.out_features, nobias=module.bias is None)]
+
+
+def _convolution(module, x, options, no):
+    if module.padding_mode != "zeros":
+        raise no(f"padding_mode = '{module.padding_mode}'; the format pads with zeros")
+    pad = (0, 0) if module.padding == "valid" else module.padding
+    if pad == "same":
+        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+        if any(total % 2 for total in both):
+            raise no("padding='same' pads one side more than the other here, the format both alike")
+        pad = tuple(total // 2 for total in both)
+    return [
+        _words(
+            "conv",
+            module.out_channels,
+            _by(module.kernel_size),
+            stride=_by(_pair(module.stride), (1, 1)),
+            pad=_by(_pair(pad), (0, 0)),
+            dilation=_by(_pair(module.dilation), (1, 1)),
+            groups=None if module.groups == 1 else module.groups,
+            nobias=module.bias is None,
         )
-    for child, inner in module.named_children():
-        yield from _leaves(inner, f"{name}.{child}" if name else child)
+    ]
 
 
-def _layer(where, module):
-    """The words of one module."""
+def _pool(module, x, options, no):
+    largest, pad = isinstance(module, nn.MaxPool2d), _pair(module.padding)
+    if module.ceil_mode:
+        raise no("ceil_mode=True; the format has whole windows only")
+    if largest and (_pair(module.dilation) != (1, 1) or module.return_indices):
+        raise no("dilation and return_indices are not in the format")
+    if not largest and (module.divisor_override or (pad != (0, 0) and not module.count_include_pad)):
+        raise no("divisor_override and count_include_pad=False are not in the format")
+    kernel = _pair(module.kernel_size)
+    stride = kernel if module.stride in (None, []) else _pair(module.stride)
+    word = "max_pool" if largest else "avg_pool"
+    return [_words(word, _by(kernel), stride=_by(stride, kernel), pad=_by(pad, (0, 0)))]
+
+
+def _global_average(module, x, options, no):
+    if _pair(module.output_size) != (1, 1):
+        raise no(f"output_size = {module.output_size}; the format averages whole images only (1)")
+    return ["global_avg_pool"]
+
+
+def _batch_norm(module, x, options, no):
+    if module.training or module.running_mean is None:
+        raise no(_COUPLES if module.training else "without running statistics " + _COUPLES)
+    statistics = torch.stack([module.running_mean, module.running_var])
+    name = _Trace.now.constant("norm", statistics) if _Trace.now else "norm"
+    return [_words("batch_norm", name, epsilon=_number(module.eps), noaffine=module.weight is None)]
+
+
+def _layer_norm(module, x, options, no):
+    bias, dims = getattr(module, "bias", None) is not None, len(module.normalized_shape)
+    root = type(module).__name__ == "RMSNorm"
+    eps, dims = module.eps, None if dims == 1 else dims
+    if root and eps is None:
+        eps = torch.finfo(module.weight.dtype if x is None else x.dtype).eps
+    alone = module.weight is not None and not bias and not root  # a factor without a summand
+    plain = _words("rms_norm" if root else "layer_norm", epsilon=_number(eps), dims=dims)
+    if alone or module.weight is None:
+        plain += " noaffine"
+    return [plain] + [_words("affine", "nobias", dims=dims or 1)] * alone
+
+
+def _embedding(module, x, options, no):
+    for setting in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, setting) is not None and getattr(module, setting) is not False:
+            raise no(f"{setting} = {getattr(module, setting)} is not in the format")
+    return [_words("embedding", module.num_embeddings, module.embedding_dim)]
+
+
+def _is_causal(mask, x, no):
+    if mask is None:
+        return False
+    hidden = mask if mask.dtype == torch.bool else mask == -math.inf
+    later = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    if mask.ndim != 2 or not (mask.dtype == torch.bool or bool((mask[~hidden] == 0).all())):
+        raise no("its mask is neither none nor that of causal attention")
+    if not torch.equal(hidden, later) and bool(hidden.any()):
+        raise no("its mask is neither none nor that of causal attention")
+    return bool(hidden.any())
+
+
+def _attention(module, x, options, no):
+    options = {k: v for k, v in options.items() if k not in ("need_weights", "average_attn_weights")}
+    mask = options.pop("attn_mask", None)
+    causal = options.pop("is_causal", False)
+    if any(v is not None for v in options.values()) or (causal and mask is None):
+        raise no(f"called with {', '.join(options) or 'is_causal alone'}; the format has causal masks only")
+    if not module.batch_first:
+        raise no("the format has batch_first=True only")
+    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        raise no("kdim, vdim, add_bias_kv and add_zero_attn are not in the format")
+    if module.dropout and module.training:
+        raise no(f"dropout {_RANDOM}")
+    return [
+        _words(
+            "attention",
+            module.num_heads,
+            causal=_is_causal(mask, x, no),
+            nobias=module.in_proj_bias is None,
+        )
+    ]
+
+
+def _encoder_layer(module, x, options, no):
+    """Of nn.TransformerEncoder: its parameters come in another order than its layers, see _parameters."""
+    if options.get("src_key_padding_mask") is not None:
+        raise no("src_key_padding_mask is not in the format")
+    for dropout in (module.dropout, module.dropout1, module.dropout2):
+        _dropout(dropout, x, {}, no)
+    kind = getattr(module.activation, "__name__", type(module.activation).__name__).lower()
+    if kind not in ("relu", "gelu"):
+        raise no(f"activation {kind} is not supported here")
+    attention = _attention(module.self_attn, x, {"attn_mask": options.get("src_mask")}, no)
+    first, second = (_layer_norm(norm, x, {}, no) for norm in (module.norm1, module.norm2))
+    dense = [*_dense(module.linear1, x, {}, no), kind, *_dense(module.linear2, x, {}, no)]
+    if module.norm_first:
+        return [_residual(first + attention), _residual(second + dense)]
+    return [_residual(attention), *first, _residual(dense), *second]
+
+
+def _parameters(module):
+    """A module's parameters in the order of the language."""
+    if hasattr(module, "pathkernel_parameters"):
+        return list(module.pathkernel_parameters())
+    if type(module) is nn.TransformerEncoderLayer:
+        order = ["norm1", "self_attn", "norm2", "linear1", "linear2"]
+        if not module.norm_first:
+            order = ["self_attn", "norm1", "linear1", "linear2", "norm2"]
+        return [p for name in order for p in getattr(module, name).parameters()]
+    return list(module.parameters())
+
+
+def _residual(body, shortcut=()):
+    if not body:
+        body, shortcut = shortcut, body
+    return f"residual( {'; '.join(body) or 'identity'}{' | ' if shortcut else ''}{'; '.join(shortcut)} )"
+
+
+_MODULES = {
+    nn.Identity: [],
+    nn.ReLU: ["relu"],
+    nn.Tanh: ["tanh"],
+    nn.Sigmoid: ["sigmoid"],
+    nn.SiLU: ["silu"],
+    Abs: ["abs"],
+    Erf: ["erf"],
+    nn.LeakyReLU: _leaky_relu,
+    nn.Softplus: _softplus,
+    nn.GELU: _gelu,
+    nn.Hardtanh: _hard_tanh,
+    nn.Softmax: _softmax,
+    nn.LogSoftmax: _softmax,
+    nn.Dropout: _dropout,
+    nn.Dropout1d: _dropout,
+    nn.Dropout2d: _dropout,
+    nn.Dropout3d: _dropout,
+    nn.AlphaDropout: _dropout,
+    nn.FeatureAlphaDropout: _dropout,
+    nn.Flatten: _flatten,
+    nn.Linear: _dense,
+    nn.Conv2d: _convolution,
+    nn.MaxPool2d: _pool,
+    nn.AvgPool2d: _pool,
+    nn.AdaptiveAvgPool2d: _global_average,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoderLayer: _encoder_layer,
+}
+if hasattr(nn, "RMSNorm"):
+    _MODULES[nn.RMSNorm] = _layer_norm
+_OWN = {"weight", "bias", "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
+
+
+def _layers(module, where, x=None, options=None):
+    """The layers of one module in words."""
     kind = type(module)
     no = lambda reason: RecordError(f"{where}: {reason}")
-    if kind is nn.Linear:
-        if [n for n, _ in module.named_parameters()] not in (["weight"], ["weight", "bias"]):
-            raise no("its weight comes from other parameters (weight_norm, pruning?), not the format's")
-        return f"dense {module.out_features}" + (" nobias" if module.bias is None else "")
-    if kind in _PLAIN:
-        return _PLAIN[kind]
-    if kind is nn.LeakyReLU:
-        if not module.negative_slope > 0:
-            raise no(f"negative_slope = {module.negative_slope}, the format needs a positive one")
-        return "leaky_relu " + _number(module.negative_slope)
-    if kind is nn.Softplus:
-        if module.threshold < 20:
-            raise no(f"threshold = {module.threshold} makes a jump that the format's softplus does not have")
-        return "softplus" if module.beta == 1 else "softplus " + _number(module.beta)
-    if kind is nn.GELU:
-        if getattr(module, "approximate", "none") != "none":
-            raise no(f"approximate='{module.approximate}'; the format has the erf form only")
-        return "gelu"
-    if kind is nn.Hardtanh:
-        if (module.min_val, module.max_val) != (-1, 1):
-            raise no(f"from {module.min_val} to {module.max_val}; the format has -1 to 1 only")
-        return "hard_tanh"
-    if kind is nn.Flatten:
-        if (module.start_dim, module.end_dim) != (1, -1):
-            raise no("the format can flatten whole examples only (start_dim=1, end_dim=-1)")
-        return "identity"  # so that the layers keep the numbers they have in the Sequential
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        if module.p != 0 and module.training:
-            raise no("dropout draws random numbers that the format does not keep; use p=0, or .eval() it")
-        return "identity"
-    reason = next((r for n, r in _REASONS.items() if kind.__name__.startswith(n)), None)
-    raise no(
-        reason
-        or "not supported. Supported are nested Sequentials of Linear, ReLU, LeakyReLU, Tanh, Sigmoid, "
-        "Softplus, GELU, SiLU, Hardtanh, Identity, Flatten, Dropout(p=0), and Abs and Erf of this file. A module "
-        "with its own forward that only chains these: say so by network='input 64; dense 32; relu; dense 10'"
-    )
+    if hasattr(module, "pathkernel_line"):
+        return [module.pathkernel_line()]
+    if kind not in _MODULES:
+        reason = next((r for n, r in _REASONS.items() if kind.__name__.startswith(n)), None)
+        raise no(
+            reason
+            or "not supported (examples/pytorch/README.md lists what is); give it a method pathkernel_line that "
+            "says what it does in the network language, or pass network="
+        )
+    rule = _MODULES[kind]
+    layers = rule if isinstance(rule, list) else rule(module, x, options or {}, no)
+    if kind is not nn.TransformerEncoderLayer and not _OWN.issuperset(
+        n for n, _ in module.named_parameters()
+    ):
+        raise no("its weight comes from other parameters (weight_norm, pruning?), not the format's")
+    return layers
 
 
-def network_line(model):
-    """The network line of nested Sequentials of supported layers."""
-    lines, width = [], None
-    for number, (name, module) in enumerate(_leaves(model)):
-        kind = type(module).__name__
-        where = f"layer {number} ('{name}', {kind})" if name else f"the model ({kind})"
-        lines.append(_layer(where, module))
-        if isinstance(module, nn.Linear):
-            if width is None:
-                lines.insert(0, f"input {module.in_features}")
-            elif module.in_features != width:
-                raise RecordError(
-                    f"{where}: takes {module.in_features} inputs, the layers before it give {width}"
-                )
-            width = module.out_features
-    if width is None:
-        raise RecordError("the model has no Linear layer, so nothing to train")
-    return "; ".join(lines)
-
-
-def _parse_network(line):
-    """[(word, numbers)], parameters, input width, output width."""
-    layers, count, first = [], 0, None
-    for text in line.split(";"):
-        words = text.split()
-        if first is None:
-            if len(words) != 2 or words[0] != "input":
-                raise RecordError(f"network: it starts with 'input' and its shape, not with '{text.strip()}'")
-            first = width = math.prod(int(n) for n in words[1].split("x"))
-        elif words[:1] == ["dense"] and len(words) > 1 and words[2:] in ([], ["nobias"]):
-            bias = len(words) == 2
-            layers.append(("dense", (width, int(words[1]), bias)))
-            width = int(words[1])
-            count += (layers[-1][1][0] + bias) * width
-        elif words and words[0] in _FUNCTIONS:
-            layers.append((words[0], [float(w) for w in words[1:]]))
+def describe(*modules):
+    """Layers in the network language, for a module's own pathkernel_line: of modules of torch.nn, Sequentials, and
+    modules that have one themselves. A module's parameters are taken in the order in which it registered them; where
+    that is not their order in its line, it has a method pathkernel_parameters that returns them in that order.
+    """
+    said = []
+    for module in modules:
+        if type(module) is nn.Sequential:
+            said += [describe(*module)] if len(module) else []
         else:
-            raise RecordError(f"network: '{text.strip()}' is not a layer of the format")
-    return layers, count, first, width
+            said += _layers(module, type(module).__name__)
+    return "; ".join(word for word in said if word)
 
 
-def _evaluate(layers, weights, x):
-    """The network with its weights in one vector: each layer's weight (out, in), then its bias."""
-    at, x = 0, x.reshape(len(x), -1)
-    for word, numbers in layers:
-        if word != "dense":
-            x = _FUNCTIONS[word](x, *numbers)
-            continue
-        width, out, bias = numbers
-        x = x @ weights[at : at + out * width].reshape(out, width).T
-        at += out * width
-        if bias:
-            x = x + weights[at : at + out]
-            at += out
-    return x
+# ---- what a forward does
+
+
+_FUNCTIONS = {  # functions and methods that are modules: their other arguments are the module's
+    **{n: nn.ReLU for n in ("relu", "relu_")},
+    **{n: nn.Tanh for n in ("tanh", "tanh_")},
+    **{n: nn.Sigmoid for n in ("sigmoid", "sigmoid_")},
+    "silu": nn.SiLU,
+    "abs": Abs,
+    "erf": Erf,
+    "leaky_relu": nn.LeakyReLU,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "hardtanh": nn.Hardtanh,
+    "softmax": nn.Softmax,
+    "log_softmax": nn.LogSoftmax,
+    "dropout": nn.Dropout,
+    "max_pool2d": nn.MaxPool2d,
+    "avg_pool2d": nn.AvgPool2d,
+    "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
+}
+_LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal"}
+_VIEWS = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as"}
+_SAME = {"contiguous", "clone", "to", "alias"}
+
+
+class _Value:
+    """A value of a forward: `layers` lead to it from the value `before`, through which all of its paths go."""
+
+    def __init__(self, trace, before, layers=(), parameters=(), refusal=None):
+        self.trace, self.before, self.refusal = trace, before, refusal
+        self.layers, self.parameters = list(layers), list(parameters)
+        self.number, trace.values = trace.values, trace.values + 1
+
+    def since(self, start):
+        """(layers, parameters) from start to here."""
+        layers, parameters, value = [], [], self
+        while value is not start:
+            if value.refusal:
+                raise value.refusal
+            layers[:0], parameters[:0], value = value.layers, value.parameters, value.before
+        return layers, parameters
+
+
+def _common(a, b):
+    """The last value through which all paths to both go."""
+    while a is not b:
+        if a.number > b.number:
+            a = a.before
+        else:
+            b = b.before
+    return a
+
+
+class _Traced(torch.Tensor):
+    """A tensor that remembers, as its `value`, where it comes from."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        found = []
+        plain = _plain(arguments, found), _plain(options or {}, found)
+        out = function(*plain[0], **plain[1])
+        return found[0].value.trace.function(function.__name__, arguments, options or {}, plain, found, out)
+
+
+def _plain(given, found):
+    """given with ordinary tensors in place of traced ones, which are appended to found."""
+    if isinstance(given, _Traced):
+        found.append(given)
+        return given.as_subclass(torch.Tensor)
+    if isinstance(given, dict):
+        return {key: _plain(value, found) for key, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(_plain(value, found) for value in given)
+    return given
+
+
+class _Trace:
+    """The network line of a model: runs it on rows, and writes down the modules and functions on the way."""
+
+    now = None
+
+    def __init__(self, model, rows):
+        self.model, self.values, self.constants, self.used = model, 0, {}, set()
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self.order = {id(p): i for i, p in enumerate(model.parameters())}
+        self.shape, self.input = tuple(rows.shape[1:]), _Value(self, None)
+        call = nn.Module.__call__
+        _Trace.now = self
+        nn.Module.__call__ = lambda module, *arguments, **options: self.module(
+            call, module, arguments, options
+        )
+        try:
+            with torch.no_grad():
+                out = model(self.wrap(rows, self.input))
+        except RecordError:
+            raise
+        except Exception as error:
+            raise RecordError(
+                f"the model cannot be followed on the first rows of inputs, {rows.dtype} {tuple(rows.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            nn.Module.__call__, _Trace.now = call, None
+        if not isinstance(out, _Traced):
+            raise RecordError(f"the model returns a {type(out).__name__} that does not come from its input")
+        layers, self.parameters = out.value.since(self.input)
+        self.line = "; ".join(["input " + "x".join(map(str, self.shape or (1,))), *layers])
+        seen = set()
+        for p in self.parameters:
+            name = next((n for n, q in model.named_parameters() if q is p), "?")
+            if id(p) in seen:
+                raise RecordError(f"parameter '{name}' would be a weight in two layers of '{self.line}'")
+            seen.add(id(p))
+        for name, p in model.named_parameters():
+            if id(p) not in seen:
+                raise RecordError(f"parameter '{name}' is in no layer on the way from input to output")
+
+    def wrap(self, tensor, value):
+        traced = tensor.as_subclass(_Traced)
+        traced.value = value
+        return traced
+
+    def constant(self, stem, array):
+        name = f"{stem}{len(self.constants)}"
+        self.constants[name] = array.detach().cpu().numpy().copy()
+        return name
+
+    def module(self, call, module, arguments, options):
+        """Instead of module(*arguments, **options): one layer, if it is one, or what its forward does."""
+        found, kind = [], type(module)
+        plain, plain_options = _plain(arguments, found), _plain(options, found)
+        follow = kind in (nn.Sequential, nn.TransformerEncoder) or not kind.__module__.startswith("torch.nn.")
+        if not found or (follow and kind not in _MODULES and not hasattr(module, "pathkernel_line")):
+            return call(module, *arguments, **options)
+        name, before = self.names.get(id(module), ""), found[0].value
+        where = (
+            f"layer {self.values - 1} ('{name}', {kind.__name__})" if name else f"the model ({kind.__name__})"
+        )
+        values = {
+            nn.MultiheadAttention: ("query", "key", "value"),
+            nn.TransformerEncoderLayer: ("src", "src_mask"),
+        }
+        values = values.get(kind, ("input",))
+        rest = {**dict(zip(values, arguments)), **options}
+        rest = {k: v for k, v in rest.items() if k not in ("query", "key", "value", "src", "input")}
+        if any(t.value is not before for t in found) or (kind in _MODULES and len(arguments) > len(values)):
+            raise RecordError(
+                f"{where}: called with more than one value; the format has one, and attention of tokens among "
+                "themselves"
+            )
+        parameters = _parameters(module)
+        if parameters and id(module) in self.used:
+            raise RecordError(f"{where}: the same module twice; weights used twice cannot be recorded")
+        self.used.add(id(module))
+        layers = _layers(module, where, found[0], rest)
+        try:
+            out = call(module, *plain, **plain_options)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise RecordError(
+                f"{where} does not take {found[0].dtype} {tuple(found[0].shape)}: {error}"
+            ) from error
+        value = _Value(self, before, layers, parameters)
+        return (self.wrap(out[0], value), *out[1:]) if isinstance(out, tuple) else self.wrap(out, value)
+
+    def function(self, name, arguments, options, plain, found, out):
+        """The result of a function of torch on traced values, with where it comes from."""
+        if name in _LOOKS:
+            raise RecordError(
+                f"the forward of the model looks at its numbers ({name}), so it is not one network"
+            )
+        if not isinstance(out, (torch.Tensor, tuple, list)) or isinstance(out, torch.Size):
+            return out
+        x, before, refusal, layers, parameters = found[0], found[0].value, None, [], []
+        where = f"layer {self.values - 1} (function {name})"
+        try:
+            if len(found) == 2 and name in ("add", "add_", "__add__", "__iadd__"):
+                if options.get("alpha", 1) != 1 or found[0].shape != found[1].shape:
+                    raise RecordError(f"{where}: the format adds values of the same shape only")
+                branches = [t.value for t in found]
+                start = _common(*branches)
+                branches = [branch.since(start) for branch in branches]
+                # The order of PyTorch's parameters, where it can be.
+                branches.sort(key=lambda b: min((self.order.get(id(p), 0) for p in b[1]), default=math.inf))
+                layers = [_residual(branches[0][0], branches[1][0])]
+                before, parameters = start, branches[0][1] + branches[1][1]
+            elif len(found) != 1:
+                raise RecordError(f"{where}: of several values the format has the sum only")
+            else:
+                rest = [v for v in arguments if v is not x]
+                layers, parameters = self.layer(name, where, x, rest, options, out)
+        except RecordError as error:  # a value that does not matter may be what it is
+            refusal = error
+        wrap = lambda t: self.wrap(t, _Value(self, before, layers, parameters, refusal))
+        return wrap(out) if isinstance(out, torch.Tensor) else type(out)(map(wrap, out))
+
+    def layer(self, name, where, x, rest, options, out):
+        """(layers, parameters) of a function of one traced value."""
+        number = rest[0] if len(rest) == 1 and not options and isinstance(rest[0], (int, float)) else None
+        if name in _FUNCTIONS:
+            options = {k: v for k, v in options.items() if k[0] != "_" and not (k == "dtype" and v is None)}
+            training = options.pop("training", True)
+            module = _FUNCTIONS[name](*rest, **options).train(training)
+            return _layers(module, where, x), []
+        if name in _SAME and out.dtype == x.dtype:
+            return [], []
+        if name in _VIEWS:
+            whole = lambda t: [n for n in t.shape if n != 1]
+            if self.values == 1 and len(out) == len(x):  # rows of numbers become images, or images rows
+                self.shape = tuple(out.shape[1:])
+                return [], []
+            if out.ndim == 2 and len(out) == len(x):
+                return ["flatten"], []
+            if whole(out) == whole(x) and len(out) == len(x):
+                return [], []
+        if name == "mean":
+            dims = rest[0] if rest else options.get("dim")
+            dims = sorted(d % x.ndim for d in ([dims] if isinstance(dims, int) else dims or ()))
+            if x.ndim == 4 and dims == [2, 3]:
+                return ["global_avg_pool"], []
+            if x.ndim == 3 and dims == [1]:
+                return ["mean_tokens"], []
+        if name in ("__getitem__", "select") and x.ndim == 3 and not options:
+            key = list(rest[0]) if name == "__getitem__" and isinstance(rest[0], tuple) else rest
+            if name == "select":
+                key = [slice(None), rest[1]] if rest[0] == 1 else []
+            if len(key) > 1 and isinstance(key[1], int) and all(k == slice(None) for k in key[:1] + key[2:]):
+                return [f"token {key[1]}"], []
+        if name in ("mul", "mul_", "__mul__", "__rmul__") and number is not None:
+            return [f"scale {_number(number)}"], []
+        if name in ("div", "div_", "__truediv__") and number:
+            return [f"scale {_number(1 / number)}"], []
+        if name == "neg":
+            return ["scale -1"], []
+        if name in ("sin", "sin_"):
+            return ["sine"], []
+        if name in ("add", "add_", "__add__", "__radd__") and len(rest) == 1 and torch.is_tensor(rest[0]):
+            return self.summand(where, x, rest[0])
+        raise RecordError(
+            f"{where}: the format has no such layer here, from {tuple(x.shape)} to "
+            f"{tuple(getattr(out, 'shape', ()))}; give the module around it a method pathkernel_line, or pass network="
+        )
+
+    def summand(self, where, x, tensor):
+        """Tokens plus what does not depend on the input: a learned position, or fixed numbers."""
+        if x.ndim != 3 or tensor.numel() != x[0].numel():
+            raise RecordError(f"{where}: the format adds to tokens x width only, one number to each")
+        same = [p for p in self.model.parameters() if p.numel() == tensor.numel()]
+        same = [p for p in same if p.data_ptr() == tensor.data_ptr()] or [
+            p for p in same if torch.equal(p.reshape(-1), tensor.reshape(-1))
+        ]
+        if same:
+            return ["position"], same[:1]
+        name = self.constant("constant", tensor.reshape(x.shape[1:]))
+        return [_residual([f"constant {name}"])], []
+
+
+# ---- the network language
+
+
+def _take_affine(net, shape, bias=True):
+    return net.take(*shape), net.take(*shape) if bias else None
+
+
+def _w_dense(net, x, outputs, nobias=False, init=None, gain=None):
+    y = x @ net.take(outputs, x.shape[-1]).T
+    return y if nobias else y + net.take(outputs)
+
+
+def _w_conv(
+    net, x, channels, kernel, stride=1, pad=0, dilation=1, groups=1, nobias=False, init=None, gain=None
+):
+    weight = net.take(channels, x.shape[1] // groups, *_pair(kernel))
+    bias = None if nobias else net.take(channels)
+    return nn.functional.conv2d(x, weight, bias, stride, pad, dilation, groups)
+
+
+def _w_layer_norm(net, x, epsilon=1e-5, dims=1, noaffine=False):
+    shape = x.shape[-dims:]
+    affine = (None, None) if noaffine else _take_affine(net, shape)
+    return nn.functional.layer_norm(x, shape, *affine, epsilon)
+
+
+def _w_rms_norm(net, x, epsilon=2.220446049250313e-16, dims=1, noaffine=False):
+    y = x * ((x * x).mean(tuple(range(-dims, 0)), keepdim=True) + epsilon).rsqrt()
+    return y if noaffine else y * net.take(*x.shape[-dims:])
+
+
+def _w_affine(net, x, nobias=False, dims=1):
+    shape = x.shape[-dims:] if dims else (x.shape[1], *(1,) * (x.ndim - 2))
+    factor, summand = _take_affine(net, shape, not nobias)
+    return x * factor if nobias else x * factor + summand
+
+
+def _w_batch_norm(net, x, name, epsilon=1e-5, noaffine=False):
+    affine = (None, None) if noaffine else _take_affine(net, (x.shape[1],))
+    mean, variance = net.constant(name)
+    return nn.functional.batch_norm(x, mean, variance, *affine, False, 0, epsilon)
+
+
+def _w_attention(net, x, heads, causal=False, shared=False, nobias=False):
+    batch, tokens, width = x.shape
+    parts = _w_dense(net, x, (1 if shared else 3) * width, nobias).split(width, 2)
+    q, k, v = (p.reshape(batch, tokens, heads, -1).transpose(1, 2) for p in parts * (3 if shared else 1))
+    scores = q @ k.transpose(2, 3) / (width // heads) ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
+    y = (scores.softmax(3) @ v).transpose(1, 2).reshape(x.shape)
+    return _w_dense(net, y, width, nobias)
+
+
+def _w_propagate(net, x, name):
+    row, column, value = net.constant(name).T
+    return torch.zeros_like(x).index_add(1, row.long(), value[:, None] * x[:, column.long()])
+
+
+_WORDS = {  # of the language, on tensors; net gives weights and arrays
+    "identity": lambda net, x: x,
+    "relu": lambda net, x: torch.relu(x),
+    "tanh": lambda net, x: torch.tanh(x),
+    "sigmoid": lambda net, x: torch.sigmoid(x),
+    "softplus": lambda net, x, beta=1.0: torch.logaddexp(beta * x, torch.zeros_like(x)) / beta,
+    "leaky_relu": lambda net, x, slope=0.01: nn.functional.leaky_relu(x, slope),
+    "gelu": lambda net, x: nn.functional.gelu(x),
+    "silu": lambda net, x: nn.functional.silu(x),
+    "erf": lambda net, x: torch.erf(x),
+    "sine": lambda net, x, beta=1.0: torch.sin(beta * x),
+    "hard_tanh": lambda net, x: nn.functional.hardtanh(x),
+    "abs": lambda net, x: torch.abs(x),
+    "scale": lambda net, x, factor: factor * x,
+    "softmax": lambda net, x: x.softmax(-1),
+    "log_softmax": lambda net, x: x.log_softmax(-1),
+    "dense": _w_dense,
+    "conv": _w_conv,
+    "max_pool": lambda net, x, kernel, stride=None, pad=0: nn.functional.max_pool2d(x, kernel, stride, pad),
+    "avg_pool": lambda net, x, kernel, stride=None, pad=0: nn.functional.avg_pool2d(x, kernel, stride, pad),
+    "global_avg_pool": lambda net, x: x.mean((2, 3)),
+    "flatten": lambda net, x: x.flatten(1),
+    "layer_norm": _w_layer_norm,
+    "rms_norm": _w_rms_norm,
+    "affine": _w_affine,
+    "batch_norm": _w_batch_norm,
+    "embedding": lambda net, x, tokens, width: net.take(tokens, width)[x.long()],
+    "position": lambda net, x: x + net.take(*x.shape[1:]),
+    "attention": _w_attention,
+    "token": lambda net, x, index: x[:, index],
+    "mean_tokens": lambda net, x: x.mean(1),
+    "select": lambda net, x: x[torch.arange(len(x)), net.data.reshape(-1).long()],
+    "constant": lambda net, x, name: net.constant(name).expand(len(x), -1, -1),
+    "propagate": _w_propagate,
+}
+_RANKS = {  # of the values that words take, where it matters
+    **{word: 3 for word in ("conv", "max_pool", "avg_pool", "global_avg_pool")},
+    **{word: 2 for word in ("position", "attention", "token", "mean_tokens", "select", "propagate")},
+    "embedding": 1,
+}
+
+
+def _option(text):
+    """A number, a pair such as 3x3, or a name."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+", text) else text
+
+
+class _Network:
+    """A network line as a function of torch, written apart from the modules: what the recorder compares with."""
+
+    def __init__(self, line, constants):
+        self.line, self.constants = line, constants
+        parts = re.findall(r"[;|()]|[^;|()\s]+", line)
+        if len(parts) < 2 or parts[0] != "input" or not re.fullmatch(r"\d+(x\d+)*", parts[1]):
+            raise RecordError(f"network: it starts with 'input' and its shape, not with '{line[:40]}'")
+        self.shape, self.parts = tuple(map(int, parts[1].split("x"))), parts[2:]
+        self.layers = []
+        if self.parts[:1] == [";"]:
+            self.parts.pop(0)
+            self.layers = self._parse()
+        if self.parts:
+            raise RecordError(f"network: '{' '.join(self.parts[:4])}' is out of place in '{line}'")
+        with torch.no_grad():
+            self.outputs = self(None, torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:]
+        self.count = self.at
+
+    def _parse(self):
+        """[(word, positional, options)] up to what ends a branch; a residual has two such lists."""
+        layers = []
+        while True:
+            words = []
+            while self.parts and self.parts[0] not in (";", "|", "(", ")"):
+                words.append(self.parts.pop(0))
+            if words == ["residual"] and self.parts[:1] == ["("]:
+                self.parts.pop(0)
+                branches = [self._parse()]
+                if self.parts[:1] == ["|"]:
+                    self.parts.pop(0)
+                    branches.append(self._parse())
+                if self.parts[:1] != [")"]:
+                    raise RecordError(f"network: the ')' of a residual is missing in '{self.line}'")
+                self.parts.pop(0)
+                layers.append(("residual", branches, {}))
+            elif words and words[0] in _WORDS:
+                values = [
+                    w
+                    for w in words[1:]
+                    if "=" not in w and w not in ("nobias", "noaffine", "causal", "shared")
+                ]
+                options = dict(
+                    w.split("=", 1) if "=" in w else (w, True) for w in words[1:] if w not in values
+                )
+                options = {k: v if v is True else _option(v) for k, v in options.items()}
+                layers.append((" ".join(words), [_option(v) for v in values], options))
+            else:
+                raise RecordError(f"network: '{' '.join(words)}' is not a layer that the recorder knows")
+            if self.parts[:1] != [";"]:
+                return layers
+            self.parts.pop(0)
+
+    def __call__(self, weights, x):
+        """The outputs, with all weights in one vector: layers in order, branches in order. None: zeros."""
+        self.weights, self.at, self.data = weights, 0, x.reshape(len(x), *self.shape)
+        return self._run(self.layers, self.data)
+
+    def _run(self, layers, x):
+        for text, values, options in layers:
+            word = text.split()[0]
+            try:
+                if x.ndim != 1 + _RANKS.get(word, x.ndim - 1):
+                    raise ValueError(f"it takes values in {_RANKS[word]} dimensions")
+                if word == "residual":
+                    branches = [self._run(branch, x) for branch in values]
+                    branches.append(x)
+                    if branches[0].shape != branches[1].shape:
+                        raise ValueError(
+                            f"its branches are {', '.join(str(tuple(b.shape[1:])) for b in branches)}"
+                        )
+                    x = branches[0] + branches[1]
+                else:
+                    x = _WORDS[word](self, x, *values, **options)
+            except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+                if isinstance(error, RecordError):
+                    raise
+                raise RecordError(
+                    f"network: '{text}' does not fit values of {tuple(x.shape[1:])}: {error}"
+                ) from None
+        return x
+
+    def take(self, *shape):
+        first, self.at = self.at, self.at + math.prod(shape)
+        if self.weights is None:
+            return torch.zeros(shape, dtype=torch.float64)
+        return self.weights[first : self.at].reshape(shape)
+
+    def constant(self, name):
+        if name not in self.constants:
+            raise RecordError(f"network: the array '{name}' is missing: constants={{'{name}': ...}}")
+        return torch.as_tensor(np.asarray(self.constants[name], np.float64))
 
 
 # ---- the loss line
@@ -416,7 +1087,7 @@ def _numbers(values):
 
 def _array(values, what):
     values = _numbers(values)
-    if values.dtype.kind in "biu" and what == "targets":
+    if values.dtype.kind in "biu" and what == "targets" or values.dtype in (np.int32, np.int64):
         return values.astype(np.int64)
     if values.dtype not in (np.float32, np.float64):
         raise RecordError(f"{what} are {values.dtype}, not float32 or float64; pass what the model is given")
@@ -430,9 +1101,13 @@ class Recorder:
 
     loss        a word of the format (docs/run-directory.md), or a module of torch.nn with reduction="mean"
     inputs      (N, ...) and targets: all training data, tensors or arrays, in the order that indices refer to
-    network     the network line, for a module with its own forward; derived where it is None
+    network     the network line, where it cannot be derived; weights are then in the order of model.parameters()
+    constants   {name: array} of the arrays that such a line names
     second_moments  True: also record Adam's second moments; otherwise they are recomputed
     check       at how many first steps the gradient is checked
+
+    record.parameters are the model's parameters in the order of the network line, which is that of weights.npy: where
+    a model registers them in the order in which it uses them, that of parameters_to_vector(model.parameters()).
     """
 
     def __init__(
@@ -445,35 +1120,74 @@ class Recorder:
         inputs,
         targets,
         network=None,
+        constants=None,
         second_moments=False,
         check=1,
     ):
         self.directory, self.model, self.optimizer = os.fspath(directory), model, optimizer
         self.loss, self.rule = loss_line(loss), optimizer_line(optimizer)
-        self.network = network or network_line(model)
-        _check_parameters(model, optimizer)
-        self.layers, count, width, outputs = _parse_network(self.network)
-        self.parameters = list(model.parameters())
-        if sum(p.numel() for p in self.parameters) != count:
-            has = sum(p.numel() for p in self.parameters)
-            raise RecordError(
-                f"the model has {has} parameters, '{self.network}' has {count}; is a weight in two layers?"
-            )
         self.inputs, self.targets = _array(inputs, "inputs"), _array(targets, "targets")
         if len(self.inputs) != len(self.targets) or not len(self.inputs):
             raise RecordError(f"{len(self.inputs)} inputs and {len(self.targets)} targets")
-        if math.prod(self.inputs.shape[1:]) != width:
+        self.parameters, self.constants = list(model.parameters()), dict(constants or {})
+        if not self.parameters:
+            raise RecordError("the model has no parameters, so nothing to train")
+        _check_parameters(model, optimizer)
+        self._watch_modes()
+        if network is None:
+            first = self.parameters[0]
+            with torch.random.fork_rng([first.device] if first.is_cuda else []):
+                trace = _Trace(model, self._rows(slice(8)))
+            self.network, self.parameters, self.constants = trace.line, trace.parameters, trace.constants
+        elif self._mode_problem():
+            raise RecordError(self._mode_problem())
+        else:
+            self.network = network
+        self.net = _Network(self.network, self.constants)
+        has = sum(p.numel() for p in self.parameters)
+        if has != self.net.count:
+            raise RecordError(
+                f"the model has {has} parameters, '{self.network}' has {self.net.count}; is a weight in two layers?"
+            )
+        if math.prod(self.inputs.shape[1:]) != math.prod(self.net.shape):
             raise RecordError(f"inputs of shape {self.inputs.shape} do not fit '{self.network}'")
-        self._check_targets(outputs)
+        if len(self.net.outputs) != 1:
+            raise RecordError(
+                f"the outputs of '{self.network}' are {tuple(self.net.outputs)} numbers, the format has one vector"
+            )
+        self._check_targets(self.net.outputs[0])
         self.moments = second_moments
         if second_moments and self.rule.startswith("sgd"):
             raise RecordError("second_moments=True is for Adam and AdamW")
-        self.dropouts = [
-            m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p != 0
-        ]
         self._check_outputs()
         self.check, self.steps, self.failed = check, 0, False
         self.files, self.pending, self.scale, self.settings, self.mean = None, [], None, None, ()
+
+    def _rows(self, rows):
+        """Rows of the inputs as the model takes them."""
+        rows, first = torch.as_tensor(self.inputs[rows]).clone(), self.parameters[0]
+        return rows.to(first) if rows.is_floating_point() else rows.to(first.device)
+
+    def _watch_modes(self):
+        """Modules that draw random numbers or couple the examples of a batch when they train, and their numbers."""
+        self.random = [
+            m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
+        ]
+        self.random += [m for m in self.model.modules() if isinstance(m, nn.MultiheadAttention) and m.dropout]
+        self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.fixed = [
+            (b, b._version) for m in self.norms for b in (m.running_mean, m.running_var) if b is not None
+        ]
+
+    def _mode_problem(self):
+        """What is wrong with the modes of modules, if anything."""
+        if any(m.training for m in self.random):
+            return f"a Dropout is in training mode: dropout {_RANDOM}"
+        if any(m.training or m.running_mean is None for m in self.norms):
+            return f"a BatchNorm is in training mode: {_COUPLES}"
+        if any(b._version != version for b, version in self.fixed):
+            return "the running statistics of a BatchNorm have changed since the recording began"
+        return None
 
     def _check_targets(self, outputs):
         y = self.targets
@@ -487,10 +1201,13 @@ class Recorder:
             raise RecordError(f"targets have shape {y.shape}, the network has {outputs} outputs")
 
     def _check_outputs(self):
-        """The model is the network of the line, with weights in the order of parameters_to_vector: compared at
-        its own weights and at random ones, which tell every parameter from every other."""
-        first = self.parameters[0]
-        rows = torch.as_tensor(self.inputs[:8])
+        """The model is the network of the line, with weights in the order of self.parameters: compared at its own
+        weights and at random ones, which tell every parameter from every other."""
+        first, rows = self.parameters[0], torch.as_tensor(self.inputs[:8])
+        if not rows.is_floating_point() and "embedding" not in self.network and "select" not in self.network:
+            raise RecordError(f"inputs are {self.inputs.dtype}, and '{self.network}' takes numbers")
+        order = {id(p): n for n, p in self.model.named_parameters()}
+        names = [order[id(p)] for p in self.parameters]
         saved = [p.detach().clone() for p in self.parameters]
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng([first.device] if first.is_cuda else []), torch.no_grad():
@@ -498,9 +1215,11 @@ class Recorder:
                 for attempt in range(2):
                     if attempt:
                         for p in self.parameters:
-                            p.copy_(torch.randn(p.shape, generator=generator) / max(p.shape[-1], 1) ** 0.5)
-                    given = self.model(rows.to(first)).double().cpu()
-                    wanted = _evaluate(self.layers, self._weights().double(), rows.double())
+                            random = torch.randn(p.shape, generator=generator)
+                            fan_in = p.numel() // max(len(p), 1)
+                            p.copy_(random / fan_in**0.5 if p.ndim > 1 else 1 + random / 2)
+                    given = self.model(self._rows(slice(8))).double().cpu()
+                    wanted = self.net(self._weights().double(), rows.double())
                     if given.shape != wanted.shape:
                         raise RecordError(
                             f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
@@ -510,7 +1229,7 @@ class Recorder:
                     if not error < (1e-4 if first.dtype == torch.float32 else 1e-7):
                         raise RecordError(
                             f"the model is not '{self.network}' with the weights in the order of "
-                            f"parameters_to_vector(model.parameters()): outputs differ by {error:.2g}"
+                            f"{', '.join(names)}: outputs differ by {error:.2g}"
                         )
             finally:
                 for p, value in zip(self.parameters, saved):
@@ -523,12 +1242,14 @@ class Recorder:
 
     def __enter__(self):
         os.makedirs(self.directory, exist_ok=True)
-        for name in [f + ".npy" for f in _FILES] + ["train_inputs.npy", "train_targets.npy", "run.txt"]:
+        arrays = {f"constant_{name}": np.asarray(array) for name, array in self.constants.items()}
+        arrays.update(train_inputs=self.inputs, train_targets=self.targets)
+        for name in [f + ".npy" for f in (*_FILES, *arrays)] + ["run.txt"]:
             if os.path.lexists(os.path.join(self.directory, name)):
                 raise RecordError(f"{os.path.join(self.directory, name)} exists already: record elsewhere")
         weights = self._weights().numpy()
-        np.save(os.path.join(self.directory, "train_inputs.npy"), np.ascontiguousarray(self.inputs))
-        np.save(os.path.join(self.directory, "train_targets.npy"), np.ascontiguousarray(self.targets))
+        for name, array in arrays.items():
+            np.save(os.path.join(self.directory, name + ".npy"), np.ascontiguousarray(array))
         self.files = {}
         for name in _FILES:
             vector = name in ("second_moments", "weights")
@@ -638,8 +1359,8 @@ class Recorder:
                     "run (CyclicLR and OneCycleLR: cycle_momentum=False)"
                 )
             self.settings = groups
-        if any(m.training for m in self.dropouts):
-            raise self._refusal("a Dropout was switched to training")
+        if self._mode_problem():
+            raise self._refusal(self._mode_problem())
         row = [_numbers(p) for p in self.parameters]  # no copies on the CPU
         finite = all(math.isfinite(np.vdot(a, a)) or np.isfinite(a).all() for a in row)  # the latter is slow
         if not finite or not math.isfinite(rate):
@@ -669,7 +1390,7 @@ class Recorder:
         w = self.old.double().requires_grad_()
         items = torch.as_tensor(items.astype(np.int64))
         with torch.enable_grad():
-            f = _evaluate(self.layers, w, torch.as_tensor(self.inputs)[items].double())
+            f = self.net(w, torch.as_tensor(self.inputs)[items].double())
             y = _one_hot(torch.as_tensor(self.targets)[items], f)
             losses = _LOSSES[self.loss](f, y) * torch.as_tensor(weights)
             wanted = scale * torch.autograd.grad(losses.sum(), w)[0]

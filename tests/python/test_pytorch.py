@@ -22,7 +22,20 @@ from torch import nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "..", "examples", "pytorch"))
-from pathkernel_record import Abs, Erf, Indexed, RecordError, Recorder, _Growing  # noqa: E402
+from pathkernel_record import (  # noqa: E402
+    Abs,
+    Erf,
+    Indexed,
+    MeanTokens,
+    Position,
+    RecordError,
+    Recorder,
+    Residual,
+    SelfAttention,
+    Token,
+    _Growing,
+    describe,
+)
 
 PROGRAM = os.environ.get("PATHKERNEL_DECOMPOSE") or shutil.which("pathkernel-decompose")
 N, IN, HIDDEN, OUT, M, BATCH, STEPS = 24, 5, 7, 3, 5, 6, 15
@@ -78,6 +91,7 @@ OPTIMIZERS = {
 
 class Case(unittest.TestCase):
     worst = {}
+    set_tests = None  # other inputs than those of decompose()
 
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="pathkernel-")
@@ -117,7 +131,9 @@ class Case(unittest.TestCase):
         return x, y
 
     def decompose(self, dtype=F64, expected=0, *options):
-        self.tests = torch.randn(M, IN, generator=torch.Generator().manual_seed(11), dtype=F64).to(dtype)
+        self.tests = self.set_tests
+        if self.tests is None:
+            self.tests = torch.randn(M, IN, generator=torch.Generator().manual_seed(11), dtype=F64).to(dtype)
         inputs, out = os.path.join(self.folder, "x.npy"), os.path.join(self.folder, "out")
         np.save(inputs, self.tests.numpy())
         done = subprocess.run(
@@ -321,10 +337,10 @@ class Runs(Case):
         torch.manual_seed(5)
         model = Net().double()
         optimizer = torch.optim.Adam([{"params": [p]} for p in reversed(list(model.parameters()))], lr=0.01)
-        with self.assertRaisesRegex(RecordError, "Net.*own forward"):
-            Recorder(
-                self.run_dir, model, loss="softmax_cross_entropy", optimizer=optimizer, inputs=x, targets=y
-            )
+        derived = Recorder(
+            self.run_dir, model, loss="softmax_cross_entropy", optimizer=optimizer, inputs=x, targets=y
+        )
+        self.assertEqual(derived.network, f"input {IN}; dense {HIDDEN}; tanh; dense {OUT}")
         with Recorder(
             self.run_dir,
             model,
@@ -385,6 +401,352 @@ class Runs(Case):
         self.assertEqual(np.load(os.path.join(self.run_dir, "weights.npy")).shape[0], 4)
         self.certify(model)
         self.assertEqual(optimizer.step.__func__, type(optimizer).step)  # as it was
+
+
+class Swapped(nn.Module):
+    """Its parameters are registered in another order than they are used."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.b, self.a = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class BasicBlock(nn.Module):
+    """ResNet's, as it is usually written."""
+
+    def __init__(self, channels, planes, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = None
+        if stride != 1 or channels != planes:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 3, 3, padding=1)
+        self.layer1, self.layer2 = nn.Sequential(BasicBlock(3, 3)), BasicBlock(3, 4, 2)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(4, OUT)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(nn.functional.relu(self.conv1(x)), 2)
+        x = self.avgpool(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(x, 1))
+
+
+class LeNet(nn.Module):
+    """Functions and views, of images that come as rows of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 4, 2)
+        self.fc = nn.Linear(4, OUT)
+
+    def forward(self, x):
+        F = nn.functional
+        x = F.avg_pool2d(torch.sigmoid(self.conv1(x.view(-1, 1, 6, 6))), 2)
+        x = F.gelu(self.conv2(x)) / 2
+        assert x.shape[1:] == (4, 1, 1)
+        return self.fc(F.dropout(x.view(x.size(0), -1), 0.5, self.training and False))
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks by hand, learned positions by an embedding of arange, a causal mask made on the way."""
+
+    def __init__(self, vocabulary=7, tokens=4, width=6, positions="learned"):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        if positions == "learned":
+            self.positions = nn.Embedding(tokens, width)
+        else:
+            self.register_buffer("positions", torch.randn(tokens, width))
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.up, self.down, self.out = nn.Linear(width, 8), nn.Linear(8, width), nn.Linear(width, OUT)
+
+    def forward(self, x):
+        T = x.shape[1]
+        p = self.positions
+        x = self.embed(x) * 6**0.5 + (p if torch.is_tensor(p) else p(torch.arange(T, device=x.device)))
+        mask = torch.triu(torch.full((T, T), -torch.inf, dtype=x.dtype), 1)
+        y = self.norms[0](x)
+        y, _ = self.attention(y, y, y, attn_mask=mask)
+        x = x + y
+        x = x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
+        return self.out(x[:, -1])
+
+
+class Modules(Case):
+    """Each kind of module: recorded, derived, decomposed."""
+
+    def images(self, shape, dtype=F64, n=N):
+        g = torch.Generator().manual_seed(7)
+        return torch.randn(n, *shape, generator=g, dtype=F64).to(dtype)
+
+    def tokens(self, count, vocabulary=7, n=N):
+        return torch.randint(vocabulary, (n, count), generator=torch.Generator().manual_seed(7))
+
+    def check(
+        self, model, x, line=None, optimizer="adamw", dtype=F64, ordered=True, loss="softmax_cross_entropy"
+    ):
+        """Trains and certifies; the rows of weights.npy are parameters_to_vector's where `ordered`."""
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        torch.manual_seed(4)
+        with torch.no_grad():  # factors of norms that differ, so that their order matters
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        model = model.to(dtype)
+        y = torch.randint(OUT, (len(x),), generator=torch.Generator().manual_seed(8))
+        x = x if x.dtype == torch.int64 else x.to(dtype)
+        self.train(model, OPTIMIZERS[optimizer](model.parameters()), steps=4, loss=loss, recorded_data=(x, y))
+        with open(os.path.join(self.run_dir, "run.txt")) as file:
+            said = file.read().split("\n")[1].split(None, 1)[1]
+        if line is not None:
+            self.assertEqual(said, line)
+        last = np.load(os.path.join(self.run_dir, "weights.npy"))[-1]
+        now = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+        self.assertEqual(np.array_equal(last, now), ordered)
+        self.set_tests = (
+            self.images(x.shape[1:], dtype, M) if x.is_floating_point() else self.tokens(x.shape[1], n=M)
+        )
+        # float32 runs are evaluated in float64: a normalisation's rounding is larger than a layer's
+        return self.certify(model)
+
+    def test_convolutions(self):
+        conv = lambda **options: nn.Sequential(
+            nn.Conv2d(2, 4, (3, 2), **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(OUT)
+        )
+        x = self.images((2, 6, 5))
+        for said, options in (
+            ("conv 4 3x2", {}),
+            ("conv 4 3x2 stride=2x1 pad=1x0 nobias", dict(stride=(2, 1), padding=(1, 0), bias=False)),
+            ("conv 4 3x2 dilation=2x2 groups=2", dict(dilation=2, groups=2)),
+            ("conv 4 3x2", dict(padding="valid")),
+            ("conv 4 3x2 pad=1x1 dilation=1x2", dict(padding="same", dilation=(1, 2))),
+        ):
+            for optimizer, dtype in (("sgd", F64), ("adamw", F64), ("adamw", F32)):
+                with self.subTest(said, optimizer=optimizer, dtype=dtype):
+                    model = conv(**options)
+                    model(x[:1].float())
+                    line = f"input 2x6x5; {said}; tanh; flatten; dense {OUT}"
+                    self.check(model, x, line, optimizer, dtype)
+
+    def test_pools(self):
+        x = self.images((2, 6, 6))
+        for said, pool in (
+            ("max_pool 2x2", nn.MaxPool2d(2)),
+            ("max_pool 3x2 stride=2x1 pad=1x0", nn.MaxPool2d((3, 2), (2, 1), (1, 0))),
+            ("avg_pool 3x3 stride=2x2 pad=1x1", nn.AvgPool2d(3, 2, 1)),
+            ("global_avg_pool", nn.AdaptiveAvgPool2d(1)),
+        ):
+            for optimizer in ("momentum", "adamw"):
+                with self.subTest(said, optimizer=optimizer):
+                    model = nn.Sequential(
+                        nn.Conv2d(2, 3, 3, padding=1), pool, nn.ReLU(), nn.Flatten(), nn.LazyLinear(OUT)
+                    )
+                    model(x[:1].float())
+                    line = f"input 2x6x6; conv 3 3x3 pad=1x1; {said}; relu; flatten; dense {OUT}"
+                    self.check(model, x, line, optimizer)
+
+    def test_norms(self):
+        def around(*layers):
+            return nn.Sequential(nn.Linear(5, 4), *layers, nn.Tanh(), nn.Flatten(), nn.Linear(12, OUT))
+
+        norms = [
+            ("layer_norm epsilon=1e-05", nn.LayerNorm(4)),
+            ("layer_norm epsilon=0.001 dims=2", nn.LayerNorm((3, 4), 1e-3)),
+            ("layer_norm epsilon=1e-05 noaffine", nn.LayerNorm(4, elementwise_affine=False)),
+            ("softmax", nn.Softmax(-1)),
+            ("log_softmax", nn.LogSoftmax(2)),
+            ("batch_norm norm0 epsilon=1e-05", nn.BatchNorm1d(3).eval()),
+        ]
+        if hasattr(nn, "RMSNorm"):
+            norms += [
+                ("rms_norm epsilon=2.220446049250313e-16", nn.RMSNorm(4)),
+                ("rms_norm epsilon=0.01 dims=2 noaffine", nn.RMSNorm((3, 4), 0.01, False)),
+                ("layer_norm epsilon=1e-05 noaffine; affine nobias dims=1", nn.LayerNorm(4, bias=False)),
+            ]
+        for said, norm in norms:
+            for optimizer in ("sgd", "adamw"):
+                with self.subTest(said, optimizer=optimizer):
+                    line = f"input 3x5; dense 4; {said}; tanh; flatten; dense {OUT}"
+                    self.check(around(norm), self.images((3, 5)), line, optimizer)
+        self.check(around(nn.LayerNorm(4)), self.images((3, 5)), dtype=F32)
+        if hasattr(nn, "RMSNorm"):  # its epsilon depends on the type
+            line = f"input 3x5; dense 4; rms_norm epsilon={2.0**-23}; tanh; flatten; dense {OUT}"
+            self.check(around(nn.RMSNorm(4)), self.images((3, 5)), line, dtype=F32)
+
+    def test_batch_norm(self):
+        for affine, said in ((True, ""), (False, " noaffine")):
+            norm = nn.BatchNorm2d(3, eps=1e-3, affine=affine)
+            norm(torch.randn(9, 3, 4, 4) * 2 + 1)  # statistics of their own
+            model = nn.Sequential(
+                nn.Conv2d(1, 3, 3),
+                norm.eval(),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(3, OUT),
+            )
+            line = (
+                f"input 1x6x6; conv 3 3x3; batch_norm norm0 epsilon=0.001{said}; relu; global_avg_pool; flatten; "
+                f"dense {OUT}"
+            )
+            self.check(model, self.images((1, 6, 6)), line)
+            saved = np.load(os.path.join(self.run_dir, "constant_norm0.npy"))
+            np.testing.assert_array_equal(saved, torch.stack([norm.running_mean, norm.running_var]))
+
+    def test_tokens(self):
+        for dtype in (F64, F32):
+            model = nn.Sequential(
+                nn.Embedding(7, 6),
+                Position(4, 6),
+                Residual(nn.Sequential(nn.LayerNorm(6), SelfAttention(6, 2, causal=True))),
+                Residual(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))),
+                Residual(nn.Linear(6, 5), nn.Linear(6, 5, bias=False)),
+                SelfAttention(5, 1, bias=False),
+                MeanTokens(),
+                nn.Linear(5, OUT),
+            )
+            line = (
+                "input 4; embedding 7 6; position; residual( layer_norm epsilon=1e-05; attention 2 causal ); "
+                "residual( layer_norm epsilon=1e-05; dense 8; gelu; dense 6 ); residual( dense 5 | dense 5 nobias ); "
+                "attention 1 nobias; mean_tokens; dense 3"
+            )
+            self.check(model, self.tokens(4), line, dtype=dtype)
+        model = nn.Sequential(nn.Embedding(7, 6), nn.Tanh(), Token(-1), nn.Linear(6, OUT))
+        self.check(model, self.tokens(4), "input 4; embedding 7 6; tanh; token -1; dense 3", "momentum")
+
+    def test_own_forwards(self):
+        body = (
+            "residual( conv 3 3x3 pad=1x1 nobias; batch_norm norm0 epsilon=1e-05; relu; conv 3 3x3 pad=1x1 nobias; "
+            "batch_norm norm1 epsilon=1e-05 )"
+        )
+        shortcut = body.replace("conv 3 3x3 pad=1x1", "conv 4 3x3 stride=2x2 pad=1x1", 1)
+        shortcut = shortcut.replace("conv 3", "conv 4").replace("norm1", "norm3").replace("norm0", "norm2")
+        shortcut = shortcut[:-2] + " | conv 4 1x1 stride=2x2 nobias; batch_norm norm4 epsilon=1e-05 )"
+        self.check(
+            ResNet().eval(),
+            self.images((1, 8, 8)),
+            f"input 1x8x8; conv 3 3x3 pad=1x1; relu; max_pool 2x2; {body}; relu; {shortcut}; relu; global_avg_pool; "
+            f"flatten; dense {OUT}",
+        )
+        self.check(
+            LeNet(),
+            self.images((36,)),
+            f"input 1x6x6; conv 3 3x3; sigmoid; avg_pool 2x2; conv 4 2x2; gelu; scale 0.5; flatten; dense {OUT}",
+            "momentum",
+        )
+        block = (
+            "residual( layer_norm epsilon=1e-05; attention 2 causal ); "
+            f"residual( layer_norm epsilon=1e-05; dense 8; gelu; dense 6 ); token -1; dense {OUT}"
+        )
+        start = f"input 4; embedding 7 6; scale {6 ** 0.5!r}; "
+        self.check(Transformer(), self.tokens(4), start + "position; " + block, ordered=False)
+        self.check(
+            Transformer(positions="fixed"),
+            self.tokens(4),
+            start + "residual( constant constant0 ); " + block,
+            ordered=False,
+        )
+
+    def test_encoder_layers(self):
+        for first in (False, True):
+            layer = nn.TransformerEncoderLayer(
+                6, 2, 8, dropout=0.0, activation="gelu", batch_first=True, norm_first=first
+            )
+            model = nn.Sequential(
+                nn.Embedding(7, 6),
+                nn.TransformerEncoder(layer, 2, **({} if first else {"norm": nn.LayerNorm(6)})),
+                Token(0),
+                nn.Linear(6, OUT),
+            )
+            self.check(model, self.tokens(3), ordered=False)
+
+    def test_order_of_use(self):
+        """Registered otherwise than used: rows are in the network's order, that of record.parameters."""
+        model = nn.Sequential(nn.Linear(IN, 6), Swapped(), nn.Linear(6, OUT))
+        self.check(
+            model, self.images((IN,)), "input 5; dense 6; dense 6; tanh; dense 6; dense 3", ordered=False
+        )
+        last = torch.tensor(np.load(os.path.join(self.run_dir, "weights.npy"))[-1])
+        used = [
+            *model[0].parameters(),
+            *model[1].a.parameters(),
+            *model[1].b.parameters(),
+            *model[2].parameters(),
+        ]
+        self.assertTrue(torch.equal(last, nn.utils.parameters_to_vector(used).detach()))
+
+    def test_own_line(self):
+        class Gate(nn.Module):
+            """y = x + W2 tanh(W1 x), by what tracing cannot follow."""
+
+            def __init__(self):
+                super().__init__()
+                self.last, self.first = nn.Linear(6, 6), nn.Linear(6, 6)
+
+            def forward(self, x):
+                flat = x.reshape(-1)  # not rows any more
+                y = torch.stack([self.last(torch.tanh(self.first(row))) for row in flat.split(6)])
+                return flat.reshape(-1, 6) + y
+
+            def pathkernel_line(self):
+                return f"residual( {describe(self.first, nn.Sequential(nn.Tanh(), self.last))} )"
+
+            def pathkernel_parameters(self):
+                return [*self.first.parameters(), *self.last.parameters()]
+
+        model = nn.Sequential(nn.Linear(IN, 6), Gate(), nn.Linear(6, OUT))
+        line = "input 5; dense 6; residual( dense 6; tanh; dense 6 ); dense 3"
+        self.check(model, self.images((IN,)), line, ordered=False)
+
+    def test_given_line(self):
+        """What no module gives: an array of the user's."""
+
+        class Graph(nn.Module):
+            def __init__(self, matrix):
+                super().__init__()
+                self.matrix, self.first, self.second = matrix, nn.Linear(2, 6), nn.Linear(6, OUT)
+
+            def forward(self, x):
+                return self.second(
+                    torch.einsum("ij,bjd->bid", self.matrix, torch.tanh(self.first(x))).mean(1)
+                )
+
+        matrix = torch.tensor([[0.5, 0.5, 0], [0, 1, 0], [0.3, 0, 0.7]], dtype=F64)
+        triples = [[i, j, float(matrix[i, j])] for i in range(3) for j in range(3) if matrix[i, j]]
+        model, x, y = Graph(matrix).double(), self.images((3, 2)), data()[1]
+        line = "input 3x2; dense 6; tanh; propagate a; mean_tokens; dense 3"
+        self.train(
+            model,
+            OPTIMIZERS["adam"](model.parameters()),
+            steps=4,
+            recorded_data=(x, y),
+            network=line,
+            constants={"a": np.array(triples)},
+        )
+        self.set_tests = self.images((3, 2), F64, M)
+        self.certify(model)
 
 
 class Crash(Case):
@@ -497,15 +859,15 @@ class Refusals(Case):
             ("Dropout.*random", nn.Dropout(0.1)),
             ("GELU.*erf", nn.GELU(approximate="tanh")),
             ("PReLU.*trained", nn.PReLU()),
-            ("LayerNorm.*not supported", nn.LayerNorm(6)),
+            ("LSTM.*not supported.*pathkernel_line", nn.LSTM(6, 6)),
             ("Hardtanh.*-1 to 1", nn.Hardtanh(-2, 2)),
             ("ReLU6", nn.ReLU6()),
             ("Conv1d", nn.Conv1d(1, 1, 1)),
             ("LeakyReLU.*positive", nn.LeakyReLU(-0.1)),
             ("Softplus.*threshold", nn.Softplus(threshold=1)),
             ("Flatten.*whole", nn.Flatten(0)),
-            ("takes 5 inputs.*give 6", nn.Linear(5, 6)),
-            ("LogSoftmax.*CrossEntropyLoss", nn.LogSoftmax(1)),
+            (r"layer 1 .*does not take torch.float64 \(8, 6\)", nn.Linear(5, 6)),
+            ("LogSoftmax.*last dimension", nn.LogSoftmax(0)),
             ("weight_norm", nn.utils.weight_norm(nn.Linear(6, 6))),
         ):
             with self.subTest(str(layer)):
@@ -518,7 +880,7 @@ class Refusals(Case):
         tied[2].weight = tied[1].weight
         self.refuse("two layers", tied)
         self.refuse(
-            "no Linear",
+            "no parameters",
             nn.Sequential(nn.Tanh()),
             optimizer=lambda m: torch.optim.SGD([torch.zeros(1)], lr=1),
             inputs=None,
@@ -530,14 +892,6 @@ class Refusals(Case):
         self.refuse("outputs differ", network="input 5; dense 7; relu; dense 6 nobias; tanh; dense 3")
 
     def test_parameters_in_another_order(self):
-        class Swapped(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.b, self.a = nn.Linear(6, 6), nn.Linear(6, 6)
-
-            def forward(self, x):
-                return self.b(torch.tanh(self.a(x)))
-
         self.refuse(
             "order of",
             Swapped().double(),
@@ -607,11 +961,14 @@ class Refusals(Case):
         ):
             with self.subTest(words):
                 self.refuse(words, loss=loss)
-        self.refuse("inputs are int64", inputs=torch.ones(N, IN, dtype=torch.int64))
+        self.refuse("does not take torch.int64", inputs=torch.ones(N, IN, dtype=torch.int64))
         self.refuse("24 inputs and 23 targets", targets=y[1:])
         self.refuse("from 0 to 2", targets=y + 1)
         self.refuse("NaN", inputs=x / 0)
-        self.refuse("do not fit", inputs=x[:, :4])
+        self.refuse("does not take", inputs=x[:, :4])
+        self.refuse(
+            "do not fit", inputs=x[:, :4], network="input 5; dense 7; tanh; dense 6 nobias; tanh; dense 3"
+        )
         self.refuse("3 outputs", loss="mean_squared", targets=x)
 
     def test_steps(self):
@@ -672,6 +1029,108 @@ class Refusals(Case):
 
         attempt("clipped without record.clip", clipped)
 
+    def test_modes_and_statistics(self):
+        model = (
+            nn.Sequential(nn.Linear(IN, 6), nn.BatchNorm1d(6), nn.Dropout(0.1), nn.Linear(6, OUT))
+            .double()
+            .eval()
+        )
+        x, y = data()
+        for words, change in (
+            ("step 0: a BatchNorm is in training mode.*couples", lambda: model[1].train()),
+            ("step 0: a Dropout is in training mode", lambda: model[2].train()),
+            ("step 0: the running statistics.*changed", lambda: model[1].running_var.mul_(2)),
+        ):
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.1)
+            with self.subTest(words), self.assertRaisesRegex(RecordError, words):
+                options = dict(loss="softmax_cross_entropy", optimizer=optimizer, inputs=x, targets=y)
+                with Recorder(self.run_dir, model, **options) as record:
+                    nn.functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    change()
+                    record(range(N))
+        shutil.rmtree(self.run_dir)
+        line = "input 5; dense 6; tanh; dense 3"
+        model.train()[2].eval()
+        self.refuse("BatchNorm is in training mode", model, network=line)
+
+    def test_layers(self):
+        """Options and forwards that the format does not have."""
+
+        class Own(nn.Module):
+            def __init__(self, forward, **modules):
+                super().__init__()
+                self.own = forward
+                for name, module in modules.items():
+                    setattr(self, name, module)
+
+            def forward(self, x):
+                return self.own(self, x)
+
+        image = lambda *layers: nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(OUT))
+        attend = lambda **o: nn.MultiheadAttention(8, 2, **{"batch_first": True, **o})
+        attending = lambda call, **o: Own(
+            lambda m, x: m.o(call(m.a, x[:, 0])[0].mean(1)), a=attend(**o), o=nn.Linear(8, OUT)
+        )
+        self_attending = lambda **o: attending(lambda a, x: a(x, x, x), **o)
+        embed = lambda **o: nn.Sequential(nn.Embedding(7, 4, **o), MeanTokens(), nn.Linear(4, OUT))
+        x, images = torch.randn(N, IN).double(), torch.randn(N, 2, 8, 8).double()
+        tokens, dense = torch.randint(7, (N, 4)), nn.Linear(IN, OUT)
+        for words, inputs, model in (
+            (
+                "padding_mode = 'reflect'",
+                images,
+                image(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")),
+            ),
+            ("padding='same'", images, image(nn.Conv2d(3, 3, 2, padding="same"))),
+            ("ceil_mode", images, image(nn.MaxPool2d(2, ceil_mode=True))),
+            ("dilation", images, image(nn.MaxPool2d(2, dilation=2))),
+            ("count_include_pad", images, image(nn.AvgPool2d(2, padding=1, count_include_pad=False))),
+            ("divisor_override", images, image(nn.AvgPool2d(2, divisor_override=3))),
+            ("output_size = 2", images, image(nn.AdaptiveAvgPool2d(2))),
+            ("layer 1 .*BatchNorm2d.*couples", images, image(nn.BatchNorm2d(3))),
+            ("couples", images, image(nn.BatchNorm2d(3, track_running_stats=False).eval())),
+            ("dropout draws random", images, image(nn.Dropout2d(0.1))),
+            ("'conv 3 1x1' does not fit", images, image(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1))),
+            ("one vector", images, nn.Sequential(nn.Conv2d(2, 3, 3))),
+            ("padding_idx = 0", tokens, embed(padding_idx=0)),
+            ("max_norm", tokens, embed(max_norm=1.0)),
+            ("batch_first", images, self_attending(batch_first=False)),
+            ("dropout draws random", images, self_attending(dropout=0.1)),
+            ("add_bias_kv", images, self_attending(add_bias_kv=True)),
+            ("causal attention", images, attending(lambda a, x: a(x, x, x, attn_mask=torch.eye(8).bool()))),
+            ("more than one value", images, attending(lambda a, x: a(x, 2 * x, x))),
+            ("random", images[:, 0], nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))),
+            ("same module twice", x, Own(lambda m, x: m.o(m.l(m.l(x))), l=nn.Linear(IN, IN), o=dense)),
+            ("'l.weight' is in no layer", x, Own(lambda m, x: m.o(x), l=nn.Linear(IN, IN), o=dense)),
+            ("looks at its numbers", x, Own(lambda m, x: m.o(x if x.sum() > 0 else -x), o=dense)),
+            ("function mul.*the sum only", x, Own(lambda m, x: (lambda y: y * y.sigmoid())(m.o(x)), o=dense)),
+            ("function cumsum", x, Own(lambda m, x: m.o(x.cumsum(1)), o=dense)),
+            ("dropout draws", x, Own(lambda m, x: nn.functional.dropout(m.o(x), 0.1, m.training), o=dense)),
+            ("returns a tuple", x, Own(lambda m, x: (m.o(x), 1), o=dense)),
+            (  # a shortcut that is overwritten
+                "outputs differ",
+                x,
+                Own(
+                    lambda m, x: (lambda h: m.o(h + m.b(h.relu_())))(m.a(x)),
+                    a=nn.Linear(IN, IN),
+                    b=nn.Linear(IN, IN),
+                    o=dense,
+                ),
+            ),
+        ):
+            with self.subTest(words, model=str(model)):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    mode = [m.training for m in model.modules()]
+                    with torch.no_grad():  # lazy layers find their sizes
+                        if any(isinstance(m, nn.LazyLinear) for m in model.modules()):
+                            model.eval()(inputs[:2].float())
+                    for m, training in zip(model.modules(), mode):
+                        m.training = training
+                self.refuse(words, model.double(), inputs=inputs.clone())
+
     def test_existing_run(self):
         model = network()
         self.train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
@@ -716,61 +1175,105 @@ class BruteForce(Case):
                 optimizer = OPTIMIZERS[name](model.parameters())
                 x, y = self.train(model, optimizer, clip=clip, steps=8)
                 result = self.certify(model)
-                group = optimizer.param_groups[0]
-                load = lambda file: np.load(os.path.join(self.run_dir, file + ".npy"))
-                w, rates, offsets, items = map(
-                    load, ("weights", "learning_rates", "batch_offsets", "batch_items")
+                self.compare(result, optimizer, name, x, y)
+
+    def compare(self, result, optimizer, name, x, y):
+        """With what the definition gives."""
+        group = optimizer.param_groups[0]
+        load = lambda file: np.load(os.path.join(self.run_dir, file + ".npy"))
+        w, rates, offsets, items = map(load, ("weights", "learning_rates", "batch_offsets", "batch_items"))
+        scales, w = load("gradient_scales"), torch.tensor(w)
+        P = w.shape[1]
+        buffer, second = torch.zeros(N + 1, P, dtype=F64), torch.zeros(P, dtype=F64)  # row N: the decay
+        expected = torch.zeros(M, OUT, N + 1, dtype=F64)
+        for s, rate in enumerate(rates):
+            g = torch.zeros(N + 1, P, dtype=F64)
+            for i in items[offsets[s] : offsets[s + 1]]:
+                v = w[s].clone().requires_grad_()
+                loss = (
+                    nn.functional.cross_entropy(self.outputs(v, x[i : i + 1]), y[i : i + 1])
+                    / BATCH
+                    * scales[s]
                 )
-                scales, w = load("gradient_scales"), torch.tensor(w)
-                P = w.shape[1]
-                buffer, second = torch.zeros(N + 1, P, dtype=F64), torch.zeros(
-                    P, dtype=F64
-                )  # row N: the decay
-                expected = torch.zeros(M, OUT, N + 1, dtype=F64)
-                for s, rate in enumerate(rates):
-                    g = torch.zeros(N + 1, P, dtype=F64)
-                    for i in items[offsets[s] : offsets[s + 1]]:
-                        v = w[s].clone().requires_grad_()
-                        loss = (
-                            nn.functional.cross_entropy(self.outputs(v, x[i : i + 1]), y[i : i + 1])
-                            / BATCH
-                            * scales[s]
-                        )
-                        g[i] += torch.autograd.grad(loss, v)[0]
-                    decay = group["weight_decay"]
-                    if name != "adamw":
-                        g[N] = decay * w[s]
-                    if "adam" in name:
-                        b1, b2 = group["betas"]
-                        buffer = b1 * buffer + (1 - b1) * g
-                        second = b2 * second + (1 - b2) * g.sum(0) ** 2
-                        update = (
-                            rate
-                            * buffer
-                            / (1 - b1 ** (s + 1))
-                            / ((second / (1 - b2 ** (s + 1))).sqrt() + group["eps"])
-                        )
-                        if name == "adamw":
-                            update = update.clone()
-                            update[N] += rate * decay * w[s]
-                    else:
-                        mu = group["momentum"]
-                        buffer = g if s == 0 else mu * buffer + (1 - group["dampening"]) * g
-                        update = rate * (g + mu * buffer if group["nesterov"] else buffer if mu else g)
-                    expected -= torch.einsum("mcp,ip->mci", self.tangents(w[s], w[s + 1]), update)
-                expected = expected.numpy()
-                size = np.abs(expected[:, :, :N]).max()
-                error = (
-                    max(
-                        np.abs(result["by_example"] - expected[:, :, :N]).max(),
-                        np.abs(result["decay"] - expected[:, :, N]).max(),
-                    )
-                    / size
+                g[i] += torch.autograd.grad(loss, v)[0]
+            decay = group["weight_decay"]
+            if name != "adamw":
+                g[N] = decay * w[s]
+            if "adam" in name:
+                b1, b2 = group["betas"]
+                buffer = b1 * buffer + (1 - b1) * g
+                second = b2 * second + (1 - b2) * g.sum(0) ** 2
+                update = (
+                    rate
+                    * buffer
+                    / (1 - b1 ** (s + 1))
+                    / ((second / (1 - b2 ** (s + 1))).sqrt() + group["eps"])
                 )
-                Case.worst["brute force", "float64"] = max(
-                    Case.worst.get(("brute force", "float64"), 0), error
-                )
-                self.assertLess(error, 1e-9)
+                if name == "adamw":
+                    update = update.clone()
+                    update[N] += rate * decay * w[s]
+            else:
+                mu = group["momentum"]
+                buffer = g if s == 0 else mu * buffer + (1 - group["dampening"]) * g
+                update = rate * (g + mu * buffer if group["nesterov"] else buffer if mu else g)
+            expected -= torch.einsum("mcp,ip->mci", self.tangents(w[s], w[s + 1]), update)
+        expected = expected.numpy()
+        size = np.abs(expected[:, :, :N]).max()
+        error = (
+            max(
+                np.abs(result["by_example"] - expected[:, :, :N]).max(),
+                np.abs(result["decay"] - expected[:, :, N]).max(),
+            )
+            / size
+        )
+        Case.worst["brute force", "float64"] = max(Case.worst.get(("brute force", "float64"), 0), error)
+        self.assertLess(error, 1e-9)
+
+    def test_convolution_and_transformer(self):
+        # conv 3 3x2 stride=2x1 pad=1x1; tanh; avg_pool 2; flatten; dense
+        def convolution(w, x):
+            x = nn.functional.conv2d(x, w[:18].reshape(3, 1, 3, 2), w[18:21], (2, 1), 1)
+            x = nn.functional.avg_pool2d(torch.tanh(x), 2).flatten(1)
+            return x @ w[21:48].reshape(OUT, 9).T + w[48:]
+
+        # embedding 5 4; position; residual( layer_norm; attention 1 causal ); mean_tokens; dense
+        def transformer(w, x):
+            cut = list(torch.split(w, [20, 12, 4, 4, 48, 12, 16, 4, 12, 3]))
+            x = nn.functional.one_hot(x, 5).to(w) @ cut[0].reshape(5, 4) + cut[1].reshape(3, 4)
+            mean = x.mean(2, keepdim=True)
+            y = (x - mean) / ((x - mean).square().mean(2, keepdim=True) + 1e-5).sqrt() * cut[2] + cut[3]
+            q, k, v = (y @ cut[4].reshape(12, 4).T + cut[5]).split(4, 2)
+            seen = torch.exp((q @ k.transpose(1, 2)) / 2) * torch.ones(3, 3, dtype=F64).tril()
+            y = (seen / seen.sum(2, keepdim=True)) @ v
+            return (x + y @ cut[6].reshape(4, 4).T + cut[7]).mean(1) @ cut[8].reshape(OUT, 4).T + cut[9]
+
+        images = [torch.randn(n, 1, 6, 5, dtype=F64) for n in (N, M)]
+        tokens = [torch.randint(5, (n, 3)) for n in (N, M)]
+        models = {
+            convolution: lambda: nn.Sequential(
+                nn.Conv2d(1, 3, (3, 2), (2, 1), 1),
+                nn.Tanh(),
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(9, OUT),
+            ),
+            transformer: lambda: nn.Sequential(
+                nn.Embedding(5, 4),
+                Position(3, 4),
+                Residual(nn.Sequential(nn.LayerNorm(4), SelfAttention(4, 1, causal=True))),
+                MeanTokens(),
+                nn.Linear(4, OUT),
+            ),
+        }
+        for (self.outputs, model), (x, self.set_tests) in zip(models.items(), (images, tokens)):
+            for name in ("dampening", "adamw"):
+                with self.subTest(self.outputs.__name__, optimizer=name):
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
+                    torch.manual_seed(2)
+                    trained, y = model().double(), data()[1]
+                    optimizer = OPTIMIZERS[name](trained.parameters())
+                    self.train(trained, optimizer, clip=0.5, steps=4, recorded_data=(x, y))
+                    self.compare(self.certify(trained), optimizer, name, x, y)
 
 
 def tearDownModule():
