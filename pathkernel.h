@@ -1641,21 +1641,8 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
 
 PK__END_C
 
-/* pathkernel/tangent.h: tangent features (gradients of outputs and of losses with respect to the weights),
- * factored or materialised, and their inner products: the hot loop.
- *
- * For a dense layer the gradient is an outer product, grad_W = delta (x) a, so that
- *     < grad f(x), g_i > = sum over layers (delta_x . delta_i) (a_x . a_i + 1):
- * two small Gram matrices and a Hadamard product per layer, and no vector of P numbers. What does not
- * change along a step is taken out of the sum over its points:
- *   - a layer whose input is data: sum the cotangents first, and its a_x . a_i is one Gram matrix for all steps;
- *   - a layer behind which everything is linear: its cotangent is constant, sum the inputs first;
- *   - the layer below that one: its cotangents are delta_k = slope o (W + t D)^T seed_k, W the last layer's weight;
- *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
- *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
- *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
- * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
- * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
+/* pathkernel/feature.h: the memory of tangent features, the gradients of a block of test rows' outputs with respect to
+ * the weights along a step, and which of its forms each layer takes.
  */
 PK__BEGIN_C
 
@@ -1722,31 +1709,36 @@ typedef struct pk_tangent {
     double seconds_contraction;
 } pk_tangent;
 
-/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
- * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
-PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            size_t materialise, size_t unit, int bounds,
-                            const pk_representation *representation, pk_tangent *tangent);
-/* How many test rows make a block, from shapes alone. */
-PK_API size_t pk_tangent_block(size_t outputs);
-/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
-PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
-/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
- * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
-/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
- * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                               pk_real *phi);
-/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
- * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
-                                 size_t count, pk_real *error);
+PK__END_C
+
+/* pathkernel/contraction.h: inner products of tangent features with the gradients of examples: the hot loop.
+ *
+ * For a dense layer the gradient is an outer product, grad_W = delta (x) a, so that
+ *     < grad f(x), g_i > = sum over layers (delta_x . delta_i) (a_x . a_i + 1):
+ * two small Gram matrices and a Hadamard product per layer, and no vector of P numbers. What does not
+ * change along a step is taken out of the sum over its points:
+ *   - a layer whose input is data: sum the cotangents first, and its a_x . a_i is one Gram matrix for all steps;
+ *   - a layer behind which everything is linear: its cotangent is constant, sum the inputs first;
+ *   - the layer below that one: its cotangents are delta_k = slope o (W + t D)^T seed_k, W the last layer's weight;
+ *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
+ *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
+ *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
+ * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
+ */
+PK__BEGIN_C
+
 /* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
  * out like phi of the layer. */
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile);
+
+PK__END_C
+
+/* pathkernel/tangent.h: tangent features integrated over a step: sums over the points of the quadrature, layer by
+ * layer, and the integrated gradient Phi where it is wanted.
+ */
+PK__BEGIN_C
 
 PK__END_C
 
@@ -12851,7 +12843,7 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
 
 PK__END_C
 
-/* pathkernel/tangent.h: implementation */
+/* pathkernel/feature.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
@@ -12883,7 +12875,7 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
 }
 
 /* Rows of products that are on their way to a Hadamard product at one time. */
-static size_t pk__product_rows(size_t outputs)
+PK__PRIVATE size_t pk__product_rows(size_t outputs)
 {
     return pk__most(1, 128 / outputs);
 }
@@ -12924,13 +12916,13 @@ static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *reado
 }
 
 /* Points of a spread layer whose places are in memory at one time. */
-static size_t pk__place_points(const pk_node *node, size_t outputs)
+PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
     return pk__most(1, ((size_t)1 << 17) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
 /* A layer used at several places, where it is not by rows. */
-static int pk__is_spread(const pk_tangent *tangent, size_t layer)
+PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
 {
     return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
@@ -13026,6 +13018,12 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }
+
+PK__END_C
+
+/* pathkernel/contraction.h: implementation */
+#include <string.h>
+PK__BEGIN_C
 
 /* left[p] o right[p, k] summed into tile[row[p], k], over count columns; row == NULL: row p. */
 static void pk__hadamard(size_t points, size_t outputs, size_t count, const size_t *row, const pk_real *left,
@@ -13253,7 +13251,7 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
  * ones, of what was summed over the step. */
-static void pk__contract(pk_tangent *tangent, const pk_points *points)
+PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
 {
     const pk_examples *examples = tangent->examples;
     double start = pk__seconds();
@@ -13291,6 +13289,71 @@ static void pk__contract(pk_tangent *tangent, const pk_points *points)
     }
     tangent->seconds_contraction += pk__seconds() - start;
 }
+
+/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
+PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
+{
+    const pk_node *node = tangent->node[layer];
+    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
+    double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
+    double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
+    double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
+    /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
+     * products over few points, which run at half the rate. */
+    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
+    double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
+    double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
+    const int automatic = engine == PK_ENGINE_AUTO && is_points;
+    tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
+                                                      (automatic && headed < factored && headed < integrated));
+    tangent->integrated[layer] =
+        tangent->kind[layer] == PK_LAYER_ROWS ||
+        (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
+        (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
+}
+
+PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    size_t out = node->width, ld = examples->ld;
+    double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_ROWS) {
+        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
+                 examples->rows[layer] + first, ld, 0, tile, columns);
+        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
+        tangent->seconds_contraction += pk__seconds() - start;
+        return;
+    }
+    size_t in = pk__layer_input(tangent->graph, node)->width;
+    const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
+    memset(tile, 0, outputs * columns * sizeof *tile);
+    /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
+    for (size_t at = 0; at < columns; at += 64) {
+        size_t part = pk__least(64, columns - at);
+        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0,
+                 tangent->scratch, part);
+        for (size_t k = 0; k < outputs; k++)
+            for (size_t j = 0; j < out; j++) {
+                const pk_real *product = tangent->scratch + (k * out + j) * part;
+                const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
+                const pk_real add = bias ? bias[k * out + j] : 0;
+                pk_real *to = tile + k * columns + at;
+                for (size_t i = 0; i < part; i++)
+                    to[i] += (product[i] + add) * delta[i];
+            }
+    }
+    tangent->flops += 2.0 * (double)(outputs * out) * (double)columns * (double)in;
+    tangent->seconds_contraction += pk__seconds() - start;
+}
+
+PK__END_C
+
+/* pathkernel/tangent.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
@@ -13582,28 +13645,6 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     } while (first < points->count);
 }
 
-/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
-static void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
-{
-    const pk_node *node = tangent->node[layer];
-    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
-    double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
-    double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
-    double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
-    /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
-     * products over few points, which run at half the rate. */
-    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
-    double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
-    double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
-    const int automatic = engine == PK_ENGINE_AUTO && is_points;
-    tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
-                                                      (automatic && headed < factored && headed < integrated));
-    tangent->integrated[layer] =
-        tangent->kind[layer] == PK_LAYER_ROWS ||
-        (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
-        (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
-}
-
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
                             size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine)
 {
@@ -13679,42 +13720,6 @@ PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t
                                  size_t count, pk_real *error)
 {
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
-}
-
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    size_t out = node->width, ld = examples->ld;
-    double start = pk__seconds();
-    if (tangent->kind[layer] == PK_LAYER_ROWS) {
-        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
-                 examples->rows[layer] + first, ld, 0, tile, columns);
-        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
-        tangent->seconds_contraction += pk__seconds() - start;
-        return;
-    }
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
-    memset(tile, 0, outputs * columns * sizeof *tile);
-    /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
-    for (size_t at = 0; at < columns; at += 64) {
-        size_t part = pk__least(64, columns - at);
-        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0,
-                 tangent->scratch, part);
-        for (size_t k = 0; k < outputs; k++)
-            for (size_t j = 0; j < out; j++) {
-                const pk_real *product = tangent->scratch + (k * out + j) * part;
-                const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
-                const pk_real add = bias ? bias[k * out + j] : 0;
-                pk_real *to = tile + k * columns + at;
-                for (size_t i = 0; i < part; i++)
-                    to[i] += (product[i] + add) * delta[i];
-            }
-    }
-    tangent->flops += 2.0 * (double)(outputs * out) * (double)columns * (double)in;
-    tangent->seconds_contraction += pk__seconds() - start;
 }
 
 PK__END_C

@@ -1,0 +1,259 @@
+/* pathkernel/feature.h: the memory of tangent features, the gradients of a block of test rows' outputs with respect to
+ * the weights along a step, and which of its forms each layer takes.
+ */
+#ifndef PATHKERNEL_FEATURE_H
+#define PATHKERNEL_FEATURE_H
+#include "example.h"
+#include "quadrature.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+typedef enum pk_engine {
+    PK_ENGINE_AUTO,      /* the cheapest by the cost model */
+    PK_ENGINE_FACTORED,  /* Hadamard products at each point */
+    PK_ENGINE_HEAD,      /* the outputs taken out of the sum over points, where a layer allows it */
+    PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
+} pk_engine;
+
+/* What a layer needs per point. */
+typedef enum pk_layer_kind {
+    PK_LAYER_DATA,   /* input constant: sum_p w_p delta_p */
+    PK_LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
+    PK_LAYER_POINTS, /* both vary */
+    PK_LAYER_ROWS    /* materialised row by row */
+} pk_layer_kind;
+
+enum { PK_DIRECTIONS = 3 };
+
+/* tile (row_count * outputs x count, contiguous) of inner products <Phi, g_b>, b = first .. first + count - 1,
+ * from one layer, or from several at once (layer -1). */
+typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
+
+/* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
+ * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK_LAYER_ROWS. */
+typedef struct pk_tangent {
+    const pk_graph *graph;
+    pk_integrator integrator;
+    size_t outputs, rows, row_capacity, reverse_points;
+    /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
+     * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
+    size_t unit, first_output, output_count, output_capacity;
+    pk_layer_kind *kind;
+    const pk_node **node;
+    int *integrated; /* this step: Phi of the layer is wanted */
+    int *headed;     /* this step: the outputs are taken out of the sum over points */
+    const pk_node *
+        *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
+    pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
+    pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
+    pk_real **phi;   /* POINTS and ROWS: rows x output_capacity x weights */
+    pk_real **check,
+        **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
+    double allowance; /* c eps of the rounding bound */
+    int per_layer;    /* tiles layer by layer */
+    const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
+    pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
+    pk_real *weight_sum;                      /* rows */
+    /* The contraction: */
+    const pk_examples *examples;
+    const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
+    size_t gram_ld;
+    pk_tile_sink *sink;
+    void *user;
+    pk_real *tile, *left, *right, *scratch, *weighted, *absolute;
+    pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
+    pk_real *slopes;       /* points x 2 out: slope, t slope */
+    pk_real *sums;         /* 2 out x PK_EXAMPLE_BLOCK */
+    pk_real *places;       /* of some points of a layer used at several places: inputs, then cotangents */
+    size_t *place_row;     /* the row of each place */
+    pk_points sorted;
+    double flops; /* of the contraction, counted */
+    double seconds_contraction;
+} pk_tangent;
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_FEATURE_IMPLEMENTED)
+#define PATHKERNEL_FEATURE_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_C
+
+PK_API size_t pk_tangent_block(size_t outputs)
+{
+    return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
+}
+
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
+{
+    return pk__most(1, pk__least(outputs, ((size_t)1 << 17) / pk__most(parameters, 1)));
+}
+
+/* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
+static size_t pk__point_capacity(size_t outputs)
+{
+    return pk__most(PK_GAUSS_NODES + 2, pk__least(256, 640 / pk__most(outputs, 1)));
+}
+
+/* Of those, points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
+static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t outputs)
+{
+    size_t numbers = 1;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (graph->nodes[n].varies)
+            numbers += graph->nodes[n].width;
+    return pk__most(1, pk__least(points, ((size_t)1 << 21) / numbers / pk__most(outputs, 1)));
+}
+
+/* Rows of products that are on their way to a Hadamard product at one time. */
+PK__PRIVATE size_t pk__product_rows(size_t outputs)
+{
+    return pk__most(1, 128 / outputs);
+}
+
+/* The only node that reads node, NULL where there are none or several. */
+static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *reader = NULL;
+    for (size_t n = 1; n < graph->node_count; n++)
+        for (int j = 0; j < graph->nodes[n].input_count; j++) {
+            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
+                continue;
+            if (reader)
+                return NULL;
+            reader = &graph->nodes[n];
+        }
+    return reader;
+}
+
+/* The last layer where only an elementwise operation stands between it and node. */
+static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *between = pk__only_reader(graph, node);
+    const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
+    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
+}
+
+static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
+                                    const pk_representation *representation)
+{
+    if (pk_layer_by_rows(representation, node))
+        return PK_LAYER_ROWS;
+    if (bounds || !pk__is_outer(node))
+        return PK_LAYER_POINTS;
+    if (node->input_constant)
+        return PK_LAYER_DATA;
+    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
+}
+
+/* Points of a spread layer whose places are in memory at one time. */
+PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
+{
+    return pk__most(1, ((size_t)1 << 17) / (node->positions * (node->fan_in + outputs * node->fan_out)));
+}
+
+/* A layer used at several places, where it is not by rows. */
+PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
+{
+    return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
+}
+
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent)
+{
+    size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
+    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
+           deepest = 0, places = 0, place_numbers = 0;
+    memset(tangent, 0, sizeof *tangent);
+    tangent->graph = graph;
+    tangent->outputs = outputs;
+    tangent->row_capacity = rows;
+    tangent->unit = unit;
+    tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
+    tangent->allowance = pk_rounding_allowance(graph);
+    points = pk__most(points, PK_GAUSS_NODES + 2);
+    tangent->reverse_points = pk__reverse_points(graph, points, outputs);
+    pk_integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
+                       &tangent->integrator);
+    tangent->integrator.readout = *readout;
+    points = tangent->reverse_points;
+    tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->headed = (int *)pk_arena_take(arena, layers, sizeof *tangent->headed);
+    tangent->head = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->head);
+    tangent->delta = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    for (size_t l = 0; l < layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
+        size_t fan_in = pk__layer_input(graph, node)->width;
+        const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
+        int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
+        int phi_wanted =
+            kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
+        pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *input =
+            kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+        const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
+        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        if (tangent->check) {
+            tangent->check[l] = check;
+            tangent->size[l] = size;
+        }
+        if (tangent->kind) {
+            tangent->kind[l] = kind;
+            tangent->head[l] = kind == PK_LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
+                                   ? pk__head_of(graph, node)
+                                   : NULL;
+            tangent->node[l] = node;
+            tangent->delta[l] = delta;
+            tangent->input[l] = input;
+            tangent->phi[l] = phi;
+        }
+        if (phi_wanted)
+            deepest = pk__most(deepest, fan_in);
+        if (spread) {
+            const size_t together = pk__place_points(node, outputs) * node->positions;
+            places = pk__most(places, together);
+            place_numbers = pk__most(place_numbers, together * (node->fan_in + outputs * node->fan_out));
+        }
+        widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
+    }
+    for (int v = 0; v < PK_DIRECTIONS; v++)
+        tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
+    size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
+    tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
+    tangent->left = (pk_real *)pk_arena_take(
+        arena, pk__most(pk__most(rows, points), pk__most(places, pk__blocks(widest, block))),
+        block * sizeof(pk_real));
+    tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
+    tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
+    tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
+    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
+    tangent->scratch =
+        (pk_real *)pk_arena_take(arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64),
+                                 widest * sizeof(pk_real));
+    tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
+    tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
+    tangent->sums = (pk_real *)pk_arena_take(arena, block, 2 * widest * sizeof(pk_real));
+    tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    points = tangent->integrator.segment.point_capacity;
+    pk_points_take(arena, points, bounds, &tangent->sorted);
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
