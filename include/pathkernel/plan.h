@@ -247,8 +247,7 @@ typedef struct pk__choice {
     pk_plan best;
 } pk__choice;
 
-/* Keeps the plan if it is cheaper than the best one, by more than a hundredth where it takes more memory; 1 where it
- * fits. */
+/* Keeps the plan if it is cheaper than the best one, by a twentieth where it takes more memory; 1 where it fits. */
 static int pk__consider(pk__job *job, pk__choice *choice, pk_plan *plan)
 {
     pk__plan_cost(job, choice->rows, plan);
@@ -259,7 +258,7 @@ static int pk__consider(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (plan->bytes > choice->available)
         return 0;
     if (!choice->best.threads || plan->bytes <= choice->best.bytes ||
-        plan->seconds < 0.99 * choice->best.seconds)
+        plan->seconds < 0.95 * choice->best.seconds)
         choice->best = *plan;
     return 1;
 }
