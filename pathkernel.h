@@ -1709,6 +1709,16 @@ typedef struct pk_tangent {
     double seconds_contraction;
 } pk_tangent;
 
+/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+ * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent);
+/* How many test rows make a block, from shapes alone. */
+PK_API size_t pk_tangent_block(size_t outputs);
+/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
+
 PK__END_C
 
 /* pathkernel/contraction.h: inner products of tangent features with the gradients of examples: the hot loop.
@@ -1739,6 +1749,19 @@ PK__END_C
  * layer, and the integrated gradient Phi where it is wanted.
  */
 PK__BEGIN_C
+
+/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
+                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
+/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
+ * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                               pk_real *phi);
+/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
+ * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                 size_t count, pk_real *error);
 
 PK__END_C
 

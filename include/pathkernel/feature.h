@@ -72,6 +72,16 @@ typedef struct pk_tangent {
     double seconds_contraction;
 } pk_tangent;
 
+/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+ * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
+PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
+                            size_t materialise, size_t unit, int bounds,
+                            const pk_representation *representation, pk_tangent *tangent);
+/* How many test rows make a block, from shapes alone. */
+PK_API size_t pk_tangent_block(size_t outputs);
+/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
+PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
+
 PK__END_C
 /* <<< declarations */
 #endif

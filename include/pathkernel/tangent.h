@@ -8,6 +8,19 @@
 /* >>> declarations */
 PK__BEGIN_C
 
+/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
+PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
+                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
+/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
+ * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
+PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+                               pk_real *phi);
+/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
+ * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
+PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                 size_t count, pk_real *error);
+
 PK__END_C
 /* <<< declarations */
 #endif
