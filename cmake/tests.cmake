@@ -94,7 +94,10 @@ if(PATHKERNEL_CHECK_USE)
     example_test(02_digits_report_relu 02_digits_report relu)
     example_test(03_quadrature 03_quadrature)
     example_test(04_own_loop 04_own_loop)
+    example_test(05_convolution 05_convolution)
+    example_test(06_grokking 06_grokking steps=40)
     example_test(07_own_operation 07_own_operation)
+    example_test(08_graph_network 08_graph_network)
 
     add_test(NAME dropin COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/dropin/run.sh")
     add_test(NAME installed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/installed/run.sh"

@@ -1,4 +1,4 @@
-# Draws contact_sheet.png from the contact_*.dat of `folder`; called by 02_digits_report.c.
+# Draws contact_sheet.png from the contact_*.dat of `folder`; called by 02_digits_report.c and 05_convolution.c.
 # Coordinates are pixels of the digits, 10 of the picture's each.
 scale = 10
 margin_left = 6; margin_right = 34; top = 12; bottom = 5
@@ -16,7 +16,7 @@ set cbrange [0:1]
 
 blue = "#0072b2"; orange = "#c84b00"
 set label 1 "{/:Bold=17 Which training digits speak for a decision, and which against it}" at -4.6, -9.3
-set label 2 "Contribution of single training digits to the output of the class decided for, exact along 100 steps of training (64-32-32-10, ".activation."), 1437 digits" \
+set label 2 "Contribution of single training digits to the output of the class decided for, ".subtitle \
     at -4.6, -6.6 tc rgb "#555555"
 set label 3 "{/:Bold=12 test digit}" at 3.5, -2.8 center
 set label 4 "{/:Bold=12 strongest for}" at for_x + group_width/2.0 - 0.5, -2.8 center tc rgb blue

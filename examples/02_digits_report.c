@@ -24,8 +24,9 @@
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
 #include "tutorial.h"
+#include "contact_sheet.h"
 
-enum { TRAIN = 1437, TEST = 100, CLASSES = 10, STEPS = 100, ROWS = 8, SHOWN = 4 };
+enum { TRAIN = 1437, TEST = 100, CLASSES = 10, STEPS = 100 };
 
 typedef struct report {
     pk_dataset digits, train;
@@ -34,19 +35,11 @@ typedef struct report {
     pk_graph graph;
     pk_run run;
     pk_decomposition parts;
+    int64_t items[TEST];
     size_t read_as[TEST]; /* the network's decisions */
+    sheet_subject sheet;
     char folder[TUTORIAL_PATH];
 } report;
-
-static FILE *create(const report *r, const char *name)
-{
-    char path[TUTORIAL_PATH + 100];
-    snprintf(path, sizeof path, "%s/%s", r->folder, name);
-    FILE *file = fopen(path, "w");
-    if (!file)
-        perror(path);
-    return file;
-}
 
 static int train(pk_context *context, report *r)
 {
@@ -80,9 +73,7 @@ static int decompose(pk_context *context, report *r)
     TRY(pk_run_open(context, r->folder, &r->run));
     TRY(pk_decompose(context, &r->run, pk_matrix_view(r->inputs, TEST, 64), &options, &r->parts));
     for (size_t m = 0; m < TEST; m++)
-        for (size_t c = r->read_as[m] = 0; c < CLASSES; c++)
-            if (r->parts.final[m * CLASSES + c] > r->parts.final[m * CLASSES + r->read_as[m]])
-                r->read_as[m] = c;
+        r->read_as[m] = tutorial_largest(r->parts.final + m * CLASSES, CLASSES);
     return 0;
 }
 
@@ -128,7 +119,7 @@ static int write_numbers(pk_context *context, const report *r)
     TRY(pk_array_write(context, path, PK_FLOAT64, d->kept[1].rank, d->kept[1].shape, d->kept[1].data));
     snprintf(path, sizeof path, "%s/closure.npy", r->folder);
     TRY(pk_array_write(context, path, PK_FLOAT64, 2, shape, d->closure));
-    FILE *file = create(r, "closure.txt");
+    FILE *file = tutorial_create(r->folder, "closure.txt");
     if (!file)
         return 1;
     fprintf(file,
@@ -140,124 +131,6 @@ static int write_numbers(pk_context *context, const report *r)
                 d->closure[cell]);
     }
     return fclose(file) ? perror("closure.txt"), 1 : 0;
-}
-
-/* ---- the contact sheet: one row a test digit -------------------------------------------------------- */
-
-enum { BLUE = 0x0072B2, ORANGE = 0xC84B00, BLACK = 0x222222, GREY = 0x777777 }; /* told apart by everybody */
-enum { PITCH_X = 11, PITCH_Y = 13, FOR_X = 14, AGAINST_X = FOR_X + SHOWN * PITCH_X + 3 };
-enum { SHEET_WIDTH = AGAINST_X + SHOWN * PITCH_X, SHEET_HEIGHT = ROWS * PITCH_Y, ACCOUNT_X = SHEET_WIDTH + 28 };
-
-static int is_wrong(const report *r, size_t m)
-{
-    return r->label[TRAIN + m] != (int64_t)r->read_as[m];
-}
-
-/* Half of the rows for decisions that are right, then wrong ones as far as there are any; of these the first
- * with a label (or a confusion) that is not there yet. Returns how many. */
-static size_t choose_rows(const report *r, size_t *rows)
-{
-    size_t count = 0;
-    for (int pass = 0; pass < 2; pass++) { /* right, wrong */
-        int seen[CLASSES][CLASSES] = {{0}};
-        for (size_t m = 0; m < TEST && count < (pass ? ROWS : ROWS / 2); m++)
-            if (is_wrong(r, m) == pass && !seen[r->label[TRAIN + m]][r->read_as[m]]++)
-                rows[count++] = m;
-    }
-    return count;
-}
-
-/* A number with its sign, the minus as long as the plus. */
-static const char *with_sign(double value, char text[32])
-{
-    const char *sign = fabs(value) < 0.005 ? "" : value < 0 ? "\xe2\x88\x92" : "+";
-    snprintf(text, 32, "%s%.2f", sign, fabs(value));
-    return text;
-}
-
-enum { SHEET_PIXELS, SHEET_FRAMES, SHEET_CENTER, SHEET_LEFT, SHEET_RIGHT, SHEET_FILES };
-
-typedef struct sheet {
-    double ink[SHEET_HEIGHT][SHEET_WIDTH];
-    FILE *file[SHEET_FILES]; /* lines of x, y, colour and, the last three, text */
-} sheet;
-
-static void put(sheet *s, const report *r, size_t item, int x, int y, int colour, const char *caption)
-{
-    const double *pixels = (const double *)r->digits.inputs.data + item * 64;
-    for (int i = 0; i < 64; i++)
-        s->ink[y + i / 8][x + i % 8] = pixels[i];
-    for (int i = 0; i < 5; i++) /* around the digit */
-        fprintf(s->file[SHEET_FRAMES], "%g %g %d\n%s", x + (i == 1 || i == 2 ? 7.7 : -0.7),
-                y + (i == 2 || i == 3 ? 7.7 : -0.7), colour, i == 4 ? "\n" : "");
-    fprintf(s->file[SHEET_CENTER], "%g %g %d \"%s\"\n", x + 3.5, y + 8.9, colour, caption);
-}
-
-static void put_account(sheet *s, double y, int colour, const char *name, const char *value)
-{
-    fprintf(s->file[SHEET_LEFT], "%d %g %d \"%s\"\n", SHEET_WIDTH + 1, y, colour, name);
-    fprintf(s->file[SHEET_RIGHT], "%d %g %d \"%s\"\n", ACCOUNT_X, y, colour, value);
-}
-
-static void put_row(sheet *s, const report *r, size_t m, int y)
-{
-    const pk_decomposition *d = &r->parts;
-    const size_t cell = m * CLASSES + r->read_as[m];
-    const double *values = d->by_example + cell * TRAIN;
-    char text[64], number[32];
-    snprintf(text, sizeof text, "a %d, read as %zu", (int)r->label[TRAIN + m], r->read_as[m]);
-    put(s, r, TRAIN + m, 0, y, BLACK, text);
-    for (int sign = 1; sign >= -1; sign -= 2) {
-        size_t items[SHOWN], count = pk_strongest(values, TRAIN, sign, SHOWN, items);
-        for (size_t k = 0; k < count; k++) {
-            snprintf(text, sizeof text, "%d:  %s", (int)r->label[items[k]],
-                     with_sign(values[items[k]], number));
-            put(s, r, items[k], (sign > 0 ? FOR_X : AGAINST_X) + (int)k * PITCH_X, y, sign > 0 ? BLUE : ORANGE,
-                text);
-        }
-    }
-    double sum[2] = {0, 0};
-    for (size_t i = 0; i < TRAIN; i++)
-        sum[values[i] < 0] += values[i];
-    put_account(s, y, BLACK, "before training", with_sign(d->initial[cell], number));
-    put_account(s, y + 2.2, BLUE, "all that speak for", with_sign(sum[0], number));
-    put_account(s, y + 4.4, ORANGE, "all that speak against", with_sign(sum[1], number));
-    snprintf(text, sizeof text, "= output %zu", r->read_as[m]);
-    put_account(s, y + 6.6, BLACK, text, with_sign(d->final[cell], number));
-    snprintf(number, sizeof number, "%.0e", fabs(d->closure[cell]));
-    put_account(s, y + 8.9, GREY, "but for (closure)", number);
-}
-
-static int draw_contact_sheet(const report *r, const char *activation)
-{
-    static const char *const names[SHEET_FILES] = {"contact_pixels.dat", "contact_frames.dat",
-                                                   "contact_center.dat", "contact_left.dat",
-                                                   "contact_right.dat"};
-    static sheet s;
-    size_t rows[ROWS], count = choose_rows(r, rows);
-    int failed = 0, right = 0;
-    for (int i = 0; i < SHEET_FILES; i++)
-        if (!(s.file[i] = create(r, names[i])))
-            return 1;
-    for (size_t i = 0; i < count; i++) {
-        put_row(&s, r, rows[i], (int)i * PITCH_Y);
-        right += !is_wrong(r, rows[i]);
-    }
-    for (size_t y = 0; y < SHEET_HEIGHT; y++)
-        for (size_t x = 0; x < SHEET_WIDTH; x++)
-            fprintf(s.file[SHEET_PIXELS], "%g%c", s.ink[y][x], x + 1 < SHEET_WIDTH ? ' ' : '\n');
-    for (int i = 0; i < SHEET_FILES; i++)
-        failed |= fclose(s.file[i]) != 0;
-    if (failed)
-        return perror(r->folder), 1;
-    char settings[256];
-    snprintf(settings, sizeof settings,
-             "activation = '%s'; sheet_width = %d; sheet_height = %d; for_x = %d; against_x = %d; "
-             "group_width = %d; "
-             "account_x = %d; pitch_y = %d; right_rows = %d; wrong_rows = %d",
-             activation, SHEET_WIDTH, SHEET_HEIGHT, FOR_X, AGAINST_X, SHOWN * PITCH_X - 3, ACCOUNT_X, PITCH_Y,
-             right, (int)count - right);
-    return tutorial_plot(__FILE__, "02_contact_sheet.gp", r->folder, settings);
 }
 
 /* ---- the classes over the steps: one test digit, two outputs ------------------------------------------ */
@@ -308,17 +181,18 @@ static int write_stack(pk_context *context, const report *r, size_t m, size_t c,
 static int draw_classes(pk_context *context, const report *r, const char *activation)
 {
     size_t m = 0, other = CLASSES;
-    while (m < TEST && !is_wrong(r, m))
+    while (m < TEST && !sheet_is_wrong(&r->sheet, m))
         m++;
     m = m < TEST ? m : 0;
     for (size_t c = 0; c < CLASSES; c++)
         if (c != r->read_as[m] &&
             (other == CLASSES || r->parts.final[m * CLASSES + c] > r->parts.final[m * CLASSES + other]))
             other = c;
-    if (is_wrong(r, m))
+    if (sheet_is_wrong(&r->sheet, m))
         other = (size_t)r->label[TRAIN + m];
-    FILE *bands = create(r, "classes_bands.dat"), *names = create(r, "classes_names.dat"),
-         *pixels = create(r, "classes_pixels.dat");
+    FILE *bands = tutorial_create(r->folder, "classes_bands.dat"),
+         *names = tutorial_create(r->folder, "classes_names.dat"),
+         *pixels = tutorial_create(r->folder, "classes_pixels.dat");
     if (!bands || !names || !pixels)
         return 1;
     const double *ink = (const double *)r->digits.inputs.data + (TRAIN + m) * 64;
@@ -338,24 +212,28 @@ static int draw_classes(pk_context *context, const report *r, const char *activa
 
 static int run(pk_context *context, report *r, const char *activation, const char *output, const char *data)
 {
-    char network[64], name[64];
+    char network[64], name[64], subtitle[96];
     snprintf(network, sizeof network, "input 64; dense 32; %s; dense 32; %s; dense 10", activation, activation);
     snprintf(name, sizeof name, "02_digits_report-%s", activation);
     if (tutorial_digits(context, data, __FILE__, &r->digits) || tutorial_folder(output, name, r->folder))
         return 1;
     r->label = (const int64_t *)r->digits.targets.data;
     TRY(pk_dataset_rows(context, &r->digits, 0, TRAIN, &r->train));
-    int64_t items[TEST];
     for (int m = 0; m < TEST; m++)
-        items[m] = TRAIN + m;
+        r->items[m] = TRAIN + m;
     r->inputs = (pk_real *)malloc(TEST * 64 * sizeof *r->inputs);
     if (!r->inputs)
         return perror("inputs"), 1;
-    pk_dataset_inputs(&r->digits, items, TEST, r->inputs);
+    pk_dataset_inputs(&r->digits, r->items, TEST, r->inputs);
     TRY(pk_network_parse(context, network, &r->graph));
     if (train(context, r) || decompose(context, r) || check(r) || write_numbers(context, r))
         return 1;
-    return draw_contact_sheet(r, activation) || draw_classes(context, r, activation);
+    snprintf(subtitle, sizeof subtitle, "exact along %d steps of training (64-32-32-10, %s), %d digits", STEPS,
+             activation, TRAIN);
+    const sheet_subject subject = {&r->digits, TRAIN,     TEST,      r->items,
+                                   r->read_as, &r->parts, r->folder, subtitle};
+    r->sheet = subject;
+    return draw_contact_sheet(&r->sheet, __FILE__) || draw_classes(context, r, activation);
 }
 
 int main(int count, char **arguments)

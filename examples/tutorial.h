@@ -1,4 +1,4 @@
-/* What tutorials 02 to 04 share and what is not about pathkernel: finding the digits, a folder for the
+/* What tutorials 02 to 08 share and what is not about pathkernel: finding the digits, a folder for the
  * outputs, calling gnuplot. Include it after pathkernel.h. */
 #ifndef TUTORIAL_H
 #define TUTORIAL_H
@@ -48,6 +48,26 @@ static inline int tutorial_folder(const char *output, const char *name, char pat
         return 1;
     }
     return 0;
+}
+
+/* A file for writing in a folder. */
+static inline FILE *tutorial_create(const char *folder, const char *name)
+{
+    char path[TUTORIAL_PATH + 100];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *file = fopen(path, "w");
+    if (!file)
+        perror(path);
+    return file;
+}
+
+/* The index of the largest of count numbers: a network's decision. */
+static inline size_t tutorial_largest(const double *values, size_t count)
+{
+    size_t largest = 0;
+    for (size_t k = 1; k < count; k++)
+        largest = values[k] > values[largest] ? k : largest;
+    return largest;
 }
 
 /* Draws with a gnuplot script beside the source file; folder is the script's variable of that name. */
