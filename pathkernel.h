@@ -1601,8 +1601,9 @@ typedef struct pk_representation {
     int factored;     /* else: never materialise where that can be avoided */
 } pk_representation;
 
-/* 1: gradients of the node's weights are materialised. Cost model: flops a row and step with five points, where a
- * Hadamard product of one number counts as 8. */
+/* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
+ * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
+ * of one number counts as 8. */
 PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
 
 /* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
@@ -12640,8 +12641,10 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
 {
     if (pk__is_outer(node))
         return 0;
-    if (node->tangent_form != PK_TANGENT_OUTER || representation->materialised)
+    if (node->tangent_form != PK_TANGENT_OUTER)
         return 1;
+    if (representation->materialised)
+        return representation->batch <= ((size_t)1 << 25) / node->weight_count;
     const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
     const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
     const double factored = points * batch * places * places * (2 * in + (2 * out + 8) * outputs);
@@ -12929,7 +12932,7 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
                                     const pk_representation *representation)
 {
-    if (pk_layer_by_rows(representation, node))
+    if (pk_layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
         return PK_LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
         return PK_LAYER_POINTS;
@@ -12956,7 +12959,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
-           deepest = 0, places = 0, place_numbers = 0;
+           deepest = 0, places = 0, place_numbers = 0, by_rows = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
@@ -13016,7 +13019,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
             places = pk__most(places, together);
             place_numbers = pk__most(place_numbers, together * (node->fan_in + outputs * node->fan_out));
         }
-        widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
+        widest = pk__most(widest, node->width);
+        by_rows = pk__most(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
@@ -13029,10 +13033,13 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
     tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
     tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
-    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
-    tangent->scratch =
-        (pk_real *)pk_arena_take(arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64),
-                                 widest * sizeof(pk_real));
+    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block), or a
+     * point's gradients of a layer by rows (outputs x weights). */
+    tangent->scratch = (pk_real *)pk_arena_take(
+        arena,
+        pk__most(pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64) * widest,
+                 outputs * by_rows),
+        sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
     tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
     tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
@@ -13335,6 +13342,34 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
+/* The same for a layer used at several places whose examples are factored: tile = sum_q (e_k a_iq + bias) . delta_iq. */
+static void pk__contract_row_places(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, weights = node->weight_count;
+    memset(tile, 0, outputs * columns * sizeof *tile);
+    for (size_t at = 0; at < columns; at += 64) {
+        const size_t part = pk__least(64, columns - at);
+        for (size_t q = 0; q < node->positions; q++)
+            for (size_t k = 0; k < outputs; k++) {
+                const pk_real *own = e + k * weights;
+                pk__gemm(0, 0, out, part, in, 1, own, in, examples->input[layer] + q * in * ld + first + at, ld,
+                         0, tangent->scratch, part);
+                for (size_t j = 0; j < out; j++) {
+                    const pk_real *product = tangent->scratch + j * part;
+                    const pk_real *delta = examples->cotangent[layer] + (q * out + j) * ld + first + at;
+                    const pk_real add = weights > out * in ? own[out * in + j] : 0;
+                    pk_real *to = tile + k * columns + at;
+                    for (size_t i = 0; i < part; i++)
+                        to[i] += (product[i] + add) * delta[i];
+                }
+            }
+    }
+    tangent->flops += 2.0 * (double)(outputs * out * node->positions) * (double)columns * (double)in;
+}
+
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile)
 {
@@ -13342,6 +13377,11 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     const pk_examples *examples = tangent->examples;
     size_t out = node->width, ld = examples->ld;
     double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_ROWS && !examples->rows[layer]) {
+        pk__contract_row_places(tangent, layer, outputs, e, first, columns, tile);
+        tangent->seconds_contraction += pk__seconds() - start;
+        return;
+    }
     if (tangent->kind[layer] == PK_LAYER_ROWS) {
         pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
                  examples->rows[layer] + first, ld, 0, tile, columns);

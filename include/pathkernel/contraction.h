@@ -322,6 +322,34 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
+/* The same for a layer used at several places whose examples are factored: tile = sum_q (e_k a_iq + bias) . delta_iq. */
+static void pk__contract_row_places(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                    size_t first, size_t columns, pk_real *tile)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_examples *examples = tangent->examples;
+    const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, weights = node->weight_count;
+    memset(tile, 0, outputs * columns * sizeof *tile);
+    for (size_t at = 0; at < columns; at += 64) {
+        const size_t part = pk__least(64, columns - at);
+        for (size_t q = 0; q < node->positions; q++)
+            for (size_t k = 0; k < outputs; k++) {
+                const pk_real *own = e + k * weights;
+                pk__gemm(0, 0, out, part, in, 1, own, in, examples->input[layer] + q * in * ld + first + at, ld,
+                         0, tangent->scratch, part);
+                for (size_t j = 0; j < out; j++) {
+                    const pk_real *product = tangent->scratch + j * part;
+                    const pk_real *delta = examples->cotangent[layer] + (q * out + j) * ld + first + at;
+                    const pk_real add = weights > out * in ? own[out * in + j] : 0;
+                    pk_real *to = tile + k * columns + at;
+                    for (size_t i = 0; i < part; i++)
+                        to[i] += (product[i] + add) * delta[i];
+                }
+            }
+    }
+    tangent->flops += 2.0 * (double)(outputs * out * node->positions) * (double)columns * (double)in;
+}
+
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile)
 {
@@ -329,6 +357,11 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     const pk_examples *examples = tangent->examples;
     size_t out = node->width, ld = examples->ld;
     double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_ROWS && !examples->rows[layer]) {
+        pk__contract_row_places(tangent, layer, outputs, e, first, columns, tile);
+        tangent->seconds_contraction += pk__seconds() - start;
+        return;
+    }
     if (tangent->kind[layer] == PK_LAYER_ROWS) {
         pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
                  examples->rows[layer] + first, ld, 0, tile, columns);

@@ -16,8 +16,9 @@ typedef struct pk_representation {
     int factored;     /* else: never materialise where that can be avoided */
 } pk_representation;
 
-/* 1: gradients of the node's weights are materialised. Cost model: flops a row and step with five points, where a
- * Hadamard product of one number counts as 8. */
+/* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
+ * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
+ * of one number counts as 8. */
 PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
 
 /* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
@@ -92,8 +93,10 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
 {
     if (pk__is_outer(node))
         return 0;
-    if (node->tangent_form != PK_TANGENT_OUTER || representation->materialised)
+    if (node->tangent_form != PK_TANGENT_OUTER)
         return 1;
+    if (representation->materialised)
+        return representation->batch <= ((size_t)1 << 25) / node->weight_count;
     const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
     const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
     const double factored = points * batch * places * places * (2 * in + (2 * out + 8) * outputs);

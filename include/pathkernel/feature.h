@@ -151,7 +151,7 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
                                     const pk_representation *representation)
 {
-    if (pk_layer_by_rows(representation, node))
+    if (pk_layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
         return PK_LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
         return PK_LAYER_POINTS;
@@ -178,7 +178,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
-           deepest = 0, places = 0, place_numbers = 0;
+           deepest = 0, places = 0, place_numbers = 0, by_rows = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
@@ -238,7 +238,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
             places = pk__most(places, together);
             place_numbers = pk__most(place_numbers, together * (node->fan_in + outputs * node->fan_out));
         }
-        widest = pk__most(widest, pk__most(node->width, kind == PK_LAYER_ROWS ? node->weight_count : 0));
+        widest = pk__most(widest, node->width);
+        by_rows = pk__most(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
@@ -251,10 +252,13 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
     tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
     tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
-    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block). */
-    tangent->scratch =
-        (pk_real *)pk_arena_take(arena, pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64),
-                                 widest * sizeof(pk_real));
+    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block), or a
+     * point's gradients of a layer by rows (outputs x weights). */
+    tangent->scratch = (pk_real *)pk_arena_take(
+        arena,
+        pk__most(pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64) * widest,
+                 outputs * by_rows),
+        sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
     tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
     tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
