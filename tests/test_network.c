@@ -238,11 +238,131 @@ static void test_initialize(void **state)
     pk_graph_release(&context, &graph);
 }
 
+/* Standard deviations of weights, whether biases are drawn, the largest weight where it is bounded. */
+static void test_initial_kinds(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *options;
+        double deviation, largest; /* largest: of deviation; 0: unbounded */
+        int biases;
+    } kinds[] = {
+        {"", 0.057735026918962576, 1.7320508075688772, 1},
+        {"gain=2", 0.11547005383792515, 1.7320508075688772, 1},
+        {"init=he", 0.14142135623730950, 0, 0},
+        {"init=he_uniform", 0.14142135623730950, 1.7320508075688772, 0},
+        {"init=glorot gain=3", 0.3, 0, 0},
+        {"init=glorot_uniform", 0.1, 1.7320508075688772, 0},
+        {"init=lecun", 0.1, 0, 0},
+        {"init=lecun_uniform", 0.1, 1.7320508075688772, 0},
+        {"init=normal gain=0.02", 0.02, 0, 0},
+        {"init=zero", 0, 0, 0},
+        {"ntk", 1, 0, 1},
+    };
+    enum { IN = 100, OUT = 100 };
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        pk_context context;
+        pk_graph graph;
+        char text[100];
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        snprintf(text, sizeof text, "input %d; dense %d %s", IN, OUT, kinds[k].options);
+        assert_ok(&context, pk_network_parse(&context, text, &graph));
+        pk_real *w = FIXTURE_NEW(pk_real, graph.parameters);
+        assert_int_equal(graph.parameters, IN * OUT + OUT);
+        assert_ok(&context, pk_network_initialize(&context, &graph, 3, w));
+        double squares = 0, largest = 0, biases = 0;
+        for (size_t i = 0; i < IN * OUT; i++) {
+            squares += (double)w[i] * w[i];
+            largest = fmax(largest, fabs(w[i]));
+        }
+        for (size_t j = 0; j < OUT; j++)
+            biases += fabs(w[IN * OUT + j]);
+        assert_close(sqrt(squares / (IN * OUT)), kinds[k].deviation, 0.03 * kinds[k].deviation);
+        assert_int_equal(biases > 0, kinds[k].biases);
+        if (kinds[k].largest > 0)
+            assert_true(largest <= kinds[k].largest * kinds[k].deviation * (1 + 1e-15) &&
+                        largest > 0.99 * kinds[k].largest * kinds[k].deviation);
+        free(w);
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
+/* The NTK parameterisation is a dense layer whose input and output are scaled. */
+static void test_ntk(void **state)
+{
+    (void)state;
+    pk_context context;
+    pk_graph ntk, plain;
+    memset(&context, 0, sizeof context);
+    memset(&ntk, 0, sizeof ntk);
+    memset(&plain, 0, sizeof plain);
+    assert_ok(&context,
+              pk_network_parse(&context,
+                               "input 2x3x3; conv 3 2x2 ntk w_std=1.5 b_std=0.5; flatten; dense 2 ntk", &ntk));
+    assert_ok(&context, pk_network_parse(&context, "input 2x3x3; conv 3 2x2; flatten; dense 2", &plain));
+    assert_int_equal(ntk.parameters, plain.parameters);
+    const size_t conv = 3 * 2 * 4;
+    pk_real *w = fixture_normals(5, ntk.parameters, 1), *v = FIXTURE_NEW(pk_real, ntk.parameters);
+    pk_real *x = fixture_normals(6, 18, 1), f[2], g[2];
+    for (size_t i = 0; i < ntk.parameters; i++)
+        v[i] = w[i] * (i < conv                 ? 1.5 / sqrt(8.0)
+                       : i < conv + 3           ? 0.5
+                       : i < ntk.parameters - 2 ? 1 / sqrt(12.0)
+                                                : 1);
+    assert_ok(&context,
+              pk_graph_evaluate(&context, &ntk, w, pk_matrix_view(x, 1, 18), pk_matrix_view(f, 1, 2)));
+    assert_ok(&context,
+              pk_graph_evaluate(&context, &plain, v, pk_matrix_view(x, 1, 18), pk_matrix_view(g, 1, 2)));
+    for (int c = 0; c < 2; c++)
+        assert_close(f[c], g[c], 1e-14);
+    free(w), free(v), free(x);
+    pk_graph_release(&context, &ntk);
+    pk_graph_release(&context, &plain);
+}
+
+/* Branches: what they build, in which order their weights come, and that the canonical text says the same. */
+static void test_branches(void **state)
+{
+    (void)state;
+    pk_context context;
+    pk_graph graph, again;
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    memset(&again, 0, sizeof again);
+    assert_ok(&context,
+              pk_network_parse(
+                  &context,
+                  "input 3;dense 4;residual(dense 5 nobias;relu;residual(dense 5);dense 6|dense 6 nobias) ;"
+                  "residual( tanh );dense 2",
+                  &graph));
+    assert_string_equal(graph.text,
+                        "input 3; dense 4; residual( dense 5 nobias; relu; residual( dense 5 ); dense 6 | "
+                        "dense 6 nobias ); residual( tanh ); dense 2");
+    static const size_t counts[] = {3 * 4 + 4, 4 * 5, 5 * 5 + 5, 5 * 6 + 6, 4 * 6, 6 * 2 + 2};
+    assert_int_equal(graph.layers, 6);
+    for (size_t l = 0; l < 6; l++)
+        assert_int_equal(pk_graph_layer(&graph, l)->weight_count, counts[l]);
+    assert_ok(&context, pk_network_parse(&context, graph.text, &again));
+    assert_string_equal(again.text, graph.text);
+    assert_int_equal(again.node_count, graph.node_count);
+    pk_graph_release(&context, &graph);
+    pk_graph_release(&context, &again);
+    /* Nested too deep. */
+    char deep[1000] = "input 3; dense 3";
+    for (int i = 0; i < 40; i++)
+        strcat(deep, "; residual( dense 3");
+    assert_refused(&context, PK_FORMAT, "32 deep", pk_network_parse(&context, deep, &graph));
+    assert_int_equal(context.memory_used, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_builds), cmocka_unit_test(test_analysis),   cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_long),   cmocka_unit_test(test_initialize),
+        cmocka_unit_test(test_long),   cmocka_unit_test(test_initialize), cmocka_unit_test(test_initial_kinds),
+        cmocka_unit_test(test_ntk),    cmocka_unit_test(test_branches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
