@@ -5,7 +5,8 @@
  * value (Nanda et al. 2023; decomposed in ExPLAIND, Eichin et al. 2025); full batches, AdamW. With
  *
  *     g_s = sum_i grad l_i(w_s) / N,    m_{s+1} = b1 m_s + (1 - b1) g_s,    v_{s+1} = b2 v_s + (1 - b2) g_s^2,
- *     w_{s+1} = w_s - p_s m_{s+1} - rate decay w_s,    p_s = rate / (1 - b1^{s+1}) / (sqrt(v_{s+1} / (1 - b2^{s+1})) + eps),
+ *     w_{s+1} = w_s - p_s m_{s+1} - rate decay w_s,
+ *     p_s = rate / (1 - b1^{s+1}) / (sqrt(v_{s+1} / (1 - b2^{s+1})) + epsilon),
  *
  * a prediction h(x) of the trained network is its value before training, plus one number for each training pair i,
  * step s and layer l, plus what weight decay took away, exactly:
@@ -16,15 +17,18 @@
  *
  * Here h is the margin of the right answer c, f_c - mean_k f_k: softmax does not see what all outputs share. It is
  * decomposed for pairs that training never saw. Which training pairs made it: those with the same answer or others?
- * Through which layers, and when? (At the end gradients and decay hold each other: a network is linear in each of its
- * matrices, so decay takes about rate decay h through each of them at each step, and the gradients give it back.)
+ * Through which layers, and when? (At the end gradients and decay hold each other. Where a
+ * prediction is about linear in a matrix, decay takes rate decay h through it at each step, and the gradients give it
+ * back: the same for each such layer.)
  *
  * Written into 06_grokking in the output folder (default pathkernel-out), beside the recorded run: grokking.png,
  * the .dat files it is drawn from, by_example.npy (pairs, 1, N), by_step_and_layer.npy (pairs, 1, S, 7).
  *
  *     cc -O3 -fopenmp -I. examples/06_grokking.c -o grokking -lm
  *     ./grokking [NAME=NUMBER ...] [OUTPUT FOLDER]
- *     ./grokking p=113 train=4000 width=64 hidden=512 decay=4 rate=0.001 steps=2000    ExPLAIND's setting
+ *     ./grokking p=113 train=4000 width=64 hidden=512 decay=4 rate=0.001 steps=2000
+ *
+ * The last line is ExPLAIND's setting; on two cores half a second to train and four to decompose a step.
  */
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
