@@ -437,6 +437,8 @@ static void test_mnist(void **state)
     reason = "a sanitizer makes it ten times slower";
 #elif !defined(PATHKERNEL_BLIS)
     reason = "without BLIS it takes minutes";
+#elif defined(PATHKERNEL_TEST_AMALGAM)
+    reason = "the suite on modules has it";
 #endif
     const shape s = {"input 784; dense 128; relu; dense 10", "adamw", DIGITS, 100, 375, 64, 0};
     int64_t *offsets;
