@@ -419,9 +419,15 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
         rest.words[i] = layer->words[i + 1];
     attributes[PK_NORM_EPSILON] = norm ? 1e-5 : 0;
     attributes[PK__NORM_AFFINE] = norm;
+    if (norm && (layer->count < 2 || strchr(layer->words[1], '=')))
+        return pk__fail(
+            parser->context, PK_FORMAT,
+            "batch_norm needs the name of an array with its frozen means and variances; in training mode an "
+            "example's output would depend on the rest of its batch");
     pk_status status = pk__named_constants(parser, layer, &array, &numbers);
     if (!status)
-        status = pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
+        status =
+            pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
     const int affine = attributes[PK__NORM_AFFINE] != 0;
     attributes[PK__NORM_AFFINE] = 0;
     if (!status && array.rank != 2)
@@ -526,7 +532,9 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
     const pk_operation *operation = pk__named_operation(context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
     if (!operation || strcmp(operation->name, "add") == 0)
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
+        return pk__fail(context, PK_FORMAT,
+                        "'%.40s' is not a layer that is known; docs/network-language.md has those that are",
+                        layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
 }
