@@ -442,13 +442,8 @@ PK_API void pk_dataset_release(pk_context *context, pk_dataset *dataset);
 
 PK__END_C
 
-/* pathkernel/graph.h: autodiff. A static graph of batched operations, each one table entry with its
- * forward, reverse and tangent rules; a tape is the memory of one batch going through a graph.
- *
- * Weights are one flat vector w of P numbers. Everything here also works along a line w + t d with an own
- * t for each row (pk_line): an operation that is linear in its weights gives
- *     F(w + t d, a) = F(w, a) + t F(d, a),
- * so that rows with their own t need no own weights, only two calls for the whole batch.
+/* pathkernel/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
+ * tangent rules. Weights are one flat vector w of P numbers.
  */
 PK__BEGIN_C
 
@@ -612,6 +607,17 @@ PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const p
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
+
+PK__END_C
+
+/* pathkernel/tape.h: autodiff. A tape is the memory of one batch going through a graph: forward, reverse, tangent.
+ *
+ * Everything here also works along a line w + t d with an own t for each row (pk_line): an operation that is linear in
+ * its weights gives
+ *     F(w + t d, a) = F(w, a) + t F(d, a),
+ * so that rows with their own t need no own weights, only two calls for the whole batch.
+ */
+PK__BEGIN_C
 
 /* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
 typedef struct pk_line {
@@ -4006,7 +4012,11 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
     memset(graph, 0, sizeof *graph);
 }
 
-/* ---- tapes ----------------------------------------------------------------------------------------- */
+PK__END_C
+
+/* pathkernel/tape.h: implementation */
+#include <string.h>
+PK__BEGIN_C
 
 enum { PK__MANY_POSITIONS = 16 };
 
@@ -7352,9 +7362,15 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
         rest.words[i] = layer->words[i + 1];
     attributes[PK_NORM_EPSILON] = norm ? 1e-5 : 0;
     attributes[PK__NORM_AFFINE] = norm;
+    if (norm && (layer->count < 2 || strchr(layer->words[1], '=')))
+        return pk__fail(
+            parser->context, PK_FORMAT,
+            "batch_norm needs the name of an array with its frozen means and variances; in training mode an "
+            "example's output would depend on the rest of its batch");
     pk_status status = pk__named_constants(parser, layer, &array, &numbers);
     if (!status)
-        status = pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
+        status =
+            pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
     const int affine = attributes[PK__NORM_AFFINE] != 0;
     attributes[PK__NORM_AFFINE] = 0;
     if (!status && array.rank != 2)
@@ -7459,7 +7475,9 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
     const pk_operation *operation = pk__named_operation(context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
     if (!operation || strcmp(operation->name, "add") == 0)
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
+        return pk__fail(context, PK_FORMAT,
+                        "'%.40s' is not a layer that is known; docs/network-language.md has those that are",
+                        layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
 }

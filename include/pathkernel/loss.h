@@ -21,7 +21,7 @@
 #ifndef PATHKERNEL_LOSS_H
 #define PATHKERNEL_LOSS_H
 #include "dataset.h"
-#include "graph.h"
+#include "tape.h"
 
 /* >>> declarations */
 PK__BEGIN_C

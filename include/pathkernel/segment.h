@@ -8,7 +8,7 @@
  */
 #ifndef PATHKERNEL_SEGMENT_H
 #define PATHKERNEL_SEGMENT_H
-#include "graph.h"
+#include "tape.h"
 
 /* >>> declarations */
 PK__BEGIN_C
