@@ -310,44 +310,64 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     }
 }
 
-/* Chooses a plan so that everything fits, at the least cost. */
-PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
+/* The cheapest plan that fits, with at most `most` blocks of rows in a pass. whole: search even where the plan that saves
+ * nothing fits. */
+static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int whole)
 {
     static const size_t windows[] = {32, 64, 24, 16, 12, 8, 6, 4, 3, 2, 1, 128, 256, 512};
-    const size_t limit = job->context ? job->context->memory_limit : 0,
-                 held = job->context ? job->context->memory_used : 0;
-    const size_t steps = pk__most(job->run->steps, 1), blocks = pk__blocks(rows, job->block);
+    const size_t steps = pk__most(job->run->steps, 1), rows = choice->rows,
+                 blocks = pk__blocks(rows, job->block);
     const size_t units = pk__blocks(job->outputs, job->unit), all_threads = (size_t)pk_threads(job->context);
-    const size_t most = pk__least(
-        blocks, job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks);
-    pk__choice choice;
     pk_plan plan;
-    memset(&choice, 0, sizeof choice);
     memset(&plan, 0, sizeof plan);
-    choice.rows = rows;
-    choice.row_bytes = row_bytes;
-    choice.by_pass = by_pass;
-    choice.available = !limit ? SIZE_MAX - 1 : limit > held ? limit - held : 0;
-    choice.least = SIZE_MAX;
     /* Where nothing has to be saved: */
     plan.threads = all_threads;
     plan.rows = pk__least(rows, most * job->block);
     plan.outputs = job->outputs;
     plan.window = pk__least(windows[0], steps);
     plan.stride = 1;
-    if (!pk__consider(job, &choice, &plan) || limit)
-        for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
-            for (size_t slices = 1; slices; slices = pk__next_size(slices, units))
-                for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
-                    for (size_t passes = pk__blocks(blocks, most); passes;
-                         passes = pk__next_size(passes, blocks)) {
-                        if (i && windows[i] >= 2 * steps)
-                            continue;
-                        plan.outputs = pk__least(job->outputs, pk__blocks(units, slices) * job->unit);
-                        plan.rows = pk__least(rows, pk__blocks(blocks, passes) * job->block);
-                        plan.window = pk__least(windows[i], steps);
-                        pk__choose_states(job, &choice, &plan);
-                    }
+    if (pk__consider(job, choice, &plan) && !whole)
+        return;
+    for (plan.threads = all_threads; plan.threads >= 1; plan.threads /= 2)
+        for (size_t slices = 1; slices; slices = pk__next_size(slices, units))
+            for (size_t i = 0; i < sizeof windows / sizeof *windows; i++)
+                for (size_t passes = pk__blocks(blocks, most); passes; passes = pk__next_size(passes, blocks)) {
+                    if (i && windows[i] >= 2 * steps)
+                        continue;
+                    plan.outputs = pk__least(job->outputs, pk__blocks(units, slices) * job->unit);
+                    plan.rows = pk__least(rows, pk__blocks(blocks, passes) * job->block);
+                    plan.window = pk__least(windows[i], steps);
+                    pk__choose_states(job, choice, &plan);
+                }
+}
+
+/* Where the caller sets no limit: enough for any window to pay, and less than most machines have. */
+#define PK__USUAL_MEMORY (SIZE_MAX > 0xffffffffu ? SIZE_MAX >> 32 : SIZE_MAX / 4) /* 4 GiB */
+
+/* Chooses a plan so that everything fits, at the least cost. */
+PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
+{
+    const size_t limit = job->context ? job->context->memory_limit : 0,
+                 held = job->context ? job->context->memory_used : 0, blocks = pk__blocks(rows, job->block);
+    const size_t most = pk__least(
+        blocks, job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks);
+    size_t results = 0;
+    pk__choice choice;
+    memset(&choice, 0, sizeof choice);
+    choice.rows = rows;
+    choice.row_bytes = row_bytes;
+    choice.by_pass = by_pass;
+    choice.available = limit > held ? limit - held : 0;
+    if (!limit)
+        choice.available = pk__multiply(rows, row_bytes, &results) && results < SIZE_MAX - PK__USUAL_MEMORY
+                               ? results + PK__USUAL_MEMORY
+                               : SIZE_MAX - 1;
+    choice.least = SIZE_MAX;
+    pk__search_plans(job, &choice, most, limit != 0);
+    if (!limit && !choice.best.threads) {
+        choice.available = SIZE_MAX - 1;
+        pk__search_plans(job, &choice, most, 0);
+    }
     job->plan = choice.best;
     if (choice.best.threads)
         return PK_OK;
