@@ -253,8 +253,7 @@ static void test_rules(void **state)
         "input 2x3x4; dense 5; layer_norm dims=2 epsilon=0.1; layer_norm dims=3 noaffine; flatten; dense 3",
         "input 4; dense 6; rms_norm; dense 3; rms_norm epsilon=0.5 noaffine",
         "input 2x3x4; dense 5; rms_norm dims=3 epsilon=0.1; flatten; dense 3",
-        "input 3x2; affine; dense 4; affine dims=0 nobias; affine dims=2; flatten; dense 2; affine nobias "
-        "dims=1",
+        "input 3x2; affine; dense 4; affine dims=0 nobias; affine dims=2; flatten; dense 2; affine nobias",
         "input 2x3x2; dense 4; affine dims=0; tanh; affine dims=2; flatten",
         "input 4; dense 5; softmax; dense 3; log_softmax",
         "input 3x4; dense 5; log_softmax; dense 3; softmax; flatten",
