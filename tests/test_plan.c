@@ -114,7 +114,12 @@ static void test_grid(void **state)
         "input 3; dense 2", "input 64; dense 32; tanh; dense 32; relu; dense 10",
         "input 784; dense 128; relu; dense 10", "input 20; dense 300; tanh; dense 300; tanh; dense 1000"};
     static const char *const optimizers[] = {"sgd", "sgd momentum=0.9 nesterov=1", "adamw"};
-    for (size_t n = 0; n < 4; n++)
+    size_t count = 4;
+#ifdef SANITIZED
+    print_message("one network of %zu: a sanitizer makes the grid slow\n", count);
+    count = 1;
+#endif
+    for (size_t n = 0; n < count; n++)
         for (size_t o = 0; o < 3; o++)
             for (int v = 0; v < 4; v++) {
                 shape s = {networks[n], optimizers[o], 1000, 50, 40, 32, 0};
