@@ -94,7 +94,7 @@ static void remove_run(const char *directory)
 }
 
 /* Trains, records, opens; the directory is gone afterwards, the run stays mapped. */
-static pk_status train_run(pk_context *context, const job *j, const pk_dataset *data, pk_run *run)
+static inline pk_status train_run(pk_context *context, const job *j, const pk_dataset *data, pk_run *run)
 {
     const char *temporary = getenv("TMPDIR");
     char directory[512];
