@@ -600,10 +600,10 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
                                                      const int *inputs, const double *attributes,
                                                      size_t constant_count, const pk_real *constants,
                                                      int *node);
-/* Whether inputs (rows x input width) may go in: tokens are whole numbers below the vocabulary's size.
- * PK_ARGUMENT names the row, counted from first. */
-PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first,
-                                                    size_t rows, const pk_real *inputs);
+/* Whether a row of data (input width) may go in: tokens are whole numbers below the vocabulary's size. PK_ARGUMENT names
+ * the row by its number. */
+PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
+                                                    const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
@@ -786,8 +786,8 @@ PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *
 
 /* The arrays that the network language named when graph was built; graph has to outlive the result. */
 PK_API pk_constants pk_graph_constants(const pk_graph *graph);
-/* The next node from node number n on that holds a named array, with the array's view; NULL behind the last. */
-PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array);
+/* The node behind `after` (NULL: the first) that holds a named array, with the array's view; NULL where there is none. */
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after, pk_array *array);
 
 /* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
@@ -1615,7 +1615,6 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
 /* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
  * (places x fan_out x ld), rows[l] (weights x ld) for layers by rows. Column b is batch position b. */
 typedef struct pk_examples {
-    pk_representation representation;
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
@@ -3976,22 +3975,20 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
     return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
 }
 
-PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first, size_t rows,
+PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
                                        const pk_real *inputs)
 {
-    for (size_t row = 0; graph->checked && row < rows; row++)
-        for (size_t n = 1; n < graph->node_count; n++) {
-            const pk_node *node = &graph->nodes[n];
-            int data = 0;
-            for (int j = 0; j < node->input_count; j++)
-                data |= node->inputs[j] == 0;
-            if (!node->operation->check || !data)
-                continue;
-            pk_status status =
-                node->operation->check(context, node, first + row, inputs + row * graph->input_width);
-            if (status)
-                return status;
-        }
+    for (size_t n = 1; graph->checked && n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        int data = 0;
+        for (int j = 0; j < node->input_count; j++)
+            data |= node->inputs[j] == 0;
+        if (!node->operation->check || !data)
+            continue;
+        pk_status status = node->operation->check(context, node, row, inputs);
+        if (status)
+            return status;
+    }
     return PK_OK;
 }
 
@@ -4332,7 +4329,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     if (!weights || !inputs.data || !outputs.data)
         return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
     for (size_t row = 0; graph->checked && row < inputs.rows; row++) {
-        pk_status status = pk_graph_check_inputs(context, graph, row, 1, inputs.data + row * inputs.ld);
+        pk_status status = pk_graph_check_inputs(context, graph, row, inputs.data + row * inputs.ld);
         if (status)
             return status;
     }
@@ -4435,54 +4432,48 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     }
 }
 
+/* slope[i] = E(x, y), for the numbers first .. first + count - 1. */
+#define PK__SLOPES(name, kind, E)                                                                    \
+    static void pk__##name##_##kind(const pk_call *call, size_t first, size_t count, pk_real *slope) \
+    {                                                                                                \
+        const double *p = call->node->attributes;                                                    \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                           \
+        (void)p;                                                                                     \
+        for (size_t i = 0; i < count; i++) {                                                         \
+            pk_real x = in[i], y = out[i];                                                           \
+            (void)x, (void)y;                                                                        \
+            slope[i] = (pk_real)(E);                                                                 \
+        }                                                                                            \
+    }
+
 /* Elementwise y = V(x) with slope D(x, y) and second derivative D2(x, y) between kinks: p are the node's
  * attributes. Slopes at kinks are PyTorch's. */
-#define PK__ELEMENTWISE(name, V, D, D2)                                                               \
-    static void pk__##name##_forward(const pk_call *call)                                             \
-    {                                                                                                 \
-        const double *p = call->node->attributes;                                                     \
-        size_t count = call->rows * call->node->width;                                                \
-        const pk_real *in = call->in[0];                                                              \
-        pk_real *out = call->out;                                                                     \
-        (void)p;                                                                                      \
-        for (size_t i = 0; i < count; i++) {                                                          \
-            pk_real x = in[i];                                                                        \
-            out[i] = (pk_real)(V);                                                                    \
-        }                                                                                             \
-    }                                                                                                 \
-    static void pk__##name##_slopes(const pk_call *call, size_t first, size_t count, pk_real *slope)  \
-    {                                                                                                 \
-        const double *p = call->node->attributes;                                                     \
-        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
-        (void)p;                                                                                      \
-        for (size_t i = 0; i < count; i++) {                                                          \
-            pk_real x = in[i], y = out[i];                                                            \
-            (void)x, (void)y;                                                                         \
-            slope[i] = (pk_real)(D);                                                                  \
-        }                                                                                             \
-    }                                                                                                 \
-    static void pk__##name##_tangent(const pk_call *call)                                             \
-    {                                                                                                 \
-        pk__elementwise_tangent(call, pk__##name##_slopes);                                           \
-    }                                                                                                 \
-    static void pk__##name##_reverse(const pk_call *call)                                             \
-    {                                                                                                 \
-        pk__elementwise_reverse(call, pk__##name##_slopes, 0);                                        \
-    }                                                                                                 \
-    static void pk__##name##_seconds(const pk_call *call, size_t first, size_t count, pk_real *slope) \
-    {                                                                                                 \
-        const double *p = call->node->attributes;                                                     \
-        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
-        (void)p;                                                                                      \
-        for (size_t i = 0; i < count; i++) {                                                          \
-            pk_real x = in[i], y = out[i];                                                            \
-            (void)x, (void)y;                                                                         \
-            slope[i] = (pk_real)(D2);                                                                 \
-        }                                                                                             \
-    }                                                                                                 \
-    static void pk__##name##_curvature(const pk_call *call)                                           \
-    {                                                                                                 \
-        pk__elementwise_reverse(call, pk__##name##_seconds, 1);                                       \
+#define PK__ELEMENTWISE(name, V, D, D2)                         \
+    static void pk__##name##_forward(const pk_call *call)       \
+    {                                                           \
+        const double *p = call->node->attributes;               \
+        size_t count = call->rows * call->node->width;          \
+        const pk_real *in = call->in[0];                        \
+        pk_real *out = call->out;                               \
+        (void)p;                                                \
+        for (size_t i = 0; i < count; i++) {                    \
+            pk_real x = in[i];                                  \
+            out[i] = (pk_real)(V);                              \
+        }                                                       \
+    }                                                           \
+    PK__SLOPES(name, slopes, D)                                 \
+    static void pk__##name##_tangent(const pk_call *call)       \
+    {                                                           \
+        pk__elementwise_tangent(call, pk__##name##_slopes);     \
+    }                                                           \
+    static void pk__##name##_reverse(const pk_call *call)       \
+    {                                                           \
+        pk__elementwise_reverse(call, pk__##name##_slopes, 0);  \
+    }                                                           \
+    PK__SLOPES(name, seconds, D2)                               \
+    static void pk__##name##_curvature(const pk_call *call)     \
+    {                                                           \
+        pk__elementwise_reverse(call, pk__##name##_seconds, 1); \
     }
 
 #define PK__SQRT_HALF 0.70710678118654752440
@@ -4525,6 +4516,7 @@ PK__ELEMENTWISE(sign, (x > 0) - (x < 0), p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] *
 PK__ELEMENTWISE(step, x > 0, p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x),
                 p[0] * p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x) * (1 - 2 * pk__sigmoid(p[0] * x)))
 #undef PK__ELEMENTWISE
+#undef PK__SLOPES
 
 static void pk__zero_switches(const pk_call *call)
 {
@@ -7632,9 +7624,9 @@ PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_grap
     return pk_network_parse_with(context, text, NULL, graph);
 }
 
-PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array)
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after, pk_array *array)
 {
-    for (; n < graph->node_count; n++) {
+    for (size_t n = after ? (size_t)(after - graph->nodes) + 1 : 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (!node->constant_name[0])
             continue;
@@ -7649,8 +7641,8 @@ PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *
 static pk_status pk__load_from_graph(void *user, pk_context *context, const char *name, pk_array *array)
 {
     const pk_graph *graph = (const pk_graph *)user;
-    const pk_node *node;
-    for (size_t n = 1; (node = pk_graph_named(graph, n, array)) != NULL; n = (size_t)(node - graph->nodes) + 1)
+    const pk_node *node = NULL;
+    while ((node = pk_graph_named(graph, node, array)) != NULL)
         if (strcmp(node->constant_name, name) == 0)
             return PK_OK;
     return pk__fail(context, PK_ARGUMENT, "the network holds no array '%.40s'", name);
@@ -8937,7 +8929,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
         status = pk_allocate(context, plan.groups - 1, parameters * sizeof *partial, sweep->name, &partial);
     for (size_t r = 0; !status && graph->checked && r < sweep->rows; r++) {
         pk__sweep_inputs(sweep, r, 1, (pk_real *)memory);
-        status = pk_graph_check_inputs(context, graph, r, 1, (pk_real *)memory);
+        status = pk_graph_check_inputs(context, graph, r, (pk_real *)memory);
     }
     if (!status) {
         const int workers = (int)threads;
@@ -9238,9 +9230,15 @@ static pk_status pk__sweep_matrix(pk_context *context, const char *name, const c
     return PK_OK;
 }
 
-static pk_status pk__sweep_inputs_check(pk_context *context, const char *name, const pk_graph *graph,
-                                        const pk_real *weights, pk_matrix inputs)
+/* A sweep over inputs at weights, checked; the rest of it is zero. */
+static pk_status pk__sweep_begin(pk_context *context, const char *name, const pk_graph *graph,
+                                 const pk_real *weights, pk_matrix inputs, pk__sweep *sweep)
 {
+    memset(sweep, 0, sizeof *sweep);
+    sweep->name = name;
+    sweep->graph = graph;
+    sweep->weights = weights;
+    sweep->inputs = inputs;
     pk_status status = pk__sweep_graph(context, name, graph, weights);
     return status ? status : pk__sweep_matrix(context, name, "inputs", inputs, inputs.rows, graph->input_width);
 }
@@ -9295,16 +9293,11 @@ PK_API pk_status pk_vjp(pk_context *context, const pk_graph *graph, const pk_rea
                         pk_matrix cotangents, pk_matrix weight_gradients, pk_matrix input_gradients)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "vjp", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "vjp", graph, weights, inputs, &sweep);
     if (!status)
         status = pk__sweep_matrix(context, "vjp", "cotangents", cotangents, inputs.rows, graph->output_width);
     if (status)
         return status;
-    sweep.name = "vjp";
-    sweep.graph = graph;
-    sweep.weights = weights;
-    sweep.inputs = inputs;
     sweep.cotangents = cotangents;
     sweep.copies = 1;
     sweep.of_weights = weight_gradients;
@@ -9316,18 +9309,13 @@ PK_API pk_status pk_vjp_sum(pk_context *context, const pk_graph *graph, const pk
                             pk_matrix inputs, pk_matrix cotangents, pk_real *gradient)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "vjp", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "vjp", graph, weights, inputs, &sweep);
     if (!status)
         status = pk__sweep_matrix(context, "vjp", "cotangents", cotangents, inputs.rows, graph->output_width);
     if (!status && graph->parameters && !gradient)
         status = pk__fail(context, PK_ARGUMENT, "vjp: the place for the gradient is NULL");
     if (status)
         return status;
-    sweep.name = "vjp";
-    sweep.graph = graph;
-    sweep.weights = weights;
-    sweep.inputs = inputs;
     sweep.cotangents = cotangents;
     sweep.copies = 1;
     sweep.sum = gradient;
@@ -9338,14 +9326,9 @@ PK_API pk_status pk_jacobian(pk_context *context, const pk_graph *graph, const p
                              pk_matrix inputs, pk_matrix weight_jacobian, pk_matrix input_jacobian)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "jacobian", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "jacobian", graph, weights, inputs, &sweep);
     if (status)
         return status;
-    sweep.name = "jacobian";
-    sweep.graph = graph;
-    sweep.weights = weights;
-    sweep.inputs = inputs;
     sweep.copies = graph->output_width;
     sweep.of_weights = weight_jacobian;
     sweep.of_inputs = input_jacobian;
@@ -9356,8 +9339,7 @@ PK_API pk_status pk_jvp(pk_context *context, const pk_graph *graph, const pk_rea
                         const pk_real *weight_direction, pk_matrix input_directions, pk_matrix tangents)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "jvp", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "jvp", graph, weights, inputs, &sweep);
     if (!status && input_directions.data)
         status = pk__sweep_matrix(context, "jvp", "directions of the inputs", input_directions, inputs.rows,
                                   graph->input_width);
@@ -10418,7 +10400,7 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
     for (size_t i = 0; status == PK_OK && i < pk_dataset_examples(train); i++) {
         const int64_t item = (int64_t)i;
         pk_dataset_inputs(train, &item, 1, row);
-        status = pk_graph_check_inputs(context, graph, i, 1, row);
+        status = pk_graph_check_inputs(context, graph, i, row);
     }
     pk_release(context, row);
     return status;
@@ -10764,10 +10746,8 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     for (int k = 0; k < 2 && status == PK_OK; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
     pk_array constant;
-    const pk_node *node;
-    const pk_graph *graph = &recording->graph;
-    for (size_t n = 1; status == PK_OK && (node = pk_graph_named(graph, n, &constant)) != NULL;
-         n = (size_t)(node - graph->nodes) + 1) {
+    const pk_node *node = NULL;
+    while (status == PK_OK && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
         char file[PK__CONSTANT_FILE];
         status = pk__recorder_data(context, pk__run_path_of(path, pk__constant_file(node->constant_name, file)),
                                    &constant);
@@ -10849,12 +10829,13 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds other data", directory,
                             pk__run_fixed[k]);
     pk_array own, other;
-    const pk_node *node;
-    for (size_t n = 1; (node = pk_graph_named(&run->graph, n, &own)) != NULL;
-         n = (size_t)(node - run->graph.nodes) + 1)
-        if (!pk_graph_named(&recording->graph, n, &other) || !pk__same_data(&other, &own))
+    const pk_node *node = NULL, *wanted = NULL; /* the same network: the same nodes */
+    while ((node = pk_graph_named(&run->graph, node, &own)) != NULL) {
+        wanted = pk_graph_named(&recording->graph, wanted, &other);
+        if (!wanted || !pk__same_data(&other, &own))
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its array '%s' holds other numbers",
                             directory, node->constant_name);
+    }
     for (size_t p = 0; initial && p < run->parameters; p++) {
         pk_real there, here = recorder->float32 ? (pk_real)(float)initial[p] : initial[p];
         pk_array_reals(&run->weights, p, 1, &there);
@@ -12649,9 +12630,8 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
 }
 
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
-static int pk__has_bias(const pk_graph *graph, const pk_node *node)
+static int pk__has_bias(const pk_node *node)
 {
-    (void)graph;
     return node->weight_count > node->fan_out * node->fan_in;
 }
 
@@ -12674,7 +12654,6 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
                              const pk_representation *representation, pk_examples *examples)
 {
     memset(examples, 0, sizeof *examples);
-    examples->representation = *representation;
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     examples->ld = (capacity + 7) / 8 * 8;
     if (examples->ld % 512 == 0)
@@ -12868,7 +12847,7 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
             const pk_real *input = examples->input[l] + q * in * ld;
             const pk_real *cotangent = examples->cotangent[l] + q * out * ld;
             pk__gemm(0, 1, out, in, count, 1, cotangent, ld, input, ld, 1, to, in);
-            for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
+            for (size_t j = 0; pk__has_bias(node) && j < out; j++)
                 for (size_t b = 0; b < count; b++)
                     to[out * in + j] += cotangent[j * ld + b];
         }
@@ -13097,7 +13076,7 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs),
                  chunk = pk__product_rows(outputs);
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__least(together, points->count - p), pairs = count * positions;
@@ -13132,9 +13111,9 @@ static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_poin
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t in = pk__layer_input(tangent->graph, node)->width;
+    const size_t in = node->fan_in;
     const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left,
              block);
@@ -13150,7 +13129,7 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
     size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
+    size_t in = node->fan_in;
     const pk_real *delta = tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes];
     pk__weighted_inputs(tangent, layer, points, first, block);
     for (size_t p = 0; p < points->count; p += chunk) {
@@ -13167,8 +13146,7 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 {
     const pk_segment *segment = &tangent->integrator.segment;
-    const size_t outputs = tangent->outputs, out = head->width,
-                 in = pk__layer_input(tangent->graph, head)->width;
+    const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
     const size_t cells = tangent->rows * outputs;
     const pk_real *seed = tangent->delta[head->layer];
     for (int part = 0; part < 2; part++)
@@ -13209,8 +13187,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, out = node->width,
-                 in = pk__layer_input(tangent->graph, node)->width;
+    const size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
     pk_real *left = tangent->left, *sums = tangent->sums;
     pk__weighted_inputs(tangent, layer, points, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
@@ -13231,14 +13208,24 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
     tangent->flops += 2.0 * (double)block * (double)(points->count * in);
 }
 
+/* tile += left o (delta . delta_i) of a whole step, delta that of each row and output. */
+static void pk__contract_cotangents(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const pk_examples *examples = tangent->examples;
+    const size_t rows = tangent->rows, outputs = tangent->outputs, out = tangent->node[layer]->width;
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
+             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
+    pk__hadamard(rows, outputs, block, NULL, tangent->left, tangent->right, tangent->tile);
+    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+}
+
 /* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
 static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const size_t rows = tangent->rows, in = node->fan_in;
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     if (tangent->gram && node->inputs[0] == 0) {
         const int64_t *items = examples->items + first;
@@ -13258,10 +13245,7 @@ static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, s
             left[i] += bias;
         tangent->flops += 2.0 * (double)block * (double)(rows * in);
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
-             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
-    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+    pk__contract_cotangents(tangent, layer, first, block);
 }
 
 /* A layer with a constant cotangent, whole step: tile += (a . a_i + bias) (delta . delta_i), a summed over points. */
@@ -13269,9 +13253,8 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const size_t rows = tangent->rows, outputs = tangent->outputs, in = node->fan_in;
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld,
              0, left, block);
@@ -13291,10 +13274,7 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
             }
         return;
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
-             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
-    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+    pk__contract_cotangents(tangent, layer, first, block);
 }
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
@@ -13343,7 +13323,7 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
 {
     const pk_node *node = tangent->node[layer];
     const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
-    double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
+    double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
     /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
@@ -13407,8 +13387,8 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
         tangent->seconds_contraction += pk__seconds() - start;
         return;
     }
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
+    size_t in = node->fan_in;
+    const pk_real *bias = pk__has_bias(node) ? e + outputs * out * in : NULL;
     memset(tile, 0, outputs * columns * sizeof *tile);
     /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
     for (size_t at = 0; at < columns; at += 64) {
@@ -13442,7 +13422,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
                           const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
-    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
@@ -13451,7 +13431,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
         pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, product, out);
         for (size_t p = 0; p < count; p++) {
             pk_real *at = product + p * out;
-            if (pk__has_bias(tangent->graph, node))
+            if (pk__has_bias(node))
                 for (size_t j = 0; j < out; j++)
                     at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
             for (size_t k = 0; k < outputs; k++) {
@@ -13469,7 +13449,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
 static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, pk_real *phi)
 {
-    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     const size_t chosen = tangent->output_count;
     delta += tangent->first_output * out;
     /* Weighted inputs, so that one product serves a unit of outputs. */
@@ -13479,7 +13459,7 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
     for (size_t k = 0; k < chosen; k += tangent->unit)
         pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
                  tangent->weighted, in, 1, phi + k * out * in, in);
-    if (pk__has_bias(tangent->graph, node)) {
+    if (pk__has_bias(node)) {
         pk_real *bias = phi + chosen * out * in;
         for (size_t p = 0; p < count; p++)
             for (size_t j = 0; j < chosen * out; j++)
@@ -13492,7 +13472,7 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
 {
     const pk_node *node = tangent->node[layer];
     const pk_tape *tape = &tangent->integrator.segment.tape;
-    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     pk_real *a = tape->value[node->inputs[0]] + first * in;
     pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
@@ -13659,7 +13639,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
         const pk_real *a = segment->tape.value[node->inputs[0]];
-        size_t out = node->width, in = pk__layer_input(graph, node)->width;
+        size_t out = node->width, in = node->fan_in;
         switch (tangent->kind[l]) {
         case PK_LAYER_DATA:
             for (size_t p = 0; p < count; p++)
@@ -13744,7 +13724,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         if (tangent->delta[l])
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
-            memset(tangent->input[l], 0, rows * pk__layer_input(graph, node)->width * sizeof(pk_real));
+            memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
         if (tangent->phi[l] && tangent->integrated[l])
             memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
@@ -13768,7 +13748,7 @@ static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row,
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count;
     const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
-    const size_t bias = !rows && pk__has_bias(tangent->graph, node) ? node->width : 0, matrix = weights - bias;
+    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = weights - bias;
     from += row * tangent->output_capacity * weights;
     first -= tangent->first_output;
     memcpy(to, from + first * matrix, count * matrix * sizeof *to);
@@ -13780,7 +13760,7 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
                                pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
-    size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
     if (tangent->phi[layer]) {
         pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
         return;
@@ -13792,7 +13772,7 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
     for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
             phi[j * in + i] = delta[j] * a[i];
-    if (pk__has_bias(tangent->graph, node))
+    if (pk__has_bias(node))
         for (size_t j = 0; j < count * out; j++)
             phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
 }
@@ -14760,9 +14740,9 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
-static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
+static size_t pk__bias_count(const pk_node *node)
 {
-    return pk__is_outer(node) && pk__has_bias(graph, node) ? node->width : 0;
+    return pk__is_outer(node) && pk__has_bias(node) ? node->width : 0;
 }
 
 /* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
@@ -14877,7 +14857,7 @@ static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, d
     pk__part part;
     part.node = worker->tangent.node[layer];
     part.layer = layer;
-    part.bias = pk__bias_count(job->graph, part.node);
+    part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
     const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
     for (part.row = 0; part.row < worker->rows; part.row++)
@@ -15153,7 +15133,7 @@ static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_mat
             if (!isfinite(inputs.data[r * inputs.ld + j]))
                 return pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, column %zu is not finite", r, j);
     for (size_t r = 0; run->graph.checked && r < inputs.rows; r++) {
-        pk_status status = pk_graph_check_inputs(context, &run->graph, r, 1, inputs.data + r * inputs.ld);
+        pk_status status = pk_graph_check_inputs(context, &run->graph, r, inputs.data + r * inputs.ld);
         if (status)
             return pk__prefix(context, status, "inputs: ");
     }

@@ -78,54 +78,48 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     }
 }
 
+/* slope[i] = E(x, y), for the numbers first .. first + count - 1. */
+#define PK__SLOPES(name, kind, E)                                                                    \
+    static void pk__##name##_##kind(const pk_call *call, size_t first, size_t count, pk_real *slope) \
+    {                                                                                                \
+        const double *p = call->node->attributes;                                                    \
+        const pk_real *in = call->in[0] + first, *out = call->out + first;                           \
+        (void)p;                                                                                     \
+        for (size_t i = 0; i < count; i++) {                                                         \
+            pk_real x = in[i], y = out[i];                                                           \
+            (void)x, (void)y;                                                                        \
+            slope[i] = (pk_real)(E);                                                                 \
+        }                                                                                            \
+    }
+
 /* Elementwise y = V(x) with slope D(x, y) and second derivative D2(x, y) between kinks: p are the node's
  * attributes. Slopes at kinks are PyTorch's. */
-#define PK__ELEMENTWISE(name, V, D, D2)                                                               \
-    static void pk__##name##_forward(const pk_call *call)                                             \
-    {                                                                                                 \
-        const double *p = call->node->attributes;                                                     \
-        size_t count = call->rows * call->node->width;                                                \
-        const pk_real *in = call->in[0];                                                              \
-        pk_real *out = call->out;                                                                     \
-        (void)p;                                                                                      \
-        for (size_t i = 0; i < count; i++) {                                                          \
-            pk_real x = in[i];                                                                        \
-            out[i] = (pk_real)(V);                                                                    \
-        }                                                                                             \
-    }                                                                                                 \
-    static void pk__##name##_slopes(const pk_call *call, size_t first, size_t count, pk_real *slope)  \
-    {                                                                                                 \
-        const double *p = call->node->attributes;                                                     \
-        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
-        (void)p;                                                                                      \
-        for (size_t i = 0; i < count; i++) {                                                          \
-            pk_real x = in[i], y = out[i];                                                            \
-            (void)x, (void)y;                                                                         \
-            slope[i] = (pk_real)(D);                                                                  \
-        }                                                                                             \
-    }                                                                                                 \
-    static void pk__##name##_tangent(const pk_call *call)                                             \
-    {                                                                                                 \
-        pk__elementwise_tangent(call, pk__##name##_slopes);                                           \
-    }                                                                                                 \
-    static void pk__##name##_reverse(const pk_call *call)                                             \
-    {                                                                                                 \
-        pk__elementwise_reverse(call, pk__##name##_slopes, 0);                                        \
-    }                                                                                                 \
-    static void pk__##name##_seconds(const pk_call *call, size_t first, size_t count, pk_real *slope) \
-    {                                                                                                 \
-        const double *p = call->node->attributes;                                                     \
-        const pk_real *in = call->in[0] + first, *out = call->out + first;                            \
-        (void)p;                                                                                      \
-        for (size_t i = 0; i < count; i++) {                                                          \
-            pk_real x = in[i], y = out[i];                                                            \
-            (void)x, (void)y;                                                                         \
-            slope[i] = (pk_real)(D2);                                                                 \
-        }                                                                                             \
-    }                                                                                                 \
-    static void pk__##name##_curvature(const pk_call *call)                                           \
-    {                                                                                                 \
-        pk__elementwise_reverse(call, pk__##name##_seconds, 1);                                       \
+#define PK__ELEMENTWISE(name, V, D, D2)                         \
+    static void pk__##name##_forward(const pk_call *call)       \
+    {                                                           \
+        const double *p = call->node->attributes;               \
+        size_t count = call->rows * call->node->width;          \
+        const pk_real *in = call->in[0];                        \
+        pk_real *out = call->out;                               \
+        (void)p;                                                \
+        for (size_t i = 0; i < count; i++) {                    \
+            pk_real x = in[i];                                  \
+            out[i] = (pk_real)(V);                              \
+        }                                                       \
+    }                                                           \
+    PK__SLOPES(name, slopes, D)                                 \
+    static void pk__##name##_tangent(const pk_call *call)       \
+    {                                                           \
+        pk__elementwise_tangent(call, pk__##name##_slopes);     \
+    }                                                           \
+    static void pk__##name##_reverse(const pk_call *call)       \
+    {                                                           \
+        pk__elementwise_reverse(call, pk__##name##_slopes, 0);  \
+    }                                                           \
+    PK__SLOPES(name, seconds, D2)                               \
+    static void pk__##name##_curvature(const pk_call *call)     \
+    {                                                           \
+        pk__elementwise_reverse(call, pk__##name##_seconds, 1); \
     }
 
 #define PK__SQRT_HALF 0.70710678118654752440
@@ -168,6 +162,7 @@ PK__ELEMENTWISE(sign, (x > 0) - (x < 0), p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] *
 PK__ELEMENTWISE(step, x > 0, p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x),
                 p[0] * p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x) * (1 - 2 * pk__sigmoid(p[0] * x)))
 #undef PK__ELEMENTWISE
+#undef PK__SLOPES
 
 static void pk__zero_switches(const pk_call *call)
 {

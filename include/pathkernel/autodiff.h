@@ -200,7 +200,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
         status = pk_allocate(context, plan.groups - 1, parameters * sizeof *partial, sweep->name, &partial);
     for (size_t r = 0; !status && graph->checked && r < sweep->rows; r++) {
         pk__sweep_inputs(sweep, r, 1, (pk_real *)memory);
-        status = pk_graph_check_inputs(context, graph, r, 1, (pk_real *)memory);
+        status = pk_graph_check_inputs(context, graph, r, (pk_real *)memory);
     }
     if (!status) {
         const int workers = (int)threads;
@@ -501,9 +501,15 @@ static pk_status pk__sweep_matrix(pk_context *context, const char *name, const c
     return PK_OK;
 }
 
-static pk_status pk__sweep_inputs_check(pk_context *context, const char *name, const pk_graph *graph,
-                                        const pk_real *weights, pk_matrix inputs)
+/* A sweep over inputs at weights, checked; the rest of it is zero. */
+static pk_status pk__sweep_begin(pk_context *context, const char *name, const pk_graph *graph,
+                                 const pk_real *weights, pk_matrix inputs, pk__sweep *sweep)
 {
+    memset(sweep, 0, sizeof *sweep);
+    sweep->name = name;
+    sweep->graph = graph;
+    sweep->weights = weights;
+    sweep->inputs = inputs;
     pk_status status = pk__sweep_graph(context, name, graph, weights);
     return status ? status : pk__sweep_matrix(context, name, "inputs", inputs, inputs.rows, graph->input_width);
 }
@@ -558,16 +564,11 @@ PK_API pk_status pk_vjp(pk_context *context, const pk_graph *graph, const pk_rea
                         pk_matrix cotangents, pk_matrix weight_gradients, pk_matrix input_gradients)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "vjp", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "vjp", graph, weights, inputs, &sweep);
     if (!status)
         status = pk__sweep_matrix(context, "vjp", "cotangents", cotangents, inputs.rows, graph->output_width);
     if (status)
         return status;
-    sweep.name = "vjp";
-    sweep.graph = graph;
-    sweep.weights = weights;
-    sweep.inputs = inputs;
     sweep.cotangents = cotangents;
     sweep.copies = 1;
     sweep.of_weights = weight_gradients;
@@ -579,18 +580,13 @@ PK_API pk_status pk_vjp_sum(pk_context *context, const pk_graph *graph, const pk
                             pk_matrix inputs, pk_matrix cotangents, pk_real *gradient)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "vjp", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "vjp", graph, weights, inputs, &sweep);
     if (!status)
         status = pk__sweep_matrix(context, "vjp", "cotangents", cotangents, inputs.rows, graph->output_width);
     if (!status && graph->parameters && !gradient)
         status = pk__fail(context, PK_ARGUMENT, "vjp: the place for the gradient is NULL");
     if (status)
         return status;
-    sweep.name = "vjp";
-    sweep.graph = graph;
-    sweep.weights = weights;
-    sweep.inputs = inputs;
     sweep.cotangents = cotangents;
     sweep.copies = 1;
     sweep.sum = gradient;
@@ -601,14 +597,9 @@ PK_API pk_status pk_jacobian(pk_context *context, const pk_graph *graph, const p
                              pk_matrix inputs, pk_matrix weight_jacobian, pk_matrix input_jacobian)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "jacobian", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "jacobian", graph, weights, inputs, &sweep);
     if (status)
         return status;
-    sweep.name = "jacobian";
-    sweep.graph = graph;
-    sweep.weights = weights;
-    sweep.inputs = inputs;
     sweep.copies = graph->output_width;
     sweep.of_weights = weight_jacobian;
     sweep.of_inputs = input_jacobian;
@@ -619,8 +610,7 @@ PK_API pk_status pk_jvp(pk_context *context, const pk_graph *graph, const pk_rea
                         const pk_real *weight_direction, pk_matrix input_directions, pk_matrix tangents)
 {
     pk__sweep sweep;
-    memset(&sweep, 0, sizeof sweep);
-    pk_status status = pk__sweep_inputs_check(context, "jvp", graph, weights, inputs);
+    pk_status status = pk__sweep_begin(context, "jvp", graph, weights, inputs, &sweep);
     if (!status && input_directions.data)
         status = pk__sweep_matrix(context, "jvp", "directions of the inputs", input_directions, inputs.rows,
                                   graph->input_width);

@@ -59,7 +59,7 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs),
                  chunk = pk__product_rows(outputs);
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__least(together, points->count - p), pairs = count * positions;
@@ -94,9 +94,9 @@ static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_poin
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t in = pk__layer_input(tangent->graph, node)->width;
+    const size_t in = node->fan_in;
     const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left,
              block);
@@ -112,7 +112,7 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
     size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
+    size_t in = node->fan_in;
     const pk_real *delta = tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes];
     pk__weighted_inputs(tangent, layer, points, first, block);
     for (size_t p = 0; p < points->count; p += chunk) {
@@ -129,8 +129,7 @@ static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_poin
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 {
     const pk_segment *segment = &tangent->integrator.segment;
-    const size_t outputs = tangent->outputs, out = head->width,
-                 in = pk__layer_input(tangent->graph, head)->width;
+    const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
     const size_t cells = tangent->rows * outputs;
     const pk_real *seed = tangent->delta[head->layer];
     for (int part = 0; part < 2; part++)
@@ -171,8 +170,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, out = node->width,
-                 in = pk__layer_input(tangent->graph, node)->width;
+    const size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
     pk_real *left = tangent->left, *sums = tangent->sums;
     pk__weighted_inputs(tangent, layer, points, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
@@ -193,14 +191,24 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
     tangent->flops += 2.0 * (double)block * (double)(points->count * in);
 }
 
+/* tile += left o (delta . delta_i) of a whole step, delta that of each row and output. */
+static void pk__contract_cotangents(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const pk_examples *examples = tangent->examples;
+    const size_t rows = tangent->rows, outputs = tangent->outputs, out = tangent->node[layer]->width;
+    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
+             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
+    pk__hadamard(rows, outputs, block, NULL, tangent->left, tangent->right, tangent->tile);
+    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+}
+
 /* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
 static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const size_t rows = tangent->rows, in = node->fan_in;
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     if (tangent->gram && node->inputs[0] == 0) {
         const int64_t *items = examples->items + first;
@@ -220,10 +228,7 @@ static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, s
             left[i] += bias;
         tangent->flops += 2.0 * (double)block * (double)(rows * in);
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
-             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
-    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+    pk__contract_cotangents(tangent, layer, first, block);
 }
 
 /* A layer with a constant cotangent, whole step: tile += (a . a_i + bias) (delta . delta_i), a summed over points. */
@@ -231,9 +236,8 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t rows = tangent->rows, outputs = tangent->outputs, out = node->width;
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real bias = pk__has_bias(tangent->graph, node);
+    const size_t rows = tangent->rows, outputs = tangent->outputs, in = node->fan_in;
+    const pk_real bias = pk__has_bias(node);
     pk_real *left = tangent->left;
     pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld,
              0, left, block);
@@ -253,10 +257,7 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
             }
         return;
     }
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
-             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-    pk__hadamard(rows, outputs, block, NULL, left, tangent->right, tangent->tile);
-    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
+    pk__contract_cotangents(tangent, layer, first, block);
 }
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
@@ -305,7 +306,7 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
 {
     const pk_node *node = tangent->node[layer];
     const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
-    double in = (double)pk__layer_input(tangent->graph, node)->width, out = (double)node->width;
+    double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
     /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
@@ -369,8 +370,8 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
         tangent->seconds_contraction += pk__seconds() - start;
         return;
     }
-    size_t in = pk__layer_input(tangent->graph, node)->width;
-    const pk_real *bias = pk__has_bias(tangent->graph, node) ? e + outputs * out * in : NULL;
+    size_t in = node->fan_in;
+    const pk_real *bias = pk__has_bias(node) ? e + outputs * out * in : NULL;
     memset(tile, 0, outputs * columns * sizeof *tile);
     /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
     for (size_t at = 0; at < columns; at += 64) {

@@ -110,9 +110,9 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
-static size_t pk__bias_count(const pk_graph *graph, const pk_node *node)
+static size_t pk__bias_count(const pk_node *node)
 {
-    return pk__is_outer(node) && pk__has_bias(graph, node) ? node->width : 0;
+    return pk__is_outer(node) && pk__has_bias(node) ? node->width : 0;
 }
 
 /* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
@@ -227,7 +227,7 @@ static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, d
     pk__part part;
     part.node = worker->tangent.node[layer];
     part.layer = layer;
-    part.bias = pk__bias_count(job->graph, part.node);
+    part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
     const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
     for (part.row = 0; part.row < worker->rows; part.row++)
@@ -503,7 +503,7 @@ static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_mat
             if (!isfinite(inputs.data[r * inputs.ld + j]))
                 return pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, column %zu is not finite", r, j);
     for (size_t r = 0; run->graph.checked && r < inputs.rows; r++) {
-        pk_status status = pk_graph_check_inputs(context, &run->graph, r, 1, inputs.data + r * inputs.ld);
+        pk_status status = pk_graph_check_inputs(context, &run->graph, r, inputs.data + r * inputs.ld);
         if (status)
             return pk__prefix(context, status, "inputs: ");
     }

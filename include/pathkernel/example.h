@@ -24,7 +24,6 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
 /* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
  * (places x fan_out x ld), rows[l] (weights x ld) for layers by rows. Column b is batch position b. */
 typedef struct pk_examples {
-    pk_representation representation;
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
@@ -83,9 +82,8 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
 }
 
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
-static int pk__has_bias(const pk_graph *graph, const pk_node *node)
+static int pk__has_bias(const pk_node *node)
 {
-    (void)graph;
     return node->weight_count > node->fan_out * node->fan_in;
 }
 
@@ -108,7 +106,6 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
                              const pk_representation *representation, pk_examples *examples)
 {
     memset(examples, 0, sizeof *examples);
-    examples->representation = *representation;
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     examples->ld = (capacity + 7) / 8 * 8;
     if (examples->ld % 512 == 0)
@@ -302,7 +299,7 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
             const pk_real *input = examples->input[l] + q * in * ld;
             const pk_real *cotangent = examples->cotangent[l] + q * out * ld;
             pk__gemm(0, 1, out, in, count, 1, cotangent, ld, input, ld, 1, to, in);
-            for (size_t j = 0; pk__has_bias(graph, node) && j < out; j++)
+            for (size_t j = 0; pk__has_bias(node) && j < out; j++)
                 for (size_t b = 0; b < count; b++)
                     to[out * in + j] += cotangent[j * ld + b];
         }

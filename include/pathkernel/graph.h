@@ -162,10 +162,10 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
                                                      const int *inputs, const double *attributes,
                                                      size_t constant_count, const pk_real *constants,
                                                      int *node);
-/* Whether inputs (rows x input width) may go in: tokens are whole numbers below the vocabulary's size.
- * PK_ARGUMENT names the row, counted from first. */
-PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first,
-                                                    size_t rows, const pk_real *inputs);
+/* Whether a row of data (input width) may go in: tokens are whole numbers below the vocabulary's size. PK_ARGUMENT names
+ * the row by its number. */
+PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
+                                                    const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
@@ -404,22 +404,20 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
     return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
 }
 
-PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t first, size_t rows,
+PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
                                        const pk_real *inputs)
 {
-    for (size_t row = 0; graph->checked && row < rows; row++)
-        for (size_t n = 1; n < graph->node_count; n++) {
-            const pk_node *node = &graph->nodes[n];
-            int data = 0;
-            for (int j = 0; j < node->input_count; j++)
-                data |= node->inputs[j] == 0;
-            if (!node->operation->check || !data)
-                continue;
-            pk_status status =
-                node->operation->check(context, node, first + row, inputs + row * graph->input_width);
-            if (status)
-                return status;
-        }
+    for (size_t n = 1; graph->checked && n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        int data = 0;
+        for (int j = 0; j < node->input_count; j++)
+            data |= node->inputs[j] == 0;
+        if (!node->operation->check || !data)
+            continue;
+        pk_status status = node->operation->check(context, node, row, inputs);
+        if (status)
+            return status;
+    }
     return PK_OK;
 }
 

@@ -32,8 +32,8 @@ PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *
 
 /* The arrays that the network language named when graph was built; graph has to outlive the result. */
 PK_API pk_constants pk_graph_constants(const pk_graph *graph);
-/* The next node from node number n on that holds a named array, with the array's view; NULL behind the last. */
-PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array);
+/* The node behind `after` (NULL: the first) that holds a named array, with the array's view; NULL where there is none. */
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after, pk_array *array);
 
 /* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
@@ -689,9 +689,9 @@ PK_API pk_status pk_network_parse(pk_context *context, const char *text, pk_grap
     return pk_network_parse_with(context, text, NULL, graph);
 }
 
-PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *array)
+PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after, pk_array *array)
 {
-    for (; n < graph->node_count; n++) {
+    for (size_t n = after ? (size_t)(after - graph->nodes) + 1 : 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (!node->constant_name[0])
             continue;
@@ -706,8 +706,8 @@ PK_API const pk_node *pk_graph_named(const pk_graph *graph, size_t n, pk_array *
 static pk_status pk__load_from_graph(void *user, pk_context *context, const char *name, pk_array *array)
 {
     const pk_graph *graph = (const pk_graph *)user;
-    const pk_node *node;
-    for (size_t n = 1; (node = pk_graph_named(graph, n, array)) != NULL; n = (size_t)(node - graph->nodes) + 1)
+    const pk_node *node = NULL;
+    while ((node = pk_graph_named(graph, node, array)) != NULL)
         if (strcmp(node->constant_name, name) == 0)
             return PK_OK;
     return pk__fail(context, PK_ARGUMENT, "the network holds no array '%.40s'", name);

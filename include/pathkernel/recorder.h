@@ -320,10 +320,8 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     for (int k = 0; k < 2 && status == PK_OK; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
     pk_array constant;
-    const pk_node *node;
-    const pk_graph *graph = &recording->graph;
-    for (size_t n = 1; status == PK_OK && (node = pk_graph_named(graph, n, &constant)) != NULL;
-         n = (size_t)(node - graph->nodes) + 1) {
+    const pk_node *node = NULL;
+    while (status == PK_OK && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
         char file[PK__CONSTANT_FILE];
         status = pk__recorder_data(context, pk__run_path_of(path, pk__constant_file(node->constant_name, file)),
                                    &constant);
@@ -405,12 +403,13 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds other data", directory,
                             pk__run_fixed[k]);
     pk_array own, other;
-    const pk_node *node;
-    for (size_t n = 1; (node = pk_graph_named(&run->graph, n, &own)) != NULL;
-         n = (size_t)(node - run->graph.nodes) + 1)
-        if (!pk_graph_named(&recording->graph, n, &other) || !pk__same_data(&other, &own))
+    const pk_node *node = NULL, *wanted = NULL; /* the same network: the same nodes */
+    while ((node = pk_graph_named(&run->graph, node, &own)) != NULL) {
+        wanted = pk_graph_named(&recording->graph, wanted, &other);
+        if (!wanted || !pk__same_data(&other, &own))
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its array '%s' holds other numbers",
                             directory, node->constant_name);
+    }
     for (size_t p = 0; initial && p < run->parameters; p++) {
         pk_real there, here = recorder->float32 ? (pk_real)(float)initial[p] : initial[p];
         pk_array_reals(&run->weights, p, 1, &there);

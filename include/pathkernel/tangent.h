@@ -38,7 +38,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
                           const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
-    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
@@ -47,7 +47,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
         pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, product, out);
         for (size_t p = 0; p < count; p++) {
             pk_real *at = product + p * out;
-            if (pk__has_bias(tangent->graph, node))
+            if (pk__has_bias(node))
                 for (size_t j = 0; j < out; j++)
                     at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
             for (size_t k = 0; k < outputs; k++) {
@@ -65,7 +65,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
 static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, pk_real *phi)
 {
-    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     const size_t chosen = tangent->output_count;
     delta += tangent->first_output * out;
     /* Weighted inputs, so that one product serves a unit of outputs. */
@@ -75,7 +75,7 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
     for (size_t k = 0; k < chosen; k += tangent->unit)
         pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
                  tangent->weighted, in, 1, phi + k * out * in, in);
-    if (pk__has_bias(tangent->graph, node)) {
+    if (pk__has_bias(node)) {
         pk_real *bias = phi + chosen * out * in;
         for (size_t p = 0; p < count; p++)
             for (size_t j = 0; j < chosen * out; j++)
@@ -88,7 +88,7 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
 {
     const pk_node *node = tangent->node[layer];
     const pk_tape *tape = &tangent->integrator.segment.tape;
-    size_t out = node->width, in = pk__layer_input(tangent->graph, node)->width, outputs = tangent->outputs;
+    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     pk_real *a = tape->value[node->inputs[0]] + first * in;
     pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
@@ -255,7 +255,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
         const pk_real *a = segment->tape.value[node->inputs[0]];
-        size_t out = node->width, in = pk__layer_input(graph, node)->width;
+        size_t out = node->width, in = node->fan_in;
         switch (tangent->kind[l]) {
         case PK_LAYER_DATA:
             for (size_t p = 0; p < count; p++)
@@ -340,7 +340,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         if (tangent->delta[l])
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
-            memset(tangent->input[l], 0, rows * pk__layer_input(graph, node)->width * sizeof(pk_real));
+            memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
         if (tangent->phi[l] && tangent->integrated[l])
             memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
@@ -364,7 +364,7 @@ static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row,
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count;
     const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
-    const size_t bias = !rows && pk__has_bias(tangent->graph, node) ? node->width : 0, matrix = weights - bias;
+    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = weights - bias;
     from += row * tangent->output_capacity * weights;
     first -= tangent->first_output;
     memcpy(to, from + first * matrix, count * matrix * sizeof *to);
@@ -376,7 +376,7 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
                                pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
-    size_t outputs = tangent->outputs, out = node->width, in = pk__layer_input(tangent->graph, node)->width;
+    size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
     if (tangent->phi[layer]) {
         pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
         return;
@@ -388,7 +388,7 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
     for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
             phi[j * in + i] = delta[j] * a[i];
-    if (pk__has_bias(tangent->graph, node))
+    if (pk__has_bias(node))
         for (size_t j = 0; j < count * out; j++)
             phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
 }

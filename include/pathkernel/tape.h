@@ -375,7 +375,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     if (!weights || !inputs.data || !outputs.data)
         return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
     for (size_t row = 0; graph->checked && row < inputs.rows; row++) {
-        pk_status status = pk_graph_check_inputs(context, graph, row, 1, inputs.data + row * inputs.ld);
+        pk_status status = pk_graph_check_inputs(context, graph, row, inputs.data + row * inputs.ld);
         if (status)
             return status;
     }

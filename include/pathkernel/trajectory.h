@@ -551,7 +551,7 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
     for (size_t i = 0; status == PK_OK && i < pk_dataset_examples(train); i++) {
         const int64_t item = (int64_t)i;
         pk_dataset_inputs(train, &item, 1, row);
-        status = pk_graph_check_inputs(context, graph, i, 1, row);
+        status = pk_graph_check_inputs(context, graph, i, row);
     }
     pk_release(context, row);
     return status;
