@@ -1,5 +1,5 @@
 /* pathkernel/matrix.h: views of matrices, and every matrix product of the library: BLIS, or the portable
- * fallback that gives the same numbers to rounding.
+ * product of register tiles (micro.h), which is faster for small matrices and does all where there is no BLIS.
  *
  * Products run on one thread; the library is parallel over tiles around them. Tile sizes depend on shapes
  * only. The bits of a product depend on its shapes and values, not on addresses, ld or threads; those of an
@@ -8,7 +8,7 @@
  */
 #ifndef PATHKERNEL_MATRIX_H
 #define PATHKERNEL_MATRIX_H
-#include "context.h"
+#include "micro.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -34,7 +34,7 @@ PK_API PK__MUST_USE pk_status pk_matrix_multiply(pk_context *context, pk_real al
                                                  int transpose_a, pk_matrix b, int transpose_b, pk_real beta,
                                                  pk_matrix c);
 
-/* The name of what multiplies: "BLIS 0.9.0 (zen3)" or "portable". Writes at most size bytes, NUL included. */
+/* The name of what multiplies: "BLIS 0.9.0 (zen3), small products AVX2" or "portable (AVX2)". Writes at most size bytes, NUL included. */
 PK_API void pk_matrix_backend(char *text, size_t size);
 
 PK__END_C
@@ -74,9 +74,89 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
             c[i * ldc + j] = beta == 0 ? 0 : beta * c[i * ldc + j];
 }
 
-#ifdef PATHKERNEL_BLIS
+enum {
+    PK__DEPTH = 128,          /* terms per block: a panel of B stays in the first-level cache */
+    PK__BLIS_TERMS = 1 << 15, /* m n k above which BLIS multiplies: a call of it costs 1 us beside its flops */
+    PK__BLOCK_ROWS = 12 * PK__TALLEST /* with PK__DEPTH: the packed A, on the stack, 72 KiB */
+};
 
-PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+/* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
+static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
+                           pk_real *packed)
+{
+    if (columns < PK_PANEL)
+        memset(packed, 0, depth * PK_PANEL * sizeof *packed);
+    if (across == 1 && columns == PK_PANEL)
+        for (size_t p = 0; p < depth; p++)
+            memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
+    else if (columns == PK_PANEL)
+        for (size_t p = 0; p < depth; p++)
+            for (size_t j = 0; j < PK_PANEL; j++)
+                packed[p * PK_PANEL + j] = b[p * down + j * across];
+    else
+        for (size_t p = 0; p < depth; p++)
+            for (size_t j = 0; j < columns; j++)
+                packed[p * PK_PANEL + j] = b[p * down + j * across];
+}
+
+/* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
+ * place, the same sum: blocks of PK__DEPTH terms, each added in ascending order to one accumulator. So the bits of an
+ * element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
+static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+                             const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
+                             pk_real *c, size_t ldc)
+{
+    pk_real packed_a[PK__BLOCK_ROWS * PK__DEPTH], packed_b[PK_PANEL * PK__DEPTH];
+    pk_real tile[PK__BLOCK_ROWS * PK_PANEL], scale[PK__BLOCK_ROWS];
+    size_t a_at[PK__BLOCK_ROWS], tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
+    const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
+    const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
+    const size_t most = pk__packed_rows(pk__least(m, PK__BLOCK_ROWS));
+    for (size_t i = 0; i < most; i++) {
+        a_at[i] = i * row_a;
+        tile_at[i] = i * PK_PANEL;
+        c_at[i] = i * ldc;
+        scale[i] = alpha;
+    }
+    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
+    if (beta != 0 && beta != 1)
+        pk__scale(m, n, beta, c, ldc);
+    for (size_t p = 0; p < k; p += PK__DEPTH) {
+        const size_t depth = pk__least(k - p, PK__DEPTH);
+        const int overwrite = beta == 0 && p == 0;
+        for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
+            const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
+            pk__pack_rows(rows, depth, a + top * row_a + p * column_a, a_at, column_a,
+                          alpha == 1 ? NULL : scale, packed_a);
+            for (size_t j = 0; j < n; j += PK_PANEL) {
+                const size_t columns = pk__least(n - j, PK_PANEL);
+                const pk_real *panel = b + p * row_b + j * column_b;
+                const int direct = columns == PK_PANEL && pk__packed_rows(rows) == rows;
+                size_t step = row_b;
+                pk__tile_target target;
+                memset(&target, 0, sizeof target);
+                target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
+                target.to = direct ? c + top * ldc + j : tile;
+                target.to_at = direct ? c_at : tile_at;
+                /* Rows of B that are used once or twice are read where they are. */
+                if (transpose_b || columns < PK_PANEL || rows > 2 * PK__TALLEST) {
+                    pk__pack_panel(columns, depth, panel, row_b, column_b, packed_b);
+                    panel = packed_b;
+                    step = PK_PANEL;
+                }
+                pk__panel_product(rows, depth, packed_a, panel, step, NULL, &target);
+                for (size_t i = 0; !direct && i < rows; i++)
+                    for (size_t q = 0; q < columns; q++) {
+                        pk_real *to = c + (top + i) * ldc + j + q;
+                        *to = (overwrite ? 0 : *to) + tile[i * PK_PANEL + q];
+                    }
+            }
+        }
+    }
+}
+
+#ifdef PATHKERNEL_BLIS
+static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
 {
@@ -99,153 +179,6 @@ PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t 
                  row_a, column_a, (pk_real *)b, row_b, column_b, &beta, c, (inc_t)ldc, 1, NULL, &runtime);
 #endif
 }
-
-#else
-
-/* The portable product: both operands are packed, and a micro kernel keeps a tile of C in registers.
- * Every element of C is, whatever m, n and its place, the same sum: blocks of PK__DEPTH terms, each added
- * in ascending order to one accumulator. So the bits of an element depend on its row of op(A), its column
- * of op(B), k, alpha and beta only.
- *
- * A vector is what one register holds. The tile is PK__TILE_ROWS x 2 vectors: the accumulators and what
- * is multiplied fit into 16 registers. GNU vectors, since the vectorisers of gcc and clang differ by a
- * factor of 6 on the same loops over arrays (gcc 12: 6.7 GF/s with arrays, 44 with vectors). */
-#if defined(__GNUC__)
-#if defined(__AVX__)
-#define PK__VECTOR_BYTES 32
-#define PK__TILE_ROWS 6
-#else
-#define PK__VECTOR_BYTES 16
-#define PK__TILE_ROWS 4
-#endif
-typedef pk_real pk__vector __attribute__((vector_size(PK__VECTOR_BYTES), aligned(sizeof(pk_real)), may_alias));
-#else
-#define PK__TILE_ROWS 4
-typedef pk_real pk__vector;
-#endif
-
-enum {
-    PK__LANES = (int)(sizeof(pk__vector) / sizeof(pk_real)),
-    PK__TILE_COLUMNS = 2 * PK__LANES,
-    PK__DEPTH = 128,                    /* terms per block: a panel of B stays in the first-level cache */
-    PK__BLOCK_ROWS = 12 * PK__TILE_ROWS /* with PK__DEPTH: the packed A, on the stack, <= 72 KiB */
-};
-
-static inline size_t pk__at_most(size_t count, size_t most)
-{
-    return count < most ? count : most;
-}
-
-/* packed[p * width + i] = source[i * across + p * along] for i < count, 0 up to width. */
-static inline void pk__pack(size_t width, size_t count, size_t depth, const pk_real *source, size_t across,
-                            size_t along, pk_real *packed)
-{
-    if (count == width && across == 1) {
-        for (size_t p = 0; p < depth; p++)
-            memcpy(packed + p * width, source + p * along, width * sizeof *packed);
-    } else if (count == width) {
-        for (size_t p = 0; p < depth; p++)
-            for (size_t i = 0; i < width; i++)
-                packed[p * width + i] = source[i * across + p * along];
-    } else {
-        for (size_t p = 0; p < depth; p++)
-            for (size_t i = 0; i < width; i++)
-                packed[p * width + i] = i < count ? source[i * across + p * along] : 0;
-    }
-}
-
-/* tile = sum over p < depth of a[p]^T b[p]: a is packed, row p of b starts at b[p * step]. Unrolled by hand,
- * so that the accumulators are registers at -O2 too. */
-static inline void pk__micro(size_t depth, const pk_real *a, const pk_real *b, size_t step, pk_real *tile)
-{
-    const pk__vector zero = {0};
-#define PK__TILE_EACH_4(X) X(0) X(1) X(2) X(3)
-#define PK__TILE_EACH_6(X) PK__TILE_EACH_4(X) X(4) X(5)
-#define PK__TILE_ZERO(i) pk__vector left##i = zero, right##i = zero;
-#define PK__TILE_ADD(i)       \
-    left##i += a[i] * left_b; \
-    right##i += a[i] * right_b;
-#define PK__TILE_STORE(i)                                   \
-    *(pk__vector *)(tile + i * PK__TILE_COLUMNS) = left##i; \
-    *(pk__vector *)(tile + i * PK__TILE_COLUMNS + PK__LANES) = right##i;
-#if PK__TILE_ROWS == 6
-#define PK__TILE_EACH PK__TILE_EACH_6
-#else
-#define PK__TILE_EACH PK__TILE_EACH_4
-#endif
-    PK__TILE_EACH(PK__TILE_ZERO)
-    for (size_t p = 0; p < depth; p++) {
-        const pk__vector left_b = *(const pk__vector *)b, right_b = *(const pk__vector *)(b + PK__LANES);
-        PK__TILE_EACH(PK__TILE_ADD)
-        a += PK__TILE_ROWS;
-        b += step;
-    }
-    PK__TILE_EACH(PK__TILE_STORE)
-#undef PK__TILE_EACH
-#undef PK__TILE_EACH_4
-#undef PK__TILE_EACH_6
-#undef PK__TILE_ZERO
-#undef PK__TILE_ADD
-#undef PK__TILE_STORE
-}
-
-/* C := alpha tile, or C += alpha tile. */
-static inline void pk__store_tile(size_t rows, size_t columns, pk_real alpha, const pk_real *tile,
-                                  int overwrite, pk_real *c, size_t ldc)
-{
-    for (size_t i = 0; i < rows; i++, c += ldc, tile += PK__TILE_COLUMNS)
-        if (overwrite)
-            for (size_t j = 0; j < columns; j++)
-                c[j] = alpha * tile[j];
-        else
-            for (size_t j = 0; j < columns; j++)
-                c[j] += alpha * tile[j];
-}
-
-PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
-                             const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
-                             pk_real *c, size_t ldc)
-{
-    pk_real packed_a[PK__BLOCK_ROWS * PK__DEPTH], packed_b[PK__TILE_COLUMNS * PK__DEPTH];
-    pk_real tile[PK__TILE_ROWS * PK__TILE_COLUMNS];
-    const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
-    const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    const int overwrite = beta == 0;
-    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
-    if (beta != 0 && beta != 1)
-        pk__scale(m, n, beta, c, ldc);
-    for (size_t p = 0; p < k; p += PK__DEPTH) {
-        const size_t depth = pk__at_most(k - p, PK__DEPTH);
-        for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
-            const size_t block = pk__at_most(m - top, PK__BLOCK_ROWS);
-            for (size_t i = 0; i < block; i += PK__TILE_ROWS)
-                pk__pack(PK__TILE_ROWS, pk__at_most(block - i, PK__TILE_ROWS), depth,
-                         a + (top + i) * row_a + p * column_a, row_a, column_a, packed_a + i * depth);
-            for (size_t j = 0; j < n; j += PK__TILE_COLUMNS) {
-                const size_t columns = pk__at_most(n - j, PK__TILE_COLUMNS);
-                const pk_real *panel = b + p * row_b + j * column_b;
-                size_t step = row_b;
-                /* Rows of B that are used once or twice are read where they are. */
-                if (transpose_b || columns < PK__TILE_COLUMNS || block > 2 * PK__TILE_ROWS) {
-                    pk__pack(PK__TILE_COLUMNS, columns, depth, panel, column_b, row_b, packed_b);
-                    panel = packed_b;
-                    step = PK__TILE_COLUMNS;
-                }
-                for (size_t i = 0; i < block; i += PK__TILE_ROWS) {
-                    pk_real *place = c + (top + i) * ldc + j;
-                    pk__micro(depth, packed_a + i * depth, panel, step, tile);
-                    if (block - i >= PK__TILE_ROWS && columns == PK__TILE_COLUMNS)
-                        pk__store_tile(PK__TILE_ROWS, PK__TILE_COLUMNS, alpha, tile, overwrite && p == 0, place,
-                                       ldc);
-                    else
-                        pk__store_tile(pk__at_most(block - i, PK__TILE_ROWS), columns, alpha, tile,
-                                       overwrite && p == 0, place, ldc);
-                }
-            }
-        }
-    }
-}
-
 #endif
 
 /* C := beta C + alpha op(A) op(B), row-major, unchecked, one thread, no allocation of ours; any of m, n and k
@@ -258,8 +191,12 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
         return;
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
+#ifdef PATHKERNEL_BLIS
+    else if (m * n * k > PK__BLIS_TERMS)
+        pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+#endif
     else
-        pk__product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        pk__tile_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
@@ -340,9 +277,10 @@ PK_API pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matri
 PK_API void pk_matrix_backend(char *text, size_t size)
 {
 #ifdef PATHKERNEL_BLIS
-    snprintf(text, size, "BLIS %s (%s)", bli_info_get_version_str(), bli_arch_string(bli_arch_query_id()));
+    snprintf(text, size, "BLIS %s (%s), small products %s", bli_info_get_version_str(),
+             bli_arch_string(bli_arch_query_id()), pk__panel_name());
 #else
-    snprintf(text, size, "portable");
+    snprintf(text, size, "portable (%s)", pk__panel_name());
 #endif
 }
 

@@ -7,6 +7,7 @@
  *   PATHKERNEL_IMPLEMENTATION  compile the functions here
  *   PATHKERNEL_STATIC          make all functions static
  *   PATHKERNEL_BLIS            use BLIS for matrix products (link with -lblis -lm)
+ *   PATHKERNEL_NO_DISPATCH     do not look at run time for AVX2: only what the compiler's flags say
  */
 #ifndef PATHKERNEL_STATUS_H
 #define PATHKERNEL_STATUS_H

@@ -1,0 +1,231 @@
+/* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
+ * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
+ *
+ * A tile is 6 or 4 rows of A times one panel of B. Its rows of A stand packed, one column of the tile behind the other;
+ * a panel of B is one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that
+ * takes its terms in ascending order, wherever it stands in the tile and however many rows the tile has.
+ *
+ * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
+ * the AVX2 tiles are compiled for their own instruction set and chosen at run time, so that a program that is built
+ * for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say.
+ */
+#ifndef PATHKERNEL_MICRO_H
+#define PATHKERNEL_MICRO_H
+#include "context.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* Columns of a panel: one cache line. */
+enum { PK_PANEL = 64 / (int)sizeof(pk_real) };
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_MICRO_IMPLEMENTED)
+#define PATHKERNEL_MICRO_IMPLEMENTED
+/* >>> implementation */
+#include <string.h>
+PK__BEGIN_C
+
+enum { PK__TALLEST = 6 }; /* rows of a tile */
+
+typedef enum pk__tile_form {
+    PK__TILE_SET,     /* to = product */
+    PK__TILE_ADD,     /* to += product */
+    PK__TILE_SCALE,   /* to = other o product */
+    PK__TILE_HADAMARD /* to += other o product */
+} pk__tile_form;
+
+/* Where the rows of a product go: row i to `to + to_at[i]`, with `other + other_at[i]`. */
+typedef struct pk__tile_target {
+    pk__tile_form form;
+    pk_real *to;
+    const size_t *to_at;
+    const pk_real *other; /* of SCALE and HADAMARD */
+    const size_t *other_at;
+} pk__tile_target;
+
+/* Rows as tiles: so many of 6 and then so many of 4. */
+static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
+{
+    const size_t rest = rows % 6;
+    *sixes = rows / 6;
+    *fours = rest == 3 || rest == 4;
+    if (rest == 5)
+        *sixes += 1;
+    else if ((rest == 1 || rest == 2) && *sixes) {
+        *sixes -= 1;
+        *fours = 2;
+    } else if (rest == 1 || rest == 2)
+        *fours = 1;
+}
+
+/* Rows with those that fill the last tiles: at most 3 more. */
+PK__PRIVATE size_t pk__packed_rows(size_t rows)
+{
+    size_t sixes, fours;
+    pk__tiles(rows, &sixes, &fours);
+    return 6 * sixes + 4 * fours;
+}
+
+/* packed = the rows of A as tiles, row i times scale[i] where scale is there: element (i, p) of A is
+ * a[at[i] + p * along]; rows that fill a tile are 0. */
+PK__PRIVATE void pk__pack_rows(size_t rows, size_t depth, const pk_real *a, const size_t *at, size_t along,
+                               const pk_real *scale, pk_real *packed)
+{
+    size_t sixes, fours;
+    pk__tiles(rows, &sixes, &fours);
+    for (size_t tile = 0, first = 0; tile < sixes + fours; tile++) {
+        const size_t height = tile < sixes ? 6 : 4, count = pk__least(height, rows - first);
+        if (count < height)
+            memset(packed, 0, height * depth * sizeof *packed);
+        for (size_t i = 0; i < count; i++) {
+            const pk_real *from = a + at[first + i], factor = scale ? scale[first + i] : 1;
+            for (size_t p = 0; p < depth; p++)
+                packed[p * height + i] = factor * from[p * along];
+        }
+        packed += height * depth;
+        first += count;
+    }
+}
+
+#define PK__EACH_4(X) X(0) X(1) X(2) X(3)
+#define PK__EACH_6(X) PK__EACH_4(X) X(4) X(5)
+/* Of row i: two vectors of accumulators, and the places that they go to. In scope: vector and its lanes, a column of A
+ * and the vectors left_b and right_b of a row of B. */
+#define PK__TILE_START(i) vector left##i = (start ? start[i] : 0) - zero, right##i = left##i;
+#define PK__TILE_STEP(i)      \
+    left##i += a[i] * left_b; \
+    right##i += a[i] * right_b;
+#define PK__TILE_END(i, assign, left_value, right_value) \
+    {                                                    \
+        pk_real *to = target->to + to_at[i] + column;    \
+        *(vector *)to assign(left_value);                \
+        *(vector *)(to + lanes) assign(right_value);     \
+    }
+#define PK__OTHER(i, beside) (*(const vector *)(target->other + other_at[i] + column + (beside)))
+#define PK__TILE_SETS(i) PK__TILE_END(i, =, left##i, right##i)
+#define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
+#define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
+#define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
+#define PK__DEFINE_TILE(name, attributes, height, EACH, vectors, STEP)                                         \
+    attributes static inline void name(size_t depth, const pk_real *packed, const pk_real *panel, size_t step, \
+                                       const pk_real *start, const pk__tile_target *target,                    \
+                                       const size_t *to_at, const size_t *other_at)                            \
+    {                                                                                                          \
+        typedef vectors vector;                                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
+        const vector zero = {0};                                                                               \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+            const pk_real *a = packed, *b = panel + column;                                                    \
+            EACH(PK__TILE_START)                                                                               \
+            for (size_t p = 0; p < depth; p++, a += height, b += step) {                                       \
+                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);              \
+                EACH(STEP)                                                                                     \
+            }                                                                                                  \
+            if (target->form == PK__TILE_SET) {                                                                \
+                EACH(PK__TILE_SETS)                                                                            \
+            } else if (target->form == PK__TILE_ADD) {                                                         \
+                EACH(PK__TILE_ADDS)                                                                            \
+            } else if (target->form == PK__TILE_SCALE) {                                                       \
+                EACH(PK__TILE_SCALES)                                                                          \
+            } else {                                                                                           \
+                EACH(PK__TILE_HADAMARDS)                                                                       \
+            }                                                                                                  \
+        }                                                                                                      \
+    }
+/* The tiles of all rows of A, one behind the other. */
+#define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                            \
+    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, 6, PK__EACH_6, vectors, STEP)                     \
+    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, 4, PK__EACH_4, vectors, STEP)                     \
+    attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *packed,        \
+                                              const pk_real *panel, size_t step, const pk_real *start, \
+                                              const pk__tile_target *target)                           \
+    {                                                                                                  \
+        const size_t *to_at = target->to_at, *other_at = target->other_at;                             \
+        size_t sixes, fours;                                                                           \
+        pk__tiles(rows, &sixes, &fours);                                                               \
+        for (size_t tile = 0; tile < sixes + fours; tile++) {                                          \
+            const size_t height = tile < sixes ? 6 : 4;                                                \
+            if (height == 6)                                                                           \
+                pk__tile_6_##suffix(depth, packed, panel, step, start, target, to_at, other_at);       \
+            else                                                                                       \
+                pk__tile_4_##suffix(depth, packed, panel, step, start, target, to_at, other_at);       \
+            packed += height * depth;                                                                  \
+            to_at += height;                                                                           \
+            other_at += other_at ? height : 0;                                                         \
+            start += start ? height : 0;                                                               \
+        }                                                                                              \
+    }
+
+#if defined(__GNUC__)
+typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
+typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
+#if defined(__AVX2__) && defined(__FMA__)
+#define PK__AVX2 /* the whole program has it */
+#elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
+#define PK__AVX2 __attribute__((target("avx2,fma")))
+#define PK__DISPATCH
+#endif
+#else
+typedef pk_real pk__vector;
+#endif
+
+#ifdef PK__AVX2
+#if defined(__clang__)
+#define PK__AVX2_STEP(i) PK__TILE_STEP(i) /* contracted */
+#else
+/* gcc contracts x y + z in its GNU modes only. */
+#ifdef PATHKERNEL_FLOAT
+#define PK__AVX2_FMA __builtin_ia32_vfmaddps256
+#else
+#define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
+#endif
+#define PK__AVX2_STEP(i)                                  \
+    left##i = PK__AVX2_FMA(a[i] - zero, left_b, left##i); \
+    right##i = PK__AVX2_FMA(a[i] - zero, right_b, right##i);
+#endif
+PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
+#endif
+#if !defined(PK__AVX2) || defined(PK__DISPATCH)
+PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
+#endif
+
+/* target form= start + A panel: the packed rows of A, rows x depth, times a panel of B, whose row p starts at
+ * panel + p * step. start: a number for each packed row, NULL: 0. Places are there for each packed row, too: those that
+ * fill a tile bring 0 and need one to put it. No two rows of a tile have one place, unless they are added to. */
+PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *packed, const pk_real *panel,
+                                   size_t step, const pk_real *start, const pk__tile_target *target)
+{
+#ifdef PK__DISPATCH
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
+        pk__panel_base(rows, depth, packed, panel, step, start, target);
+        return;
+    }
+#endif
+#ifdef PK__AVX2
+    pk__panel_avx2(rows, depth, packed, panel, step, start, target);
+#else
+    pk__panel_base(rows, depth, packed, panel, step, start, target);
+#endif
+}
+
+/* What panels are multiplied with. */
+PK__PRIVATE const char *pk__panel_name(void)
+{
+#ifdef PK__DISPATCH
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
+        return "baseline";
+#endif
+#ifdef PK__AVX2
+    return "AVX2";
+#else
+    return "baseline";
+#endif
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
