@@ -59,7 +59,7 @@ static void add_tile(void *user, int layer, size_t first, size_t count, const pk
     (void)layer;
     for (size_t i = 0; i < b->count * b->outputs; i++)
         for (size_t j = 0; j < count; j++)
-            b->result[i * b->batch + first + j] += tile[i * count + j];
+            b->result[i * b->batch + first + j] += tile[i * PK_TILE_LD + j];
 }
 
 /* What of a step belongs to the layers whose Phi was materialised. */
@@ -74,7 +74,7 @@ static void add_materialised(const job *j, block *b)
                 pk_tangent_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
                 for (size_t k = 0; k < j->outputs; k++)
                     for (size_t i = 0; i < count; i++)
-                        b->result[(r * j->outputs + k) * j->batch + first + i] += tile[k * count + i];
+                        b->result[(r * j->outputs + k) * j->batch + first + i] += tile[k * PK_TILE_LD + i];
             }
         }
 }

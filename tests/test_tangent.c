@@ -224,6 +224,11 @@ static void test_dense_forms(void **state)
 }
 
 /* Factors of the loss gradients: their products are the gradients of single examples. */
+static size_t panel_at(size_t features, size_t feature, size_t b)
+{
+    return (b / PK_PANEL * features + feature) * PK_PANEL + b % PK_PANEL;
+}
+
 static void test_examples(void **state)
 {
     (void)state;
@@ -282,9 +287,9 @@ static void test_examples(void **state)
             const pk_node *node = pk_graph_layer(&graph, l);
             const size_t in = graph.nodes[node->inputs[0]].width, out = node->width;
             for (size_t j = 0; j < out; j++) {
-                const double delta = examples.cotangent[l][j * examples.ld + b];
+                const double delta = examples.cotangent[l][panel_at(out, j, b)];
                 for (size_t k = 0; k < in; k++)
-                    assert_close(delta * examples.input[l][k * examples.ld + b],
+                    assert_close(delta * examples.input[l][panel_at(in, k, b)],
                                  own[node->weight_offset + j * in + k], 1e-13);
                 if (node->weight_count > in * out)
                     assert_close(delta, own[node->weight_offset + in * out + j], 1e-13);

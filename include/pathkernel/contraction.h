@@ -10,6 +10,8 @@
  *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
  *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
  *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ * Products are of rows of the test side and panels of examples, and the Hadamard product is taken while a tile of
+ * them is in registers (micro.h): nothing that is as large as a layer times examples goes through memory.
  * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
  * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
  */
@@ -20,8 +22,9 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
- * out like phi of the layer. */
+/* tile (outputs x columns, ld PK_TILE_LD) = < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+ * of PK_PANEL, columns <= PK_EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
+ * last panel are written, too. */
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile);
 
@@ -35,19 +38,56 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* left[p] o right[p, k] summed into tile[row[p], k], over count columns; row == NULL: row p. */
-static void pk__hadamard(size_t points, size_t outputs, size_t count, const size_t *row, const pk_real *left,
-                         const pk_real *right, pk_real *tile)
+/* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
+ * for as many rows at a time as stay in the second-level cache. The panels of
+ * the target lie side by side. */
+static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const pk_real *panels, size_t block,
+                              const pk_real *start, const pk__tile_target *target)
 {
-    for (size_t p = 0; p < points; p++) {
-        const pk_real *l = left + p * count;
-        pk_real *t = tile + (row ? row[p] : p) * outputs * count;
-        const pk_real *r = right + p * outputs * count;
-        for (size_t k = 0; k < outputs; k++, t += count, r += count)
-            for (size_t i = 0; i < count; i++)
-                t[i] += l[i] * r[i];
+    const size_t most = pk__most_rows(depth);
+    pk__tile_target part = *target;
+    for (size_t first = 0; first < rows; first += most) {
+        part.to_at = target->to_at + first;
+        part.other_at = target->other_at ? target->other_at + first : NULL;
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            part.to = target->to + column;
+            part.other = target->other ? target->other + column : NULL;
+            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
+                              panels + column * depth, PK_PANEL, start ? start + first : NULL, &part);
+        }
     }
 }
+
+/* The first panel of a block of examples, of features a number each. */
+static const pk_real *pk__panels(const pk_real *all, size_t features, size_t first)
+{
+    return all + first * features; /* first is a multiple of PK_PANEL */
+}
+
+/* left = start + inputs of rows (rows x in) times those of a block of examples. */
+static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, const pk_real *inputs,
+                                const pk_real *start, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t in = node->fan_in;
+    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL};
+    pk__block_product(rows, in, inputs, pk__panels(tangent->examples->input[layer], in, first), block,
+                      pk__has_bias(node) ? start : NULL, &target);
+    tangent->flops += 2.0 * (double)block * (double)(rows * in);
+}
+
+/* tile += left o (cotangents of cells (cells x out) times those of a block of examples). */
+static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t cells, const pk_real *cotangents,
+                                    const size_t *to, const size_t *left, size_t first, size_t block)
+{
+    const size_t out = tangent->node[layer]->width;
+    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left};
+    pk__block_product(cells, out, cotangents, pk__panels(tangent->examples->cotangent[layer], out, first),
+                      block, NULL, &target);
+    tangent->flops += 2.0 * (double)block * (double)(cells * out);
+}
+
+/* ---- layers used at several places ----------------------------------------------------------------------- */
 
 /* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
@@ -57,73 +97,41 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
-                 out = node->fan_out, together = pk__place_points(node, outputs),
-                 chunk = pk__product_rows(outputs);
-    const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
+                 out = node->fan_out, together = pk__place_points(node, outputs);
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__least(together, points->count - p), pairs = count * positions;
-        pk_real *places = tangent->places, *deltas = places + pairs * in;
+        pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
         for (size_t i = 0; i < count; i++)
             pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
                             places + i * positions * in, deltas + i * positions * outputs * out);
-        for (size_t i = 0; i < pairs; i++)
-            tangent->place_row[i] = points->row[p + i / positions];
-        for (size_t r = 0; r < positions; r++) {
-            const pk_real *input = examples->input[layer] + r * in * examples->ld + first;
-            const pk_real *cotangent = examples->cotangent[layer] + r * out * examples->ld + first;
-            pk__gemm(0, 0, pairs, block, in, 1, places, in, input, examples->ld, 0, left, block);
-            for (size_t i = 0; i < pairs; i++)
-                for (size_t b = 0; b < block; b++)
-                    left[i * block + b] = points->weight[p + i / positions] * (left[i * block + b] + bias);
-            for (size_t i = 0; i < pairs; i += chunk) {
-                const size_t some = pk__least(chunk, pairs - i);
-                pk__gemm(0, 0, some * outputs, block, out, 1, deltas + i * outputs * out, out, cotangent,
-                         examples->ld, 0, tangent->right, block);
-                pk__hadamard(some, outputs, block, tangent->place_row + i, left + i * block, tangent->right,
-                             tangent->tile);
+        for (size_t i = 0; i < pairs; i++) {
+            const size_t point = p + i / positions;
+            start[i] = points->weight[point];
+            for (size_t j = 0; j < in; j++)
+                places[i * in + j] *= start[i];
+            for (size_t k = 0; k < outputs; k++) {
+                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK_TILE_LD;
+                tangent->place_left[i * outputs + k] = i * PK_PANEL;
+            }
+        }
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            const pk_real *inputs = pk__panels(examples->input[layer], positions * in, first + column);
+            const pk_real *cotangents = pk__panels(examples->cotangent[layer], positions * out, first + column);
+            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->panel_row, NULL, NULL};
+            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to, tangent->left,
+                                    tangent->place_left};
+            for (size_t r = 0; r < positions; r++) {
+                pk__panel_product(pairs, in, places, in, 1, inputs + r * in * PK_PANEL, PK_PANEL,
+                                  pk__has_bias(node) ? start : NULL, &left);
+                pk__panel_product(pairs * outputs, out, deltas, out, 1, cotangents + r * out * PK_PANEL,
+                                  PK_PANEL, NULL, &tile);
             }
         }
         tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
     }
 }
 
-/* left = w_p (a_p . a_i + bias) for the points in hand and a block of examples. */
-static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
-                                size_t block)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t in = node->fan_in;
-    const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
-    const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
-    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left,
-             block);
-    for (size_t p = 0; p < points->count; p++)
-        for (size_t i = 0; i < block; i++)
-            left[p * block + i] = points->weight[p] * (left[p * block + i] + bias);
-}
-
-/* One layer, one block of examples, the points in hand: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
-static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
-                                size_t block)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
-    size_t in = node->fan_in;
-    const pk_real *delta = tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes];
-    pk__weighted_inputs(tangent, layer, points, first, block);
-    for (size_t p = 0; p < points->count; p += chunk) {
-        size_t count = pk__least(chunk, points->count - p);
-        pk__gemm(0, 0, count * outputs, block, out, 1, delta + p * outputs * out, out,
-                 examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right,
-                     tangent->tile);
-    }
-    tangent->flops += 2.0 * (double)block * (double)points->count * (double)(in + outputs * out);
-}
+/* ---- the layer below the last one ------------------------------------------------------------------------ */
 
 /* W^T seed_k and D^T seed_k of the last layer for every row and output, side by side: seeds are its cotangents. */
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
@@ -138,27 +146,61 @@ static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
                  tangent->head_weights + (size_t)part * in, 2 * in);
 }
 
-/* slope and t slope of the operation between the layer and the last one, at the points in hand. */
+/* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
 static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
-    const pk_graph *graph = tangent->graph;
     const pk_tape *tape = &tangent->integrator.segment.tape;
-    const pk_node *between = pk__layer_input(graph, tangent->head[layer]);
+    const pk_node *between = pk__layer_input(tangent->graph, tangent->head[layer]);
     const size_t out = between->width;
-    pk_real *ones = tangent->left, *slopes = tangent->scratch;
-    for (size_t i = 0; i < out; i++)
-        ones[i] = 1;
-    for (size_t p = 0; p < points->count; p++) {
-        pk_call call;
-        pk__tape_call(tape, between, 1, 1, &call);
-        call.in[0] += p * out;
-        call.out += p * out;
-        call.out_cotangent = ones;
-        call.in_cotangent[0] = slopes;
-        between->operation->reverse(&call);
+    pk_real *weights = tangent->slopes, *slopes = tangent->scratch;
+    pk_call call;
+    for (size_t p = 0; p < points->count; p++)
+        for (size_t i = 0; i < out; i++)
+            weights[p * out + i] = points->weight[p];
+    pk__tape_call(tape, between, points->count, 1, &call);
+    call.out_cotangent = weights;
+    call.in_cotangent[0] = slopes;
+    between->operation->reverse(&call);
+    for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++) {
-            tangent->slopes[p * 2 * out + i] = slopes[i];
-            tangent->slopes[p * 2 * out + out + i] = points->t[p] * slopes[i];
+            tangent->slopes[p * 2 * out + i] = slopes[p * out + i];
+            tangent->slopes[p * 2 * out + out + i] = points->t[p] * slopes[p * out + i];
+        }
+}
+
+/* Moves the columns of the units that are on together, in place, in count rows of 2 out numbers. */
+static void pk__keep_units(size_t count, size_t out, size_t units, const size_t *unit_row, pk_real *rows)
+{
+    for (size_t i = 0; i < count; i++, rows += 2 * out)
+        for (size_t j = 0; j < 2 * units; j++)
+            rows[j] = rows[unit_row[j] / PK_PANEL + (j < units ? 0 : out)];
+}
+
+/* What a headed layer is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
+ * that of a ReLU is where it is off. */
+static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const size_t outputs = tangent->outputs, out = tangent->node[layer]->width;
+    pk__head_weights(tangent, tangent->head[layer]);
+    pk__head_slopes(tangent, layer, points);
+    for (size_t p = 0, last; p < points->count; p = last) {
+        const size_t row = points->row[p];
+        size_t *unit_row = tangent->unit_row + row * 2 * out, units = 0;
+        pk_real *slopes = tangent->slopes + p * 2 * out;
+        for (last = p + 1; last < points->count && points->row[last] == row; last++)
+            ;
+        for (size_t j = 0; j < out; j++) {
+            int on = 0;
+            for (size_t i = 0; i < last - p; i++)
+                on |= slopes[i * 2 * out + j] != 0;
+            if (on)
+                unit_row[units++] = j * PK_PANEL;
+        }
+        memcpy(unit_row + units, unit_row, units * sizeof *unit_row);
+        tangent->unit_count[row] = units;
+        if (units < out) {
+            pk__keep_units(last - p, out, units, unit_row, slopes);
+            pk__keep_units(outputs, out, units, unit_row, tangent->head_weights + row * outputs * 2 * out);
         }
     }
 }
@@ -169,95 +211,141 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
                               size_t block)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
-    pk_real *left = tangent->left, *sums = tangent->sums;
-    pk__weighted_inputs(tangent, layer, points, first, block);
+    const size_t outputs = tangent->outputs, out = node->width;
+    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], out, first);
+    pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.segment.tape.value[node->inputs[0]],
+                        tangent->ones, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
-        const size_t row = points->row[p];
+        const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
+        const pk_real *slopes = tangent->slopes + p * 2 * out;
+        const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
+        pk__tile_target sums = {PK__TILE_SCALE, tangent->sums, tangent->panel_row, NULL, NULL};
+        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
         for (last = p + 1; last < points->count && points->row[last] == row; last++)
             ;
-        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block,
-                 block, 0, sums, block);
-        for (size_t j = 0; j < 2 * out; j++) {
-            const pk_real *delta = examples->cotangent[layer] + j % out * examples->ld + first;
-            for (size_t i = 0; i < block; i++)
-                sums[j * block + i] *= delta[i];
-        }
-        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out,
-                 sums, block, 1, tangent->tile + row * outputs * block, block);
+        for (size_t column = 0; column < block; column += PK_PANEL)
+            for (size_t j = 0; j < units; j += PK__HEAD_PART) {
+                const size_t count = pk__least(PK__HEAD_PART, units - j);
+                sums.other = cotangents + column * out;
+                sums.other_at = tangent->unit_row + row * 2 * out + j;
+                tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
+                pk__panel_product(count, last - p, slopes + j, 1, 2 * out,
+                                  tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, NULL, &sums);
+                pk__panel_product(outputs, count, weights + j, 2 * out, 1, tangent->sums, PK_PANEL, NULL,
+                                  &tile);
+            }
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
-    tangent->flops += 2.0 * (double)block * (double)(points->count * in);
 }
 
-/* tile += left o (delta . delta_i) of a whole step, delta that of each row and output. */
-static void pk__contract_cotangents(pk_tangent *tangent, size_t layer, size_t first, size_t block)
-{
-    const pk_examples *examples = tangent->examples;
-    const size_t rows = tangent->rows, outputs = tangent->outputs, out = tangent->node[layer]->width;
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
-             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-    pk__hadamard(rows, outputs, block, NULL, tangent->left, tangent->right, tangent->tile);
-    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
-}
+/* ---- layers whose sum over points is taken first --------------------------------------------------------- */
 
-/* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
-static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+/* left = x . x_i + bias of a layer on data: from the Gram matrix of the inputs, where there is one. */
+static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t rows = tangent->rows, in = node->fan_in;
     const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
-    if (tangent->gram && node->inputs[0] == 0) {
-        const int64_t *items = examples->items + first;
-        for (size_t r = 0; r < rows; r++) {
-            const pk_real *gram = tangent->gram + r * tangent->gram_ld;
-            if (examples->consecutive)
-                for (size_t i = 0; i < block; i++)
-                    left[r * block + i] = gram[(size_t)items[0] + i] + bias;
-            else
-                for (size_t i = 0; i < block; i++)
-                    left[r * block + i] = gram[items[i]] + bias;
-        }
-    } else {
-        pk__gemm(0, 0, rows, block, in, 1, tangent->integrator.segment.base[node->inputs[0]], in,
-                 examples->input[layer] + first, examples->ld, 0, left, block);
-        for (size_t i = 0; i < rows * block; i++)
-            left[i] += bias;
-        tangent->flops += 2.0 * (double)block * (double)(rows * in);
-    }
-    pk__contract_cotangents(tangent, layer, first, block);
-}
-
-/* A layer with a constant cotangent, whole step: tile += (a . a_i + bias) (delta . delta_i), a summed over points. */
-static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first, size_t block)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t rows = tangent->rows, outputs = tangent->outputs, in = node->fan_in;
-    const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
-    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld,
-             0, left, block);
-    for (size_t r = 0; r < rows; r++)
-        for (size_t i = 0; i < block; i++)
-            left[r * block + i] += bias * tangent->weight_sum[r];
-    tangent->flops += 2.0 * (double)block * (double)(rows * in);
-    if (tangent->integrator.readout.kind == PK_READOUT_ALL &&
-        node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
-        /* The last layer of all outputs: delta is the unit matrix. */
-        for (size_t r = 0; r < rows; r++)
-            for (size_t k = 0; k < outputs; k++) {
-                const pk_real *right = examples->cotangent[layer] + k * examples->ld + first;
-                pk_real *tile = tangent->tile + (r * outputs + k) * block;
-                for (size_t i = 0; i < block; i++)
-                    tile[i] += left[r * block + i] * right[i];
-            }
+    if (!tangent->gram || node->inputs[0] != 0) {
+        pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.segment.base[node->inputs[0]],
+                            tangent->ones, first, block);
         return;
     }
-    pk__contract_cotangents(tangent, layer, first, block);
+    const int64_t *items = examples->items + first;
+    for (size_t r = 0; r < tangent->rows; r++) {
+        const pk_real *gram = tangent->gram + r * tangent->gram_ld;
+        pk_real *left = tangent->left + r * PK_TILE_LD;
+        if (examples->consecutive)
+            for (size_t i = 0; i < block; i++)
+                left[i] = gram[(size_t)items[0] + i] + bias;
+        else
+            for (size_t i = 0; i < block; i++)
+                left[i] = gram[items[i]] + bias;
+        for (size_t i = block; i % PK_PANEL; i++)
+            left[i] = 0;
+    }
+}
+
+/* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
+static int pk__is_readout(const pk_tangent *tangent, size_t layer)
+{
+    return tangent->kind[layer] == PK_LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
+           tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
+}
+
+/* tile += left o cotangents of the examples, output by output. */
+static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const size_t outputs = tangent->outputs;
+    const pk_real *panels = pk__panels(tangent->examples->cotangent[layer], outputs, first);
+    for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
+        const pk_real *left = tangent->left + cell / outputs * PK_TILE_LD;
+        pk_real *tile = tangent->tile + cell * PK_TILE_LD;
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            const pk_real *right = panels + column * outputs + cell % outputs * PK_PANEL;
+            for (size_t i = 0; i < PK_PANEL; i++)
+                tile[column + i] += left[column + i] * right[i];
+        }
+    }
+}
+
+/* ---- a step ---------------------------------------------------------------------------------------------- */
+
+/* Where a layer has something to contract now. */
+static int pk__is_due(const pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    return !tangent->integrated[layer] &&
+           (tangent->kind[layer] == PK_LAYER_POINTS ? points->count > 0 : points->last);
+}
+
+/* What all blocks of examples are multiplied with, beside what stands in the tape: inputs of points times their weights, and
+ * the cell of the tile and the row of left that each product belongs to. */
+static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
+{
+    const size_t outputs = tangent->outputs;
+    for (size_t p = 0; p < points->count; p++)
+        for (size_t k = 0; k < outputs; k++)
+            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK_TILE_LD;
+    for (size_t l = 0; points->count && l < tangent->graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        const pk_real *inputs = tangent->integrator.segment.tape.value[node->inputs[0]];
+        const size_t in = node->fan_in;
+        if (tangent->integrated[l] || tangent->kind[l] != PK_LAYER_POINTS || pk__is_spread(tangent, l))
+            continue;
+        if (tangent->headed[l]) /* at most one layer stands below the last one */
+            pk__prepare_head(tangent, l, points);
+        else
+            for (size_t i = 0; i < points->count * in; i++)
+                tangent->weighted_inputs[l][i] = points->weight[i / in] * inputs[i];
+    }
+}
+
+static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                               size_t block)
+{
+    const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
+    if (pk__is_spread(tangent, layer)) {
+        pk__contract_places(tangent, layer, points, first, block);
+    } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {
+        pk__contract_head(tangent, layer, points, first, block);
+    } else if (tangent->kind[layer] == PK_LAYER_POINTS) {
+        const pk_node *node = tangent->node[layer];
+        pk__multiply_inputs(tangent, layer, count, tangent->weighted_inputs[layer], points->weight, first,
+                            block);
+        pk__multiply_cotangents(tangent, layer, count * outputs,
+                                tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes],
+                                tangent->point_to, tangent->cell_left, first, block);
+    } else {
+        if (tangent->kind[layer] == PK_LAYER_DATA)
+            pk__multiply_data(tangent, layer, first, block);
+        else
+            pk__multiply_inputs(tangent, layer, rows, tangent->input[layer], tangent->weight_sum, first, block);
+        if (pk__is_readout(tangent, layer))
+            pk__add_readout(tangent, layer, first, block);
+        else
+            pk__multiply_cotangents(tangent, layer, rows * outputs, tangent->delta[layer], tangent->tile_row,
+                                    tangent->cell_left, first, block);
+    }
 }
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
@@ -265,33 +353,21 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
 PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
 {
     const pk_examples *examples = tangent->examples;
+    const size_t cells = tangent->rows * tangent->outputs;
     double start = pk__seconds();
-    for (size_t l = 0; points->count && l < tangent->graph->layers; l++)
-        if (tangent->headed[l]) { /* at most one layer stands below the last one */
-            pk__head_weights(tangent, tangent->head[l]);
-            pk__head_slopes(tangent, l, points);
-        }
+    if (examples && examples->count)
+        pk__prepare_layers(tangent, points);
     for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
-        size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
-        size_t cells = tangent->rows * tangent->outputs * block;
+        const size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
         int filled = 0;
         for (size_t l = 0; l < tangent->graph->layers; l++) {
-            pk_layer_kind kind = tangent->kind[l];
-            if (tangent->integrated[l] || (kind == PK_LAYER_POINTS ? !points->count : !points->last))
+            if (!pk__is_due(tangent, l, points))
                 continue;
-            if (!filled || tangent->per_layer)
-                memset(tangent->tile, 0, cells * sizeof *tangent->tile);
+            for (size_t i = 0; i < cells && (!filled || tangent->per_layer); i++)
+                memset(tangent->tile + i * PK_TILE_LD, 0,
+                       pk__blocks(block, PK_PANEL) * PK_PANEL * sizeof *tangent->tile);
             filled = 1;
-            if (kind == PK_LAYER_POINTS && tangent->headed[l])
-                pk__contract_head(tangent, l, points, first, block);
-            else if (pk__is_spread(tangent, l))
-                pk__contract_places(tangent, l, points, first, block);
-            else if (kind == PK_LAYER_POINTS)
-                pk__contract_points(tangent, l, points, first, block);
-            else if (kind == PK_LAYER_DATA)
-                pk__contract_data(tangent, l, first, block);
-            else
-                pk__contract_linear(tangent, l, first, block);
+            pk__contract_layer(tangent, l, points, first, block);
             if (tangent->per_layer)
                 tangent->sink(tangent->user, (int)l, first, block, tangent->tile);
         }
@@ -309,11 +385,10 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
-    /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
-     * products over few points, which run at half the rate. */
+    /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
     double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
-    double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
-    double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
+    double headed = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
+    double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
     const int automatic = engine == PK_ENGINE_AUTO && is_points;
     tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
                                                       (automatic && headed < factored && headed < integrated));
@@ -323,72 +398,47 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-/* The same for a layer used at several places whose examples are factored: tile = sum_q (e_k a_iq + bias) . delta_iq. */
-static void pk__contract_row_places(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile)
+/* tile = sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, weights = node->weight_count;
-    memset(tile, 0, outputs * columns * sizeof *tile);
-    for (size_t at = 0; at < columns; at += 64) {
-        const size_t part = pk__least(64, columns - at);
-        for (size_t q = 0; q < node->positions; q++)
-            for (size_t k = 0; k < outputs; k++) {
-                const pk_real *own = e + k * weights;
-                pk__gemm(0, 0, out, part, in, 1, own, in, examples->input[layer] + q * in * ld + first + at, ld,
-                         0, tangent->scratch, part);
-                for (size_t j = 0; j < out; j++) {
-                    const pk_real *product = tangent->scratch + j * part;
-                    const pk_real *delta = examples->cotangent[layer] + (q * out + j) * ld + first + at;
-                    const pk_real add = weights > out * in ? own[out * in + j] : 0;
-                    pk_real *to = tile + k * columns + at;
-                    for (size_t i = 0; i < part; i++)
-                        to[i] += (product[i] + add) * delta[i];
+    const size_t in = node->fan_in, out = node->fan_out, places = node->positions, most = pk__most_rows(in);
+    /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
+    const int together = tangent->kind[layer] == PK_LAYER_ROWS;
+    const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
+    const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
+    const pk_real *inputs = pk__panels(tangent->examples->input[layer], places * in, first);
+    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], places * out, first);
+    pk__tile_target target = {PK__TILE_HADAMARD, NULL, tangent->no_row, NULL, tangent->panel_row};
+    for (size_t k = 0; k < outputs; k++)
+        memset(tile + k * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+    for (size_t k = 0; k < outputs; k++)
+        for (size_t j = 0; j < out; j += most)
+            for (size_t column = 0; column < columns; column += PK_PANEL)
+                for (size_t q = 0; q < places; q++) {
+                    target.to = tile + k * PK_TILE_LD + column;
+                    target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
+                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1,
+                                      inputs + column * places * in + q * in * PK_PANEL, PK_PANEL,
+                                      biases ? biases + k * bias_stride + j : NULL, &target);
                 }
-            }
-    }
-    tangent->flops += 2.0 * (double)(outputs * out * node->positions) * (double)columns * (double)in;
+    tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
 }
 
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile)
 {
-    const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t out = node->width, ld = examples->ld;
+    const size_t weights = tangent->node[layer]->weight_count;
     double start = pk__seconds();
-    if (tangent->kind[layer] == PK_LAYER_ROWS && !examples->rows[layer]) {
-        pk__contract_row_places(tangent, layer, outputs, e, first, columns, tile);
-        tangent->seconds_contraction += pk__seconds() - start;
-        return;
+    if (!examples->rows[layer]) {
+        pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
+    } else {
+        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 0,
+                 tile, PK_TILE_LD);
+        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
     }
-    if (tangent->kind[layer] == PK_LAYER_ROWS) {
-        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
-                 examples->rows[layer] + first, ld, 0, tile, columns);
-        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
-        tangent->seconds_contraction += pk__seconds() - start;
-        return;
-    }
-    size_t in = node->fan_in;
-    const pk_real *bias = pk__has_bias(node) ? e + outputs * out * in : NULL;
-    memset(tile, 0, outputs * columns * sizeof *tile);
-    /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
-    for (size_t at = 0; at < columns; at += 64) {
-        size_t part = pk__least(64, columns - at);
-        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0,
-                 tangent->scratch, part);
-        for (size_t k = 0; k < outputs; k++)
-            for (size_t j = 0; j < out; j++) {
-                const pk_real *product = tangent->scratch + (k * out + j) * part;
-                const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
-                const pk_real add = bias ? bias[k * out + j] : 0;
-                pk_real *to = tile + k * columns + at;
-                for (size_t i = 0; i < part; i++)
-                    to[i] += (product[i] + add) * delta[i];
-            }
-    }
-    tangent->flops += 2.0 * (double)(outputs * out) * (double)columns * (double)in;
     tangent->seconds_contraction += pk__seconds() - start;
 }
 

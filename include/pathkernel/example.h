@@ -1,5 +1,5 @@
 /* pathkernel/example.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
- * layer and stored feature-major, as the products with the test side want them.
+ * layer and stored in panels, as the products with the test side want them.
  */
 #ifndef PATHKERNEL_EXAMPLE_H
 #define PATHKERNEL_EXAMPLE_H
@@ -21,8 +21,9 @@ typedef struct pk_representation {
  * of one number counts as 8. */
 PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
 
-/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
- * (places x fan_out x ld), rows[l] (weights x ld) for layers by rows. Column b is batch position b. */
+/* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
+ * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
+ * (places x fan_out); a last panel is filled with zeros. rows[l] (weights x ld), for layers by rows, is feature-major. */
 typedef struct pk_examples {
     size_t count, ld;
     const int64_t *items;
@@ -107,19 +108,19 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
 {
     memset(examples, 0, sizeof *examples);
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
-    examples->ld = (capacity + 7) / 8 * 8;
-    if (examples->ld % 512 == 0)
-        examples->ld += 8;
+    const size_t columns = pk__blocks(capacity, PK_PANEL) * PK_PANEL;
+    examples->ld = columns % 512 ? columns : columns + PK_PANEL;
     examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk_layer_by_rows(representation, node);
-        size_t bytes = examples->ld * sizeof(pk_real);
+        const size_t bytes = columns * sizeof(pk_real);
         pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
-        pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
+        pk_real *gradients =
+            rows ? (pk_real *)pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
         if (examples->input) {
             examples->input[l] = input;
             examples->cotangent[l] = cotangent;
@@ -175,6 +176,24 @@ static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real
                 to[j * ld + k] = from[k * cols + j];
 }
 
+/* Columns first .. first + count - 1 of panels of features = rows of from (count x features); the rest of a last panel = 0. */
+static void pk__put_panels(size_t count, size_t features, const pk_real *from, size_t first, pk_real *panels)
+{
+    for (size_t b = 0, columns; b < count; b += columns) {
+        const size_t lane = (first + b) % PK_PANEL;
+        pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
+        columns = pk__least(PK_PANEL - lane, count - b);
+        if (columns == PK_PANEL)
+            for (size_t j = 0; j < features; j++)
+                for (size_t i = 0; i < PK_PANEL; i++)
+                    to[j * PK_PANEL + i] = from[(b + i) * features + j];
+        else
+            for (size_t j = 0; j < features; j++)
+                for (size_t i = lane; i < PK_PANEL; i++)
+                    to[j * PK_PANEL + i] = i < lane + columns ? from[(b + i - lane) * features + j] : 0;
+    }
+}
+
 /* places (positions x fan_in) and deltas (positions x copies x fan_out) of row row of a node that is used at several
  * places. */
 PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_t row, size_t copies,
@@ -201,13 +220,11 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
 static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
                             pk_examples *examples, size_t first)
 {
-    const size_t ins = node->positions * node->fan_in, ld = examples->ld;
+    const size_t ins = node->positions * node->fan_in;
     for (size_t b = 0; b < count; b++) {
         pk__node_places(tape, node, b, 1, room, room + ins);
-        for (size_t i = 0; i < ins; i++)
-            examples->input[node->layer][i * ld + first + b] = room[i];
-        for (size_t j = 0; j < node->width; j++)
-            examples->cotangent[node->layer][j * ld + first + b] = room[ins + j];
+        pk__put_panels(1, ins, room, first + b, examples->input[node->layer]);
+        pk__put_panels(1, node->width, room + ins, first + b, examples->cotangent[node->layer]);
     }
 }
 
@@ -248,9 +265,8 @@ static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss 
             continue;
         }
         if (pk__is_outer(node)) {
-            pk__transpose(count, node->fan_in, tape->value[node->inputs[0]], examples->input[l] + first,
-                          examples->ld);
-            pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+            pk__put_panels(count, node->fan_in, tape->value[node->inputs[0]], first, examples->input[l]);
+            pk__put_panels(count, node->width, tape->cotangent[n], first, examples->cotangent[l]);
         } else {
             pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);
         }
@@ -276,9 +292,11 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         const pk_node *node = pk_graph_layer(graph, l);
         const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
         pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t features[3] = {node->positions * node->fan_in, node->width, node->weight_count};
+        const size_t columns = pk__blocks(from->count, PK_PANEL) * PK_PANEL;
+        const size_t numbers[3] = {node->positions * node->fan_in * columns, node->width * columns,
+                                   node->weight_count * from->ld};
         for (int part = 0; part < 3; part++)
-            for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
+            for (size_t i = 0; sources[part] && i < numbers[part]; i++)
                 targets[part][i] = (pk_real)fabs(sources[part][i]);
     }
 }
@@ -295,13 +313,14 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
                     to[i] += examples->rows[l][i * ld + b];
             continue;
         }
-        for (size_t q = 0; q < node->positions; q++) {
-            const pk_real *input = examples->input[l] + q * in * ld;
-            const pk_real *cotangent = examples->cotangent[l] + q * out * ld;
-            pk__gemm(0, 1, out, in, count, 1, cotangent, ld, input, ld, 1, to, in);
+        /* A panel's place q after the other: the features of a panel stand by places. */
+        for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
+            const pk_real *input = examples->input[l] + q * in * PK_PANEL;
+            const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
+            pk__gemm(0, 1, out, in, PK_PANEL, 1, cotangent, PK_PANEL, input, PK_PANEL, 1, to, in);
             for (size_t j = 0; pk__has_bias(node) && j < out; j++)
-                for (size_t b = 0; b < count; b++)
-                    to[out * in + j] += cotangent[j * ld + b];
+                for (size_t b = 0; b < PK_PANEL; b++)
+                    to[out * in + j] += cotangent[j * PK_PANEL + b];
         }
     }
 }

@@ -26,7 +26,10 @@ typedef enum pk_layer_kind {
 
 enum { PK_DIRECTIONS = 3 };
 
-/* tile (row_count * outputs x count, contiguous) of inner products <Phi, g_b>, b = first .. first + count - 1,
+/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
+enum { PK_TILE_LD = PK_EXAMPLE_BLOCK + PK_PANEL };
+
+/* tile (row_count * outputs x count, ld PK_TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
  * from one layer, or from several at once (layer -1). */
 typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
 
@@ -61,12 +64,22 @@ typedef struct pk_tangent {
     size_t gram_ld;
     pk_tile_sink *sink;
     void *user;
-    pk_real *tile, *left, *right, *scratch, *weighted, *absolute;
+    pk_real *tile; /* rows x outputs x PK_TILE_LD */
+    pk_real *left; /* points or rows, x PK_TILE_LD */
+    pk_real *scratch, *weighted, *absolute;
+    pk_real *ones;             /* points or rows */
+    pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
+    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
+     * the places of a layer that is used at several; one after another in a tile or a panel; all to one. */
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *no_row;
+    /* The headed layer: */
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
-    pk_real *slopes;       /* points x 2 out: slope, t slope */
-    pk_real *sums;         /* 2 out x PK_EXAMPLE_BLOCK */
-    pk_real *places;       /* of some points of a layer used at several places: inputs, then cotangents */
-    size_t *place_row;     /* the row of each place */
+    pk_real *slopes;       /* points x 2 out: w slope, w t slope */
+    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
+    size_t *unit_count;    /* rows */
+    pk_real *sums;         /* PK__HEAD_PART x PK_PANEL */
+    /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
+    pk_real *places, *place_start;
     pk_points sorted;
     double flops; /* of the contraction, counted */
     double seconds_contraction;
@@ -119,11 +132,10 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
     return pk__most(1, pk__least(points, ((size_t)1 << 21) / numbers / pk__most(outputs, 1)));
 }
 
-/* Rows of products that are on their way to a Hadamard product at one time. */
-PK__PRIVATE size_t pk__product_rows(size_t outputs)
-{
-    return pk__most(1, 128 / outputs);
-}
+enum {
+    PK__PART_NUMBERS = 1 << 14, /* packed numbers that stay in the second-level cache beside the panels */
+    PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
+};
 
 /* The only node that reads node, NULL where there are none or several. */
 static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
@@ -163,7 +175,7 @@ static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *reado
 /* Points of a spread layer whose places are in memory at one time. */
 PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
-    return pk__most(1, ((size_t)1 << 17) / (node->positions * (node->fan_in + outputs * node->fan_out)));
+    return pk__most(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
 /* A layer used at several places, where it is not by rows. */
@@ -172,13 +184,74 @@ PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
     return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
 
+/* Rows of a product whose packed numbers stay in the second-level cache while panel after panel passes. */
+PK__PRIVATE size_t pk__most_rows(size_t depth)
+{
+    return pk__most(2, (size_t)PK__PART_NUMBERS / PK__TALLEST / pk__most(depth, 1)) * PK__TALLEST;
+}
+
+static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
+{
+    return (pk_real *)pk_arena_take(arena, count, numbers * sizeof(pk_real));
+}
+
+static size_t *pk__take_indices(pk_arena *arena, size_t count)
+{
+    return (size_t *)pk_arena_take(arena, count, sizeof(size_t));
+}
+
+/* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
+static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, size_t place_numbers,
+                                 int factored, pk_tangent *tangent)
+{
+    const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
+    const size_t items = pk__most(points, rows);
+    size_t most = pk__most(pk__most(items * outputs, places), PK__HEAD_PART), widest = 0;
+    tangent->weighted_inputs = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    for (size_t l = 0; l < layers; l++) {
+        const pk_node *node = pk_graph_layer(tangent->graph, l);
+        const int used = factored && pk__is_outer(node);
+        pk_real *inputs = pk__take_reals(arena, used ? points : 0, node->fan_in);
+        if (tangent->weighted_inputs)
+            tangent->weighted_inputs[l] = inputs;
+        widest = pk__most(widest, used ? node->width : 0);
+        most = pk__most(most, node->fan_out);
+    }
+    tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
+    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK_PANEL), 1);
+    tangent->ones = pk__take_reals(arena, items, 1);
+    tangent->point_to = pk__take_indices(arena, points * outputs);
+    tangent->cell_left = pk__take_indices(arena, items * outputs);
+    tangent->place_to = pk__take_indices(arena, places * outputs);
+    tangent->place_left = pk__take_indices(arena, places * outputs);
+    tangent->places = pk__take_reals(arena, place_numbers, 1);
+    tangent->place_start = pk__take_reals(arena, places, 1);
+    tangent->head_weights = pk__take_reals(arena, rows * outputs, 2 * widest);
+    tangent->slopes = pk__take_reals(arena, points, 2 * widest);
+    tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
+    tangent->unit_count = pk__take_indices(arena, rows);
+    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK_PANEL);
+    tangent->tile_row = pk__take_indices(arena, most);
+    tangent->panel_row = pk__take_indices(arena, most);
+    tangent->no_row = pk__take_indices(arena, most);
+    for (size_t i = 0; tangent->no_row && i < most; i++) {
+        tangent->tile_row[i] = i * PK_TILE_LD;
+        tangent->panel_row[i] = i * PK_PANEL;
+        tangent->no_row[i] = 0;
+    }
+    for (size_t i = 0; tangent->no_row && i < items; i++)
+        tangent->ones[i] = 1;
+    for (size_t i = 0; tangent->no_row && i < items * outputs; i++)
+        tangent->cell_left[i] = i / outputs * PK_TILE_LD;
+}
+
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
                             size_t materialise, size_t unit, int bounds,
                             const pk_representation *representation, pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
-    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
-           deepest = 0, places = 0, place_numbers = 0, by_rows = 0;
+    size_t points = pk__point_capacity(outputs), both = rows * outputs, widest = 0, deepest = 0, places = 0,
+           place_numbers = 0, by_rows = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
@@ -244,25 +317,15 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
     tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
-    size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
-    tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
-    tangent->left = (pk_real *)pk_arena_take(
-        arena, pk__most(pk__most(rows, points), pk__most(places, pk__blocks(widest, block))),
-        block * sizeof(pk_real));
-    tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
-    tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
-    tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
-    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block), or a
-     * point's gradients of a layer by rows (outputs x weights). */
+    pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
+    /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
+     * layer by rows (outputs x weights). */
     tangent->scratch = (pk_real *)pk_arena_take(
         arena,
-        pk__most(pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64) * widest,
+        pk__most(pk__most(pk__most(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
                  outputs * by_rows),
         sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
-    tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
-    tangent->sums = (pk_real *)pk_arena_take(arena, block, 2 * widest * sizeof(pk_real));
     tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);

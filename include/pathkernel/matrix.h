@@ -75,9 +75,9 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 }
 
 enum {
-    PK__DEPTH = 128,          /* terms per block: a panel of B stays in the first-level cache */
-    PK__BLIS_TERMS = 1 << 15, /* m n k above which BLIS multiplies: a call of it costs 1 us beside its flops */
-    PK__BLOCK_ROWS = 12 * PK__TALLEST /* with PK__DEPTH: the packed A, on the stack, 72 KiB */
+    PK__DEPTH = 128,         /* terms per block: a panel of B stays in the first-level cache */
+    PK__BLOCK_ROWS = 96,     /* with PK__DEPTH: what of A stays in the second-level cache */
+    PK__BLIS_TERMS = 1 << 15 /* m n k above which BLIS multiplies: a call of it costs 1 us beside its flops */
 };
 
 /* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
@@ -106,17 +106,13 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
 {
-    pk_real packed_a[PK__BLOCK_ROWS * PK__DEPTH], packed_b[PK_PANEL * PK__DEPTH];
-    pk_real tile[PK__BLOCK_ROWS * PK_PANEL], scale[PK__BLOCK_ROWS];
-    size_t a_at[PK__BLOCK_ROWS], tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
+    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    const size_t most = pk__packed_rows(pk__least(m, PK__BLOCK_ROWS));
-    for (size_t i = 0; i < most; i++) {
-        a_at[i] = i * row_a;
+    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++) {
         tile_at[i] = i * PK_PANEL;
         c_at[i] = i * ldc;
-        scale[i] = alpha;
     }
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
@@ -126,12 +122,10 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         const int overwrite = beta == 0 && p == 0;
         for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
             const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
-            pk__pack_rows(rows, depth, a + top * row_a + p * column_a, a_at, column_a,
-                          alpha == 1 ? NULL : scale, packed_a);
             for (size_t j = 0; j < n; j += PK_PANEL) {
                 const size_t columns = pk__least(n - j, PK_PANEL);
+                const int direct = columns == PK_PANEL && alpha == 1;
                 const pk_real *panel = b + p * row_b + j * column_b;
-                const int direct = columns == PK_PANEL && pk__packed_rows(rows) == rows;
                 size_t step = row_b;
                 pk__tile_target target;
                 memset(&target, 0, sizeof target);
@@ -140,15 +134,16 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                 target.to_at = direct ? c_at : tile_at;
                 /* Rows of B that are used once or twice are read where they are. */
                 if (transpose_b || columns < PK_PANEL || rows > 2 * PK__TALLEST) {
-                    pk__pack_panel(columns, depth, panel, row_b, column_b, packed_b);
-                    panel = packed_b;
+                    pk__pack_panel(columns, depth, panel, row_b, column_b, packed);
+                    panel = packed;
                     step = PK_PANEL;
                 }
-                pk__panel_product(rows, depth, packed_a, panel, step, NULL, &target);
+                pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, panel, step,
+                                  NULL, &target);
                 for (size_t i = 0; !direct && i < rows; i++)
                     for (size_t q = 0; q < columns; q++) {
                         pk_real *to = c + (top + i) * ldc + j + q;
-                        *to = (overwrite ? 0 : *to) + tile[i * PK_PANEL + q];
+                        *to = (overwrite ? 0 : *to) + alpha * tile[i * PK_PANEL + q];
                     }
             }
         }

@@ -1,8 +1,8 @@
 /* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
  * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
  *
- * A tile is 6 or 4 rows of A times one panel of B. Its rows of A stand packed, one column of the tile behind the other;
- * a panel of B is one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that
+ * A tile is 6 or 4 rows of A times one panel of B. A is read where it stands, a number at a time; a panel of B is one cache
+ * line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that
  * takes its terms in ascending order, wherever it stands in the tile and however many rows the tile has.
  *
  * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
@@ -62,45 +62,20 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         *fours = 1;
 }
 
-/* Rows with those that fill the last tiles: at most 3 more. */
-PK__PRIVATE size_t pk__packed_rows(size_t rows)
-{
-    size_t sixes, fours;
-    pk__tiles(rows, &sixes, &fours);
-    return 6 * sixes + 4 * fours;
-}
-
-/* packed = the rows of A as tiles, row i times scale[i] where scale is there: element (i, p) of A is
- * a[at[i] + p * along]; rows that fill a tile are 0. */
-PK__PRIVATE void pk__pack_rows(size_t rows, size_t depth, const pk_real *a, const size_t *at, size_t along,
-                               const pk_real *scale, pk_real *packed)
-{
-    size_t sixes, fours;
-    pk__tiles(rows, &sixes, &fours);
-    for (size_t tile = 0, first = 0; tile < sixes + fours; tile++) {
-        const size_t height = tile < sixes ? 6 : 4, count = pk__least(height, rows - first);
-        if (count < height)
-            memset(packed, 0, height * depth * sizeof *packed);
-        for (size_t i = 0; i < count; i++) {
-            const pk_real *from = a + at[first + i], factor = scale ? scale[first + i] : 1;
-            for (size_t p = 0; p < depth; p++)
-                packed[p * height + i] = factor * from[p * along];
-        }
-        packed += height * depth;
-        first += count;
-    }
-}
-
 #define PK__EACH_4(X) X(0) X(1) X(2) X(3)
 #define PK__EACH_6(X) PK__EACH_4(X) X(4) X(5)
-/* Of row i: two vectors of accumulators, and the places that they go to. In scope: vector and its lanes, a column of A
- * and the vectors left_b and right_b of a row of B. */
-#define PK__TILE_START(i) vector left##i = (start ? start[i] : 0) - zero, right##i = left##i;
-#define PK__TILE_STEP(i)      \
-    left##i += a[i] * left_b; \
-    right##i += a[i] * right_b;
+/* Of row i of a tile: where it stands in A, two vectors of accumulators, and the places that they go to. In scope: vector and
+ * its lanes, the place `at` of a column of A, and the vectors left_b and right_b of a row of B. Rows behind the last one
+ * repeat it and go nowhere. */
+#define PK__TILE_ROW(i)                                               \
+    const pk_real *row##i = a + (i < count ? i : count - 1) * across; \
+    vector left##i, right##i;
+#define PK__TILE_START(i) left##i = right##i = (start && i < count ? start[i] : 0) - zero;
+#define PK__TILE_STEP(i)            \
+    left##i += row##i[at] * left_b; \
+    right##i += row##i[at] * right_b;
 #define PK__TILE_END(i, assign, left_value, right_value) \
-    {                                                    \
+    if (i < count) {                                     \
         pk_real *to = target->to + to_at[i] + column;    \
         *(vector *)to assign(left_value);                \
         *(vector *)(to + lanes) assign(right_value);     \
@@ -110,54 +85,56 @@ PK__PRIVATE void pk__pack_rows(size_t rows, size_t depth, const pk_real *a, cons
 #define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
 #define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
-#define PK__DEFINE_TILE(name, attributes, height, EACH, vectors, STEP)                                         \
-    attributes static inline void name(size_t depth, const pk_real *packed, const pk_real *panel, size_t step, \
-                                       const pk_real *start, const pk__tile_target *target,                    \
-                                       const size_t *to_at, const size_t *other_at)                            \
-    {                                                                                                          \
-        typedef vectors vector;                                                                                \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
-        const vector zero = {0};                                                                               \
-        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
-            const pk_real *a = packed, *b = panel + column;                                                    \
-            EACH(PK__TILE_START)                                                                               \
-            for (size_t p = 0; p < depth; p++, a += height, b += step) {                                       \
-                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);              \
-                EACH(STEP)                                                                                     \
-            }                                                                                                  \
-            if (target->form == PK__TILE_SET) {                                                                \
-                EACH(PK__TILE_SETS)                                                                            \
-            } else if (target->form == PK__TILE_ADD) {                                                         \
-                EACH(PK__TILE_ADDS)                                                                            \
-            } else if (target->form == PK__TILE_SCALE) {                                                       \
-                EACH(PK__TILE_SCALES)                                                                          \
-            } else {                                                                                           \
-                EACH(PK__TILE_HADAMARDS)                                                                       \
-            }                                                                                                  \
-        }                                                                                                      \
+#define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                \
+    attributes static inline void name(size_t count, size_t depth, const pk_real *a, size_t across,           \
+                                       size_t along, const pk_real *panel, size_t step, const pk_real *start, \
+                                       const pk__tile_target *target, const size_t *to_at,                    \
+                                       const size_t *other_at)                                                \
+    {                                                                                                         \
+        typedef vectors vector;                                                                               \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                             \
+        const vector zero = {0};                                                                              \
+        EACH(PK__TILE_ROW)                                                                                    \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                     \
+            const pk_real *b = panel + column;                                                                \
+            EACH(PK__TILE_START)                                                                              \
+            for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                              \
+                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);             \
+                EACH(STEP)                                                                                    \
+            }                                                                                                 \
+            if (target->form == PK__TILE_SET) {                                                               \
+                EACH(PK__TILE_SETS)                                                                           \
+            } else if (target->form == PK__TILE_ADD) {                                                        \
+                EACH(PK__TILE_ADDS)                                                                           \
+            } else if (target->form == PK__TILE_SCALE) {                                                      \
+                EACH(PK__TILE_SCALES)                                                                         \
+            } else {                                                                                          \
+                EACH(PK__TILE_HADAMARDS)                                                                      \
+            }                                                                                                 \
+        }                                                                                                     \
     }
 /* The tiles of all rows of A, one behind the other. */
-#define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                            \
-    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, 6, PK__EACH_6, vectors, STEP)                     \
-    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, 4, PK__EACH_4, vectors, STEP)                     \
-    attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *packed,        \
-                                              const pk_real *panel, size_t step, const pk_real *start, \
-                                              const pk__tile_target *target)                           \
-    {                                                                                                  \
-        const size_t *to_at = target->to_at, *other_at = target->other_at;                             \
-        size_t sixes, fours;                                                                           \
-        pk__tiles(rows, &sixes, &fours);                                                               \
-        for (size_t tile = 0; tile < sixes + fours; tile++) {                                          \
-            const size_t height = tile < sixes ? 6 : 4;                                                \
-            if (height == 6)                                                                           \
-                pk__tile_6_##suffix(depth, packed, panel, step, start, target, to_at, other_at);       \
-            else                                                                                       \
-                pk__tile_4_##suffix(depth, packed, panel, step, start, target, to_at, other_at);       \
-            packed += height * depth;                                                                  \
-            to_at += height;                                                                           \
-            other_at += other_at ? height : 0;                                                         \
-            start += start ? height : 0;                                                               \
-        }                                                                                              \
+#define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                                   \
+    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, STEP)                               \
+    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, STEP)                               \
+    attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,     \
+                                              size_t along, const pk_real *panel, size_t step,                \
+                                              const pk_real *start, const pk__tile_target *target)            \
+    {                                                                                                         \
+        const size_t *to_at = target->to_at, *other_at = target->other_at;                                    \
+        size_t sixes, fours, first = 0, count;                                                                \
+        pk__tiles(rows, &sixes, &fours);                                                                      \
+        for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
+            const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
+            const size_t *to = to_at + first, *other = other_at ? other_at + first : NULL;                    \
+            count = pk__least(tile < sixes ? 6 : 4, rows - first);                                            \
+            if (count == 6) /* known when this is compiled */                                                 \
+                pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
+            else if (tile < sixes)                                                                            \
+                pk__tile_6_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
+            else                                                                                              \
+                pk__tile_4_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
+        }                                                                                                     \
     }
 
 #if defined(__GNUC__)
@@ -183,9 +160,9 @@ typedef pk_real pk__vector;
 #else
 #define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
 #endif
-#define PK__AVX2_STEP(i)                                  \
-    left##i = PK__AVX2_FMA(a[i] - zero, left_b, left##i); \
-    right##i = PK__AVX2_FMA(a[i] - zero, right_b, right##i);
+#define PK__AVX2_STEP(i)                                        \
+    left##i = PK__AVX2_FMA(row##i[at] - zero, left_b, left##i); \
+    right##i = PK__AVX2_FMA(row##i[at] - zero, right_b, right##i);
 #endif
 PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
 #endif
@@ -193,22 +170,23 @@ PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
 PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
 #endif
 
-/* target form= start + A panel: the packed rows of A, rows x depth, times a panel of B, whose row p starts at
- * panel + p * step. start: a number for each packed row, NULL: 0. Places are there for each packed row, too: those that
- * fill a tile bring 0 and need one to put it. No two rows of a tile have one place, unless they are added to. */
-PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *packed, const pk_real *panel,
-                                   size_t step, const pk_real *start, const pk__tile_target *target)
+/* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
+ * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
+ * are added to it. */
+PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
+                                   const pk_real *panel, size_t step, const pk_real *start,
+                                   const pk__tile_target *target)
 {
 #ifdef PK__DISPATCH
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
-        pk__panel_base(rows, depth, packed, panel, step, start, target);
+        pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
         return;
     }
 #endif
 #ifdef PK__AVX2
-    pk__panel_avx2(rows, depth, packed, panel, step, start, target);
+    pk__panel_avx2(rows, depth, a, across, along, panel, step, start, target);
 #else
-    pk__panel_base(rows, depth, packed, panel, step, start, target);
+    pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
 #endif
 }
 

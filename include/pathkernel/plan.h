@@ -54,7 +54,7 @@ typedef struct pk__worker {
     pk_tangent tangent;
     pk_real *phi,
         *effective; /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;  /* outputs x PK_EXAMPLE_BLOCK */
+    pk_real *tile;  /* outputs x PK_TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -145,7 +145,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
         worker->effective =
             (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
-        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
+        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_TILE_LD * real);
         worker->left_inputs =
             (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
