@@ -1,0 +1,592 @@
+/* pathkernel/kernel.h: Gram matrices of the named kernels. Each is an inner product of tangent features; they are
+ * different objects, and each has functions of its own.
+ *
+ *     pk_kernel_ntk         the empirical neural tangent kernel at given weights, all outputs with all outputs
+ *     pk_kernel_ntk_trace   its sum over equal outputs
+ *
+ * No Jacobian is formed for dense layers. The gradient of output k for a dense layer's weight and bias is an outer product
+ * of the layer's cotangent d_k = d f_k / d (W a + b) and (a, 1), so that the layer's part of the kernel is
+ *     Theta[i,k,j,l] += (d_ik . d_jl) (a_i . a_j + 1):
+ * the Gram matrix of the inputs a is had once for all outputs. Where the cotangent is the same for all inputs, as that of
+ * the last layer, d_k . d_l is computed once (of the last layer it is 1 for k = l, else 0). A layer used at Q places has a
+ * sum of Q outer products: pairs of places are taken one by one, or, where that costs fewer flops, the layer's gradients
+ * are formed; those of normalisations and embeddings are.
+ *
+ * Inputs go through the network in blocks of rows, and their factors are kept: all rows' where the memory limit allows it
+ * (without a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other.
+ * Blocks and tiles are cut by shapes alone: the same bits for any number of threads and any memory limit. The bits of an
+ * entry depend on how many rows are beside it.
+ */
+#ifndef PATHKERNEL_KERNEL_H
+#define PATHKERNEL_KERNEL_H
+#include "autodiff.h"
+#include "example.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* The empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018; in this structured form Novak, Sohl-Dickstein and
+ * Schoenholz 2022) of the rows of x (n1 x D) and y (n2 x D) at the weights w (P):
+ *     gram[i C + k, j C + l] = < d f_k(w, x_i) / dw, d f_l(w, y_j) / dw >,      (n1 C x n2 C), C outputs:
+ * with ld == n2 C an array of n1 x C x n2 x C numbers. y.data == NULL, or y the same view as x: the kernel of x with
+ * itself, half the work, and symmetric bit for bit. gram overlaps nothing that is read.
+ * Cost: a forward pass and C reverse passes a row, and for each pair of rows about sum over dense layers of
+ * 2 (inputs + C^2 outputs) flops. Memory: for each row sum over dense layers of (inputs + C outputs) numbers.
+ * PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT (the message says what would do): gram is untouched.
+ * PK_CANCELLED: gram holds what was done. PK_NOT_FINITE: gram is complete; the message names the first pair. */
+PK_API PK__MUST_USE pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                            pk_matrix x, pk_matrix y, pk_matrix gram);
+/* Its trace over outputs, a sum and not a mean (divide by C where the mean is wanted, as neural-tangents gives it):
+ *     gram[i, j] = sum_k < d f_k(w, x_i) / dw, d f_k(w, y_j) / dw >,      (n1 x n2).
+ * For each pair of rows about sum over dense layers of 2 (inputs + C outputs) flops; all else as above. */
+PK_API PK__MUST_USE pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
+                                                  const pk_real *weights, pk_matrix x, pk_matrix y,
+                                                  pk_matrix gram);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_KERNEL_IMPLEMENTED)
+#define PATHKERNEL_KERNEL_IMPLEMENTED
+/* >>> implementation */
+#include <string.h>
+PK__BEGIN_C
+
+/* How a layer's part is had. */
+typedef enum pk__gram_form {
+    PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
+    PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
+    PK__GRAM_PLACES,   /* a sum of that over pairs of places */
+    PK__GRAM_ROWS      /* the gradients' products */
+} pk__gram_form;
+
+typedef struct pk__gram_layer {
+    const pk_node *node;
+    pk__gram_form form;
+    pk_real bias;             /* 1 or 0 */
+    size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
+    size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
+    size_t depth;             /* terms of a product of two cotangents or gradients */
+    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
+    pk_real *constant;        /* CONSTANT: kept x kept */
+} pk__gram_layer;
+
+/* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
+typedef struct pk__gram_side {
+    pk_matrix inputs;
+    size_t first, rows, capacity;
+    pk_real *factors;
+} pk__gram_side;
+
+typedef struct pk__gram {
+    const char *name; /* for messages */
+    pk_context *context;
+    const pk_graph *graph;
+    const pk_real *weights;
+    size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
+    size_t layers, numbers; /* numbers kept of a row */
+    pk__gram_layer *layer;
+    size_t tile, sweep; /* rows of a tile; of one pass through the network, which divide them */
+    size_t left, right; /* numbers of a lane's products */
+    int symmetric;
+    pk_matrix result;
+    int threads;
+    size_t lane_bytes;
+    unsigned char *lanes;
+    size_t *bad;      /* of each lane: the first pair of rows that is not finite */
+    double done, all; /* pairs of rows */
+} pk__gram;
+
+/* One thread's memory. */
+typedef struct pk__gram_lane {
+    pk_tape tape;
+    pk_real *inputs;
+    pk_real *left, *right, *tile, *spread;
+} pk__gram_lane;
+
+static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
+{
+    const size_t width = gram->tile * gram->kept;
+    pk_tape_take(arena, gram->graph, gram->sweep, gram->outputs, 0, &lane->tape);
+    lane->inputs = (pk_real *)pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = (pk_real *)pk_arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = (pk_real *)pk_arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = (pk_real *)pk_arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
+}
+
+static pk__gram_lane pk__gram_lane_of(const pk__gram *gram)
+{
+    pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    pk__gram_lane lane;
+    pk__gram_lane_take(&arena, gram, &lane);
+    return lane;
+}
+
+/* Where a layer's factors of a row are. */
+static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+{
+    return side->factors + side->capacity * layer->left_at + row * layer->left;
+}
+
+static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+{
+    return side->factors + side->capacity * layer->right_at + row * layer->right;
+}
+
+/* ---- factors ------------------------------------------------------------------------------------------- */
+
+/* What is kept of rows that went through the tape, which become rows at ... of the side. */
+static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__gram_side *side, size_t at,
+                          size_t rows)
+{
+    const size_t outputs = gram->outputs;
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const pk_node *node = layer->node;
+        const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
+        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
+        if (layer->form == PK__GRAM_ROWS) {
+            pk_call call;
+            pk__tape_call(tape, node, rows, outputs, &call);
+            call.weights = gram->weights + node->weight_offset;
+            call.out_cotangent = cotangent;
+            call.gradient = right;
+            pk__node_row_gradients(&call);
+        } else if (layer->form == PK__GRAM_PLACES) {
+            for (size_t r = 0; r < rows; r++)
+                pk__node_places(tape, node, r, outputs, left + r * layer->left, right + r * layer->right);
+        } else {
+            memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
+            if (layer->form == PK__GRAM_OUTER)
+                memcpy(right, cotangent, rows * layer->right * sizeof *right);
+            else if (side->first + at == 0) /* any row's will do; one thread has the first one */
+                pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
+                         layer->depth, 0, layer->constant, gram->kept);
+        }
+    }
+}
+
+/* Rows at ... of a side, at most gram->sweep, go through the network. */
+static void pk__gram_sweep(const pk__gram *gram, const pk__gram_side *side, size_t at, size_t rows)
+{
+    const size_t outputs = gram->outputs, width = gram->graph->input_width;
+    const pk_line line = {gram->weights, NULL, NULL};
+    pk__gram_lane lane = pk__gram_lane_of(gram);
+    for (size_t r = 0; r < rows; r++)
+        memcpy(lane.inputs + r * width, side->inputs.data + (side->first + at + r) * side->inputs.ld,
+               width * sizeof *lane.inputs);
+    pk_tape_forward(&lane.tape, &line, rows, lane.inputs);
+    pk_real *seed = pk_tape_seed(&lane.tape);
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
+        seed[i * outputs + i % outputs] = 1;
+    pk_tape_reverse(&lane.tape, &line, rows, outputs);
+    pk__gram_keep(gram, &lane.tape, side, at, rows);
+}
+
+/* Fills a side with its rows first .. first + rows - 1. */
+static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, size_t first, size_t rows)
+{
+    const size_t blocks = pk__blocks(rows, gram->sweep);
+    const int workers = gram->threads;
+    side->first = first;
+    side->rows = rows;
+    PK__PARALLEL_FOR(workers)
+    for (size_t b = 0; b < blocks; b++)
+        pk__gram_sweep(gram, side, b * gram->sweep, pk__least(gram->sweep, rows - b * gram->sweep));
+}
+
+/* ---- tiles --------------------------------------------------------------------------------------------- */
+
+/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
+static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
+                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
+                            const pk_real *y_right, size_t rows, size_t columns)
+{
+    const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
+                 depth = layer->depth, ld = columns * kept;
+    for (size_t p = 0, together; p < rows * positions; p += together) {
+        /* Places of one row. */
+        together = pk__least(layer->places, positions - p % positions);
+        for (size_t j = 0; j < columns; j += layer->examples) {
+            const size_t count = pk__least(layer->examples, columns - j), across = count * positions;
+            pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
+                     lane->left, across);
+            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
+                     y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
+            for (size_t q = 0; q < together; q++)
+                for (size_t k = 0; k < kept; k++) {
+                    const pk_real *left = lane->left + q * across;
+                    const pk_real *right = lane->right + (q * kept + k) * across * kept;
+                    pk_real *to = lane->tile + (p / positions * kept + k) * ld + j * kept;
+                    for (size_t r = 0; r < across; r++)
+                        for (size_t l = 0; l < kept; l++)
+                            to[r / positions * kept + l] += (left[r] + layer->bias) * right[r * kept + l];
+                }
+        }
+    }
+}
+
+/* tile = the kernel of rows at i ... of x and j ... of y. */
+static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
+                          size_t rows, const pk__gram_side *y, size_t j, size_t columns)
+{
+    const size_t kept = gram->kept, ld = columns * kept;
+    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
+    memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const size_t in = layer->left, depth = layer->depth;
+        const pk_real *x_left = pk__gram_left(x, layer, i), *x_right = pk__gram_right(x, layer, i);
+        const pk_real *y_left = pk__gram_left(y, layer, j), *y_right = pk__gram_right(y, layer, j);
+        if (layer->form == PK__GRAM_ROWS) {
+            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
+            continue;
+        }
+        if (layer->form == PK__GRAM_PLACES) {
+            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
+            input = NULL;
+            continue;
+        }
+        if (input != pk__layer_input(gram->graph, layer->node))
+            pk__gemm(0, 1, rows, columns, in, 1, x_left, in, y_left, in, 0, lane->left, columns);
+        input = pk__layer_input(gram->graph, layer->node);
+        if (layer->form == PK__GRAM_OUTER)
+            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t s = 0; s < ld; s++)
+                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
+            for (size_t k = 0; k < kept; k++) {
+                pk_real *to = lane->tile + (r * kept + k) * ld;
+                const pk_real *right = lane->right + (r * kept + k) * ld;
+                if (layer->form == PK__GRAM_OUTER)
+                    for (size_t s = 0; s < ld; s++)
+                        to[s] += lane->spread[s] * right[s];
+                else
+                    for (size_t s = 0; s < kept; s++)
+                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
+                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
+            }
+        }
+    }
+}
+
+/* Writes a tile whose first row is i of all x, whose first column j of all y; the first pair that is not finite, or
+ * SIZE_MAX. */
+static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size_t rows, size_t j,
+                             size_t columns)
+{
+    const size_t kept = gram->kept, ld = columns * kept, to_ld = gram->result.ld;
+    pk_real *to = gram->result.data + i * kept * to_ld + j * kept;
+    size_t bad = SIZE_MAX;
+    if (gram->symmetric && i == j)
+        for (size_t r = 0; r < ld; r++)
+            for (size_t s = 0; s < r; s++)
+                tile[s * ld + r] = tile[r * ld + s];
+    else if (gram->symmetric)
+        pk__transpose(rows * kept, ld, tile, gram->result.data + j * kept * to_ld + i * kept, to_ld);
+    for (size_t r = 0; r < rows * kept; r++) {
+        const pk_real *from = tile + r * ld;
+        memcpy(to + r * to_ld, from, ld * sizeof *to);
+        if (bad == SIZE_MAX && !pk__all_finite(from, ld)) {
+            size_t s = 0;
+            while (pk__finite(from[s]))
+                s++;
+            bad = (i + r / kept) * (gram->result.cols / kept) + j + s / kept;
+        }
+    }
+    return bad;
+}
+
+/* All pairs of two sides, or of one with itself. */
+static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
+{
+    const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
+    const int half = x == y, workers = gram->threads;
+    const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
+    for (size_t start = 0; start < tiles; start += most) {
+        const size_t end = start + pk__least(most, tiles - start);
+        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
+        if (status)
+            return status;
+        PK__PARALLEL_FOR(workers)
+        for (size_t t = start; t < end; t++) {
+            pk__gram_lane lane = pk__gram_lane_of(gram);
+            size_t i = t / across, j = t % across;
+            if (half) {
+                i = 0;
+                for (j = t; j > i; i++)
+                    j -= i + 1;
+            }
+            i *= gram->tile, j *= gram->tile;
+            const size_t rows = pk__least(gram->tile, x->rows - i),
+                         columns = pk__least(gram->tile, y->rows - j);
+            pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
+            size_t *bad = &gram->bad[pk__thread()];
+            *bad = pk__least(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
+        }
+        gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
+                      (gram->symmetric && !half ? 2 : 1);
+    }
+    return PK_OK;
+}
+
+/* ---- how it is cut ------------------------------------------------------------------------------------- */
+
+/* The form of a layer, by flops a pair of rows. */
+static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
+{
+    const pk_node *node = layer->node;
+    const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
+    const int outer = pk__is_outer(node);
+    const double c = (double)kept, in = (double)node->fan_in,
+                 weights = (double)node->weight_count * (double)group;
+    const double all = c * (double)group, places = (double)node->positions;
+    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
+    const double factored =
+        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
+    layer->form = outer ? node->cotangent_constant ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
+                                                                                 : PK__GRAM_ROWS;
+    if (layer->form == PK__GRAM_ROWS) {
+        layer->right = node->weight_count * gram->outputs;
+        layer->depth = node->weight_count * group;
+        return;
+    }
+    layer->bias = (pk_real)pk__has_bias(node);
+    layer->left = node->positions * node->fan_in;
+    layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
+    layer->depth = node->fan_out * group;
+    if (layer->form == PK__GRAM_PLACES) {
+        const size_t row = node->positions * kept;
+        layer->places = pk__most(1, pk__least(node->positions, room / row / kept));
+        layer->examples = pk__most(1, room / row / kept / layer->places);
+    }
+}
+
+/* Layers, tiles and the memory of a thread, from shapes alone. */
+static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
+{
+    const pk_graph *graph = gram->graph;
+    const size_t kept = gram->kept;
+    size_t numbers = graph->input_width;
+    for (size_t n = 1; n < graph->node_count; n++)
+        numbers += graph->nodes[n].width * (graph->nodes[n].varies ? 1 + gram->outputs : 1);
+    /* Tiles of about 256 x 256 numbers stay in the second-level cache; there should be several. */
+    gram->tile = 64;
+    while (gram->tile > 1 && gram->tile * kept > 256)
+        gram->tile /= 2;
+    while (gram->tile > 8 && pk__most(rows, columns) < 4 * gram->tile)
+        gram->tile /= 2;
+    gram->sweep = gram->tile;
+    while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
+        gram->sweep /= 2;
+    gram->left = gram->tile * gram->tile;
+    gram->right = gram->left * kept * kept;
+    for (size_t l = 0; l < graph->layers; l++) {
+        pk__gram_layer *layer = &gram->layer[gram->layers];
+        layer->node = pk_graph_layer(graph, l);
+        pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
+        layer->left_at = gram->numbers;
+        layer->right_at = gram->numbers + layer->left;
+        gram->numbers = layer->right_at + layer->right;
+        gram->layers++;
+        const size_t pairs = layer->places * layer->examples * layer->node->positions;
+        gram->left = pk__most(gram->left, pairs);
+        gram->right = pk__most(gram->right, pairs * kept * kept);
+    }
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk__gram_lane lane;
+    pk__gram_lane_take(&arena, gram, &lane);
+    gram->lane_bytes = arena.used;
+    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->tile)
+        return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
+    return PK_OK;
+}
+
+/* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
+static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
+{
+    pk_context *context = gram->context;
+    const size_t row = gram->numbers * sizeof(pk_real), tile = gram->tile,
+                 used = context ? context->memory_used : 0;
+    const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
+    const int whole = gram->symmetric && x <= tile;
+    const size_t least = pk__least(x, tile) + (whole ? 0 : pk__least(y, tile));
+    const size_t rows = least * row + other;
+    size_t room = limit ? limit - pk__least(used, limit) : rows + ((size_t)1 << 30);
+    const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
+                        2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
+    size_t threads = (size_t)pk_threads(context), bytes = 0;
+    threads = work / 1048576 < (double)threads ? pk__most(1, (size_t)(work / 1048576)) : threads;
+    if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
+    if (!limit)
+        room += bytes;
+    while (threads > 1 && threads * gram->lane_bytes + rows > room)
+        threads--;
+    if (threads * gram->lane_bytes + rows > room)
+        return pk__fail(
+            context, PK_MEMORY_LIMIT,
+            "%s: a kernel of this network within %zu bytes is not possible; the least that would do is %zu "
+            "bytes",
+            gram->name, limit, used + gram->lane_bytes + rows);
+    gram->threads = (int)threads;
+    const size_t capacity = (room - threads * gram->lane_bytes - other) / row;
+    *x_rows = x;
+    *y_rows = gram->symmetric ? 0 : y;
+    if (x <= capacity && *y_rows <= capacity - x)
+        return PK_OK;
+    /* One side as a whole, or most of the memory for x. */
+    *y_rows = y <= capacity - pk__least(x, tile) && !gram->symmetric
+                  ? y
+                  : pk__least(y, pk__most(tile, capacity / 4 / tile * tile));
+    *x_rows = pk__least(x, pk__most(tile, (capacity - *y_rows) / tile * tile));
+    return PK_OK;
+}
+
+/* ---- all of it ----------------------------------------------------------------------------------------- */
+
+static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
+{
+    const size_t rows = x->inputs.rows, columns = y->inputs.rows;
+    int filled = 0; /* all of y */
+    for (size_t i = 0; i < rows; i += x->capacity) {
+        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
+        if (status)
+            return status;
+        pk__gram_fill(gram, x, i, pk__least(x->capacity, rows - i));
+        if (gram->symmetric)
+            status = pk__gram_pairs(gram, x, x);
+        /* Of a symmetric kernel the blocks below the diagonal. */
+        for (size_t j = 0; !status && j < (gram->symmetric ? i : columns); j += y->capacity) {
+            if (!filled)
+                pk__gram_fill(gram, y, j, pk__least(y->capacity, (gram->symmetric ? i : columns) - j));
+            filled = !gram->symmetric && y->capacity == columns;
+            status = pk__gram_pairs(gram, x, y);
+        }
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* With the layers' memory. */
+static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
+{
+    pk_context *context = gram->context;
+    const size_t row = gram->numbers;
+    size_t pair = SIZE_MAX;
+    pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
+    if (!status)
+        status = pk_allocate(context, x->capacity, row * sizeof(pk_real), gram->name, &x->factors);
+    if (!status)
+        status = pk_allocate(context, y->capacity, row * sizeof(pk_real), gram->name, &y->factors);
+    if (!status)
+        status = pk_allocate(context, (size_t)gram->threads, gram->lane_bytes, gram->name, &gram->lanes);
+    if (!status)
+        status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
+    if (!status) {
+        for (int t = 0; t < gram->threads; t++)
+            gram->bad[t] = SIZE_MAX;
+        status = pk__gram_blocks(gram, x, y);
+        for (int t = 0; t < gram->threads; t++)
+            pair = pk__least(pair, gram->bad[t]);
+        if (!status && pair != SIZE_MAX)
+            status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
+                              gram->name, pair / y->inputs.rows, pair % y->inputs.rows);
+    }
+    pk_release(context, gram->bad);
+    pk_release(context, gram->lanes);
+    pk_release(context, y->factors);
+    pk_release(context, x->factors);
+    return status;
+}
+
+static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
+{
+    const pk_graph *graph = gram->graph;
+    pk_context *context = gram->context;
+    size_t rows = 0, columns = 0;
+    pk_status status = pk__sweep_graph(context, gram->name, graph, gram->weights);
+    if (!status)
+        status = pk__sweep_matrix(context, gram->name, "first inputs", x, x.rows, graph->input_width);
+    if (!status)
+        status = pk__sweep_matrix(context, gram->name, "second inputs", y, y.rows, graph->input_width);
+    if (status)
+        return status;
+    gram->outputs = graph->output_width;
+    gram->kept = gram->kept ? 1 : gram->outputs;
+    if (!pk__multiply(x.rows, gram->kept, &rows) || !pk__multiply(y.rows, gram->kept, &columns))
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
+                        x.rows, y.rows, gram->outputs);
+    status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
+    const pk_matrix read[3] = {x, y, pk__as_row(gram->weights, graph->parameters)};
+    if (!status)
+        status = pk__sweep_results(context, gram->name, 3, read, 1, &gram->result);
+    for (size_t r = 0; !status && graph->checked && r < x.rows; r++)
+        status = pk_graph_check_inputs(context, graph, r, x.data + r * x.ld);
+    for (size_t r = 0; !status && graph->checked && !gram->symmetric && r < y.rows; r++)
+        status = pk_graph_check_inputs(context, graph, r, y.data + r * y.ld);
+    return status;
+}
+
+static pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
+                               const pk_real *weights, pk_matrix x, pk_matrix y, pk_matrix result, int trace)
+{
+    pk__gram gram;
+    pk__gram_side sides[2];
+    pk_real *constants = NULL;
+    memset(&gram, 0, sizeof gram);
+    memset(sides, 0, sizeof sides);
+    y = y.data ? y : x;
+    gram.name = name;
+    gram.context = context;
+    gram.graph = graph;
+    gram.weights = weights;
+    gram.result = result;
+    gram.kept = (size_t)trace;
+    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld;
+    gram.all = (double)x.rows * (double)y.rows;
+    pk_status status = pk__gram_check(&gram, x, y);
+    if (status || !x.rows || !y.rows)
+        return status;
+    if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
+        for (size_t r = 0; r < result.rows; r++)
+            memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
+        return PK_OK;
+    }
+    status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
+    if (!status)
+        status =
+            pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, name, &constants);
+    if (!status)
+        status = pk__gram_plan(&gram, x.rows, y.rows);
+    for (size_t l = 0; !status && l < graph->layers; l++)
+        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
+    sides[0].inputs = x;
+    sides[1].inputs = y;
+    if (!status)
+        status = pk__gram_run(&gram, &sides[0], &sides[1]);
+    pk_release(context, constants);
+    pk_release(context, gram.layer);
+    return status;
+}
+
+PK_API pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix x,
+                               pk_matrix y, pk_matrix gram)
+{
+    return pk__gram_make("ntk", context, graph, weights, x, y, gram, 0);
+}
+
+PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                     pk_matrix x, pk_matrix y, pk_matrix gram)
+{
+    return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
+}
+
+PK__END_C
+/* <<< implementation */
+#endif
