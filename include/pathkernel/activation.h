@@ -1,6 +1,7 @@
 /* pathkernel/activation.h: elementwise operations. */
 #ifndef PATHKERNEL_ACTIVATION_H
 #define PATHKERNEL_ACTIVATION_H
+#include "elementary.h"
 #include "graph.h"
 
 /* >>> declarations */
@@ -94,19 +95,29 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
 
 /* Elementwise y = V(x) with slope D(x, y) and second derivative D2(x, y) between kinks: p are the node's
  * attributes. Slopes at kinks are PyTorch's. */
-#define PK__ELEMENTWISE(name, V, D, D2)                         \
-    static void pk__##name##_forward(const pk_call *call)       \
-    {                                                           \
-        const double *p = call->node->attributes;               \
-        size_t count = call->rows * call->node->width;          \
-        const pk_real *in = call->in[0];                        \
-        pk_real *out = call->out;                               \
-        (void)p;                                                \
-        for (size_t i = 0; i < count; i++) {                    \
-            pk_real x = in[i];                                  \
-            out[i] = (pk_real)(V);                              \
-        }                                                       \
-    }                                                           \
+#define PK__ELEMENTWISE(name, V, D, D2)                   \
+    static void pk__##name##_forward(const pk_call *call) \
+    {                                                     \
+        const double *p = call->node->attributes;         \
+        size_t count = call->rows * call->node->width;    \
+        const pk_real *in = call->in[0];                  \
+        pk_real *out = call->out;                         \
+        (void)p;                                          \
+        for (size_t i = 0; i < count; i++) {              \
+            pk_real x = in[i];                            \
+            out[i] = (pk_real)(V);                        \
+        }                                                 \
+    }                                                     \
+    PK__ELEMENTWISE_RULES(name, D, D2)
+/* The same with y from elementary.h. */
+#define PK__ELEMENTWISE_FAST(name, D, D2)                                                               \
+    static void pk__##name##_forward(const pk_call *call)                                               \
+    {                                                                                                   \
+        pk__elementary_reals(pk__all_##name, call->rows * call->node->width, call->node->attributes[0], \
+                             call->in[0], call->out);                                                   \
+    }                                                                                                   \
+    PK__ELEMENTWISE_RULES(name, D, D2)
+#define PK__ELEMENTWISE_RULES(name, D, D2)                      \
     PK__SLOPES(name, slopes, D)                                 \
     static void pk__##name##_tangent(const pk_call *call)       \
     {                                                           \
@@ -126,29 +137,15 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
 #define PK__INV_SQRT_2PI 0.39894228040143267794
 #define PK__TWO_BY_SQRT_PI 1.12837916709551257390
 
-PK__PRIVATE double pk__sigmoid(double x)
-{
-    double e = exp(-fabs(x));
-    return x >= 0 ? 1 / (1 + e) : e / (1 + e);
-}
-
-/* log(1 + e^(b x)) / b, without overflow and without PyTorch's switch to x at b x > 20: that switch is a
- * jump of 2e-9 / b, which no path integral could close over. */
-static double pk__softplus(double x, double b)
-{
-    return (b * x > 0 ? x : 0) + log1p(exp(-fabs(b * x))) / b;
-}
-
 PK__ELEMENTWISE(identity, x, 1, 0)
 PK__ELEMENTWISE(relu, x > 0 ? x : 0, x > 0 ? 1 : 0, 0)
 PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0], 0)
 PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0, 0)
 PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0, 0)
 PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
-PK__ELEMENTWISE(tanh, tanh(x), 1 - y * y, -2 * y * (1 - y * y))
-PK__ELEMENTWISE(sigmoid, pk__sigmoid(x), y *(1 - y), y *(1 - y) * (1 - 2 * y))
-PK__ELEMENTWISE(softplus, pk__softplus(x, p[0]), pk__sigmoid(p[0] * x),
-                p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
+PK__ELEMENTWISE_FAST(tanh, 1 - y * y, -2 * y * (1 - y * y))
+PK__ELEMENTWISE_FAST(sigmoid, y *(1 - y), y *(1 - y) * (1 - 2 * y))
+PK__ELEMENTWISE_FAST(softplus, pk__sigmoid(p[0] * x), p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
 PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
                 0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
                 PK__INV_SQRT_2PI *exp(-0.5 * x * x) * (2 - x * x))
@@ -162,6 +159,8 @@ PK__ELEMENTWISE(sign, (x > 0) - (x < 0), p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] *
 PK__ELEMENTWISE(step, x > 0, p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x),
                 p[0] * p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x) * (1 - 2 * pk__sigmoid(p[0] * x)))
 #undef PK__ELEMENTWISE
+#undef PK__ELEMENTWISE_FAST
+#undef PK__ELEMENTWISE_RULES
 #undef PK__SLOPES
 
 static void pk__zero_switches(const pk_call *call)

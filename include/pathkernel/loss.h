@@ -21,6 +21,7 @@
 #ifndef PATHKERNEL_LOSS_H
 #define PATHKERNEL_LOSS_H
 #include "dataset.h"
+#include "elementary.h"
 #include "tape.h"
 
 /* >>> declarations */
@@ -158,19 +159,25 @@ static double pk__softmax_cross_entropy(size_t outputs, const pk_real *f, const 
     for (size_t j = 1; j < outputs; j++)
         if (f[j] > f[top])
             top = j;
-    double largest = f[top], rest = 0, total = 0, value = 0;
-    for (size_t j = 0; j < outputs; j++) {
-        double below = f[j] - largest, e = j == top ? 1 + below : exp(below); /* 1, NaN for infinity */
-        if (j != top)
-            rest += e;
-        total += y[j];
-        if (y[j] != 0) /* 0 * infinity is 0 here */
-            value -= y[j] * below;
-        if (gradient)
-            gradient[j] = (pk_real)e;
+    const double largest = f[top];
+    double rest = 0, total = 0, value = 0, e[16];
+    for (size_t first = 0; first < outputs; first += 16) {
+        const size_t count = pk__least(outputs - first, 16);
+        for (size_t j = 0; j < count; j++) {
+            e[j] = f[first + j] - largest;
+            total += y[first + j];
+            if (y[first + j] != 0) /* 0 * infinity is 0 here */
+                value -= y[first + j] * e[j];
+        }
+        pk__all_exponential(count, 1, e, e);
+        for (size_t j = 0; j < count; j++) { /* of the largest: 1, NaN for infinity */
+            rest += first + j == top ? 0 : e[j];
+            if (gradient)
+                gradient[first + j] = (pk_real)e[j];
+        }
     }
     if (gradient) {
-        double inverse = 1 / (1 + rest);
+        const double inverse = 1 / (1 + rest);
         for (size_t j = 0; j < outputs; j++) {
             double p = gradient[j] * inverse, q = j == top ? rest * inverse : 1 - p;
             gradient[j] = (pk_real)(p * (total - y[j]) - y[j] * q);
