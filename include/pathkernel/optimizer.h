@@ -10,7 +10,7 @@
  */
 #ifndef PATHKERNEL_OPTIMIZER_H
 #define PATHKERNEL_OPTIMIZER_H
-#include "context.h"
+#include "elementary.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -127,10 +127,11 @@ PK__BEGIN_C
 
 /* ---- rules -------------------------------------------------------------------------------------------- */
 
+/* Of count numbers of one step; state vectors are `apart` numbers from each other. */
 typedef struct pk__update {
     size_t step;
     double rate, scale;
-    size_t parameters;
+    size_t count, apart;
     const pk_real *weights, *gradient;
     pk_real *state, *update;
 } pk__update;
@@ -146,19 +147,29 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
            momentum = optimizer->momentum;
     const pk_real *weights = call->weights, *gradient = call->gradient;
     pk_real *buffer = call->state, *update = call->update;
+    const size_t count = call->count;
     if (momentum == 0) {
-        for (size_t i = 0; update && i < call->parameters; i++)
+        if (!update)
+            return;
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
             update[i] = (pk_real)(-rate * (scale * gradient[i] + decay * weights[i]));
         return;
     }
     /* PyTorch starts the buffer as the gradient itself, undampened. */
     double carry = call->step ? momentum : 0, gain = call->step ? 1 - optimizer->dampening : 1;
     double enter = optimizer->nesterov ? momentum : 1, direct = optimizer->nesterov ? 1 : 0;
-    for (size_t i = 0; i < call->parameters; i++) {
-        double g = scale * gradient[i] + decay * weights[i], m = carry * buffer[i] + gain * g;
-        buffer[i] = (pk_real)m;
-        if (update)
+    if (update) {
+        PK__SIMD
+        for (size_t i = 0; i < count; i++) {
+            double g = scale * gradient[i] + decay * weights[i], m = carry * buffer[i] + gain * g;
             update[i] = (pk_real)(-rate * (direct * g + enter * m));
+            buffer[i] = (pk_real)m;
+        }
+    } else {
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
+            buffer[i] = (pk_real)(carry * buffer[i] + gain * (scale * gradient[i] + decay * weights[i]));
     }
 }
 
@@ -183,32 +194,43 @@ static size_t pk__adam_state_vectors(const pk_optimizer *optimizer)
     return 2;
 }
 
-/* lr / (1 - beta1^{s+1}) and sqrt(1 - beta2^{s+1}). */
+/* lr / (1 - beta1^{s+1}) and 1 / sqrt(1 - beta2^{s+1}). */
 static void pk__adam_corrections(const pk_optimizer *optimizer, size_t step, double rate, double *size,
-                                 double *root)
+                                 double *spread)
 {
     double count = (double)step + 1;
     *size = rate / (1 - pow(optimizer->beta1, count));
-    *root = sqrt(1 - pow(optimizer->beta2, count));
+    *spread = 1 / sqrt(1 - pow(optimizer->beta2, count));
 }
 
 static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call, double coupled,
                           double decoupled)
 {
-    double size, root, scale = call->scale, beta2 = optimizer->beta2, epsilon = optimizer->epsilon;
+    double size, spread, scale = call->scale, beta2 = optimizer->beta2, epsilon = optimizer->epsilon,
+                         roots[256];
     double blend = 1 - optimizer->beta1, blend2 = 1 - beta2;
-    const pk_real *weights = call->weights, *gradient = call->gradient;
-    pk_real *first = call->state, *second = call->state + call->parameters, *update = call->update;
-    pk__adam_corrections(optimizer, call->step, call->rate, &size, &root);
-    /* Two loops: the square roots and divisions of the second do not hold up the first. */
-    for (size_t i = 0; i < call->parameters; i++) {
-        double g = scale * gradient[i] + coupled * weights[i], m = first[i];
-        first[i] = (pk_real)(blend < 0.5 ? m + blend * (g - m) : g - (g - m) * (1 - blend)); /* torch.lerp */
-        second[i] = (pk_real)(beta2 * second[i] + blend2 * g * g);
+    pk__adam_corrections(optimizer, call->step, call->rate, &size, &spread);
+    /* torch.lerp: from the end that is nearer. */
+    const double near = blend < 0.5, gain = near ? blend : blend - 1;
+    for (size_t first = 0; first < call->count; first += 256) {
+        const size_t count = pk__least(call->count - first, 256);
+        const pk_real *weights = call->weights + first, *gradient = call->gradient + first;
+        pk_real *m = call->state + first, *v = m + call->apart;
+        PK__SIMD
+        for (size_t i = 0; i < count; i++) {
+            const double g = scale * gradient[i] + coupled * weights[i], end = near ? (double)m[i] : g;
+            m[i] = (pk_real)(end + gain * (g - m[i]));
+            v[i] = (pk_real)(beta2 * v[i] + blend2 * g * g);
+            roots[i] = (double)v[i];
+        }
+        if (!call->update)
+            continue;
+        pk_real *update = call->update + first;
+        pk__all_root(count, 0, roots, roots);
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
+            update[i] = (pk_real)(-size * m[i] / (roots[i] * spread + epsilon) - decoupled * weights[i]);
     }
-    for (size_t i = 0; update && i < call->parameters; i++)
-        update[i] =
-            (pk_real)(-size * first[i] / (sqrt((double)second[i]) / root + epsilon) - decoupled * weights[i]);
 }
 
 static void pk__adam_update(const pk_optimizer *optimizer, const pk__update *call)
@@ -224,18 +246,18 @@ static void pk__adamw_update(const pk_optimizer *optimizer, const pk__update *ca
 static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
                                  const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
 {
-    double root;
+    double spread;
     form->carry = optimizer->beta1;
     form->gain = 1 - optimizer->beta1;
     form->enter = 1;
     form->preconditioned = 1;
     form->coupled = optimizer->kind == PK_ADAM ? optimizer->weight_decay : 0;
     form->decoupled = optimizer->kind == PK_ADAMW ? rate * optimizer->weight_decay : 0;
-    pk__adam_corrections(optimizer, step, rate, &form->rate, &root);
+    pk__adam_corrections(optimizer, step, rate, &form->rate, &spread);
     if (preconditioner)
         for (size_t i = 0; i < parameters; i++)
             preconditioner[i] =
-                (pk_real)(form->rate / (sqrt((double)state[parameters + i]) / root + optimizer->epsilon));
+                (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
 }
 
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
@@ -393,14 +415,20 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer)
     return pk_optimizer_state_vectors(optimizer) == 0;
 }
 
+PK__PRIVATE void pk__optimizer_part(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    if (rule)
+        rule->update(optimizer, call);
+}
+
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
                                 double gradient_scale, size_t parameters, const pk_real *weights,
                                 const pk_real *gradient, pk_real *state, pk_real *update)
 {
-    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
-    pk__update call = {step, learning_rate, gradient_scale, parameters, weights, gradient, state, update};
-    if (rule)
-        rule->update(optimizer, &call);
+    const pk__update call = {step,    learning_rate, gradient_scale, parameters, parameters,
+                             weights, gradient,      state,          update};
+    pk__optimizer_part(optimizer, &call);
 }
 
 PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,

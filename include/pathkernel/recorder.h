@@ -168,7 +168,9 @@ static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *
 static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
                                      const pk_real *numbers)
 {
-    double limit = recorder->float32 ? FLT_MAX : DBL_MAX;
+    const double limit = recorder->float32 ? FLT_MAX : DBL_MAX;
+    if (!recorder->float32 && pk__all_finite(numbers, recorder->parameters))
+        return PK_OK;
     for (size_t p = 0; p < recorder->parameters; p++)
         if (!(fabs((double)numbers[p]) <= limit))
             return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu is %g after step %zu, not a finite %s",
@@ -569,7 +571,9 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
         status = pk__recorder_finite(context, recorder, "second moments", second_moments);
     if (status == PK_OK && !state && recorder->present[PK__RUN_STATES])
         return pk__fail(context, PK_ARGUMENT, "step %zu: the optimizer's state is missing", step);
-    for (size_t i = 0; status == PK_OK && recorder->present[PK__RUN_STATES] && i < recorder->state_numbers; i++)
+    if (!recorder->present[PK__RUN_STATES] || status != PK_OK || pk__all_finite(state, recorder->state_numbers))
+        return status;
+    for (size_t i = 0; i < recorder->state_numbers; i++)
         if (!isfinite(state[i]))
             return pk__fail(context, PK_NOT_FINITE, "the optimizer's state: number %zu is %g after step %zu", i,
                             (double)state[i], step);

@@ -93,6 +93,12 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+#ifdef _OPENMP
+#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
+#else
+#define PK__ATOMIC_WRITE
+#endif
+
 /* ---- one step --------------------------------------------------------------------------------------- */
 
 /* graph, train, loss and optimizer are set. */
@@ -145,6 +151,48 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
     memset(trainer, 0, sizeof *trainer);
 }
 
+enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
+
+/* next = weights + their update, for one range of the parameters; whether it is finite. */
+static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole, size_t range)
+{
+    const size_t first = range * PK__STEP_RANGE;
+    pk__update part = *whole;
+    part.count = pk__least(whole->count - first, PK__STEP_RANGE);
+    part.weights += first;
+    part.gradient += first;
+    part.state += part.state ? first : 0;
+    part.update += first;
+    pk__optimizer_part(optimizer, &part);
+    const pk_real *weights = part.weights;
+    pk_real *next = part.update;
+    const size_t count = part.count;
+    PK__SIMD
+    for (size_t p = 0; p < count; p++)
+        next[p] += weights[p];
+    return pk__all_finite(next, count);
+}
+
+/* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
+static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
+{
+    const size_t ranges = pk__blocks(whole->count, PK__STEP_RANGE);
+    const int threads = (int)pk__least((size_t)pk_threads(context), pk__most(ranges / 8, 1));
+    int finite = 1;
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t range = 0; range < ranges; range++)
+            if (!pk__step_range(optimizer, whole, range)) {
+                PK__ATOMIC_WRITE
+                finite = 0;
+            }
+    } else {
+        for (size_t range = 0; range < ranges; range++)
+            finite &= pk__step_range(optimizer, whole, range);
+    }
+    return finite;
+}
+
 /* The step, whoever makes it. clip_norm 0: *scale is given. */
 static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t step, double rate,
                                double clip_norm, const pk_batch *batch, const pk_real *weights, pk_real *next,
@@ -157,14 +205,12 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
         return pk__prefix(context, status, "step %zu: ", step);
     if (clip_norm > 0)
         *scale = pk_clip_scale(trainer->gradient, P, clip_norm);
-    pk_optimizer_update(&trainer->optimizer, step, rate, *scale, P, weights, trainer->gradient, trainer->state,
-                        next);
-    for (size_t p = 0; p < P; p++)
-        next[p] += weights[p];
-    for (size_t p = 0; p < P; p++)
-        if (!isfinite(next[p]))
-            return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
-                            step, p, (double)next[p]);
+    const pk__update whole = {step, rate, *scale, P, P, weights, trainer->gradient, trainer->state, next};
+    if (!pk__step_update(context, &trainer->optimizer, &whole))
+        for (size_t p = 0; p < P; p++)
+            if (!isfinite(next[p]))
+                return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
+                                step, p, (double)next[p]);
     return PK_OK;
 }
 

@@ -31,7 +31,7 @@ typedef struct pk_train_options {
         keep_every; /* k > 1: record the weights of every k-th step only (recorder.h); 0 or 1: of every step */
 
     /* Called after each step of this call (recorded already): the batch's objective at w_step, and
-     * w_{step+1} (P). Non-zero ends training with PK_CANCELLED. */
+     * w_{step+1} (P); those of pk_train are not up to date meanwhile. Non-zero ends training with PK_CANCELLED. */
     int (*on_step)(void *user, size_t step, double objective, const pk_real *weights);
     void *user;
 } pk_train_options;
@@ -255,22 +255,29 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
         status = pk__training_record(context, t, weights, &result->steps);
         result->resumed = result->steps;
     }
+    pk_real *now = weights; /* takes turns with t->next */
     while (status == PK_OK && result->steps < options->steps) {
         size_t step = result->steps;
         pk__step made;
-        status = pk__training_next(context, t, step, weights, &made);
+        status = pk__training_next(context, t, step, now, &made);
         if (status == PK_OK && options->record)
             status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
                                                t->trainer.state, t->next);
         if (status != PK_OK)
             break;
-        memcpy(weights, t->next, parameters * sizeof *weights);
+        pk_real *before = now;
+        now = t->next;
+        t->next = before;
         result->steps++;
         result->objective = made.objective;
-        if (options->on_step && options->on_step(options->user, step, made.objective, weights) != 0)
+        if (options->on_step && options->on_step(options->user, step, made.objective, now) != 0)
             status = pk__fail(context, PK_CANCELLED, "cancelled by the caller after step %zu", step);
         else
             status = pk__progress(context, "training", (double)result->steps / (double)options->steps);
+    }
+    if (now != weights) {
+        memcpy(weights, now, parameters * sizeof *weights);
+        t->next = now;
     }
     return status;
 }
