@@ -90,6 +90,7 @@
  *   PATHKERNEL_IMPLEMENTATION  compile the functions here
  *   PATHKERNEL_STATIC          make all functions static
  *   PATHKERNEL_BLIS            use BLIS for matrix products (link with -lblis -lm)
+ *   PATHKERNEL_NO_DISPATCH     do not look at run time for AVX2: only what the compiler's flags say
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -228,8 +229,26 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size);
 
 PK__END_C
 
+/* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
+ * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
+ *
+ * A tile is 6 or 4 rows of A times one panel of B. A is read where it stands, a number at a time; a panel of B is one cache
+ * line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that
+ * takes its terms in ascending order, wherever it stands in the tile and however many rows the tile has.
+ *
+ * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
+ * the AVX2 tiles are compiled for their own instruction set and chosen at run time, so that a program that is built
+ * for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say.
+ */
+PK__BEGIN_C
+
+/* Columns of a panel: one cache line. */
+enum { PK_PANEL = 64 / (int)sizeof(pk_real) };
+
+PK__END_C
+
 /* pathkernel/matrix.h: views of matrices, and every matrix product of the library: BLIS, or the portable
- * fallback that gives the same numbers to rounding.
+ * product of register tiles (micro.h), which is faster for small matrices and does all where there is no BLIS.
  *
  * Products run on one thread; the library is parallel over tiles around them. Tile sizes depend on shapes
  * only. The bits of a product depend on its shapes and values, not on addresses, ld or threads; those of an
@@ -259,7 +278,7 @@ PK_API PK__MUST_USE pk_status pk_matrix_multiply(pk_context *context, pk_real al
                                                  int transpose_a, pk_matrix b, int transpose_b, pk_real beta,
                                                  pk_matrix c);
 
-/* The name of what multiplies: "BLIS 0.9.0 (zen3)" or "portable". Writes at most size bytes, NUL included. */
+/* The name of what multiplies: "BLIS 0.9.0 (zen3), small products AVX2" or "portable (AVX2)". Writes at most size bytes, NUL included. */
 PK_API void pk_matrix_backend(char *text, size_t size);
 
 PK__END_C
@@ -1595,7 +1614,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
 PK__END_C
 
 /* pathkernel/example.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
- * layer and stored feature-major, as the products with the test side want them.
+ * layer and stored in panels, as the products with the test side want them.
  */
 PK__BEGIN_C
 
@@ -1612,8 +1631,9 @@ typedef struct pk_representation {
  * of one number counts as 8. */
 PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
 
-/* Factors of c_i grad l_i for the examples of a batch, feature-major: input[l] is (places x fan_in x ld), cotangent[l]
- * (places x fan_out x ld), rows[l] (weights x ld) for layers by rows. Column b is batch position b. */
+/* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
+ * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
+ * (places x fan_out); a last panel is filled with zeros. rows[l] (weights x ld), for layers by rows, is feature-major. */
 typedef struct pk_examples {
     size_t count, ld;
     const int64_t *items;
@@ -1669,7 +1689,10 @@ typedef enum pk_layer_kind {
 
 enum { PK_DIRECTIONS = 3 };
 
-/* tile (row_count * outputs x count, contiguous) of inner products <Phi, g_b>, b = first .. first + count - 1,
+/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
+enum { PK_TILE_LD = PK_EXAMPLE_BLOCK + PK_PANEL };
+
+/* tile (row_count * outputs x count, ld PK_TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
  * from one layer, or from several at once (layer -1). */
 typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
 
@@ -1704,12 +1727,22 @@ typedef struct pk_tangent {
     size_t gram_ld;
     pk_tile_sink *sink;
     void *user;
-    pk_real *tile, *left, *right, *scratch, *weighted, *absolute;
+    pk_real *tile; /* rows x outputs x PK_TILE_LD */
+    pk_real *left; /* points or rows, x PK_TILE_LD */
+    pk_real *scratch, *weighted, *absolute;
+    pk_real *ones;             /* points or rows */
+    pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
+    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
+     * the places of a layer that is used at several; one after another in a tile or a panel; all to one. */
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *no_row;
+    /* The headed layer: */
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
-    pk_real *slopes;       /* points x 2 out: slope, t slope */
-    pk_real *sums;         /* 2 out x PK_EXAMPLE_BLOCK */
-    pk_real *places;       /* of some points of a layer used at several places: inputs, then cotangents */
-    size_t *place_row;     /* the row of each place */
+    pk_real *slopes;       /* points x 2 out: w slope, w t slope */
+    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
+    size_t *unit_count;    /* rows */
+    pk_real *sums;         /* PK__HEAD_PART x PK_PANEL */
+    /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
+    pk_real *places, *place_start;
     pk_points sorted;
     double flops; /* of the contraction, counted */
     double seconds_contraction;
@@ -1739,13 +1772,16 @@ PK__END_C
  *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
  *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
  *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
+ * Products are of rows of the test side and panels of examples, and the Hadamard product is taken while a tile of
+ * them is in registers (micro.h): nothing that is as large as a layer times examples goes through memory.
  * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
  * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
  */
 PK__BEGIN_C
 
-/* tile (outputs x columns) = < e_k, g_b > for the columns b = first .. first + columns - 1, e of `outputs` outputs laid
- * out like phi of the layer. */
+/* tile (outputs x columns, ld PK_TILE_LD) = < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+ * of PK_PANEL, columns <= PK_EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
+ * last panel are written, too. */
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile);
 
@@ -1981,6 +2017,47 @@ PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_r
 PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
                                                 const pk_decompose_options *options, int in_parts,
                                                 pk_plan *plan);
+
+PK__END_C
+
+/* pathkernel/kernel.h: Gram matrices of the named kernels. Each is an inner product of tangent features; they are
+ * different objects, and each has functions of its own.
+ *
+ *     pk_kernel_ntk         the empirical neural tangent kernel at given weights, all outputs with all outputs
+ *     pk_kernel_ntk_trace   its sum over equal outputs
+ *
+ * No Jacobian is formed for dense layers. The gradient of output k for a dense layer's weight and bias is an outer product
+ * of the layer's cotangent d_k = d f_k / d (W a + b) and (a, 1), so that the layer's part of the kernel is
+ *     Theta[i,k,j,l] += (d_ik . d_jl) (a_i . a_j + 1):
+ * the Gram matrix of the inputs a is had once for all outputs. Where the cotangent is the same for all inputs, as that of
+ * the last layer, d_k . d_l is computed once (of the last layer it is 1 for k = l, else 0). A layer used at Q places has a
+ * sum of Q outer products: pairs of places are taken one by one, or, where that costs fewer flops, the layer's gradients
+ * are formed; those of normalisations and embeddings are.
+ *
+ * Inputs go through the network in blocks of rows, and their factors are kept: all rows' where the memory limit allows it
+ * (without a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other.
+ * Blocks and tiles are cut by shapes alone: the same bits for any number of threads and any memory limit. The bits of an
+ * entry depend on how many rows are beside it.
+ */
+PK__BEGIN_C
+
+/* The empirical neural tangent kernel (Jacot, Gabriel and Hongler 2018; in this structured form Novak, Sohl-Dickstein and
+ * Schoenholz 2022) of the rows of x (n1 x D) and y (n2 x D) at the weights w (P):
+ *     gram[i C + k, j C + l] = < d f_k(w, x_i) / dw, d f_l(w, y_j) / dw >,      (n1 C x n2 C), C outputs:
+ * with ld == n2 C an array of n1 x C x n2 x C numbers. y.data == NULL, or y the same view as x: the kernel of x with
+ * itself, half the work, and symmetric bit for bit. gram overlaps nothing that is read.
+ * Cost: a forward pass and C reverse passes a row, and for each pair of rows about sum over dense layers of
+ * 2 (inputs + C^2 outputs) flops. Memory: for each row sum over dense layers of (inputs + C outputs) numbers.
+ * PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT (the message says what would do): gram is untouched.
+ * PK_CANCELLED: gram holds what was done. PK_NOT_FINITE: gram is complete; the message names the first pair. */
+PK_API PK__MUST_USE pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                            pk_matrix x, pk_matrix y, pk_matrix gram);
+/* Its trace over outputs, a sum and not a mean (divide by C where the mean is wanted, as neural-tangents gives it):
+ *     gram[i, j] = sum_k < d f_k(w, x_i) / dw, d f_k(w, y_j) / dw >,      (n1 x n2).
+ * For each pair of rows about sum over dense layers of 2 (inputs + C outputs) flops; all else as above. */
+PK_API PK__MUST_USE pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
+                                                  const pk_real *weights, pk_matrix x, pk_matrix y,
+                                                  pk_matrix gram);
 
 PK__END_C
 
@@ -2306,6 +2383,187 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
 
 PK__END_C
 
+/* pathkernel/micro.h: implementation */
+#include <string.h>
+PK__BEGIN_C
+
+enum { PK__TALLEST = 6 }; /* rows of a tile */
+
+typedef enum pk__tile_form {
+    PK__TILE_SET,     /* to = product */
+    PK__TILE_ADD,     /* to += product */
+    PK__TILE_SCALE,   /* to = other o product */
+    PK__TILE_HADAMARD /* to += other o product */
+} pk__tile_form;
+
+/* Where the rows of a product go: row i to `to + to_at[i]`, with `other + other_at[i]`. */
+typedef struct pk__tile_target {
+    pk__tile_form form;
+    pk_real *to;
+    const size_t *to_at;
+    const pk_real *other; /* of SCALE and HADAMARD */
+    const size_t *other_at;
+} pk__tile_target;
+
+/* Rows as tiles: so many of 6 and then so many of 4. */
+static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
+{
+    const size_t rest = rows % 6;
+    *sixes = rows / 6;
+    *fours = rest == 3 || rest == 4;
+    if (rest == 5)
+        *sixes += 1;
+    else if ((rest == 1 || rest == 2) && *sixes) {
+        *sixes -= 1;
+        *fours = 2;
+    } else if (rest == 1 || rest == 2)
+        *fours = 1;
+}
+
+#define PK__EACH_4(X) X(0) X(1) X(2) X(3)
+#define PK__EACH_6(X) PK__EACH_4(X) X(4) X(5)
+/* Of row i of a tile: where it stands in A, two vectors of accumulators, and the places that they go to. In scope: vector and
+ * its lanes, the place `at` of a column of A, and the vectors left_b and right_b of a row of B. Rows behind the last one
+ * repeat it and go nowhere. */
+#define PK__TILE_ROW(i)                                               \
+    const pk_real *row##i = a + (i < count ? i : count - 1) * across; \
+    vector left##i, right##i;
+#define PK__TILE_START(i) left##i = right##i = (start && i < count ? start[i] : 0) - zero;
+#define PK__TILE_STEP(i)            \
+    left##i += row##i[at] * left_b; \
+    right##i += row##i[at] * right_b;
+#define PK__TILE_END(i, assign, left_value, right_value) \
+    if (i < count) {                                     \
+        pk_real *to = target->to + to_at[i] + column;    \
+        *(vector *)to assign(left_value);                \
+        *(vector *)(to + lanes) assign(right_value);     \
+    }
+#define PK__OTHER(i, beside) (*(const vector *)(target->other + other_at[i] + column + (beside)))
+#define PK__TILE_SETS(i) PK__TILE_END(i, =, left##i, right##i)
+#define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
+#define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
+#define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
+#define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                \
+    attributes static inline void name(size_t count, size_t depth, const pk_real *a, size_t across,           \
+                                       size_t along, const pk_real *panel, size_t step, const pk_real *start, \
+                                       const pk__tile_target *target, const size_t *to_at,                    \
+                                       const size_t *other_at)                                                \
+    {                                                                                                         \
+        typedef vectors vector;                                                                               \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                             \
+        const vector zero = {0};                                                                              \
+        EACH(PK__TILE_ROW)                                                                                    \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                     \
+            const pk_real *b = panel + column;                                                                \
+            EACH(PK__TILE_START)                                                                              \
+            for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                              \
+                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);             \
+                EACH(STEP)                                                                                    \
+            }                                                                                                 \
+            if (target->form == PK__TILE_SET) {                                                               \
+                EACH(PK__TILE_SETS)                                                                           \
+            } else if (target->form == PK__TILE_ADD) {                                                        \
+                EACH(PK__TILE_ADDS)                                                                           \
+            } else if (target->form == PK__TILE_SCALE) {                                                      \
+                EACH(PK__TILE_SCALES)                                                                         \
+            } else {                                                                                          \
+                EACH(PK__TILE_HADAMARDS)                                                                      \
+            }                                                                                                 \
+        }                                                                                                     \
+    }
+/* The tiles of all rows of A, one behind the other. */
+#define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                                   \
+    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, STEP)                               \
+    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, STEP)                               \
+    attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,     \
+                                              size_t along, const pk_real *panel, size_t step,                \
+                                              const pk_real *start, const pk__tile_target *target)            \
+    {                                                                                                         \
+        const size_t *to_at = target->to_at, *other_at = target->other_at;                                    \
+        size_t sixes, fours, first = 0, count;                                                                \
+        pk__tiles(rows, &sixes, &fours);                                                                      \
+        for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
+            const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
+            const size_t *to = to_at + first, *other = other_at ? other_at + first : NULL;                    \
+            count = pk__least(tile < sixes ? 6 : 4, rows - first);                                            \
+            if (count == 6) /* known when this is compiled */                                                 \
+                pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
+            else if (tile < sixes)                                                                            \
+                pk__tile_6_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
+            else                                                                                              \
+                pk__tile_4_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
+        }                                                                                                     \
+    }
+
+#if defined(__GNUC__)
+typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
+typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
+#if defined(__AVX2__) && defined(__FMA__)
+#define PK__AVX2 /* the whole program has it */
+#elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
+#define PK__AVX2 __attribute__((target("avx2,fma")))
+#define PK__DISPATCH
+#endif
+#else
+typedef pk_real pk__vector;
+#endif
+
+#ifdef PK__AVX2
+#if defined(__clang__)
+#define PK__AVX2_STEP(i) PK__TILE_STEP(i) /* contracted */
+#else
+/* gcc contracts x y + z in its GNU modes only. */
+#ifdef PATHKERNEL_FLOAT
+#define PK__AVX2_FMA __builtin_ia32_vfmaddps256
+#else
+#define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
+#endif
+#define PK__AVX2_STEP(i)                                        \
+    left##i = PK__AVX2_FMA(row##i[at] - zero, left_b, left##i); \
+    right##i = PK__AVX2_FMA(row##i[at] - zero, right_b, right##i);
+#endif
+PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
+#endif
+#if !defined(PK__AVX2) || defined(PK__DISPATCH)
+PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
+#endif
+
+/* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
+ * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
+ * are added to it. */
+PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
+                                   const pk_real *panel, size_t step, const pk_real *start,
+                                   const pk__tile_target *target)
+{
+#ifdef PK__DISPATCH
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
+        pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
+        return;
+    }
+#endif
+#ifdef PK__AVX2
+    pk__panel_avx2(rows, depth, a, across, along, panel, step, start, target);
+#else
+    pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
+#endif
+}
+
+/* What panels are multiplied with. */
+PK__PRIVATE const char *pk__panel_name(void)
+{
+#ifdef PK__DISPATCH
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
+        return "baseline";
+#endif
+#ifdef PK__AVX2
+    return "AVX2";
+#else
+    return "baseline";
+#endif
+}
+
+PK__END_C
+
 /* pathkernel/matrix.h: implementation */
 #include <stdio.h>
 #include <string.h>
@@ -2337,9 +2595,84 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
             c[i * ldc + j] = beta == 0 ? 0 : beta * c[i * ldc + j];
 }
 
-#ifdef PATHKERNEL_BLIS
+enum {
+    PK__DEPTH = 128,         /* terms per block: a panel of B stays in the first-level cache */
+    PK__BLOCK_ROWS = 96,     /* with PK__DEPTH: what of A stays in the second-level cache */
+    PK__BLIS_TERMS = 1 << 15 /* m n k above which BLIS multiplies: a call of it costs 1 us beside its flops */
+};
 
-PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+/* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
+static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
+                           pk_real *packed)
+{
+    if (columns < PK_PANEL)
+        memset(packed, 0, depth * PK_PANEL * sizeof *packed);
+    if (across == 1 && columns == PK_PANEL)
+        for (size_t p = 0; p < depth; p++)
+            memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
+    else if (columns == PK_PANEL)
+        for (size_t p = 0; p < depth; p++)
+            for (size_t j = 0; j < PK_PANEL; j++)
+                packed[p * PK_PANEL + j] = b[p * down + j * across];
+    else
+        for (size_t p = 0; p < depth; p++)
+            for (size_t j = 0; j < columns; j++)
+                packed[p * PK_PANEL + j] = b[p * down + j * across];
+}
+
+/* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
+ * place, the same sum: blocks of PK__DEPTH terms, each added in ascending order to one accumulator. So the bits of an
+ * element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
+static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
+                             const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
+                             pk_real *c, size_t ldc)
+{
+    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
+    const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
+    const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
+    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++) {
+        tile_at[i] = i * PK_PANEL;
+        c_at[i] = i * ldc;
+    }
+    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
+    if (beta != 0 && beta != 1)
+        pk__scale(m, n, beta, c, ldc);
+    for (size_t p = 0; p < k; p += PK__DEPTH) {
+        const size_t depth = pk__least(k - p, PK__DEPTH);
+        const int overwrite = beta == 0 && p == 0;
+        for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
+            const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
+            for (size_t j = 0; j < n; j += PK_PANEL) {
+                const size_t columns = pk__least(n - j, PK_PANEL);
+                const int direct = columns == PK_PANEL && alpha == 1;
+                const pk_real *panel = b + p * row_b + j * column_b;
+                size_t step = row_b;
+                pk__tile_target target;
+                memset(&target, 0, sizeof target);
+                target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
+                target.to = direct ? c + top * ldc + j : tile;
+                target.to_at = direct ? c_at : tile_at;
+                /* Rows of B that are used once or twice are read where they are. */
+                if (transpose_b || columns < PK_PANEL || rows > 2 * PK__TALLEST) {
+                    pk__pack_panel(columns, depth, panel, row_b, column_b, packed);
+                    panel = packed;
+                    step = PK_PANEL;
+                }
+                pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, panel, step,
+                                  NULL, &target);
+                for (size_t i = 0; !direct && i < rows; i++)
+                    for (size_t q = 0; q < columns; q++) {
+                        pk_real *to = c + (top + i) * ldc + j + q;
+                        *to = (overwrite ? 0 : *to) + alpha * tile[i * PK_PANEL + q];
+                    }
+            }
+        }
+    }
+}
+
+#ifdef PATHKERNEL_BLIS
+static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
 {
@@ -2362,153 +2695,6 @@ PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t 
                  row_a, column_a, (pk_real *)b, row_b, column_b, &beta, c, (inc_t)ldc, 1, NULL, &runtime);
 #endif
 }
-
-#else
-
-/* The portable product: both operands are packed, and a micro kernel keeps a tile of C in registers.
- * Every element of C is, whatever m, n and its place, the same sum: blocks of PK__DEPTH terms, each added
- * in ascending order to one accumulator. So the bits of an element depend on its row of op(A), its column
- * of op(B), k, alpha and beta only.
- *
- * A vector is what one register holds. The tile is PK__TILE_ROWS x 2 vectors: the accumulators and what
- * is multiplied fit into 16 registers. GNU vectors, since the vectorisers of gcc and clang differ by a
- * factor of 6 on the same loops over arrays (gcc 12: 6.7 GF/s with arrays, 44 with vectors). */
-#if defined(__GNUC__)
-#if defined(__AVX__)
-#define PK__VECTOR_BYTES 32
-#define PK__TILE_ROWS 6
-#else
-#define PK__VECTOR_BYTES 16
-#define PK__TILE_ROWS 4
-#endif
-typedef pk_real pk__vector __attribute__((vector_size(PK__VECTOR_BYTES), aligned(sizeof(pk_real)), may_alias));
-#else
-#define PK__TILE_ROWS 4
-typedef pk_real pk__vector;
-#endif
-
-enum {
-    PK__LANES = (int)(sizeof(pk__vector) / sizeof(pk_real)),
-    PK__TILE_COLUMNS = 2 * PK__LANES,
-    PK__DEPTH = 128,                    /* terms per block: a panel of B stays in the first-level cache */
-    PK__BLOCK_ROWS = 12 * PK__TILE_ROWS /* with PK__DEPTH: the packed A, on the stack, <= 72 KiB */
-};
-
-static inline size_t pk__at_most(size_t count, size_t most)
-{
-    return count < most ? count : most;
-}
-
-/* packed[p * width + i] = source[i * across + p * along] for i < count, 0 up to width. */
-static inline void pk__pack(size_t width, size_t count, size_t depth, const pk_real *source, size_t across,
-                            size_t along, pk_real *packed)
-{
-    if (count == width && across == 1) {
-        for (size_t p = 0; p < depth; p++)
-            memcpy(packed + p * width, source + p * along, width * sizeof *packed);
-    } else if (count == width) {
-        for (size_t p = 0; p < depth; p++)
-            for (size_t i = 0; i < width; i++)
-                packed[p * width + i] = source[i * across + p * along];
-    } else {
-        for (size_t p = 0; p < depth; p++)
-            for (size_t i = 0; i < width; i++)
-                packed[p * width + i] = i < count ? source[i * across + p * along] : 0;
-    }
-}
-
-/* tile = sum over p < depth of a[p]^T b[p]: a is packed, row p of b starts at b[p * step]. Unrolled by hand,
- * so that the accumulators are registers at -O2 too. */
-static inline void pk__micro(size_t depth, const pk_real *a, const pk_real *b, size_t step, pk_real *tile)
-{
-    const pk__vector zero = {0};
-#define PK__TILE_EACH_4(X) X(0) X(1) X(2) X(3)
-#define PK__TILE_EACH_6(X) PK__TILE_EACH_4(X) X(4) X(5)
-#define PK__TILE_ZERO(i) pk__vector left##i = zero, right##i = zero;
-#define PK__TILE_ADD(i)       \
-    left##i += a[i] * left_b; \
-    right##i += a[i] * right_b;
-#define PK__TILE_STORE(i)                                   \
-    *(pk__vector *)(tile + i * PK__TILE_COLUMNS) = left##i; \
-    *(pk__vector *)(tile + i * PK__TILE_COLUMNS + PK__LANES) = right##i;
-#if PK__TILE_ROWS == 6
-#define PK__TILE_EACH PK__TILE_EACH_6
-#else
-#define PK__TILE_EACH PK__TILE_EACH_4
-#endif
-    PK__TILE_EACH(PK__TILE_ZERO)
-    for (size_t p = 0; p < depth; p++) {
-        const pk__vector left_b = *(const pk__vector *)b, right_b = *(const pk__vector *)(b + PK__LANES);
-        PK__TILE_EACH(PK__TILE_ADD)
-        a += PK__TILE_ROWS;
-        b += step;
-    }
-    PK__TILE_EACH(PK__TILE_STORE)
-#undef PK__TILE_EACH
-#undef PK__TILE_EACH_4
-#undef PK__TILE_EACH_6
-#undef PK__TILE_ZERO
-#undef PK__TILE_ADD
-#undef PK__TILE_STORE
-}
-
-/* C := alpha tile, or C += alpha tile. */
-static inline void pk__store_tile(size_t rows, size_t columns, pk_real alpha, const pk_real *tile,
-                                  int overwrite, pk_real *c, size_t ldc)
-{
-    for (size_t i = 0; i < rows; i++, c += ldc, tile += PK__TILE_COLUMNS)
-        if (overwrite)
-            for (size_t j = 0; j < columns; j++)
-                c[j] = alpha * tile[j];
-        else
-            for (size_t j = 0; j < columns; j++)
-                c[j] += alpha * tile[j];
-}
-
-PK__PRIVATE void pk__product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
-                             const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
-                             pk_real *c, size_t ldc)
-{
-    pk_real packed_a[PK__BLOCK_ROWS * PK__DEPTH], packed_b[PK__TILE_COLUMNS * PK__DEPTH];
-    pk_real tile[PK__TILE_ROWS * PK__TILE_COLUMNS];
-    const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
-    const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    const int overwrite = beta == 0;
-    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
-    if (beta != 0 && beta != 1)
-        pk__scale(m, n, beta, c, ldc);
-    for (size_t p = 0; p < k; p += PK__DEPTH) {
-        const size_t depth = pk__at_most(k - p, PK__DEPTH);
-        for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
-            const size_t block = pk__at_most(m - top, PK__BLOCK_ROWS);
-            for (size_t i = 0; i < block; i += PK__TILE_ROWS)
-                pk__pack(PK__TILE_ROWS, pk__at_most(block - i, PK__TILE_ROWS), depth,
-                         a + (top + i) * row_a + p * column_a, row_a, column_a, packed_a + i * depth);
-            for (size_t j = 0; j < n; j += PK__TILE_COLUMNS) {
-                const size_t columns = pk__at_most(n - j, PK__TILE_COLUMNS);
-                const pk_real *panel = b + p * row_b + j * column_b;
-                size_t step = row_b;
-                /* Rows of B that are used once or twice are read where they are. */
-                if (transpose_b || columns < PK__TILE_COLUMNS || block > 2 * PK__TILE_ROWS) {
-                    pk__pack(PK__TILE_COLUMNS, columns, depth, panel, column_b, row_b, packed_b);
-                    panel = packed_b;
-                    step = PK__TILE_COLUMNS;
-                }
-                for (size_t i = 0; i < block; i += PK__TILE_ROWS) {
-                    pk_real *place = c + (top + i) * ldc + j;
-                    pk__micro(depth, packed_a + i * depth, panel, step, tile);
-                    if (block - i >= PK__TILE_ROWS && columns == PK__TILE_COLUMNS)
-                        pk__store_tile(PK__TILE_ROWS, PK__TILE_COLUMNS, alpha, tile, overwrite && p == 0, place,
-                                       ldc);
-                    else
-                        pk__store_tile(pk__at_most(block - i, PK__TILE_ROWS), columns, alpha, tile,
-                                       overwrite && p == 0, place, ldc);
-                }
-            }
-        }
-    }
-}
-
 #endif
 
 /* C := beta C + alpha op(A) op(B), row-major, unchecked, one thread, no allocation of ours; any of m, n and k
@@ -2521,8 +2707,12 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
         return;
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
+#ifdef PATHKERNEL_BLIS
+    else if (m * n * k > PK__BLIS_TERMS)
+        pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+#endif
     else
-        pk__product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        pk__tile_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
@@ -2603,9 +2793,10 @@ PK_API pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matri
 PK_API void pk_matrix_backend(char *text, size_t size)
 {
 #ifdef PATHKERNEL_BLIS
-    snprintf(text, size, "BLIS %s (%s)", bli_info_get_version_str(), bli_arch_string(bli_arch_query_id()));
+    snprintf(text, size, "BLIS %s (%s), small products %s", bli_info_get_version_str(),
+             bli_arch_string(bli_arch_query_id()), pk__panel_name());
 #else
-    snprintf(text, size, "portable");
+    snprintf(text, size, "portable (%s)", pk__panel_name());
 #endif
 }
 
@@ -12655,19 +12846,19 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
 {
     memset(examples, 0, sizeof *examples);
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
-    examples->ld = (capacity + 7) / 8 * 8;
-    if (examples->ld % 512 == 0)
-        examples->ld += 8;
+    const size_t columns = pk__blocks(capacity, PK_PANEL) * PK_PANEL;
+    examples->ld = columns % 512 ? columns : columns + PK_PANEL;
     examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk_layer_by_rows(representation, node);
-        size_t bytes = examples->ld * sizeof(pk_real);
+        const size_t bytes = columns * sizeof(pk_real);
         pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
-        pk_real *gradients = rows ? (pk_real *)pk_arena_take(arena, node->weight_count, bytes) : NULL;
+        pk_real *gradients =
+            rows ? (pk_real *)pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
         if (examples->input) {
             examples->input[l] = input;
             examples->cotangent[l] = cotangent;
@@ -12723,6 +12914,24 @@ static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real
                 to[j * ld + k] = from[k * cols + j];
 }
 
+/* Columns first .. first + count - 1 of panels of features = rows of from (count x features); the rest of a last panel = 0. */
+static void pk__put_panels(size_t count, size_t features, const pk_real *from, size_t first, pk_real *panels)
+{
+    for (size_t b = 0, columns; b < count; b += columns) {
+        const size_t lane = (first + b) % PK_PANEL;
+        pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
+        columns = pk__least(PK_PANEL - lane, count - b);
+        if (columns == PK_PANEL)
+            for (size_t j = 0; j < features; j++)
+                for (size_t i = 0; i < PK_PANEL; i++)
+                    to[j * PK_PANEL + i] = from[(b + i) * features + j];
+        else
+            for (size_t j = 0; j < features; j++)
+                for (size_t i = lane; i < PK_PANEL; i++)
+                    to[j * PK_PANEL + i] = i < lane + columns ? from[(b + i - lane) * features + j] : 0;
+    }
+}
+
 /* places (positions x fan_in) and deltas (positions x copies x fan_out) of row row of a node that is used at several
  * places. */
 PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_t row, size_t copies,
@@ -12749,13 +12958,11 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
 static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
                             pk_examples *examples, size_t first)
 {
-    const size_t ins = node->positions * node->fan_in, ld = examples->ld;
+    const size_t ins = node->positions * node->fan_in;
     for (size_t b = 0; b < count; b++) {
         pk__node_places(tape, node, b, 1, room, room + ins);
-        for (size_t i = 0; i < ins; i++)
-            examples->input[node->layer][i * ld + first + b] = room[i];
-        for (size_t j = 0; j < node->width; j++)
-            examples->cotangent[node->layer][j * ld + first + b] = room[ins + j];
+        pk__put_panels(1, ins, room, first + b, examples->input[node->layer]);
+        pk__put_panels(1, node->width, room + ins, first + b, examples->cotangent[node->layer]);
     }
 }
 
@@ -12796,9 +13003,8 @@ static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss 
             continue;
         }
         if (pk__is_outer(node)) {
-            pk__transpose(count, node->fan_in, tape->value[node->inputs[0]], examples->input[l] + first,
-                          examples->ld);
-            pk__transpose(count, node->width, tape->cotangent[n], examples->cotangent[l] + first, examples->ld);
+            pk__put_panels(count, node->fan_in, tape->value[node->inputs[0]], first, examples->input[l]);
+            pk__put_panels(count, node->width, tape->cotangent[n], first, examples->cotangent[l]);
         } else {
             pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);
         }
@@ -12824,9 +13030,11 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         const pk_node *node = pk_graph_layer(graph, l);
         const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
         pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t features[3] = {node->positions * node->fan_in, node->width, node->weight_count};
+        const size_t columns = pk__blocks(from->count, PK_PANEL) * PK_PANEL;
+        const size_t numbers[3] = {node->positions * node->fan_in * columns, node->width * columns,
+                                   node->weight_count * from->ld};
         for (int part = 0; part < 3; part++)
-            for (size_t i = 0; sources[part] && i < features[part] * from->ld; i++)
+            for (size_t i = 0; sources[part] && i < numbers[part]; i++)
                 targets[part][i] = (pk_real)fabs(sources[part][i]);
     }
 }
@@ -12843,13 +13051,14 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
                     to[i] += examples->rows[l][i * ld + b];
             continue;
         }
-        for (size_t q = 0; q < node->positions; q++) {
-            const pk_real *input = examples->input[l] + q * in * ld;
-            const pk_real *cotangent = examples->cotangent[l] + q * out * ld;
-            pk__gemm(0, 1, out, in, count, 1, cotangent, ld, input, ld, 1, to, in);
+        /* A panel's place q after the other: the features of a panel stand by places. */
+        for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
+            const pk_real *input = examples->input[l] + q * in * PK_PANEL;
+            const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
+            pk__gemm(0, 1, out, in, PK_PANEL, 1, cotangent, PK_PANEL, input, PK_PANEL, 1, to, in);
             for (size_t j = 0; pk__has_bias(node) && j < out; j++)
-                for (size_t b = 0; b < count; b++)
-                    to[out * in + j] += cotangent[j * ld + b];
+                for (size_t b = 0; b < PK_PANEL; b++)
+                    to[out * in + j] += cotangent[j * PK_PANEL + b];
         }
     }
 }
@@ -12897,11 +13106,10 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
     return pk__most(1, pk__least(points, ((size_t)1 << 21) / numbers / pk__most(outputs, 1)));
 }
 
-/* Rows of products that are on their way to a Hadamard product at one time. */
-PK__PRIVATE size_t pk__product_rows(size_t outputs)
-{
-    return pk__most(1, 128 / outputs);
-}
+enum {
+    PK__PART_NUMBERS = 1 << 14, /* packed numbers that stay in the second-level cache beside the panels */
+    PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
+};
 
 /* The only node that reads node, NULL where there are none or several. */
 static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
@@ -12941,7 +13149,7 @@ static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *reado
 /* Points of a spread layer whose places are in memory at one time. */
 PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
-    return pk__most(1, ((size_t)1 << 17) / (node->positions * (node->fan_in + outputs * node->fan_out)));
+    return pk__most(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
 /* A layer used at several places, where it is not by rows. */
@@ -12950,13 +13158,74 @@ PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
     return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
 
+/* Rows of a product whose packed numbers stay in the second-level cache while panel after panel passes. */
+PK__PRIVATE size_t pk__most_rows(size_t depth)
+{
+    return pk__most(2, (size_t)PK__PART_NUMBERS / PK__TALLEST / pk__most(depth, 1)) * PK__TALLEST;
+}
+
+static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
+{
+    return (pk_real *)pk_arena_take(arena, count, numbers * sizeof(pk_real));
+}
+
+static size_t *pk__take_indices(pk_arena *arena, size_t count)
+{
+    return (size_t *)pk_arena_take(arena, count, sizeof(size_t));
+}
+
+/* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
+static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, size_t place_numbers,
+                                 int factored, pk_tangent *tangent)
+{
+    const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
+    const size_t items = pk__most(points, rows);
+    size_t most = pk__most(pk__most(items * outputs, places), PK__HEAD_PART), widest = 0;
+    tangent->weighted_inputs = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    for (size_t l = 0; l < layers; l++) {
+        const pk_node *node = pk_graph_layer(tangent->graph, l);
+        const int used = factored && pk__is_outer(node);
+        pk_real *inputs = pk__take_reals(arena, used ? points : 0, node->fan_in);
+        if (tangent->weighted_inputs)
+            tangent->weighted_inputs[l] = inputs;
+        widest = pk__most(widest, used ? node->width : 0);
+        most = pk__most(most, node->fan_out);
+    }
+    tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
+    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK_PANEL), 1);
+    tangent->ones = pk__take_reals(arena, items, 1);
+    tangent->point_to = pk__take_indices(arena, points * outputs);
+    tangent->cell_left = pk__take_indices(arena, items * outputs);
+    tangent->place_to = pk__take_indices(arena, places * outputs);
+    tangent->place_left = pk__take_indices(arena, places * outputs);
+    tangent->places = pk__take_reals(arena, place_numbers, 1);
+    tangent->place_start = pk__take_reals(arena, places, 1);
+    tangent->head_weights = pk__take_reals(arena, rows * outputs, 2 * widest);
+    tangent->slopes = pk__take_reals(arena, points, 2 * widest);
+    tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
+    tangent->unit_count = pk__take_indices(arena, rows);
+    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK_PANEL);
+    tangent->tile_row = pk__take_indices(arena, most);
+    tangent->panel_row = pk__take_indices(arena, most);
+    tangent->no_row = pk__take_indices(arena, most);
+    for (size_t i = 0; tangent->no_row && i < most; i++) {
+        tangent->tile_row[i] = i * PK_TILE_LD;
+        tangent->panel_row[i] = i * PK_PANEL;
+        tangent->no_row[i] = 0;
+    }
+    for (size_t i = 0; tangent->no_row && i < items; i++)
+        tangent->ones[i] = 1;
+    for (size_t i = 0; tangent->no_row && i < items * outputs; i++)
+        tangent->cell_left[i] = i / outputs * PK_TILE_LD;
+}
+
 PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
                             size_t materialise, size_t unit, int bounds,
                             const pk_representation *representation, pk_tangent *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
-    size_t points = pk__point_capacity(outputs), block = PK_EXAMPLE_BLOCK, both = rows * outputs, widest = 0,
-           deepest = 0, places = 0, place_numbers = 0, by_rows = 0;
+    size_t points = pk__point_capacity(outputs), both = rows * outputs, widest = 0, deepest = 0, places = 0,
+           place_numbers = 0, by_rows = 0;
     memset(tangent, 0, sizeof *tangent);
     tangent->graph = graph;
     tangent->outputs = outputs;
@@ -13022,25 +13291,15 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
     tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
-    size_t product = pk__most(pk__most(pk__product_rows(outputs) * outputs, both), points);
-    tangent->tile = (pk_real *)pk_arena_take(arena, both, block * sizeof(pk_real));
-    tangent->left = (pk_real *)pk_arena_take(
-        arena, pk__most(pk__most(rows, points), pk__most(places, pk__blocks(widest, block))),
-        block * sizeof(pk_real));
-    tangent->places = (pk_real *)pk_arena_take(arena, place_numbers, sizeof(pk_real));
-    tangent->place_row = (size_t *)pk_arena_take(arena, places, sizeof *tangent->place_row);
-    tangent->right = (pk_real *)pk_arena_take(arena, product, block * sizeof(pk_real));
-    /* Products with a direction (points x widest) or with Phi (outputs x widest x a part of the block), or a
-     * point's gradients of a layer by rows (outputs x weights). */
+    pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
+    /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
+     * layer by rows (outputs x weights). */
     tangent->scratch = (pk_real *)pk_arena_take(
         arena,
-        pk__most(pk__most(pk__most(points * (bounds ? outputs : 1), rows), outputs * 64) * widest,
+        pk__most(pk__most(pk__most(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
                  outputs * by_rows),
         sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->head_weights = (pk_real *)pk_arena_take(arena, both, 2 * widest * sizeof(pk_real));
-    tangent->slopes = (pk_real *)pk_arena_take(arena, points, 2 * widest * sizeof(pk_real));
-    tangent->sums = (pk_real *)pk_arena_take(arena, block, 2 * widest * sizeof(pk_real));
     tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
@@ -13052,19 +13311,56 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* left[p] o right[p, k] summed into tile[row[p], k], over count columns; row == NULL: row p. */
-static void pk__hadamard(size_t points, size_t outputs, size_t count, const size_t *row, const pk_real *left,
-                         const pk_real *right, pk_real *tile)
+/* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
+ * for as many rows at a time as stay in the second-level cache. The panels of
+ * the target lie side by side. */
+static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const pk_real *panels, size_t block,
+                              const pk_real *start, const pk__tile_target *target)
 {
-    for (size_t p = 0; p < points; p++) {
-        const pk_real *l = left + p * count;
-        pk_real *t = tile + (row ? row[p] : p) * outputs * count;
-        const pk_real *r = right + p * outputs * count;
-        for (size_t k = 0; k < outputs; k++, t += count, r += count)
-            for (size_t i = 0; i < count; i++)
-                t[i] += l[i] * r[i];
+    const size_t most = pk__most_rows(depth);
+    pk__tile_target part = *target;
+    for (size_t first = 0; first < rows; first += most) {
+        part.to_at = target->to_at + first;
+        part.other_at = target->other_at ? target->other_at + first : NULL;
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            part.to = target->to + column;
+            part.other = target->other ? target->other + column : NULL;
+            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
+                              panels + column * depth, PK_PANEL, start ? start + first : NULL, &part);
+        }
     }
 }
+
+/* The first panel of a block of examples, of features a number each. */
+static const pk_real *pk__panels(const pk_real *all, size_t features, size_t first)
+{
+    return all + first * features; /* first is a multiple of PK_PANEL */
+}
+
+/* left = start + inputs of rows (rows x in) times those of a block of examples. */
+static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, const pk_real *inputs,
+                                const pk_real *start, size_t first, size_t block)
+{
+    const pk_node *node = tangent->node[layer];
+    const size_t in = node->fan_in;
+    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL};
+    pk__block_product(rows, in, inputs, pk__panels(tangent->examples->input[layer], in, first), block,
+                      pk__has_bias(node) ? start : NULL, &target);
+    tangent->flops += 2.0 * (double)block * (double)(rows * in);
+}
+
+/* tile += left o (cotangents of cells (cells x out) times those of a block of examples). */
+static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t cells, const pk_real *cotangents,
+                                    const size_t *to, const size_t *left, size_t first, size_t block)
+{
+    const size_t out = tangent->node[layer]->width;
+    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left};
+    pk__block_product(cells, out, cotangents, pk__panels(tangent->examples->cotangent[layer], out, first),
+                      block, NULL, &target);
+    tangent->flops += 2.0 * (double)block * (double)(cells * out);
+}
+
+/* ---- layers used at several places ----------------------------------------------------------------------- */
 
 /* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
@@ -13074,73 +13370,41 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
-                 out = node->fan_out, together = pk__place_points(node, outputs),
-                 chunk = pk__product_rows(outputs);
-    const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
+                 out = node->fan_out, together = pk__place_points(node, outputs);
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__least(together, points->count - p), pairs = count * positions;
-        pk_real *places = tangent->places, *deltas = places + pairs * in;
+        pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
         for (size_t i = 0; i < count; i++)
             pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
                             places + i * positions * in, deltas + i * positions * outputs * out);
-        for (size_t i = 0; i < pairs; i++)
-            tangent->place_row[i] = points->row[p + i / positions];
-        for (size_t r = 0; r < positions; r++) {
-            const pk_real *input = examples->input[layer] + r * in * examples->ld + first;
-            const pk_real *cotangent = examples->cotangent[layer] + r * out * examples->ld + first;
-            pk__gemm(0, 0, pairs, block, in, 1, places, in, input, examples->ld, 0, left, block);
-            for (size_t i = 0; i < pairs; i++)
-                for (size_t b = 0; b < block; b++)
-                    left[i * block + b] = points->weight[p + i / positions] * (left[i * block + b] + bias);
-            for (size_t i = 0; i < pairs; i += chunk) {
-                const size_t some = pk__least(chunk, pairs - i);
-                pk__gemm(0, 0, some * outputs, block, out, 1, deltas + i * outputs * out, out, cotangent,
-                         examples->ld, 0, tangent->right, block);
-                pk__hadamard(some, outputs, block, tangent->place_row + i, left + i * block, tangent->right,
-                             tangent->tile);
+        for (size_t i = 0; i < pairs; i++) {
+            const size_t point = p + i / positions;
+            start[i] = points->weight[point];
+            for (size_t j = 0; j < in; j++)
+                places[i * in + j] *= start[i];
+            for (size_t k = 0; k < outputs; k++) {
+                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK_TILE_LD;
+                tangent->place_left[i * outputs + k] = i * PK_PANEL;
+            }
+        }
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            const pk_real *inputs = pk__panels(examples->input[layer], positions * in, first + column);
+            const pk_real *cotangents = pk__panels(examples->cotangent[layer], positions * out, first + column);
+            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->panel_row, NULL, NULL};
+            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to, tangent->left,
+                                    tangent->place_left};
+            for (size_t r = 0; r < positions; r++) {
+                pk__panel_product(pairs, in, places, in, 1, inputs + r * in * PK_PANEL, PK_PANEL,
+                                  pk__has_bias(node) ? start : NULL, &left);
+                pk__panel_product(pairs * outputs, out, deltas, out, 1, cotangents + r * out * PK_PANEL,
+                                  PK_PANEL, NULL, &tile);
             }
         }
         tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
     }
 }
 
-/* left = w_p (a_p . a_i + bias) for the points in hand and a block of examples. */
-static void pk__weighted_inputs(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
-                                size_t block)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t in = node->fan_in;
-    const pk_real *a = tangent->integrator.segment.tape.value[node->inputs[0]];
-    const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
-    pk__gemm(0, 0, points->count, block, in, 1, a, in, examples->input[layer] + first, examples->ld, 0, left,
-             block);
-    for (size_t p = 0; p < points->count; p++)
-        for (size_t i = 0; i < block; i++)
-            left[p * block + i] = points->weight[p] * (left[p * block + i] + bias);
-}
-
-/* One layer, one block of examples, the points in hand: tile += w_p (a_p . a_i + bias) (delta_p . delta_i). */
-static void pk__contract_points(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
-                                size_t block)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    size_t outputs = tangent->outputs, chunk = pk__product_rows(outputs), out = node->width;
-    size_t in = node->fan_in;
-    const pk_real *delta = tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes];
-    pk__weighted_inputs(tangent, layer, points, first, block);
-    for (size_t p = 0; p < points->count; p += chunk) {
-        size_t count = pk__least(chunk, points->count - p);
-        pk__gemm(0, 0, count * outputs, block, out, 1, delta + p * outputs * out, out,
-                 examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-        pk__hadamard(count, outputs, block, points->row + p, tangent->left + p * block, tangent->right,
-                     tangent->tile);
-    }
-    tangent->flops += 2.0 * (double)block * (double)points->count * (double)(in + outputs * out);
-}
+/* ---- the layer below the last one ------------------------------------------------------------------------ */
 
 /* W^T seed_k and D^T seed_k of the last layer for every row and output, side by side: seeds are its cotangents. */
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
@@ -13155,27 +13419,61 @@ static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
                  tangent->head_weights + (size_t)part * in, 2 * in);
 }
 
-/* slope and t slope of the operation between the layer and the last one, at the points in hand. */
+/* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
 static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
-    const pk_graph *graph = tangent->graph;
     const pk_tape *tape = &tangent->integrator.segment.tape;
-    const pk_node *between = pk__layer_input(graph, tangent->head[layer]);
+    const pk_node *between = pk__layer_input(tangent->graph, tangent->head[layer]);
     const size_t out = between->width;
-    pk_real *ones = tangent->left, *slopes = tangent->scratch;
-    for (size_t i = 0; i < out; i++)
-        ones[i] = 1;
-    for (size_t p = 0; p < points->count; p++) {
-        pk_call call;
-        pk__tape_call(tape, between, 1, 1, &call);
-        call.in[0] += p * out;
-        call.out += p * out;
-        call.out_cotangent = ones;
-        call.in_cotangent[0] = slopes;
-        between->operation->reverse(&call);
+    pk_real *weights = tangent->slopes, *slopes = tangent->scratch;
+    pk_call call;
+    for (size_t p = 0; p < points->count; p++)
+        for (size_t i = 0; i < out; i++)
+            weights[p * out + i] = points->weight[p];
+    pk__tape_call(tape, between, points->count, 1, &call);
+    call.out_cotangent = weights;
+    call.in_cotangent[0] = slopes;
+    between->operation->reverse(&call);
+    for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++) {
-            tangent->slopes[p * 2 * out + i] = slopes[i];
-            tangent->slopes[p * 2 * out + out + i] = points->t[p] * slopes[i];
+            tangent->slopes[p * 2 * out + i] = slopes[p * out + i];
+            tangent->slopes[p * 2 * out + out + i] = points->t[p] * slopes[p * out + i];
+        }
+}
+
+/* Moves the columns of the units that are on together, in place, in count rows of 2 out numbers. */
+static void pk__keep_units(size_t count, size_t out, size_t units, const size_t *unit_row, pk_real *rows)
+{
+    for (size_t i = 0; i < count; i++, rows += 2 * out)
+        for (size_t j = 0; j < 2 * units; j++)
+            rows[j] = rows[unit_row[j] / PK_PANEL + (j < units ? 0 : out)];
+}
+
+/* What a headed layer is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
+ * that of a ReLU is where it is off. */
+static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const size_t outputs = tangent->outputs, out = tangent->node[layer]->width;
+    pk__head_weights(tangent, tangent->head[layer]);
+    pk__head_slopes(tangent, layer, points);
+    for (size_t p = 0, last; p < points->count; p = last) {
+        const size_t row = points->row[p];
+        size_t *unit_row = tangent->unit_row + row * 2 * out, units = 0;
+        pk_real *slopes = tangent->slopes + p * 2 * out;
+        for (last = p + 1; last < points->count && points->row[last] == row; last++)
+            ;
+        for (size_t j = 0; j < out; j++) {
+            int on = 0;
+            for (size_t i = 0; i < last - p; i++)
+                on |= slopes[i * 2 * out + j] != 0;
+            if (on)
+                unit_row[units++] = j * PK_PANEL;
+        }
+        memcpy(unit_row + units, unit_row, units * sizeof *unit_row);
+        tangent->unit_count[row] = units;
+        if (units < out) {
+            pk__keep_units(last - p, out, units, unit_row, slopes);
+            pk__keep_units(outputs, out, units, unit_row, tangent->head_weights + row * outputs * 2 * out);
         }
     }
 }
@@ -13186,95 +13484,141 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
                               size_t block)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
-    pk_real *left = tangent->left, *sums = tangent->sums;
-    pk__weighted_inputs(tangent, layer, points, first, block);
+    const size_t outputs = tangent->outputs, out = node->width;
+    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], out, first);
+    pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.segment.tape.value[node->inputs[0]],
+                        tangent->ones, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
-        const size_t row = points->row[p];
+        const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
+        const pk_real *slopes = tangent->slopes + p * 2 * out;
+        const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
+        pk__tile_target sums = {PK__TILE_SCALE, tangent->sums, tangent->panel_row, NULL, NULL};
+        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
         for (last = p + 1; last < points->count && points->row[last] == row; last++)
             ;
-        pk__gemm(1, 0, 2 * out, block, last - p, 1, tangent->slopes + p * 2 * out, 2 * out, left + p * block,
-                 block, 0, sums, block);
-        for (size_t j = 0; j < 2 * out; j++) {
-            const pk_real *delta = examples->cotangent[layer] + j % out * examples->ld + first;
-            for (size_t i = 0; i < block; i++)
-                sums[j * block + i] *= delta[i];
-        }
-        pk__gemm(0, 0, outputs, block, 2 * out, 1, tangent->head_weights + row * outputs * 2 * out, 2 * out,
-                 sums, block, 1, tangent->tile + row * outputs * block, block);
+        for (size_t column = 0; column < block; column += PK_PANEL)
+            for (size_t j = 0; j < units; j += PK__HEAD_PART) {
+                const size_t count = pk__least(PK__HEAD_PART, units - j);
+                sums.other = cotangents + column * out;
+                sums.other_at = tangent->unit_row + row * 2 * out + j;
+                tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
+                pk__panel_product(count, last - p, slopes + j, 1, 2 * out,
+                                  tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, NULL, &sums);
+                pk__panel_product(outputs, count, weights + j, 2 * out, 1, tangent->sums, PK_PANEL, NULL,
+                                  &tile);
+            }
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
-    tangent->flops += 2.0 * (double)block * (double)(points->count * in);
 }
 
-/* tile += left o (delta . delta_i) of a whole step, delta that of each row and output. */
-static void pk__contract_cotangents(pk_tangent *tangent, size_t layer, size_t first, size_t block)
-{
-    const pk_examples *examples = tangent->examples;
-    const size_t rows = tangent->rows, outputs = tangent->outputs, out = tangent->node[layer]->width;
-    pk__gemm(0, 0, rows * outputs, block, out, 1, tangent->delta[layer], out,
-             examples->cotangent[layer] + first, examples->ld, 0, tangent->right, block);
-    pk__hadamard(rows, outputs, block, NULL, tangent->left, tangent->right, tangent->tile);
-    tangent->flops += 2.0 * (double)block * (double)(rows * outputs * out);
-}
+/* ---- layers whose sum over points is taken first --------------------------------------------------------- */
 
-/* A layer on data, whole step: tile += (x . x_i + bias) (delta . delta_i). */
-static void pk__contract_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+/* left = x . x_i + bias of a layer on data: from the Gram matrix of the inputs, where there is one. */
+static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    const size_t rows = tangent->rows, in = node->fan_in;
     const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
-    if (tangent->gram && node->inputs[0] == 0) {
-        const int64_t *items = examples->items + first;
-        for (size_t r = 0; r < rows; r++) {
-            const pk_real *gram = tangent->gram + r * tangent->gram_ld;
-            if (examples->consecutive)
-                for (size_t i = 0; i < block; i++)
-                    left[r * block + i] = gram[(size_t)items[0] + i] + bias;
-            else
-                for (size_t i = 0; i < block; i++)
-                    left[r * block + i] = gram[items[i]] + bias;
-        }
-    } else {
-        pk__gemm(0, 0, rows, block, in, 1, tangent->integrator.segment.base[node->inputs[0]], in,
-                 examples->input[layer] + first, examples->ld, 0, left, block);
-        for (size_t i = 0; i < rows * block; i++)
-            left[i] += bias;
-        tangent->flops += 2.0 * (double)block * (double)(rows * in);
-    }
-    pk__contract_cotangents(tangent, layer, first, block);
-}
-
-/* A layer with a constant cotangent, whole step: tile += (a . a_i + bias) (delta . delta_i), a summed over points. */
-static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first, size_t block)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t rows = tangent->rows, outputs = tangent->outputs, in = node->fan_in;
-    const pk_real bias = pk__has_bias(node);
-    pk_real *left = tangent->left;
-    pk__gemm(0, 0, rows, block, in, 1, tangent->input[layer], in, examples->input[layer] + first, examples->ld,
-             0, left, block);
-    for (size_t r = 0; r < rows; r++)
-        for (size_t i = 0; i < block; i++)
-            left[r * block + i] += bias * tangent->weight_sum[r];
-    tangent->flops += 2.0 * (double)block * (double)(rows * in);
-    if (tangent->integrator.readout.kind == PK_READOUT_ALL &&
-        node == &tangent->graph->nodes[tangent->graph->node_count - 1]) {
-        /* The last layer of all outputs: delta is the unit matrix. */
-        for (size_t r = 0; r < rows; r++)
-            for (size_t k = 0; k < outputs; k++) {
-                const pk_real *right = examples->cotangent[layer] + k * examples->ld + first;
-                pk_real *tile = tangent->tile + (r * outputs + k) * block;
-                for (size_t i = 0; i < block; i++)
-                    tile[i] += left[r * block + i] * right[i];
-            }
+    if (!tangent->gram || node->inputs[0] != 0) {
+        pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.segment.base[node->inputs[0]],
+                            tangent->ones, first, block);
         return;
     }
-    pk__contract_cotangents(tangent, layer, first, block);
+    const int64_t *items = examples->items + first;
+    for (size_t r = 0; r < tangent->rows; r++) {
+        const pk_real *gram = tangent->gram + r * tangent->gram_ld;
+        pk_real *left = tangent->left + r * PK_TILE_LD;
+        if (examples->consecutive)
+            for (size_t i = 0; i < block; i++)
+                left[i] = gram[(size_t)items[0] + i] + bias;
+        else
+            for (size_t i = 0; i < block; i++)
+                left[i] = gram[items[i]] + bias;
+        for (size_t i = block; i % PK_PANEL; i++)
+            left[i] = 0;
+    }
+}
+
+/* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
+static int pk__is_readout(const pk_tangent *tangent, size_t layer)
+{
+    return tangent->kind[layer] == PK_LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
+           tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
+}
+
+/* tile += left o cotangents of the examples, output by output. */
+static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+{
+    const size_t outputs = tangent->outputs;
+    const pk_real *panels = pk__panels(tangent->examples->cotangent[layer], outputs, first);
+    for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
+        const pk_real *left = tangent->left + cell / outputs * PK_TILE_LD;
+        pk_real *tile = tangent->tile + cell * PK_TILE_LD;
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            const pk_real *right = panels + column * outputs + cell % outputs * PK_PANEL;
+            for (size_t i = 0; i < PK_PANEL; i++)
+                tile[column + i] += left[column + i] * right[i];
+        }
+    }
+}
+
+/* ---- a step ---------------------------------------------------------------------------------------------- */
+
+/* Where a layer has something to contract now. */
+static int pk__is_due(const pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    return !tangent->integrated[layer] &&
+           (tangent->kind[layer] == PK_LAYER_POINTS ? points->count > 0 : points->last);
+}
+
+/* What all blocks of examples are multiplied with, beside what stands in the tape: inputs of points times their weights, and
+ * the cell of the tile and the row of left that each product belongs to. */
+static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
+{
+    const size_t outputs = tangent->outputs;
+    for (size_t p = 0; p < points->count; p++)
+        for (size_t k = 0; k < outputs; k++)
+            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK_TILE_LD;
+    for (size_t l = 0; points->count && l < tangent->graph->layers; l++) {
+        const pk_node *node = tangent->node[l];
+        const pk_real *inputs = tangent->integrator.segment.tape.value[node->inputs[0]];
+        const size_t in = node->fan_in;
+        if (tangent->integrated[l] || tangent->kind[l] != PK_LAYER_POINTS || pk__is_spread(tangent, l))
+            continue;
+        if (tangent->headed[l]) /* at most one layer stands below the last one */
+            pk__prepare_head(tangent, l, points);
+        else
+            for (size_t i = 0; i < points->count * in; i++)
+                tangent->weighted_inputs[l][i] = points->weight[i / in] * inputs[i];
+    }
+}
+
+static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+                               size_t block)
+{
+    const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
+    if (pk__is_spread(tangent, layer)) {
+        pk__contract_places(tangent, layer, points, first, block);
+    } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {
+        pk__contract_head(tangent, layer, points, first, block);
+    } else if (tangent->kind[layer] == PK_LAYER_POINTS) {
+        const pk_node *node = tangent->node[layer];
+        pk__multiply_inputs(tangent, layer, count, tangent->weighted_inputs[layer], points->weight, first,
+                            block);
+        pk__multiply_cotangents(tangent, layer, count * outputs,
+                                tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes],
+                                tangent->point_to, tangent->cell_left, first, block);
+    } else {
+        if (tangent->kind[layer] == PK_LAYER_DATA)
+            pk__multiply_data(tangent, layer, first, block);
+        else
+            pk__multiply_inputs(tangent, layer, rows, tangent->input[layer], tangent->weight_sum, first, block);
+        if (pk__is_readout(tangent, layer))
+            pk__add_readout(tangent, layer, first, block);
+        else
+            pk__multiply_cotangents(tangent, layer, rows * outputs, tangent->delta[layer], tangent->tile_row,
+                                    tangent->cell_left, first, block);
+    }
 }
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
@@ -13282,33 +13626,21 @@ static void pk__contract_linear(pk_tangent *tangent, size_t layer, size_t first,
 PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
 {
     const pk_examples *examples = tangent->examples;
+    const size_t cells = tangent->rows * tangent->outputs;
     double start = pk__seconds();
-    for (size_t l = 0; points->count && l < tangent->graph->layers; l++)
-        if (tangent->headed[l]) { /* at most one layer stands below the last one */
-            pk__head_weights(tangent, tangent->head[l]);
-            pk__head_slopes(tangent, l, points);
-        }
+    if (examples && examples->count)
+        pk__prepare_layers(tangent, points);
     for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
-        size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
-        size_t cells = tangent->rows * tangent->outputs * block;
+        const size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
         int filled = 0;
         for (size_t l = 0; l < tangent->graph->layers; l++) {
-            pk_layer_kind kind = tangent->kind[l];
-            if (tangent->integrated[l] || (kind == PK_LAYER_POINTS ? !points->count : !points->last))
+            if (!pk__is_due(tangent, l, points))
                 continue;
-            if (!filled || tangent->per_layer)
-                memset(tangent->tile, 0, cells * sizeof *tangent->tile);
+            for (size_t i = 0; i < cells && (!filled || tangent->per_layer); i++)
+                memset(tangent->tile + i * PK_TILE_LD, 0,
+                       pk__blocks(block, PK_PANEL) * PK_PANEL * sizeof *tangent->tile);
             filled = 1;
-            if (kind == PK_LAYER_POINTS && tangent->headed[l])
-                pk__contract_head(tangent, l, points, first, block);
-            else if (pk__is_spread(tangent, l))
-                pk__contract_places(tangent, l, points, first, block);
-            else if (kind == PK_LAYER_POINTS)
-                pk__contract_points(tangent, l, points, first, block);
-            else if (kind == PK_LAYER_DATA)
-                pk__contract_data(tangent, l, first, block);
-            else
-                pk__contract_linear(tangent, l, first, block);
+            pk__contract_layer(tangent, l, points, first, block);
             if (tangent->per_layer)
                 tangent->sink(tangent->user, (int)l, first, block, tangent->tile);
         }
@@ -13326,11 +13658,10 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
-    /* Flops a row. A Hadamard product reads and writes memory, worth about 8 flops a number; the head's sums are
-     * products over few points, which run at half the rate. */
+    /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
     double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
-    double headed = batch * (points * (2 * in + 8 * out) + 4 * outputs * out + 8 * out);
-    double integrated = 2 * points * outputs * out * in + batch * outputs * out * (2 * in + 4);
+    double headed = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
+    double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
     const int automatic = engine == PK_ENGINE_AUTO && is_points;
     tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
                                                       (automatic && headed < factored && headed < integrated));
@@ -13340,72 +13671,47 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-/* The same for a layer used at several places whose examples are factored: tile = sum_q (e_k a_iq + bias) . delta_iq. */
-static void pk__contract_row_places(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile)
+/* tile = sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+                                size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
-    const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, weights = node->weight_count;
-    memset(tile, 0, outputs * columns * sizeof *tile);
-    for (size_t at = 0; at < columns; at += 64) {
-        const size_t part = pk__least(64, columns - at);
-        for (size_t q = 0; q < node->positions; q++)
-            for (size_t k = 0; k < outputs; k++) {
-                const pk_real *own = e + k * weights;
-                pk__gemm(0, 0, out, part, in, 1, own, in, examples->input[layer] + q * in * ld + first + at, ld,
-                         0, tangent->scratch, part);
-                for (size_t j = 0; j < out; j++) {
-                    const pk_real *product = tangent->scratch + j * part;
-                    const pk_real *delta = examples->cotangent[layer] + (q * out + j) * ld + first + at;
-                    const pk_real add = weights > out * in ? own[out * in + j] : 0;
-                    pk_real *to = tile + k * columns + at;
-                    for (size_t i = 0; i < part; i++)
-                        to[i] += (product[i] + add) * delta[i];
+    const size_t in = node->fan_in, out = node->fan_out, places = node->positions, most = pk__most_rows(in);
+    /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
+    const int together = tangent->kind[layer] == PK_LAYER_ROWS;
+    const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
+    const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
+    const pk_real *inputs = pk__panels(tangent->examples->input[layer], places * in, first);
+    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], places * out, first);
+    pk__tile_target target = {PK__TILE_HADAMARD, NULL, tangent->no_row, NULL, tangent->panel_row};
+    for (size_t k = 0; k < outputs; k++)
+        memset(tile + k * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+    for (size_t k = 0; k < outputs; k++)
+        for (size_t j = 0; j < out; j += most)
+            for (size_t column = 0; column < columns; column += PK_PANEL)
+                for (size_t q = 0; q < places; q++) {
+                    target.to = tile + k * PK_TILE_LD + column;
+                    target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
+                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1,
+                                      inputs + column * places * in + q * in * PK_PANEL, PK_PANEL,
+                                      biases ? biases + k * bias_stride + j : NULL, &target);
                 }
-            }
-    }
-    tangent->flops += 2.0 * (double)(outputs * out * node->positions) * (double)columns * (double)in;
+    tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
 }
 
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                     size_t first, size_t columns, pk_real *tile)
 {
-    const pk_node *node = tangent->node[layer];
     const pk_examples *examples = tangent->examples;
-    size_t out = node->width, ld = examples->ld;
+    const size_t weights = tangent->node[layer]->weight_count;
     double start = pk__seconds();
-    if (tangent->kind[layer] == PK_LAYER_ROWS && !examples->rows[layer]) {
-        pk__contract_row_places(tangent, layer, outputs, e, first, columns, tile);
-        tangent->seconds_contraction += pk__seconds() - start;
-        return;
+    if (!examples->rows[layer]) {
+        pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
+    } else {
+        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 0,
+                 tile, PK_TILE_LD);
+        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
     }
-    if (tangent->kind[layer] == PK_LAYER_ROWS) {
-        pk__gemm(0, 0, outputs, columns, node->weight_count, 1, e, node->weight_count,
-                 examples->rows[layer] + first, ld, 0, tile, columns);
-        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)node->weight_count;
-        tangent->seconds_contraction += pk__seconds() - start;
-        return;
-    }
-    size_t in = node->fan_in;
-    const pk_real *bias = pk__has_bias(node) ? e + outputs * out * in : NULL;
-    memset(tile, 0, outputs * columns * sizeof *tile);
-    /* e a_i for all outputs at once, a part of the examples at a time so that it stays in the cache. */
-    for (size_t at = 0; at < columns; at += 64) {
-        size_t part = pk__least(64, columns - at);
-        pk__gemm(0, 0, outputs * out, part, in, 1, e, in, examples->input[layer] + first + at, ld, 0,
-                 tangent->scratch, part);
-        for (size_t k = 0; k < outputs; k++)
-            for (size_t j = 0; j < out; j++) {
-                const pk_real *product = tangent->scratch + (k * out + j) * part;
-                const pk_real *delta = examples->cotangent[layer] + j * ld + first + at;
-                const pk_real add = bias ? bias[k * out + j] : 0;
-                pk_real *to = tile + k * columns + at;
-                for (size_t i = 0; i < part; i++)
-                    to[i] += (product[i] + add) * delta[i];
-            }
-    }
-    tangent->flops += 2.0 * (double)(outputs * out) * (double)columns * (double)in;
     tangent->seconds_contraction += pk__seconds() - start;
 }
 
@@ -14316,7 +14622,7 @@ typedef struct pk__worker {
     pk_tangent tangent;
     pk_real *phi,
         *effective; /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;  /* outputs x PK_EXAMPLE_BLOCK */
+    pk_real *tile;  /* outputs x PK_TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -14407,7 +14713,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
         worker->effective =
             (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
-        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_EXAMPLE_BLOCK * real);
+        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_TILE_LD * real);
         worker->left_inputs =
             (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
@@ -14687,7 +14993,20 @@ PK__BEGIN_C
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
-/* Adds factor * tile (cells x count) of one layer, or of all (-1), to the results of the cells from cell on. */
+/* In eight sums, so that a vector of them is added at a time. */
+static double pk__sum(size_t count, const pk_real *x)
+{
+    double sums[8] = {0};
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (size_t k = 0; k < 8; k++)
+            sums[k] += x[i + k];
+    for (size_t k = 0; i < count; i++, k++)
+        sums[k] += x[i];
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+/* Adds factor * tile (cells x count, ld PK_TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -14695,10 +15014,8 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
     pk_decomposition *part = job->part;
     const int64_t *items = worker->batch->items + first;
     const size_t outputs = job->outputs, level = layer < 0 ? 0 : (size_t)layer;
-    for (const pk_real *from = tile; from < tile + cells * count; from += count, cell++) {
-        double sum = 0;
-        for (size_t b = 0; b < count; b++)
-            sum += from[b];
+    for (const pk_real *from = tile; from < tile + cells * PK_TILE_LD; from += PK_TILE_LD, cell++) {
+        const double sum = pk__sum(count, from);
         part->data[cell] += factor * sum;
         for (size_t k = 0; k < part->kept_count; k++) {
             const pk_tensor *tensor = &part->kept[k];
@@ -14736,7 +15053,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
     }
     for (size_t row = 0; row < worker->rows; row++)
         pk__add_cells(worker, layer, (worker->row + row) * outputs + job->first_output, job->output_count,
-                      worker->factor, first, count, tile + (row * outputs + job->first_output) * count);
+                      worker->factor, first, count, tile + (row * outputs + job->first_output) * PK_TILE_LD);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -14798,7 +15115,7 @@ static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j
         for (size_t k = 0; k < part->count; k++)
             for (size_t b = 0; b < count; b++)
                 job->part->bounds[(cell + k) * examples + (size_t)job->window.batches[j].items[first + b]] +=
-                    fabs(factor) * (double)worker->tile[k * count + b];
+                    fabs(factor) * (double)worker->tile[k * PK_TILE_LD + b];
     }
     worker->tangent.examples = &job->window.examples[j];
 }
@@ -15329,6 +15646,546 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
     if (!status)
         *plan = job.plan;
     return status;
+}
+
+PK__END_C
+
+/* pathkernel/kernel.h: implementation */
+#include <string.h>
+PK__BEGIN_C
+
+/* How a layer's part is had. */
+typedef enum pk__gram_form {
+    PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
+    PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
+    PK__GRAM_PLACES,   /* a sum of that over pairs of places */
+    PK__GRAM_ROWS      /* the gradients' products */
+} pk__gram_form;
+
+typedef struct pk__gram_layer {
+    const pk_node *node;
+    pk__gram_form form;
+    pk_real bias;             /* 1 or 0 */
+    size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
+    size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
+    size_t depth;             /* terms of a product of two cotangents or gradients */
+    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
+    pk_real *constant;        /* CONSTANT: kept x kept */
+} pk__gram_layer;
+
+/* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
+typedef struct pk__gram_side {
+    pk_matrix inputs;
+    size_t first, rows, capacity;
+    pk_real *factors;
+} pk__gram_side;
+
+typedef struct pk__gram {
+    const char *name; /* for messages */
+    pk_context *context;
+    const pk_graph *graph;
+    const pk_real *weights;
+    size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
+    size_t layers, numbers; /* numbers kept of a row */
+    pk__gram_layer *layer;
+    size_t tile, sweep; /* rows of a tile; of one pass through the network, which divide them */
+    size_t left, right; /* numbers of a lane's products */
+    int symmetric;
+    pk_matrix result;
+    int threads;
+    size_t lane_bytes;
+    unsigned char *lanes;
+    size_t *bad;      /* of each lane: the first pair of rows that is not finite */
+    double done, all; /* pairs of rows */
+} pk__gram;
+
+/* One thread's memory. */
+typedef struct pk__gram_lane {
+    pk_tape tape;
+    pk_real *inputs;
+    pk_real *left, *right, *tile, *spread;
+} pk__gram_lane;
+
+static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
+{
+    const size_t width = gram->tile * gram->kept;
+    pk_tape_take(arena, gram->graph, gram->sweep, gram->outputs, 0, &lane->tape);
+    lane->inputs = (pk_real *)pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = (pk_real *)pk_arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = (pk_real *)pk_arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = (pk_real *)pk_arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
+}
+
+static pk__gram_lane pk__gram_lane_of(const pk__gram *gram)
+{
+    pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    pk__gram_lane lane;
+    pk__gram_lane_take(&arena, gram, &lane);
+    return lane;
+}
+
+/* Where a layer's factors of a row are. */
+static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+{
+    return side->factors + side->capacity * layer->left_at + row * layer->left;
+}
+
+static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+{
+    return side->factors + side->capacity * layer->right_at + row * layer->right;
+}
+
+/* ---- factors ------------------------------------------------------------------------------------------- */
+
+/* What is kept of rows that went through the tape, which become rows at ... of the side. */
+static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__gram_side *side, size_t at,
+                          size_t rows)
+{
+    const size_t outputs = gram->outputs;
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const pk_node *node = layer->node;
+        const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
+        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
+        if (layer->form == PK__GRAM_ROWS) {
+            pk_call call;
+            pk__tape_call(tape, node, rows, outputs, &call);
+            call.weights = gram->weights + node->weight_offset;
+            call.out_cotangent = cotangent;
+            call.gradient = right;
+            pk__node_row_gradients(&call);
+        } else if (layer->form == PK__GRAM_PLACES) {
+            for (size_t r = 0; r < rows; r++)
+                pk__node_places(tape, node, r, outputs, left + r * layer->left, right + r * layer->right);
+        } else {
+            memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
+            if (layer->form == PK__GRAM_OUTER)
+                memcpy(right, cotangent, rows * layer->right * sizeof *right);
+            else if (side->first + at == 0) /* any row's will do; one thread has the first one */
+                pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
+                         layer->depth, 0, layer->constant, gram->kept);
+        }
+    }
+}
+
+/* Rows at ... of a side, at most gram->sweep, go through the network. */
+static void pk__gram_sweep(const pk__gram *gram, const pk__gram_side *side, size_t at, size_t rows)
+{
+    const size_t outputs = gram->outputs, width = gram->graph->input_width;
+    const pk_line line = {gram->weights, NULL, NULL};
+    pk__gram_lane lane = pk__gram_lane_of(gram);
+    for (size_t r = 0; r < rows; r++)
+        memcpy(lane.inputs + r * width, side->inputs.data + (side->first + at + r) * side->inputs.ld,
+               width * sizeof *lane.inputs);
+    pk_tape_forward(&lane.tape, &line, rows, lane.inputs);
+    pk_real *seed = pk_tape_seed(&lane.tape);
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
+        seed[i * outputs + i % outputs] = 1;
+    pk_tape_reverse(&lane.tape, &line, rows, outputs);
+    pk__gram_keep(gram, &lane.tape, side, at, rows);
+}
+
+/* Fills a side with its rows first .. first + rows - 1. */
+static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, size_t first, size_t rows)
+{
+    const size_t blocks = pk__blocks(rows, gram->sweep);
+    const int workers = gram->threads;
+    side->first = first;
+    side->rows = rows;
+    PK__PARALLEL_FOR(workers)
+    for (size_t b = 0; b < blocks; b++)
+        pk__gram_sweep(gram, side, b * gram->sweep, pk__least(gram->sweep, rows - b * gram->sweep));
+}
+
+/* ---- tiles --------------------------------------------------------------------------------------------- */
+
+/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
+static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
+                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
+                            const pk_real *y_right, size_t rows, size_t columns)
+{
+    const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
+                 depth = layer->depth, ld = columns * kept;
+    for (size_t p = 0, together; p < rows * positions; p += together) {
+        /* Places of one row. */
+        together = pk__least(layer->places, positions - p % positions);
+        for (size_t j = 0; j < columns; j += layer->examples) {
+            const size_t count = pk__least(layer->examples, columns - j), across = count * positions;
+            pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
+                     lane->left, across);
+            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
+                     y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
+            for (size_t q = 0; q < together; q++)
+                for (size_t k = 0; k < kept; k++) {
+                    const pk_real *left = lane->left + q * across;
+                    const pk_real *right = lane->right + (q * kept + k) * across * kept;
+                    pk_real *to = lane->tile + (p / positions * kept + k) * ld + j * kept;
+                    for (size_t r = 0; r < across; r++)
+                        for (size_t l = 0; l < kept; l++)
+                            to[r / positions * kept + l] += (left[r] + layer->bias) * right[r * kept + l];
+                }
+        }
+    }
+}
+
+/* tile = the kernel of rows at i ... of x and j ... of y. */
+static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
+                          size_t rows, const pk__gram_side *y, size_t j, size_t columns)
+{
+    const size_t kept = gram->kept, ld = columns * kept;
+    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
+    memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const size_t in = layer->left, depth = layer->depth;
+        const pk_real *x_left = pk__gram_left(x, layer, i), *x_right = pk__gram_right(x, layer, i);
+        const pk_real *y_left = pk__gram_left(y, layer, j), *y_right = pk__gram_right(y, layer, j);
+        if (layer->form == PK__GRAM_ROWS) {
+            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
+            continue;
+        }
+        if (layer->form == PK__GRAM_PLACES) {
+            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
+            input = NULL;
+            continue;
+        }
+        if (input != pk__layer_input(gram->graph, layer->node))
+            pk__gemm(0, 1, rows, columns, in, 1, x_left, in, y_left, in, 0, lane->left, columns);
+        input = pk__layer_input(gram->graph, layer->node);
+        if (layer->form == PK__GRAM_OUTER)
+            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t s = 0; s < ld; s++)
+                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
+            for (size_t k = 0; k < kept; k++) {
+                pk_real *to = lane->tile + (r * kept + k) * ld;
+                const pk_real *right = lane->right + (r * kept + k) * ld;
+                if (layer->form == PK__GRAM_OUTER)
+                    for (size_t s = 0; s < ld; s++)
+                        to[s] += lane->spread[s] * right[s];
+                else
+                    for (size_t s = 0; s < kept; s++)
+                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
+                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
+            }
+        }
+    }
+}
+
+/* Writes a tile whose first row is i of all x, whose first column j of all y; the first pair that is not finite, or
+ * SIZE_MAX. */
+static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size_t rows, size_t j,
+                             size_t columns)
+{
+    const size_t kept = gram->kept, ld = columns * kept, to_ld = gram->result.ld;
+    pk_real *to = gram->result.data + i * kept * to_ld + j * kept;
+    size_t bad = SIZE_MAX;
+    if (gram->symmetric && i == j)
+        for (size_t r = 0; r < ld; r++)
+            for (size_t s = 0; s < r; s++)
+                tile[s * ld + r] = tile[r * ld + s];
+    else if (gram->symmetric)
+        pk__transpose(rows * kept, ld, tile, gram->result.data + j * kept * to_ld + i * kept, to_ld);
+    for (size_t r = 0; r < rows * kept; r++) {
+        const pk_real *from = tile + r * ld;
+        memcpy(to + r * to_ld, from, ld * sizeof *to);
+        if (bad == SIZE_MAX && !pk__all_finite(from, ld)) {
+            size_t s = 0;
+            while (pk__finite(from[s]))
+                s++;
+            bad = (i + r / kept) * (gram->result.cols / kept) + j + s / kept;
+        }
+    }
+    return bad;
+}
+
+/* All pairs of two sides, or of one with itself. */
+static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
+{
+    const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
+    const int half = x == y, workers = gram->threads;
+    const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
+    for (size_t start = 0; start < tiles; start += most) {
+        const size_t end = start + pk__least(most, tiles - start);
+        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
+        if (status)
+            return status;
+        PK__PARALLEL_FOR(workers)
+        for (size_t t = start; t < end; t++) {
+            pk__gram_lane lane = pk__gram_lane_of(gram);
+            size_t i = t / across, j = t % across;
+            if (half) {
+                i = 0;
+                for (j = t; j > i; i++)
+                    j -= i + 1;
+            }
+            i *= gram->tile, j *= gram->tile;
+            const size_t rows = pk__least(gram->tile, x->rows - i),
+                         columns = pk__least(gram->tile, y->rows - j);
+            pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
+            size_t *bad = &gram->bad[pk__thread()];
+            *bad = pk__least(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
+        }
+        gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
+                      (gram->symmetric && !half ? 2 : 1);
+    }
+    return PK_OK;
+}
+
+/* ---- how it is cut ------------------------------------------------------------------------------------- */
+
+/* The form of a layer, by flops a pair of rows. */
+static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
+{
+    const pk_node *node = layer->node;
+    const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
+    const int outer = pk__is_outer(node);
+    const double c = (double)kept, in = (double)node->fan_in,
+                 weights = (double)node->weight_count * (double)group;
+    const double all = c * (double)group, places = (double)node->positions;
+    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
+    const double factored =
+        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
+    layer->form = outer ? node->cotangent_constant ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
+                                                                                 : PK__GRAM_ROWS;
+    if (layer->form == PK__GRAM_ROWS) {
+        layer->right = node->weight_count * gram->outputs;
+        layer->depth = node->weight_count * group;
+        return;
+    }
+    layer->bias = (pk_real)pk__has_bias(node);
+    layer->left = node->positions * node->fan_in;
+    layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
+    layer->depth = node->fan_out * group;
+    if (layer->form == PK__GRAM_PLACES) {
+        const size_t row = node->positions * kept;
+        layer->places = pk__most(1, pk__least(node->positions, room / row / kept));
+        layer->examples = pk__most(1, room / row / kept / layer->places);
+    }
+}
+
+/* Layers, tiles and the memory of a thread, from shapes alone. */
+static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
+{
+    const pk_graph *graph = gram->graph;
+    const size_t kept = gram->kept;
+    size_t numbers = graph->input_width;
+    for (size_t n = 1; n < graph->node_count; n++)
+        numbers += graph->nodes[n].width * (graph->nodes[n].varies ? 1 + gram->outputs : 1);
+    /* Tiles of about 256 x 256 numbers stay in the second-level cache; there should be several. */
+    gram->tile = 64;
+    while (gram->tile > 1 && gram->tile * kept > 256)
+        gram->tile /= 2;
+    while (gram->tile > 8 && pk__most(rows, columns) < 4 * gram->tile)
+        gram->tile /= 2;
+    gram->sweep = gram->tile;
+    while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
+        gram->sweep /= 2;
+    gram->left = gram->tile * gram->tile;
+    gram->right = gram->left * kept * kept;
+    for (size_t l = 0; l < graph->layers; l++) {
+        pk__gram_layer *layer = &gram->layer[gram->layers];
+        layer->node = pk_graph_layer(graph, l);
+        pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
+        layer->left_at = gram->numbers;
+        layer->right_at = gram->numbers + layer->left;
+        gram->numbers = layer->right_at + layer->right;
+        gram->layers++;
+        const size_t pairs = layer->places * layer->examples * layer->node->positions;
+        gram->left = pk__most(gram->left, pairs);
+        gram->right = pk__most(gram->right, pairs * kept * kept);
+    }
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk__gram_lane lane;
+    pk__gram_lane_take(&arena, gram, &lane);
+    gram->lane_bytes = arena.used;
+    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->tile)
+        return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
+    return PK_OK;
+}
+
+/* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
+static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
+{
+    pk_context *context = gram->context;
+    const size_t row = gram->numbers * sizeof(pk_real), tile = gram->tile,
+                 used = context ? context->memory_used : 0;
+    const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
+    const int whole = gram->symmetric && x <= tile;
+    const size_t least = pk__least(x, tile) + (whole ? 0 : pk__least(y, tile));
+    const size_t rows = least * row + other;
+    size_t room = limit ? limit - pk__least(used, limit) : rows + ((size_t)1 << 30);
+    const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
+                        2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
+    size_t threads = (size_t)pk_threads(context), bytes = 0;
+    threads = work / 1048576 < (double)threads ? pk__most(1, (size_t)(work / 1048576)) : threads;
+    if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
+    if (!limit)
+        room += bytes;
+    while (threads > 1 && threads * gram->lane_bytes + rows > room)
+        threads--;
+    if (threads * gram->lane_bytes + rows > room)
+        return pk__fail(
+            context, PK_MEMORY_LIMIT,
+            "%s: a kernel of this network within %zu bytes is not possible; the least that would do is %zu "
+            "bytes",
+            gram->name, limit, used + gram->lane_bytes + rows);
+    gram->threads = (int)threads;
+    const size_t capacity = (room - threads * gram->lane_bytes - other) / row;
+    *x_rows = x;
+    *y_rows = gram->symmetric ? 0 : y;
+    if (x <= capacity && *y_rows <= capacity - x)
+        return PK_OK;
+    /* One side as a whole, or most of the memory for x. */
+    *y_rows = y <= capacity - pk__least(x, tile) && !gram->symmetric
+                  ? y
+                  : pk__least(y, pk__most(tile, capacity / 4 / tile * tile));
+    *x_rows = pk__least(x, pk__most(tile, (capacity - *y_rows) / tile * tile));
+    return PK_OK;
+}
+
+/* ---- all of it ----------------------------------------------------------------------------------------- */
+
+static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
+{
+    const size_t rows = x->inputs.rows, columns = y->inputs.rows;
+    int filled = 0; /* all of y */
+    for (size_t i = 0; i < rows; i += x->capacity) {
+        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
+        if (status)
+            return status;
+        pk__gram_fill(gram, x, i, pk__least(x->capacity, rows - i));
+        if (gram->symmetric)
+            status = pk__gram_pairs(gram, x, x);
+        /* Of a symmetric kernel the blocks below the diagonal. */
+        for (size_t j = 0; !status && j < (gram->symmetric ? i : columns); j += y->capacity) {
+            if (!filled)
+                pk__gram_fill(gram, y, j, pk__least(y->capacity, (gram->symmetric ? i : columns) - j));
+            filled = !gram->symmetric && y->capacity == columns;
+            status = pk__gram_pairs(gram, x, y);
+        }
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* With the layers' memory. */
+static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
+{
+    pk_context *context = gram->context;
+    const size_t row = gram->numbers;
+    size_t pair = SIZE_MAX;
+    pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
+    if (!status)
+        status = pk_allocate(context, x->capacity, row * sizeof(pk_real), gram->name, &x->factors);
+    if (!status)
+        status = pk_allocate(context, y->capacity, row * sizeof(pk_real), gram->name, &y->factors);
+    if (!status)
+        status = pk_allocate(context, (size_t)gram->threads, gram->lane_bytes, gram->name, &gram->lanes);
+    if (!status)
+        status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
+    if (!status) {
+        for (int t = 0; t < gram->threads; t++)
+            gram->bad[t] = SIZE_MAX;
+        status = pk__gram_blocks(gram, x, y);
+        for (int t = 0; t < gram->threads; t++)
+            pair = pk__least(pair, gram->bad[t]);
+        if (!status && pair != SIZE_MAX)
+            status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
+                              gram->name, pair / y->inputs.rows, pair % y->inputs.rows);
+    }
+    pk_release(context, gram->bad);
+    pk_release(context, gram->lanes);
+    pk_release(context, y->factors);
+    pk_release(context, x->factors);
+    return status;
+}
+
+static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
+{
+    const pk_graph *graph = gram->graph;
+    pk_context *context = gram->context;
+    size_t rows = 0, columns = 0;
+    pk_status status = pk__sweep_graph(context, gram->name, graph, gram->weights);
+    if (!status)
+        status = pk__sweep_matrix(context, gram->name, "first inputs", x, x.rows, graph->input_width);
+    if (!status)
+        status = pk__sweep_matrix(context, gram->name, "second inputs", y, y.rows, graph->input_width);
+    if (status)
+        return status;
+    gram->outputs = graph->output_width;
+    gram->kept = gram->kept ? 1 : gram->outputs;
+    if (!pk__multiply(x.rows, gram->kept, &rows) || !pk__multiply(y.rows, gram->kept, &columns))
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
+                        x.rows, y.rows, gram->outputs);
+    status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
+    const pk_matrix read[3] = {x, y, pk__as_row(gram->weights, graph->parameters)};
+    if (!status)
+        status = pk__sweep_results(context, gram->name, 3, read, 1, &gram->result);
+    for (size_t r = 0; !status && graph->checked && r < x.rows; r++)
+        status = pk_graph_check_inputs(context, graph, r, x.data + r * x.ld);
+    for (size_t r = 0; !status && graph->checked && !gram->symmetric && r < y.rows; r++)
+        status = pk_graph_check_inputs(context, graph, r, y.data + r * y.ld);
+    return status;
+}
+
+static pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
+                               const pk_real *weights, pk_matrix x, pk_matrix y, pk_matrix result, int trace)
+{
+    pk__gram gram;
+    pk__gram_side sides[2];
+    pk_real *constants = NULL;
+    memset(&gram, 0, sizeof gram);
+    memset(sides, 0, sizeof sides);
+    y = y.data ? y : x;
+    gram.name = name;
+    gram.context = context;
+    gram.graph = graph;
+    gram.weights = weights;
+    gram.result = result;
+    gram.kept = (size_t)trace;
+    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld;
+    gram.all = (double)x.rows * (double)y.rows;
+    pk_status status = pk__gram_check(&gram, x, y);
+    if (status || !x.rows || !y.rows)
+        return status;
+    if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
+        for (size_t r = 0; r < result.rows; r++)
+            memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
+        return PK_OK;
+    }
+    status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
+    if (!status)
+        status =
+            pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, name, &constants);
+    if (!status)
+        status = pk__gram_plan(&gram, x.rows, y.rows);
+    for (size_t l = 0; !status && l < graph->layers; l++)
+        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
+    sides[0].inputs = x;
+    sides[1].inputs = y;
+    if (!status)
+        status = pk__gram_run(&gram, &sides[0], &sides[1]);
+    pk_release(context, constants);
+    pk_release(context, gram.layer);
+    return status;
+}
+
+PK_API pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix x,
+                               pk_matrix y, pk_matrix gram)
+{
+    return pk__gram_make("ntk", context, graph, weights, x, y, gram, 0);
+}
+
+PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                     pk_matrix x, pk_matrix y, pk_matrix gram)
+{
+    return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
 }
 
 PK__END_C
