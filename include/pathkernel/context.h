@@ -98,6 +98,9 @@ PK__END_C
 #endif
 PK__BEGIN_C
 
+/* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
+#define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
+
 /* A loop whose iterations are independent; their number and order never depend on the threads. */
 #ifdef _OPENMP
 #define PK__PRAGMA(text) _Pragma(#text)

@@ -391,7 +391,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->quadrature = options->quadrature;
     job->inputs = inputs;
     job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
-    job->tolerance = options->tolerance > 0 ? options->tolerance : 1e-10;
+    job->tolerance = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
     pk_gauss_table(job->gauss_nodes, job->gauss_weights);

@@ -82,6 +82,7 @@ typedef struct pk_integrator {
         *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
     pk_pieces stack, batch, pieces;
     unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
+    double *missed;                             /* of the pieces: the error of one order less; 0: not known */
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
@@ -242,6 +243,7 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
+    integrator->missed = (double *)pk_arena_take(arena, pieces, sizeof *integrator->missed);
     pk_points_take(arena, points, bounds, &integrator->buffer);
     integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
@@ -320,9 +322,15 @@ static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void 
         }
 }
 
+/* Roundings of what is added: below a few nothing can be measured, and an error below many of them that another node
+ * does not mend is rounding. In float no target is below the former, so that they are fewer. */
+#define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
+enum { PK__NOISE = 128 };
+
 /* The closure of a piece over its target, at the points first .. first + order + 1 of the segment's tape:
- * the nodes, then both ends. At most 1: accepted. */
-static double pk__piece_error(pk_integrator *integrator, size_t first, size_t row, double length, int order)
+ * the nodes, then both ends. At most 1: accepted. *roundings: the closure in roundings of what is added. */
+static double pk__piece_error(pk_integrator *integrator, size_t first, size_t row, double length, int order,
+                              double *roundings)
 {
     const pk_tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
@@ -348,16 +356,17 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
     pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row,
                      f + (size_t)(order + 1) * outputs, end, slope);
     double worst = 0;
+    *roundings = 0;
     for (size_t k = 0; k < count; k++) {
         double scale =
             fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
         scale = scale > 1 ? scale : 1;
-        /* Below a few roundings of what was added nothing can be measured. */
-        double floor = 16 * (sizeof(pk_real) == 4 ? (double)FLT_EPSILON : DBL_EPSILON) * (scale + size[k]);
+        const double rounding = PK__EPSILON * (scale + size[k]), floor = PK__MEASURABLE * rounding;
         double allowed = integrator->target * scale > floor ? integrator->target * scale : floor;
-        double error = fabs((double)(end[k] - start[k] - sum[k])) / allowed;
+        double error = fabs((double)(end[k] - start[k] - sum[k]));
         /* NaN counts as bad. */
-        worst = error <= worst ? worst : error;
+        worst = error / allowed <= worst ? worst : error / allowed;
+        *roundings = error / rounding <= *roundings ? *roundings : error / rounding;
     }
     return worst;
 }
@@ -396,16 +405,22 @@ static int pk__test_pieces(pk_integrator *integrator)
             const int nodes = order[i];
             if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
                 continue;
-            double error =
-                pk__piece_error(integrator, points, pieces->row[i], pieces->b[i] - pieces->a[i], nodes);
+            /* The values at the ends are those at the ends' t, rounded. */
+            const double length = (double)(pk_real)pieces->b[i] - (double)(pk_real)pieces->a[i];
+            double roundings,
+                error = pk__piece_error(integrator, points, pieces->row[i], length, nodes, &roundings);
+            const double before = integrator->missed[i];
             points += (size_t)nodes + 2;
-            if (!(error <= 1)) {
+            integrator->missed[i] = error;
+            if (error > 1 && before > 0 && error >= 0.5 * before && roundings <= PK__NOISE) {
+                order[i]--;
+            } else if (!(error <= 1)) {
                 order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
                 again |= order[i] <= PK__LARGEST_ORDER;
                 continue;
             }
             /* A test costs little beside a node that is too many: the next step starts one lower. */
-            int start = nodes > 1 ? nodes - 1 : nodes;
+            int start = order[i] > 1 ? order[i] - 1 : order[i];
             unsigned char *most = &integrator->next_order[pieces->row[i]];
             integrator->passed[i] = 1;
             *most = (unsigned char)(start > *most ? start : *most);
@@ -416,6 +431,8 @@ static int pk__test_pieces(pk_integrator *integrator)
 
 /* Bisections a row may cost in one step; an unreachable target or a NaN must end. */
 enum { PK__BISECTIONS = 512 };
+/* Shorter pieces have nodes that pk_real hardly tells apart. */
+#define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
 
 /* Halves what has not passed; what cannot be halved any more is accepted and counted. */
 static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
@@ -425,7 +442,7 @@ static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const
         double a = pieces->a[i], b = pieces->b[i], middle = 0.5 * (a + b);
         if (passed && passed[i])
             continue;
-        if (b - a < 1e-9 || integrator->bisections >= PK__BISECTIONS * integrator->segment.rows ||
+        if (b - a < PK__SHORTEST || integrator->bisections >= PK__BISECTIONS * integrator->segment.rows ||
             integrator->stack.count + 2 > integrator->stack.capacity) {
             if (passed)
                 pk__emit_gauss(integrator, sink, user, i, PK_GAUSS_NODES / 2, 1);
@@ -445,6 +462,7 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
 {
     pk_pieces *pieces = &integrator->pieces;
     memset(integrator->passed, 0, pieces->count);
+    memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
     for (size_t i = 0; i < pieces->count; i++)
         integrator->order[i] = integrator->row_order[pieces->row[i]];
     while (pk__test_pieces(integrator))

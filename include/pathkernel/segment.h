@@ -368,7 +368,7 @@ static void pk__push_root(pk__root_sink *sink, double x, double slope)
     if (sink->count < sink->capacity) {
         double length = sink->b - sink->a;
         /* Rounding moves the zero of z by its own error over |dz/dt|. */
-        double slack = 64 * DBL_EPSILON * sink->scale / (fabs(slope) + DBL_MIN);
+        double slack = 64 * PK__EPSILON * sink->scale / (fabs(slope) + DBL_MIN);
         sink->roots[2 * sink->count] = sink->a + length * x;
         sink->roots[2 * sink->count + 1] = length * (slack < 1 ? slack : 1);
     }
@@ -417,8 +417,8 @@ static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, con
         return 0;
     for (size_t i = 0; i < switches; i++)
         largest = fabs(values[i]) > largest ? fabs(values[i]) : largest;
-    return fabs(values[j]) <= 64 * DBL_EPSILON * largest &&
-           fabs(values[(size_t)segment->degree * switches + j]) <= 64 * DBL_EPSILON * largest;
+    return fabs(values[j]) <= 64 * PK__EPSILON * largest &&
+           fabs(values[(size_t)segment->degree * switches + j]) <= 64 * PK__EPSILON * largest;
 }
 
 /* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
@@ -473,7 +473,7 @@ static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t
         roots[2 * k] = t;
         roots[2 * k + 1] = own;
     }
-    const double least = 4 * DBL_EPSILON;
+    const double least = 4 * PK__EPSILON;
     for (size_t i = 0; i < sink->count; i++) {
         double t = roots[2 * i], own = roots[2 * i + 1];
         if (t - a <= least || b - t <= least) {
