@@ -4,5 +4,6 @@
 #else
 #include "pathkernel/autodiff.h"
 #include "pathkernel/decompose.h"
+#include "pathkernel/kernel.h"
 #include "pathkernel/train.h"
 #endif
