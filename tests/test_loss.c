@@ -697,11 +697,12 @@ static void batch_against_differences(void **state)
 static void same_bits_for_any_threads(void **state)
 {
     (void)state;
-    /* Many groups; two blocks a group; blocks of a large network. */
-    const char *networks[3] = {"input 20; dense 60; tanh; dense 16", "input 20; dense 60; tanh; dense 16",
-                               "input 64; dense 300; tanh; dense 60"};
-    const size_t counts[3] = {1000, 4100, 200}, threads[4] = {1, 2, 3, 7};
-    for (int i = 0; i < 3; i++) {
+    /* Many groups; two blocks a group; blocks of a large network; one block, whose layers the threads share. */
+    const char *networks[4] = {"input 20; dense 60; tanh; dense 16", "input 20; dense 60; tanh; dense 16",
+                               "input 64; dense 300; tanh; dense 60",
+                               "input 300; dense 301; tanh; dense 203; relu; dense 10"};
+    const size_t counts[4] = {1000, 4100, 200, 50}, threads[4] = {1, 2, 3, 7};
+    for (int i = 0; i < 4; i++) {
         problem p;
         double first = 0;
         problem_make(networks[i], PK_SOFTMAX_CROSS_ENTROPY, (counts[i] + 3) / 4, &p);
@@ -724,6 +725,42 @@ static void same_bits_for_any_threads(void **state)
         }
         problem_free(&p);
     }
+}
+
+/* Layers that are cut into tiles, against the same examples one by one, which are not. */
+static void layers_in_tiles(void **state)
+{
+    (void)state;
+    enum { ROWS = 50 };
+    problem p;
+    pk_gradient_workspace workspace;
+    pk_context context = zero_context();
+    problem_make("input 300; dense 301; tanh; dense 203; relu; dense 10", PK_SOFTMAX_CROSS_ENTROPY, ROWS, &p);
+    const size_t P = p.graph.parameters;
+    double *sum = (double *)calloc(P, sizeof *sum), worst = 0, largest = 0;
+    assert_non_null(sum);
+    context.threads = 2;
+    assert_int_equal(pk_gradient_prepare(&context, &p.graph, ROWS, &workspace), PK_OK);
+    for (size_t b = 0; b < ROWS; b++) {
+        const pk_batch one = {1, p.items + b, NULL};
+        assert_int_equal(pk_batch_gradient(&context, &p.graph, PK_SOFTMAX_CROSS_ENTROPY, p.weights, &p.data,
+                                           &one, &workspace, NULL, p.gradient),
+                         PK_OK);
+        for (size_t k = 0; k < P; k++)
+            sum[k] += p.gradient[k] / ROWS;
+    }
+    const pk_batch all = {ROWS, p.items, NULL};
+    assert_int_equal(pk_batch_gradient(&context, &p.graph, PK_SOFTMAX_CROSS_ENTROPY, p.weights, &p.data, &all,
+                                       &workspace, NULL, p.gradient),
+                     PK_OK);
+    for (size_t k = 0; k < P; k++) {
+        worst = fmax(worst, fabs(sum[k] - p.gradient[k]));
+        largest = fmax(largest, fabs(sum[k]));
+    }
+    assert_true(worst <= (sizeof(pk_real) == 8 ? 1e-13 : 1e-5) * largest);
+    free(sum);
+    pk_gradient_release(&context, &workspace);
+    problem_free(&p);
 }
 
 typedef struct counter {
@@ -865,6 +902,7 @@ int main(void)
         cmocka_unit_test(batch_against_naive),
         cmocka_unit_test(batch_against_differences),
         cmocka_unit_test(same_bits_for_any_threads),
+        cmocka_unit_test(layers_in_tiles),
         cmocka_unit_test(batch_memory),
         cmocka_unit_test(batch_errors),
     };

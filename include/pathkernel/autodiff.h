@@ -208,15 +208,15 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
         for (size_t group = 0; group < plan.groups; group++)
             bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
                                          group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
-        if (sweep->sum && plan.groups > 1)
-            pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
+        const int finite =
+            !sweep->sum || pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
         size_t group = 0;
         while (group < plan.groups && bad[group] == SIZE_MAX)
             group++;
         if (group < plan.groups)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the result for row %zu is not finite", sweep->name,
                               bad[group]);
-        else if (sweep->sum && !pk__all_finite(sweep->sum, parameters))
+        else if (!finite)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the sum over rows is not finite", sweep->name);
     }
     pk_release(context, partial);

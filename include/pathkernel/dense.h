@@ -1,6 +1,7 @@
 /* pathkernel/dense.h: the dense layer, and the usual distributions of starting weights. */
 #ifndef PATHKERNEL_DENSE_H
 #define PATHKERNEL_DENSE_H
+#include "elementary.h"
 #include "graph.h"
 
 /* >>> declarations */
@@ -125,6 +126,50 @@ static int pk__dense_bias(const pk_call *call)
     return call->node->attributes[PK_DENSE_BIAS] != 0;
 }
 
+/* A product of a layer: C (+)= op(A) op(B) in tiles of rows or of columns of C. Tiles are cut by shape only, from a size
+ * on that is worth starting threads for, so that threads can share the tiles of one block of rows. */
+typedef struct pk__dense_product {
+    int transpose_a, transpose_b;
+    size_t m, n, k;
+    const pk_real *a, *b;
+    size_t lda, ldb;
+    pk_real beta, *c;
+    size_t ldc, tile; /* ldc: also the columns of C where rows are cut */
+    int by_rows;
+} pk__dense_product;
+
+enum { PK__DENSE_TILE = 32, PK__DENSE_TILES = 16, PK__DENSE_WORTH = 1 << 19 };
+
+static void pk__dense_tile(const pk__dense_product *p, size_t tile)
+{
+    const size_t first = tile * p->tile, count = pk__least((p->by_rows ? p->m : p->n) - first, p->tile);
+    if (p->by_rows)
+        pk__gemm(p->transpose_a, p->transpose_b, count, p->n, p->k, 1,
+                 p->a + first * (p->transpose_a ? 1 : p->lda), p->lda, p->b, p->ldb, p->beta,
+                 p->c + first * p->ldc, p->ldc);
+    else
+        pk__gemm(p->transpose_a, p->transpose_b, p->m, count, p->k, 1, p->a, p->lda,
+                 p->b + first * (p->transpose_b ? p->ldb : 1), p->ldb, p->beta, p->c + first, p->ldc);
+}
+
+static void pk__dense_multiply(pk__dense_product *p, int threads)
+{
+    const size_t cut = p->by_rows ? p->m : p->n;
+    const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
+    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / PK__DENSE_TILES + 7) / 8 * 8);
+    const size_t tiles = pk__blocks(cut, p->tile);
+    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), tiles);
+    threads = threads <= parts ? threads : 1;
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t tile = 0; tile < tiles; tile++)
+            pk__dense_tile(p, tile);
+    } else {
+        for (size_t tile = 0; tile < tiles; tile++)
+            pk__dense_tile(p, tile);
+    }
+}
+
 static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias,
                             pk_real beta, pk_real *out)
 {
@@ -136,7 +181,9 @@ static void pk__dense_apply(const pk_call *call, const pk_real *weights, const p
             memcpy(out + row * width, from, width * sizeof *out);
         beta = 1;
     }
-    pk__gemm(0, 1, rows, width, fan_in, 1, in, fan_in, weights, fan_in, beta, out, width);
+    pk__dense_product product = {0,      1,      rows, width, fan_in, in, weights,
+                                 fan_in, fan_in, beta, out,   width,  0,  0};
+    pk__dense_multiply(&product, call->threads);
 }
 
 static void pk__dense_forward(const pk_call *call)
@@ -160,21 +207,39 @@ static void pk__dense_tangent(const pk_call *call)
 static void pk__dense_reverse(const pk_call *call)
 {
     const size_t width = call->node->fan_out, fan_in = call->node->fan_in;
-    pk__gemm(0, 0, call->rows * call->copies * call->node->positions, fan_in, width, 1, call->out_cotangent,
-             width, call->weights, fan_in, call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
+    pk__dense_product product = {0,
+                                 0,
+                                 call->rows * call->copies * call->node->positions,
+                                 fan_in,
+                                 width,
+                                 call->out_cotangent,
+                                 call->weights,
+                                 width,
+                                 fan_in,
+                                 (pk_real)(call->accumulate[0] ? 1 : 0),
+                                 call->in_cotangent[0],
+                                 fan_in,
+                                 0,
+                                 0};
+    pk__dense_multiply(&product, call->threads);
 }
 
 static void pk__dense_weight_gradient(const pk_call *call)
 {
     const size_t rows = call->rows * call->node->positions, width = call->node->fan_out,
                  fan_in = call->node->fan_in;
-    pk__gemm(1, 0, width, fan_in, rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1, call->gradient,
-             fan_in);
+    pk__dense_product product = {1,           0,     width,  fan_in, rows,           call->out_cotangent,
+                                 call->in[0], width, fan_in, 1,      call->gradient, fan_in,
+                                 0,           1};
+    pk__dense_multiply(&product, call->threads);
     if (pk__dense_bias(call)) {
         pk_real *bias = call->gradient + width * fan_in;
-        for (size_t row = 0; row < rows; row++)
+        for (size_t row = 0; row < rows; row++) {
+            const pk_real *cotangent = call->out_cotangent + row * width;
+            PK__SIMD
             for (size_t j = 0; j < width; j++)
-                bias[j] += call->out_cotangent[row * width + j];
+                bias[j] += cotangent[j];
+        }
     }
 }
 

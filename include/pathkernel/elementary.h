@@ -23,12 +23,64 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
+/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. And before what several threads may write. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
+#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
 #else
 #define PK__SIMD
+#define PK__ATOMIC_WRITE
 #endif
+
+/* 1 if all are finite: 0 x is 0, or NaN for NaN and infinities. Chains, so that the additions do not wait for each
+ * other. */
+static int pk__all_finite_plain(const pk_real *x, size_t count)
+{
+    pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0;
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (size_t k = 0; k < 8; k++)
+            chain[k] += 0 * x[i + k];
+    for (; i < count; i++)
+        zero += 0 * x[i];
+    for (size_t k = 0; k < 8; k++)
+        zero += chain[k];
+    return zero == 0;
+}
+
+#ifdef PK__AVX2
+PK__AVX2 static int pk__all_finite_avx2(const pk_real *x, size_t count)
+{
+    enum { LANES = (int)(sizeof(pk__wide_vector) / sizeof(pk_real)), STEP = 4 * LANES };
+    pk__wide_vector a = {0}, b = a, c = a, d = a;
+    const size_t whole = count / STEP * STEP;
+    for (size_t i = 0; i < whole; i += STEP) {
+        a += *(const pk__wide_vector *)(x + i) * 0;
+        b += *(const pk__wide_vector *)(x + i + LANES) * 0;
+        c += *(const pk__wide_vector *)(x + i + 2 * LANES) * 0;
+        d += *(const pk__wide_vector *)(x + i + 3 * LANES) * 0;
+    }
+    a += b;
+    c += d;
+    a += c;
+    pk_real lane[LANES];
+    memcpy(lane, &a, sizeof lane);
+    return pk__all_finite_plain(lane, LANES) & pk__all_finite_plain(x + whole, count - whole);
+}
+#endif
+
+PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
+{
+#ifdef PK__DISPATCH
+    if (count < 32 || !__builtin_cpu_supports("avx2"))
+        return pk__all_finite_plain(x, count);
+#endif
+#ifdef PK__AVX2
+    return pk__all_finite_avx2(x, count);
+#else
+    return pk__all_finite_plain(x, count);
+#endif
+}
 
 /* y[i] = F(x[i]) for i < count, y may be x. b: softplus' beta; the others do without. */
 typedef void pk__elementary(size_t count, double b, const double *x, double *y);

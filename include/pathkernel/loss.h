@@ -517,8 +517,6 @@ typedef struct pk__gradient_plan {
 PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
 {
     pk__gradient_plan plan = {64, 0, 0};
-    if (parameters >= 32768)
-        plan.block = 32; /* enough work to share a batch of 64 */
     plan.blocks = count / plan.block + (count % plan.block != 0);
     size_t most = ((size_t)1 << 22) / (parameters + 1);
     most = most < 2 ? 2 : most > 32 ? 32 : most;
@@ -601,21 +599,6 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
     memset(workspace, 0, sizeof *workspace);
 }
 
-/* 1 if all are finite. Eight chains, so that the additions do not wait for each other. */
-PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
-{
-    pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0; /* 0 * x is 0, or NaN for NaN and infinities */
-    size_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        for (size_t k = 0; k < 8; k++)
-            chain[k] += 0 * x[i + k];
-    for (; i < count; i++)
-        zero += 0 * x[i];
-    for (size_t k = 0; k < 8; k++)
-        zero += chain[k];
-    return zero == 0;
-}
-
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
@@ -624,6 +607,24 @@ typedef struct pk__gradient_job {
     const pk_batch *batch;
     pk__gradient_plan plan;
 } pk__gradient_job;
+
+/* The rows of a block, by several threads where they are long. */
+static void pk__gradient_inputs(const pk__gradient_job *job, int threads, size_t first, size_t rows,
+                                pk_real *inputs)
+{
+    const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
+    const int64_t *items = job->batch->items + first;
+    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), parts);
+    if (threads <= 1) {
+        pk_dataset_inputs(job->dataset, items, rows, inputs);
+        return;
+    }
+    PK__PARALLEL_FOR(threads)
+    for (size_t part = 0; part < parts; part++) {
+        const size_t from = rows * part / parts, to = rows * (part + 1) / parts;
+        pk_dataset_inputs(job->dataset, items + from, to - from, inputs + from * width);
+    }
+}
 
 /* gradient = the part of one group of blocks. */
 static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk__gradient_lane *lane,
@@ -642,7 +643,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk_line line = {job->weights, NULL, NULL};
-        pk_dataset_inputs(job->dataset, batch->items + first, rows, lane->inputs);
+        pk__gradient_inputs(job, tape->threads, first, rows, lane->inputs);
         pk_tape_forward(tape, &line, rows, lane->inputs);
         const pk_real *output = pk_tape_output(tape);
         pk_real *seed = pk_tape_seed(tape);
@@ -664,18 +665,40 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     result->not_finite = not_finite;
 }
 
-/* gradient += the other groups' parts, in order; ranges of parameters are independent. */
-PK__PRIVATE void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups,
-                                     size_t parameters, int threads)
+/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
+static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
+                                     size_t parameters, size_t first, size_t count)
 {
-    size_t range = 4096, ranges = (parameters + range - 1) / range;
-    PK__PARALLEL_FOR(threads)
-    for (size_t r = 0; r < ranges; r++) {
-        size_t end = r + 1 < ranges ? (r + 1) * range : parameters;
-        for (size_t group = 1; group < groups; group++)
-            for (size_t i = r * range; i < end; i++)
-                gradient[i] += partial[(group - 1) * parameters + i];
+    pk_real *sum = gradient + first;
+    for (size_t group = 1; group < groups; group++) {
+        const pk_real *part = partial + (group - 1) * parameters + first;
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
+            sum[i] += part[i];
     }
+    return pk__all_finite(sum, count);
+}
+
+/* The same for all parameters. Ranges are independent. */
+PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
+                                    int threads)
+{
+    const size_t range = 4096, ranges = pk__blocks(parameters, range);
+    int finite = 1;
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t r = 0; r < ranges; r++)
+            if (!pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
+                                           pk__least(parameters - r * range, range))) {
+                PK__ATOMIC_WRITE
+                finite = 0;
+            }
+    } else {
+        for (size_t r = 0; r < ranges; r++)
+            finite &= pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
+                                                pk__least(parameters - r * range, range));
+    }
+    return finite;
 }
 
 /* Whether a batch fits a dataset and a network; name is for messages. */
@@ -731,28 +754,31 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     size_t parameters = graph->parameters;
     job.plan = pk__gradient_cut(parameters, batch->count);
     size_t groups = job.plan.groups;
-    if (groups <= 1) {
-        if (groups == 1) {
-            pk__gradient_group_run(&job, 0, workspace->lanes, workspace->groups, gradient);
-        } else {
-            memset(gradient, 0, parameters * sizeof *gradient);
-            workspace->groups[0].objective = 0;
-            workspace->groups[0].not_finite = SIZE_MAX;
-        }
+    pk__gradient_lane *lanes = workspace->lanes;
+    /* A thread is started for about a million flops or more. */
+    const double work = 6.0 * pk__graph_work(graph) * (double)batch->count / 1048576.0;
+    int threads = pk_threads(context);
+    threads = threads <= work ? threads : work < 1 ? 1 : (int)work;
+    /* More threads than groups share the operations of each group. */
+    const int inside = (size_t)threads > groups ? threads : 0;
+    threads = (int)pk__least((size_t)threads, (size_t)workspace->threads);
+    lanes[0].tape.threads = inside;
+    if (groups == 0) {
+        memset(gradient, 0, parameters * sizeof *gradient);
+        workspace->groups[0].objective = 0;
+        workspace->groups[0].not_finite = SIZE_MAX;
+    } else if (inside || threads <= 1) {
+        for (size_t group = 0; group < groups; group++)
+            pk__gradient_group_run(&job, group, lanes, &workspace->groups[group],
+                                   group ? workspace->partial + (group - 1) * parameters : gradient);
     } else {
-        /* A thread is started for about a million flops or more. */
-        double work = 6.0 * pk__graph_work(graph) * (double)batch->count / 1048576.0;
-        int threads = workspace->threads, available = pk_threads(context);
-        threads = threads < available ? threads : available;
-        threads = (size_t)threads < groups ? threads : (int)groups;
-        threads = threads <= work ? threads : work < 1 ? 1 : (int)work;
-        pk__gradient_lane *lanes = workspace->lanes;
         PK__PARALLEL_FOR(threads)
         for (size_t group = 0; group < groups; group++)
             pk__gradient_group_run(&job, group, &lanes[pk__thread()], &workspace->groups[group],
                                    group ? workspace->partial + (group - 1) * parameters : gradient);
-        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, threads);
     }
+    const int finite =
+        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, inside ? inside : threads);
     double sum = workspace->groups[0].objective;
     size_t not_finite = workspace->groups[0].not_finite;
     for (size_t group = 1; group < groups; group++) {
@@ -767,7 +793,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
                         "gradient: the network's output is not finite at batch position %zu "
                         "(example %lld)",
                         not_finite, (long long)batch->items[not_finite]);
-    if (!isfinite(sum) || !pk__all_finite(gradient, parameters))
+    if (!isfinite(sum) || !finite)
         return pk__fail(context, PK_NOT_FINITE, "gradient: the %s is not finite",
                         isfinite(sum) ? "gradient" : "objective");
     return PK_OK;

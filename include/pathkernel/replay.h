@@ -93,12 +93,6 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-#ifdef _OPENMP
-#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
-#else
-#define PK__ATOMIC_WRITE
-#endif
-
 /* ---- one step --------------------------------------------------------------------------------------- */
 
 /* graph, train, loss and optimizer are set. */

@@ -23,6 +23,7 @@ typedef struct pk_line {
 typedef struct pk_tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
+    int threads;         /* for each operation; 0: one */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     pk_line line; /* of the last reverse */
@@ -135,6 +136,7 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
     call->node = node;
     call->rows = rows;
     call->copies = copies;
+    call->threads = tape->threads;
     call->scratch = tape->scratch;
     call->out = tape->value[node - tape->graph->nodes];
     for (int j = 0; j < node->input_count; j++) {
