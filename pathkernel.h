@@ -551,6 +551,7 @@ typedef struct pk_node {
 typedef struct pk_call {
     const pk_node *node;
     size_t rows, copies;
+    int threads; /* that a rule may use, by shapes only and to the same bits; 0: one */
     size_t in_width[PK_NODE_INPUTS];
     const pk_real *weights;   /* this node's */
     const pk_real *direction; /* tangent of the weights; NULL: zero */
@@ -660,6 +661,7 @@ typedef struct pk_line {
 typedef struct pk_tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
+    int threads;         /* for each operation; 0: one */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     pk_line line; /* of the last reverse */
@@ -2592,12 +2594,64 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
+/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. And before what several threads may write. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
+#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
 #else
 #define PK__SIMD
+#define PK__ATOMIC_WRITE
 #endif
+
+/* 1 if all are finite: 0 x is 0, or NaN for NaN and infinities. Chains, so that the additions do not wait for each
+ * other. */
+static int pk__all_finite_plain(const pk_real *x, size_t count)
+{
+    pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0;
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (size_t k = 0; k < 8; k++)
+            chain[k] += 0 * x[i + k];
+    for (; i < count; i++)
+        zero += 0 * x[i];
+    for (size_t k = 0; k < 8; k++)
+        zero += chain[k];
+    return zero == 0;
+}
+
+#ifdef PK__AVX2
+PK__AVX2 static int pk__all_finite_avx2(const pk_real *x, size_t count)
+{
+    enum { LANES = (int)(sizeof(pk__wide_vector) / sizeof(pk_real)), STEP = 4 * LANES };
+    pk__wide_vector a = {0}, b = a, c = a, d = a;
+    const size_t whole = count / STEP * STEP;
+    for (size_t i = 0; i < whole; i += STEP) {
+        a += *(const pk__wide_vector *)(x + i) * 0;
+        b += *(const pk__wide_vector *)(x + i + LANES) * 0;
+        c += *(const pk__wide_vector *)(x + i + 2 * LANES) * 0;
+        d += *(const pk__wide_vector *)(x + i + 3 * LANES) * 0;
+    }
+    a += b;
+    c += d;
+    a += c;
+    pk_real lane[LANES];
+    memcpy(lane, &a, sizeof lane);
+    return pk__all_finite_plain(lane, LANES) & pk__all_finite_plain(x + whole, count - whole);
+}
+#endif
+
+PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
+{
+#ifdef PK__DISPATCH
+    if (count < 32 || !__builtin_cpu_supports("avx2"))
+        return pk__all_finite_plain(x, count);
+#endif
+#ifdef PK__AVX2
+    return pk__all_finite_avx2(x, count);
+#else
+    return pk__all_finite_plain(x, count);
+#endif
+}
 
 /* y[i] = F(x[i]) for i < count, y may be x. b: softplus' beta; the others do without. */
 typedef void pk__elementary(size_t count, double b, const double *x, double *y);
@@ -4520,6 +4574,7 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
     call->node = node;
     call->rows = rows;
     call->copies = copies;
+    call->threads = tape->threads;
     call->scratch = tape->scratch;
     call->out = tape->value[node - tape->graph->nodes];
     for (int j = 0; j < node->input_count; j++) {
@@ -5105,6 +5160,50 @@ static int pk__dense_bias(const pk_call *call)
     return call->node->attributes[PK_DENSE_BIAS] != 0;
 }
 
+/* A product of a layer: C (+)= op(A) op(B) in tiles of rows or of columns of C. Tiles are cut by shape only, from a size
+ * on that is worth starting threads for, so that threads can share the tiles of one block of rows. */
+typedef struct pk__dense_product {
+    int transpose_a, transpose_b;
+    size_t m, n, k;
+    const pk_real *a, *b;
+    size_t lda, ldb;
+    pk_real beta, *c;
+    size_t ldc, tile; /* ldc: also the columns of C where rows are cut */
+    int by_rows;
+} pk__dense_product;
+
+enum { PK__DENSE_TILE = 32, PK__DENSE_TILES = 16, PK__DENSE_WORTH = 1 << 19 };
+
+static void pk__dense_tile(const pk__dense_product *p, size_t tile)
+{
+    const size_t first = tile * p->tile, count = pk__least((p->by_rows ? p->m : p->n) - first, p->tile);
+    if (p->by_rows)
+        pk__gemm(p->transpose_a, p->transpose_b, count, p->n, p->k, 1,
+                 p->a + first * (p->transpose_a ? 1 : p->lda), p->lda, p->b, p->ldb, p->beta,
+                 p->c + first * p->ldc, p->ldc);
+    else
+        pk__gemm(p->transpose_a, p->transpose_b, p->m, count, p->k, 1, p->a, p->lda,
+                 p->b + first * (p->transpose_b ? p->ldb : 1), p->ldb, p->beta, p->c + first, p->ldc);
+}
+
+static void pk__dense_multiply(pk__dense_product *p, int threads)
+{
+    const size_t cut = p->by_rows ? p->m : p->n;
+    const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
+    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / PK__DENSE_TILES + 7) / 8 * 8);
+    const size_t tiles = pk__blocks(cut, p->tile);
+    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), tiles);
+    threads = threads <= parts ? threads : 1;
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t tile = 0; tile < tiles; tile++)
+            pk__dense_tile(p, tile);
+    } else {
+        for (size_t tile = 0; tile < tiles; tile++)
+            pk__dense_tile(p, tile);
+    }
+}
+
 static void pk__dense_apply(const pk_call *call, const pk_real *weights, const pk_real *in, int bias,
                             pk_real beta, pk_real *out)
 {
@@ -5116,7 +5215,9 @@ static void pk__dense_apply(const pk_call *call, const pk_real *weights, const p
             memcpy(out + row * width, from, width * sizeof *out);
         beta = 1;
     }
-    pk__gemm(0, 1, rows, width, fan_in, 1, in, fan_in, weights, fan_in, beta, out, width);
+    pk__dense_product product = {0,      1,      rows, width, fan_in, in, weights,
+                                 fan_in, fan_in, beta, out,   width,  0,  0};
+    pk__dense_multiply(&product, call->threads);
 }
 
 static void pk__dense_forward(const pk_call *call)
@@ -5140,21 +5241,39 @@ static void pk__dense_tangent(const pk_call *call)
 static void pk__dense_reverse(const pk_call *call)
 {
     const size_t width = call->node->fan_out, fan_in = call->node->fan_in;
-    pk__gemm(0, 0, call->rows * call->copies * call->node->positions, fan_in, width, 1, call->out_cotangent,
-             width, call->weights, fan_in, call->accumulate[0] ? 1 : 0, call->in_cotangent[0], fan_in);
+    pk__dense_product product = {0,
+                                 0,
+                                 call->rows * call->copies * call->node->positions,
+                                 fan_in,
+                                 width,
+                                 call->out_cotangent,
+                                 call->weights,
+                                 width,
+                                 fan_in,
+                                 (pk_real)(call->accumulate[0] ? 1 : 0),
+                                 call->in_cotangent[0],
+                                 fan_in,
+                                 0,
+                                 0};
+    pk__dense_multiply(&product, call->threads);
 }
 
 static void pk__dense_weight_gradient(const pk_call *call)
 {
     const size_t rows = call->rows * call->node->positions, width = call->node->fan_out,
                  fan_in = call->node->fan_in;
-    pk__gemm(1, 0, width, fan_in, rows, 1, call->out_cotangent, width, call->in[0], fan_in, 1, call->gradient,
-             fan_in);
+    pk__dense_product product = {1,           0,     width,  fan_in, rows,           call->out_cotangent,
+                                 call->in[0], width, fan_in, 1,      call->gradient, fan_in,
+                                 0,           1};
+    pk__dense_multiply(&product, call->threads);
     if (pk__dense_bias(call)) {
         pk_real *bias = call->gradient + width * fan_in;
-        for (size_t row = 0; row < rows; row++)
+        for (size_t row = 0; row < rows; row++) {
+            const pk_real *cotangent = call->out_cotangent + row * width;
+            PK__SIMD
             for (size_t j = 0; j < width; j++)
-                bias[j] += call->out_cotangent[row * width + j];
+                bias[j] += cotangent[j];
+        }
     }
 }
 
@@ -8976,8 +9095,6 @@ typedef struct pk__gradient_plan {
 PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
 {
     pk__gradient_plan plan = {64, 0, 0};
-    if (parameters >= 32768)
-        plan.block = 32; /* enough work to share a batch of 64 */
     plan.blocks = count / plan.block + (count % plan.block != 0);
     size_t most = ((size_t)1 << 22) / (parameters + 1);
     most = most < 2 ? 2 : most > 32 ? 32 : most;
@@ -9060,21 +9177,6 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
     memset(workspace, 0, sizeof *workspace);
 }
 
-/* 1 if all are finite. Eight chains, so that the additions do not wait for each other. */
-PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
-{
-    pk_real chain[8] = {0, 0, 0, 0, 0, 0, 0, 0}, zero = 0; /* 0 * x is 0, or NaN for NaN and infinities */
-    size_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        for (size_t k = 0; k < 8; k++)
-            chain[k] += 0 * x[i + k];
-    for (; i < count; i++)
-        zero += 0 * x[i];
-    for (size_t k = 0; k < 8; k++)
-        zero += chain[k];
-    return zero == 0;
-}
-
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
@@ -9083,6 +9185,24 @@ typedef struct pk__gradient_job {
     const pk_batch *batch;
     pk__gradient_plan plan;
 } pk__gradient_job;
+
+/* The rows of a block, by several threads where they are long. */
+static void pk__gradient_inputs(const pk__gradient_job *job, int threads, size_t first, size_t rows,
+                                pk_real *inputs)
+{
+    const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
+    const int64_t *items = job->batch->items + first;
+    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), parts);
+    if (threads <= 1) {
+        pk_dataset_inputs(job->dataset, items, rows, inputs);
+        return;
+    }
+    PK__PARALLEL_FOR(threads)
+    for (size_t part = 0; part < parts; part++) {
+        const size_t from = rows * part / parts, to = rows * (part + 1) / parts;
+        pk_dataset_inputs(job->dataset, items + from, to - from, inputs + from * width);
+    }
+}
 
 /* gradient = the part of one group of blocks. */
 static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk__gradient_lane *lane,
@@ -9101,7 +9221,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk_line line = {job->weights, NULL, NULL};
-        pk_dataset_inputs(job->dataset, batch->items + first, rows, lane->inputs);
+        pk__gradient_inputs(job, tape->threads, first, rows, lane->inputs);
         pk_tape_forward(tape, &line, rows, lane->inputs);
         const pk_real *output = pk_tape_output(tape);
         pk_real *seed = pk_tape_seed(tape);
@@ -9123,18 +9243,40 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     result->not_finite = not_finite;
 }
 
-/* gradient += the other groups' parts, in order; ranges of parameters are independent. */
-PK__PRIVATE void pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups,
-                                     size_t parameters, int threads)
+/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
+static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
+                                     size_t parameters, size_t first, size_t count)
 {
-    size_t range = 4096, ranges = (parameters + range - 1) / range;
-    PK__PARALLEL_FOR(threads)
-    for (size_t r = 0; r < ranges; r++) {
-        size_t end = r + 1 < ranges ? (r + 1) * range : parameters;
-        for (size_t group = 1; group < groups; group++)
-            for (size_t i = r * range; i < end; i++)
-                gradient[i] += partial[(group - 1) * parameters + i];
+    pk_real *sum = gradient + first;
+    for (size_t group = 1; group < groups; group++) {
+        const pk_real *part = partial + (group - 1) * parameters + first;
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
+            sum[i] += part[i];
     }
+    return pk__all_finite(sum, count);
+}
+
+/* The same for all parameters. Ranges are independent. */
+PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
+                                    int threads)
+{
+    const size_t range = 4096, ranges = pk__blocks(parameters, range);
+    int finite = 1;
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t r = 0; r < ranges; r++)
+            if (!pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
+                                           pk__least(parameters - r * range, range))) {
+                PK__ATOMIC_WRITE
+                finite = 0;
+            }
+    } else {
+        for (size_t r = 0; r < ranges; r++)
+            finite &= pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
+                                                pk__least(parameters - r * range, range));
+    }
+    return finite;
 }
 
 /* Whether a batch fits a dataset and a network; name is for messages. */
@@ -9190,28 +9332,31 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     size_t parameters = graph->parameters;
     job.plan = pk__gradient_cut(parameters, batch->count);
     size_t groups = job.plan.groups;
-    if (groups <= 1) {
-        if (groups == 1) {
-            pk__gradient_group_run(&job, 0, workspace->lanes, workspace->groups, gradient);
-        } else {
-            memset(gradient, 0, parameters * sizeof *gradient);
-            workspace->groups[0].objective = 0;
-            workspace->groups[0].not_finite = SIZE_MAX;
-        }
+    pk__gradient_lane *lanes = workspace->lanes;
+    /* A thread is started for about a million flops or more. */
+    const double work = 6.0 * pk__graph_work(graph) * (double)batch->count / 1048576.0;
+    int threads = pk_threads(context);
+    threads = threads <= work ? threads : work < 1 ? 1 : (int)work;
+    /* More threads than groups share the operations of each group. */
+    const int inside = (size_t)threads > groups ? threads : 0;
+    threads = (int)pk__least((size_t)threads, (size_t)workspace->threads);
+    lanes[0].tape.threads = inside;
+    if (groups == 0) {
+        memset(gradient, 0, parameters * sizeof *gradient);
+        workspace->groups[0].objective = 0;
+        workspace->groups[0].not_finite = SIZE_MAX;
+    } else if (inside || threads <= 1) {
+        for (size_t group = 0; group < groups; group++)
+            pk__gradient_group_run(&job, group, lanes, &workspace->groups[group],
+                                   group ? workspace->partial + (group - 1) * parameters : gradient);
     } else {
-        /* A thread is started for about a million flops or more. */
-        double work = 6.0 * pk__graph_work(graph) * (double)batch->count / 1048576.0;
-        int threads = workspace->threads, available = pk_threads(context);
-        threads = threads < available ? threads : available;
-        threads = (size_t)threads < groups ? threads : (int)groups;
-        threads = threads <= work ? threads : work < 1 ? 1 : (int)work;
-        pk__gradient_lane *lanes = workspace->lanes;
         PK__PARALLEL_FOR(threads)
         for (size_t group = 0; group < groups; group++)
             pk__gradient_group_run(&job, group, &lanes[pk__thread()], &workspace->groups[group],
                                    group ? workspace->partial + (group - 1) * parameters : gradient);
-        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, threads);
     }
+    const int finite =
+        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, inside ? inside : threads);
     double sum = workspace->groups[0].objective;
     size_t not_finite = workspace->groups[0].not_finite;
     for (size_t group = 1; group < groups; group++) {
@@ -9226,7 +9371,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
                         "gradient: the network's output is not finite at batch position %zu "
                         "(example %lld)",
                         not_finite, (long long)batch->items[not_finite]);
-    if (!isfinite(sum) || !pk__all_finite(gradient, parameters))
+    if (!isfinite(sum) || !finite)
         return pk__fail(context, PK_NOT_FINITE, "gradient: the %s is not finite",
                         isfinite(sum) ? "gradient" : "objective");
     return PK_OK;
@@ -9372,15 +9517,15 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
         for (size_t group = 0; group < plan.groups; group++)
             bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
                                          group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
-        if (sweep->sum && plan.groups > 1)
-            pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
+        const int finite =
+            !sweep->sum || pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
         size_t group = 0;
         while (group < plan.groups && bad[group] == SIZE_MAX)
             group++;
         if (group < plan.groups)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the result for row %zu is not finite", sweep->name,
                               bad[group]);
-        else if (sweep->sum && !pk__all_finite(sweep->sum, parameters))
+        else if (!finite)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the sum over rows is not finite", sweep->name);
     }
     pk_release(context, partial);
@@ -11581,12 +11726,6 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
-
-#ifdef _OPENMP
-#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
-#else
-#define PK__ATOMIC_WRITE
-#endif
 
 /* ---- one step --------------------------------------------------------------------------------------- */
 
