@@ -138,6 +138,29 @@ FIXTURE void fixture_clear(const char *directory)
 }
 
 /* Records a brute-force run under other words for its network and optimiser where they are not NULL, and
+/* A fresh folder for a program's runs, for cmocka's group; they are recorded in fixture_run_path. */
+static char fixture_folder[200], fixture_run_path[210];
+
+FIXTURE int fixture_enter(void **state)
+{
+    const char *temporary = getenv("TMPDIR");
+    (void)state;
+    snprintf(fixture_folder, sizeof fixture_folder, "%.150s/pathkernel-test-XXXXXX",
+             temporary ? temporary : "/tmp");
+    if (!mkdtemp(fixture_folder))
+        return -1;
+    snprintf(fixture_run_path, sizeof fixture_run_path, "%s/run", fixture_folder);
+    return 0;
+}
+
+FIXTURE int fixture_leave(void **state)
+{
+    (void)state;
+    fixture_clear(fixture_run_path);
+    fixture_clear(fixture_folder);
+    return 0;
+}
+
  * opens it. The directory is gone when this returns: the run stays mapped. */
 FIXTURE void fixture_open_as(pk_context *context, const bf_run *from, const char *network,
                              const char *optimizer, pk_run *run)

@@ -358,21 +358,6 @@ static void brute(pk_context *context, const pk_run *run, naive *net, const bf_o
 
 /* ---- tests ------------------------------------------------------------------------------------------- */
 
-static char folder[] = "/tmp/pathkernel-image-XXXXXX";
-
-static int enter(void **state)
-{
-    (void)state;
-    return mkdtemp(folder) ? 0 : -1;
-}
-
-static int leave(void **state)
-{
-    (void)state;
-    fixture_clear(folder);
-    return 0;
-}
-
 static double worst_closure, worst_entry, worst_oracle;
 
 static double entry_error(size_t count, const double *got, const bf_real *expected, double scale)
@@ -386,7 +371,6 @@ static void check(const subject *s, const char *optimizer, size_t batch, double 
     pk_graph graph;
     pk_run run;
     naive net;
-    char directory[80];
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
     assert_ok(&context, pk_network_parse(&context, s->network, &graph));
@@ -407,7 +391,6 @@ static void check(const subject *s, const char *optimizer, size_t batch, double 
     const pk_dataset train = {pk_array_view(PK_FLOAT64, 2, shape_x, data),
                               pk_array_view(PK_INT64, 1, shape_y, labels)};
     assert_ok(&context, pk_network_initialize(&context, &graph, seed, weights));
-    snprintf(directory, sizeof directory, "%s/run", folder);
     pk_train_options options;
     pk_train_result result;
     memset(&options, 0, sizeof options);
@@ -415,11 +398,11 @@ static void check(const subject *s, const char *optimizer, size_t batch, double 
     options.steps = STEPS;
     options.batch_size = batch;
     options.schedule.rate = rate;
-    options.record = directory;
+    options.record = fixture_run_path;
     options.replace = 1;
     assert_ok(&context, pk_optimizer_parse(&context, optimizer, &options.optimizer));
     assert_ok(&context, pk_train(&context, &graph, &train, &options, weights, &result));
-    assert_ok(&context, pk_run_open(&context, directory, &run));
+    assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
     const bf_optimizer rule = fixture_optimizer(optimizer);
     truth expected;
     memset(&expected, 0, sizeof expected);
@@ -460,7 +443,6 @@ static void check(const subject *s, const char *optimizer, size_t batch, double 
     pk_run_release(&context, &run);
     pk_graph_release(&context, &graph);
     assert_int_equal(context.memory_used, 0);
-    fixture_clear(directory);
     naive_close(&net);
     free(expected.by_example), free(expected.by_layer), free(expected.decay), free(expected.initial);
     free(expected.final_output), free(data), free(test), free(targets), free(weights);
@@ -521,5 +503,5 @@ static void test_exact(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_exact)};
-    return cmocka_run_group_tests(tests, enter, leave);
+    return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

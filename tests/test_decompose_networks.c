@@ -11,21 +11,6 @@ typedef struct subject {
     double rate, adamw_rate;
 } subject;
 
-static char folder[] = "/tmp/pathkernel-networks-XXXXXX";
-
-static int enter(void **state)
-{
-    (void)state;
-    return mkdtemp(folder) ? 0 : -1;
-}
-
-static int leave(void **state)
-{
-    (void)state;
-    fixture_clear(folder);
-    return 0;
-}
-
 /* ---- the entries one by one ------------------------------------------------------------------------- */
 
 /* A network along one step, for one row. */
@@ -233,7 +218,6 @@ static void check(const subject *s, const char *optimizer, double rate, uint64_t
     pk_context context;
     pk_graph graph;
     pk_run run;
-    char path[80];
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
     assert_ok(&context, pk_network_parse_with(&context, s->network, &constants, &graph));
@@ -253,7 +237,6 @@ static void check(const subject *s, const char *optimizer, double rate, uint64_t
     train.targets = pk_array_view(PK_INT64, 1, shape_y, labels);
     pk_real *weights = FIXTURE_NEW(pk_real, P);
     assert_ok(&context, pk_network_initialize(&context, &graph, seed, weights));
-    snprintf(path, sizeof path, "%s/run", folder);
     pk_train_options options;
     pk_train_result result;
     memset(&options, 0, sizeof options);
@@ -261,11 +244,11 @@ static void check(const subject *s, const char *optimizer, double rate, uint64_t
     options.steps = STEPS;
     options.batch_size = BATCH;
     options.schedule.rate = rate;
-    options.record = path;
+    options.record = fixture_run_path;
     options.replace = 1;
     assert_ok(&context, pk_optimizer_parse(&context, optimizer, &options.optimizer));
     assert_ok(&context, pk_train(&context, &graph, &train, &options, weights, &result));
-    assert_ok(&context, pk_run_open(&context, path, &run));
+    assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
 
     pk_decompose_options how;
     pk_decomposition out;
@@ -329,8 +312,7 @@ static void test_tokens(void **state)
     const size_t shape_x[2] = {2, 2}, shape_y[1] = {2};
     const int64_t labels[2] = {0, 1};
     int64_t tokens[4] = {0, 2, 1, 3};
-    char path[80];
-    double test[4] = {2, 1, 0.5, 0};
+    pk_real test[4] = {2, 1, 0.5, 0};
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
     memset(&options, 0, sizeof options);
@@ -340,12 +322,11 @@ static void test_tokens(void **state)
     pk_dataset train;
     train.inputs = pk_array_view(PK_INT64, 2, shape_x, tokens);
     train.targets = pk_array_view(PK_INT64, 1, shape_y, labels);
-    snprintf(path, sizeof path, "%s/run", folder);
     options.loss = PK_SOFTMAX_CROSS_ENTROPY;
     options.steps = 1;
     options.schedule.rate = 1;
     for (int record = 0; record < 2; record++) {
-        options.record = record ? path : NULL;
+        options.record = record ? fixture_run_path : NULL;
         options.replace = record;
         assert_refused(&context, PK_ARGUMENT,
                        "row 1, number 1: embedding takes whole numbers from 0 to 2, not 3",
@@ -353,7 +334,7 @@ static void test_tokens(void **state)
     }
     tokens[3] = 0;
     assert_ok(&context, pk_train(&context, &graph, &train, &options, weights, NULL));
-    assert_ok(&context, pk_run_open(&context, path, &run));
+    assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
     assert_refused(&context, PK_ARGUMENT, "row 1, number 0: embedding takes whole numbers from 0 to 2, not 0.5",
                    pk_decompose(&context, &run, pk_matrix_view(test, 2, 2), NULL, &out));
     pk_decomposition_release(&context, &out);
@@ -365,5 +346,5 @@ static void test_tokens(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_sequences), cmocka_unit_test(test_tokens)};
-    return cmocka_run_group_tests(tests, enter, leave);
+    return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

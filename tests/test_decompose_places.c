@@ -10,22 +10,6 @@ typedef struct subject {
     double rate;
 } subject;
 
-static char folder[] = "/tmp/pathkernel-places-XXXXXX";
-
-static int enter(void **state)
-{
-    (void)state;
-    return mkdtemp(folder) ? 0 : -1;
-}
-
-static int leave(void **state)
-{
-    (void)state;
-    char command[120];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    return system(command);
-}
-
 /* gradient (P) of < seed, f > at weights for one input; seed NULL: of the loss of one target. */
 static void gradient_at(const pk_graph *graph, const pk_real *weights, const pk_real *x, const pk_real *seed,
                         const pk_real *target, unsigned char *memory, size_t bytes, pk_real *gradient)
@@ -104,7 +88,6 @@ static void check(const subject *s, uint64_t seed)
     pk_context context;
     pk_graph graph;
     pk_run run;
-    char path[80];
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
     assert_ok(&context, pk_network_parse(&context, s->network, &graph));
@@ -118,7 +101,6 @@ static void check(const subject *s, uint64_t seed)
                         pk_array_view(PK_INT64, 1, shape_y, labels)};
     pk_real *weights = FIXTURE_NEW(pk_real, P);
     assert_ok(&context, pk_network_initialize(&context, &graph, seed, weights));
-    snprintf(path, sizeof path, "%s/run", folder);
     pk_train_options options;
     pk_train_result result;
     memset(&options, 0, sizeof options);
@@ -126,11 +108,11 @@ static void check(const subject *s, uint64_t seed)
     options.steps = STEPS;
     options.batch_size = s->batch;
     options.schedule.rate = s->rate;
-    options.record = path;
+    options.record = fixture_run_path;
     options.replace = 1;
     assert_ok(&context, pk_optimizer_parse(&context, s->optimizer, &options.optimizer));
     assert_ok(&context, pk_train(&context, &graph, &train, &options, weights, &result));
-    assert_ok(&context, pk_run_open(&context, path, &run));
+    assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
     double *expected = NULL, *first = FIXTURE_NEW(double, cells *EXAMPLES), largest = 0;
     if (strcmp(s->optimizer, "sgd") == 0) {
         expected = FIXTURE_NEW(double, cells *EXAMPLES);
@@ -192,5 +174,5 @@ static void test_engines(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_engines)};
-    return cmocka_run_group_tests(tests, enter, leave);
+    return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
