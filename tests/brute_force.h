@@ -34,6 +34,9 @@ typedef long double bf_real;
 #define BF_EPSILON LDBL_EPSILON
 #endif
 #define BF_FUNCTION static inline
+#ifndef BF_STORED /* the weights and data of a run: the numbers of the library under test */
+#define BF_STORED double
+#endif
 #define BF_NEW(type, count) ((type *)bf_take((size_t)(count), sizeof(type)))
 
 enum {
@@ -92,16 +95,16 @@ typedef struct bf_run {
     bf_loss loss;
     bf_optimizer optimizer;
     size_t steps, parameters, examples, outputs;
-    double *weights;        /* (S+1) x P */
+    BF_STORED *weights;     /* (S+1) x P */
     double *learning_rates; /* S */
     int64_t *batch_offsets; /* S+1 */
     int64_t *batch_items;
-    double *batch_weights;   /* NULL: 1 / batch size */
-    double *gradient_scales; /* S, or NULL: 1 */
-    double *second_moments;  /* S x P, or NULL: recomputed */
-    double *inputs;          /* N x D */
-    double *targets;         /* N x C; one-hot for labels, +1/-1 for hinge with one output */
-    int64_t *labels;         /* N, or NULL; bf_run_make sets it where targets is one-hot */
+    double *batch_weights;     /* NULL: 1 / batch size */
+    double *gradient_scales;   /* S, or NULL: 1 */
+    BF_STORED *second_moments; /* S x P, or NULL: recomputed */
+    BF_STORED *inputs;         /* N x D */
+    BF_STORED *targets;        /* N x C; one-hot for labels, +1/-1 for hinge with one output */
+    int64_t *labels;           /* N, or NULL; bf_run_make sets it where targets is one-hot */
 } bf_run;
 typedef struct bf_result {
     size_t rows, outputs, examples, steps, layers,
@@ -216,7 +219,8 @@ typedef struct bf_tape {
 } bf_tape;
 
 /* -> C outputs, inside the tape; x == NULL: the same input as before */
-BF_FUNCTION const bf_real *bf_forward(const bf_network *net, const bf_real *w, const double *x, bf_tape *tape)
+BF_FUNCTION const bf_real *bf_forward(const bf_network *net, const bf_real *w, const BF_STORED *x,
+                                      bf_tape *tape)
 {
     for (size_t l = 0; l < net->layers; l++)
         if (bf_fan_in(net, l) > BF_WIDTH || net->layer[l].width > BF_WIDTH)
@@ -269,7 +273,7 @@ BF_FUNCTION void bf_jacobian(const bf_network *net, const bf_real *w, const bf_t
     }
 }
 
-BF_FUNCTION bf_real *bf_extend(size_t count, const double *values)
+BF_FUNCTION bf_real *bf_extend(size_t count, const BF_STORED *values)
 {
     bf_real *extended = BF_NEW(bf_real, count);
     for (size_t i = 0; i < count; i++)
@@ -277,9 +281,9 @@ BF_FUNCTION bf_real *bf_extend(size_t count, const double *values)
     return extended;
 }
 
-/* outputs (C), jacobian (C x P, may be NULL) at double weights */
-BF_FUNCTION void bf_evaluate(const bf_network *net, const double *weights, const double *x, bf_real *outputs,
-                             bf_real *jacobian)
+/* outputs (C), jacobian (C x P, may be NULL) at stored weights */
+BF_FUNCTION void bf_evaluate(const bf_network *net, const BF_STORED *weights, const BF_STORED *x,
+                             bf_real *outputs, bf_real *jacobian)
 {
     const size_t P = bf_parameters(net), C = bf_outputs(net);
     bf_real *w = bf_extend(P, weights);
@@ -295,7 +299,7 @@ BF_FUNCTION void bf_evaluate(const bf_network *net, const double *weights, const
 /* ---- losses ---- */
 
 /* the loss of one example; gradient (C) = d loss / d f, may be NULL */
-BF_FUNCTION bf_real bf_loss_value(bf_loss loss, size_t C, const bf_real *f, const double *target,
+BF_FUNCTION bf_real bf_loss_value(bf_loss loss, size_t C, const bf_real *f, const BF_STORED *target,
                                   bf_real *gradient)
 {
     const bf_real mean = 1 / (bf_real)C;
@@ -356,8 +360,8 @@ BF_FUNCTION bf_real bf_loss_value(bf_loss loss, size_t C, const bf_real *f, cons
 }
 
 /* gradient (P) += scale * grad_w loss(f(w, x), target); -> the loss */
-BF_FUNCTION bf_real bf_loss_gradient(const bf_network *net, bf_loss loss, const bf_real *w, const double *x,
-                                     const double *target, bf_tape *tape, bf_real scale, bf_real *gradient)
+BF_FUNCTION bf_real bf_loss_gradient(const bf_network *net, bf_loss loss, const bf_real *w, const BF_STORED *x,
+                                     const BF_STORED *target, bf_tape *tape, bf_real scale, bf_real *gradient)
 {
     bf_real seed[BF_WIDTH];
     const bf_real value = bf_loss_value(loss, bf_outputs(net), bf_forward(net, w, x, tape), target, seed);
@@ -535,8 +539,8 @@ BF_FUNCTION void bf_integrate(bf_path *path, bf_real low, bf_real high, bf_real 
 /* total (C x P) = the integral over t in [0, 1] of the Jacobian at from + t (to - from). *error: the largest
  * change of an entry that the last bisection still made, relative to the largest entry (may be NULL).
  * -> the number of pieces between kinks. */
-BF_FUNCTION size_t bf_path_jacobian(const bf_network *net, const double *from, const double *to,
-                                    const double *x, bf_real *total, bf_real *error)
+BF_FUNCTION size_t bf_path_jacobian(const bf_network *net, const BF_STORED *from, const BF_STORED *to,
+                                    const BF_STORED *x, bf_real *total, bf_real *error)
 {
     bf_path path;
     memset(&path, 0, sizeof path);
@@ -664,7 +668,7 @@ BF_FUNCTION void bf_advance_decay(const bf_run *run, size_t s, const bf_real *w,
 
 /* inputs: rows x D test inputs. The sources of the updates are the N examples, the S steps at which gradients
  * were taken (the same gradients, summed the other way), and decay. */
-BF_FUNCTION void bf_decompose(const bf_run *run, size_t rows, const double *inputs, bf_result *out)
+BF_FUNCTION void bf_decompose(const bf_run *run, size_t rows, const BF_STORED *inputs, bf_result *out)
 {
     const size_t P = run->parameters, N = run->examples, S = run->steps, C = run->outputs,
                  L = run->network.layers;
@@ -771,8 +775,8 @@ BF_FUNCTION void bf_run_make(const bf_network *net, bf_loss loss, const bf_optim
     memset(run, 0, sizeof *run);
     run->network = *net, run->loss = loss, run->optimizer = *optimizer;
     run->steps = S, run->parameters = P, run->examples = N, run->outputs = C;
-    run->weights = BF_NEW(double, (S + 1) * P), run->learning_rates = BF_NEW(double, S);
-    run->inputs = BF_NEW(double, N * net->inputs), run->targets = BF_NEW(double, N *C);
+    run->weights = BF_NEW(BF_STORED, (S + 1) * P), run->learning_rates = BF_NEW(double, S);
+    run->inputs = BF_NEW(BF_STORED, N * net->inputs), run->targets = BF_NEW(BF_STORED, N * C);
     run->batch_offsets = BF_NEW(int64_t, S + 1);
     run->batch_items = BF_NEW(int64_t, S * (recipe->batch ? recipe->batch : N));
     if (recipe->batch_weights)
@@ -782,14 +786,14 @@ BF_FUNCTION void bf_run_make(const bf_network *net, bf_loss loss, const bf_optim
     if (loss == BF_SOFTMAX_CROSS_ENTROPY || loss == BF_NLL || (loss == BF_HINGE && C > 1))
         run->labels = BF_NEW(int64_t, N);
     for (size_t i = 0; i < N * net->inputs; i++)
-        run->inputs[i] = bf_normal(&state);
+        run->inputs[i] = (BF_STORED)bf_normal(&state);
     for (size_t i = 0; i < N; i++) {
         for (size_t c = 0; c < C; c++) {
             const double u = bf_uniform(&state);
-            run->targets[i * C + c] = run->labels           ? 0
-                                      : loss == BF_HINGE    ? (u < 0.5 ? -1 : 1)
-                                      : loss == BF_LOGISTIC ? u < 0.5
-                                                            : bf_normal(&state);
+            run->targets[i * C + c] = (BF_STORED)(run->labels           ? 0
+                                                  : loss == BF_HINGE    ? (u < 0.5 ? -1 : 1)
+                                                  : loss == BF_LOGISTIC ? u < 0.5
+                                                                        : bf_normal(&state));
         }
         if (run->labels) {
             run->labels[i] = (int64_t)(bf_uniform(&state) * (double)C);
@@ -798,9 +802,9 @@ BF_FUNCTION void bf_run_make(const bf_network *net, bf_loss loss, const bf_optim
     }
     for (size_t l = 0; l < net->layers; l++)
         for (; p < bf_offset(net, l + 1); p++)
-            run->weights[p] = (2 * bf_uniform(&state) - 1) / sqrt((double)bf_fan_in(net, l));
+            run->weights[p] = (BF_STORED)((2 * bf_uniform(&state) - 1) / sqrt((double)bf_fan_in(net, l)));
     for (p = 0; recipe->float32 && p < P; p++)
-        run->weights[p] = (double)(float)run->weights[p];
+        run->weights[p] = (BF_STORED)(float)run->weights[p];
     for (size_t s = 0; s < S; s++) {
         const size_t size = recipe->batch ? 1 + (size_t)(bf_uniform(&state) * (double)recipe->batch) : N;
         const int64_t first = run->batch_offsets[s];
@@ -819,7 +823,7 @@ BF_FUNCTION void bf_run_make(const bf_network *net, bf_loss loss, const bf_optim
     }
     bf_real *m = BF_NEW(bf_real, 2 * P), *v = BF_NEW(bf_real, P), *denominator = BF_NEW(bf_real, P);
     bf_real *sum = BF_NEW(bf_real, P), *decay = BF_NEW(bf_real, P), *update = BF_NEW(bf_real, 2 * P);
-    double *moments = BF_NEW(double, S *P);
+    BF_STORED *moments = BF_NEW(BF_STORED, S * P);
     int *used = BF_NEW(int, N);
     bf_tape tape;
     for (size_t s = 0; s < S; s++) {
@@ -834,8 +838,8 @@ BF_FUNCTION void bf_run_make(const bf_network *net, bf_loss loss, const bf_optim
                 fprintf(stderr, "bf_run_make: the run diverges in step %lu\n", (unsigned long)s);
                 abort();
             }
-            run->weights[(s + 1) * P + p] = recipe->float32 ? (double)(float)next : next;
-            moments[s * P + p] = (double)v[p];
+            run->weights[(s + 1) * P + p] = (BF_STORED)(recipe->float32 ? (double)(float)next : next);
+            moments[s * P + p] = (BF_STORED)v[p];
         }
         free(w);
     }

@@ -23,8 +23,9 @@ extern "C" {
 #ifdef __cplusplus
 }
 #endif
-#include "brute_force.h"
 #include "pathkernel_under_test.h"
+#define BF_STORED pk_real
+#include "brute_force.h"
 
 #define FIXTURE static inline
 
@@ -137,7 +138,6 @@ FIXTURE void fixture_clear(const char *directory)
     (void)rmdir(directory);
 }
 
-/* Records a brute-force run under other words for its network and optimiser where they are not NULL, and
 /* A fresh folder for a program's runs, for cmocka's group; they are recorded in fixture_run_path. */
 static char fixture_folder[200], fixture_run_path[210];
 
@@ -161,6 +161,7 @@ FIXTURE int fixture_leave(void **state)
     return 0;
 }
 
+/* Records a brute-force run under other words for its network and optimiser where they are not NULL, and
  * opens it. The directory is gone when this returns: the run stays mapped. */
 FIXTURE void fixture_open_as(pk_context *context, const bf_run *from, const char *network,
                              const char *optimizer, pk_run *run)
@@ -185,9 +186,9 @@ FIXTURE void fixture_open_as(pk_context *context, const bf_run *from, const char
     options.second_moments = from->second_moments != NULL;
     const size_t inputs[2] = {from->examples, from->network.inputs},
                  targets[2] = {from->examples, from->outputs};
-    train.inputs = pk_array_view(PK_FLOAT64, 2, inputs, from->inputs);
+    train.inputs = pk_array_view(REAL_TYPE, 2, inputs, from->inputs);
     train.targets = from->labels ? pk_array_view(PK_INT64, 1, targets, from->labels)
-                                 : pk_array_view(PK_FLOAT64, 2, targets, from->targets);
+                                 : pk_array_view(REAL_TYPE, 2, targets, from->targets);
     assert_ok(context, pk_recorder_open(context, directory, &options, &train, from->weights, &recorder));
     for (size_t s = 0; s < from->steps; s++) {
         const int64_t first = from->batch_offsets[s];
@@ -230,33 +231,31 @@ FIXTURE void fixture_make(const char *network, bf_loss loss, const char *optimiz
     bf_run_make(&net, loss, &rule, recipe, run);
 }
 
-FIXTURE double *fixture_normals(uint64_t seed, size_t count, double scale)
+FIXTURE pk_real *fixture_normals(uint64_t seed, size_t count, double scale)
 {
-    double *values = FIXTURE_NEW(double, count);
+    pk_real *values = FIXTURE_NEW(pk_real, count);
     for (size_t i = 0; i < count; i++)
-        values[i] = scale * bf_normal(&seed);
+        values[i] = (pk_real)(scale * bf_normal(&seed));
     return values;
 }
 
 /* ---- results ---------------------------------------------------------------------------------------- */
 
-FIXTURE double fixture_largest(size_t count, const double *values)
-{
-    double largest = 0;
-    for (size_t i = 0; i < count; i++)
-        if (!(fabs(values[i]) <= largest))
-            largest = fabs(values[i]);
-    return largest;
-}
-
-FIXTURE double fixture_largest_real(size_t count, const bf_real *values)
-{
-    double largest = 0;
-    for (size_t i = 0; i < count; i++)
-        if (!(fabs((double)values[i]) <= largest))
-            largest = fabs((double)values[i]);
-    return largest;
-}
+/* Of doubles, such as results, or of pk_reals. */
+#define FIXTURE_LARGEST(name, type)                       \
+    FIXTURE double name(size_t count, const type *values) \
+    {                                                     \
+        double largest = 0;                               \
+        for (size_t i = 0; i < count; i++)                \
+            if (!(fabs((double)values[i]) <= largest))    \
+                largest = fabs((double)values[i]);        \
+        return largest;                                   \
+    }
+FIXTURE_LARGEST(fixture_largest_double, double)
+FIXTURE_LARGEST(fixture_largest_float, float)
+FIXTURE_LARGEST(fixture_largest_real, bf_real)
+#define fixture_largest(count, values) \
+    _Generic(*(values), double : fixture_largest_double, float : fixture_largest_float)(count, values)
 
 /* The largest |a - b|; NaN is infinite. */
 FIXTURE double fixture_apart(size_t count, const double *a, const double *b)

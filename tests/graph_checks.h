@@ -47,20 +47,20 @@ typedef struct checks {
     const pk_graph *graph;
     size_t rows, copies, count;
     uint64_t seed;
-    double *blocks[256];
+    pk_real *blocks[256];
 } checks;
 
-FIXTURE double *checks_take(checks *c, size_t count)
+FIXTURE pk_real *checks_take(checks *c, size_t count)
 {
     assert_true(c->count < sizeof c->blocks / sizeof *c->blocks);
-    double *block = FIXTURE_NEW(double, count);
+    pk_real *block = FIXTURE_NEW(pk_real, count);
     memset(block, 0xff, count * sizeof *block); /* NaN */
     return c->blocks[c->count++] = block;
 }
 
-FIXTURE double *checks_normals(checks *c, size_t count, double scale)
+FIXTURE pk_real *checks_normals(checks *c, size_t count, double scale)
 {
-    double *block = checks_take(c, count);
+    pk_real *block = checks_take(c, count);
     for (size_t i = 0; i < count; i++)
         block[i] = scale * bf_normal(&c->seed);
     return block;
@@ -72,7 +72,7 @@ FIXTURE void checks_release(checks *c, size_t keep)
         free(c->blocks[--c->count]);
 }
 
-FIXTURE double checks_product(size_t count, const double *a, const double *b, double *size)
+FIXTURE double checks_product(size_t count, const pk_real *a, const pk_real *b, double *size)
 {
     double sum = 0;
     for (size_t i = 0; i < count; i++) {
@@ -83,19 +83,41 @@ FIXTURE double checks_product(size_t count, const double *a, const double *b, do
 }
 
 /* |a - b| <= tolerance times what is largest of them, or times one. */
-FIXTURE void checks_equal(const char *what, const pk_node *node, size_t count, const double *a, const double *b,
-                          double tolerance)
+FIXTURE void checks_within(const char *what, const pk_node *node, size_t count, const pk_real *a,
+                           const pk_real *b, double tolerance)
 {
     const double scale = fmax(1, fmax(fixture_largest(count, a), fixture_largest(count, b)));
     for (size_t i = 0; i < count; i++)
         if (!(fabs(a[i] - b[i]) <= tolerance * scale))
             fail_msg("%s, %s: number %zu of %zu is %.17g or %.17g, %.3g apart", node->operation->name, what, i,
-                     count, a[i], b[i], a[i] - b[i]);
+                     count, (double)a[i], (double)b[i], (double)a[i] - b[i]);
+}
+
+/* Whether finite differences tell the derivative. In float their steps are 2^8 times as long as in double, and kinks too
+ * often within: piecewise-linear networks have them in double. */
+FIXTURE int checks_have_slopes(int kinked, int surrogate)
+{
+    return !surrogate && (!kinked || sizeof(pk_real) > sizeof(float));
+}
+
+/* tolerance: for double. */
+FIXTURE void checks_equal(const char *what, const pk_node *node, size_t count, const pk_real *a,
+                          const pk_real *b, double tolerance)
+{
+    checks_within(what, node, count, a, b, ROUNDING(tolerance));
+}
+
+/* The same with b from finite differences. A float's rounding over their step, 2^-10, is 1e-4 of the values behind them,
+ * which may be ten times as large. */
+FIXTURE void checks_slope(const char *what, const pk_node *node, size_t count, const pk_real *a,
+                          const pk_real *b, double tolerance)
+{
+    checks_within(what, node, count, a, b, sizeof(pk_real) > sizeof(float) ? tolerance : 4e-3);
 }
 
 FIXTURE void checks_adjoint(const char *what, const pk_node *node, double a, double b, double size)
 {
-    if (!(fabs(a - b) <= 1e-13 * fmax(1, size)))
+    if (!(fabs(a - b) <= ROUNDING(1e-13) * fmax(1, size)))
         fail_msg("%s, %s: %.17g and %.17g are %.3g apart", node->operation->name, what, a, b, a - b);
 }
 
@@ -109,7 +131,7 @@ FIXTURE void checks_run(const pk_call *call, void (*rule)(const pk_call *))
     size_t size = node->operation->scratch ? node->operation->scratch(node, 1, call->copies) : 0;
     if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
         size = (size_t)fmax((double)size, (double)(node->positions * node->fan_in));
-    double *scratch = FIXTURE_NEW(double, size + GUARD);
+    pk_real *scratch = FIXTURE_NEW(pk_real, size + GUARD);
     memset(scratch, 0xff, size * sizeof *scratch);
     pk_call own = *call;
     own.scratch = scratch;
@@ -121,19 +143,19 @@ FIXTURE void checks_run(const pk_call *call, void (*rule)(const pk_call *))
 }
 
 /* at[j] = in[j] + e v[j], weights + e direction; returns a call there, its output computed. */
-FIXTURE pk_call checks_move(checks *c, const pk_call *base, const double *const *v, const double *direction,
+FIXTURE pk_call checks_move(checks *c, const pk_call *base, const pk_real *const *v, const pk_real *direction,
                             double e)
 {
     pk_call call = *base;
     const pk_node *node = base->node;
     for (int j = 0; j < node->input_count; j++) {
         const size_t count = base->rows * base->in_width[j];
-        double *at = checks_take(c, count);
+        pk_real *at = checks_take(c, count);
         for (size_t i = 0; i < count; i++)
             at[i] = base->in[j][i] + (v[j] ? e * v[j][i] : 0);
         call.in[j] = at;
     }
-    double *weights = checks_take(c, node->weight_count);
+    pk_real *weights = checks_take(c, node->weight_count);
     for (size_t i = 0; i < node->weight_count; i++)
         weights[i] = base->weights[i] + (direction ? e * direction[i] : 0);
     call.weights = weights;
@@ -142,8 +164,8 @@ FIXTURE pk_call checks_move(checks *c, const pk_call *base, const double *const 
     return call;
 }
 
-FIXTURE const double *checks_tangent(checks *c, const pk_call *base, const double *const *v,
-                                     const double *direction)
+FIXTURE const pk_real *checks_tangent(checks *c, const pk_call *base, const pk_real *const *v,
+                                      const pk_real *direction)
 {
     pk_call call = *base;
     call.out_tangent = checks_take(c, base->rows * base->node->width);
@@ -154,15 +176,17 @@ FIXTURE const double *checks_tangent(checks *c, const pk_call *base, const doubl
     return call.out_tangent;
 }
 
-enum { CHECKS_STEP_INVERSE = 1 << 18 }; /* kinks are rarely that close */
+enum {
+    CHECKS_STEP_INVERSE = sizeof(pk_real) > sizeof(float) ? 1 << 18 : 1 << 10
+}; /* kinks are rarely that close */
 
 /* The weights of central differences at 1, 1/2, -1/2 and -1 steps; their error is the step's fourth power. */
 static const double checks_at[4] = {1, 0.5, -0.5, -1};
 static const double checks_factor[4] = {-1.0 / 6, 8.0 / 6, -8.0 / 6, 1.0 / 6};
 
 /* difference = d forward / d e along v and direction. */
-FIXTURE void checks_difference(checks *c, const pk_call *base, const double *const *v, const double *direction,
-                               double *difference)
+FIXTURE void checks_difference(checks *c, const pk_call *base, const pk_real *const *v,
+                               const pk_real *direction, pk_real *difference)
 {
     const size_t count = base->rows * base->node->width, keep = c->count;
     memset(difference, 0, count * sizeof *difference);
@@ -176,7 +200,7 @@ FIXTURE void checks_difference(checks *c, const pk_call *base, const double *con
 
 /* cotangents[j] = the reverse of out_cotangent for the inputs that vary (and are wanted: -1 all), added to before. */
 FIXTURE void checks_reverse(checks *c, const pk_call *base, void (*rule)(const pk_call *),
-                            const double *const *before, int wanted, const double **cotangents)
+                            const pk_real *const *before, int wanted, const pk_real **cotangents)
 {
     pk_call call = *base;
     for (int j = 0; j < base->node->input_count; j++) {
@@ -187,16 +211,16 @@ FIXTURE void checks_reverse(checks *c, const pk_call *base, void (*rule)(const p
         call.in_cotangent[j] = checks_take(c, count);
         call.accumulate[j] = before != NULL;
         if (before)
-            memcpy(call.in_cotangent[j], before[j], count * sizeof(double));
+            memcpy(call.in_cotangent[j], before[j], count * sizeof(pk_real));
         cotangents[j] = call.in_cotangent[j];
     }
     checks_run(&call, rule);
 }
 
-FIXTURE void check_node_reverse(checks *c, const pk_call *base, const double *const *v)
+FIXTURE void check_node_reverse(checks *c, const pk_call *base, const pk_real *const *v)
 {
     const pk_node *node = base->node;
-    const double *reverse[PK_NODE_INPUTS], *other[PK_NODE_INPUTS], *before[PK_NODE_INPUTS] = {NULL};
+    const pk_real *reverse[PK_NODE_INPUTS], *other[PK_NODE_INPUTS], *before[PK_NODE_INPUTS] = {NULL};
     checks_reverse(c, base, node->operation->reverse, NULL, -1, reverse);
     for (int j = 0; j < node->input_count; j++)
         if (v[j])
@@ -204,12 +228,12 @@ FIXTURE void check_node_reverse(checks *c, const pk_call *base, const double *co
     checks_reverse(c, base, node->operation->reverse, before, -1, other);
     for (int j = 0; j < node->input_count; j++) {
         const size_t width = base->in_width[j], count = base->rows * base->copies * width;
-        const double *one[PK_NODE_INPUTS] = {NULL}, *alone[PK_NODE_INPUTS];
+        const pk_real *one[PK_NODE_INPUTS] = {NULL}, *alone[PK_NODE_INPUTS];
         if (!v[j])
             continue;
         one[j] = v[j];
-        const double *tangent = checks_tangent(c, base, one, NULL);
-        double *sum = checks_take(c, count);
+        const pk_real *tangent = checks_tangent(c, base, one, NULL);
+        pk_real *sum = checks_take(c, count);
         for (size_t i = 0; i < count; i++)
             sum[i] = before[j][i] + reverse[j][i];
         checks_equal("reverse that adds", node, count, other[j], sum, 1e-14);
@@ -242,9 +266,9 @@ FIXTURE void checks_node_gradients(const pk_call *call)
         one.out = call->scratch;
         if (node->operation->unfold)
             node->operation->unfold(&one);
-        const double *places = node->operation->unfold ? one.out : one.in[0];
+        const pk_real *places = node->operation->unfold ? one.out : one.in[0];
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
-            double *gradient = call->gradient + copy * node->weight_count;
+            pk_real *gradient = call->gradient + copy * node->weight_count;
             memset(gradient, 0, node->weight_count * sizeof *gradient);
             for (size_t j = 0; j < out; j++)
                 for (size_t q = 0; q < positions; q++) {
@@ -261,10 +285,10 @@ FIXTURE void checks_node_gradients(const pk_call *call)
     }
 }
 
-FIXTURE void check_node_weights(checks *c, const pk_call *base, const double *direction)
+FIXTURE void check_node_weights(checks *c, const pk_call *base, const pk_real *direction)
 {
     const pk_node *node = base->node;
-    const double *none[PK_NODE_INPUTS] = {NULL}, *tangent = checks_tangent(c, base, none, direction);
+    const pk_real *none[PK_NODE_INPUTS] = {NULL}, *tangent = checks_tangent(c, base, none, direction);
     const size_t count = node->weight_count;
     pk_call call = *base;
     call.gradient = checks_take(c, base->rows * base->copies * count);
@@ -278,7 +302,7 @@ FIXTURE void check_node_weights(checks *c, const pk_call *base, const double *di
     }
     /* The sum over rows, of the first copy alone. */
     pk_call summed = *base;
-    double *cotangent = checks_take(c, base->rows * node->width), *before = checks_normals(c, count, 1);
+    pk_real *cotangent = checks_take(c, base->rows * node->width), *before = checks_normals(c, count, 1);
     summed.copies = 1;
     summed.out_cotangent = cotangent;
     summed.gradient = checks_take(c, count);
@@ -294,7 +318,7 @@ FIXTURE void check_node_weights(checks *c, const pk_call *base, const double *di
     if (node->tangent_form != PK_TANGENT_OUTER || !node->operation->unfold)
         return;
     const size_t places = node->positions * node->fan_in;
-    double *one = checks_take(c, places);
+    pk_real *one = checks_take(c, places);
     call.out = checks_take(c, base->rows * places);
     checks_run(&call, node->operation->unfold);
     for (size_t row = 0; row < base->rows; row++) {
@@ -308,11 +332,11 @@ FIXTURE void check_node_weights(checks *c, const pk_call *base, const double *di
 }
 
 /* Second derivatives against differences of the reverse rule. */
-FIXTURE void check_node_curvature(checks *c, const pk_call *base, const double *const *v)
+FIXTURE void check_node_curvature(checks *c, const pk_call *base, const pk_real *const *v)
 {
     const pk_node *node = base->node;
-    const double *before[PK_NODE_INPUTS] = {NULL}, *added[PK_NODE_INPUTS], *reverse[PK_NODE_INPUTS];
-    double *expected[PK_NODE_INPUTS] = {NULL};
+    const pk_real *before[PK_NODE_INPUTS] = {NULL}, *added[PK_NODE_INPUTS], *reverse[PK_NODE_INPUTS];
+    pk_real *expected[PK_NODE_INPUTS] = {NULL};
     pk_call call = *base;
     for (int j = 0; j < node->input_count; j++) {
         const size_t count = base->rows * base->copies * base->in_width[j];
@@ -335,28 +359,28 @@ FIXTURE void check_node_curvature(checks *c, const pk_call *base, const double *
     }
     for (int j = 0; j < node->input_count; j++)
         if (v[j])
-            checks_equal("curvature and differences of reverse", node,
+            checks_slope("curvature and differences of reverse", node,
                          base->rows * base->copies * base->in_width[j], added[j], expected[j], 1e-8);
 }
 
 FIXTURE int checks_ascending(const void *a, const void *b)
 {
-    const double x = *(const double *)a, y = *(const double *)b;
+    const double x = *(const pk_real *)a, y = *(const pk_real *)b;
     return (x > y) - (x < y);
 }
 
 /* Switches are linear in the inputs, and the operation is linear between their zeros: along in + e v, e in [0, 1]. */
-FIXTURE void check_node_switches(checks *c, const pk_call *base, const double *const *v)
+FIXTURE void check_node_switches(checks *c, const pk_call *base, const pk_real *const *v)
 {
     const pk_node *node = base->node;
     const size_t switches = node->operation->switch_count(node), width = node->width;
-    double *values[3];
+    pk_real *values[3];
     for (int k = 0; k < 3; k++) {
         pk_call at = checks_move(c, base, v, NULL, 0.5 * k);
         at.out = values[k] = checks_take(c, base->rows * switches);
         checks_run(&at, node->operation->switches);
     }
-    double *middle = checks_take(c, base->rows * switches), *kinks = checks_take(c, switches + 2);
+    pk_real *middle = checks_take(c, base->rows * switches), *kinks = checks_take(c, switches + 2);
     for (size_t i = 0; i < base->rows * switches; i++)
         middle[i] = 0.5 * (values[0][i] + values[2][i]);
     checks_equal("switches are linear", node, base->rows * switches, values[1], middle, 1e-14);
@@ -369,7 +393,7 @@ FIXTURE void check_node_switches(checks *c, const pk_call *base, const double *c
                 kinks[count++] = values[0][s] / (values[0][s] - values[2][s]);
         qsort(kinks, count, sizeof *kinks, checks_ascending);
         pk_call one = *base;
-        const double *own[PK_NODE_INPUTS];
+        const pk_real *own[PK_NODE_INPUTS];
         one.rows = 1;
         for (int j = 0; j < node->input_count; j++) {
             one.in[j] += row * one.in_width[j];
@@ -384,7 +408,7 @@ FIXTURE void check_node_switches(checks *c, const pk_call *base, const double *c
                 continue;
             const pk_call at_a = checks_move(c, &one, own, NULL, a), at_b = checks_move(c, &one, own, NULL, b),
                           at_m = checks_move(c, &one, own, NULL, 0.5 * (a + b));
-            double *mean = checks_take(c, width);
+            pk_real *mean = checks_take(c, width);
             for (size_t i = 0; i < width; i++)
                 mean[i] = 0.5 * (at_a.out[i] + at_b.out[i]);
             checks_equal("linear between the zeros of its switches", node, width, at_m.out, mean, 1e-14);
@@ -397,7 +421,7 @@ FIXTURE void check_node_switches(checks *c, const pk_call *base, const double *c
 FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, pk_real *const *value)
 {
     const size_t keep = c->count, out = c->rows * node->width;
-    const double *v[PK_NODE_INPUTS] = {NULL}, *none[PK_NODE_INPUTS] = {NULL}, *direction = NULL;
+    const pk_real *v[PK_NODE_INPUTS] = {NULL}, *none[PK_NODE_INPUTS] = {NULL}, *direction = NULL;
     const pk_operation *operation = node->operation;
     int varies = 0;
     pk_call base;
@@ -414,7 +438,7 @@ FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, 
         if (!input->varies)
             continue;
         /* A little beside the values: a maximum of zeros from relu would be at a kink. */
-        double *beside = checks_normals(c, c->rows * input->width, 0.1);
+        pk_real *beside = checks_normals(c, c->rows * input->width, 0.1);
         for (size_t i = 0; i < c->rows * input->width; i++)
             beside[i] += base.in[j][i];
         base.in[j] = beside;
@@ -435,27 +459,28 @@ FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, 
         checks_equal("a row by itself", node, node->width, one.out, base.out + row * node->width, 1e-14);
     }
     /* The tangent, whole and in parts. */
-    const double *tangent = checks_tangent(c, &base, v, direction);
-    double *sum = checks_take(c, out);
+    const pk_real *tangent = checks_tangent(c, &base, v, direction);
+    pk_real *sum = checks_take(c, out);
     memcpy(sum, checks_tangent(c, &base, none, direction), out * sizeof *sum);
     assert_true(direction || fixture_largest(out, sum) == 0);
     for (int j = 0; j < node->input_count; j++) {
-        const double *one[PK_NODE_INPUTS] = {NULL};
+        const pk_real *one[PK_NODE_INPUTS] = {NULL};
         one[j] = v[j];
-        const double *part = checks_tangent(c, &base, one, NULL);
+        const pk_real *part = checks_tangent(c, &base, one, NULL);
         for (size_t i = 0; i < out; i++)
             sum[i] += part[i];
     }
     checks_equal("tangent in parts", node, out, tangent, sum, 1e-13);
-    if (operation->smoothness != PK_SURROGATE) {
+    if (checks_have_slopes(operation->smoothness == PK_PIECEWISE_LINEAR,
+                           operation->smoothness == PK_SURROGATE)) {
         checks_difference(c, &base, v, direction, sum);
-        checks_equal("tangent and differences", node, out, tangent, sum, 1e-8);
+        checks_slope("tangent and differences", node, out, tangent, sum, 1e-8);
     }
     if (varies)
         check_node_reverse(c, &base, v);
     if (node->weight_count)
         check_node_weights(c, &base, direction);
-    if (varies && operation->curvature)
+    if (varies && operation->curvature && checks_have_slopes(operation->smoothness == PK_PIECEWISE_LINEAR, 0))
         check_node_curvature(c, &base, v);
     if (varies && operation->switch_count)
         check_node_switches(c, &base, v);
@@ -465,14 +490,14 @@ FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, 
 /* ---- whole graphs ---------------------------------------------------------------------------------------- */
 
 /* gradient (rows x copies x P) of the cotangents that stand in the tape, each row at its own t. */
-FIXTURE void checks_row_gradients(checks *c, const pk_tape *tape, const pk_line *line, double *gradient)
+FIXTURE void checks_row_gradients(checks *c, const pk_tape *tape, const pk_line *line, pk_real *gradient)
 {
     const pk_graph *graph = tape->graph;
     const size_t keep = c->count;
-    double *weights = checks_take(c, graph->parameters);
+    pk_real *weights = checks_take(c, graph->parameters);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        double *own = checks_take(c, c->copies * node->weight_count);
+        pk_real *own = checks_take(c, c->copies * node->weight_count);
         for (size_t row = 0; node->weight_count && row < c->rows; row++) {
             pk_call call;
             memset(&call, 0, sizeof call);
@@ -502,7 +527,7 @@ FIXTURE void checks_row_gradients(checks *c, const pk_tape *tape, const pk_line 
 /* A graph's rules at random weights, directions and, where inputs (3 rows) is NULL, random inputs: each operation by
  * itself, then the tape along a line with an own t for each row against plain weights there, differences and
  * adjoints. */
-FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t seed, const double *inputs)
+FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t seed, const pk_real *inputs)
 {
     enum { ROWS = 3, COPIES = 2 };
     static const pk_real t[ROWS] = {0, 0.5, 0.875};
@@ -513,11 +538,11 @@ FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t
     c.rows = ROWS;
     c.copies = COPIES;
     c.seed = seed;
-    const double *w = checks_normals(&c, P, 0.5), *d = checks_normals(&c, P, 0.5);
-    const double *x = inputs ? inputs : checks_normals(&c, ROWS * graph->input_width, 1);
-    const double *u = checks_normals(&c, ROWS * COPIES * C, 1);
-    double *at = checks_take(&c, P), *difference = checks_take(&c, C);
-    double *gradient = checks_take(&c, ROWS * COPIES * P), *sum = checks_take(&c, P);
+    const pk_real *w = checks_normals(&c, P, 0.5), *d = checks_normals(&c, P, 0.5);
+    const pk_real *x = inputs ? inputs : checks_normals(&c, ROWS * graph->input_width, 1);
+    const pk_real *u = checks_normals(&c, ROWS * COPIES * C, 1);
+    pk_real *at = checks_take(&c, P), *difference = checks_take(&c, C);
+    pk_real *gradient = checks_take(&c, ROWS * COPIES * P), *sum = checks_take(&c, P);
     holder line, plain;
     memset(&line, 0, sizeof line);
     memset(&plain, 0, sizeof plain);
@@ -537,7 +562,7 @@ FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t
     pk_tape_reverse(&line.tape, &along, ROWS, COPIES);
     checks_row_gradients(&c, &line.tape, &along, gradient);
     for (size_t row = 0; row < ROWS; row++) {
-        const double *tangent = line.tape.tangent[last] + row * C;
+        const pk_real *tangent = line.tape.tangent[last] + row * C;
         memset(difference, 0, C * sizeof *difference);
         for (int k = 0; k <= 4; k++) { /* last at t itself */
             const double moved = t[row] + (k < 4 ? checks_at[k] / CHECKS_STEP_INVERSE : 0);
@@ -547,8 +572,8 @@ FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t
             for (size_t i = 0; k < 4 && i < C; i++)
                 difference[i] += checks_factor[k] * CHECKS_STEP_INVERSE * pk_tape_output(&plain.tape)[i];
         }
-        if (!graph->surrogate)
-            checks_equal("the graph's tangent and differences", &graph->nodes[last], C, tangent, difference,
+        if (checks_have_slopes(graph->switched, graph->surrogate))
+            checks_slope("the graph's tangent and differences", &graph->nodes[last], C, tangent, difference,
                          1e-8);
         memcpy(pk_tape_seed(&plain.tape), u + row * COPIES * C, COPIES * C * sizeof *u);
         pk_tape_reverse(&plain.tape, &there, 1, COPIES);

@@ -7,3 +7,18 @@
 #include "pathkernel/kernel.h"
 #include "pathkernel/train.h"
 #endif
+
+#include <float.h>
+#include <math.h>
+
+/* EITHER() is for numbers at the ends of the range. The tests' tolerances are written for double. ROUNDING() scales one to the rounding of pk_real; since much that is
+ * loose for double would say nothing about float, it is there at most 4096 roundings, 5e-4. */
+#ifdef PATHKERNEL_FLOAT
+#define REAL_TYPE PK_FLOAT32
+#define EITHER(for_double, for_float) (for_float)
+#define ROUNDING(tolerance) fmin((tolerance) * ((double)FLT_EPSILON / DBL_EPSILON), 4096 * (double)FLT_EPSILON)
+#else
+#define REAL_TYPE PK_FLOAT64
+#define EITHER(for_double, for_float) (for_double)
+#define ROUNDING(tolerance) (tolerance)
+#endif

@@ -79,7 +79,7 @@ static void test_evaluate(void **state)
 
 typedef struct decomposition {
     const pk_run *run;
-    const double *inputs;
+    const pk_real *inputs;
     pk_decompose_options options;
     size_t rows;
     uint64_t hash[64];
@@ -96,7 +96,7 @@ static pk_status decompose(pk_context *context, void *user)
 {
     decomposition *d = (decomposition *)user;
     pk_decomposition out;
-    pk_matrix inputs = pk_matrix_view((double *)d->inputs, d->rows, d->run->graph.input_width);
+    pk_matrix inputs = pk_matrix_view((pk_real *)d->inputs, d->rows, d->run->graph.input_width);
     memset(d->hash, 0, sizeof d->hash);
     if (d->parts)
         return pk_decompose_parts(context, d->run, inputs, &d->options, collect, d, NULL);
@@ -153,7 +153,7 @@ static void test_decompose(void **state)
             assert_int_equal(decompose(&context, &d), PK_MEMORY_LIMIT);
         }
         context.memory_limit = 0;
-        free((double *)d.inputs);
+        free((pk_real *)d.inputs);
         pk_run_release(&context, &run);
         bf_run_free(&brute);
         assert_int_equal(context.memory_used, 0);
@@ -179,7 +179,7 @@ static void test_overflow(void **state)
     pk_decompose_options options;
     bf_run brute;
     const bf_recipe recipe = fixture_recipe(3, 6, 2, 3, 0.1);
-    double x[3] = {1, 2, 3};
+    pk_real x[3] = {1, 2, 3};
     memset(&options, 0, sizeof options);
     fixture_make("input 3; dense 2", BF_SQUARED, "sgd", &recipe, &brute);
     fixture_open(&context, &brute, &run);

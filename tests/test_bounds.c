@@ -19,7 +19,7 @@ static double check(const char *network, const char *optimizer, double rate, dou
     bf_recipe recipe = fixture_recipe(7, 12, 8, 5, rate);
     fixture_make(network, BF_SOFTMAX_CROSS_ENTROPY, optimizer, &recipe, &made);
     fixture_open(&context, &made, &run);
-    double *inputs = fixture_normals(3, ROWS * made.network.inputs, 1);
+    pk_real *inputs = fixture_normals(3, ROWS * made.network.inputs, 1);
     bf_decompose(&made, ROWS, inputs, &truth);
     options.bounds = 1;
     options.tolerance = tolerance;
@@ -59,7 +59,7 @@ static void test_bounds_hold(void **state)
         "input 4; dense 3",
     };
     static const char *const optimizers[] = {"sgd", "sgd momentum=0.9 weight_decay=0.01", "adamw"};
-    static const double tolerances[] = {1e-3, 1e-6, 1e-10};
+    static const double tolerances[] = {1e-3, EITHER(1e-6, 1e-4), EITHER(1e-10, 1e-5)};
     (void)state;
     for (size_t n = 0; n < sizeof networks / sizeof *networks; n++)
         for (size_t o = 0; o < 3; o++)
@@ -68,7 +68,7 @@ static void test_bounds_hold(void **state)
                 double worst = check(networks[n], optimizers[o], rate, tolerances[t], &looseness);
                 if (!(worst <= 1))
                     fail_msg("%s, %s: an error is %.3g times its bound", networks[n], optimizers[o], worst);
-                if (!(looseness <= fmax(1e-8, 10 * tolerances[t])))
+                if (!(looseness <= fmax(EITHER(1e-8, 0.05), 10 * tolerances[t])))
                     fail_msg("%s, %s: bounds of %.3g of the entries say nothing", networks[n], optimizers[o],
                              looseness);
             }
@@ -82,7 +82,7 @@ static void test_bounds_need_a_rule(void **state)
     bf_run made;
     pk_decomposition got;
     pk_decompose_options options;
-    double inputs[4] = {1, 2, 3, 4};
+    pk_real inputs[4] = {1, 2, 3, 4};
     (void)state;
     memset(&context, 0, sizeof context);
     memset(&options, 0, sizeof options);

@@ -15,7 +15,7 @@ typedef struct subject {
 } subject;
 
 /* Decomposes with each engine; all agree with the truth and with each other. */
-static void check_run(const bf_run *truth_run, const char *name, const double *inputs)
+static void check_run(const bf_run *truth_run, const char *name, const pk_real *inputs)
 {
     pk_context context;
     pk_run run;
@@ -40,11 +40,11 @@ static void check_run(const bf_run *truth_run, const char *name, const double *i
         if (way == 4)
             options.engine = PK_ENGINE_HEAD;
         pk_status status = pk_decompose(
-            &context, &run, pk_matrix_view((double *)inputs, ROWS, truth_run->network.inputs), &options, &got);
+            &context, &run, pk_matrix_view((pk_real *)inputs, ROWS, truth_run->network.inputs), &options, &got);
         if (status)
             fail_msg("%s, way %d: %s: %s", name, way, pk_status_text(status), pk_message(&context));
         double entry = fixture_entry_error(&got, &truth);
-        if (!(entry <= 1e-10) || !(got.worst_closure <= 1e-12))
+        if (!(entry <= ROUNDING(1e-10)) || !(got.worst_closure <= ROUNDING(1e-12)))
             fail_msg("%s, way %d: entry error %.3g, closure %.3g (%zu points, %zu refused)", name, way, entry,
                      got.worst_closure, got.points, got.refused);
         worst_entry = fmax(worst_entry, entry);
@@ -58,7 +58,7 @@ static void check_run(const bf_run *truth_run, const char *name, const double *i
             const int exact = run.graph.degree >= 0;
             double scale = fixture_largest(entries, first),
                    apart = fixture_apart(entries, first, got.by_example);
-            if (!(apart <= (exact || way != 3 ? 1e-13 : 1e-11) * scale))
+            if (!(apart <= ROUNDING(exact || way != 3 ? 1e-13 : 1e-11) * scale))
                 fail_msg("%s: way %d differs from auto by %.3g of %.3g", name, way, apart, scale);
             if (scale > 0)
                 worst_engines[exact] = fmax(worst_engines[exact], apart / scale);
@@ -81,7 +81,7 @@ static void check(const subject *s)
         run.second_moments[i] *= 1 + 0.5 * (double)(i % 3);
     snprintf(name, sizeof name, "%.120s | %s | %.80s | seed %lu", s->network, bf_loss_name(s->loss),
              s->optimizer, (unsigned long)s->recipe.seed);
-    double *inputs = fixture_normals(s->recipe.seed + 99, ROWS * run.network.inputs, 1);
+    pk_real *inputs = fixture_normals(s->recipe.seed + 99, ROWS * run.network.inputs, 1);
     memcpy(inputs, run.inputs, run.network.inputs * sizeof *inputs); /* one training example among them */
     check_run(&run, name, inputs);
     free(inputs);
@@ -226,10 +226,11 @@ static void test_still_steps(void **state)
         bf_recipe recipe = fixture_recipe((uint64_t)(700 + v), 5, 4, 3, v == 2 ? 0.05 : 0.3);
         recipe.float32 = 1;
         fixture_make("input 3; dense 4; relu; dense 3; tanh; dense 2", BF_SQUARED, rules[v], &recipe, &run);
-        double *inputs = fixture_normals(5, ROWS * run.network.inputs, 1);
+        pk_real *inputs = fixture_normals(5, ROWS * run.network.inputs, 1);
         check_run(&run, "float32", inputs);
         /* w_2 = w_1: the rate is zero, or it is not and the rest is unattributed. */
-        memcpy(run.weights + 2 * run.parameters, run.weights + run.parameters, run.parameters * sizeof(double));
+        memcpy(run.weights + 2 * run.parameters, run.weights + run.parameters,
+               run.parameters * sizeof(pk_real));
         run.learning_rates[1] = v % 2 ? run.learning_rates[1] : 0;
         check_run(&run, "a step of length zero", inputs);
         memset(inputs, 0, ROWS * run.network.inputs * sizeof *inputs);
@@ -250,7 +251,7 @@ static void test_degenerate_units(void **state)
                      &run);
         const size_t P = run.parameters;
         for (size_t s = 0; s <= run.steps; s++) {
-            double *w = run.weights + s * P;
+            pk_real *w = run.weights + s * P;
             if (v == 0) /* unit 1 has no weights at all: its pre-activation is zero all along */
                 w[3] = w[4] = w[5] = w[15 + 1] = 0;
             if (v == 1) /* unit 1 is unit 0, twice: both switch at the same t */
@@ -265,7 +266,7 @@ static void test_degenerate_units(void **state)
                 for (size_t p = 0; p < P && s == 0; p++)
                     w[p] = 0;
         }
-        double *inputs = fixture_normals(6, ROWS * run.network.inputs, 1);
+        pk_real *inputs = fixture_normals(6, ROWS * run.network.inputs, 1);
         check_run(&run,
                   v == 0   ? "zero unit"
                   : v == 1 ? "twin units"

@@ -154,7 +154,7 @@ static void naive_layer_run(naive *net, int n, const bf_real *w, int back, bf_re
     }
 }
 
-static void naive_forward(naive *net, const bf_real *w, const double *x)
+static void naive_forward(naive *net, const bf_real *w, const pk_real *x)
 {
     int *signature = net->signature;
     for (size_t i = 0; i < net->width[0]; i++)
@@ -185,7 +185,7 @@ typedef struct path {
     naive *net;
     const bf_real *from, *to;
     bf_real *at;
-    const double *x;
+    const pk_real *x;
     bf_real *kinks;
     size_t count, capacity;
 } path;
@@ -261,7 +261,7 @@ typedef struct truth {
 
 static bf_real *run_weights(pk_context *context, const pk_run *run, size_t step)
 {
-    double *weights = FIXTURE_NEW(double, run->graph.parameters);
+    pk_real *weights = FIXTURE_NEW(pk_real, run->graph.parameters);
     assert_ok(context, pk_run_weights(context, run, step, weights));
     bf_real *extended = bf_extend(run->graph.parameters, weights);
     free(weights);
@@ -269,7 +269,7 @@ static bf_real *run_weights(pk_context *context, const pk_run *run, size_t step)
 }
 
 static void brute(pk_context *context, const pk_run *run, naive *net, const bf_optimizer *optimizer,
-                  const double *data, const double *targets, const double *test, truth *out)
+                  const pk_real *data, const pk_real *targets, const pk_real *test, truth *out)
 {
     const size_t P = net->offset[net->count], C = net->width[net->count - 1], D = net->width[0];
     const size_t cells = ROWS * C, sources = EXAMPLES + 1;
@@ -381,14 +381,14 @@ static void check(const subject *s, const char *optimizer, size_t batch, double 
     assert_int_equal(C, net.width[net.count - 1]);
     assert_true(graph.switched && graph.degree > 0);
     const size_t shape_x[2] = {EXAMPLES, D}, shape_y[1] = {EXAMPLES};
-    double *data = fixture_normals(seed, EXAMPLES * D, 1), *test = fixture_normals(seed + 1, ROWS * D, 1);
-    double *targets = FIXTURE_NEW(double, EXAMPLES *C), *weights = FIXTURE_NEW(double, P);
+    pk_real *data = fixture_normals(seed, EXAMPLES * D, 1), *test = fixture_normals(seed + 1, ROWS * D, 1);
+    pk_real *targets = FIXTURE_NEW(pk_real, EXAMPLES * C), *weights = FIXTURE_NEW(pk_real, P);
     int64_t labels[EXAMPLES];
     for (size_t i = 0; i < EXAMPLES; i++) {
         labels[i] = (int64_t)(i % C);
         targets[i * C + i % C] = 1;
     }
-    const pk_dataset train = {pk_array_view(PK_FLOAT64, 2, shape_x, data),
+    const pk_dataset train = {pk_array_view(REAL_TYPE, 2, shape_x, data),
                               pk_array_view(PK_INT64, 1, shape_y, labels)};
     assert_ok(&context, pk_network_initialize(&context, &graph, seed, weights));
     pk_train_options options;
@@ -436,8 +436,8 @@ static void check(const subject *s, const char *optimizer, size_t batch, double 
                         out.bounds[i] + 1e-15 * scale);
         worst_entry = fmax(worst_entry, error);
         worst_closure = fmax(worst_closure, out.worst_closure);
-        assert_true(error <= 1e-12);
-        assert_true(out.worst_closure <= 1e-12);
+        assert_true(error <= ROUNDING(1e-12));
+        assert_true(out.worst_closure <= ROUNDING(1e-12));
         pk_decomposition_release(&context, &out);
     }
     pk_run_release(&context, &run);

@@ -223,7 +223,7 @@ static void check(const subject *s, const char *optimizer, double rate, uint64_t
     assert_ok(&context, pk_network_parse_with(&context, s->network, &constants, &graph));
     const size_t P = graph.parameters, C = graph.output_width, D = graph.input_width, cells = ROWS * C;
     const size_t shape_x[2] = {EXAMPLES, D}, shape_y[1] = {EXAMPLES};
-    double *data = fixture_normals(seed, EXAMPLES * D, 1), *test = fixture_normals(seed + 1, ROWS * D, 1);
+    pk_real *data = fixture_normals(seed, EXAMPLES * D, 1), *test = fixture_normals(seed + 1, ROWS * D, 1);
     int64_t labels[EXAMPLES], *tokens = FIXTURE_NEW(int64_t, EXAMPLES * D);
     for (size_t i = 0; s->tokens && i < EXAMPLES * D; i++) /* the first row of each is the same */
         tokens[i] = (int64_t)((i * i + 3 * i + seed) % s->tokens);
@@ -232,7 +232,7 @@ static void check(const subject *s, const char *optimizer, double rate, uint64_t
     for (size_t i = 0; i < EXAMPLES; i++)
         labels[i] = (int64_t)(i % C);
     pk_dataset train;
-    train.inputs = pk_array_view(s->tokens ? PK_INT64 : PK_FLOAT64, 2, shape_x,
+    train.inputs = pk_array_view(s->tokens ? PK_INT64 : REAL_TYPE, 2, shape_x,
                                  s->tokens ? (const void *)tokens : (const void *)data);
     train.targets = pk_array_view(PK_INT64, 1, shape_y, labels);
     pk_real *weights = FIXTURE_NEW(pk_real, P);
@@ -296,8 +296,8 @@ static void test_sequences(void **state)
         check(&subjects[i], "sgd", subjects[i].rate, 10 * i);
         check(&subjects[i], "adamw", subjects[i].adamw_rate, 10 * i + 1);
     }
-    assert_true(worst_closure <= 1e-12);
-    assert_true(worst_entry <= 1e-11);
+    assert_true(worst_closure <= ROUNDING(1e-12));
+    assert_true(worst_entry <= ROUNDING(1e-11));
 }
 
 /* Tokens that are none reach neither training nor a decomposition. */

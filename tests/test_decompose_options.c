@@ -5,7 +5,7 @@ typedef struct fixture_run {
     pk_context context;
     bf_run brute;
     pk_run run;
-    double *inputs;
+    pk_real *inputs;
     size_t rows;
 } fixture_run;
 
@@ -89,7 +89,7 @@ static void read_out(void *user, size_t row, const pk_real *f, pk_real *h, pk_re
 }
 
 /* A(x, i) of a scalar readout for plain SGD by brute force: dense Gauss-Legendre between the oracle's kinks. */
-static void brute_readout(const bf_run *run, const double *x, reader *r, size_t row, bf_real *by_example)
+static void brute_readout(const bf_run *run, const pk_real *x, reader *r, size_t row, bf_real *by_example)
 {
     const size_t P = run->parameters, C = run->outputs;
     bf_real *gradients = BF_NEW(bf_real, run->examples * P), *sum = BF_NEW(bf_real, P),
@@ -169,9 +169,9 @@ static void test_readouts(void **state)
                 assert_int_equal(got.outputs, 1);
                 for (size_t row = 0; row < f.rows; row++) {
                     const size_t cell = row * C + (k < C ? k : (size_t)r.labels[row]);
-                    assert_close(got.final[row], all.final[cell], 1e-14);
+                    assert_close(got.final[row], all.final[cell], ROUNDING(1e-14));
                     assert_true(fixture_apart(N, got.by_example + row * N, all.by_example + cell * N) <=
-                                1e-12 * scale);
+                                ROUNDING(1e-12) * scale);
                 }
                 pk_decomposition_release(&f.context, &got);
             }
@@ -181,14 +181,16 @@ static void test_readouts(void **state)
                 options.readout.function = read_out;
                 options.readout.user = &r;
                 assert_ok(&f.context, pk_decompose(&f.context, &f.run, rows_of(&f), &options, &got));
-                assert_true(got.worst_closure <= 1e-12);
+                assert_true(got.worst_closure <= ROUNDING(1e-12));
                 if (r.kind == 0)
-                    assert_true(fixture_apart(f.rows * C * N, got.by_example, all.by_example) <= 1e-12 * scale);
+                    assert_true(fixture_apart(f.rows * C * N, got.by_example, all.by_example) <=
+                                ROUNDING(1e-12) * scale);
                 for (size_t row = 0; row < f.rows && r.kind; row++) {
                     bf_real *truth = BF_NEW(bf_real, N);
                     brute_readout(&f.brute, f.inputs + row * f.brute.network.inputs, &r, row, truth);
                     double error = fixture_error(N, got.by_example + row * N, truth);
-                    if (!(error <= 1e-10 * fixture_largest_real(N, truth) && error <= 1e-12 * scale))
+                    if (!(error <= ROUNDING(1e-10) * fixture_largest_real(N, truth) &&
+                          error <= ROUNDING(1e-12) * scale))
                         fail_msg("%s, readout %d, row %zu: error %.3g of %.3g", all_networks[n], r.kind, row,
                                  error, scale);
                     free(truth);
@@ -271,7 +273,7 @@ static void test_kept(void **state)
                     for (size_t s = 0; s < S; s++)
                         closure += got.step_closure[cell * S + s];
                     assert_close(data, got.data[cell], 1e-13 * scale * 10);
-                    assert_close(closure, got.closure[cell], 1e-13);
+                    assert_close(closure, got.closure[cell], ROUNDING(1e-13));
                     assert_close(got.initial[cell] + got.data[cell] + got.decay[cell] + got.unattributed[cell] +
                                      got.closure[cell],
                                  got.final[cell], 1e-14);
@@ -385,7 +387,7 @@ static void test_views(void **state)
     pk_decomposition whole, other;
     setup(&f, kinked, "sgd", 5);
     assert_ok(&f.context, pk_decompose(&f.context, &f.run, rows_of(&f), NULL, &whole));
-    double *wide = FIXTURE_NEW(double, 5 * 8);
+    pk_real *wide = FIXTURE_NEW(pk_real, 5 * 8);
     for (size_t i = 0; i < 5 * 8; i++)
         wide[i] = i % 8 < 3 ? f.inputs[i / 8 * 3 + i % 8] : (double)NAN;
     pk_matrix apart = {wide, 5, 3, 8};
@@ -442,7 +444,7 @@ static void test_bounds(void **state)
     print_message(
         "bounds: the largest error is %.3g of its bound, the largest bound %.3g of the largest entry\n",
         tightest, loosest);
-    assert_true(loosest <= 1e-8);
+    assert_true(loosest <= EITHER(1e-8, 0.05)); /* kinks at small slopes: 1e8 roundings */
 }
 
 /* ---- refused ----------------------------------------------------------------------------------------- */
@@ -595,7 +597,7 @@ static void test_wrong_optimizer(void **state)
     bf_run brute;
     const bf_recipe recipe = fixture_recipe(71, 6, 6, 4, 0.05);
     fixture_make(mixed, BF_SOFTMAX_CROSS_ENTROPY, "adamw weight_decay=0.1", &recipe, &brute);
-    double *inputs = fixture_normals(3, 2 * 3, 1);
+    pk_real *inputs = fixture_normals(3, 2 * 3, 1);
     for (int k = -1; k < 4; k++) {
         pk_context context;
         pk_run run;
@@ -603,8 +605,8 @@ static void test_wrong_optimizer(void **state)
         memset(&context, 0, sizeof context);
         fixture_open_as(&context, &brute, NULL, k < 0 ? NULL : wrong[k], &run);
         assert_ok(&context, pk_decompose(&context, &run, pk_matrix_view(inputs, 2, 3), NULL, &out));
-        assert_true(k < 0 ? out.worst_unattributed < 1e-13 : out.worst_unattributed > 1e-4);
-        assert_true(out.worst_closure <= 1e-12);
+        assert_true(k < 0 ? out.worst_unattributed < ROUNDING(1e-13) : out.worst_unattributed > 1e-4);
+        assert_true(out.worst_closure <= ROUNDING(1e-12));
         pk_decomposition_release(&context, &out);
         pk_run_release(&context, &run);
     }
@@ -618,8 +620,9 @@ static void test_wrong_optimizer(void **state)
 static void test_not_finite(void **state)
 {
     (void)state;
-    static const double values[] = {
-        (double)NAN, (double)INFINITY, -(double)INFINITY, 1e300, -1e308, 1e155, 1e100, 1e30};
+    static const double values[] = {(double)NAN,         (double)INFINITY,      -(double)INFINITY,
+                                    EITHER(1e300, 1e37), EITHER(-1e308, -3e38), EITHER(1e155, 1e20),
+                                    EITHER(1e100, 1e15), EITHER(1e30, 1e5)};
     enum { VALUES = 8 };
     for (size_t o = 0; o < 3; o++)
         for (int n = 0; n < 3; n++)
@@ -629,7 +632,7 @@ static void test_not_finite(void **state)
                     pk_decomposition out;
                     setup(&f, all_networks[n], rules[o], 3);
                     const size_t P = f.run.parameters;
-                    double *own = FIXTURE_NEW(double, (f.run.steps + 1) * P);
+                    pk_real *own = FIXTURE_NEW(pk_real, (f.run.steps + 1) * P);
                     memcpy(own, f.brute.weights, (f.run.steps + 1) * P * sizeof *own);
                     if (where) /* one weight of one step; else all of a step */
                         own[3 * P + 2] = values[k];
@@ -638,7 +641,7 @@ static void test_not_finite(void **state)
                             own[3 * P + p] *= values[k];
                     const pk_array recorded = f.run.weights;
                     const size_t shape[2] = {f.run.steps + 1, P};
-                    f.run.weights = pk_array_view(PK_FLOAT64, 2, shape, own);
+                    f.run.weights = pk_array_view(REAL_TYPE, 2, shape, own);
                     pk_status status = pk_decompose(&f.context, &f.run, rows_of(&f), NULL, &out);
                     if (!isfinite(values[k])) {
                         assert_int_equal(status, PK_NOT_FINITE);
@@ -649,7 +652,7 @@ static void test_not_finite(void **state)
                     }
                     /* What is called closed is closed. */
                     for (size_t i = 0; !status && i < f.rows * out.outputs; i++)
-                        assert_true(fabs(out.closure[i]) <= 1e-10 * fmax(1, fabs(out.final[i])));
+                        assert_true(fabs(out.closure[i]) <= PK_TOLERANCE * fmax(1, fabs(out.final[i])));
                     pk_decomposition_release(&f.context, &out);
                     f.run.weights = recorded;
                     free(own);
@@ -662,17 +665,17 @@ static void test_tiny(void **state)
 {
     (void)state;
     for (int n = 0; n < 3; n++)
-        for (int exponent = -320; exponent <= -20; exponent += 50) {
+        for (int exponent = EITHER(-320, -44); exponent <= EITHER(-20, -4); exponent += EITHER(50, 8)) {
             fixture_run f;
             pk_decomposition out;
             setup(&f, all_networks[n], "sgd", 3);
             const size_t P = f.run.parameters;
-            double *own = FIXTURE_NEW(double, (f.run.steps + 1) * P);
+            pk_real *own = FIXTURE_NEW(pk_real, (f.run.steps + 1) * P);
             for (size_t i = 0; i < (f.run.steps + 1) * P; i++)
                 own[i] = f.brute.weights[i] * pow(10, exponent);
             const pk_array recorded = f.run.weights;
             const size_t shape[2] = {f.run.steps + 1, P};
-            f.run.weights = pk_array_view(PK_FLOAT64, 2, shape, own);
+            f.run.weights = pk_array_view(REAL_TYPE, 2, shape, own);
             assert_ok(&f.context, pk_decompose(&f.context, &f.run, rows_of(&f), NULL, &out));
             pk_decomposition_release(&f.context, &out);
             f.run.weights = recorded;

@@ -93,11 +93,11 @@ static void check(const subject *s, uint64_t seed)
     assert_ok(&context, pk_network_parse(&context, s->network, &graph));
     const size_t P = graph.parameters, C = graph.output_width, D = graph.input_width;
     const size_t shape_x[2] = {EXAMPLES, D}, shape_y[1] = {EXAMPLES}, cells = ROWS * C;
-    double *data = fixture_normals(seed, EXAMPLES * D, 1), *test = fixture_normals(seed + 1, ROWS * D, 1);
+    pk_real *data = fixture_normals(seed, EXAMPLES * D, 1), *test = fixture_normals(seed + 1, ROWS * D, 1);
     int64_t labels[EXAMPLES];
     for (size_t i = 0; i < EXAMPLES; i++)
         labels[i] = (int64_t)(i % C);
-    pk_dataset train = {pk_array_view(PK_FLOAT64, 2, shape_x, data),
+    pk_dataset train = {pk_array_view(REAL_TYPE, 2, shape_x, data),
                         pk_array_view(PK_INT64, 1, shape_y, labels)};
     pk_real *weights = FIXTURE_NEW(pk_real, P);
     assert_ok(&context, pk_network_initialize(&context, &graph, seed, weights));
@@ -134,7 +134,7 @@ static void check(const subject *s, uint64_t seed)
             largest = fmax(largest, fabs(first[i]));
         for (size_t i = 0; i < cells * EXAMPLES; i++) {
             const double truth = expected ? expected[i] : first[i], error = fabs(got[i] - truth) / largest;
-            if (!(error <= 1e-11))
+            if (!(error <= ROUNDING(1e-11)))
                 fail_msg("%s, %s, engine %d: entry %zu is %.17g, not %.17g", s->network, s->optimizer, e, i,
                          got[i], truth);
             worst_entry = fmax(worst_entry, error);
@@ -168,7 +168,7 @@ static void test_engines(void **state)
         }
     print_message("worst closure %.3g, worst entry error %.3g of the largest entry\n", worst_closure,
                   worst_entry);
-    assert_true(worst_closure <= 1e-12);
+    assert_true(worst_closure <= ROUNDING(1e-12));
 }
 
 int main(void)

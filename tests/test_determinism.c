@@ -20,7 +20,7 @@ static void read_out(void *user, size_t row, const pk_real *f, pk_real *h, pk_re
 
 /* With a context of so many threads and so much memory; 0 and the least that would do where that is too little. */
 static size_t decompose(const pk_run *run, const subject *s, int threads, size_t limit, int function,
-                        const double *inputs, uint64_t *hash, double *counts)
+                        const pk_real *inputs, uint64_t *hash, double *counts)
 {
     pk_context context;
     pk_decompose_options options;
@@ -43,7 +43,7 @@ static size_t decompose(const pk_run *run, const subject *s, int threads, size_t
         options.readout.function = read_out;
     }
     pk_status status = pk_decompose(
-        &context, run, pk_matrix_view((double *)inputs, ROWS, run->graph.input_width), &options, &out);
+        &context, run, pk_matrix_view((pk_real *)inputs, ROWS, run->graph.input_width), &options, &out);
     if (status == PK_MEMORY_LIMIT) {
         size_t least = 0;
         const char *words = "the least that would do is ", *at = strstr(pk_message(&context), words);
@@ -80,7 +80,7 @@ static void check(const subject *s, int function)
     memset(&context, 0, sizeof context);
     fixture_make(s->network, BF_SOFTMAX_CROSS_ENTROPY, s->optimizer, &recipe, &brute);
     fixture_open(&context, &brute, &run);
-    double *inputs = fixture_normals(4, ROWS * brute.network.inputs, 1);
+    pk_real *inputs = fixture_normals(4, ROWS * brute.network.inputs, 1);
     assert_int_equal(decompose(&run, s, 1, 0, function, inputs, first, counts), 0);
     static const int threads[] = {2, 3, 5, 1};
     for (int k = 0; k < 4; k++) {
@@ -146,7 +146,7 @@ static void test_windows(void **state)
     pk_run run;
     bf_run brute;
     static const char *const optimizers[] = {"sgd momentum=0.9", "adamw", "sgd"};
-    double *inputs = fixture_normals(8, ROWS * 2, 1);
+    pk_real *inputs = fixture_normals(8, ROWS * 2, 1);
     for (int o = 0; o < 3; o++) {
         subject s = {NULL, NULL, 0, 0, 0, 0, PK_RULE_AUTO};
         uint64_t first[ROWS], other[ROWS];

@@ -11,11 +11,14 @@ static const char *const activations[BF_ACTIVATIONS] = {
 static void test_activations(void **state)
 {
     (void)state;
-    static const double points[] = {0,    -0.0, 1e-320,    -1e-300,    1e-8,  -1e-8,  0.3,   -0.7,
-                                    1,    -1,   1 + 1e-15, -1 - 1e-15, 2.5,   -3.5,   8,     -8,
-                                    20,   -20,  37.5,      -37.5,      100,   -100,   709,   -745,
-                                    1000, -1e4, 1e30,      -1e30,      1e154, -1e154, 1e300, -1e300};
-    enum { COUNT = sizeof points / sizeof *points };
+    static const double doubles[] = {0,    -0.0, 1e-320,    -1e-300,    1e-8,  -1e-8,  0.3,   -0.7,
+                                     1,    -1,   1 + 1e-15, -1 - 1e-15, 2.5,   -3.5,   8,     -8,
+                                     20,   -20,  37.5,      -37.5,      100,   -100,   709,   -745,
+                                     1000, -1e4, 1e30,      -1e30,      1e154, -1e154, 1e300, -1e300};
+    enum { COUNT = EITHER(32, 28) }; /* to the end of the range */
+    pk_real points[COUNT];
+    for (int i = 0; i < COUNT; i++)
+        points[i] = (pk_real)doubles[i];
     for (int a = 0; a < BF_ACTIVATIONS; a++) {
         holder h;
         char network[100];
@@ -35,9 +38,10 @@ static void test_activations(void **state)
             const double slope = (double)bf_slope(&net.layer[0], (bf_real)points[i]);
             const double own = pk_tape_output(&h.tape)[i], own_slope = h.tape.cotangent[1][i];
             if (!(fabs(own - value) <=
-                  4e-16 * fmax(fabs(value), fabs(points[i]) < 1 ? fabs(points[i]) + (value > 0.1) : 1)))
+                  ROUNDING(4e-16) *
+                      fmax(fabs(value), fabs(points[i]) < 1 ? fabs(points[i]) + (value > 0.1) : 1)))
                 fail_msg("%s(%g) = %.17g, not %.17g", activations[a], points[i], own, value);
-            if (!(fabs(own_slope - slope) <= 1e-15 * fmax(1, fabs(slope))))
+            if (!(fabs(own_slope - slope) <= ROUNDING(1e-15) * fmax(1, fabs(slope))))
                 fail_msg("%s'(%g) = %.17g, not %.17g", activations[a], points[i], own_slope, slope);
         }
         drop(&h);
@@ -51,8 +55,8 @@ static void check_network(const char *network, uint64_t seed)
     enum { ROWS = 5 };
     const bf_network net = fixture_network(network);
     const size_t P = bf_parameters(&net), C = bf_outputs(&net), in = net.inputs;
-    double *w = fixture_normals(seed, P, 0.6), *d = fixture_normals(seed + 1, P, 1);
-    double *x = fixture_normals(seed + 2, ROWS * in, 1), *u = fixture_normals(seed + 3, ROWS * C, 1);
+    pk_real *w = fixture_normals(seed, P, 0.6), *d = fixture_normals(seed + 1, P, 1);
+    pk_real *x = fixture_normals(seed + 2, ROWS * in, 1), *u = fixture_normals(seed + 3, ROWS * C, 1);
     hold(&h, network, ROWS, C);
     assert_int_equal(h.graph.parameters, P);
     assert_int_equal(h.graph.output_width, C);
@@ -65,7 +69,7 @@ static void check_network(const char *network, uint64_t seed)
     (void)line;
     pk_tape_forward(&h.tape, &along, ROWS, x);
     pk_tape_tangent(&h.tape, &along, ROWS);
-    double *tangent = FIXTURE_NEW(double, ROWS *C);
+    pk_real *tangent = FIXTURE_NEW(pk_real, ROWS * C);
     memcpy(tangent, h.tape.tangent[h.graph.node_count - 1], ROWS * C * sizeof *tangent);
     pk_tape_forward(&h.tape, &plain, ROWS, x);
     for (size_t r = 0; r < ROWS; r++)
@@ -80,8 +84,9 @@ static void check_network(const char *network, uint64_t seed)
             bf_real push = 0;
             for (size_t p = 0; p < P; p++)
                 push += jacobian[c * P + p] * (bf_real)d[p];
-            assert_close(pk_tape_output(&h.tape)[r * C + c], (double)f[c], 1e-14 * fmax(1, fabs((double)f[c])));
-            assert_close(tangent[r * C + c], (double)push, 1e-13 * fmax(1, fabs((double)push)));
+            assert_close(pk_tape_output(&h.tape)[r * C + c], (double)f[c],
+                         ROUNDING(1e-14) * fmax(1, fabs((double)f[c])));
+            assert_close(tangent[r * C + c], (double)push, ROUNDING(1e-13) * fmax(1, fabs((double)push)));
             for (size_t l = 0; l < net.layers;
                  l++) { /* the outer product of cotangent and input is the Jacobian */
                 const pk_node *node = pk_graph_layer(&h.graph, l);
@@ -91,7 +96,7 @@ static void check_network(const char *network, uint64_t seed)
                     const double delta = h.tape.cotangent[n][(r * C + c) * node->width + j];
                     for (size_t k = 0; k < fan_in; k++)
                         assert_close(delta * h.tape.value[before][r * fan_in + k],
-                                     jacobian[c * P + node->weight_offset + j * fan_in + k], 1e-13);
+                                     jacobian[c * P + node->weight_offset + j * fan_in + k], ROUNDING(1e-13));
                 }
             }
         }
@@ -114,11 +119,11 @@ static void check_network(const char *network, uint64_t seed)
         }
     }
     for (size_t p = 0; p < P; p++) {
-        assert_close(gradient[p] - (pk_real)p, (double)expected[p], 1e-13 * fmax(1, (double)p));
+        assert_close(gradient[p] - (pk_real)p, (double)expected[p], ROUNDING(1e-13) * fmax(1, (double)p));
         right += (gradient[p] - (pk_real)p) * d[p];
         size += fabs(gradient[p] * d[p]);
     }
-    assert_close(left, right, 1e-13 * fmax(1, size));
+    assert_close(left, right, ROUNDING(1e-13) * fmax(1, size));
     free(w), free(d), free(x), free(u), free(tangent), free(jacobian), free(gradient), free(expected);
     drop(&h);
 }
@@ -141,13 +146,13 @@ static void test_networks(void **state)
 
 /* ---- graphs node by node ------------------------------------------------------------------------------ */
 
-static double evaluate(holder *h, const double *w, const double *x, const double *u, size_t rows)
+static double evaluate(holder *h, const pk_real *w, const pk_real *x, const pk_real *u, size_t rows)
 {
     const size_t C = h->graph.output_width;
     pk_real *out = FIXTURE_NEW(pk_real, rows * C);
     double sum = 0;
     assert_ok(&h->context, pk_graph_evaluate(&h->context, &h->graph, w,
-                                             pk_matrix_view((double *)x, rows, h->graph.input_width),
+                                             pk_matrix_view((pk_real *)x, rows, h->graph.input_width),
                                              pk_matrix_view(out, rows, C)));
     for (size_t i = 0; i < rows * C; i++)
         sum += u[i] * out[i];
@@ -156,8 +161,8 @@ static double evaluate(holder *h, const double *w, const double *x, const double
 }
 
 /* gradient (P) of sum u . f(w + t d), each row at its own t, from the cotangents of every layer. */
-static void full_gradient(holder *h, const pk_line *line, const double *u, const double *x, size_t rows,
-                          double *gradient)
+static void full_gradient(holder *h, const pk_line *line, const pk_real *u, const pk_real *x, size_t rows,
+                          pk_real *gradient)
 {
     const size_t C = h->graph.output_width;
     pk_tape_forward(&h->tape, line, rows, x);
@@ -213,18 +218,18 @@ static void test_unread_node(void **state)
     (void)user_node(&h.context, &h.graph, dense, c, -1, 2);
     hold_graph(&h, 3, 1);
     const size_t P = h.graph.parameters;
-    double *w = fixture_normals(1, P, 1), *x = fixture_normals(2, 6, 1), *u = fixture_normals(3, 6, 1);
-    double *gradient = FIXTURE_NEW(double, P);
+    pk_real *w = fixture_normals(1, P, 1), *x = fixture_normals(2, 6, 1), *u = fixture_normals(3, 6, 1);
+    pk_real *gradient = FIXTURE_NEW(pk_real, P);
     const pk_line plain = {w, NULL, NULL};
     full_gradient(&h, &plain, u, x, 3, gradient);
     for (size_t p = 0; p < P; p++) {
-        const double keep = w[p], step = 1e-5;
+        const pk_real keep = w[p], step = (pk_real)(sizeof(pk_real) > sizeof(float) ? 1e-5 : 1e-2);
         w[p] = keep + step;
         double slope = evaluate(&h, w, x, u, 3);
         w[p] = keep - step;
-        slope = (slope - evaluate(&h, w, x, u, 3)) / (2 * step);
+        slope = (slope - evaluate(&h, w, x, u, 3)) / (2 * (double)step);
         w[p] = keep;
-        assert_close(gradient[p], slope, 1e-8);
+        assert_close(gradient[p], slope, ROUNDING(1e-8));
     }
     free(w), free(x), free(u), free(gradient);
     drop(&h);
@@ -338,9 +343,9 @@ static void test_evaluate_bits(void **state)
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
     assert_ok(&context, pk_network_parse(&context, "input 5; dense 17; tanh; dense 9; relu; dense 3", &graph));
-    double *w = fixture_normals(1, graph.parameters, 1), *x = fixture_normals(2, ROWS * 5, 1);
-    double *wide = FIXTURE_NEW(double, ROWS * 7), *first = FIXTURE_NEW(double, ROWS * 3),
-           *y = FIXTURE_NEW(double, ROWS * 4);
+    pk_real *w = fixture_normals(1, graph.parameters, 1), *x = fixture_normals(2, ROWS * 5, 1);
+    pk_real *wide = FIXTURE_NEW(pk_real, ROWS * 7), *first = FIXTURE_NEW(pk_real, ROWS * 3),
+            *y = FIXTURE_NEW(pk_real, ROWS * 4);
     for (size_t i = 0; i < ROWS * 5; i++)
         wide[i / 5 * 7 + i % 5] = x[i];
     context.threads = 1;

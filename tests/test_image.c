@@ -57,8 +57,8 @@ typedef struct size3 {
 } size3;
 
 /* The definition: output, cotangent of the input and gradient of the weights of one row. */
-static void naive_conv(size3 in, size3 out, const double *a, const double *w, const double *x,
-                       const double *delta, bf_real *y, bf_real *reverse, bf_real *gradient)
+static void naive_conv(size3 in, size3 out, const double *a, const pk_real *w, const pk_real *x,
+                       const pk_real *delta, bf_real *y, bf_real *reverse, bf_real *gradient)
 {
     const int *n = NULL;
     int k[10];
@@ -99,10 +99,10 @@ static void check_conv(size3 in, const double *a, uint64_t seed)
     const pk_operation *operation = node->operation;
     const size_t P = node->weight_count;
     const size3 out = {(int)node->shape.dims[0], (int)node->shape.dims[1], (int)node->shape.dims[2]};
-    double *w = fixture_normals(seed, P, 1), *x = fixture_normals(seed + 1, ROWS * s.in, 1);
-    double *delta = fixture_normals(seed + 2, ROWS * s.out, 1), *y = fixture_normals(1, ROWS * s.out, 1);
-    double *reverse = fixture_normals(2, ROWS * s.in, 1), *gradient = FIXTURE_NEW(double, P);
-    double *scratch = FIXTURE_NEW(double, operation->scratch(node, 1, 1));
+    pk_real *w = fixture_normals(seed, P, 1), *x = fixture_normals(seed + 1, ROWS * s.in, 1);
+    pk_real *delta = fixture_normals(seed + 2, ROWS * s.out, 1), *y = fixture_normals(1, ROWS * s.out, 1);
+    pk_real *reverse = fixture_normals(2, ROWS * s.in, 1), *gradient = FIXTURE_NEW(pk_real, P);
+    pk_real *scratch = FIXTURE_NEW(pk_real, operation->scratch(node, 1, 1));
     bf_real *true_y = BF_NEW(bf_real, s.out), *true_reverse = BF_NEW(bf_real, s.in),
             *true_gradient = BF_NEW(bf_real, P);
     s.call.rows = ROWS;
@@ -117,7 +117,7 @@ static void check_conv(size3 in, const double *a, uint64_t seed)
     operation->reverse(&s.call);
     operation->weight_gradient(&s.call);
     /* c k eps |A||B|: sums of at most so many products of numbers below 5 */
-    const double tolerance = 25 * 2.3e-16 * (double)(s.in + s.out + P);
+    const double tolerance = 25 * ROUNDING(2.3e-16) * (double)(s.in + s.out + P);
     for (size_t row = 0; row < ROWS; row++) {
         memset(true_reverse, 0, s.in * sizeof *true_reverse);
         naive_conv(in, out, a, w, x + row * s.in, delta + row * s.out, true_y, true_reverse, true_gradient);
@@ -193,52 +193,52 @@ static void test_conv_values(void **state)
  *   show("average", nn.AvgPool2d((3, 2), stride=(2, 1), padding=1), 0, 1, 5, 4)
  */
 /* clang-format off */
-static const double groups_out[] = {-0.125, -1.4375, -1.5625, 0.8125, -0.4375, -0.6875, 0.1875, -1.4375,
+static const pk_real groups_out[] = {-0.125, -1.4375, -1.5625, 0.8125, -0.4375, -0.6875, 0.1875, -1.4375,
     -0.3125, -1.0625, 2.25, -0.8125, 0.6875, 1.4375, 1.1875, 2.5625, 0.8125, 2.1875, 0.3125, 1.0625, 0.5,
     0.5, -0.4375, 0.0625, 0.8125, 0.75, 0.5, -1.8125, 0.4375, -0.0625, 1.125, -0.625, -4.4375, -1.0625,
     0.6875, 0, -1.5, 0, -0.1875, -0.5625};
-static const double groups_in[] = {-0.5, -0.5625, -1.3125, 2, -2.25, 1.0625, -0.8125, 0.5, 0.4375, -0.25,
+static const pk_real groups_in[] = {-0.5, -0.5625, -1.3125, 2, -2.25, 1.0625, -0.8125, 0.5, 0.4375, -0.25,
     0.125, -0.875, -1.625, -0.4375, -2, 1.1875, -2.625, 0.4375, -1.875, 1.375, 1.1875, 0.5625, -1.9375,
     1.75};
-static const double groups_weights[] = {-0.8125, -1, -1.4375, 0.9375, -1.375, 0.75, 1.5, -0.75, 1.125,
+static const pk_real groups_weights[] = {-0.8125, -1, -1.4375, 0.9375, -1.375, 0.75, 1.5, -0.75, 1.125,
     -1.3125, 1.0625, -1.625, -0.75, -0.75, -1.1875, -1.875, 0.6875, -1.625, 2, -0.75, 1.5625, -1.875, -1.5,
     1, -0.5, 1.25, 0.25, -0.75};
-static const double plain_out[] = {-1.6875, -2.0625, -1.875, -4.3125, 4.4375, 1.625, 1.5, 7.4375};
-static const double plain_in[] = {-1, 0.3125, 1.25, -0.5625, 2.125, -0.1875, 0.75, -0.3125, -1.125, 0.9375,
+static const pk_real plain_out[] = {-1.6875, -2.0625, -1.875, -4.3125, 4.4375, 1.625, 1.5, 7.4375};
+static const pk_real plain_in[] = {-1, 0.3125, 1.25, -0.5625, 2.125, -0.1875, 0.75, -0.3125, -1.125, 0.9375,
     -0.125, -1.125, -1.375, 2.4375, 0.3125, 2.375, 2.0625, -1.125, 1.3125, -1.8125, -1.125, -1.25, -1.625,
     0.9375};
-static const double plain_weights[] = {-0.75, -0.1875, 0.25, 1, 0.5, -0.4375, 0.875, 0.4375, -0.375, 0, 1,
+static const pk_real plain_weights[] = {-0.75, -0.1875, 0.25, 1, 0.5, -0.4375, 0.875, 0.4375, -0.375, 0, 1,
     0, 0.5, -0.4375, -0.1875, 0.375, -2.5625, -0.125, 0.75, 0.75, -1, 0.5625, 0.3125, 0.5, 0.375, 0.125,
     0.5, 0, -1.75, 0, -0.1875, -0.4375, 0.5, -0.375, 1.4375, 0.5, 0.25, 0.75};
-static const double maximum_out[] = {1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1};
-static const double maximum_in[] = {0, 1.5, -0.75, 0, -1.5, 0.75, 0, 1, 0, 0, 0, 0, 0, 1.25, 0, -2, 0, 0, 0,
+static const pk_real maximum_out[] = {1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1};
+static const pk_real maximum_in[] = {0, 1.5, -0.75, 0, -1.5, 0.75, 0, 1, 0, 0, 0, 0, 0, 1.25, 0, -2, 0, 0, 0,
     0};
-static const double average_out[] = {0.083333333333333329, 0.29166666666666669, 0.083333333333333329,
+static const pk_real average_out[] = {0.083333333333333329, 0.29166666666666669, 0.083333333333333329,
     -0.125, 0, 0.33333333333333331, 0.16666666666666666, -0.375, 0, 0.20833333333333334,
     0.20833333333333334, 0.083333333333333329, -0.125, 0.125, 0.125};
-static const double average_in[] = {0.125, 0.25, -0.083333333333333343, 0.041666666666666657,
+static const pk_real average_in[] = {0.125, 0.25, -0.083333333333333343, 0.041666666666666657,
     -0.041666666666666657, 0.20833333333333334, 0, -0.20833333333333334, -0.16666666666666666,
     -0.041666666666666657, 0.083333333333333343, -0.25, -0.16666666666666666, 0.083333333333333356,
     0.33333333333333337, -0.33333333333333337, 0, 0.125, 0.25, -0.083333333333333343};
 /* clang-format on */
 
 /* ((7 i + 3) mod 11 - 5) / 4, as in the program above. */
-static double *pattern(size_t count)
+static pk_real *pattern(size_t count)
 {
-    double *numbers = FIXTURE_NEW(double, count);
+    pk_real *numbers = FIXTURE_NEW(pk_real, count);
     for (size_t i = 0; i < count; i++)
         numbers[i] = ((double)((7 * i + 3) % 11) - 5) / 4;
     return numbers;
 }
 
-static void check_constants(single *s, int ties, const double *out, const double *in, const double *weights,
-                            const double *weight_gradient)
+static void check_constants(single *s, int ties, const pk_real *out, const pk_real *in, const pk_real *weights,
+                            const pk_real *weight_gradient)
 {
     const pk_operation *operation = s->call.node->operation;
     const size_t P = s->call.node->weight_count;
-    double *x = pattern(s->in), *delta = pattern(s->out), *y = FIXTURE_NEW(double, s->out);
-    double *reverse = FIXTURE_NEW(double, s->in), *gradient = FIXTURE_NEW(double, P);
-    double *scratch = FIXTURE_NEW(double, operation->scratch ? operation->scratch(s->call.node, 1, 1) : 0);
+    pk_real *x = pattern(s->in), *delta = pattern(s->out), *y = FIXTURE_NEW(pk_real, s->out);
+    pk_real *reverse = FIXTURE_NEW(pk_real, s->in), *gradient = FIXTURE_NEW(pk_real, P);
+    pk_real *scratch = FIXTURE_NEW(pk_real, operation->scratch ? operation->scratch(s->call.node, 1, 1) : 0);
     for (size_t i = 0; ties && i < s->in; i++)
         x[i] = floor(x[i]);
     s->call.rows = 1;
@@ -254,11 +254,11 @@ static void check_constants(single *s, int ties, const double *out, const double
     if (P)
         operation->weight_gradient(&s->call);
     for (size_t i = 0; i < s->out; i++)
-        assert_close(y[i], out[i], 1e-15);
+        assert_close(y[i], out[i], ROUNDING(1e-15));
     for (size_t i = 0; i < s->in; i++)
-        assert_close(reverse[i], in[i], 1e-15);
+        assert_close(reverse[i], in[i], ROUNDING(1e-15));
     for (size_t i = 0; i < P; i++)
-        assert_close(gradient[i], weight_gradient[i], 1e-15);
+        assert_close(gradient[i], weight_gradient[i], ROUNDING(1e-15));
     free(x), free(delta), free(y), free(reverse), free(gradient), free(scratch);
     single_close(s);
 }
@@ -269,7 +269,8 @@ static void test_pytorch(void **state)
 {
     (void)state;
     single s;
-    double a[PK_NODE_ATTRIBUTES] = {3, 2, 2, 1, 1, 1}, weights[COUNT(plain_weights)];
+    double a[PK_NODE_ATTRIBUTES] = {3, 2, 2, 1, 1, 1};
+    pk_real weights[COUNT(plain_weights)];
     const int three[2] = {3, 3}, kernel[2] = {3, 2}, two[2] = {2, 2}, one[2] = {1, 1}, stride[2] = {2, 1},
               pad[2] = {1, 2};
     single_open(&s, "max_pool", 1, 5, 4, a);
@@ -285,7 +286,7 @@ static void test_pytorch(void **state)
         const size_t count = plain ? COUNT(plain_weights) : COUNT(groups_weights);
         assert_int_equal(s.graph.parameters, count);
         assert_int_equal(s.out, plain ? COUNT(plain_out) : COUNT(groups_out));
-        double *own = pattern(count);
+        pk_real *own = pattern(count);
         for (size_t i = 0, biases = plain ? 2 : 4; i < count; i++)
             weights[i] = i < count - biases ? own[i] : own[i - (count - biases)];
         check_constants(&s, 0, plain ? plain_out : groups_out, plain ? plain_in : groups_in, weights,
@@ -297,17 +298,17 @@ static void test_pytorch(void **state)
 /* ---- pools ------------------------------------------------------------------------------------------- */
 
 /* Whole numbers, many of them equal. */
-static double *whole_numbers(uint64_t seed, size_t count, int most)
+static pk_real *whole_numbers(uint64_t seed, size_t count, int most)
 {
-    double *numbers = FIXTURE_NEW(double, count);
+    pk_real *numbers = FIXTURE_NEW(pk_real, count);
     for (size_t i = 0; i < count; i++)
         numbers[i] = drawn(&seed, 0, most);
     return numbers;
 }
 
 /* Output and cotangents of a chain of pools behind a convolution that changes nothing. */
-static void pool_chain(size3 in, double (*pools)[PK_NODE_ATTRIBUTES], int count, const double *x,
-                       const double *delta, double *out, double *reverse, size_t *outputs)
+static void pool_chain(size3 in, double (*pools)[PK_NODE_ATTRIBUTES], int count, const pk_real *x,
+                       const pk_real *delta, pk_real *out, pk_real *reverse, size_t *outputs)
 {
     enum { ROWS = 2, COPIES = 3 };
     holder h;
@@ -328,7 +329,7 @@ static void pool_chain(size3 in, double (*pools)[PK_NODE_ATTRIBUTES], int count,
         assert_ok(&h.context,
                   pk_graph_add(&h.context, &h.graph, pk_operation_find("max_pool"), 1, &node, pools[i], &node));
     hold_graph(&h, ROWS, COPIES);
-    double *ones = FIXTURE_NEW(double, h.graph.parameters);
+    pk_real *ones = FIXTURE_NEW(pk_real, h.graph.parameters);
     for (size_t i = 0; i < h.graph.parameters; i++)
         ones[i] = 1;
     const pk_line line = {ones, NULL, NULL};
@@ -348,7 +349,7 @@ static void test_separable(void **state)
     (void)state;
     enum { MOST = 2 * 3 * 2 * 9 * 9 };
     uint64_t seed = 9;
-    double out[2][MOST], reverse[2][MOST];
+    pk_real out[2][MOST], reverse[2][MOST];
     int checked = 0;
     for (int k = 0; k < 200; k++) {
         const size3 in = {drawn(&seed, 1, 2), drawn(&seed, 1, 9), drawn(&seed, 1, 9)};
@@ -366,7 +367,7 @@ static void test_separable(void **state)
         if (whole[0][PK_POOL_KERNEL] == 0)
             continue;
         size_t outputs[2];
-        double *x = whole_numbers(seed, MOST, k % 2 ? 1 : 4), *delta = fixture_normals(seed, MOST, 1);
+        pk_real *x = whole_numbers(seed, MOST, k % 2 ? 1 : 4), *delta = fixture_normals(seed, MOST, 1);
         for (size_t i = 0; i < MOST; i++)
             x[i] -= 3; /* below the zero of padding, were there one */
         pool_chain(in, whole, 1, x, delta, out[0], reverse[0], &outputs[0]);
@@ -374,7 +375,7 @@ static void test_separable(void **state)
         assert_int_equal(outputs[0], outputs[1]);
         assert_memory_equal(out[0], out[1], 2 * outputs[0] * sizeof **out);
         for (int i = 0; i < 2 * 3 * in.channels * in.height * in.width; i++)
-            assert_close(reverse[0][i], reverse[1][i], 1e-14);
+            assert_close(reverse[0][i], reverse[1][i], ROUNDING(1e-14));
         free(x), free(delta);
         checked++;
     }
@@ -389,7 +390,7 @@ static void test_pool_switches(void **state)
     for (int k = 0; k < 100; k++) {
         const int height = drawn(&seed, 3, 7), width = drawn(&seed, 3, 7);
         const size_t plane = (size_t)(height * width);
-        double a[PK_NODE_ATTRIBUTES] = {0}, *x;
+        double a[PK_NODE_ATTRIBUTES] = {0};
         single s;
         for (int side = 0; side < 2; side++) {
             a[PK_POOL_KERNEL + side] = k % 3 == side ? 1 : drawn(&seed, 1, 3);
@@ -421,10 +422,10 @@ static void test_pool_switches(void **state)
                 }
         assert_int_equal(count, 2 * expected);
         /* The numbers are powers of two, so that a difference tells its pair: 2^a - 2^b. */
-        x = FIXTURE_NEW(double, 2 * plane);
+        pk_real *x = FIXTURE_NEW(pk_real, 2 * plane);
         for (size_t i = 0; i < 2 * plane; i++)
             x[i] = ldexp(1, (int)(i % plane));
-        double *out = FIXTURE_NEW(double, count);
+        pk_real *out = FIXTURE_NEW(pk_real, count);
         s.call.rows = 1;
         s.call.in[0] = x;
         s.call.out = out;
@@ -455,7 +456,7 @@ static void test_nan(void **state)
 {
     (void)state;
     const double a[PK_NODE_ATTRIBUTES] = {1, 3, 0, 0, 0, 1};
-    double x[4] = {1, (double)NAN, 5, 2}, y[2];
+    pk_real x[4] = {1, (double)NAN, 5, 2}, y[2];
     single s;
     single_open(&s, "max_pool", 1, 1, 4, a);
     assert_int_equal(s.out, 2);
@@ -594,7 +595,8 @@ static void test_initialize(void **state)
         char network[200];
         pk_context context;
         pk_graph graph;
-        double w[WEIGHTS + OUT], square = 0, biases = 0;
+        pk_real w[WEIGHTS + OUT];
+        double square = 0, biases = 0;
         memset(&context, 0, sizeof context);
         memset(&graph, 0, sizeof graph);
         snprintf(network, sizeof network, "input 4x3x3; conv %d 3x3 groups=2 %s; flatten", OUT, kinds[k].init);

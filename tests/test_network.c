@@ -322,7 +322,7 @@ static void test_ntk(void **state)
     assert_ok(&context,
               pk_graph_evaluate(&context, &plain, v, pk_matrix_view(x, 1, 18), pk_matrix_view(g, 1, 2)));
     for (int c = 0; c < 2; c++)
-        assert_close(f[c], g[c], 1e-14);
+        assert_close(f[c], g[c], ROUNDING(1e-14));
     free(w), free(v), free(x);
     pk_graph_release(&context, &ntk);
     pk_graph_release(&context, &plain);

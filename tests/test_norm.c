@@ -28,7 +28,7 @@ static pk_status parse(pk_context *context, const char *network, const statistic
     return pk_network_parse_with(context, network, &constants, graph);
 }
 
-static void wave(double frequency, size_t count, double *to)
+static void wave(double frequency, size_t count, pk_real *to)
 {
     for (size_t i = 0; i < count; i++)
         to[i] = sin(frequency * (double)i + 1);
@@ -112,7 +112,7 @@ static void test_torch(void **state)
         assert_ok(&h.context, parse(&h.context, torch_cases[i].network, &frozen, &h.graph));
         hold_graph(&h, 1, 1);
         const size_t in = h.graph.input_width, P = h.graph.parameters, own = P - 2 * in;
-        double w[64] = {0}, x[12], gradient[64] = {0};
+        pk_real w[64] = {0}, x[12], gradient[64] = {0};
         assert_ok(&h.context, pk_network_initialize(&h.context, &h.graph, 1, w));
         const pk_node *last = pk_graph_layer(&h.graph, h.graph.layers - 1);
         for (size_t p = 0; p < P; p++) /* gammas start at 1, betas at 0 */
@@ -125,12 +125,12 @@ static void test_torch(void **state)
         const pk_line line = {w, NULL, NULL};
         pk_tape_forward(&h.tape, &line, 1, x);
         for (size_t k = 0; k < in; k++)
-            assert_close(pk_tape_output(&h.tape)[k], torch_cases[i].outputs[k], 1e-13);
+            assert_close(pk_tape_output(&h.tape)[k], torch_cases[i].outputs[k], ROUNDING(1e-13));
         wave(1.3, in, pk_tape_seed(&h.tape));
         pk_tape_reverse(&h.tape, &line, 1, 1);
         pk_tape_weight_gradient(&h.tape, 1, gradient);
         for (size_t p = in; p < P; p++)
-            assert_close(gradient[p], torch_cases[i].gradient[p - in], 5e-13);
+            assert_close(gradient[p], torch_cases[i].gradient[p - in], ROUNDING(5e-13));
         drop(&h);
     }
 }
@@ -139,7 +139,7 @@ static void test_torch(void **state)
 
 /* Adds an operation to an input of this shape. */
 static const pk_node *one_node(holder *h, const char *name, int rank, const size_t *dims, double first,
-                               double second, size_t constant_count, const double *constants)
+                               double second, size_t constant_count, const pk_real *constants)
 {
     pk_shape shape;
     const int zero = 0;
@@ -161,7 +161,7 @@ static const pk_node *one_node(holder *h, const char *name, int rank, const size
 /* Values of one row by the definition. group: how many numbers belong together, or, of standardize and of
  * affine by channel, have one mean and variance, or gamma and beta. */
 static void naive(const char *name, size_t width, size_t group, int by_channel, double epsilon,
-                  const double *numbers, size_t rest, const double *x, bf_real *y)
+                  const pk_real *numbers, size_t rest, const pk_real *x, bf_real *y)
 {
     for (size_t i = 0; i < width; i++) {
         const size_t start = i / group * group, which = by_channel ? i / group : i % group;
@@ -193,7 +193,7 @@ static void check_forward(const char *name, int rank, const size_t *dims, int tr
     enum { ROWS = 3 };
     holder h;
     size_t group = 1;
-    double *numbers = fixture_normals(seed, constants + 1, 1);
+    pk_real *numbers = fixture_normals(seed, constants + 1, 1);
     for (size_t i = constants / 2; i < constants; i++)
         numbers[i] = fabs(numbers[i]);
     const pk_node *node = one_node(&h, name, rank, dims, first, second, constants, constants ? numbers : NULL);
@@ -201,8 +201,8 @@ static void check_forward(const char *name, int rank, const size_t *dims, int tr
     const int by_channel = trailing == 0;
     for (int i = by_channel ? 1 : rank - trailing; i < rank; i++)
         group *= dims[i];
-    double *w = fixture_normals(seed + 1, weights + 1, 1), *x = fixture_normals(seed + 2, ROWS * width, 3);
-    double *y = FIXTURE_NEW(double, ROWS *width);
+    pk_real *w = fixture_normals(seed + 1, weights + 1, 1), *x = fixture_normals(seed + 2, ROWS * width, 3);
+    pk_real *y = FIXTURE_NEW(pk_real, ROWS * width);
     bf_real *expected = BF_NEW(bf_real, width);
     assert_int_equal(node->shape.rank, rank);
     assert_memory_equal(node->shape.dims, dims, (size_t)rank * sizeof *dims);
@@ -212,7 +212,8 @@ static void check_forward(const char *name, int rank, const size_t *dims, int tr
     for (size_t row = 0; row < ROWS; row++) {
         naive(name, width, group, by_channel, first, weights ? w : numbers, rest, x + row * width, expected);
         for (size_t i = 0; i < width; i++)
-            assert_close(y[row * width + i], (double)expected[i], 4e-15 * fmax(1, fabs((double)expected[i])));
+            assert_close(y[row * width + i], (double)expected[i],
+                         ROUNDING(4e-15) * fmax(1, fabs((double)expected[i])));
     }
     free(numbers), free(w), free(x), free(y), free(expected);
     drop(&h);
@@ -281,10 +282,10 @@ static void test_rules(void **state)
 
 /* ---- the ends of the range -------------------------------------------------------------------------- */
 
-static void forward_row(holder *h, const double *x, double *y)
+static void forward_row(holder *h, const pk_real *x, pk_real *y)
 {
     const size_t width = h->graph.input_width;
-    assert_ok(&h->context, pk_graph_evaluate(&h->context, &h->graph, x, pk_matrix_view((double *)x, 1, width),
+    assert_ok(&h->context, pk_graph_evaluate(&h->context, &h->graph, x, pk_matrix_view((pk_real *)x, 1, width),
                                              pk_matrix_view(y, 1, width)));
     drop(h);
 }
@@ -293,19 +294,20 @@ static void test_extremes(void **state)
 {
     (void)state;
     static const size_t five = 5, many = 1000;
-    static const double constants[] = {0, 0.1, -1.0 / 3, 1e-300, 1e10 / 3, -1e150 / 7};
+    static const pk_real constants[] = {
+        0, 0.1, -1.0 / 3, EITHER(1e-300, 1e-38), 1e10 / 3, EITHER(-1e150, -1e18) / 7};
     holder h;
-    double y[1000], x[1000];
+    pk_real y[1000], x[1000];
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) { /* equal numbers have no deviations */
         for (size_t k = 0; k < many; k++)
             x[k] = constants[i];
         (void)one_node(&h, "normalize", 1, &many, 1e-5, 1, 0, NULL);
         forward_row(&h, x, y);
         for (size_t k = 0; k < many; k++)
-            assert_true(fabs(y[k]) <= 1e-15 * fabs(x[k]) * 1e-15 / 3e-3);
+            assert_true(fabs(y[k]) <= ROUNDING(1e-15) * fabs(x[k]) * ROUNDING(1e-15) / 3e-3);
     }
     for (size_t k = 0; k < many; k++) /* small deviations from a large mean */
-        x[k] = 1e9 + (double)(k % 2);
+        x[k] = (pk_real)EITHER(1e9, 1e6) + (pk_real)(k % 2);
     (void)one_node(&h, "normalize", 1, &many, 0, 1, 0, NULL);
     forward_row(&h, x, y);
     for (size_t k = 0; k < many; k++)
@@ -315,13 +317,15 @@ static void test_extremes(void **state)
     forward_row(&h, x, y);
     assert_true(y[0] == 0 && y[4] == 0);
 
-    static const double huge[][5] = {{1e300, -1e300, 0, 1e300, 5},
-                                     {1e308, -1e308, 1e308, 1, 0},
-                                     {-1e308, -1e308, -1e308, -1e308, -1e308},
-                                     {1e16, 1e16 + 2, 1e16, 1e16 - 2, 0},
-                                     {-745, 0, -40, -1e-300, -800}};
+    const pk_real large = (pk_real)EITHER(1e300, 1e30), most_of_all = (pk_real)EITHER(1e308, 1e38);
+    const pk_real whole = (pk_real)EITHER(1e16, 1e7), tiny = (pk_real)EITHER(1e-300, 1e-38);
+    const pk_real huge[][5] = {{large, -large, 0, large, 5},
+                               {most_of_all, -most_of_all, most_of_all, 1, 0},
+                               {-most_of_all, -most_of_all, -most_of_all, -most_of_all, -most_of_all},
+                               {whole, whole + 2, whole, whole - 2, 0},
+                               {-745, 0, -40, -tiny, -800}};
     for (size_t i = 0; i < 5; i++) {
-        double p[5];
+        pk_real p[5];
         (void)one_node(&h, "softmax", 1, &five, 0, 0, 0, NULL);
         forward_row(&h, huge[i], p);
         (void)one_node(&h, "log_softmax", 1, &five, 0, 0, 0, NULL);
@@ -333,17 +337,17 @@ static void test_extremes(void **state)
             sum += expl((bf_real)huge[i][k] - most);
         for (size_t k = 0; k < 5; k++) {
             const bf_real logarithm = (bf_real)huge[i][k] - most - logl(sum);
-            assert_close(p[k], (double)expl(logarithm), 4e-16);
-            if (logarithm < -1.7e308L)
-                assert_true(y[k] < -1.7e308);
+            assert_close(p[k], (double)expl(logarithm), ROUNDING(4e-16));
+            if (logarithm < -(bf_real)EITHER(1.7e308, 3.4e38))
+                assert_true(y[k] < -EITHER(1.7e308, 3.4e38));
             else
-                assert_close(y[k], (double)logarithm, 4e-16 * fmax(1, fabs((double)logarithm)));
+                assert_close(y[k], (double)logarithm, ROUNDING(4e-16) * fmax(1, fabs((double)logarithm)));
         }
         /* Derivatives there are finite. */
         const pk_operation *operations[2] = {pk_operation_find("softmax"), pk_operation_find("log_softmax")};
         for (int o = 0; o < 2; o++) {
-            const double v[5] = {1, -2, 3, 0.5, 1}, u[5] = {0.5, 1, -1, 2, 1};
-            double tangent[5], cotangent[5], scratch[5];
+            const pk_real v[5] = {1, -2, 3, 0.5, 1}, u[5] = {0.5, 1, -1, 2, 1};
+            pk_real tangent[5], cotangent[5], scratch[5];
             pk_call call;
             memset(&call, 0, sizeof call);
             call.node = one_node(&h, operations[o]->name, 1, &five, 0, 0, 0, NULL);
@@ -363,18 +367,18 @@ static void test_extremes(void **state)
                 dot += p[k] * u[k];
             }
             for (size_t k = 0; k < 5; k++) {
-                assert_close(tangent[k], o ? v[k] - mean : p[k] * (v[k] - mean), 1e-15);
-                assert_close(cotangent[k], o ? u[k] - p[k] * 3.5 : p[k] * (u[k] - dot), 2e-15);
+                assert_close(tangent[k], o ? v[k] - mean : p[k] * (v[k] - mean), ROUNDING(1e-15));
+                assert_close(cotangent[k], o ? u[k] - p[k] * 3.5 : p[k] * (u[k] - dot), ROUNDING(2e-15));
             }
             drop(&h);
         }
     }
     /* A probability near 1 keeps its logarithm. */
     static const size_t two = 2;
-    static const double apart[2] = {0, -50};
+    static const pk_real apart[2] = {0, -50};
     (void)one_node(&h, "log_softmax", 1, &two, 0, 0, 0, NULL);
     forward_row(&h, apart, y);
-    assert_close(y[0], -1.9287498479639178e-22, 1e-37);
+    assert_close(y[0], -1.9287498479639178e-22, ROUNDING(1e-37));
 }
 
 /* ---- arguments -------------------------------------------------------------------------------------- */

@@ -68,7 +68,7 @@ static void test_gauss_nodes(void **state)
 typedef struct step {
     pk_context context;
     pk_run run;
-    double *inputs, *weights;
+    pk_real *inputs, *weights;
     size_t rows;
 } step;
 
@@ -89,14 +89,14 @@ static void make_step(step *s, const char *network, double length, uint64_t seed
     pk_graph_release(&s->context, &s->run.graph);
     pk_array_release(&s->context, &s->run.weights);
     const size_t P = graph.parameters, shape[2] = {2, P};
-    double *direction = fixture_normals(seed + 5, P, length);
-    s->weights = FIXTURE_NEW(double, 2 * P);
+    pk_real *direction = fixture_normals(seed + 5, P, length);
+    s->weights = FIXTURE_NEW(pk_real, 2 * P);
     assert_ok(&s->context, pk_network_initialize(&s->context, &graph, seed, s->weights));
     for (size_t p = 0; p < P; p++)
         s->weights[P + p] = s->weights[p] + direction[p];
     s->run.graph = graph;
     s->run.parameters = P;
-    s->run.weights = pk_array_view(PK_FLOAT64, 2, shape, s->weights);
+    s->run.weights = pk_array_view(REAL_TYPE, 2, shape, s->weights);
     s->rows = rows;
     s->inputs = fixture_normals(seed + 9, rows * graph.input_width, 1);
     free(direction);
@@ -145,20 +145,21 @@ static void test_orders(void **state)
         {PK_RULE_LEFT, 1, "left"}, {PK_RULE_MIDPOINT, 2, "midpoint"}, {PK_RULE_TRAPEZOID, 2, "trapezoid"}};
     step s;
     make_step(&s, smooth, 0.3, 1, 1);
+    enum { INTERVALS = EITHER(64, 8) }; /* as many as leave an error beyond rounding */
     for (int r = 0; r < 3; r++) {
         const int points_per_interval = rules[r].rule == PK_RULE_TRAPEZOID;
         size_t points;
-        double before = closure(&s, rules[r].rule, 64 + points_per_interval, &points, NULL);
-        double after = closure(&s, rules[r].rule, 128 + points_per_interval, NULL, NULL);
-        assert_int_equal(points, 64 + points_per_interval);
-        print_message("%s: order %.3f (closure %.3g with 128 intervals)\n", rules[r].name, log2(before / after),
-                      after);
+        double before = closure(&s, rules[r].rule, INTERVALS + points_per_interval, &points, NULL);
+        double after = closure(&s, rules[r].rule, 2 * INTERVALS + points_per_interval, NULL, NULL);
+        assert_int_equal(points, INTERVALS + points_per_interval);
+        print_message("%s: order %.3f (closure %.3g with %d intervals)\n", rules[r].name, log2(before / after),
+                      after, 2 * INTERVALS);
         assert_close(log2(before / after), rules[r].order, 0.05);
     }
     /* Defaults: one node; the trapezoid two. Midpoint and Gauss with one node are the same. */
     size_t points;
     assert_close(closure(&s, PK_RULE_MIDPOINT, 0, &points, NULL), closure(&s, PK_RULE_GAUSS, 1, NULL, NULL),
-                 1e-15);
+                 ROUNDING(1e-15));
     assert_int_equal(points, 1);
     (void)closure(&s, PK_RULE_TRAPEZOID, 0, &points, NULL);
     assert_int_equal(points, 2);
@@ -167,7 +168,7 @@ static void test_orders(void **state)
     drop_step(&s);
     /* Gauss with n nodes: error ~ length^(2 n + 1). */
     static const double lengths[5] = {0, 0.02, 0.04, 0.06, 0.05};
-    for (int n = 1; n <= 4; n++) {
+    for (int n = 1; n <= EITHER(4, 2); n++) { /* of three nodes, float sees its own rounding */
         double error[2];
         for (int half = 0; half < 2; half++) {
             make_step(&s, smooth, (half ? 0.5 : 1) * lengths[n], 3, 30);
@@ -190,11 +191,11 @@ static void test_exact(void **state)
     size_t points, refused;
     for (size_t n = 0; n < 4; n++) {
         make_step(&s, affine[n], 3, n, 4);
-        assert_true(closure(&s, PK_RULE_GAUSS, 1, NULL, NULL) <= 1e-14);
-        assert_true(closure(&s, PK_RULE_AUTO, 0, &points, NULL) <= 1e-14);
+        assert_true(closure(&s, PK_RULE_GAUSS, 1, NULL, NULL) <= ROUNDING(1e-14));
+        assert_true(closure(&s, PK_RULE_AUTO, 0, &points, NULL) <= ROUNDING(1e-14));
         assert_int_equal(points, 4); /* one node a row */
         if (n != 2)                  /* not two layers */
-            assert_true(closure(&s, PK_RULE_LEFT, 1, NULL, NULL) <= 1e-14);
+            assert_true(closure(&s, PK_RULE_LEFT, 1, NULL, NULL) <= ROUNDING(1e-14));
         drop_step(&s);
     }
     static const char *const kinked[] = {
@@ -216,7 +217,7 @@ static void test_exact(void **state)
             drop_step(&s);
         }
     print_message("exact rule: worst closure %.3g of the output\n", worst);
-    assert_true(worst <= 1e-12);
+    assert_true(worst <= ROUNDING(1e-12));
 }
 
 /* Adaptive: smooth and mixed networks along steps of all lengths. */
@@ -247,7 +248,7 @@ static void test_adaptive(void **state)
         }
         print_message("adaptive, length %g: worst closure %.3g, at most %zu points for 5 rows, %zu refused\n",
                       lengths[l], worst, most, given_up);
-        assert_true(worst <= 1e-12);
+        assert_true(worst <= ROUNDING(1e-12));
     }
 }
 
@@ -261,7 +262,7 @@ static void test_many_kinks(void **state)
     double error = closure(&s, PK_RULE_EXACT, 0, &points, &refused);
     assert_true(points > 64 + 1024); /* the room of one row */
     assert_int_equal(refused, 0);
-    assert_true(error <= 1e-12);
+    assert_true(error <= ROUNDING(1e-12));
     drop_step(&s);
 }
 

@@ -344,10 +344,10 @@ static void test_threads(void **state)
     memset(&wide, 0, sizeof wide);
     memset(&context, 0, sizeof context);
     assert_ok(&context, pk_network_parse(&context, "input 8; dense 60; relu; dense 60; tanh; dense 2", &wide));
-    double *x = fixture_normals(3, ROWS * 8, 1), *y = fixture_normals(4, ROWS * 2, 1);
+    pk_real *x = fixture_normals(3, ROWS * 8, 1), *y = fixture_normals(4, ROWS * 2, 1);
     const size_t x_shape[2] = {ROWS, 8}, y_shape[2] = {ROWS, 2};
-    data.inputs = pk_array_view(PK_FLOAT64, 2, x_shape, x);
-    data.targets = pk_array_view(PK_FLOAT64, 2, y_shape, y);
+    data.inputs = pk_array_view(REAL_TYPE, 2, x_shape, x);
+    data.targets = pk_array_view(REAL_TYPE, 2, y_shape, y);
     pk_real *weights = FIXTURE_NEW(pk_real, wide.parameters), *row = FIXTURE_NEW(pk_real, wide.parameters);
     pk_train_options options = make_options(&recipes[6], COUNT);
     options.loss = PK_SQUARED;
@@ -368,7 +368,10 @@ static void test_threads(void **state)
             assert_ok(&context, pk_replay_prepare(&context, &run, 3, &replay));
             for (size_t s = COUNT + 1; s-- > 0;) {
                 assert_ok(&context, pk_replay_weights(&context, &replay, s, row));
-                hash = fixture_hash(hash, wide.parameters, row);
+                for (size_t p = 0; p < wide.parameters; p++) {
+                    const double number = row[p];
+                    hash = fixture_hash(hash, 1, &number);
+                }
                 if (s == COUNT)
                     assert_memory_equal(row, weights, wide.parameters * sizeof *row);
             }
@@ -389,7 +392,7 @@ static void test_threads(void **state)
 enum { TEST_ROWS = 20 };
 
 /* The hash of everything that pk_decompose gives, by row; 0 and the least that would do if the memory is short. */
-static size_t decompose(const char *path, const double *tests, int threads, size_t limit, size_t rows_at_once,
+static size_t decompose(const char *path, const pk_real *tests, int threads, size_t limit, size_t rows_at_once,
                         int bounds, uint64_t *hash)
 {
     pk_context context;
@@ -408,7 +411,7 @@ static size_t decompose(const char *path, const double *tests, int threads, size
     options.rows_at_once = rows_at_once;
     size_t least = 0;
     pk_status status = pk_decompose(
-        &context, &run, pk_matrix_view((double *)tests, TEST_ROWS, run.graph.input_width), &options, &out);
+        &context, &run, pk_matrix_view((pk_real *)tests, TEST_ROWS, run.graph.input_width), &options, &out);
     if (status == PK_MEMORY_LIMIT) {
         const char *words = "the least that would do is ", *at = strstr(pk_message(&context), words);
         assert_true(at && sscanf(at + strlen(words), "%zu", &least) == 1);
@@ -427,7 +430,7 @@ static size_t decompose(const char *path, const double *tests, int threads, size
 static void test_decomposed(void **state)
 {
     static const size_t every[] = {7, 50, 1000};
-    double *tests = fixture_normals(9, TEST_ROWS * D, 1);
+    pk_real *tests = fixture_normals(9, TEST_ROWS * D, 1);
     for (int r = 0; r < RECIPES; r++) {
         uint64_t full[TEST_ROWS], kept[TEST_ROWS];
         const pk_train_options options = make_options(&recipes[r], STEPS);
@@ -470,13 +473,13 @@ static void test_long(void **state)
     const size_t steps = asked ? (size_t)atol(asked) : 2000;
     static const char *const optimizers[] = {"sgd", "sgd momentum=0.9", "adamw"};
     enum { LONG_N = 256, LONG_D = 8 };
-    double *x = fixture_normals(1, LONG_N * LONG_D, 1), *tests = fixture_normals(2, TEST_ROWS * LONG_D, 1);
+    pk_real *x = fixture_normals(1, LONG_N * LONG_D, 1), *tests = fixture_normals(2, TEST_ROWS * LONG_D, 1);
     int64_t labels[LONG_N];
     for (int i = 0; i < LONG_N; i++)
         labels[i] = x[i * LONG_D] > 0.4 ? 2 : x[i * LONG_D + 1] > 0;
     const size_t x_shape[2] = {LONG_N, LONG_D}, labels_shape[1] = {LONG_N};
     pk_dataset data;
-    data.inputs = pk_array_view(PK_FLOAT64, 2, x_shape, x);
+    data.inputs = pk_array_view(REAL_TYPE, 2, x_shape, x);
     data.targets = pk_array_view(PK_INT64, 1, labels_shape, labels);
     pk_graph small;
     memset(&small, 0, sizeof small);
@@ -628,9 +631,10 @@ static void test_damaged(void **state)
     } rows[] = {{"weights.npy", -2 * P * 8 + 16, 80},
                 {"optimizer_states.npy", -3 * 2 * P * 8 + 8 * P, 60},
                 {"weights.npy", -6 * P * 8, 0}};
+    const long byte = EITHER(0, 4); /* of a float64: what float rounds away it cannot see, nor need it */
     for (int k = 0; k < 3; k++) {
         char words[80];
-        damage(kept_path, rows[k].file, rows[k].offset, 1);
+        damage(kept_path, rows[k].file, rows[k].offset + byte, 1);
         assert_ok(&context, pk_run_open(&context, kept_path, &run));
         assert_ok(&context, pk_replay_prepare(&context, &run, 0, &replay));
         snprintf(words, sizeof words, "the rows of step %zu are damaged", rows[k].step);
@@ -639,7 +643,7 @@ static void test_damaged(void **state)
         assert_ok(&context, pk_replay_weights(&context, &replay, (rows[k].step + 40) % 120, weights));
         pk_replay_release(&context, &replay);
         pk_run_release(&context, &run);
-        damage(kept_path, rows[k].file, rows[k].offset, -1);
+        damage(kept_path, rows[k].file, rows[k].offset + byte, -1);
     }
     assert_ok(&context, replay_all(&context));
     /* The small rows: the step that no longer gives what was recorded. The sixth byte: one unit in the last place of a
@@ -664,10 +668,10 @@ static void test_damaged(void **state)
                    pk_train(&context, &graph, &train, &options, weights, NULL));
     assert_memory_equal(weights, start, sizeof start);
     damage(kept_path, "checksums.npy", -8, -1);
-    damage(kept_path, "weights.npy", -row, 1);
+    damage(kept_path, "weights.npy", -row + byte, 1);
     assert_refused(&context, PK_FORMAT, "the rows of step 100",
                    pk_train(&context, &graph, &train, &options, weights, NULL));
-    damage(kept_path, "weights.npy", -row, -1);
+    damage(kept_path, "weights.npy", -row + byte, -1);
     options.clip_norm = 0.001;
     assert_refused(&context, PK_ARGUMENT, "by other options",
                    pk_train(&context, &graph, &train, &options, weights, NULL));
@@ -742,8 +746,9 @@ static void test_refused(void **state)
                    pk_train(&context, &graph, &train, &options, weights, NULL));
     options.record_second_moments = 0;
     options.record_float32 = 1;
-    assert_refused(&context, PK_ARGUMENT, "float32",
-                   pk_train(&context, &graph, &train, &options, weights, NULL));
+    if (sizeof(pk_real) > sizeof(float)) /* float is whole in float32 */
+        assert_refused(&context, PK_ARGUMENT, "float32",
+                       pk_train(&context, &graph, &train, &options, weights, NULL));
     options.record_float32 = 0;
     options.keep_every = (size_t)PK_KEEP_EVERY_MOST + 1;
     assert_refused(&context, PK_ARGUMENT, "keep_every 1000000001",

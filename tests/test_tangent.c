@@ -5,13 +5,13 @@
 typedef struct job {
     pk_context context;
     pk_run run;
-    double *weights, *inputs;
+    pk_real *weights, *inputs;
     size_t rows;
 } job;
 
 /* A recorded run of a small dense network of the same inputs and outputs, with graph and weights replaced:
  * what the optimiser does not explain is unattributed, and everything must still close. */
-static void begin(job *j, pk_graph *graph, const char *optimizer, size_t rows, const double *weights)
+static void begin(job *j, pk_graph *graph, const char *optimizer, size_t rows, const pk_real *weights)
 {
     enum { STEPS = 4 };
     bf_run brute;
@@ -25,14 +25,14 @@ static void begin(job *j, pk_graph *graph, const char *optimizer, size_t rows, c
     pk_graph_release(&j->context, &j->run.graph);
     pk_array_release(&j->context, &j->run.weights);
     const size_t P = graph->parameters, shape[2] = {STEPS + 1, P};
-    j->weights = FIXTURE_NEW(double, (STEPS + 1) * P);
+    j->weights = FIXTURE_NEW(pk_real, (STEPS + 1) * P);
     uint64_t seed = 17;
     for (size_t i = 0; i < (STEPS + 1) * P; i++)
         j->weights[i] = weights ? weights[i]
                                 : (i < P ? 0.5 * bf_normal(&seed) : j->weights[i - P] + 0.1 * bf_normal(&seed));
     j->run.graph = *graph;
     j->run.parameters = P;
-    j->run.weights = pk_array_view(PK_FLOAT64, 2, shape, j->weights);
+    j->run.weights = pk_array_view(REAL_TYPE, 2, shape, j->weights);
     j->rows = rows;
     j->inputs = fixture_normals(23, rows * graph->input_width, 1);
     bf_run_free(&brute);
@@ -58,12 +58,12 @@ static void decompose(job *j, pk_engine engine, int reverse, pk_decomposition *o
     assert_ok(&j->context,
               pk_decompose(&j->context, &j->run, pk_matrix_view(j->inputs, j->rows, j->run.graph.input_width),
                            &options, out));
-    assert_true(out->worst_closure <= 1e-12);
+    assert_true(out->worst_closure <= ROUNDING(1e-12));
 }
 
 /* gradient (P) of u . f at plain weights, by a tape. */
-static void gradient_at(const pk_graph *graph, pk_tape *tape, const double *w, const double *x, const double *u,
-                        double *gradient)
+static void gradient_at(const pk_graph *graph, pk_tape *tape, const pk_real *w, const pk_real *x,
+                        const pk_real *u, pk_real *gradient)
 {
     const pk_line line = {w, NULL, NULL};
     pk_tape_forward(tape, &line, 1, x);
@@ -80,9 +80,9 @@ static double *direct(job *j)
     const pk_run *run = &j->run;
     const pk_graph *graph = &run->graph;
     const size_t P = graph->parameters, C = graph->output_width, N = run->examples;
-    double *result = FIXTURE_NEW(double, j->rows *C *N), *at = FIXTURE_NEW(double, P),
-           *own = FIXTURE_NEW(double, P);
-    double *phi = FIXTURE_NEW(double, P), *u = FIXTURE_NEW(double, C), node[20], weight[20];
+    double *result = FIXTURE_NEW(double, j->rows *C *N), node[20], weight[20];
+    pk_real *at = FIXTURE_NEW(pk_real, P), *own = FIXTURE_NEW(pk_real, P);
+    pk_real *phi = FIXTURE_NEW(pk_real, P), *u = FIXTURE_NEW(pk_real, C);
     pk_gradient_workspace workspace;
     pk_arena arena = {NULL, 0, 0, 0};
     pk_tape tape;
@@ -95,7 +95,7 @@ static double *direct(job *j)
     pk_tape_take(&real, graph, 1, 1, 0, &tape);
     assert_ok(&j->context, pk_gradient_prepare(&j->context, graph, 1, &workspace));
     for (size_t s = 0; s < run->steps; s++) {
-        const double *w = j->weights + s * P;
+        const pk_real *w = j->weights + s * P;
         for (size_t r = 0; r < j->rows; r++)
             for (size_t c = 0; c < C; c++) {
                 memset(phi, 0, P * sizeof *phi);
@@ -155,7 +155,7 @@ static void test_residual(void **state)
                 double *truth = direct(&j);
                 double apart = fixture_apart(entries, truth, first.by_example);
                 print_message("residual graph: entries within %.3g of the direct way\n", apart / scale);
-                assert_true(apart <= 1e-11 * scale);
+                assert_true(apart <= ROUNDING(1e-11) * scale);
                 free(truth);
             }
             for (int way = 1; way < 4; way++) {
@@ -165,8 +165,9 @@ static void test_residual(void **state)
                                      : PK_ENGINE_AUTO,
                           way == 3, &other);
                 assert_true(fixture_apart(entries, first.by_example, other.by_example) <=
-                            (kinked ? 1e-13 : 1e-11) * scale);
-                assert_true(fixture_apart(j.rows * 2, first.decay, other.decay) <= 1e-11 * fmax(scale, 1));
+                            ROUNDING(kinked ? 1e-13 : 1e-11) * scale);
+                assert_true(fixture_apart(j.rows * 2, first.decay, other.decay) <=
+                            ROUNDING(1e-11) * fmax(scale, 1));
                 pk_decomposition_release(&j.context, &other);
             }
             pk_decomposition_release(&j.context, &first);
@@ -211,7 +212,8 @@ static void test_dense_forms(void **state)
                         scale = fixture_largest(entries, reference);
                     }
                     const double apart = fixture_apart(entries, reference, got.by_example);
-                    if (!(apart <= 1e-13 * scale && fixture_apart(j.rows * 2, decay, got.decay) <= 1e-13))
+                    if (!(apart <= ROUNDING(1e-13) * scale &&
+                          fixture_apart(j.rows * 2, decay, got.decay) <= ROUNDING(1e-13)))
                         fail_msg("%s, %s: form %d, engine %d is %.3g of %.3g off", activations[a],
                                  optimizers[o], form, engine, apart, scale);
                     pk_decomposition_release(&j.context, &got);
@@ -238,7 +240,7 @@ static void test_examples(void **state)
     pk_example_workspace workspace, *w = &workspace;
     pk_gradient_workspace single;
     enum { N = 7 };
-    double data[N * 3], targets[N * 2];
+    pk_real data[N * 3], targets[N * 2];
     int64_t items[9] = {3, 4, 5, 6, 0, 0, 2, 1, 3};
     const size_t shape_x[2] = {N, 3}, shape_y[2] = {N, 2};
     memset(&context, 0, sizeof context);
@@ -247,15 +249,15 @@ static void test_examples(void **state)
     assert_ok(&context,
               pk_network_parse(&context, "input 3; dense 5; tanh; dense 4 nobias; relu; dense 2", &graph));
     const size_t P = graph.parameters;
-    double *at = fixture_normals(1, P, 1), *gradient = FIXTURE_NEW(double, P), *own = FIXTURE_NEW(double, P);
+    pk_real *at = fixture_normals(1, P, 1), *gradient = FIXTURE_NEW(pk_real, P), *own = FIXTURE_NEW(pk_real, P);
     uint64_t seed = 2;
     for (int i = 0; i < N * 3; i++)
         data[i] = bf_normal(&seed);
     for (int i = 0; i < N * 2; i++)
         targets[i] = bf_normal(&seed);
     pk_dataset set;
-    set.inputs = pk_array_view(PK_FLOAT64, 2, shape_x, data);
-    set.targets = pk_array_view(PK_FLOAT64, 2, shape_y, targets);
+    set.inputs = pk_array_view(REAL_TYPE, 2, shape_x, data);
+    set.targets = pk_array_view(REAL_TYPE, 2, shape_y, targets);
     double batch_weights[9];
     for (int i = 0; i < 9; i++)
         batch_weights[i] = 0.1 * (i + 1);
@@ -290,15 +292,15 @@ static void test_examples(void **state)
                 const double delta = examples.cotangent[l][panel_at(out, j, b)];
                 for (size_t k = 0; k < in; k++)
                     assert_close(delta * examples.input[l][panel_at(in, k, b)],
-                                 own[node->weight_offset + j * in + k], 1e-13);
+                                 own[node->weight_offset + j * in + k], ROUNDING(1e-13));
                 if (node->weight_count > in * out)
-                    assert_close(delta, own[node->weight_offset + in * out + j], 1e-13);
+                    assert_close(delta, own[node->weight_offset + in * out + j], ROUNDING(1e-13));
             }
         }
         for (size_t p = 0; p < P; p++)
             gradient[p] -= own[p];
     }
-    assert_true(fixture_largest(P, gradient) <= 1e-13);
+    assert_true(fixture_largest(P, gradient) <= ROUNDING(1e-13));
     const pk_batch run = {4, items, NULL};
     pk_examples_begin(&examples, &run);
     assert_int_equal(examples.consecutive, 1);
