@@ -58,7 +58,7 @@ if(PATHKERNEL_CHECK_HEADERS)
         header_unit(implementation ${header} "#define PATHKERNEL_IMPLEMENTATION\n")
     endforeach()
     header_unit(static pathkernel.h "#define PATHKERNEL_IMPLEMENTATION\n#define PATHKERNEL_STATIC\n")
-    header_unit(float pathkernel.h "#define PATHKERNEL_IMPLEMENTATION\n#define PATHKERNEL_FLOAT\n")
+    header_unit(float pathkernel.h "#define PATHKERNEL_IMPLEMENTATION\n#undef PATHKERNEL_FLOAT\n#define PATHKERNEL_FLOAT\n")
 
     list(TRANSFORM units APPEND ".c" OUTPUT_VARIABLE c_units)
     # What a module lacks, C11 shows; as C++17 it is enough to compile them all together.
