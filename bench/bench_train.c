@@ -343,24 +343,25 @@ static int measure_training(bench_run *bench, const training *t, const rule *r, 
     return made;
 }
 
-/* Ten classes around centres of their own, float64. 0 where memory is missing. */
+/* Ten classes around centres of their own. 0 where memory is missing. */
 static int make_wide(pk_dataset *data)
 {
     const size_t shape[2] = {WIDE_EXAMPLES, WIDE};
-    double *inputs = (double *)malloc((WIDE_EXAMPLES + CLASSES) * WIDE * sizeof *inputs);
+    pk_real *inputs = (pk_real *)malloc((WIDE_EXAMPLES + CLASSES) * WIDE * sizeof *inputs);
     int64_t *labels = (int64_t *)malloc(WIDE_EXAMPLES * sizeof *labels);
     uint64_t state = 1;
     memset(data, 0, sizeof *data);
-    data->inputs = pk_array_view(PK_FLOAT64, 2, shape, inputs);
+    data->inputs = pk_array_view(sizeof(pk_real) == 8 ? PK_FLOAT64 : PK_FLOAT32, 2, shape, inputs);
     data->targets = pk_array_view(PK_INT64, 1, shape, labels);
     if (!inputs || !labels)
         return 0;
-    const double *centres = inputs + WIDE_EXAMPLES * WIDE;
+    const pk_real *centres = inputs + WIDE_EXAMPLES * WIDE;
     for (size_t i = (WIDE_EXAMPLES + CLASSES) * WIDE; i-- > 0;) { /* the centres first, behind the examples */
         state = state * 6364136223846793005u + 1442695040888963407u;
         const size_t row = i / WIDE, label = row % CLASSES;
         const double x = (double)(state >> 11) / 9007199254740992.0;
-        inputs[i] = row >= WIDE_EXAMPLES ? x : 0.3 * centres[label * WIDE + i % WIDE] + 0.7 * x;
+        inputs[i] =
+            (pk_real)(row >= WIDE_EXAMPLES ? x : 0.3 * (double)centres[label * WIDE + i % WIDE] + 0.7 * x);
         if (row < WIDE_EXAMPLES)
             labels[row] = (int64_t)label;
     }
