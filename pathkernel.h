@@ -5172,7 +5172,7 @@ typedef struct pk__dense_product {
     int by_rows;
 } pk__dense_product;
 
-enum { PK__DENSE_TILE = 32, PK__DENSE_TILES = 16, PK__DENSE_WORTH = 1 << 19 };
+enum { PK__DENSE_TILE = 256 / (int)sizeof(pk_real), PK__DENSE_TILES = 16, PK__DENSE_WORTH = 1 << 19 };
 
 static void pk__dense_tile(const pk__dense_product *p, size_t tile)
 {
