@@ -160,8 +160,9 @@ static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t 
     bli_rntm_init(&runtime);
     bli_rntm_set_num_threads(1, &runtime);
     /* The small-matrix path reads a transposed B in place, at 16 to 22 GF/s instead of 30 to 44 where k is small
-     * or large (bench_matrix, example_major). Packing costs 15 % where few rows use B. */
-    if (transpose_b && (m >= 32 || k < 32 || k >= 384))
+     * or large (bench_matrix, example_major). Packing costs 15 % where few rows use B. Rows of B whose distance is a
+     * multiple of 4 KiB share a cache set: 20 GF/s in place at 512 x 512, 35 packed. */
+    if (transpose_b ? m >= 32 || k < 32 || k >= 384 : m >= 32 && ldb * sizeof(pk_real) % 4096 == 0)
         bli_rntm_set_pack_b(TRUE, &runtime);
     inc_t row_a = transpose_a ? 1 : (inc_t)lda, column_a = transpose_a ? (inc_t)lda : 1;
     inc_t row_b = transpose_b ? 1 : (inc_t)ldb, column_b = transpose_b ? (inc_t)ldb : 1;
