@@ -71,6 +71,7 @@ static void add_materialised(const job *j, block *b)
             for (size_t first = 0; first < j->batch; first += PK_EXAMPLE_BLOCK) {
                 size_t count = pk__least(j->batch - first, PK_EXAMPLE_BLOCK);
                 pk_real *tile = b->tangent.tile;
+                memset(tile, 0, j->outputs * PK_TILE_LD * sizeof *tile);
                 pk_tangent_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
                 for (size_t k = 0; k < j->outputs; k++)
                     for (size_t i = 0; i < count; i++)

@@ -22,7 +22,7 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* tile (outputs x columns, ld PK_TILE_LD) = < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+/* tile (outputs x columns, ld PK_TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
  * of PK_PANEL, columns <= PK_EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
  * last panel are written, too. */
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
@@ -398,7 +398,7 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-/* tile = sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
 static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                 size_t first, size_t columns, pk_real *tile)
 {
@@ -410,9 +410,7 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
     const pk_real *inputs = pk__panels(tangent->examples->input[layer], places * in, first);
     const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], places * out, first);
-    pk__tile_target target = {PK__TILE_HADAMARD, NULL, tangent->no_row, NULL, tangent->panel_row};
-    for (size_t k = 0; k < outputs; k++)
-        memset(tile + k * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row};
     for (size_t k = 0; k < outputs; k++)
         for (size_t j = 0; j < out; j += most)
             for (size_t column = 0; column < columns; column += PK_PANEL)
@@ -435,7 +433,7 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     if (!examples->rows[layer]) {
         pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
     } else {
-        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 0,
+        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 1,
                  tile, PK_TILE_LD);
         tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
     }

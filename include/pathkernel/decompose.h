@@ -133,24 +133,47 @@ typedef struct pk__part {
     size_t bias, matrix;             /* weights of each output */
 } pk__part;
 
-/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted: one pass, since memory
- * bounds it. p: out x in, then out; NULL: rate. */
-static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
-                              const pk_real *phi, pk_real *state, pk_real *e)
+/* Phi of a part, as it is stored: matrices, and biases elsewhere (inputs == NULL); or as outer products of cotangents and
+ * one row of inputs, and the cotangents times bias_input. */
+typedef struct pk__phi {
+    const pk_real *matrices, *biases;
+    const pk_real *cotangents, *inputs;
+    pk_real bias_input;
+} pk__phi;
+
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
+ * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
+static void pk__advance_numbers(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
+                                pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
 {
     const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;
     const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;
-    for (size_t segment = 0; segment < 2 * part->count; segment++) { /* matrices of all outputs, then biases */
-        const size_t k = segment % part->count, bias = segment / part->count;
-        const size_t count = bias ? part->bias : part->matrix;
-        const size_t at = bias ? part->count * part->matrix + k * part->bias : k * part->matrix;
-        const pk_real *scale = p ? p + (bias ? part->matrix : 0) : NULL;
-        for (size_t i = 0; i < count; i++) {
-            const pk_real entering = (scale ? scale[i] : rate) * phi[at + i];
-            state[at + i] = keep * state[at + i] + enter * entering;
-            if (e)
-                e[at + i] = gain * state[at + i] + direct * entering;
-        }
+    for (size_t i = 0; i < count; i++) {
+        const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);
+        state[i] = keep * state[i] + enter * entering;
+        if (e)
+            e[i] = gain * state[i] + direct * entering;
+    }
+}
+
+/* The same of a part; p: out x in, then out; state and e: matrices, then biases. */
+static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
+                              const pk__phi *phi, pk_real *state, pk_real *e)
+{
+    const pk_real *p_bias = p ? p + part->matrix : NULL;
+    const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
+    for (size_t k = 0; k < part->count; k++) {
+        size_t at = k * part->matrix;
+        if (!phi->inputs)
+            pk__advance_numbers(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
+                                e ? e + at : NULL);
+        for (size_t j = 0; phi->inputs && j < out; j++)
+            pk__advance_numbers(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
+                                phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
+        at = matrices + k * part->bias;
+        pk__advance_numbers(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
+                            (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
+                            e ? e + at : NULL);
     }
 }
 
@@ -161,25 +184,38 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
            (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
 }
 
-/* factor < e, g_b > added to the results, or with bounds |factor| < e, |g_b| > to the bounds, of a part. */
-static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor,
-                              const pk_real *e, int bounds)
+/* The tile of a row, all outputs, with block number `block` of the examples. */
+static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
+{
+    return worker->tile + block * worker->job->outputs * PK_TILE_LD;
+}
+
+/* The row's tiles += < e, g_b > of a part. */
+static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
+{
+    const size_t examples = worker->job->window.batches[j].count;
+    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK)
+        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first,
+                                pk__least(PK_EXAMPLE_BLOCK, examples - first),
+                                pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + part->first * PK_TILE_LD);
+}
+
+/* |factor| < error, |g_b| > of a part added to the bounds. */
+static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *error)
 {
     pk__job *job = worker->job;
-    const size_t examples = job->part->examples;
     const size_t cell = (worker->row + part->row) * job->outputs + part->first;
-    worker->tangent.examples = bounds ? &job->window.magnitudes[j] : &job->window.examples[j];
-    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
-        const size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
-        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first, count, worker->tile);
-        if (!bounds) {
-            pk__add_cells(worker, (int)part->layer, cell, part->count, factor, first, count, worker->tile);
-            continue;
-        }
+    const pk_batch *batch = &job->window.batches[j];
+    worker->tangent.examples = &job->window.magnitudes[j];
+    for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
+        const size_t count = pk__least(PK_EXAMPLE_BLOCK, batch->count - first);
+        memset(worker->bound_tile, 0, part->count * PK_TILE_LD * sizeof *worker->bound_tile);
+        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
+                                worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
             for (size_t b = 0; b < count; b++)
-                job->part->bounds[(cell + k) * examples + (size_t)job->window.batches[j].items[first + b]] +=
-                    fabs(factor) * (double)worker->tile[k * PK_TILE_LD + b];
+                job->part->bounds[(cell + k) * job->part->examples + (size_t)batch->items[first + b]] +=
+                    fabs(worker->factor) * (double)worker->bound_tile[k * PK_TILE_LD + b];
     }
     worker->tangent.examples = &job->window.examples[j];
 }
@@ -197,24 +233,30 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const size_t at = (worker->row + part->row) * job->plan.outputs * P + job->output_count * offset +
                       (part->first - job->first_output) * part->node->weight_count;
     const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
-    pk_real *phi = worker->phi, *e = phi;
-    double factor = worker->factor;
-    pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, phi);
+    const pk_real *e = worker->phi;
+    pk__phi phi = {worker->phi, worker->phi + part->count * part->matrix, NULL, NULL, 0};
+    if (!job->reverse || job->part->bounds)
+        pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
+    else if (worker->tangent.phi[part->layer])
+        pk__row_view(&worker->tangent, part->layer, part->row, part->first, &phi.matrices, &phi.biases);
+    else
+        phi.bias_input = pk__row_factors(&worker->tangent, part->layer, part->row, part->first, &phi.cotangents,
+                                         &phi.inputs);
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
         const int direct = form->direct != 0;
         e = direct ? worker->effective : job->reverse_state + at;
-        factor *= direct ? 1 : form->gain;
-        pk__advance_state(part, form, carry, p, phi, job->reverse_state + at, direct ? e : NULL);
+        pk__advance_state(part, form, carry, p, &phi, job->reverse_state + at,
+                          direct ? worker->effective : NULL);
         for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
             job->part->decay[cell + part->first + k] -=
                 form->coupled * (direct ? 1 : form->gain) *
                 pk__dot_part(part, k, e, window->weights + j * P + offset);
     }
-    pk__contract_part(worker, part, j, factor, e, 0);
+    pk__contract_part(worker, part, j, e);
     if (!job->part->bounds)
         return;
-    const size_t numbers = part->count * part->node->weight_count;
+    const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
     pk_tangent_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
@@ -222,33 +264,70 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
             const pk_real *slack = window->preconditioner_error + j * P + offset;
             for (size_t i = 0; i < numbers; i++) {
-                const size_t matrix = part->count * part->matrix;
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
-                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(phi[i]) : 0;
+                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
             }
         }
-        pk__advance_state(part, form, carry, p, error, job->reverse_error + at, error);
+        phi.matrices = error;
+        phi.biases = error + matrix;
+        pk__advance_state(part, form, carry, p, &phi, job->reverse_error + at, error);
     }
-    pk__contract_part(worker, part, j, worker->factor, error, 1);
+    pk__bound_part(worker, part, j, error);
 }
 
-static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, double carry)
+static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j, double carry)
 {
     const pk__job *job = worker->job;
     pk__part part;
     part.node = worker->tangent.node[layer];
     part.layer = layer;
+    part.row = row;
     part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
     const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
-    for (part.row = 0; part.row < worker->rows; part.row++)
-        for (size_t unit = job->first_output; unit < last; unit += job->unit) {
-            const size_t end = pk__least(unit + job->unit, last);
-            for (part.first = unit; part.first < end; part.first += part.count) {
-                part.count = pk__least(each, end - part.first);
-                pk__materialised_part(worker, &part, j, carry);
-            }
+    for (size_t unit = job->first_output; unit < last; unit += job->unit) {
+        const size_t end = pk__least(unit + job->unit, last);
+        for (part.first = unit; part.first < end; part.first += part.count) {
+            part.count = pk__least(each, end - part.first);
+            pk__materialised_part(worker, &part, j, carry);
         }
+    }
+}
+
+/* The row's tiles, of one layer or of all, added to the results; then zero. */
+static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, double factor)
+{
+    const pk__job *job = worker->job;
+    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
+    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
+        pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
+                      factor, first, pk__least(PK_EXAMPLE_BLOCK, examples - first), tile);
+        memset(tile, 0, job->output_count * PK_TILE_LD * sizeof *tile);
+    }
+}
+
+/* The layers of a step whose Phi is materialised. */
+static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
+{
+    const pk__job *job = worker->job;
+    const pk_tangent *tangent = &worker->tangent;
+    const pk_linear_form *form = &job->window.forms[j];
+    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    size_t layers = 0;
+    for (size_t l = 0; l < job->graph->layers; l++)
+        layers += tangent->integrated[l] != 0;
+    for (size_t row = 0; layers && row < worker->rows; row++) {
+        for (size_t l = 0; l < job->graph->layers; l++) {
+            if (!tangent->integrated[l])
+                continue;
+            pk__materialised_layer(worker, row, l, j, carry);
+            if (tangent->per_layer)
+                pk__add_row(worker, row, (int)l, j, factor);
+        }
+        if (!tangent->per_layer)
+            pk__add_row(worker, row, -1, j, factor);
+    }
 }
 
 /* h at t of every row: into h (rows x outputs). */
@@ -340,10 +419,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
                         job->part->first_row + worker->row, worker->rows,
                         job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
-        for (size_t l = 0; l < job->graph->layers; l++)
-            if (tangent->integrated[l])
-                pk__materialised_layer(worker, l, j,
-                                       j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+        pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;

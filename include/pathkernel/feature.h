@@ -70,8 +70,8 @@ typedef struct pk_tangent {
     pk_real *ones;             /* points or rows */
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
     /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
-     * the places of a layer that is used at several; one after another in a tile or a panel; all to one. */
-    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *no_row;
+     * the places of a layer that is used at several; one after another in a tile or a panel. */
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row;
     /* The headed layer: */
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
@@ -233,15 +233,13 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK_PANEL);
     tangent->tile_row = pk__take_indices(arena, most);
     tangent->panel_row = pk__take_indices(arena, most);
-    tangent->no_row = pk__take_indices(arena, most);
-    for (size_t i = 0; tangent->no_row && i < most; i++) {
+    for (size_t i = 0; tangent->panel_row && i < most; i++) {
         tangent->tile_row[i] = i * PK_TILE_LD;
         tangent->panel_row[i] = i * PK_PANEL;
-        tangent->no_row[i] = 0;
     }
-    for (size_t i = 0; tangent->no_row && i < items; i++)
+    for (size_t i = 0; tangent->panel_row && i < items; i++)
         tangent->ones[i] = 1;
-    for (size_t i = 0; tangent->no_row && i < items * outputs; i++)
+    for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)
         tangent->cell_left[i] = i / outputs * PK_TILE_LD;
 }
 

@@ -32,20 +32,28 @@ PK__BEGIN_C
 enum { PK__TALLEST = 6 }; /* rows of a tile */
 
 typedef enum pk__tile_form {
-    PK__TILE_SET,     /* to = product */
-    PK__TILE_ADD,     /* to += product */
-    PK__TILE_SCALE,   /* to = other o product */
-    PK__TILE_HADAMARD /* to += other o product */
+    PK__TILE_SET,      /* to = product */
+    PK__TILE_ADD,      /* to += product */
+    PK__TILE_SCALE,    /* to = other o product */
+    PK__TILE_HADAMARD, /* to += other o product */
+    PK__TILE_DOT       /* to[0] += sum of other o product over the rows of a tile */
 } pk__tile_form;
 
-/* Where the rows of a product go: row i to `to + to_at[i]`, with `other + other_at[i]`. */
+/* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`. */
 typedef struct pk__tile_target {
     pk__tile_form form;
     pk_real *to;
     const size_t *to_at;
-    const pk_real *other; /* of SCALE and HADAMARD */
+    const pk_real *other; /* of SCALE, HADAMARD and DOT */
     const size_t *other_at;
 } pk__tile_target;
+
+/* A tile whose rows are known when it is compiled has no questions left to ask: worth three copies of it. */
+#if defined(__GNUC__)
+#define PK__INLINE static inline __attribute__((always_inline))
+#else
+#define PK__INLINE static inline
+#endif
 
 /* Rows as tiles: so many of 6 and then so many of 4. */
 static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
@@ -85,33 +93,45 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
 #define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
-#define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                \
-    attributes static inline void name(size_t count, size_t depth, const pk_real *a, size_t across,           \
-                                       size_t along, const pk_real *panel, size_t step, const pk_real *start, \
-                                       const pk__tile_target *target, const size_t *to_at,                    \
-                                       const size_t *other_at)                                                \
-    {                                                                                                         \
-        typedef vectors vector;                                                                               \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                             \
-        const vector zero = {0};                                                                              \
-        EACH(PK__TILE_ROW)                                                                                    \
-        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                     \
-            const pk_real *b = panel + column;                                                                \
-            EACH(PK__TILE_START)                                                                              \
-            for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                              \
-                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);             \
-                EACH(STEP)                                                                                    \
-            }                                                                                                 \
-            if (target->form == PK__TILE_SET) {                                                               \
-                EACH(PK__TILE_SETS)                                                                           \
-            } else if (target->form == PK__TILE_ADD) {                                                        \
-                EACH(PK__TILE_ADDS)                                                                           \
-            } else if (target->form == PK__TILE_SCALE) {                                                      \
-                EACH(PK__TILE_SCALES)                                                                         \
-            } else {                                                                                          \
-                EACH(PK__TILE_HADAMARDS)                                                                      \
-            }                                                                                                 \
-        }                                                                                                     \
+#define PK__TILE_DOTS(i)                             \
+    if (i < count) {                                 \
+        left_sum += left##i * PK__OTHER(i, 0);       \
+        right_sum += right##i * PK__OTHER(i, lanes); \
+    }
+#define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                 \
+    attributes PK__INLINE void name(size_t count, size_t depth, const pk_real *a, size_t across, size_t along, \
+                                    const pk_real *panel, size_t step, const pk_real *start,                   \
+                                    const pk__tile_target *target, const size_t *to_at,                        \
+                                    const size_t *other_at)                                                    \
+    {                                                                                                          \
+        typedef vectors vector;                                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
+        const vector zero = {0};                                                                               \
+        EACH(PK__TILE_ROW)                                                                                     \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+            const pk_real *b = panel + column;                                                                 \
+            EACH(PK__TILE_START)                                                                               \
+            for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                               \
+                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);              \
+                EACH(STEP)                                                                                     \
+            }                                                                                                  \
+            if (target->form == PK__TILE_SET) {                                                                \
+                EACH(PK__TILE_SETS)                                                                            \
+            } else if (target->form == PK__TILE_ADD) {                                                         \
+                EACH(PK__TILE_ADDS)                                                                            \
+            } else if (target->form == PK__TILE_SCALE) {                                                       \
+                EACH(PK__TILE_SCALES)                                                                          \
+            } else if (target->form == PK__TILE_DOT) {                                                         \
+                vector *to = (vector *)(target->to + column),                                                  \
+                       *beside = (vector *)(target->to + column + lanes);                                      \
+                vector left_sum = *to, right_sum = *beside;                                                    \
+                EACH(PK__TILE_DOTS)                                                                            \
+                *to = left_sum;                                                                                \
+                *beside = right_sum;                                                                           \
+            } else {                                                                                           \
+                EACH(PK__TILE_HADAMARDS)                                                                       \
+            }                                                                                                  \
+        }                                                                                                      \
     }
 /* The tiles of all rows of A, one behind the other. */
 #define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                                   \
@@ -126,7 +146,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         pk__tiles(rows, &sixes, &fours);                                                                      \
         for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
             const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
-            const size_t *to = to_at + first, *other = other_at ? other_at + first : NULL;                    \
+            const size_t *to = to_at ? to_at + first : NULL, *other = other_at ? other_at + first : NULL;     \
             count = pk__least(tile < sixes ? 6 : 4, rows - first);                                            \
             if (count == 6) /* known when this is compiled */                                                 \
                 pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \

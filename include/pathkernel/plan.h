@@ -53,8 +53,9 @@ typedef struct pk__worker {
     struct pk__job *job;
     pk_tangent tangent;
     pk_real *phi,
-        *effective; /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;  /* outputs x PK_TILE_LD */
+        *effective;      /* outputs of a part x weights of its layer; effective where E is no multiple of R */
+    pk_real *tile;       /* of one row: blocks of examples x outputs x PK_TILE_LD; zero between rows */
+    pk_real *bound_tile; /* with bounds: outputs x PK_TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -102,7 +103,7 @@ typedef struct pk__job {
 /* A layer's outputs come in parts of a unit that stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
-    return pk__most(1, pk__least(unit, ((size_t)1 << 14) / node->weight_count));
+    return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
@@ -145,7 +146,11 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
         worker->effective =
             (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
-        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_TILE_LD * real);
+        const size_t blocks = pk__blocks(job->window.largest_batch, PK_EXAMPLE_BLOCK), tile = PK_TILE_LD * real;
+        worker->tile = (pk_real *)pk_arena_take(arena, blocks * job->outputs, tile);
+        if (worker->tile)
+            memset(worker->tile, 0, blocks * job->outputs * tile);
+        worker->bound_tile = (pk_real *)pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
             (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;

@@ -356,6 +356,19 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
+/* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
+PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                              const pk_real **matrices, const pk_real **biases)
+{
+    const pk_node *node = tangent->node[layer];
+    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = node->weight_count - bias;
+    const pk_real *from = tangent->phi[layer] + row * tangent->output_capacity * node->weight_count;
+    first -= tangent->first_output;
+    *matrices = from + first * matrix;
+    *biases = from + tangent->output_count * matrix + first * bias;
+}
+
 /* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
  * outputs stand one behind the other. */
 static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
@@ -372,25 +385,36 @@ static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row,
            count * bias * sizeof *to);
 }
 
+/* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
+ * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
+PK__PRIVATE pk_real pk__row_factors(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                    const pk_real **cotangents, const pk_real **inputs)
+{
+    const pk_node *node = tangent->node[layer];
+    const int data = tangent->kind[layer] == PK_LAYER_DATA;
+    *inputs =
+        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
+    *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
+    return data ? 1 : tangent->weight_sum[row];
+}
+
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
-    size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
+    const size_t out = node->width, in = node->fan_in;
     if (tangent->phi[layer]) {
         pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
         return;
     }
-    const int data = tangent->kind[layer] == PK_LAYER_DATA;
-    const pk_real *a =
-        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
-    const pk_real *delta = tangent->delta[layer] + (row * outputs + first) * out;
+    const pk_real *delta, *a;
+    const pk_real bias = pk__row_factors(tangent, layer, row, first, &delta, &a);
     for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
             phi[j * in + i] = delta[j] * a[i];
     if (pk__has_bias(node))
         for (size_t j = 0; j < count * out; j++)
-            phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
+            phi[count * out * in + j] = delta[j] * bias;
 }
 
 PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
