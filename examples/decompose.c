@@ -38,7 +38,7 @@ static const char usage[] =
     "  --outputs WHICH       all (default), label (each input's label), or the number of one output, from 0\n"
     "  --labels Y.npy        each input's label (M,), int64 or uint8; default: the label predicted at the end\n"
     "  --quadrature RULE     auto (default), exact, gauss:N, midpoint:N, trapezoid:N or left, N nodes a step\n"
-    "  --tolerance T         of closure / max(1, |final|); default 1e-10\n"
+    "  --tolerance T         of closure / max(1, |final|); default 1e-10 (built in float: 1e-3)\n"
     "  --bounds              also bounds.npy (M,C,N): a bound on the error of every entry of by_example.npy\n"
     "  --step-closure        also closure_by_step.npy (M,C,S)\n"
     "  --top K               print the K strongest examples for and against each input;\n"
@@ -814,7 +814,7 @@ static void print_plan(task *job)
 /* What a large unattributed term means, in words; NULL where it is rounding. */
 static const char *judge_unattributed(const task *job)
 {
-    const int coarse = job->run.weights.type == PK_FLOAT32;
+    const int coarse = job->run.weights.type == PK_FLOAT32 || sizeof(pk_real) == sizeof(float);
     const double large = coarse ? 1e-3 : 1e-5, noise = coarse ? 1e-5 : 1e-9;
     double value = job->unattributed;
     if (!(value <= large) || (value > noise && value > 0.1 * job->moved))
@@ -895,7 +895,7 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
     const pk_run *run = &job->run;
     const char *out = job->set->out, *verdict = judge_unattributed(job);
     char rule[200], size[32];
-    double tolerance = job->set->options.tolerance > 0 ? job->set->options.tolerance : 1e-10, bytes = 0;
+    double tolerance = job->set->options.tolerance > 0 ? job->set->options.tolerance : PK_TOLERANCE, bytes = 0;
     if (pk_optimizer_format(&run->optimizer, rule, sizeof rule) != PK_OK)
         rule[0] = 0;
     if (job->set->top)

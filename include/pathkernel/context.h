@@ -12,7 +12,8 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* The number type of weights, activations and results. Sizes of files and times are always double. */
+/* The number type of weights, data, activations and their products. What is added up over examples and steps, results,
+ * rates and times are double in any case. All files of a program must agree about it. */
 #ifdef PATHKERNEL_FLOAT
 typedef float pk_real;
 #else
