@@ -314,7 +314,7 @@ static void check_bits(problem *p, size_t n, size_t m, size_t tokens)
             assert_int_equal(trace ? pk_kernel_ntk_trace(&p->context, &p->graph, p->weights, a, b, result)
                                    : pk_kernel_ntk(&p->context, &p->graph, p->weights, a, b, result),
                              PK_MEMORY_LIMIT);
-            p->context.memory_limit = p->context.memory_used + 20000; /* for the plan */
+            p->context.memory_limit = p->context.memory_used + EITHER(20000, 10000); /* for the plan */
             assert_refused(&p->context, PK_MEMORY_LIMIT, "the least that would do is ",
                            trace ? pk_kernel_ntk_trace(&p->context, &p->graph, p->weights, a, b, result)
                                  : pk_kernel_ntk(&p->context, &p->graph, p->weights, a, b, result));
