@@ -51,7 +51,10 @@
  * PATHKERNEL_IMPLEMENTATION  compile the functions here; in exactly one source file of a program
  * PATHKERNEL_STATIC          make all functions static; then each file may have its own implementation
  * PATHKERNEL_BLIS            use BLIS for matrix products; link with -lblis -lm
- * PATHKERNEL_FLOAT           float instead of double for weights, activations and results
+ * PATHKERNEL_FLOAT           float instead of double for weights and activations (sums over examples and steps, and
+ *                            results, stay double): speed over digits, closures of about 1e-5. Runs of either type
+ *                            are read; the weights of a float64 one are rounded, which unattributed then shows. In
+ *                            all files of a program
  * The file that holds the implementation includes this header before any other, or is compiled as gnu11 or
  * with -D_POSIX_C_SOURCE=200809L: the library needs POSIX. Link with -lm.
  *
@@ -110,6 +113,17 @@
 #define PK__FORMAT(string, first)
 #endif
 
+/* Around functions that run once a call, a step or a layer, not once a number: texts, files, checks, plans, loops of
+ * calls. They are three quarters of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does
+ * only what -Og does there. Where the caller wants no or small code, that is what these functions are, too. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#define PK__COLD_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Og\")")
+#define PK__COLD_END _Pragma("GCC pop_options")
+#else
+#define PK__COLD_BEGIN
+#define PK__COLD_END
+#endif
+
 /* C linkage is written once per section, so that each section compiles as C11 and as C++17. */
 #ifdef __cplusplus
 #define PK__BEGIN_C extern "C" {
@@ -166,7 +180,8 @@ PK__END_C
  */
 PK__BEGIN_C
 
-/* The number type of weights, activations and results. Sizes of files and times are always double. */
+/* The number type of weights, data, activations and their products. What is added up over examples and steps, results,
+ * rates and times are double in any case. All files of a program must agree about it. */
 #ifdef PATHKERNEL_FLOAT
 typedef float pk_real;
 #else
@@ -1747,8 +1762,8 @@ typedef struct pk_tangent {
     pk_real *ones;             /* points or rows */
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
     /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
-     * the places of a layer that is used at several; one after another in a tile or a panel; all to one. */
-    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *no_row;
+     * the places of a layer that is used at several; one after another in a tile or a panel. */
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row;
     /* The headed layer: */
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
@@ -1793,7 +1808,7 @@ PK__END_C
  */
 PK__BEGIN_C
 
-/* tile (outputs x columns, ld PK_TILE_LD) = < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+/* tile (outputs x columns, ld PK_TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
  * of PK_PANEL, columns <= PK_EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
  * last panel are written, too. */
 PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
@@ -2217,6 +2232,8 @@ PK__PRIVATE int pk__finite(double value)
     return (bits & exponent) != exponent;
 }
 
+PK__COLD_BEGIN
+
 /* 1 and *value where the whole text is a finite decimal number of fewer than 512 characters, correctly
  * rounded, with a point whatever the locale; else 0. */
 PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
@@ -2276,6 +2293,8 @@ PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
     *value = parsed;
     return 1;
 }
+
+PK__COLD_END
 
 /* 1 and *product = a * b, or 0 on overflow. */
 PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
@@ -2415,20 +2434,28 @@ PK__BEGIN_C
 enum { PK__TALLEST = 6 }; /* rows of a tile */
 
 typedef enum pk__tile_form {
-    PK__TILE_SET,     /* to = product */
-    PK__TILE_ADD,     /* to += product */
-    PK__TILE_SCALE,   /* to = other o product */
-    PK__TILE_HADAMARD /* to += other o product */
+    PK__TILE_SET,      /* to = product */
+    PK__TILE_ADD,      /* to += product */
+    PK__TILE_SCALE,    /* to = other o product */
+    PK__TILE_HADAMARD, /* to += other o product */
+    PK__TILE_DOT       /* to[0] += sum of other o product over the rows of a tile */
 } pk__tile_form;
 
-/* Where the rows of a product go: row i to `to + to_at[i]`, with `other + other_at[i]`. */
+/* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`. */
 typedef struct pk__tile_target {
     pk__tile_form form;
     pk_real *to;
     const size_t *to_at;
-    const pk_real *other; /* of SCALE and HADAMARD */
+    const pk_real *other; /* of SCALE, HADAMARD and DOT */
     const size_t *other_at;
 } pk__tile_target;
+
+/* A tile whose rows are known when it is compiled has no questions left to ask: worth three copies of it. */
+#if defined(__GNUC__)
+#define PK__INLINE static inline __attribute__((always_inline))
+#else
+#define PK__INLINE static inline
+#endif
 
 /* Rows as tiles: so many of 6 and then so many of 4. */
 static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
@@ -2468,33 +2495,45 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
 #define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
-#define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                \
-    attributes static inline void name(size_t count, size_t depth, const pk_real *a, size_t across,           \
-                                       size_t along, const pk_real *panel, size_t step, const pk_real *start, \
-                                       const pk__tile_target *target, const size_t *to_at,                    \
-                                       const size_t *other_at)                                                \
-    {                                                                                                         \
-        typedef vectors vector;                                                                               \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                             \
-        const vector zero = {0};                                                                              \
-        EACH(PK__TILE_ROW)                                                                                    \
-        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                     \
-            const pk_real *b = panel + column;                                                                \
-            EACH(PK__TILE_START)                                                                              \
-            for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                              \
-                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);             \
-                EACH(STEP)                                                                                    \
-            }                                                                                                 \
-            if (target->form == PK__TILE_SET) {                                                               \
-                EACH(PK__TILE_SETS)                                                                           \
-            } else if (target->form == PK__TILE_ADD) {                                                        \
-                EACH(PK__TILE_ADDS)                                                                           \
-            } else if (target->form == PK__TILE_SCALE) {                                                      \
-                EACH(PK__TILE_SCALES)                                                                         \
-            } else {                                                                                          \
-                EACH(PK__TILE_HADAMARDS)                                                                      \
-            }                                                                                                 \
-        }                                                                                                     \
+#define PK__TILE_DOTS(i)                             \
+    if (i < count) {                                 \
+        left_sum += left##i * PK__OTHER(i, 0);       \
+        right_sum += right##i * PK__OTHER(i, lanes); \
+    }
+#define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                 \
+    attributes PK__INLINE void name(size_t count, size_t depth, const pk_real *a, size_t across, size_t along, \
+                                    const pk_real *panel, size_t step, const pk_real *start,                   \
+                                    const pk__tile_target *target, const size_t *to_at,                        \
+                                    const size_t *other_at)                                                    \
+    {                                                                                                          \
+        typedef vectors vector;                                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
+        const vector zero = {0};                                                                               \
+        EACH(PK__TILE_ROW)                                                                                     \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+            const pk_real *b = panel + column;                                                                 \
+            EACH(PK__TILE_START)                                                                               \
+            for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                               \
+                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);              \
+                EACH(STEP)                                                                                     \
+            }                                                                                                  \
+            if (target->form == PK__TILE_SET) {                                                                \
+                EACH(PK__TILE_SETS)                                                                            \
+            } else if (target->form == PK__TILE_ADD) {                                                         \
+                EACH(PK__TILE_ADDS)                                                                            \
+            } else if (target->form == PK__TILE_SCALE) {                                                       \
+                EACH(PK__TILE_SCALES)                                                                          \
+            } else if (target->form == PK__TILE_DOT) {                                                         \
+                vector *to = (vector *)(target->to + column),                                                  \
+                       *beside = (vector *)(target->to + column + lanes);                                      \
+                vector left_sum = *to, right_sum = *beside;                                                    \
+                EACH(PK__TILE_DOTS)                                                                            \
+                *to = left_sum;                                                                                \
+                *beside = right_sum;                                                                           \
+            } else {                                                                                           \
+                EACH(PK__TILE_HADAMARDS)                                                                       \
+            }                                                                                                  \
+        }                                                                                                      \
     }
 /* The tiles of all rows of A, one behind the other. */
 #define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                                   \
@@ -2509,7 +2548,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         pk__tiles(rows, &sixes, &fours);                                                                      \
         for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
             const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
-            const size_t *to = to_at + first, *other = other_at ? other_at + first : NULL;                    \
+            const size_t *to = to_at ? to_at + first : NULL, *other = other_at ? other_at + first : NULL;     \
             count = pk__least(tile < sixes ? 6 : 4, rows - first);                                            \
             if (count == 6) /* known when this is compiled */                                                 \
                 pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
@@ -3189,6 +3228,8 @@ PK__BEGIN_C
 
 /* ---- texts ---- */
 
+PK__COLD_BEGIN
+
 /* Names in messages are the ends of paths, so that a long path never hides the sentence. */
 PK__PRIVATE const char *pk__name(const char *path)
 {
@@ -3274,6 +3315,8 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
     }
     return 1;
 }
+
+PK__COLD_END
 
 /* ---- arrays ---- */
 
@@ -3390,6 +3433,8 @@ typedef struct pk__npy {
 typedef struct pk__cursor {
     const char *at, *end;
 } pk__cursor;
+
+PK__COLD_BEGIN
 
 /* The next character that is no space, which stays; 0 at the end. */
 static char pk__peek(pk__cursor *text)
@@ -3865,6 +3910,8 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
     return status;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/dataset.h: implementation */
@@ -3969,6 +4016,8 @@ PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, s
     for (size_t i = 0; i < count; i++)
         pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
 }
+
+PK__COLD_BEGIN
 
 PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,
                                  pk_dataset *rows)
@@ -4231,6 +4280,8 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
     return status;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/graph.h: implementation */
@@ -4255,6 +4306,8 @@ PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
 }
+
+PK__COLD_BEGIN
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
 {
@@ -4495,6 +4548,8 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
     memset(graph, 0, sizeof *graph);
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/tape.h: implementation */
@@ -4510,6 +4565,8 @@ static int pk__has_row_weights(const pk_node *node)
     return node->weight_count &&
            (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
 }
+
+PK__COLD_BEGIN
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
@@ -4557,6 +4614,8 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
     tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
 }
+
+PK__COLD_END
 
 PK_API pk_real *pk_tape_output(const pk_tape *tape)
 {
@@ -4672,6 +4731,8 @@ static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole,
         rule(&call);
     }
 }
+
+PK__COLD_BEGIN
 
 PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
 {
@@ -4854,6 +4915,8 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     pk_release(context, memory);
     return PK_OK;
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -5327,6 +5390,8 @@ PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_
             to[i] += from[i];
 }
 
+PK__COLD_BEGIN
+
 /* Whether number at of a row of data is a whole number below count. */
 PK__PRIVATE pk_status pk__check_token(pk_context *context, const char *name, size_t row, size_t at,
                                       double token, double count)
@@ -5352,6 +5417,8 @@ static pk_status pk__add_shape(pk_context *context, const pk_graph *graph, pk_no
     node->shape = *first;
     return PK_OK;
 }
+
+PK__COLD_END
 
 static void pk__add_forward(const pk_call *call)
 {
@@ -5807,6 +5874,8 @@ static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, siz
            x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
 }
 
+PK__COLD_BEGIN
+
 /* The input's shape, kept in the node. */
 static pk_status pk__image_input(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -5931,6 +6000,8 @@ static void pk__convolution_initialize(const pk_node *node, pk_random *random, p
     pk__initialize_matrix(kind, node->attributes[PK_CONVOLUTION_GAIN], c.patch, fan_out,
                           biases ? node->weight_count : own, random, weights);
 }
+
+PK__COLD_END
 
 /* What a tap (i, j) has of the output rows from top up to bottom, in patches: rows from first up to past of it, in
  * these numbers from left up to right; they start at number place of the plane. */
@@ -7498,6 +7569,8 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+PK__COLD_BEGIN
+
 PK_API const pk_operation *pk_operation_at(size_t index)
 {
     static const struct {
@@ -7528,6 +7601,8 @@ PK_API const pk_operation *pk_operation_find(const char *name)
     return NULL;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/network.h: implementation */
@@ -7557,6 +7632,8 @@ typedef struct pk__parser {
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
+
+PK__COLD_BEGIN
 
 /* "64" or "1x28x28" as a shape. */
 static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
@@ -8222,6 +8299,8 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/safetensors.h: implementation */
@@ -8252,6 +8331,8 @@ typedef struct pk__tensor_list {
     size_t count;
     pk__tensor_place *places; /* sorted by name */
 } pk__tensor_list;
+
+PK__COLD_BEGIN
 
 static int pk__tensor_by_name(const void *a, const void *b)
 {
@@ -8696,6 +8777,8 @@ PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, con
     return status;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/loss.h: implementation */
@@ -8896,6 +8979,8 @@ static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y
 
 /* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
 
+PK__COLD_BEGIN
+
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
 {
     (void)outputs, (void)y;
@@ -8982,6 +9067,8 @@ PK_API const char *pk_loss_name(pk_loss loss)
     return rule ? rule->name : "unknown";
 }
 
+PK__COLD_END
+
 PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
 {
     const pk__loss_rule *rule = pk__loss_find(loss);
@@ -9065,6 +9152,8 @@ PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_datas
     pk_release(context, target);
     return status;
 }
+
+PK__COLD_BEGIN
 
 PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
                             size_t outputs, pk_real *targets)
@@ -9178,6 +9267,8 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
     memset(workspace, 0, sizeof *workspace);
 }
 
+PK__COLD_END
+
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
@@ -9280,6 +9371,8 @@ PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, s
     return finite;
 }
 
+PK__COLD_BEGIN
+
 /* Whether a batch fits a dataset and a network; name is for messages. */
 PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
                                           const pk__loss_rule *rule, const pk_dataset *dataset,
@@ -9378,6 +9471,8 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/autodiff.h: implementation */
@@ -9414,6 +9509,8 @@ typedef struct pk__sweep {
     double *losses;
     pk_real *sum; /* P, NULL: none */
 } pk__sweep;
+
+PK__COLD_BEGIN
 
 static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
 {
@@ -10056,6 +10153,8 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
                                  product);
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/optimizer.h: implementation */
@@ -10258,6 +10357,8 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
 #undef PK__KEY
 #undef PK__NO_KEY
 
+PK__COLD_BEGIN
+
 static const pk__optimizer_rule *pk__optimizer_find(pk_optimizer_kind kind)
 {
     for (size_t i = 0; i < sizeof pk__optimizer_rules / sizeof pk__optimizer_rules[0]; i++)
@@ -10457,6 +10558,8 @@ PK_API pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, 
     return PK_OK;
 }
 
+PK__COLD_END
+
 /* ---- clipping and schedules ---------------------------------------------------------------------------- */
 
 /* sum (factor x_i)^2 in eight chains, so that the additions do not wait for each other. */
@@ -10494,6 +10597,8 @@ PK_API double pk_clip_scale(const pk_real *gradient, size_t parameters, double m
     double scale = max_norm / (norm + 1e-6);
     return scale < 1 || scale != scale ? scale : 1;
 }
+
+PK__COLD_BEGIN
 
 PK_API double pk_schedule_rate(const pk_schedule *schedule, size_t step)
 {
@@ -10551,6 +10656,8 @@ PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *sched
     }
     return PK_OK;
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -10653,6 +10760,8 @@ typedef struct pk__run_path {
     char *text;
     size_t size;
 } pk__run_path;
+
+PK__COLD_BEGIN
 
 static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
 {
@@ -11076,6 +11185,8 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
     memset(run, 0, sizeof *run);
 }
 
+PK__COLD_END
+
 PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {
     size_t first = (size_t)run->batch_offsets[step];
@@ -11155,6 +11266,8 @@ typedef struct pk__recording {
     int made;   /* the directory is new */
 } pk__recording;
 
+PK__COLD_BEGIN
+
 static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
                                      const pk_dataset *train, pk__recording *recording)
 {
@@ -11199,6 +11312,8 @@ static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *
     return recorder->row;
 }
 
+PK__COLD_END
+
 /* Whether P numbers are finite as the file's type. */
 static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
                                      const pk_real *numbers)
@@ -11213,6 +11328,8 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
                             recorder->float32 ? "float32" : "float64");
     return PK_OK;
 }
+
+PK__COLD_BEGIN
 
 /* train_inputs.npy or train_targets.npy; bytes become numbers. */
 static pk_status pk__recorder_data(pk_context *context, const char *path, const pk_array *array)
@@ -11721,6 +11838,8 @@ PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
     return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/replay.h: implementation */
@@ -11729,6 +11848,8 @@ PK__END_C
 PK__BEGIN_C
 
 /* ---- one step --------------------------------------------------------------------------------------- */
+
+PK__COLD_BEGIN
 
 /* graph, train, loss and optimizer are set. */
 static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
@@ -11779,6 +11900,8 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
     pk_release(context, trainer->memory);
     memset(trainer, 0, sizeof *trainer);
 }
+
+PK__COLD_END
 
 enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
 
@@ -11842,6 +11965,8 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                 step, p, (double)next[p]);
     return PK_OK;
 }
+
+PK__COLD_BEGIN
 
 PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step, double learning_rate,
                                   double clip_norm, const pk_batch *batch, const pk_real *weights,
@@ -12038,6 +12163,8 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
     return status;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/train.h: implementation */
@@ -12085,6 +12212,8 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->items = t->order + first;
     batch->weights = NULL;
 }
+
+PK__COLD_BEGIN
 
 /* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
@@ -12318,6 +12447,8 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     return status;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/segment.h: implementation */
@@ -12325,6 +12456,8 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
+
+PK__COLD_BEGIN
 
 PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
 {
@@ -12495,6 +12628,8 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     }
 }
 
+PK__COLD_END
+
 /* The value of node n at points whose earlier nodes are there. */
 static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
 {
@@ -12515,6 +12650,8 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
         pk__node_forward(&segment->tape, &line, node, count);
     }
 }
+
+PK__COLD_BEGIN
 
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
                                size_t stop)
@@ -12545,6 +12682,8 @@ PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real 
     pk_tape_reverse(&segment->tape, &line, count, copies);
 }
 
+PK__COLD_END
+
 /* ---- kinks ----------------------------------------------------------------------------------------- */
 
 /* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
@@ -12566,6 +12705,8 @@ static double pk__casteljau(int degree, const double *c, double x, double *left,
     }
     return work[0];
 }
+
+PK__COLD_BEGIN
 
 /* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
 static double pk__bracketed_root(int degree, const double *c)
@@ -12648,6 +12789,8 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
+PK__COLD_END
+
 /* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
  * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
 static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
@@ -12698,6 +12841,8 @@ static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, si
         pk__isolate(degree, c, 0, 1, sink);
     }
 }
+
+PK__COLD_BEGIN
 
 /* Appends piece at of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
 static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t at, pk__root_sink *sink)
@@ -12869,6 +13014,8 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     return 1;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/quadrature.h: implementation */
@@ -12939,6 +13086,8 @@ PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t r
         }
     }
 }
+
+PK__COLD_BEGIN
 
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
 static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
@@ -13083,6 +13232,8 @@ static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void 
         }
 }
 
+PK__COLD_END
+
 /* Roundings of what is added: below a few nothing can be measured, and an error below many of them that another node
  * does not mend is rounding. In float no target is below the former, so that they are fewer. */
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
@@ -13195,6 +13346,8 @@ enum { PK__BISECTIONS = 512 };
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
 #define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
 
+PK__COLD_BEGIN
+
 /* Halves what has not passed; what cannot be halved any more is accepted and counted. */
 static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
                        pk_point_sink *sink, void *user)
@@ -13283,6 +13436,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     pk__flush(integrator, sink, user, 1);
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/example.h: implementation */
@@ -13305,6 +13460,8 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
 {
     return &graph->nodes[node->inputs[0]];
 }
+
+PK__COLD_BEGIN
 
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
 static int pk__has_bias(const pk_node *node)
@@ -13389,6 +13546,8 @@ PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
     for (size_t b = 1; b < batch->count; b++)
         examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
 }
+
+PK__COLD_END
 
 /* to (cols x ld, starting at a column) = transposed from (rows x cols). */
 static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
@@ -13597,6 +13756,8 @@ enum {
     PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
 };
 
+PK__COLD_BEGIN
+
 /* The only node that reads node, NULL where there are none or several. */
 static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
 {
@@ -13693,15 +13854,13 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK_PANEL);
     tangent->tile_row = pk__take_indices(arena, most);
     tangent->panel_row = pk__take_indices(arena, most);
-    tangent->no_row = pk__take_indices(arena, most);
-    for (size_t i = 0; tangent->no_row && i < most; i++) {
+    for (size_t i = 0; tangent->panel_row && i < most; i++) {
         tangent->tile_row[i] = i * PK_TILE_LD;
         tangent->panel_row[i] = i * PK_PANEL;
-        tangent->no_row[i] = 0;
     }
-    for (size_t i = 0; tangent->no_row && i < items; i++)
+    for (size_t i = 0; tangent->panel_row && i < items; i++)
         tangent->ones[i] = 1;
-    for (size_t i = 0; tangent->no_row && i < items * outputs; i++)
+    for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)
         tangent->cell_left[i] = i / outputs * PK_TILE_LD;
 }
 
@@ -13790,6 +13949,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -14157,7 +14318,7 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-/* tile = sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
 static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
                                 size_t first, size_t columns, pk_real *tile)
 {
@@ -14169,9 +14330,7 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
     const pk_real *inputs = pk__panels(tangent->examples->input[layer], places * in, first);
     const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], places * out, first);
-    pk__tile_target target = {PK__TILE_HADAMARD, NULL, tangent->no_row, NULL, tangent->panel_row};
-    for (size_t k = 0; k < outputs; k++)
-        memset(tile + k * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row};
     for (size_t k = 0; k < outputs; k++)
         for (size_t j = 0; j < out; j += most)
             for (size_t column = 0; column < columns; column += PK_PANEL)
@@ -14194,7 +14353,7 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     if (!examples->rows[layer]) {
         pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
     } else {
-        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 0,
+        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 1,
                  tile, PK_TILE_LD);
         tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
     }
@@ -14477,6 +14636,8 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     pk__contract(tangent, points);
 }
 
+PK__COLD_BEGIN
+
 static void pk__tangent_points(void *user, const pk_points *unsorted)
 {
     pk_tangent *tangent = (pk_tangent *)user;
@@ -14532,6 +14693,21 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
+PK__COLD_END
+
+/* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
+PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                              const pk_real **matrices, const pk_real **biases)
+{
+    const pk_node *node = tangent->node[layer];
+    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = node->weight_count - bias;
+    const pk_real *from = tangent->phi[layer] + row * tangent->output_capacity * node->weight_count;
+    first -= tangent->first_output;
+    *matrices = from + first * matrix;
+    *biases = from + tangent->output_count * matrix + first * bias;
+}
+
 /* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
  * outputs stand one behind the other. */
 static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
@@ -14548,25 +14724,36 @@ static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row,
            count * bias * sizeof *to);
 }
 
+/* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
+ * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
+PK__PRIVATE pk_real pk__row_factors(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+                                    const pk_real **cotangents, const pk_real **inputs)
+{
+    const pk_node *node = tangent->node[layer];
+    const int data = tangent->kind[layer] == PK_LAYER_DATA;
+    *inputs =
+        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
+    *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
+    return data ? 1 : tangent->weight_sum[row];
+}
+
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
-    size_t outputs = tangent->outputs, out = node->width, in = node->fan_in;
+    const size_t out = node->width, in = node->fan_in;
     if (tangent->phi[layer]) {
         pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
         return;
     }
-    const int data = tangent->kind[layer] == PK_LAYER_DATA;
-    const pk_real *a =
-        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * in;
-    const pk_real *delta = tangent->delta[layer] + (row * outputs + first) * out;
+    const pk_real *delta, *a;
+    const pk_real bias = pk__row_factors(tangent, layer, row, first, &delta, &a);
     for (size_t j = 0; j < count * out; j++)
         for (size_t i = 0; i < in; i++)
             phi[j * in + i] = delta[j] * a[i];
     if (pk__has_bias(node))
         for (size_t j = 0; j < count * out; j++)
-            phi[count * out * in + j] = delta[j] * (data ? 1 : tangent->weight_sum[row]);
+            phi[count * out * in + j] = delta[j] * bias;
 }
 
 PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
@@ -14581,6 +14768,8 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
+
+PK__COLD_BEGIN
 
 PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices)
 {
@@ -14721,6 +14910,8 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
     pk__name_tensors(part);
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/window.h: implementation */
@@ -14731,6 +14922,8 @@ PK__BEGIN_C
 /* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
  * each part's vectors one behind the other. */
 enum { PK__STATE_PART = 4096 };
+
+PK__COLD_BEGIN
 
 PK_API void pk_window_begin(const pk_run *run, pk_window *window)
 {
@@ -14843,6 +15036,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     }
 }
 
+PK__COLD_END
+
 static pk_status pk__load_window(pk_context *context, pk_window *window, int advance)
 {
     const size_t P = window->parameters;
@@ -14951,6 +15146,8 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
             window->remainder[at + i] = window->direction[at + i] - update[i];
     }
 }
+
+PK__COLD_BEGIN
 
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
  * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
@@ -15093,6 +15290,8 @@ PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t 
                               0);
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/plan.h: implementation */
@@ -15107,8 +15306,9 @@ typedef struct pk__worker {
     struct pk__job *job;
     pk_tangent tangent;
     pk_real *phi,
-        *effective; /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;  /* outputs x PK_TILE_LD */
+        *effective;      /* outputs of a part x weights of its layer; effective where E is no multiple of R */
+    pk_real *tile;       /* of one row: blocks of examples x outputs x PK_TILE_LD; zero between rows */
+    pk_real *bound_tile; /* with bounds: outputs x PK_TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -15153,10 +15353,12 @@ typedef struct pk__job {
     pk_decomposition *part;
 } pk__job;
 
+PK__COLD_BEGIN
+
 /* A layer's outputs come in parts of a unit that stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
-    return pk__most(1, pk__least(unit, ((size_t)1 << 14) / node->weight_count));
+    return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
@@ -15199,7 +15401,11 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
         worker->effective =
             (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
-        worker->tile = (pk_real *)pk_arena_take(arena, job->outputs, PK_TILE_LD * real);
+        const size_t blocks = pk__blocks(job->window.largest_batch, PK_EXAMPLE_BLOCK), tile = PK_TILE_LD * real;
+        worker->tile = (pk_real *)pk_arena_take(arena, blocks * job->outputs, tile);
+        if (worker->tile)
+            memset(worker->tile, 0, blocks * job->outputs * tile);
+        worker->bound_tile = (pk_real *)pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
             (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
@@ -15470,6 +15676,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/decompose.h: implementation */
@@ -15555,24 +15763,47 @@ typedef struct pk__part {
     size_t bias, matrix;             /* weights of each output */
 } pk__part;
 
-/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted: one pass, since memory
- * bounds it. p: out x in, then out; NULL: rate. */
-static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
-                              const pk_real *phi, pk_real *state, pk_real *e)
+/* Phi of a part, as it is stored: matrices, and biases elsewhere (inputs == NULL); or as outer products of cotangents and
+ * one row of inputs, and the cotangents times bias_input. */
+typedef struct pk__phi {
+    const pk_real *matrices, *biases;
+    const pk_real *cotangents, *inputs;
+    pk_real bias_input;
+} pk__phi;
+
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
+ * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
+static void pk__advance_numbers(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
+                                pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
 {
     const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;
     const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;
-    for (size_t segment = 0; segment < 2 * part->count; segment++) { /* matrices of all outputs, then biases */
-        const size_t k = segment % part->count, bias = segment / part->count;
-        const size_t count = bias ? part->bias : part->matrix;
-        const size_t at = bias ? part->count * part->matrix + k * part->bias : k * part->matrix;
-        const pk_real *scale = p ? p + (bias ? part->matrix : 0) : NULL;
-        for (size_t i = 0; i < count; i++) {
-            const pk_real entering = (scale ? scale[i] : rate) * phi[at + i];
-            state[at + i] = keep * state[at + i] + enter * entering;
-            if (e)
-                e[at + i] = gain * state[at + i] + direct * entering;
-        }
+    for (size_t i = 0; i < count; i++) {
+        const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);
+        state[i] = keep * state[i] + enter * entering;
+        if (e)
+            e[i] = gain * state[i] + direct * entering;
+    }
+}
+
+/* The same of a part; p: out x in, then out; state and e: matrices, then biases. */
+static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
+                              const pk__phi *phi, pk_real *state, pk_real *e)
+{
+    const pk_real *p_bias = p ? p + part->matrix : NULL;
+    const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
+    for (size_t k = 0; k < part->count; k++) {
+        size_t at = k * part->matrix;
+        if (!phi->inputs)
+            pk__advance_numbers(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
+                                e ? e + at : NULL);
+        for (size_t j = 0; phi->inputs && j < out; j++)
+            pk__advance_numbers(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
+                                phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
+        at = matrices + k * part->bias;
+        pk__advance_numbers(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
+                            (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
+                            e ? e + at : NULL);
     }
 }
 
@@ -15583,25 +15814,40 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
            (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
 }
 
-/* factor < e, g_b > added to the results, or with bounds |factor| < e, |g_b| > to the bounds, of a part. */
-static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, double factor,
-                              const pk_real *e, int bounds)
+/* The tile of a row, all outputs, with block number `block` of the examples. */
+static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
+{
+    return worker->tile + block * worker->job->outputs * PK_TILE_LD;
+}
+
+PK__COLD_BEGIN
+
+/* The row's tiles += < e, g_b > of a part. */
+static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
+{
+    const size_t examples = worker->job->window.batches[j].count;
+    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK)
+        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first,
+                                pk__least(PK_EXAMPLE_BLOCK, examples - first),
+                                pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + part->first * PK_TILE_LD);
+}
+
+/* |factor| < error, |g_b| > of a part added to the bounds. */
+static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *error)
 {
     pk__job *job = worker->job;
-    const size_t examples = job->part->examples;
     const size_t cell = (worker->row + part->row) * job->outputs + part->first;
-    worker->tangent.examples = bounds ? &job->window.magnitudes[j] : &job->window.examples[j];
-    for (size_t first = 0; first < job->window.batches[j].count; first += PK_EXAMPLE_BLOCK) {
-        const size_t count = pk__least(PK_EXAMPLE_BLOCK, job->window.batches[j].count - first);
-        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first, count, worker->tile);
-        if (!bounds) {
-            pk__add_cells(worker, (int)part->layer, cell, part->count, factor, first, count, worker->tile);
-            continue;
-        }
+    const pk_batch *batch = &job->window.batches[j];
+    worker->tangent.examples = &job->window.magnitudes[j];
+    for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
+        const size_t count = pk__least(PK_EXAMPLE_BLOCK, batch->count - first);
+        memset(worker->bound_tile, 0, part->count * PK_TILE_LD * sizeof *worker->bound_tile);
+        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
+                                worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
             for (size_t b = 0; b < count; b++)
-                job->part->bounds[(cell + k) * examples + (size_t)job->window.batches[j].items[first + b]] +=
-                    fabs(factor) * (double)worker->tile[k * PK_TILE_LD + b];
+                job->part->bounds[(cell + k) * job->part->examples + (size_t)batch->items[first + b]] +=
+                    fabs(worker->factor) * (double)worker->bound_tile[k * PK_TILE_LD + b];
     }
     worker->tangent.examples = &job->window.examples[j];
 }
@@ -15619,24 +15865,30 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const size_t at = (worker->row + part->row) * job->plan.outputs * P + job->output_count * offset +
                       (part->first - job->first_output) * part->node->weight_count;
     const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
-    pk_real *phi = worker->phi, *e = phi;
-    double factor = worker->factor;
-    pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, phi);
+    const pk_real *e = worker->phi;
+    pk__phi phi = {worker->phi, worker->phi + part->count * part->matrix, NULL, NULL, 0};
+    if (!job->reverse || job->part->bounds)
+        pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
+    else if (worker->tangent.phi[part->layer])
+        pk__row_view(&worker->tangent, part->layer, part->row, part->first, &phi.matrices, &phi.biases);
+    else
+        phi.bias_input = pk__row_factors(&worker->tangent, part->layer, part->row, part->first, &phi.cotangents,
+                                         &phi.inputs);
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
         const int direct = form->direct != 0;
         e = direct ? worker->effective : job->reverse_state + at;
-        factor *= direct ? 1 : form->gain;
-        pk__advance_state(part, form, carry, p, phi, job->reverse_state + at, direct ? e : NULL);
+        pk__advance_state(part, form, carry, p, &phi, job->reverse_state + at,
+                          direct ? worker->effective : NULL);
         for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
             job->part->decay[cell + part->first + k] -=
                 form->coupled * (direct ? 1 : form->gain) *
                 pk__dot_part(part, k, e, window->weights + j * P + offset);
     }
-    pk__contract_part(worker, part, j, factor, e, 0);
+    pk__contract_part(worker, part, j, e);
     if (!job->part->bounds)
         return;
-    const size_t numbers = part->count * part->node->weight_count;
+    const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
     pk_tangent_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
@@ -15644,33 +15896,70 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
             const pk_real *slack = window->preconditioner_error + j * P + offset;
             for (size_t i = 0; i < numbers; i++) {
-                const size_t matrix = part->count * part->matrix;
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
-                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(phi[i]) : 0;
+                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
             }
         }
-        pk__advance_state(part, form, carry, p, error, job->reverse_error + at, error);
+        phi.matrices = error;
+        phi.biases = error + matrix;
+        pk__advance_state(part, form, carry, p, &phi, job->reverse_error + at, error);
     }
-    pk__contract_part(worker, part, j, worker->factor, error, 1);
+    pk__bound_part(worker, part, j, error);
 }
 
-static void pk__materialised_layer(pk__worker *worker, size_t layer, size_t j, double carry)
+static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j, double carry)
 {
     const pk__job *job = worker->job;
     pk__part part;
     part.node = worker->tangent.node[layer];
     part.layer = layer;
+    part.row = row;
     part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
     const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
-    for (part.row = 0; part.row < worker->rows; part.row++)
-        for (size_t unit = job->first_output; unit < last; unit += job->unit) {
-            const size_t end = pk__least(unit + job->unit, last);
-            for (part.first = unit; part.first < end; part.first += part.count) {
-                part.count = pk__least(each, end - part.first);
-                pk__materialised_part(worker, &part, j, carry);
-            }
+    for (size_t unit = job->first_output; unit < last; unit += job->unit) {
+        const size_t end = pk__least(unit + job->unit, last);
+        for (part.first = unit; part.first < end; part.first += part.count) {
+            part.count = pk__least(each, end - part.first);
+            pk__materialised_part(worker, &part, j, carry);
         }
+    }
+}
+
+/* The row's tiles, of one layer or of all, added to the results; then zero. */
+static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, double factor)
+{
+    const pk__job *job = worker->job;
+    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
+    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
+        pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
+                      factor, first, pk__least(PK_EXAMPLE_BLOCK, examples - first), tile);
+        memset(tile, 0, job->output_count * PK_TILE_LD * sizeof *tile);
+    }
+}
+
+/* The layers of a step whose Phi is materialised. */
+static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
+{
+    const pk__job *job = worker->job;
+    const pk_tangent *tangent = &worker->tangent;
+    const pk_linear_form *form = &job->window.forms[j];
+    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    size_t layers = 0;
+    for (size_t l = 0; l < job->graph->layers; l++)
+        layers += tangent->integrated[l] != 0;
+    for (size_t row = 0; layers && row < worker->rows; row++) {
+        for (size_t l = 0; l < job->graph->layers; l++) {
+            if (!tangent->integrated[l])
+                continue;
+            pk__materialised_layer(worker, row, l, j, carry);
+            if (tangent->per_layer)
+                pk__add_row(worker, row, (int)l, j, factor);
+        }
+        if (!tangent->per_layer)
+            pk__add_row(worker, row, -1, j, factor);
+    }
 }
 
 /* h at t of every row: into h (rows x outputs). */
@@ -15762,10 +16051,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
                         job->part->first_row + worker->row, worker->rows,
                         job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
-        for (size_t l = 0; l < job->graph->layers; l++)
-            if (tangent->integrated[l])
-                pk__materialised_layer(worker, l, j,
-                                       j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+        pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
@@ -16134,6 +16420,8 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
     return status;
 }
 
+PK__COLD_END
+
 PK__END_C
 
 /* pathkernel/kernel.h: implementation */
@@ -16422,6 +16710,8 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
 
 /* ---- how it is cut ------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 /* The form of a layer, by flops a pair of rows. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
 {
@@ -16673,6 +16963,8 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 {
     return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
 }
+
+PK__COLD_END
 
 PK__END_C
 

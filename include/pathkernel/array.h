@@ -126,6 +126,8 @@ PK__BEGIN_C
 
 /* ---- texts ---- */
 
+PK__COLD_BEGIN
+
 /* Names in messages are the ends of paths, so that a long path never hides the sentence. */
 PK__PRIVATE const char *pk__name(const char *path)
 {
@@ -211,6 +213,8 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
     }
     return 1;
 }
+
+PK__COLD_END
 
 /* ---- arrays ---- */
 
@@ -327,6 +331,8 @@ typedef struct pk__npy {
 typedef struct pk__cursor {
     const char *at, *end;
 } pk__cursor;
+
+PK__COLD_BEGIN
 
 /* The next character that is no space, which stays; 0 at the end. */
 static char pk__peek(pk__cursor *text)
@@ -801,6 +807,8 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
     memset(writer, 0, sizeof *writer);
     return status;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -105,6 +105,8 @@ typedef struct pk__sweep {
     pk_real *sum; /* P, NULL: none */
 } pk__sweep;
 
+PK__COLD_BEGIN
+
 static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
 {
     const pk_graph *graph = sweep->graph;
@@ -745,6 +747,8 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
     return pk__curvature_product(context, "gauss_newton", graph, loss, weights, dataset, batch, direction, 0,
                                  product);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

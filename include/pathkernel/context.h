@@ -188,6 +188,8 @@ PK__PRIVATE int pk__finite(double value)
     return (bits & exponent) != exponent;
 }
 
+PK__COLD_BEGIN
+
 /* 1 and *value where the whole text is a finite decimal number of fewer than 512 characters, correctly
  * rounded, with a point whatever the locale; else 0. */
 PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
@@ -247,6 +249,8 @@ PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
     *value = parsed;
     return 1;
 }
+
+PK__COLD_END
 
 /* 1 and *product = a * b, or 0 on overflow. */
 PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)

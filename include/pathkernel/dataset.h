@@ -152,6 +152,8 @@ PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, s
         pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
 }
 
+PK__COLD_BEGIN
+
 PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,
                                  pk_dataset *rows)
 {
@@ -412,6 +414,8 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
     pk__file_unmap(&file);
     return status;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

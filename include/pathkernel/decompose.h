@@ -190,6 +190,8 @@ static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
     return worker->tile + block * worker->job->outputs * PK_TILE_LD;
 }
 
+PK__COLD_BEGIN
+
 /* The row's tiles += < e, g_b > of a part. */
 static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
@@ -787,6 +789,8 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
         *plan = job.plan;
     return status;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -89,6 +89,8 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+PK__COLD_BEGIN
+
 PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices)
 {
     size_t found = 0;
@@ -227,6 +229,8 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
         part->step_closure += cell * whole->steps;
     pk__name_tensors(part);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

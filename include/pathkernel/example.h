@@ -82,6 +82,8 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
     return &graph->nodes[node->inputs[0]];
 }
 
+PK__COLD_BEGIN
+
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
 static int pk__has_bias(const pk_node *node)
 {
@@ -165,6 +167,8 @@ PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
     for (size_t b = 1; b < batch->count; b++)
         examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
 }
+
+PK__COLD_END
 
 /* to (cols x ld, starting at a column) = transposed from (rows x cols). */
 static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)

@@ -137,6 +137,8 @@ enum {
     PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
 };
 
+PK__COLD_BEGIN
+
 /* The only node that reads node, NULL where there are none or several. */
 static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
 {
@@ -328,6 +330,8 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -200,6 +200,8 @@ PK__PRIVATE int pk__is_outer(const pk_node *node)
     return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
 }
 
+PK__COLD_BEGIN
+
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
 {
     *width = 1;
@@ -438,6 +440,8 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
     pk_release(context, graph->text);
     memset(graph, 0, sizeof *graph);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

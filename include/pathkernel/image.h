@@ -92,6 +92,8 @@ static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, siz
            x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
 }
 
+PK__COLD_BEGIN
+
 /* The input's shape, kept in the node. */
 static pk_status pk__image_input(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -216,6 +218,8 @@ static void pk__convolution_initialize(const pk_node *node, pk_random *random, p
     pk__initialize_matrix(kind, node->attributes[PK_CONVOLUTION_GAIN], c.patch, fan_out,
                           biases ? node->weight_count : own, random, weights);
 }
+
+PK__COLD_END
 
 /* What a tap (i, j) has of the output rows from top up to bottom, in patches: rows from first up to past of it, in
  * these numbers from left up to right; they start at number place of the plane. */

@@ -335,6 +335,8 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
 
 /* ---- how it is cut ------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 /* The form of a layer, by flops a pair of rows. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
 {
@@ -586,6 +588,8 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 {
     return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

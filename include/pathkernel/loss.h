@@ -317,6 +317,8 @@ static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y
 
 /* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
 
+PK__COLD_BEGIN
+
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
 {
     (void)outputs, (void)y;
@@ -403,6 +405,8 @@ PK_API const char *pk_loss_name(pk_loss loss)
     return rule ? rule->name : "unknown";
 }
 
+PK__COLD_END
+
 PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
 {
     const pk__loss_rule *rule = pk__loss_find(loss);
@@ -486,6 +490,8 @@ PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_datas
     pk_release(context, target);
     return status;
 }
+
+PK__COLD_BEGIN
 
 PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
                             size_t outputs, pk_real *targets)
@@ -599,6 +605,8 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
     memset(workspace, 0, sizeof *workspace);
 }
 
+PK__COLD_END
+
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
@@ -701,6 +709,8 @@ PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, s
     return finite;
 }
 
+PK__COLD_BEGIN
+
 /* Whether a batch fits a dataset and a network; name is for messages. */
 PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
                                           const pk__loss_rule *rule, const pk_dataset *dataset,
@@ -798,6 +808,8 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
                         isfinite(sum) ? "gradient" : "objective");
     return PK_OK;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -74,6 +74,8 @@ typedef struct pk__parser {
 
 /* ---- words ----------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 /* "64" or "1x28x28" as a shape. */
 static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
 {
@@ -737,6 +739,8 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
     }
     return PK_OK;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

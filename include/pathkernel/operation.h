@@ -27,6 +27,8 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+PK__COLD_BEGIN
+
 PK_API const pk_operation *pk_operation_at(size_t index)
 {
     static const struct {
@@ -56,6 +58,8 @@ PK_API const pk_operation *pk_operation_find(const char *name)
             return operation;
     return NULL;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -100,6 +100,8 @@ typedef struct pk__job {
     pk_decomposition *part;
 } pk__job;
 
+PK__COLD_BEGIN
+
 /* A layer's outputs come in parts of a unit that stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
@@ -420,6 +422,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
             1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

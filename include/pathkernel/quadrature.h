@@ -179,6 +179,8 @@ PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t r
     }
 }
 
+PK__COLD_BEGIN
+
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
 static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
 {
@@ -322,6 +324,8 @@ static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void 
         }
 }
 
+PK__COLD_END
+
 /* Roundings of what is added: below a few nothing can be measured, and an error below many of them that another node
  * does not mend is rounding. In float no target is below the former, so that they are fewer. */
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
@@ -434,6 +438,8 @@ enum { PK__BISECTIONS = 512 };
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
 #define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
 
+PK__COLD_BEGIN
+
 /* Halves what has not passed; what cannot be halved any more is accepted and counted. */
 static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
                        pk_point_sink *sink, void *user)
@@ -521,6 +527,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
             integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
     pk__flush(integrator, sink, user, 1);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

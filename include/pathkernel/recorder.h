@@ -120,6 +120,8 @@ typedef struct pk__recording {
     int made;   /* the directory is new */
 } pk__recording;
 
+PK__COLD_BEGIN
+
 static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
                                      const pk_dataset *train, pk__recording *recording)
 {
@@ -164,6 +166,8 @@ static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *
     return recorder->row;
 }
 
+PK__COLD_END
+
 /* Whether P numbers are finite as the file's type. */
 static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
                                      const pk_real *numbers)
@@ -178,6 +182,8 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
                             recorder->float32 ? "float32" : "float64");
     return PK_OK;
 }
+
+PK__COLD_BEGIN
 
 /* train_inputs.npy or train_targets.npy; bytes become numbers. */
 static pk_status pk__recorder_data(pk_context *context, const char *path, const pk_array *array)
@@ -685,6 +691,8 @@ PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
 {
     return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -95,6 +95,8 @@ PK__BEGIN_C
 
 /* ---- one step --------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 /* graph, train, loss and optimizer are set. */
 static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
 {
@@ -144,6 +146,8 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
     pk_release(context, trainer->memory);
     memset(trainer, 0, sizeof *trainer);
 }
+
+PK__COLD_END
 
 enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
 
@@ -207,6 +211,8 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                 step, p, (double)next[p]);
     return PK_OK;
 }
+
+PK__COLD_BEGIN
 
 PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step, double learning_rate,
                                   double clip_norm, const pk_batch *batch, const pk_real *weights,
@@ -402,6 +408,8 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
         memcpy(weights, replay->weights, run->parameters * sizeof *weights);
     return status;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

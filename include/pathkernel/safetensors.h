@@ -65,6 +65,8 @@ typedef struct pk__tensor_list {
     pk__tensor_place *places; /* sorted by name */
 } pk__tensor_list;
 
+PK__COLD_BEGIN
+
 static int pk__tensor_by_name(const void *a, const void *b)
 {
     return strcmp(((const pk__tensor_place *)a)->name, ((const pk__tensor_place *)b)->name);
@@ -507,6 +509,8 @@ PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, con
     pk_release(context, list.places);
     return status;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

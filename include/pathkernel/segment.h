@@ -83,6 +83,8 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+PK__COLD_BEGIN
+
 PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
 {
     pieces->count = 0;
@@ -252,6 +254,8 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     }
 }
 
+PK__COLD_END
+
 /* The value of node n at points whose earlier nodes are there. */
 static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
 {
@@ -272,6 +276,8 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
         pk__node_forward(&segment->tape, &line, node, count);
     }
 }
+
+PK__COLD_BEGIN
 
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
                                size_t stop)
@@ -302,6 +308,8 @@ PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real 
     pk_tape_reverse(&segment->tape, &line, count, copies);
 }
 
+PK__COLD_END
+
 /* ---- kinks ----------------------------------------------------------------------------------------- */
 
 /* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
@@ -323,6 +331,8 @@ static double pk__casteljau(int degree, const double *c, double x, double *left,
     }
     return work[0];
 }
+
+PK__COLD_BEGIN
 
 /* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
 static double pk__bracketed_root(int degree, const double *c)
@@ -405,6 +415,8 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
+PK__COLD_END
+
 /* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
  * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
 static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
@@ -455,6 +467,8 @@ static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, si
         pk__isolate(degree, c, 0, 1, sink);
     }
 }
+
+PK__COLD_BEGIN
 
 /* Appends piece at of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
 static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t at, pk__root_sink *sink)
@@ -625,6 +639,8 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     pk__sort_pieces(to);
     return 1;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -37,6 +37,17 @@
 #define PK__FORMAT(string, first)
 #endif
 
+/* Around functions that run once a call, a step or a layer, not once a number: texts, files, checks, plans, loops of
+ * calls. They are three quarters of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does
+ * only what -Og does there. Where the caller wants no or small code, that is what these functions are, too. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#define PK__COLD_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Og\")")
+#define PK__COLD_END _Pragma("GCC pop_options")
+#else
+#define PK__COLD_BEGIN
+#define PK__COLD_END
+#endif
+
 /* C linkage is written once per section, so that each section compiles as C11 and as C++17. */
 #ifdef __cplusplus
 #define PK__BEGIN_C extern "C" {

@@ -33,6 +33,8 @@ PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_
             to[i] += from[i];
 }
 
+PK__COLD_BEGIN
+
 /* Whether number at of a row of data is a whole number below count. */
 PK__PRIVATE pk_status pk__check_token(pk_context *context, const char *name, size_t row, size_t at,
                                       double token, double count)
@@ -58,6 +60,8 @@ static pk_status pk__add_shape(pk_context *context, const pk_graph *graph, pk_no
     node->shape = *first;
     return PK_OK;
 }
+
+PK__COLD_END
 
 static void pk__add_forward(const pk_call *call)
 {

@@ -301,6 +301,8 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     pk__contract(tangent, points);
 }
 
+PK__COLD_BEGIN
+
 static void pk__tangent_points(void *user, const pk_points *unsorted)
 {
     pk_tangent *tangent = (pk_tangent *)user;
@@ -355,6 +357,8 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
+
+PK__COLD_END
 
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
 PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,

@@ -72,6 +72,8 @@ static int pk__has_row_weights(const pk_node *node)
            (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
 }
 
+PK__COLD_BEGIN
+
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
 {
@@ -118,6 +120,8 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
     tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
 }
+
+PK__COLD_END
 
 PK_API pk_real *pk_tape_output(const pk_tape *tape)
 {
@@ -233,6 +237,8 @@ static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole,
         rule(&call);
     }
 }
+
+PK__COLD_BEGIN
 
 PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
 {
@@ -415,6 +421,8 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     pk_release(context, memory);
     return PK_OK;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

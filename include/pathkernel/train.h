@@ -114,6 +114,8 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
+PK__COLD_BEGIN
+
 /* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
@@ -345,6 +347,8 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
         *result = reached;
     return status;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -196,6 +196,8 @@ typedef struct pk__run_path {
     size_t size;
 } pk__run_path;
 
+PK__COLD_BEGIN
+
 static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
 {
     path->directory = directory;
@@ -617,6 +619,8 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
     pk_graph_release(context, &run->graph);
     memset(run, 0, sizeof *run);
 }
+
+PK__COLD_END
 
 PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {

@@ -85,6 +85,8 @@ PK__BEGIN_C
  * each part's vectors one behind the other. */
 enum { PK__STATE_PART = 4096 };
 
+PK__COLD_BEGIN
+
 PK_API void pk_window_begin(const pk_run *run, pk_window *window)
 {
     memset(window, 0, sizeof *window);
@@ -196,6 +198,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     }
 }
 
+PK__COLD_END
+
 static pk_status pk__load_window(pk_context *context, pk_window *window, int advance)
 {
     const size_t P = window->parameters;
@@ -304,6 +308,8 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
             window->remainder[at + i] = window->direction[at + i] - update[i];
     }
 }
+
+PK__COLD_BEGIN
 
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
  * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
@@ -445,6 +451,8 @@ PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t 
     return pk__prepare_window(context, window, first, pk__least(window->capacity, window->run->steps - first),
                               0);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */
