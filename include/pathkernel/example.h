@@ -187,14 +187,12 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
         const size_t lane = (first + b) % PK_PANEL;
         pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
         columns = pk__least(PK_PANEL - lane, count - b);
-        if (columns == PK_PANEL)
+        for (size_t i = 0; i < columns; i++) /* the other way round a compiler gathers, which is slow */
             for (size_t j = 0; j < features; j++)
-                for (size_t i = 0; i < PK_PANEL; i++)
-                    to[j * PK_PANEL + i] = from[(b + i) * features + j];
-        else
+                to[j * PK_PANEL + lane + i] = from[(b + i) * features + j];
+        for (size_t i = lane + columns; i < PK_PANEL; i++)
             for (size_t j = 0; j < features; j++)
-                for (size_t i = lane; i < PK_PANEL; i++)
-                    to[j * PK_PANEL + i] = i < lane + columns ? from[(b + i - lane) * features + j] : 0;
+                to[j * PK_PANEL + i] = 0;
     }
 }
 

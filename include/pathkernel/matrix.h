@@ -89,14 +89,36 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
     if (across == 1 && columns == PK_PANEL)
         for (size_t p = 0; p < depth; p++)
             memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
-    else if (columns == PK_PANEL)
-        for (size_t p = 0; p < depth; p++)
-            for (size_t j = 0; j < PK_PANEL; j++)
-                packed[p * PK_PANEL + j] = b[p * down + j * across];
     else
-        for (size_t p = 0; p < depth; p++)
-            for (size_t j = 0; j < columns; j++)
+        for (size_t j = 0; j < columns; j++) /* the other way round a compiler gathers, which is slow */
+            for (size_t p = 0; p < depth; p++)
                 packed[p * PK_PANEL + j] = b[p * down + j * across];
+}
+
+/* C += alpha A B^T for m <= PK_PANEL: C^T = B A^T, so that B is read where it stands and only the few rows of A are
+ * packed. The same terms in the same order as below. */
+static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
+                                 size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
+                                 size_t ldc)
+{
+    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    size_t tile_at[PK__BLOCK_ROWS];
+    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
+    for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
+        tile_at[j] = j * PK_PANEL;
+    for (size_t p = 0; p < k; p += PK__DEPTH) {
+        const size_t depth = pk__least(k - p, PK__DEPTH);
+        pk__pack_panel(m, depth, a + p * column_a, column_a, row_a, packed);
+        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS) {
+            const size_t rows = pk__least(n - first, PK__BLOCK_ROWS);
+            pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed, PK_PANEL, NULL, &target);
+            for (size_t i = 0; i < m; i++)
+                for (size_t j = 0; j < rows; j++) {
+                    pk_real *to = c + i * ldc + first + j;
+                    *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
+                }
+        }
+    }
 }
 
 /* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
@@ -117,6 +139,10 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
+    if (transpose_b && m <= PK_PANEL && m < n) {
+        pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
+        return;
+    }
     for (size_t p = 0; p < k; p += PK__DEPTH) {
         const size_t depth = pk__least(k - p, PK__DEPTH);
         const int overwrite = beta == 0 && p == 0;
