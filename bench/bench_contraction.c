@@ -9,9 +9,10 @@
  *
  *   factored, integrated  the engines; time of the contraction alone (a thread's own), flops as the library
  *                         counts them
- *   step                  the engine that the library chooses; time of all that a step takes of the test side
- *                         (forward, reverse, contraction), flops the least that the factored form needs:
+ *   contraction           the engine that the library chooses; flops the least that the factored form needs,
  *                         2 batch (points (W + C W) + rows (W + C W)), so that less work counts as speed
+ *   step                  the same, with the time of all that a step takes of the test side (forward, reverse,
+ *                         contraction)
  *
  * The residual is the largest |A - exact| / (|Phi| . |g|) over some contributions, exact from gradients and
  * inner products in long double.
@@ -297,18 +298,20 @@ static void job_report(bench_run *run, job *j)
     bench_time_part(run, take_step, j->whole ? bench__wall : contraction_clock, j, &timing);
     for (int t = 0; t < j->threads; t++)
         flops += j->blocks[t].tangent.flops;
-    if (j->whole)
+    if (j->engine == PK_ENGINE_AUTO)
         flops = 2.0 * (double)j->batch * (NODES + 1) * (double)(j->block_rows * (size_t)j->threads) * cells;
     snprintf(size, sizeof size, "%zux%zux%zux%zu", j->outputs, j->width, j->width, j->batch);
     bench_line(run,
                j->whole                          ? "step"
+               : j->engine == PK_ENGINE_AUTO     ? "contraction"
                : j->engine == PK_ENGINE_FACTORED ? "factored"
                                                  : "integrated",
                size, j->threads, flops, timing, residual_of(j),
                (double)(INPUTS + 4 * j->width + j->outputs) * epsilon);
 }
 
-static int measure(bench_run *run, int threads, pk_engine engine, size_t width, size_t outputs, size_t batch)
+static int measure(bench_run *run, int threads, pk_engine engine, int whole, size_t width, size_t outputs,
+                   size_t batch)
 {
     job j;
     pk_context context;
@@ -318,7 +321,7 @@ static int measure(bench_run *run, int threads, pk_engine engine, size_t width, 
     memset(&context, 0, sizeof context);
     j.threads = threads;
     j.engine = engine;
-    j.whole = engine == PK_ENGINE_AUTO;
+    j.whole = whole;
     j.width = width;
     j.outputs = outputs;
     j.batch = batch;
@@ -347,17 +350,18 @@ static int measure(bench_run *run, int threads, pk_engine engine, size_t width, 
 int main(int argc, char **argv)
 {
     static const size_t widths[] = {32, 64, 128, 256, 512}, outputs[] = {10, 1}, batches[] = {1437, 64};
-    static const pk_engine engines[] = {PK_ENGINE_FACTORED, PK_ENGINE_INTEGRATED, PK_ENGINE_AUTO};
+    static const pk_engine engines[] = {PK_ENGINE_AUTO, PK_ENGINE_AUTO, PK_ENGINE_FACTORED,
+                                        PK_ENGINE_INTEGRATED};
     bench_run run;
     int made = 1;
     if (!bench_start(&run, argc, argv, "bench_contraction"))
         return 2;
     for (int all = 0; all < (run.threads > 1 ? 2 : 1); all++)
-        for (size_t e = 0; e < 3; e++)
+        for (size_t e = 0; e < 4; e++)
             for (size_t o = 0; o < 2; o++)
                 for (size_t b = 0; b < 2; b++)
                     for (size_t w = 0; w < (run.quick ? 2 : 5); w++)
-                        made = made && measure(&run, all ? run.threads : 1, engines[e], widths[w], outputs[o],
-                                               run.quick ? batches[b] / 4 : batches[b]);
+                        made = made && measure(&run, all ? run.threads : 1, engines[e], e == 1, widths[w],
+                                               outputs[o], run.quick ? batches[b] / 4 : batches[b]);
     return made ? bench_finish(&run) : 2;
 }
