@@ -1,6 +1,7 @@
 /* pathkernel/norm.h: operations on normalisation and softmax. */
 #ifndef PATHKERNEL_NORM_H
 #define PATHKERNEL_NORM_H
+#include "elementary.h"
 #include "structure.h"
 
 /* >>> declarations */
@@ -421,10 +422,11 @@ PK__PRIVATE void pk__softmax_row(size_t count, const pk_real *x, pk_real *p)
 {
     const pk_real most = x[pk__largest_at(count, x)];
     double sum = 0;
-    for (size_t i = 0; i < count; i++) {
-        p[i] = (pk_real)exp((double)(x[i] - most));
+    for (size_t i = 0; i < count; i++)
+        p[i] = x[i] - most;
+    pk__elementary_reals(pk__all_exponential, count, 1, p, p);
+    for (size_t i = 0; i < count; i++)
         sum += p[i];
-    }
     for (size_t i = 0; i < count; i++)
         p[i] = (pk_real)(p[i] / sum);
 }
@@ -442,13 +444,17 @@ static void pk__log_softmax_forward(const pk_call *call)
     const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
     for (size_t at = 0; at < all; at += count) {
         const pk_real *x = call->in[0] + at;
+        pk_real *y = call->out + at;
         const size_t first = pk__largest_at(count, x);
         double others = 0;
         for (size_t i = 0; i < count; i++)
-            others += i == first ? 0 : exp((double)(x[i] - x[first]));
+            y[i] = x[i] - x[first];
+        pk__elementary_reals(pk__all_exponential, count, 1, y, y);
+        for (size_t i = 0; i < count; i++)
+            others += i == first ? 0 : (double)y[i];
         const double logarithm = log1p(others);
         for (size_t i = 0; i < count; i++)
-            call->out[at + i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
+            y[i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
     }
 }
 
@@ -458,8 +464,7 @@ static const pk_real *pk__probabilities(const pk_call *call, int logarithm, size
     const size_t count = pk__last_dimension(call->node);
     if (!logarithm)
         return call->out + at;
-    for (size_t i = 0; i < count; i++)
-        call->scratch[i] = (pk_real)exp((double)call->out[at + i]);
+    pk__elementary_reals(pk__all_exponential, count, 1, call->out + at, call->scratch);
     return call->scratch;
 }
 
