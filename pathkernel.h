@@ -2943,36 +2943,14 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
     if (across == 1 && columns == PK_PANEL)
         for (size_t p = 0; p < depth; p++)
             memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
-    else
-        for (size_t j = 0; j < columns; j++) /* the other way round a compiler gathers, which is slow */
-            for (size_t p = 0; p < depth; p++)
+    else if (columns == PK_PANEL)
+        for (size_t p = 0; p < depth; p++)
+            for (size_t j = 0; j < PK_PANEL; j++)
                 packed[p * PK_PANEL + j] = b[p * down + j * across];
-}
-
-/* C += alpha A B^T for m <= PK_PANEL: C^T = B A^T, so that B is read where it stands and only the few rows of A are
- * packed. The same terms in the same order as below. */
-static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
-                                 size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
-                                 size_t ldc)
-{
-    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
-    size_t tile_at[PK__BLOCK_ROWS];
-    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
-    for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
-        tile_at[j] = j * PK_PANEL;
-    for (size_t p = 0; p < k; p += PK__DEPTH) {
-        const size_t depth = pk__least(k - p, PK__DEPTH);
-        pk__pack_panel(m, depth, a + p * column_a, column_a, row_a, packed);
-        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS) {
-            const size_t rows = pk__least(n - first, PK__BLOCK_ROWS);
-            pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed, PK_PANEL, NULL, &target);
-            for (size_t i = 0; i < m; i++)
-                for (size_t j = 0; j < rows; j++) {
-                    pk_real *to = c + i * ldc + first + j;
-                    *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
-                }
-        }
-    }
+    else
+        for (size_t p = 0; p < depth; p++)
+            for (size_t j = 0; j < columns; j++)
+                packed[p * PK_PANEL + j] = b[p * down + j * across];
 }
 
 /* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
@@ -2993,10 +2971,6 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
-    if (transpose_b && m <= PK_PANEL && m < n) {
-        pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
-        return;
-    }
     for (size_t p = 0; p < k; p += PK__DEPTH) {
         const size_t depth = pk__least(k - p, PK__DEPTH);
         const int overwrite = beta == 0 && p == 0;
@@ -6979,11 +6953,10 @@ PK__PRIVATE void pk__softmax_row(size_t count, const pk_real *x, pk_real *p)
 {
     const pk_real most = x[pk__largest_at(count, x)];
     double sum = 0;
-    for (size_t i = 0; i < count; i++)
-        p[i] = x[i] - most;
-    pk__elementary_reals(pk__all_exponential, count, 1, p, p);
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
+        p[i] = (pk_real)exp((double)(x[i] - most));
         sum += p[i];
+    }
     for (size_t i = 0; i < count; i++)
         p[i] = (pk_real)(p[i] / sum);
 }
@@ -7001,17 +6974,13 @@ static void pk__log_softmax_forward(const pk_call *call)
     const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
     for (size_t at = 0; at < all; at += count) {
         const pk_real *x = call->in[0] + at;
-        pk_real *y = call->out + at;
         const size_t first = pk__largest_at(count, x);
         double others = 0;
         for (size_t i = 0; i < count; i++)
-            y[i] = x[i] - x[first];
-        pk__elementary_reals(pk__all_exponential, count, 1, y, y);
-        for (size_t i = 0; i < count; i++)
-            others += i == first ? 0 : (double)y[i];
+            others += i == first ? 0 : exp((double)(x[i] - x[first]));
         const double logarithm = log1p(others);
         for (size_t i = 0; i < count; i++)
-            y[i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
+            call->out[at + i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
     }
 }
 
@@ -7021,7 +6990,8 @@ static const pk_real *pk__probabilities(const pk_call *call, int logarithm, size
     const size_t count = pk__last_dimension(call->node);
     if (!logarithm)
         return call->out + at;
-    pk__elementary_reals(pk__all_exponential, count, 1, call->out + at, call->scratch);
+    for (size_t i = 0; i < count; i++)
+        call->scratch[i] = (pk_real)exp((double)call->out[at + i]);
     return call->scratch;
 }
 
@@ -13596,12 +13566,14 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
         const size_t lane = (first + b) % PK_PANEL;
         pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
         columns = pk__least(PK_PANEL - lane, count - b);
-        for (size_t i = 0; i < columns; i++) /* the other way round a compiler gathers, which is slow */
+        if (columns == PK_PANEL)
             for (size_t j = 0; j < features; j++)
-                to[j * PK_PANEL + lane + i] = from[(b + i) * features + j];
-        for (size_t i = lane + columns; i < PK_PANEL; i++)
+                for (size_t i = 0; i < PK_PANEL; i++)
+                    to[j * PK_PANEL + i] = from[(b + i) * features + j];
+        else
             for (size_t j = 0; j < features; j++)
-                to[j * PK_PANEL + i] = 0;
+                for (size_t i = lane; i < PK_PANEL; i++)
+                    to[j * PK_PANEL + i] = i < lane + columns ? from[(b + i - lane) * features + j] : 0;
     }
 }
 
@@ -15959,14 +15931,12 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
 {
     const pk__job *job = worker->job;
     const size_t examples = job->window.batches[j].count, first_output = job->first_output;
-    const double start = pk__seconds();
     for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
         pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, pk__least(PK_EXAMPLE_BLOCK, examples - first), tile);
         memset(tile, 0, job->output_count * PK_TILE_LD * sizeof *tile);
     }
-    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
 }
 
 /* The layers of a step whose Phi is materialised. */
@@ -16470,6 +16440,7 @@ typedef struct pk__gram_layer {
     const pk_node *node;
     pk__gram_form form;
     pk_real bias;             /* 1 or 0 */
+    int data;                 /* its inputs are the network's, and not kept */
     size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
     size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
     size_t depth;             /* terms of a product of two cotangents or gradients */
@@ -16480,6 +16451,7 @@ typedef struct pk__gram_layer {
 /* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
 typedef struct pk__gram_side {
     pk_matrix inputs;
+    int leads; /* the first of the two */
     size_t first, rows, capacity;
     pk_real *factors;
 } pk__gram_side;
@@ -16492,7 +16464,8 @@ typedef struct pk__gram {
     size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
     size_t layers, numbers; /* numbers kept of a row */
     pk__gram_layer *layer;
-    size_t tile, sweep; /* rows of a tile; of one pass through the network, which divide them */
+    size_t tile, sweep; /* rows of a tile, and of one pass through the network: powers of two */
+    size_t unit;        /* the larger of them: where sides are cut */
     size_t left, right; /* numbers of a lane's products */
     int symmetric;
     pk_matrix result;
@@ -16529,10 +16502,11 @@ static pk__gram_lane pk__gram_lane_of(const pk__gram *gram)
     return lane;
 }
 
-/* Where a layer's factors of a row are. */
+/* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
 static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
 {
-    return side->factors + side->capacity * layer->left_at + row * layer->left;
+    return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
+                       : side->factors + side->capacity * layer->left_at + row * layer->left;
 }
 
 static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
@@ -16563,10 +16537,11 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
             for (size_t r = 0; r < rows; r++)
                 pk__node_places(tape, node, r, outputs, left + r * layer->left, right + r * layer->right);
         } else {
-            memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
+            if (!layer->data)
+                memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
             if (layer->form == PK__GRAM_OUTER)
                 memcpy(right, cotangent, rows * layer->right * sizeof *right);
-            else if (side->first + at == 0) /* any row's will do; one thread has the first one */
+            else if (side->leads && side->first + at == 0) /* any row's will do; one thread has this one */
                 pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
                          layer->depth, 0, layer->constant, gram->kept);
         }
@@ -16579,10 +16554,10 @@ static void pk__gram_sweep(const pk__gram *gram, const pk__gram_side *side, size
     const size_t outputs = gram->outputs, width = gram->graph->input_width;
     const pk_line line = {gram->weights, NULL, NULL};
     pk__gram_lane lane = pk__gram_lane_of(gram);
-    for (size_t r = 0; r < rows; r++)
-        memcpy(lane.inputs + r * width, side->inputs.data + (side->first + at + r) * side->inputs.ld,
-               width * sizeof *lane.inputs);
-    pk_tape_forward(&lane.tape, &line, rows, lane.inputs);
+    const pk_real *inputs = side->inputs.data + (side->first + at) * side->inputs.ld;
+    for (size_t r = 0; side->inputs.ld != width && r < rows; r++)
+        memcpy(lane.inputs + r * width, inputs + r * side->inputs.ld, width * sizeof *inputs);
+    pk_tape_forward(&lane.tape, &line, rows, side->inputs.ld != width ? lane.inputs : inputs);
     pk_real *seed = pk_tape_seed(&lane.tape);
     memset(seed, 0, rows * outputs * outputs * sizeof *seed);
     for (size_t i = 0; i < rows * outputs; i++)
@@ -16591,16 +16566,18 @@ static void pk__gram_sweep(const pk__gram *gram, const pk__gram_side *side, size
     pk__gram_keep(gram, &lane.tape, side, at, rows);
 }
 
-/* Fills a side with its rows first .. first + rows - 1. */
-static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, size_t first, size_t rows)
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. */
+static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
-    const size_t blocks = pk__blocks(rows, gram->sweep);
+    const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep),
+                 blocks = own + (other ? pk__blocks(other->rows, sweep) : 0);
     const int workers = gram->threads;
-    side->first = first;
-    side->rows = rows;
     PK__PARALLEL_FOR(workers)
-    for (size_t b = 0; b < blocks; b++)
-        pk__gram_sweep(gram, side, b * gram->sweep, pk__least(gram->sweep, rows - b * gram->sweep));
+    for (size_t b = 0; b < blocks; b++) {
+        const pk__gram_side *to = b < own ? side : other;
+        const size_t at = (b < own ? b : b - own) * sweep;
+        pk__gram_sweep(gram, to, at, pk__least(sweep, to->rows - at));
+    }
 }
 
 /* ---- tiles --------------------------------------------------------------------------------------------- */
@@ -16643,7 +16620,7 @@ static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__g
     memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
-        const size_t in = layer->left, depth = layer->depth;
+        const size_t in = layer->node->fan_in, depth = layer->depth;
         const pk_real *x_left = pk__gram_left(x, layer, i), *x_right = pk__gram_right(x, layer, i);
         const pk_real *y_left = pk__gram_left(y, layer, j), *y_right = pk__gram_right(y, layer, j);
         if (layer->form == PK__GRAM_ROWS) {
@@ -16656,7 +16633,8 @@ static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__g
             continue;
         }
         if (input != pk__layer_input(gram->graph, layer->node))
-            pk__gemm(0, 1, rows, columns, in, 1, x_left, in, y_left, in, 0, lane->left, columns);
+            pk__gemm(0, 1, rows, columns, in, 1, x_left, layer->data ? x->inputs.ld : in, y_left,
+                     layer->data ? y->inputs.ld : in, 0, lane->left, columns);
         input = pk__layer_input(gram->graph, layer->node);
         if (layer->form == PK__GRAM_OUTER)
             pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
@@ -16763,7 +16741,8 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
         return;
     }
     layer->bias = (pk_real)pk__has_bias(node);
-    layer->left = node->positions * node->fan_in;
+    layer->data = outer && node->inputs[0] == 0;
+    layer->left = layer->data ? 0 : node->positions * node->fan_in;
     layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
     layer->depth = node->fan_out * group;
     if (layer->form == PK__GRAM_PLACES) {
@@ -16781,15 +16760,20 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     size_t numbers = graph->input_width;
     for (size_t n = 1; n < graph->node_count; n++)
         numbers += graph->nodes[n].width * (graph->nodes[n].varies ? 1 + gram->outputs : 1);
-    /* Tiles of about 256 x 256 numbers stay in the second-level cache; there should be several. */
+    /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
     gram->tile = 64;
-    while (gram->tile > 1 && gram->tile * kept > 256)
+    while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
     while (gram->tile > 8 && pk__most(rows, columns) < 4 * gram->tile)
         gram->tile /= 2;
-    gram->sweep = gram->tile;
+    /* Every pass reads all weights: some rows a pass, and passes for several threads. */
+    const size_t passes = gram->symmetric ? rows : rows + columns;
+    gram->sweep = 32;
+    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 8 : 2) * gram->sweep)
+        gram->sweep /= 2;
     while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
         gram->sweep /= 2;
+    gram->unit = pk__most(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -16808,7 +16792,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     gram->lane_bytes = arena.used;
-    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->tile)
+    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit)
         return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
     return PK_OK;
 }
@@ -16817,11 +16801,11 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
 static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
 {
     pk_context *context = gram->context;
-    const size_t row = gram->numbers * sizeof(pk_real), tile = gram->tile,
+    const size_t row = gram->numbers * sizeof(pk_real), unit = gram->unit,
                  used = context ? context->memory_used : 0;
     const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
-    const int whole = gram->symmetric && x <= tile;
-    const size_t least = pk__least(x, tile) + (whole ? 0 : pk__least(y, tile));
+    const int whole = gram->symmetric && x <= unit;
+    const size_t least = pk__least(x, unit) + (whole ? 0 : pk__least(y, unit));
     const size_t rows = least * row + other;
     size_t room = limit ? limit - pk__least(used, limit) : rows + ((size_t)1 << 30);
     const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
@@ -16841,16 +16825,16 @@ static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows
             "bytes",
             gram->name, limit, used + gram->lane_bytes + rows);
     gram->threads = (int)threads;
-    const size_t capacity = (room - threads * gram->lane_bytes - other) / row;
+    const size_t left = room - threads * gram->lane_bytes - other, capacity = row ? left / row : SIZE_MAX;
     *x_rows = x;
     *y_rows = gram->symmetric ? 0 : y;
     if (x <= capacity && *y_rows <= capacity - x)
         return PK_OK;
     /* One side as a whole, or most of the memory for x. */
-    *y_rows = y <= capacity - pk__least(x, tile) && !gram->symmetric
+    *y_rows = y <= capacity - pk__least(x, unit) && !gram->symmetric
                   ? y
-                  : pk__least(y, pk__most(tile, capacity / 4 / tile * tile));
-    *x_rows = pk__least(x, pk__most(tile, (capacity - *y_rows) / tile * tile));
+                  : pk__least(y, pk__most(unit, capacity / 4 / unit * unit));
+    *x_rows = pk__least(x, pk__most(unit, (capacity - *y_rows) / unit * unit));
     return PK_OK;
 }
 
@@ -16859,21 +16843,24 @@ static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows
 static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
 {
     const size_t rows = x->inputs.rows, columns = y->inputs.rows;
-    int filled = 0; /* all of y */
-    for (size_t i = 0; i < rows; i += x->capacity) {
+    const int whole = !gram->symmetric && y->capacity == columns; /* y is filled once */
+    y->rows = columns;
+    for (x->first = 0; x->first < rows; x->first += x->capacity) {
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
         if (status)
             return status;
-        pk__gram_fill(gram, x, i, pk__least(x->capacity, rows - i));
-        if (gram->symmetric)
-            status = pk__gram_pairs(gram, x, x);
+        x->rows = pk__least(x->capacity, rows - x->first);
+        pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
+        if (gram->symmetric || whole)
+            status = pk__gram_pairs(gram, x, whole ? y : x);
         /* Of a symmetric kernel the blocks below the diagonal. */
-        for (size_t j = 0; !status && j < (gram->symmetric ? i : columns); j += y->capacity) {
-            if (!filled)
-                pk__gram_fill(gram, y, j, pk__least(y->capacity, (gram->symmetric ? i : columns) - j));
-            filled = !gram->symmetric && y->capacity == columns;
+        const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
+        for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
+            y->rows = pk__least(y->capacity, end - y->first);
+            pk__gram_fill(gram, y, NULL);
             status = pk__gram_pairs(gram, x, y);
         }
+        y->first = 0;
         if (status)
             return status;
     }
@@ -16974,6 +16961,7 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
     for (size_t l = 0; !status && l < graph->layers; l++)
         gram.layer[l].constant = constants + l * gram.kept * gram.kept;
     sides[0].inputs = x;
+    sides[0].leads = 1;
     sides[1].inputs = y;
     if (!status)
         status = pk__gram_run(&gram, &sides[0], &sides[1]);
