@@ -2943,14 +2943,36 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
     if (across == 1 && columns == PK_PANEL)
         for (size_t p = 0; p < depth; p++)
             memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
-    else if (columns == PK_PANEL)
-        for (size_t p = 0; p < depth; p++)
-            for (size_t j = 0; j < PK_PANEL; j++)
-                packed[p * PK_PANEL + j] = b[p * down + j * across];
     else
-        for (size_t p = 0; p < depth; p++)
-            for (size_t j = 0; j < columns; j++)
+        for (size_t j = 0; j < columns; j++) /* the other way round a compiler gathers, which is slow */
+            for (size_t p = 0; p < depth; p++)
                 packed[p * PK_PANEL + j] = b[p * down + j * across];
+}
+
+/* C += alpha A B^T for m <= PK_PANEL: C^T = B A^T, so that B is read where it stands and only the few rows of A are
+ * packed. The same terms in the same order as below. */
+static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
+                                 size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
+                                 size_t ldc)
+{
+    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    size_t tile_at[PK__BLOCK_ROWS];
+    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
+    for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
+        tile_at[j] = j * PK_PANEL;
+    for (size_t p = 0; p < k; p += PK__DEPTH) {
+        const size_t depth = pk__least(k - p, PK__DEPTH);
+        pk__pack_panel(m, depth, a + p * column_a, column_a, row_a, packed);
+        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS) {
+            const size_t rows = pk__least(n - first, PK__BLOCK_ROWS);
+            pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed, PK_PANEL, NULL, &target);
+            for (size_t i = 0; i < m; i++)
+                for (size_t j = 0; j < rows; j++) {
+                    pk_real *to = c + i * ldc + first + j;
+                    *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
+                }
+        }
+    }
 }
 
 /* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
@@ -2971,6 +2993,10 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
+    if (transpose_b && m <= PK_PANEL && m < n) {
+        pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
+        return;
+    }
     for (size_t p = 0; p < k; p += PK__DEPTH) {
         const size_t depth = pk__least(k - p, PK__DEPTH);
         const int overwrite = beta == 0 && p == 0;
@@ -6953,10 +6979,11 @@ PK__PRIVATE void pk__softmax_row(size_t count, const pk_real *x, pk_real *p)
 {
     const pk_real most = x[pk__largest_at(count, x)];
     double sum = 0;
-    for (size_t i = 0; i < count; i++) {
-        p[i] = (pk_real)exp((double)(x[i] - most));
+    for (size_t i = 0; i < count; i++)
+        p[i] = x[i] - most;
+    pk__elementary_reals(pk__all_exponential, count, 1, p, p);
+    for (size_t i = 0; i < count; i++)
         sum += p[i];
-    }
     for (size_t i = 0; i < count; i++)
         p[i] = (pk_real)(p[i] / sum);
 }
@@ -6974,13 +7001,17 @@ static void pk__log_softmax_forward(const pk_call *call)
     const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
     for (size_t at = 0; at < all; at += count) {
         const pk_real *x = call->in[0] + at;
+        pk_real *y = call->out + at;
         const size_t first = pk__largest_at(count, x);
         double others = 0;
         for (size_t i = 0; i < count; i++)
-            others += i == first ? 0 : exp((double)(x[i] - x[first]));
+            y[i] = x[i] - x[first];
+        pk__elementary_reals(pk__all_exponential, count, 1, y, y);
+        for (size_t i = 0; i < count; i++)
+            others += i == first ? 0 : (double)y[i];
         const double logarithm = log1p(others);
         for (size_t i = 0; i < count; i++)
-            call->out[at + i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
+            y[i] = (pk_real)((double)(x[i] - x[first]) - logarithm);
     }
 }
 
@@ -6990,8 +7021,7 @@ static const pk_real *pk__probabilities(const pk_call *call, int logarithm, size
     const size_t count = pk__last_dimension(call->node);
     if (!logarithm)
         return call->out + at;
-    for (size_t i = 0; i < count; i++)
-        call->scratch[i] = (pk_real)exp((double)call->out[at + i]);
+    pk__elementary_reals(pk__all_exponential, count, 1, call->out + at, call->scratch);
     return call->scratch;
 }
 
@@ -13566,14 +13596,12 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
         const size_t lane = (first + b) % PK_PANEL;
         pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
         columns = pk__least(PK_PANEL - lane, count - b);
-        if (columns == PK_PANEL)
+        for (size_t i = 0; i < columns; i++) /* the other way round a compiler gathers, which is slow */
             for (size_t j = 0; j < features; j++)
-                for (size_t i = 0; i < PK_PANEL; i++)
-                    to[j * PK_PANEL + i] = from[(b + i) * features + j];
-        else
+                to[j * PK_PANEL + lane + i] = from[(b + i) * features + j];
+        for (size_t i = lane + columns; i < PK_PANEL; i++)
             for (size_t j = 0; j < features; j++)
-                for (size_t i = lane; i < PK_PANEL; i++)
-                    to[j * PK_PANEL + i] = i < lane + columns ? from[(b + i - lane) * features + j] : 0;
+                to[j * PK_PANEL + i] = 0;
     }
 }
 
@@ -15931,12 +15959,14 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
 {
     const pk__job *job = worker->job;
     const size_t examples = job->window.batches[j].count, first_output = job->first_output;
+    const double start = pk__seconds();
     for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
         pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, pk__least(PK_EXAMPLE_BLOCK, examples - first), tile);
         memset(tile, 0, job->output_count * PK_TILE_LD * sizeof *tile);
     }
+    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
 }
 
 /* The layers of a step whose Phi is materialised. */
