@@ -167,7 +167,7 @@ static void test_least(void **state)
                       (double)least[i] / sizeof(pk_real) / (double)run.parameters, shapes[i].examples,
                       shapes[i].rows, shapes[i].steps);
         assert_true(least[i] <=
-                    least[0] + least[0] / EITHER(20, 10)); /* beside the numbers, counts of 8 bytes */
+                    least[0] + least[0] / EITHER(16, 8)); /* beside the numbers, counts of 8 bytes */
         pk_graph_release(&context, &run.graph);
         free(offsets);
     }
