@@ -2589,7 +2589,13 @@ typedef pk_real pk__vector;
 PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
 #endif
 #if !defined(PK__AVX2) || defined(PK__DISPATCH)
+#ifdef PK__DISPATCH /* it serves processors from before 2013 */
+PK__COLD_BEGIN
+#endif
 PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
+#ifdef PK__DISPATCH
+PK__COLD_END
+#endif
 #endif
 
 /* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
@@ -3075,6 +3081,8 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
         pk__tile_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
+PK__COLD_BEGIN
+
 PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
 {
     pk_matrix view;
@@ -3159,6 +3167,8 @@ PK_API void pk_matrix_backend(char *text, size_t size)
     snprintf(text, size, "portable (%s)", pk__panel_name());
 #endif
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -5177,6 +5187,8 @@ PK__BEGIN_C
         "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
     }
 
+PK__COLD_BEGIN
+
 /* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
 PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_in, size_t fan_out,
                                        size_t count, pk_random *random, pk_real *weights)
@@ -5244,6 +5256,8 @@ static void pk__dense_initialize(const pk_node *node, pk_random *random, pk_real
     pk__initialize_matrix((pk_initial)(int)node->attributes[PK_DENSE_INITIAL], node->attributes[PK_DENSE_GAIN],
                           node->fan_in, node->fan_out, node->weight_count, random, weights);
 }
+
+PK__COLD_END
 
 static int pk__dense_bias(const pk_call *call)
 {
@@ -13315,6 +13329,8 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
 
 enum { PK__LARGEST_ORDER = 16 };
 
+PK__COLD_BEGIN
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -13375,8 +13391,6 @@ static int pk__test_pieces(pk_integrator *integrator)
 enum { PK__BISECTIONS = 512 };
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
 #define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
-
-PK__COLD_BEGIN
 
 /* Halves what has not passed; what cannot be halved any more is accepted and counted. */
 static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
@@ -14268,6 +14282,8 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
     }
 }
 
+PK__COLD_BEGIN
+
 static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
                                size_t block)
 {
@@ -14345,6 +14361,8 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
+
+PK__COLD_END
 
 /* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
 static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
@@ -14596,6 +14614,29 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
     return to;
 }
 
+/* What the layers at either end keep of the points: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
+static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const size_t cotangents = tangent->outputs * node->width, in = node->fan_in;
+    const pk_real *delta = tape->cotangent[node - tangent->graph->nodes], *a = tape->value[node->inputs[0]];
+    for (size_t p = 0; p < points->count; p++) {
+        const pk_real weight = points->weight[p];
+        pk_real *to = tangent->delta[layer] + points->row[p] * cotangents;
+        if (tangent->kind[layer] == PK_LAYER_DATA) {
+            for (size_t j = 0; j < cotangents; j++)
+                to[j] += weight * delta[p * cotangents + j];
+            continue;
+        }
+        memcpy(to, delta + p * cotangents, cotangents * sizeof *to);
+        for (size_t j = 0; j < in; j++)
+            tangent->input[layer][points->row[p] * in + j] += weight * a[p * in + j];
+    }
+}
+
+PK__COLD_BEGIN
+
 /* As many points as can be reversed at one time. */
 static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 {
@@ -14618,21 +14659,9 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
         const pk_real *a = segment->tape.value[node->inputs[0]];
-        size_t out = node->width, in = node->fan_in;
         switch (tangent->kind[l]) {
         case PK_LAYER_DATA:
-            for (size_t p = 0; p < count; p++)
-                for (size_t j = 0; j < outputs * out; j++)
-                    tangent->delta[l][row[p] * outputs * out + j] += weight[p] * delta[p * outputs * out + j];
-            break;
-        case PK_LAYER_LINEAR:
-            for (size_t p = 0; p < count; p++) {
-                memcpy(tangent->delta[l] + row[p] * outputs * out, delta + p * outputs * out,
-                       outputs * out * sizeof *delta);
-                for (size_t j = 0; j < in; j++)
-                    tangent->input[l][row[p] * in + j] += weight[p] * a[p * in + j];
-            }
-            break;
+        case PK_LAYER_LINEAR: pk__add_ends(tangent, l, points); break;
         case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
         case PK_LAYER_POINTS:
         default:
@@ -14663,8 +14692,6 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     }
     pk__contract(tangent, points);
 }
-
-PK__COLD_BEGIN
 
 static void pk__tangent_points(void *user, const pk_points *unsorted)
 {

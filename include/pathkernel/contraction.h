@@ -320,6 +320,8 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
     }
 }
 
+PK__COLD_BEGIN
+
 static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
                                size_t block)
 {
@@ -397,6 +399,8 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
         (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
+
+PK__COLD_END
 
 /* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
 static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,

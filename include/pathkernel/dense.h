@@ -53,6 +53,8 @@ PK__BEGIN_C
         "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
     }
 
+PK__COLD_BEGIN
+
 /* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
 PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_in, size_t fan_out,
                                        size_t count, pk_random *random, pk_real *weights)
@@ -120,6 +122,8 @@ static void pk__dense_initialize(const pk_node *node, pk_random *random, pk_real
     pk__initialize_matrix((pk_initial)(int)node->attributes[PK_DENSE_INITIAL], node->attributes[PK_DENSE_GAIN],
                           node->fan_in, node->fan_out, node->weight_count, random, weights);
 }
+
+PK__COLD_END
 
 static int pk__dense_bias(const pk_call *call)
 {

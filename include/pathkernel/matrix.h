@@ -221,6 +221,8 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
         pk__tile_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
+PK__COLD_BEGIN
+
 PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
 {
     pk_matrix view;
@@ -305,6 +307,8 @@ PK_API void pk_matrix_backend(char *text, size_t size)
     snprintf(text, size, "portable (%s)", pk__panel_name());
 #endif
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -187,7 +187,13 @@ typedef pk_real pk__vector;
 PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
 #endif
 #if !defined(PK__AVX2) || defined(PK__DISPATCH)
+#ifdef PK__DISPATCH /* it serves processors from before 2013 */
+PK__COLD_BEGIN
+#endif
 PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
+#ifdef PK__DISPATCH
+PK__COLD_END
+#endif
 #endif
 
 /* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel

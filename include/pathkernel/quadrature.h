@@ -377,6 +377,8 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
 
 enum { PK__LARGEST_ORDER = 16 };
 
+PK__COLD_BEGIN
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -437,8 +439,6 @@ static int pk__test_pieces(pk_integrator *integrator)
 enum { PK__BISECTIONS = 512 };
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
 #define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
-
-PK__COLD_BEGIN
 
 /* Halves what has not passed; what cannot be halved any more is accepted and counted. */
 static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,

@@ -233,6 +233,29 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
     return to;
 }
 
+/* What the layers at either end keep of the points: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
+static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const pk_node *node = tangent->node[layer];
+    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const size_t cotangents = tangent->outputs * node->width, in = node->fan_in;
+    const pk_real *delta = tape->cotangent[node - tangent->graph->nodes], *a = tape->value[node->inputs[0]];
+    for (size_t p = 0; p < points->count; p++) {
+        const pk_real weight = points->weight[p];
+        pk_real *to = tangent->delta[layer] + points->row[p] * cotangents;
+        if (tangent->kind[layer] == PK_LAYER_DATA) {
+            for (size_t j = 0; j < cotangents; j++)
+                to[j] += weight * delta[p * cotangents + j];
+            continue;
+        }
+        memcpy(to, delta + p * cotangents, cotangents * sizeof *to);
+        for (size_t j = 0; j < in; j++)
+            tangent->input[layer][points->row[p] * in + j] += weight * a[p * in + j];
+    }
+}
+
+PK__COLD_BEGIN
+
 /* As many points as can be reversed at one time. */
 static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 {
@@ -255,21 +278,9 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
         const pk_real *a = segment->tape.value[node->inputs[0]];
-        size_t out = node->width, in = node->fan_in;
         switch (tangent->kind[l]) {
         case PK_LAYER_DATA:
-            for (size_t p = 0; p < count; p++)
-                for (size_t j = 0; j < outputs * out; j++)
-                    tangent->delta[l][row[p] * outputs * out + j] += weight[p] * delta[p * outputs * out + j];
-            break;
-        case PK_LAYER_LINEAR:
-            for (size_t p = 0; p < count; p++) {
-                memcpy(tangent->delta[l] + row[p] * outputs * out, delta + p * outputs * out,
-                       outputs * out * sizeof *delta);
-                for (size_t j = 0; j < in; j++)
-                    tangent->input[l][row[p] * in + j] += weight[p] * a[p * in + j];
-            }
-            break;
+        case PK_LAYER_LINEAR: pk__add_ends(tangent, l, points); break;
         case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
         case PK_LAYER_POINTS:
         default:
@@ -300,8 +311,6 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     }
     pk__contract(tangent, points);
 }
-
-PK__COLD_BEGIN
 
 static void pk__tangent_points(void *user, const pk_points *unsorted)
 {
