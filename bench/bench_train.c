@@ -252,6 +252,7 @@ static int measure(bench_run *bench, const training *t, const rule *r, const cho
     bench_timing timing;
     char name[80], size[64];
     m->options.record = record;
+    m->options.record_float32 = record && sizeof(pk_real) == sizeof(float);
     m->options.on_step = NULL;
     train_steps(m, steps);
     if (!m->status && *residual < 0) {
