@@ -11363,7 +11363,8 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
                                      const pk_real *numbers)
 {
     const double limit = recorder->float32 ? FLT_MAX : DBL_MAX;
-    if (!recorder->float32 && pk__all_finite(numbers, recorder->parameters))
+    if ((!recorder->float32 || sizeof(pk_real) == sizeof(float)) &&
+        pk__all_finite(numbers, recorder->parameters))
         return PK_OK;
     for (size_t p = 0; p < recorder->parameters; p++)
         if (!(fabs((double)numbers[p]) <= limit))
