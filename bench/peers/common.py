@@ -114,9 +114,10 @@ def find_program(given):
     sys.exit("pathkernel-decompose is not found: build it, or name it by --program")
 
 
-def measured(command):
-    """Runs a process with one thread: (seconds, peak memory in MB, exit status, what it printed)."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+def measured(command, threads=1):
+    """Runs a process with so many threads: (seconds, peak memory in MB, exit status, what it printed)."""
+    names = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
+    environment = dict(os.environ, **{name: str(threads) for name in names})
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     text = child.stdout.read()
@@ -172,8 +173,18 @@ def header():
     print(COLUMNS.format("job", "ours, s", "its, s", "ratio", "our error", "its error", "ours,MB", "its,MB"))
 
 
+def row(job, ours, peer, our_error, peer_error):
+    """Adds a row to the table that run_all.sh prints at its end; (seconds, MB), None where something is not known."""
+    path = os.environ.get("PATHKERNEL_TABLE")
+    if path:
+        values = [ours[0], peer[0], peer[0] / ours[0], our_error, peer_error, ours[1], peer[1]]
+        with open(path, "a") as table:
+            print(job, *("-" if value is None else f"{value:.3g}" for value in values), sep="\t", file=table)
+
+
 def line(job, ours, peer, our_error, peer_error):
     """ours, peer: (seconds, MB)."""
+    row(job, ours, peer, our_error, peer_error)
     times = f"{ours[0]:.2f}", f"{peer[0]:.2f}", f"{peer[0] / ours[0]:.1f}"
     errors = f"{our_error:.1e}", f"{peer_error:.1e}"
     print(COLUMNS.format(job, *times, *errors, f"{ours[1]:.0f}", f"{peer[1]:.0f}"), flush=True)

@@ -71,6 +71,8 @@ def compare(folder, job):
 
 # ---- the script
 
+COLUMNS = "{:12s} {:>9s} {:>9s} {:>6s} {:>9s} {:>8s} {:>7s}"
+
 
 def build(given):
     """The driver, or None and why not."""
@@ -107,7 +109,8 @@ def main():
         return 0
     bench, wrong = run_training.find_bench(given.program), 0
     print(common.machine().replace("one thread each", f"{given.threads} thread(s) each"))
-    common.header()
+    titles = "ours, ms", "its, ms", "ratio", "weights", "ours,MB", "its,MB"
+    print(COLUMNS.format("epoch, sgd", *titles))
     for job in given.jobs.split(","):
         folder = os.path.join(given.out, f"{job}-sgd")
         best = run_training.ours(bench, job, "sgd", given.threads, "--keep", given.out)["recorded"]
@@ -124,10 +127,17 @@ def main():
             print(f"{job}: THE WEIGHTS DO NOT AGREE: {apart:.1e}")
             wrong = 1
             continue
-        _, own, *_ = common.measured(
-            [bench, "--quick", "--job", job, "--optimizer", "sgd", "--threads", str(given.threads)]
+        options = "--quick", "--job", job, "--optimizer", "sgd", "--threads", str(given.threads)
+        _, own, *_ = common.measured([bench, *options])
+        common.row(
+            f"epoch {job} sgd float32 KANN, {given.threads} thread(s)",
+            (best, own),
+            (seconds, memory),
+            None,
+            apart,
         )
-        common.line(f"epoch {job} sgd, ms", (best * 1e3, own), (seconds * 1e3, memory), 0, apart)
+        times = f"{best * 1e3:.3f}", f"{seconds * 1e3:.3f}", f"{seconds / best:.2f}"
+        print(COLUMNS.format(job, *times, f"{apart:.1e}", f"{own:.0f}", f"{memory:.0f}"), flush=True)
     return wrong
 
 

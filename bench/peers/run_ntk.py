@@ -41,6 +41,7 @@ def settings():
     parser.add_argument("--rows", default="16,128")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--kernels", default="full,full_own,trace,trace_own")
+    parser.add_argument("--ways", help="only these, such as structured_derivatives,ntk_vector_products")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of calls of one way")
     parser.add_argument("--memory", type=float, default=4.0, help="GB that Jacobians may take")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds until a way is given up")
@@ -228,6 +229,13 @@ def ours(program, job, folder, kernel, threads):
     return next((float(row[3]), float(row[8])) for row in rows if row[2] == str(threads))
 
 
+def own_memory(program, job, folder, kernel, threads):
+    """Peak MB of the benchmark, the matrices of its peak's measurement included."""
+    network = "input {}; dense ".format(job.widths[0]) + "; relu; dense ".join(map(str, job.widths[1:]))
+    options = "--quick", "--network", network, "--data", folder, "--kind", kernel
+    return common.measured([program, *options], threads)[1]
+
+
 def theirs(job, python, part, way, folder, kernel, threads):
     command = [python, os.path.abspath(__file__), "--part", part, "--way", way, "--folder", folder]
     command += ["--kernels", kernel, "--widths", ",".join(map(str, job.widths))]
@@ -247,12 +255,12 @@ def compare(job, program, rows, threads, kernel):
     gigabytes = 2 * rows * job.widths[-1] * weights * 8 / 1e9
     ways = [("jax", job.jax_python, way) for way in JAX_WAYS]
     ways += [("torch", job.torch_python, way) for way in TORCH_WAYS]
-    wrong, missing = 0, set()
+    wrong, missing, memory = 0, set(), None
     for part, python, way in ways:
         name = (
             f"ntk {kernel} {rows}x{rows} {'neural-tangents' if part == 'jax' else 'torch.func'} {way.lower()}"
         )
-        if part in missing:
+        if part in missing or (job.ways and way.lower() not in job.ways.split(",")):
             continue
         if way.lower() == TORCH_WAYS[0] and gigabytes > job.memory:
             print(f"{name}: left out, its Jacobians are {gigabytes:.0f} GB")
@@ -270,6 +278,9 @@ def compare(job, program, rows, threads, kernel):
         times = f"{seconds * 1e3:.2f}", f"{answer['seconds'] * 1e3:.2f}", f"{answer['seconds'] / seconds:.2f}"
         errors = f"{error:.1e}", f"{answer['difference']:.1e}", f"{answer['memory']:.0f}"
         print(COLUMNS.format(name, str(threads), *times, *errors), flush=True)
+        memory = memory or own_memory(program, job, folder, kernel, threads)
+        peer = answer["seconds"], answer["memory"]
+        common.row(f"{name}, {threads} thread(s)", (seconds, memory), peer, error, answer["difference"])
     return wrong
 
 

@@ -175,6 +175,8 @@ def compare(settings, program, job, optimizer):
         times = f"{plain * 1e3:.3f}", f"{recorded * 1e3:.3f}", f"{seconds * 1e3:.3f}"
         ratios = f"{seconds / recorded:.2f}", f"{recorded / plain - 1:.1%}", f"{difference:.1e}"
         print(COLUMNS.format(name, str(settings.threads), *times, *ratios), flush=True)
+        label = f"epoch {name} PyTorch, {settings.threads} thread(s)"
+        common.row(label, (recorded, None), (seconds, None), None, difference)
     return wrong
 
 
