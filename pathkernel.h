@@ -13491,8 +13491,6 @@ PK__END_C
 #include <time.h>
 PK__BEGIN_C
 
-#define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
-
 PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
 {
     pk_real sum = 0;
