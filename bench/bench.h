@@ -1,10 +1,10 @@
 /* bench/bench.h: what every benchmark shares: the machine's header lines, a timer that repeats until the
- * median is known to 2 % or a budget is used, the rate of a 1024^3 product in the same run, the CSV lines.
+ * median is known to 2 % or a budget is used, the rate of a 1024^3 product between the samples, the CSV lines.
  * Include it after pathkernel's headers. A benchmark:
  *
  *   bench_run run;
  *   if (!bench_start(&run, argc, argv, "bench_x")) return 2;
- *   bench_time(&run, body, data, &timing);
+ *   bench_time(&run, threads, body, NULL, data, &timing);
  *   bench_line(&run, "case", "10x64x32", threads, flops, timing, residual, bound);
  *   return bench_finish(&run);
  *
@@ -29,20 +29,24 @@ enum { BENCH_SAMPLES = 400, BENCH_PEAK_SIZE = 1024 };
 
 typedef struct bench_run {
     int quick, failures;
-    int threads;    /* all of them */
-    double budget;  /* seconds a case */
-    double peak[2]; /* flops per second of 1024^3 products: one thread, all threads */
+    int threads;   /* all of them */
+    double budget; /* seconds a case */
+    struct {       /* 1024^3 products: one thread, all threads */
+        struct bench_products *products;
+        double rate; /* flops per second, the best so far */
+    } peak[2];
 } bench_run;
 
 typedef struct bench_timing {
     double minimum, median; /* seconds for one repetition */
     double uncertainty;     /* half the width of the median's 95 % confidence interval, relative */
+    double peak_flops;      /* of the products, in the time of one repetition: see bench__beside */
     size_t samples;
 } bench_timing;
 
 /* Does the work `repeats` times. */
 typedef void (*bench_body)(void *data, size_t repeats);
-/* Seconds of what is measured that have passed in all, where that is a part of the body only. */
+/* Seconds of what is measured that have passed in all, where that is a part of the body only; NULL: all of it. */
 typedef double (*bench_clock)(void *data);
 
 static double bench_seconds(void)
@@ -56,53 +60,6 @@ static int bench__ascending(const void *x, const void *y)
 {
     double a = *(const double *)x, b = *(const double *)y;
     return (a > b) - (a < b);
-}
-
-/* Samples of some milliseconds each (the barrier at the end of a parallel body must not count), until the
- * order statistics around the median lie within 2 % of it or the budget is used. */
-static void bench_time_part(const bench_run *run, bench_body body, bench_clock clock, void *data,
-                            bench_timing *timing)
-{
-    static double sample[BENCH_SAMPLES], sorted[BENCH_SAMPLES];
-    const double shortest = run->quick ? 1e-3 : 4e-3, start = bench_seconds();
-    size_t repeats = 1, count = 0;
-    for (;;) {
-        double before = clock(data);
-        body(data, repeats);
-        double passed = clock(data) - before;
-        if (passed >= shortest || repeats > (size_t)1 << 30)
-            break;
-        repeats = passed > 0 && passed * 16 > shortest ? (size_t)((double)repeats * 1.2 * shortest / passed) + 1
-                                                       : repeats * 8;
-    }
-    do {
-        double before = clock(data);
-        body(data, repeats);
-        sample[count++] = (clock(data) - before) / (double)repeats;
-        memcpy(sorted, sample, count * sizeof *sorted);
-        qsort(sorted, count, sizeof *sorted, bench__ascending);
-        double reach =
-            0.98 * sqrt((double)count) + 1; /* ranks: 1.96 standard deviations of Binomial(count, 1/2) */
-        double middle = 0.5 * (double)(count - 1);
-        size_t low = middle > reach ? (size_t)(middle - reach) : 0;
-        size_t high = middle + reach < (double)(count - 1) ? (size_t)(middle + reach + 0.999) : count - 1;
-        timing->minimum = sorted[0];
-        timing->median = 0.5 * (sorted[(count - 1) / 2] + sorted[count / 2]);
-        timing->uncertainty = 0.5 * (sorted[high] - sorted[low]) / timing->median;
-        timing->samples = count;
-    } while (count < BENCH_SAMPLES && (count < 7 || timing->uncertainty > 0.02) &&
-             (count < 3 || bench_seconds() - start < run->budget));
-}
-
-static double bench__wall(void *data)
-{
-    (void)data;
-    return bench_seconds();
-}
-
-static void bench_time(const bench_run *run, bench_body body, void *data, bench_timing *timing)
-{
-    bench_time_part(run, body, bench__wall, data, timing);
 }
 
 /* Numbers in [-1, 1) that are the same everywhere. */
@@ -168,6 +125,78 @@ static void bench_products_free(bench_products *p)
     free(p->c);
 }
 
+static double bench__wall(void *data)
+{
+    (void)data;
+    return bench_seconds();
+}
+
+static double bench__median(const double *sample, double *sorted, size_t count)
+{
+    memcpy(sorted, sample, count * sizeof *sorted);
+    qsort(sorted, count, sizeof *sorted, bench__ascending);
+    return 0.5 * (sorted[(count - 1) / 2] + sorted[count / 2]);
+}
+
+/* Flops per second of the products, now. */
+static double bench__peak_now(bench_run *run, int threads)
+{
+    const double start = bench_seconds(), edge = BENCH_PEAK_SIZE;
+    bench_multiply(run->peak[threads > 1].products, 1);
+    const double rate = 2 * edge * edge * edge * threads / (bench_seconds() - start);
+    run->peak[threads > 1].rate = fmax(run->peak[threads > 1].rate, rate);
+    return rate;
+}
+
+/* Samples of some milliseconds each (the barrier at the end of a parallel body must not count), until the
+ * order statistics around the median lie within 2 % of it or the budget is used. A virtual machine's speed changes
+ * by a third within seconds; so samples come in rounds between two products, and peak_flops is the median over the
+ * rounds of the round's median time times the mean rate of those two. */
+static void bench_time(bench_run *run, int threads, bench_body body, bench_clock clock, void *data,
+                       bench_timing *timing)
+{
+    static double sample[BENCH_SAMPLES], sorted[BENCH_SAMPLES], beside[BENCH_SAMPLES];
+    const double shortest = run->quick ? 1e-3 : 4e-3, start = bench_seconds(), round = 10 * shortest;
+    size_t repeats = 1, count = 0, rounds = 0;
+    double rate = run->peak[threads > 1].rate;
+    if (!clock)
+        clock = bench__wall;
+    for (;;) {
+        double before = clock(data);
+        body(data, repeats);
+        double passed = clock(data) - before;
+        if (passed >= shortest || repeats > (size_t)1 << 30)
+            break;
+        repeats = passed > 0 && passed * 16 > shortest ? (size_t)((double)repeats * 1.2 * shortest / passed) + 1
+                                                       : repeats * 8;
+    }
+    if (!run->quick)
+        rate = bench__peak_now(run, threads);
+    do {
+        const size_t first = count;
+        const double begin = bench_seconds(), rate_before = rate;
+        do {
+            double before = clock(data);
+            body(data, repeats);
+            sample[count++] = (clock(data) - before) / (double)repeats;
+        } while (count < BENCH_SAMPLES && bench_seconds() - begin < round);
+        if (!run->quick)
+            rate = bench__peak_now(run, threads);
+        beside[rounds++] = bench__median(sample + first, sorted, count - first) * 0.5 * (rate_before + rate);
+        timing->median = bench__median(sample, sorted, count);
+        double reach =
+            0.98 * sqrt((double)count) + 1; /* ranks: 1.96 standard deviations of Binomial(count, 1/2) */
+        double middle = 0.5 * (double)(count - 1);
+        size_t low = middle > reach ? (size_t)(middle - reach) : 0;
+        size_t high = middle + reach < (double)(count - 1) ? (size_t)(middle + reach + 0.999) : count - 1;
+        timing->minimum = sorted[0];
+        timing->uncertainty = 0.5 * (sorted[high] - sorted[low]) / timing->median;
+        timing->samples = count;
+    } while (count < BENCH_SAMPLES && (count < 7 || rounds < 5 || timing->uncertainty > 0.02) &&
+             (count < 3 || bench_seconds() - start < run->budget));
+    timing->peak_flops = bench__median(beside, sorted, rounds);
+}
+
 static void bench__first_line(const char *path, const char *key, const char *title)
 {
     char line[512];
@@ -184,28 +213,21 @@ static void bench__first_line(const char *path, const char *key, const char *tit
         fclose(file);
 }
 
-/* The peak that shares are taken of: needs the memory of 3 matrices of 8 MiB for each thread. */
+/* The peak at the start: needs the memory of 3 matrices of 8 MiB for each thread, until the end. */
 static int bench__peak(bench_run *run)
 {
+    static bench_products own[2];
     for (int all = 0; all < 2; all++) {
-        bench_products p;
-        bench_timing timing;
-        bench_run one = *run;
-        one.budget = run->quick ? 0.3 : 2.0;
-        int threads = all ? run->threads : 1;
-        if (all && run->threads == 1) {
-            run->peak[1] = run->peak[0];
-            break;
-        }
-        int made = bench_products_make(&p, threads, 0, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE);
-        if (made) {
-            bench_time(&one, bench_multiply, &p, &timing);
-            run->peak[all] =
-                2.0 * BENCH_PEAK_SIZE * BENCH_PEAK_SIZE * BENCH_PEAK_SIZE * threads / timing.minimum;
-        }
-        made = made && !p.failed;
-        bench_products_free(&p);
-        if (!made)
+        const double start = bench_seconds();
+        const int threads = all ? run->threads : 1;
+        run->peak[all].products = &own[all];
+        if (!own[all].a &&
+            !bench_products_make(&own[all], threads, 0, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE))
+            return 0;
+        do
+            bench__peak_now(run, threads);
+        while (bench_seconds() - start < (run->quick ? 0.3 : 2.0));
+        if (own[all].failed)
             return 0;
     }
     return 1;
@@ -226,7 +248,7 @@ static int bench_start(bench_run *run, int argc, char **argv, const char *name)
         }
         run->quick = 1;
     }
-    run->budget = run->quick ? 0.01 : 0.5;
+    run->budget = run->quick ? 0.01 : 1.0;
     run->threads = pk_threads(NULL);
     pk_matrix_backend(backend, sizeof backend);
     printf("# %s%s, pathkernel %s, %s\n", name, run->quick ? " --quick" : "", pk_version(),
@@ -248,34 +270,38 @@ static int bench_start(bench_run *run, int argc, char **argv, const char *name)
         fprintf(stderr, "%s: the peak could not be measured\n", name);
         return 0;
     }
-    printf("# peak (%d^3): %.1f GF/s with 1 thread, %.1f GF/s with %d\n", BENCH_PEAK_SIZE, run->peak[0] * 1e-9,
-           run->peak[1] * 1e-9, run->threads);
-    printf("case,size,threads,minimum_s,median_s,uncertainty,gflops,share_of_peak,residual,status\n");
+    printf("# peak (%d^3): %.1f GF/s with 1 thread, %.1f GF/s with %d\n", BENCH_PEAK_SIZE,
+           run->peak[0].rate * 1e-9, run->peak[1].rate * 1e-9, run->threads);
+    printf(
+        "case,size,threads,minimum_s,median_s,uncertainty,gflops,share_of_peak,share_beside,residual,status\n");
     fflush(stdout);
     return 1;
 }
 
-/* One case. Rates are of the minimum time, as the peak is; PASS where residual <= bound. */
+/* One case. share_of_peak: the best rate over the best of the products; share_beside: the median over rounds of the
+ * rate over that of the products before and after. PASS where residual <= bound. */
 static void bench_line(bench_run *run, const char *name, const char *size, int threads, double flops,
                        bench_timing timing, double residual, double bound)
 {
     const int pass = residual <= bound; /* not with a NaN */
     const double rate = flops / timing.minimum;
-    printf("%s,%s,%d,%.4e,%.4e,%.3f,%.2f,%.3f,%.2e,%s\n", name, size, threads, timing.minimum, timing.median,
-           timing.uncertainty, rate * 1e-9, rate / run->peak[threads > 1], residual, pass ? "PASS" : "FAIL");
+    printf("%s,%s,%d,%.4e,%.4e,%.3f,%.2f,%.3f,%.3f,%.2e,%s\n", name, size, threads, timing.minimum,
+           timing.median, timing.uncertainty, rate * 1e-9, rate / run->peak[threads > 1].rate,
+           flops / timing.peak_flops, residual, pass ? "PASS" : "FAIL");
     fflush(stdout);
     run->failures += !pass;
 }
 
-/* The exit status. The peak once more: shares mean little where the machine had other work meanwhile. */
-static int bench_finish(const bench_run *run)
+/* The exit status. */
+static int bench_finish(bench_run *run)
 {
-    bench_run again = *run;
-    if (!run->quick && bench__peak(&again)) {
-        printf("# peak at the end: %.1f GF/s with 1 thread, %.1f GF/s with %d\n", again.peak[0] * 1e-9,
-               again.peak[1] * 1e-9, run->threads);
+    if (!run->quick) {
+        printf("# best peak: %.1f GF/s with 1 thread, %.1f GF/s with %d\n", run->peak[0].rate * 1e-9,
+               run->peak[1].rate * 1e-9, run->threads);
         bench__first_line("/proc/loadavg", "", "load average at the end");
     }
+    for (int all = 0; all < 2; all++)
+        bench_products_free(run->peak[all].products);
     if (run->failures)
         printf("# %d wrong results\n", run->failures);
     return run->failures ? 1 : 0;

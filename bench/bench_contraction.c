@@ -295,7 +295,7 @@ static void job_report(bench_run *run, job *j)
     double flops = 0;
     bench_timing timing;
     char size[64];
-    bench_time_part(run, take_step, j->whole ? bench__wall : contraction_clock, j, &timing);
+    bench_time(run, j->threads, take_step, j->whole ? NULL : contraction_clock, j, &timing);
     for (int t = 0; t < j->threads; t++)
         flops += j->blocks[t].tangent.flops;
     if (j->engine == PK_ENGINE_AUTO)

@@ -130,7 +130,7 @@ static int measure(bench_run *bench, const job *j, const pk_run *run, pk_matrix 
         m.options.quadrature.rule = PK_RULE_GAUSS;
         m.options.quadrature.nodes = 5;
     }
-    bench_time(bench, decompose, &m, &timing);
+    bench_time(bench, threads, decompose, NULL, &m, &timing);
     if (m.status) {
         fprintf(stderr, "bench_decompose: %s: %s\n", j->name, pk_message(&m.context));
         pk_decomposition_release(&m.context, &m.last);
@@ -143,6 +143,7 @@ static int measure(bench_run *bench, const job *j, const pk_run *run, pk_matrix 
     if (details) {
         bench_timing part = timing;
         part.minimum = part.median = m.best.seconds_contraction / threads;
+        part.peak_flops = timing.peak_flops * part.minimum / timing.minimum;
         part.uncertainty = 0;
         snprintf(name, sizeof name, "%s_contraction", j->name);
         bench_line(bench, name, size, threads, least_flops(j, &m), part, m.best.worst_closure, CLOSURE_BOUND);
@@ -153,6 +154,7 @@ static int measure(bench_run *bench, const job *j, const pk_run *run, pk_matrix 
         size_t rows = inputs.rows < 3 ? inputs.rows : 3;
         double difference = entry_difference(&m, rows, &timing.minimum, &flops);
         timing.median = timing.minimum;
+        timing.peak_flops = timing.minimum * bench->peak[0].rate;
         timing.uncertainty = 0;
         snprintf(name, sizeof name, "%s_entries", j->name);
         snprintf(size, sizeof size, "%zux%zux%zu", rows, run->examples, run->steps);

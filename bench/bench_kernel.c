@@ -196,7 +196,7 @@ static int measure(bench_run *bench, job *j, const char *network, const char *ki
         for (int threads = 1; done; threads = bench->threads) {
             bench_timing timing;
             j->context.threads = threads;
-            bench_time(bench, run, j, &timing);
+            bench_time(bench, threads, run, NULL, j, &timing);
             bench_line(bench, names[which], size, threads, flops_of(j), timing, residual_of(j),
                        200 * PK__EPSILON);
             if (threads == bench->threads)

@@ -48,7 +48,7 @@ static int measure(bench_run *run, int threads, int transpose_b, size_t m, size_
     const double epsilon = sizeof(pk_real) == 8 ? DBL_EPSILON : FLT_EPSILON;
     int made = bench_products_make(&p, threads, transpose_b, m, n, k);
     if (made) {
-        bench_time(run, bench_multiply, &p, &timing);
+        bench_time(run, threads, bench_multiply, NULL, &p, &timing);
         snprintf(size, sizeof size, "%zux%zux%zu", m, n, k);
         bench_line(run, transpose_b ? "example_major" : "feature_major", size, threads,
                    2.0 * (double)m * (double)n * (double)k * threads, timing,

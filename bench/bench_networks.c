@@ -165,7 +165,7 @@ static int measure_rules(bench_run *bench, const subject *s, const pk_dataset *d
     for (size_t r = 0; made && r < (s->large ? 1 : sizeof rules / sizeof *rules); r++) {
         const int judged = r == 0 && !m.run.graph.surrogate;
         m.options.quadrature = rules[r].quadrature;
-        bench_time(bench, decompose, &m, &timing);
+        bench_time(bench, bench->threads, decompose, NULL, &m, &timing);
         made = !failed(&m, s->name);
         const pk_decomposition *d = &m.last;
         const double cells = (double)d->rows * (double)d->steps;
@@ -196,7 +196,7 @@ static int measure_representations(bench_run *bench, const subject *s, const pk_
     int made = make(&m, s, data, &rows);
     for (size_t w = 0; made && w < 3; w++) {
         m.options.engine = ways[w].engine;
-        bench_time(bench, decompose, &m, &timing[w]);
+        bench_time(bench, bench->threads, decompose, NULL, &m, &timing[w]);
         made = !failed(&m, s->name);
         const size_t count = made ? m.last.rows * m.last.outputs * m.last.examples : 0;
         double worst = 0, largest = 0;

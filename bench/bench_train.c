@@ -262,7 +262,7 @@ static int measure(bench_run *bench, const training *t, const rule *r, const cho
     const int same = memcmp(bits, m->weights, P * sizeof *bits) == 0;
     m->options.on_step = on_step;
     if (!m->status)
-        bench_time_part(bench, train_epochs, train_clock, m, &timing);
+        bench_time(bench, m->context.threads, train_epochs, train_clock, m, &timing);
     if (m->status) {
         fprintf(stderr, "bench_train: %s, %s: %s\n", t->name, r->name, pk_message(&m->context));
         return 0;

@@ -226,7 +226,7 @@ def ours(program, job, folder, kernel, threads):
     if text is None:
         sys.exit(f"{' '.join(command)}: {error}")
     rows = [row.split(",") for row in text.splitlines() if not row.startswith("#")]
-    return next((float(row[3]), float(row[8])) for row in rows if row[2] == str(threads))
+    return next((float(row[3]), float(row[9])) for row in rows if row[2] == str(threads))
 
 
 def own_memory(program, job, folder, kernel, threads):

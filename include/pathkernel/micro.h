@@ -98,6 +98,12 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         left_sum += left##i * PK__OTHER(i, 0);       \
         right_sum += right##i * PK__OTHER(i, lanes); \
     }
+/* gcc does not unroll by itself. It matters where the other thread of a core takes half of its instructions. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define PK__UNROLL _Pragma("GCC unroll 4")
+#else
+#define PK__UNROLL
+#endif
 #define PK__DEFINE_TILE(name, attributes, EACH, vectors, STEP)                                                 \
     attributes PK__INLINE void name(size_t count, size_t depth, const pk_real *a, size_t across, size_t along, \
                                     const pk_real *panel, size_t step, const pk_real *start,                   \
@@ -111,6 +117,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
             const pk_real *b = panel + column;                                                                 \
             EACH(PK__TILE_START)                                                                               \
+            PK__UNROLL                                                                                         \
             for (size_t p = 0, at = 0; p < depth; p++, at += along, b += step) {                               \
                 const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);              \
                 EACH(STEP)                                                                                     \
