@@ -2543,9 +2543,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                      \
     }
 /* The tiles of all rows of A, one behind the other. */
-#define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                                   \
-    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, STEP)                               \
-    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, STEP)                               \
+#define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
+    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
+    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
     attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,     \
                                               size_t along, const pk_real *panel, size_t step,                \
                                               const pk_real *start, const pk__tile_target *target)            \
@@ -2579,9 +2579,10 @@ typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(p
 typedef pk_real pk__vector;
 #endif
 
+#define PK__STEP_base PK__TILE_STEP
 #ifdef PK__AVX2
 #if defined(__clang__)
-#define PK__AVX2_STEP(i) PK__TILE_STEP(i) /* contracted */
+#define PK__STEP_avx2 PK__TILE_STEP /* contracted */
 #else
 /* gcc contracts x y + z in its GNU modes only. */
 #ifdef PATHKERNEL_FLOAT
@@ -2589,21 +2590,36 @@ typedef pk_real pk__vector;
 #else
 #define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
 #endif
-#define PK__AVX2_STEP(i)                                        \
+#define PK__STEP_avx2(i)                                        \
     left##i = PK__AVX2_FMA(row##i[at] - zero, left_b, left##i); \
     right##i = PK__AVX2_FMA(row##i[at] - zero, right_b, right##i);
 #endif
-PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
 #endif
-#if !defined(PK__AVX2) || defined(PK__DISPATCH)
-#ifdef PK__DISPATCH /* it serves processors from before 2013 */
-PK__COLD_BEGIN
+
+/* Functions name_avx2 and name_base, as the processors need them that this is compiled for, by DEFINE(suffix, attributes,
+ * vectors); and the call of the right one. */
+#if defined(PK__DISPATCH)
+#define PK__HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#define PK__FOR_PROCESSORS(DEFINE)             \
+    DEFINE(avx2, PK__AVX2, pk__wide_vector)    \
+    PK__COLD_BEGIN /* for those before 2013 */ \
+    DEFINE(base, , pk__vector) PK__COLD_END
+#define PK__ON_PROCESSOR(name, arguments) \
+    if (PK__HAS_AVX2)                     \
+        name##_avx2 arguments;            \
+    else                                  \
+        name##_base arguments
+#elif defined(PK__AVX2)
+#define PK__HAS_AVX2 1
+#define PK__FOR_PROCESSORS(DEFINE) DEFINE(avx2, PK__AVX2, pk__wide_vector)
+#define PK__ON_PROCESSOR(name, arguments) name##_avx2 arguments
+#else
+#define PK__HAS_AVX2 0
+#define PK__FOR_PROCESSORS(DEFINE) DEFINE(base, , pk__vector)
+#define PK__ON_PROCESSOR(name, arguments) name##_base arguments
 #endif
-PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
-#ifdef PK__DISPATCH
-PK__COLD_END
-#endif
-#endif
+
+PK__FOR_PROCESSORS(PK__DEFINE_PANEL)
 
 /* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
  * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
@@ -2612,31 +2628,13 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
                                    const pk_real *panel, size_t step, const pk_real *start,
                                    const pk__tile_target *target)
 {
-#ifdef PK__DISPATCH
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
-        pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
-        return;
-    }
-#endif
-#ifdef PK__AVX2
-    pk__panel_avx2(rows, depth, a, across, along, panel, step, start, target);
-#else
-    pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
-#endif
+    PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
 }
 
 /* What panels are multiplied with. */
 PK__PRIVATE const char *pk__panel_name(void)
 {
-#ifdef PK__DISPATCH
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
-        return "baseline";
-#endif
-#ifdef PK__AVX2
-    return "AVX2";
-#else
-    return "baseline";
-#endif
+    return PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
 PK__END_C
@@ -2694,15 +2692,11 @@ PK__AVX2 static int pk__all_finite_avx2(const pk_real *x, size_t count)
 
 PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
 {
-#ifdef PK__DISPATCH
-    if (count < 32 || !__builtin_cpu_supports("avx2"))
-        return pk__all_finite_plain(x, count);
-#endif
 #ifdef PK__AVX2
-    return pk__all_finite_avx2(x, count);
-#else
-    return pk__all_finite_plain(x, count);
+    if (count >= 32 && PK__HAS_AVX2)
+        return pk__all_finite_avx2(x, count);
 #endif
+    return pk__all_finite_plain(x, count);
 }
 
 /* y[i] = F(x[i]) for i < count, y may be x. b: softplus' beta; the others do without. */
@@ -2855,17 +2849,11 @@ PK__QUAD pk__quad_root(pk__quad x, double b)
             memcpy(y + i, last, (count - i) * sizeof *last);                                   \
         }                                                                                      \
     }
-#ifdef PK__DISPATCH
-#define PK__RUN_FAST(name)                                                 \
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) { \
-        pk__##name##_avx2(count, b, x, y);                                 \
-        return;                                                            \
+#define PK__RUN_FAST(name)                 \
+    if (PK__HAS_AVX2) {                    \
+        pk__##name##_avx2(count, b, x, y); \
+        return;                            \
     }
-#else
-#define PK__RUN_FAST(name)             \
-    pk__##name##_avx2(count, b, x, y); \
-    return;
-#endif
 #else
 #define PK__DEFINE_FAST(name)
 #define PK__RUN_FAST(name)
@@ -10349,6 +10337,44 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
                 (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
 }
 
+#define PK__DEFINE_BACK(suffix, attributes, vectors)                                                   \
+    attributes static void pk__back_##suffix(size_t count, const pk_linear_form *form, double carry,   \
+                                             const pk_real *p, pk_real factor, const pk_real *phi,     \
+                                             pk_real *state, pk_real *e)                               \
+    {                                                                                                  \
+        typedef vectors vector;                                                                        \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
+        const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate; \
+        const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;                      \
+        const vector zero = {0};                                                                       \
+        size_t i = 0;                                                                                  \
+        for (; i + lanes <= count; i += lanes) {                                                       \
+            vector entering = rate - zero;                                                             \
+            if (p)                                                                                     \
+                entering = *(const vector *)(p + i);                                                   \
+            entering *= factor * *(const vector *)(phi + i);                                           \
+            const vector next = keep * *(vector *)(state + i) + enter * entering;                      \
+            *(vector *)(state + i) = next;                                                             \
+            if (e)                                                                                     \
+                *(vector *)(e + i) = gain * next + direct * entering;                                  \
+        }                                                                                              \
+        for (; i < count; i++) {                                                                       \
+            const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);                            \
+            state[i] = keep * state[i] + enter * entering;                                             \
+            if (e)                                                                                     \
+                e[i] = gain * state[i] + direct * entering;                                            \
+        }                                                                                              \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_BACK)
+
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
+ * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
+PK__PRIVATE void pk__linear_form_back(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
+                                      pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
+{
+    PK__ON_PROCESSOR(pk__back, (count, form, carry, p, factor, phi, state, e));
+}
+
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
 
 /* A field of pk_optimizer: a double, or an int for a switch. */
@@ -15832,22 +15858,7 @@ typedef struct pk__phi {
     pk_real bias_input;
 } pk__phi;
 
-/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
- * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
-static void pk__advance_numbers(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
-                                pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
-{
-    const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;
-    const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;
-    for (size_t i = 0; i < count; i++) {
-        const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);
-        state[i] = keep * state[i] + enter * entering;
-        if (e)
-            e[i] = gain * state[i] + direct * entering;
-    }
-}
-
-/* The same of a part; p: out x in, then out; state and e: matrices, then biases. */
+/* R of a part a step back, and E where it is wanted. p: out x in, then out; state and e: matrices, then biases. */
 static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
                               const pk__phi *phi, pk_real *state, pk_real *e)
 {
@@ -15856,15 +15867,15 @@ static void pk__advance_state(const pk__part *part, const pk_linear_form *form, 
     for (size_t k = 0; k < part->count; k++) {
         size_t at = k * part->matrix;
         if (!phi->inputs)
-            pk__advance_numbers(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
-                                e ? e + at : NULL);
+            pk__linear_form_back(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
+                                 e ? e + at : NULL);
         for (size_t j = 0; phi->inputs && j < out; j++)
-            pk__advance_numbers(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
-                                phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
+            pk__linear_form_back(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
+                                 phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
         at = matrices + k * part->bias;
-        pk__advance_numbers(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
-                            (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
-                            e ? e + at : NULL);
+        pk__linear_form_back(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
+                             e ? e + at : NULL);
     }
 }
 

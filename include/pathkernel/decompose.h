@@ -141,22 +141,7 @@ typedef struct pk__phi {
     pk_real bias_input;
 } pk__phi;
 
-/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
- * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
-static void pk__advance_numbers(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
-                                pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
-{
-    const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;
-    const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;
-    for (size_t i = 0; i < count; i++) {
-        const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);
-        state[i] = keep * state[i] + enter * entering;
-        if (e)
-            e[i] = gain * state[i] + direct * entering;
-    }
-}
-
-/* The same of a part; p: out x in, then out; state and e: matrices, then biases. */
+/* R of a part a step back, and E where it is wanted. p: out x in, then out; state and e: matrices, then biases. */
 static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
                               const pk__phi *phi, pk_real *state, pk_real *e)
 {
@@ -165,15 +150,15 @@ static void pk__advance_state(const pk__part *part, const pk_linear_form *form, 
     for (size_t k = 0; k < part->count; k++) {
         size_t at = k * part->matrix;
         if (!phi->inputs)
-            pk__advance_numbers(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
-                                e ? e + at : NULL);
+            pk__linear_form_back(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
+                                 e ? e + at : NULL);
         for (size_t j = 0; phi->inputs && j < out; j++)
-            pk__advance_numbers(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
-                                phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
+            pk__linear_form_back(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
+                                 phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
         at = matrices + k * part->bias;
-        pk__advance_numbers(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
-                            (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
-                            e ? e + at : NULL);
+        pk__linear_form_back(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
+                             e ? e + at : NULL);
     }
 }
 

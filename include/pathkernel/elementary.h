@@ -71,15 +71,11 @@ PK__AVX2 static int pk__all_finite_avx2(const pk_real *x, size_t count)
 
 PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
 {
-#ifdef PK__DISPATCH
-    if (count < 32 || !__builtin_cpu_supports("avx2"))
-        return pk__all_finite_plain(x, count);
-#endif
 #ifdef PK__AVX2
-    return pk__all_finite_avx2(x, count);
-#else
-    return pk__all_finite_plain(x, count);
+    if (count >= 32 && PK__HAS_AVX2)
+        return pk__all_finite_avx2(x, count);
 #endif
+    return pk__all_finite_plain(x, count);
 }
 
 /* y[i] = F(x[i]) for i < count, y may be x. b: softplus' beta; the others do without. */
@@ -232,17 +228,11 @@ PK__QUAD pk__quad_root(pk__quad x, double b)
             memcpy(y + i, last, (count - i) * sizeof *last);                                   \
         }                                                                                      \
     }
-#ifdef PK__DISPATCH
-#define PK__RUN_FAST(name)                                                 \
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) { \
-        pk__##name##_avx2(count, b, x, y);                                 \
-        return;                                                            \
+#define PK__RUN_FAST(name)                 \
+    if (PK__HAS_AVX2) {                    \
+        pk__##name##_avx2(count, b, x, y); \
+        return;                            \
     }
-#else
-#define PK__RUN_FAST(name)             \
-    pk__##name##_avx2(count, b, x, y); \
-    return;
-#endif
 #else
 #define PK__DEFINE_FAST(name)
 #define PK__RUN_FAST(name)

@@ -141,9 +141,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                      \
     }
 /* The tiles of all rows of A, one behind the other. */
-#define PK__DEFINE_PANEL(suffix, attributes, vectors, STEP)                                                   \
-    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, STEP)                               \
-    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, STEP)                               \
+#define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
+    PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
+    PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
     attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,     \
                                               size_t along, const pk_real *panel, size_t step,                \
                                               const pk_real *start, const pk__tile_target *target)            \
@@ -177,9 +177,10 @@ typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(p
 typedef pk_real pk__vector;
 #endif
 
+#define PK__STEP_base PK__TILE_STEP
 #ifdef PK__AVX2
 #if defined(__clang__)
-#define PK__AVX2_STEP(i) PK__TILE_STEP(i) /* contracted */
+#define PK__STEP_avx2 PK__TILE_STEP /* contracted */
 #else
 /* gcc contracts x y + z in its GNU modes only. */
 #ifdef PATHKERNEL_FLOAT
@@ -187,21 +188,36 @@ typedef pk_real pk__vector;
 #else
 #define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
 #endif
-#define PK__AVX2_STEP(i)                                        \
+#define PK__STEP_avx2(i)                                        \
     left##i = PK__AVX2_FMA(row##i[at] - zero, left_b, left##i); \
     right##i = PK__AVX2_FMA(row##i[at] - zero, right_b, right##i);
 #endif
-PK__DEFINE_PANEL(avx2, PK__AVX2, pk__wide_vector, PK__AVX2_STEP)
 #endif
-#if !defined(PK__AVX2) || defined(PK__DISPATCH)
-#ifdef PK__DISPATCH /* it serves processors from before 2013 */
-PK__COLD_BEGIN
+
+/* Functions name_avx2 and name_base, as the processors need them that this is compiled for, by DEFINE(suffix, attributes,
+ * vectors); and the call of the right one. */
+#if defined(PK__DISPATCH)
+#define PK__HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#define PK__FOR_PROCESSORS(DEFINE)             \
+    DEFINE(avx2, PK__AVX2, pk__wide_vector)    \
+    PK__COLD_BEGIN /* for those before 2013 */ \
+    DEFINE(base, , pk__vector) PK__COLD_END
+#define PK__ON_PROCESSOR(name, arguments) \
+    if (PK__HAS_AVX2)                     \
+        name##_avx2 arguments;            \
+    else                                  \
+        name##_base arguments
+#elif defined(PK__AVX2)
+#define PK__HAS_AVX2 1
+#define PK__FOR_PROCESSORS(DEFINE) DEFINE(avx2, PK__AVX2, pk__wide_vector)
+#define PK__ON_PROCESSOR(name, arguments) name##_avx2 arguments
+#else
+#define PK__HAS_AVX2 0
+#define PK__FOR_PROCESSORS(DEFINE) DEFINE(base, , pk__vector)
+#define PK__ON_PROCESSOR(name, arguments) name##_base arguments
 #endif
-PK__DEFINE_PANEL(base, , pk__vector, PK__TILE_STEP)
-#ifdef PK__DISPATCH
-PK__COLD_END
-#endif
-#endif
+
+PK__FOR_PROCESSORS(PK__DEFINE_PANEL)
 
 /* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
  * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
@@ -210,31 +226,13 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
                                    const pk_real *panel, size_t step, const pk_real *start,
                                    const pk__tile_target *target)
 {
-#ifdef PK__DISPATCH
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
-        pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
-        return;
-    }
-#endif
-#ifdef PK__AVX2
-    pk__panel_avx2(rows, depth, a, across, along, panel, step, start, target);
-#else
-    pk__panel_base(rows, depth, a, across, along, panel, step, start, target);
-#endif
+    PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
 }
 
 /* What panels are multiplied with. */
 PK__PRIVATE const char *pk__panel_name(void)
 {
-#ifdef PK__DISPATCH
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
-        return "baseline";
-#endif
-#ifdef PK__AVX2
-    return "AVX2";
-#else
-    return "baseline";
-#endif
+    return PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
 PK__END_C

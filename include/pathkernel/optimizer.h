@@ -260,6 +260,44 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
                 (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
 }
 
+#define PK__DEFINE_BACK(suffix, attributes, vectors)                                                   \
+    attributes static void pk__back_##suffix(size_t count, const pk_linear_form *form, double carry,   \
+                                             const pk_real *p, pk_real factor, const pk_real *phi,     \
+                                             pk_real *state, pk_real *e)                               \
+    {                                                                                                  \
+        typedef vectors vector;                                                                        \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
+        const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate; \
+        const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;                      \
+        const vector zero = {0};                                                                       \
+        size_t i = 0;                                                                                  \
+        for (; i + lanes <= count; i += lanes) {                                                       \
+            vector entering = rate - zero;                                                             \
+            if (p)                                                                                     \
+                entering = *(const vector *)(p + i);                                                   \
+            entering *= factor * *(const vector *)(phi + i);                                           \
+            const vector next = keep * *(vector *)(state + i) + enter * entering;                      \
+            *(vector *)(state + i) = next;                                                             \
+            if (e)                                                                                     \
+                *(vector *)(e + i) = gain * next + direct * entering;                                  \
+        }                                                                                              \
+        for (; i < count; i++) {                                                                       \
+            const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);                            \
+            state[i] = keep * state[i] + enter * entering;                                             \
+            if (e)                                                                                     \
+                e[i] = gain * state[i] + direct * entering;                                            \
+        }                                                                                              \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_BACK)
+
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
+ * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
+PK__PRIVATE void pk__linear_form_back(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
+                                      pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
+{
+    PK__ON_PROCESSOR(pk__back, (count, form, carry, p, factor, phi, state, e));
+}
+
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
 
 /* A field of pk_optimizer: a double, or an int for a switch. */
