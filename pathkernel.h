@@ -2930,9 +2930,11 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 }
 
 enum {
-    PK__DEPTH = 128,         /* terms per block: a panel of B stays in the first-level cache */
-    PK__BLOCK_ROWS = 96,     /* with PK__DEPTH: what of A stays in the second-level cache */
-    PK__BLIS_TERMS = 1 << 15 /* m n k above which BLIS multiplies: a call of it costs 1 us beside its flops */
+    PK__DEPTH = 128,     /* terms per block: a panel of B stays in the first-level cache */
+    PK__BLOCK_ROWS = 96, /* with PK__DEPTH: what of A stays in the second-level cache */
+    PK__FEW_PANELS = 2,  /* so many panels of rows are few */
+    PK__BLIS_TERMS =
+        1 << 15 /* m n k above which BLIS multiplies, a call of which costs 1 us, unless A has few rows */
 };
 
 /* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
@@ -2950,29 +2952,39 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
                 packed[p * PK_PANEL + j] = b[p * down + j * across];
 }
 
-/* C += alpha A B^T for m <= PK_PANEL: C^T = B A^T, so that B is read where it stands and only the few rows of A are
- * packed. The same terms in the same order as below. */
+/* 1 where C^T = B A^T pays instead of C = A B^T: A has few rows and B many. */
+static int pk__has_few_rows(int transpose_b, size_t m, size_t n)
+{
+    return transpose_b && m <= PK__FEW_PANELS * PK_PANEL && m < n;
+}
+
+/* C += alpha A B^T of few rows: B is read where it stands, once, and only the few rows of A are packed. The same terms in
+ * the same order as below. */
 static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
                                  size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
                                  size_t ldc)
 {
-    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
     size_t tile_at[PK__BLOCK_ROWS];
     pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
     for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
         tile_at[j] = j * PK_PANEL;
     for (size_t p = 0; p < k; p += PK__DEPTH) {
         const size_t depth = pk__least(k - p, PK__DEPTH);
-        pk__pack_panel(m, depth, a + p * column_a, column_a, row_a, packed);
-        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS) {
-            const size_t rows = pk__least(n - first, PK__BLOCK_ROWS);
-            pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed, PK_PANEL, NULL, &target);
-            for (size_t i = 0; i < m; i++)
-                for (size_t j = 0; j < rows; j++) {
-                    pk_real *to = c + i * ldc + first + j;
-                    *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
-                }
-        }
+        for (size_t top = 0; top < m; top += PK_PANEL)
+            pk__pack_panel(pk__least(m - top, PK_PANEL), depth, a + top * row_a + p * column_a, column_a, row_a,
+                           packed + top * PK__DEPTH);
+        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS)
+            for (size_t top = 0; top < m; top += PK_PANEL) {
+                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK_PANEL);
+                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed + top * PK__DEPTH, PK_PANEL,
+                                  NULL, &target);
+                for (size_t i = 0; i < count; i++)
+                    for (size_t j = 0; j < rows; j++) {
+                        pk_real *to = c + (top + i) * ldc + first + j;
+                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
+                    }
+            }
     }
 }
 
@@ -2994,7 +3006,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
-    if (transpose_b && m <= PK_PANEL && m < n) {
+    if (pk__has_few_rows(transpose_b, m, n)) {
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
@@ -3069,7 +3081,7 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
 #ifdef PATHKERNEL_BLIS
-    else if (m * n * k > PK__BLIS_TERMS)
+    else if (m * n * k > PK__BLIS_TERMS && !pk__has_few_rows(transpose_b, m, n))
         pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif
     else
@@ -16838,12 +16850,12 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
-    while (gram->tile > 8 && pk__most(rows, columns) < 4 * gram->tile)
+    while (gram->tile > 8 && pk__most(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
     /* Every pass reads all weights: some rows a pass, and passes for several threads. */
     const size_t passes = gram->symmetric ? rows : rows + columns;
-    gram->sweep = 32;
-    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 8 : 2) * gram->sweep)
+    gram->sweep = 64;
+    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 4 : 2) * gram->sweep)
         gram->sweep /= 2;
     while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
         gram->sweep /= 2;

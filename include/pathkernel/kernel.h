@@ -389,12 +389,12 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
-    while (gram->tile > 8 && pk__most(rows, columns) < 4 * gram->tile)
+    while (gram->tile > 8 && pk__most(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
     /* Every pass reads all weights: some rows a pass, and passes for several threads. */
     const size_t passes = gram->symmetric ? rows : rows + columns;
-    gram->sweep = 32;
-    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 8 : 2) * gram->sweep)
+    gram->sweep = 64;
+    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 4 : 2) * gram->sweep)
         gram->sweep /= 2;
     while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
         gram->sweep /= 2;
