@@ -347,6 +347,31 @@ static int measure(bench_run *run, int threads, pk_engine engine, int whole, siz
     return status == PK_OK;
 }
 
+/* The other side of a roofline: bytes read and written per second by memcpy within caches of several sizes. */
+static void report_copies(const bench_run *run)
+{
+    static const size_t sizes[] = {(size_t)24 << 10, (size_t)384 << 10, (size_t)8 << 20, (size_t)256 << 20};
+    printf("# memcpy with 1 thread, read and written:");
+    for (size_t s = 0; s < (run->quick ? 2 : 4); s++) {
+        const size_t half = sizes[s] / 2;
+        unsigned char *memory = (unsigned char *)malloc(2 * half);
+        double best = 0;
+        if (!memory)
+            break;
+        memset(memory, 1, 2 * half);
+        for (int sample = 0; sample < 20; sample++) {
+            const size_t repeats = 1 + ((size_t)16 << 20) / half;
+            const double start = bench_seconds();
+            for (size_t r = 0; r < repeats; r++)
+                memcpy(memory + r % 2 * half, memory + (r + 1) % 2 * half, half);
+            best = fmax(best, 2.0 * (double)(half * repeats) / (bench_seconds() - start));
+        }
+        printf("%s %zu KiB %.0f GB/s", s ? "," : "", sizes[s] >> 10, best * 1e-9);
+        free(memory);
+    }
+    printf("\n");
+}
+
 int main(int argc, char **argv)
 {
     static const size_t widths[] = {32, 64, 128, 256, 512}, outputs[] = {10, 1}, batches[] = {1437, 64};
@@ -356,6 +381,7 @@ int main(int argc, char **argv)
     int made = 1;
     if (!bench_start(&run, argc, argv, "bench_contraction"))
         return 2;
+    report_copies(&run);
     for (int all = 0; all < (run.threads > 1 ? 2 : 1); all++)
         for (size_t e = 0; e < 4; e++)
             for (size_t o = 0; o < 2; o++)
