@@ -14321,8 +14321,9 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
         if (tangent->headed[l]) /* at most one layer stands below the last one */
             pk__prepare_head(tangent, l, points);
         else
-            for (size_t i = 0; i < points->count * in; i++)
-                tangent->weighted_inputs[l][i] = points->weight[i / in] * inputs[i];
+            for (size_t p = 0; p < points->count; p++)
+                for (size_t i = p * in; i < (p + 1) * in; i++)
+                    tangent->weighted_inputs[l][i] = points->weight[p] * inputs[i];
     }
 }
 
@@ -16850,7 +16851,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
-    while (gram->tile > 8 && pk__most(rows, columns) < 2 * gram->tile)
+    while (gram->tile > (kept > 1 ? 8 : 16) && pk__most(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
     /* Every pass reads all weights: some rows a pass, and passes for several threads. */
     const size_t passes = gram->symmetric ? rows : rows + columns;

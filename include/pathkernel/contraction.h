@@ -315,8 +315,9 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
         if (tangent->headed[l]) /* at most one layer stands below the last one */
             pk__prepare_head(tangent, l, points);
         else
-            for (size_t i = 0; i < points->count * in; i++)
-                tangent->weighted_inputs[l][i] = points->weight[i / in] * inputs[i];
+            for (size_t p = 0; p < points->count; p++)
+                for (size_t i = p * in; i < (p + 1) * in; i++)
+                    tangent->weighted_inputs[l][i] = points->weight[p] * inputs[i];
     }
 }
 

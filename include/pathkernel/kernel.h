@@ -389,7 +389,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
-    while (gram->tile > 8 && pk__most(rows, columns) < 2 * gram->tile)
+    while (gram->tile > (kept > 1 ? 8 : 16) && pk__most(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
     /* Every pass reads all weights: some rows a pass, and passes for several threads. */
     const size_t passes = gram->symmetric ? rows : rows + columns;
