@@ -13538,10 +13538,14 @@ PK__BEGIN_C
 
 PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
 {
-    pk_real sum = 0;
-    for (size_t i = 0; i < count; i++)
-        sum += a[i] * b[i];
-    return sum;
+    pk_real chain[4] = {0, 0, 0, 0}, rest = 0; /* so that additions do not wait for each other */
+    size_t i = 0;
+    for (; i + 4 <= count; i += 4)
+        for (size_t k = 0; k < 4; k++)
+            chain[k] += a[i + k] * b[i + k];
+    for (; i < count; i++)
+        rest += a[i] * b[i];
+    return (chain[0] + chain[1]) + (chain[2] + chain[3]) + rest;
 }
 
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
@@ -14477,10 +14481,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
                 for (size_t j = 0; j < out; j++)
                     at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
             for (size_t k = 0; k < outputs; k++) {
-                const pk_real *d = delta + (p * outputs + k) * out;
-                pk_real sum = 0;
-                for (size_t j = 0; j < out; j++)
-                    sum += d[j] * at[j];
+                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, at);
                 tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
             }
         }

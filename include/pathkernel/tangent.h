@@ -51,10 +51,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
                 for (size_t j = 0; j < out; j++)
                     at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
             for (size_t k = 0; k < outputs; k++) {
-                const pk_real *d = delta + (p * outputs + k) * out;
-                pk_real sum = 0;
-                for (size_t j = 0; j < out; j++)
-                    sum += d[j] * at[j];
+                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, at);
                 tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
             }
         }
