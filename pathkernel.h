@@ -2937,6 +2937,15 @@ enum {
         1 << 15 /* m n k above which BLIS multiplies, a call of which costs 1 us, unless A has few rows */
 };
 
+/* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
+PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from, size_t down, size_t across,
+                                pk_real *to)
+{
+    for (size_t j = 0; j < count; j++) /* the other way round a compiler gathers, which is slow */
+        for (size_t p = 0; p < depth; p++)
+            to[p * PK_PANEL + j] = from[p * down + j * across];
+}
+
 /* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
 static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
                            pk_real *packed)
@@ -2947,9 +2956,7 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
         for (size_t p = 0; p < depth; p++)
             memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
     else
-        for (size_t j = 0; j < columns; j++) /* the other way round a compiler gathers, which is slow */
-            for (size_t p = 0; p < depth; p++)
-                packed[p * PK_PANEL + j] = b[p * down + j * across];
+        pk__interleave(columns, depth, b, down, across, packed);
 }
 
 /* 1 where C^T = B A^T pays instead of C = A B^T: A has few rows and B many. */
@@ -10349,6 +10356,16 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
                 (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
 }
 
+/* At i, of as many numbers as a `number` is: one, or a vector of them. */
+#define PK__BACK_STEP(number, nothing)                                    \
+    number entering = rate - nothing;                                     \
+    if (p)                                                                \
+        entering = *(const number *)(p + i);                              \
+    entering *= factor * *(const number *)(phi + i);                      \
+    const number next = keep * *(number *)(state + i) + enter * entering; \
+    *(number *)(state + i) = next;                                        \
+    if (e)                                                                \
+        *(number *)(e + i) = gain * next + direct * entering;
 #define PK__DEFINE_BACK(suffix, attributes, vectors)                                                   \
     attributes static void pk__back_##suffix(size_t count, const pk_linear_form *form, double carry,   \
                                              const pk_real *p, pk_real factor, const pk_real *phi,     \
@@ -10361,20 +10378,10 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
         const vector zero = {0};                                                                       \
         size_t i = 0;                                                                                  \
         for (; i + lanes <= count; i += lanes) {                                                       \
-            vector entering = rate - zero;                                                             \
-            if (p)                                                                                     \
-                entering = *(const vector *)(p + i);                                                   \
-            entering *= factor * *(const vector *)(phi + i);                                           \
-            const vector next = keep * *(vector *)(state + i) + enter * entering;                      \
-            *(vector *)(state + i) = next;                                                             \
-            if (e)                                                                                     \
-                *(vector *)(e + i) = gain * next + direct * entering;                                  \
+            PK__BACK_STEP(vector, zero)                                                                \
         }                                                                                              \
         for (; i < count; i++) {                                                                       \
-            const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);                            \
-            state[i] = keep * state[i] + enter * entering;                                             \
-            if (e)                                                                                     \
-                e[i] = gain * state[i] + direct * entering;                                            \
+            PK__BACK_STEP(pk_real, 0)                                                                  \
         }                                                                                              \
     }
 PK__FOR_PROCESSORS(PK__DEFINE_BACK)
@@ -13658,9 +13665,7 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
         const size_t lane = (first + b) % PK_PANEL;
         pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
         columns = pk__least(PK_PANEL - lane, count - b);
-        for (size_t i = 0; i < columns; i++) /* the other way round a compiler gathers, which is slow */
-            for (size_t j = 0; j < features; j++)
-                to[j * PK_PANEL + lane + i] = from[(b + i) * features + j];
+        pk__interleave(columns, features, from + b * features, 1, features, to + lane);
         for (size_t i = lane + columns; i < PK_PANEL; i++)
             for (size_t j = 0; j < features; j++)
                 to[j * PK_PANEL + i] = 0;

@@ -189,9 +189,7 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
         const size_t lane = (first + b) % PK_PANEL;
         pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
         columns = pk__least(PK_PANEL - lane, count - b);
-        for (size_t i = 0; i < columns; i++) /* the other way round a compiler gathers, which is slow */
-            for (size_t j = 0; j < features; j++)
-                to[j * PK_PANEL + lane + i] = from[(b + i) * features + j];
+        pk__interleave(columns, features, from + b * features, 1, features, to + lane);
         for (size_t i = lane + columns; i < PK_PANEL; i++)
             for (size_t j = 0; j < features; j++)
                 to[j * PK_PANEL + i] = 0;

@@ -82,6 +82,15 @@ enum {
         1 << 15 /* m n k above which BLIS multiplies, a call of which costs 1 us, unless A has few rows */
 };
 
+/* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
+PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from, size_t down, size_t across,
+                                pk_real *to)
+{
+    for (size_t j = 0; j < count; j++) /* the other way round a compiler gathers, which is slow */
+        for (size_t p = 0; p < depth; p++)
+            to[p * PK_PANEL + j] = from[p * down + j * across];
+}
+
 /* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
 static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
                            pk_real *packed)
@@ -92,9 +101,7 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
         for (size_t p = 0; p < depth; p++)
             memcpy(packed + p * PK_PANEL, b + p * down, PK_PANEL * sizeof *packed);
     else
-        for (size_t j = 0; j < columns; j++) /* the other way round a compiler gathers, which is slow */
-            for (size_t p = 0; p < depth; p++)
-                packed[p * PK_PANEL + j] = b[p * down + j * across];
+        pk__interleave(columns, depth, b, down, across, packed);
 }
 
 /* 1 where C^T = B A^T pays instead of C = A B^T: A has few rows and B many. */

@@ -260,6 +260,16 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
                 (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
 }
 
+/* At i, of as many numbers as a `number` is: one, or a vector of them. */
+#define PK__BACK_STEP(number, nothing)                                    \
+    number entering = rate - nothing;                                     \
+    if (p)                                                                \
+        entering = *(const number *)(p + i);                              \
+    entering *= factor * *(const number *)(phi + i);                      \
+    const number next = keep * *(number *)(state + i) + enter * entering; \
+    *(number *)(state + i) = next;                                        \
+    if (e)                                                                \
+        *(number *)(e + i) = gain * next + direct * entering;
 #define PK__DEFINE_BACK(suffix, attributes, vectors)                                                   \
     attributes static void pk__back_##suffix(size_t count, const pk_linear_form *form, double carry,   \
                                              const pk_real *p, pk_real factor, const pk_real *phi,     \
@@ -272,20 +282,10 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
         const vector zero = {0};                                                                       \
         size_t i = 0;                                                                                  \
         for (; i + lanes <= count; i += lanes) {                                                       \
-            vector entering = rate - zero;                                                             \
-            if (p)                                                                                     \
-                entering = *(const vector *)(p + i);                                                   \
-            entering *= factor * *(const vector *)(phi + i);                                           \
-            const vector next = keep * *(vector *)(state + i) + enter * entering;                      \
-            *(vector *)(state + i) = next;                                                             \
-            if (e)                                                                                     \
-                *(vector *)(e + i) = gain * next + direct * entering;                                  \
+            PK__BACK_STEP(vector, zero)                                                                \
         }                                                                                              \
         for (; i < count; i++) {                                                                       \
-            const pk_real entering = (p ? p[i] : rate) * (factor * phi[i]);                            \
-            state[i] = keep * state[i] + enter * entering;                                             \
-            if (e)                                                                                     \
-                e[i] = gain * state[i] + direct * entering;                                            \
+            PK__BACK_STEP(pk_real, 0)                                                                  \
         }                                                                                              \
     }
 PK__FOR_PROCESSORS(PK__DEFINE_BACK)
