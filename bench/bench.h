@@ -27,12 +27,20 @@
 
 enum { BENCH_SAMPLES = 400, BENCH_PEAK_SIZE = 1024 };
 
+/* One product in each thread, independent ones. */
+typedef struct bench_products {
+    int threads, transpose_b;
+    size_t m, n, k;
+    pk_real *a, *b, *c; /* one after another for each thread */
+    int failed;
+} bench_products;
+
 typedef struct bench_run {
     int quick, failures;
     int threads;   /* all of them */
     double budget; /* seconds a case */
     struct {       /* 1024^3 products: one thread, all threads */
-        struct bench_products *products;
+        bench_products products;
         double rate; /* flops per second, the best so far */
     } peak[2];
 } bench_run;
@@ -40,7 +48,7 @@ typedef struct bench_run {
 typedef struct bench_timing {
     double minimum, median; /* seconds for one repetition */
     double uncertainty;     /* half the width of the median's 95 % confidence interval, relative */
-    double peak_flops;      /* of the products, in the time of one repetition: see bench__beside */
+    double peak_flops;      /* of the products, in the time of one repetition: see bench_time */
     size_t samples;
 } bench_timing;
 
@@ -70,14 +78,6 @@ static void bench_fill(pk_real *x, size_t count, uint64_t seed)
         x[i] = (pk_real)((double)(seed >> 11) / 4503599627370496.0 - 1.0);
     }
 }
-
-/* One product in each thread, independent ones. */
-typedef struct bench_products {
-    int threads, transpose_b;
-    size_t m, n, k;
-    pk_real *a, *b, *c; /* one after another for each thread */
-    int failed;
-} bench_products;
 
 static void bench_multiply(void *data, size_t repeats)
 {
@@ -142,7 +142,7 @@ static double bench__median(const double *sample, double *sorted, size_t count)
 static double bench__peak_now(bench_run *run, int threads)
 {
     const double start = bench_seconds(), edge = BENCH_PEAK_SIZE;
-    bench_multiply(run->peak[threads > 1].products, 1);
+    bench_multiply(&run->peak[threads > 1].products, 1);
     const double rate = 2 * edge * edge * edge * threads / (bench_seconds() - start);
     run->peak[threads > 1].rate = fmax(run->peak[threads > 1].rate, rate);
     return rate;
@@ -156,7 +156,7 @@ static void bench_time(bench_run *run, int threads, bench_body body, bench_clock
                        bench_timing *timing)
 {
     static double sample[BENCH_SAMPLES], sorted[BENCH_SAMPLES], beside[BENCH_SAMPLES];
-    const double shortest = run->quick ? 1e-3 : 4e-3, start = bench_seconds(), round = 10 * shortest;
+    const double shortest = run->quick ? 1e-3 : 4e-3, start = bench_seconds(), longest = 10 * shortest;
     size_t repeats = 1, count = 0, rounds = 0;
     double rate = run->peak[threads > 1].rate;
     if (!clock)
@@ -179,7 +179,7 @@ static void bench_time(bench_run *run, int threads, bench_body body, bench_clock
             double before = clock(data);
             body(data, repeats);
             sample[count++] = (clock(data) - before) / (double)repeats;
-        } while (count < BENCH_SAMPLES && bench_seconds() - begin < round);
+        } while (count < BENCH_SAMPLES && bench_seconds() - begin < longest);
         if (!run->quick)
             rate = bench__peak_now(run, threads);
         beside[rounds++] = bench__median(sample + first, sorted, count - first) * 0.5 * (rate_before + rate);
@@ -216,18 +216,16 @@ static void bench__first_line(const char *path, const char *key, const char *tit
 /* The peak at the start: needs the memory of 3 matrices of 8 MiB for each thread, until the end. */
 static int bench__peak(bench_run *run)
 {
-    static bench_products own[2];
-    for (int all = 0; all < 2; all++) {
+    for (int all = 0; all < (run->threads > 1 ? 2 : 1); all++) {
+        bench_products *own = &run->peak[all].products;
         const double start = bench_seconds();
         const int threads = all ? run->threads : 1;
-        run->peak[all].products = &own[all];
-        if (!own[all].a &&
-            !bench_products_make(&own[all], threads, 0, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE))
+        if (!bench_products_make(own, threads, 0, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE, BENCH_PEAK_SIZE))
             return 0;
         do
             bench__peak_now(run, threads);
         while (bench_seconds() - start < (run->quick ? 0.3 : 2.0));
-        if (own[all].failed)
+        if (own->failed)
             return 0;
     }
     return 1;
@@ -271,7 +269,7 @@ static int bench_start(bench_run *run, int argc, char **argv, const char *name)
         return 0;
     }
     printf("# peak (%d^3): %.1f GF/s with 1 thread, %.1f GF/s with %d\n", BENCH_PEAK_SIZE,
-           run->peak[0].rate * 1e-9, run->peak[1].rate * 1e-9, run->threads);
+           run->peak[0].rate * 1e-9, run->peak[run->threads > 1].rate * 1e-9, run->threads);
     printf(
         "case,size,threads,minimum_s,median_s,uncertainty,gflops,share_of_peak,share_beside,residual,status\n");
     fflush(stdout);
@@ -297,11 +295,11 @@ static int bench_finish(bench_run *run)
 {
     if (!run->quick) {
         printf("# best peak: %.1f GF/s with 1 thread, %.1f GF/s with %d\n", run->peak[0].rate * 1e-9,
-               run->peak[1].rate * 1e-9, run->threads);
+               run->peak[run->threads > 1].rate * 1e-9, run->threads);
         bench__first_line("/proc/loadavg", "", "load average at the end");
     }
     for (int all = 0; all < 2; all++)
-        bench_products_free(run->peak[all].products);
+        bench_products_free(&run->peak[all].products);
     if (run->failures)
         printf("# %d wrong results\n", run->failures);
     return run->failures ? 1 : 0;
