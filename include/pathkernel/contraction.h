@@ -38,6 +38,18 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+/* The next panel into the first-level cache while this one is multiplied. Tiles are short, so that the processor would see
+ * too late that they go on there. */
+static void pk__fetch_panel(size_t depth, const pk_real *panel)
+{
+#if defined(__GNUC__)
+    for (size_t p = 0; p < depth; p++)
+        __builtin_prefetch(panel + p * PK_PANEL);
+#else
+    (void)depth, (void)panel;
+#endif
+}
+
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
  * for as many rows at a time as stay in the second-level cache. The panels of
  * the target lie side by side. */
@@ -50,6 +62,8 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
         for (size_t column = 0; column < block; column += PK_PANEL) {
+            if (column + PK_PANEL < block)
+                pk__fetch_panel(depth, panels + (column + PK_PANEL) * depth);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
             pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
@@ -219,21 +233,22 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
         const pk_real *slopes = tangent->slopes + p * 2 * out;
         const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
-        pk__tile_target sums = {PK__TILE_SCALE, tangent->sums, tangent->panel_row, NULL, NULL};
+        const size_t *unit_row = tangent->unit_row + row * 2 * out;
         pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
         for (last = p + 1; last < points->count && points->row[last] == row; last++)
             ;
-        for (size_t column = 0; column < block; column += PK_PANEL)
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            if (column + PK_PANEL < block)
+                pk__fetch_panel(out, cotangents + (column + PK_PANEL) * out);
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__least(PK__HEAD_PART, units - j);
-                sums.other = cotangents + column * out;
-                sums.other_at = tangent->unit_row + row * 2 * out + j;
                 tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
-                pk__panel_product(count, last - p, slopes + j, 1, 2 * out,
-                                  tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, NULL, &sums);
+                pk__panel_sums(count, last - p, slopes + j, 2 * out, tangent->left + p * PK_TILE_LD + column,
+                               PK_TILE_LD, cotangents + column * out, unit_row + j, tangent->sums);
                 pk__panel_product(outputs, count, weights + j, 2 * out, 1, tangent->sums, PK_PANEL, NULL,
                                   &tile);
             }
+        }
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
 }

@@ -34,7 +34,6 @@ enum { PK__TALLEST = 6 }; /* rows of a tile */
 typedef enum pk__tile_form {
     PK__TILE_SET,      /* to = product */
     PK__TILE_ADD,      /* to += product */
-    PK__TILE_SCALE,    /* to = other o product */
     PK__TILE_HADAMARD, /* to += other o product */
     PK__TILE_DOT       /* to[0] += sum of other o product over the rows of a tile */
 } pk__tile_form;
@@ -44,7 +43,7 @@ typedef struct pk__tile_target {
     pk__tile_form form;
     pk_real *to;
     const size_t *to_at;
-    const pk_real *other; /* of SCALE, HADAMARD and DOT */
+    const pk_real *other; /* of HADAMARD and DOT */
     const size_t *other_at;
 } pk__tile_target;
 
@@ -79,9 +78,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
     const pk_real *row##i = a + (i < count ? i : count - 1) * across; \
     vector left##i, right##i;
 #define PK__TILE_START(i) left##i = right##i = (start && i < count ? start[i] : 0) - zero;
-#define PK__TILE_STEP(i)            \
-    left##i += row##i[at] * left_b; \
-    right##i += row##i[at] * right_b;
+#define PK__TILE_STEP(i, ADD)                   \
+    left##i = ADD(left##i, row##i[at], left_b); \
+    right##i = ADD(right##i, row##i[at], right_b);
 #define PK__TILE_END(i, assign, left_value, right_value) \
     if (i < count) {                                     \
         pk_real *to = target->to + to_at[i] + column;    \
@@ -91,7 +90,6 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__OTHER(i, beside) (*(const vector *)(target->other + other_at[i] + column + (beside)))
 #define PK__TILE_SETS(i) PK__TILE_END(i, =, left##i, right##i)
 #define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
-#define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_DOTS(i)                             \
     if (i < count) {                                 \
@@ -126,8 +124,6 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
                 EACH(PK__TILE_SETS)                                                                            \
             } else if (target->form == PK__TILE_ADD) {                                                         \
                 EACH(PK__TILE_ADDS)                                                                            \
-            } else if (target->form == PK__TILE_SCALE) {                                                       \
-                EACH(PK__TILE_SCALES)                                                                          \
             } else if (target->form == PK__TILE_DOT) {                                                         \
                 vector *to = (vector *)(target->to + column),                                                  \
                        *beside = (vector *)(target->to + column + lanes);                                      \
@@ -164,6 +160,71 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
+/* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
+#define PK__SUM_LOAD(i)                                     \
+    vector left##i = zero, right##i = zero;                 \
+    if (i < count) {                                        \
+        left##i = *(const vector *)(b + i * step);          \
+        right##i = *(const vector *)(b + i * step + lanes); \
+    }
+#define PK__SUM_STEP(i, ADD)                              \
+    if (i < count) {                                      \
+        left = ADD(left, a[row + i * along], left##i);    \
+        right = ADD(right, a[row + i * along], right##i); \
+    }
+#define PK__DEFINE_SUMS(suffix, attributes, vectors)                                                           \
+    attributes PK__INLINE void pk__sums_of_##suffix(size_t count, size_t rows, const pk_real *a, size_t along, \
+                                                    const pk_real *panel, size_t step, int begin, int end,     \
+                                                    const pk_real *other, const size_t *other_at, pk_real *to) \
+    {                                                                                                          \
+        typedef vectors vector;                                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
+        const vector zero = {0};                                                                               \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+            const pk_real *b = panel + column;                                                                 \
+            PK__EACH_6(PK__SUM_LOAD)                                                                           \
+            for (size_t row = 0; row < rows; row++) {                                                          \
+                vector *at = (vector *)(to + row * PK_PANEL + column),                                         \
+                       *beside = (vector *)(to + row * PK_PANEL + column + lanes);                             \
+                vector left = zero, right = zero;                                                              \
+                if (!begin) {                                                                                  \
+                    left = *at;                                                                                \
+                    right = *beside;                                                                           \
+                }                                                                                              \
+                PK__EACH_6(PK__SUM_##suffix)                                                                   \
+                if (end) {                                                                                     \
+                    left *= *(const vector *)(other + other_at[row] + column);                                 \
+                    right *= *(const vector *)(other + other_at[row] + column + lanes);                        \
+                }                                                                                              \
+                *at = left;                                                                                    \
+                *beside = right;                                                                               \
+            }                                                                                                  \
+        }                                                                                                      \
+    }                                                                                                          \
+    attributes static void pk__sums_##suffix(size_t rows, size_t depth, const pk_real *a, size_t along,        \
+                                             const pk_real *panel, size_t step, const pk_real *other,          \
+                                             const size_t *other_at, pk_real *to)                              \
+    {                                                                                                          \
+        for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
+            const size_t count = pk__least(PK__TALLEST, depth - p);                                            \
+            const pk_real *own = a + p * along, *b = panel + p * step;                                         \
+            const int begin = p == 0, end = p + count == depth;                                                \
+            switch (count) { /* known when this is compiled */                                                 \
+            case 1: pk__sums_of_##suffix(1, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 2: pk__sums_of_##suffix(2, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 3: pk__sums_of_##suffix(3, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 4: pk__sums_of_##suffix(4, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 5: pk__sums_of_##suffix(5, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            default: pk__sums_of_##suffix(6, rows, own, along, b, step, begin, end, other, other_at, to);      \
+            }                                                                                                  \
+        }                                                                                                      \
+    }
+
 #if defined(__GNUC__)
 typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
 typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
@@ -177,10 +238,13 @@ typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(p
 typedef pk_real pk__vector;
 #endif
 
-#define PK__STEP_base PK__TILE_STEP
+/* sum + number times vector. */
+#define PK__ADD_base(sum, number, beside) ((sum) + (number) * (beside))
+#define PK__STEP_base(i) PK__TILE_STEP(i, PK__ADD_base)
+#define PK__SUM_base(i) PK__SUM_STEP(i, PK__ADD_base)
 #ifdef PK__AVX2
 #if defined(__clang__)
-#define PK__STEP_avx2 PK__TILE_STEP /* contracted */
+#define PK__ADD_avx2 PK__ADD_base /* contracted */
 #else
 /* gcc contracts x y + z in its GNU modes only. */
 #ifdef PATHKERNEL_FLOAT
@@ -188,10 +252,10 @@ typedef pk_real pk__vector;
 #else
 #define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
 #endif
-#define PK__STEP_avx2(i)                                        \
-    left##i = PK__AVX2_FMA(row##i[at] - zero, left_b, left##i); \
-    right##i = PK__AVX2_FMA(row##i[at] - zero, right_b, right##i);
+#define PK__ADD_avx2(sum, number, beside) PK__AVX2_FMA((number)-zero, beside, sum)
 #endif
+#define PK__STEP_avx2(i) PK__TILE_STEP(i, PK__ADD_avx2)
+#define PK__SUM_avx2(i) PK__SUM_STEP(i, PK__ADD_avx2)
 #endif
 
 /* Functions name_avx2 and name_base, as the processors need them that this is compiled for, by DEFINE(suffix, attributes,
@@ -227,6 +291,16 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
                                    const pk__tile_target *target)
 {
     PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
+}
+
+PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
+
+/* to (rows x PK_PANEL) = other o (A panel), for few terms: element (i, p) of A is a[i + p * along], row i of other stands at
+ * other + other_at[i]. Terms in ascending order. */
+PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk_real *panel,
+                                size_t step, const pk_real *other, const size_t *other_at, pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, panel, step, other, other_at, to));
 }
 
 /* What panels are multiplied with. */
