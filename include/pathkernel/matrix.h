@@ -77,9 +77,10 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 enum {
     PK__DEPTH = 128,     /* terms per block: a panel of B stays in the first-level cache */
     PK__BLOCK_ROWS = 96, /* with PK__DEPTH: what of A stays in the second-level cache */
-    PK__FEW_PANELS = 2,  /* so many panels of rows are few */
-    PK__BLIS_TERMS =
-        1 << 15 /* m n k above which BLIS multiplies, a call of which costs 1 us, unless A has few rows */
+    PK__FEW_PANELS = 4,  /* so many panels of rows are few */
+    /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
+     * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
+    PK__BLIS_TERMS = 1 << 19
 };
 
 /* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
@@ -233,7 +234,10 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
 #ifdef PATHKERNEL_BLIS
-    else if (m * n * k > PK__BLIS_TERMS && !pk__has_few_rows(transpose_b, m, n))
+    else if (m * n * k > (size_t)PK__BLIS_TERMS << (transpose_b   ? 0
+                                                    : transpose_a ? 4
+                                                                  : 2) &&
+             !pk__has_few_rows(transpose_b, m, n))
         pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif
     else
