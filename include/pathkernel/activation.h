@@ -62,6 +62,15 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
 {
     size_t width = call->node->width, copies = call->copies;
     pk_real *slope = call->scratch;
+    if (copies == 1 && !second && !call->accumulate[0]) { /* no slope is used twice */
+        const size_t count = call->rows * width;
+        const pk_real *from = call->out_cotangent;
+        pk_real *to = call->in_cotangent[0];
+        slopes(call, 0, count, to);
+        for (size_t i = 0; i < count; i++)
+            to[i] *= from[i];
+        return;
+    }
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
         for (size_t j = 0; second && j < width; j++)

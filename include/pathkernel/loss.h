@@ -655,13 +655,15 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
         pk_tape_forward(tape, &line, rows, lane->inputs);
         const pk_real *output = pk_tape_output(tape);
         pk_real *seed = pk_tape_seed(tape);
+        for (size_t row = 0, finite = (size_t)pk__all_finite(output, rows * outputs); !finite && row < rows;
+             row++)
+            if (not_finite == SIZE_MAX && !pk__all_finite(output + row * outputs, outputs))
+                not_finite = first + row;
         for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
             pk_real *target = lane->targets + row * outputs;
             double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
             pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs,
                             target);
-            if (not_finite == SIZE_MAX && !pk__all_finite(output, outputs))
-                not_finite = first + row;
             objective += weight * job->rule->evaluate(outputs, output, target, seed);
             for (size_t j = 0; j < outputs; j++)
                 seed[j] *= (pk_real)weight;
