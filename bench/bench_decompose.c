@@ -74,11 +74,13 @@ static void report_phases(const job *j, const measured *m, int threads)
 {
     const pk_decomposition *d = &m->best;
     const double cells = (double)d->rows * (double)d->steps;
-    const double all = d->seconds_read + d->seconds_examples + d->seconds_test + d->seconds_contraction;
+    const double beside = d->seconds_read + d->seconds_examples + d->seconds_test;
+    const double all = beside + d->seconds_sums + d->seconds_contraction;
     printf("# %s with %d thread%s: %.4f s; of %.4f thread-seconds: read and update %.1f %%, examples %.1f %%, "
-           "test side %.1f %%, contraction %.1f %%\n",
+           "test side %.1f %% (in all %.1f %%), sums over nodes %.1f %%, contraction %.1f %%\n",
            j->name, threads, threads > 1 ? "s" : "", d->seconds, all, 100 * d->seconds_read / all,
-           100 * d->seconds_examples / all, 100 * d->seconds_test / all, 100 * d->seconds_contraction / all);
+           100 * d->seconds_examples / all, 100 * d->seconds_test / all, 100 * beside / all,
+           100 * d->seconds_sums / all, 100 * d->seconds_contraction / all);
     printf(
         "# %s: per row and step %.2f points, %.2f pieces; refused %zu, passes %zu, worst closure %.2e (of one "
         "step %.2e), peak memory %.1f MiB\n",

@@ -855,17 +855,19 @@ static void print_time(const task *job, const pk_decomposition *d)
     } phases[] = {{"reading and updates", d->seconds_read},
                   {"gradients of the examples", d->seconds_examples},
                   {"inputs along the path", d->seconds_test},
+                  {"sums over the nodes", d->seconds_sums},
                   {"contraction", d->seconds_contraction}};
+    enum { count = sizeof phases / sizeof *phases };
     double sum = 0;
     char took[32], peak[32];
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < count; i++)
         sum += phases[i].seconds;
     printf("time         %s in %zu pass%s, %d thread%s, %s of memory at the peak\n", duration(d->seconds, took),
            d->passes, d->passes == 1 ? "" : "es", pk_threads(&job->context),
            pk_threads(&job->context) == 1 ? "" : "s", size_text((double)job->context.memory_peak, peak));
     printf("             thread time:");
-    for (int i = 0; i < 4; i++)
-        printf(" %s %.0f %%%s", phases[i].name, sum > 0 ? 100 * phases[i].seconds / sum : 0, i < 3 ? "," : "");
+    for (int i = 0; i < count; i++)
+        printf("%s %s %.0f %%", i ? "," : "", phases[i].name, sum > 0 ? 100 * phases[i].seconds / sum : 0);
     if (d->flops > 0 && d->seconds_contraction > 0)
         printf(" (%.1f GF/s a thread)", d->flops / d->seconds_contraction * 1e-9);
     printf("\n");

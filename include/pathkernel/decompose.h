@@ -376,7 +376,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     pk__block_state *block = &job->blocks[number];
     pk_tangent *tangent = &worker->tangent;
     const size_t P = job->graph->parameters;
-    double begin = pk__seconds(), contraction = tangent->seconds_contraction;
+    const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__least(job->block, job->part->rows - worker->row);
     tangent->integrator.row_order = job->row_order + worker->row;
@@ -418,7 +418,8 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         block->refused += tangent->integrator.refused;
     }
     block->flops += tangent->flops;
-    worker->seconds_test += pk__seconds() - begin - (tangent->seconds_contraction - contraction);
+    worker->seconds_test +=
+        pk__seconds() - begin - (tangent->seconds_sums + tangent->seconds_contraction - before);
 }
 
 /* ---- one pass over the run ----------------------------------------------------------------------------- */
@@ -670,6 +671,7 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     for (size_t w = 0; w < job->plan.threads; w++) {
         whole->seconds_examples += job->window.seconds[w];
         whole->seconds_test += job->workers[w].seconds_test;
+        whole->seconds_sums += job->workers[w].tangent.seconds_sums;
         whole->seconds_contraction += job->workers[w].tangent.seconds_contraction;
     }
     whole->seconds_read = job->window.seconds_read;

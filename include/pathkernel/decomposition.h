@@ -67,8 +67,9 @@ typedef struct pk_decomposition {
     size_t refused; /* pieces accepted although they missed their target */
     size_t passes;
     double flops; /* of the contraction */
-    /* Thread-seconds: reading and updates; gradients of the examples; the test side; the contraction. */
-    double seconds_read, seconds_examples, seconds_test, seconds_contraction, seconds;
+    /* Thread-seconds: reading and updates; gradients of the examples; the test side: forward along the steps, kinks, nodes,
+     * reverse, recurrences of reverse time; the sums over the nodes and, of all that follows, the contraction. */
+    double seconds_read, seconds_examples, seconds_test, seconds_sums, seconds_contraction, seconds;
 } pk_decomposition;
 
 /* Gives the arrays back; a zeroed decomposition is allowed. */

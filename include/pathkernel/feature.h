@@ -81,8 +81,8 @@ typedef struct pk_tangent {
     /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
     pk_real *places, *place_start;
     pk_points sorted;
-    double flops; /* of the contraction, counted */
-    double seconds_contraction;
+    double flops;                             /* of the contraction, counted */
+    double seconds_sums, seconds_contraction; /* of the sums over points; of all that follows them */
 } pk_tangent;
 
 /* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),

@@ -253,6 +253,22 @@ static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *poi
 
 PK__COLD_BEGIN
 
+/* What a layer keeps of the points that are in memory: sums over the points, before any example is looked at. */
+static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_DATA || tangent->kind[layer] == PK_LAYER_LINEAR)
+        pk__add_ends(tangent, layer, points);
+    else if (tangent->kind[layer] == PK_LAYER_ROWS)
+        pk__add_rows(tangent, layer, points);
+    for (size_t p = 0, last; tangent->kind[layer] == PK_LAYER_POINTS && p < points->count; p = last) {
+        for (last = p + 1; last < points->count && points->row[last] == points->row[p]; last++)
+            ;
+        pk__add_phi(tangent, layer, points, p, last);
+    }
+    tangent->seconds_sums += pk__seconds() - start;
+}
+
 /* As many points as can be reversed at one time. */
 static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 {
@@ -275,25 +291,13 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
         const pk_real *a = segment->tape.value[node->inputs[0]];
-        switch (tangent->kind[l]) {
-        case PK_LAYER_DATA:
-        case PK_LAYER_LINEAR: pk__add_ends(tangent, l, points); break;
-        case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
-        case PK_LAYER_POINTS:
-        default:
-            if (pk__is_spread(tangent, l)) {
-                pk__add_along_places(tangent, l, points);
-                break;
-            }
+        const int spread = pk__is_spread(tangent, l);
+        if (spread)
+            pk__add_along_places(tangent, l, points);
+        else if (tangent->kind[l] == PK_LAYER_POINTS)
             pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
-            if (!tangent->integrated[l])
-                break;
-            for (size_t p = 0, last; p < count; p = last) {
-                for (last = p + 1; last < count && row[last] == row[p]; last++)
-                    ;
-                pk__add_phi(tangent, l, points, p, last);
-            }
-        }
+        if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
+            pk__add_points(tangent, l, points);
     }
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
