@@ -1773,8 +1773,8 @@ typedef struct pk_tangent {
     /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
     pk_real *places, *place_start;
     pk_points sorted;
-    double flops; /* of the contraction, counted */
-    double seconds_contraction;
+    double flops;                             /* of the contraction, counted */
+    double seconds_sums, seconds_contraction; /* of the sums over points; of all that follows them */
 } pk_tangent;
 
 /* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
@@ -1900,8 +1900,9 @@ typedef struct pk_decomposition {
     size_t refused; /* pieces accepted although they missed their target */
     size_t passes;
     double flops; /* of the contraction */
-    /* Thread-seconds: reading and updates; gradients of the examples; the test side; the contraction. */
-    double seconds_read, seconds_examples, seconds_test, seconds_contraction, seconds;
+    /* Thread-seconds: reading and updates; gradients of the examples; the test side: forward along the steps, kinks, nodes,
+     * reverse, recurrences of reverse time; the sums over the nodes and, of all that follows, the contraction. */
+    double seconds_read, seconds_examples, seconds_test, seconds_sums, seconds_contraction, seconds;
 } pk_decomposition;
 
 /* Gives the arrays back; a zeroed decomposition is allowed. */
@@ -2436,7 +2437,6 @@ enum { PK__TALLEST = 6 }; /* rows of a tile */
 typedef enum pk__tile_form {
     PK__TILE_SET,      /* to = product */
     PK__TILE_ADD,      /* to += product */
-    PK__TILE_SCALE,    /* to = other o product */
     PK__TILE_HADAMARD, /* to += other o product */
     PK__TILE_DOT       /* to[0] += sum of other o product over the rows of a tile */
 } pk__tile_form;
@@ -2446,7 +2446,7 @@ typedef struct pk__tile_target {
     pk__tile_form form;
     pk_real *to;
     const size_t *to_at;
-    const pk_real *other; /* of SCALE, HADAMARD and DOT */
+    const pk_real *other; /* of HADAMARD and DOT */
     const size_t *other_at;
 } pk__tile_target;
 
@@ -2481,9 +2481,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
     const pk_real *row##i = a + (i < count ? i : count - 1) * across; \
     vector left##i, right##i;
 #define PK__TILE_START(i) left##i = right##i = (start && i < count ? start[i] : 0) - zero;
-#define PK__TILE_STEP(i)            \
-    left##i += row##i[at] * left_b; \
-    right##i += row##i[at] * right_b;
+#define PK__TILE_STEP(i, ADD)                   \
+    left##i = ADD(left##i, row##i[at], left_b); \
+    right##i = ADD(right##i, row##i[at], right_b);
 #define PK__TILE_END(i, assign, left_value, right_value) \
     if (i < count) {                                     \
         pk_real *to = target->to + to_at[i] + column;    \
@@ -2493,7 +2493,6 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__OTHER(i, beside) (*(const vector *)(target->other + other_at[i] + column + (beside)))
 #define PK__TILE_SETS(i) PK__TILE_END(i, =, left##i, right##i)
 #define PK__TILE_ADDS(i) PK__TILE_END(i, +=, left##i, right##i)
-#define PK__TILE_SCALES(i) PK__TILE_END(i, =, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_HADAMARDS(i) PK__TILE_END(i, +=, left##i * PK__OTHER(i, 0), right##i * PK__OTHER(i, lanes))
 #define PK__TILE_DOTS(i)                             \
     if (i < count) {                                 \
@@ -2528,8 +2527,6 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
                 EACH(PK__TILE_SETS)                                                                            \
             } else if (target->form == PK__TILE_ADD) {                                                         \
                 EACH(PK__TILE_ADDS)                                                                            \
-            } else if (target->form == PK__TILE_SCALE) {                                                       \
-                EACH(PK__TILE_SCALES)                                                                          \
             } else if (target->form == PK__TILE_DOT) {                                                         \
                 vector *to = (vector *)(target->to + column),                                                  \
                        *beside = (vector *)(target->to + column + lanes);                                      \
@@ -2566,6 +2563,71 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
+/* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
+#define PK__SUM_LOAD(i)                                     \
+    vector left##i = zero, right##i = zero;                 \
+    if (i < count) {                                        \
+        left##i = *(const vector *)(b + i * step);          \
+        right##i = *(const vector *)(b + i * step + lanes); \
+    }
+#define PK__SUM_STEP(i, ADD)                              \
+    if (i < count) {                                      \
+        left = ADD(left, a[row + i * along], left##i);    \
+        right = ADD(right, a[row + i * along], right##i); \
+    }
+#define PK__DEFINE_SUMS(suffix, attributes, vectors)                                                           \
+    attributes PK__INLINE void pk__sums_of_##suffix(size_t count, size_t rows, const pk_real *a, size_t along, \
+                                                    const pk_real *panel, size_t step, int begin, int end,     \
+                                                    const pk_real *other, const size_t *other_at, pk_real *to) \
+    {                                                                                                          \
+        typedef vectors vector;                                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
+        const vector zero = {0};                                                                               \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+            const pk_real *b = panel + column;                                                                 \
+            PK__EACH_6(PK__SUM_LOAD)                                                                           \
+            for (size_t row = 0; row < rows; row++) {                                                          \
+                vector *at = (vector *)(to + row * PK_PANEL + column),                                         \
+                       *beside = (vector *)(to + row * PK_PANEL + column + lanes);                             \
+                vector left = zero, right = zero;                                                              \
+                if (!begin) {                                                                                  \
+                    left = *at;                                                                                \
+                    right = *beside;                                                                           \
+                }                                                                                              \
+                PK__EACH_6(PK__SUM_##suffix)                                                                   \
+                if (end) {                                                                                     \
+                    left *= *(const vector *)(other + other_at[row] + column);                                 \
+                    right *= *(const vector *)(other + other_at[row] + column + lanes);                        \
+                }                                                                                              \
+                *at = left;                                                                                    \
+                *beside = right;                                                                               \
+            }                                                                                                  \
+        }                                                                                                      \
+    }                                                                                                          \
+    attributes static void pk__sums_##suffix(size_t rows, size_t depth, const pk_real *a, size_t along,        \
+                                             const pk_real *panel, size_t step, const pk_real *other,          \
+                                             const size_t *other_at, pk_real *to)                              \
+    {                                                                                                          \
+        for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
+            const size_t count = pk__least(PK__TALLEST, depth - p);                                            \
+            const pk_real *own = a + p * along, *b = panel + p * step;                                         \
+            const int begin = p == 0, end = p + count == depth;                                                \
+            switch (count) { /* known when this is compiled */                                                 \
+            case 1: pk__sums_of_##suffix(1, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 2: pk__sums_of_##suffix(2, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 3: pk__sums_of_##suffix(3, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 4: pk__sums_of_##suffix(4, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            case 5: pk__sums_of_##suffix(5, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                break;                                                                                         \
+            default: pk__sums_of_##suffix(6, rows, own, along, b, step, begin, end, other, other_at, to);      \
+            }                                                                                                  \
+        }                                                                                                      \
+    }
+
 #if defined(__GNUC__)
 typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
 typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
@@ -2579,10 +2641,13 @@ typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(p
 typedef pk_real pk__vector;
 #endif
 
-#define PK__STEP_base PK__TILE_STEP
+/* sum + number times vector. */
+#define PK__ADD_base(sum, number, beside) ((sum) + (number) * (beside))
+#define PK__STEP_base(i) PK__TILE_STEP(i, PK__ADD_base)
+#define PK__SUM_base(i) PK__SUM_STEP(i, PK__ADD_base)
 #ifdef PK__AVX2
 #if defined(__clang__)
-#define PK__STEP_avx2 PK__TILE_STEP /* contracted */
+#define PK__ADD_avx2 PK__ADD_base /* contracted */
 #else
 /* gcc contracts x y + z in its GNU modes only. */
 #ifdef PATHKERNEL_FLOAT
@@ -2590,10 +2655,10 @@ typedef pk_real pk__vector;
 #else
 #define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
 #endif
-#define PK__STEP_avx2(i)                                        \
-    left##i = PK__AVX2_FMA(row##i[at] - zero, left_b, left##i); \
-    right##i = PK__AVX2_FMA(row##i[at] - zero, right_b, right##i);
+#define PK__ADD_avx2(sum, number, beside) PK__AVX2_FMA((number)-zero, beside, sum)
 #endif
+#define PK__STEP_avx2(i) PK__TILE_STEP(i, PK__ADD_avx2)
+#define PK__SUM_avx2(i) PK__SUM_STEP(i, PK__ADD_avx2)
 #endif
 
 /* Functions name_avx2 and name_base, as the processors need them that this is compiled for, by DEFINE(suffix, attributes,
@@ -2629,6 +2694,16 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
                                    const pk__tile_target *target)
 {
     PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
+}
+
+PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
+
+/* to (rows x PK_PANEL) = other o (A panel), for few terms: element (i, p) of A is a[i + p * along], row i of other stands at
+ * other + other_at[i]. Terms in ascending order. */
+PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk_real *panel,
+                                size_t step, const pk_real *other, const size_t *other_at, pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, panel, step, other, other_at, to));
 }
 
 /* What panels are multiplied with. */
@@ -2932,9 +3007,10 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 enum {
     PK__DEPTH = 128,     /* terms per block: a panel of B stays in the first-level cache */
     PK__BLOCK_ROWS = 96, /* with PK__DEPTH: what of A stays in the second-level cache */
-    PK__FEW_PANELS = 2,  /* so many panels of rows are few */
-    PK__BLIS_TERMS =
-        1 << 15 /* m n k above which BLIS multiplies, a call of which costs 1 us, unless A has few rows */
+    PK__FEW_PANELS = 4,  /* so many panels of rows are few */
+    /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
+     * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
+    PK__BLIS_TERMS = 1 << 19
 };
 
 /* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
@@ -3088,7 +3164,10 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
 #ifdef PATHKERNEL_BLIS
-    else if (m * n * k > PK__BLIS_TERMS && !pk__has_few_rows(transpose_b, m, n))
+    else if (m * n * k > (size_t)PK__BLIS_TERMS << (transpose_b   ? 0
+                                                    : transpose_a ? 4
+                                                                  : 2) &&
+             !pk__has_few_rows(transpose_b, m, n))
         pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif
     else
@@ -5015,6 +5094,15 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
 {
     size_t width = call->node->width, copies = call->copies;
     pk_real *slope = call->scratch;
+    if (copies == 1 && !second && !call->accumulate[0]) { /* no slope is used twice */
+        const size_t count = call->rows * width;
+        const pk_real *from = call->out_cotangent;
+        pk_real *to = call->in_cotangent[0];
+        slopes(call, 0, count, to);
+        for (size_t i = 0; i < count; i++)
+            to[i] *= from[i];
+        return;
+    }
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
         for (size_t j = 0; second && j < width; j++)
@@ -9375,13 +9463,15 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
         pk_tape_forward(tape, &line, rows, lane->inputs);
         const pk_real *output = pk_tape_output(tape);
         pk_real *seed = pk_tape_seed(tape);
+        for (size_t row = 0, finite = (size_t)pk__all_finite(output, rows * outputs); !finite && row < rows;
+             row++)
+            if (not_finite == SIZE_MAX && !pk__all_finite(output + row * outputs, outputs))
+                not_finite = first + row;
         for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
             pk_real *target = lane->targets + row * outputs;
             double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
             pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs,
                             target);
-            if (not_finite == SIZE_MAX && !pk__all_finite(output, outputs))
-                not_finite = first + row;
             objective += weight * job->rule->evaluate(outputs, output, target, seed);
             for (size_t j = 0; j < outputs; j++)
                 seed[j] *= (pk_real)weight;
@@ -14053,6 +14143,18 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
+/* The next panel into the first-level cache while this one is multiplied. Tiles are short, so that the processor would see
+ * too late that they go on there. */
+static void pk__fetch_panel(size_t depth, const pk_real *panel)
+{
+#if defined(__GNUC__)
+    for (size_t p = 0; p < depth; p++)
+        __builtin_prefetch(panel + p * PK_PANEL);
+#else
+    (void)depth, (void)panel;
+#endif
+}
+
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
  * for as many rows at a time as stay in the second-level cache. The panels of
  * the target lie side by side. */
@@ -14065,6 +14167,8 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
         for (size_t column = 0; column < block; column += PK_PANEL) {
+            if (column + PK_PANEL < block)
+                pk__fetch_panel(depth, panels + (column + PK_PANEL) * depth);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
             pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
@@ -14234,21 +14338,22 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
         const pk_real *slopes = tangent->slopes + p * 2 * out;
         const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
-        pk__tile_target sums = {PK__TILE_SCALE, tangent->sums, tangent->panel_row, NULL, NULL};
+        const size_t *unit_row = tangent->unit_row + row * 2 * out;
         pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
         for (last = p + 1; last < points->count && points->row[last] == row; last++)
             ;
-        for (size_t column = 0; column < block; column += PK_PANEL)
+        for (size_t column = 0; column < block; column += PK_PANEL) {
+            if (column + PK_PANEL < block)
+                pk__fetch_panel(out, cotangents + (column + PK_PANEL) * out);
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__least(PK__HEAD_PART, units - j);
-                sums.other = cotangents + column * out;
-                sums.other_at = tangent->unit_row + row * 2 * out + j;
                 tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
-                pk__panel_product(count, last - p, slopes + j, 1, 2 * out,
-                                  tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, NULL, &sums);
+                pk__panel_sums(count, last - p, slopes + j, 2 * out, tangent->left + p * PK_TILE_LD + column,
+                               PK_TILE_LD, cotangents + column * out, unit_row + j, tangent->sums);
                 pk__panel_product(outputs, count, weights + j, 2 * out, 1, tangent->sums, PK_PANEL, NULL,
                                   &tile);
             }
+        }
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
 }
@@ -14688,6 +14793,22 @@ static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *poi
 
 PK__COLD_BEGIN
 
+/* What a layer keeps of the points that are in memory: sums over the points, before any example is looked at. */
+static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *points)
+{
+    const double start = pk__seconds();
+    if (tangent->kind[layer] == PK_LAYER_DATA || tangent->kind[layer] == PK_LAYER_LINEAR)
+        pk__add_ends(tangent, layer, points);
+    else if (tangent->kind[layer] == PK_LAYER_ROWS)
+        pk__add_rows(tangent, layer, points);
+    for (size_t p = 0, last; tangent->kind[layer] == PK_LAYER_POINTS && p < points->count; p = last) {
+        for (last = p + 1; last < points->count && points->row[last] == points->row[p]; last++)
+            ;
+        pk__add_phi(tangent, layer, points, p, last);
+    }
+    tangent->seconds_sums += pk__seconds() - start;
+}
+
 /* As many points as can be reversed at one time. */
 static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 {
@@ -14710,25 +14831,13 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
         const pk_real *a = segment->tape.value[node->inputs[0]];
-        switch (tangent->kind[l]) {
-        case PK_LAYER_DATA:
-        case PK_LAYER_LINEAR: pk__add_ends(tangent, l, points); break;
-        case PK_LAYER_ROWS: pk__add_rows(tangent, l, points); break;
-        case PK_LAYER_POINTS:
-        default:
-            if (pk__is_spread(tangent, l)) {
-                pk__add_along_places(tangent, l, points);
-                break;
-            }
+        const int spread = pk__is_spread(tangent, l);
+        if (spread)
+            pk__add_along_places(tangent, l, points);
+        else if (tangent->kind[l] == PK_LAYER_POINTS)
             pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
-            if (!tangent->integrated[l])
-                break;
-            for (size_t p = 0, last; p < count; p = last) {
-                for (last = p + 1; last < count && row[last] == row[p]; last++)
-                    ;
-                pk__add_phi(tangent, l, points, p, last);
-            }
-        }
+        if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
+            pk__add_points(tangent, l, points);
     }
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
@@ -16112,7 +16221,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     pk__block_state *block = &job->blocks[number];
     pk_tangent *tangent = &worker->tangent;
     const size_t P = job->graph->parameters;
-    double begin = pk__seconds(), contraction = tangent->seconds_contraction;
+    const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__least(job->block, job->part->rows - worker->row);
     tangent->integrator.row_order = job->row_order + worker->row;
@@ -16154,7 +16263,8 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         block->refused += tangent->integrator.refused;
     }
     block->flops += tangent->flops;
-    worker->seconds_test += pk__seconds() - begin - (tangent->seconds_contraction - contraction);
+    worker->seconds_test +=
+        pk__seconds() - begin - (tangent->seconds_sums + tangent->seconds_contraction - before);
 }
 
 /* ---- one pass over the run ----------------------------------------------------------------------------- */
@@ -16406,6 +16516,7 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     for (size_t w = 0; w < job->plan.threads; w++) {
         whole->seconds_examples += job->window.seconds[w];
         whole->seconds_test += job->workers[w].seconds_test;
+        whole->seconds_sums += job->workers[w].tangent.seconds_sums;
         whole->seconds_contraction += job->workers[w].tangent.seconds_contraction;
     }
     whole->seconds_read = job->window.seconds_read;
