@@ -526,7 +526,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     }
     for (size_t b = 0; b < blocks; b++)
         job->blocks[b].points_last = 0;
-    memset(job->row_order, 2, job->part->rows);
+    memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
     const size_t numbers = job->part->rows * job->plan.outputs * P;
     if (job->reverse_error)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));

@@ -70,6 +70,10 @@ typedef struct pk_points {
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
 typedef void pk_point_sink(void *user, const pk_points *points);
 
+/* What a row of a step starts with: PK_WAITS times the nodes of its pieces, plus for how many steps fewer nodes need not be
+ * tried. */
+enum { PK_WAITS = 8, PK_FIRST_ORDER = 2 * PK_WAITS };
+
 /* The integration of one block of rows, step after step; one a thread. */
 typedef struct pk_integrator {
     pk_segment segment;
@@ -78,8 +82,7 @@ typedef struct pk_integrator {
     size_t first_row;                          /* of the block among the test rows */
     double target;                             /* closure a piece may have, relative to max(1, |h|) */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    unsigned char
-        *row_order; /* the caller's, one per row: nodes that a piece of the row starts with, at first 2 */
+    unsigned char *row_order;                  /* the caller's, one per row, at first PK_FIRST_ORDER */
     pk_pieces stack, batch, pieces;
     unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
     double *missed;                             /* of the pieces: the error of one order less; 0: not known */
@@ -331,10 +334,10 @@ PK__COLD_END
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
 enum { PK__NOISE = 128 };
 
-/* The closure of a piece over its target, at the points first .. first + order + 1 of the segment's tape:
- * the nodes, then both ends. At most 1: accepted. *roundings: the closure in roundings of what is added. */
-static double pk__piece_error(pk_integrator *integrator, size_t first, size_t row, double length, int order,
-                              double *roundings)
+/* The closure of a piece over its target, from the tape: its nodes are the points from first on, its ends the point `ends`
+ * and the next. At most 1: accepted. *roundings: the closure in roundings of what is added. */
+static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ends, size_t row, double length,
+                              int order, double *roundings)
 {
     const pk_tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
@@ -355,10 +358,9 @@ static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ro
             size[k] += (pk_real)(length * w[q] * fabs(along));
         }
     }
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)order * outputs,
-                     start, slope);
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row,
-                     f + (size_t)(order + 1) * outputs, end, slope);
+    f = pk_tape_output(tape) + ends * outputs;
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start, slope);
+    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end, slope);
     double worst = 0;
     *roundings = 0;
     for (size_t k = 0; k < count; k++) {
@@ -379,6 +381,22 @@ enum { PK__LARGEST_ORDER = 16 };
 
 PK__COLD_BEGIN
 
+/* *next = what the row's next step starts with, where a piece of it took `nodes` nodes; missed: by how much one node less
+ * missed its target, 0: not tried. A test costs little beside a node that is too many, so the next step starts one lower;
+ * but steps change slowly, so after a miss by 16^k not for k steps. Of several pieces the largest counts. */
+static void pk__plan_next(unsigned char *next, unsigned char now, int nodes, double missed)
+{
+    int wait = now % PK_WAITS;
+    if (missed > 1)
+        wait = missed < 1e9 ? (int)(log2(missed) / 4) : PK_WAITS - 1; /* log2(1e9) / 4 is 7.5 */
+    else if (wait && nodes == now / PK_WAITS)
+        wait--;
+    else
+        nodes -= nodes > 1;
+    const int start = nodes * PK_WAITS + wait;
+    *next = (unsigned char)(start > *next ? start : *next);
+}
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -388,24 +406,33 @@ static int pk__test_pieces(pk_integrator *integrator)
     unsigned char *order = integrator->order;
     int again = 0;
     for (size_t next = 0, last; next < pieces->count; next = last) {
-        size_t points = 0;
-        for (last = next; last < pieces->count; last++) {
+        size_t points = 0, tested = 0;
+        for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
             const double a = pieces->a[last], b = pieces->b[last];
             const size_t nodes = order[last];
             if (integrator->passed[last] || nodes > PK__LARGEST_ORDER)
                 continue;
-            if (points + nodes + 2 > segment->point_capacity)
+            if (points + nodes + 2 * (tested + 1) > segment->point_capacity)
                 break;
             const double *x = integrator->gauss_nodes + nodes * (nodes - 1) / 2;
-            for (size_t q = 0; q < nodes + 2; q++, points++) {
+            for (size_t q = 0; q < nodes; q++, points++) {
                 segment->point_row[points] = pieces->row[last];
-                segment->point_t[points] = (pk_real)(q < nodes ? a + (b - a) * x[q] : q == nodes ? a : b);
+                segment->point_t[points] = (pk_real)(a + (b - a) * x[q]);
             }
+            tested++;
         }
         if (!points)
             continue;
-        pk_segment_forward(segment, points, segment->point_row, segment->point_t, segment->graph->node_count);
+        size_t ends = points;
+        for (size_t i = next; i < last; i++) /* then their ends; only values are */
+            for (int end = 0; end < 2 && !integrator->passed[i] && order[i] <= PK__LARGEST_ORDER;
+                 end++, ends++) {
+                segment->point_row[ends] = pieces->row[i];
+                segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
+            }
+        pk_segment_forward(segment, ends, segment->point_row, segment->point_t, segment->graph->node_count);
         pk_segment_tangent(segment, points, segment->point_row, segment->point_t);
+        ends = points;
         points = 0;
         for (size_t i = next; i < last; i++) {
             const int nodes = order[i];
@@ -414,9 +441,10 @@ static int pk__test_pieces(pk_integrator *integrator)
             /* The values at the ends are those at the ends' t, rounded. */
             const double length = (double)(pk_real)pieces->b[i] - (double)(pk_real)pieces->a[i];
             double roundings,
-                error = pk__piece_error(integrator, points, pieces->row[i], length, nodes, &roundings);
+                error = pk__piece_error(integrator, points, ends, pieces->row[i], length, nodes, &roundings);
             const double before = integrator->missed[i];
-            points += (size_t)nodes + 2;
+            points += (size_t)nodes;
+            ends += 2;
             integrator->missed[i] = error;
             if (error > 1 && before > 0 && error >= 0.5 * before && roundings <= PK__NOISE) {
                 order[i]--;
@@ -425,11 +453,9 @@ static int pk__test_pieces(pk_integrator *integrator)
                 again |= order[i] <= PK__LARGEST_ORDER;
                 continue;
             }
-            /* A test costs little beside a node that is too many: the next step starts one lower. */
-            int start = order[i] > 1 ? order[i] - 1 : order[i];
-            unsigned char *most = &integrator->next_order[pieces->row[i]];
             integrator->passed[i] = 1;
-            *most = (unsigned char)(start > *most ? start : *most);
+            pk__plan_next(&integrator->next_order[pieces->row[i]], integrator->row_order[pieces->row[i]],
+                          order[i], before);
         }
     }
     return again;
@@ -470,7 +496,7 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     memset(integrator->passed, 0, pieces->count);
     memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
     for (size_t i = 0; i < pieces->count; i++)
-        integrator->order[i] = integrator->row_order[pieces->row[i]];
+        integrator->order[i] = integrator->row_order[pieces->row[i]] / PK_WAITS;
     while (pk__test_pieces(integrator))
         ;
     for (size_t i = 0; i < pieces->count; i++)
@@ -524,7 +550,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     }
     for (size_t row = 0; !fixed && row < segment->rows; row++)
         integrator->row_order[row] =
-            integrator->next_order[row] ? integrator->next_order[row] : (unsigned char)PK__LARGEST_ORDER;
+            integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER * PK_WAITS;
     pk__flush(integrator, sink, user, 1);
 }
 
