@@ -288,8 +288,8 @@ static int pk__is_readout(const pk_tangent *tangent, size_t layer)
            tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
 }
 
-/* tile += left o cotangents of the examples, output by output. */
-static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+/* tile = or, unless fresh, += left o cotangents of the examples, output by output. */
+static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs;
     const pk_real *panels = pk__panels(tangent->examples->cotangent[layer], outputs, first);
@@ -298,8 +298,12 @@ static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, siz
         pk_real *tile = tangent->tile + cell * PK_TILE_LD;
         for (size_t column = 0; column < block; column += PK_PANEL) {
             const pk_real *right = panels + column * outputs + cell % outputs * PK_PANEL;
-            for (size_t i = 0; i < PK_PANEL; i++)
-                tile[column + i] += left[column + i] * right[i];
+            if (fresh)
+                for (size_t i = 0; i < PK_PANEL; i++)
+                    tile[column + i] = left[column + i] * right[i];
+            else
+                for (size_t i = 0; i < PK_PANEL; i++)
+                    tile[column + i] += left[column + i] * right[i];
         }
     }
 }
@@ -338,10 +342,14 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
 
 PK__COLD_BEGIN
 
+/* fresh: the tile holds nothing yet. */
 static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
-                               size_t block)
+                               size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
+    for (size_t i = 0; fresh && !pk__is_readout(tangent, layer) && i < rows * outputs; i++)
+        memset(tangent->tile + i * PK_TILE_LD, 0,
+               pk__blocks(block, PK_PANEL) * PK_PANEL * sizeof *tangent->tile);
     if (pk__is_spread(tangent, layer)) {
         pk__contract_places(tangent, layer, points, first, block);
     } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {
@@ -359,7 +367,7 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
         else
             pk__multiply_inputs(tangent, layer, rows, tangent->input[layer], tangent->weight_sum, first, block);
         if (pk__is_readout(tangent, layer))
-            pk__add_readout(tangent, layer, first, block);
+            pk__add_readout(tangent, layer, first, block, fresh);
         else
             pk__multiply_cotangents(tangent, layer, rows * outputs, tangent->delta[layer], tangent->tile_row,
                                     tangent->cell_left, first, block);
@@ -371,21 +379,19 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
 PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
 {
     const pk_examples *examples = tangent->examples;
-    const size_t cells = tangent->rows * tangent->outputs;
+    const size_t layers = tangent->graph->layers;
     double start = pk__seconds();
     if (examples && examples->count)
         pk__prepare_layers(tangent, points);
     for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
         const size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
         int filled = 0;
-        for (size_t l = 0; l < tangent->graph->layers; l++) {
+        for (size_t i = 0; i < layers; i++) {
+            const size_t l = (i + layers - 1) % layers; /* the last one first: it may set the tile */
             if (!pk__is_due(tangent, l, points))
                 continue;
-            for (size_t i = 0; i < cells && (!filled || tangent->per_layer); i++)
-                memset(tangent->tile + i * PK_TILE_LD, 0,
-                       pk__blocks(block, PK_PANEL) * PK_PANEL * sizeof *tangent->tile);
+            pk__contract_layer(tangent, l, points, first, block, !filled || tangent->per_layer);
             filled = 1;
-            pk__contract_layer(tangent, l, points, first, block);
             if (tangent->per_layer)
                 tangent->sink(tangent->user, (int)l, first, block, tangent->tile);
         }

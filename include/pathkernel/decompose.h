@@ -289,9 +289,11 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
     const double start = pk__seconds();
     for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
         pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
+        const size_t count = pk__least(PK_EXAMPLE_BLOCK, examples - first);
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
-                      factor, first, pk__least(PK_EXAMPLE_BLOCK, examples - first), tile);
-        memset(tile, 0, job->output_count * PK_TILE_LD * sizeof *tile);
+                      factor, first, count, tile);
+        for (size_t k = 0; k < job->output_count; k++)
+            memset(tile + k * PK_TILE_LD, 0, pk__blocks(count, PK_PANEL) * PK_PANEL * sizeof *tile);
     }
     worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
 }
