@@ -128,6 +128,8 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     PK__ELEMENTWISE_RULES(name, D, D2)
 #define PK__ELEMENTWISE_RULES(name, D, D2)                      \
     PK__SLOPES(name, slopes, D)                                 \
+    PK__SLOPES(name, seconds, D2)                               \
+    PK__COLD_BEGIN                                              \
     static void pk__##name##_tangent(const pk_call *call)       \
     {                                                           \
         pk__elementwise_tangent(call, pk__##name##_slopes);     \
@@ -136,11 +138,11 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     {                                                           \
         pk__elementwise_reverse(call, pk__##name##_slopes, 0);  \
     }                                                           \
-    PK__SLOPES(name, seconds, D2)                               \
     static void pk__##name##_curvature(const pk_call *call)     \
     {                                                           \
         pk__elementwise_reverse(call, pk__##name##_seconds, 1); \
-    }
+    }                                                           \
+    PK__COLD_END
 
 #define PK__SQRT_HALF 0.70710678118654752440
 #define PK__INV_SQRT_2PI 0.39894228040143267794

@@ -214,8 +214,6 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
     return 1;
 }
 
-PK__COLD_END
-
 /* ---- arrays ---- */
 
 PK_API size_t pk_type_size(pk_type type)
@@ -276,16 +274,6 @@ PK_API pk_array pk_array_rows(const pk_array *array, size_t first, size_t count)
     return pk_array_view(array->type, array->rank, shape, offset ? data + offset : data);
 }
 
-PK_API size_t pk_array_length(const pk_array *array)
-{
-    return array->rank ? array->shape[0] : 1;
-}
-
-PK_API size_t pk_array_items(const pk_array *array)
-{
-    return pk_array_length(array) * array->row_items;
-}
-
 PK_API void pk_array_release(pk_context *context, pk_array *array)
 {
     if (!array)
@@ -294,6 +282,18 @@ PK_API void pk_array_release(pk_context *context, pk_array *array)
         munmap(array->mapping, array->mapping_bytes);
     pk_release(context, array->owned);
     memset(array, 0, sizeof *array);
+}
+
+PK__COLD_END
+
+PK_API size_t pk_array_length(const pk_array *array)
+{
+    return array->rank ? array->shape[0] : 1;
+}
+
+PK_API size_t pk_array_items(const pk_array *array)
+{
+    return pk_array_length(array) * array->row_items;
 }
 
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out)

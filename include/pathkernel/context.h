@@ -110,6 +110,16 @@ PK__BEGIN_C
 #define PK__PARALLEL_FOR(threads) (void)(threads);
 #endif
 
+/* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
+PK__PRIVATE int pk__finite(double value)
+{
+    uint64_t bits, exponent = (uint64_t)0x7ff << 52;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits & exponent) != exponent;
+}
+
+PK__COLD_BEGIN
+
 PK__PRIVATE int pk__thread(void)
 {
 #ifdef _OPENMP
@@ -179,16 +189,6 @@ PK__PRIVATE const char *pk__printable(const char *bytes, size_t length, char *te
     text[i] = 0;
     return text;
 }
-
-/* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
-PK__PRIVATE int pk__finite(double value)
-{
-    uint64_t bits, exponent = (uint64_t)0x7ff << 52;
-    memcpy(&bits, &value, sizeof bits);
-    return (bits & exponent) != exponent;
-}
-
-PK__COLD_BEGIN
 
 /* 1 and *value where the whole text is a finite decimal number of fewer than 512 characters, correctly
  * rounded, with a point whatever the locale; else 0. */
@@ -283,6 +283,8 @@ PK__PRIVATE double pk__seconds(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+
+PK__COLD_BEGIN
 
 PK__PRIVATE pk_status pk__progress(pk_context *context, const char *phase, double fraction)
 {
@@ -380,6 +382,8 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
     arena->used += bytes;
     return arena->base && bytes ? arena->base + start : NULL;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -66,6 +66,13 @@ PK_API size_t pk_dataset_width(const pk_dataset *dataset)
     return dataset->inputs.row_items;
 }
 
+PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, size_t count, pk_real *rows)
+{
+    size_t width = dataset->inputs.row_items;
+    for (size_t i = 0; i < count; i++)
+        pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
+}
+
 /* The index of the first item that is no finite pk_real; the number of items where all are. */
 static size_t pk__first_not_finite(const pk_array *array)
 {
@@ -90,6 +97,8 @@ static size_t pk__first_not_finite(const pk_array *array)
     }
     return items;
 }
+
+PK__COLD_BEGIN
 
 static pk_status pk__check_finite(pk_context *context, const char *name, const pk_array *array)
 {
@@ -144,15 +153,6 @@ PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset
         return pk__fail(context, PK_ARGUMENT, "inputs %s: the data are NULL", has);
     return pk__check_finite(context, "inputs", inputs);
 }
-
-PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, size_t count, pk_real *rows)
-{
-    size_t width = dataset->inputs.row_items;
-    for (size_t i = 0; i < count; i++)
-        pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
-}
-
-PK__COLD_BEGIN
 
 PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,
                                  pk_dataset *rows)

@@ -123,8 +123,6 @@ static void pk__dense_initialize(const pk_node *node, pk_random *random, pk_real
                           node->fan_in, node->fan_out, node->weight_count, random, weights);
 }
 
-PK__COLD_END
-
 static int pk__dense_bias(const pk_call *call)
 {
     return call->node->attributes[PK_DENSE_BIAS] != 0;
@@ -227,6 +225,8 @@ static void pk__dense_reverse(const pk_call *call)
                                  0};
     pk__dense_multiply(&product, call->threads);
 }
+
+PK__COLD_END
 
 static void pk__dense_weight_gradient(const pk_call *call)
 {

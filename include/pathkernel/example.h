@@ -79,12 +79,12 @@ PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
     return (chain[0] + chain[1]) + (chain[2] + chain[3]) + rest;
 }
 
+PK__COLD_BEGIN
+
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
 {
     return &graph->nodes[node->inputs[0]];
 }
-
-PK__COLD_BEGIN
 
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
 static int pk__has_bias(const pk_node *node)
@@ -218,6 +218,50 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
                     from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
 }
 
+PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
+{
+    to->count = from->count;
+    to->items = from->items;
+    to->consecutive = from->consecutive;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
+        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
+        const size_t columns = pk__blocks(from->count, PK_PANEL) * PK_PANEL;
+        const size_t numbers[3] = {node->positions * node->fan_in * columns, node->width * columns,
+                                   node->weight_count * from->ld};
+        for (int part = 0; part < 3; part++)
+            for (size_t i = 0; sources[part] && i < numbers[part]; i++)
+                targets[part][i] = (pk_real)fabs(sources[part][i]);
+    }
+}
+
+PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
+{
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, count = examples->count;
+        pk_real *to = sum + node->weight_offset;
+        if (examples->rows[l]) {
+            for (size_t i = 0; i < node->weight_count; i++)
+                for (size_t b = 0; b < count; b++)
+                    to[i] += examples->rows[l][i * ld + b];
+            continue;
+        }
+        /* A panel's place q after the other: the features of a panel stand by places. */
+        for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
+            const pk_real *input = examples->input[l] + q * in * PK_PANEL;
+            const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
+            pk__gemm(0, 1, out, in, PK_PANEL, 1, cotangent, PK_PANEL, input, PK_PANEL, 1, to, in);
+            for (size_t j = 0; pk__has_bias(node) && j < out; j++)
+                for (size_t b = 0; b < PK_PANEL; b++)
+                    to[out * in + j] += cotangent[j * PK_PANEL + b];
+        }
+    }
+}
+
+PK__COLD_BEGIN
+
 /* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
 static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
                             pk_examples *examples, size_t first)
@@ -285,48 +329,6 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
                       workspace, gradient);
 }
 
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
-{
-    to->count = from->count;
-    to->items = from->items;
-    to->consecutive = from->consecutive;
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
-        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t columns = pk__blocks(from->count, PK_PANEL) * PK_PANEL;
-        const size_t numbers[3] = {node->positions * node->fan_in * columns, node->width * columns,
-                                   node->weight_count * from->ld};
-        for (int part = 0; part < 3; part++)
-            for (size_t i = 0; sources[part] && i < numbers[part]; i++)
-                targets[part][i] = (pk_real)fabs(sources[part][i]);
-    }
-}
-
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
-{
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, count = examples->count;
-        pk_real *to = sum + node->weight_offset;
-        if (examples->rows[l]) {
-            for (size_t i = 0; i < node->weight_count; i++)
-                for (size_t b = 0; b < count; b++)
-                    to[i] += examples->rows[l][i * ld + b];
-            continue;
-        }
-        /* A panel's place q after the other: the features of a panel stand by places. */
-        for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
-            const pk_real *input = examples->input[l] + q * in * PK_PANEL;
-            const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
-            pk__gemm(0, 1, out, in, PK_PANEL, 1, cotangent, PK_PANEL, input, PK_PANEL, 1, to, in);
-            for (size_t j = 0; pk__has_bias(node) && j < out; j++)
-                for (size_t b = 0; b < PK_PANEL; b++)
-                    to[out * in + j] += cotangent[j * PK_PANEL + b];
-        }
-    }
-}
-
 PK_API double pk_rounding_allowance(const pk_graph *graph)
 {
     double sum = 0;
@@ -336,6 +338,8 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
     }
     return 2 * PK__EPSILON * sum;
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

@@ -185,6 +185,8 @@ PK__BEGIN_C
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
 {
     size_t used = 0;
@@ -199,8 +201,6 @@ PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
 }
-
-PK__COLD_BEGIN
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
 {

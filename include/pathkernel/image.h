@@ -45,6 +45,8 @@ typedef struct pk__windows {
     size_t kernel[2], stride[2], pad[2], dilation[2];
 } pk__windows;
 
+PK__COLD_BEGIN
+
 /* How far a window reaches. */
 static size_t pk__reach(const pk__windows *windows, int side)
 {
@@ -67,32 +69,6 @@ static pk__windows pk__windows_at(const pk_node *node, int kernel, int stride, i
     windows.columns = (windows.width + 2 * windows.pad[1] - pk__reach(&windows, 1)) / windows.stride[1] + 1;
     return windows;
 }
-
-/* How many steps of stride reach over count. */
-static size_t pk__steps(size_t count, size_t stride)
-{
-    return stride == 1 ? count : pk__blocks(count, stride); /* spares a division where there are many */
-}
-
-/* The outputs from first up to past of which tap number of a side is on the plane. */
-static void pk__tap_range(const pk__windows *windows, int side, size_t number, size_t *first, size_t *past)
-{
-    const size_t size = side ? windows->width : windows->height, stride = windows->stride[side];
-    const size_t offset = number * windows->dilation[side], pad = windows->pad[side];
-    *past = offset < size + pad ? pk__steps(size + pad - offset, stride) : 0;
-    *past = pk__least(*past, side ? windows->columns : windows->rows);
-    *first = offset < pad ? pk__steps(pad - offset, stride) : 0;
-    *first = pk__least(*first, *past);
-}
-
-/* The number in the plane of tap (i, j) of output (y, x). */
-static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, size_t y, size_t x)
-{
-    return (y * windows->stride[0] + i * windows->dilation[0] - windows->pad[0]) * windows->width +
-           x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
-}
-
-PK__COLD_BEGIN
 
 /* The input's shape, kept in the node. */
 static pk_status pk__image_input(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -221,6 +197,30 @@ static void pk__convolution_initialize(const pk_node *node, pk_random *random, p
 
 PK__COLD_END
 
+/* How many steps of stride reach over count. */
+static size_t pk__steps(size_t count, size_t stride)
+{
+    return stride == 1 ? count : pk__blocks(count, stride); /* spares a division where there are many */
+}
+
+/* The outputs from first up to past of which tap number of a side is on the plane. */
+static void pk__tap_range(const pk__windows *windows, int side, size_t number, size_t *first, size_t *past)
+{
+    const size_t size = side ? windows->width : windows->height, stride = windows->stride[side];
+    const size_t offset = number * windows->dilation[side], pad = windows->pad[side];
+    *past = offset < size + pad ? pk__steps(size + pad - offset, stride) : 0;
+    *past = pk__least(*past, side ? windows->columns : windows->rows);
+    *first = offset < pad ? pk__steps(pad - offset, stride) : 0;
+    *first = pk__least(*first, *past);
+}
+
+/* The number in the plane of tap (i, j) of output (y, x). */
+static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, size_t y, size_t x)
+{
+    return (y * windows->stride[0] + i * windows->dilation[0] - windows->pad[0]) * windows->width +
+           x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
+}
+
 /* What a tap (i, j) has of the output rows from top up to bottom, in patches: rows from first up to past of it, in
  * these numbers from left up to right; they start at number place of the plane. */
 typedef struct pk__stretch {
@@ -345,6 +345,42 @@ static void pk__patch_product(const pk__convolution *c, int transpose_a, int tra
     }
 }
 
+/* out (channels x positions) = the bias of each channel. */
+static void pk__spread_biases(size_t channels, size_t positions, const pk_real *biases, pk_real *out)
+{
+    for (size_t channel = 0; channel < channels; channel++)
+        for (size_t q = 0; q < positions; q++)
+            *out++ = biases[channel];
+}
+
+/* biases += the sums over positions of delta (channels x positions). */
+static void pk__gather_biases(size_t channels, size_t positions, const pk_real *delta, pk_real *biases)
+{
+    for (size_t channel = 0; channel < channels; channel++)
+        for (size_t q = 0; q < positions; q++)
+            biases[channel] += *delta++;
+}
+
+/* out (positions x patch) for each row. */
+static void pk__convolution_unfold(const pk_call *call)
+{
+    const pk__convolution c = pk__convolution_of(call->node);
+    const pk__windows *w = &c.windows;
+    pk_real *to = call->out;
+    for (size_t place = 0; place < call->rows * c.positions; place++) {
+        const size_t row = place / c.positions, q = place % c.positions;
+        const size_t top = q / w->columns * w->stride[0] - w->pad[0],
+                     left = q % w->columns * w->stride[1] - w->pad[1];
+        const pk_real *from = call->in[0] + row * call->in_width[0];
+        for (size_t channel = 0; channel < c.in; channel++, from += c.plane)
+            for (size_t i = 0, y = top; i < w->kernel[0]; i++, y += w->dilation[0])
+                for (size_t j = 0, x = left; j < w->kernel[1]; j++, x += w->dilation[1])
+                    *to++ = y < w->height && x < w->width ? from[y * w->width + x] : 0;
+    }
+}
+
+PK__COLD_BEGIN
+
 /* out = W in + b for each row, or out (+)= W in. */
 static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, int add,
                          pk_real *out)
@@ -354,9 +390,8 @@ static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_r
     bias = bias && call->node->attributes[PK_CONVOLUTION_BIAS] != 0;
     const pk_real *biases = weights + channels * c.patch;
     for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], out += call->node->width) {
-        for (size_t channel = 0; bias && channel < channels; channel++)
-            for (size_t q = 0; q < c.positions; q++)
-                out[channel * c.positions + q] = biases[channel];
+        if (bias)
+            pk__spread_biases(channels, c.positions, biases, out);
         for (size_t group = 0; group < c.groups; group++) {
             const pk_real *own = weights + group * c.out * c.patch, *from = in + group * c.in * c.plane;
             pk_real *to = out + group * c.out * c.positions;
@@ -432,13 +467,9 @@ static void pk__convolution_gradients(const pk_call *call, int sum)
                                       c.pointwise ? in : call->scratch, band, 1, to, c.patch);
                 }
             }
-        for (size_t copy = first; count > biases && copy < first + call->copies; copy++) {
-            const pk_real *delta = call->out_cotangent + copy * width;
-            pk_real *to = call->gradient + (sum ? 0 : copy * count) + biases;
-            for (size_t channel = 0; channel < c.groups * c.out; channel++)
-                for (size_t q = 0; q < c.positions; q++)
-                    to[channel] += *delta++;
-        }
+        for (size_t copy = first; count > biases && copy < first + call->copies; copy++)
+            pk__gather_biases(c.groups * c.out, c.positions, call->out_cotangent + copy * width,
+                              call->gradient + (sum ? 0 : copy * count) + biases);
     }
 }
 
@@ -450,24 +481,6 @@ static void pk__convolution_weight_gradient(const pk_call *call)
 static void pk__convolution_row_gradients(const pk_call *call)
 {
     pk__convolution_gradients(call, 0);
-}
-
-/* out (positions x patch) for each row. */
-static void pk__convolution_unfold(const pk_call *call)
-{
-    const pk__convolution c = pk__convolution_of(call->node);
-    const pk__windows *w = &c.windows;
-    pk_real *to = call->out;
-    for (size_t place = 0; place < call->rows * c.positions; place++) {
-        const size_t row = place / c.positions, q = place % c.positions;
-        const size_t top = q / w->columns * w->stride[0] - w->pad[0],
-                     left = q % w->columns * w->stride[1] - w->pad[1];
-        const pk_real *from = call->in[0] + row * call->in_width[0];
-        for (size_t channel = 0; channel < c.in; channel++, from += c.plane)
-            for (size_t i = 0, y = top; i < w->kernel[0]; i++, y += w->dilation[0])
-                for (size_t j = 0, x = left; j < w->kernel[1]; j++, x += w->dilation[1])
-                    *to++ = y < w->height && x < w->width ? from[y * w->width + x] : 0;
-    }
 }
 
 /* ---- pools ------------------------------------------------------------------------------------------- */
@@ -490,6 +503,8 @@ static pk_status pk__pool_shape(pk_context *context, const pk_graph *graph, pk_n
     }
     return pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
 }
+
+PK__COLD_END
 
 /* max_pool K [stride=K] [pad=0]: PyTorch's MaxPool2d; padding is never the maximum. */
 
@@ -523,19 +538,6 @@ static void pk__pool_pick(const pk_call *call, const pk_real *from, pk_real *to)
     for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], from += call->in_width[0])
         for (size_t output = 0; output < call->node->width; output++)
             *to++ = from[pk__pool_maximum(&w, in, output)];
-}
-
-static void pk__max_pool_forward(const pk_call *call)
-{
-    pk__pool_pick(call, call->in[0], call->out);
-}
-
-static void pk__max_pool_tangent(const pk_call *call)
-{
-    if (call->in_tangent[0])
-        pk__pool_pick(call, call->in_tangent[0], call->out_tangent);
-    else
-        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
 static void pk__max_pool_reverse(const pk_call *call)
@@ -583,6 +585,63 @@ static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, p
     return count;
 }
 
+/* avg_pool K [stride=K] [pad=0]: PyTorch's AvgPool2d; padding counts as zeros. */
+static void pk__average(const pk_call *call, const pk_real *in, pk_real *out)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
+    const size_t planes = call->rows * call->node->shape.dims[0];
+    for (size_t plane = 0; plane < planes; plane++, in += w.height * w.width)
+        for (size_t y = 0; y < w.rows; y++)
+            for (size_t x = 0; x < w.columns; x++) {
+                pk_real sum = 0;
+                for (size_t i = 0; i < w.kernel[0]; i++)
+                    for (size_t j = 0; j < w.kernel[1]; j++) {
+                        const size_t row = y * w.stride[0] + i - w.pad[0],
+                                     column = x * w.stride[1] + j - w.pad[1];
+                        if (row < w.height && column < w.width)
+                            sum += in[row * w.width + column];
+                    }
+                *out++ = factor * sum;
+            }
+}
+
+static void pk__average_reverse(const pk_call *call)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
+    const size_t planes = call->rows * call->copies * call->node->shape.dims[0];
+    const pk_real *delta = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    if (!call->accumulate[0])
+        memset(to, 0, call->rows * call->copies * call->in_width[0] * sizeof *to);
+    for (size_t plane = 0; plane < planes; plane++, to += w.height * w.width)
+        for (size_t y = 0; y < w.rows; y++)
+            for (size_t x = 0; x < w.columns; x++, delta++)
+                for (size_t i = 0; i < w.kernel[0]; i++)
+                    for (size_t j = 0; j < w.kernel[1]; j++) {
+                        const size_t row = y * w.stride[0] + i - w.pad[0],
+                                     column = x * w.stride[1] + j - w.pad[1];
+                        if (row < w.height && column < w.width)
+                            to[row * w.width + column] += factor * *delta;
+                    }
+}
+
+PK__COLD_BEGIN
+
+static void pk__max_pool_forward(const pk_call *call)
+{
+    pk__pool_pick(call, call->in[0], call->out);
+}
+
+static void pk__max_pool_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__pool_pick(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
 static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     pk_status status = pk__pool_shape(context, graph, node);
@@ -612,27 +671,6 @@ static void pk__max_pool_switches(const pk_call *call)
         out += pk__pool_differences(&w, call->in[0] + plane * w.height * w.width, out);
 }
 
-/* avg_pool K [stride=K] [pad=0]: PyTorch's AvgPool2d; padding counts as zeros. */
-static void pk__average(const pk_call *call, const pk_real *in, pk_real *out)
-{
-    const pk__windows w = pk__pool_windows(call->node);
-    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
-    const size_t planes = call->rows * call->node->shape.dims[0];
-    for (size_t plane = 0; plane < planes; plane++, in += w.height * w.width)
-        for (size_t y = 0; y < w.rows; y++)
-            for (size_t x = 0; x < w.columns; x++) {
-                pk_real sum = 0;
-                for (size_t i = 0; i < w.kernel[0]; i++)
-                    for (size_t j = 0; j < w.kernel[1]; j++) {
-                        const size_t row = y * w.stride[0] + i - w.pad[0],
-                                     column = x * w.stride[1] + j - w.pad[1];
-                        if (row < w.height && column < w.width)
-                            sum += in[row * w.width + column];
-                    }
-                *out++ = factor * sum;
-            }
-}
-
 static void pk__average_forward(const pk_call *call)
 {
     pk__average(call, call->in[0], call->out);
@@ -644,27 +682,6 @@ static void pk__average_tangent(const pk_call *call)
         pk__average(call, call->in_tangent[0], call->out_tangent);
     else
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
-static void pk__average_reverse(const pk_call *call)
-{
-    const pk__windows w = pk__pool_windows(call->node);
-    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
-    const size_t planes = call->rows * call->copies * call->node->shape.dims[0];
-    const pk_real *delta = call->out_cotangent;
-    pk_real *to = call->in_cotangent[0];
-    if (!call->accumulate[0])
-        memset(to, 0, call->rows * call->copies * call->in_width[0] * sizeof *to);
-    for (size_t plane = 0; plane < planes; plane++, to += w.height * w.width)
-        for (size_t y = 0; y < w.rows; y++)
-            for (size_t x = 0; x < w.columns; x++, delta++)
-                for (size_t i = 0; i < w.kernel[0]; i++)
-                    for (size_t j = 0; j < w.kernel[1]; j++) {
-                        const size_t row = y * w.stride[0] + i - w.pad[0],
-                                     column = x * w.stride[1] + j - w.pad[1];
-                        if (row < w.height && column < w.width)
-                            to[row * w.width + column] += factor * *delta;
-                    }
 }
 
 /* global_avg_pool: the mean of each channel, one number of it. */
@@ -679,6 +696,8 @@ static pk_status pk__global_average_shape(pk_context *context, const pk_graph *g
     node->shape.rank = 1;
     return status;
 }
+
+PK__COLD_END
 
 static const pk_option pk__convolution_options[] = {
     {"channels", PK_OPTION_NUMBER, PK_CONVOLUTION_CHANNELS, 1, 1, 1, 1e9, 1, NULL},

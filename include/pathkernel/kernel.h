@@ -108,6 +108,8 @@ typedef struct pk__gram_lane {
     pk_real *left, *right, *tile, *spread;
 } pk__gram_lane;
 
+PK__COLD_BEGIN
+
 static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
@@ -204,6 +206,8 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
         pk__gram_sweep(gram, to, at, pk__least(sweep, to->rows - at));
     }
 }
+
+PK__COLD_END
 
 /* ---- tiles --------------------------------------------------------------------------------------------- */
 
@@ -308,6 +312,8 @@ static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size
     return bad;
 }
 
+PK__COLD_BEGIN
+
 /* All pairs of two sides, or of one with itself. */
 static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
 {
@@ -342,8 +348,6 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
 }
 
 /* ---- how it is cut ------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 /* The form of a layer, by flops a pair of rows. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)

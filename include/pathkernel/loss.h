@@ -405,8 +405,6 @@ PK_API const char *pk_loss_name(pk_loss loss)
     return rule ? rule->name : "unknown";
 }
 
-PK__COLD_END
-
 PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
 {
     const pk__loss_rule *rule = pk__loss_find(loss);
@@ -435,6 +433,8 @@ PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real 
             product[j] = (pk_real)NAN;
 }
 
+PK__COLD_END
+
 /* ---- targets ------------------------------------------------------------------------------------------ */
 
 /* The target of one row as outputs numbers. A class out of range gives zeros. */
@@ -452,6 +452,8 @@ PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targ
         for (size_t j = 0; j < outputs; j++)
             target[j] = label == (int64_t)j;
 }
+
+PK__COLD_BEGIN
 
 static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
                                      size_t outputs, pk_real *target)
@@ -490,8 +492,6 @@ PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_datas
     pk_release(context, target);
     return status;
 }
-
-PK__COLD_BEGIN
 
 PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
                             size_t outputs, pk_real *targets)
@@ -616,6 +616,44 @@ typedef struct pk__gradient_job {
     pk__gradient_plan plan;
 } pk__gradient_job;
 
+/* The losses of the rows of a block that went forward, and their weighted gradients as the tape's seed. */
+static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *lane, size_t first, size_t rows,
+                              pk__gradient_group *sum)
+{
+    const pk_batch *batch = job->batch;
+    const size_t outputs = lane->tape.graph->output_width;
+    const pk_real *output = pk_tape_output(&lane->tape);
+    pk_real *seed = pk_tape_seed(&lane->tape);
+    const int finite = pk__all_finite(output, rows * outputs);
+    for (size_t row = 0; !finite && sum->not_finite == SIZE_MAX && row < rows; row++)
+        if (!pk__all_finite(output + row * outputs, outputs))
+            sum->not_finite = first + row;
+    for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
+        pk_real *target = lane->targets + row * outputs;
+        double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
+        pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs, target);
+        sum->objective += weight * job->rule->evaluate(outputs, output, target, seed);
+        for (size_t j = 0; j < outputs; j++)
+            seed[j] *= (pk_real)weight;
+    }
+}
+
+/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
+static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
+                                     size_t parameters, size_t first, size_t count)
+{
+    pk_real *sum = gradient + first;
+    for (size_t group = 1; group < groups; group++) {
+        const pk_real *part = partial + (group - 1) * parameters + first;
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
+            sum[i] += part[i];
+    }
+    return pk__all_finite(sum, count);
+}
+
+PK__COLD_BEGIN
+
 /* The rows of a block, by several threads where they are long. */
 static void pk__gradient_inputs(const pk__gradient_job *job, int threads, size_t first, size_t rows,
                                 pk_real *inputs)
@@ -640,53 +678,23 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
 {
     const pk_batch *batch = job->batch;
     pk_tape *tape = &lane->tape;
-    size_t outputs = tape->graph->output_width, block = job->plan.block;
+    size_t block = job->plan.block;
     size_t first = job->plan.blocks * group / job->plan.groups * block;
     size_t end = job->plan.blocks * (group + 1) / job->plan.groups * block;
     if (end > batch->count)
         end = batch->count;
-    double objective = 0; /* results of groups share cache lines: written once */
-    size_t not_finite = SIZE_MAX;
+    pk__gradient_group sum = {0, SIZE_MAX}; /* results of groups share cache lines: written once */
     memset(gradient, 0, tape->graph->parameters * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk_line line = {job->weights, NULL, NULL};
         pk__gradient_inputs(job, tape->threads, first, rows, lane->inputs);
         pk_tape_forward(tape, &line, rows, lane->inputs);
-        const pk_real *output = pk_tape_output(tape);
-        pk_real *seed = pk_tape_seed(tape);
-        for (size_t row = 0, finite = (size_t)pk__all_finite(output, rows * outputs); !finite && row < rows;
-             row++)
-            if (not_finite == SIZE_MAX && !pk__all_finite(output + row * outputs, outputs))
-                not_finite = first + row;
-        for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
-            pk_real *target = lane->targets + row * outputs;
-            double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
-            pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs,
-                            target);
-            objective += weight * job->rule->evaluate(outputs, output, target, seed);
-            for (size_t j = 0; j < outputs; j++)
-                seed[j] *= (pk_real)weight;
-        }
+        pk__gradient_seed(job, lane, first, rows, &sum);
         pk_tape_reverse(tape, &line, rows, 1);
         pk_tape_weight_gradient(tape, rows, gradient);
     }
-    result->objective = objective;
-    result->not_finite = not_finite;
-}
-
-/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
-static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
-                                     size_t parameters, size_t first, size_t count)
-{
-    pk_real *sum = gradient + first;
-    for (size_t group = 1; group < groups; group++) {
-        const pk_real *part = partial + (group - 1) * parameters + first;
-        PK__SIMD
-        for (size_t i = 0; i < count; i++)
-            sum[i] += part[i];
-    }
-    return pk__all_finite(sum, count);
+    *result = sum;
 }
 
 /* The same for all parameters. Ranges are independent. */
@@ -710,8 +718,6 @@ PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, s
     }
     return finite;
 }
-
-PK__COLD_BEGIN
 
 /* Whether a batch fits a dataset and a network; name is for messages. */
 PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,

@@ -46,6 +46,8 @@ PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_rea
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
+PK__COLD_BEGIN
+
 /* The numbers of the trailing dims dimensions of a node's values; 0 where it has fewer dimensions. */
 static size_t pk__trailing(const pk_shape *shape, double dims)
 {
@@ -91,6 +93,8 @@ static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
     norm->centred = centred;
     norm->shift = norm->rest = 0;
 }
+
+PK__COLD_END
 
 static double pk__norm_mean(const pk__norm *norm, const pk_real *a, const pk_real *b)
 {
@@ -163,14 +167,6 @@ static void pk__norm_jacobian(const pk_call *call, int centred, size_t copies, c
     }
 }
 
-static void pk__norm_tangent(const pk_call *call, int centred)
-{
-    if (call->in_tangent[0])
-        pk__norm_jacobian(call, centred, 1, call->in_tangent[0], 0, call->out_tangent);
-    else
-        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
 /* With a dot for the derivative along the tangent v: s. = mean(y v), y. = J v, so
  * (J u). = -(s. J u + y. mean(u y) + y mean(u y.)) / s. */
 static void pk__norm_curvature(const pk_call *call, int centred)
@@ -201,6 +197,16 @@ static void pk__norm_curvature(const pk_call *call, int centred)
             }
         }
     }
+}
+
+PK__COLD_BEGIN
+
+static void pk__norm_tangent(const pk_call *call, int centred)
+{
+    if (call->in_tangent[0])
+        pk__norm_jacobian(call, centred, 1, call->in_tangent[0], 0, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
 #define PK__NORM(name, centred)                                                                  \
@@ -246,6 +252,8 @@ static pk_status pk__standardize_shape(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
+PK__COLD_END
+
 /* to (+)= (from - shift mean) / root, for each of count rows. */
 static void pk__standardize(const pk_node *node, size_t count, int shift, const pk_real *from, int accumulate,
                             pk_real *to)
@@ -261,6 +269,8 @@ static void pk__standardize(const pk_node *node, size_t count, int shift, const 
             }
         }
 }
+
+PK__COLD_BEGIN
 
 static void pk__standardize_forward(const pk_call *call)
 {
@@ -319,6 +329,8 @@ static pk__affine pk__affine_layout(const pk_node *node)
     return layout;
 }
 
+PK__COLD_END
+
 /* to (+)= gamma from (+ beta), for each of count rows. */
 static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *weights, const pk_real *from,
                              int bias, int accumulate, pk_real *to)
@@ -337,6 +349,25 @@ static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *w
         to += layout.count * layout.each;
     }
 }
+
+/* gradient += (dF/dw)^T delta of one row x. */
+static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, const pk_real *delta,
+                                pk_real *gradient)
+{
+    const size_t count = layout->count, each = layout->each;
+    for (size_t slice = 0; slice < layout->outer; slice++, x += count * each, delta += count * each) {
+        for (size_t j = 0; each == 1 && j < count; j++)
+            gradient[j] += x[j] * delta[j];
+        for (size_t j = 0; each > 1 && j < count; j++)
+            gradient[j] += (pk_real)pk__sum_products(each, x + j * each, delta + j * each);
+        for (size_t j = 0; each == 1 && layout->biased && j < count; j++)
+            gradient[count + j] += delta[j];
+        for (size_t j = 0; each > 1 && layout->biased && j < count; j++)
+            gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
+    }
+}
+
+PK__COLD_BEGIN
 
 static void pk__affine_forward(const pk_call *call)
 {
@@ -357,23 +388,6 @@ static void pk__affine_reverse(const pk_call *call)
 {
     pk__affine_apply(call->node, call->rows * call->copies, call->weights, call->out_cotangent, 0,
                      call->accumulate[0], call->in_cotangent[0]);
-}
-
-/* gradient += (dF/dw)^T delta of one row x. */
-static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, const pk_real *delta,
-                                pk_real *gradient)
-{
-    const size_t count = layout->count, each = layout->each;
-    for (size_t slice = 0; slice < layout->outer; slice++, x += count * each, delta += count * each) {
-        for (size_t j = 0; each == 1 && j < count; j++)
-            gradient[j] += x[j] * delta[j];
-        for (size_t j = 0; each > 1 && j < count; j++)
-            gradient[j] += (pk_real)pk__sum_products(each, x + j * each, delta + j * each);
-        for (size_t j = 0; each == 1 && layout->biased && j < count; j++)
-            gradient[count + j] += delta[j];
-        for (size_t j = 0; each > 1 && layout->biased && j < count; j++)
-            gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
-    }
 }
 
 static void pk__affine_weight_gradient(const pk_call *call)
@@ -409,6 +423,8 @@ static size_t pk__softmax_scratch(const pk_node *node, size_t rows, size_t copie
     return pk__last_dimension(node);
 }
 
+PK__COLD_END
+
 static size_t pk__largest_at(size_t count, const pk_real *x)
 {
     size_t at = 0;
@@ -429,13 +445,6 @@ PK__PRIVATE void pk__softmax_row(size_t count, const pk_real *x, pk_real *p)
         sum += p[i];
     for (size_t i = 0; i < count; i++)
         p[i] = (pk_real)(p[i] / sum);
-}
-
-static void pk__softmax_forward(const pk_call *call)
-{
-    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
-    for (size_t at = 0; at < all; at += count)
-        pk__softmax_row(count, call->in[0] + at, call->out + at);
 }
 
 /* The largest term of the sum is 1: log1p of the others keeps the logarithm of a p near 1. */
@@ -515,6 +524,15 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
     }
 }
 
+PK__COLD_BEGIN
+
+static void pk__softmax_forward(const pk_call *call)
+{
+    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
+    for (size_t at = 0; at < all; at += count)
+        pk__softmax_row(count, call->in[0] + at, call->out + at);
+}
+
 #define PK__SOFTMAX(name, logarithm)                        \
     static void pk__##name##_tangent(const pk_call *call)   \
     {                                                       \
@@ -531,6 +549,8 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
 PK__SOFTMAX(softmax, 0)
 PK__SOFTMAX(log_softmax, 1)
 #undef PK__SOFTMAX
+
+PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 

@@ -171,6 +171,8 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     return pk__all_finite(next, count);
 }
 
+PK__COLD_BEGIN
+
 /* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
 static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
 {
@@ -211,8 +213,6 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                 step, p, (double)next[p]);
     return PK_OK;
 }
-
-PK__COLD_BEGIN
 
 PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step, double learning_rate,
                                   double clip_norm, const pk_batch *batch, const pk_real *weights,

@@ -25,6 +25,8 @@ PK__BEGIN_C
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 /* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
 static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -167,6 +169,8 @@ static void pk__token_reverse(const pk_call *call)
     }
 }
 
+PK__COLD_END
+
 /* mean_tokens: y = the mean of the tokens. */
 static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
 {
@@ -179,6 +183,19 @@ static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
     }
 }
 
+static void pk__mean_tokens_reverse(const pk_call *call)
+{
+    const size_t width = call->node->width, tokens = call->in_width[0] / width;
+    pk_real *to = call->in_cotangent[0];
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
+        for (size_t i = 0; i < tokens; i++, to += width)
+            for (size_t j = 0; j < width; j++)
+                to[j] =
+                    (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
+}
+
+PK__COLD_BEGIN
+
 static void pk__mean_tokens_forward(const pk_call *call)
 {
     pk__mean_rows(call, call->in[0], call->out);
@@ -190,17 +207,6 @@ static void pk__mean_tokens_tangent(const pk_call *call)
         pk__mean_rows(call, call->in_tangent[0], call->out_tangent);
     else
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
-static void pk__mean_tokens_reverse(const pk_call *call)
-{
-    const size_t width = call->node->width, tokens = call->in_width[0] / width;
-    pk_real *to = call->in_cotangent[0];
-    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
-        for (size_t i = 0; i < tokens; i++, to += width)
-            for (size_t j = 0; j < width; j++)
-                to[j] =
-                    (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
 }
 
 /* ---- attend ----------------------------------------------------------------------------------------- */
@@ -260,6 +266,8 @@ static pk__heads pk__attend_heads(const pk_node *node)
     h.scale = (pk_real)(1 / sqrt((double)h.depth));
     return h;
 }
+
+PK__COLD_END
 
 /* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
  * small for a library's product. */
@@ -328,6 +336,26 @@ static void pk__attend_jacobian(const pk__heads *h, const pk_real *p, pk_real *s
     }
 }
 
+/* s (U V^T on entry) := S, s_dot (U V.^T) := S. = P. o (s - P . s) + P o (s_dot - P . s_dot - P. . s). */
+static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_real *p_dot, pk_real *s,
+                              pk_real *s_dot)
+{
+    for (size_t i = 0; i < h->tokens; i++) {
+        const size_t seen = pk__seen(h, i), hidden = h->tokens - seen;
+        const double mean = pk__sum_products(seen, p, s);
+        const double mean_dot = pk__sum_products(seen, p, s_dot) + pk__sum_products(seen, p_dot, s);
+        for (size_t j = 0; j < seen; j++) {
+            s_dot[j] = (pk_real)(p_dot[j] * (s[j] - mean) + p[j] * (s_dot[j] - mean_dot));
+            s[j] = (pk_real)(p[j] * (s[j] - mean));
+        }
+        memset(s + seen, 0, hidden * sizeof *s);
+        memset(s_dot + seen, 0, hidden * sizeof *s_dot);
+        p += h->tokens, p_dot += h->tokens, s += h->tokens, s_dot += h->tokens;
+    }
+}
+
+PK__COLD_BEGIN
+
 /* P. = the tangent of P along v. */
 static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, const pk_real *v, const pk_real *p,
                                        pk_real *p_dot)
@@ -391,24 +419,6 @@ static void pk__attend_reverse(const pk_call *call)
         }
 }
 
-/* s (U V^T on entry) := S, s_dot (U V.^T) := S. = P. o (s - P . s) + P o (s_dot - P . s_dot - P. . s). */
-static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_real *p_dot, pk_real *s,
-                              pk_real *s_dot)
-{
-    for (size_t i = 0; i < h->tokens; i++) {
-        const size_t seen = pk__seen(h, i), hidden = h->tokens - seen;
-        const double mean = pk__sum_products(seen, p, s);
-        const double mean_dot = pk__sum_products(seen, p, s_dot) + pk__sum_products(seen, p_dot, s);
-        for (size_t j = 0; j < seen; j++) {
-            s_dot[j] = (pk_real)(p_dot[j] * (s[j] - mean) + p[j] * (s_dot[j] - mean_dot));
-            s[j] = (pk_real)(p[j] * (s[j] - mean));
-        }
-        memset(s + seen, 0, hidden * sizeof *s);
-        memset(s_dot + seen, 0, hidden * sizeof *s_dot);
-        p += h->tokens, p_dot += h->tokens, s += h->tokens, s_dot += h->tokens;
-    }
-}
-
 /* The derivative of reverse along the tangent v of the input. */
 static void pk__attend_curvature(const pk_call *call)
 {
@@ -435,6 +445,8 @@ static void pk__attend_curvature(const pk_call *call)
             }
         }
 }
+
+PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 

@@ -368,8 +368,6 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
-PK__COLD_END
-
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
 PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
@@ -411,6 +409,8 @@ PK__PRIVATE pk_real pk__row_factors(const pk_tangent *tangent, size_t layer, siz
     *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
     return data ? 1 : tangent->weight_sum[row];
 }
+
+PK__COLD_END
 
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi)

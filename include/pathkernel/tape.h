@@ -64,6 +64,8 @@ PK__BEGIN_C
 
 enum { PK__MANY_POSITIONS = 16 };
 
+PK__COLD_BEGIN
+
 /* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
  * them costs less than a second product. */
 static int pk__has_row_weights(const pk_node *node)
@@ -71,8 +73,6 @@ static int pk__has_row_weights(const pk_node *node)
     return node->weight_count &&
            (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
 }
-
-PK__COLD_BEGIN
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
@@ -121,8 +121,6 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
     tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
 }
 
-PK__COLD_END
-
 PK_API pk_real *pk_tape_output(const pk_tape *tape)
 {
     return tape->value[tape->graph->node_count - 1];
@@ -148,6 +146,8 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
         call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
     }
 }
+
+PK__COLD_END
 
 /* out[row] (+)= t[row] add[row]; each row has count numbers. */
 static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
@@ -214,6 +214,8 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
+PK__COLD_BEGIN
+
 /* Row by row, each with its own weights. */
 static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
 {
@@ -237,8 +239,6 @@ static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole,
         rule(&call);
     }
 }
-
-PK__COLD_BEGIN
 
 PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
 {

@@ -93,6 +93,8 @@ typedef struct pk__step {
     double rate, scale, objective;
 } pk__step;
 
+PK__COLD_BEGIN
+
 /* The batch of any step, without the steps before it. */
 static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
 {
@@ -113,8 +115,6 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->items = t->order + first;
     batch->weights = NULL;
 }
-
-PK__COLD_BEGIN
 
 /* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,

@@ -179,6 +179,18 @@ PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, cons
     return signed_hash;
 }
 
+/* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
+static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
+                             size_t row, size_t step, pk_real *out)
+{
+    pk_array_reals(array, row * run->parameters, run->parameters, out);
+    for (size_t p = 0; p < run->parameters; p++)
+        if (!isfinite(out[p]))
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
+                            (double)out[p]);
+    return PK_OK;
+}
+
 /* Those that do not grow; the manifest is the last to appear. */
 enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
 static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
@@ -620,8 +632,6 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
     memset(run, 0, sizeof *run);
 }
 
-PK__COLD_END
-
 PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {
     size_t first = (size_t)run->batch_offsets[step];
@@ -633,18 +643,6 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
 {
     return run->gradient_scales ? run->gradient_scales[step] : 1;
-}
-
-/* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
-static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
-                             size_t row, size_t step, pk_real *out)
-{
-    pk_array_reals(array, row * run->parameters, run->parameters, out);
-    for (size_t p = 0; p < run->parameters; p++)
-        if (!isfinite(out[p]))
-            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
-                            (double)out[p]);
-    return PK_OK;
 }
 
 PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)
@@ -671,6 +669,8 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
                         run->steps);
     return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
 }
+
+PK__COLD_END
 
 PK__END_C
 /* <<< implementation */

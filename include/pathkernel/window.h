@@ -221,6 +221,8 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
     return PK_OK;
 }
 
+PK__COLD_BEGIN
+
 /* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
 static void pk__fill_window(pk_window *window)
 {
@@ -250,6 +252,8 @@ static int pk__has_moments(const pk_window *window)
 {
     return window->preconditioned && window->run->second_moments.data;
 }
+
+PK__COLD_END
 
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
  * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
