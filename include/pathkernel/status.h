@@ -37,11 +37,16 @@
 #define PK__FORMAT(string, first)
 #endif
 
-/* Around functions that run once a call, a step or a layer, not once a number: texts, files, checks, plans, loops of
- * calls. They are three quarters of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does
- * only what -Og does there. Where the caller wants no or small code, that is what these functions are, too. */
+/* Around functions that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops
+ * of calls. They are two thirds of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does only
+ * what -Og does there, without those of its passes that cost more time than they save in code. Where the caller wants no
+ * or small code, that is what these functions are, too. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
-#define PK__COLD_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Og\")")
+#define PK__COLD_OPTIONS                                                                             \
+    _Pragma("GCC optimize(\"Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop\")")         \
+        _Pragma("GCC optimize(\"no-forward-propagate,no-cprop-registers,no-tree-dce,no-tree-ccp\")") \
+            _Pragma("GCC optimize(\"no-ipa-pure-const,ira-algorithm=priority\")")
+#define PK__COLD_BEGIN _Pragma("GCC push_options") PK__COLD_OPTIONS
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
 #define PK__COLD_BEGIN
