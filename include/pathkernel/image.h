@@ -321,12 +321,13 @@ static void pk__patch_product(const pk__convolution *c, int transpose_a, int tra
         pk__gemm(transpose_a, transpose_b, m, n, k, 1, a, lda, b, ldb, add ? 1 : 0, to, ld);
         return;
     }
-    for (size_t i = 0; i < m; i++, to += ld) {
+    const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
+    for (size_t i = 0; i < m; i++, a += down, to += ld) {
         if (!add)
             memset(to, 0, n * sizeof *to);
         if (transpose_b)
             for (size_t j = 0; j < n; j++) {
-                const pk_real *x = a + i * lda, *y = b + j * ldb;
+                const pk_real *x = a, *y = b + j * ldb;
                 pk_real sum[4] = {0, 0, 0, 0};
                 size_t p = 0;
                 for (; p + 4 <= k; p += 4)
@@ -338,7 +339,7 @@ static void pk__patch_product(const pk__convolution *c, int transpose_a, int tra
             }
         else
             for (size_t p = 0; p < k; p++) {
-                const pk_real factor = transpose_a ? a[p * lda + i] : a[i * lda + p], *y = b + p * ldb;
+                const pk_real factor = a[p * along], *y = b + p * ldb;
                 for (size_t j = 0; j < n; j++)
                     to[j] += factor * y[j];
             }
