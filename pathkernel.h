@@ -113,11 +113,16 @@
 #define PK__FORMAT(string, first)
 #endif
 
-/* Around functions that run once a call, a step or a layer, not once a number: texts, files, checks, plans, loops of
- * calls. They are three quarters of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does
- * only what -Og does there. Where the caller wants no or small code, that is what these functions are, too. */
+/* Around functions that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops
+ * of calls. They are two thirds of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does only
+ * what -Og does there, without those of its passes that cost more time than they save in code. Where the caller wants no
+ * or small code, that is what these functions are, too. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
-#define PK__COLD_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Og\")")
+#define PK__COLD_OPTIONS                                                                             \
+    _Pragma("GCC optimize(\"Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop\")")         \
+        _Pragma("GCC optimize(\"no-forward-propagate,no-cprop-registers,no-tree-dce,no-tree-ccp\")") \
+            _Pragma("GCC optimize(\"no-ipa-pure-const,ira-algorithm=priority\")")
+#define PK__COLD_BEGIN _Pragma("GCC push_options") PK__COLD_OPTIONS
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
 #define PK__COLD_BEGIN
@@ -2158,6 +2163,16 @@ PK__BEGIN_C
 #define PK__PARALLEL_FOR(threads) (void)(threads);
 #endif
 
+/* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
+PK__PRIVATE int pk__finite(double value)
+{
+    uint64_t bits, exponent = (uint64_t)0x7ff << 52;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits & exponent) != exponent;
+}
+
+PK__COLD_BEGIN
+
 PK__PRIVATE int pk__thread(void)
 {
 #ifdef _OPENMP
@@ -2227,16 +2242,6 @@ PK__PRIVATE const char *pk__printable(const char *bytes, size_t length, char *te
     text[i] = 0;
     return text;
 }
-
-/* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
-PK__PRIVATE int pk__finite(double value)
-{
-    uint64_t bits, exponent = (uint64_t)0x7ff << 52;
-    memcpy(&bits, &value, sizeof bits);
-    return (bits & exponent) != exponent;
-}
-
-PK__COLD_BEGIN
 
 /* 1 and *value where the whole text is a finite decimal number of fewer than 512 characters, correctly
  * rounded, with a point whatever the locale; else 0. */
@@ -2331,6 +2336,8 @@ PK__PRIVATE double pk__seconds(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+
+PK__COLD_BEGIN
 
 PK__PRIVATE pk_status pk__progress(pk_context *context, const char *phase, double fraction)
 {
@@ -2428,6 +2435,8 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
     arena->used += bytes;
     return arena->base && bytes ? arena->base + start : NULL;
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -3448,8 +3457,6 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
     return 1;
 }
 
-PK__COLD_END
-
 /* ---- arrays ---- */
 
 PK_API size_t pk_type_size(pk_type type)
@@ -3510,16 +3517,6 @@ PK_API pk_array pk_array_rows(const pk_array *array, size_t first, size_t count)
     return pk_array_view(array->type, array->rank, shape, offset ? data + offset : data);
 }
 
-PK_API size_t pk_array_length(const pk_array *array)
-{
-    return array->rank ? array->shape[0] : 1;
-}
-
-PK_API size_t pk_array_items(const pk_array *array)
-{
-    return pk_array_length(array) * array->row_items;
-}
-
 PK_API void pk_array_release(pk_context *context, pk_array *array)
 {
     if (!array)
@@ -3528,6 +3525,18 @@ PK_API void pk_array_release(pk_context *context, pk_array *array)
         munmap(array->mapping, array->mapping_bytes);
     pk_release(context, array->owned);
     memset(array, 0, sizeof *array);
+}
+
+PK__COLD_END
+
+PK_API size_t pk_array_length(const pk_array *array)
+{
+    return array->rank ? array->shape[0] : 1;
+}
+
+PK_API size_t pk_array_items(const pk_array *array)
+{
+    return pk_array_length(array) * array->row_items;
 }
 
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out)
@@ -4063,6 +4072,13 @@ PK_API size_t pk_dataset_width(const pk_dataset *dataset)
     return dataset->inputs.row_items;
 }
 
+PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, size_t count, pk_real *rows)
+{
+    size_t width = dataset->inputs.row_items;
+    for (size_t i = 0; i < count; i++)
+        pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
+}
+
 /* The index of the first item that is no finite pk_real; the number of items where all are. */
 static size_t pk__first_not_finite(const pk_array *array)
 {
@@ -4087,6 +4103,8 @@ static size_t pk__first_not_finite(const pk_array *array)
     }
     return items;
 }
+
+PK__COLD_BEGIN
 
 static pk_status pk__check_finite(pk_context *context, const char *name, const pk_array *array)
 {
@@ -4141,15 +4159,6 @@ PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset
         return pk__fail(context, PK_ARGUMENT, "inputs %s: the data are NULL", has);
     return pk__check_finite(context, "inputs", inputs);
 }
-
-PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, size_t count, pk_real *rows)
-{
-    size_t width = dataset->inputs.row_items;
-    for (size_t i = 0; i < count; i++)
-        pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
-}
-
-PK__COLD_BEGIN
 
 PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,
                                  pk_dataset *rows)
@@ -4424,6 +4433,8 @@ PK__BEGIN_C
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
 
+PK__COLD_BEGIN
+
 PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
 {
     size_t used = 0;
@@ -4438,8 +4449,6 @@ PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
 }
-
-PK__COLD_BEGIN
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
 {
@@ -4690,6 +4699,8 @@ PK__BEGIN_C
 
 enum { PK__MANY_POSITIONS = 16 };
 
+PK__COLD_BEGIN
+
 /* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
  * them costs less than a second product. */
 static int pk__has_row_weights(const pk_node *node)
@@ -4697,8 +4708,6 @@ static int pk__has_row_weights(const pk_node *node)
     return node->weight_count &&
            (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
 }
-
-PK__COLD_BEGIN
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape)
@@ -4747,8 +4756,6 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
     tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
 }
 
-PK__COLD_END
-
 PK_API pk_real *pk_tape_output(const pk_tape *tape)
 {
     return tape->value[tape->graph->node_count - 1];
@@ -4774,6 +4781,8 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
         call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
     }
 }
+
+PK__COLD_END
 
 /* out[row] (+)= t[row] add[row]; each row has count numbers. */
 static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
@@ -4840,6 +4849,8 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
+PK__COLD_BEGIN
+
 /* Row by row, each with its own weights. */
 static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
 {
@@ -4863,8 +4874,6 @@ static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole,
         rule(&call);
     }
 }
-
-PK__COLD_BEGIN
 
 PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
 {
@@ -5163,6 +5172,8 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     PK__ELEMENTWISE_RULES(name, D, D2)
 #define PK__ELEMENTWISE_RULES(name, D, D2)                      \
     PK__SLOPES(name, slopes, D)                                 \
+    PK__SLOPES(name, seconds, D2)                               \
+    PK__COLD_BEGIN                                              \
     static void pk__##name##_tangent(const pk_call *call)       \
     {                                                           \
         pk__elementwise_tangent(call, pk__##name##_slopes);     \
@@ -5171,11 +5182,11 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     {                                                           \
         pk__elementwise_reverse(call, pk__##name##_slopes, 0);  \
     }                                                           \
-    PK__SLOPES(name, seconds, D2)                               \
     static void pk__##name##_curvature(const pk_call *call)     \
     {                                                           \
         pk__elementwise_reverse(call, pk__##name##_seconds, 1); \
-    }
+    }                                                           \
+    PK__COLD_END
 
 #define PK__SQRT_HALF 0.70710678118654752440
 #define PK__INV_SQRT_2PI 0.39894228040143267794
@@ -5362,8 +5373,6 @@ static void pk__dense_initialize(const pk_node *node, pk_random *random, pk_real
                           node->fan_in, node->fan_out, node->weight_count, random, weights);
 }
 
-PK__COLD_END
-
 static int pk__dense_bias(const pk_call *call)
 {
     return call->node->attributes[PK_DENSE_BIAS] != 0;
@@ -5467,6 +5476,8 @@ static void pk__dense_reverse(const pk_call *call)
     pk__dense_multiply(&product, call->threads);
 }
 
+PK__COLD_END
+
 static void pk__dense_weight_gradient(const pk_call *call)
 {
     const size_t rows = call->rows * call->node->positions, width = call->node->fan_out,
@@ -5562,8 +5573,6 @@ static pk_status pk__add_shape(pk_context *context, const pk_graph *graph, pk_no
     node->shape = *first;
     return PK_OK;
 }
-
-PK__COLD_END
 
 static void pk__add_forward(const pk_call *call)
 {
@@ -5680,6 +5689,8 @@ static pk_status pk__propagate_shape(pk_context *context, const pk_graph *graph,
     return PK_OK;
 }
 
+PK__COLD_END
+
 /* to += A from, or A^T from, for each of count matrices. */
 static void pk__propagate(const pk_node *node, size_t count, int transpose, const pk_real *from, pk_real *to)
 {
@@ -5693,6 +5704,8 @@ static void pk__propagate(const pk_node *node, size_t count, int transpose, cons
                 y[j] += value * x[j];
         }
 }
+
+PK__COLD_BEGIN
 
 static void pk__propagate_forward(const pk_call *call)
 {
@@ -5755,6 +5768,8 @@ static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
+PK__COLD_END
+
 #define PK__TWO_PI 6.28318530717958647693
 
 static void pk__fourier_forward(const pk_call *call)
@@ -5805,6 +5820,8 @@ static void pk__fourier_reverse(const pk_call *call)
         }
     }
 }
+
+PK__COLD_BEGIN
 
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
 static pk_status pk__select_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -5863,6 +5880,8 @@ static void pk__select_reverse(const pk_call *call)
         pk__give(width, call->out_cotangent + copy * width, 1, to + pk__selected(call, copy / call->copies));
     }
 }
+
+PK__COLD_END
 
 static const pk_option pk__position_options[] = {
     {"tokens", PK_OPTION_NUMBER, PK_POSITION_TOKENS, 1, 1, 1, 1e9, 1, NULL},
@@ -5972,6 +5991,8 @@ typedef struct pk__windows {
     size_t kernel[2], stride[2], pad[2], dilation[2];
 } pk__windows;
 
+PK__COLD_BEGIN
+
 /* How far a window reaches. */
 static size_t pk__reach(const pk__windows *windows, int side)
 {
@@ -5994,32 +6015,6 @@ static pk__windows pk__windows_at(const pk_node *node, int kernel, int stride, i
     windows.columns = (windows.width + 2 * windows.pad[1] - pk__reach(&windows, 1)) / windows.stride[1] + 1;
     return windows;
 }
-
-/* How many steps of stride reach over count. */
-static size_t pk__steps(size_t count, size_t stride)
-{
-    return stride == 1 ? count : pk__blocks(count, stride); /* spares a division where there are many */
-}
-
-/* The outputs from first up to past of which tap number of a side is on the plane. */
-static void pk__tap_range(const pk__windows *windows, int side, size_t number, size_t *first, size_t *past)
-{
-    const size_t size = side ? windows->width : windows->height, stride = windows->stride[side];
-    const size_t offset = number * windows->dilation[side], pad = windows->pad[side];
-    *past = offset < size + pad ? pk__steps(size + pad - offset, stride) : 0;
-    *past = pk__least(*past, side ? windows->columns : windows->rows);
-    *first = offset < pad ? pk__steps(pad - offset, stride) : 0;
-    *first = pk__least(*first, *past);
-}
-
-/* The number in the plane of tap (i, j) of output (y, x). */
-static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, size_t y, size_t x)
-{
-    return (y * windows->stride[0] + i * windows->dilation[0] - windows->pad[0]) * windows->width +
-           x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
-}
-
-PK__COLD_BEGIN
 
 /* The input's shape, kept in the node. */
 static pk_status pk__image_input(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -6148,6 +6143,30 @@ static void pk__convolution_initialize(const pk_node *node, pk_random *random, p
 
 PK__COLD_END
 
+/* How many steps of stride reach over count. */
+static size_t pk__steps(size_t count, size_t stride)
+{
+    return stride == 1 ? count : pk__blocks(count, stride); /* spares a division where there are many */
+}
+
+/* The outputs from first up to past of which tap number of a side is on the plane. */
+static void pk__tap_range(const pk__windows *windows, int side, size_t number, size_t *first, size_t *past)
+{
+    const size_t size = side ? windows->width : windows->height, stride = windows->stride[side];
+    const size_t offset = number * windows->dilation[side], pad = windows->pad[side];
+    *past = offset < size + pad ? pk__steps(size + pad - offset, stride) : 0;
+    *past = pk__least(*past, side ? windows->columns : windows->rows);
+    *first = offset < pad ? pk__steps(pad - offset, stride) : 0;
+    *first = pk__least(*first, *past);
+}
+
+/* The number in the plane of tap (i, j) of output (y, x). */
+static size_t pk__tap_number(const pk__windows *windows, size_t i, size_t j, size_t y, size_t x)
+{
+    return (y * windows->stride[0] + i * windows->dilation[0] - windows->pad[0]) * windows->width +
+           x * windows->stride[1] + j * windows->dilation[1] - windows->pad[1];
+}
+
 /* What a tap (i, j) has of the output rows from top up to bottom, in patches: rows from first up to past of it, in
  * these numbers from left up to right; they start at number place of the plane. */
 typedef struct pk__stretch {
@@ -6248,12 +6267,13 @@ static void pk__patch_product(const pk__convolution *c, int transpose_a, int tra
         pk__gemm(transpose_a, transpose_b, m, n, k, 1, a, lda, b, ldb, add ? 1 : 0, to, ld);
         return;
     }
-    for (size_t i = 0; i < m; i++, to += ld) {
+    const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
+    for (size_t i = 0; i < m; i++, a += down, to += ld) {
         if (!add)
             memset(to, 0, n * sizeof *to);
         if (transpose_b)
             for (size_t j = 0; j < n; j++) {
-                const pk_real *x = a + i * lda, *y = b + j * ldb;
+                const pk_real *x = a, *y = b + j * ldb;
                 pk_real sum[4] = {0, 0, 0, 0};
                 size_t p = 0;
                 for (; p + 4 <= k; p += 4)
@@ -6265,12 +6285,48 @@ static void pk__patch_product(const pk__convolution *c, int transpose_a, int tra
             }
         else
             for (size_t p = 0; p < k; p++) {
-                const pk_real factor = transpose_a ? a[p * lda + i] : a[i * lda + p], *y = b + p * ldb;
+                const pk_real factor = a[p * along], *y = b + p * ldb;
                 for (size_t j = 0; j < n; j++)
                     to[j] += factor * y[j];
             }
     }
 }
+
+/* out (channels x positions) = the bias of each channel. */
+static void pk__spread_biases(size_t channels, size_t positions, const pk_real *biases, pk_real *out)
+{
+    for (size_t channel = 0; channel < channels; channel++)
+        for (size_t q = 0; q < positions; q++)
+            *out++ = biases[channel];
+}
+
+/* biases += the sums over positions of delta (channels x positions). */
+static void pk__gather_biases(size_t channels, size_t positions, const pk_real *delta, pk_real *biases)
+{
+    for (size_t channel = 0; channel < channels; channel++)
+        for (size_t q = 0; q < positions; q++)
+            biases[channel] += *delta++;
+}
+
+/* out (positions x patch) for each row. */
+static void pk__convolution_unfold(const pk_call *call)
+{
+    const pk__convolution c = pk__convolution_of(call->node);
+    const pk__windows *w = &c.windows;
+    pk_real *to = call->out;
+    for (size_t place = 0; place < call->rows * c.positions; place++) {
+        const size_t row = place / c.positions, q = place % c.positions;
+        const size_t top = q / w->columns * w->stride[0] - w->pad[0],
+                     left = q % w->columns * w->stride[1] - w->pad[1];
+        const pk_real *from = call->in[0] + row * call->in_width[0];
+        for (size_t channel = 0; channel < c.in; channel++, from += c.plane)
+            for (size_t i = 0, y = top; i < w->kernel[0]; i++, y += w->dilation[0])
+                for (size_t j = 0, x = left; j < w->kernel[1]; j++, x += w->dilation[1])
+                    *to++ = y < w->height && x < w->width ? from[y * w->width + x] : 0;
+    }
+}
+
+PK__COLD_BEGIN
 
 /* out = W in + b for each row, or out (+)= W in. */
 static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, int add,
@@ -6281,9 +6337,8 @@ static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_r
     bias = bias && call->node->attributes[PK_CONVOLUTION_BIAS] != 0;
     const pk_real *biases = weights + channels * c.patch;
     for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], out += call->node->width) {
-        for (size_t channel = 0; bias && channel < channels; channel++)
-            for (size_t q = 0; q < c.positions; q++)
-                out[channel * c.positions + q] = biases[channel];
+        if (bias)
+            pk__spread_biases(channels, c.positions, biases, out);
         for (size_t group = 0; group < c.groups; group++) {
             const pk_real *own = weights + group * c.out * c.patch, *from = in + group * c.in * c.plane;
             pk_real *to = out + group * c.out * c.positions;
@@ -6359,13 +6414,9 @@ static void pk__convolution_gradients(const pk_call *call, int sum)
                                       c.pointwise ? in : call->scratch, band, 1, to, c.patch);
                 }
             }
-        for (size_t copy = first; count > biases && copy < first + call->copies; copy++) {
-            const pk_real *delta = call->out_cotangent + copy * width;
-            pk_real *to = call->gradient + (sum ? 0 : copy * count) + biases;
-            for (size_t channel = 0; channel < c.groups * c.out; channel++)
-                for (size_t q = 0; q < c.positions; q++)
-                    to[channel] += *delta++;
-        }
+        for (size_t copy = first; count > biases && copy < first + call->copies; copy++)
+            pk__gather_biases(c.groups * c.out, c.positions, call->out_cotangent + copy * width,
+                              call->gradient + (sum ? 0 : copy * count) + biases);
     }
 }
 
@@ -6377,24 +6428,6 @@ static void pk__convolution_weight_gradient(const pk_call *call)
 static void pk__convolution_row_gradients(const pk_call *call)
 {
     pk__convolution_gradients(call, 0);
-}
-
-/* out (positions x patch) for each row. */
-static void pk__convolution_unfold(const pk_call *call)
-{
-    const pk__convolution c = pk__convolution_of(call->node);
-    const pk__windows *w = &c.windows;
-    pk_real *to = call->out;
-    for (size_t place = 0; place < call->rows * c.positions; place++) {
-        const size_t row = place / c.positions, q = place % c.positions;
-        const size_t top = q / w->columns * w->stride[0] - w->pad[0],
-                     left = q % w->columns * w->stride[1] - w->pad[1];
-        const pk_real *from = call->in[0] + row * call->in_width[0];
-        for (size_t channel = 0; channel < c.in; channel++, from += c.plane)
-            for (size_t i = 0, y = top; i < w->kernel[0]; i++, y += w->dilation[0])
-                for (size_t j = 0, x = left; j < w->kernel[1]; j++, x += w->dilation[1])
-                    *to++ = y < w->height && x < w->width ? from[y * w->width + x] : 0;
-    }
 }
 
 /* ---- pools ------------------------------------------------------------------------------------------- */
@@ -6417,6 +6450,8 @@ static pk_status pk__pool_shape(pk_context *context, const pk_graph *graph, pk_n
     }
     return pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
 }
+
+PK__COLD_END
 
 /* max_pool K [stride=K] [pad=0]: PyTorch's MaxPool2d; padding is never the maximum. */
 
@@ -6450,19 +6485,6 @@ static void pk__pool_pick(const pk_call *call, const pk_real *from, pk_real *to)
     for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], from += call->in_width[0])
         for (size_t output = 0; output < call->node->width; output++)
             *to++ = from[pk__pool_maximum(&w, in, output)];
-}
-
-static void pk__max_pool_forward(const pk_call *call)
-{
-    pk__pool_pick(call, call->in[0], call->out);
-}
-
-static void pk__max_pool_tangent(const pk_call *call)
-{
-    if (call->in_tangent[0])
-        pk__pool_pick(call, call->in_tangent[0], call->out_tangent);
-    else
-        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
 static void pk__max_pool_reverse(const pk_call *call)
@@ -6510,6 +6532,63 @@ static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, p
     return count;
 }
 
+/* avg_pool K [stride=K] [pad=0]: PyTorch's AvgPool2d; padding counts as zeros. */
+static void pk__average(const pk_call *call, const pk_real *in, pk_real *out)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
+    const size_t planes = call->rows * call->node->shape.dims[0];
+    for (size_t plane = 0; plane < planes; plane++, in += w.height * w.width)
+        for (size_t y = 0; y < w.rows; y++)
+            for (size_t x = 0; x < w.columns; x++) {
+                pk_real sum = 0;
+                for (size_t i = 0; i < w.kernel[0]; i++)
+                    for (size_t j = 0; j < w.kernel[1]; j++) {
+                        const size_t row = y * w.stride[0] + i - w.pad[0],
+                                     column = x * w.stride[1] + j - w.pad[1];
+                        if (row < w.height && column < w.width)
+                            sum += in[row * w.width + column];
+                    }
+                *out++ = factor * sum;
+            }
+}
+
+static void pk__average_reverse(const pk_call *call)
+{
+    const pk__windows w = pk__pool_windows(call->node);
+    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
+    const size_t planes = call->rows * call->copies * call->node->shape.dims[0];
+    const pk_real *delta = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    if (!call->accumulate[0])
+        memset(to, 0, call->rows * call->copies * call->in_width[0] * sizeof *to);
+    for (size_t plane = 0; plane < planes; plane++, to += w.height * w.width)
+        for (size_t y = 0; y < w.rows; y++)
+            for (size_t x = 0; x < w.columns; x++, delta++)
+                for (size_t i = 0; i < w.kernel[0]; i++)
+                    for (size_t j = 0; j < w.kernel[1]; j++) {
+                        const size_t row = y * w.stride[0] + i - w.pad[0],
+                                     column = x * w.stride[1] + j - w.pad[1];
+                        if (row < w.height && column < w.width)
+                            to[row * w.width + column] += factor * *delta;
+                    }
+}
+
+PK__COLD_BEGIN
+
+static void pk__max_pool_forward(const pk_call *call)
+{
+    pk__pool_pick(call, call->in[0], call->out);
+}
+
+static void pk__max_pool_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__pool_pick(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
 static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     pk_status status = pk__pool_shape(context, graph, node);
@@ -6539,27 +6618,6 @@ static void pk__max_pool_switches(const pk_call *call)
         out += pk__pool_differences(&w, call->in[0] + plane * w.height * w.width, out);
 }
 
-/* avg_pool K [stride=K] [pad=0]: PyTorch's AvgPool2d; padding counts as zeros. */
-static void pk__average(const pk_call *call, const pk_real *in, pk_real *out)
-{
-    const pk__windows w = pk__pool_windows(call->node);
-    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
-    const size_t planes = call->rows * call->node->shape.dims[0];
-    for (size_t plane = 0; plane < planes; plane++, in += w.height * w.width)
-        for (size_t y = 0; y < w.rows; y++)
-            for (size_t x = 0; x < w.columns; x++) {
-                pk_real sum = 0;
-                for (size_t i = 0; i < w.kernel[0]; i++)
-                    for (size_t j = 0; j < w.kernel[1]; j++) {
-                        const size_t row = y * w.stride[0] + i - w.pad[0],
-                                     column = x * w.stride[1] + j - w.pad[1];
-                        if (row < w.height && column < w.width)
-                            sum += in[row * w.width + column];
-                    }
-                *out++ = factor * sum;
-            }
-}
-
 static void pk__average_forward(const pk_call *call)
 {
     pk__average(call, call->in[0], call->out);
@@ -6571,27 +6629,6 @@ static void pk__average_tangent(const pk_call *call)
         pk__average(call, call->in_tangent[0], call->out_tangent);
     else
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
-static void pk__average_reverse(const pk_call *call)
-{
-    const pk__windows w = pk__pool_windows(call->node);
-    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
-    const size_t planes = call->rows * call->copies * call->node->shape.dims[0];
-    const pk_real *delta = call->out_cotangent;
-    pk_real *to = call->in_cotangent[0];
-    if (!call->accumulate[0])
-        memset(to, 0, call->rows * call->copies * call->in_width[0] * sizeof *to);
-    for (size_t plane = 0; plane < planes; plane++, to += w.height * w.width)
-        for (size_t y = 0; y < w.rows; y++)
-            for (size_t x = 0; x < w.columns; x++, delta++)
-                for (size_t i = 0; i < w.kernel[0]; i++)
-                    for (size_t j = 0; j < w.kernel[1]; j++) {
-                        const size_t row = y * w.stride[0] + i - w.pad[0],
-                                     column = x * w.stride[1] + j - w.pad[1];
-                        if (row < w.height && column < w.width)
-                            to[row * w.width + column] += factor * *delta;
-                    }
 }
 
 /* global_avg_pool: the mean of each channel, one number of it. */
@@ -6606,6 +6643,8 @@ static pk_status pk__global_average_shape(pk_context *context, const pk_graph *g
     node->shape.rank = 1;
     return status;
 }
+
+PK__COLD_END
 
 static const pk_option pk__convolution_options[] = {
     {"channels", PK_OPTION_NUMBER, PK_CONVOLUTION_CHANNELS, 1, 1, 1, 1e9, 1, NULL},
@@ -6722,6 +6761,8 @@ PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_rea
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
+PK__COLD_BEGIN
+
 /* The numbers of the trailing dims dimensions of a node's values; 0 where it has fewer dimensions. */
 static size_t pk__trailing(const pk_shape *shape, double dims)
 {
@@ -6767,6 +6808,8 @@ static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
     norm->centred = centred;
     norm->shift = norm->rest = 0;
 }
+
+PK__COLD_END
 
 static double pk__norm_mean(const pk__norm *norm, const pk_real *a, const pk_real *b)
 {
@@ -6839,14 +6882,6 @@ static void pk__norm_jacobian(const pk_call *call, int centred, size_t copies, c
     }
 }
 
-static void pk__norm_tangent(const pk_call *call, int centred)
-{
-    if (call->in_tangent[0])
-        pk__norm_jacobian(call, centred, 1, call->in_tangent[0], 0, call->out_tangent);
-    else
-        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
 /* With a dot for the derivative along the tangent v: s. = mean(y v), y. = J v, so
  * (J u). = -(s. J u + y. mean(u y) + y mean(u y.)) / s. */
 static void pk__norm_curvature(const pk_call *call, int centred)
@@ -6877,6 +6912,16 @@ static void pk__norm_curvature(const pk_call *call, int centred)
             }
         }
     }
+}
+
+PK__COLD_BEGIN
+
+static void pk__norm_tangent(const pk_call *call, int centred)
+{
+    if (call->in_tangent[0])
+        pk__norm_jacobian(call, centred, 1, call->in_tangent[0], 0, call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
 #define PK__NORM(name, centred)                                                                  \
@@ -6922,6 +6967,8 @@ static pk_status pk__standardize_shape(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
+PK__COLD_END
+
 /* to (+)= (from - shift mean) / root, for each of count rows. */
 static void pk__standardize(const pk_node *node, size_t count, int shift, const pk_real *from, int accumulate,
                             pk_real *to)
@@ -6937,6 +6984,8 @@ static void pk__standardize(const pk_node *node, size_t count, int shift, const 
             }
         }
 }
+
+PK__COLD_BEGIN
 
 static void pk__standardize_forward(const pk_call *call)
 {
@@ -6995,6 +7044,8 @@ static pk__affine pk__affine_layout(const pk_node *node)
     return layout;
 }
 
+PK__COLD_END
+
 /* to (+)= gamma from (+ beta), for each of count rows. */
 static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *weights, const pk_real *from,
                              int bias, int accumulate, pk_real *to)
@@ -7013,6 +7064,25 @@ static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *w
         to += layout.count * layout.each;
     }
 }
+
+/* gradient += (dF/dw)^T delta of one row x. */
+static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, const pk_real *delta,
+                                pk_real *gradient)
+{
+    const size_t count = layout->count, each = layout->each;
+    for (size_t slice = 0; slice < layout->outer; slice++, x += count * each, delta += count * each) {
+        for (size_t j = 0; each == 1 && j < count; j++)
+            gradient[j] += x[j] * delta[j];
+        for (size_t j = 0; each > 1 && j < count; j++)
+            gradient[j] += (pk_real)pk__sum_products(each, x + j * each, delta + j * each);
+        for (size_t j = 0; each == 1 && layout->biased && j < count; j++)
+            gradient[count + j] += delta[j];
+        for (size_t j = 0; each > 1 && layout->biased && j < count; j++)
+            gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
+    }
+}
+
+PK__COLD_BEGIN
 
 static void pk__affine_forward(const pk_call *call)
 {
@@ -7033,23 +7103,6 @@ static void pk__affine_reverse(const pk_call *call)
 {
     pk__affine_apply(call->node, call->rows * call->copies, call->weights, call->out_cotangent, 0,
                      call->accumulate[0], call->in_cotangent[0]);
-}
-
-/* gradient += (dF/dw)^T delta of one row x. */
-static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, const pk_real *delta,
-                                pk_real *gradient)
-{
-    const size_t count = layout->count, each = layout->each;
-    for (size_t slice = 0; slice < layout->outer; slice++, x += count * each, delta += count * each) {
-        for (size_t j = 0; each == 1 && j < count; j++)
-            gradient[j] += x[j] * delta[j];
-        for (size_t j = 0; each > 1 && j < count; j++)
-            gradient[j] += (pk_real)pk__sum_products(each, x + j * each, delta + j * each);
-        for (size_t j = 0; each == 1 && layout->biased && j < count; j++)
-            gradient[count + j] += delta[j];
-        for (size_t j = 0; each > 1 && layout->biased && j < count; j++)
-            gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
-    }
 }
 
 static void pk__affine_weight_gradient(const pk_call *call)
@@ -7085,6 +7138,8 @@ static size_t pk__softmax_scratch(const pk_node *node, size_t rows, size_t copie
     return pk__last_dimension(node);
 }
 
+PK__COLD_END
+
 static size_t pk__largest_at(size_t count, const pk_real *x)
 {
     size_t at = 0;
@@ -7105,13 +7160,6 @@ PK__PRIVATE void pk__softmax_row(size_t count, const pk_real *x, pk_real *p)
         sum += p[i];
     for (size_t i = 0; i < count; i++)
         p[i] = (pk_real)(p[i] / sum);
-}
-
-static void pk__softmax_forward(const pk_call *call)
-{
-    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
-    for (size_t at = 0; at < all; at += count)
-        pk__softmax_row(count, call->in[0] + at, call->out + at);
 }
 
 /* The largest term of the sum is 1: log1p of the others keeps the logarithm of a p near 1. */
@@ -7191,6 +7239,15 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
     }
 }
 
+PK__COLD_BEGIN
+
+static void pk__softmax_forward(const pk_call *call)
+{
+    const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
+    for (size_t at = 0; at < all; at += count)
+        pk__softmax_row(count, call->in[0] + at, call->out + at);
+}
+
 #define PK__SOFTMAX(name, logarithm)                        \
     static void pk__##name##_tangent(const pk_call *call)   \
     {                                                       \
@@ -7207,6 +7264,8 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
 PK__SOFTMAX(softmax, 0)
 PK__SOFTMAX(log_softmax, 1)
 #undef PK__SOFTMAX
+
+PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
@@ -7260,6 +7319,8 @@ PK__END_C
 PK__BEGIN_C
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
+
+PK__COLD_BEGIN
 
 /* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
 static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -7403,6 +7464,8 @@ static void pk__token_reverse(const pk_call *call)
     }
 }
 
+PK__COLD_END
+
 /* mean_tokens: y = the mean of the tokens. */
 static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
 {
@@ -7415,6 +7478,19 @@ static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
     }
 }
 
+static void pk__mean_tokens_reverse(const pk_call *call)
+{
+    const size_t width = call->node->width, tokens = call->in_width[0] / width;
+    pk_real *to = call->in_cotangent[0];
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
+        for (size_t i = 0; i < tokens; i++, to += width)
+            for (size_t j = 0; j < width; j++)
+                to[j] =
+                    (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
+}
+
+PK__COLD_BEGIN
+
 static void pk__mean_tokens_forward(const pk_call *call)
 {
     pk__mean_rows(call, call->in[0], call->out);
@@ -7426,17 +7502,6 @@ static void pk__mean_tokens_tangent(const pk_call *call)
         pk__mean_rows(call, call->in_tangent[0], call->out_tangent);
     else
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
-}
-
-static void pk__mean_tokens_reverse(const pk_call *call)
-{
-    const size_t width = call->node->width, tokens = call->in_width[0] / width;
-    pk_real *to = call->in_cotangent[0];
-    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
-        for (size_t i = 0; i < tokens; i++, to += width)
-            for (size_t j = 0; j < width; j++)
-                to[j] =
-                    (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
 }
 
 /* ---- attend ----------------------------------------------------------------------------------------- */
@@ -7496,6 +7561,8 @@ static pk__heads pk__attend_heads(const pk_node *node)
     h.scale = (pk_real)(1 / sqrt((double)h.depth));
     return h;
 }
+
+PK__COLD_END
 
 /* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
  * small for a library's product. */
@@ -7564,6 +7631,26 @@ static void pk__attend_jacobian(const pk__heads *h, const pk_real *p, pk_real *s
     }
 }
 
+/* s (U V^T on entry) := S, s_dot (U V.^T) := S. = P. o (s - P . s) + P o (s_dot - P . s_dot - P. . s). */
+static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_real *p_dot, pk_real *s,
+                              pk_real *s_dot)
+{
+    for (size_t i = 0; i < h->tokens; i++) {
+        const size_t seen = pk__seen(h, i), hidden = h->tokens - seen;
+        const double mean = pk__sum_products(seen, p, s);
+        const double mean_dot = pk__sum_products(seen, p, s_dot) + pk__sum_products(seen, p_dot, s);
+        for (size_t j = 0; j < seen; j++) {
+            s_dot[j] = (pk_real)(p_dot[j] * (s[j] - mean) + p[j] * (s_dot[j] - mean_dot));
+            s[j] = (pk_real)(p[j] * (s[j] - mean));
+        }
+        memset(s + seen, 0, hidden * sizeof *s);
+        memset(s_dot + seen, 0, hidden * sizeof *s_dot);
+        p += h->tokens, p_dot += h->tokens, s += h->tokens, s_dot += h->tokens;
+    }
+}
+
+PK__COLD_BEGIN
+
 /* P. = the tangent of P along v. */
 static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, const pk_real *v, const pk_real *p,
                                        pk_real *p_dot)
@@ -7627,24 +7714,6 @@ static void pk__attend_reverse(const pk_call *call)
         }
 }
 
-/* s (U V^T on entry) := S, s_dot (U V.^T) := S. = P. o (s - P . s) + P o (s_dot - P . s_dot - P. . s). */
-static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_real *p_dot, pk_real *s,
-                              pk_real *s_dot)
-{
-    for (size_t i = 0; i < h->tokens; i++) {
-        const size_t seen = pk__seen(h, i), hidden = h->tokens - seen;
-        const double mean = pk__sum_products(seen, p, s);
-        const double mean_dot = pk__sum_products(seen, p, s_dot) + pk__sum_products(seen, p_dot, s);
-        for (size_t j = 0; j < seen; j++) {
-            s_dot[j] = (pk_real)(p_dot[j] * (s[j] - mean) + p[j] * (s_dot[j] - mean_dot));
-            s[j] = (pk_real)(p[j] * (s[j] - mean));
-        }
-        memset(s + seen, 0, hidden * sizeof *s);
-        memset(s_dot + seen, 0, hidden * sizeof *s_dot);
-        p += h->tokens, p_dot += h->tokens, s += h->tokens, s_dot += h->tokens;
-    }
-}
-
 /* The derivative of reverse along the tangent v of the input. */
 static void pk__attend_curvature(const pk_call *call)
 {
@@ -7671,6 +7740,8 @@ static void pk__attend_curvature(const pk_call *call)
             }
         }
 }
+
+PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
@@ -9216,8 +9287,6 @@ PK_API const char *pk_loss_name(pk_loss loss)
     return rule ? rule->name : "unknown";
 }
 
-PK__COLD_END
-
 PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
 {
     const pk__loss_rule *rule = pk__loss_find(loss);
@@ -9246,6 +9315,8 @@ PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real 
             product[j] = (pk_real)NAN;
 }
 
+PK__COLD_END
+
 /* ---- targets ------------------------------------------------------------------------------------------ */
 
 /* The target of one row as outputs numbers. A class out of range gives zeros. */
@@ -9263,6 +9334,8 @@ PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targ
         for (size_t j = 0; j < outputs; j++)
             target[j] = label == (int64_t)j;
 }
+
+PK__COLD_BEGIN
 
 static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
                                      size_t outputs, pk_real *target)
@@ -9301,8 +9374,6 @@ PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_datas
     pk_release(context, target);
     return status;
 }
-
-PK__COLD_BEGIN
 
 PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
                             size_t outputs, pk_real *targets)
@@ -9427,6 +9498,44 @@ typedef struct pk__gradient_job {
     pk__gradient_plan plan;
 } pk__gradient_job;
 
+/* The losses of the rows of a block that went forward, and their weighted gradients as the tape's seed. */
+static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *lane, size_t first, size_t rows,
+                              pk__gradient_group *sum)
+{
+    const pk_batch *batch = job->batch;
+    const size_t outputs = lane->tape.graph->output_width;
+    const pk_real *output = pk_tape_output(&lane->tape);
+    pk_real *seed = pk_tape_seed(&lane->tape);
+    const int finite = pk__all_finite(output, rows * outputs);
+    for (size_t row = 0; !finite && sum->not_finite == SIZE_MAX && row < rows; row++)
+        if (!pk__all_finite(output + row * outputs, outputs))
+            sum->not_finite = first + row;
+    for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
+        pk_real *target = lane->targets + row * outputs;
+        double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
+        pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs, target);
+        sum->objective += weight * job->rule->evaluate(outputs, output, target, seed);
+        for (size_t j = 0; j < outputs; j++)
+            seed[j] *= (pk_real)weight;
+    }
+}
+
+/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
+static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
+                                     size_t parameters, size_t first, size_t count)
+{
+    pk_real *sum = gradient + first;
+    for (size_t group = 1; group < groups; group++) {
+        const pk_real *part = partial + (group - 1) * parameters + first;
+        PK__SIMD
+        for (size_t i = 0; i < count; i++)
+            sum[i] += part[i];
+    }
+    return pk__all_finite(sum, count);
+}
+
+PK__COLD_BEGIN
+
 /* The rows of a block, by several threads where they are long. */
 static void pk__gradient_inputs(const pk__gradient_job *job, int threads, size_t first, size_t rows,
                                 pk_real *inputs)
@@ -9451,53 +9560,23 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
 {
     const pk_batch *batch = job->batch;
     pk_tape *tape = &lane->tape;
-    size_t outputs = tape->graph->output_width, block = job->plan.block;
+    size_t block = job->plan.block;
     size_t first = job->plan.blocks * group / job->plan.groups * block;
     size_t end = job->plan.blocks * (group + 1) / job->plan.groups * block;
     if (end > batch->count)
         end = batch->count;
-    double objective = 0; /* results of groups share cache lines: written once */
-    size_t not_finite = SIZE_MAX;
+    pk__gradient_group sum = {0, SIZE_MAX}; /* results of groups share cache lines: written once */
     memset(gradient, 0, tape->graph->parameters * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk_line line = {job->weights, NULL, NULL};
         pk__gradient_inputs(job, tape->threads, first, rows, lane->inputs);
         pk_tape_forward(tape, &line, rows, lane->inputs);
-        const pk_real *output = pk_tape_output(tape);
-        pk_real *seed = pk_tape_seed(tape);
-        for (size_t row = 0, finite = (size_t)pk__all_finite(output, rows * outputs); !finite && row < rows;
-             row++)
-            if (not_finite == SIZE_MAX && !pk__all_finite(output + row * outputs, outputs))
-                not_finite = first + row;
-        for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
-            pk_real *target = lane->targets + row * outputs;
-            double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
-            pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs,
-                            target);
-            objective += weight * job->rule->evaluate(outputs, output, target, seed);
-            for (size_t j = 0; j < outputs; j++)
-                seed[j] *= (pk_real)weight;
-        }
+        pk__gradient_seed(job, lane, first, rows, &sum);
         pk_tape_reverse(tape, &line, rows, 1);
         pk_tape_weight_gradient(tape, rows, gradient);
     }
-    result->objective = objective;
-    result->not_finite = not_finite;
-}
-
-/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
-static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
-                                     size_t parameters, size_t first, size_t count)
-{
-    pk_real *sum = gradient + first;
-    for (size_t group = 1; group < groups; group++) {
-        const pk_real *part = partial + (group - 1) * parameters + first;
-        PK__SIMD
-        for (size_t i = 0; i < count; i++)
-            sum[i] += part[i];
-    }
-    return pk__all_finite(sum, count);
+    *result = sum;
 }
 
 /* The same for all parameters. Ranges are independent. */
@@ -9521,8 +9600,6 @@ PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, s
     }
     return finite;
 }
-
-PK__COLD_BEGIN
 
 /* Whether a batch fits a dataset and a network; name is for messages. */
 PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
@@ -10933,6 +11010,18 @@ PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, cons
     return signed_hash;
 }
 
+/* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
+static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
+                             size_t row, size_t step, pk_real *out)
+{
+    pk_array_reals(array, row * run->parameters, run->parameters, out);
+    for (size_t p = 0; p < run->parameters; p++)
+        if (!isfinite(out[p]))
+            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
+                            (double)out[p]);
+    return PK_OK;
+}
+
 /* Those that do not grow; the manifest is the last to appear. */
 enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
 static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
@@ -11374,8 +11463,6 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
     memset(run, 0, sizeof *run);
 }
 
-PK__COLD_END
-
 PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {
     size_t first = (size_t)run->batch_offsets[step];
@@ -11387,18 +11474,6 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
 {
     return run->gradient_scales ? run->gradient_scales[step] : 1;
-}
-
-/* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
-static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
-                             size_t row, size_t step, pk_real *out)
-{
-    pk_array_reals(array, row * run->parameters, run->parameters, out);
-    for (size_t p = 0; p < run->parameters; p++)
-        if (!isfinite(out[p]))
-            return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
-                            (double)out[p]);
-    return PK_OK;
 }
 
 PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)
@@ -11425,6 +11500,8 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
                         run->steps);
     return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -12115,6 +12192,8 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     return pk__all_finite(next, count);
 }
 
+PK__COLD_BEGIN
+
 /* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
 static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
 {
@@ -12155,8 +12234,6 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                 step, p, (double)next[p]);
     return PK_OK;
 }
-
-PK__COLD_BEGIN
 
 PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step, double learning_rate,
                                   double clip_norm, const pk_batch *batch, const pk_real *weights,
@@ -12382,6 +12459,8 @@ typedef struct pk__step {
     double rate, scale, objective;
 } pk__step;
 
+PK__COLD_BEGIN
+
 /* The batch of any step, without the steps before it. */
 static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
 {
@@ -12402,8 +12481,6 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->items = t->order + first;
     batch->weights = NULL;
 }
-
-PK__COLD_BEGIN
 
 /* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
@@ -13671,12 +13748,12 @@ PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
     return (chain[0] + chain[1]) + (chain[2] + chain[3]) + rest;
 }
 
+PK__COLD_BEGIN
+
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
 {
     return &graph->nodes[node->inputs[0]];
 }
-
-PK__COLD_BEGIN
 
 /* The bias of an outer-product layer is what its weight (out, in) leaves. */
 static int pk__has_bias(const pk_node *node)
@@ -13810,6 +13887,50 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
                     from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
 }
 
+PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
+{
+    to->count = from->count;
+    to->items = from->items;
+    to->consecutive = from->consecutive;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
+        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
+        const size_t columns = pk__blocks(from->count, PK_PANEL) * PK_PANEL;
+        const size_t numbers[3] = {node->positions * node->fan_in * columns, node->width * columns,
+                                   node->weight_count * from->ld};
+        for (int part = 0; part < 3; part++)
+            for (size_t i = 0; sources[part] && i < numbers[part]; i++)
+                targets[part][i] = (pk_real)fabs(sources[part][i]);
+    }
+}
+
+PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
+{
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, count = examples->count;
+        pk_real *to = sum + node->weight_offset;
+        if (examples->rows[l]) {
+            for (size_t i = 0; i < node->weight_count; i++)
+                for (size_t b = 0; b < count; b++)
+                    to[i] += examples->rows[l][i * ld + b];
+            continue;
+        }
+        /* A panel's place q after the other: the features of a panel stand by places. */
+        for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
+            const pk_real *input = examples->input[l] + q * in * PK_PANEL;
+            const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
+            pk__gemm(0, 1, out, in, PK_PANEL, 1, cotangent, PK_PANEL, input, PK_PANEL, 1, to, in);
+            for (size_t j = 0; pk__has_bias(node) && j < out; j++)
+                for (size_t b = 0; b < PK_PANEL; b++)
+                    to[out * in + j] += cotangent[j * PK_PANEL + b];
+        }
+    }
+}
+
+PK__COLD_BEGIN
+
 /* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
 static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
                             pk_examples *examples, size_t first)
@@ -13877,48 +13998,6 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
                       workspace, gradient);
 }
 
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
-{
-    to->count = from->count;
-    to->items = from->items;
-    to->consecutive = from->consecutive;
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
-        pk_real *targets[3] = {to->input[l], to->cotangent[l], to->rows[l]};
-        const size_t columns = pk__blocks(from->count, PK_PANEL) * PK_PANEL;
-        const size_t numbers[3] = {node->positions * node->fan_in * columns, node->width * columns,
-                                   node->weight_count * from->ld};
-        for (int part = 0; part < 3; part++)
-            for (size_t i = 0; sources[part] && i < numbers[part]; i++)
-                targets[part][i] = (pk_real)fabs(sources[part][i]);
-    }
-}
-
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
-{
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        const size_t in = node->fan_in, out = node->fan_out, ld = examples->ld, count = examples->count;
-        pk_real *to = sum + node->weight_offset;
-        if (examples->rows[l]) {
-            for (size_t i = 0; i < node->weight_count; i++)
-                for (size_t b = 0; b < count; b++)
-                    to[i] += examples->rows[l][i * ld + b];
-            continue;
-        }
-        /* A panel's place q after the other: the features of a panel stand by places. */
-        for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
-            const pk_real *input = examples->input[l] + q * in * PK_PANEL;
-            const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
-            pk__gemm(0, 1, out, in, PK_PANEL, 1, cotangent, PK_PANEL, input, PK_PANEL, 1, to, in);
-            for (size_t j = 0; pk__has_bias(node) && j < out; j++)
-                for (size_t b = 0; b < PK_PANEL; b++)
-                    to[out * in + j] += cotangent[j * PK_PANEL + b];
-        }
-    }
-}
-
 PK_API double pk_rounding_allowance(const pk_graph *graph)
 {
     double sum = 0;
@@ -13928,6 +14007,8 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
     }
     return 2 * PK__EPSILON * sum;
 }
+
+PK__COLD_END
 
 PK__END_C
 
@@ -14940,8 +15021,6 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
-PK__COLD_END
-
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
 PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
@@ -14983,6 +15062,8 @@ PK__PRIVATE pk_real pk__row_factors(const pk_tangent *tangent, size_t layer, siz
     *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
     return data ? 1 : tangent->weight_sum[row];
 }
+
+PK__COLD_END
 
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
                                pk_real *phi)
@@ -15306,6 +15387,8 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
     return PK_OK;
 }
 
+PK__COLD_BEGIN
+
 /* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
 static void pk__fill_window(pk_window *window)
 {
@@ -15335,6 +15418,8 @@ static int pk__has_moments(const pk_window *window)
 {
     return window->preconditioned && window->run->second_moments.data;
 }
+
+PK__COLD_END
 
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
  * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
@@ -16721,6 +16806,8 @@ typedef struct pk__gram_lane {
     pk_real *left, *right, *tile, *spread;
 } pk__gram_lane;
 
+PK__COLD_BEGIN
+
 static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
@@ -16817,6 +16904,8 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
         pk__gram_sweep(gram, to, at, pk__least(sweep, to->rows - at));
     }
 }
+
+PK__COLD_END
 
 /* ---- tiles --------------------------------------------------------------------------------------------- */
 
@@ -16921,6 +17010,8 @@ static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size
     return bad;
 }
 
+PK__COLD_BEGIN
+
 /* All pairs of two sides, or of one with itself. */
 static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
 {
@@ -16955,8 +17046,6 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
 }
 
 /* ---- how it is cut ------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 /* The form of a layer, by flops a pair of rows. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
