@@ -2561,14 +2561,17 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
     {                                                                                                         \
         const size_t *to_at = target->to_at, *other_at = target->other_at;                                    \
         size_t sixes, fours, first = 0, count;                                                                \
-        pk__tiles(rows, &sixes, &fours);                                                                      \
+        if (PK__KNOWN_##suffix)                                                                               \
+            pk__tiles(rows, &sixes, &fours);                                                                  \
+        else                                                                                                  \
+            sixes = 0, fours = pk__blocks(rows, 4);                                                           \
         for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
             const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
             const size_t *to = to_at ? to_at + first : NULL, *other = other_at ? other_at + first : NULL;     \
             count = pk__least(tile < sixes ? 6 : 4, rows - first);                                            \
-            if (count == 6) /* known when this is compiled */                                                 \
+            if (count == 6 && PK__KNOWN_##suffix) /* when this is compiled */                                 \
                 pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
-            else if (tile < sixes)                                                                            \
+            else if (tile < sixes && PK__KNOWN_##suffix)                                                      \
                 pk__tile_6_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
             else                                                                                              \
                 pk__tile_4_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
@@ -2624,19 +2627,27 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             const size_t count = pk__least(PK__TALLEST, depth - p);                                            \
             const pk_real *own = a + p * along, *b = panel + p * step;                                         \
             const int begin = p == 0, end = p + count == depth;                                                \
-            switch (count) { /* known when this is compiled */                                                 \
-            case 1: pk__sums_of_##suffix(1, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                break;                                                                                         \
-            case 2: pk__sums_of_##suffix(2, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                break;                                                                                         \
-            case 3: pk__sums_of_##suffix(3, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                break;                                                                                         \
-            case 4: pk__sums_of_##suffix(4, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                break;                                                                                         \
-            case 5: pk__sums_of_##suffix(5, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                break;                                                                                         \
-            default: pk__sums_of_##suffix(6, rows, own, along, b, step, begin, end, other, other_at, to);      \
-            }                                                                                                  \
+            if (!PK__KNOWN_##suffix)                                                                           \
+                pk__sums_of_##suffix(count, rows, own, along, b, step, begin, end, other, other_at, to);       \
+            else                                                                                               \
+                switch (count) {                                                                               \
+                case 1:                                                                                        \
+                    pk__sums_of_##suffix(1, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                    break;                                                                                     \
+                case 2:                                                                                        \
+                    pk__sums_of_##suffix(2, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                    break;                                                                                     \
+                case 3:                                                                                        \
+                    pk__sums_of_##suffix(3, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                    break;                                                                                     \
+                case 4:                                                                                        \
+                    pk__sums_of_##suffix(4, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                    break;                                                                                     \
+                case 5:                                                                                        \
+                    pk__sums_of_##suffix(5, rows, own, along, b, step, begin, end, other, other_at, to);       \
+                    break;                                                                                     \
+                default: pk__sums_of_##suffix(6, rows, own, along, b, step, begin, end, other, other_at, to);  \
+                }                                                                                              \
         }                                                                                                      \
     }
 
@@ -2653,6 +2664,14 @@ typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(p
 typedef pk_real pk__vector;
 #endif
 
+/* Whether the number of rows in a tile is known when a processor's tiles are compiled: those for processors before 2013, where
+ * there are faster ones, do with one copy of 4 rows. */
+#define PK__KNOWN_avx2 1
+#ifdef PK__DISPATCH
+#define PK__KNOWN_base 0
+#else
+#define PK__KNOWN_base 1
+#endif
 /* sum + number times vector. */
 #define PK__ADD_base(sum, number, beside) ((sum) + (number) * (beside))
 #define PK__STEP_base(i) PK__TILE_STEP(i, PK__ADD_base)
