@@ -14269,12 +14269,12 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* The next panel into the first-level cache while this one is multiplied. Tiles are short, so that the processor would see
- * too late that they go on there. */
+/* The next panel into the first-level cache while this one is multiplied: tiles are short, so that the processor would see
+ * too late that they go on there. Of a deep panel its beginning, which leaves the room to what is multiplied. */
 static void pk__fetch_panel(size_t depth, const pk_real *panel)
 {
 #if defined(__GNUC__)
-    for (size_t p = 0; p < depth; p++)
+    for (size_t p = 0; p < pk__least(depth, 128); p++)
         __builtin_prefetch(panel + p * PK_PANEL);
 #else
     (void)depth, (void)panel;
