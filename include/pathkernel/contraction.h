@@ -38,16 +38,25 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* The next panel into the first-level cache while this one is multiplied: tiles are short, so that the processor would see
- * too late that they go on there. Of a deep panel its beginning, which leaves the room to what is multiplied. */
-static void pk__fetch_panel(size_t depth, const pk_real *panel)
+/* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
+ * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
+ * beginning, which leaves the room to what is multiplied. */
+static void pk__fetch_next(size_t depth, const pk_real *panels, size_t column, size_t block)
 {
+    const size_t next = column + PK_PANEL, rows = next < block ? pk__least(depth, 128) : 0;
 #if defined(__GNUC__)
-    for (size_t p = 0; p < pk__least(depth, 128); p++)
-        __builtin_prefetch(panel + p * PK_PANEL);
+    for (size_t p = 0; p < rows; p++)
+        __builtin_prefetch(panels + next * depth + p * PK_PANEL);
 #else
-    (void)depth, (void)panel;
+    (void)panels, (void)rows;
 #endif
+}
+
+/* cells x columns of a tile = 0, up to the end of the last panel. */
+PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
+{
+    for (size_t i = 0; i < cells; i++)
+        memset(tile + i * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
 }
 
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
@@ -62,8 +71,7 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
         for (size_t column = 0; column < block; column += PK_PANEL) {
-            if (column + PK_PANEL < block)
-                pk__fetch_panel(depth, panels + (column + PK_PANEL) * depth);
+            pk__fetch_next(depth, panels, column, block);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
             pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
@@ -201,8 +209,7 @@ static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points 
         const size_t row = points->row[p];
         size_t *unit_row = tangent->unit_row + row * 2 * out, units = 0;
         pk_real *slopes = tangent->slopes + p * 2 * out;
-        for (last = p + 1; last < points->count && points->row[last] == row; last++)
-            ;
+        last = pk__row_end(points, p);
         for (size_t j = 0; j < out; j++) {
             int on = 0;
             for (size_t i = 0; i < last - p; i++)
@@ -235,11 +242,9 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
         const size_t *unit_row = tangent->unit_row + row * 2 * out;
         pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
-        for (last = p + 1; last < points->count && points->row[last] == row; last++)
-            ;
+        last = pk__row_end(points, p);
         for (size_t column = 0; column < block; column += PK_PANEL) {
-            if (column + PK_PANEL < block)
-                pk__fetch_panel(out, cotangents + (column + PK_PANEL) * out);
+            pk__fetch_next(out, cotangents, column, block);
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__least(PK__HEAD_PART, units - j);
                 tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
@@ -347,9 +352,8 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
                                size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
-    for (size_t i = 0; fresh && !pk__is_readout(tangent, layer) && i < rows * outputs; i++)
-        memset(tangent->tile + i * PK_TILE_LD, 0,
-               pk__blocks(block, PK_PANEL) * PK_PANEL * sizeof *tangent->tile);
+    if (fresh && !pk__is_readout(tangent, layer))
+        pk__clear_tile(rows * outputs, block, tangent->tile);
     if (pk__is_spread(tangent, layer)) {
         pk__contract_places(tangent, layer, points, first, block);
     } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {

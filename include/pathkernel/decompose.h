@@ -196,7 +196,7 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     worker->tangent.examples = &job->window.magnitudes[j];
     for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
         const size_t count = pk__least(PK_EXAMPLE_BLOCK, batch->count - first);
-        memset(worker->bound_tile, 0, part->count * PK_TILE_LD * sizeof *worker->bound_tile);
+        pk__clear_tile(part->count, count, worker->bound_tile);
         pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
                                 worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
@@ -292,8 +292,7 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
         const size_t count = pk__least(PK_EXAMPLE_BLOCK, examples - first);
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, count, tile);
-        for (size_t k = 0; k < job->output_count; k++)
-            memset(tile + k * PK_TILE_LD, 0, pk__blocks(count, PK_PANEL) * PK_PANEL * sizeof *tile);
+        pk__clear_tile(job->output_count, count, tile);
     }
     worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
 }

@@ -197,6 +197,13 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
 }
 
 #ifdef PATHKERNEL_BLIS
+/* 1 where BLIS is faster than the tiles. */
+static int pk__is_for_blis(int transpose_a, int transpose_b, size_t m, size_t n, size_t k)
+{
+    const int shift = transpose_b ? 0 : transpose_a ? 4 : 2;
+    return m * n * k > (size_t)PK__BLIS_TERMS << shift && !pk__has_few_rows(transpose_b, m, n);
+}
+
 static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
@@ -234,10 +241,7 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
 #ifdef PATHKERNEL_BLIS
-    else if (m * n * k > (size_t)PK__BLIS_TERMS << (transpose_b   ? 0
-                                                    : transpose_a ? 4
-                                                                  : 2) &&
-             !pk__has_few_rows(transpose_b, m, n))
+    else if (pk__is_for_blis(transpose_a, transpose_b, m, n, k))
         pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif
     else

@@ -254,6 +254,15 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
 }
 
+/* One behind the last of the points from p on that are of its row. */
+PK__PRIVATE size_t pk__row_end(const pk_points *points, size_t p)
+{
+    size_t end = p + 1;
+    while (end < points->count && points->row[end] == points->row[p])
+        end++;
+    return end;
+}
+
 static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
 {
     integrator->buffer.last = last;
@@ -397,6 +406,12 @@ static void pk__plan_next(unsigned char *next, unsigned char now, int nodes, dou
     *next = (unsigned char)(start > *next ? start : *next);
 }
 
+/* Whether a piece waits for a test of its order. */
+static int pk__is_open(const pk_integrator *integrator, size_t piece)
+{
+    return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
+}
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -410,7 +425,7 @@ static int pk__test_pieces(pk_integrator *integrator)
         for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
             const double a = pieces->a[last], b = pieces->b[last];
             const size_t nodes = order[last];
-            if (integrator->passed[last] || nodes > PK__LARGEST_ORDER)
+            if (!pk__is_open(integrator, last))
                 continue;
             if (points + nodes + 2 * (tested + 1) > segment->point_capacity)
                 break;
@@ -425,8 +440,7 @@ static int pk__test_pieces(pk_integrator *integrator)
             continue;
         size_t ends = points;
         for (size_t i = next; i < last; i++) /* then their ends; only values are */
-            for (int end = 0; end < 2 && !integrator->passed[i] && order[i] <= PK__LARGEST_ORDER;
-                 end++, ends++) {
+            for (int end = 0; end < 2 && pk__is_open(integrator, i); end++, ends++) {
                 segment->point_row[ends] = pieces->row[i];
                 segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
             }
@@ -436,7 +450,7 @@ static int pk__test_pieces(pk_integrator *integrator)
         points = 0;
         for (size_t i = next; i < last; i++) {
             const int nodes = order[i];
-            if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
+            if (!pk__is_open(integrator, i))
                 continue;
             /* The values at the ends are those at the ends' t, rounded. */
             const double length = (double)(pk_real)pieces->b[i] - (double)(pk_real)pieces->a[i];

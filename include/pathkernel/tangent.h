@@ -133,9 +133,7 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
     const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
                  out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
     for (size_t p = 0, last; p < points->count; p = last) {
-        for (last = p + 1; last < points->count && last - p < most && points->row[last] == points->row[p];
-             last++)
-            ;
+        last = pk__least(pk__row_end(points, p), p + most);
         const size_t pairs = (last - p) * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in;
         for (size_t i = p; i < last; i++) {
@@ -262,8 +260,7 @@ static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *p
     else if (tangent->kind[layer] == PK_LAYER_ROWS)
         pk__add_rows(tangent, layer, points);
     for (size_t p = 0, last; tangent->kind[layer] == PK_LAYER_POINTS && p < points->count; p = last) {
-        for (last = p + 1; last < points->count && points->row[last] == points->row[p]; last++)
-            ;
+        last = pk__row_end(points, p);
         pk__add_phi(tangent, layer, points, p, last);
     }
     tangent->seconds_sums += pk__seconds() - start;
