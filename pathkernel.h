@@ -3158,6 +3158,13 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
 }
 
 #ifdef PATHKERNEL_BLIS
+/* 1 where BLIS is faster than the tiles. */
+static int pk__is_for_blis(int transpose_a, int transpose_b, size_t m, size_t n, size_t k)
+{
+    const int shift = transpose_b ? 0 : transpose_a ? 4 : 2;
+    return m * n * k > (size_t)PK__BLIS_TERMS << shift && !pk__has_few_rows(transpose_b, m, n);
+}
+
 static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
@@ -3195,10 +3202,7 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
     if (k == 0 || alpha == 0)
         pk__scale(m, n, beta, c, ldc);
 #ifdef PATHKERNEL_BLIS
-    else if (m * n * k > (size_t)PK__BLIS_TERMS << (transpose_b   ? 0
-                                                    : transpose_a ? 4
-                                                                  : 2) &&
-             !pk__has_few_rows(transpose_b, m, n))
+    else if (pk__is_for_blis(transpose_a, transpose_b, m, n, k))
         pk__blis_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif
     else
@@ -13445,6 +13449,15 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
 }
 
+/* One behind the last of the points from p on that are of its row. */
+PK__PRIVATE size_t pk__row_end(const pk_points *points, size_t p)
+{
+    size_t end = p + 1;
+    while (end < points->count && points->row[end] == points->row[p])
+        end++;
+    return end;
+}
+
 static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
 {
     integrator->buffer.last = last;
@@ -13588,6 +13601,12 @@ static void pk__plan_next(unsigned char *next, unsigned char now, int nodes, dou
     *next = (unsigned char)(start > *next ? start : *next);
 }
 
+/* Whether a piece waits for a test of its order. */
+static int pk__is_open(const pk_integrator *integrator, size_t piece)
+{
+    return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
+}
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -13601,7 +13620,7 @@ static int pk__test_pieces(pk_integrator *integrator)
         for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
             const double a = pieces->a[last], b = pieces->b[last];
             const size_t nodes = order[last];
-            if (integrator->passed[last] || nodes > PK__LARGEST_ORDER)
+            if (!pk__is_open(integrator, last))
                 continue;
             if (points + nodes + 2 * (tested + 1) > segment->point_capacity)
                 break;
@@ -13616,8 +13635,7 @@ static int pk__test_pieces(pk_integrator *integrator)
             continue;
         size_t ends = points;
         for (size_t i = next; i < last; i++) /* then their ends; only values are */
-            for (int end = 0; end < 2 && !integrator->passed[i] && order[i] <= PK__LARGEST_ORDER;
-                 end++, ends++) {
+            for (int end = 0; end < 2 && pk__is_open(integrator, i); end++, ends++) {
                 segment->point_row[ends] = pieces->row[i];
                 segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
             }
@@ -13627,7 +13645,7 @@ static int pk__test_pieces(pk_integrator *integrator)
         points = 0;
         for (size_t i = next; i < last; i++) {
             const int nodes = order[i];
-            if (integrator->passed[i] || nodes > PK__LARGEST_ORDER)
+            if (!pk__is_open(integrator, i))
                 continue;
             /* The values at the ends are those at the ends' t, rounded. */
             const double length = (double)(pk_real)pieces->b[i] - (double)(pk_real)pieces->a[i];
@@ -14269,16 +14287,25 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* The next panel into the first-level cache while this one is multiplied: tiles are short, so that the processor would see
- * too late that they go on there. Of a deep panel its beginning, which leaves the room to what is multiplied. */
-static void pk__fetch_panel(size_t depth, const pk_real *panel)
+/* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
+ * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
+ * beginning, which leaves the room to what is multiplied. */
+static void pk__fetch_next(size_t depth, const pk_real *panels, size_t column, size_t block)
 {
+    const size_t next = column + PK_PANEL, rows = next < block ? pk__least(depth, 128) : 0;
 #if defined(__GNUC__)
-    for (size_t p = 0; p < pk__least(depth, 128); p++)
-        __builtin_prefetch(panel + p * PK_PANEL);
+    for (size_t p = 0; p < rows; p++)
+        __builtin_prefetch(panels + next * depth + p * PK_PANEL);
 #else
-    (void)depth, (void)panel;
+    (void)panels, (void)rows;
 #endif
+}
+
+/* cells x columns of a tile = 0, up to the end of the last panel. */
+PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
+{
+    for (size_t i = 0; i < cells; i++)
+        memset(tile + i * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
 }
 
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
@@ -14293,8 +14320,7 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
         for (size_t column = 0; column < block; column += PK_PANEL) {
-            if (column + PK_PANEL < block)
-                pk__fetch_panel(depth, panels + (column + PK_PANEL) * depth);
+            pk__fetch_next(depth, panels, column, block);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
             pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
@@ -14432,8 +14458,7 @@ static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points 
         const size_t row = points->row[p];
         size_t *unit_row = tangent->unit_row + row * 2 * out, units = 0;
         pk_real *slopes = tangent->slopes + p * 2 * out;
-        for (last = p + 1; last < points->count && points->row[last] == row; last++)
-            ;
+        last = pk__row_end(points, p);
         for (size_t j = 0; j < out; j++) {
             int on = 0;
             for (size_t i = 0; i < last - p; i++)
@@ -14466,11 +14491,9 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
         const size_t *unit_row = tangent->unit_row + row * 2 * out;
         pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
-        for (last = p + 1; last < points->count && points->row[last] == row; last++)
-            ;
+        last = pk__row_end(points, p);
         for (size_t column = 0; column < block; column += PK_PANEL) {
-            if (column + PK_PANEL < block)
-                pk__fetch_panel(out, cotangents + (column + PK_PANEL) * out);
+            pk__fetch_next(out, cotangents, column, block);
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__least(PK__HEAD_PART, units - j);
                 tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
@@ -14578,9 +14601,8 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
                                size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
-    for (size_t i = 0; fresh && !pk__is_readout(tangent, layer) && i < rows * outputs; i++)
-        memset(tangent->tile + i * PK_TILE_LD, 0,
-               pk__blocks(block, PK_PANEL) * PK_PANEL * sizeof *tangent->tile);
+    if (fresh && !pk__is_readout(tangent, layer))
+        pk__clear_tile(rows * outputs, block, tangent->tile);
     if (pk__is_spread(tangent, layer)) {
         pk__contract_places(tangent, layer, points, first, block);
     } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {
@@ -14805,9 +14827,7 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
     const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
                  out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
     for (size_t p = 0, last; p < points->count; p = last) {
-        for (last = p + 1; last < points->count && last - p < most && points->row[last] == points->row[p];
-             last++)
-            ;
+        last = pk__least(pk__row_end(points, p), p + most);
         const size_t pairs = (last - p) * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in;
         for (size_t i = p; i < last; i++) {
@@ -14934,8 +14954,7 @@ static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *p
     else if (tangent->kind[layer] == PK_LAYER_ROWS)
         pk__add_rows(tangent, layer, points);
     for (size_t p = 0, last; tangent->kind[layer] == PK_LAYER_POINTS && p < points->count; p = last) {
-        for (last = p + 1; last < points->count && points->row[last] == points->row[p]; last++)
-            ;
+        last = pk__row_end(points, p);
         pk__add_phi(tangent, layer, points, p, last);
     }
     tangent->seconds_sums += pk__seconds() - start;
@@ -16177,7 +16196,7 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     worker->tangent.examples = &job->window.magnitudes[j];
     for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
         const size_t count = pk__least(PK_EXAMPLE_BLOCK, batch->count - first);
-        memset(worker->bound_tile, 0, part->count * PK_TILE_LD * sizeof *worker->bound_tile);
+        pk__clear_tile(part->count, count, worker->bound_tile);
         pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
                                 worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
@@ -16273,8 +16292,7 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
         const size_t count = pk__least(PK_EXAMPLE_BLOCK, examples - first);
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, count, tile);
-        for (size_t k = 0; k < job->output_count; k++)
-            memset(tile + k * PK_TILE_LD, 0, pk__blocks(count, PK_PANEL) * PK_PANEL * sizeof *tile);
+        pk__clear_tile(job->output_count, count, tile);
     }
     worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
 }
