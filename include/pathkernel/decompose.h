@@ -149,15 +149,15 @@ static void pk__advance_state(const pk__part *part, const pk_linear_form *form, 
     const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
     for (size_t k = 0; k < part->count; k++) {
         size_t at = k * part->matrix;
-        if (!phi->inputs)
-            pk__linear_form_back(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
+        if (phi->inputs)
+            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
                                  e ? e + at : NULL);
-        for (size_t j = 0; phi->inputs && j < out; j++)
-            pk__linear_form_back(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
-                                 phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
+        else
+            pk__linear_form_back(1, part->matrix, form, carry, p, NULL, phi->matrices + at, 0, state + at,
+                                 e ? e + at : NULL);
         at = matrices + k * part->bias;
-        pk__linear_form_back(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
-                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
+        pk__linear_form_back(1, part->bias, form, carry, p_bias, phi->inputs ? &phi->bias_input : NULL,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, 0, state + at,
                              e ? e + at : NULL);
     }
 }
@@ -271,7 +271,10 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
     part.row = row;
     part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
-    const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
+    const size_t last = job->first_output + job->output_count;
+    /* Copies of a part should stay in the cache; where R is used as it stands there are none. */
+    const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
+    const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
     for (size_t unit = job->first_output; unit < last; unit += job->unit) {
         const size_t end = pk__least(unit + job->unit, last);
         for (part.first = unit; part.first < end; part.first += part.count) {

@@ -270,32 +270,41 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
     *(number *)(state + i) = next;                                        \
     if (e)                                                                \
         *(number *)(e + i) = gain * next + direct * entering;
-#define PK__DEFINE_BACK(suffix, attributes, vectors)                                                   \
-    attributes static void pk__back_##suffix(size_t count, const pk_linear_form *form, double carry,   \
-                                             const pk_real *p, pk_real factor, const pk_real *phi,     \
-                                             pk_real *state, pk_real *e)                               \
-    {                                                                                                  \
-        typedef vectors vector;                                                                        \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
-        const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate; \
-        const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;                      \
-        const vector zero = {0};                                                                       \
-        size_t i = 0;                                                                                  \
-        for (; i + lanes <= count; i += lanes) {                                                       \
-            PK__BACK_STEP(vector, zero)                                                                \
-        }                                                                                              \
-        for (; i < count; i++) {                                                                       \
-            PK__BACK_STEP(pk_real, 0)                                                                  \
-        }                                                                                              \
+#define PK__DEFINE_BACK(suffix, attributes, vectors)                                                      \
+    attributes static void pk__back_##suffix(size_t rows, size_t count, const pk_linear_form *form,       \
+                                             double carry, const pk_real *p, const pk_real *factors,      \
+                                             const pk_real *phi, size_t step, pk_real *state, pk_real *e) \
+    {                                                                                                     \
+        typedef vectors vector;                                                                           \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                         \
+        const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;    \
+        const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;                         \
+        const vector zero = {0};                                                                          \
+        for (size_t row = 0; row < rows; row++) {                                                         \
+            const pk_real factor = factors ? factors[row] : 1;                                            \
+            size_t i = 0;                                                                                 \
+            for (; i + lanes <= count; i += lanes) {                                                      \
+                PK__BACK_STEP(vector, zero)                                                               \
+            }                                                                                             \
+            for (; i < count; i++) {                                                                      \
+                PK__BACK_STEP(pk_real, 0)                                                                 \
+            }                                                                                             \
+            p = p ? p + count : NULL;                                                                     \
+            e = e ? e + count : NULL;                                                                     \
+            phi += step;                                                                                  \
+            state += count;                                                                               \
+        }                                                                                                 \
     }
 PK__FOR_PROCESSORS(PK__DEFINE_BACK)
 
-/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
- * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
-PK__PRIVATE void pk__linear_form_back(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
-                                      pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of rows x count numbers: one
+ * pass, since memory bounds it. phi: factors (NULL: 1), a number a row, times rows that are `step` numbers apart (0: all the
+ * same one). p NULL: the rate. */
+PK__PRIVATE void pk__linear_form_back(size_t rows, size_t count, const pk_linear_form *form, double carry,
+                                      const pk_real *p, const pk_real *factors, const pk_real *phi, size_t step,
+                                      pk_real *state, pk_real *e)
 {
-    PK__ON_PROCESSOR(pk__back, (count, form, carry, p, factor, phi, state, e));
+    PK__ON_PROCESSOR(pk__back, (rows, count, form, carry, p, factors, phi, step, state, e));
 }
 
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
