@@ -174,7 +174,8 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
             call.in[j] += p * call.in_width[j];
         call.out += p * node->width;
         call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
-        call.weights = pk__row_weights(tape, &tape->line, node, p);
+        call.weights = pk__has_row_weights(node) ? pk__row_weights(tape, &tape->line, node, p)
+                                                 : tape->line.weights + node->weight_offset;
         call.gradient = tangent->scratch;
         pk__node_row_gradients(&call);
         for (size_t i = 0; i < tangent->output_count * weights; i++)

@@ -62,7 +62,11 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-enum { PK__MANY_POSITIONS = 16 };
+enum {
+    PK__MANY_POSITIONS = 16,
+    PK__MANY_COTANGENTS = 8,  /* of a row of the line, for a layer's weights, */
+    PK__FEW_WEIGHTS = 1 << 14 /* that stay in the cache: so many at most */
+};
 
 PK__COLD_BEGIN
 
@@ -72,6 +76,14 @@ static int pk__has_row_weights(const pk_node *node)
 {
     return node->weight_count &&
            (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
+}
+
+/* The same in reverse, where a row has as many cotangents as there are copies. */
+static int pk__reverses_by_row(const pk_node *node, size_t copies)
+{
+    return pk__has_row_weights(node) ||
+           (node->weight_count && node->weight_count <= (size_t)PK__FEW_WEIGHTS && !node->input_constant &&
+            node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
 }
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
@@ -113,7 +125,7 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
-        if (pk__has_row_weights(node))
+        if (pk__reverses_by_row(node, copies))
             weights = pk__most(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
@@ -170,11 +182,13 @@ PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *l
                                            size_t row)
 {
     const pk_real *weights = line->weights + node->weight_offset;
-    if (!line->direction || !pk__has_row_weights(node))
+    if (!line->direction)
         return weights;
+    const pk_real *direction = line->direction + node->weight_offset, t = line->t[row];
+    pk_real *to = tape->row_weights;
     for (size_t i = 0; i < node->weight_count; i++)
-        tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
-    return tape->row_weights;
+        to[i] = weights[i] + t * direction[i];
+    return to;
 }
 
 /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
@@ -286,7 +300,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
         call.accumulate[j] = node->shared[j];
     }
     int along = line->direction && node->weight_count;
-    if (along && pk__has_row_weights(node)) {
+    if (along && pk__reverses_by_row(node, copies)) {
         pk__by_row(tape, line, &call, node->operation->reverse);
         return;
     }
