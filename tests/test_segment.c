@@ -324,7 +324,7 @@ static void test_points(void **state)
         const size_t row[POINTS] = {2, 0, 0, 1, 2, 2, 1};
         const pk_real t[POINTS] = {0, 1, 0.3, 0.25, 0.9, 1e-3, 0.5};
         pk_segment_begin(&h.segment, w, d, R, x);
-        pk_segment_forward(&h.segment, POINTS, row, t, h.graph.node_count);
+        pk_segment_forward(&h.segment, POINTS, row, t);
         pk_segment_tangent(&h.segment, POINTS, row, t);
         pk_real *seed = pk_tape_seed(&h.segment.tape);
         for (size_t p = 0; p < POINTS; p++)

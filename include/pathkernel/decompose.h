@@ -323,41 +323,23 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
     }
 }
 
-/* h at t of every row: into h (rows x outputs). */
-static void pk__readout_at(pk__worker *worker, double t, pk_real *h)
-{
-    pk_integrator *integrator = &worker->tangent.integrator;
-    pk_segment *segment = &integrator->segment;
-    size_t classes = worker->job->graph->output_width;
-    for (size_t r = 0; r < segment->rows; r++) {
-        segment->point_row[r] = r;
-        segment->point_t[r] = (pk_real)t;
-    }
-    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t,
-                       segment->graph->node_count);
-    for (size_t r = 0; r < segment->rows; r++)
-        pk_readout_apply(&integrator->readout, classes, integrator->first_row + r,
-                         pk_tape_output(&segment->tape) + r * classes, h + r * worker->job->outputs,
-                         integrator->slope);
-}
-
 /* What a step adds beside its examples, and its own closure. */
 static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j, size_t step)
 {
     pk__job *job = worker->job;
     pk_decomposition *part = job->part;
     const pk_linear_form *form = &job->window.forms[j];
-    pk_real *start = worker->tangent.tile, *end = start + worker->rows * job->outputs;
+    const pk_real *ends = pk_integrator_ends(&worker->tangent.integrator);
     double linear = form->decoupled;
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
-    pk__readout_at(worker, 0, start);
-    pk__readout_at(worker, 1, end);
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
         const size_t cell = worker->row * job->outputs + i, output = i % job->outputs;
         if (output < job->first_output || output >= job->first_output + job->output_count)
             continue;
-        double closure = (double)(end[i] - start[i]) - (double)worker->tangent.along[0][i];
+        const pk_real *start = ends + (2 * (i / job->outputs) * job->outputs + output),
+                      *end = start + job->outputs;
+        double closure = (double)(*end - *start) - (double)worker->tangent.along[0][i];
         part->unattributed[cell] += worker->tangent.along[1][i];
         if (worker->tangent.directions[2])
             part->decay[cell] -= linear * worker->tangent.along[2][i];

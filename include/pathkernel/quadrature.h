@@ -89,6 +89,9 @@ typedef struct pk_integrator {
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
+    /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
+    pk_real *ends;
+    unsigned char *has_ends;
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
@@ -106,6 +109,8 @@ PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_
                                                   const pk_graph *graph, const pk_readout *readout);
 /* Sends points of the segment's step (after pk_segment_begin) to the sink. */
 PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user);
+/* h at both ends of the step of every row, after pk_integrate: rows x 2 x readouts numbers, until the next call. */
+PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator);
 
 PK__END_C
 /* <<< declarations */
@@ -252,6 +257,8 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     pk_points_take(arena, points, bounds, &integrator->buffer);
     integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
+    integrator->ends = (pk_real *)pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = (unsigned char *)pk_arena_take(arena, rows, 1);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -412,6 +419,14 @@ static int pk__is_open(const pk_integrator *integrator, size_t piece)
     return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
 }
 
+/* Of a piece that is the whole step, what pk__piece_error left in h. */
+static void pk__keep_ends(pk_integrator *integrator, size_t row)
+{
+    const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->segment.graph->output_width);
+    memcpy(integrator->ends + row * both, integrator->h, both * sizeof *integrator->h);
+    integrator->has_ends[row] = 1;
+}
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -444,7 +459,7 @@ static int pk__test_pieces(pk_integrator *integrator)
                 segment->point_row[ends] = pieces->row[i];
                 segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
             }
-        pk_segment_forward(segment, ends, segment->point_row, segment->point_t, segment->graph->node_count);
+        pk_segment_forward(segment, ends, segment->point_row, segment->point_t);
         pk_segment_tangent(segment, points, segment->point_row, segment->point_t);
         ends = points;
         points = 0;
@@ -457,6 +472,8 @@ static int pk__test_pieces(pk_integrator *integrator)
             double roundings,
                 error = pk__piece_error(integrator, points, ends, pieces->row[i], length, nodes, &roundings);
             const double before = integrator->missed[i];
+            if (pieces->a[i] == 0 && pieces->b[i] == 1)
+                pk__keep_ends(integrator, pieces->row[i]);
             points += (size_t)nodes;
             ends += 2;
             integrator->missed[i] = error;
@@ -525,6 +542,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
 {
     pk_segment *segment = &integrator->segment;
     pk_rule rule = integrator->quadrature.rule;
+    memset(integrator->has_ends, 0, segment->rows);
     if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
         pk__emit_fixed(integrator, sink, user);
         pk__flush(integrator, sink, user, 1);
@@ -566,6 +584,29 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         integrator->row_order[row] =
             integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER * PK_WAITS;
     pk__flush(integrator, sink, user, 1);
+}
+
+PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
+{
+    pk_segment *segment = &integrator->segment;
+    const size_t classes = segment->graph->output_width,
+                 outputs = pk_readout_count(&integrator->readout, classes);
+    for (size_t row = 0, points; row < segment->rows; row++) {
+        if (integrator->has_ends[row])
+            continue;
+        for (points = 0; row + points / 2 < segment->rows && points < segment->point_capacity / 2 * 2;
+             points++) {
+            segment->point_row[points] = row + points / 2;
+            segment->point_t[points] = (pk_real)(points % 2);
+        }
+        pk_segment_forward(segment, points, segment->point_row, segment->point_t);
+        for (size_t p = 0; p < points; p++)
+            pk_readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
+                             pk_tape_output(&segment->tape) + p * classes,
+                             integrator->ends + (2 * row + p) * outputs, integrator->slope);
+        row += points / 2 - 1;
+    }
+    return integrator->ends;
 }
 
 PK__COLD_END

@@ -41,6 +41,9 @@ typedef struct pk_segment {
     pk_real *input_points, *switch_values, *coefficients, *conversion;
     size_t *point_row;
     pk_real *point_t;
+    size_t held; /* points of the last pk_segment_forward that stand in the tape yet: held_row, held_t */
+    size_t *held_row;
+    pk_real *held_t;
     pk_pieces pending, batch;            /* to be sampled */
     size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
     double *roots;                       /* (t, slack) pairs */
@@ -55,10 +58,9 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
 /* Moves it to a step and a block of rows (rows x input width). */
 PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
                              const pk_real *inputs);
-/* Values at points (row[p], t[p]), p < count <= point_capacity, of the nodes before node number stop: in
- * segment->tape, point by point. Cost 4 P flops a point. */
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
-                               size_t stop);
+/* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
+ * where the points are the first ones of the last call for this step. */
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* Tangents along the step's direction at the points of the last forward. */
 PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
@@ -218,6 +220,8 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
     segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
     segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
+    segment->held_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->held_row);
+    segment->held_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->held_t);
     pk_pieces_take(arena, pieces, &segment->pending);
     segment->pending_start = (size_t *)pk_arena_take(arena, pieces, sizeof *segment->pending_start);
     pk_pieces_take(arena, points, &segment->batch);
@@ -233,6 +237,7 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     segment->weights = weights;
     segment->direction = direction;
     segment->rows = rows;
+    segment->held = 0;
     segment->inputs = inputs;
     segment->base[0] = (pk_real *)inputs; /* only read */
     for (size_t n = 1; n < graph->node_count; n++) {
@@ -279,12 +284,17 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
 
 PK__COLD_BEGIN
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
-                               size_t stop)
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
 {
+    if (count <= segment->held && !memcmp(row, segment->held_row, count * sizeof *row) &&
+        !memcmp(t, segment->held_t, count * sizeof *t))
+        return;
     segment->tape.value[0] = segment->input_points;
-    for (size_t n = 0; n < stop; n++)
+    for (size_t n = 0; n < segment->graph->node_count; n++)
         pk__segment_node(segment, n, count, row, t);
+    memcpy(segment->held_row, row, count * sizeof *row);
+    memcpy(segment->held_t, t, count * sizeof *t);
+    segment->held = count;
 }
 
 PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
@@ -622,6 +632,7 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
         pk_pieces_push(first, from->row[i], from->a[i], from->b[i], from->slack[i]);
     }
     segment->tape.value[0] = segment->input_points;
+    segment->held = 0; /* samples take their place */
     while (pending->count) {
         pk__begin_batch(segment);
         for (size_t n = 0; n <= segment->last_switch && batch->count; n++) {
