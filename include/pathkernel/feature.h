@@ -58,6 +58,7 @@ typedef struct pk_tangent {
     const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
     pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                      /* rows */
+    unsigned char *begun;                     /* rows: whether the step has had points of it */
     /* The contraction: */
     const pk_examples *examples;
     const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
@@ -317,6 +318,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
     tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
+    tangent->begun = (unsigned char *)pk_arena_take(arena, rows, 1);
     pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
     /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
      * layer by rows (outputs x weights). */

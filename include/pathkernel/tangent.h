@@ -32,35 +32,37 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. known: F(direction_v,
+ * a_p) where it has been computed, else NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
-                          const pk_real *bias_scale)
+                          const pk_real *bias_scale, const pk_real *const known[PK_DIRECTIONS])
 {
     const pk_node *node = tangent->node[layer];
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
-        const pk_real *direction = tangent->directions[v] + node->weight_offset;
-        pk_real *product = tangent->scratch;
-        pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, product, out);
-        for (size_t p = 0; p < count; p++) {
-            pk_real *at = product + p * out;
-            if (pk__has_bias(node))
+        const pk_real *direction = tangent->directions[v] + node->weight_offset, *product = known[v];
+        if (!product) {
+            pk_real *to = tangent->scratch;
+            pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, to, out);
+            for (size_t p = 0; pk__has_bias(node) && p < count; p++)
                 for (size_t j = 0; j < out; j++)
-                    at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+                    to[p * out + j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+            product = to;
+        }
+        for (size_t p = 0; p < count; p++)
             for (size_t k = 0; k < outputs; k++) {
-                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, at);
+                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, product + p * out);
                 tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
             }
-        }
     }
 }
 
-/* phi += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
+/* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
 static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
-                          const pk_real *a, const pk_real *delta, pk_real *phi)
+                          const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
 {
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     const size_t chosen = tangent->output_count;
@@ -71,9 +73,11 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
             tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
     for (size_t k = 0; k < chosen; k += tangent->unit)
         pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
-                 tangent->weighted, in, 1, phi + k * out * in, in);
+                 tangent->weighted, in, !fresh, phi + k * out * in, in);
     if (pk__has_bias(node)) {
         pk_real *bias = phi + chosen * out * in;
+        if (fresh)
+            memset(bias, 0, chosen * out * sizeof *bias);
         for (size_t p = 0; p < count; p++)
             for (size_t j = 0; j < chosen * out; j++)
                 bias[j] += weight[p] * delta[p * outputs * out + j];
@@ -87,12 +91,13 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
     const pk_tape *tape = &tangent->integrator.segment.tape;
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
+    const int fresh = !tangent->begun[points->row[first]];
     pk_real *a = tape->value[node->inputs[0]] + first * in;
     pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
-    pk__add_outer(tangent, node, count, points->weight + first, a, delta, tangent->phi[layer] + at);
+    pk__add_outer(tangent, node, count, points->weight + first, a, delta, fresh, tangent->phi[layer] + at);
     if (!tangent->check)
         return;
-    pk__add_outer(tangent, node, count, points->check + first, a, delta, tangent->check[layer] + at);
+    pk__add_outer(tangent, node, count, points->check + first, a, delta, fresh, tangent->check[layer] + at);
     /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
     pk_real *sizes = tangent->scratch, *weight = tangent->sorted.slack;
     for (size_t p = 0; p < count; p++)
@@ -101,7 +106,7 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
         sizes[i] = (pk_real)fabs(delta[i]);
     for (size_t i = 0; i < count * in; i++)
         tangent->absolute[i] = (pk_real)fabs(a[i]);
-    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, tangent->size[layer] + at);
+    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, fresh, tangent->size[layer] + at);
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
@@ -274,9 +279,10 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
-    const pk_real *weight = points->weight;
+    const pk_real *weight = points->weight,
+                  *known[PK_DIRECTIONS], *const unknown[PK_DIRECTIONS] = {NULL, NULL, NULL};
     if (count)
-        pk_segment_forward(segment, count, row, points->t, graph->node_count);
+        pk_segment_forward(segment, count, row, points->t);
     for (size_t p = 0; p < count; p++) {
         pk_readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
                          pk_tape_output(&segment->tape) + p * classes, tangent->integrator.h,
@@ -293,20 +299,26 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         if (spread)
             pk__add_along_places(tangent, l, points);
         else if (tangent->kind[l] == PK_LAYER_POINTS)
-            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
+            pk__add_along(tangent, l, count, row, weight, a, delta, NULL, unknown);
         if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
             pk__add_points(tangent, l, points);
     }
+    for (size_t p = 0; p < count; p++)
+        tangent->begun[row[p]] = 1;
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         if (tangent->kind[l] == PK_LAYER_ROWS)
             pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK_LAYER_DATA)
+        else if (tangent->kind[l] == PK_LAYER_DATA) {
+            for (int v = 0; v < PK_DIRECTIONS; v++) /* the segment has its values along the step */
+                known[v] = tangent->directions[v] == segment->direction ? segment->slope[node - graph->nodes]
+                           : tangent->directions[v] == segment->weights ? segment->base[node - graph->nodes]
+                                                                        : NULL;
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
-                          tangent->delta[l], NULL);
-        else if (tangent->kind[l] == PK_LAYER_LINEAR)
+                          tangent->delta[l], NULL, known);
+        } else if (tangent->kind[l] == PK_LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
-                          tangent->weight_sum);
+                          tangent->weight_sum, unknown);
     }
     pk__contract(tangent, points);
 }
@@ -342,6 +354,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
     tangent->integrator.first_row = first_row;
     pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
+    memset(tangent->begun, 0, rows);
     for (int v = 0; v < PK_DIRECTIONS; v++)
         memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
     for (size_t l = 0; l < graph->layers; l++) {
@@ -351,8 +364,10 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
-        if (tangent->phi[l] && tangent->integrated[l])
-            memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
+        if (tangent->kind[l] !=
+            PK_LAYER_ROWS) /* its sums start with the row's first points: every row has some */
+            continue;
+        memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
             memset(tangent->check[l], 0, chosen * node->weight_count * sizeof(pk_real));
             memset(tangent->size[l], 0, chosen * node->weight_count * sizeof(pk_real));
