@@ -281,14 +281,18 @@ static void pk__attend_product(int transpose_a, int transpose_b, size_t m, size_
     }
     const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
     for (size_t i = 0; i < m; i++, a += down, c += ldc) {
-        for (size_t j = 0; transpose_b && j < n; j++)
-            c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
-        for (size_t j = 0; !transpose_b && beta != 1 && j < n; j++)
-            c[j] = beta == 0 ? 0 : beta * c[j];
-        for (size_t l = 0; !transpose_b && l < k; l++) {
-            const pk_real factor = alpha * a[l * along];
+        if (transpose_b) {
             for (size_t j = 0; j < n; j++)
-                c[j] += factor * b[l * ldb + j];
+                c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
+            continue;
+        }
+        if (beta != 1)
+            for (size_t j = 0; j < n; j++)
+                c[j] = beta == 0 ? 0 : beta * c[j];
+        for (size_t l = 0; l < k; l++) {
+            const pk_real factor = alpha * a[l * along], *row = b + l * ldb;
+            for (size_t j = 0; j < n; j++)
+                c[j] += factor * row[j];
         }
     }
 }
