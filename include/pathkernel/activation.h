@@ -21,7 +21,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__PRIVATE pk_status pk__same_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -237,6 +237,6 @@ static const pk_operation pk__activation_operations[] = {
 #undef PK__KINKED_OPERATION
 #undef PK__ACTIVATION
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -122,7 +122,7 @@ PK__END_C
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "pathkernel maps little-endian files: it needs a little-endian machine"
 #endif
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- texts ---- */
 
@@ -810,6 +810,6 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

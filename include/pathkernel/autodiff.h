@@ -72,7 +72,7 @@ PK__END_C
 #define PATHKERNEL_AUTODIFF_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- a pass over a batch ------------------------------------------------------------------------------- */
 
@@ -750,6 +750,6 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

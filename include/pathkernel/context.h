@@ -97,7 +97,7 @@ PK__END_C
 #if defined(__GLIBC__) && !defined(__USE_XOPEN2K8)
 #error "pathkernel's implementation needs POSIX: compile it with -std=gnu11 or -D_POSIX_C_SOURCE=200809L"
 #endif
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
@@ -261,7 +261,8 @@ PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
     return 1;
 }
 
-PK__PRIVATE size_t pk__least(size_t a, size_t b)
+/* Always inline: gcc does not by itself where its options differ, as they do between the tiles and the rest. */
+PK__INLINE size_t pk__least(size_t a, size_t b)
 {
     return a < b ? a : b;
 }
@@ -272,7 +273,7 @@ PK__PRIVATE size_t pk__most(size_t a, size_t b)
 }
 
 /* How many blocks of size hold count. */
-PK__PRIVATE size_t pk__blocks(size_t count, size_t size)
+PK__INLINE size_t pk__blocks(size_t count, size_t size)
 {
     return count / size + (count % size != 0);
 }
@@ -385,6 +386,6 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -36,7 +36,7 @@ PK__END_C
 #define PATHKERNEL_CONTRACTION_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
  * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
@@ -470,6 +470,6 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     tangent->seconds_contraction += pk__seconds() - start;
 }
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

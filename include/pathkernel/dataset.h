@@ -52,7 +52,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- examples ---- */
 
@@ -417,6 +417,6 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -53,7 +53,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
@@ -767,6 +767,6 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

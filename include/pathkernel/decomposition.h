@@ -88,7 +88,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__COLD_BEGIN
 
@@ -233,6 +233,6 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

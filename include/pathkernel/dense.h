@@ -37,7 +37,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 #define PK__INITIAL_OPTIONS(first)                                                            \
     {"init",                                                                                  \
@@ -278,6 +278,6 @@ static const pk_operation pk__dense_operations[] = {
      pk__dense_initialize},
 };
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

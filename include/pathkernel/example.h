@@ -65,7 +65,7 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 #include <time.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
 {
@@ -341,6 +341,6 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

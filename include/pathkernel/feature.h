@@ -105,7 +105,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK_API size_t pk_tangent_block(size_t outputs)
 {
@@ -335,6 +335,6 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -181,7 +181,7 @@ PK__END_C
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
 
@@ -443,6 +443,6 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

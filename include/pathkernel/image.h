@@ -31,7 +31,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Behind the attributes of all of them: what the rules need of the input. */
 enum { PK__POOL_SWITCHES = 12, PK__IMAGE_CHANNELS, PK__IMAGE_HEIGHT, PK__IMAGE_WIDTH };
@@ -786,6 +786,6 @@ static const pk_operation pk__image_operations[] = {
                          pk__average_reverse),
 };
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

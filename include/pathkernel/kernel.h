@@ -51,7 +51,7 @@ PK__END_C
 #define PATHKERNEL_KERNEL_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* How a layer's part is had. */
 typedef enum pk__gram_form {
@@ -613,6 +613,6 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -123,7 +123,7 @@ PK__END_C
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- rules: value, and the gradient where it is not NULL; gradient may be f ---------------------------- */
 
@@ -819,6 +819,6 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -64,7 +64,7 @@ PK__END_C
 #pragma GCC diagnostic pop
 #endif
 #endif
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* C := beta C, where beta == 0 overwrites whatever was there. */
 PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t ldc)
@@ -337,6 +337,6 @@ PK_API void pk_matrix_backend(char *text, size_t size)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

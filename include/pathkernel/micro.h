@@ -47,13 +47,6 @@ typedef struct pk__tile_target {
     const size_t *other_at;
 } pk__tile_target;
 
-/* A tile whose rows are known when it is compiled has no questions left to ask: worth three copies of it. */
-#if defined(__GNUC__)
-#define PK__INLINE static inline __attribute__((always_inline))
-#else
-#define PK__INLINE static inline
-#endif
-
 /* Rows as tiles: so many of 6 and then so many of 4. */
 static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 {
@@ -136,7 +129,8 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             }                                                                                                  \
         }                                                                                                      \
     }
-/* The tiles of all rows of A, one behind the other. */
+/* The tiles of all rows of A, one behind the other. A tile whose rows are known when it is compiled has no questions left to
+ * ask: worth three copies of it. */
 #define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
     PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
     PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \

@@ -50,7 +50,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
 
@@ -742,6 +742,6 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

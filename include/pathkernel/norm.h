@@ -23,7 +23,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* sum_i a_i b_i, b NULL: sum_i a_i. Four chains, since one would wait for each sum; the order is fixed. */
 PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_real *b)
@@ -595,6 +595,6 @@ static const pk_operation pk__norm_operations[] = {
 };
 #undef PK__NORM_OPERATION
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -25,7 +25,7 @@ PK__END_C
 #define PATHKERNEL_OPERATION_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__COLD_BEGIN
 
@@ -61,6 +61,6 @@ PK_API const pk_operation *pk_operation_find(const char *name)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -123,7 +123,7 @@ PK__END_C
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- rules -------------------------------------------------------------------------------------------- */
 
@@ -668,6 +668,6 @@ PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *sched
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

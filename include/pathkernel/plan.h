@@ -44,7 +44,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- the job --------------------------------------------------------------------------------------- */
 
@@ -425,6 +425,6 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -122,7 +122,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK_API void pk_gauss_legendre(int count, double *nodes, double *weights)
 {
@@ -611,6 +611,6 @@ PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

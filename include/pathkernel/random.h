@@ -41,7 +41,7 @@ PK__END_C
 #define PATHKERNEL_RANDOM_IMPLEMENTED
 /* >>> implementation */
 #include <math.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Ten rounds of Philox4x32: block := bijection of block, chosen by key. */
 static void pk__philox(const uint32_t key[2], uint32_t block[4])
@@ -114,6 +114,6 @@ PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items)
     }
 }
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -104,7 +104,7 @@ PK__END_C
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- recording ------------------------------------------------------------------------------------- */
 
@@ -695,6 +695,6 @@ PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

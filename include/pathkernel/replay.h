@@ -91,7 +91,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- one step --------------------------------------------------------------------------------------- */
 
@@ -411,6 +411,6 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -44,7 +44,7 @@ PK__END_C
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- what a graph has ------------------------------------------------------------------------------ */
 
@@ -512,6 +512,6 @@ PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, con
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -83,7 +83,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__COLD_BEGIN
 
@@ -653,6 +653,6 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -21,7 +21,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
 
@@ -492,6 +492,6 @@ static const pk_operation pk__sequence_operations[] = {
 };
 #undef PK__SEQUENCE_OPERATION
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -31,24 +31,39 @@
 #define PK__UNUSED __attribute__((unused))
 #define PK__MUST_USE __attribute__((warn_unused_result))
 #define PK__FORMAT(string, first) __attribute__((format(printf, string, first)))
+#define PK__INLINE static inline __attribute__((always_inline))
 #else
 #define PK__UNUSED
 #define PK__MUST_USE
 #define PK__FORMAT(string, first)
+#define PK__INLINE static inline
 #endif
 
-/* Around functions that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops
- * of calls. They are two thirds of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does only
- * what -Og does there, without those of its passes that cost more time than they save in code. Where the caller wants no
- * or small code, that is what these functions are, too. */
+/* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
+ * wants no or small code, that is what they are, too. Those of micro.h and elementary.h are as the caller asks.
+ * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
+ * COLD: inside of that, what runs once a call, a step, a layer or a row, not once a number: texts, files, checks, plans,
+ * loops of calls. They are two thirds of the code. As with -Og, without those of its passes that cost more time than they
+ * save in code; copies are propagated, for without that the fortified functions of glibc do not compile. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
-#define PK__COLD_OPTIONS                                                                             \
-    _Pragma("GCC optimize(\"Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop\")")         \
-        _Pragma("GCC optimize(\"no-forward-propagate,no-cprop-registers,no-tree-dce,no-tree-ccp\")") \
-            _Pragma("GCC optimize(\"no-ipa-pure-const,ira-algorithm=priority\")")
-#define PK__COLD_BEGIN _Pragma("GCC push_options") PK__COLD_OPTIONS
+#define PK__WARM_BEGIN                                                                                              \
+    _Pragma("GCC push_options")                                                                                     \
+    _Pragma("GCC optimize(\"no-tree-pre,no-code-hoisting,no-tree-vrp,no-tree-ccp\")")                               \
+    _Pragma("GCC optimize(\"no-tree-dominator-opts,no-thread-jumps,no-tree-dse,no-tree-slsr,no-optimize-strlen\")") \
+    _Pragma("GCC optimize(\"no-gcse,no-rerun-cse-after-loop,no-crossjumping,no-forward-propagate\")")               \
+    _Pragma("GCC optimize(\"no-cprop-registers,no-dse,no-if-conversion2,no-peephole2,no-ree,no-lra-remat\")")       \
+    _Pragma("GCC optimize(\"no-schedule-insns2\")")
+#define PK__COLD_BEGIN                                                                                   \
+    _Pragma("GCC push_options")                                                                          \
+    _Pragma("GCC optimize(\"Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop,no-tree-dce\")") \
+    _Pragma("GCC optimize(\"no-ipa-pure-const,ira-algorithm=priority,ira-region=one,no-shrink-wrap\")")  \
+    _Pragma("GCC optimize(\"no-reorder-blocks,no-dce,no-combine-stack-adjustments,no-compare-elim\")")   \
+    _Pragma("GCC optimize(\"no-split-wide-types\")")
+#define PK__WARM_END _Pragma("GCC pop_options")
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
+#define PK__WARM_BEGIN
+#define PK__WARM_END
 #define PK__COLD_BEGIN
 #define PK__COLD_END
 #endif
@@ -61,6 +76,8 @@
 #define PK__BEGIN_C
 #define PK__END_C
 #endif
+#define PK__BEGIN_CODE PK__WARM_BEGIN PK__BEGIN_C
+#define PK__END_CODE PK__END_C PK__WARM_END
 
 #ifdef PATHKERNEL_STATIC
 #define PK_API static PK__UNUSED
@@ -105,7 +122,7 @@ PK__END_C
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_STATUS_IMPLEMENTED)
 #define PATHKERNEL_STATUS_IMPLEMENTED
 /* >>> implementation */
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK_API const char *pk_status_text(pk_status status)
 {
@@ -123,6 +140,6 @@ PK_API const char *pk_version(void)
     return PK_VERSION;
 }
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -21,7 +21,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* to (+)= from */
 PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_real *to)
@@ -458,6 +458,6 @@ static const pk_operation pk__structure_operations[] = {
      pk__normal_initialize},
 };
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

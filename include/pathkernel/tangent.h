@@ -30,7 +30,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. known: F(direction_v,
  * a_p) where it has been computed, else NULL. */
@@ -450,6 +450,6 @@ PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -60,7 +60,7 @@ PK__END_C
 #define PATHKERNEL_TAPE_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 enum {
     PK__MANY_POSITIONS = 16,
@@ -438,6 +438,6 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

@@ -72,7 +72,7 @@ PK__END_C
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* What a training run holds between steps. */
 typedef struct pk__training {
@@ -350,6 +350,6 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

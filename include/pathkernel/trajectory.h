@@ -107,7 +107,7 @@ PK__END_C
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* The files that grow, in the order in which a step writes them: weights.npy commits the step; checksums.npy
  * does where the weights are not kept. */
@@ -672,6 +672,6 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif

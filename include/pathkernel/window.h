@@ -79,7 +79,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
  * each part's vectors one behind the other. */
@@ -458,6 +458,6 @@ PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t 
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 /* <<< implementation */
 #endif
