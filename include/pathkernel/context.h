@@ -104,7 +104,6 @@ PK__BEGIN_CODE
 
 /* A loop whose iterations are independent; their number and order never depend on the threads. */
 #ifdef _OPENMP
-#define PK__PRAGMA(text) _Pragma(#text)
 #define PK__PARALLEL_FOR(threads) PK__PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
 #else
 #define PK__PARALLEL_FOR(threads) (void)(threads);

@@ -39,6 +39,8 @@
 #define PK__INLINE static inline
 #endif
 
+#define PK__PRAGMA(text) _Pragma(#text)
+
 /* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
  * wants no or small code, that is what they are, too. Those of micro.h and elementary.h are as the caller asks.
  * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
@@ -46,19 +48,19 @@
  * loops of calls. They are two thirds of the code. As with -Og, without those of its passes that cost more time than they
  * save in code; copies are propagated, for without that the fortified functions of glibc do not compile. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
-#define PK__WARM_BEGIN                                                                                              \
-    _Pragma("GCC push_options")                                                                                     \
-    _Pragma("GCC optimize(\"no-tree-pre,no-code-hoisting,no-tree-vrp,no-tree-ccp\")")                               \
-    _Pragma("GCC optimize(\"no-tree-dominator-opts,no-thread-jumps,no-tree-dse,no-tree-slsr,no-optimize-strlen\")") \
-    _Pragma("GCC optimize(\"no-gcse,no-rerun-cse-after-loop,no-crossjumping,no-forward-propagate\")")               \
-    _Pragma("GCC optimize(\"no-cprop-registers,no-dse,no-if-conversion2,no-peephole2,no-ree,no-lra-remat\")")       \
-    _Pragma("GCC optimize(\"no-schedule-insns2\")")
-#define PK__COLD_BEGIN                                                                                   \
-    _Pragma("GCC push_options")                                                                          \
-    _Pragma("GCC optimize(\"Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop,no-tree-dce\")") \
-    _Pragma("GCC optimize(\"no-ipa-pure-const,ira-algorithm=priority,ira-region=one,no-shrink-wrap\")")  \
-    _Pragma("GCC optimize(\"no-reorder-blocks,no-dce,no-combine-stack-adjustments,no-compare-elim\")")   \
-    _Pragma("GCC optimize(\"no-split-wide-types\")")
+#define PK__WITH(options) PK__PRAGMA(GCC optimize(options))
+#define PK__WARM_BEGIN                                                                                       \
+    _Pragma("GCC push_options") PK__WITH("no-tree-pre,no-code-hoisting,no-tree-vrp,no-tree-ccp,no-tree-dse") \
+        PK__WITH("no-tree-dominator-opts,no-thread-jumps,no-tree-slsr,no-optimize-strlen")                   \
+            PK__WITH("no-gcse,no-rerun-cse-after-loop,no-crossjumping,no-forward-propagate")                 \
+                PK__WITH("no-cprop-registers,no-dse,no-if-conversion2,no-peephole2,no-ree")                  \
+                    PK__WITH("no-lra-remat,no-schedule-insns2")
+#define PK__COLD_BEGIN                                                                            \
+    _Pragma("GCC push_options")                                                                   \
+        PK__WITH("Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop,no-tree-dce")       \
+            PK__WITH("no-ipa-pure-const,ira-algorithm=priority,ira-region=one,no-shrink-wrap")    \
+                PK__WITH("no-reorder-blocks,no-dce,no-combine-stack-adjustments,no-compare-elim") \
+                    PK__WITH("no-split-wide-types")
 #define PK__WARM_END _Pragma("GCC pop_options")
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
