@@ -325,7 +325,7 @@ static void test_points(void **state)
         const pk_real t[POINTS] = {0, 1, 0.3, 0.25, 0.9, 1e-3, 0.5};
         pk_segment_begin(&h.segment, w, d, R, x);
         pk_segment_forward(&h.segment, POINTS, row, t);
-        pk_segment_tangent(&h.segment, POINTS, row, t);
+        pk_segment_tangent(&h.segment, 0, POINTS, row, t);
         pk_real *seed = pk_tape_seed(&h.segment.tape);
         for (size_t p = 0; p < POINTS; p++)
             for (size_t k = 0; k < 2; k++)

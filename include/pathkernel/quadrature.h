@@ -86,6 +86,7 @@ typedef struct pk_integrator {
     pk_pieces stack, batch, pieces;
     unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
     double *missed;                             /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count;           /* the pieces that have passed, one after another */
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
@@ -254,6 +255,7 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
     integrator->missed = (double *)pk_arena_take(arena, pieces, sizeof *integrator->missed);
+    integrator->sequence = (size_t *)pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
     integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
@@ -459,10 +461,10 @@ static int pk__test_pieces(pk_integrator *integrator)
                 segment->point_row[ends] = pieces->row[i];
                 segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
             }
-        pk_segment_forward(segment, ends, segment->point_row, segment->point_t);
-        pk_segment_tangent(segment, points, segment->point_row, segment->point_t);
-        ends = points;
-        points = 0;
+        const size_t first = pk_segment_append(segment, ends, segment->point_row, segment->point_t);
+        pk_segment_tangent(segment, first, points, segment->point_row, segment->point_t);
+        ends = first + points;
+        points = first;
         for (size_t i = next; i < last; i++) {
             const int nodes = order[i];
             if (!pk__is_open(integrator, i))
@@ -485,6 +487,7 @@ static int pk__test_pieces(pk_integrator *integrator)
                 continue;
             }
             integrator->passed[i] = 1;
+            integrator->sequence[integrator->sequence_count++] = i;
             pk__plan_next(&integrator->next_order[pieces->row[i]], integrator->row_order[pieces->row[i]],
                           order[i], before);
         }
@@ -528,11 +531,12 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
     for (size_t i = 0; i < pieces->count; i++)
         integrator->order[i] = integrator->row_order[pieces->row[i]] / PK_WAITS;
+    integrator->sequence_count = 0;
     while (pk__test_pieces(integrator))
         ;
-    for (size_t i = 0; i < pieces->count; i++)
-        if (integrator->passed[i])
-            pk__emit_gauss(integrator, sink, user, i, integrator->order[i], 1);
+    for (size_t i = 0; i < integrator->sequence_count; i++) /* as the tape holds their nodes */
+        pk__emit_gauss(integrator, sink, user, integrator->sequence[i],
+                       integrator->order[integrator->sequence[i]], 1);
     pk__bisect(integrator, pieces, integrator->passed, sink, user);
 }
 

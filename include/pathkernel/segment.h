@@ -41,7 +41,7 @@ typedef struct pk_segment {
     pk_real *input_points, *switch_values, *coefficients, *conversion;
     size_t *point_row;
     pk_real *point_t;
-    size_t held; /* points of the last pk_segment_forward that stand in the tape yet: held_row, held_t */
+    size_t held; /* points whose values stand in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
     pk_pieces pending, batch;            /* to be sampled */
@@ -59,10 +59,14 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
 PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
                              const pk_real *inputs);
 /* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
- * where the points are the first ones of the last call for this step. */
+ * where the tape holds all of them in this order, perhaps with others between. */
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
-/* Tangents along the step's direction at the points of the last forward. */
-PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
+/* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
+PK_API PK__MUST_USE size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row,
+                                             const pk_real *t);
+/* Tangents along the step's direction at points that the tape holds from number first on. */
+PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
+                               const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
 PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
 /* to = the pieces from, split at the kinks inside them. 1, or 0 where the capacity does not suffice. Exact
@@ -284,23 +288,71 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
 
 PK__COLD_BEGIN
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+/* Makes point number first of the tape, or again that in front of it, its first one. */
+static void pk__shift_tape(pk_segment *segment, size_t first, int again)
 {
-    if (count <= segment->held && !memcmp(row, segment->held_row, count * sizeof *row) &&
-        !memcmp(t, segment->held_t, count * sizeof *t))
-        return;
+    for (size_t n = 0; n < segment->graph->node_count; n++) {
+        const size_t numbers = first * segment->graph->nodes[n].width;
+        pk_real **value = &segment->tape.value[n], **tangent = &segment->tape.tangent[n];
+        *value = again ? *value - numbers : *value + numbers;
+        if (*tangent)
+            *tangent = again ? *tangent - numbers : *tangent + numbers;
+    }
+}
+
+PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+{
+    const size_t first = count <= segment->point_capacity - segment->held ? segment->held : 0;
     segment->tape.value[0] = segment->input_points;
+    pk__shift_tape(segment, first, 0);
     for (size_t n = 0; n < segment->graph->node_count; n++)
         pk__segment_node(segment, n, count, row, t);
+    pk__shift_tape(segment, first, 1);
+    memcpy(segment->held_row + first, row, count * sizeof *row);
+    memcpy(segment->held_t + first, t, count * sizeof *t);
+    segment->held = first + count;
+    return first;
+}
+
+/* Whether the tape holds the points in this order; with move, they go to its front. */
+static int pk__find_points(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, int move)
+{
+    for (size_t p = 0, at = 0, run; p < count; p += run, at += run) {
+        while (at < segment->held && !(segment->held_row[at] == row[p] && segment->held_t[at] == t[p]))
+            at++;
+        for (run = 0; p + run < count && at + run < segment->held; run++)
+            if (segment->held_row[at + run] != row[p + run] || segment->held_t[at + run] != t[p + run])
+                break;
+        if (!run)
+            return 0;
+        for (size_t n = 0; move && p < at && n < segment->graph->node_count; n++) {
+            const size_t width = segment->graph->nodes[n].width;
+            pk_real *value = segment->tape.value[n];
+            memmove(value + p * width, value + at * width, run * width * sizeof *value);
+        }
+    }
+    return 1;
+}
+
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+{
+    if (!pk__find_points(segment, count, row, t, 0)) {
+        segment->held = 0;
+        (void)!pk_segment_append(segment, count, row, t);
+        return;
+    }
+    (void)pk__find_points(segment, count, row, t, 1);
     memcpy(segment->held_row, row, count * sizeof *row);
     memcpy(segment->held_t, t, count * sizeof *t);
     segment->held = count;
 }
 
-PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
+                               const pk_real *t)
 {
     const pk_graph *graph = segment->graph;
     const pk_line line = {segment->weights, segment->direction, t};
+    pk__shift_tape(segment, first, 0);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (segment->slope[n])
@@ -310,6 +362,7 @@ PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *
         else
             pk__node_tangent(&segment->tape, &line, node, count);
     }
+    pk__shift_tape(segment, first, 1);
 }
 
 PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies)

@@ -212,7 +212,8 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
 {
     int sorted = 1;
     for (size_t p = 1; p < points->count; p++)
-        sorted &= points->row[p - 1] <= points->row[p];
+        for (size_t q = 0; points->row[p] != points->row[p - 1] && q < p; q++)
+            sorted &= points->row[q] != points->row[p];
     if (sorted)
         return points;
     pk_points *to = &tangent->sorted;
