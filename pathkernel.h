@@ -107,24 +107,41 @@
 #define PK__UNUSED __attribute__((unused))
 #define PK__MUST_USE __attribute__((warn_unused_result))
 #define PK__FORMAT(string, first) __attribute__((format(printf, string, first)))
+#define PK__INLINE static inline __attribute__((always_inline))
 #else
 #define PK__UNUSED
 #define PK__MUST_USE
 #define PK__FORMAT(string, first)
+#define PK__INLINE static inline
 #endif
 
-/* Around functions that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops
- * of calls. They are two thirds of the code, and gcc at -O2 or -O3 would spend most of its time on them; so it does only
- * what -Og does there, without those of its passes that cost more time than they save in code. Where the caller wants no
- * or small code, that is what these functions are, too. */
+#define PK__PRAGMA(text) _Pragma(#text)
+
+/* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
+ * wants no or small code, that is what they are, too. Those of micro.h and elementary.h are as the caller asks.
+ * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
+ * COLD: inside of that, what runs once a call, a step, a layer or a row, not once a number: texts, files, checks, plans,
+ * loops of calls. They are two thirds of the code. As with -Og, without those of its passes that cost more time than they
+ * save in code; copies are propagated, for without that the fortified functions of glibc do not compile. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
-#define PK__COLD_OPTIONS                                                                             \
-    _Pragma("GCC optimize(\"Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop\")")         \
-        _Pragma("GCC optimize(\"no-forward-propagate,no-cprop-registers,no-tree-dce,no-tree-ccp\")") \
-            _Pragma("GCC optimize(\"no-ipa-pure-const,ira-algorithm=priority\")")
-#define PK__COLD_BEGIN _Pragma("GCC push_options") PK__COLD_OPTIONS
+#define PK__WITH(options) PK__PRAGMA(GCC optimize(options))
+#define PK__WARM_BEGIN                                                                                       \
+    _Pragma("GCC push_options") PK__WITH("no-tree-pre,no-code-hoisting,no-tree-vrp,no-tree-ccp,no-tree-dse") \
+        PK__WITH("no-tree-dominator-opts,no-thread-jumps,no-tree-slsr,no-optimize-strlen")                   \
+            PK__WITH("no-gcse,no-rerun-cse-after-loop,no-crossjumping,no-forward-propagate")                 \
+                PK__WITH("no-cprop-registers,no-dse,no-if-conversion2,no-peephole2,no-ree")                  \
+                    PK__WITH("no-lra-remat,no-schedule-insns2")
+#define PK__COLD_BEGIN                                                                            \
+    _Pragma("GCC push_options")                                                                   \
+        PK__WITH("Og,no-guess-branch-probability,no-tree-fre,no-tree-forwprop,no-tree-dce")       \
+            PK__WITH("no-ipa-pure-const,ira-algorithm=priority,ira-region=one,no-shrink-wrap")    \
+                PK__WITH("no-reorder-blocks,no-dce,no-combine-stack-adjustments,no-compare-elim") \
+                    PK__WITH("no-split-wide-types")
+#define PK__WARM_END _Pragma("GCC pop_options")
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
+#define PK__WARM_BEGIN
+#define PK__WARM_END
 #define PK__COLD_BEGIN
 #define PK__COLD_END
 #endif
@@ -137,6 +154,8 @@
 #define PK__BEGIN_C
 #define PK__END_C
 #endif
+#define PK__BEGIN_CODE PK__WARM_BEGIN PK__BEGIN_C
+#define PK__END_CODE PK__END_C PK__WARM_END
 
 #ifdef PATHKERNEL_STATIC
 #define PK_API static PK__UNUSED
@@ -1512,6 +1531,9 @@ typedef struct pk_segment {
     pk_real *input_points, *switch_values, *coefficients, *conversion;
     size_t *point_row;
     pk_real *point_t;
+    size_t held; /* points whose values stand in the tape: held_row, held_t */
+    size_t *held_row;
+    pk_real *held_t;
     pk_pieces pending, batch;            /* to be sampled */
     size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
     double *roots;                       /* (t, slack) pairs */
@@ -1526,12 +1548,15 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
 /* Moves it to a step and a block of rows (rows x input width). */
 PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
                              const pk_real *inputs);
-/* Values at points (row[p], t[p]), p < count <= point_capacity, of the nodes before node number stop: in
- * segment->tape, point by point. Cost 4 P flops a point. */
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
-                               size_t stop);
-/* Tangents along the step's direction at the points of the last forward. */
-PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
+/* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
+ * where the tape holds all of them in this order, perhaps with others between. */
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
+/* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
+PK_API PK__MUST_USE size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row,
+                                             const pk_real *t);
+/* Tangents along the step's direction at points that the tape holds from number first on. */
+PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
+                               const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
 PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
 /* to = the pieces from, split at the kinks inside them. 1, or 0 where the capacity does not suffice. Exact
@@ -1627,9 +1652,13 @@ typedef struct pk_integrator {
     pk_pieces stack, batch, pieces;
     unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
     double *missed;                             /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count;           /* the pieces that have passed, one after another */
     size_t bisections;
     pk_points buffer; /* points on their way to the sink */
     pk_real *slope, *h;
+    /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
+    pk_real *ends;
+    unsigned char *has_ends;
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
@@ -1647,6 +1676,8 @@ PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_
                                                   const pk_graph *graph, const pk_readout *readout);
 /* Sends points of the segment's step (after pk_segment_begin) to the sink. */
 PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user);
+/* h at both ends of the step of every row, after pk_integrate: rows x 2 x readouts numbers, until the next call. */
+PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator);
 
 PK__END_C
 
@@ -1758,6 +1789,7 @@ typedef struct pk_tangent {
     const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
     pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                      /* rows */
+    unsigned char *begun;                     /* rows: whether the step has had points of it */
     /* The contraction: */
     const pk_examples *examples;
     const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
@@ -2113,7 +2145,7 @@ PK__END_C
 #define PATHKERNEL_IMPLEMENTED
 
 /* pathkernel/status.h: implementation */
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK_API const char *pk_status_text(pk_status status)
 {
@@ -2131,7 +2163,7 @@ PK_API const char *pk_version(void)
     return PK_VERSION;
 }
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/context.h: implementation */
 #include <float.h>
@@ -2150,14 +2182,13 @@ PK__END_C
 #if defined(__GLIBC__) && !defined(__USE_XOPEN2K8)
 #error "pathkernel's implementation needs POSIX: compile it with -std=gnu11 or -D_POSIX_C_SOURCE=200809L"
 #endif
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
 
 /* A loop whose iterations are independent; their number and order never depend on the threads. */
 #ifdef _OPENMP
-#define PK__PRAGMA(text) _Pragma(#text)
 #define PK__PARALLEL_FOR(threads) PK__PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
 #else
 #define PK__PARALLEL_FOR(threads) (void)(threads);
@@ -2314,7 +2345,8 @@ PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
     return 1;
 }
 
-PK__PRIVATE size_t pk__least(size_t a, size_t b)
+/* Always inline: gcc does not by itself where its options differ, as they do between the tiles and the rest. */
+PK__INLINE size_t pk__least(size_t a, size_t b)
 {
     return a < b ? a : b;
 }
@@ -2325,7 +2357,7 @@ PK__PRIVATE size_t pk__most(size_t a, size_t b)
 }
 
 /* How many blocks of size hold count. */
-PK__PRIVATE size_t pk__blocks(size_t count, size_t size)
+PK__INLINE size_t pk__blocks(size_t count, size_t size)
 {
     return count / size + (count % size != 0);
 }
@@ -2438,7 +2470,7 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/micro.h: implementation */
 #include <string.h>
@@ -2461,13 +2493,6 @@ typedef struct pk__tile_target {
     const pk_real *other; /* of HADAMARD and DOT */
     const size_t *other_at;
 } pk__tile_target;
-
-/* A tile whose rows are known when it is compiled has no questions left to ask: worth three copies of it. */
-#if defined(__GNUC__)
-#define PK__INLINE static inline __attribute__((always_inline))
-#else
-#define PK__INLINE static inline
-#endif
 
 /* Rows as tiles: so many of 6 and then so many of 4. */
 static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
@@ -2551,7 +2576,8 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             }                                                                                                  \
         }                                                                                                      \
     }
-/* The tiles of all rows of A, one behind the other. */
+/* The tiles of all rows of A, one behind the other. A tile whose rows are known when it is compiled has no questions left to
+ * ask: worth three copies of it. */
 #define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
     PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
     PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
@@ -3025,7 +3051,7 @@ PK__END_C
 #pragma GCC diagnostic pop
 #endif
 #endif
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* C := beta C, where beta == 0 overwrites whatever was there. */
 PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t ldc)
@@ -3298,11 +3324,11 @@ PK_API void pk_matrix_backend(char *text, size_t size)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/random.h: implementation */
 #include <math.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Ten rounds of Philox4x32: block := bijection of block, chosen by key. */
 static void pk__philox(const uint32_t key[2], uint32_t block[4])
@@ -3375,7 +3401,7 @@ PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items)
     }
 }
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/array.h: implementation */
 #include <errno.h>
@@ -3388,7 +3414,7 @@ PK__END_C
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "pathkernel maps little-endian files: it needs a little-endian machine"
 #endif
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- texts ---- */
 
@@ -4076,12 +4102,12 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/dataset.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- examples ---- */
 
@@ -4446,13 +4472,13 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/graph.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
 
@@ -4714,13 +4740,17 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/tape.h: implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
-enum { PK__MANY_POSITIONS = 16 };
+enum {
+    PK__MANY_POSITIONS = 16,
+    PK__MANY_COTANGENTS = 8,  /* of a row of the line, for a layer's weights, */
+    PK__FEW_WEIGHTS = 1 << 14 /* that stay in the cache: so many at most */
+};
 
 PK__COLD_BEGIN
 
@@ -4730,6 +4760,14 @@ static int pk__has_row_weights(const pk_node *node)
 {
     return node->weight_count &&
            (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
+}
+
+/* The same in reverse, where a row has as many cotangents as there are copies. */
+static int pk__reverses_by_row(const pk_node *node, size_t copies)
+{
+    return pk__has_row_weights(node) ||
+           (node->weight_count && node->weight_count <= (size_t)PK__FEW_WEIGHTS && !node->input_constant &&
+            node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
 }
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
@@ -4771,7 +4809,7 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
-        if (pk__has_row_weights(node))
+        if (pk__reverses_by_row(node, copies))
             weights = pk__most(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
@@ -4828,11 +4866,13 @@ PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *l
                                            size_t row)
 {
     const pk_real *weights = line->weights + node->weight_offset;
-    if (!line->direction || !pk__has_row_weights(node))
+    if (!line->direction)
         return weights;
+    const pk_real *direction = line->direction + node->weight_offset, t = line->t[row];
+    pk_real *to = tape->row_weights;
     for (size_t i = 0; i < node->weight_count; i++)
-        tape->row_weights[i] = weights[i] + line->t[row] * line->direction[node->weight_offset + i];
-    return tape->row_weights;
+        to[i] = weights[i] + t * direction[i];
+    return to;
 }
 
 /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
@@ -4944,7 +4984,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
         call.accumulate[j] = node->shared[j];
     }
     int along = line->direction && node->weight_count;
-    if (along && pk__has_row_weights(node)) {
+    if (along && pk__reverses_by_row(node, copies)) {
         pk__by_row(tape, line, &call, node->operation->reverse);
         return;
     }
@@ -5082,13 +5122,13 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/activation.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__PRIVATE pk_status pk__same_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -5304,13 +5344,13 @@ static const pk_operation pk__activation_operations[] = {
 #undef PK__KINKED_OPERATION
 #undef PK__ACTIVATION
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/dense.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 #define PK__INITIAL_OPTIONS(first)                                                            \
     {"init",                                                                                  \
@@ -5551,13 +5591,13 @@ static const pk_operation pk__dense_operations[] = {
      pk__dense_initialize},
 };
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/structure.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* to (+)= from */
 PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_real *to)
@@ -5994,13 +6034,13 @@ static const pk_operation pk__structure_operations[] = {
      pk__normal_initialize},
 };
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/image.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Behind the attributes of all of them: what the rules need of the input. */
 enum { PK__POOL_SWITCHES = 12, PK__IMAGE_CHANNELS, PK__IMAGE_HEIGHT, PK__IMAGE_WIDTH };
@@ -6755,13 +6795,13 @@ static const pk_operation pk__image_operations[] = {
                          pk__average_reverse),
 };
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/norm.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* sum_i a_i b_i, b NULL: sum_i a_i. Four chains, since one would wait for each sum; the order is fixed. */
 PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_real *b)
@@ -7333,13 +7373,13 @@ static const pk_operation pk__norm_operations[] = {
 };
 #undef PK__NORM_OPERATION
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/sequence.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
 
@@ -7599,14 +7639,18 @@ static void pk__attend_product(int transpose_a, int transpose_b, size_t m, size_
     }
     const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
     for (size_t i = 0; i < m; i++, a += down, c += ldc) {
-        for (size_t j = 0; transpose_b && j < n; j++)
-            c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
-        for (size_t j = 0; !transpose_b && beta != 1 && j < n; j++)
-            c[j] = beta == 0 ? 0 : beta * c[j];
-        for (size_t l = 0; !transpose_b && l < k; l++) {
-            const pk_real factor = alpha * a[l * along];
+        if (transpose_b) {
             for (size_t j = 0; j < n; j++)
-                c[j] += factor * b[l * ldb + j];
+                c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
+            continue;
+        }
+        if (beta != 1)
+            for (size_t j = 0; j < n; j++)
+                c[j] = beta == 0 ? 0 : beta * c[j];
+        for (size_t l = 0; l < k; l++) {
+            const pk_real factor = alpha * a[l * along], *row = b + l * ldb;
+            for (size_t j = 0; j < n; j++)
+                c[j] += factor * row[j];
         }
     }
 }
@@ -7806,11 +7850,11 @@ static const pk_operation pk__sequence_operations[] = {
 };
 #undef PK__SEQUENCE_OPERATION
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/operation.h: implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__COLD_BEGIN
 
@@ -7846,13 +7890,13 @@ PK_API const pk_operation *pk_operation_find(const char *name)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/network.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
 
@@ -8544,7 +8588,7 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/safetensors.h: implementation */
 #include <errno.h>
@@ -8554,7 +8598,7 @@ PK__END_C
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- what a graph has ------------------------------------------------------------------------------ */
 
@@ -9022,13 +9066,13 @@ PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, con
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/loss.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- rules: value, and the gradient where it is not NULL; gradient may be f ---------------------------- */
 
@@ -9724,11 +9768,11 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/autodiff.h: implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- a pass over a batch ------------------------------------------------------------------------------- */
 
@@ -10406,13 +10450,13 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/optimizer.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- rules -------------------------------------------------------------------------------------------- */
 
@@ -10559,32 +10603,41 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
     *(number *)(state + i) = next;                                        \
     if (e)                                                                \
         *(number *)(e + i) = gain * next + direct * entering;
-#define PK__DEFINE_BACK(suffix, attributes, vectors)                                                   \
-    attributes static void pk__back_##suffix(size_t count, const pk_linear_form *form, double carry,   \
-                                             const pk_real *p, pk_real factor, const pk_real *phi,     \
-                                             pk_real *state, pk_real *e)                               \
-    {                                                                                                  \
-        typedef vectors vector;                                                                        \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
-        const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate; \
-        const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;                      \
-        const vector zero = {0};                                                                       \
-        size_t i = 0;                                                                                  \
-        for (; i + lanes <= count; i += lanes) {                                                       \
-            PK__BACK_STEP(vector, zero)                                                                \
-        }                                                                                              \
-        for (; i < count; i++) {                                                                       \
-            PK__BACK_STEP(pk_real, 0)                                                                  \
-        }                                                                                              \
+#define PK__DEFINE_BACK(suffix, attributes, vectors)                                                      \
+    attributes static void pk__back_##suffix(size_t rows, size_t count, const pk_linear_form *form,       \
+                                             double carry, const pk_real *p, const pk_real *factors,      \
+                                             const pk_real *phi, size_t step, pk_real *state, pk_real *e) \
+    {                                                                                                     \
+        typedef vectors vector;                                                                           \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                         \
+        const pk_real keep = (pk_real)carry, enter = (pk_real)form->enter, rate = (pk_real)form->rate;    \
+        const pk_real gain = (pk_real)form->gain, direct = (pk_real)form->direct;                         \
+        const vector zero = {0};                                                                          \
+        for (size_t row = 0; row < rows; row++) {                                                         \
+            const pk_real factor = factors ? factors[row] : 1;                                            \
+            size_t i = 0;                                                                                 \
+            for (; i + lanes <= count; i += lanes) {                                                      \
+                PK__BACK_STEP(vector, zero)                                                               \
+            }                                                                                             \
+            for (; i < count; i++) {                                                                      \
+                PK__BACK_STEP(pk_real, 0)                                                                 \
+            }                                                                                             \
+            p = p ? p + count : NULL;                                                                     \
+            e = e ? e + count : NULL;                                                                     \
+            phi += step;                                                                                  \
+            state += count;                                                                               \
+        }                                                                                                 \
     }
 PK__FOR_PROCESSORS(PK__DEFINE_BACK)
 
-/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of count numbers: one pass,
- * since memory bounds it. phi: factor times numbers; p NULL: the rate. */
-PK__PRIVATE void pk__linear_form_back(size_t count, const pk_linear_form *form, double carry, const pk_real *p,
-                                      pk_real factor, const pk_real *phi, pk_real *state, pk_real *e)
+/* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of rows x count numbers: one
+ * pass, since memory bounds it. phi: factors (NULL: 1), a number a row, times rows that are `step` numbers apart (0: all the
+ * same one). p NULL: the rate. */
+PK__PRIVATE void pk__linear_form_back(size_t rows, size_t count, const pk_linear_form *form, double carry,
+                                      const pk_real *p, const pk_real *factors, const pk_real *phi, size_t step,
+                                      pk_real *state, pk_real *e)
 {
-    PK__ON_PROCESSOR(pk__back, (count, form, carry, p, factor, phi, state, e));
+    PK__ON_PROCESSOR(pk__back, (rows, count, form, carry, p, factors, phi, step, state, e));
 }
 
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
@@ -10948,7 +11001,7 @@ PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *sched
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/trajectory.h: implementation */
 #include <errno.h>
@@ -10961,7 +11014,7 @@ PK__END_C
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* The files that grow, in the order in which a step writes them: weights.npy commits the step; checksums.npy
  * does where the weights are not kept. */
@@ -11526,7 +11579,7 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/recorder.h: implementation */
 #include <errno.h>
@@ -11539,7 +11592,7 @@ PK__END_C
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- recording ------------------------------------------------------------------------------------- */
 
@@ -12130,12 +12183,12 @@ PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/replay.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- one step --------------------------------------------------------------------------------------- */
 
@@ -12455,13 +12508,13 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/train.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* What a training run holds between steps. */
 typedef struct pk__training {
@@ -12739,13 +12792,13 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/segment.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__COLD_BEGIN
 
@@ -12882,6 +12935,8 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
     segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
     segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
+    segment->held_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->held_row);
+    segment->held_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->held_t);
     pk_pieces_take(arena, pieces, &segment->pending);
     segment->pending_start = (size_t *)pk_arena_take(arena, pieces, sizeof *segment->pending_start);
     pk_pieces_take(arena, points, &segment->batch);
@@ -12897,6 +12952,7 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     segment->weights = weights;
     segment->direction = direction;
     segment->rows = rows;
+    segment->held = 0;
     segment->inputs = inputs;
     segment->base[0] = (pk_real *)inputs; /* only read */
     for (size_t n = 1; n < graph->node_count; n++) {
@@ -12943,18 +12999,71 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
 
 PK__COLD_BEGIN
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t,
-                               size_t stop)
+/* Makes point number first of the tape, or again that in front of it, its first one. */
+static void pk__shift_tape(pk_segment *segment, size_t first, int again)
 {
-    segment->tape.value[0] = segment->input_points;
-    for (size_t n = 0; n < stop; n++)
-        pk__segment_node(segment, n, count, row, t);
+    for (size_t n = 0; n < segment->graph->node_count; n++) {
+        const size_t numbers = first * segment->graph->nodes[n].width;
+        pk_real **value = &segment->tape.value[n], **tangent = &segment->tape.tangent[n];
+        *value = again ? *value - numbers : *value + numbers;
+        if (*tangent)
+            *tangent = again ? *tangent - numbers : *tangent + numbers;
+    }
 }
 
-PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+{
+    const size_t first = count <= segment->point_capacity - segment->held ? segment->held : 0;
+    segment->tape.value[0] = segment->input_points;
+    pk__shift_tape(segment, first, 0);
+    for (size_t n = 0; n < segment->graph->node_count; n++)
+        pk__segment_node(segment, n, count, row, t);
+    pk__shift_tape(segment, first, 1);
+    memcpy(segment->held_row + first, row, count * sizeof *row);
+    memcpy(segment->held_t + first, t, count * sizeof *t);
+    segment->held = first + count;
+    return first;
+}
+
+/* Whether the tape holds the points in this order; with move, they go to its front. */
+static int pk__find_points(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, int move)
+{
+    for (size_t p = 0, at = 0, run; p < count; p += run, at += run) {
+        while (at < segment->held && !(segment->held_row[at] == row[p] && segment->held_t[at] == t[p]))
+            at++;
+        for (run = 0; p + run < count && at + run < segment->held; run++)
+            if (segment->held_row[at + run] != row[p + run] || segment->held_t[at + run] != t[p + run])
+                break;
+        if (!run)
+            return 0;
+        for (size_t n = 0; move && p < at && n < segment->graph->node_count; n++) {
+            const size_t width = segment->graph->nodes[n].width;
+            pk_real *value = segment->tape.value[n];
+            memmove(value + p * width, value + at * width, run * width * sizeof *value);
+        }
+    }
+    return 1;
+}
+
+PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+{
+    if (!pk__find_points(segment, count, row, t, 0)) {
+        segment->held = 0;
+        (void)!pk_segment_append(segment, count, row, t);
+        return;
+    }
+    (void)pk__find_points(segment, count, row, t, 1);
+    memcpy(segment->held_row, row, count * sizeof *row);
+    memcpy(segment->held_t, t, count * sizeof *t);
+    segment->held = count;
+}
+
+PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
+                               const pk_real *t)
 {
     const pk_graph *graph = segment->graph;
     const pk_line line = {segment->weights, segment->direction, t};
+    pk__shift_tape(segment, first, 0);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (segment->slope[n])
@@ -12964,6 +13073,7 @@ PK_API void pk_segment_tangent(pk_segment *segment, size_t count, const size_t *
         else
             pk__node_tangent(&segment->tape, &line, node, count);
     }
+    pk__shift_tape(segment, first, 1);
 }
 
 PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies)
@@ -13286,6 +13396,7 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
         pk_pieces_push(first, from->row[i], from->a[i], from->b[i], from->slack[i]);
     }
     segment->tape.value[0] = segment->input_points;
+    segment->held = 0; /* samples take their place */
     while (pending->count) {
         pk__begin_batch(segment);
         for (size_t n = 0; n <= segment->last_switch && batch->count; n++) {
@@ -13306,13 +13417,13 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/quadrature.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK_API void pk_gauss_legendre(int count, double *nodes, double *weights)
 {
@@ -13444,9 +13555,12 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
     integrator->missed = (double *)pk_arena_take(arena, pieces, sizeof *integrator->missed);
+    integrator->sequence = (size_t *)pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
     integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
     integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
+    integrator->ends = (pk_real *)pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = (unsigned char *)pk_arena_take(arena, rows, 1);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -13607,6 +13721,14 @@ static int pk__is_open(const pk_integrator *integrator, size_t piece)
     return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
 }
 
+/* Of a piece that is the whole step, what pk__piece_error left in h. */
+static void pk__keep_ends(pk_integrator *integrator, size_t row)
+{
+    const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->segment.graph->output_width);
+    memcpy(integrator->ends + row * both, integrator->h, both * sizeof *integrator->h);
+    integrator->has_ends[row] = 1;
+}
+
 /* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
  * be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
@@ -13639,10 +13761,10 @@ static int pk__test_pieces(pk_integrator *integrator)
                 segment->point_row[ends] = pieces->row[i];
                 segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
             }
-        pk_segment_forward(segment, ends, segment->point_row, segment->point_t, segment->graph->node_count);
-        pk_segment_tangent(segment, points, segment->point_row, segment->point_t);
-        ends = points;
-        points = 0;
+        const size_t first = pk_segment_append(segment, ends, segment->point_row, segment->point_t);
+        pk_segment_tangent(segment, first, points, segment->point_row, segment->point_t);
+        ends = first + points;
+        points = first;
         for (size_t i = next; i < last; i++) {
             const int nodes = order[i];
             if (!pk__is_open(integrator, i))
@@ -13652,6 +13774,8 @@ static int pk__test_pieces(pk_integrator *integrator)
             double roundings,
                 error = pk__piece_error(integrator, points, ends, pieces->row[i], length, nodes, &roundings);
             const double before = integrator->missed[i];
+            if (pieces->a[i] == 0 && pieces->b[i] == 1)
+                pk__keep_ends(integrator, pieces->row[i]);
             points += (size_t)nodes;
             ends += 2;
             integrator->missed[i] = error;
@@ -13663,6 +13787,7 @@ static int pk__test_pieces(pk_integrator *integrator)
                 continue;
             }
             integrator->passed[i] = 1;
+            integrator->sequence[integrator->sequence_count++] = i;
             pk__plan_next(&integrator->next_order[pieces->row[i]], integrator->row_order[pieces->row[i]],
                           order[i], before);
         }
@@ -13706,11 +13831,12 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
     for (size_t i = 0; i < pieces->count; i++)
         integrator->order[i] = integrator->row_order[pieces->row[i]] / PK_WAITS;
+    integrator->sequence_count = 0;
     while (pk__test_pieces(integrator))
         ;
-    for (size_t i = 0; i < pieces->count; i++)
-        if (integrator->passed[i])
-            pk__emit_gauss(integrator, sink, user, i, integrator->order[i], 1);
+    for (size_t i = 0; i < integrator->sequence_count; i++) /* as the tape holds their nodes */
+        pk__emit_gauss(integrator, sink, user, integrator->sequence[i],
+                       integrator->order[integrator->sequence[i]], 1);
     pk__bisect(integrator, pieces, integrator->passed, sink, user);
 }
 
@@ -13720,6 +13846,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
 {
     pk_segment *segment = &integrator->segment;
     pk_rule rule = integrator->quadrature.rule;
+    memset(integrator->has_ends, 0, segment->rows);
     if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
         pk__emit_fixed(integrator, sink, user);
         pk__flush(integrator, sink, user, 1);
@@ -13763,15 +13890,38 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     pk__flush(integrator, sink, user, 1);
 }
 
+PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
+{
+    pk_segment *segment = &integrator->segment;
+    const size_t classes = segment->graph->output_width,
+                 outputs = pk_readout_count(&integrator->readout, classes);
+    for (size_t row = 0, points; row < segment->rows; row++) {
+        if (integrator->has_ends[row])
+            continue;
+        for (points = 0; row + points / 2 < segment->rows && points < segment->point_capacity / 2 * 2;
+             points++) {
+            segment->point_row[points] = row + points / 2;
+            segment->point_t[points] = (pk_real)(points % 2);
+        }
+        pk_segment_forward(segment, points, segment->point_row, segment->point_t);
+        for (size_t p = 0; p < points; p++)
+            pk_readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
+                             pk_tape_output(&segment->tape) + p * classes,
+                             integrator->ends + (2 * row + p) * outputs, integrator->slope);
+        row += points / 2 - 1;
+    }
+    return integrator->ends;
+}
+
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/example.h: implementation */
 #include <math.h>
 #include <string.h>
 #include <time.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
 {
@@ -14047,12 +14197,12 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/feature.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK_API size_t pk_tangent_block(size_t outputs)
 {
@@ -14265,6 +14415,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
     tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
+    tangent->begun = (unsigned char *)pk_arena_take(arena, rows, 1);
     pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
     /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
      * layer by rows (outputs x weights). */
@@ -14281,11 +14432,11 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/contraction.h: implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
  * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
@@ -14719,42 +14870,44 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
     tangent->seconds_contraction += pk__seconds() - start;
 }
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/tangent.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. known: F(direction_v,
+ * a_p) where it has been computed, else NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
-                          const pk_real *bias_scale)
+                          const pk_real *bias_scale, const pk_real *const known[PK_DIRECTIONS])
 {
     const pk_node *node = tangent->node[layer];
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
-        const pk_real *direction = tangent->directions[v] + node->weight_offset;
-        pk_real *product = tangent->scratch;
-        pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, product, out);
-        for (size_t p = 0; p < count; p++) {
-            pk_real *at = product + p * out;
-            if (pk__has_bias(node))
+        const pk_real *direction = tangent->directions[v] + node->weight_offset, *product = known[v];
+        if (!product) {
+            pk_real *to = tangent->scratch;
+            pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, to, out);
+            for (size_t p = 0; pk__has_bias(node) && p < count; p++)
                 for (size_t j = 0; j < out; j++)
-                    at[j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+                    to[p * out + j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+            product = to;
+        }
+        for (size_t p = 0; p < count; p++)
             for (size_t k = 0; k < outputs; k++) {
-                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, at);
+                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, product + p * out);
                 tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
             }
-        }
     }
 }
 
-/* phi += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
+/* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
 static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
-                          const pk_real *a, const pk_real *delta, pk_real *phi)
+                          const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
 {
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     const size_t chosen = tangent->output_count;
@@ -14765,9 +14918,11 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
             tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
     for (size_t k = 0; k < chosen; k += tangent->unit)
         pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
-                 tangent->weighted, in, 1, phi + k * out * in, in);
+                 tangent->weighted, in, !fresh, phi + k * out * in, in);
     if (pk__has_bias(node)) {
         pk_real *bias = phi + chosen * out * in;
+        if (fresh)
+            memset(bias, 0, chosen * out * sizeof *bias);
         for (size_t p = 0; p < count; p++)
             for (size_t j = 0; j < chosen * out; j++)
                 bias[j] += weight[p] * delta[p * outputs * out + j];
@@ -14781,12 +14936,13 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
     const pk_tape *tape = &tangent->integrator.segment.tape;
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
+    const int fresh = !tangent->begun[points->row[first]];
     pk_real *a = tape->value[node->inputs[0]] + first * in;
     pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
-    pk__add_outer(tangent, node, count, points->weight + first, a, delta, tangent->phi[layer] + at);
+    pk__add_outer(tangent, node, count, points->weight + first, a, delta, fresh, tangent->phi[layer] + at);
     if (!tangent->check)
         return;
-    pk__add_outer(tangent, node, count, points->check + first, a, delta, tangent->check[layer] + at);
+    pk__add_outer(tangent, node, count, points->check + first, a, delta, fresh, tangent->check[layer] + at);
     /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
     pk_real *sizes = tangent->scratch, *weight = tangent->sorted.slack;
     for (size_t p = 0; p < count; p++)
@@ -14795,7 +14951,7 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
         sizes[i] = (pk_real)fabs(delta[i]);
     for (size_t i = 0; i < count * in; i++)
         tangent->absolute[i] = (pk_real)fabs(a[i]);
-    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, tangent->size[layer] + at);
+    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, fresh, tangent->size[layer] + at);
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
@@ -14868,7 +15024,8 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
             call.in[j] += p * call.in_width[j];
         call.out += p * node->width;
         call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
-        call.weights = pk__row_weights(tape, &tape->line, node, p);
+        call.weights = pk__has_row_weights(node) ? pk__row_weights(tape, &tape->line, node, p)
+                                                 : tape->line.weights + node->weight_offset;
         call.gradient = tangent->scratch;
         pk__node_row_gradients(&call);
         for (size_t i = 0; i < tangent->output_count * weights; i++)
@@ -14900,7 +15057,8 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
 {
     int sorted = 1;
     for (size_t p = 1; p < points->count; p++)
-        sorted &= points->row[p - 1] <= points->row[p];
+        for (size_t q = 0; points->row[p] != points->row[p - 1] && q < p; q++)
+            sorted &= points->row[q] != points->row[p];
     if (sorted)
         return points;
     pk_points *to = &tangent->sorted;
@@ -14967,9 +15125,10 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
-    const pk_real *weight = points->weight;
+    const pk_real *weight = points->weight,
+                  *known[PK_DIRECTIONS], *const unknown[PK_DIRECTIONS] = {NULL, NULL, NULL};
     if (count)
-        pk_segment_forward(segment, count, row, points->t, graph->node_count);
+        pk_segment_forward(segment, count, row, points->t);
     for (size_t p = 0; p < count; p++) {
         pk_readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
                          pk_tape_output(&segment->tape) + p * classes, tangent->integrator.h,
@@ -14986,20 +15145,26 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         if (spread)
             pk__add_along_places(tangent, l, points);
         else if (tangent->kind[l] == PK_LAYER_POINTS)
-            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
+            pk__add_along(tangent, l, count, row, weight, a, delta, NULL, unknown);
         if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
             pk__add_points(tangent, l, points);
     }
+    for (size_t p = 0; p < count; p++)
+        tangent->begun[row[p]] = 1;
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         if (tangent->kind[l] == PK_LAYER_ROWS)
             pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK_LAYER_DATA)
+        else if (tangent->kind[l] == PK_LAYER_DATA) {
+            for (int v = 0; v < PK_DIRECTIONS; v++) /* the segment has its values along the step */
+                known[v] = tangent->directions[v] == segment->direction ? segment->slope[node - graph->nodes]
+                           : tangent->directions[v] == segment->weights ? segment->base[node - graph->nodes]
+                                                                        : NULL;
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
-                          tangent->delta[l], NULL);
-        else if (tangent->kind[l] == PK_LAYER_LINEAR)
+                          tangent->delta[l], NULL, known);
+        } else if (tangent->kind[l] == PK_LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
-                          tangent->weight_sum);
+                          tangent->weight_sum, unknown);
     }
     pk__contract(tangent, points);
 }
@@ -15035,6 +15200,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
     tangent->integrator.first_row = first_row;
     pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
+    memset(tangent->begun, 0, rows);
     for (int v = 0; v < PK_DIRECTIONS; v++)
         memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
     for (size_t l = 0; l < graph->layers; l++) {
@@ -15044,8 +15210,10 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
-        if (tangent->phi[l] && tangent->integrated[l])
-            memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
+        if (tangent->kind[l] !=
+            PK_LAYER_ROWS) /* its sums start with the row's first points: every row has some */
+            continue;
+        memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
             memset(tangent->check[l], 0, chosen * node->weight_count * sizeof(pk_real));
             memset(tangent->size[l], 0, chosen * node->weight_count * sizeof(pk_real));
@@ -15128,12 +15296,12 @@ PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/decomposition.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 PK__COLD_BEGIN
 
@@ -15278,12 +15446,12 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/window.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
  * each part's vectors one behind the other. */
@@ -15662,12 +15830,12 @@ PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t 
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/plan.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- the job --------------------------------------------------------------------------------------- */
 
@@ -16048,12 +16216,12 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/decompose.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* ---- the test side of one block over one window ------------------------------------------------------ */
 
@@ -16149,15 +16317,15 @@ static void pk__advance_state(const pk__part *part, const pk_linear_form *form, 
     const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
     for (size_t k = 0; k < part->count; k++) {
         size_t at = k * part->matrix;
-        if (!phi->inputs)
-            pk__linear_form_back(part->matrix, form, carry, p, 1, phi->matrices + at, state + at,
+        if (phi->inputs)
+            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
                                  e ? e + at : NULL);
-        for (size_t j = 0; phi->inputs && j < out; j++)
-            pk__linear_form_back(in, form, carry, p ? p + j * in : NULL, phi->cotangents[k * out + j],
-                                 phi->inputs, state + at + j * in, e ? e + at + j * in : NULL);
+        else
+            pk__linear_form_back(1, part->matrix, form, carry, p, NULL, phi->matrices + at, 0, state + at,
+                                 e ? e + at : NULL);
         at = matrices + k * part->bias;
-        pk__linear_form_back(part->bias, form, carry, p_bias, phi->inputs ? phi->bias_input : 1,
-                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, state + at,
+        pk__linear_form_back(1, part->bias, form, carry, p_bias, phi->inputs ? &phi->bias_input : NULL,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, 0, state + at,
                              e ? e + at : NULL);
     }
 }
@@ -16271,7 +16439,10 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
     part.row = row;
     part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
-    const size_t each = pk__part_outputs(part.node, job->unit), last = job->first_output + job->output_count;
+    const size_t last = job->first_output + job->output_count;
+    /* Copies of a part should stay in the cache; where R is used as it stands there are none. */
+    const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
+    const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
     for (size_t unit = job->first_output; unit < last; unit += job->unit) {
         const size_t end = pk__least(unit + job->unit, last);
         for (part.first = unit; part.first < end; part.first += part.count) {
@@ -16320,41 +16491,23 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
     }
 }
 
-/* h at t of every row: into h (rows x outputs). */
-static void pk__readout_at(pk__worker *worker, double t, pk_real *h)
-{
-    pk_integrator *integrator = &worker->tangent.integrator;
-    pk_segment *segment = &integrator->segment;
-    size_t classes = worker->job->graph->output_width;
-    for (size_t r = 0; r < segment->rows; r++) {
-        segment->point_row[r] = r;
-        segment->point_t[r] = (pk_real)t;
-    }
-    pk_segment_forward(segment, segment->rows, segment->point_row, segment->point_t,
-                       segment->graph->node_count);
-    for (size_t r = 0; r < segment->rows; r++)
-        pk_readout_apply(&integrator->readout, classes, integrator->first_row + r,
-                         pk_tape_output(&segment->tape) + r * classes, h + r * worker->job->outputs,
-                         integrator->slope);
-}
-
 /* What a step adds beside its examples, and its own closure. */
 static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j, size_t step)
 {
     pk__job *job = worker->job;
     pk_decomposition *part = job->part;
     const pk_linear_form *form = &job->window.forms[j];
-    pk_real *start = worker->tangent.tile, *end = start + worker->rows * job->outputs;
+    const pk_real *ends = pk_integrator_ends(&worker->tangent.integrator);
     double linear = form->decoupled;
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
-    pk__readout_at(worker, 0, start);
-    pk__readout_at(worker, 1, end);
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
         const size_t cell = worker->row * job->outputs + i, output = i % job->outputs;
         if (output < job->first_output || output >= job->first_output + job->output_count)
             continue;
-        double closure = (double)(end[i] - start[i]) - (double)worker->tangent.along[0][i];
+        const pk_real *start = ends + (2 * (i / job->outputs) * job->outputs + output),
+                      *end = start + job->outputs;
+        double closure = (double)(*end - *start) - (double)worker->tangent.along[0][i];
         part->unattributed[cell] += worker->tangent.along[1][i];
         if (worker->tangent.directions[2])
             part->decay[cell] -= linear * worker->tangent.along[2][i];
@@ -16782,11 +16935,11 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 /* pathkernel/kernel.h: implementation */
 #include <string.h>
-PK__BEGIN_C
+PK__BEGIN_CODE
 
 /* How a layer's part is had. */
 typedef enum pk__gram_form {
@@ -17348,6 +17501,6 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 
 PK__COLD_END
 
-PK__END_C
+PK__END_CODE
 
 #endif /* PATHKERNEL_IMPLEMENTATION */
