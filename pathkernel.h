@@ -1552,8 +1552,7 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
  * where the tape holds all of them in this order, perhaps with others between. */
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
-PK_API PK__MUST_USE size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row,
-                                             const pk_real *t);
+PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* Tangents along the step's direction at points that the tape holds from number first on. */
 PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
                                const pk_real *t);
@@ -13049,7 +13048,7 @@ PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *
 {
     if (!pk__find_points(segment, count, row, t, 0)) {
         segment->held = 0;
-        (void)!pk_segment_append(segment, count, row, t);
+        pk_segment_append(segment, count, row, t);
         return;
     }
     (void)pk__find_points(segment, count, row, t, 1);
@@ -13895,20 +13894,20 @@ PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
     pk_segment *segment = &integrator->segment;
     const size_t classes = segment->graph->output_width,
                  outputs = pk_readout_count(&integrator->readout, classes);
-    for (size_t row = 0, points; row < segment->rows; row++) {
-        if (integrator->has_ends[row])
-            continue;
-        for (points = 0; row + points / 2 < segment->rows && points < segment->point_capacity / 2 * 2;
-             points++) {
-            segment->point_row[points] = row + points / 2;
-            segment->point_t[points] = (pk_real)(points % 2);
+    for (size_t row = 0, points = 0; row < segment->rows; row++) {
+        for (int end = 0; end < 2 && !integrator->has_ends[row]; end++, points++) {
+            segment->point_row[points] = row;
+            segment->point_t[points] = (pk_real)end;
         }
+        if (!points || (row + 1 < segment->rows && points + 2 <= segment->point_capacity))
+            continue;
         pk_segment_forward(segment, points, segment->point_row, segment->point_t);
         for (size_t p = 0; p < points; p++)
             pk_readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
                              pk_tape_output(&segment->tape) + p * classes,
-                             integrator->ends + (2 * row + p) * outputs, integrator->slope);
-        row += points / 2 - 1;
+                             integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
+                             integrator->slope);
+        points = 0;
     }
     return integrator->ends;
 }
@@ -14877,18 +14876,30 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. known: F(direction_v,
- * a_p) where it has been computed, else NULL. */
+/* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
+static const pk_real *pk__known_product(const pk_tangent *tangent, size_t layer, const pk_real *direction)
+{
+    const pk_segment *segment = &tangent->integrator.segment;
+    const size_t node = (size_t)(tangent->node[layer] - tangent->graph->nodes);
+    if (tangent->kind[layer] != PK_LAYER_DATA)
+        return NULL;
+    return direction == segment->direction ? segment->slope[node]
+           : direction == segment->weights ? segment->base[node]
+                                           : NULL;
+}
+
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
-                          const pk_real *bias_scale, const pk_real *const known[PK_DIRECTIONS])
+                          const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
-        const pk_real *direction = tangent->directions[v] + node->weight_offset, *product = known[v];
+        const pk_real *direction = tangent->directions[v] + node->weight_offset;
+        const pk_real *product = pk__known_product(tangent, layer, tangent->directions[v]);
         if (!product) {
             pk_real *to = tangent->scratch;
             pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, to, out);
@@ -15125,8 +15136,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
-    const pk_real *weight = points->weight,
-                  *known[PK_DIRECTIONS], *const unknown[PK_DIRECTIONS] = {NULL, NULL, NULL};
+    const pk_real *weight = points->weight;
     if (count)
         pk_segment_forward(segment, count, row, points->t);
     for (size_t p = 0; p < count; p++) {
@@ -15145,7 +15155,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         if (spread)
             pk__add_along_places(tangent, l, points);
         else if (tangent->kind[l] == PK_LAYER_POINTS)
-            pk__add_along(tangent, l, count, row, weight, a, delta, NULL, unknown);
+            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
         if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
             pk__add_points(tangent, l, points);
     }
@@ -15155,16 +15165,12 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         if (tangent->kind[l] == PK_LAYER_ROWS)
             pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK_LAYER_DATA) {
-            for (int v = 0; v < PK_DIRECTIONS; v++) /* the segment has its values along the step */
-                known[v] = tangent->directions[v] == segment->direction ? segment->slope[node - graph->nodes]
-                           : tangent->directions[v] == segment->weights ? segment->base[node - graph->nodes]
-                                                                        : NULL;
+        else if (tangent->kind[l] == PK_LAYER_DATA)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
-                          tangent->delta[l], NULL, known);
-        } else if (tangent->kind[l] == PK_LAYER_LINEAR)
+                          tangent->delta[l], NULL);
+        else if (tangent->kind[l] == PK_LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
-                          tangent->weight_sum, unknown);
+                          tangent->weight_sum);
     }
     pk__contract(tangent, points);
 }
@@ -15210,8 +15216,8 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
-        if (tangent->kind[l] !=
-            PK_LAYER_ROWS) /* its sums start with the row's first points: every row has some */
+        /* Elsewhere Phi starts with the row's first points: every row has some. */
+        if (tangent->kind[l] != PK_LAYER_ROWS)
             continue;
         memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
@@ -16389,10 +16395,12 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
                       (part->first - job->first_output) * part->node->weight_count;
     const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
     const pk_real *e = worker->phi;
-    pk__phi phi = {worker->phi, worker->phi + part->count * part->matrix, NULL, NULL, 0};
-    if (!job->reverse || job->part->bounds)
+    pk__phi phi = {NULL, NULL, NULL, NULL, 0};
+    if (!job->reverse || job->part->bounds) {
         pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
-    else if (worker->tangent.phi[part->layer])
+        phi.matrices = worker->phi;
+        phi.biases = worker->phi + part->count * part->matrix;
+    } else if (worker->tangent.phi[part->layer])
         pk__row_view(&worker->tangent, part->layer, part->row, part->first, &phi.matrices, &phi.biases);
     else
         phi.bias_input = pk__row_factors(&worker->tangent, part->layer, part->row, part->first, &phi.cotangents,

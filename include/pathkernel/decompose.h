@@ -221,10 +221,12 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
                       (part->first - job->first_output) * part->node->weight_count;
     const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
     const pk_real *e = worker->phi;
-    pk__phi phi = {worker->phi, worker->phi + part->count * part->matrix, NULL, NULL, 0};
-    if (!job->reverse || job->part->bounds)
+    pk__phi phi = {NULL, NULL, NULL, NULL, 0};
+    if (!job->reverse || job->part->bounds) {
         pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
-    else if (worker->tangent.phi[part->layer])
+        phi.matrices = worker->phi;
+        phi.biases = worker->phi + part->count * part->matrix;
+    } else if (worker->tangent.phi[part->layer])
         pk__row_view(&worker->tangent, part->layer, part->row, part->first, &phi.matrices, &phi.biases);
     else
         phi.bias_input = pk__row_factors(&worker->tangent, part->layer, part->row, part->first, &phi.cotangents,

@@ -595,20 +595,20 @@ PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
     pk_segment *segment = &integrator->segment;
     const size_t classes = segment->graph->output_width,
                  outputs = pk_readout_count(&integrator->readout, classes);
-    for (size_t row = 0, points; row < segment->rows; row++) {
-        if (integrator->has_ends[row])
-            continue;
-        for (points = 0; row + points / 2 < segment->rows && points < segment->point_capacity / 2 * 2;
-             points++) {
-            segment->point_row[points] = row + points / 2;
-            segment->point_t[points] = (pk_real)(points % 2);
+    for (size_t row = 0, points = 0; row < segment->rows; row++) {
+        for (int end = 0; end < 2 && !integrator->has_ends[row]; end++, points++) {
+            segment->point_row[points] = row;
+            segment->point_t[points] = (pk_real)end;
         }
+        if (!points || (row + 1 < segment->rows && points + 2 <= segment->point_capacity))
+            continue;
         pk_segment_forward(segment, points, segment->point_row, segment->point_t);
         for (size_t p = 0; p < points; p++)
             pk_readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
                              pk_tape_output(&segment->tape) + p * classes,
-                             integrator->ends + (2 * row + p) * outputs, integrator->slope);
-        row += points / 2 - 1;
+                             integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
+                             integrator->slope);
+        points = 0;
     }
     return integrator->ends;
 }

@@ -62,8 +62,7 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
  * where the tape holds all of them in this order, perhaps with others between. */
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
-PK_API PK__MUST_USE size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row,
-                                             const pk_real *t);
+PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
 /* Tangents along the step's direction at points that the tape holds from number first on. */
 PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
                                const pk_real *t);
@@ -338,7 +337,7 @@ PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *
 {
     if (!pk__find_points(segment, count, row, t, 0)) {
         segment->held = 0;
-        (void)!pk_segment_append(segment, count, row, t);
+        pk_segment_append(segment, count, row, t);
         return;
     }
     (void)pk__find_points(segment, count, row, t, 1);

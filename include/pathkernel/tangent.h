@@ -32,18 +32,30 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_CODE
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. known: F(direction_v,
- * a_p) where it has been computed, else NULL. */
+/* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
+static const pk_real *pk__known_product(const pk_tangent *tangent, size_t layer, const pk_real *direction)
+{
+    const pk_segment *segment = &tangent->integrator.segment;
+    const size_t node = (size_t)(tangent->node[layer] - tangent->graph->nodes);
+    if (tangent->kind[layer] != PK_LAYER_DATA)
+        return NULL;
+    return direction == segment->direction ? segment->slope[node]
+           : direction == segment->weights ? segment->base[node]
+                                           : NULL;
+}
+
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
-                          const pk_real *bias_scale, const pk_real *const known[PK_DIRECTIONS])
+                          const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
-        const pk_real *direction = tangent->directions[v] + node->weight_offset, *product = known[v];
+        const pk_real *direction = tangent->directions[v] + node->weight_offset;
+        const pk_real *product = pk__known_product(tangent, layer, tangent->directions[v]);
         if (!product) {
             pk_real *to = tangent->scratch;
             pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, to, out);
@@ -280,8 +292,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
-    const pk_real *weight = points->weight,
-                  *known[PK_DIRECTIONS], *const unknown[PK_DIRECTIONS] = {NULL, NULL, NULL};
+    const pk_real *weight = points->weight;
     if (count)
         pk_segment_forward(segment, count, row, points->t);
     for (size_t p = 0; p < count; p++) {
@@ -300,7 +311,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         if (spread)
             pk__add_along_places(tangent, l, points);
         else if (tangent->kind[l] == PK_LAYER_POINTS)
-            pk__add_along(tangent, l, count, row, weight, a, delta, NULL, unknown);
+            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
         if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
             pk__add_points(tangent, l, points);
     }
@@ -310,16 +321,12 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const pk_node *node = tangent->node[l];
         if (tangent->kind[l] == PK_LAYER_ROWS)
             pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK_LAYER_DATA) {
-            for (int v = 0; v < PK_DIRECTIONS; v++) /* the segment has its values along the step */
-                known[v] = tangent->directions[v] == segment->direction ? segment->slope[node - graph->nodes]
-                           : tangent->directions[v] == segment->weights ? segment->base[node - graph->nodes]
-                                                                        : NULL;
+        else if (tangent->kind[l] == PK_LAYER_DATA)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
-                          tangent->delta[l], NULL, known);
-        } else if (tangent->kind[l] == PK_LAYER_LINEAR)
+                          tangent->delta[l], NULL);
+        else if (tangent->kind[l] == PK_LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
-                          tangent->weight_sum, unknown);
+                          tangent->weight_sum);
     }
     pk__contract(tangent, points);
 }
@@ -365,8 +372,8 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
             memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
-        if (tangent->kind[l] !=
-            PK_LAYER_ROWS) /* its sums start with the row's first points: every row has some */
+        /* Elsewhere Phi starts with the row's first points: every row has some. */
+        if (tangent->kind[l] != PK_LAYER_ROWS)
             continue;
         memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
