@@ -324,7 +324,14 @@ static void test_points(void **state)
         const size_t row[POINTS] = {2, 0, 0, 1, 2, 2, 1};
         const pk_real t[POINTS] = {0, 1, 0.3, 0.25, 0.9, 1e-3, 0.5};
         pk_segment_begin(&h.segment, w, d, R, x);
+        /* In two parts with others before them, as a rule that is tried again leaves its nodes; then moved together. */
+        const pk_real other = (pk_real)0.7;
+        assert_int_equal(pk_segment_append(&h.segment, 1, row, &other), 0);
+        assert_int_equal(pk_segment_append(&h.segment, 3, row, t), 1);
+        assert_int_equal(pk_segment_append(&h.segment, 1, row, &other), 4);
+        assert_int_equal(pk_segment_append(&h.segment, POINTS - 3, row + 3, t + 3), 5);
         pk_segment_forward(&h.segment, POINTS, row, t);
+        assert_int_equal(h.segment.held, POINTS);
         pk_segment_tangent(&h.segment, 0, POINTS, row, t);
         pk_real *seed = pk_tape_seed(&h.segment.tape);
         for (size_t p = 0; p < POINTS; p++)
