@@ -311,12 +311,15 @@ PK_API int pk_threads(const pk_context *context)
 
 enum { PK__ALIGNMENT = 64 };
 
-/* Before each allocation, in its own cache line: its whole size. */
+/* Before each allocation, in a cache line of its own: its whole size, and what is given back. */
 typedef struct pk__header {
     size_t bytes;
+    void *block;
 } pk__header;
 
-PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, const char *what, void *pointer)
+/* pk_allocate, where clear == 0 without zeroes. */
+PK__PRIVATE pk_status pk__allocate(pk_context *context, size_t count, size_t size, int clear, const char *what,
+                                   void *pointer)
 {
     void *none = NULL;
     memcpy(pointer, &none, sizeof none);
@@ -325,45 +328,54 @@ PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, con
         return pk__fail(context, PK_OVERFLOW, "%s: %zu items of %zu bytes overflow", what, count, size);
     if (bytes == 0)
         return PK_OK;
-    bytes = (bytes + PK__ALIGNMENT - 1) / PK__ALIGNMENT * PK__ALIGNMENT + PK__ALIGNMENT;
+    const int own = !context || !context->allocator.allocate;
+    bytes = (bytes + PK__ALIGNMENT - 1) / PK__ALIGNMENT * PK__ALIGNMENT + (own ? 2 : 1) * PK__ALIGNMENT;
     if (context && context->memory_limit &&
         (context->memory_used > context->memory_limit || bytes > context->memory_limit - context->memory_used))
         return pk__fail(context, PK_MEMORY_LIMIT,
                         "%s needs %zu bytes beside the %zu held, more than the memory limit of %zu bytes", what,
                         bytes, context->memory_used, context->memory_limit);
-    void *block = NULL;
-    if (context && context->allocator.allocate)
-        block = context->allocator.allocate(context->allocator.user, bytes, PK__ALIGNMENT);
-    else if (posix_memalign(&block, PK__ALIGNMENT, bytes) != 0)
-        block = NULL;
+    /* Large blocks of calloc are zero pages that whoever writes them first gets: no thread clears them alone. */
+    void *block = !own    ? context->allocator.allocate(context->allocator.user, bytes, PK__ALIGNMENT)
+                  : clear ? calloc(1, bytes)
+                          : malloc(bytes);
     if (!block)
         return pk__fail(context, PK_MEMORY, "%s: no memory for %zu bytes", what, bytes);
-    memset(block, 0, bytes);
-    ((pk__header *)block)->bytes = bytes;
+    if (!own && clear)
+        memset(block, 0, bytes);
+    unsigned char *start = (unsigned char *)block + PK__ALIGNMENT;
+    if (own)
+        start += PK__ALIGNMENT - (uintptr_t)start % PK__ALIGNMENT;
+    pk__header *header = (pk__header *)(start - PK__ALIGNMENT);
+    header->bytes = bytes;
+    header->block = block;
     if (context) {
         context->memory_used += bytes;
         if (context->memory_used > context->memory_peak)
             context->memory_peak = context->memory_used;
     }
-    void *start = (unsigned char *)block + PK__ALIGNMENT;
     memcpy(pointer, &start, sizeof start);
     return PK_OK;
+}
+
+PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, const char *what, void *pointer)
+{
+    return pk__allocate(context, count, size, 1, what, pointer);
 }
 
 PK_API void pk_release(pk_context *context, void *pointer)
 {
     if (!pointer)
         return;
-    void *block = (unsigned char *)pointer - PK__ALIGNMENT;
-    size_t bytes = ((pk__header *)block)->bytes;
+    const pk__header header = *(pk__header *)((unsigned char *)pointer - PK__ALIGNMENT);
     if (context) {
-        context->memory_used -= bytes;
+        context->memory_used -= header.bytes;
         if (context->allocator.allocate) {
-            context->allocator.release(context->allocator.user, block, bytes);
+            context->allocator.release(context->allocator.user, header.block, header.bytes);
             return;
         }
     }
-    free(block);
+    free(header.block);
 }
 
 PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
