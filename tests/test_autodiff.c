@@ -573,6 +573,35 @@ static void test_threads(void **state)
     }
 }
 
+/* Units that a ReLU has off are left out where several cotangents of an example go back together: the outputs' gradients are
+ * those that come one by one, of widths that are no multiples of anything. */
+static void test_units_off(void **state)
+{
+    (void)state;
+    problem p;
+    memset(&p, 0, sizeof p);
+    assert_ok(&p.context,
+              pk_network_parse(&p.context, "input 6; dense 150; relu; dense 141; relu; dense 19", &p.graph));
+    fill(&p, 71, 70, 0);
+    const size_t n = p.rows, P = p.P, C = p.C, D = p.D;
+    const pk_matrix x = pk_matrix_view(p.x, n, D);
+    pk_real *weights = checks_take(&p.c, n * C * P), *inputs = checks_take(&p.c, n * C * D);
+    pk_real *weight = checks_take(&p.c, n * P), *input = checks_take(&p.c, n * D);
+    assert_ok(&p.context, pk_jacobian(&p.context, &p.graph, p.w, x, pk_matrix_view(weights, n * C, P),
+                                      pk_matrix_view(inputs, n * C, D)));
+    for (size_t c = 0; c < C; c++) {
+        for (size_t i = 0; i < n * C; i++)
+            p.u[i] = i % C == c;
+        assert_ok(&p.context, pk_vjp(&p.context, &p.graph, p.w, x, pk_matrix_view(p.u, n, C),
+                                     pk_matrix_view(weight, n, P), pk_matrix_view(input, n, D)));
+        for (size_t i = 0; i < n * P; i++)
+            assert_close(weights[(i / P * C + c) * P + i % P], weight[i], ROUNDING(1e-12));
+        for (size_t i = 0; i < n * D; i++)
+            assert_close(inputs[(i / D * C + c) * D + i % D], input[i], ROUNDING(1e-12));
+    }
+    teardown(&p);
+}
+
 static void test_memory(void **state)
 {
     (void)state;
@@ -753,7 +782,7 @@ int main(void)
         cmocka_unit_test(test_second),         cmocka_unit_test(test_user_operations),
         cmocka_unit_test(test_language),       cmocka_unit_test(test_threads),
         cmocka_unit_test(test_memory),         cmocka_unit_test(test_errors),
-        cmocka_unit_test(test_unread),
+        cmocka_unit_test(test_unread),         cmocka_unit_test(test_units_off),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

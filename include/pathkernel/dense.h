@@ -140,7 +140,7 @@ typedef struct pk__dense_product {
     int by_rows;
 } pk__dense_product;
 
-enum { PK__DENSE_TILE = 256 / (int)sizeof(pk_real), PK__DENSE_TILES = 16, PK__DENSE_WORTH = 1 << 19 };
+enum { PK__DENSE_TILE = 256 / (int)sizeof(pk_real), PK__DENSE_TILES = 8, PK__DENSE_WORTH = 1 << 19 };
 
 static void pk__dense_tile(const pk__dense_product *p, size_t tile)
 {
@@ -158,7 +158,9 @@ static void pk__dense_multiply(pk__dense_product *p, int threads)
 {
     const size_t cut = p->by_rows ? p->m : p->n;
     const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
-    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / PK__DENSE_TILES + 7) / 8 * 8);
+    /* Few rows are packed for each tile again. */
+    const size_t most = p->m > PK__FEW_PANELS * PK_PANEL ? PK__DENSE_TILES : PK__DENSE_TILES / 2;
+    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / most + 7) / 8 * 8);
     const size_t tiles = pk__blocks(cut, p->tile);
     threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), tiles);
     threads = threads <= parts ? threads : 1;
@@ -208,18 +210,27 @@ static void pk__dense_tangent(const pk_call *call)
 
 static void pk__dense_reverse(const pk_call *call)
 {
-    const size_t width = call->node->fan_out, fan_in = call->node->fan_in;
+    const size_t width = call->node->fan_out, fan_in = call->node->fan_in,
+                 rows = call->rows * call->copies * call->node->positions;
+    const int accumulate = call->accumulate[0];
+    pk_real *to = call->in_cotangent[0];
+    if (call->node->positions == 1 &&
+        pk__has_common_zeros(rows, call->copies, width, call->out_cotangent, width)) {
+        pk__grouped_product(rows, call->copies, fan_in, width, call->out_cotangent, width, call->weights,
+                            fan_in, !accumulate, to, fan_in);
+        return;
+    }
     pk__dense_product product = {0,
                                  0,
-                                 call->rows * call->copies * call->node->positions,
+                                 rows,
                                  fan_in,
                                  width,
                                  call->out_cotangent,
                                  call->weights,
                                  width,
                                  fan_in,
-                                 (pk_real)(call->accumulate[0] ? 1 : 0),
-                                 call->in_cotangent[0],
+                                 (pk_real)(accumulate ? 1 : 0),
+                                 to,
                                  fan_in,
                                  0,
                                  0};
