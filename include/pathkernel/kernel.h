@@ -90,7 +90,9 @@ typedef struct pk__gram {
     size_t layers, numbers; /* numbers kept of a row */
     pk__gram_layer *layer;
     size_t tile, sweep; /* rows of a tile, and of one pass through the network: powers of two */
-    size_t unit;        /* the larger of them: where sides are cut */
+    size_t part;        /* rows of one pass back */
+    size_t unit;        /* the larger of tile and sweep: where sides are cut */
+    int together;       /* the rows of both sides go through the network as one */
     size_t left, right; /* numbers of a lane's products */
     int symmetric;
     pk_matrix result;
@@ -101,19 +103,32 @@ typedef struct pk__gram {
     double done, all; /* pairs of rows */
 } pk__gram;
 
+/* Rows at ... of a side. */
+typedef struct pk__gram_rows {
+    const pk__gram_side *side;
+    size_t at, rows;
+} pk__gram_rows;
+
 /* One thread's memory. */
 typedef struct pk__gram_lane {
-    pk_tape tape;
+    pk_tape forward, back;
     pk_real *inputs;
     pk_real *left, *right, *tile, *spread;
 } pk__gram_lane;
 
 PK__COLD_BEGIN
 
+/* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
+static void pk__gram_back_take(pk_arena *arena, const pk__gram *gram, pk_tape *back)
+{
+    pk_tape_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
+}
+
 static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
-    pk_tape_take(arena, gram->graph, gram->sweep, gram->outputs, 0, &lane->tape);
+    pk__gram_back_take(arena, gram, &lane->back);
+    pk_tape_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
     lane->inputs = (pk_real *)pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
     lane->left = (pk_real *)pk_arena_take(arena, gram->left, sizeof(pk_real));
     lane->right = (pk_real *)pk_arena_take(arena, gram->right, sizeof(pk_real));
@@ -121,9 +136,15 @@ static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_l
     lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
 }
 
+static pk_arena pk__gram_arena(const pk__gram *gram)
+{
+    const pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    return arena;
+}
+
 static pk__gram_lane pk__gram_lane_of(const pk__gram *gram)
 {
-    pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    pk_arena arena = pk__gram_arena(gram);
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     return lane;
@@ -143,7 +164,7 @@ static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
 
-/* What is kept of rows that went through the tape, which become rows at ... of the side. */
+/* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
 static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__gram_side *side, size_t at,
                           size_t rows)
 {
@@ -166,44 +187,86 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
         } else {
             if (!layer->data)
                 memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
-            if (layer->form == PK__GRAM_OUTER)
-                memcpy(right, cotangent, rows * layer->right * sizeof *right);
-            else if (side->leads && side->first + at == 0) /* any row's will do; one thread has this one */
+            if (layer->form == PK__GRAM_CONSTANT && side->leads && side->first + at == 0)
+                /* any row's will do; one thread has this one */
                 pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
                          layer->depth, 0, layer->constant, gram->kept);
         }
     }
 }
 
-/* Rows at ... of a side, at most gram->sweep, go through the network. */
-static void pk__gram_sweep(const pk__gram *gram, const pk__gram_side *side, size_t at, size_t rows)
+/* The pass back of rows, at most gram->part, whose values stand in a tape from row on. Cotangents that are kept are written
+ * where they are kept. */
+static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t row, const pk__gram_rows *rows)
 {
-    const size_t outputs = gram->outputs, width = gram->graph->input_width;
+    const pk_graph *graph = gram->graph;
+    const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
-    pk__gram_lane lane = pk__gram_lane_of(gram);
-    const pk_real *inputs = side->inputs.data + (side->first + at) * side->inputs.ld;
-    for (size_t r = 0; side->inputs.ld != width && r < rows; r++)
-        memcpy(lane.inputs + r * width, inputs + r * side->inputs.ld, width * sizeof *inputs);
-    pk_tape_forward(&lane.tape, &line, rows, side->inputs.ld != width ? lane.inputs : inputs);
-    pk_real *seed = pk_tape_seed(&lane.tape);
-    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
-    for (size_t i = 0; i < rows * outputs; i++)
+    pk_arena arena = pk__gram_arena(gram);
+    pk_tape back, *tape = &back;
+    pk__gram_back_take(&arena, gram, tape);
+    for (size_t n = 0; n < graph->node_count; n++)
+        tape->value[n] = values->value[n] + row * graph->nodes[n].width;
+    for (size_t l = 0; l < gram->layers; l++)
+        if (gram->layer[l].form == PK__GRAM_OUTER)
+            tape->cotangent[gram->layer[l].node - graph->nodes] =
+                pk__gram_right(rows->side, &gram->layer[l], rows->at);
+    pk_real *seed = pk_tape_seed(tape);
+    memset(seed, 0, rows->rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows->rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
-    pk_tape_reverse(&lane.tape, &line, rows, outputs);
-    pk__gram_keep(gram, &lane.tape, side, at, rows);
+    pk_tape_reverse(tape, &line, rows->rows, outputs);
+    pk__gram_keep(gram, tape, rows->side, rows->at, rows->rows);
 }
 
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. */
+/* Rows of one or two sides, at most gram->sweep, go through the network; with several threads for each operation, or one. */
+static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, size_t count, int threads)
+{
+    const size_t width = gram->graph->input_width, part = gram->part;
+    const size_t first = pk__blocks(sides[0].rows, part),
+                 parts = first + (count > 1 ? pk__blocks(sides[1].rows, part) : 0);
+    const pk_line line = {gram->weights, NULL, NULL};
+    pk__gram_lane lane = pk__gram_lane_of(gram);
+    const pk_real *inputs = lane.inputs;
+    size_t rows = 0;
+    for (size_t s = 0; s < count; rows += sides[s++].rows) {
+        const pk_matrix *from = &sides[s].side->inputs;
+        const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
+        if (count == 1 && from->ld == width)
+            inputs = data;
+        else
+            for (size_t r = 0; r < sides[s].rows; r++)
+                memcpy(lane.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
+    }
+    lane.forward.threads = threads;
+    pk_tape_forward(&lane.forward, &line, rows, inputs);
+    PK__PARALLEL_FOR(threads)
+    for (size_t p = 0; p < parts; p++) {
+        const pk__gram_rows *side = &sides[p >= first];
+        const size_t at = (p < first ? p : p - first) * part;
+        const pk__gram_rows back = {side->side, side->at + at, pk__least(part, side->rows - at)};
+        pk__gram_back(gram, &lane.forward, at + (p < first ? 0 : sides[0].rows), &back);
+    }
+}
+
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads share the operations of a few passes,
+ * or have passes of their own. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
     const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep),
                  blocks = own + (other ? pk__blocks(other->rows, sweep) : 0);
-    const int workers = gram->threads;
+    const int few = blocks <= 4, inside = few ? gram->threads : 1, workers = few ? 1 : gram->threads;
+    if (gram->together) {
+        const pk__gram_rows both[2] = {{side, 0, side->rows}, {other, 0, other ? other->rows : 0}};
+        pk__gram_sweep(gram, both, other ? 2 : 1, inside);
+        return;
+    }
     PK__PARALLEL_FOR(workers)
     for (size_t b = 0; b < blocks; b++) {
         const pk__gram_side *to = b < own ? side : other;
         const size_t at = (b < own ? b : b - own) * sweep;
-        pk__gram_sweep(gram, to, at, pk__least(sweep, to->rows - at));
+        const pk__gram_rows rows = {to, at, pk__least(sweep, to->rows - at)};
+        pk__gram_sweep(gram, &rows, 1, inside);
     }
 }
 
@@ -386,22 +449,27 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
 {
     const pk_graph *graph = gram->graph;
     const size_t kept = gram->kept;
-    size_t numbers = graph->input_width;
-    for (size_t n = 1; n < graph->node_count; n++)
-        numbers += graph->nodes[n].width * (graph->nodes[n].varies ? 1 + gram->outputs : 1);
+    size_t values = graph->input_width, cotangents = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        values += graph->nodes[n].width;
+        cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
+    }
     /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
     while (gram->tile > (kept > 1 ? 8 : 16) && pk__most(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
-    /* Every pass reads all weights: some rows a pass, and passes for several threads. */
-    const size_t passes = gram->symmetric ? rows : rows + columns;
-    gram->sweep = 64;
-    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 4 : 2) * gram->sweep)
+    /* Every pass reads all weights: many rows. A pass back has as many rows of cotangents as there are outputs: fewer, which
+     * stay in the second-level cache. */
+    const size_t most = (size_t)1 << 22, all = gram->symmetric ? rows : rows + columns;
+    gram->sweep = 128;
+    while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
         gram->sweep /= 2;
-    while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
-        gram->sweep /= 2;
+    gram->part = gram->sweep;
+    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
+        gram->part /= 2;
+    gram->together = all <= gram->sweep;
     gram->unit = pk__most(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
@@ -504,11 +572,11 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     size_t pair = SIZE_MAX;
     pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
     if (!status)
-        status = pk_allocate(context, x->capacity, row * sizeof(pk_real), gram->name, &x->factors);
+        status = pk__allocate(context, x->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
     if (!status)
-        status = pk_allocate(context, y->capacity, row * sizeof(pk_real), gram->name, &y->factors);
+        status = pk__allocate(context, y->capacity, row * sizeof(pk_real), 0, gram->name, &y->factors);
     if (!status)
-        status = pk_allocate(context, (size_t)gram->threads, gram->lane_bytes, gram->name, &gram->lanes);
+        status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
     if (!status)
         status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
     if (!status) {
