@@ -249,13 +249,15 @@ static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, siz
     }
 }
 
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads share the operations of a few passes,
- * or have passes of their own. */
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
+ * some of them would wait, share the operations of each. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
     const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep),
                  blocks = own + (other ? pk__blocks(other->rows, sweep) : 0);
-    const int few = blocks <= 4, inside = few ? gram->threads : 1, workers = few ? 1 : gram->threads;
+    const size_t threads = (size_t)gram->threads;
+    const int few = gram->together || (blocks % threads && blocks < 4 * threads);
+    const int inside = few ? gram->threads : 1, workers = few ? 1 : gram->threads;
     if (gram->together) {
         const pk__gram_rows both[2] = {{side, 0, side->rows}, {other, 0, other ? other->rows : 0}};
         pk__gram_sweep(gram, both, other ? 2 : 1, inside);
