@@ -352,6 +352,35 @@ static void test_bits(void **state)
     }
 }
 
+/* Called by several threads of the caller's at one time, each with a context of its own, of as many threads or of two. */
+static void test_in_region(void **state)
+{
+    (void)state;
+    enum { CALLS = 6 };
+    static const size_t sizes[] = {12, 300}; /* one pass, and several */
+    for (int k = 0; k < 2; k++) {
+        problem p;
+        setup(&p, "input 7; dense 70; relu; dense 4");
+        const size_t n = sizes[k], all = n * p.C;
+        pk_real *x = make_inputs(&p, 31, n, 0), *gram = compute(&p, 0, x, n, NULL, 0);
+        pk_real *others = FIXTURE_NEW(pk_real, CALLS * all * all);
+        int failures = 0;
+#pragma omp parallel for num_threads(3) schedule(dynamic, 1) reduction(+ : failures)
+        for (int i = 0; i < CALLS; i++) {
+            pk_context context;
+            memset(&context, 0, sizeof context);
+            context.threads = i % 3;
+            failures += pk_kernel_ntk(&context, &p.graph, p.weights, pk_matrix_view(x, n, p.D), none(),
+                                      pk_matrix_view(others + (size_t)i * all * all, all, all)) != PK_OK;
+        }
+        assert_int_equal(failures, 0);
+        for (size_t i = 0; i < CALLS; i++)
+            assert_memory_equal(others + i * all * all, gram, all * all * sizeof *gram);
+        free(others), free(gram), free(x);
+        teardown(&p);
+    }
+}
+
 /* Views with an ld of their own; a view of the same rows under another name is another array. */
 static void test_views(void **state)
 {
@@ -488,10 +517,10 @@ static void test_allocation(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_networks),    cmocka_unit_test(test_sizes), cmocka_unit_test(test_constant),
-        cmocka_unit_test(test_brute_force), cmocka_unit_test(test_torch), cmocka_unit_test(test_positive),
-        cmocka_unit_test(test_bits),        cmocka_unit_test(test_views), cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_networks),    cmocka_unit_test(test_sizes),     cmocka_unit_test(test_constant),
+        cmocka_unit_test(test_brute_force), cmocka_unit_test(test_torch),     cmocka_unit_test(test_positive),
+        cmocka_unit_test(test_bits),        cmocka_unit_test(test_views),     cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_allocation),  cmocka_unit_test(test_in_region),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -215,21 +215,31 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t ro
     memset(seed, 0, rows->rows * outputs * outputs * sizeof *seed);
     for (size_t i = 0; i < rows->rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
+    tape->unit_seeds = 1;
     pk_tape_reverse(tape, &line, rows->rows, outputs);
     pk__gram_keep(gram, tape, rows->side, rows->at, rows->rows);
+}
+
+/* Part number `part` of the rows of one or two sides, one behind the other in the tape, on its pass back. */
+static void pk__gram_back_part(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides,
+                               size_t part)
+{
+    const size_t first = pk__blocks(sides[0].rows, gram->part);
+    const pk__gram_rows *side = &sides[part >= first];
+    const size_t at = (part < first ? part : part - first) * gram->part;
+    const pk__gram_rows rows = {side->side, side->at + at, pk__least(gram->part, side->rows - at)};
+    pk__gram_back(gram, values, at + (part < first ? 0 : sides[0].rows), &rows);
 }
 
 /* Rows of one or two sides, at most gram->sweep, go through the network; with several threads for each operation, or one. */
 static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, size_t count, int threads)
 {
-    const size_t width = gram->graph->input_width, part = gram->part;
-    const size_t first = pk__blocks(sides[0].rows, part),
-                 parts = first + (count > 1 ? pk__blocks(sides[1].rows, part) : 0);
+    const size_t width = gram->graph->input_width;
     const pk_line line = {gram->weights, NULL, NULL};
     pk__gram_lane lane = pk__gram_lane_of(gram);
     const pk_real *inputs = lane.inputs;
-    size_t rows = 0;
-    for (size_t s = 0; s < count; rows += sides[s++].rows) {
+    size_t rows = 0, parts = 0;
+    for (size_t s = 0; s < count; s++) {
         const pk_matrix *from = &sides[s].side->inputs;
         const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
         if (count == 1 && from->ld == width)
@@ -237,15 +247,18 @@ static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, siz
         else
             for (size_t r = 0; r < sides[s].rows; r++)
                 memcpy(lane.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
+        rows += sides[s].rows;
+        parts += pk__blocks(sides[s].rows, gram->part);
     }
     lane.forward.threads = threads;
     pk_tape_forward(&lane.forward, &line, rows, inputs);
-    PK__PARALLEL_FOR(threads)
-    for (size_t p = 0; p < parts; p++) {
-        const pk__gram_rows *side = &sides[p >= first];
-        const size_t at = (p < first ? p : p - first) * part;
-        const pk__gram_rows back = {side->side, side->at + at, pk__least(part, side->rows - at)};
-        pk__gram_back(gram, &lane.forward, at + (p < first ? 0 : sides[0].rows), &back);
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t part = 0; part < parts; part++)
+            pk__gram_back_part(gram, &lane.forward, sides, part);
+    } else { /* no region of one thread inside one of several: it would be thread 0 */
+        for (size_t part = 0; part < parts; part++)
+            pk__gram_back_part(gram, &lane.forward, sides, part);
     }
 }
 
@@ -253,22 +266,18 @@ static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, siz
  * some of them would wait, share the operations of each. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
-    const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep),
-                 blocks = own + (other ? pk__blocks(other->rows, sweep) : 0);
-    const size_t threads = (size_t)gram->threads;
-    const int few = gram->together || (blocks % threads && blocks < 4 * threads);
-    const int inside = few ? gram->threads : 1, workers = few ? 1 : gram->threads;
-    if (gram->together) {
-        const pk__gram_rows both[2] = {{side, 0, side->rows}, {other, 0, other ? other->rows : 0}};
-        pk__gram_sweep(gram, both, other ? 2 : 1, inside);
-        return;
-    }
+    const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep), threads = (size_t)gram->threads;
+    const size_t blocks = gram->together ? 1 : own + (other ? pk__blocks(other->rows, sweep) : 0);
+    const int share = blocks % threads && blocks < 4 * threads;
+    const int inside = share ? gram->threads : 1, workers = share ? 1 : gram->threads;
     PK__PARALLEL_FOR(workers)
     for (size_t b = 0; b < blocks; b++) {
         const pk__gram_side *to = b < own ? side : other;
         const size_t at = (b < own ? b : b - own) * sweep;
-        const pk__gram_rows rows = {to, at, pk__least(sweep, to->rows - at)};
-        pk__gram_sweep(gram, &rows, 1, inside);
+        pk__gram_rows rows[2] = {{to, at, pk__least(sweep, to->rows - at)}, {other, 0, 0}};
+        if (gram->together && other)
+            rows[1].rows = other->rows;
+        pk__gram_sweep(gram, rows, rows[1].rows ? 2 : 1, inside);
     }
 }
 
