@@ -301,6 +301,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
                          pk_tape_seed(&segment->tape) + p * outputs * classes);
         tangent->weight_sum[row[p]] += weight[p];
     }
+    segment->tape.unit_seeds = tangent->integrator.readout.kind == PK_READOUT_ALL;
     if (count)
         pk_segment_reverse(segment, count, points->t, outputs);
     for (size_t l = 0; count && l < graph->layers; l++) {

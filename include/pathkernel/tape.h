@@ -24,6 +24,7 @@ typedef struct pk_tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
+    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     pk_line line; /* of the last reverse */
@@ -228,6 +229,23 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
+/* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
+static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
+{
+    const size_t numbers = call->node->fan_out * call->node->fan_in, offset = call->node->weight_offset;
+    const pk_real *weights = line->weights + offset;
+    for (size_t row = 0; row < call->rows; row++) {
+        pk_real *to = call->in_cotangent[0] + row * numbers;
+        if (!line->direction) {
+            memcpy(to, weights, numbers * sizeof *to);
+            continue;
+        }
+        const pk_real *direction = line->direction + offset, t = line->t[row];
+        for (size_t i = 0; i < numbers; i++)
+            to[i] = weights[i] + t * direction[i];
+    }
+}
+
 PK__COLD_BEGIN
 
 /* Row by row, each with its own weights. */
@@ -300,6 +318,12 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
         call.accumulate[j] = node->shared[j];
     }
     int along = line->direction && node->weight_count;
+    if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
+        node->positions == 1 && node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
+        !call.accumulate[0]) {
+        pk__reverse_unit_seeds(line, &call);
+        return;
+    }
     if (along && pk__reverses_by_row(node, copies)) {
         pk__by_row(tape, line, &call, node->operation->reverse);
         return;
