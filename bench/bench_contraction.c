@@ -225,7 +225,7 @@ static void job_layout(job *j, pk_arena *arena)
     j->nodes = (double *)pk_arena_take(arena, table, sizeof(double));
     j->node_weights = (double *)pk_arena_take(arena, table, sizeof(double));
     const pk_representation representation = {j->outputs, j->batch, j->engine == PK_ENGINE_INTEGRATED,
-                                              j->engine == PK_ENGINE_FACTORED};
+                                              j->engine == PK_ENGINE_FACTORED, 0};
     pk_examples_take(arena, &j->graph, j->batch, &representation, &j->examples);
     pk_example_workspace_take(arena, &j->graph, PK_EXAMPLE_BLOCK, &j->workspace);
     j->blocks = (block *)pk_arena_take(arena, (size_t)j->threads, sizeof *j->blocks);

@@ -262,7 +262,7 @@ static void test_examples(void **state)
     for (int i = 0; i < 9; i++)
         batch_weights[i] = 0.1 * (i + 1);
     const pk_batch batch = {9, items, batch_weights};
-    const pk_representation representation = {2, 9, 0, 0};
+    const pk_representation representation = {2, 9, 0, 0, 0};
     pk_arena arena = {NULL, 0, 0, 0};
     unsigned char *memory = NULL;
     for (int pass = 0; pass < 2; pass++) {

@@ -14,6 +14,7 @@ typedef struct pk_representation {
     size_t outputs, batch; /* that a test row and a step have */
     int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
     int factored;     /* else: never materialise where that can be avoided */
+    int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
 } pk_representation;
 
 /* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
@@ -23,7 +24,8 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
 
 /* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
  * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
- * (places x fan_out); a last panel is filled with zeros. rows[l] (weights x ld), for layers by rows, is feature-major. */
+ * (places x fan_out); a last panel is filled with zeros. input[l] is NULL for known data. rows[l] (weights x ld), for layers by
+ * rows, is feature-major. */
 typedef struct pk_examples {
     size_t count, ld;
     const int64_t *items;
@@ -121,7 +123,9 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk_layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
-        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
+        const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
+        pk_real *input =
+            rows || known ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
         pk_real *gradients =
             rows ? (pk_real *)pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
@@ -311,7 +315,8 @@ static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss 
             continue;
         }
         if (pk__is_outer(node)) {
-            pk__put_panels(count, node->fan_in, tape->value[node->inputs[0]], first, examples->input[l]);
+            if (examples->input[l])
+                pk__put_panels(count, node->fan_in, tape->value[node->inputs[0]], first, examples->input[l]);
             pk__put_panels(count, node->width, tape->cotangent[n], first, examples->cotangent[l]);
         } else {
             pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);

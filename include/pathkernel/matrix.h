@@ -44,6 +44,7 @@ PK__END_C
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_MATRIX_IMPLEMENTED)
 #define PATHKERNEL_MATRIX_IMPLEMENTED
 /* >>> implementation */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #ifdef PATHKERNEL_BLIS
@@ -255,6 +256,11 @@ enum {
     PK__GROUPS = 64       /* for which a block of B is copied once */
 };
 
+static pk_real pk__magnitude(pk_real x)
+{
+    return sizeof(pk_real) == sizeof(float) ? (pk_real)fabsf((float)x) : (pk_real)fabs((double)x);
+}
+
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
 static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t ld, unsigned char *term)
 {
@@ -264,7 +270,7 @@ static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t 
         any[p] = 0;
     for (size_t r = 0; r < rows; r++)
         for (size_t p = 0; p < columns; p++)
-            any[p] += from[r * ld + p] < 0 ? -from[r * ld + p] : from[r * ld + p];
+            any[p] += pk__magnitude(from[r * ld + p]);
     for (size_t p = 0; p < columns; p++) {
         term[terms] = (unsigned char)p;
         terms += any[p] != 0; /* and where it is not a number */

@@ -412,6 +412,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.materialised =
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
+    job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
     job->direct = job->reverse && form.direct != 0;
     job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
