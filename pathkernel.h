@@ -701,6 +701,7 @@ typedef struct pk_tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
+    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     pk_line line; /* of the last reverse */
@@ -1691,6 +1692,7 @@ typedef struct pk_representation {
     size_t outputs, batch; /* that a test row and a step have */
     int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
     int factored;     /* else: never materialise where that can be avoided */
+    int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
 } pk_representation;
 
 /* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
@@ -1700,7 +1702,8 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
 
 /* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
  * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
- * (places x fan_out); a last panel is filled with zeros. rows[l] (weights x ld), for layers by rows, is feature-major. */
+ * (places x fan_out); a last panel is filled with zeros. input[l] is NULL for known data. rows[l] (weights x ld), for layers by
+ * rows, is feature-major. */
 typedef struct pk_examples {
     size_t count, ld;
     const int64_t *items;
@@ -2395,12 +2398,15 @@ PK_API int pk_threads(const pk_context *context)
 
 enum { PK__ALIGNMENT = 64 };
 
-/* Before each allocation, in its own cache line: its whole size. */
+/* Before each allocation, in a cache line of its own: its whole size, and what is given back. */
 typedef struct pk__header {
     size_t bytes;
+    void *block;
 } pk__header;
 
-PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, const char *what, void *pointer)
+/* pk_allocate, where clear == 0 without zeroes. */
+PK__PRIVATE pk_status pk__allocate(pk_context *context, size_t count, size_t size, int clear, const char *what,
+                                   void *pointer)
 {
     void *none = NULL;
     memcpy(pointer, &none, sizeof none);
@@ -2409,45 +2415,54 @@ PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, con
         return pk__fail(context, PK_OVERFLOW, "%s: %zu items of %zu bytes overflow", what, count, size);
     if (bytes == 0)
         return PK_OK;
-    bytes = (bytes + PK__ALIGNMENT - 1) / PK__ALIGNMENT * PK__ALIGNMENT + PK__ALIGNMENT;
+    const int own = !context || !context->allocator.allocate;
+    bytes = (bytes + PK__ALIGNMENT - 1) / PK__ALIGNMENT * PK__ALIGNMENT + (own ? 2 : 1) * PK__ALIGNMENT;
     if (context && context->memory_limit &&
         (context->memory_used > context->memory_limit || bytes > context->memory_limit - context->memory_used))
         return pk__fail(context, PK_MEMORY_LIMIT,
                         "%s needs %zu bytes beside the %zu held, more than the memory limit of %zu bytes", what,
                         bytes, context->memory_used, context->memory_limit);
-    void *block = NULL;
-    if (context && context->allocator.allocate)
-        block = context->allocator.allocate(context->allocator.user, bytes, PK__ALIGNMENT);
-    else if (posix_memalign(&block, PK__ALIGNMENT, bytes) != 0)
-        block = NULL;
+    /* Large blocks of calloc are zero pages that whoever writes them first gets: no thread clears them alone. */
+    void *block = !own    ? context->allocator.allocate(context->allocator.user, bytes, PK__ALIGNMENT)
+                  : clear ? calloc(1, bytes)
+                          : malloc(bytes);
     if (!block)
         return pk__fail(context, PK_MEMORY, "%s: no memory for %zu bytes", what, bytes);
-    memset(block, 0, bytes);
-    ((pk__header *)block)->bytes = bytes;
+    if (!own && clear)
+        memset(block, 0, bytes);
+    unsigned char *start = (unsigned char *)block + PK__ALIGNMENT;
+    if (own)
+        start += PK__ALIGNMENT - (uintptr_t)start % PK__ALIGNMENT;
+    pk__header *header = (pk__header *)(start - PK__ALIGNMENT);
+    header->bytes = bytes;
+    header->block = block;
     if (context) {
         context->memory_used += bytes;
         if (context->memory_used > context->memory_peak)
             context->memory_peak = context->memory_used;
     }
-    void *start = (unsigned char *)block + PK__ALIGNMENT;
     memcpy(pointer, &start, sizeof start);
     return PK_OK;
+}
+
+PK_API pk_status pk_allocate(pk_context *context, size_t count, size_t size, const char *what, void *pointer)
+{
+    return pk__allocate(context, count, size, 1, what, pointer);
 }
 
 PK_API void pk_release(pk_context *context, void *pointer)
 {
     if (!pointer)
         return;
-    void *block = (unsigned char *)pointer - PK__ALIGNMENT;
-    size_t bytes = ((pk__header *)block)->bytes;
+    const pk__header header = *(pk__header *)((unsigned char *)pointer - PK__ALIGNMENT);
     if (context) {
-        context->memory_used -= bytes;
+        context->memory_used -= header.bytes;
         if (context->allocator.allocate) {
-            context->allocator.release(context->allocator.user, block, bytes);
+            context->allocator.release(context->allocator.user, header.block, header.bytes);
             return;
         }
     }
-    free(block);
+    free(header.block);
 }
 
 PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
@@ -2603,6 +2618,59 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
+/* Rows that are 0 at the same terms: of those only the others, which are told by number. */
+#define PK__PICKED_END(i)                               \
+    if (i < count) {                                    \
+        pk_real *own = to + i * ld + column;            \
+        if (!overwrite) {                               \
+            left##i += *(const vector *)own;            \
+            right##i += *(const vector *)(own + lanes); \
+        }                                               \
+        *(vector *)own = left##i;                       \
+        *(vector *)(own + lanes) = right##i;            \
+    }
+#define PK__DEFINE_PICKED_TILE(name, attributes, EACH, vectors, STEP)                                        \
+    attributes PK__INLINE void name(size_t count, size_t terms, const unsigned char *term, const pk_real *a, \
+                                    size_t across, const pk_real *panel, size_t step, int overwrite,         \
+                                    pk_real *to, size_t ld)                                                  \
+    {                                                                                                        \
+        typedef vectors vector;                                                                              \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                            \
+        const vector zero = {0};                                                                             \
+        const pk_real *start = NULL;                                                                         \
+        EACH(PK__TILE_ROW)                                                                                   \
+        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                    \
+            EACH(PK__TILE_START)                                                                             \
+            for (size_t p = 0; p < terms; p++) {                                                             \
+                const size_t at = term[p];                                                                   \
+                const pk_real *b = panel + column + at * step;                                               \
+                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);            \
+                EACH(STEP)                                                                                   \
+            }                                                                                                \
+            EACH(PK__PICKED_END)                                                                             \
+        }                                                                                                    \
+    }
+#define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                \
+    PK__DEFINE_PICKED_TILE(pk__picked_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix) \
+    PK__DEFINE_PICKED_TILE(pk__picked_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix) \
+    attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,  \
+                                               const pk_real *a, size_t across, const pk_real *panel, \
+                                               size_t step, int overwrite, pk_real *to, size_t ld)    \
+    {                                                                                                 \
+        size_t sixes, fours, first = 0, count;                                                        \
+        pk__tiles(rows, &sixes, &fours);                                                              \
+        for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                         \
+            const pk_real *own = a + first * across;                                                  \
+            count = pk__least(tile < sixes ? 6 : 4, rows - first);                                    \
+            if (tile < sixes)                                                                         \
+                pk__picked_6_##suffix(count, terms, term, own, across, panel, step, overwrite,        \
+                                      to + first * ld, ld);                                           \
+            else                                                                                      \
+                pk__picked_4_##suffix(count, terms, term, own, across, panel, step, overwrite,        \
+                                      to + first * ld, ld);                                           \
+        }                                                                                             \
+    }
+
 /* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
 #define PK__SUM_LOAD(i)                                     \
     vector left##i = zero, right##i = zero;                 \
@@ -2750,6 +2818,17 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
                                    const pk__tile_target *target)
 {
     PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
+}
+
+PK__FOR_PROCESSORS(PK__DEFINE_PICKED)
+
+/* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A panel: element (i, p) of A is
+ * a[i * across + p], row p of the panel starts at panel + p * step. */
+PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
+                                    size_t across, const pk_real *panel, size_t step, int overwrite,
+                                    pk_real *to, size_t ld)
+{
+    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, step, overwrite, to, ld));
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
@@ -3030,6 +3109,7 @@ PK__PRIVATE void pk__elementary_reals(pk__elementary *function, size_t count, do
 PK__END_C
 
 /* pathkernel/matrix.h: implementation */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #ifdef PATHKERNEL_BLIS
@@ -3232,6 +3312,90 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
 #endif
     else
         pk__tile_product(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+enum {
+    PK__LEAST_GROUP = 4,  /* rows, */
+    PK__LEAST_TERMS = 64, /* and terms: less does not pay */
+    PK__GROUP_ROWS = 16,  /* a larger group is cut */
+    PK__GROUPS = 64       /* for which a block of B is copied once */
+};
+
+static pk_real pk__magnitude(pk_real x)
+{
+    return sizeof(pk_real) == sizeof(float) ? (pk_real)fabsf((float)x) : (pk_real)fabs((double)x);
+}
+
+/* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
+static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t ld, unsigned char *term)
+{
+    pk_real any[PK__DEPTH];
+    size_t terms = 0;
+    for (size_t p = 0; p < columns; p++)
+        any[p] = 0;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t p = 0; p < columns; p++)
+            any[p] += pk__magnitude(from[r * ld + p]);
+    for (size_t p = 0; p < columns; p++) {
+        term[terms] = (unsigned char)p;
+        terms += any[p] != 0; /* and where it is not a number */
+    }
+    return terms;
+}
+
+/* 1 where rows of A (m x k) that follow one another, `group` of them, are likely to be 0 at the same terms, so many that it
+ * pays to leave these out: cotangents of one example behind a ReLU. Looks at the first row of each group. */
+PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_real *a, size_t lda)
+{
+    size_t zeros = 0;
+    if (group < PK__LEAST_GROUP || k < PK__LEAST_TERMS)
+        return 0;
+    for (size_t i = 0; i < m; i += group)
+        for (size_t p = 0; p < k; p++)
+            zeros += a[i * lda + p] == 0;
+    return 4 * zeros >= m / group * k;
+}
+
+/* C = or, unless overwrite, += A B without the terms that are 0 in all rows of a group; the sums are those of the product of
+ * tiles. Both are copied first: rows whose distance is a multiple of 4 KiB would drive one another out of the first-level
+ * cache. Cost: 2 m n flops for each term that is left, and about 0.2 of that of all terms. */
+PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k, const pk_real *a, size_t lda,
+                                     const pk_real *b, size_t ldb, int overwrite, pk_real *c, size_t ldc)
+{
+    enum { BLOCK = 8 * PK_PANEL };
+    unsigned char term[PK__GROUPS * PK__DEPTH];
+    size_t terms[PK__GROUPS];
+    pk_real packed[BLOCK * PK__DEPTH], own[PK__GROUP_ROWS * PK__DEPTH];
+    const size_t whole = n / PK_PANEL * PK_PANEL;
+    group = pk__least(group, PK__GROUP_ROWS);
+    for (size_t top = 0, rows; top < m; top += rows) {
+        rows = pk__least(PK__GROUPS * group, m - top);
+        for (size_t p = 0; p < k; p += PK__DEPTH) {
+            const size_t depth = pk__least(k - p, PK__DEPTH);
+            const pk_real *from = a + top * lda + p;
+            for (size_t r = 0; r < rows; r += group)
+                terms[r / group] = pk__pick(pk__least(group, rows - r), depth, from + r * lda, lda,
+                                            term + r / group * PK__DEPTH);
+            for (size_t j = 0; j < whole; j += BLOCK) {
+                const size_t columns = pk__least(BLOCK, whole - j);
+                for (size_t t = 0; t < depth; t++)
+                    for (size_t q = 0; q < columns; q += PK_PANEL)
+                        memcpy(packed + q * PK__DEPTH + t * PK_PANEL, b + (p + t) * ldb + j + q,
+                               PK_PANEL * sizeof *packed);
+                for (size_t r = 0; r < rows; r += group) {
+                    const size_t count = pk__least(group, rows - r), g = r / group;
+                    for (size_t i = 0; i < count; i++)
+                        memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
+                    for (size_t q = 0; q < columns; q += PK_PANEL)
+                        pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH,
+                                           packed + q * PK__DEPTH, PK_PANEL, overwrite && p == 0,
+                                           c + (top + r) * ldc + j + q, ldc);
+                }
+            }
+        }
+    }
+    if (whole < n)
+        pk__tile_product(0, 0, m, n - whole, k, 1, a, lda, b + whole, ldb, overwrite ? 0 : 1, c + whole, ldc);
 }
 
 PK__COLD_BEGIN
@@ -4911,6 +5075,23 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
+/* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
+static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
+{
+    const size_t numbers = call->node->fan_out * call->node->fan_in, offset = call->node->weight_offset;
+    const pk_real *weights = line->weights + offset;
+    for (size_t row = 0; row < call->rows; row++) {
+        pk_real *to = call->in_cotangent[0] + row * numbers;
+        if (!line->direction) {
+            memcpy(to, weights, numbers * sizeof *to);
+            continue;
+        }
+        const pk_real *direction = line->direction + offset, t = line->t[row];
+        for (size_t i = 0; i < numbers; i++)
+            to[i] = weights[i] + t * direction[i];
+    }
+}
+
 PK__COLD_BEGIN
 
 /* Row by row, each with its own weights. */
@@ -4983,6 +5164,12 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
         call.accumulate[j] = node->shared[j];
     }
     int along = line->direction && node->weight_count;
+    if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
+        node->positions == 1 && node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
+        !call.accumulate[0]) {
+        pk__reverse_unit_seeds(line, &call);
+        return;
+    }
     if (along && pk__reverses_by_row(node, copies)) {
         pk__by_row(tape, line, &call, node->operation->reverse);
         return;
@@ -5452,7 +5639,7 @@ typedef struct pk__dense_product {
     int by_rows;
 } pk__dense_product;
 
-enum { PK__DENSE_TILE = 256 / (int)sizeof(pk_real), PK__DENSE_TILES = 16, PK__DENSE_WORTH = 1 << 19 };
+enum { PK__DENSE_TILE = 256 / (int)sizeof(pk_real), PK__DENSE_TILES = 8, PK__DENSE_WORTH = 1 << 19 };
 
 static void pk__dense_tile(const pk__dense_product *p, size_t tile)
 {
@@ -5470,7 +5657,9 @@ static void pk__dense_multiply(pk__dense_product *p, int threads)
 {
     const size_t cut = p->by_rows ? p->m : p->n;
     const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
-    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / PK__DENSE_TILES + 7) / 8 * 8);
+    /* Few rows are packed for each tile again. */
+    const size_t most = p->m > PK__FEW_PANELS * PK_PANEL ? PK__DENSE_TILES : PK__DENSE_TILES / 2;
+    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / most + 7) / 8 * 8);
     const size_t tiles = pk__blocks(cut, p->tile);
     threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), tiles);
     threads = threads <= parts ? threads : 1;
@@ -5520,18 +5709,27 @@ static void pk__dense_tangent(const pk_call *call)
 
 static void pk__dense_reverse(const pk_call *call)
 {
-    const size_t width = call->node->fan_out, fan_in = call->node->fan_in;
+    const size_t width = call->node->fan_out, fan_in = call->node->fan_in,
+                 rows = call->rows * call->copies * call->node->positions;
+    const int accumulate = call->accumulate[0];
+    pk_real *to = call->in_cotangent[0];
+    if (call->node->positions == 1 &&
+        pk__has_common_zeros(rows, call->copies, width, call->out_cotangent, width)) {
+        pk__grouped_product(rows, call->copies, fan_in, width, call->out_cotangent, width, call->weights,
+                            fan_in, !accumulate, to, fan_in);
+        return;
+    }
     pk__dense_product product = {0,
                                  0,
-                                 call->rows * call->copies * call->node->positions,
+                                 rows,
                                  fan_in,
                                  width,
                                  call->out_cotangent,
                                  call->weights,
                                  width,
                                  fan_in,
-                                 (pk_real)(call->accumulate[0] ? 1 : 0),
-                                 call->in_cotangent[0],
+                                 (pk_real)(accumulate ? 1 : 0),
+                                 to,
                                  fan_in,
                                  0,
                                  0};
@@ -13976,7 +14174,9 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk_layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
-        pk_real *input = rows ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
+        const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
+        pk_real *input =
+            rows || known ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
         pk_real *gradients =
             rows ? (pk_real *)pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
@@ -14166,7 +14366,8 @@ static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss 
             continue;
         }
         if (pk__is_outer(node)) {
-            pk__put_panels(count, node->fan_in, tape->value[node->inputs[0]], first, examples->input[l]);
+            if (examples->input[l])
+                pk__put_panels(count, node->fan_in, tape->value[node->inputs[0]], first, examples->input[l]);
             pk__put_panels(count, node->width, tape->cotangent[n], first, examples->cotangent[l]);
         } else {
             pk__fill_places(tape, node, count, workspace->row_gradients, examples, first);
@@ -15145,6 +15346,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
                          pk_tape_seed(&segment->tape) + p * outputs * classes);
         tangent->weight_sum[row[p]] += weight[p];
     }
+    segment->tape.unit_seeds = tangent->integrator.readout.kind == PK_READOUT_ALL;
     if (count)
         pk_segment_reverse(segment, count, points->t, outputs);
     for (size_t l = 0; count && l < graph->layers; l++) {
@@ -16209,6 +16411,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.materialised =
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
+    job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
     job->direct = job->reverse && form.direct != 0;
     job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
@@ -16986,7 +17189,9 @@ typedef struct pk__gram {
     size_t layers, numbers; /* numbers kept of a row */
     pk__gram_layer *layer;
     size_t tile, sweep; /* rows of a tile, and of one pass through the network: powers of two */
-    size_t unit;        /* the larger of them: where sides are cut */
+    size_t part;        /* rows of one pass back */
+    size_t unit;        /* the larger of tile and sweep: where sides are cut */
+    int together;       /* the rows of both sides go through the network as one */
     size_t left, right; /* numbers of a lane's products */
     int symmetric;
     pk_matrix result;
@@ -16997,19 +17202,32 @@ typedef struct pk__gram {
     double done, all; /* pairs of rows */
 } pk__gram;
 
+/* Rows at ... of a side. */
+typedef struct pk__gram_rows {
+    const pk__gram_side *side;
+    size_t at, rows;
+} pk__gram_rows;
+
 /* One thread's memory. */
 typedef struct pk__gram_lane {
-    pk_tape tape;
+    pk_tape forward, back;
     pk_real *inputs;
     pk_real *left, *right, *tile, *spread;
 } pk__gram_lane;
 
 PK__COLD_BEGIN
 
+/* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
+static void pk__gram_back_take(pk_arena *arena, const pk__gram *gram, pk_tape *back)
+{
+    pk_tape_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
+}
+
 static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
-    pk_tape_take(arena, gram->graph, gram->sweep, gram->outputs, 0, &lane->tape);
+    pk__gram_back_take(arena, gram, &lane->back);
+    pk_tape_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
     lane->inputs = (pk_real *)pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
     lane->left = (pk_real *)pk_arena_take(arena, gram->left, sizeof(pk_real));
     lane->right = (pk_real *)pk_arena_take(arena, gram->right, sizeof(pk_real));
@@ -17017,9 +17235,15 @@ static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_l
     lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
 }
 
+static pk_arena pk__gram_arena(const pk__gram *gram)
+{
+    const pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    return arena;
+}
+
 static pk__gram_lane pk__gram_lane_of(const pk__gram *gram)
 {
-    pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    pk_arena arena = pk__gram_arena(gram);
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     return lane;
@@ -17039,7 +17263,7 @@ static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
 
-/* What is kept of rows that went through the tape, which become rows at ... of the side. */
+/* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
 static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__gram_side *side, size_t at,
                           size_t rows)
 {
@@ -17062,44 +17286,97 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
         } else {
             if (!layer->data)
                 memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
-            if (layer->form == PK__GRAM_OUTER)
-                memcpy(right, cotangent, rows * layer->right * sizeof *right);
-            else if (side->leads && side->first + at == 0) /* any row's will do; one thread has this one */
+            if (layer->form == PK__GRAM_CONSTANT && side->leads && side->first + at == 0)
+                /* any row's will do; one thread has this one */
                 pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
                          layer->depth, 0, layer->constant, gram->kept);
         }
     }
 }
 
-/* Rows at ... of a side, at most gram->sweep, go through the network. */
-static void pk__gram_sweep(const pk__gram *gram, const pk__gram_side *side, size_t at, size_t rows)
+/* The pass back of rows, at most gram->part, whose values stand in a tape from row on. Cotangents that are kept are written
+ * where they are kept. */
+static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t row, const pk__gram_rows *rows)
 {
-    const size_t outputs = gram->outputs, width = gram->graph->input_width;
+    const pk_graph *graph = gram->graph;
+    const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
-    pk__gram_lane lane = pk__gram_lane_of(gram);
-    const pk_real *inputs = side->inputs.data + (side->first + at) * side->inputs.ld;
-    for (size_t r = 0; side->inputs.ld != width && r < rows; r++)
-        memcpy(lane.inputs + r * width, inputs + r * side->inputs.ld, width * sizeof *inputs);
-    pk_tape_forward(&lane.tape, &line, rows, side->inputs.ld != width ? lane.inputs : inputs);
-    pk_real *seed = pk_tape_seed(&lane.tape);
-    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
-    for (size_t i = 0; i < rows * outputs; i++)
+    pk_arena arena = pk__gram_arena(gram);
+    pk_tape back, *tape = &back;
+    pk__gram_back_take(&arena, gram, tape);
+    for (size_t n = 0; n < graph->node_count; n++)
+        tape->value[n] = values->value[n] + row * graph->nodes[n].width;
+    for (size_t l = 0; l < gram->layers; l++)
+        if (gram->layer[l].form == PK__GRAM_OUTER)
+            tape->cotangent[gram->layer[l].node - graph->nodes] =
+                pk__gram_right(rows->side, &gram->layer[l], rows->at);
+    pk_real *seed = pk_tape_seed(tape);
+    memset(seed, 0, rows->rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows->rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
-    pk_tape_reverse(&lane.tape, &line, rows, outputs);
-    pk__gram_keep(gram, &lane.tape, side, at, rows);
+    tape->unit_seeds = 1;
+    pk_tape_reverse(tape, &line, rows->rows, outputs);
+    pk__gram_keep(gram, tape, rows->side, rows->at, rows->rows);
 }
 
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. */
+/* Part number `part` of the rows of one or two sides, one behind the other in the tape, on its pass back. */
+static void pk__gram_back_part(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides,
+                               size_t part)
+{
+    const size_t first = pk__blocks(sides[0].rows, gram->part);
+    const pk__gram_rows *side = &sides[part >= first];
+    const size_t at = (part < first ? part : part - first) * gram->part;
+    const pk__gram_rows rows = {side->side, side->at + at, pk__least(gram->part, side->rows - at)};
+    pk__gram_back(gram, values, at + (part < first ? 0 : sides[0].rows), &rows);
+}
+
+/* Rows of one or two sides, at most gram->sweep, go through the network; with several threads for each operation, or one. */
+static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, size_t count, int threads)
+{
+    const size_t width = gram->graph->input_width;
+    const pk_line line = {gram->weights, NULL, NULL};
+    pk__gram_lane lane = pk__gram_lane_of(gram);
+    const pk_real *inputs = lane.inputs;
+    size_t rows = 0, parts = 0;
+    for (size_t s = 0; s < count; s++) {
+        const pk_matrix *from = &sides[s].side->inputs;
+        const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
+        if (count == 1 && from->ld == width)
+            inputs = data;
+        else
+            for (size_t r = 0; r < sides[s].rows; r++)
+                memcpy(lane.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
+        rows += sides[s].rows;
+        parts += pk__blocks(sides[s].rows, gram->part);
+    }
+    lane.forward.threads = threads;
+    pk_tape_forward(&lane.forward, &line, rows, inputs);
+    if (threads > 1) {
+        PK__PARALLEL_FOR(threads)
+        for (size_t part = 0; part < parts; part++)
+            pk__gram_back_part(gram, &lane.forward, sides, part);
+    } else { /* no region of one thread inside one of several: it would be thread 0 */
+        for (size_t part = 0; part < parts; part++)
+            pk__gram_back_part(gram, &lane.forward, sides, part);
+    }
+}
+
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
+ * some of them would wait, share the operations of each. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
-    const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep),
-                 blocks = own + (other ? pk__blocks(other->rows, sweep) : 0);
-    const int workers = gram->threads;
+    const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep), threads = (size_t)gram->threads;
+    const size_t blocks = gram->together ? 1 : own + (other ? pk__blocks(other->rows, sweep) : 0);
+    const int share = blocks % threads && blocks < 4 * threads;
+    const int inside = share ? gram->threads : 1, workers = share ? 1 : gram->threads;
     PK__PARALLEL_FOR(workers)
     for (size_t b = 0; b < blocks; b++) {
         const pk__gram_side *to = b < own ? side : other;
         const size_t at = (b < own ? b : b - own) * sweep;
-        pk__gram_sweep(gram, to, at, pk__least(sweep, to->rows - at));
+        pk__gram_rows rows[2] = {{to, at, pk__least(sweep, to->rows - at)}, {other, 0, 0}};
+        if (gram->together && other)
+            rows[1].rows = other->rows;
+        pk__gram_sweep(gram, rows, rows[1].rows ? 2 : 1, inside);
     }
 }
 
@@ -17282,22 +17559,27 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
 {
     const pk_graph *graph = gram->graph;
     const size_t kept = gram->kept;
-    size_t numbers = graph->input_width;
-    for (size_t n = 1; n < graph->node_count; n++)
-        numbers += graph->nodes[n].width * (graph->nodes[n].varies ? 1 + gram->outputs : 1);
+    size_t values = graph->input_width, cotangents = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        values += graph->nodes[n].width;
+        cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
+    }
     /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
     while (gram->tile > (kept > 1 ? 8 : 16) && pk__most(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
-    /* Every pass reads all weights: some rows a pass, and passes for several threads. */
-    const size_t passes = gram->symmetric ? rows : rows + columns;
-    gram->sweep = 64;
-    while (gram->sweep > 8 && passes < (gram->sweep > 16 ? 4 : 2) * gram->sweep)
+    /* Every pass reads all weights: many rows. A pass back has as many rows of cotangents as there are outputs: fewer, which
+     * stay in the second-level cache. */
+    const size_t most = (size_t)1 << 22, all = gram->symmetric ? rows : rows + columns;
+    gram->sweep = 128;
+    while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
         gram->sweep /= 2;
-    while (gram->sweep > 1 && numbers > ((size_t)1 << 22) / gram->sweep)
-        gram->sweep /= 2;
+    gram->part = gram->sweep;
+    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
+        gram->part /= 2;
+    gram->together = all <= gram->sweep;
     gram->unit = pk__most(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
@@ -17400,11 +17682,11 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     size_t pair = SIZE_MAX;
     pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
     if (!status)
-        status = pk_allocate(context, x->capacity, row * sizeof(pk_real), gram->name, &x->factors);
+        status = pk__allocate(context, x->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
     if (!status)
-        status = pk_allocate(context, y->capacity, row * sizeof(pk_real), gram->name, &y->factors);
+        status = pk__allocate(context, y->capacity, row * sizeof(pk_real), 0, gram->name, &y->factors);
     if (!status)
-        status = pk_allocate(context, (size_t)gram->threads, gram->lane_bytes, gram->name, &gram->lanes);
+        status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
     if (!status)
         status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
     if (!status) {

@@ -365,7 +365,9 @@ static void test_in_region(void **state)
         pk_real *x = make_inputs(&p, 31, n, 0), *gram = compute(&p, 0, x, n, NULL, 0);
         pk_real *others = FIXTURE_NEW(pk_real, CALLS * all * all);
         int failures = 0;
+#ifdef _OPENMP
 #pragma omp parallel for num_threads(3) schedule(dynamic, 1) reduction(+ : failures)
+#endif
         for (int i = 0; i < CALLS; i++) {
             pk_context context;
             memset(&context, 0, sizeof context);
