@@ -168,45 +168,28 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         *(vector *)own = left##i;                       \
         *(vector *)(own + lanes) = right##i;            \
     }
-#define PK__DEFINE_PICKED_TILE(name, attributes, EACH, vectors, STEP)                                        \
-    attributes PK__INLINE void name(size_t count, size_t terms, const unsigned char *term, const pk_real *a, \
-                                    size_t across, const pk_real *panel, size_t step, int overwrite,         \
-                                    pk_real *to, size_t ld)                                                  \
-    {                                                                                                        \
-        typedef vectors vector;                                                                              \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                            \
-        const vector zero = {0};                                                                             \
-        const pk_real *start = NULL;                                                                         \
-        EACH(PK__TILE_ROW)                                                                                   \
-        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                    \
-            EACH(PK__TILE_START)                                                                             \
-            for (size_t p = 0; p < terms; p++) {                                                             \
-                const size_t at = term[p];                                                                   \
-                const pk_real *b = panel + column + at * step;                                               \
-                const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);            \
-                EACH(STEP)                                                                                   \
-            }                                                                                                \
-            EACH(PK__PICKED_END)                                                                             \
-        }                                                                                                    \
-    }
 #define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                \
-    PK__DEFINE_PICKED_TILE(pk__picked_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix) \
-    PK__DEFINE_PICKED_TILE(pk__picked_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix) \
     attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,  \
                                                const pk_real *a, size_t across, const pk_real *panel, \
                                                size_t step, int overwrite, pk_real *to, size_t ld)    \
     {                                                                                                 \
-        size_t sixes, fours, first = 0, count;                                                        \
-        pk__tiles(rows, &sixes, &fours);                                                              \
-        for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                         \
-            const pk_real *own = a + first * across;                                                  \
-            count = pk__least(tile < sixes ? 6 : 4, rows - first);                                    \
-            if (tile < sixes)                                                                         \
-                pk__picked_6_##suffix(count, terms, term, own, across, panel, step, overwrite,        \
-                                      to + first * ld, ld);                                           \
-            else                                                                                      \
-                pk__picked_4_##suffix(count, terms, term, own, across, panel, step, overwrite,        \
-                                      to + first * ld, ld);                                           \
+        typedef vectors vector;                                                                       \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                     \
+        const vector zero = {0};                                                                      \
+        const pk_real *start = NULL;                                                                  \
+        for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {             \
+            const size_t count = pk__least(4, rows - first);                                          \
+            PK__EACH_4(PK__TILE_ROW)                                                                  \
+            for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                         \
+                PK__EACH_4(PK__TILE_START)                                                            \
+                for (size_t p = 0; p < terms; p++) {                                                  \
+                    const size_t at = term[p];                                                        \
+                    const pk_real *b = panel + column + at * step;                                    \
+                    const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes); \
+                    PK__EACH_4(PK__STEP_##suffix)                                                     \
+                }                                                                                     \
+                PK__EACH_4(PK__PICKED_END)                                                            \
+            }                                                                                         \
         }                                                                                             \
     }
 
