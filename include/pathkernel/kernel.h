@@ -136,15 +136,15 @@ static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_l
     lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
 }
 
-static pk_arena pk__gram_arena(const pk__gram *gram)
+static pk_arena pk__gram_arena(const pk__gram *gram, int lane)
 {
-    const pk_arena arena = {gram->lanes + (size_t)pk__thread() * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    const pk_arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
     return arena;
 }
 
-static pk__gram_lane pk__gram_lane_of(const pk__gram *gram)
+static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
 {
-    pk_arena arena = pk__gram_arena(gram);
+    pk_arena arena = pk__gram_arena(gram, number);
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     return lane;
@@ -197,12 +197,13 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
 
 /* The pass back of rows, at most gram->part, whose values stand in a tape from row on. Cotangents that are kept are written
  * where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t row, const pk__gram_rows *rows)
+static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t row, const pk__gram_rows *rows,
+                          int lane)
 {
     const pk_graph *graph = gram->graph;
     const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
-    pk_arena arena = pk__gram_arena(gram);
+    pk_arena arena = pk__gram_arena(gram, lane);
     pk_tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
     for (size_t n = 0; n < graph->node_count; n++)
@@ -222,62 +223,68 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t ro
 
 /* Part number `part` of the rows of one or two sides, one behind the other in the tape, on its pass back. */
 static void pk__gram_back_part(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides,
-                               size_t part)
+                               size_t part, int lane)
 {
     const size_t first = pk__blocks(sides[0].rows, gram->part);
     const pk__gram_rows *side = &sides[part >= first];
     const size_t at = (part < first ? part : part - first) * gram->part;
     const pk__gram_rows rows = {side->side, side->at + at, pk__least(gram->part, side->rows - at)};
-    pk__gram_back(gram, values, at + (part < first ? 0 : sides[0].rows), &rows);
+    pk__gram_back(gram, values, at + (part < first ? 0 : sides[0].rows), &rows, lane);
 }
 
-/* Rows of one or two sides, at most gram->sweep, go through the network; with several threads for each operation, or one. */
-static void pk__gram_sweep(const pk__gram *gram, const pk__gram_rows *sides, size_t count, int threads)
+/* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
+ * each operation, or one. lane: of the calling thread. */
+static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const pk__gram_side *other,
+                          size_t pass, int threads, int lane)
 {
-    const size_t width = gram->graph->input_width;
+    const size_t width = gram->graph->input_width, own = pk__blocks(side->rows, gram->sweep);
+    const pk__gram_side *to = pass < own ? side : other;
+    const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
+    const pk__gram_rows sides[2] = {{to, at, pk__least(gram->sweep, to->rows - at)},
+                                    {other, 0, gram->together && other ? other->rows : 0}};
     const pk_line line = {gram->weights, NULL, NULL};
-    pk__gram_lane lane = pk__gram_lane_of(gram);
-    const pk_real *inputs = lane.inputs;
+    pk__gram_lane room = pk__gram_lane_of(gram, lane);
+    const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
-    for (size_t s = 0; s < count; s++) {
+    for (size_t s = 0; s < 2 && sides[s].rows; s++) {
         const pk_matrix *from = &sides[s].side->inputs;
         const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
-        if (count == 1 && from->ld == width)
+        if (!sides[1].rows && from->ld == width)
             inputs = data;
         else
             for (size_t r = 0; r < sides[s].rows; r++)
-                memcpy(lane.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
+                memcpy(room.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
         rows += sides[s].rows;
         parts += pk__blocks(sides[s].rows, gram->part);
     }
-    lane.forward.threads = threads;
-    pk_tape_forward(&lane.forward, &line, rows, inputs);
+    room.forward.threads = threads;
+    pk_tape_forward(&room.forward, &line, rows, inputs);
     if (threads > 1) {
         PK__PARALLEL_FOR(threads)
         for (size_t part = 0; part < parts; part++)
-            pk__gram_back_part(gram, &lane.forward, sides, part);
-    } else { /* no region of one thread inside one of several: it would be thread 0 */
+            pk__gram_back_part(gram, &room.forward, sides, part, pk__thread());
+    } else {
         for (size_t part = 0; part < parts; part++)
-            pk__gram_back_part(gram, &lane.forward, sides, part);
+            pk__gram_back_part(gram, &room.forward, sides, part, lane);
     }
 }
 
 /* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
- * some of them would wait, share the operations of each. */
+ * some of them would wait, share the operations of each: in no region around those, which would start threads anew. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
-    const size_t sweep = gram->sweep, own = pk__blocks(side->rows, sweep), threads = (size_t)gram->threads;
-    const size_t blocks = gram->together ? 1 : own + (other ? pk__blocks(other->rows, sweep) : 0);
-    const int share = blocks % threads && blocks < 4 * threads;
-    const int inside = share ? gram->threads : 1, workers = share ? 1 : gram->threads;
-    PK__PARALLEL_FOR(workers)
-    for (size_t b = 0; b < blocks; b++) {
-        const pk__gram_side *to = b < own ? side : other;
-        const size_t at = (b < own ? b : b - own) * sweep;
-        pk__gram_rows rows[2] = {{to, at, pk__least(sweep, to->rows - at)}, {other, 0, 0}};
-        if (gram->together && other)
-            rows[1].rows = other->rows;
-        pk__gram_sweep(gram, rows, rows[1].rows ? 2 : 1, inside);
+    const size_t threads = (size_t)gram->threads;
+    const size_t passes = gram->together ? 1
+                                         : pk__blocks(side->rows, gram->sweep) +
+                                               (other ? pk__blocks(other->rows, gram->sweep) : 0);
+    const int workers = gram->threads;
+    if (passes % threads && passes < 4 * threads) {
+        for (size_t pass = 0; pass < passes; pass++)
+            pk__gram_pass(gram, side, other, pass, workers, 0);
+    } else {
+        PK__PARALLEL_FOR(workers)
+        for (size_t pass = 0; pass < passes; pass++)
+            pk__gram_pass(gram, side, other, pass, 1, pk__thread());
     }
 }
 
@@ -401,7 +408,7 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
             return status;
         PK__PARALLEL_FOR(workers)
         for (size_t t = start; t < end; t++) {
-            pk__gram_lane lane = pk__gram_lane_of(gram);
+            pk__gram_lane lane = pk__gram_lane_of(gram, pk__thread());
             size_t i = t / across, j = t % across;
             if (half) {
                 i = 0;
