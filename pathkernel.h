@@ -534,10 +534,10 @@ typedef enum pk_smoothness {
 
 /* How the gradient with respect to the weights is represented, see tangent.h. */
 typedef enum pk_tangent_form {
-    PK_TANGENT_NONE,  /* no weights */
-    PK_TANGENT_OUTER, /* weight (fan_out, fan_in), then perhaps bias (fan_out), used at `positions` places:
-                         sum over places of cotangent (x) input, sum of cotangents */
-    PK_TANGENT_ROWS   /* materialised: row_gradients */
+    PK_TANGENT_NONE, /* no weights */
+    PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
+                         places: sum over places of cotangent (x) input, sum of cotangents */
+    PK_TANGENT_ROWS /* materialised: row_gradients */
 } pk_tangent_form;
 
 typedef enum pk_option_kind {
@@ -2632,7 +2632,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                \
     attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,  \
                                                const pk_real *a, size_t across, const pk_real *panel, \
-                                               size_t step, int overwrite, pk_real *to, size_t ld)    \
+                                               int overwrite, pk_real *to, size_t ld)                 \
     {                                                                                                 \
         typedef vectors vector;                                                                       \
         enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                     \
@@ -2645,7 +2645,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
                 PK__EACH_4(PK__TILE_START)                                                            \
                 for (size_t p = 0; p < terms; p++) {                                                  \
                     const size_t at = term[p];                                                        \
-                    const pk_real *b = panel + column + at * step;                                    \
+                    const pk_real *b = panel + column + at * PK_PANEL;                                \
                     const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes); \
                     PK__EACH_4(PK__STEP_##suffix)                                                     \
                 }                                                                                     \
@@ -2806,12 +2806,11 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
 PK__FOR_PROCESSORS(PK__DEFINE_PICKED)
 
 /* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A panel: element (i, p) of A is
- * a[i * across + p], row p of the panel starts at panel + p * step. */
+ * a[i * across + p], the rows of the panel stand one behind the other. */
 PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
-                                    size_t across, const pk_real *panel, size_t step, int overwrite,
-                                    pk_real *to, size_t ld)
+                                    size_t across, const pk_real *panel, int overwrite, pk_real *to, size_t ld)
 {
-    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, step, overwrite, to, ld));
+    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, overwrite, to, ld));
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
@@ -3304,11 +3303,6 @@ enum {
     PK__GROUPS = 64       /* for which a block of B is copied once */
 };
 
-static pk_real pk__magnitude(pk_real x)
-{
-    return sizeof(pk_real) == sizeof(float) ? (pk_real)fabsf((float)x) : (pk_real)fabs((double)x);
-}
-
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
 static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t ld, unsigned char *term)
 {
@@ -3318,7 +3312,7 @@ static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t 
         any[p] = 0;
     for (size_t r = 0; r < rows; r++)
         for (size_t p = 0; p < columns; p++)
-            any[p] += pk__magnitude(from[r * ld + p]);
+            any[p] += (pk_real)fabs(from[r * ld + p]);
     for (size_t p = 0; p < columns; p++) {
         term[terms] = (unsigned char)p;
         terms += any[p] != 0; /* and where it is not a number */
@@ -3361,17 +3355,15 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
                                             term + r / group * PK__DEPTH);
             for (size_t j = 0; j < whole; j += BLOCK) {
                 const size_t columns = pk__least(BLOCK, whole - j);
-                for (size_t t = 0; t < depth; t++)
-                    for (size_t q = 0; q < columns; q += PK_PANEL)
-                        memcpy(packed + q * PK__DEPTH + t * PK_PANEL, b + (p + t) * ldb + j + q,
-                               PK_PANEL * sizeof *packed);
+                for (size_t q = 0; q < columns; q += PK_PANEL)
+                    pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
                 for (size_t r = 0; r < rows; r += group) {
                     const size_t count = pk__least(group, rows - r), g = r / group;
                     for (size_t i = 0; i < count; i++)
                         memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
                     for (size_t q = 0; q < columns; q += PK_PANEL)
                         pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH,
-                                           packed + q * PK__DEPTH, PK_PANEL, overwrite && p == 0,
+                                           packed + q * PK__DEPTH, overwrite && p == 0,
                                            c + (top + r) * ldc + j + q, ldc);
                 }
             }
@@ -5007,18 +4999,27 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
+/* to = the numbers offset ... of w + t d at row row of the line. */
+static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
+{
+    const pk_real *weights = line->weights + offset;
+    if (!line->direction) {
+        memcpy(to, weights, count * sizeof *to);
+        return;
+    }
+    const pk_real *direction = line->direction + offset, t = line->t[row];
+    for (size_t i = 0; i < count; i++)
+        to[i] = weights[i] + t * direction[i];
+}
+
 /* A node's weights at row row of the line; until the next call. */
 PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
                                            size_t row)
 {
-    const pk_real *weights = line->weights + node->weight_offset;
     if (!line->direction)
-        return weights;
-    const pk_real *direction = line->direction + node->weight_offset, t = line->t[row];
-    pk_real *to = tape->row_weights;
-    for (size_t i = 0; i < node->weight_count; i++)
-        to[i] = weights[i] + t * direction[i];
-    return to;
+        return line->weights + node->weight_offset;
+    pk__line_weights(line, row, node->weight_offset, node->weight_count, tape->row_weights);
+    return tape->row_weights;
 }
 
 /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
@@ -5061,18 +5062,9 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
 static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
 {
-    const size_t numbers = call->node->fan_out * call->node->fan_in, offset = call->node->weight_offset;
-    const pk_real *weights = line->weights + offset;
-    for (size_t row = 0; row < call->rows; row++) {
-        pk_real *to = call->in_cotangent[0] + row * numbers;
-        if (!line->direction) {
-            memcpy(to, weights, numbers * sizeof *to);
-            continue;
-        }
-        const pk_real *direction = line->direction + offset, t = line->t[row];
-        for (size_t i = 0; i < numbers; i++)
-            to[i] = weights[i] + t * direction[i];
-    }
+    const size_t numbers = call->node->fan_out * call->node->fan_in;
+    for (size_t row = 0; row < call->rows; row++)
+        pk__line_weights(line, row, call->node->weight_offset, numbers, call->in_cotangent[0] + row * numbers);
 }
 
 PK__COLD_BEGIN
@@ -17277,11 +17269,16 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
     }
 }
 
-/* The pass back of rows, at most gram->part, whose values stand in a tape from row on. Cotangents that are kept are written
- * where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t row, const pk__gram_rows *rows,
+/* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
+ * Cotangents that are kept are written where they are kept. */
+static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides, size_t part,
                           int lane)
 {
+    const size_t first = pk__blocks(sides[0].rows, gram->part);
+    const pk__gram_rows *from = &sides[part >= first];
+    const size_t skipped = (part < first ? part : part - first) * gram->part;
+    const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
+                 rows = pk__least(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
     const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
@@ -17293,25 +17290,14 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t ro
     for (size_t l = 0; l < gram->layers; l++)
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
-                pk__gram_right(rows->side, &gram->layer[l], rows->at);
+                pk__gram_right(from->side, &gram->layer[l], at);
     pk_real *seed = pk_tape_seed(tape);
-    memset(seed, 0, rows->rows * outputs * outputs * sizeof *seed);
-    for (size_t i = 0; i < rows->rows * outputs; i++)
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
     tape->unit_seeds = 1;
-    pk_tape_reverse(tape, &line, rows->rows, outputs);
-    pk__gram_keep(gram, tape, rows->side, rows->at, rows->rows);
-}
-
-/* Part number `part` of the rows of one or two sides, one behind the other in the tape, on its pass back. */
-static void pk__gram_back_part(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides,
-                               size_t part, int lane)
-{
-    const size_t first = pk__blocks(sides[0].rows, gram->part);
-    const pk__gram_rows *side = &sides[part >= first];
-    const size_t at = (part < first ? part : part - first) * gram->part;
-    const pk__gram_rows rows = {side->side, side->at + at, pk__least(gram->part, side->rows - at)};
-    pk__gram_back(gram, values, at + (part < first ? 0 : sides[0].rows), &rows, lane);
+    pk_tape_reverse(tape, &line, rows, outputs);
+    pk__gram_keep(gram, tape, from->side, at, rows);
 }
 
 /* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
@@ -17344,10 +17330,10 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     if (threads > 1) {
         PK__PARALLEL_FOR(threads)
         for (size_t part = 0; part < parts; part++)
-            pk__gram_back_part(gram, &room.forward, sides, part, pk__thread());
-    } else {
+            pk__gram_back(gram, &room.forward, sides, part, pk__thread());
+    } else { /* no region of one thread inside one of several: that would be its thread 0 */
         for (size_t part = 0; part < parts; part++)
-            pk__gram_back_part(gram, &room.forward, sides, part, lane);
+            pk__gram_back(gram, &room.forward, sides, part, lane);
     }
 }
 

@@ -27,10 +27,10 @@ typedef enum pk_smoothness {
 
 /* How the gradient with respect to the weights is represented, see tangent.h. */
 typedef enum pk_tangent_form {
-    PK_TANGENT_NONE,  /* no weights */
-    PK_TANGENT_OUTER, /* weight (fan_out, fan_in), then perhaps bias (fan_out), used at `positions` places:
-                         sum over places of cotangent (x) input, sum of cotangents */
-    PK_TANGENT_ROWS   /* materialised: row_gradients */
+    PK_TANGENT_NONE, /* no weights */
+    PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
+                         places: sum over places of cotangent (x) input, sum of cotangents */
+    PK_TANGENT_ROWS /* materialised: row_gradients */
 } pk_tangent_form;
 
 typedef enum pk_option_kind {

@@ -195,11 +195,16 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
     }
 }
 
-/* The pass back of rows, at most gram->part, whose values stand in a tape from row on. Cotangents that are kept are written
- * where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t row, const pk__gram_rows *rows,
+/* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
+ * Cotangents that are kept are written where they are kept. */
+static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides, size_t part,
                           int lane)
 {
+    const size_t first = pk__blocks(sides[0].rows, gram->part);
+    const pk__gram_rows *from = &sides[part >= first];
+    const size_t skipped = (part < first ? part : part - first) * gram->part;
+    const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
+                 rows = pk__least(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
     const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
@@ -211,25 +216,14 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, size_t ro
     for (size_t l = 0; l < gram->layers; l++)
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
-                pk__gram_right(rows->side, &gram->layer[l], rows->at);
+                pk__gram_right(from->side, &gram->layer[l], at);
     pk_real *seed = pk_tape_seed(tape);
-    memset(seed, 0, rows->rows * outputs * outputs * sizeof *seed);
-    for (size_t i = 0; i < rows->rows * outputs; i++)
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
     tape->unit_seeds = 1;
-    pk_tape_reverse(tape, &line, rows->rows, outputs);
-    pk__gram_keep(gram, tape, rows->side, rows->at, rows->rows);
-}
-
-/* Part number `part` of the rows of one or two sides, one behind the other in the tape, on its pass back. */
-static void pk__gram_back_part(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides,
-                               size_t part, int lane)
-{
-    const size_t first = pk__blocks(sides[0].rows, gram->part);
-    const pk__gram_rows *side = &sides[part >= first];
-    const size_t at = (part < first ? part : part - first) * gram->part;
-    const pk__gram_rows rows = {side->side, side->at + at, pk__least(gram->part, side->rows - at)};
-    pk__gram_back(gram, values, at + (part < first ? 0 : sides[0].rows), &rows, lane);
+    pk_tape_reverse(tape, &line, rows, outputs);
+    pk__gram_keep(gram, tape, from->side, at, rows);
 }
 
 /* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
@@ -262,10 +256,10 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     if (threads > 1) {
         PK__PARALLEL_FOR(threads)
         for (size_t part = 0; part < parts; part++)
-            pk__gram_back_part(gram, &room.forward, sides, part, pk__thread());
-    } else {
+            pk__gram_back(gram, &room.forward, sides, part, pk__thread());
+    } else { /* no region of one thread inside one of several: that would be its thread 0 */
         for (size_t part = 0; part < parts; part++)
-            pk__gram_back_part(gram, &room.forward, sides, part, lane);
+            pk__gram_back(gram, &room.forward, sides, part, lane);
     }
 }
 

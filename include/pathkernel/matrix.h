@@ -256,11 +256,6 @@ enum {
     PK__GROUPS = 64       /* for which a block of B is copied once */
 };
 
-static pk_real pk__magnitude(pk_real x)
-{
-    return sizeof(pk_real) == sizeof(float) ? (pk_real)fabsf((float)x) : (pk_real)fabs((double)x);
-}
-
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
 static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t ld, unsigned char *term)
 {
@@ -270,7 +265,7 @@ static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t 
         any[p] = 0;
     for (size_t r = 0; r < rows; r++)
         for (size_t p = 0; p < columns; p++)
-            any[p] += pk__magnitude(from[r * ld + p]);
+            any[p] += (pk_real)fabs(from[r * ld + p]);
     for (size_t p = 0; p < columns; p++) {
         term[terms] = (unsigned char)p;
         terms += any[p] != 0; /* and where it is not a number */
@@ -313,17 +308,15 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
                                             term + r / group * PK__DEPTH);
             for (size_t j = 0; j < whole; j += BLOCK) {
                 const size_t columns = pk__least(BLOCK, whole - j);
-                for (size_t t = 0; t < depth; t++)
-                    for (size_t q = 0; q < columns; q += PK_PANEL)
-                        memcpy(packed + q * PK__DEPTH + t * PK_PANEL, b + (p + t) * ldb + j + q,
-                               PK_PANEL * sizeof *packed);
+                for (size_t q = 0; q < columns; q += PK_PANEL)
+                    pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
                 for (size_t r = 0; r < rows; r += group) {
                     const size_t count = pk__least(group, rows - r), g = r / group;
                     for (size_t i = 0; i < count; i++)
                         memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
                     for (size_t q = 0; q < columns; q += PK_PANEL)
                         pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH,
-                                           packed + q * PK__DEPTH, PK_PANEL, overwrite && p == 0,
+                                           packed + q * PK__DEPTH, overwrite && p == 0,
                                            c + (top + r) * ldc + j + q, ldc);
                 }
             }

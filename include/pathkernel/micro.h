@@ -171,7 +171,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                \
     attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,  \
                                                const pk_real *a, size_t across, const pk_real *panel, \
-                                               size_t step, int overwrite, pk_real *to, size_t ld)    \
+                                               int overwrite, pk_real *to, size_t ld)                 \
     {                                                                                                 \
         typedef vectors vector;                                                                       \
         enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                     \
@@ -184,7 +184,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
                 PK__EACH_4(PK__TILE_START)                                                            \
                 for (size_t p = 0; p < terms; p++) {                                                  \
                     const size_t at = term[p];                                                        \
-                    const pk_real *b = panel + column + at * step;                                    \
+                    const pk_real *b = panel + column + at * PK_PANEL;                                \
                     const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes); \
                     PK__EACH_4(PK__STEP_##suffix)                                                     \
                 }                                                                                     \
@@ -345,12 +345,11 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
 PK__FOR_PROCESSORS(PK__DEFINE_PICKED)
 
 /* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A panel: element (i, p) of A is
- * a[i * across + p], row p of the panel starts at panel + p * step. */
+ * a[i * across + p], the rows of the panel stand one behind the other. */
 PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
-                                    size_t across, const pk_real *panel, size_t step, int overwrite,
-                                    pk_real *to, size_t ld)
+                                    size_t across, const pk_real *panel, int overwrite, pk_real *to, size_t ld)
 {
-    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, step, overwrite, to, ld));
+    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, overwrite, to, ld));
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)

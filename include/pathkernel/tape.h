@@ -178,18 +178,27 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
+/* to = the numbers offset ... of w + t d at row row of the line. */
+static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
+{
+    const pk_real *weights = line->weights + offset;
+    if (!line->direction) {
+        memcpy(to, weights, count * sizeof *to);
+        return;
+    }
+    const pk_real *direction = line->direction + offset, t = line->t[row];
+    for (size_t i = 0; i < count; i++)
+        to[i] = weights[i] + t * direction[i];
+}
+
 /* A node's weights at row row of the line; until the next call. */
 PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
                                            size_t row)
 {
-    const pk_real *weights = line->weights + node->weight_offset;
     if (!line->direction)
-        return weights;
-    const pk_real *direction = line->direction + node->weight_offset, t = line->t[row];
-    pk_real *to = tape->row_weights;
-    for (size_t i = 0; i < node->weight_count; i++)
-        to[i] = weights[i] + t * direction[i];
-    return to;
+        return line->weights + node->weight_offset;
+    pk__line_weights(line, row, node->weight_offset, node->weight_count, tape->row_weights);
+    return tape->row_weights;
 }
 
 /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
@@ -232,18 +241,9 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
 static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
 {
-    const size_t numbers = call->node->fan_out * call->node->fan_in, offset = call->node->weight_offset;
-    const pk_real *weights = line->weights + offset;
-    for (size_t row = 0; row < call->rows; row++) {
-        pk_real *to = call->in_cotangent[0] + row * numbers;
-        if (!line->direction) {
-            memcpy(to, weights, numbers * sizeof *to);
-            continue;
-        }
-        const pk_real *direction = line->direction + offset, t = line->t[row];
-        for (size_t i = 0; i < numbers; i++)
-            to[i] = weights[i] + t * direction[i];
-    }
+    const size_t numbers = call->node->fan_out * call->node->fan_in;
+    for (size_t row = 0; row < call->rows; row++)
+        pk__line_weights(line, row, call->node->weight_offset, numbers, call->in_cotangent[0] + row * numbers);
 }
 
 PK__COLD_BEGIN
