@@ -704,13 +704,16 @@ typedef struct pk_tape {
     int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
+    const pk_real *
+        transposed; /* the caller's: pk_tape_transpose of the line's weights, and behind it of its direction; NULL */
     pk_line line; /* of the last reverse */
 } pk_tape;
 
 /* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape);
-/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. */
+/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
+ * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
 PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
                                size_t copies, int tangents, pk_tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
@@ -724,6 +727,11 @@ PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
 PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
 PK_API pk_real *pk_tape_output(const pk_tape *tape);
 PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+
+/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
+PK_API int pk_tape_transposes(const pk_graph *graph);
+/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
+PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
 
 /* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
  * outputs must not overlap inputs. Cost 2 P rows flops. */
@@ -1546,9 +1554,10 @@ typedef struct pk_segment {
 PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
                             size_t reverse_points, size_t copies, size_t pieces, int gather,
                             pk_segment *segment);
-/* Moves it to a step and a block of rows (rows x input width). */
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
-                             const pk_real *inputs);
+/* Moves it to a step and a block of rows (rows x input width). transposed: pk_tape_transpose of the weights, and behind it of
+ * the direction; NULL: they are not there. */
+PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
+                             const pk_real *transposed, size_t rows, const pk_real *inputs);
 /* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
  * where the tape holds all of them in this order, perhaps with others between. */
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
@@ -1864,9 +1873,11 @@ PK__END_C
 PK__BEGIN_C
 
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
- * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. transposed: as for
+ * pk_segment_begin. */
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
+                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
+                            pk_engine engine);
 /* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
  * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
@@ -1981,6 +1992,7 @@ typedef struct pk_window {
     size_t first, count;
     pk_real *weights;        /* (count + 1) x P */
     pk_real *direction;      /* count x P: D_s */
+    pk_real *transposed;     /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
     pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
     pk_real *preconditioner; /* count x P: p_s, or NULL */
     pk_real *
@@ -3138,6 +3150,17 @@ PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from,
     for (size_t j = 0; j < count; j++) /* the other way round a compiler gathers, which is slow */
         for (size_t p = 0; p < depth; p++)
             to[p * PK_PANEL + j] = from[p * down + j * across];
+}
+
+/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
+PK__PRIVATE void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
+{
+    enum { TILE = 32 };
+    for (size_t i = 0; i < rows; i += TILE)
+        for (size_t j = 0; j < cols; j += TILE)
+            for (size_t r = i; r < pk__least(rows, i + TILE); r++)
+                for (size_t c = j; c < pk__least(cols, j + TILE); c++)
+                    to[c * ld + r] = from[r * cols + c];
 }
 
 /* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
@@ -4886,8 +4909,9 @@ PK__BEGIN_CODE
 
 enum {
     PK__MANY_POSITIONS = 16,
-    PK__MANY_COTANGENTS = 8,  /* of a row of the line, for a layer's weights, */
-    PK__FEW_WEIGHTS = 1 << 14 /* that stay in the cache: so many at most */
+    PK__MANY_COTANGENTS = 8,   /* of a row of the line, for a layer's weights, */
+    PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
+    PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
 };
 
 PK__COLD_BEGIN
@@ -4908,14 +4932,55 @@ static int pk__reverses_by_row(const pk_node *node, size_t copies)
             node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
 }
 
-PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
-                         pk_tape *tape)
+/* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
+static int pk__is_plain_layer(const pk_node *node)
 {
-    pk_tape_take_parts(arena, graph, rows, rows, copies, tangents, tape);
+    return node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
+           !node->operation->channels_first && !pk__has_row_weights(node);
 }
 
-PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                               size_t copies, int tangents, pk_tape *tape)
+/* A bias behind the matrix. */
+PK__PRIVATE int pk__has_bias(const pk_node *node)
+{
+    return node->weight_count > node->fan_out * node->fan_in;
+}
+
+PK_API int pk_tape_transposes(const pk_graph *graph)
+{
+    int some = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        some |= pk__is_plain_layer(&graph->nodes[n]);
+    return some && graph->parameters <= (size_t)PK__TRANSPOSED;
+}
+
+PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
+{
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (pk__is_plain_layer(node))
+            pk__transpose(node->fan_out, node->fan_in, weights + node->weight_offset,
+                          transposed + node->weight_offset, node->fan_out);
+    }
+}
+
+/* The only node that reads node, NULL where there are none or several. */
+PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *reader = NULL;
+    for (size_t n = 1; n < graph->node_count; n++)
+        for (int j = 0; j < graph->nodes[n].input_count; j++) {
+            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
+                continue;
+            if (reader)
+                return NULL;
+            reader = &graph->nodes[n];
+        }
+    return reader;
+}
+
+/* in_place: see pk_tape_take_parts. */
+static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                          size_t copies, int tangents, int in_place, pk_tape *tape)
 {
     size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
     memset(tape, 0, sizeof *tape);
@@ -4933,7 +4998,14 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
         const size_t bytes = node->width * sizeof(pk_real);
         /* The input's value belongs to the caller: no room for it. */
         pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
-        pk_real *cotangent = copies && node->varies ? (pk_real *)pk_arena_take(arena, both, bytes) : NULL;
+        const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
+        const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
+                           pk__only_reader(graph, input) == node;
+        pk_real *cotangent = NULL;
+        if (shared && tape->cotangent)
+            cotangent = tape->cotangent[node->inputs[0]];
+        else if (copies && node->varies && !shared)
+            cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
         pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
             tape->value[n] = value;
@@ -4947,12 +5019,26 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
+        if (n && pk__is_plain_layer(node) && !node->input_constant)
+            line = pk__most(line, rows * node->positions * node->fan_in);
         if (pk__reverses_by_row(node, copies))
             weights = pk__most(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
     tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+}
+
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape)
+{
+    pk__tape_take(arena, graph, rows, rows, copies, tangents, 0, tape);
+}
+
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape)
+{
+    pk__tape_take(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
 }
 
 PK_API pk_real *pk_tape_output(const pk_tape *tape)
@@ -5059,6 +5145,48 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
+/* out = or, with beta == 1, += w x of a layer at so many places. transposed: w's, or NULL; only plain layers are in it. */
+PK__PRIVATE void pk__layer_product(const pk_node *node, size_t places, const pk_real *x, const pk_real *w,
+                                   const pk_real *transposed, pk_real beta, pk_real *out)
+{
+    const size_t fan_in = node->fan_in, fan_out = node->fan_out;
+    if (transposed && pk__is_plain_layer(node)) /* of few rows, twice as fast as below */
+        pk__gemm(0, 0, places, fan_out, fan_in, 1, x, fan_in, transposed + node->weight_offset, fan_out, beta,
+                 out, fan_out);
+    else
+        pk__gemm(0, 1, places, fan_out, fan_in, 1, x, fan_in, w + node->weight_offset, fan_in, beta, out,
+                 fan_out);
+}
+
+/* out = the values (or tangents) of a plain layer y = (w + t d) x + b + t c with the weights w, b along the direction d, c:
+ *     y = w x + d (t x) + b + t c,    y. = w x. + d (x + t x.) + c,
+ * so that one sum takes both products. */
+static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_call *call, int tangent)
+{
+    const pk_node *node = call->node;
+    const size_t in = node->fan_in, out = node->fan_out, positions = node->positions,
+                 places = call->rows * positions;
+    const int bias = pk__has_bias(node);
+    const pk_real *b = line->weights + node->weight_offset + out * in,
+                  *c = line->direction + node->weight_offset + out * in, *transposed = tape->transposed;
+    const pk_real *first = tangent ? call->in_tangent[0] : call->in[0];
+    pk_real *second = tape->line_scratch, *to = tangent ? call->out_tangent : call->out;
+    for (size_t i = 0; i < places; i++) {
+        const pk_real t = line->t[i / positions], *x = call->in[0] + i * in, *own = first + i * in;
+        if (tangent)
+            for (size_t k = 0; k < in; k++)
+                second[i * in + k] = x[k] + t * own[k];
+        else
+            for (size_t k = 0; k < in; k++)
+                second[i * in + k] = t * x[k];
+        for (size_t j = 0; bias && j < out; j++)
+            to[i * out + j] = tangent ? c[j] : b[j] + t * c[j];
+    }
+    pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
+    pk__layer_product(node, places, second, line->direction,
+                      transposed ? transposed + tape->graph->parameters : NULL, 1, to);
+}
+
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
 static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
 {
@@ -5099,6 +5227,10 @@ PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_n
     pk__tape_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     int along = line->direction && node->weight_count;
+    if (along && pk__is_plain_layer(node) && !node->input_constant) {
+        pk__line_layer(tape, line, &call, 0);
+        return;
+    }
     if (along && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->forward);
         return;
@@ -5183,6 +5315,10 @@ PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_n
     call.out_tangent = tape->tangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++)
         call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (call.direction && line->t && pk__is_plain_layer(node) && !node->input_constant) {
+        pk__line_layer(tape, line, &call, 1);
+        return;
+    }
     if (call.direction && line->t && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->tangent);
         return;
@@ -5330,10 +5466,10 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
 {
     size_t width = call->node->width, copies = call->copies;
     pk_real *slope = call->scratch;
-    if (copies == 1 && !second && !call->accumulate[0]) { /* no slope is used twice */
+    const pk_real *from = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];                                /* may be from */
+    if (copies == 1 && !second && !call->accumulate[0] && to != from) { /* no slope is used twice */
         const size_t count = call->rows * width;
-        const pk_real *from = call->out_cotangent;
-        pk_real *to = call->in_cotangent[0];
         slopes(call, 0, count, to);
         for (size_t i = 0; i < count; i++)
             to[i] *= from[i];
@@ -5343,15 +5479,16 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
         slopes(call, row * width, width, slope);
         for (size_t j = 0; second && j < width; j++)
             slope[j] *= call->in_tangent[0][row * width + j];
-        for (size_t copy = 0; copy < copies; copy++) {
-            const pk_real *from = call->out_cotangent + (row * copies + copy) * width;
-            pk_real *to = call->in_cotangent[0] + (row * copies + copy) * width;
-            if (second || call->accumulate[0])
+        for (size_t copy = 0; copy < copies; copy++, from += width, to += width) {
+            if (second || call->accumulate[0]) {
+                PK__SIMD
                 for (size_t j = 0; j < width; j++)
                     to[j] += from[j] * slope[j];
-            else
+            } else {
+                PK__SIMD
                 for (size_t j = 0; j < width; j++)
                     to[j] = from[j] * slope[j];
+            }
         }
     }
 }
@@ -13117,32 +13254,46 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->roots = (double *)pk_arena_take(arena, pieces, 2 * sizeof *segment->roots);
 }
 
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
-                             const pk_real *inputs)
+/* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
+static void pk__segment_affine(pk_segment *segment, const pk_node *node, const pk_real *weights,
+                               const pk_real *transposed, pk_real *out)
+{
+    pk_call call;
+    pk__tape_call(&segment->tape, node, segment->rows, 1, &call);
+    for (int j = 0; j < node->input_count; j++)
+        call.in[j] = segment->base[node->inputs[j]];
+    call.weights = weights + node->weight_offset;
+    call.out = out;
+    if (transposed && pk__is_plain_layer(node)) {
+        const size_t places = call.rows * node->positions;
+        if (pk__has_bias(node))
+            for (size_t i = 0; i < places; i++)
+                memcpy(out + i * node->fan_out, call.weights + node->fan_out * node->fan_in,
+                       node->fan_out * sizeof *out);
+        pk__layer_product(node, places, call.in[0], weights, transposed, (pk_real)pk__has_bias(node), out);
+    } else {
+        node->operation->forward(&call);
+    }
+}
+
+PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
+                             const pk_real *transposed, size_t rows, const pk_real *inputs)
 {
     const pk_graph *graph = segment->graph;
     segment->weights = weights;
     segment->direction = direction;
+    segment->tape.transposed = transposed;
     segment->rows = rows;
     segment->held = 0;
     segment->inputs = inputs;
     segment->base[0] = (pk_real *)inputs; /* only read */
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        if (!segment->base[n])
-            continue;
-        pk_call call;
-        pk__tape_call(&segment->tape, node, rows, 1, &call);
-        for (int j = 0; j < node->input_count; j++)
-            call.in[j] = segment->base[node->inputs[j]];
-        call.weights = weights + node->weight_offset;
-        call.out = segment->base[n];
-        node->operation->forward(&call);
-        if (segment->slope[n]) {
-            call.weights = direction + node->weight_offset;
-            call.out = segment->slope[n];
-            node->operation->forward(&call);
-        }
+        if (segment->base[n])
+            pk__segment_affine(segment, node, weights, transposed, segment->base[n]);
+        if (segment->slope[n])
+            pk__segment_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
+                               segment->slope[n]);
     }
 }
 
@@ -14114,12 +14265,6 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
     return &graph->nodes[node->inputs[0]];
 }
 
-/* The bias of an outer-product layer is what its weight (out, in) leaves. */
-static int pk__has_bias(const pk_node *node)
-{
-    return node->weight_count > node->fan_out * node->fan_in;
-}
-
 PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node)
 {
     if (pk__is_outer(node))
@@ -14201,16 +14346,6 @@ PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
 }
 
 PK__COLD_END
-
-/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
-static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
-{
-    enum { TILE = 16 };
-    for (size_t i = 0; i < rows; i += TILE)
-        for (size_t j = 0; j < cols; j++)
-            for (size_t k = i; k < rows && k < i + TILE; k++)
-                to[j * ld + k] = from[k * cols + j];
-}
 
 /* Columns first .. first + count - 1 of panels of features = rows of from (count x features); the rest of a last panel = 0. */
 static void pk__put_panels(size_t count, size_t features, const pk_real *from, size_t first, pk_real *panels)
@@ -14411,21 +14546,6 @@ enum {
 };
 
 PK__COLD_BEGIN
-
-/* The only node that reads node, NULL where there are none or several. */
-static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
-{
-    const pk_node *reader = NULL;
-    for (size_t n = 1; n < graph->node_count; n++)
-        for (int j = 0; j < graph->nodes[n].input_count; j++) {
-            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
-                continue;
-            if (reader)
-                return NULL;
-            reader = &graph->nodes[n];
-        }
-    return reader;
-}
 
 /* The last layer where only an elementwise operation stands between it and node. */
 static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
@@ -15064,13 +15184,24 @@ static const pk_real *pk__known_product(const pk_tangent *tangent, size_t layer,
                                            : NULL;
 }
 
+/* pk_tape_transpose of a direction where it is at hand. */
+static const pk_real *pk__known_transposed(const pk_tangent *tangent, const pk_real *direction)
+{
+    const pk_segment *segment = &tangent->integrator.segment;
+    const pk_real *transposed = segment->tape.transposed;
+    return !transposed                       ? NULL
+           : direction == segment->weights   ? transposed
+           : direction == segment->direction ? transposed + tangent->graph->parameters
+                                             : NULL;
+}
+
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
                           const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
-    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
+    const size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
@@ -15078,7 +15209,8 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
         const pk_real *product = pk__known_product(tangent, layer, tangent->directions[v]);
         if (!product) {
             pk_real *to = tangent->scratch;
-            pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, to, out);
+            pk__layer_product(node, count, input, tangent->directions[v],
+                              pk__known_transposed(tangent, tangent->directions[v]), 0, to);
             for (size_t p = 0; pk__has_bias(node) && p < count; p++)
                 for (size_t j = 0; j < out; j++)
                     to[p * out + j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
@@ -15374,14 +15506,15 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
 }
 
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine)
+                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
+                            pk_engine engine)
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
     const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
-    pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
+    pk_segment_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
     memset(tangent->begun, 0, rows);
     for (int v = 0; v < PK_DIRECTIONS; v++)
@@ -15717,6 +15850,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->bounds = bounds;
     window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
     window->direction = (pk_real *)pk_arena_take(arena, all, real);
+    window->transposed = pk_tape_transposes(graph) ? (pk_real *)pk_arena_take(arena, all, 2 * real) : NULL;
     window->remainder = (pk_real *)pk_arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
@@ -15770,6 +15904,11 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
+        if (!advance && window->transposed) {
+            pk_real *to = window->transposed + j * 2 * P;
+            pk_tape_transpose(&window->run->graph, from, to);
+            pk_tape_transpose(&window->run->graph, window->direction + j * P, to + P);
+        }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk_examples_begin(&window->examples[j], &window->batches[j]);
     }
@@ -16745,6 +16884,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->directions[1] = job->window.remainder + j * P;
         tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
         pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
+                        job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
                         job->part->first_row + worker->row, worker->rows,
                         job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);

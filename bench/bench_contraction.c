@@ -92,7 +92,8 @@ static void take_step(void *data, size_t repeats)
         for (size_t r = 0; r < repeats; r++) {
             memset(b->result, 0, b->count * j->outputs * j->batch * sizeof *b->result);
             b->tangent.flops = 0;
-            pk_tangent_step(&b->tangent, j->weights, j->direction, b->first_row, b->count, b->rows, j->engine);
+            pk_tangent_step(&b->tangent, j->weights, j->direction, NULL, b->first_row, b->count, b->rows,
+                            j->engine);
             add_materialised(j, b);
         }
     }

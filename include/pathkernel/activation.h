@@ -62,10 +62,10 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
 {
     size_t width = call->node->width, copies = call->copies;
     pk_real *slope = call->scratch;
-    if (copies == 1 && !second && !call->accumulate[0]) { /* no slope is used twice */
+    const pk_real *from = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];                                /* may be from */
+    if (copies == 1 && !second && !call->accumulate[0] && to != from) { /* no slope is used twice */
         const size_t count = call->rows * width;
-        const pk_real *from = call->out_cotangent;
-        pk_real *to = call->in_cotangent[0];
         slopes(call, 0, count, to);
         for (size_t i = 0; i < count; i++)
             to[i] *= from[i];
@@ -75,15 +75,16 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
         slopes(call, row * width, width, slope);
         for (size_t j = 0; second && j < width; j++)
             slope[j] *= call->in_tangent[0][row * width + j];
-        for (size_t copy = 0; copy < copies; copy++) {
-            const pk_real *from = call->out_cotangent + (row * copies + copy) * width;
-            pk_real *to = call->in_cotangent[0] + (row * copies + copy) * width;
-            if (second || call->accumulate[0])
+        for (size_t copy = 0; copy < copies; copy++, from += width, to += width) {
+            if (second || call->accumulate[0]) {
+                PK__SIMD
                 for (size_t j = 0; j < width; j++)
                     to[j] += from[j] * slope[j];
-            else
+            } else {
+                PK__SIMD
                 for (size_t j = 0; j < width; j++)
                     to[j] = from[j] * slope[j];
+            }
         }
     }
 }

@@ -393,6 +393,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->directions[1] = job->window.remainder + j * P;
         tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
         pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
+                        job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
                         job->part->first_row + worker->row, worker->rows,
                         job->rows + worker->row * job->graph->input_width,
                         job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);

@@ -88,12 +88,6 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
     return &graph->nodes[node->inputs[0]];
 }
 
-/* The bias of an outer-product layer is what its weight (out, in) leaves. */
-static int pk__has_bias(const pk_node *node)
-{
-    return node->weight_count > node->fan_out * node->fan_in;
-}
-
 PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node)
 {
     if (pk__is_outer(node))
@@ -175,16 +169,6 @@ PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
 }
 
 PK__COLD_END
-
-/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
-static void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
-{
-    enum { TILE = 16 };
-    for (size_t i = 0; i < rows; i += TILE)
-        for (size_t j = 0; j < cols; j++)
-            for (size_t k = i; k < rows && k < i + TILE; k++)
-                to[j * ld + k] = from[k * cols + j];
-}
 
 /* Columns first .. first + count - 1 of panels of features = rows of from (count x features); the rest of a last panel = 0. */
 static void pk__put_panels(size_t count, size_t features, const pk_real *from, size_t first, pk_real *panels)

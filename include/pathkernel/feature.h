@@ -140,21 +140,6 @@ enum {
 
 PK__COLD_BEGIN
 
-/* The only node that reads node, NULL where there are none or several. */
-static const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
-{
-    const pk_node *reader = NULL;
-    for (size_t n = 1; n < graph->node_count; n++)
-        for (int j = 0; j < graph->nodes[n].input_count; j++) {
-            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
-                continue;
-            if (reader)
-                return NULL;
-            reader = &graph->nodes[n];
-        }
-    return reader;
-}
-
 /* The last layer where only an elementwise operation stands between it and node. */
 static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 {

@@ -93,6 +93,17 @@ PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from,
             to[p * PK_PANEL + j] = from[p * down + j * across];
 }
 
+/* to (cols x ld, starting at a column) = transposed from (rows x cols). */
+PK__PRIVATE void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk_real *to, size_t ld)
+{
+    enum { TILE = 32 };
+    for (size_t i = 0; i < rows; i += TILE)
+        for (size_t j = 0; j < cols; j += TILE)
+            for (size_t r = i; r < pk__least(rows, i + TILE); r++)
+                for (size_t c = j; c < pk__least(cols, j + TILE); c++)
+                    to[c * ld + r] = from[r * cols + c];
+}
+
 /* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
 static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
                            pk_real *packed)

@@ -55,9 +55,10 @@ typedef struct pk_segment {
 PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
                             size_t reverse_points, size_t copies, size_t pieces, int gather,
                             pk_segment *segment);
-/* Moves it to a step and a block of rows (rows x input width). */
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
-                             const pk_real *inputs);
+/* Moves it to a step and a block of rows (rows x input width). transposed: pk_tape_transpose of the weights, and behind it of
+ * the direction; NULL: they are not there. */
+PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
+                             const pk_real *transposed, size_t rows, const pk_real *inputs);
 /* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
  * where the tape holds all of them in this order, perhaps with others between. */
 PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
@@ -233,32 +234,46 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->roots = (double *)pk_arena_take(arena, pieces, 2 * sizeof *segment->roots);
 }
 
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction, size_t rows,
-                             const pk_real *inputs)
+/* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
+static void pk__segment_affine(pk_segment *segment, const pk_node *node, const pk_real *weights,
+                               const pk_real *transposed, pk_real *out)
+{
+    pk_call call;
+    pk__tape_call(&segment->tape, node, segment->rows, 1, &call);
+    for (int j = 0; j < node->input_count; j++)
+        call.in[j] = segment->base[node->inputs[j]];
+    call.weights = weights + node->weight_offset;
+    call.out = out;
+    if (transposed && pk__is_plain_layer(node)) {
+        const size_t places = call.rows * node->positions;
+        if (pk__has_bias(node))
+            for (size_t i = 0; i < places; i++)
+                memcpy(out + i * node->fan_out, call.weights + node->fan_out * node->fan_in,
+                       node->fan_out * sizeof *out);
+        pk__layer_product(node, places, call.in[0], weights, transposed, (pk_real)pk__has_bias(node), out);
+    } else {
+        node->operation->forward(&call);
+    }
+}
+
+PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
+                             const pk_real *transposed, size_t rows, const pk_real *inputs)
 {
     const pk_graph *graph = segment->graph;
     segment->weights = weights;
     segment->direction = direction;
+    segment->tape.transposed = transposed;
     segment->rows = rows;
     segment->held = 0;
     segment->inputs = inputs;
     segment->base[0] = (pk_real *)inputs; /* only read */
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        if (!segment->base[n])
-            continue;
-        pk_call call;
-        pk__tape_call(&segment->tape, node, rows, 1, &call);
-        for (int j = 0; j < node->input_count; j++)
-            call.in[j] = segment->base[node->inputs[j]];
-        call.weights = weights + node->weight_offset;
-        call.out = segment->base[n];
-        node->operation->forward(&call);
-        if (segment->slope[n]) {
-            call.weights = direction + node->weight_offset;
-            call.out = segment->slope[n];
-            node->operation->forward(&call);
-        }
+        if (segment->base[n])
+            pk__segment_affine(segment, node, weights, transposed, segment->base[n]);
+        if (segment->slope[n])
+            pk__segment_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
+                               segment->slope[n]);
     }
 }
 

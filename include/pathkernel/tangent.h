@@ -9,9 +9,11 @@
 PK__BEGIN_C
 
 /* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
- * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. */
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. transposed: as for
+ * pk_segment_begin. */
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine);
+                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
+                            pk_engine engine);
 /* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
  * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
 PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
@@ -44,13 +46,24 @@ static const pk_real *pk__known_product(const pk_tangent *tangent, size_t layer,
                                            : NULL;
 }
 
+/* pk_tape_transpose of a direction where it is at hand. */
+static const pk_real *pk__known_transposed(const pk_tangent *tangent, const pk_real *direction)
+{
+    const pk_segment *segment = &tangent->integrator.segment;
+    const pk_real *transposed = segment->tape.transposed;
+    return !transposed                       ? NULL
+           : direction == segment->weights   ? transposed
+           : direction == segment->direction ? transposed + tangent->graph->parameters
+                                             : NULL;
+}
+
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
 static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
                           const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
-    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
+    const size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     for (int v = 0; v < PK_DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
@@ -58,7 +71,8 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
         const pk_real *product = pk__known_product(tangent, layer, tangent->directions[v]);
         if (!product) {
             pk_real *to = tangent->scratch;
-            pk__gemm(0, 1, count, out, in, 1, input, in, direction, in, 0, to, out);
+            pk__layer_product(node, count, input, tangent->directions[v],
+                              pk__known_transposed(tangent, tangent->directions[v]), 0, to);
             for (size_t p = 0; pk__has_bias(node) && p < count; p++)
                 for (size_t j = 0; j < out; j++)
                     to[p * out + j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
@@ -354,14 +368,15 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
 }
 
 PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            size_t first_row, size_t rows, const pk_real *inputs, pk_engine engine)
+                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
+                            pk_engine engine)
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
     const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
-    pk_segment_begin(&tangent->integrator.segment, weights, direction, rows, inputs);
+    pk_segment_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
     memset(tangent->begun, 0, rows);
     for (int v = 0; v < PK_DIRECTIONS; v++)

@@ -27,13 +27,16 @@ typedef struct pk_tape {
     int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
+    const pk_real *
+        transposed; /* the caller's: pk_tape_transpose of the line's weights, and behind it of its direction; NULL */
     pk_line line; /* of the last reverse */
 } pk_tape;
 
 /* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
                          pk_tape *tape);
-/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. */
+/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
+ * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
 PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
                                size_t copies, int tangents, pk_tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
@@ -47,6 +50,11 @@ PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
 PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
 PK_API pk_real *pk_tape_output(const pk_tape *tape);
 PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+
+/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
+PK_API int pk_tape_transposes(const pk_graph *graph);
+/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
+PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
 
 /* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
  * outputs must not overlap inputs. Cost 2 P rows flops. */
@@ -65,8 +73,9 @@ PK__BEGIN_CODE
 
 enum {
     PK__MANY_POSITIONS = 16,
-    PK__MANY_COTANGENTS = 8,  /* of a row of the line, for a layer's weights, */
-    PK__FEW_WEIGHTS = 1 << 14 /* that stay in the cache: so many at most */
+    PK__MANY_COTANGENTS = 8,   /* of a row of the line, for a layer's weights, */
+    PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
+    PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
 };
 
 PK__COLD_BEGIN
@@ -87,14 +96,55 @@ static int pk__reverses_by_row(const pk_node *node, size_t copies)
             node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
 }
 
-PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
-                         pk_tape *tape)
+/* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
+static int pk__is_plain_layer(const pk_node *node)
 {
-    pk_tape_take_parts(arena, graph, rows, rows, copies, tangents, tape);
+    return node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
+           !node->operation->channels_first && !pk__has_row_weights(node);
 }
 
-PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                               size_t copies, int tangents, pk_tape *tape)
+/* A bias behind the matrix. */
+PK__PRIVATE int pk__has_bias(const pk_node *node)
+{
+    return node->weight_count > node->fan_out * node->fan_in;
+}
+
+PK_API int pk_tape_transposes(const pk_graph *graph)
+{
+    int some = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        some |= pk__is_plain_layer(&graph->nodes[n]);
+    return some && graph->parameters <= (size_t)PK__TRANSPOSED;
+}
+
+PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
+{
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (pk__is_plain_layer(node))
+            pk__transpose(node->fan_out, node->fan_in, weights + node->weight_offset,
+                          transposed + node->weight_offset, node->fan_out);
+    }
+}
+
+/* The only node that reads node, NULL where there are none or several. */
+PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *reader = NULL;
+    for (size_t n = 1; n < graph->node_count; n++)
+        for (int j = 0; j < graph->nodes[n].input_count; j++) {
+            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
+                continue;
+            if (reader)
+                return NULL;
+            reader = &graph->nodes[n];
+        }
+    return reader;
+}
+
+/* in_place: see pk_tape_take_parts. */
+static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                          size_t copies, int tangents, int in_place, pk_tape *tape)
 {
     size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
     memset(tape, 0, sizeof *tape);
@@ -112,7 +162,14 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
         const size_t bytes = node->width * sizeof(pk_real);
         /* The input's value belongs to the caller: no room for it. */
         pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
-        pk_real *cotangent = copies && node->varies ? (pk_real *)pk_arena_take(arena, both, bytes) : NULL;
+        const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
+        const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
+                           pk__only_reader(graph, input) == node;
+        pk_real *cotangent = NULL;
+        if (shared && tape->cotangent)
+            cotangent = tape->cotangent[node->inputs[0]];
+        else if (copies && node->varies && !shared)
+            cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
         pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
             tape->value[n] = value;
@@ -126,12 +183,26 @@ PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t ro
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
+        if (n && pk__is_plain_layer(node) && !node->input_constant)
+            line = pk__most(line, rows * node->positions * node->fan_in);
         if (pk__reverses_by_row(node, copies))
             weights = pk__most(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
     tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+}
+
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape)
+{
+    pk__tape_take(arena, graph, rows, rows, copies, tangents, 0, tape);
+}
+
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape)
+{
+    pk__tape_take(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
 }
 
 PK_API pk_real *pk_tape_output(const pk_tape *tape)
@@ -238,6 +309,48 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
     }
 }
 
+/* out = or, with beta == 1, += w x of a layer at so many places. transposed: w's, or NULL; only plain layers are in it. */
+PK__PRIVATE void pk__layer_product(const pk_node *node, size_t places, const pk_real *x, const pk_real *w,
+                                   const pk_real *transposed, pk_real beta, pk_real *out)
+{
+    const size_t fan_in = node->fan_in, fan_out = node->fan_out;
+    if (transposed && pk__is_plain_layer(node)) /* of few rows, twice as fast as below */
+        pk__gemm(0, 0, places, fan_out, fan_in, 1, x, fan_in, transposed + node->weight_offset, fan_out, beta,
+                 out, fan_out);
+    else
+        pk__gemm(0, 1, places, fan_out, fan_in, 1, x, fan_in, w + node->weight_offset, fan_in, beta, out,
+                 fan_out);
+}
+
+/* out = the values (or tangents) of a plain layer y = (w + t d) x + b + t c with the weights w, b along the direction d, c:
+ *     y = w x + d (t x) + b + t c,    y. = w x. + d (x + t x.) + c,
+ * so that one sum takes both products. */
+static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_call *call, int tangent)
+{
+    const pk_node *node = call->node;
+    const size_t in = node->fan_in, out = node->fan_out, positions = node->positions,
+                 places = call->rows * positions;
+    const int bias = pk__has_bias(node);
+    const pk_real *b = line->weights + node->weight_offset + out * in,
+                  *c = line->direction + node->weight_offset + out * in, *transposed = tape->transposed;
+    const pk_real *first = tangent ? call->in_tangent[0] : call->in[0];
+    pk_real *second = tape->line_scratch, *to = tangent ? call->out_tangent : call->out;
+    for (size_t i = 0; i < places; i++) {
+        const pk_real t = line->t[i / positions], *x = call->in[0] + i * in, *own = first + i * in;
+        if (tangent)
+            for (size_t k = 0; k < in; k++)
+                second[i * in + k] = x[k] + t * own[k];
+        else
+            for (size_t k = 0; k < in; k++)
+                second[i * in + k] = t * x[k];
+        for (size_t j = 0; bias && j < out; j++)
+            to[i * out + j] = tangent ? c[j] : b[j] + t * c[j];
+    }
+    pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
+    pk__layer_product(node, places, second, line->direction,
+                      transposed ? transposed + tape->graph->parameters : NULL, 1, to);
+}
+
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
 static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
 {
@@ -278,6 +391,10 @@ PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_n
     pk__tape_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     int along = line->direction && node->weight_count;
+    if (along && pk__is_plain_layer(node) && !node->input_constant) {
+        pk__line_layer(tape, line, &call, 0);
+        return;
+    }
     if (along && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->forward);
         return;
@@ -362,6 +479,10 @@ PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_n
     call.out_tangent = tape->tangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++)
         call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (call.direction && line->t && pk__is_plain_layer(node) && !node->input_constant) {
+        pk__line_layer(tape, line, &call, 1);
+        return;
+    }
     if (call.direction && line->t && pk__has_row_weights(node)) {
         pk__by_row(tape, line, &call, node->operation->tangent);
         return;

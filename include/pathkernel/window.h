@@ -29,6 +29,7 @@ typedef struct pk_window {
     size_t first, count;
     pk_real *weights;        /* (count + 1) x P */
     pk_real *direction;      /* count x P: D_s */
+    pk_real *transposed;     /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
     pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
     pk_real *preconditioner; /* count x P: p_s, or NULL */
     pk_real *
@@ -162,6 +163,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->bounds = bounds;
     window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
     window->direction = (pk_real *)pk_arena_take(arena, all, real);
+    window->transposed = pk_tape_transposes(graph) ? (pk_real *)pk_arena_take(arena, all, 2 * real) : NULL;
     window->remainder = (pk_real *)pk_arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
@@ -215,6 +217,11 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
+        if (!advance && window->transposed) {
+            pk_real *to = window->transposed + j * 2 * P;
+            pk_tape_transpose(&window->run->graph, from, to);
+            pk_tape_transpose(&window->run->graph, window->direction + j * P, to + P);
+        }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk_examples_begin(&window->examples[j], &window->batches[j]);
     }
