@@ -727,6 +727,9 @@ PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
 PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
 PK_API pk_real *pk_tape_output(const pk_tape *tape);
 PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
+ * what is behind a last dense layer its weights. */
+PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows);
 
 /* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
 PK_API int pk_tape_transposes(const pk_graph *graph);
@@ -5049,6 +5052,16 @@ PK_API pk_real *pk_tape_output(const pk_tape *tape)
 PK_API pk_real *pk_tape_seed(const pk_tape *tape)
 {
     return tape->cotangent[tape->graph->node_count - 1];
+}
+
+PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows)
+{
+    const size_t outputs = tape->graph->output_width;
+    pk_real *seed = pk_tape_seed(tape);
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
+        seed[i * outputs + i % outputs] = 1;
+    tape->unit_seeds = 1;
 }
 
 PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
@@ -10238,7 +10251,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 
 /* ---- blocks -------------------------------------------------------------------------------------------- */
 
-/* Row r of the block's cotangents of the outputs (copies x C): given, all unit vectors, or of the losses. */
+/* Row r of the block's cotangents of the outputs: given, or of the losses. */
 static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t row, const pk_real *f,
                            pk_real *seed)
 {
@@ -10249,12 +10262,8 @@ static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t 
         const double value = sweep->rule->evaluate(outputs, f, lane->target, seed);
         if (sweep->losses)
             sweep->losses[row] = value;
-    } else if (sweep->cotangents.data) {
-        memcpy(seed, sweep->cotangents.data + row * sweep->cotangents.ld, outputs * sizeof *seed);
     } else {
-        memset(seed, 0, outputs * outputs * sizeof *seed);
-        for (size_t c = 0; c < outputs; c++)
-            seed[c * outputs + c] = 1;
+        memcpy(seed, sweep->cotangents.data + row * sweep->cotangents.ld, outputs * sizeof *seed);
     }
 }
 
@@ -10288,10 +10297,14 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
     const pk_line line = {sweep->weights, NULL, NULL};
     pk_tape *tape = &lane->tape;
     size_t bad = SIZE_MAX;
+    const int units = !sweep->rule && !sweep->cotangents.data; /* a Jacobian */
     pk_tape_forward(tape, &line, rows, lane->inputs);
+    if (units)
+        pk_tape_seed_units(tape, rows);
     for (size_t r = 0; r < rows; r++) {
         const pk_real *f = pk_tape_output(tape) + r * outputs;
-        pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * copies * outputs);
+        if (!units)
+            pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * outputs);
         if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
             bad = first + r;
     }
@@ -17420,7 +17433,6 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__least(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
     pk_arena arena = pk__gram_arena(gram, lane);
     pk_tape back, *tape = &back;
@@ -17431,12 +17443,8 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
                 pk__gram_right(from->side, &gram->layer[l], at);
-    pk_real *seed = pk_tape_seed(tape);
-    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
-    for (size_t i = 0; i < rows * outputs; i++)
-        seed[i * outputs + i % outputs] = 1;
-    tape->unit_seeds = 1;
-    pk_tape_reverse(tape, &line, rows, outputs);
+    pk_tape_seed_units(tape, rows);
+    pk_tape_reverse(tape, &line, rows, gram->outputs);
     pk__gram_keep(gram, tape, from->side, at, rows);
 }
 

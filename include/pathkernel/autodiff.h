@@ -229,7 +229,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 
 /* ---- blocks -------------------------------------------------------------------------------------------- */
 
-/* Row r of the block's cotangents of the outputs (copies x C): given, all unit vectors, or of the losses. */
+/* Row r of the block's cotangents of the outputs: given, or of the losses. */
 static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t row, const pk_real *f,
                            pk_real *seed)
 {
@@ -240,12 +240,8 @@ static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t 
         const double value = sweep->rule->evaluate(outputs, f, lane->target, seed);
         if (sweep->losses)
             sweep->losses[row] = value;
-    } else if (sweep->cotangents.data) {
-        memcpy(seed, sweep->cotangents.data + row * sweep->cotangents.ld, outputs * sizeof *seed);
     } else {
-        memset(seed, 0, outputs * outputs * sizeof *seed);
-        for (size_t c = 0; c < outputs; c++)
-            seed[c * outputs + c] = 1;
+        memcpy(seed, sweep->cotangents.data + row * sweep->cotangents.ld, outputs * sizeof *seed);
     }
 }
 
@@ -279,10 +275,14 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
     const pk_line line = {sweep->weights, NULL, NULL};
     pk_tape *tape = &lane->tape;
     size_t bad = SIZE_MAX;
+    const int units = !sweep->rule && !sweep->cotangents.data; /* a Jacobian */
     pk_tape_forward(tape, &line, rows, lane->inputs);
+    if (units)
+        pk_tape_seed_units(tape, rows);
     for (size_t r = 0; r < rows; r++) {
         const pk_real *f = pk_tape_output(tape) + r * outputs;
-        pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * copies * outputs);
+        if (!units)
+            pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * outputs);
         if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
             bad = first + r;
     }

@@ -206,7 +206,6 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__least(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const size_t outputs = gram->outputs;
     const pk_line line = {gram->weights, NULL, NULL};
     pk_arena arena = pk__gram_arena(gram, lane);
     pk_tape back, *tape = &back;
@@ -217,12 +216,8 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
                 pk__gram_right(from->side, &gram->layer[l], at);
-    pk_real *seed = pk_tape_seed(tape);
-    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
-    for (size_t i = 0; i < rows * outputs; i++)
-        seed[i * outputs + i % outputs] = 1;
-    tape->unit_seeds = 1;
-    pk_tape_reverse(tape, &line, rows, outputs);
+    pk_tape_seed_units(tape, rows);
+    pk_tape_reverse(tape, &line, rows, gram->outputs);
     pk__gram_keep(gram, tape, from->side, at, rows);
 }
 

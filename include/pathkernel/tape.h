@@ -50,6 +50,9 @@ PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
 PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
 PK_API pk_real *pk_tape_output(const pk_tape *tape);
 PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
+ * what is behind a last dense layer its weights. */
+PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows);
 
 /* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
 PK_API int pk_tape_transposes(const pk_graph *graph);
@@ -213,6 +216,16 @@ PK_API pk_real *pk_tape_output(const pk_tape *tape)
 PK_API pk_real *pk_tape_seed(const pk_tape *tape)
 {
     return tape->cotangent[tape->graph->node_count - 1];
+}
+
+PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows)
+{
+    const size_t outputs = tape->graph->output_width;
+    pk_real *seed = pk_tape_seed(tape);
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
+        seed[i * outputs + i % outputs] = 1;
+    tape->unit_seeds = 1;
 }
 
 PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
