@@ -1,13 +1,14 @@
 /* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
  * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
  *
- * A tile is 6 or 4 rows of A times one panel of B. A is read where it stands, a number at a time; a panel of B is one cache
- * line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that
- * takes its terms in ascending order, wherever it stands in the tile and however many rows the tile has.
+ * A tile is up to 12 rows of A times one panel of B. A is read where it stands, a number at a time; a panel of B is one
+ * cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
+ * ascending order, wherever it stands in the tile, however many rows the tile has and however long a vector is.
  *
  * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
- * the AVX2 tiles are compiled for their own instruction set and chosen at run time, so that a program that is built
- * for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say.
+ * the AVX2 and AVX-512 tiles are compiled for their own instruction set and chosen at run time, so that a program that is
+ * built for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say, and
+ * PATHKERNEL_NO_AVX512 takes AVX2 where there is both.
  */
 #ifndef PATHKERNEL_MICRO_H
 #define PATHKERNEL_MICRO_H
@@ -29,7 +30,80 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-enum { PK__TALLEST = 6 }; /* rows of a tile */
+#if defined(__GNUC__)
+#define PK__ALIGNED __attribute__((aligned(64))) /* for vectors that are cache lines */
+typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
+typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
+typedef pk_real pk__whole_vector __attribute__((vector_size(64), aligned(sizeof(pk_real)), may_alias));
+#if defined(__AVX2__) && defined(__FMA__)
+#define PK__AVX2 /* the whole program has it */
+#define PK__HAS_AVX2 1
+#elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
+#define PK__AVX2 __attribute__((target("avx2,fma")))
+#define PK__HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#endif
+#if defined(PATHKERNEL_NO_AVX512)
+#elif defined(__AVX512F__)
+#define PK__AVX512
+#define PK__HAS_AVX512 1
+#elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
+#define PK__AVX512 __attribute__((target("avx512f")))
+#define PK__HAS_AVX512 __builtin_cpu_supports("avx512f")
+#endif
+#else
+#define PK__ALIGNED
+typedef pk_real pk__vector;
+#endif
+
+/* Functions name_avx512, name_avx2 and name_base, by DEFINE(suffix, attributes, vectors), and the call of the right one.
+ * Whether the number of rows in a tile is known when a processor's tiles are compiled: those for processors before 2013,
+ * where there are faster ones, do with one copy of 4 rows. */
+#define PK__KNOWN_avx512 1
+#define PK__KNOWN_avx2 1
+#ifdef PK__AVX512
+#define PK__FOR_AVX512(DEFINE) DEFINE(avx512, PK__AVX512, pk__whole_vector)
+#define PK__ON_AVX512(name, arguments) \
+    if (PK__HAS_AVX512)                \
+        name##_avx512 arguments;       \
+    else
+#else
+#define PK__HAS_AVX512 0
+#define PK__FOR_AVX512(DEFINE)
+#define PK__ON_AVX512(name, arguments)
+#endif
+#ifdef PK__AVX2
+#define PK__KNOWN_base 0
+#define PK__FOR_AVX2(DEFINE) DEFINE(avx2, PK__AVX2, pk__wide_vector)
+#define PK__ON_AVX2(name, arguments) \
+    if (PK__HAS_AVX2)                \
+        name##_avx2 arguments;       \
+    else
+#define PK__FOR_BASE(DEFINE) PK__COLD_BEGIN DEFINE(base, , pk__vector) PK__COLD_END /* before 2013 */
+#else
+#define PK__HAS_AVX2 0
+#define PK__KNOWN_base 1
+#define PK__FOR_AVX2(DEFINE)
+#define PK__ON_AVX2(name, arguments)
+#define PK__FOR_BASE(DEFINE) DEFINE(base, , pk__vector)
+#endif
+#define PK__FOR_PROCESSORS(DEFINE) PK__FOR_AVX512(DEFINE) PK__FOR_AVX2(DEFINE) PK__FOR_BASE(DEFINE)
+#define PK__ON_PROCESSOR(name, arguments) \
+    PK__ON_AVX512(name, arguments) PK__ON_AVX2(name, arguments) name##_base arguments
+
+/* sum + number times vector. gcc contracts x y + z in its GNU modes only. */
+#define PK__ADD_base(sum, number, beside) ((sum) + (number) * (beside))
+#if defined(__clang__)
+#define PK__ADD_avx2 PK__ADD_base /* contracted */
+#define PK__ADD_avx512 PK__ADD_base
+#elif defined(PATHKERNEL_FLOAT)
+#define PK__ADD_avx2(sum, number, beside) __builtin_ia32_vfmaddps256((number)-zero, beside, sum)
+#define PK__ADD_avx512(sum, number, beside) __builtin_ia32_vfmaddps512_mask((number)-zero, beside, sum, -1, 4)
+#else
+#define PK__ADD_avx2(sum, number, beside) __builtin_ia32_vfmaddpd256((number)-zero, beside, sum)
+#define PK__ADD_avx512(sum, number, beside) __builtin_ia32_vfmaddpd512_mask((number)-zero, beside, sum, -1, 4)
+#endif
+
+enum { PK__TALLEST = 6 }; /* rows of a tile of two vectors a row */
 
 typedef enum pk__tile_form {
     PK__TILE_SET,      /* to = product */
@@ -74,6 +148,8 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__TILE_STEP(i, ADD)                   \
     left##i = ADD(left##i, row##i[at], left_b); \
     right##i = ADD(right##i, row##i[at], right_b);
+#define PK__STEP_base(i) PK__TILE_STEP(i, PK__ADD_base)
+#define PK__STEP_avx2(i) PK__TILE_STEP(i, PK__ADD_avx2)
 #define PK__TILE_END(i, assign, left_value, right_value) \
     if (i < count) {                                     \
         pk_real *to = target->to + to_at[i] + column;    \
@@ -194,24 +270,29 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
     }
 
 /* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
-#define PK__SUM_LOAD(i)                                     \
-    vector left##i = zero, right##i = zero;                 \
-    if (i < count) {                                        \
-        left##i = *(const vector *)(b + i * step);          \
-        right##i = *(const vector *)(b + i * step + lanes); \
+#define PK__SUM_LOAD(i)                                         \
+    vector left##i = zero, right##i = zero;                     \
+    if (i < count) {                                            \
+        left##i = *(const vector *)(b + i * step);              \
+        if (both)                                               \
+            right##i = *(const vector *)(b + i * step + lanes); \
     }
-#define PK__SUM_STEP(i, ADD)                              \
-    if (i < count) {                                      \
-        left = ADD(left, a[row + i * along], left##i);    \
-        right = ADD(right, a[row + i * along], right##i); \
+#define PK__SUM_STEP(i, ADD)                                  \
+    if (i < count) {                                          \
+        left = ADD(left, a[row + i * along], left##i);        \
+        if (both)                                             \
+            right = ADD(right, a[row + i * along], right##i); \
     }
+#define PK__SUM_base(i) PK__SUM_STEP(i, PK__ADD_base)
+#define PK__SUM_avx2(i) PK__SUM_STEP(i, PK__ADD_avx2)
+#define PK__SUM_avx512(i) PK__SUM_STEP(i, PK__ADD_avx512)
 #define PK__DEFINE_SUMS(suffix, attributes, vectors)                                                           \
     attributes PK__INLINE void pk__sums_of_##suffix(size_t count, size_t rows, const pk_real *a, size_t along, \
                                                     const pk_real *panel, size_t step, int begin, int end,     \
                                                     const pk_real *other, const size_t *other_at, pk_real *to) \
     {                                                                                                          \
         typedef vectors vector;                                                                                \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)), both = lanes < PK_PANEL };                     \
         const vector zero = {0};                                                                               \
         for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
             const pk_real *b = panel + column;                                                                 \
@@ -222,15 +303,18 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
                 vector left = zero, right = zero;                                                              \
                 if (!begin) {                                                                                  \
                     left = *at;                                                                                \
-                    right = *beside;                                                                           \
+                    if (both)                                                                                  \
+                        right = *beside;                                                                       \
                 }                                                                                              \
                 PK__EACH_6(PK__SUM_##suffix)                                                                   \
                 if (end) {                                                                                     \
                     left *= *(const vector *)(other + other_at[row] + column);                                 \
-                    right *= *(const vector *)(other + other_at[row] + column + lanes);                        \
+                    if (both)                                                                                  \
+                        right *= *(const vector *)(other + other_at[row] + column + lanes);                    \
                 }                                                                                              \
                 *at = left;                                                                                    \
-                *beside = right;                                                                               \
+                if (both)                                                                                      \
+                    *beside = right;                                                                           \
             }                                                                                                  \
         }                                                                                                      \
     }                                                                                                          \
@@ -266,71 +350,125 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                      \
     }
 
-#if defined(__GNUC__)
-typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
-typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
-#if defined(__AVX2__) && defined(__FMA__)
-#define PK__AVX2 /* the whole program has it */
-#elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
-#define PK__AVX2 __attribute__((target("avx2,fma")))
-#define PK__DISPATCH
-#endif
-#else
-typedef pk_real pk__vector;
+#ifdef PK__AVX512
+/* A vector is a row of a panel, and an accumulator a row of the tile: it takes 12 rows to keep two multipliers busy. They are
+ * groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first rows of a
+ * group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. term: as below, or NULL:
+ * all terms. */
+typedef struct pk__group {
+    const pk_real *a;
+    size_t row, skip;
+} pk__group;
+
+#define PK__WIDE_TAKE(g)                                                                           \
+    const pk_real *a##g = group[g < groups ? g : 0].a;                                             \
+    const size_t row##g = group[g < groups ? g : 0].row, skip##g = group[g < groups ? g : 0].skip; \
+    vector sum##g##0 = zero, sum##g##1 = zero, sum##g##2 = zero, sum##g##3 = zero;
+#define PK__WIDE_EACH(X, g) \
+    if (g < groups) {       \
+        X(g, 0)             \
+        X(g, 1)             \
+        X(g, 2)             \
+        X(g, 3)             \
+    }
+#define PK__WIDE_START(g, i) sum##g##i = (i < skip##g ? 0 : start[row##g + i]) - zero;
+#define PK__WIDE_STEP(g, i) sum##g##i = PK__ADD_avx512(sum##g##i, a##g[at + distance##i], beside);
+#define PK__WIDE_END(g, i, assign, value) \
+    if (i >= skip##g)                     \
+        *(vector *)(target->to + target->to_at[row##g + i]) assign(value);
+#define PK__WIDE_OTHER(g, i) (*(const vector *)(target->other + target->other_at[row##g + i]))
+#define PK__WIDE_SETS(g, i) PK__WIDE_END(g, i, =, sum##g##i)
+#define PK__WIDE_ADDS(g, i) PK__WIDE_END(g, i, +=, sum##g##i)
+#define PK__WIDE_HADAMARDS(g, i) PK__WIDE_END(g, i, +=, sum##g##i * PK__WIDE_OTHER(g, i))
+#define PK__WIDE_DOTS(g, i) \
+    if (i >= skip##g)       \
+        all += sum##g##i * PK__WIDE_OTHER(g, i);
+#define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
+PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, const size_t *distance,
+                                         size_t depth, const unsigned char *term, size_t along,
+                                         const pk_real *panel, size_t step, const pk_real *start,
+                                         const pk__tile_target *target)
+{
+    typedef pk__whole_vector vector;
+    const vector zero = {0};
+    const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
+    PK__WIDE_TAKE(0)
+    PK__WIDE_TAKE(1)
+    PK__WIDE_TAKE(2)
+    if (start) {
+        PK__WIDE_GROUPS(PK__WIDE_START)
+    }
+    PK__UNROLL
+    for (size_t p = 0; p < depth; p++) {
+        const size_t at = (term ? term[p] : p) * along;
+        const vector beside = *(const vector *)(panel + (term ? term[p] : p) * step);
+        PK__WIDE_GROUPS(PK__WIDE_STEP)
+    }
+    if (target->form == PK__TILE_SET) {
+        PK__WIDE_GROUPS(PK__WIDE_SETS)
+    } else if (target->form == PK__TILE_ADD) {
+        PK__WIDE_GROUPS(PK__WIDE_ADDS)
+    } else if (target->form == PK__TILE_DOT) {
+        vector all = *(vector *)target->to;
+        PK__WIDE_GROUPS(PK__WIDE_DOTS)
+        *(vector *)target->to = all;
+    } else {
+        PK__WIDE_GROUPS(PK__WIDE_HADAMARDS)
+    }
+}
+
+/* Tiles of three groups of rows; and of two, where there would be one of one. */
+PK__AVX512 PK__INLINE void pk__wide_tiles(size_t rows, size_t depth, const unsigned char *term,
+                                          const pk_real *a, size_t across, size_t along, const pk_real *panel,
+                                          size_t step, const pk_real *start, const pk__tile_target *target)
+{
+    const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
+    const size_t missing = rows < 4 ? 4 - rows : 0;
+    size_t distance[4];
+    for (size_t i = 0; i < 4; i++)
+        distance[i] = i < missing ? 0 : (i - missing) * across;
+    for (size_t done = 0, groups; done < all; done += groups) {
+        pk__group group[3];
+        groups = all - done == 4 ? 2 : pk__least(3, all - done);
+        for (size_t g = 0; g < groups; g++) {
+            const size_t first = pk__least(4 * (done + g), last);
+            group[g].a = a + first * across;
+            group[g].skip = 4 * (done + g) - first + missing;
+            group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
+        }
+        if (groups == 3)
+            pk__wide_tile(3, group, distance, depth, term, along, panel, step, start, target);
+        else if (groups == 2)
+            pk__wide_tile(2, group, distance, depth, term, along, panel, step, start, target);
+        else
+            pk__wide_tile(1, group, distance, depth, term, along, panel, step, start, target);
+    }
+}
+
+PK__AVX512 static void pk__panel_avx512(size_t rows, size_t depth, const pk_real *a, size_t across,
+                                        size_t along, const pk_real *panel, size_t step, const pk_real *start,
+                                        const pk__tile_target *target)
+{
+    pk__wide_tiles(rows, depth, NULL, a, across, along, panel, step, start, target);
+}
+
+PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
+                                         size_t across, const pk_real *panel, int overwrite, pk_real *to,
+                                         size_t ld)
+{
+    size_t at[12];
+    pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, to, at, NULL, NULL};
+    for (size_t first = 0; first < rows; first += 12) {
+        const size_t count = pk__least(12, rows - first);
+        for (size_t i = 0; i < count; i++)
+            at[i] = (first + i) * ld;
+        pk__wide_tiles(count, terms, term, a + first * across, across, 1, panel, PK_PANEL, NULL, &target);
+    }
+}
 #endif
 
-/* Whether the number of rows in a tile is known when a processor's tiles are compiled: those for processors before 2013, where
- * there are faster ones, do with one copy of 4 rows. */
-#define PK__KNOWN_avx2 1
-#ifdef PK__DISPATCH
-#define PK__KNOWN_base 0
-#else
-#define PK__KNOWN_base 1
-#endif
-/* sum + number times vector. */
-#define PK__ADD_base(sum, number, beside) ((sum) + (number) * (beside))
-#define PK__STEP_base(i) PK__TILE_STEP(i, PK__ADD_base)
-#define PK__SUM_base(i) PK__SUM_STEP(i, PK__ADD_base)
-#ifdef PK__AVX2
-#if defined(__clang__)
-#define PK__ADD_avx2 PK__ADD_base /* contracted */
-#else
-/* gcc contracts x y + z in its GNU modes only. */
-#ifdef PATHKERNEL_FLOAT
-#define PK__AVX2_FMA __builtin_ia32_vfmaddps256
-#else
-#define PK__AVX2_FMA __builtin_ia32_vfmaddpd256
-#endif
-#define PK__ADD_avx2(sum, number, beside) PK__AVX2_FMA((number)-zero, beside, sum)
-#endif
-#define PK__STEP_avx2(i) PK__TILE_STEP(i, PK__ADD_avx2)
-#define PK__SUM_avx2(i) PK__SUM_STEP(i, PK__ADD_avx2)
-#endif
-
-/* Functions name_avx2 and name_base, as the processors need them that this is compiled for, by DEFINE(suffix, attributes,
- * vectors); and the call of the right one. */
-#if defined(PK__DISPATCH)
-#define PK__HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-#define PK__FOR_PROCESSORS(DEFINE)             \
-    DEFINE(avx2, PK__AVX2, pk__wide_vector)    \
-    PK__COLD_BEGIN /* for those before 2013 */ \
-    DEFINE(base, , pk__vector) PK__COLD_END
-#define PK__ON_PROCESSOR(name, arguments) \
-    if (PK__HAS_AVX2)                     \
-        name##_avx2 arguments;            \
-    else                                  \
-        name##_base arguments
-#elif defined(PK__AVX2)
-#define PK__HAS_AVX2 1
-#define PK__FOR_PROCESSORS(DEFINE) DEFINE(avx2, PK__AVX2, pk__wide_vector)
-#define PK__ON_PROCESSOR(name, arguments) name##_avx2 arguments
-#else
-#define PK__HAS_AVX2 0
-#define PK__FOR_PROCESSORS(DEFINE) DEFINE(base, , pk__vector)
-#define PK__ON_PROCESSOR(name, arguments) name##_base arguments
-#endif
-
-PK__FOR_PROCESSORS(PK__DEFINE_PANEL)
+PK__FOR_AVX2(PK__DEFINE_PANEL)
+PK__FOR_BASE(PK__DEFINE_PANEL)
 
 /* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
  * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
@@ -342,7 +480,8 @@ PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, 
     PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
 }
 
-PK__FOR_PROCESSORS(PK__DEFINE_PICKED)
+PK__FOR_AVX2(PK__DEFINE_PICKED)
+PK__FOR_BASE(PK__DEFINE_PICKED)
 
 /* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A panel: element (i, p) of A is
  * a[i * across + p], the rows of the panel stand one behind the other. */
@@ -365,7 +504,7 @@ PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, siz
 /* What panels are multiplied with. */
 PK__PRIVATE const char *pk__panel_name(void)
 {
-    return PK__HAS_AVX2 ? "AVX2" : "baseline";
+    return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
 PK__END_C

@@ -7,7 +7,8 @@
  *   PATHKERNEL_IMPLEMENTATION  compile the functions here
  *   PATHKERNEL_STATIC          make all functions static
  *   PATHKERNEL_BLIS            use BLIS for matrix products (link with -lblis -lm)
- *   PATHKERNEL_NO_DISPATCH     do not look at run time for AVX2: only what the compiler's flags say
+ *   PATHKERNEL_NO_DISPATCH     do not look at run time for AVX2 and AVX-512: only what the compiler's flags say
+ *   PATHKERNEL_NO_AVX512       take AVX2 where there is AVX-512, too
  */
 #ifndef PATHKERNEL_STATUS_H
 #define PATHKERNEL_STATUS_H

@@ -1,0 +1,213 @@
+/* Products of register tiles, by every set of instructions that this processor has: against sums in long double, for
+ * any number of rows, and an element's bits depend on neither the rows beside it nor the length of a vector. */
+#include <float.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include <cmocka.h>
+#ifdef __cplusplus
+}
+#endif
+/* Static, so that the private functions can be called. */
+#define PATHKERNEL_IMPLEMENTATION
+#define PATHKERNEL_STATIC
+#include "pathkernel_under_test.h"
+
+enum { ROWS = 40, DEPTH = 37, LD = 2 * PK_PANEL, WORDS = ROWS * LD };
+
+typedef struct processor {
+    const char *name;
+    int fused; /* multiplies and adds with one rounding */
+    void (*panel)(size_t, size_t, const pk_real *, size_t, size_t, const pk_real *, size_t, const pk_real *,
+                  const pk__tile_target *);
+    void (*picked)(size_t, size_t, const unsigned char *, const pk_real *, size_t, const pk_real *, int,
+                   pk_real *, size_t);
+    void (*sums)(size_t, size_t, const pk_real *, size_t, const pk_real *, size_t, const pk_real *,
+                 const size_t *, pk_real *);
+} processor;
+
+static processor processors[3];
+static size_t processor_count;
+
+static void add_processor(const char *name, int fused, const processor *functions)
+{
+    processors[processor_count] = *functions;
+    processors[processor_count].name = name;
+    processors[processor_count++].fused = fused;
+}
+
+static int find_processors(void **unused)
+{
+    (void)unused;
+#ifdef PK__AVX512
+    if (PK__HAS_AVX512) {
+        const processor own = {NULL, 0, pk__panel_avx512, pk__picked_avx512, pk__sums_avx512};
+        add_processor("AVX-512", 1, &own);
+    }
+#endif
+#ifdef PK__AVX2
+    if (PK__HAS_AVX2) {
+        const processor own = {NULL, 0, pk__panel_avx2, pk__picked_avx2, pk__sums_avx2};
+        add_processor("AVX2", 1, &own);
+    }
+#endif
+    const processor own = {NULL, 0, pk__panel_base, pk__picked_base, pk__sums_base};
+    add_processor("baseline", 0, &own);
+    print_message("%s and %zu others\n", processors[0].name, processor_count - 1);
+    return 0;
+}
+
+static pk_real numbers[4][ROWS * DEPTH + DEPTH * PK_PANEL];
+
+static void fill(void)
+{
+    uint64_t state = 1;
+    for (size_t i = 0; i < sizeof numbers / sizeof **numbers; i++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        (&numbers[0][0])[i] = (pk_real)((double)(state >> 40) / 8388608.0 - 1.0);
+    }
+}
+
+static void expect_near(pk_real got, long double exact, double size, const char *what)
+{
+    const double error = fabs((double)((long double)got - exact));
+    if (!(error <= ROUNDING(1e-14) * (size + 1)))
+        fail_msg("%s: %.17g, not %.17g", what, (double)got, (double)exact);
+}
+
+/* One form, one processor, with an order of A and a start. */
+static void check_form(const processor *p, pk__tile_form form, int transposed, int with_start)
+{
+    const pk_real *a = numbers[0], *panel = numbers[1], *start = with_start ? numbers[2] : NULL,
+                  *other = numbers[3];
+    const size_t across = transposed ? 1 : DEPTH, along = transposed ? ROWS : 1;
+    size_t to_at[ROWS], other_at[ROWS];
+    static pk_real whole[WORDS], part[WORDS];
+    for (size_t rows = ROWS; rows > 0; rows--) {
+        pk_real *to = rows == ROWS ? whole : part;
+        pk__tile_target target = {form, to, to_at, other, other_at};
+        for (size_t i = 0; i < ROWS; i++) {
+            to_at[i] = i * LD;
+            other_at[i] = (ROWS - 1 - i) * PK_PANEL;
+        }
+        for (size_t i = 0; i < WORDS; i++)
+            to[i] = 7;
+        p->panel(rows, DEPTH, a, across, along, panel, PK_PANEL, start, &target);
+        for (size_t j = 0; j < PK_PANEL; j++) {
+            long double all = 7;
+            for (size_t i = 0; i < rows; i++) {
+                long double sum = start ? start[i] : 0;
+                for (size_t q = 0; q < DEPTH; q++)
+                    sum += (long double)a[i * across + q * along] * panel[q * PK_PANEL + j];
+                const long double product = sum * other[other_at[i] + j];
+                all += product;
+                if (form == PK__TILE_SET)
+                    expect_near(to[i * LD + j], sum, DEPTH, p->name);
+                else if (form == PK__TILE_ADD)
+                    expect_near(to[i * LD + j], 7 + sum, DEPTH, p->name);
+                else if (form == PK__TILE_HADAMARD)
+                    expect_near(to[i * LD + j], 7 + product, DEPTH, p->name);
+            }
+            if (form == PK__TILE_DOT)
+                expect_near(to[j], all, (double)rows * DEPTH, p->name);
+        }
+        const size_t written = form == PK__TILE_DOT ? 1 : rows;
+        for (size_t i = 0; i < WORDS; i++)
+            if (i / LD >= written || i % LD >= PK_PANEL)
+                assert_true(to[i] == 7);
+        /* What is multiplied with the tile afterwards may be rounded once or twice. */
+        for (size_t i = 0; (form == PK__TILE_SET || form == PK__TILE_ADD) && i < rows; i++)
+            assert_memory_equal(to + i * LD, whole + i * LD, PK_PANEL * sizeof *to);
+    }
+}
+
+static void test_panels(void **unused)
+{
+    static const pk__tile_form forms[] = {PK__TILE_SET, PK__TILE_ADD, PK__TILE_HADAMARD, PK__TILE_DOT};
+    (void)unused;
+    for (size_t p = 0; p < processor_count; p++)
+        for (int which = 0; which < 16; which++)
+            check_form(&processors[p], forms[which % 4], which / 4 % 2, which / 8);
+}
+
+/* Terms that are left out are those that are 0: the same sums. */
+static void test_picked(void **unused)
+{
+    static pk_real zeroed[ROWS * DEPTH], whole[WORDS], part[WORDS];
+    unsigned char term[DEPTH];
+    size_t to_at[ROWS], terms = 0;
+    (void)unused;
+    for (size_t q = 0; q < DEPTH; q++)
+        if (q % 3 != 1)
+            term[terms++] = (unsigned char)q;
+    for (size_t i = 0; i < ROWS * DEPTH; i++)
+        zeroed[i] = i % DEPTH % 3 == 1 ? 0 : numbers[0][i];
+    for (size_t i = 0; i < ROWS; i++)
+        to_at[i] = i * LD;
+    for (size_t p = 0; p < processor_count; p++)
+        for (size_t rows = 1; rows <= ROWS; rows++)
+            for (int overwrite = 0; overwrite < 2; overwrite++) {
+                const pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, whole, to_at, NULL,
+                                                NULL};
+                for (size_t i = 0; i < WORDS; i++)
+                    whole[i] = part[i] = 7;
+                processors[p].panel(rows, DEPTH, zeroed, DEPTH, 1, numbers[1], PK_PANEL, NULL, &target);
+                processors[p].picked(rows, terms, term, numbers[0], DEPTH, numbers[1], overwrite, part, LD);
+                assert_memory_equal(whole, part, sizeof part);
+            }
+}
+
+static void test_sums(void **unused)
+{
+    static pk_real to[ROWS * PK_PANEL];
+    size_t other_at[ROWS];
+    (void)unused;
+    for (size_t i = 0; i < ROWS; i++)
+        other_at[i] = (ROWS - 1 - i) * PK_PANEL;
+    for (size_t p = 0; p < processor_count; p++)
+        for (size_t depth = 1; depth <= 20; depth++) {
+            processors[p].sums(ROWS, depth, numbers[0], ROWS, numbers[1], PK_PANEL, numbers[3], other_at, to);
+            for (size_t i = 0; i < ROWS * PK_PANEL; i++) {
+                const size_t row = i / PK_PANEL, j = i % PK_PANEL;
+                long double sum = 0;
+                for (size_t q = 0; q < depth; q++)
+                    sum += (long double)numbers[0][row + q * ROWS] * numbers[1][q * PK_PANEL + j];
+                expect_near(to[i], sum * numbers[3][other_at[row] + j], (double)depth, processors[p].name);
+            }
+        }
+}
+
+/* Processors that round once a term give the same bits, whatever their vectors. */
+static void test_lengths(void **unused)
+{
+    static pk_real first[WORDS], own[WORDS];
+    size_t to_at[ROWS];
+    (void)unused;
+    for (size_t i = 0; i < ROWS; i++)
+        to_at[i] = i * LD;
+    for (size_t p = 0; p < processor_count && processors[p].fused; p++) {
+        pk__tile_target target = {PK__TILE_SET, p ? own : first, to_at, NULL, NULL};
+        processors[p].panel(ROWS, DEPTH, numbers[0], DEPTH, 1, numbers[1], PK_PANEL, numbers[2], &target);
+        for (size_t i = 0; p && i < ROWS; i++)
+            assert_memory_equal(own + i * LD, first + i * LD, PK_PANEL * sizeof *own);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_panels),
+        cmocka_unit_test(test_picked),
+        cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_lengths),
+    };
+    fill();
+    return cmocka_run_group_tests(tests, find_processors, NULL);
+}
