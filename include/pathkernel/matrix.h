@@ -34,7 +34,8 @@ PK_API PK__MUST_USE pk_status pk_matrix_multiply(pk_context *context, pk_real al
                                                  int transpose_a, pk_matrix b, int transpose_b, pk_real beta,
                                                  pk_matrix c);
 
-/* The name of what multiplies: "BLIS 0.9.0 (zen3), small products AVX2" or "portable (AVX2)". Writes at most size bytes, NUL included. */
+/* The name of what multiplies: "BLIS 0.9.0 (zen3), small products AVX2", "portable (AVX2)" or, where BLIS has no kernels for
+ * what the processor can do, "portable (AVX-512), not BLIS 0.9.0 (generic)". Writes at most size bytes, NUL included. */
 PK_API void pk_matrix_backend(char *text, size_t size);
 
 PK__END_C
@@ -76,19 +77,58 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 }
 
 enum {
-    PK__DEPTH = 128,     /* terms per block: a panel of B stays in the first-level cache */
-    PK__BLOCK_ROWS = 96, /* with PK__DEPTH: what of A stays in the second-level cache */
-    PK__FEW_PANELS = 4,  /* so many panels of rows are few */
+    PK__DEPTH = 256,                  /* the most terms of a block */
+    PK__BLOCK_ROWS = 96,              /* with so many terms they stay in the second-level cache, */
+    PK__BLOCK_COLUMNS = 8 * PK_PANEL, /* and so do these */
+    PK__FEW_PANELS = 4,               /* so many panels of rows are few */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
 };
 
+/* Terms of a block: a panel of B stays in the first-level cache beside the rows of a tile. Processors with AVX-512 have larger
+ * ones, and a tile of one block is done in half the time. */
+static size_t pk__block_terms(void)
+{
+    return PK__HAS_AVX512 ? PK__DEPTH : PK__DEPTH / 2;
+}
+
+#if defined(PK__AVX2) && (defined(__clang__) || __GNUC__ >= 12)
+#define PK__SHUFFLES
+typedef pk_real pk__four __attribute__((vector_size(4 * sizeof(pk_real)), aligned(sizeof(pk_real)), may_alias));
+/* Of 4 rows: 4 x 4 numbers at a time. */
+PK__AVX2 static void pk__interleave_four(size_t depth, const pk_real *from, size_t across, pk_real *to)
+{
+    const pk_real *row1 = from + across, *row2 = from + 2 * across, *row3 = from + 3 * across;
+    size_t p = 0;
+    for (; p + 4 <= depth; p += 4, to += 4 * PK_PANEL) {
+        const pk__four a = *(const pk__four *)(from + p), b = *(const pk__four *)(row1 + p),
+                       c = *(const pk__four *)(row2 + p), d = *(const pk__four *)(row3 + p);
+        const pk__four even_ab = __builtin_shufflevector(a, b, 0, 4, 2, 6),
+                       odd_ab = __builtin_shufflevector(a, b, 1, 5, 3, 7),
+                       even_cd = __builtin_shufflevector(c, d, 0, 4, 2, 6),
+                       odd_cd = __builtin_shufflevector(c, d, 1, 5, 3, 7);
+        *(pk__four *)to = __builtin_shufflevector(even_ab, even_cd, 0, 1, 4, 5);
+        *(pk__four *)(to + PK_PANEL) = __builtin_shufflevector(odd_ab, odd_cd, 0, 1, 4, 5);
+        *(pk__four *)(to + 2 * PK_PANEL) = __builtin_shufflevector(even_ab, even_cd, 2, 3, 6, 7);
+        *(pk__four *)(to + 3 * PK_PANEL) = __builtin_shufflevector(odd_ab, odd_cd, 2, 3, 6, 7);
+    }
+    for (; p < depth; p++, to += PK_PANEL)
+        for (size_t j = 0; j < 4; j++)
+            to[j] = from[p + j * across];
+}
+#endif
+
 /* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
 PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from, size_t down, size_t across,
                                 pk_real *to)
 {
-    for (size_t j = 0; j < count; j++) /* the other way round a compiler gathers, which is slow */
+    size_t j = 0;
+#ifdef PK__SHUFFLES
+    for (; PK__HAS_AVX2 && down == 1 && j + 4 <= count; j += 4)
+        pk__interleave_four(depth, from + j * across, across, to + j);
+#endif
+    for (; j < count; j++) /* the other way round a compiler gathers, which is slow */
         for (size_t p = 0; p < depth; p++)
             to[p * PK_PANEL + j] = from[p * down + j * across];
 }
@@ -129,13 +169,15 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
                                  size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
                                  size_t ldc)
 {
-    pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    PK__ALIGNED pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH];
+    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK_PANEL];
+    const size_t most = pk__block_terms();
     size_t tile_at[PK__BLOCK_ROWS];
     pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
     for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
         tile_at[j] = j * PK_PANEL;
-    for (size_t p = 0; p < k; p += PK__DEPTH) {
-        const size_t depth = pk__least(k - p, PK__DEPTH);
+    for (size_t p = 0; p < k; p += most) {
+        const size_t depth = pk__least(k - p, most);
         for (size_t top = 0; top < m; top += PK_PANEL)
             pk__pack_panel(pk__least(m - top, PK_PANEL), depth, a + top * row_a + p * column_a, column_a, row_a,
                            packed + top * PK__DEPTH);
@@ -154,13 +196,15 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
 }
 
 /* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
- * place, the same sum: blocks of PK__DEPTH terms, each added in ascending order to one accumulator. So the bits of an
+ * place, the same sum: blocks of pk__block_terms() terms, each added in ascending order to one accumulator. So the bits of an
  * element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
 static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
 {
-    pk_real packed[PK_PANEL * PK__DEPTH], tile[PK__BLOCK_ROWS * PK_PANEL];
+    PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
+    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK_PANEL];
+    const size_t most = pk__block_terms();
     size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
@@ -175,45 +219,72 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
-    for (size_t p = 0; p < k; p += PK__DEPTH) {
-        const size_t depth = pk__least(k - p, PK__DEPTH);
+    /* A block of B is packed once for all rows, where there are more of them than one block. */
+    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK_PANEL;
+    for (size_t p = 0; p < k; p += most) {
+        const size_t depth = pk__least(k - p, most);
         const int overwrite = beta == 0 && p == 0;
-        for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
-            const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
-            for (size_t j = 0; j < n; j += PK_PANEL) {
-                const size_t columns = pk__least(n - j, PK_PANEL);
-                const int direct = columns == PK_PANEL && alpha == 1;
-                const pk_real *panel = b + p * row_b + j * column_b;
-                size_t step = row_b;
-                pk__tile_target target;
-                memset(&target, 0, sizeof target);
-                target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
-                target.to = direct ? c + top * ldc + j : tile;
-                target.to_at = direct ? c_at : tile_at;
-                /* Rows of B that are used once or twice are read where they are. */
-                if (transpose_b || columns < PK_PANEL || rows > 2 * PK__TALLEST) {
-                    pk__pack_panel(columns, depth, panel, row_b, column_b, packed);
-                    panel = packed;
-                    step = PK_PANEL;
-                }
-                pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, panel, step,
-                                  NULL, &target);
-                for (size_t i = 0; !direct && i < rows; i++)
-                    for (size_t q = 0; q < columns; q++) {
-                        pk_real *to = c + (top + i) * ldc + j + q;
-                        *to = (overwrite ? 0 : *to) + alpha * tile[i * PK_PANEL + q];
+        for (size_t left = 0; left < n; left += wide) {
+            const size_t right = pk__least(n, left + wide);
+            for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
+                const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
+                for (size_t j = left; j < right; j += PK_PANEL) {
+                    const size_t columns = pk__least(n - j, PK_PANEL);
+                    const int direct = columns == PK_PANEL && alpha == 1;
+                    const pk_real *panel = b + p * row_b + j * column_b;
+                    size_t step = row_b;
+                    pk__tile_target target;
+                    memset(&target, 0, sizeof target);
+                    target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
+                    target.to = direct ? c + top * ldc + j : tile;
+                    target.to_at = direct ? c_at : tile_at;
+                    /* Rows of B that are used once or twice are read where they are. */
+                    if (transpose_b || columns < PK_PANEL || m > 2 * PK__TALLEST) {
+                        pk_real *own = packed + (j - left) * PK__DEPTH;
+                        if (top == 0)
+                            pk__pack_panel(columns, depth, panel, row_b, column_b, own);
+                        panel = own;
+                        step = PK_PANEL;
                     }
+                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, panel, step,
+                                      NULL, &target);
+                    for (size_t i = 0; !direct && i < rows; i++)
+                        for (size_t q = 0; q < columns; q++) {
+                            pk_real *to = c + (top + i) * ldc + j + q;
+                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK_PANEL + q];
+                        }
+                }
             }
         }
     }
 }
 
 #ifdef PATHKERNEL_BLIS
+/* Its name for the processor. Its first question must not be this one: with BLIS_ARCH_TYPE set it would abort. */
+static const char *pk__blis_name(void)
+{
+    bli_init();
+    return bli_arch_string(bli_arch_query_id());
+}
+
+/* 1 where BLIS has kernels for this processor that use what the tiles use. 0.9.0 takes those of 2020 for the newest: on
+ * Zen 4 and 5 it runs its plain C at a fifth of what the tiles do. */
+static int pk__blis_has_kernels(void)
+{
+    static const char *const older[] = {"generic", "haswell", "zen", "zen2", "zen3", NULL};
+    const char *name = pk__blis_name();
+    for (size_t i = 0; older[i] && (PK__HAS_AVX512 || (PK__HAS_AVX2 && i == 0)); i++)
+        if (strcmp(name, older[i]) == 0)
+            return 0;
+    return 1;
+}
+
 /* 1 where BLIS is faster than the tiles. */
 static int pk__is_for_blis(int transpose_a, int transpose_b, size_t m, size_t n, size_t k)
 {
     const int shift = transpose_b ? 0 : transpose_a ? 4 : 2;
-    return m * n * k > (size_t)PK__BLIS_TERMS << shift && !pk__has_few_rows(transpose_b, m, n);
+    return m * n * k > (size_t)PK__BLIS_TERMS << shift && !pk__has_few_rows(transpose_b, m, n) &&
+           pk__blis_has_kernels();
 }
 
 static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
@@ -303,22 +374,23 @@ PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_
 PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k, const pk_real *a, size_t lda,
                                      const pk_real *b, size_t ldb, int overwrite, pk_real *c, size_t ldc)
 {
-    enum { BLOCK = 8 * PK_PANEL };
     unsigned char term[PK__GROUPS * PK__DEPTH];
     size_t terms[PK__GROUPS];
-    pk_real packed[BLOCK * PK__DEPTH], own[PK__GROUP_ROWS * PK__DEPTH];
+    PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
+    PK__ALIGNED pk_real own[PK__GROUP_ROWS * PK__DEPTH];
+    const size_t most = pk__block_terms();
     const size_t whole = n / PK_PANEL * PK_PANEL;
     group = pk__least(group, PK__GROUP_ROWS);
     for (size_t top = 0, rows; top < m; top += rows) {
         rows = pk__least(PK__GROUPS * group, m - top);
-        for (size_t p = 0; p < k; p += PK__DEPTH) {
-            const size_t depth = pk__least(k - p, PK__DEPTH);
+        for (size_t p = 0; p < k; p += most) {
+            const size_t depth = pk__least(k - p, most);
             const pk_real *from = a + top * lda + p;
             for (size_t r = 0; r < rows; r += group)
                 terms[r / group] = pk__pick(pk__least(group, rows - r), depth, from + r * lda, lda,
                                             term + r / group * PK__DEPTH);
-            for (size_t j = 0; j < whole; j += BLOCK) {
-                const size_t columns = pk__least(BLOCK, whole - j);
+            for (size_t j = 0; j < whole; j += PK__BLOCK_COLUMNS) {
+                const size_t columns = pk__least(PK__BLOCK_COLUMNS, whole - j);
                 for (size_t q = 0; q < columns; q += PK_PANEL)
                     pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
                 for (size_t r = 0; r < rows; r += group) {
@@ -417,8 +489,12 @@ PK_API pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matri
 PK_API void pk_matrix_backend(char *text, size_t size)
 {
 #ifdef PATHKERNEL_BLIS
-    snprintf(text, size, "BLIS %s (%s), small products %s", bli_info_get_version_str(),
-             bli_arch_string(bli_arch_query_id()), pk__panel_name());
+    if (pk__blis_has_kernels())
+        snprintf(text, size, "BLIS %s (%s), small products %s", bli_info_get_version_str(), pk__blis_name(),
+                 pk__panel_name());
+    else
+        snprintf(text, size, "portable (%s), not BLIS %s (%s)", pk__panel_name(), bli_info_get_version_str(),
+                 pk__blis_name());
 #else
     snprintf(text, size, "portable (%s)", pk__panel_name());
 #endif
