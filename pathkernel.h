@@ -18021,10 +18021,13 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     const size_t row = gram->numbers;
     size_t pair = SIZE_MAX;
     pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
+    /* Both sides at once: glibc gives back to the system, and takes anew page by page at the next call, what is larger than
+     * twice the largest of the blocks that are freed. That cost a quarter of the time of 128 x 128 rows. */
     if (!status)
-        status = pk__allocate(context, x->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
-    if (!status)
-        status = pk__allocate(context, y->capacity, row * sizeof(pk_real), 0, gram->name, &y->factors);
+        status =
+            pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
+    if (!status && x->factors)
+        y->factors = x->factors + x->capacity * row;
     if (!status)
         status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
     if (!status)
@@ -18041,7 +18044,6 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     }
     pk_release(context, gram->bad);
     pk_release(context, gram->lanes);
-    pk_release(context, y->factors);
     pk_release(context, x->factors);
     return status;
 }
