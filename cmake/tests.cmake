@@ -79,6 +79,14 @@ if(PATHKERNEL_CHECK_HEADERS)
     endforeach()
 endif()
 
+# ---- The compiled library. Not with msan or asan, whose libraries are not shared.
+find_program(OBJDUMP objdump)
+mark_as_advanced(OBJDUMP)
+if(PATHKERNEL_SHARED AND OBJDUMP)
+    add_test(NAME registers
+        COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/registers.sh" $<TARGET_FILE:pathkernel_shared>)
+endif()
+
 # ---- The single header is what the modules give, and its generator works.
 add_test(NAME amalgam_is_current COMMAND "${CMAKE_COMMAND}" -D CHECK=ON
     -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/amalgamate.cmake")
