@@ -262,6 +262,22 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
+#define PK__DEFINE_LINE(suffix, attributes, vectors)                                           \
+    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,  \
+                                             const pk_real *direction, pk_real *to)            \
+    {                                                                                          \
+        typedef vectors vector;                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                              \
+        const vector zero = {0};                                                               \
+        size_t i = 0;                                                                          \
+        for (; i + lanes <= count; i += lanes)                                                 \
+            *(vector *)(to + i) = PK__ADD_##suffix(*(const vector *)(weights + i), (t - zero), \
+                                                   *(const vector *)(direction + i));          \
+        for (; i < count; i++)                                                                 \
+            to[i] = weights[i] + t * direction[i];                                             \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_LINE)
+
 /* to = the numbers offset ... of w + t d at row row of the line. */
 static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
 {
@@ -270,9 +286,7 @@ static void pk__line_weights(const pk_line *line, size_t row, size_t offset, siz
         memcpy(to, weights, count * sizeof *to);
         return;
     }
-    const pk_real *direction = line->direction + offset, t = line->t[row];
-    for (size_t i = 0; i < count; i++)
-        to[i] = weights[i] + t * direction[i];
+    PK__ON_PROCESSOR(pk__line, (count, weights, line->t[row], line->direction + offset, to));
 }
 
 /* A node's weights at row row of the line; until the next call. */
