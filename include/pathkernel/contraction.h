@@ -40,10 +40,11 @@ PK__BEGIN_CODE
 
 /* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
  * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
- * beginning, which leaves the room to what is multiplied. */
+ * beginning, which leaves the room to what is multiplied: caches are larger where there is AVX-512. */
 static void pk__fetch_next(size_t depth, const pk_real *panels, size_t column, size_t block)
 {
-    const size_t next = column + PK_PANEL, rows = next < block ? pk__least(depth, 128) : 0;
+    const size_t next = column + PK_PANEL,
+                 rows = next < block ? pk__least(depth, PK__HAS_AVX512 ? 512 : 128) : 0;
 #if defined(__GNUC__)
     for (size_t p = 0; p < rows; p++)
         __builtin_prefetch(panels + next * depth + p * PK_PANEL);
