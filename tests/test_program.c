@@ -429,9 +429,9 @@ static void test_outputs(void **state)
         size_t best = f[1] > f[0] ? (f[2] > f[1] ? 2 : 1) : f[2] > f[0] ? 2 : 0;
         for (size_t i = 0; i < N; i++) {
             const double *row = numbers(&every) + r * OUT * N + i;
-            assert_true(fabs(row[2 * N] - numbers(&number)[r * N + i]) < 1e-12);
-            assert_true(fabs(row[best * N] - numbers(&own)[r * N + i]) < 1e-12);
-            assert_true(fabs(row[(size_t)labels[r] * N] - numbers(&given)[r * N + i]) < 1e-12);
+            assert_true(fabs(row[2 * N] - numbers(&number)[r * N + i]) < ROUNDING(1e-12));
+            assert_true(fabs(row[best * N] - numbers(&own)[r * N + i]) < ROUNDING(1e-12));
+            assert_true(fabs(row[(size_t)labels[r] * N] - numbers(&given)[r * N + i]) < ROUNDING(1e-12));
         }
     }
     pk_array_release(&context, &every);
