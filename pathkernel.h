@@ -1820,13 +1820,13 @@ typedef struct pk_tangent {
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
     /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
      * the places of a layer that is used at several; one after another in a tile or a panel. */
-    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row;
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
     /* The headed layer: */
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
     size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
     size_t *unit_count;    /* rows */
-    pk_real *sums;         /* PK__HEAD_PART x PK_PANEL */
+    pk_real *sums;         /* PK__HEAD_PART x PK__PAIR */
     /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
     pk_real *places, *place_start;
     pk_points sorted;
@@ -1840,7 +1840,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
                             size_t materialise, size_t unit, int bounds,
                             const pk_representation *representation, pk_tangent *tangent);
 /* How many test rows make a block, from shapes alone. */
-PK_API size_t pk_tangent_block(size_t outputs);
+PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs);
 /* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
 PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
 
@@ -2581,7 +2581,11 @@ typedef pk_real pk__vector;
 #define PK__ADD_avx512(sum, number, beside) __builtin_ia32_vfmaddpd512_mask((number)-zero, beside, sum, -1, 4)
 #endif
 
-enum { PK__TALLEST = 6 }; /* rows of a tile of two vectors a row */
+enum {
+    PK__TALLEST = 6,                   /* rows of a tile of two vectors a row */
+    PK__TOGETHER = 2,                  /* panels that are worth multiplying together, */
+    PK__PAIR = PK__TOGETHER * PK_PANEL /* and their columns */
+};
 
 typedef enum pk__tile_form {
     PK__TILE_SET,      /* to = product */
@@ -2590,13 +2594,23 @@ typedef enum pk__tile_form {
     PK__TILE_DOT       /* to[0] += sum of other o product over the rows of a tile */
 } pk__tile_form;
 
-/* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`. */
+/* Panels of B that stand side by side in a product: row p of panel q begins at first + q * apart + p * step. */
+typedef struct pk__panels {
+    size_t count;
+    const pk_real *first;
+    size_t step, apart;
+    size_t ahead; /* what is multiplied next begins so much further, 0: unknown */
+} pk__panels;
+
+/* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`; those of
+ * panel q PK_PANEL numbers further for each panel before it, with numbers that are other_apart further. */
 typedef struct pk__tile_target {
     pk__tile_form form;
     pk_real *to;
     const size_t *to_at;
     const pk_real *other; /* of HADAMARD and DOT */
     const size_t *other_at;
+    size_t other_apart;
 } pk__tile_target;
 
 /* Rows as tiles: so many of 6 and then so many of 4. */
@@ -2688,9 +2702,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
     PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
     PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
-    attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,     \
-                                              size_t along, const pk_real *panel, size_t step,                \
-                                              const pk_real *start, const pk__tile_target *target)            \
+    attributes static void pk__panel_of_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,  \
+                                                 size_t along, const pk_real *panel, size_t step,             \
+                                                 const pk_real *start, const pk__tile_target *target)         \
     {                                                                                                         \
         const size_t *to_at = target->to_at, *other_at = target->other_at;                                    \
         size_t sixes, fours, first = 0, count;                                                                \
@@ -2709,6 +2723,17 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             else                                                                                              \
                 pk__tile_4_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
         }                                                                                                     \
+    }                                                                                                         \
+    attributes static void pk__panels_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,    \
+                                               size_t along, const pk__panels *b, const pk_real *start,       \
+                                               const pk__tile_target *target)                                 \
+    {                                                                                                         \
+        pk__tile_target own = *target;                                                                        \
+        for (size_t q = 0; q < b->count; q++, own.to += PK_PANEL) {                                           \
+            own.other = target->other ? target->other + q * target->other_apart : NULL;                       \
+            pk__panel_of_##suffix(rows, depth, a, across, along, b->first + q * b->apart, b->step, start,     \
+                                  &own);                                                                      \
+        }                                                                                                     \
     }
 
 /* Rows that are 0 at the same terms: of those only the others, which are told by number. */
@@ -2722,114 +2747,107 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         *(vector *)own = left##i;                       \
         *(vector *)(own + lanes) = right##i;            \
     }
-#define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                \
-    attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,  \
-                                               const pk_real *a, size_t across, const pk_real *panel, \
-                                               int overwrite, pk_real *to, size_t ld)                 \
-    {                                                                                                 \
-        typedef vectors vector;                                                                       \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                     \
-        const vector zero = {0};                                                                      \
-        const pk_real *start = NULL;                                                                  \
-        for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {             \
-            const size_t count = pk__least(4, rows - first);                                          \
-            PK__EACH_4(PK__TILE_ROW)                                                                  \
-            for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                         \
-                PK__EACH_4(PK__TILE_START)                                                            \
-                for (size_t p = 0; p < terms; p++) {                                                  \
-                    const size_t at = term[p];                                                        \
-                    const pk_real *b = panel + column + at * PK_PANEL;                                \
-                    const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes); \
-                    PK__EACH_4(PK__STEP_##suffix)                                                     \
-                }                                                                                     \
-                PK__EACH_4(PK__PICKED_END)                                                            \
-            }                                                                                         \
-        }                                                                                             \
+#define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                        \
+    attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,          \
+                                               const pk_real *a, size_t across, const pk__panels *panels,     \
+                                               int overwrite, pk_real *to, size_t ld)                         \
+    {                                                                                                         \
+        typedef vectors vector;                                                                               \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                             \
+        const vector zero = {0};                                                                              \
+        const pk_real *start = NULL;                                                                          \
+        for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {                     \
+            const size_t count = pk__least(4, rows - first);                                                  \
+            PK__EACH_4(PK__TILE_ROW)                                                                          \
+            for (size_t column = 0; column < panels->count * PK_PANEL; column += 2 * lanes) {                 \
+                const pk_real *panel = panels->first + column / PK_PANEL * panels->apart + column % PK_PANEL; \
+                PK__EACH_4(PK__TILE_START)                                                                    \
+                for (size_t p = 0; p < terms; p++) {                                                          \
+                    const size_t at = term[p];                                                                \
+                    const pk_real *b = panel + at * panels->step;                                             \
+                    const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);         \
+                    PK__EACH_4(PK__STEP_##suffix)                                                             \
+                }                                                                                             \
+                PK__EACH_4(PK__PICKED_END)                                                                    \
+            }                                                                                                 \
+        }                                                                                                     \
     }
 
 /* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
-#define PK__SUM_LOAD(i)                                         \
-    vector left##i = zero, right##i = zero;                     \
-    if (i < count) {                                            \
-        left##i = *(const vector *)(b + i * step);              \
-        if (both)                                               \
-            right##i = *(const vector *)(b + i * step + lanes); \
+#define PK__SUM_LOAD(i)                                     \
+    vector left##i = zero, right##i = zero;                 \
+    if (i < count) {                                        \
+        left##i = *(const vector *)(b + i * step);          \
+        right##i = *(const vector *)(b + i * step + lanes); \
     }
-#define PK__SUM_STEP(i, ADD)                                  \
-    if (i < count) {                                          \
-        left = ADD(left, a[row + i * along], left##i);        \
-        if (both)                                             \
-            right = ADD(right, a[row + i * along], right##i); \
+#define PK__SUM_STEP(i, ADD)                              \
+    if (i < count) {                                      \
+        left = ADD(left, a[row + i * along], left##i);    \
+        right = ADD(right, a[row + i * along], right##i); \
     }
 #define PK__SUM_base(i) PK__SUM_STEP(i, PK__ADD_base)
 #define PK__SUM_avx2(i) PK__SUM_STEP(i, PK__ADD_avx2)
 #define PK__SUM_avx512(i) PK__SUM_STEP(i, PK__ADD_avx512)
 #define PK__DEFINE_SUMS(suffix, attributes, vectors)                                                           \
     attributes PK__INLINE void pk__sums_of_##suffix(size_t count, size_t rows, const pk_real *a, size_t along, \
-                                                    const pk_real *panel, size_t step, int begin, int end,     \
-                                                    const pk_real *other, const size_t *other_at, pk_real *to) \
+                                                    size_t columns, const pk_real *panel, size_t step,         \
+                                                    int begin, int end, const pk_real *others, size_t apart,   \
+                                                    const size_t *other_at, pk_real *to)                       \
     {                                                                                                          \
         typedef vectors vector;                                                                                \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)), both = lanes < PK_PANEL };                     \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
         const vector zero = {0};                                                                               \
-        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+        const size_t next = 2 * lanes > PK_PANEL ? apart : (size_t)lanes;                                      \
+        for (size_t column = 0; column < columns; column += 2 * lanes) {                                       \
             const pk_real *b = panel + column;                                                                 \
+            const pk_real *other = others + column / PK_PANEL * apart + column % PK_PANEL;                     \
             PK__EACH_6(PK__SUM_LOAD)                                                                           \
             for (size_t row = 0; row < rows; row++) {                                                          \
-                vector *at = (vector *)(to + row * PK_PANEL + column),                                         \
-                       *beside = (vector *)(to + row * PK_PANEL + column + lanes);                             \
+                vector *at = (vector *)(to + row * PK__PAIR + column);                                         \
                 vector left = zero, right = zero;                                                              \
                 if (!begin) {                                                                                  \
-                    left = *at;                                                                                \
-                    if (both)                                                                                  \
-                        right = *beside;                                                                       \
+                    left = at[0];                                                                              \
+                    right = at[1];                                                                             \
                 }                                                                                              \
                 PK__EACH_6(PK__SUM_##suffix)                                                                   \
                 if (end) {                                                                                     \
-                    left *= *(const vector *)(other + other_at[row] + column);                                 \
-                    if (both)                                                                                  \
-                        right *= *(const vector *)(other + other_at[row] + column + lanes);                    \
+                    left *= *(const vector *)(other + other_at[row]);                                          \
+                    right *= *(const vector *)(other + other_at[row] + next);                                  \
                 }                                                                                              \
-                *at = left;                                                                                    \
-                if (both)                                                                                      \
-                    *beside = right;                                                                           \
+                at[0] = left;                                                                                  \
+                at[1] = right;                                                                                 \
             }                                                                                                  \
         }                                                                                                      \
     }                                                                                                          \
     attributes static void pk__sums_##suffix(size_t rows, size_t depth, const pk_real *a, size_t along,        \
-                                             const pk_real *panel, size_t step, const pk_real *other,          \
-                                             const size_t *other_at, pk_real *to)                              \
+                                             const pk__panels *panels, const pk_real *other,                   \
+                                             size_t other_apart, const size_t *other_at, pk_real *to)          \
     {                                                                                                          \
+        const size_t step = panels->step, columns = panels->count * PK_PANEL;                                  \
+        const size_t apart = panels->count > 1 ? other_apart : 0;                                              \
         for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
             const size_t count = pk__least(PK__TALLEST, depth - p);                                            \
-            const pk_real *own = a + p * along, *b = panel + p * step;                                         \
+            const pk_real *own = a + p * along, *b = panels->first + p * step;                                 \
             const int begin = p == 0, end = p + count == depth;                                                \
-            if (!PK__KNOWN_##suffix)                                                                           \
-                pk__sums_of_##suffix(count, rows, own, along, b, step, begin, end, other, other_at, to);       \
-            else                                                                                               \
-                switch (count) {                                                                               \
-                case 1:                                                                                        \
-                    pk__sums_of_##suffix(1, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 2:                                                                                        \
-                    pk__sums_of_##suffix(2, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 3:                                                                                        \
-                    pk__sums_of_##suffix(3, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 4:                                                                                        \
-                    pk__sums_of_##suffix(4, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 5:                                                                                        \
-                    pk__sums_of_##suffix(5, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                default: pk__sums_of_##suffix(6, rows, own, along, b, step, begin, end, other, other_at, to);  \
-                }                                                                                              \
+            PK__SUMS_CASES(PK__KNOWN_##suffix, pk__sums_of_##suffix)                                           \
         }                                                                                                      \
+    }
+#define PK__SUMS_OF(name, count) \
+    name(count, rows, own, along, columns, b, step, begin, end, other, apart, other_at, to)
+#define PK__SUMS_CASES(known, name)          \
+    switch (known ? count : 0) {             \
+    case 0: PK__SUMS_OF(name, count); break; \
+    case 1: PK__SUMS_OF(name, 1); break;     \
+    case 2: PK__SUMS_OF(name, 2); break;     \
+    case 3: PK__SUMS_OF(name, 3); break;     \
+    case 4: PK__SUMS_OF(name, 4); break;     \
+    case 5: PK__SUMS_OF(name, 5); break;     \
+    default: PK__SUMS_OF(name, 6);           \
     }
 
 #ifdef PK__AVX512
-/* A vector is a row of a panel, and an accumulator a row of the tile: it takes 12 rows to keep two multipliers busy. They are
+/* A vector is a row of a panel, and an accumulator a row of the tile. Tiles are as wide as two panels, where there are two:
+ * a number of A is fetched once for both, and fetching is what bounds tiles of one (bench_matrix: 110 to 122 GF/s). Rows are
  * groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first rows of a
  * group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. term: as below, or NULL:
  * all terms. */
@@ -2841,35 +2859,54 @@ typedef struct pk__group {
 #define PK__WIDE_TAKE(g)                                                                           \
     const pk_real *a##g = group[g < groups ? g : 0].a;                                             \
     const size_t row##g = group[g < groups ? g : 0].row, skip##g = group[g < groups ? g : 0].skip; \
-    vector sum##g##0 = zero, sum##g##1 = zero, sum##g##2 = zero, sum##g##3 = zero;
-#define PK__WIDE_EACH(X, g) \
-    if (g < groups) {       \
-        X(g, 0)             \
-        X(g, 1)             \
-        X(g, 2)             \
-        X(g, 3)             \
+    vector left##g##0 = zero, left##g##1 = zero, left##g##2 = zero, left##g##3 = zero;             \
+    vector right##g##0 = zero, right##g##1 = zero, right##g##2 = zero, right##g##3 = zero;
+#define PK__WIDE_EACH(X, g)                 \
+    if (g < groups) {                       \
+        if (!(halved && g + 1 == groups)) { \
+            X(g, 0)                         \
+            X(g, 1)                         \
+        }                                   \
+        X(g, 2)                             \
+        X(g, 3)                             \
     }
-#define PK__WIDE_START(g, i) sum##g##i = (i < skip##g ? 0 : start[row##g + i]) - zero;
-#define PK__WIDE_STEP(g, i) sum##g##i = PK__ADD_avx512(sum##g##i, a##g[at + distance##i], beside);
-#define PK__WIDE_END(g, i, assign, value) \
-    if (i >= skip##g)                     \
-        *(vector *)(target->to + target->to_at[row##g + i]) assign(value);
-#define PK__WIDE_OTHER(g, i) (*(const vector *)(target->other + target->other_at[row##g + i]))
-#define PK__WIDE_SETS(g, i) PK__WIDE_END(g, i, =, sum##g##i)
-#define PK__WIDE_ADDS(g, i) PK__WIDE_END(g, i, +=, sum##g##i)
-#define PK__WIDE_HADAMARDS(g, i) PK__WIDE_END(g, i, +=, sum##g##i * PK__WIDE_OTHER(g, i))
-#define PK__WIDE_DOTS(g, i) \
-    if (i >= skip##g)       \
-        all += sum##g##i * PK__WIDE_OTHER(g, i);
+#define PK__WIDE_START(g, i) left##g##i = right##g##i = (i < skip##g ? 0 : start[row##g + i]) - zero;
+#define PK__WIDE_STEP(g, i)                                                  \
+    left##g##i = PK__ADD_avx512(left##g##i, a##g[at + distance##i], left_b); \
+    if (both)                                                                \
+        right##g##i = PK__ADD_avx512(right##g##i, a##g[at + distance##i], right_b);
+#define PK__WIDE_END(g, i, assign, left_value, right_value)              \
+    if (i >= skip##g) {                                                  \
+        vector *to = (vector *)(target->to + target->to_at[row##g + i]); \
+        to[0] assign(left_value);                                        \
+        if (both)                                                        \
+            to[1] assign(right_value);                                   \
+    }
+#define PK__WIDE_OTHER(g, i, beside) \
+    (*(const vector *)(target->other + target->other_at[row##g + i] + (beside)))
+#define PK__WIDE_SETS(g, i) PK__WIDE_END(g, i, =, left##g##i, right##g##i)
+#define PK__WIDE_ADDS(g, i) PK__WIDE_END(g, i, +=, left##g##i, right##g##i)
+#define PK__WIDE_HADAMARDS(g, i)                                 \
+    PK__WIDE_END(g, i, +=, left##g##i * PK__WIDE_OTHER(g, i, 0), \
+                 right##g##i * PK__WIDE_OTHER(g, i, target->other_apart))
+#define PK__WIDE_DOTS(g, i)                                                       \
+    if (i >= skip##g) {                                                           \
+        left_sum += left##g##i * PK__WIDE_OTHER(g, i, 0);                         \
+        if (both)                                                                 \
+            right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
+    }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
-PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, const size_t *distance,
-                                         size_t depth, const unsigned char *term, size_t along,
-                                         const pk_real *panel, size_t step, const pk_real *start,
+PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
+                                         const size_t *distance, size_t depth, const unsigned char *term,
+                                         size_t along, const pk__panels *b, const pk_real *start,
                                          const pk__tile_target *target)
 {
     typedef pk__whole_vector vector;
     const vector zero = {0};
     const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
+    const size_t step = b->step, ahead = b->ahead;
+    const int fetching = groups > 1 && !term;
+    const pk_real *panel = b->first, *beside = panel + b->apart;
     PK__WIDE_TAKE(0)
     PK__WIDE_TAKE(1)
     PK__WIDE_TAKE(2)
@@ -2878,8 +2915,14 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, 
     }
     PK__UNROLL
     for (size_t p = 0; p < depth; p++) {
-        const size_t at = (term ? term[p] : p) * along;
-        const vector beside = *(const vector *)(panel + (term ? term[p] : p) * step);
+        const size_t q = term ? term[p] : p, at = q * along;
+        if (fetching) {
+            __builtin_prefetch(panel + q * step + ahead);
+            if (both)
+                __builtin_prefetch(beside + q * step + ahead);
+        }
+        const vector left_b = *(const vector *)(panel + q * step),
+                     right_b = both ? *(const vector *)(beside + q * step) : zero;
         PK__WIDE_GROUPS(PK__WIDE_STEP)
     }
     if (target->form == PK__TILE_SET) {
@@ -2887,60 +2930,88 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, 
     } else if (target->form == PK__TILE_ADD) {
         PK__WIDE_GROUPS(PK__WIDE_ADDS)
     } else if (target->form == PK__TILE_DOT) {
-        vector all = *(vector *)target->to;
+        vector *to = (vector *)target->to;
+        vector left_sum = to[0], right_sum = both ? to[1] : zero;
         PK__WIDE_GROUPS(PK__WIDE_DOTS)
-        *(vector *)target->to = all;
+        to[0] = left_sum;
+        if (both)
+            to[1] = right_sum;
     } else {
         PK__WIDE_GROUPS(PK__WIDE_HADAMARDS)
     }
 }
 
-/* Tiles of three groups of rows; and of two, where there would be one of one. */
-PK__AVX512 PK__INLINE void pk__wide_tiles(size_t rows, size_t depth, const unsigned char *term,
-                                          const pk_real *a, size_t across, size_t along, const pk_real *panel,
-                                          size_t step, const pk_real *start, const pk__tile_target *target)
+/* Tiles of two groups of rows, or of three; and, for networks of ten outputs, of two and a half. */
+PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, const unsigned char *term,
+                                          const pk_real *a, size_t across, size_t along, const pk__panels *b,
+                                          const pk_real *start, const pk__tile_target *target)
 {
     const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
     const size_t missing = rows < 4 ? 4 - rows : 0;
     size_t distance[4];
     for (size_t i = 0; i < 4; i++)
         distance[i] = i < missing ? 0 : (i - missing) * across;
+    pk__panels own = *b;
     for (size_t done = 0, groups; done < all; done += groups) {
         pk__group group[3];
-        groups = all - done == 4 ? 2 : pk__least(3, all - done);
+        const size_t rest = all - done;
+        groups = rest == 1 ? 1 : both ? 2 + rest % 2 : rest == 4 ? 2 : pk__least(3, rest);
         for (size_t g = 0; g < groups; g++) {
             const size_t first = pk__least(4 * (done + g), last);
             group[g].a = a + first * across;
             group[g].skip = 4 * (done + g) - first + missing;
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
         }
-        if (groups == 3)
-            pk__wide_tile(3, group, distance, depth, term, along, panel, step, start, target);
+        if (groups == 3 && both && group[2].skip >= 2)
+            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, start, target);
+        else if (groups == 3)
+            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, start, target);
         else if (groups == 2)
-            pk__wide_tile(2, group, distance, depth, term, along, panel, step, start, target);
+            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, start, target);
         else
-            pk__wide_tile(1, group, distance, depth, term, along, panel, step, start, target);
+            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, start, target);
+        own.ahead = 0;
     }
 }
 
-PK__AVX512 static void pk__panel_avx512(size_t rows, size_t depth, const pk_real *a, size_t across,
-                                        size_t along, const pk_real *panel, size_t step, const pk_real *start,
-                                        const pk__tile_target *target)
+/* Two panels at a time, and the last one of an odd number. */
+PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsigned char *term,
+                                           const pk_real *a, size_t across, size_t along, const pk__panels *b,
+                                           const pk_real *start, const pk__tile_target *target)
 {
-    pk__wide_tiles(rows, depth, NULL, a, across, along, panel, step, start, target);
+    pk__panels pair = *b;
+    pk__tile_target own = *target;
+    for (size_t rest = b->count; rest > 0; rest -= pk__least(rest, 2)) {
+        if (rest > 1)
+            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, start, &own);
+        else
+            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, start, &own);
+        pair.first += 2 * pair.apart;
+        own.to += 2 * PK_PANEL;
+        own.other = own.other ? own.other + 2 * own.other_apart : NULL;
+    }
+}
+
+PK__AVX512 static void pk__panels_avx512(size_t rows, size_t depth, const pk_real *a, size_t across,
+                                         size_t along, const pk__panels *b, const pk_real *start,
+                                         const pk__tile_target *target)
+{
+    pk__wide_panels(rows, depth, NULL, a, across, along, b, start, target);
 }
 
 PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
-                                         size_t across, const pk_real *panel, int overwrite, pk_real *to,
+                                         size_t across, const pk__panels *b, int overwrite, pk_real *to,
                                          size_t ld)
 {
-    size_t at[12];
-    pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, to, at, NULL, NULL};
-    for (size_t first = 0; first < rows; first += 12) {
-        const size_t count = pk__least(12, rows - first);
-        for (size_t i = 0; i < count; i++)
-            at[i] = (first + i) * ld;
-        pk__wide_tiles(count, terms, term, a + first * across, across, 1, panel, PK_PANEL, NULL, &target);
+    enum { AT_ONCE = 16 };
+    size_t at[AT_ONCE];
+    for (size_t i = 0; i < AT_ONCE; i++)
+        at[i] = i * ld;
+    for (size_t first = 0; first < rows; first += AT_ONCE) {
+        const pk__tile_target target = {
+            overwrite ? PK__TILE_SET : PK__TILE_ADD, to + first * ld, at, NULL, NULL, 0};
+        pk__wide_panels(pk__least(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
+                        &target);
     }
 }
 #endif
@@ -2948,35 +3019,33 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
 PK__FOR_AVX2(PK__DEFINE_PANEL)
 PK__FOR_BASE(PK__DEFINE_PANEL)
 
-/* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
- * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
- * are added to it. */
+/* target form= start + A B: A is rows x depth, element (i, p) at a[i * across + p * along]; B is panels. start: a number
+ * for each row, NULL: 0. No two rows of a tile have one place, unless they are added to it. */
 PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
-                                   const pk_real *panel, size_t step, const pk_real *start,
-                                   const pk__tile_target *target)
+                                   const pk__panels *b, const pk_real *start, const pk__tile_target *target)
 {
-    PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
+    PK__ON_PROCESSOR(pk__panels, (rows, depth, a, across, along, b, start, target));
 }
 
 PK__FOR_AVX2(PK__DEFINE_PICKED)
 PK__FOR_BASE(PK__DEFINE_PICKED)
 
-/* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A panel: element (i, p) of A is
- * a[i * across + p], the rows of the panel stand one behind the other. */
+/* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A B: element (i, p) of A is a[i * across + p]. */
 PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
-                                    size_t across, const pk_real *panel, int overwrite, pk_real *to, size_t ld)
+                                    size_t across, const pk__panels *b, int overwrite, pk_real *to, size_t ld)
 {
-    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, overwrite, to, ld));
+    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, b, overwrite, to, ld));
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
 
-/* to (rows x PK_PANEL) = other o (A panel), for few terms: element (i, p) of A is a[i + p * along], row i of other stands at
- * other + other_at[i]. Terms in ascending order. */
-PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk_real *panel,
-                                size_t step, const pk_real *other, const size_t *other_at, pk_real *to)
+/* to (rows x PK__PAIR) = other o (A B), for few terms and at most PK__TOGETHER panels that stand side by side as they are,
+ * apart PK_PANEL: element (i, p) of A is a[i + p * along], row i of other stands at other + other_at[i], for the next panel
+ * other_apart further. Terms in ascending order. Columns behind those of one panel are written, too. */
+PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk__panels *b,
+                                const pk_real *other, size_t other_apart, const size_t *other_at, pk_real *to)
 {
-    PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, panel, step, other, other_at, to));
+    PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, b, other, other_apart, other_at, to));
 }
 
 /* What panels are multiplied with. */
@@ -3379,26 +3448,27 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
                                  size_t ldc)
 {
     PK__ALIGNED pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK_PANEL];
+    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
     const size_t most = pk__block_terms();
     size_t tile_at[PK__BLOCK_ROWS];
-    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
+    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
     for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
-        tile_at[j] = j * PK_PANEL;
+        tile_at[j] = j * PK__PAIR;
     for (size_t p = 0; p < k; p += most) {
         const size_t depth = pk__least(k - p, most);
         for (size_t top = 0; top < m; top += PK_PANEL)
             pk__pack_panel(pk__least(m - top, PK_PANEL), depth, a + top * row_a + p * column_a, column_a, row_a,
                            packed + top * PK__DEPTH);
         for (size_t first = 0; first < n; first += PK__BLOCK_ROWS)
-            for (size_t top = 0; top < m; top += PK_PANEL) {
-                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK_PANEL);
-                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed + top * PK__DEPTH, PK_PANEL,
-                                  NULL, &target);
+            for (size_t top = 0; top < m; top += PK__PAIR) {
+                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK__PAIR);
+                const pk__panels own = {pk__blocks(count, PK_PANEL), packed + top * PK__DEPTH, PK_PANEL,
+                                        PK_PANEL * PK__DEPTH, 0};
+                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, &own, NULL, &target);
                 for (size_t i = 0; i < count; i++)
                     for (size_t j = 0; j < rows; j++) {
                         pk_real *to = c + (top + i) * ldc + first + j;
-                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
+                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK__PAIR + i];
                     }
             }
     }
@@ -3412,13 +3482,13 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                              pk_real *c, size_t ldc)
 {
     PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK_PANEL];
+    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
     const size_t most = pk__block_terms();
     size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
     for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++) {
-        tile_at[i] = i * PK_PANEL;
+        tile_at[i] = i * PK__PAIR;
         c_at[i] = i * ldc;
     }
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
@@ -3429,7 +3499,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         return;
     }
     /* A block of B is packed once for all rows, where there are more of them than one block. */
-    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK_PANEL;
+    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK__PAIR;
     for (size_t p = 0; p < k; p += most) {
         const size_t depth = pk__least(k - p, most);
         const int overwrite = beta == 0 && p == 0;
@@ -3437,30 +3507,32 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
             const size_t right = pk__least(n, left + wide);
             for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
                 const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
-                for (size_t j = left; j < right; j += PK_PANEL) {
-                    const size_t columns = pk__least(n - j, PK_PANEL);
-                    const int direct = columns == PK_PANEL && alpha == 1;
-                    const pk_real *panel = b + p * row_b + j * column_b;
-                    size_t step = row_b;
+                for (size_t j = left; j < right; j += PK__PAIR) {
+                    const size_t columns = pk__least(n - j, PK__PAIR);
+                    const int whole = columns % PK_PANEL == 0, direct = whole && alpha == 1;
+                    pk__panels own = {pk__blocks(columns, PK_PANEL), b + p * row_b + j * column_b, row_b,
+                                      PK_PANEL, 0};
                     pk__tile_target target;
                     memset(&target, 0, sizeof target);
                     target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
                     target.to = direct ? c + top * ldc + j : tile;
                     target.to_at = direct ? c_at : tile_at;
                     /* Rows of B that are used once or twice are read where they are. */
-                    if (transpose_b || columns < PK_PANEL || m > 2 * PK__TALLEST) {
-                        pk_real *own = packed + (j - left) * PK__DEPTH;
-                        if (top == 0)
-                            pk__pack_panel(columns, depth, panel, row_b, column_b, own);
-                        panel = own;
-                        step = PK_PANEL;
+                    if (transpose_b || !whole || m > 2 * PK__TALLEST) {
+                        pk_real *copy = packed + (j - left) * PK__DEPTH;
+                        for (size_t q = 0; q < columns && top == 0; q += PK_PANEL)
+                            pk__pack_panel(pk__least(columns - q, PK_PANEL), depth, own.first + q * column_b,
+                                           row_b, column_b, copy + q * PK__DEPTH);
+                        own.first = copy;
+                        own.step = PK_PANEL;
+                        own.apart = PK_PANEL * PK__DEPTH;
                     }
-                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, panel, step,
-                                      NULL, &target);
+                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, &own, NULL,
+                                      &target);
                     for (size_t i = 0; !direct && i < rows; i++)
                         for (size_t q = 0; q < columns; q++) {
                             pk_real *to = c + (top + i) * ldc + j + q;
-                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK_PANEL + q];
+                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK__PAIR + q];
                         }
                 }
             }
@@ -3600,16 +3672,15 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
                                             term + r / group * PK__DEPTH);
             for (size_t j = 0; j < whole; j += PK__BLOCK_COLUMNS) {
                 const size_t columns = pk__least(PK__BLOCK_COLUMNS, whole - j);
+                const pk__panels panels = {columns / PK_PANEL, packed, PK_PANEL, PK_PANEL * PK__DEPTH, 0};
                 for (size_t q = 0; q < columns; q += PK_PANEL)
                     pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
                 for (size_t r = 0; r < rows; r += group) {
                     const size_t count = pk__least(group, rows - r), g = r / group;
                     for (size_t i = 0; i < count; i++)
                         memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
-                    for (size_t q = 0; q < columns; q += PK_PANEL)
-                        pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH,
-                                           packed + q * PK__DEPTH, overwrite && p == 0,
-                                           c + (top + r) * ldc + j + q, ldc);
+                    pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH, &panels,
+                                       overwrite && p == 0, c + (top + r) * ldc + j, ldc);
                 }
             }
         }
@@ -14764,9 +14835,17 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-PK_API size_t pk_tangent_block(size_t outputs)
+PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
 {
-    return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
+    /* What is in memory of them at one time stays in the second-level cache. Examples of wide layers do not, and are worth
+     * fetching for more rows. */
+    size_t widest = 0;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        widest = pk__most(widest, pk__most(node->fan_in, node->fan_out));
+    }
+    return pk__most(1, pk__least(widest < 128 || widest >= 256 ? 32 : 16,
+                                 (widest < 256 ? 50 : 100) / pk__most(outputs, 1)));
 }
 
 PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
@@ -14791,7 +14870,7 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
 }
 
 enum {
-    PK__PART_NUMBERS = 1 << 14, /* packed numbers that stay in the second-level cache beside the panels */
+    PK__PART_NUMBERS = 1 << 14, /* of rows, which stay in a second-level cache of 512 KB beside the panels */
     PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
 };
 
@@ -14829,10 +14908,13 @@ PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
     return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
 
-/* Rows of a product whose packed numbers stay in the second-level cache while panel after panel passes. */
-PK__PRIVATE size_t pk__most_rows(size_t depth)
+/* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
+PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 {
-    return pk__most(2, (size_t)PK__PART_NUMBERS / PK__TALLEST / pk__most(depth, 1)) * PK__TALLEST;
+    const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
+    const size_t tiles = 2 * PK__TALLEST, most = pk__most(1, numbers / tiles / pk__most(depth, 1)) * tiles;
+    const size_t parts = pk__blocks(pk__most(rows, 1), most);
+    return pk__most(1, pk__blocks(pk__blocks(rows, parts), tiles)) * tiles;
 }
 
 static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
@@ -14863,7 +14945,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
         most = pk__most(most, node->fan_out);
     }
     tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
-    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK_PANEL), 1);
+    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK__PAIR), 1);
     tangent->ones = pk__take_reals(arena, items, 1);
     tangent->point_to = pk__take_indices(arena, points * outputs);
     tangent->cell_left = pk__take_indices(arena, items * outputs);
@@ -14875,13 +14957,16 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->slopes = pk__take_reals(arena, points, 2 * widest);
     tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
     tangent->unit_count = pk__take_indices(arena, rows);
-    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK_PANEL);
+    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK__PAIR);
     tangent->tile_row = pk__take_indices(arena, most);
     tangent->panel_row = pk__take_indices(arena, most);
+    tangent->pair_row = pk__take_indices(arena, places);
     for (size_t i = 0; tangent->panel_row && i < most; i++) {
         tangent->tile_row[i] = i * PK_TILE_LD;
         tangent->panel_row[i] = i * PK_PANEL;
     }
+    for (size_t i = 0; tangent->panel_row && i < places; i++)
+        tangent->pair_row[i] = i * PK__PAIR;
     for (size_t i = 0; tangent->panel_row && i < items; i++)
         tangent->ones[i] = 1;
     for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)
@@ -14983,19 +15068,34 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
- * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
- * beginning, which leaves the room to what is multiplied: caches are larger where there is AVX-512. */
-static void pk__fetch_next(size_t depth, const pk_real *panels, size_t column, size_t block)
+/* The first panel of a block of examples, of features a number each. */
+static const pk_real *pk__first_panel(const pk_real *all, size_t features, size_t first)
 {
-    const size_t next = column + PK_PANEL,
-                 rows = next < block ? pk__least(depth, PK__HAS_AVX512 ? 512 : 128) : 0;
+    return all + first * features; /* first is a multiple of PK_PANEL */
+}
+
+/* Of the panels of a block, those that are multiplied together from column on. */
+static pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
+{
+    const pk__panels own = {pk__least(PK__TOGETHER, pk__blocks(block - column, PK_PANEL)),
+                            pk__first_panel(panels, features, column), PK_PANEL, features * PK_PANEL, 0};
+    return own;
+}
+
+/* The same, with those behind them, where there are some, fetched in the meantime: tiles are short, so that the processor
+ * would see too late that they go on there. Tiles of AVX-512 fetch as they go; else the first-level cache, which is small,
+ * takes the beginning of deep panels, which leaves the room to what is multiplied. */
+static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
+{
+    pk__panels own = pk__panels_at(panels, features, column, block);
+    own.ahead = column + PK__PAIR < block ? features * PK__PAIR : 0;
 #if defined(__GNUC__)
-    for (size_t p = 0; p < rows; p++)
-        __builtin_prefetch(panels + next * depth + p * PK_PANEL);
-#else
-    (void)panels, (void)rows;
+    const size_t rows = own.ahead && !PK__HAS_AVX512 ? pk__least(features, 128) : 0;
+    for (size_t next = column + PK__PAIR; next < pk__least(block, column + 2 * PK__PAIR); next += PK_PANEL)
+        for (size_t p = 0; p < rows; p++)
+            __builtin_prefetch(panels + next * features + p * PK_PANEL);
 #endif
+    return own;
 }
 
 /* cells x columns of a tile = 0, up to the end of the last panel. */
@@ -15011,25 +15111,19 @@ PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const pk_real *panels, size_t block,
                               const pk_real *start, const pk__tile_target *target)
 {
-    const size_t most = pk__most_rows(depth);
+    const size_t most = pk__part_rows(rows, depth);
     pk__tile_target part = *target;
     for (size_t first = 0; first < rows; first += most) {
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
-        for (size_t column = 0; column < block; column += PK_PANEL) {
-            pk__fetch_next(depth, panels, column, block);
+        for (size_t column = 0; column < block; column += PK__PAIR) {
+            const pk__panels b = pk__fetch_panels(panels, depth, column, block);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
-            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
-                              panels + column * depth, PK_PANEL, start ? start + first : NULL, &part);
+            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1, &b,
+                              start ? start + first : NULL, &part);
         }
     }
-}
-
-/* The first panel of a block of examples, of features a number each. */
-static const pk_real *pk__panels(const pk_real *all, size_t features, size_t first)
-{
-    return all + first * features; /* first is a multiple of PK_PANEL */
 }
 
 /* left = start + inputs of rows (rows x in) times those of a block of examples. */
@@ -15038,8 +15132,8 @@ static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, 
 {
     const pk_node *node = tangent->node[layer];
     const size_t in = node->fan_in;
-    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL};
-    pk__block_product(rows, in, inputs, pk__panels(tangent->examples->input[layer], in, first), block,
+    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL, 0};
+    pk__block_product(rows, in, inputs, pk__first_panel(tangent->examples->input[layer], in, first), block,
                       pk__has_bias(node) ? start : NULL, &target);
     tangent->flops += 2.0 * (double)block * (double)(rows * in);
 }
@@ -15049,8 +15143,8 @@ static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t ce
                                     const size_t *to, const size_t *left, size_t first, size_t block)
 {
     const size_t out = tangent->node[layer]->width;
-    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left};
-    pk__block_product(cells, out, cotangents, pk__panels(tangent->examples->cotangent[layer], out, first),
+    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left, PK_PANEL};
+    pk__block_product(cells, out, cotangents, pk__first_panel(tangent->examples->cotangent[layer], out, first),
                       block, NULL, &target);
     tangent->flops += 2.0 * (double)block * (double)(cells * out);
 }
@@ -15066,6 +15160,8 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_examples *examples = tangent->examples;
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs);
+    const pk_real *input_panels = pk__first_panel(examples->input[layer], positions * in, first);
+    const pk_real *cotangent_panels = pk__first_panel(examples->cotangent[layer], positions * out, first);
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__least(together, points->count - p), pairs = count * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
@@ -15079,20 +15175,20 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
                 places[i * in + j] *= start[i];
             for (size_t k = 0; k < outputs; k++) {
                 tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK_TILE_LD;
-                tangent->place_left[i * outputs + k] = i * PK_PANEL;
+                tangent->place_left[i * outputs + k] = i * PK__PAIR;
             }
         }
-        for (size_t column = 0; column < block; column += PK_PANEL) {
-            const pk_real *inputs = pk__panels(examples->input[layer], positions * in, first + column);
-            const pk_real *cotangents = pk__panels(examples->cotangent[layer], positions * out, first + column);
-            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->panel_row, NULL, NULL};
-            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to, tangent->left,
-                                    tangent->place_left};
+        for (size_t column = 0; column < block; column += PK__PAIR) {
+            pk__panels inputs = pk__panels_at(input_panels, positions * in, column, block);
+            pk__panels cotangents = pk__panels_at(cotangent_panels, positions * out, column, block);
+            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->pair_row, NULL, NULL, 0};
+            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to,
+                                    tangent->left,     tangent->place_left,    PK_PANEL};
             for (size_t r = 0; r < positions; r++) {
-                pk__panel_product(pairs, in, places, in, 1, inputs + r * in * PK_PANEL, PK_PANEL,
-                                  pk__has_bias(node) ? start : NULL, &left);
-                pk__panel_product(pairs * outputs, out, deltas, out, 1, cotangents + r * out * PK_PANEL,
-                                  PK_PANEL, NULL, &tile);
+                pk__panel_product(pairs, in, places, in, 1, &inputs, pk__has_bias(node) ? start : NULL, &left);
+                pk__panel_product(pairs * outputs, out, deltas, out, 1, &cotangents, NULL, &tile);
+                inputs.first += in * PK_PANEL;
+                cotangents.first += out * PK_PANEL;
             }
         }
         tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
@@ -15179,7 +15275,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
 {
     const pk_node *node = tangent->node[layer];
     const size_t outputs = tangent->outputs, out = node->width;
-    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], out, first);
+    const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], out, first);
     pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.segment.tape.value[node->inputs[0]],
                         tangent->ones, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
@@ -15187,17 +15283,18 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const pk_real *slopes = tangent->slopes + p * 2 * out;
         const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
         const size_t *unit_row = tangent->unit_row + row * 2 * out;
-        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
+        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL, 0};
         last = pk__row_end(points, p);
-        for (size_t column = 0; column < block; column += PK_PANEL) {
-            pk__fetch_next(out, cotangents, column, block);
+        for (size_t column = 0; column < block; column += PK__PAIR) {
+            const pk__panels b = pk__fetch_panels(cotangents, out, column, block);
+            const pk__panels left = {b.count, tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, PK_PANEL, 0};
+            const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
+            tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__least(PK__HEAD_PART, units - j);
-                tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
-                pk__panel_sums(count, last - p, slopes + j, 2 * out, tangent->left + p * PK_TILE_LD + column,
-                               PK_TILE_LD, cotangents + column * out, unit_row + j, tangent->sums);
-                pk__panel_product(outputs, count, weights + j, 2 * out, 1, tangent->sums, PK_PANEL, NULL,
-                                  &tile);
+                pk__panel_sums(count, last - p, slopes + j, 2 * out, &left, b.first, b.apart, unit_row + j,
+                               tangent->sums);
+                pk__panel_product(outputs, count, weights + j, 2 * out, 1, &sums, NULL, &tile);
             }
         }
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
@@ -15243,7 +15340,7 @@ static int pk__is_readout(const pk_tangent *tangent, size_t layer)
 static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs;
-    const pk_real *panels = pk__panels(tangent->examples->cotangent[layer], outputs, first);
+    const pk_real *panels = pk__first_panel(tangent->examples->cotangent[layer], outputs, first);
     for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
         const pk_real *left = tangent->left + cell / outputs * PK_TILE_LD;
         pk_real *tile = tangent->tile + cell * PK_TILE_LD;
@@ -15379,24 +15476,26 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
                                 size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
-    const size_t in = node->fan_in, out = node->fan_out, places = node->positions, most = pk__most_rows(in);
+    const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
+                 most = pk__part_rows(node->fan_out, node->fan_in);
     /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
     const int together = tangent->kind[layer] == PK_LAYER_ROWS;
     const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
-    const pk_real *inputs = pk__panels(tangent->examples->input[layer], places * in, first);
-    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], places * out, first);
-    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row};
+    const pk_real *panels = pk__first_panel(tangent->examples->input[layer], places * in, first);
+    const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], places * out, first);
+    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row, places * out * PK_PANEL};
     for (size_t k = 0; k < outputs; k++)
         for (size_t j = 0; j < out; j += most)
-            for (size_t column = 0; column < columns; column += PK_PANEL)
-                for (size_t q = 0; q < places; q++) {
-                    target.to = tile + k * PK_TILE_LD + column;
+            for (size_t column = 0; column < columns; column += PK__PAIR) {
+                pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
+                target.to = tile + k * PK_TILE_LD + column;
+                for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
                     target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
-                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1,
-                                      inputs + column * places * in + q * in * PK_PANEL, PK_PANEL,
+                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
                                       biases ? biases + k * bias_stride + j : NULL, &target);
                 }
+            }
     tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
 }
 
@@ -16780,7 +16879,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->direct = job->reverse && form.direct != 0;
     job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
-    job->block = pk__least(pk_tangent_block(job->outputs), pk__blocks(pk__most(inputs.rows, 1), 16));
+    job->block =
+        pk__least(pk_tangent_block(&run->graph, job->outputs), pk__blocks(pk__most(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block = pk__most(

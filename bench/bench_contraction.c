@@ -326,11 +326,11 @@ static int measure(bench_run *run, int threads, pk_engine engine, int whole, siz
     j.width = width;
     j.outputs = outputs;
     j.batch = batch;
-    j.block_rows = pk_tangent_block(outputs);
     snprintf(text, sizeof text, "input %d; dense %zu; tanh; dense %zu; tanh; dense %zu", INPUTS, width, width,
              outputs);
     pk_status status = pk_network_parse(&context, text, &j.graph);
     if (!status) {
+        j.block_rows = pk_tangent_block(&j.graph, outputs);
         job_layout(&j, &arena);
         status = pk_allocate(&context, 1, arena.used, "the benchmark", &j.memory);
     }

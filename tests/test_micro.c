@@ -20,16 +20,23 @@ extern "C" {
 #define PATHKERNEL_STATIC
 #include "pathkernel_under_test.h"
 
-enum { ROWS = 40, DEPTH = 37, LD = 2 * PK_PANEL, WORDS = ROWS * LD };
+enum {
+    ROWS = 40,
+    DEPTH = 37,
+    PANELS = 3,
+    COLUMNS = PANELS * PK_PANEL,
+    LD = COLUMNS + PK_PANEL,
+    WORDS = ROWS * LD
+};
 
 typedef struct processor {
     const char *name;
     int fused; /* multiplies and adds with one rounding */
-    void (*panel)(size_t, size_t, const pk_real *, size_t, size_t, const pk_real *, size_t, const pk_real *,
-                  const pk__tile_target *);
-    void (*picked)(size_t, size_t, const unsigned char *, const pk_real *, size_t, const pk_real *, int,
+    void (*panels)(size_t, size_t, const pk_real *, size_t, size_t, const pk__panels *, const pk_real *,
+                   const pk__tile_target *);
+    void (*picked)(size_t, size_t, const unsigned char *, const pk_real *, size_t, const pk__panels *, int,
                    pk_real *, size_t);
-    void (*sums)(size_t, size_t, const pk_real *, size_t, const pk_real *, size_t, const pk_real *,
+    void (*sums)(size_t, size_t, const pk_real *, size_t, const pk__panels *, const pk_real *, size_t,
                  const size_t *, pk_real *);
 } processor;
 
@@ -48,23 +55,41 @@ static int find_processors(void **unused)
     (void)unused;
 #ifdef PK__AVX512
     if (PK__HAS_AVX512) {
-        const processor own = {NULL, 0, pk__panel_avx512, pk__picked_avx512, pk__sums_avx512};
+        const processor own = {NULL, 0, pk__panels_avx512, pk__picked_avx512, pk__sums_avx512};
         add_processor("AVX-512", 1, &own);
     }
 #endif
 #ifdef PK__AVX2
     if (PK__HAS_AVX2) {
-        const processor own = {NULL, 0, pk__panel_avx2, pk__picked_avx2, pk__sums_avx2};
+        const processor own = {NULL, 0, pk__panels_avx2, pk__picked_avx2, pk__sums_avx2};
         add_processor("AVX2", 1, &own);
     }
 #endif
-    const processor own = {NULL, 0, pk__panel_base, pk__picked_base, pk__sums_base};
+    const processor own = {NULL, 0, pk__panels_base, pk__picked_base, pk__sums_base};
     add_processor("baseline", 0, &own);
     print_message("%s and %zu others\n", processors[0].name, processor_count - 1);
     return 0;
 }
 
-static pk_real numbers[4][ROWS * DEPTH + DEPTH * PK_PANEL];
+/* A, B, start and other. Panels of B are one behind the other, a row's numbers of other, too. */
+static pk_real numbers[4][ROWS * DEPTH + (DEPTH + ROWS) * COLUMNS];
+
+static pk__panels panels_of(size_t count)
+{
+    const pk__panels b = {count, numbers[1], PK_PANEL, DEPTH * PK_PANEL, 0};
+    return b;
+}
+
+/* Number p of column j. */
+static pk_real b_at(size_t p, size_t j)
+{
+    return numbers[1][j / PK_PANEL * DEPTH * PK_PANEL + p * PK_PANEL + j % PK_PANEL];
+}
+
+static pk_real other_of(const size_t *other_at, size_t i, size_t j)
+{
+    return numbers[3][other_at[i] + j / PK_PANEL * ROWS * PK_PANEL + j % PK_PANEL];
+}
 
 static void fill(void)
 {
@@ -82,31 +107,31 @@ static void expect_near(pk_real got, long double exact, double size, const char 
         fail_msg("%s: %.17g, not %.17g", what, (double)got, (double)exact);
 }
 
-/* One form, one processor, with an order of A and a start. */
-static void check_form(const processor *p, pk__tile_form form, int transposed, int with_start)
+/* One form, one processor, with an order of A, a start, and so many panels. */
+static void check_form(const processor *p, pk__tile_form form, int transposed, int with_start, size_t count)
 {
-    const pk_real *a = numbers[0], *panel = numbers[1], *start = with_start ? numbers[2] : NULL,
-                  *other = numbers[3];
-    const size_t across = transposed ? 1 : DEPTH, along = transposed ? ROWS : 1;
+    const pk_real *a = numbers[0], *start = with_start ? numbers[2] : NULL;
+    const size_t across = transposed ? 1 : DEPTH, along = transposed ? ROWS : 1, columns = count * PK_PANEL;
+    const pk__panels b = panels_of(count);
     size_t to_at[ROWS], other_at[ROWS];
     static pk_real whole[WORDS], part[WORDS];
     for (size_t rows = ROWS; rows > 0; rows--) {
         pk_real *to = rows == ROWS ? whole : part;
-        pk__tile_target target = {form, to, to_at, other, other_at};
+        pk__tile_target target = {form, to, to_at, numbers[3], other_at, ROWS * PK_PANEL};
         for (size_t i = 0; i < ROWS; i++) {
             to_at[i] = i * LD;
             other_at[i] = (ROWS - 1 - i) * PK_PANEL;
         }
         for (size_t i = 0; i < WORDS; i++)
             to[i] = 7;
-        p->panel(rows, DEPTH, a, across, along, panel, PK_PANEL, start, &target);
-        for (size_t j = 0; j < PK_PANEL; j++) {
+        p->panels(rows, DEPTH, a, across, along, &b, start, &target);
+        for (size_t j = 0; j < columns; j++) {
             long double all = 7;
             for (size_t i = 0; i < rows; i++) {
                 long double sum = start ? start[i] : 0;
                 for (size_t q = 0; q < DEPTH; q++)
-                    sum += (long double)a[i * across + q * along] * panel[q * PK_PANEL + j];
-                const long double product = sum * other[other_at[i] + j];
+                    sum += (long double)a[i * across + q * along] * b_at(q, j);
+                const long double product = sum * other_of(other_at, i, j);
                 all += product;
                 if (form == PK__TILE_SET)
                     expect_near(to[i * LD + j], sum, DEPTH, p->name);
@@ -120,11 +145,11 @@ static void check_form(const processor *p, pk__tile_form form, int transposed, i
         }
         const size_t written = form == PK__TILE_DOT ? 1 : rows;
         for (size_t i = 0; i < WORDS; i++)
-            if (i / LD >= written || i % LD >= PK_PANEL)
+            if (i / LD >= written || i % LD >= columns)
                 assert_true(to[i] == 7);
         /* What is multiplied with the tile afterwards may be rounded once or twice. */
         for (size_t i = 0; (form == PK__TILE_SET || form == PK__TILE_ADD) && i < rows; i++)
-            assert_memory_equal(to + i * LD, whole + i * LD, PK_PANEL * sizeof *to);
+            assert_memory_equal(to + i * LD, whole + i * LD, columns * sizeof *to);
     }
 }
 
@@ -134,7 +159,8 @@ static void test_panels(void **unused)
     (void)unused;
     for (size_t p = 0; p < processor_count; p++)
         for (int which = 0; which < 16; which++)
-            check_form(&processors[p], forms[which % 4], which / 4 % 2, which / 8);
+            for (size_t count = 1; count <= PANELS; count++)
+                check_form(&processors[p], forms[which % 4], which / 4 % 2, which / 8, count);
 }
 
 /* Terms that are left out are those that are 0: the same sums. */
@@ -154,34 +180,39 @@ static void test_picked(void **unused)
     for (size_t p = 0; p < processor_count; p++)
         for (size_t rows = 1; rows <= ROWS; rows++)
             for (int overwrite = 0; overwrite < 2; overwrite++) {
-                const pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, whole, to_at, NULL,
-                                                NULL};
+                const pk__tile_target target = {
+                    overwrite ? PK__TILE_SET : PK__TILE_ADD, whole, to_at, NULL, NULL, 0};
                 for (size_t i = 0; i < WORDS; i++)
                     whole[i] = part[i] = 7;
-                processors[p].panel(rows, DEPTH, zeroed, DEPTH, 1, numbers[1], PK_PANEL, NULL, &target);
-                processors[p].picked(rows, terms, term, numbers[0], DEPTH, numbers[1], overwrite, part, LD);
+                const pk__panels b = panels_of(1 + rows % PANELS);
+                processors[p].panels(rows, DEPTH, zeroed, DEPTH, 1, &b, NULL, &target);
+                processors[p].picked(rows, terms, term, numbers[0], DEPTH, &b, overwrite, part, LD);
                 assert_memory_equal(whole, part, sizeof part);
             }
 }
 
 static void test_sums(void **unused)
 {
-    static pk_real to[ROWS * PK_PANEL];
+    static pk_real to[ROWS * PK__PAIR];
     size_t other_at[ROWS];
     (void)unused;
     for (size_t i = 0; i < ROWS; i++)
         other_at[i] = (ROWS - 1 - i) * PK_PANEL;
     for (size_t p = 0; p < processor_count; p++)
-        for (size_t depth = 1; depth <= 20; depth++) {
-            processors[p].sums(ROWS, depth, numbers[0], ROWS, numbers[1], PK_PANEL, numbers[3], other_at, to);
-            for (size_t i = 0; i < ROWS * PK_PANEL; i++) {
-                const size_t row = i / PK_PANEL, j = i % PK_PANEL;
-                long double sum = 0;
-                for (size_t q = 0; q < depth; q++)
-                    sum += (long double)numbers[0][row + q * ROWS] * numbers[1][q * PK_PANEL + j];
-                expect_near(to[i], sum * numbers[3][other_at[row] + j], (double)depth, processors[p].name);
+        for (size_t depth = 1; depth <= 20; depth++)
+            for (size_t count = 1; count <= PK__TOGETHER; count++) {
+                const pk__panels b = {count, numbers[1], PK__PAIR, PK_PANEL, 0};
+                processors[p].sums(ROWS, depth, numbers[0], ROWS, &b, numbers[3], ROWS * PK_PANEL, other_at,
+                                   to);
+                for (size_t i = 0; i < ROWS * count * PK_PANEL; i++) {
+                    const size_t row = i / (count * PK_PANEL), j = i % (count * PK_PANEL);
+                    long double sum = 0;
+                    for (size_t q = 0; q < depth; q++)
+                        sum += (long double)numbers[0][row + q * ROWS] * numbers[1][q * PK__PAIR + j];
+                    expect_near(to[row * PK__PAIR + j], sum * other_of(other_at, row, j), (double)depth,
+                                processors[p].name);
+                }
             }
-        }
 }
 
 /* Processors that round once a term give the same bits, whatever their vectors. */
@@ -193,10 +224,11 @@ static void test_lengths(void **unused)
     for (size_t i = 0; i < ROWS; i++)
         to_at[i] = i * LD;
     for (size_t p = 0; p < processor_count && processors[p].fused; p++) {
-        pk__tile_target target = {PK__TILE_SET, p ? own : first, to_at, NULL, NULL};
-        processors[p].panel(ROWS, DEPTH, numbers[0], DEPTH, 1, numbers[1], PK_PANEL, numbers[2], &target);
+        pk__tile_target target = {PK__TILE_SET, p ? own : first, to_at, NULL, NULL, 0};
+        const pk__panels b = panels_of(PANELS);
+        processors[p].panels(ROWS, DEPTH, numbers[0], DEPTH, 1, &b, numbers[2], &target);
         for (size_t i = 0; p && i < ROWS; i++)
-            assert_memory_equal(own + i * LD, first + i * LD, PK_PANEL * sizeof *own);
+            assert_memory_equal(own + i * LD, first + i * LD, COLUMNS * sizeof *own);
     }
 }
 

@@ -38,19 +38,34 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_CODE
 
-/* Of the panels of a block of examples the one behind column, where there is one, into the first-level cache while that of
- * column is multiplied: tiles are short, so that the processor would see too late that they go on there. Of a deep panel its
- * beginning, which leaves the room to what is multiplied: caches are larger where there is AVX-512. */
-static void pk__fetch_next(size_t depth, const pk_real *panels, size_t column, size_t block)
+/* The first panel of a block of examples, of features a number each. */
+static const pk_real *pk__first_panel(const pk_real *all, size_t features, size_t first)
 {
-    const size_t next = column + PK_PANEL,
-                 rows = next < block ? pk__least(depth, PK__HAS_AVX512 ? 512 : 128) : 0;
+    return all + first * features; /* first is a multiple of PK_PANEL */
+}
+
+/* Of the panels of a block, those that are multiplied together from column on. */
+static pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
+{
+    const pk__panels own = {pk__least(PK__TOGETHER, pk__blocks(block - column, PK_PANEL)),
+                            pk__first_panel(panels, features, column), PK_PANEL, features * PK_PANEL, 0};
+    return own;
+}
+
+/* The same, with those behind them, where there are some, fetched in the meantime: tiles are short, so that the processor
+ * would see too late that they go on there. Tiles of AVX-512 fetch as they go; else the first-level cache, which is small,
+ * takes the beginning of deep panels, which leaves the room to what is multiplied. */
+static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
+{
+    pk__panels own = pk__panels_at(panels, features, column, block);
+    own.ahead = column + PK__PAIR < block ? features * PK__PAIR : 0;
 #if defined(__GNUC__)
-    for (size_t p = 0; p < rows; p++)
-        __builtin_prefetch(panels + next * depth + p * PK_PANEL);
-#else
-    (void)panels, (void)rows;
+    const size_t rows = own.ahead && !PK__HAS_AVX512 ? pk__least(features, 128) : 0;
+    for (size_t next = column + PK__PAIR; next < pk__least(block, column + 2 * PK__PAIR); next += PK_PANEL)
+        for (size_t p = 0; p < rows; p++)
+            __builtin_prefetch(panels + next * features + p * PK_PANEL);
 #endif
+    return own;
 }
 
 /* cells x columns of a tile = 0, up to the end of the last panel. */
@@ -66,25 +81,19 @@ PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const pk_real *panels, size_t block,
                               const pk_real *start, const pk__tile_target *target)
 {
-    const size_t most = pk__most_rows(depth);
+    const size_t most = pk__part_rows(rows, depth);
     pk__tile_target part = *target;
     for (size_t first = 0; first < rows; first += most) {
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
-        for (size_t column = 0; column < block; column += PK_PANEL) {
-            pk__fetch_next(depth, panels, column, block);
+        for (size_t column = 0; column < block; column += PK__PAIR) {
+            const pk__panels b = pk__fetch_panels(panels, depth, column, block);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
-            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1,
-                              panels + column * depth, PK_PANEL, start ? start + first : NULL, &part);
+            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1, &b,
+                              start ? start + first : NULL, &part);
         }
     }
-}
-
-/* The first panel of a block of examples, of features a number each. */
-static const pk_real *pk__panels(const pk_real *all, size_t features, size_t first)
-{
-    return all + first * features; /* first is a multiple of PK_PANEL */
 }
 
 /* left = start + inputs of rows (rows x in) times those of a block of examples. */
@@ -93,8 +102,8 @@ static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, 
 {
     const pk_node *node = tangent->node[layer];
     const size_t in = node->fan_in;
-    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL};
-    pk__block_product(rows, in, inputs, pk__panels(tangent->examples->input[layer], in, first), block,
+    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL, 0};
+    pk__block_product(rows, in, inputs, pk__first_panel(tangent->examples->input[layer], in, first), block,
                       pk__has_bias(node) ? start : NULL, &target);
     tangent->flops += 2.0 * (double)block * (double)(rows * in);
 }
@@ -104,8 +113,8 @@ static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t ce
                                     const size_t *to, const size_t *left, size_t first, size_t block)
 {
     const size_t out = tangent->node[layer]->width;
-    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left};
-    pk__block_product(cells, out, cotangents, pk__panels(tangent->examples->cotangent[layer], out, first),
+    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left, PK_PANEL};
+    pk__block_product(cells, out, cotangents, pk__first_panel(tangent->examples->cotangent[layer], out, first),
                       block, NULL, &target);
     tangent->flops += 2.0 * (double)block * (double)(cells * out);
 }
@@ -121,6 +130,8 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_examples *examples = tangent->examples;
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs);
+    const pk_real *input_panels = pk__first_panel(examples->input[layer], positions * in, first);
+    const pk_real *cotangent_panels = pk__first_panel(examples->cotangent[layer], positions * out, first);
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__least(together, points->count - p), pairs = count * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
@@ -134,20 +145,20 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
                 places[i * in + j] *= start[i];
             for (size_t k = 0; k < outputs; k++) {
                 tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK_TILE_LD;
-                tangent->place_left[i * outputs + k] = i * PK_PANEL;
+                tangent->place_left[i * outputs + k] = i * PK__PAIR;
             }
         }
-        for (size_t column = 0; column < block; column += PK_PANEL) {
-            const pk_real *inputs = pk__panels(examples->input[layer], positions * in, first + column);
-            const pk_real *cotangents = pk__panels(examples->cotangent[layer], positions * out, first + column);
-            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->panel_row, NULL, NULL};
-            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to, tangent->left,
-                                    tangent->place_left};
+        for (size_t column = 0; column < block; column += PK__PAIR) {
+            pk__panels inputs = pk__panels_at(input_panels, positions * in, column, block);
+            pk__panels cotangents = pk__panels_at(cotangent_panels, positions * out, column, block);
+            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->pair_row, NULL, NULL, 0};
+            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to,
+                                    tangent->left,     tangent->place_left,    PK_PANEL};
             for (size_t r = 0; r < positions; r++) {
-                pk__panel_product(pairs, in, places, in, 1, inputs + r * in * PK_PANEL, PK_PANEL,
-                                  pk__has_bias(node) ? start : NULL, &left);
-                pk__panel_product(pairs * outputs, out, deltas, out, 1, cotangents + r * out * PK_PANEL,
-                                  PK_PANEL, NULL, &tile);
+                pk__panel_product(pairs, in, places, in, 1, &inputs, pk__has_bias(node) ? start : NULL, &left);
+                pk__panel_product(pairs * outputs, out, deltas, out, 1, &cotangents, NULL, &tile);
+                inputs.first += in * PK_PANEL;
+                cotangents.first += out * PK_PANEL;
             }
         }
         tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
@@ -234,7 +245,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
 {
     const pk_node *node = tangent->node[layer];
     const size_t outputs = tangent->outputs, out = node->width;
-    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], out, first);
+    const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], out, first);
     pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.segment.tape.value[node->inputs[0]],
                         tangent->ones, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
@@ -242,17 +253,18 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const pk_real *slopes = tangent->slopes + p * 2 * out;
         const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
         const size_t *unit_row = tangent->unit_row + row * 2 * out;
-        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL};
+        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL, 0};
         last = pk__row_end(points, p);
-        for (size_t column = 0; column < block; column += PK_PANEL) {
-            pk__fetch_next(out, cotangents, column, block);
+        for (size_t column = 0; column < block; column += PK__PAIR) {
+            const pk__panels b = pk__fetch_panels(cotangents, out, column, block);
+            const pk__panels left = {b.count, tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, PK_PANEL, 0};
+            const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
+            tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__least(PK__HEAD_PART, units - j);
-                tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
-                pk__panel_sums(count, last - p, slopes + j, 2 * out, tangent->left + p * PK_TILE_LD + column,
-                               PK_TILE_LD, cotangents + column * out, unit_row + j, tangent->sums);
-                pk__panel_product(outputs, count, weights + j, 2 * out, 1, tangent->sums, PK_PANEL, NULL,
-                                  &tile);
+                pk__panel_sums(count, last - p, slopes + j, 2 * out, &left, b.first, b.apart, unit_row + j,
+                               tangent->sums);
+                pk__panel_product(outputs, count, weights + j, 2 * out, 1, &sums, NULL, &tile);
             }
         }
         tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
@@ -298,7 +310,7 @@ static int pk__is_readout(const pk_tangent *tangent, size_t layer)
 static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs;
-    const pk_real *panels = pk__panels(tangent->examples->cotangent[layer], outputs, first);
+    const pk_real *panels = pk__first_panel(tangent->examples->cotangent[layer], outputs, first);
     for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
         const pk_real *left = tangent->left + cell / outputs * PK_TILE_LD;
         pk_real *tile = tangent->tile + cell * PK_TILE_LD;
@@ -434,24 +446,26 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
                                 size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
-    const size_t in = node->fan_in, out = node->fan_out, places = node->positions, most = pk__most_rows(in);
+    const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
+                 most = pk__part_rows(node->fan_out, node->fan_in);
     /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
     const int together = tangent->kind[layer] == PK_LAYER_ROWS;
     const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
-    const pk_real *inputs = pk__panels(tangent->examples->input[layer], places * in, first);
-    const pk_real *cotangents = pk__panels(tangent->examples->cotangent[layer], places * out, first);
-    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row};
+    const pk_real *panels = pk__first_panel(tangent->examples->input[layer], places * in, first);
+    const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], places * out, first);
+    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row, places * out * PK_PANEL};
     for (size_t k = 0; k < outputs; k++)
         for (size_t j = 0; j < out; j += most)
-            for (size_t column = 0; column < columns; column += PK_PANEL)
-                for (size_t q = 0; q < places; q++) {
-                    target.to = tile + k * PK_TILE_LD + column;
+            for (size_t column = 0; column < columns; column += PK__PAIR) {
+                pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
+                target.to = tile + k * PK_TILE_LD + column;
+                for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
                     target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
-                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1,
-                                      inputs + column * places * in + q * in * PK_PANEL, PK_PANEL,
+                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
                                       biases ? biases + k * bias_stride + j : NULL, &target);
                 }
+            }
     tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
 }
 

@@ -72,13 +72,13 @@ typedef struct pk_tangent {
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
     /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
      * the places of a layer that is used at several; one after another in a tile or a panel. */
-    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row;
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
     /* The headed layer: */
     pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
     size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
     size_t *unit_count;    /* rows */
-    pk_real *sums;         /* PK__HEAD_PART x PK_PANEL */
+    pk_real *sums;         /* PK__HEAD_PART x PK__PAIR */
     /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
     pk_real *places, *place_start;
     pk_points sorted;
@@ -92,7 +92,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
                             size_t materialise, size_t unit, int bounds,
                             const pk_representation *representation, pk_tangent *tangent);
 /* How many test rows make a block, from shapes alone. */
-PK_API size_t pk_tangent_block(size_t outputs);
+PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs);
 /* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
 PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
 
@@ -107,9 +107,17 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_CODE
 
-PK_API size_t pk_tangent_block(size_t outputs)
+PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
 {
-    return pk__most(1, pk__least(32, 50 / pk__most(outputs, 1)));
+    /* What is in memory of them at one time stays in the second-level cache. Examples of wide layers do not, and are worth
+     * fetching for more rows. */
+    size_t widest = 0;
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        widest = pk__most(widest, pk__most(node->fan_in, node->fan_out));
+    }
+    return pk__most(1, pk__least(widest < 128 || widest >= 256 ? 32 : 16,
+                                 (widest < 256 ? 50 : 100) / pk__most(outputs, 1)));
 }
 
 PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
@@ -134,7 +142,7 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
 }
 
 enum {
-    PK__PART_NUMBERS = 1 << 14, /* packed numbers that stay in the second-level cache beside the panels */
+    PK__PART_NUMBERS = 1 << 14, /* of rows, which stay in a second-level cache of 512 KB beside the panels */
     PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
 };
 
@@ -172,10 +180,13 @@ PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
     return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
 
-/* Rows of a product whose packed numbers stay in the second-level cache while panel after panel passes. */
-PK__PRIVATE size_t pk__most_rows(size_t depth)
+/* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
+PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 {
-    return pk__most(2, (size_t)PK__PART_NUMBERS / PK__TALLEST / pk__most(depth, 1)) * PK__TALLEST;
+    const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
+    const size_t tiles = 2 * PK__TALLEST, most = pk__most(1, numbers / tiles / pk__most(depth, 1)) * tiles;
+    const size_t parts = pk__blocks(pk__most(rows, 1), most);
+    return pk__most(1, pk__blocks(pk__blocks(rows, parts), tiles)) * tiles;
 }
 
 static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
@@ -206,7 +217,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
         most = pk__most(most, node->fan_out);
     }
     tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
-    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK_PANEL), 1);
+    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK__PAIR), 1);
     tangent->ones = pk__take_reals(arena, items, 1);
     tangent->point_to = pk__take_indices(arena, points * outputs);
     tangent->cell_left = pk__take_indices(arena, items * outputs);
@@ -218,13 +229,16 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->slopes = pk__take_reals(arena, points, 2 * widest);
     tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
     tangent->unit_count = pk__take_indices(arena, rows);
-    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK_PANEL);
+    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK__PAIR);
     tangent->tile_row = pk__take_indices(arena, most);
     tangent->panel_row = pk__take_indices(arena, most);
+    tangent->pair_row = pk__take_indices(arena, places);
     for (size_t i = 0; tangent->panel_row && i < most; i++) {
         tangent->tile_row[i] = i * PK_TILE_LD;
         tangent->panel_row[i] = i * PK_PANEL;
     }
+    for (size_t i = 0; tangent->panel_row && i < places; i++)
+        tangent->pair_row[i] = i * PK__PAIR;
     for (size_t i = 0; tangent->panel_row && i < items; i++)
         tangent->ones[i] = 1;
     for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)

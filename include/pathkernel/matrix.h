@@ -170,26 +170,27 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
                                  size_t ldc)
 {
     PK__ALIGNED pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK_PANEL];
+    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
     const size_t most = pk__block_terms();
     size_t tile_at[PK__BLOCK_ROWS];
-    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL};
+    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
     for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
-        tile_at[j] = j * PK_PANEL;
+        tile_at[j] = j * PK__PAIR;
     for (size_t p = 0; p < k; p += most) {
         const size_t depth = pk__least(k - p, most);
         for (size_t top = 0; top < m; top += PK_PANEL)
             pk__pack_panel(pk__least(m - top, PK_PANEL), depth, a + top * row_a + p * column_a, column_a, row_a,
                            packed + top * PK__DEPTH);
         for (size_t first = 0; first < n; first += PK__BLOCK_ROWS)
-            for (size_t top = 0; top < m; top += PK_PANEL) {
-                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK_PANEL);
-                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, packed + top * PK__DEPTH, PK_PANEL,
-                                  NULL, &target);
+            for (size_t top = 0; top < m; top += PK__PAIR) {
+                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK__PAIR);
+                const pk__panels own = {pk__blocks(count, PK_PANEL), packed + top * PK__DEPTH, PK_PANEL,
+                                        PK_PANEL * PK__DEPTH, 0};
+                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, &own, NULL, &target);
                 for (size_t i = 0; i < count; i++)
                     for (size_t j = 0; j < rows; j++) {
                         pk_real *to = c + (top + i) * ldc + first + j;
-                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK_PANEL + i];
+                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK__PAIR + i];
                     }
             }
     }
@@ -203,13 +204,13 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                              pk_real *c, size_t ldc)
 {
     PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK_PANEL];
+    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
     const size_t most = pk__block_terms();
     size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
     for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++) {
-        tile_at[i] = i * PK_PANEL;
+        tile_at[i] = i * PK__PAIR;
         c_at[i] = i * ldc;
     }
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
@@ -220,7 +221,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         return;
     }
     /* A block of B is packed once for all rows, where there are more of them than one block. */
-    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK_PANEL;
+    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK__PAIR;
     for (size_t p = 0; p < k; p += most) {
         const size_t depth = pk__least(k - p, most);
         const int overwrite = beta == 0 && p == 0;
@@ -228,30 +229,32 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
             const size_t right = pk__least(n, left + wide);
             for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
                 const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
-                for (size_t j = left; j < right; j += PK_PANEL) {
-                    const size_t columns = pk__least(n - j, PK_PANEL);
-                    const int direct = columns == PK_PANEL && alpha == 1;
-                    const pk_real *panel = b + p * row_b + j * column_b;
-                    size_t step = row_b;
+                for (size_t j = left; j < right; j += PK__PAIR) {
+                    const size_t columns = pk__least(n - j, PK__PAIR);
+                    const int whole = columns % PK_PANEL == 0, direct = whole && alpha == 1;
+                    pk__panels own = {pk__blocks(columns, PK_PANEL), b + p * row_b + j * column_b, row_b,
+                                      PK_PANEL, 0};
                     pk__tile_target target;
                     memset(&target, 0, sizeof target);
                     target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
                     target.to = direct ? c + top * ldc + j : tile;
                     target.to_at = direct ? c_at : tile_at;
                     /* Rows of B that are used once or twice are read where they are. */
-                    if (transpose_b || columns < PK_PANEL || m > 2 * PK__TALLEST) {
-                        pk_real *own = packed + (j - left) * PK__DEPTH;
-                        if (top == 0)
-                            pk__pack_panel(columns, depth, panel, row_b, column_b, own);
-                        panel = own;
-                        step = PK_PANEL;
+                    if (transpose_b || !whole || m > 2 * PK__TALLEST) {
+                        pk_real *copy = packed + (j - left) * PK__DEPTH;
+                        for (size_t q = 0; q < columns && top == 0; q += PK_PANEL)
+                            pk__pack_panel(pk__least(columns - q, PK_PANEL), depth, own.first + q * column_b,
+                                           row_b, column_b, copy + q * PK__DEPTH);
+                        own.first = copy;
+                        own.step = PK_PANEL;
+                        own.apart = PK_PANEL * PK__DEPTH;
                     }
-                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, panel, step,
-                                      NULL, &target);
+                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, &own, NULL,
+                                      &target);
                     for (size_t i = 0; !direct && i < rows; i++)
                         for (size_t q = 0; q < columns; q++) {
                             pk_real *to = c + (top + i) * ldc + j + q;
-                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK_PANEL + q];
+                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK__PAIR + q];
                         }
                 }
             }
@@ -391,16 +394,15 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
                                             term + r / group * PK__DEPTH);
             for (size_t j = 0; j < whole; j += PK__BLOCK_COLUMNS) {
                 const size_t columns = pk__least(PK__BLOCK_COLUMNS, whole - j);
+                const pk__panels panels = {columns / PK_PANEL, packed, PK_PANEL, PK_PANEL * PK__DEPTH, 0};
                 for (size_t q = 0; q < columns; q += PK_PANEL)
                     pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
                 for (size_t r = 0; r < rows; r += group) {
                     const size_t count = pk__least(group, rows - r), g = r / group;
                     for (size_t i = 0; i < count; i++)
                         memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
-                    for (size_t q = 0; q < columns; q += PK_PANEL)
-                        pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH,
-                                           packed + q * PK__DEPTH, overwrite && p == 0,
-                                           c + (top + r) * ldc + j + q, ldc);
+                    pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH, &panels,
+                                       overwrite && p == 0, c + (top + r) * ldc + j, ldc);
                 }
             }
         }

@@ -103,7 +103,11 @@ typedef pk_real pk__vector;
 #define PK__ADD_avx512(sum, number, beside) __builtin_ia32_vfmaddpd512_mask((number)-zero, beside, sum, -1, 4)
 #endif
 
-enum { PK__TALLEST = 6 }; /* rows of a tile of two vectors a row */
+enum {
+    PK__TALLEST = 6,                   /* rows of a tile of two vectors a row */
+    PK__TOGETHER = 2,                  /* panels that are worth multiplying together, */
+    PK__PAIR = PK__TOGETHER * PK_PANEL /* and their columns */
+};
 
 typedef enum pk__tile_form {
     PK__TILE_SET,      /* to = product */
@@ -112,13 +116,23 @@ typedef enum pk__tile_form {
     PK__TILE_DOT       /* to[0] += sum of other o product over the rows of a tile */
 } pk__tile_form;
 
-/* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`. */
+/* Panels of B that stand side by side in a product: row p of panel q begins at first + q * apart + p * step. */
+typedef struct pk__panels {
+    size_t count;
+    const pk_real *first;
+    size_t step, apart;
+    size_t ahead; /* what is multiplied next begins so much further, 0: unknown */
+} pk__panels;
+
+/* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`; those of
+ * panel q PK_PANEL numbers further for each panel before it, with numbers that are other_apart further. */
 typedef struct pk__tile_target {
     pk__tile_form form;
     pk_real *to;
     const size_t *to_at;
     const pk_real *other; /* of HADAMARD and DOT */
     const size_t *other_at;
+    size_t other_apart;
 } pk__tile_target;
 
 /* Rows as tiles: so many of 6 and then so many of 4. */
@@ -210,9 +224,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
     PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
     PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
-    attributes static void pk__panel_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,     \
-                                              size_t along, const pk_real *panel, size_t step,                \
-                                              const pk_real *start, const pk__tile_target *target)            \
+    attributes static void pk__panel_of_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,  \
+                                                 size_t along, const pk_real *panel, size_t step,             \
+                                                 const pk_real *start, const pk__tile_target *target)         \
     {                                                                                                         \
         const size_t *to_at = target->to_at, *other_at = target->other_at;                                    \
         size_t sixes, fours, first = 0, count;                                                                \
@@ -231,6 +245,17 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             else                                                                                              \
                 pk__tile_4_##suffix(count, depth, own, across, along, panel, step, begin, target, to, other); \
         }                                                                                                     \
+    }                                                                                                         \
+    attributes static void pk__panels_##suffix(size_t rows, size_t depth, const pk_real *a, size_t across,    \
+                                               size_t along, const pk__panels *b, const pk_real *start,       \
+                                               const pk__tile_target *target)                                 \
+    {                                                                                                         \
+        pk__tile_target own = *target;                                                                        \
+        for (size_t q = 0; q < b->count; q++, own.to += PK_PANEL) {                                           \
+            own.other = target->other ? target->other + q * target->other_apart : NULL;                       \
+            pk__panel_of_##suffix(rows, depth, a, across, along, b->first + q * b->apart, b->step, start,     \
+                                  &own);                                                                      \
+        }                                                                                                     \
     }
 
 /* Rows that are 0 at the same terms: of those only the others, which are told by number. */
@@ -244,114 +269,107 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         *(vector *)own = left##i;                       \
         *(vector *)(own + lanes) = right##i;            \
     }
-#define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                \
-    attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,  \
-                                               const pk_real *a, size_t across, const pk_real *panel, \
-                                               int overwrite, pk_real *to, size_t ld)                 \
-    {                                                                                                 \
-        typedef vectors vector;                                                                       \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                     \
-        const vector zero = {0};                                                                      \
-        const pk_real *start = NULL;                                                                  \
-        for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {             \
-            const size_t count = pk__least(4, rows - first);                                          \
-            PK__EACH_4(PK__TILE_ROW)                                                                  \
-            for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                         \
-                PK__EACH_4(PK__TILE_START)                                                            \
-                for (size_t p = 0; p < terms; p++) {                                                  \
-                    const size_t at = term[p];                                                        \
-                    const pk_real *b = panel + column + at * PK_PANEL;                                \
-                    const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes); \
-                    PK__EACH_4(PK__STEP_##suffix)                                                     \
-                }                                                                                     \
-                PK__EACH_4(PK__PICKED_END)                                                            \
-            }                                                                                         \
-        }                                                                                             \
+#define PK__DEFINE_PICKED(suffix, attributes, vectors)                                                        \
+    attributes static void pk__picked_##suffix(size_t rows, size_t terms, const unsigned char *term,          \
+                                               const pk_real *a, size_t across, const pk__panels *panels,     \
+                                               int overwrite, pk_real *to, size_t ld)                         \
+    {                                                                                                         \
+        typedef vectors vector;                                                                               \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                             \
+        const vector zero = {0};                                                                              \
+        const pk_real *start = NULL;                                                                          \
+        for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {                     \
+            const size_t count = pk__least(4, rows - first);                                                  \
+            PK__EACH_4(PK__TILE_ROW)                                                                          \
+            for (size_t column = 0; column < panels->count * PK_PANEL; column += 2 * lanes) {                 \
+                const pk_real *panel = panels->first + column / PK_PANEL * panels->apart + column % PK_PANEL; \
+                PK__EACH_4(PK__TILE_START)                                                                    \
+                for (size_t p = 0; p < terms; p++) {                                                          \
+                    const size_t at = term[p];                                                                \
+                    const pk_real *b = panel + at * panels->step;                                             \
+                    const vector left_b = *(const vector *)b, right_b = *(const vector *)(b + lanes);         \
+                    PK__EACH_4(PK__STEP_##suffix)                                                             \
+                }                                                                                             \
+                PK__EACH_4(PK__PICKED_END)                                                                    \
+            }                                                                                                 \
+        }                                                                                                     \
     }
 
 /* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
-#define PK__SUM_LOAD(i)                                         \
-    vector left##i = zero, right##i = zero;                     \
-    if (i < count) {                                            \
-        left##i = *(const vector *)(b + i * step);              \
-        if (both)                                               \
-            right##i = *(const vector *)(b + i * step + lanes); \
+#define PK__SUM_LOAD(i)                                     \
+    vector left##i = zero, right##i = zero;                 \
+    if (i < count) {                                        \
+        left##i = *(const vector *)(b + i * step);          \
+        right##i = *(const vector *)(b + i * step + lanes); \
     }
-#define PK__SUM_STEP(i, ADD)                                  \
-    if (i < count) {                                          \
-        left = ADD(left, a[row + i * along], left##i);        \
-        if (both)                                             \
-            right = ADD(right, a[row + i * along], right##i); \
+#define PK__SUM_STEP(i, ADD)                              \
+    if (i < count) {                                      \
+        left = ADD(left, a[row + i * along], left##i);    \
+        right = ADD(right, a[row + i * along], right##i); \
     }
 #define PK__SUM_base(i) PK__SUM_STEP(i, PK__ADD_base)
 #define PK__SUM_avx2(i) PK__SUM_STEP(i, PK__ADD_avx2)
 #define PK__SUM_avx512(i) PK__SUM_STEP(i, PK__ADD_avx512)
 #define PK__DEFINE_SUMS(suffix, attributes, vectors)                                                           \
     attributes PK__INLINE void pk__sums_of_##suffix(size_t count, size_t rows, const pk_real *a, size_t along, \
-                                                    const pk_real *panel, size_t step, int begin, int end,     \
-                                                    const pk_real *other, const size_t *other_at, pk_real *to) \
+                                                    size_t columns, const pk_real *panel, size_t step,         \
+                                                    int begin, int end, const pk_real *others, size_t apart,   \
+                                                    const size_t *other_at, pk_real *to)                       \
     {                                                                                                          \
         typedef vectors vector;                                                                                \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)), both = lanes < PK_PANEL };                     \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                              \
         const vector zero = {0};                                                                               \
-        for (size_t column = 0; column < PK_PANEL; column += 2 * lanes) {                                      \
+        const size_t next = 2 * lanes > PK_PANEL ? apart : (size_t)lanes;                                      \
+        for (size_t column = 0; column < columns; column += 2 * lanes) {                                       \
             const pk_real *b = panel + column;                                                                 \
+            const pk_real *other = others + column / PK_PANEL * apart + column % PK_PANEL;                     \
             PK__EACH_6(PK__SUM_LOAD)                                                                           \
             for (size_t row = 0; row < rows; row++) {                                                          \
-                vector *at = (vector *)(to + row * PK_PANEL + column),                                         \
-                       *beside = (vector *)(to + row * PK_PANEL + column + lanes);                             \
+                vector *at = (vector *)(to + row * PK__PAIR + column);                                         \
                 vector left = zero, right = zero;                                                              \
                 if (!begin) {                                                                                  \
-                    left = *at;                                                                                \
-                    if (both)                                                                                  \
-                        right = *beside;                                                                       \
+                    left = at[0];                                                                              \
+                    right = at[1];                                                                             \
                 }                                                                                              \
                 PK__EACH_6(PK__SUM_##suffix)                                                                   \
                 if (end) {                                                                                     \
-                    left *= *(const vector *)(other + other_at[row] + column);                                 \
-                    if (both)                                                                                  \
-                        right *= *(const vector *)(other + other_at[row] + column + lanes);                    \
+                    left *= *(const vector *)(other + other_at[row]);                                          \
+                    right *= *(const vector *)(other + other_at[row] + next);                                  \
                 }                                                                                              \
-                *at = left;                                                                                    \
-                if (both)                                                                                      \
-                    *beside = right;                                                                           \
+                at[0] = left;                                                                                  \
+                at[1] = right;                                                                                 \
             }                                                                                                  \
         }                                                                                                      \
     }                                                                                                          \
     attributes static void pk__sums_##suffix(size_t rows, size_t depth, const pk_real *a, size_t along,        \
-                                             const pk_real *panel, size_t step, const pk_real *other,          \
-                                             const size_t *other_at, pk_real *to)                              \
+                                             const pk__panels *panels, const pk_real *other,                   \
+                                             size_t other_apart, const size_t *other_at, pk_real *to)          \
     {                                                                                                          \
+        const size_t step = panels->step, columns = panels->count * PK_PANEL;                                  \
+        const size_t apart = panels->count > 1 ? other_apart : 0;                                              \
         for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
             const size_t count = pk__least(PK__TALLEST, depth - p);                                            \
-            const pk_real *own = a + p * along, *b = panel + p * step;                                         \
+            const pk_real *own = a + p * along, *b = panels->first + p * step;                                 \
             const int begin = p == 0, end = p + count == depth;                                                \
-            if (!PK__KNOWN_##suffix)                                                                           \
-                pk__sums_of_##suffix(count, rows, own, along, b, step, begin, end, other, other_at, to);       \
-            else                                                                                               \
-                switch (count) {                                                                               \
-                case 1:                                                                                        \
-                    pk__sums_of_##suffix(1, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 2:                                                                                        \
-                    pk__sums_of_##suffix(2, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 3:                                                                                        \
-                    pk__sums_of_##suffix(3, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 4:                                                                                        \
-                    pk__sums_of_##suffix(4, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                case 5:                                                                                        \
-                    pk__sums_of_##suffix(5, rows, own, along, b, step, begin, end, other, other_at, to);       \
-                    break;                                                                                     \
-                default: pk__sums_of_##suffix(6, rows, own, along, b, step, begin, end, other, other_at, to);  \
-                }                                                                                              \
+            PK__SUMS_CASES(PK__KNOWN_##suffix, pk__sums_of_##suffix)                                           \
         }                                                                                                      \
+    }
+#define PK__SUMS_OF(name, count) \
+    name(count, rows, own, along, columns, b, step, begin, end, other, apart, other_at, to)
+#define PK__SUMS_CASES(known, name)          \
+    switch (known ? count : 0) {             \
+    case 0: PK__SUMS_OF(name, count); break; \
+    case 1: PK__SUMS_OF(name, 1); break;     \
+    case 2: PK__SUMS_OF(name, 2); break;     \
+    case 3: PK__SUMS_OF(name, 3); break;     \
+    case 4: PK__SUMS_OF(name, 4); break;     \
+    case 5: PK__SUMS_OF(name, 5); break;     \
+    default: PK__SUMS_OF(name, 6);           \
     }
 
 #ifdef PK__AVX512
-/* A vector is a row of a panel, and an accumulator a row of the tile: it takes 12 rows to keep two multipliers busy. They are
+/* A vector is a row of a panel, and an accumulator a row of the tile. Tiles are as wide as two panels, where there are two:
+ * a number of A is fetched once for both, and fetching is what bounds tiles of one (bench_matrix: 110 to 122 GF/s). Rows are
  * groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first rows of a
  * group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. term: as below, or NULL:
  * all terms. */
@@ -363,35 +381,54 @@ typedef struct pk__group {
 #define PK__WIDE_TAKE(g)                                                                           \
     const pk_real *a##g = group[g < groups ? g : 0].a;                                             \
     const size_t row##g = group[g < groups ? g : 0].row, skip##g = group[g < groups ? g : 0].skip; \
-    vector sum##g##0 = zero, sum##g##1 = zero, sum##g##2 = zero, sum##g##3 = zero;
-#define PK__WIDE_EACH(X, g) \
-    if (g < groups) {       \
-        X(g, 0)             \
-        X(g, 1)             \
-        X(g, 2)             \
-        X(g, 3)             \
+    vector left##g##0 = zero, left##g##1 = zero, left##g##2 = zero, left##g##3 = zero;             \
+    vector right##g##0 = zero, right##g##1 = zero, right##g##2 = zero, right##g##3 = zero;
+#define PK__WIDE_EACH(X, g)                 \
+    if (g < groups) {                       \
+        if (!(halved && g + 1 == groups)) { \
+            X(g, 0)                         \
+            X(g, 1)                         \
+        }                                   \
+        X(g, 2)                             \
+        X(g, 3)                             \
     }
-#define PK__WIDE_START(g, i) sum##g##i = (i < skip##g ? 0 : start[row##g + i]) - zero;
-#define PK__WIDE_STEP(g, i) sum##g##i = PK__ADD_avx512(sum##g##i, a##g[at + distance##i], beside);
-#define PK__WIDE_END(g, i, assign, value) \
-    if (i >= skip##g)                     \
-        *(vector *)(target->to + target->to_at[row##g + i]) assign(value);
-#define PK__WIDE_OTHER(g, i) (*(const vector *)(target->other + target->other_at[row##g + i]))
-#define PK__WIDE_SETS(g, i) PK__WIDE_END(g, i, =, sum##g##i)
-#define PK__WIDE_ADDS(g, i) PK__WIDE_END(g, i, +=, sum##g##i)
-#define PK__WIDE_HADAMARDS(g, i) PK__WIDE_END(g, i, +=, sum##g##i * PK__WIDE_OTHER(g, i))
-#define PK__WIDE_DOTS(g, i) \
-    if (i >= skip##g)       \
-        all += sum##g##i * PK__WIDE_OTHER(g, i);
+#define PK__WIDE_START(g, i) left##g##i = right##g##i = (i < skip##g ? 0 : start[row##g + i]) - zero;
+#define PK__WIDE_STEP(g, i)                                                  \
+    left##g##i = PK__ADD_avx512(left##g##i, a##g[at + distance##i], left_b); \
+    if (both)                                                                \
+        right##g##i = PK__ADD_avx512(right##g##i, a##g[at + distance##i], right_b);
+#define PK__WIDE_END(g, i, assign, left_value, right_value)              \
+    if (i >= skip##g) {                                                  \
+        vector *to = (vector *)(target->to + target->to_at[row##g + i]); \
+        to[0] assign(left_value);                                        \
+        if (both)                                                        \
+            to[1] assign(right_value);                                   \
+    }
+#define PK__WIDE_OTHER(g, i, beside) \
+    (*(const vector *)(target->other + target->other_at[row##g + i] + (beside)))
+#define PK__WIDE_SETS(g, i) PK__WIDE_END(g, i, =, left##g##i, right##g##i)
+#define PK__WIDE_ADDS(g, i) PK__WIDE_END(g, i, +=, left##g##i, right##g##i)
+#define PK__WIDE_HADAMARDS(g, i)                                 \
+    PK__WIDE_END(g, i, +=, left##g##i * PK__WIDE_OTHER(g, i, 0), \
+                 right##g##i * PK__WIDE_OTHER(g, i, target->other_apart))
+#define PK__WIDE_DOTS(g, i)                                                       \
+    if (i >= skip##g) {                                                           \
+        left_sum += left##g##i * PK__WIDE_OTHER(g, i, 0);                         \
+        if (both)                                                                 \
+            right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
+    }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
-PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, const size_t *distance,
-                                         size_t depth, const unsigned char *term, size_t along,
-                                         const pk_real *panel, size_t step, const pk_real *start,
+PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
+                                         const size_t *distance, size_t depth, const unsigned char *term,
+                                         size_t along, const pk__panels *b, const pk_real *start,
                                          const pk__tile_target *target)
 {
     typedef pk__whole_vector vector;
     const vector zero = {0};
     const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
+    const size_t step = b->step, ahead = b->ahead;
+    const int fetching = groups > 1 && !term;
+    const pk_real *panel = b->first, *beside = panel + b->apart;
     PK__WIDE_TAKE(0)
     PK__WIDE_TAKE(1)
     PK__WIDE_TAKE(2)
@@ -400,8 +437,14 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, 
     }
     PK__UNROLL
     for (size_t p = 0; p < depth; p++) {
-        const size_t at = (term ? term[p] : p) * along;
-        const vector beside = *(const vector *)(panel + (term ? term[p] : p) * step);
+        const size_t q = term ? term[p] : p, at = q * along;
+        if (fetching) {
+            __builtin_prefetch(panel + q * step + ahead);
+            if (both)
+                __builtin_prefetch(beside + q * step + ahead);
+        }
+        const vector left_b = *(const vector *)(panel + q * step),
+                     right_b = both ? *(const vector *)(beside + q * step) : zero;
         PK__WIDE_GROUPS(PK__WIDE_STEP)
     }
     if (target->form == PK__TILE_SET) {
@@ -409,60 +452,88 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, const pk__group *group, 
     } else if (target->form == PK__TILE_ADD) {
         PK__WIDE_GROUPS(PK__WIDE_ADDS)
     } else if (target->form == PK__TILE_DOT) {
-        vector all = *(vector *)target->to;
+        vector *to = (vector *)target->to;
+        vector left_sum = to[0], right_sum = both ? to[1] : zero;
         PK__WIDE_GROUPS(PK__WIDE_DOTS)
-        *(vector *)target->to = all;
+        to[0] = left_sum;
+        if (both)
+            to[1] = right_sum;
     } else {
         PK__WIDE_GROUPS(PK__WIDE_HADAMARDS)
     }
 }
 
-/* Tiles of three groups of rows; and of two, where there would be one of one. */
-PK__AVX512 PK__INLINE void pk__wide_tiles(size_t rows, size_t depth, const unsigned char *term,
-                                          const pk_real *a, size_t across, size_t along, const pk_real *panel,
-                                          size_t step, const pk_real *start, const pk__tile_target *target)
+/* Tiles of two groups of rows, or of three; and, for networks of ten outputs, of two and a half. */
+PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, const unsigned char *term,
+                                          const pk_real *a, size_t across, size_t along, const pk__panels *b,
+                                          const pk_real *start, const pk__tile_target *target)
 {
     const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
     const size_t missing = rows < 4 ? 4 - rows : 0;
     size_t distance[4];
     for (size_t i = 0; i < 4; i++)
         distance[i] = i < missing ? 0 : (i - missing) * across;
+    pk__panels own = *b;
     for (size_t done = 0, groups; done < all; done += groups) {
         pk__group group[3];
-        groups = all - done == 4 ? 2 : pk__least(3, all - done);
+        const size_t rest = all - done;
+        groups = rest == 1 ? 1 : both ? 2 + rest % 2 : rest == 4 ? 2 : pk__least(3, rest);
         for (size_t g = 0; g < groups; g++) {
             const size_t first = pk__least(4 * (done + g), last);
             group[g].a = a + first * across;
             group[g].skip = 4 * (done + g) - first + missing;
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
         }
-        if (groups == 3)
-            pk__wide_tile(3, group, distance, depth, term, along, panel, step, start, target);
+        if (groups == 3 && both && group[2].skip >= 2)
+            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, start, target);
+        else if (groups == 3)
+            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, start, target);
         else if (groups == 2)
-            pk__wide_tile(2, group, distance, depth, term, along, panel, step, start, target);
+            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, start, target);
         else
-            pk__wide_tile(1, group, distance, depth, term, along, panel, step, start, target);
+            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, start, target);
+        own.ahead = 0;
     }
 }
 
-PK__AVX512 static void pk__panel_avx512(size_t rows, size_t depth, const pk_real *a, size_t across,
-                                        size_t along, const pk_real *panel, size_t step, const pk_real *start,
-                                        const pk__tile_target *target)
+/* Two panels at a time, and the last one of an odd number. */
+PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsigned char *term,
+                                           const pk_real *a, size_t across, size_t along, const pk__panels *b,
+                                           const pk_real *start, const pk__tile_target *target)
 {
-    pk__wide_tiles(rows, depth, NULL, a, across, along, panel, step, start, target);
+    pk__panels pair = *b;
+    pk__tile_target own = *target;
+    for (size_t rest = b->count; rest > 0; rest -= pk__least(rest, 2)) {
+        if (rest > 1)
+            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, start, &own);
+        else
+            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, start, &own);
+        pair.first += 2 * pair.apart;
+        own.to += 2 * PK_PANEL;
+        own.other = own.other ? own.other + 2 * own.other_apart : NULL;
+    }
+}
+
+PK__AVX512 static void pk__panels_avx512(size_t rows, size_t depth, const pk_real *a, size_t across,
+                                         size_t along, const pk__panels *b, const pk_real *start,
+                                         const pk__tile_target *target)
+{
+    pk__wide_panels(rows, depth, NULL, a, across, along, b, start, target);
 }
 
 PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
-                                         size_t across, const pk_real *panel, int overwrite, pk_real *to,
+                                         size_t across, const pk__panels *b, int overwrite, pk_real *to,
                                          size_t ld)
 {
-    size_t at[12];
-    pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, to, at, NULL, NULL};
-    for (size_t first = 0; first < rows; first += 12) {
-        const size_t count = pk__least(12, rows - first);
-        for (size_t i = 0; i < count; i++)
-            at[i] = (first + i) * ld;
-        pk__wide_tiles(count, terms, term, a + first * across, across, 1, panel, PK_PANEL, NULL, &target);
+    enum { AT_ONCE = 16 };
+    size_t at[AT_ONCE];
+    for (size_t i = 0; i < AT_ONCE; i++)
+        at[i] = i * ld;
+    for (size_t first = 0; first < rows; first += AT_ONCE) {
+        const pk__tile_target target = {
+            overwrite ? PK__TILE_SET : PK__TILE_ADD, to + first * ld, at, NULL, NULL, 0};
+        pk__wide_panels(pk__least(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
+                        &target);
     }
 }
 #endif
@@ -470,35 +541,33 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
 PK__FOR_AVX2(PK__DEFINE_PANEL)
 PK__FOR_BASE(PK__DEFINE_PANEL)
 
-/* target form= start + A panel: A is rows x depth, element (i, p) at a[i * across + p * along]; row p of the panel
- * starts at panel + p * step. start: a number for each row, NULL: 0. No two rows of a tile have one place, unless they
- * are added to it. */
+/* target form= start + A B: A is rows x depth, element (i, p) at a[i * across + p * along]; B is panels. start: a number
+ * for each row, NULL: 0. No two rows of a tile have one place, unless they are added to it. */
 PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
-                                   const pk_real *panel, size_t step, const pk_real *start,
-                                   const pk__tile_target *target)
+                                   const pk__panels *b, const pk_real *start, const pk__tile_target *target)
 {
-    PK__ON_PROCESSOR(pk__panel, (rows, depth, a, across, along, panel, step, start, target));
+    PK__ON_PROCESSOR(pk__panels, (rows, depth, a, across, along, b, start, target));
 }
 
 PK__FOR_AVX2(PK__DEFINE_PICKED)
 PK__FOR_BASE(PK__DEFINE_PICKED)
 
-/* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A panel: element (i, p) of A is
- * a[i * across + p], the rows of the panel stand one behind the other. */
+/* to (rows, ld) = or, unless overwrite, += the terms term[0 .. terms - 1] of A B: element (i, p) of A is a[i * across + p]. */
 PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
-                                    size_t across, const pk_real *panel, int overwrite, pk_real *to, size_t ld)
+                                    size_t across, const pk__panels *b, int overwrite, pk_real *to, size_t ld)
 {
-    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, panel, overwrite, to, ld));
+    PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, b, overwrite, to, ld));
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
 
-/* to (rows x PK_PANEL) = other o (A panel), for few terms: element (i, p) of A is a[i + p * along], row i of other stands at
- * other + other_at[i]. Terms in ascending order. */
-PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk_real *panel,
-                                size_t step, const pk_real *other, const size_t *other_at, pk_real *to)
+/* to (rows x PK__PAIR) = other o (A B), for few terms and at most PK__TOGETHER panels that stand side by side as they are,
+ * apart PK_PANEL: element (i, p) of A is a[i + p * along], row i of other stands at other + other_at[i], for the next panel
+ * other_apart further. Terms in ascending order. Columns behind those of one panel are written, too. */
+PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk__panels *b,
+                                const pk_real *other, size_t other_apart, const size_t *other_at, pk_real *to)
 {
-    PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, panel, step, other, other_at, to));
+    PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, b, other, other_apart, other_at, to));
 }
 
 /* What panels are multiplied with. */

@@ -416,7 +416,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->direct = job->reverse && form.direct != 0;
     job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
-    job->block = pk__least(pk_tangent_block(job->outputs), pk__blocks(pk__most(inputs.rows, 1), 16));
+    job->block =
+        pk__least(pk_tangent_block(&run->graph, job->outputs), pk__blocks(pk__most(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block = pk__most(
