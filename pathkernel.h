@@ -1822,7 +1822,7 @@ typedef struct pk_tangent {
      * the places of a layer that is used at several; one after another in a tile or a panel. */
     size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
     /* The headed layer: */
-    pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
+    pk_real *head_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
     size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
     size_t *unit_count;    /* rows */
@@ -14953,7 +14953,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->place_left = pk__take_indices(arena, places * outputs);
     tangent->places = pk__take_reals(arena, place_numbers, 1);
     tangent->place_start = pk__take_reals(arena, places, 1);
-    tangent->head_weights = pk__take_reals(arena, rows * outputs, 2 * widest);
+    tangent->head_weights = pk__take_reals(arena, (1 + rows) * outputs, 2 * widest);
     tangent->slopes = pk__take_reals(arena, points, 2 * widest);
     tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
     tangent->unit_count = pk__take_indices(arena, rows);
@@ -15197,17 +15197,37 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
 
 /* ---- the layer below the last one ------------------------------------------------------------------------ */
 
-/* W^T seed_k and D^T seed_k of the last layer for every row and output, side by side: seeds are its cotangents. */
+/* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
+static int pk__is_readout(const pk_tangent *tangent, size_t layer)
+{
+    return tangent->kind[layer] == PK_LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
+           tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
+}
+
+/* W^T seed_k and D^T seed_k of the last layer side by side: seeds are its cotangents. For every row and output, a row's behind
+ * those of all rows; where the seeds are unit vectors, those of all rows are the rows of W and D. */
 static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 {
     const pk_segment *segment = &tangent->integrator.segment;
     const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
-    const size_t cells = tangent->rows * outputs;
-    const pk_real *seed = tangent->delta[head->layer];
-    for (int part = 0; part < 2; part++)
-        pk__gemm(0, 0, cells, in, out, 1, seed, out,
-                 (part ? segment->direction : segment->weights) + head->weight_offset, in, 0,
-                 tangent->head_weights + (size_t)part * in, 2 * in);
+    const int shared = pk__is_readout(tangent, head->layer);
+    for (size_t part = 0; part < 2; part++) {
+        const pk_real *matrix = (part ? segment->direction : segment->weights) + head->weight_offset;
+        pk_real *to = tangent->head_weights + part * in;
+        if (!shared)
+            pk__gemm(0, 0, tangent->rows * outputs, in, out, 1, tangent->delta[head->layer], out, matrix, in, 0,
+                     to + outputs * 2 * in, 2 * in);
+        for (size_t k = 0; k < outputs && shared; k++)
+            memcpy(to + k * 2 * in, matrix + k * in, in * sizeof *to);
+    }
+}
+
+/* Where the weights of a row stand, of in units below the last layer. */
+static pk_real *pk__weights_of_row(const pk_tangent *tangent, const pk_node *head, size_t row)
+{
+    const size_t all = tangent->outputs * 2 * head->fan_in;
+    const int shared = pk__is_readout(tangent, head->layer) && tangent->unit_count[row] == head->fan_in;
+    return tangent->head_weights + (shared ? 0 : (row + 1) * all);
 }
 
 /* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
@@ -15232,20 +15252,22 @@ static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *
         }
 }
 
-/* Moves the columns of the units that are on together, in place, in count rows of 2 out numbers. */
-static void pk__keep_units(size_t count, size_t out, size_t units, const size_t *unit_row, pk_real *rows)
+/* to = the columns of the units that are on, side by side, of count rows of 2 out numbers; from may be to. */
+static void pk__keep_units(size_t count, size_t out, size_t units, const size_t *unit_row, const pk_real *from,
+                           pk_real *to)
 {
-    for (size_t i = 0; i < count; i++, rows += 2 * out)
+    for (size_t i = 0; i < count; i++, from += 2 * out, to += 2 * out)
         for (size_t j = 0; j < 2 * units; j++)
-            rows[j] = rows[unit_row[j] / PK_PANEL + (j < units ? 0 : out)];
+            to[j] = from[unit_row[j] / PK_PANEL + (j < units ? 0 : out)];
 }
 
 /* What a headed layer is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
  * that of a ReLU is where it is off. */
 static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points *points)
 {
-    const size_t outputs = tangent->outputs, out = tangent->node[layer]->width;
-    pk__head_weights(tangent, tangent->head[layer]);
+    const pk_node *head = tangent->head[layer];
+    const size_t outputs = tangent->outputs, out = head->fan_in;
+    pk__head_weights(tangent, head);
     pk__head_slopes(tangent, layer, points);
     for (size_t p = 0, last; p < points->count; p = last) {
         const size_t row = points->row[p];
@@ -15262,8 +15284,10 @@ static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points 
         memcpy(unit_row + units, unit_row, units * sizeof *unit_row);
         tangent->unit_count[row] = units;
         if (units < out) {
-            pk__keep_units(last - p, out, units, unit_row, slopes);
-            pk__keep_units(outputs, out, units, unit_row, tangent->head_weights + row * outputs * 2 * out);
+            pk_real *weights = pk__weights_of_row(tangent, head, row);
+            pk__keep_units(last - p, out, units, unit_row, slopes, slopes);
+            pk__keep_units(outputs, out, units, unit_row,
+                           pk__is_readout(tangent, head->layer) ? tangent->head_weights : weights, weights);
         }
     }
 }
@@ -15281,7 +15305,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
     for (size_t p = 0, last; p < points->count; p = last) {
         const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
         const pk_real *slopes = tangent->slopes + p * 2 * out;
-        const pk_real *weights = tangent->head_weights + row * outputs * 2 * out;
+        const pk_real *weights = pk__weights_of_row(tangent, tangent->head[layer], row);
         const size_t *unit_row = tangent->unit_row + row * 2 * out;
         pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL, 0};
         last = pk__row_end(points, p);
@@ -15327,13 +15351,6 @@ static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, s
         for (size_t i = block; i % PK_PANEL; i++)
             left[i] = 0;
     }
-}
-
-/* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
-static int pk__is_readout(const pk_tangent *tangent, size_t layer)
-{
-    return tangent->kind[layer] == PK_LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
-           tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
 }
 
 /* tile = or, unless fresh, += left o cotangents of the examples, output by output. */

@@ -74,7 +74,7 @@ typedef struct pk_tangent {
      * the places of a layer that is used at several; one after another in a tile or a panel. */
     size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
     /* The headed layer: */
-    pk_real *head_weights; /* rows x outputs x (out of W^T seed, out of D^T seed) */
+    pk_real *head_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
     size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
     size_t *unit_count;    /* rows */
@@ -225,7 +225,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->place_left = pk__take_indices(arena, places * outputs);
     tangent->places = pk__take_reals(arena, place_numbers, 1);
     tangent->place_start = pk__take_reals(arena, places, 1);
-    tangent->head_weights = pk__take_reals(arena, rows * outputs, 2 * widest);
+    tangent->head_weights = pk__take_reals(arena, (1 + rows) * outputs, 2 * widest);
     tangent->slopes = pk__take_reals(arena, points, 2 * widest);
     tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
     tangent->unit_count = pk__take_indices(arena, rows);
