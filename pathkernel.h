@@ -1996,13 +1996,14 @@ typedef struct pk_window {
     int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
     size_t first, count;
-    pk_real *weights;        /* (count + 1) x P */
-    pk_real *direction;      /* count x P: D_s */
-    pk_real *transposed;     /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
-    pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
-    pk_real *preconditioner; /* count x P: p_s, or NULL */
+    pk_real *weights;    /* (count + 1) x P */
+    pk_real *direction;  /* count x P: D_s */
+    pk_real *transposed; /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
+    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
+    size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
+    pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
-        preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
+        preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
     pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
@@ -3121,6 +3122,70 @@ PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
         return pk__all_finite_avx2(x, count);
 #endif
     return pk__all_finite_plain(x, count);
+}
+
+/* In chains, so that additions do not wait for each other: a vector of AVX-512, two of the others. */
+#define PK__DEFINE_DOT(suffix, attributes, vectors)                                                        \
+    attributes static void pk__dot_##suffix(size_t count, const pk_real *a, const pk_real *b, pk_real *to) \
+    {                                                                                                      \
+        typedef vectors vector;                                                                            \
+        enum {                                                                                             \
+            lanes = (int)(sizeof(vector) / sizeof(pk_real)),                                               \
+            both = lanes < PK_PANEL,                                                                       \
+            chains = (both + 1) * lanes                                                                    \
+        };                                                                                                 \
+        vector left = {0}, right = {0};                                                                    \
+        pk_real chain[2 * lanes], rest = 0;                                                                \
+        size_t i = 0;                                                                                      \
+        for (; i + chains <= count; i += chains) {                                                         \
+            left += *(const vector *)(a + i) * *(const vector *)(b + i);                                   \
+            if (both)                                                                                      \
+                right += *(const vector *)(a + i + lanes) * *(const vector *)(b + i + lanes);              \
+        }                                                                                                  \
+        for (; i < count; i++)                                                                             \
+            rest += a[i] * b[i];                                                                           \
+        *(vector *)chain = left;                                                                           \
+        *(vector *)(chain + lanes) = right;                                                                \
+        for (size_t k = lanes; k > 0; k /= 2)                                                              \
+            for (size_t j = 0; j < k; j++)                                                                 \
+                chain[j] += chain[j + k];                                                                  \
+        *to = chain[0] + rest;                                                                             \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_DOT)
+
+PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
+{
+    pk_real sum;
+    PK__ON_PROCESSOR(pk__dot, (count, a, b, &sum));
+    return sum;
+}
+
+#define PK__DEFINE_TIMES(suffix, attributes, vectors)                                          \
+    attributes static void pk__times_##suffix(size_t rows, size_t count, const pk_real *from,  \
+                                              const pk_real *factors, int add, pk_real *to)    \
+    {                                                                                          \
+        typedef vectors vector;                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                              \
+        for (size_t row = 0; row < rows; row++, from += count, to += count) {                  \
+            size_t i = 0;                                                                      \
+            for (; i + lanes <= count; i += lanes) {                                           \
+                vector product = *(const vector *)(from + i) * *(const vector *)(factors + i); \
+                if (add)                                                                       \
+                    product += *(const vector *)(to + i);                                      \
+                *(vector *)(to + i) = product;                                                 \
+            }                                                                                  \
+            for (; i < count; i++)                                                             \
+                to[i] = add ? to[i] + from[i] * factors[i] : from[i] * factors[i];             \
+        }                                                                                      \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_TIMES)
+
+/* to (rows x count) = or, to add, += from o factors, the same ones for every row; to may be one of
+ * them. */
+PK__PRIVATE void pk__times(size_t rows, size_t count, const pk_real *from, const pk_real *factors, int add,
+                           pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__times, (rows, count, from, factors, add, to));
 }
 
 /* y[i] = F(x[i]) for i < count, y may be x. b: softplus' beta; the others do without. */
@@ -5792,25 +5857,16 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     if (copies == 1 && !second && !call->accumulate[0] && to != from) { /* no slope is used twice */
         const size_t count = call->rows * width;
         slopes(call, 0, count, to);
-        for (size_t i = 0; i < count; i++)
-            to[i] *= from[i];
+        pk__times(1, count, from, to, 0, to);
         return;
     }
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
         for (size_t j = 0; second && j < width; j++)
             slope[j] *= call->in_tangent[0][row * width + j];
-        for (size_t copy = 0; copy < copies; copy++, from += width, to += width) {
-            if (second || call->accumulate[0]) {
-                PK__SIMD
-                for (size_t j = 0; j < width; j++)
-                    to[j] += from[j] * slope[j];
-            } else {
-                PK__SIMD
-                for (size_t j = 0; j < width; j++)
-                    to[j] = from[j] * slope[j];
-            }
-        }
+        pk__times(copies, width, from, slope, second || call->accumulate[0], to);
+        from += copies * width;
+        to += copies * width;
     }
 }
 
@@ -14567,18 +14623,6 @@ PK__END_CODE
 #include <time.h>
 PK__BEGIN_CODE
 
-PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
-{
-    pk_real chain[4] = {0, 0, 0, 0}, rest = 0; /* so that additions do not wait for each other */
-    size_t i = 0;
-    for (; i + 4 <= count; i += 4)
-        for (size_t k = 0; k < 4; k++)
-            chain[k] += a[i + k] * b[i + k];
-    for (; i < count; i++)
-        rest += a[i] * b[i];
-    return (chain[0] + chain[1]) + (chain[2] + chain[3]) + rest;
-}
-
 PK__COLD_BEGIN
 
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
@@ -16206,7 +16250,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
     size_t all = 0;
-    if (!pk__multiply(capacity, P, &all))
+    window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all))
         arena->overflow = 1;
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
@@ -16321,7 +16366,7 @@ PK__COLD_END
 static pk_status pk__read_moments(pk_context *context, pk_window *window, size_t j)
 {
     const size_t P = window->parameters, step = window->first + j;
-    pk_real *moments = window->preconditioner + j * P;
+    pk_real *moments = window->preconditioner + j * window->pitch;
     pk_status status = pk_run_second_moments(context, window->run, step, moments);
     for (size_t i = 0; !status && i < P; i++)
         if (moments[i] < 0)
@@ -16354,7 +16399,7 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
         pk_real *gradient = window->gradient + j * window->lanes * P + first;
-        pk_real *p = window->preconditioner ? window->preconditioner + at : NULL;
+        pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
         for (size_t lane = 1; lane < window->lanes; lane++)
             for (size_t i = 0; i < count; i++)
@@ -16387,7 +16432,7 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
     double allowance = pk_rounding_allowance(&run->graph);
     pk_real *perturbed = window->perturbed, *state = window->state + window->state_vectors * P;
-    pk_real *error = window->preconditioner_error + j * P;
+    pk_real *error = window->preconditioner_error + j * window->pitch;
     memset(perturbed, 0, P * sizeof *perturbed);
     pk_examples_sum(&window->magnitudes[j], &run->graph, perturbed);
     for (size_t i = 0; i < P; i++) {
@@ -16403,7 +16448,7 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
     for (size_t i = 0; i < P; i++)
-        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * P + i]);
+        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * window->pitch + i]);
 }
 
 static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
@@ -16570,7 +16615,7 @@ typedef struct pk__job {
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    pk_real *reverse_state; /* plan.rows x plan.outputs x P: R */
+    pk_real *reverse_state; /* plan.rows x plan.outputs x pk__state_numbers: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
     unsigned char *row_order; /* plan.rows: see pk_integrator */
@@ -16588,12 +16633,20 @@ PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
     return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
+/* Numbers of R of an output in the layers before one: a layer's begin at a cache line. */
+PK__PRIVATE size_t pk__state_numbers(const pk_graph *graph, size_t layer)
+{
+    size_t numbers = 0;
+    for (size_t l = 0; l < layer; l++)
+        numbers += pk__blocks(pk_graph_layer(graph, l)->weight_count, PK_PANEL) * PK_PANEL;
+    return numbers;
+}
+
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
 PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
 {
     const pk_graph *graph = job->graph;
-    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads,
-                 rows = job->plan.rows;
+    const size_t real = sizeof(pk_real), threads = job->plan.threads, rows = job->plan.rows;
     size_t largest = 0;
     pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
@@ -16603,7 +16656,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0;
-        if (!pk__multiply(job->plan.outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
+        if (!pk__multiply(job->plan.outputs, pk__state_numbers(graph, graph->layers), &per_row) ||
+            per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
             job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
@@ -17076,9 +17130,12 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
-    const size_t at = (worker->row + part->row) * job->plan.outputs * P + job->output_count * offset +
-                      (part->first - job->first_output) * part->node->weight_count;
-    const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
+    const size_t before = pk__state_numbers(job->graph, part->layer),
+                 own = pk__state_numbers(job->graph, part->layer + 1) - before;
+    const size_t at =
+        (worker->row + part->row) * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers) +
+        job->output_count * before + (part->first - job->first_output) * own;
+    const pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + offset : NULL;
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
     if (!job->reverse || job->part->bounds) {
@@ -17110,7 +17167,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     if (job->reverse) {
         if (window->preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack = window->preconditioner_error + j * P + offset;
+            const pk_real *slack = window->preconditioner_error + j * window->pitch + offset;
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
                 error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
@@ -17356,7 +17413,7 @@ static void pk__certify(pk__job *job)
 /* A pass over the run with the outputs first_output .. first_output + output_count - 1 of the part's rows. */
 static pk_status pk__pass(pk__job *job, double done, double share)
 {
-    const size_t in = job->graph->input_width, P = job->graph->parameters, steps = job->run->steps;
+    const size_t in = job->graph->input_width, steps = job->run->steps;
     const size_t window = job->plan.window, windows = job->window.windows;
     const size_t blocks = pk__blocks(job->part->rows, job->block);
     for (size_t r = 0; r < job->part->rows; r++)
@@ -17375,7 +17432,8 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     for (size_t b = 0; b < blocks; b++)
         job->blocks[b].points_last = 0;
     memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
-    const size_t numbers = job->part->rows * job->plan.outputs * P;
+    const size_t numbers =
+        job->part->rows * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers);
     if (job->reverse_error)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)

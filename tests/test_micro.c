@@ -1,5 +1,6 @@
-/* Products of register tiles, by every set of instructions that this processor has: against sums in long double, for
- * any number of rows, and an element's bits depend on neither the rows beside it nor the length of a vector. */
+/* Products of register tiles and of rows, by every set of instructions that this processor has: against sums in long
+ * double, for any number of rows and columns, and an element's bits depend on neither the rows beside it nor the length of a
+ * vector. */
 #include <float.h>
 #include <math.h>
 #include <setjmp.h>
@@ -38,6 +39,8 @@ typedef struct processor {
                    pk_real *, size_t);
     void (*sums)(size_t, size_t, const pk_real *, size_t, const pk__panels *, const pk_real *, size_t,
                  const size_t *, pk_real *);
+    void (*dot)(size_t, const pk_real *, const pk_real *, pk_real *);
+    void (*times)(size_t, size_t, const pk_real *, const pk_real *, int, pk_real *);
 } processor;
 
 static processor processors[3];
@@ -55,17 +58,20 @@ static int find_processors(void **unused)
     (void)unused;
 #ifdef PK__AVX512
     if (PK__HAS_AVX512) {
-        const processor own = {NULL, 0, pk__panels_avx512, pk__picked_avx512, pk__sums_avx512};
+        const processor own = {
+            NULL, 0, pk__panels_avx512, pk__picked_avx512, pk__sums_avx512, pk__dot_avx512, pk__times_avx512};
         add_processor("AVX-512", 1, &own);
     }
 #endif
 #ifdef PK__AVX2
     if (PK__HAS_AVX2) {
-        const processor own = {NULL, 0, pk__panels_avx2, pk__picked_avx2, pk__sums_avx2};
+        const processor own = {NULL,          0, pk__panels_avx2, pk__picked_avx2, pk__sums_avx2, pk__dot_avx2,
+                               pk__times_avx2};
         add_processor("AVX2", 1, &own);
     }
 #endif
-    const processor own = {NULL, 0, pk__panels_base, pk__picked_base, pk__sums_base};
+    const processor own = {NULL,          0, pk__panels_base, pk__picked_base, pk__sums_base, pk__dot_base,
+                           pk__times_base};
     add_processor("baseline", 0, &own);
     print_message("%s and %zu others\n", processors[0].name, processor_count - 1);
     return 0;
@@ -215,6 +221,30 @@ static void test_sums(void **unused)
             }
 }
 
+static void test_rows(void **unused)
+{
+    enum { MOST = 70, ROW = 3 };
+    const pk_real *a = numbers[0], *b = numbers[1];
+    pk_real to[ROW * MOST + 1];
+    (void)unused;
+    for (size_t p = 0; p < processor_count; p++)
+        for (size_t count = 0; count <= MOST; count++) {
+            long double sum = 0;
+            for (size_t i = 0; i < count; i++)
+                sum += (long double)a[i] * b[i];
+            processors[p].dot(count, a, b, to);
+            expect_near(to[0], sum, (double)count, processors[p].name);
+            for (int add = 0; add < 2; add++) {
+                for (size_t i = 0; i <= ROW * MOST; i++)
+                    to[i] = 7;
+                processors[p].times(ROW, count, a, b, add, to);
+                for (size_t i = 0; i <= ROW * MOST; i++)
+                    expect_near(to[i], i < ROW * count ? 7 * add + (long double)a[i] * b[i % count] : 7, 8,
+                                processors[p].name);
+            }
+        }
+}
+
 /* Processors that round once a term give the same bits, whatever their vectors. */
 static void test_lengths(void **unused)
 {
@@ -235,10 +265,8 @@ static void test_lengths(void **unused)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_panels),
-        cmocka_unit_test(test_picked),
-        cmocka_unit_test(test_sums),
-        cmocka_unit_test(test_lengths),
+        cmocka_unit_test(test_panels), cmocka_unit_test(test_picked),  cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_rows),   cmocka_unit_test(test_lengths),
     };
     fill();
     return cmocka_run_group_tests(tests, find_processors, NULL);

@@ -233,8 +233,9 @@ static void test_states(void **state)
                 for (int pass = 1; pass <= 2; pass++) {
                     for (size_t w = windows; w-- > 0;) {
                         assert_ok(&context, pk_window_visit(&context, &window, w));
-                        assert_memory_equal(window.preconditioner, forward + w * capacity * P,
-                                            window.count * P * sizeof *forward);
+                        for (size_t j = 0; j < window.count; j++)
+                            assert_memory_equal(window.preconditioner + j * window.pitch,
+                                                forward + (w * capacity + j) * P, P * sizeof *forward);
                     }
                     double again = 0;
                     for (size_t first = 0; first < windows; first += stride)

@@ -67,25 +67,16 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     if (copies == 1 && !second && !call->accumulate[0] && to != from) { /* no slope is used twice */
         const size_t count = call->rows * width;
         slopes(call, 0, count, to);
-        for (size_t i = 0; i < count; i++)
-            to[i] *= from[i];
+        pk__times(1, count, from, to, 0, to);
         return;
     }
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
         for (size_t j = 0; second && j < width; j++)
             slope[j] *= call->in_tangent[0][row * width + j];
-        for (size_t copy = 0; copy < copies; copy++, from += width, to += width) {
-            if (second || call->accumulate[0]) {
-                PK__SIMD
-                for (size_t j = 0; j < width; j++)
-                    to[j] += from[j] * slope[j];
-            } else {
-                PK__SIMD
-                for (size_t j = 0; j < width; j++)
-                    to[j] = from[j] * slope[j];
-            }
-        }
+        pk__times(copies, width, from, slope, second || call->accumulate[0], to);
+        from += copies * width;
+        to += copies * width;
     }
 }
 

@@ -217,9 +217,12 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
-    const size_t at = (worker->row + part->row) * job->plan.outputs * P + job->output_count * offset +
-                      (part->first - job->first_output) * part->node->weight_count;
-    const pk_real *p = window->preconditioner ? window->preconditioner + j * P + offset : NULL;
+    const size_t before = pk__state_numbers(job->graph, part->layer),
+                 own = pk__state_numbers(job->graph, part->layer + 1) - before;
+    const size_t at =
+        (worker->row + part->row) * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers) +
+        job->output_count * before + (part->first - job->first_output) * own;
+    const pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + offset : NULL;
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
     if (!job->reverse || job->part->bounds) {
@@ -251,7 +254,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     if (job->reverse) {
         if (window->preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack = window->preconditioner_error + j * P + offset;
+            const pk_real *slack = window->preconditioner_error + j * window->pitch + offset;
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
                 error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
@@ -497,7 +500,7 @@ static void pk__certify(pk__job *job)
 /* A pass over the run with the outputs first_output .. first_output + output_count - 1 of the part's rows. */
 static pk_status pk__pass(pk__job *job, double done, double share)
 {
-    const size_t in = job->graph->input_width, P = job->graph->parameters, steps = job->run->steps;
+    const size_t in = job->graph->input_width, steps = job->run->steps;
     const size_t window = job->plan.window, windows = job->window.windows;
     const size_t blocks = pk__blocks(job->part->rows, job->block);
     for (size_t r = 0; r < job->part->rows; r++)
@@ -516,7 +519,8 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     for (size_t b = 0; b < blocks; b++)
         job->blocks[b].points_last = 0;
     memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
-    const size_t numbers = job->part->rows * job->plan.outputs * P;
+    const size_t numbers =
+        job->part->rows * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers);
     if (job->reverse_error)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)

@@ -85,6 +85,70 @@ PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
     return pk__all_finite_plain(x, count);
 }
 
+/* In chains, so that additions do not wait for each other: a vector of AVX-512, two of the others. */
+#define PK__DEFINE_DOT(suffix, attributes, vectors)                                                        \
+    attributes static void pk__dot_##suffix(size_t count, const pk_real *a, const pk_real *b, pk_real *to) \
+    {                                                                                                      \
+        typedef vectors vector;                                                                            \
+        enum {                                                                                             \
+            lanes = (int)(sizeof(vector) / sizeof(pk_real)),                                               \
+            both = lanes < PK_PANEL,                                                                       \
+            chains = (both + 1) * lanes                                                                    \
+        };                                                                                                 \
+        vector left = {0}, right = {0};                                                                    \
+        pk_real chain[2 * lanes], rest = 0;                                                                \
+        size_t i = 0;                                                                                      \
+        for (; i + chains <= count; i += chains) {                                                         \
+            left += *(const vector *)(a + i) * *(const vector *)(b + i);                                   \
+            if (both)                                                                                      \
+                right += *(const vector *)(a + i + lanes) * *(const vector *)(b + i + lanes);              \
+        }                                                                                                  \
+        for (; i < count; i++)                                                                             \
+            rest += a[i] * b[i];                                                                           \
+        *(vector *)chain = left;                                                                           \
+        *(vector *)(chain + lanes) = right;                                                                \
+        for (size_t k = lanes; k > 0; k /= 2)                                                              \
+            for (size_t j = 0; j < k; j++)                                                                 \
+                chain[j] += chain[j + k];                                                                  \
+        *to = chain[0] + rest;                                                                             \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_DOT)
+
+PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
+{
+    pk_real sum;
+    PK__ON_PROCESSOR(pk__dot, (count, a, b, &sum));
+    return sum;
+}
+
+#define PK__DEFINE_TIMES(suffix, attributes, vectors)                                          \
+    attributes static void pk__times_##suffix(size_t rows, size_t count, const pk_real *from,  \
+                                              const pk_real *factors, int add, pk_real *to)    \
+    {                                                                                          \
+        typedef vectors vector;                                                                \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                              \
+        for (size_t row = 0; row < rows; row++, from += count, to += count) {                  \
+            size_t i = 0;                                                                      \
+            for (; i + lanes <= count; i += lanes) {                                           \
+                vector product = *(const vector *)(from + i) * *(const vector *)(factors + i); \
+                if (add)                                                                       \
+                    product += *(const vector *)(to + i);                                      \
+                *(vector *)(to + i) = product;                                                 \
+            }                                                                                  \
+            for (; i < count; i++)                                                             \
+                to[i] = add ? to[i] + from[i] * factors[i] : from[i] * factors[i];             \
+        }                                                                                      \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_TIMES)
+
+/* to (rows x count) = or, to add, += from o factors, the same ones for every row; to may be one of
+ * them. */
+PK__PRIVATE void pk__times(size_t rows, size_t count, const pk_real *from, const pk_real *factors, int add,
+                           pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__times, (rows, count, from, factors, add, to));
+}
+
 /* y[i] = F(x[i]) for i < count, y may be x. b: softplus' beta; the others do without. */
 typedef void pk__elementary(size_t count, double b, const double *x, double *y);
 

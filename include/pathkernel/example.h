@@ -69,18 +69,6 @@ PK__END_C
 #include <time.h>
 PK__BEGIN_CODE
 
-PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
-{
-    pk_real chain[4] = {0, 0, 0, 0}, rest = 0; /* so that additions do not wait for each other */
-    size_t i = 0;
-    for (; i + 4 <= count; i += 4)
-        for (size_t k = 0; k < 4; k++)
-            chain[k] += a[i + k] * b[i + k];
-    for (; i < count; i++)
-        rest += a[i] * b[i];
-    return (chain[0] + chain[1]) + (chain[2] + chain[3]) + rest;
-}
-
 PK__COLD_BEGIN
 
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)

@@ -90,7 +90,7 @@ typedef struct pk__job {
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    pk_real *reverse_state; /* plan.rows x plan.outputs x P: R */
+    pk_real *reverse_state; /* plan.rows x plan.outputs x pk__state_numbers: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
     unsigned char *row_order; /* plan.rows: see pk_integrator */
@@ -108,12 +108,20 @@ PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
     return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
+/* Numbers of R of an output in the layers before one: a layer's begin at a cache line. */
+PK__PRIVATE size_t pk__state_numbers(const pk_graph *graph, size_t layer)
+{
+    size_t numbers = 0;
+    for (size_t l = 0; l < layer; l++)
+        numbers += pk__blocks(pk_graph_layer(graph, l)->weight_count, PK_PANEL) * PK_PANEL;
+    return numbers;
+}
+
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
 PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
 {
     const pk_graph *graph = job->graph;
-    const size_t real = sizeof(pk_real), P = graph->parameters, threads = job->plan.threads,
-                 rows = job->plan.rows;
+    const size_t real = sizeof(pk_real), threads = job->plan.threads, rows = job->plan.rows;
     size_t largest = 0;
     pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
@@ -123,7 +131,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0;
-        if (!pk__multiply(job->plan.outputs, P, &per_row) || per_row > SIZE_MAX / real / 2)
+        if (!pk__multiply(job->plan.outputs, pk__state_numbers(graph, graph->layers), &per_row) ||
+            per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
             job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);

@@ -27,13 +27,14 @@ typedef struct pk_window {
     int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
     size_t first, count;
-    pk_real *weights;        /* (count + 1) x P */
-    pk_real *direction;      /* count x P: D_s */
-    pk_real *transposed;     /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
-    pk_real *remainder;      /* count x P: u_s = D_s - the update recomputed in double */
-    pk_real *preconditioner; /* count x P: p_s, or NULL */
+    pk_real *weights;    /* (count + 1) x P */
+    pk_real *direction;  /* count x P: D_s */
+    pk_real *transposed; /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
+    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
+    size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
+    pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
-        preconditioner_error; /* count x P, with bounds: what rounding of the gradients may do to p_s, or NULL */
+        preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
     pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
@@ -152,7 +153,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
     size_t all = 0;
-    if (!pk__multiply(capacity, P, &all))
+    window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all))
         arena->overflow = 1;
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
@@ -267,7 +269,7 @@ PK__COLD_END
 static pk_status pk__read_moments(pk_context *context, pk_window *window, size_t j)
 {
     const size_t P = window->parameters, step = window->first + j;
-    pk_real *moments = window->preconditioner + j * P;
+    pk_real *moments = window->preconditioner + j * window->pitch;
     pk_status status = pk_run_second_moments(context, window->run, step, moments);
     for (size_t i = 0; !status && i < P; i++)
         if (moments[i] < 0)
@@ -300,7 +302,7 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
         pk_real *gradient = window->gradient + j * window->lanes * P + first;
-        pk_real *p = window->preconditioner ? window->preconditioner + at : NULL;
+        pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
         for (size_t lane = 1; lane < window->lanes; lane++)
             for (size_t i = 0; i < count; i++)
@@ -333,7 +335,7 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
     double allowance = pk_rounding_allowance(&run->graph);
     pk_real *perturbed = window->perturbed, *state = window->state + window->state_vectors * P;
-    pk_real *error = window->preconditioner_error + j * P;
+    pk_real *error = window->preconditioner_error + j * window->pitch;
     memset(perturbed, 0, P * sizeof *perturbed);
     pk_examples_sum(&window->magnitudes[j], &run->graph, perturbed);
     for (size_t i = 0; i < P; i++) {
@@ -349,7 +351,7 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
     for (size_t i = 0; i < P; i++)
-        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * P + i]);
+        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * window->pitch + i]);
 }
 
 static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
