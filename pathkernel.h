@@ -2583,9 +2583,8 @@ typedef pk_real pk__vector;
 #endif
 
 enum {
-    PK__TALLEST = 6,                   /* rows of a tile of two vectors a row */
-    PK__TOGETHER = 2,                  /* panels that are worth multiplying together, */
-    PK__PAIR = PK__TOGETHER * PK_PANEL /* and their columns */
+    PK__TALLEST = 6,        /* rows of a tile of two vectors a row */
+    PK__PAIR = 2 * PK_PANEL /* columns that are worth multiplying together */
 };
 
 typedef enum pk__tile_form {
@@ -3040,7 +3039,7 @@ PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned ch
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
 
-/* to (rows x PK__PAIR) = other o (A B), for few terms and at most PK__TOGETHER panels that stand side by side as they are,
+/* to (rows x PK__PAIR) = other o (A B), for few terms and at most two panels that stand side by side as they are,
  * apart PK_PANEL: element (i, p) of A is a[i + p * along], row i of other stands at other + other_at[i], for the next panel
  * other_apart further. Terms in ascending order. Columns behind those of one panel are written, too. */
 PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk__panels *b,
@@ -15118,26 +15117,32 @@ static const pk_real *pk__first_panel(const pk_real *all, size_t features, size_
     return all + first * features; /* first is a multiple of PK_PANEL */
 }
 
-/* Of the panels of a block, those that are multiplied together from column on. */
+/* Columns of the panels that are multiplied together: with AVX-512 tiles are as wide as two. */
+static size_t pk__columns_at_once(void)
+{
+    return PK__HAS_AVX512 ? (size_t)PK__PAIR : (size_t)PK_PANEL;
+}
+
+/* Of the panels of a block, those from column on. */
 static pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
 {
-    const pk__panels own = {pk__least(PK__TOGETHER, pk__blocks(block - column, PK_PANEL)),
+    const pk__panels own = {pk__blocks(pk__least(pk__columns_at_once(), block - column), PK_PANEL),
                             pk__first_panel(panels, features, column), PK_PANEL, features * PK_PANEL, 0};
     return own;
 }
 
 /* The same, with those behind them, where there are some, fetched in the meantime: tiles are short, so that the processor
  * would see too late that they go on there. Tiles of AVX-512 fetch as they go; else the first-level cache, which is small,
- * takes the beginning of deep panels, which leaves the room to what is multiplied. */
+ * takes the beginning of a deep panel, which leaves the room to what is multiplied. */
 static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
 {
+    const size_t next = column + pk__columns_at_once();
     pk__panels own = pk__panels_at(panels, features, column, block);
-    own.ahead = column + PK__PAIR < block ? features * PK__PAIR : 0;
+    own.ahead = next < block ? features * pk__columns_at_once() : 0;
 #if defined(__GNUC__)
     const size_t rows = own.ahead && !PK__HAS_AVX512 ? pk__least(features, 128) : 0;
-    for (size_t next = column + PK__PAIR; next < pk__least(block, column + 2 * PK__PAIR); next += PK_PANEL)
-        for (size_t p = 0; p < rows; p++)
-            __builtin_prefetch(panels + next * features + p * PK_PANEL);
+    for (size_t p = 0; p < rows; p++)
+        __builtin_prefetch(panels + next * features + p * PK_PANEL);
 #endif
     return own;
 }
@@ -15160,7 +15165,7 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
     for (size_t first = 0; first < rows; first += most) {
         part.to_at = target->to_at + first;
         part.other_at = target->other_at ? target->other_at + first : NULL;
-        for (size_t column = 0; column < block; column += PK__PAIR) {
+        for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             const pk__panels b = pk__fetch_panels(panels, depth, column, block);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
@@ -15222,7 +15227,7 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
                 tangent->place_left[i * outputs + k] = i * PK__PAIR;
             }
         }
-        for (size_t column = 0; column < block; column += PK__PAIR) {
+        for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             pk__panels inputs = pk__panels_at(input_panels, positions * in, column, block);
             pk__panels cotangents = pk__panels_at(cotangent_panels, positions * out, column, block);
             pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->pair_row, NULL, NULL, 0};
@@ -15353,7 +15358,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         const size_t *unit_row = tangent->unit_row + row * 2 * out;
         pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL, 0};
         last = pk__row_end(points, p);
-        for (size_t column = 0; column < block; column += PK__PAIR) {
+        for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             const pk__panels b = pk__fetch_panels(cotangents, out, column, block);
             const pk__panels left = {b.count, tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, PK_PANEL, 0};
             const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
@@ -15548,7 +15553,7 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
     pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row, places * out * PK_PANEL};
     for (size_t k = 0; k < outputs; k++)
         for (size_t j = 0; j < out; j += most)
-            for (size_t column = 0; column < columns; column += PK__PAIR) {
+            for (size_t column = 0; column < columns; column += pk__columns_at_once()) {
                 pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
                 target.to = tile + k * PK_TILE_LD + column;
                 for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {

@@ -104,9 +104,8 @@ typedef pk_real pk__vector;
 #endif
 
 enum {
-    PK__TALLEST = 6,                   /* rows of a tile of two vectors a row */
-    PK__TOGETHER = 2,                  /* panels that are worth multiplying together, */
-    PK__PAIR = PK__TOGETHER * PK_PANEL /* and their columns */
+    PK__TALLEST = 6,        /* rows of a tile of two vectors a row */
+    PK__PAIR = 2 * PK_PANEL /* columns that are worth multiplying together */
 };
 
 typedef enum pk__tile_form {
@@ -561,7 +560,7 @@ PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned ch
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
 
-/* to (rows x PK__PAIR) = other o (A B), for few terms and at most PK__TOGETHER panels that stand side by side as they are,
+/* to (rows x PK__PAIR) = other o (A B), for few terms and at most two panels that stand side by side as they are,
  * apart PK_PANEL: element (i, p) of A is a[i + p * along], row i of other stands at other + other_at[i], for the next panel
  * other_apart further. Terms in ascending order. Columns behind those of one panel are written, too. */
 PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, size_t along, const pk__panels *b,
