@@ -272,8 +272,8 @@ PK__END_C
 /* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
  * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
  *
- * A tile is up to 12 rows of A times one panel of B. A is read where it stands, a number at a time; a panel of B is one
- * cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
+ * A tile is up to 12 rows of A times one panel of B, or two. A is read where it stands, a number at a time; a panel of B is
+ * one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
  * ascending order, wherever it stands in the tile, however many rows the tile has and however long a vector is.
  *
  * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
@@ -2847,10 +2847,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 
 #ifdef PK__AVX512
 /* A vector is a row of a panel, and an accumulator a row of the tile. Tiles are as wide as two panels, where there are two:
- * a number of A is fetched once for both, and fetching is what bounds tiles of one (bench_matrix: 110 to 122 GF/s). Rows are
- * groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first rows of a
- * group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. term: as below, or NULL:
- * all terms. */
+ * a number of A is fetched once for both, and fetching is what bounds tiles of one (1024^3 by bench_matrix: 80 GF/s, of two
+ * 106). Rows are groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first
+ * rows of a group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. */
 typedef struct pk__group {
     const pk_real *a;
     size_t row, skip;
@@ -2896,6 +2895,7 @@ typedef struct pk__group {
             right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
+/* halved: of the last group its last two rows only. both: two panels. term: the terms that are meant, or NULL: all. */
 PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
                                          const size_t *distance, size_t depth, const unsigned char *term,
                                          size_t along, const pk__panels *b, const pk_real *start,
@@ -3124,38 +3124,47 @@ PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
 }
 
 /* In chains, so that additions do not wait for each other: a vector of AVX-512, two of the others. */
-#define PK__DEFINE_DOT(suffix, attributes, vectors)                                                        \
-    attributes static void pk__dot_##suffix(size_t count, const pk_real *a, const pk_real *b, pk_real *to) \
-    {                                                                                                      \
-        typedef vectors vector;                                                                            \
-        enum {                                                                                             \
-            lanes = (int)(sizeof(vector) / sizeof(pk_real)),                                               \
-            both = lanes < PK_PANEL,                                                                       \
-            chains = (both + 1) * lanes                                                                    \
-        };                                                                                                 \
-        vector left = {0}, right = {0};                                                                    \
-        pk_real chain[2 * lanes], rest = 0;                                                                \
-        size_t i = 0;                                                                                      \
-        for (; i + chains <= count; i += chains) {                                                         \
-            left += *(const vector *)(a + i) * *(const vector *)(b + i);                                   \
-            if (both)                                                                                      \
-                right += *(const vector *)(a + i + lanes) * *(const vector *)(b + i + lanes);              \
-        }                                                                                                  \
-        for (; i < count; i++)                                                                             \
-            rest += a[i] * b[i];                                                                           \
-        *(vector *)chain = left;                                                                           \
-        *(vector *)(chain + lanes) = right;                                                                \
-        for (size_t k = lanes; k > 0; k /= 2)                                                              \
-            for (size_t j = 0; j < k; j++)                                                                 \
-                chain[j] += chain[j + k];                                                                  \
-        *to = chain[0] + rest;                                                                             \
+#define PK__DEFINE_DOTS(suffix, attributes, vectors)                                                        \
+    attributes static void pk__dots_##suffix(size_t rows, size_t count, const pk_real *a, const pk_real *b, \
+                                             pk_real factor, pk_real *to)                                   \
+    {                                                                                                       \
+        typedef vectors vector;                                                                             \
+        enum {                                                                                              \
+            lanes = (int)(sizeof(vector) / sizeof(pk_real)),                                                \
+            both = lanes < PK_PANEL,                                                                        \
+            chains = (both + 1) * lanes                                                                     \
+        };                                                                                                  \
+        for (size_t row = 0; row < rows; row++, a += count) {                                               \
+            vector left = {0}, right = {0};                                                                 \
+            pk_real chain[lanes], rest = 0;                                                                 \
+            size_t i = 0;                                                                                   \
+            for (; i + chains <= count; i += chains) {                                                      \
+                left += *(const vector *)(a + i) * *(const vector *)(b + i);                                \
+                if (both)                                                                                   \
+                    right += *(const vector *)(a + i + lanes) * *(const vector *)(b + i + lanes);           \
+            }                                                                                               \
+            for (; i < count; i++)                                                                          \
+                rest += a[i] * b[i];                                                                        \
+            *(vector *)chain = left + right;                                                                \
+            for (size_t k = lanes / 2; k > 0; k /= 2)                                                       \
+                for (size_t j = 0; j < k; j++)                                                              \
+                    chain[j] += chain[j + k];                                                               \
+            to[row] += factor * (chain[0] + rest);                                                          \
+        }                                                                                                   \
     }
-PK__FOR_PROCESSORS(PK__DEFINE_DOT)
+PK__FOR_PROCESSORS(PK__DEFINE_DOTS)
+
+/* to += factor A b of A (rows x count). */
+PK__PRIVATE void pk__dots(size_t rows, size_t count, const pk_real *a, const pk_real *b, pk_real factor,
+                          pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__dots, (rows, count, a, b, factor, to));
+}
 
 PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
 {
-    pk_real sum;
-    PK__ON_PROCESSOR(pk__dot, (count, a, b, &sum));
+    pk_real sum = 0;
+    pk__dots(1, count, a, b, 1, &sum);
     return sum;
 }
 
@@ -3423,6 +3432,7 @@ enum {
     PK__BLOCK_ROWS = 96,              /* with so many terms they stay in the second-level cache, */
     PK__BLOCK_COLUMNS = 8 * PK_PANEL, /* and so do these */
     PK__FEW_PANELS = 4,               /* so many panels of rows are few */
+    PK__FEW_NUMBERS = 1 << 12,        /* of B, which stay in the first-level cache as they are */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
@@ -3562,6 +3572,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
+    const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
     /* A block of B is packed once for all rows, where there are more of them than one block. */
     const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK__PAIR;
     for (size_t p = 0; p < k; p += most) {
@@ -3581,8 +3592,8 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                     target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
                     target.to = direct ? c + top * ldc + j : tile;
                     target.to_at = direct ? c_at : tile_at;
-                    /* Rows of B that are used once or twice are read where they are. */
-                    if (transpose_b || !whole || m > 2 * PK__TALLEST) {
+                    /* Rows of B that are used a few times are read where they are. */
+                    if (transpose_b || !whole || m > few) {
                         pk_real *copy = packed + (j - left) * PK__DEPTH;
                         for (size_t q = 0; q < columns && top == 0; q += PK_PANEL)
                             pk__pack_panel(pk__least(columns - q, PK_PANEL), depth, own.first + q * column_b,
@@ -5456,21 +5467,31 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
-#define PK__DEFINE_LINE(suffix, attributes, vectors)                                           \
-    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,  \
-                                             const pk_real *direction, pk_real *to)            \
-    {                                                                                          \
-        typedef vectors vector;                                                                \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                              \
-        const vector zero = {0};                                                               \
-        size_t i = 0;                                                                          \
-        for (; i + lanes <= count; i += lanes)                                                 \
-            *(vector *)(to + i) = PK__ADD_##suffix(*(const vector *)(weights + i), (t - zero), \
-                                                   *(const vector *)(direction + i));          \
-        for (; i < count; i++)                                                                 \
-            to[i] = weights[i] + t * direction[i];                                             \
+#define PK__DEFINE_LINE(suffix, attributes, vectors)                                                   \
+    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,          \
+                                             const pk_real *direction, pk_real *to)                    \
+    {                                                                                                  \
+        typedef vectors vector;                                                                        \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
+        const vector zero = {0};                                                                       \
+        size_t i = 0;                                                                                  \
+        for (; i + lanes <= count; i += lanes) {                                                       \
+            vector sum = zero;                                                                         \
+            if (weights)                                                                               \
+                sum = *(const vector *)(weights + i);                                                  \
+            *(vector *)(to + i) = PK__ADD_##suffix(sum, (t - zero), *(const vector *)(direction + i)); \
+        }                                                                                              \
+        for (; i < count; i++)                                                                         \
+            to[i] = (weights ? weights[i] : 0) + t * direction[i];                                     \
     }
 PK__FOR_PROCESSORS(PK__DEFINE_LINE)
+
+/* to = weights + t direction of count numbers; weights NULL: 0. */
+static void pk__line_point(size_t count, const pk_real *weights, pk_real t, const pk_real *direction,
+                           pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__line, (count, weights, t, direction, to));
+}
 
 /* to = the numbers offset ... of w + t d at row row of the line. */
 static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
@@ -5480,7 +5501,7 @@ static void pk__line_weights(const pk_line *line, size_t row, size_t offset, siz
         memcpy(to, weights, count * sizeof *to);
         return;
     }
-    PK__ON_PROCESSOR(pk__line, (count, weights, line->t[row], line->direction + offset, to));
+    pk__line_point(count, weights, line->t[row], line->direction + offset, to);
 }
 
 /* A node's weights at row row of the line; until the next call. */
@@ -5558,14 +5579,11 @@ static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_ca
     pk_real *second = tape->line_scratch, *to = tangent ? call->out_tangent : call->out;
     for (size_t i = 0; i < places; i++) {
         const pk_real t = line->t[i / positions], *x = call->in[0] + i * in, *own = first + i * in;
-        if (tangent)
-            for (size_t k = 0; k < in; k++)
-                second[i * in + k] = x[k] + t * own[k];
-        else
-            for (size_t k = 0; k < in; k++)
-                second[i * in + k] = t * x[k];
-        for (size_t j = 0; bias && j < out; j++)
-            to[i * out + j] = tangent ? c[j] : b[j] + t * c[j];
+        pk__line_point(in, tangent ? x : NULL, t, own, second + i * in);
+        if (bias && tangent)
+            memcpy(to + i * out, c, out * sizeof *to);
+        else if (bias)
+            pk__line_point(out, b, t, c, to + i * out);
     }
     pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
     pk__layer_product(node, places, second, line->direction,
@@ -15633,10 +15651,8 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
             product = to;
         }
         for (size_t p = 0; p < count; p++)
-            for (size_t k = 0; k < outputs; k++) {
-                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, product + p * out);
-                tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
-            }
+            pk__dots(outputs, out, delta + p * outputs * out, product + p * out, weight ? weight[p] : 1,
+                     tangent->along[v] + (row ? row[p] : p) * outputs);
     }
 }
 
@@ -15705,9 +15721,8 @@ static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_poi
         call.weights = tangent->directions[v] + node->weight_offset;
         node->operation->forward(&call);
         for (size_t p = 0; p < points->count; p++)
-            for (size_t k = 0; k < outputs; k++)
-                tangent->along[v][points->row[p] * outputs + k] +=
-                    points->weight[p] * pk__dot(width, delta + (p * outputs + k) * width, call.out + p * width);
+            pk__dots(outputs, width, delta + p * outputs * width, call.out + p * width, points->weight[p],
+                     tangent->along[v] + points->row[p] * outputs);
     }
 }
 
@@ -15779,12 +15794,10 @@ static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count, chosen = tangent->output_count;
     for (int v = 0; v < PK_DIRECTIONS; v++)
-        for (size_t i = 0; tangent->directions[v] && i < tangent->rows * chosen; i++) {
-            const size_t row = i / chosen, k = i % chosen;
-            tangent->along[v][row * tangent->outputs + tangent->first_output + k] +=
-                pk__dot(weights, tangent->phi[layer] + (row * tangent->output_capacity + k) * weights,
-                        tangent->directions[v] + node->weight_offset);
-        }
+        for (size_t row = 0; tangent->directions[v] && row < tangent->rows; row++)
+            pk__dots(chosen, weights, tangent->phi[layer] + row * tangent->output_capacity * weights,
+                     tangent->directions[v] + node->weight_offset, 1,
+                     tangent->along[v] + row * tangent->outputs + tangent->first_output);
 }
 
 /* Points of one row side by side: products over a row's points need them so. Stable. */

@@ -39,7 +39,7 @@ typedef struct processor {
                    pk_real *, size_t);
     void (*sums)(size_t, size_t, const pk_real *, size_t, const pk__panels *, const pk_real *, size_t,
                  const size_t *, pk_real *);
-    void (*dot)(size_t, const pk_real *, const pk_real *, pk_real *);
+    void (*dots)(size_t, size_t, const pk_real *, const pk_real *, pk_real, pk_real *);
     void (*times)(size_t, size_t, const pk_real *, const pk_real *, int, pk_real *);
 } processor;
 
@@ -59,18 +59,18 @@ static int find_processors(void **unused)
 #ifdef PK__AVX512
     if (PK__HAS_AVX512) {
         const processor own = {
-            NULL, 0, pk__panels_avx512, pk__picked_avx512, pk__sums_avx512, pk__dot_avx512, pk__times_avx512};
+            NULL, 0, pk__panels_avx512, pk__picked_avx512, pk__sums_avx512, pk__dots_avx512, pk__times_avx512};
         add_processor("AVX-512", 1, &own);
     }
 #endif
 #ifdef PK__AVX2
     if (PK__HAS_AVX2) {
-        const processor own = {NULL,          0, pk__panels_avx2, pk__picked_avx2, pk__sums_avx2, pk__dot_avx2,
+        const processor own = {NULL,          0, pk__panels_avx2, pk__picked_avx2, pk__sums_avx2, pk__dots_avx2,
                                pk__times_avx2};
         add_processor("AVX2", 1, &own);
     }
 #endif
-    const processor own = {NULL,          0, pk__panels_base, pk__picked_base, pk__sums_base, pk__dot_base,
+    const processor own = {NULL,          0, pk__panels_base, pk__picked_base, pk__sums_base, pk__dots_base,
                            pk__times_base};
     add_processor("baseline", 0, &own);
     print_message("%s and %zu others\n", processors[0].name, processor_count - 1);
@@ -229,11 +229,14 @@ static void test_rows(void **unused)
     (void)unused;
     for (size_t p = 0; p < processor_count; p++)
         for (size_t count = 0; count <= MOST; count++) {
-            long double sum = 0;
-            for (size_t i = 0; i < count; i++)
-                sum += (long double)a[i] * b[i];
-            processors[p].dot(count, a, b, to);
-            expect_near(to[0], sum, (double)count, processors[p].name);
+            to[0] = to[1] = to[2] = 7;
+            processors[p].dots(2, count, a, b, 3, to);
+            for (size_t row = 0; row < 3; row++) {
+                long double sum = 0;
+                for (size_t i = 0; row < 2 && i < count; i++)
+                    sum += (long double)a[row * count + i] * b[i];
+                expect_near(to[row], 7 + 3 * sum, 3 * (double)count, processors[p].name);
+            }
             for (int add = 0; add < 2; add++) {
                 for (size_t i = 0; i <= ROW * MOST; i++)
                     to[i] = 7;

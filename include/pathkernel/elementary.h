@@ -86,38 +86,47 @@ PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
 }
 
 /* In chains, so that additions do not wait for each other: a vector of AVX-512, two of the others. */
-#define PK__DEFINE_DOT(suffix, attributes, vectors)                                                        \
-    attributes static void pk__dot_##suffix(size_t count, const pk_real *a, const pk_real *b, pk_real *to) \
-    {                                                                                                      \
-        typedef vectors vector;                                                                            \
-        enum {                                                                                             \
-            lanes = (int)(sizeof(vector) / sizeof(pk_real)),                                               \
-            both = lanes < PK_PANEL,                                                                       \
-            chains = (both + 1) * lanes                                                                    \
-        };                                                                                                 \
-        vector left = {0}, right = {0};                                                                    \
-        pk_real chain[2 * lanes], rest = 0;                                                                \
-        size_t i = 0;                                                                                      \
-        for (; i + chains <= count; i += chains) {                                                         \
-            left += *(const vector *)(a + i) * *(const vector *)(b + i);                                   \
-            if (both)                                                                                      \
-                right += *(const vector *)(a + i + lanes) * *(const vector *)(b + i + lanes);              \
-        }                                                                                                  \
-        for (; i < count; i++)                                                                             \
-            rest += a[i] * b[i];                                                                           \
-        *(vector *)chain = left;                                                                           \
-        *(vector *)(chain + lanes) = right;                                                                \
-        for (size_t k = lanes; k > 0; k /= 2)                                                              \
-            for (size_t j = 0; j < k; j++)                                                                 \
-                chain[j] += chain[j + k];                                                                  \
-        *to = chain[0] + rest;                                                                             \
+#define PK__DEFINE_DOTS(suffix, attributes, vectors)                                                        \
+    attributes static void pk__dots_##suffix(size_t rows, size_t count, const pk_real *a, const pk_real *b, \
+                                             pk_real factor, pk_real *to)                                   \
+    {                                                                                                       \
+        typedef vectors vector;                                                                             \
+        enum {                                                                                              \
+            lanes = (int)(sizeof(vector) / sizeof(pk_real)),                                                \
+            both = lanes < PK_PANEL,                                                                        \
+            chains = (both + 1) * lanes                                                                     \
+        };                                                                                                  \
+        for (size_t row = 0; row < rows; row++, a += count) {                                               \
+            vector left = {0}, right = {0};                                                                 \
+            pk_real chain[lanes], rest = 0;                                                                 \
+            size_t i = 0;                                                                                   \
+            for (; i + chains <= count; i += chains) {                                                      \
+                left += *(const vector *)(a + i) * *(const vector *)(b + i);                                \
+                if (both)                                                                                   \
+                    right += *(const vector *)(a + i + lanes) * *(const vector *)(b + i + lanes);           \
+            }                                                                                               \
+            for (; i < count; i++)                                                                          \
+                rest += a[i] * b[i];                                                                        \
+            *(vector *)chain = left + right;                                                                \
+            for (size_t k = lanes / 2; k > 0; k /= 2)                                                       \
+                for (size_t j = 0; j < k; j++)                                                              \
+                    chain[j] += chain[j + k];                                                               \
+            to[row] += factor * (chain[0] + rest);                                                          \
+        }                                                                                                   \
     }
-PK__FOR_PROCESSORS(PK__DEFINE_DOT)
+PK__FOR_PROCESSORS(PK__DEFINE_DOTS)
+
+/* to += factor A b of A (rows x count). */
+PK__PRIVATE void pk__dots(size_t rows, size_t count, const pk_real *a, const pk_real *b, pk_real factor,
+                          pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__dots, (rows, count, a, b, factor, to));
+}
 
 PK__PRIVATE pk_real pk__dot(size_t count, const pk_real *a, const pk_real *b)
 {
-    pk_real sum;
-    PK__ON_PROCESSOR(pk__dot, (count, a, b, &sum));
+    pk_real sum = 0;
+    pk__dots(1, count, a, b, 1, &sum);
     return sum;
 }
 

@@ -81,6 +81,7 @@ enum {
     PK__BLOCK_ROWS = 96,              /* with so many terms they stay in the second-level cache, */
     PK__BLOCK_COLUMNS = 8 * PK_PANEL, /* and so do these */
     PK__FEW_PANELS = 4,               /* so many panels of rows are few */
+    PK__FEW_NUMBERS = 1 << 12,        /* of B, which stay in the first-level cache as they are */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
@@ -220,6 +221,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
+    const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
     /* A block of B is packed once for all rows, where there are more of them than one block. */
     const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK__PAIR;
     for (size_t p = 0; p < k; p += most) {
@@ -239,8 +241,8 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                     target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
                     target.to = direct ? c + top * ldc + j : tile;
                     target.to_at = direct ? c_at : tile_at;
-                    /* Rows of B that are used once or twice are read where they are. */
-                    if (transpose_b || !whole || m > 2 * PK__TALLEST) {
+                    /* Rows of B that are used a few times are read where they are. */
+                    if (transpose_b || !whole || m > few) {
                         pk_real *copy = packed + (j - left) * PK__DEPTH;
                         for (size_t q = 0; q < columns && top == 0; q += PK_PANEL)
                             pk__pack_panel(pk__least(columns - q, PK_PANEL), depth, own.first + q * column_b,

@@ -1,8 +1,8 @@
 /* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
  * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
  *
- * A tile is up to 12 rows of A times one panel of B. A is read where it stands, a number at a time; a panel of B is one
- * cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
+ * A tile is up to 12 rows of A times one panel of B, or two. A is read where it stands, a number at a time; a panel of B is
+ * one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
  * ascending order, wherever it stands in the tile, however many rows the tile has and however long a vector is.
  *
  * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
@@ -368,10 +368,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 
 #ifdef PK__AVX512
 /* A vector is a row of a panel, and an accumulator a row of the tile. Tiles are as wide as two panels, where there are two:
- * a number of A is fetched once for both, and fetching is what bounds tiles of one (bench_matrix: 110 to 122 GF/s). Rows are
- * groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first rows of a
- * group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. term: as below, or NULL:
- * all terms. */
+ * a number of A is fetched once for both, and fetching is what bounds tiles of one (1024^3 by bench_matrix: 80 GF/s, of two
+ * 106). Rows are groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first
+ * rows of a group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. */
 typedef struct pk__group {
     const pk_real *a;
     size_t row, skip;
@@ -417,6 +416,7 @@ typedef struct pk__group {
             right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
+/* halved: of the last group its last two rows only. both: two panels. term: the terms that are meant, or NULL: all. */
 PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
                                          const size_t *distance, size_t depth, const unsigned char *term,
                                          size_t along, const pk__panels *b, const pk_real *start,

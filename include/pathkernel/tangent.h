@@ -79,10 +79,8 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
             product = to;
         }
         for (size_t p = 0; p < count; p++)
-            for (size_t k = 0; k < outputs; k++) {
-                const pk_real sum = pk__dot(out, delta + (p * outputs + k) * out, product + p * out);
-                tangent->along[v][(row ? row[p] : p) * outputs + k] += weight ? weight[p] * sum : sum;
-            }
+            pk__dots(outputs, out, delta + p * outputs * out, product + p * out, weight ? weight[p] : 1,
+                     tangent->along[v] + (row ? row[p] : p) * outputs);
     }
 }
 
@@ -151,9 +149,8 @@ static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_poi
         call.weights = tangent->directions[v] + node->weight_offset;
         node->operation->forward(&call);
         for (size_t p = 0; p < points->count; p++)
-            for (size_t k = 0; k < outputs; k++)
-                tangent->along[v][points->row[p] * outputs + k] +=
-                    points->weight[p] * pk__dot(width, delta + (p * outputs + k) * width, call.out + p * width);
+            pk__dots(outputs, width, delta + p * outputs * width, call.out + p * width, points->weight[p],
+                     tangent->along[v] + points->row[p] * outputs);
     }
 }
 
@@ -225,12 +222,10 @@ static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count, chosen = tangent->output_count;
     for (int v = 0; v < PK_DIRECTIONS; v++)
-        for (size_t i = 0; tangent->directions[v] && i < tangent->rows * chosen; i++) {
-            const size_t row = i / chosen, k = i % chosen;
-            tangent->along[v][row * tangent->outputs + tangent->first_output + k] +=
-                pk__dot(weights, tangent->phi[layer] + (row * tangent->output_capacity + k) * weights,
-                        tangent->directions[v] + node->weight_offset);
-        }
+        for (size_t row = 0; tangent->directions[v] && row < tangent->rows; row++)
+            pk__dots(chosen, weights, tangent->phi[layer] + row * tangent->output_capacity * weights,
+                     tangent->directions[v] + node->weight_offset, 1,
+                     tangent->along[v] + row * tangent->outputs + tangent->first_output);
 }
 
 /* Points of one row side by side: products over a row's points need them so. Stable. */

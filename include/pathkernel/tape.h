@@ -262,21 +262,31 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
     }
 }
 
-#define PK__DEFINE_LINE(suffix, attributes, vectors)                                           \
-    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,  \
-                                             const pk_real *direction, pk_real *to)            \
-    {                                                                                          \
-        typedef vectors vector;                                                                \
-        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                              \
-        const vector zero = {0};                                                               \
-        size_t i = 0;                                                                          \
-        for (; i + lanes <= count; i += lanes)                                                 \
-            *(vector *)(to + i) = PK__ADD_##suffix(*(const vector *)(weights + i), (t - zero), \
-                                                   *(const vector *)(direction + i));          \
-        for (; i < count; i++)                                                                 \
-            to[i] = weights[i] + t * direction[i];                                             \
+#define PK__DEFINE_LINE(suffix, attributes, vectors)                                                   \
+    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,          \
+                                             const pk_real *direction, pk_real *to)                    \
+    {                                                                                                  \
+        typedef vectors vector;                                                                        \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
+        const vector zero = {0};                                                                       \
+        size_t i = 0;                                                                                  \
+        for (; i + lanes <= count; i += lanes) {                                                       \
+            vector sum = zero;                                                                         \
+            if (weights)                                                                               \
+                sum = *(const vector *)(weights + i);                                                  \
+            *(vector *)(to + i) = PK__ADD_##suffix(sum, (t - zero), *(const vector *)(direction + i)); \
+        }                                                                                              \
+        for (; i < count; i++)                                                                         \
+            to[i] = (weights ? weights[i] : 0) + t * direction[i];                                     \
     }
 PK__FOR_PROCESSORS(PK__DEFINE_LINE)
+
+/* to = weights + t direction of count numbers; weights NULL: 0. */
+static void pk__line_point(size_t count, const pk_real *weights, pk_real t, const pk_real *direction,
+                           pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__line, (count, weights, t, direction, to));
+}
 
 /* to = the numbers offset ... of w + t d at row row of the line. */
 static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
@@ -286,7 +296,7 @@ static void pk__line_weights(const pk_line *line, size_t row, size_t offset, siz
         memcpy(to, weights, count * sizeof *to);
         return;
     }
-    PK__ON_PROCESSOR(pk__line, (count, weights, line->t[row], line->direction + offset, to));
+    pk__line_point(count, weights, line->t[row], line->direction + offset, to);
 }
 
 /* A node's weights at row row of the line; until the next call. */
@@ -364,14 +374,11 @@ static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_ca
     pk_real *second = tape->line_scratch, *to = tangent ? call->out_tangent : call->out;
     for (size_t i = 0; i < places; i++) {
         const pk_real t = line->t[i / positions], *x = call->in[0] + i * in, *own = first + i * in;
-        if (tangent)
-            for (size_t k = 0; k < in; k++)
-                second[i * in + k] = x[k] + t * own[k];
-        else
-            for (size_t k = 0; k < in; k++)
-                second[i * in + k] = t * x[k];
-        for (size_t j = 0; bias && j < out; j++)
-            to[i * out + j] = tangent ? c[j] : b[j] + t * c[j];
+        pk__line_point(in, tangent ? x : NULL, t, own, second + i * in);
+        if (bias && tangent)
+            memcpy(to + i * out, c, out * sizeof *to);
+        else if (bias)
+            pk__line_point(out, b, t, c, to + i * out);
     }
     pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
     pk__layer_product(node, places, second, line->direction,
