@@ -182,10 +182,10 @@ static int wait_for_token(void *user, size_t step, double objective, const pk_re
     return read(*(int *)user, &token, 1) != 1; /* the other end closed: stop */
 }
 
-/* A child that trains or resumes into run_path; it makes one step for each token it is given. */
-static pid_t start_child(pk_train_options options, int *tokens)
+/* A child that trains or resumes into run_path; it makes one step for each token it is given. Both ends stay open here: it may
+ * be dead before it is given any. */
+static pid_t start_child(pk_train_options options, int ends[2])
 {
-    int ends[2];
     assert_int_equal(pipe(ends), 0);
     pid_t child = fork();
     assert_true(child >= 0);
@@ -205,9 +205,13 @@ static pid_t start_child(pk_train_options options, int *tokens)
             fprintf(stderr, "%s\n", pk_message(&context));
         _exit(status == PK_OK ? 0 : 1);
     }
-    close(ends[0]);
-    *tokens = ends[1];
     return child;
+}
+
+static void close_both(const int ends[2])
+{
+    close(ends[0]);
+    close(ends[1]);
 }
 
 /* Every complete step is as in the whole run. Returns their number. */
@@ -253,14 +257,14 @@ static void test_killed_at_any_moment(void **state)
         assert_int_equal(pk_run_open(NULL, whole_path, &whole), PK_OK);
         assert_int_equal(whole.steps, STEPS);
         size_t steps = 0;
-        int tokens, result;
+        int tokens[2], result;
         for (int k = 0; k < KILLS; k++) {
-            pid_t child = start_child(options, &tokens);
+            pid_t child = start_child(options, tokens);
             /* Some are killed while they start or replay, the others after a few steps and then at any
              * instruction of the steps that the tokens still allow. */
             size_t more = pk_random_below(&random, STEPS / KILLS), row = P * 8;
             char allowed[STEPS] = {0};
-            assert_int_equal(write(tokens, allowed, more + 2), (ssize_t)(more + 2));
+            assert_int_equal(write(tokens[1], allowed, more + 2), (ssize_t)(more + 2));
             while (more && file_size(run_path, "weights.npy") < (steps + more + 1) * row &&
                    waitpid(child, &result, WNOHANG) == 0)
                 continue;
@@ -269,7 +273,7 @@ static void test_killed_at_any_moment(void **state)
             assert_int_equal(kill(child, SIGKILL), 0);
             assert_int_equal(waitpid(child, &result, 0), child);
             assert_true(WIFSIGNALED(result) && WTERMSIG(result) == SIGKILL);
-            close(tokens);
+            close_both(tokens);
             if (file_size(run_path, "run.txt") == 0)
                 continue; /* killed before there was a run */
             size_t complete = check_complete_steps(&whole);
@@ -277,12 +281,12 @@ static void test_killed_at_any_moment(void **state)
             steps = complete;
         }
         assert_true(steps > 0 && steps < STEPS);
-        pid_t child = start_child(options, &tokens);
+        pid_t child = start_child(options, tokens);
         char enough[STEPS] = {0};
-        assert_int_equal(write(tokens, enough, STEPS), STEPS);
+        assert_int_equal(write(tokens[1], enough, STEPS), STEPS);
         assert_int_equal(waitpid(child, &result, 0), child);
         assert_int_equal(result, 0);
-        close(tokens);
+        close_both(tokens);
         assert_int_equal(check_complete_steps(&whole), STEPS);
         pk_run_release(NULL, &whole);
         assert_same_run(whole_path, run_path);
@@ -306,26 +310,26 @@ static void test_killed_inside_a_write(void **state)
     small = core, small.rlim_cur = 0;
     assert_int_equal(setrlimit(RLIMIT_CORE, &small), 0);
     pk_random random = {77, 0, 0};
-    int tokens, result, killed = 0;
+    int tokens[2], result, killed = 0;
     size_t least = file_size(whole_path, "train_inputs.npy"), most = file_size(whole_path, "weights.npy");
     char enough[40] = {0};
     for (size_t bytes = least; bytes < most; bytes += pk_random_below(&random, 900)) {
         small = limit, small.rlim_cur = (rlim_t)bytes;
         assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
-        pid_t child = start_child(options, &tokens);
+        pid_t child = start_child(options, tokens);
         assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
-        assert_int_equal(write(tokens, enough, sizeof enough), (ssize_t)sizeof enough);
+        assert_int_equal(write(tokens[1], enough, sizeof enough), (ssize_t)sizeof enough);
         assert_int_equal(waitpid(child, &result, 0), child);
-        close(tokens);
+        close_both(tokens);
         killed += WIFSIGNALED(result) && WTERMSIG(result) == SIGXFSZ;
         check_complete_steps(&whole);
     }
     assert_true(killed > 5);
-    pid_t child = start_child(options, &tokens);
-    assert_int_equal(write(tokens, enough, sizeof enough), (ssize_t)sizeof enough);
+    pid_t child = start_child(options, tokens);
+    assert_int_equal(write(tokens[1], enough, sizeof enough), (ssize_t)sizeof enough);
     assert_int_equal(waitpid(child, &result, 0), child);
     assert_int_equal(result, 0);
-    close(tokens);
+    close_both(tokens);
     assert_int_equal(setrlimit(RLIMIT_CORE, &core), 0);
     pk_run_release(NULL, &whole);
     assert_same_run(whole_path, run_path);
