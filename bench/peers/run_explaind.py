@@ -1,6 +1,7 @@
 """ExPLAIND (https://pypi.org/project/explaind, MIT; checked with 0.1.0) and pathkernel-decompose on the same runs.
 
-    python3 run_explaind.py [--job adamw|sgd] [--width 32] [--dtype float32] [--nodes 10] [--early 10] [--program PATH]
+    python3 run_explaind.py [--job adamw|sgd] [--width 32] [--dtype float32] [--nodes 10] [--early 10] [--rule auto]
+                            [--program PATH]
 
 Both decompose the outputs of an MLP on the digits over its training examples, by the exact path kernel. A run is
 recorded in PyTorch once; both get its weights, second moments, batches and learning rates.
@@ -9,7 +10,7 @@ ExPLAIND integrates by the midpoint rule with --nodes nodes a step, and --early 
 are 10 and 1000). Its network ends in log-softmax, the only loss gradient it has; logits and log-probabilities differ
 by a number per input, so contributions are compared after taking out their mean over the outputs. They must agree
 before times are compared, else the exit status is 1: by the same rule to rounding, where --early is not more than
---nodes; otherwise our adaptive rule and its rule to the error of ours by the midpoint rule.
+--nodes; otherwise our own rule (--rule) and its rule to the error of ours by the midpoint rule.
 
 Its time is that of predict() alone, one run; ours that of the whole program, start, reading and writing included, the
 least of --repeat. Memory is the peak of the process; its includes torch. The error is that of the sum of all parts,
@@ -40,6 +41,7 @@ def settings():
     parser.add_argument(
         "--early", type=int, default=10, help="and in the first four steps; its default is 1000"
     )
+    parser.add_argument("--rule", default="auto", help="ours, as --quadrature takes it; default: auto, adaptive")
     parser.add_argument("--steps", type=int, help="default: 200 of batch 64 (adamw), 100 of all rows (sgd)")
     parser.add_argument("--tests", type=int, help="default: 50 (adamw), 100 (sgd)")
     job = parser.parse_args()
@@ -210,7 +212,7 @@ def main():
         flush=True,
     )
     common.part("train", *options)
-    ours = common.decompose(program, job.folder, "ours", repeat=job.repeat)
+    ours = common.decompose(program, job.folder, "ours", "--quadrature", job.rule, repeat=job.repeat)
     common.decompose(
         program, job.folder, "midpoint", "--quadrature", f"midpoint:{job.nodes}", "--tolerance=1"
     )
@@ -223,8 +225,8 @@ def main():
         f"  ExPLAIND - ours by {same:14s}{found['same_rule']:.1e}"
         + " (not the same in the first steps)" * early
     )
-    print(f"  ExPLAIND - ours, adaptive        {found['adaptive']:.1e}")
-    print(f"  ours by {same} - adaptive     {found['midpoint']:.1e}")
+    print(f"  ExPLAIND - ours, {job.rule:16s}{found['adaptive']:.1e}")
+    print(f"  ours by {same} - {job.rule:13s}{found['midpoint']:.1e}")
     print(f"rounding of the training (ours: unattributed) {found['unattributed']:.1e}")
     print(f"ExPLAIND's process had {answer['before']:.0f} MB before predict()")
     limit = AGREE[job.dtype]
