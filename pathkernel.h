@@ -288,9 +288,10 @@ enum { PK_PANEL = 64 / (int)sizeof(pk_real) };
 
 PK__END_C
 
-/* pathkernel/elementary.h: exp, tanh and their relatives for many numbers at a time. Nothing here is public.
+/* pathkernel/elementary.h: arithmetic on rows of numbers: whether they are finite, inner products, products number by
+ * number, exp, tanh and their relatives. Nothing here is public.
  *
- * Where the processor has AVX2 and FMA (chosen at run time as in micro.h) four numbers go through one computation
+ * Of the latter, where the processor has AVX2 and FMA (chosen at run time as in micro.h) four numbers go through one computation
  * without branches, four to nine times as fast as the C library's functions; elsewhere those serve. A number's result
  * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
  * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
@@ -5859,8 +5860,7 @@ static void pk__elementwise_tangent(const pk_call *call, pk__slopes *slopes)
         return;
     }
     slopes(call, 0, count, out);
-    for (size_t i = 0; i < count; i++)
-        out[i] *= call->in_tangent[0][i];
+    pk__times(1, count, call->in_tangent[0], out, 0, out);
 }
 
 /* in_cotangent (+)= slope o out_cotangent, or, with the second derivatives as slopes, += slope o in_tangent o
@@ -5879,8 +5879,8 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     }
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
-        for (size_t j = 0; second && j < width; j++)
-            slope[j] *= call->in_tangent[0][row * width + j];
+        if (second)
+            pk__times(1, width, call->in_tangent[0] + row * width, slope, 0, slope);
         pk__times(copies, width, from, slope, second || call->accumulate[0], to);
         from += copies * width;
         to += copies * width;
@@ -14974,8 +14974,8 @@ PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 {
     const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
     const size_t tiles = 2 * PK__TALLEST, most = pk__most(1, numbers / tiles / pk__most(depth, 1)) * tiles;
-    const size_t parts = pk__blocks(pk__most(rows, 1), most);
-    return pk__most(1, pk__blocks(pk__blocks(rows, parts), tiles)) * tiles;
+    const size_t all = pk__most(rows, 1), parts = pk__blocks(all, most);
+    return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
 }
 
 static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
@@ -16633,7 +16633,8 @@ typedef struct pk__job {
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    pk_real *reverse_state; /* plan.rows x plan.outputs x pk__state_numbers: R */
+    size_t *state_at;       /* layers + 1: numbers of R of an output before a layer's; whole cache lines */
+    pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
     unsigned char *row_order; /* plan.rows: see pk_integrator */
@@ -16651,15 +16652,6 @@ PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
     return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
-/* Numbers of R of an output in the layers before one: a layer's begin at a cache line. */
-PK__PRIVATE size_t pk__state_numbers(const pk_graph *graph, size_t layer)
-{
-    size_t numbers = 0;
-    for (size_t l = 0; l < layer; l++)
-        numbers += pk__blocks(pk_graph_layer(graph, l)->weight_count, PK_PANEL) * PK_PANEL;
-    return numbers;
-}
-
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
 PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
 {
@@ -16673,9 +16665,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
-        size_t per_row = 0;
-        if (!pk__multiply(job->plan.outputs, pk__state_numbers(graph, graph->layers), &per_row) ||
-            per_row > SIZE_MAX / real / 2)
+        size_t per_row = 0, numbers = 0;
+        job->state_at = (size_t *)pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
+        for (size_t l = 0; l <= graph->layers; l++) {
+            if (job->state_at)
+                job->state_at[l] = numbers;
+            if (l < graph->layers)
+                numbers += pk__blocks(pk_graph_layer(graph, l)->weight_count, PK_PANEL) * PK_PANEL;
+        }
+        if (!pk__multiply(job->plan.outputs, numbers, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
             job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
@@ -17148,11 +17146,12 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
-    const size_t before = pk__state_numbers(job->graph, part->layer),
-                 own = pk__state_numbers(job->graph, part->layer + 1) - before;
-    const size_t at =
-        (worker->row + part->row) * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers) +
-        job->output_count * before + (part->first - job->first_output) * own;
+    size_t at = 0;
+    if (job->reverse) {
+        const size_t *before = job->state_at + part->layer, all = job->state_at[job->graph->layers];
+        at = (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
+             (part->first - job->first_output) * (before[1] - before[0]);
+    }
     const pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + offset : NULL;
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
@@ -17451,7 +17450,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         job->blocks[b].points_last = 0;
     memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
     const size_t numbers =
-        job->part->rows * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers);
+        job->reverse ? job->part->rows * job->plan.outputs * job->state_at[job->graph->layers] : 0;
     if (job->reverse_error)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)

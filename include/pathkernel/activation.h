@@ -52,8 +52,7 @@ static void pk__elementwise_tangent(const pk_call *call, pk__slopes *slopes)
         return;
     }
     slopes(call, 0, count, out);
-    for (size_t i = 0; i < count; i++)
-        out[i] *= call->in_tangent[0][i];
+    pk__times(1, count, call->in_tangent[0], out, 0, out);
 }
 
 /* in_cotangent (+)= slope o out_cotangent, or, with the second derivatives as slopes, += slope o in_tangent o
@@ -72,8 +71,8 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     }
     for (size_t row = 0; row < call->rows; row++) {
         slopes(call, row * width, width, slope);
-        for (size_t j = 0; second && j < width; j++)
-            slope[j] *= call->in_tangent[0][row * width + j];
+        if (second)
+            pk__times(1, width, call->in_tangent[0] + row * width, slope, 0, slope);
         pk__times(copies, width, from, slope, second || call->accumulate[0], to);
         from += copies * width;
         to += copies * width;

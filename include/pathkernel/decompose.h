@@ -217,11 +217,12 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
-    const size_t before = pk__state_numbers(job->graph, part->layer),
-                 own = pk__state_numbers(job->graph, part->layer + 1) - before;
-    const size_t at =
-        (worker->row + part->row) * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers) +
-        job->output_count * before + (part->first - job->first_output) * own;
+    size_t at = 0;
+    if (job->reverse) {
+        const size_t *before = job->state_at + part->layer, all = job->state_at[job->graph->layers];
+        at = (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
+             (part->first - job->first_output) * (before[1] - before[0]);
+    }
     const pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + offset : NULL;
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
@@ -520,7 +521,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         job->blocks[b].points_last = 0;
     memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
     const size_t numbers =
-        job->part->rows * job->plan.outputs * pk__state_numbers(job->graph, job->graph->layers);
+        job->reverse ? job->part->rows * job->plan.outputs * job->state_at[job->graph->layers] : 0;
     if (job->reverse_error)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)

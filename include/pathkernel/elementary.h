@@ -1,6 +1,7 @@
-/* pathkernel/elementary.h: exp, tanh and their relatives for many numbers at a time. Nothing here is public.
+/* pathkernel/elementary.h: arithmetic on rows of numbers: whether they are finite, inner products, products number by
+ * number, exp, tanh and their relatives. Nothing here is public.
  *
- * Where the processor has AVX2 and FMA (chosen at run time as in micro.h) four numbers go through one computation
+ * Of the latter, where the processor has AVX2 and FMA (chosen at run time as in micro.h) four numbers go through one computation
  * without branches, four to nine times as fast as the C library's functions; elsewhere those serve. A number's result
  * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
  * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus

@@ -185,8 +185,8 @@ PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 {
     const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
     const size_t tiles = 2 * PK__TALLEST, most = pk__most(1, numbers / tiles / pk__most(depth, 1)) * tiles;
-    const size_t parts = pk__blocks(pk__most(rows, 1), most);
-    return pk__most(1, pk__blocks(pk__blocks(rows, parts), tiles)) * tiles;
+    const size_t all = pk__most(rows, 1), parts = pk__blocks(all, most);
+    return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
 }
 
 static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)

@@ -90,7 +90,8 @@ typedef struct pk__job {
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    pk_real *reverse_state; /* plan.rows x plan.outputs x pk__state_numbers: R */
+    size_t *state_at;       /* layers + 1: numbers of R of an output before a layer's; whole cache lines */
+    pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
     unsigned char *row_order; /* plan.rows: see pk_integrator */
@@ -108,15 +109,6 @@ PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
     return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
-/* Numbers of R of an output in the layers before one: a layer's begin at a cache line. */
-PK__PRIVATE size_t pk__state_numbers(const pk_graph *graph, size_t layer)
-{
-    size_t numbers = 0;
-    for (size_t l = 0; l < layer; l++)
-        numbers += pk__blocks(pk_graph_layer(graph, l)->weight_count, PK_PANEL) * PK_PANEL;
-    return numbers;
-}
-
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
 PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
 {
@@ -130,9 +122,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
-        size_t per_row = 0;
-        if (!pk__multiply(job->plan.outputs, pk__state_numbers(graph, graph->layers), &per_row) ||
-            per_row > SIZE_MAX / real / 2)
+        size_t per_row = 0, numbers = 0;
+        job->state_at = (size_t *)pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
+        for (size_t l = 0; l <= graph->layers; l++) {
+            if (job->state_at)
+                job->state_at[l] = numbers;
+            if (l < graph->layers)
+                numbers += pk__blocks(pk_graph_layer(graph, l)->weight_count, PK_PANEL) * PK_PANEL;
+        }
+        if (!pk__multiply(job->plan.outputs, numbers, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
             job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
