@@ -333,6 +333,70 @@ static void test_arguments(void **state)
     assert_int_equal(context.memory_used, 0);
 }
 
+static size_t wrong_positions, wrong_fan_in, wrong_weights;
+static int wrong_unfolds;
+
+/* dense, with one number that is not its own. */
+static pk_status wrong_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    pk_status status = pk_operation_find("dense")->shape(context, graph, node);
+    node->positions += wrong_positions;
+    node->fan_in += wrong_fan_in;
+    node->weight_count += wrong_weights;
+    node->unfolds |= wrong_unfolds;
+    return status;
+}
+
+/* An operation whose table says what its nodes are not. */
+static void test_false_operations(void **state)
+{
+    (void)state;
+    pk_context context;
+    pk_graph graph;
+    pk_shape shape = {1, {3}};
+    const int inputs[2] = {0, 0};
+    double attributes[PK_NODE_ATTRIBUTES] = {4, 1, 0, 1};
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    assert_ok(&context, pk_graph_input(&context, &graph, &shape));
+    const pk_operation dense = *pk_operation_find("dense"), relu = *pk_operation_find("relu");
+    for (int k = 0; k < 14; k++) {
+        pk_operation own = k < 11 ? dense : relu;
+        const char *words = "fit its 3 inputs, 4 outputs";
+        own.name = "own";
+        if (k < 11)
+            own.shape = wrong_shape;
+        wrong_positions = k == 0, wrong_fan_in = k == 1, wrong_weights = k == 2, wrong_unfolds = k == 3;
+        if (k == 3)
+            words = "unfold is missing";
+        if (k == 4)
+            own.smoothness = PK_SMOOTH, words = "PK_TANGENT_OUTER is for one input";
+        if (k == 5)
+            own.linear_in_weights = 0, words = "PK_TANGENT_OUTER is for one input";
+        if (k == 6)
+            own.tangent_form = PK_TANGENT_ROWS, words = "needs row_gradients";
+        if (k == 7)
+            own.tangent_form = PK_TANGENT_NONE, words = "no tangent form";
+        if (k == 8)
+            own.weight_gradient = NULL, words = "no rule for their gradient";
+        if (k == 9)
+            own.reverse = NULL, words = "reverse is missing";
+        if (k == 10)
+            own.elementwise = 1, words = "elementwise";
+        if (k == 11)
+            own.switch_count = NULL, words = "switch functions";
+        if (k == 12)
+            own.forward = NULL, words = "forward";
+        if (k == 13)
+            words = "elementwise";
+        assert_refused(&context, k < 3 ? PK_SHAPE : PK_ARGUMENT, words,
+                       pk_graph_add(&context, &graph, &own, k == 13 ? 2 : 1, inputs, attributes, NULL));
+        assert_int_equal(graph.node_count, 1);
+    }
+    pk_graph_release(&context, &graph);
+    assert_int_equal(context.memory_used, 0);
+}
+
 /* The same bits for any number of threads, rows apart in memory. */
 static void test_evaluate_bits(void **state)
 {
@@ -372,7 +436,7 @@ int main(void)
         cmocka_unit_test(test_activations),   cmocka_unit_test(test_networks),
         cmocka_unit_test(test_residual),      cmocka_unit_test(test_rules),
         cmocka_unit_test(test_unread_node),   cmocka_unit_test(test_arguments),
-        cmocka_unit_test(test_evaluate_bits),
+        cmocka_unit_test(test_evaluate_bits), cmocka_unit_test(test_false_operations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -183,7 +183,7 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
     pk__tape_call(tape, node, 1, copies, &call);
     call.in[0] += row * call.in_width[0];
     call.out = places;
-    if (node->operation->unfold)
+    if (node->unfolds)
         node->operation->unfold(&call);
     else
         memcpy(places, call.in[0], call.in_width[0] * sizeof *places);

@@ -29,7 +29,7 @@ typedef enum pk_smoothness {
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE, /* no weights */
     PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
-                         places: sum over places of cotangent (x) input, sum of cotangents */
+                         places: sum over places of cotangent (x) input, sum of cotangents. One input. */
     PK_TANGENT_ROWS /* materialised: row_gradients */
 } pk_tangent_form;
 
@@ -68,7 +68,8 @@ typedef struct pk_node {
     char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
     pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
     size_t positions, fan_in, fan_out;       /* PK_TANGENT_OUTER */
-    int layer;                               /* number among the nodes with weights, -1 without */
+    int unfolds; /* PK_TANGENT_OUTER: unfold makes the inputs of each place; 0: in[0] holds them one after the other */
+    int layer; /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
@@ -107,7 +108,8 @@ typedef struct pk_operation {
     const pk_option *options; /* what may follow the name in the network language; NULL: nothing */
     double defaults[PK_NODE_ATTRIBUTES];
     /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
-     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width.
+     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width, and unfolds = 0
+     * where unfold would only copy in[0].
      * NULL: the first input's shape, no weights. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
@@ -124,7 +126,8 @@ typedef struct pk_operation {
     /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
      * Operations that are linear in their inputs or between kinks need none. */
     void (*curvature)(const pk_call *call);
-    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. */
+    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. A node whose
+     * `unfolds` is 0 never needs it. */
     void (*unfold)(const pk_call *call);
     int channels_first; /* values are fan_out x positions, not positions x fan_out */
     /* Whether one row of data may come in; NULL: any. The message names row and number. */
@@ -196,10 +199,11 @@ PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
     return text;
 }
 
-/* The gradient is one outer product: what the factored engine takes. */
+/* The gradient is one outer product, of the cotangent and in[0] itself: what the factored engine takes. A single place
+ * alone does not say so: its inputs may be chosen from in[0], or padded. */
 PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
-    return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
+    return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1 && !node->unfolds;
 }
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
@@ -266,6 +270,45 @@ static void pk__graph_analyse(pk_graph *graph)
     }
     graph->output_width = graph->nodes[last].width;
     graph->degree = graph->nodes[last].degree;
+}
+
+/* Whether a node is what its operation says of it: gradients and pieces are made from that, and not from its rules. */
+static pk_status pk__check_node(pk_context *context, const pk_graph *graph, const pk_node *node)
+{
+    const pk_operation *operation = node->operation;
+    const size_t width = graph->nodes[node->inputs[0]].width;
+    const int outer = node->tangent_form == PK_TANGENT_OUTER;
+    const char *what = NULL;
+    size_t matrix = 0, ins = 0, outs = 0;
+    if (!operation->forward || !operation->tangent || !operation->reverse)
+        what = "a rule for forward, tangent or reverse is missing";
+    else if (node->weight_count && (node->tangent_form == PK_TANGENT_NONE || !operation->weight_gradient))
+        what = "it has weights, but no tangent form or no rule for their gradient";
+    else if (node->tangent_form == PK_TANGENT_ROWS && node->weight_count && !operation->row_gradients)
+        what = "PK_TANGENT_ROWS needs row_gradients";
+    else if (operation->smoothness == PK_PIECEWISE_LINEAR && (!operation->switch_count || !operation->switches))
+        what = "PK_PIECEWISE_LINEAR needs switch functions";
+    else if (operation->elementwise && (node->input_count != 1 || node->width != width || node->weight_count))
+        what = "an elementwise operation has one input of its own width, and no weights";
+    else if (outer &&
+             (node->input_count != 1 || operation->smoothness != PK_LINEAR || !operation->linear_in_weights))
+        what = "PK_TANGENT_OUTER is for one input, and for what is linear in it and in the weights";
+    else if (outer && node->unfolds && !operation->unfold)
+        what = "its positions are unfolded, and unfold is missing";
+    if (what)
+        return pk__fail(context, PK_ARGUMENT, "the operation %s: %s", operation->name, what);
+    if (outer && (!pk__multiply(node->fan_in, node->fan_out, &matrix) ||
+                  !pk__multiply(node->positions, node->fan_in, &ins) ||
+                  !pk__multiply(node->positions, node->fan_out, &outs) || outs != node->width ||
+                  (!node->unfolds && ins != width) ||
+                  (node->weight_count != matrix && node->weight_count - matrix != node->fan_out)))
+        return pk__fail(
+            context, PK_SHAPE,
+            "the operation %s: %zu positions of %zu inputs and %zu outputs each do not fit its %zu inputs, "
+            "%zu outputs and %zu weights",
+            operation->name, node->positions, node->fan_in, node->fan_out, width, node->width,
+            node->weight_count);
+    return PK_OK;
 }
 
 static pk_status pk__graph_grow(pk_context *context, pk_graph *graph)
@@ -357,6 +400,7 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     node.input_count = input_count;
     node.layer = -1;
     node.tangent_form = operation->tangent_form;
+    node.unfolds = operation->unfold != NULL;
     node.constants = constant_count ? (pk_real *)constants : NULL; /* only read, until it is copied */
     node.constant_count = constant_count;
     memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
@@ -372,6 +416,14 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
+    node.unfolds &= node.tangent_form == PK_TANGENT_OUTER;
+    if (node.tangent_form == PK_TANGENT_OUTER && !node.positions) {
+        node.positions = 1;
+        node.fan_in = graph->nodes[node.inputs[0]].width;
+        node.fan_out = node.width;
+    }
+    if (!status)
+        status = pk__check_node(context, graph, &node);
     if (!status)
         status = pk__graph_grow(context, graph);
     if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
@@ -387,11 +439,6 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         node.layer = (int)graph->layers++;
         node.weight_offset = graph->parameters;
         graph->parameters += node.weight_count;
-    }
-    if (node.tangent_form == PK_TANGENT_OUTER && !node.positions) {
-        node.positions = 1;
-        node.fan_in = graph->nodes[node.inputs[0]].width;
-        node.fan_out = node.width;
     }
     pk__node_analyse(graph, &node);
     if (number)

@@ -169,6 +169,9 @@ static pk_status pk__convolution_shape(pk_context *context, const pk_graph *grap
     node->positions = c.positions;
     node->fan_in = c.patch;
     node->fan_out = node->shape.dims[0];
+    /* One window that is the whole image is the input itself, in the same order. */
+    node->unfolds = c.positions != 1 || c.patch != graph->nodes[node->inputs[0]].width ||
+                    c.windows.pad[0] + c.windows.pad[1] != 0;
     if (node->attributes[PK_CONVOLUTION_BIAS] != 0)
         node->weight_count += node->fan_out;
     if (c.groups > 1)

@@ -102,8 +102,8 @@ static int pk__reverses_by_row(const pk_node *node, size_t copies)
 /* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
 static int pk__is_plain_layer(const pk_node *node)
 {
-    return node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
-           !node->operation->channels_first && !pk__has_row_weights(node);
+    return node->tangent_form == PK_TANGENT_OUTER && !node->unfolds && !node->operation->channels_first &&
+           !pk__has_row_weights(node);
 }
 
 /* A bias behind the matrix. */
@@ -182,7 +182,7 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
             tape->tangent[n] = tangent;
         if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
             scratch = node->operation->scratch(node, rows, copies);
-        if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
+        if (node->unfolds)
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
@@ -324,9 +324,9 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
         one.rows = 1;
         one.in[0] = call->in[0] + row * call->in_width[0];
         one.out = call->scratch;
-        if (node->operation->unfold)
+        if (node->unfolds)
             node->operation->unfold(&one);
-        const pk_real *places = node->operation->unfold ? one.out : one.in[0];
+        const pk_real *places = node->unfolds ? one.out : one.in[0];
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
             const pk_real *delta = call->out_cotangent + copy * node->width;
             pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
@@ -470,8 +470,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
     }
     int along = line->direction && node->weight_count;
     if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
-        node->positions == 1 && node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
-        !call.accumulate[0]) {
+        pk__is_outer(node) && !call.accumulate[0]) {
         pk__reverse_unit_seeds(line, &call);
         return;
     }
