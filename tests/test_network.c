@@ -69,6 +69,118 @@ static void test_analysis(void **state)
     }
 }
 
+/* What people write at first, and the words that a sentence must have to tell them what to do. */
+static void test_sentences(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *words[2];
+    } cases[] = {
+        /* separators */
+        {"input 5, dense 5, tanh", {"layer 1", "layers are separated by ';'"}},
+        {"input 5,dense 5", {"layer 1", "layers are separated by ';'"}},
+        {"input 5 dense 5 tanh", {"'dense' stands behind", "layers are separated by ';'"}},
+        {"input 5\ndense 5", {"'dense' stands behind", "layers are separated by ';'"}},
+        {"input 5 -> dense 5", {"'->'", "layers are separated by ';'"}},
+        {"input 5 | dense 5", {"'|' outside", "layers are separated by ';'"}},
+        {"input 5: dense 5", {"'dense' stands behind", "layers are separated by ';'"}},
+        {"input 5; dense 5, tanh; dense 2", {"layer 2", "layers are separated by ';'"}},
+        {"input 5; dense 5 tanh; dense 2", {"'tanh' is not an option of dense", "separated by ';'"}},
+        {"input 5; dense 5 -> tanh; dense 2", {"'->' is not an option of dense", "separated by ';'"}},
+        {"input 5; dense tanh", {"dense: outputs: 'tanh'", "separated by ';'"}},
+        {"input 5; dense 5; tanh,", {"layer 3: 'tanh,'", "separated by ';'"}},
+        {"input 5; dense 5; tanh dense 2", {"layer 3: 'dense'", "separated by ';'"}},
+        {"input 4x4; position dense 3; flatten", {"'dense' is not an option of position", "separated"}},
+        {"input 5; a b c d e f g h i j k l m n o p q", {"more than 16 words behind 'a'", "separated"}},
+        {"input 5;; dense 5", {"layer 2: no words", "between ';' and ';'"}},
+        {"input 5; dense 5;", {"layer 3: no words", "between ';' and the end of the text"}},
+        {"; input 5", {"layer 1: no words", "between the start of the text and ';'"}},
+        /* input */
+        {"input", {"the shape of an example", "'input 64'"}},
+        {"dense 5; tanh", {"starts with 'input'", "not with 'dense'"}},
+        {"Input 5; dense 5", {"starts with 'input'", "not with 'Input'"}},
+        {"input=5; dense 5", {"starts with 'input'", "not with 'input=5'"}},
+        {"input 28 28; flatten; dense 2", {"one shape", "'28' stands behind"}},
+        {"input 1,28,28; flatten; dense 2", {"'1,28,28'", "written with x"}},
+        {"input (1,28,28); flatten; dense 2", {"'input' has no parentheses", "blanks"}},
+        {"input 1x2x3x4x5; dense 2", {"'1x2x3x4x5'", "more than 4 dimensions"}},
+        {"input 0; dense 2", {"a dimension of zero", "at least 1"}},
+        {"input 3x0x3; flatten; dense 2", {"a dimension of zero", "at least 1"}},
+        {"input 5X5; dense 2", {"'5X5'", "such as 64 or 1x28x28"}},
+        {"input 5; input 5; dense 2", {"layer 2: 'input' is the first layer", ""}},
+        /* names */
+        {"input 5; dens 5", {"'dens' is not a layer", "is it 'dense'?"}},
+        {"input 5; Dense 5", {"'Dense' is not a layer", "is it 'dense'?"}},
+        {"input 5; linear 5", {"'linear' is not a layer", "is it 'dense'?"}},
+        {"input 5; Linear 5", {"'Linear' is not a layer", "is it 'dense'?"}},
+        {"input 5; dense 2; ReLU", {"'ReLU' is not a layer", "is it 'relu'?"}},
+        {"input 5; dense 2; laekyrelu", {"'laekyrelu' is not a layer", "docs/network-language.md"}},
+        {"input 1x5x5; maxpool 2; flatten; dense 2", {"'maxpool'", "is it 'max_pool'?"}},
+        {"input 1x5x5; conv2d 2 3; flatten; dense 2", {"'conv2d'", "is it 'conv'?"}},
+        {"input 5; layernorm; dense 2", {"'layernorm'", "is it 'layer_norm'?"}},
+        {"input 5; batchnorm; dense 2", {"'batchnorm'", "is it 'batch_norm'?"}},
+        {"input 5; quantum 3; dense 2",
+         {"'quantum' is not a layer that is known;", "docs/network-language.md"}},
+        {"input 5; add; dense 2", {"'add' is no layer", "residual"}},
+        /* numbers */
+        {"input 5; dense", {"dense needs its outputs", "number"}},
+        {"input 5; dense five", {"dense: outputs: 'five'", "finite number"}},
+        {"input 5; dense -3", {"outputs is -3", "from 1"}},
+        {"input 5; dense 1e30", {"outputs is 1e+30", "to 1e+09"}},
+        {"input 5; scale; dense 2", {"scale needs its factor", "number"}},
+        {"input 5; leaky_relu -1; dense 2", {"number is -1", "above 0"}},
+        {"input 5; layer_norm epsilon=-1; dense 2", {"epsilon is -1", "from 0 on"}},
+        {"input 1x5x5; conv 3; flatten; dense 2", {"conv needs its kernel", "3x3"}},
+        {"input 1x5x5; conv 3x3; flatten; dense 2", {"conv: channels: '3x3'", "finite number"}},
+        {"input 1x5x5; conv 3 3,3; flatten; dense 2", {"'3,3'", "written with x"}},
+        {"input 1x5x5; conv 3 3x3x3; flatten; dense 2", {"conv: kernel: '3x3x3'", "pair"}},
+        {"input 1x5x5; conv 3 3 pad=same; flatten; dense 2", {"conv: pad: 'same'", "finite number"}},
+        {"input 1x5x5; max_pool 2 pad=2; flatten; dense 2", {"padding of 2x2", "kernel, 2x2"}},
+        /* options */
+        {"input 5; dense 5 6", {"'6' is not an option of dense", "'nobias'"}},
+        {"input 5; dense outputs=5", {"'outputs=5' is not an option of dense", "'nobias'"}},
+        {"input 5; dense 5 nobias=1", {"'nobias=1'", "without a value"}},
+        {"input 5; dense 5 init", {"'init'", "init=1"}},
+        {"input 5; dense 5 init=xavier", {"dense: init: 'xavier'", "glorot"}},
+        {"input 5; dense 5 gain=", {"dense: gain: ''", "finite number"}},
+        {"input 5; dense 5 ntk w_std=0", {"w_std is 0", "above 0"}},
+        {"input 1x5x5; conv 3 3 stride 2; flatten; dense 2", {"'stride'", "stride=1"}},
+        {"input 1x5x5; conv 3 3 stride = 2; flatten; dense 2", {"'stride'", "without blanks"}},
+        {"input 1x5x5; conv 3 3 padding=1; flatten; dense 2", {"'padding=1'", "'pad='"}},
+        {"input 5; tanh 3; dense 2", {"'3' is not an option of tanh", ""}},
+        {"input 5; embedding 5 3; attention 2; flatten; dense 2", {"a width of 3", "2 heads"}},
+        /* parentheses */
+        {"input 5; dense(5)", {"'dense' has no parentheses", "'dense 10'"}},
+        {"input 5; skip( dense 5 )", {"'skip' has no parentheses", "'residual'"}},
+        {"input 5; residual dense 5", {"'residual' has its layers in parentheses", "residual( BODY )"}},
+        {"input 5; residual( dense 5", {"')' of a residual is missing", ""}},
+        {"input 5; residual( dense 5 ))", {"')' outside of a residual", "no '('"}},
+        {"input 5; residual( )", {"no words", "between '(' and ')'"}},
+        {"input 5; residual( dense 5 | )", {"no words", "between '|' and ')'"}},
+        {"input 5; ( dense 5 )", {"no words", "between ';' and '('"}},
+        {"input 5; residual( dense 5 | dense 5 | dense 5 )", {"second '|'", "two branches"}},
+        {"input 5; residual( dense 5 ) tanh", {"'tanh' behind the ')'", "a ';' is missing"}},
+        {"input 5; residual( dense 4 ); dense 2", {"of 4 and of 5", "input, which is the shortcut"}},
+        {"input 5; residual( dense 4 | dense 3 ); dense 2", {"of 4 and of 3", "its shortcut the second"}},
+        {"input 4; residual( residual( dense 3 ) ); dense 2", {"network, layer 3: residual", "of 3 and of 4"}},
+        /* the end */
+        {"input 1x5x5; conv 3 3", {"3x3x3 numbers, not a vector", "'flatten'"}},
+        {"input 5; tanh", {"no weights", "trained"}},
+    };
+    pk_context context;
+    pk_graph graph;
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        assert_true(pk_network_parse(&context, cases[i].text, &graph) != PK_OK);
+        for (int w = 0; w < 2; w++)
+            if (!strstr(pk_message(&context), cases[i].words[w]))
+                fail_msg("'%s': no '%s' in '%s'", cases[i].text, cases[i].words[w], pk_message(&context));
+        assert_int_equal(graph.node_count, 0);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
 static void test_refuses(void **state)
 {
     (void)state;
@@ -366,9 +478,11 @@ static void test_branches(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_builds), cmocka_unit_test(test_analysis),   cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_long),   cmocka_unit_test(test_initialize), cmocka_unit_test(test_initial_kinds),
-        cmocka_unit_test(test_ntk),    cmocka_unit_test(test_branches),
+        cmocka_unit_test(test_builds),        cmocka_unit_test(test_analysis),
+        cmocka_unit_test(test_refuses),       cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_long),          cmocka_unit_test(test_initialize),
+        cmocka_unit_test(test_initial_kinds), cmocka_unit_test(test_ntk),
+        cmocka_unit_test(test_branches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -185,11 +185,11 @@ static void pk__hard_tanh_switches(const pk_call *call)
 }
 
 static const pk_option pk__positive_option[] = {
-    {"its number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {"number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
     {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
 static const pk_option pk__scale_option[] = {
-    {"its factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
+    {"factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
     {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
 

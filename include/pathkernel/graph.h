@@ -181,6 +181,7 @@ PK__END_C
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_GRAPH_IMPLEMENTED)
 #define PATHKERNEL_GRAPH_IMPLEMENTED
 /* >>> implementation */
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -213,8 +214,10 @@ static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, siz
         return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank,
                         PK_SHAPE_RANK);
     for (int i = 0; i < shape->rank; i++)
-        if (shape->dims[i] == 0 || !pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
-            return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of %zu, zero or too large",
+        if (shape->dims[i] == 0)
+            return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of zero; each is at least 1");
+        else if (!pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
+            return pk__fail(context, PK_OVERFLOW, "a shape with a dimension of %zu is too large",
                             shape->dims[i]);
     return PK_OK;
 }
@@ -377,6 +380,12 @@ PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name
                                                  : value >= option->least && value <= option->most &&
                                                        (!option->whole || value == floor(value)))
                 continue;
+            if (option->kind != PK_OPTION_CHOICE && option->most >= DBL_MAX)
+                return pk__fail(context, PK_ARGUMENT, "%s: %s is %g; a number %s is possible", name,
+                                option->name, value,
+                                option->least > 0   ? "above 0"
+                                : option->least < 0 ? "that is finite"
+                                                    : "from 0 on");
             return pk__fail(context, PK_ARGUMENT, "%s: %s is %g; a %snumber from %g to %g is possible", name,
                             option->name, value, option->whole ? "whole " : "", option->least, option->most);
         }

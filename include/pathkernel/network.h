@@ -65,11 +65,13 @@ typedef struct pk__parser {
     pk_context *context;
     pk_graph *graph;
     const pk_constants *constants;
-    const char *at;  /* in the text */
-    char *canonical; /* where the next canonical character goes */
-    int number;      /* of the layer */
-    int depth;       /* of residuals */
-    int node;        /* the last one of the branch in hand */
+    const char *start, *at; /* the text, and in it */
+    char *canonical;        /* where the next canonical character goes */
+    int number;             /* of the layer */
+    int depth;              /* of residuals */
+    int node;               /* the last one of the branch in hand */
+    int failed;             /* the number of the layer that could not be made; 0: none */
+    pk__layer layer;        /* the layer in hand: of all depths, so that the stack holds none */
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
@@ -83,7 +85,10 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
     shape->rank = 0;
     do {
         size_t dim = 0;
-        if (shape->rank == PK_SHAPE_RANK || *at < '0' || *at > '9')
+        if (shape->rank == PK_SHAPE_RANK)
+            return pk__fail(context, PK_FORMAT, "the shape '%.40s' has more than %d dimensions", word,
+                            PK_SHAPE_RANK);
+        if (*at < '0' || *at > '9')
             return pk__fail(context, PK_FORMAT, "'%.40s' is not a shape such as 64 or 1x28x28", word);
         for (; *at >= '0' && *at <= '9'; at++) {
             if (dim > SIZE_MAX / 65536)
@@ -97,9 +102,107 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
     return PK_OK;
 }
 
+/* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
+#define PK__OTHER_LAYERS                                                                                \
+    "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
+    "attention"
+
+/* An operation by name, built in or the context's; NULL where there is none. */
+static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
+{
+    const pk_operation *found = pk_operation_find(name);
+    for (size_t i = 0; !found && context && context->operations && context->operations[i]; i++)
+        if (strcmp(context->operations[i]->name, name) == 0)
+            found = context->operations[i];
+    return found;
+}
+
+static char pk__lower(char c)
+{
+    return c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
+}
+
+/* How many letters have to be changed, added or left out, whatever their case; at most PK__FAR_WORD. */
+enum { PK__FAR_WORD = 3, PK__LONGEST_NAME = 31 };
+static int pk__word_distance(const char *a, size_t length, const char *b)
+{
+    int row[PK__LONGEST_NAME + 1];
+    const size_t other = strlen(b);
+    if (length > PK__LONGEST_NAME || other > PK__LONGEST_NAME)
+        return PK__FAR_WORD;
+    for (size_t i = 0; i <= length; i++)
+        row[i] = (int)i;
+    for (size_t j = 1; j <= other; j++) {
+        int corner = row[0];
+        row[0] = (int)j;
+        for (size_t i = 1; i <= length; i++) {
+            int best = corner + (pk__lower(a[i - 1]) != pk__lower(b[j - 1]));
+            corner = row[i];
+            best = best < row[i] + 1 ? best : row[i] + 1;
+            row[i] = best < row[i - 1] + 1 ? best : row[i - 1] + 1;
+        }
+    }
+    return row[length] < PK__FAR_WORD ? row[length] : PK__FAR_WORD;
+}
+
+/* The layer whose name is nearest to a word, or an empty text where each is `most` letters away or more. */
+static void pk__nearest_layer(const pk_context *context, const char *word, int most, char *name, size_t size)
+{
+    const pk_operation *operation;
+    int best = most;
+    name[0] = 0;
+    if (pk__word_distance("linear", 6, word) < 2 || strcmp(word, "fc") == 0) { /* PyTorch's name, and another */
+        snprintf(name, size, "dense");
+        return;
+    }
+    for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
+        if (strcmp(operation->name, "add") != 0 &&
+            pk__word_distance(operation->name, strlen(operation->name), word) < best) {
+            best = pk__word_distance(operation->name, strlen(operation->name), word);
+            snprintf(name, size, "%s", operation->name);
+        }
+    for (size_t i = 0; context && context->operations && context->operations[i]; i++) {
+        const char *own = context->operations[i]->name;
+        if (pk__word_distance(own, strlen(own), word) < best) {
+            best = pk__word_distance(own, strlen(own), word);
+            snprintf(name, size, "%s", own);
+        }
+    }
+    for (const char *at = PK__OTHER_LAYERS; *at; at += strspn(at, " ")) {
+        const size_t length = strcspn(at, " ");
+        if (pk__word_distance(at, length, word) < best) {
+            best = pk__word_distance(at, length, word);
+            snprintf(name, size, "%.*s", (int)length, at);
+        }
+        at += length;
+    }
+}
+
+/* What is to be said of a word that stands where it cannot: that a layer of its own is separated from the one before. */
+static const char *pk__separator_hint(const pk_context *context, const char *word)
+{
+    const int sign = strpbrk(word, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789#") == NULL;
+    char name[PK__LONGEST_NAME + 1];
+    pk__nearest_layer(context, word, 2, name, sizeof name);
+    return sign || name[0] ? "; layers are separated by ';'" : "";
+}
+
+/* Whether a word has no sign that the language gives no meaning, and that people write between words. */
+static pk_status pk__check_word(pk_context *context, const char *word)
+{
+    const char *comma = strchr(word, ',');
+    if (!comma)
+        return PK_OK;
+    if (comma > word && comma[-1] >= '0' && comma[-1] <= '9' && comma[1] >= '0' && comma[1] <= '9')
+        return pk__fail(context, PK_FORMAT,
+                        "'%.40s': the sizes of a shape or of a pair are written with x, as in 3x3", word);
+    return pk__fail(context, PK_FORMAT, "'%.40s' has a comma: layers are separated by ';', words by blanks",
+                    word);
+}
+
 /* The value of an option: what follows `name=`, or the positional word. */
-static pk_status pk__parse_value(pk_context *context, const pk_option *option, const char *value,
-                                 double *attributes)
+static pk_status pk__parse_value(pk_context *context, const char *name, const pk_option *option,
+                                 const char *value, double *attributes)
 {
     double *to = attributes + option->attribute;
     size_t length = strlen(value);
@@ -107,17 +210,19 @@ static pk_status pk__parse_value(pk_context *context, const pk_option *option, c
         int choice = pk__word_index(option->choices, value);
         *to = choice;
         return choice >= 0 ? PK_OK
-                           : pk__fail(context, PK_FORMAT, "%s: '%.40s' is none of: %s", option->name, value,
-                                      option->choices);
+                           : pk__fail(context, PK_FORMAT, "%s: %s: '%.40s' is none of: %s", name, option->name,
+                                      value, option->choices);
     }
     if (option->kind == PK_OPTION_PAIR) {
         const size_t first = strcspn(value, "x");
         if (value[first] && !pk__number(value + first + 1, length - first - 1, &to[1]))
-            return pk__fail(context, PK_FORMAT, "%s: '%.40s' is not a pair such as 3x3", option->name, value);
+            return pk__fail(context, PK_FORMAT, "%s: %s: '%.40s' is not a pair such as 3x3", name, option->name,
+                            value);
         length = first;
     }
     if (!pk__number(value, length, to))
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not a finite number", value);
+        return pk__fail(context, PK_FORMAT, "%s: %s: '%.40s' is not a finite number%s", name, option->name,
+                        value, option->position ? pk__separator_hint(context, value) : "");
     if (option->kind == PK_OPTION_PAIR && !value[length])
         to[1] = to[0];
     return PK_OK;
@@ -146,6 +251,29 @@ static void pk__option_names(const pk_option *options, char *text, size_t size)
                                      option->kind == PK_OPTION_FLAG ? "" : "=");
 }
 
+/* What is wrong with a word that is no option. */
+static pk_status pk__refuse_word(pk_context *context, const char *name, const pk_option *options,
+                                 const char *word)
+{
+    const size_t length = strcspn(word, "=");
+    char names[256];
+    for (const pk_option *option = options; option && option->name; option++) {
+        if (option->position || strlen(option->name) != length || strncmp(word, option->name, length) != 0)
+            continue;
+        return option->kind == PK_OPTION_FLAG
+                   ? pk__fail(context, PK_FORMAT,
+                              "'%.40s' is not an option of %s: '%s' stands there without a value", word, name,
+                              option->name)
+                   : pk__fail(context, PK_FORMAT,
+                              "'%.40s' is not an option of %s: its value comes behind a '=', without blanks, "
+                              "as in %s=1",
+                              word, name, option->name);
+    }
+    pk__option_names(options, names, sizeof names);
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of %s%s%s%s", word, name,
+                    names[0] ? "; possible are " : "", names, pk__separator_hint(context, word));
+}
+
 /* Reads the words of a layer after its name into attributes, which hold the defaults. */
 static pk_status pk__parse_options(pk_context *context, const char *name, const pk_option *options,
                                    const pk__layer *layer, double *attributes)
@@ -156,43 +284,33 @@ static pk_status pk__parse_options(pk_context *context, const char *name, const 
         const char *word = layer->words[i];
         const pk_option *option = pk__find_option(options, word, 0);
         const char *value = option ? word + strlen(option->name) + 1 : word;
-        if (!option)
+        pk_status status = pk__check_word(context, word);
+        if (status)
+            return status;
+        if (!option && !strchr(word, '='))
             option = pk__find_option(options, word, ++position);
         seen[i] = option;
         for (int k = 1; option && k < i; k++)
             if (seen[k] == option)
                 return pk__fail(context, PK_FORMAT, "%s: '%.40s' comes twice", name, word);
-        if (!option) {
-            char names[256];
-            pk__option_names(options, names, sizeof names);
-            return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of %s%s%s", word, name,
-                            names[0] ? "; possible are " : "", names);
-        }
+        if (!option)
+            return pk__refuse_word(context, name, options, word);
         if (option->kind == PK_OPTION_FLAG) {
             attributes[option->attribute] = option->least;
             continue;
         }
-        pk_status status = pk__parse_value(context, option, value, attributes);
+        status = pk__parse_value(context, name, option, value, attributes);
         if (status)
             return status;
     }
     for (const pk_option *option = options; option && option->name; option++)
         if (option->required && position < option->position)
-            return pk__fail(context, PK_FORMAT, "%s needs its %s", name, option->name);
+            return pk__fail(context, PK_FORMAT, "%s needs its %s, a number%s behind a blank", name,
+                            option->name, option->kind == PK_OPTION_PAIR ? " or a pair such as 3x3," : "");
     return PK_OK;
 }
 
 /* ---- layers ---------------------------------------------------------------------------------------- */
-
-/* An operation by name, built in or the context's; NULL where there is none. */
-static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
-{
-    const pk_operation *found = pk_operation_find(name);
-    for (size_t i = 0; !found && context && context->operations && context->operations[i]; i++)
-        if (strcmp(context->operations[i]->name, name) == 0)
-            found = context->operations[i];
-    return found;
-}
 
 /* Appends an operation behind the branch in hand. */
 static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
@@ -212,8 +330,6 @@ static pk_status pk__append_add(pk__parser *parser, int other)
 static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
                                  double *attributes)
 {
-    if (!operation)
-        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
     memcpy(attributes, operation->defaults, PK_NODE_ATTRIBUTES * sizeof *attributes);
     return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
 }
@@ -282,6 +398,8 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__plain_layer(parser, &rest, operation, attributes);
     if (!status)
         status = pk__parse_options(parser->context, operation->name, pk__ntk_options, &own, ntk);
+    if (!status)
+        status = pk__check_attributes(parser->context, operation->name, pk__ntk_options, ntk);
     if (!status && ntk[PK__NTK_FLAG] == 0 && own.count > 1)
         status =
             pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk", operation->name, own.words[1]);
@@ -307,9 +425,12 @@ static pk_status pk__position_layer(pk__parser *parser, const pk__layer *layer)
     const pk_shape *shape = pk__branch_shape(parser);
     const int values = parser->node;
     double attributes[PK_NODE_ATTRIBUTES] = {0};
-    if (layer->count > 1 || shape->rank != 2)
-        return pk__fail(parser->context, layer->count > 1 ? PK_FORMAT : PK_SHAPE,
-                        "position has no options, and needs values of tokens x width");
+    char text[PK_SHAPE_TEXT];
+    if (layer->count > 1)
+        return pk__refuse_word(parser->context, "position", NULL, layer->words[1]);
+    if (shape->rank != 2)
+        return pk__fail(parser->context, PK_SHAPE, "position needs values of tokens x width, not of shape %s",
+                        pk_shape_text(shape, text));
     attributes[PK_POSITION_TOKENS] = (double)shape->dims[0];
     attributes[PK_POSITION_WIDTH] = (double)shape->dims[1];
     parser->node = 0; /* it depends on weights alone */
@@ -366,15 +487,22 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
     const double width = (double)shape->dims[shape->rank - 1];
     double attributes[PK_NODE_ATTRIBUTES] = {0}, dense[PK_NODE_ATTRIBUTES] = {0};
     attributes[BIAS] = 1;
+    char text[PK_SHAPE_TEXT];
     pk_status status = pk__parse_options(parser->context, "attention", options, layer, attributes);
+    if (!status)
+        status = pk__check_attributes(parser->context, "attention", options, attributes);
     dense[PK_DENSE_OUTPUTS] = (attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3) * width;
     dense[PK_DENSE_BIAS] = attributes[BIAS];
     dense[PK_DENSE_INITIAL] = PK_INITIAL_GLOROT_UNIFORM;
     dense[PK_DENSE_GAIN] = 1;
     attributes[BIAS] = 0;
     if (!status && shape->rank != 2)
-        status = pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of rank %d",
-                          shape->rank);
+        status =
+            pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of shape %s",
+                     pk_shape_text(shape, text));
+    if (!status && fmod(width, attributes[PK_ATTEND_HEADS]) != 0)
+        status = pk__fail(parser->context, PK_SHAPE, "attention: a width of %g cannot be split into %g heads",
+                          width, attributes[PK_ATTEND_HEADS]);
     if (!status)
         status = pk__append(parser, "dense", dense, 0, NULL);
     if (!status)
@@ -393,9 +521,16 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
     static const int pairs[3] = {PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD};
     double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
-    for (int i = 0; i < 2 && !status; i++) /* an unstated stride is the kernel */
+    for (int i = 0; i < 2 && !status; i++) { /* an unstated stride is the kernel */
         if (attributes[PK_POOL_STRIDE + i] == 0)
             attributes[PK_POOL_STRIDE + i] = attributes[PK_POOL_KERNEL + i];
+        if (2 * attributes[PK_POOL_PAD + i] > attributes[PK_POOL_KERNEL + i] &&
+            attributes[PK_POOL_KERNEL + i] > 0)
+            status = pk__fail(parser->context, PK_SHAPE,
+                              "max_pool: padding of %gx%g is more than half of its kernel, %gx%g",
+                              attributes[PK_POOL_PAD], attributes[PK_POOL_PAD + 1], attributes[PK_POOL_KERNEL],
+                              attributes[PK_POOL_KERNEL + 1]);
+    }
     for (int side = 1; side >= 0 && !status; side--) {
         memcpy(part, attributes, sizeof part);
         for (int i = 0; i < 3; i++)
@@ -492,7 +627,7 @@ static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
 {
     const int both[2] = {parser->node, 0};
     if (layer->count > 1)
-        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not an option of select", layer->words[1]);
+        return pk__refuse_word(parser->context, "select", NULL, layer->words[1]);
     return pk_graph_add(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL,
                         &parser->node);
 }
@@ -517,26 +652,65 @@ static const struct {
     {"max_pool", pk__max_pool_layer},
 };
 
-static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+/* input SHAPE, the first layer. */
+static pk_status pk__input_layer(pk__parser *parser, const pk__layer *layer)
 {
     pk_context *context = parser->context;
-    if (!parser->graph->node_count) {
-        pk_shape shape;
-        if (strcmp(layer->words[0], "input") != 0 || layer->count != 2)
-            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
-                            layer->words[0]);
-        pk_status status = pk__parse_shape(context, layer->words[1], &shape);
-        return status ? status : pk_graph_input(context, parser->graph, &shape);
-    }
+    pk_shape shape;
+    pk_status status = PK_OK;
+    if (strcmp(layer->words[0], "input") != 0)
+        return pk__fail(
+            context, PK_FORMAT,
+            "a network starts with 'input' and the shape of an example, such as 'input 64', not with '%.40s'",
+            layer->words[0]);
+    if (layer->count < 2)
+        return pk__fail(context, PK_FORMAT,
+                        "input needs the shape of an example, such as 'input 64' or 'input 1x28x28'");
+    for (int i = 1; i < layer->count && !status; i++)
+        status = pk__check_word(context, layer->words[i]);
+    if (!status && layer->count > 2)
+        status =
+            pk__fail(context, PK_FORMAT,
+                     "input has one shape, such as 64 or 1x28x28, and '%.40s' stands behind it; layers are "
+                     "separated by ';'",
+                     layer->words[2]);
+    if (!status)
+        status = pk__parse_shape(context, layer->words[1], &shape);
+    return status ? status : pk_graph_input(context, parser->graph, &shape);
+}
+
+static pk_status pk__unknown_layer(pk__parser *parser, const char *word)
+{
+    pk_context *context = parser->context;
+    char name[PK__LONGEST_NAME + 1];
+    pk_status status = pk__check_word(context, word);
+    if (status)
+        return status;
+    if (strcmp(word, "add") == 0)
+        return pk__fail(context, PK_FORMAT, "'add' is no layer: 'residual' adds its branches");
+    if (strcmp(word, "input") == 0)
+        return pk__fail(context, PK_FORMAT, "'input' is the first layer, and no other one");
+    if (strcmp(word, "residual") == 0)
+        return pk__fail(
+            context, PK_FORMAT,
+            "'residual' has its layers in parentheses: residual( BODY ) or residual( BODY | SHORTCUT )");
+    pk__nearest_layer(context, word, strlen(word) < 4 ? 2 : PK__FAR_WORD, name, sizeof name);
+    return pk__fail(context, PK_FORMAT,
+                    "'%.40s' is not a layer that is known%s%s%s; docs/network-language.md has those that are",
+                    word, name[0] ? " (is it '" : "", name, name[0] ? "'?)" : "");
+}
+
+static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+{
+    if (!parser->graph->node_count)
+        return pk__input_layer(parser, layer);
     for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
         if (strcmp(layer->words[0], pk__composites[i].name) == 0)
             return pk__composites[i].build(parser, layer);
-    const pk_operation *operation = pk__named_operation(context, layer->words[0]);
+    const pk_operation *operation = pk__named_operation(parser->context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
     if (!operation || strcmp(operation->name, "add") == 0)
-        return pk__fail(context, PK_FORMAT,
-                        "'%.40s' is not a layer that is known; docs/network-language.md has those that are",
-                        layer->words[0]);
+        return pk__unknown_layer(parser, layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
 }
@@ -560,11 +734,22 @@ static void pk__write_canonical(pk__parser *parser, const char *text)
     parser->canonical += length;
 }
 
+/* What stands at a place of the text, for a message. */
+static const char *pk__sign_name(const pk__parser *parser, const char *at)
+{
+    return at < parser->start ? "the start of the text"
+           : *at == ';'       ? "';'"
+           : *at == '('       ? "'('"
+           : *at == ')'       ? "')'"
+           : *at == '|'       ? "'|'"
+                              : "the end of the text";
+}
+
 /* One layer: reads words up to what ends it, and appends them to the canonical text, single blanks between. */
 static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
 {
     size_t used = 0;
-    const char *from = parser->at;
+    const char *from = parser->at, *before = from - 1;
     layer->count = 0;
     while (!pk__ends_layer(*from)) {
         if (pk__is_blank(*from)) {
@@ -572,11 +757,15 @@ static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
             continue;
         }
         if (layer->count == PK__LAYER_WORDS)
-            return pk__fail(parser->context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
+            return pk__fail(parser->context, PK_FORMAT,
+                            "more than %d words behind '%.40s'; layers are separated by ';'", PK__LAYER_WORDS,
+                            layer->words[0]);
         layer->words[layer->count++] = layer->text + used;
         while (!pk__ends_layer(*from) && !pk__is_blank(*from)) {
             if (used + 2 > PK__LAYER_TEXT)
-                return pk__fail(parser->context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
+                return pk__fail(parser->context, PK_FORMAT,
+                                "more than %d characters in one layer; layers are separated by ';'",
+                                PK__LAYER_TEXT - 2);
             layer->text[used++] = *from++;
         }
         layer->text[used++] = 0;
@@ -586,20 +775,41 @@ static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
         pk__write_canonical(parser, i ? " " : "");
         pk__write_canonical(parser, layer->words[i]);
     }
-    return layer->count
-               ? PK_OK
-               : pk__fail(parser->context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
+    return layer->count ? PK_OK
+                        : pk__fail(parser->context, PK_FORMAT, "no words, and so no layer, between %s and %s",
+                                   pk__sign_name(parser, before), pk__sign_name(parser, from));
 }
 
 static pk_status pk__parse_layers(pk__parser *parser);
 
-/* residual( body ) or residual( body | shortcut ), from behind the '(': y = body(x) + shortcut(x). */
-static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
+/* Whether both branches of a residual have one shape. */
+static pk_status pk__check_branches(const pk__parser *parser, int body, int shortcut, int given)
 {
+    const pk_shape *a = &parser->graph->nodes[body].shape, *b = &parser->graph->nodes[shortcut].shape;
+    char texts[2][PK_SHAPE_TEXT];
+    if (a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0)
+        return PK_OK;
+    return pk__fail(
+        parser->context, PK_SHAPE,
+        "residual: branches of %s and of %s cannot be added: its body gives the first, and its %s the second",
+        pk_shape_text(a, texts[0]), pk_shape_text(b, texts[1]),
+        given ? "shortcut" : "input, which is the shortcut where there is no '|',");
+}
+
+/* residual( body ) or residual( body | shortcut ), from behind the '(': y = body(x) + shortcut(x). */
+static pk_status pk__parse_residual(pk__parser *parser)
+{
+    const pk__layer *layer = &parser->layer;
     const int start = parser->node;
-    if (strcmp(layer->words[0], "residual") != 0 || layer->count != 1 || !parser->graph->node_count)
-        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is no residual that could have branches",
-                        layer->words[layer->count - 1]);
+    int given = 0;
+    if (strcmp(layer->words[0], "residual") != 0 || layer->count != 1)
+        return pk__fail(
+            parser->context, PK_FORMAT,
+            "'%.40s' has no parentheses: only 'residual' has, and words are separated by blanks, as in "
+            "'dense 10'",
+            layer->words[layer->count - 1]);
+    if (!parser->graph->node_count)
+        return pk__input_layer(parser, layer);
     if (++parser->depth > PK__NETWORK_DEPTH)
         return pk__fail(parser->context, PK_FORMAT, "residuals are nested more than %d deep",
                         PK__NETWORK_DEPTH);
@@ -608,6 +818,7 @@ static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__parse_layers(parser);
     int body = parser->node, shortcut = start;
     if (!status && *parser->at == '|') {
+        given = 1;
         parser->at++;
         parser->node = start;
         pk__write_canonical(parser, " | ");
@@ -615,9 +826,10 @@ static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
         shortcut = parser->node;
     }
     if (!status && *parser->at != ')')
-        status = pk__fail(parser->context, PK_FORMAT,
-                          *parser->at ? "'%c' where ')' ends the residual" : "the ')' of a residual is missing",
-                          *parser->at);
+        status = pk__fail(
+            parser->context, PK_FORMAT,
+            *parser->at ? "a second '|' where the ')' of a residual should be: it has two branches at most"
+                        : "the ')' of a residual is missing");
     if (status)
         return status;
     parser->depth--;
@@ -626,37 +838,51 @@ static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
     while (pk__is_blank(*parser->at))
         parser->at++;
     if (!pk__ends_layer(*parser->at) || *parser->at == '(')
-        return pk__fail(parser->context, PK_FORMAT, "'%.20s' behind a residual; a ';' is missing", parser->at);
+        return pk__fail(parser->context, PK_FORMAT, "'%.20s' behind the ')' of a residual; a ';' is missing",
+                        parser->at);
     parser->node = body;
-    return pk__append_add(parser, shortcut);
+    status = pk__check_branches(parser, body, shortcut, given);
+    return status ? status : pk__append_add(parser, shortcut);
 }
 
-/* Layers up to what is no ';'. A message names the layer; a residual's inner layers name themselves. */
+/* Layers up to what is no ';'. Of a failure, the number of the innermost layer is kept. */
 static pk_status pk__parse_layers(pk__parser *parser)
 {
     for (;;) {
-        pk__layer layer;
         const int number = ++parser->number;
         pk_status status = number > PK__NETWORK_LAYERS
                                ? pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
-                               : pk__split_layer(parser, &layer);
+                               : pk__split_layer(parser, &parser->layer);
         if (!status)
-            status = *parser->at == '(' ? pk__parse_residual(parser, &layer) : pk__add_layer(parser, &layer);
+            status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
         if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
-            status = pk__fail(parser->context, PK_FORMAT, "'%c' outside of a residual", *parser->at);
+            status = pk__fail(
+                parser->context, PK_FORMAT,
+                *parser->at == ')' ? "')' outside of a residual: there is no '(' for it"
+                : *parser->at == '('
+                    ? "'(' behind the ')' of a residual; a ';' is missing"
+                    : "'|' outside of a residual, whose two branches it separates; layers are separated "
+                      "by ';'");
         if (status) {
-            char message[PK_MESSAGE_SIZE] = "";
-            if (parser->context)
-                memcpy(message, parser->context->message, sizeof message);
-            if (strncmp(message, "network, layer ", 15) == 0)
-                return status;
-            return pk__fail(parser->context, status, "network, layer %d: %.400s", number, message);
+            if (!parser->failed)
+                parser->failed = number;
+            return status;
         }
         if (*parser->at != ';')
             return PK_OK;
         parser->at++;
         pk__write_canonical(parser, "; ");
     }
+}
+
+/* The message of a layer, with its number in front. */
+static pk_status pk__name_layer(pk_context *context, pk_status status, int number)
+{
+    char message[PK_MESSAGE_SIZE];
+    if (!context)
+        return status;
+    memcpy(message, context->message, sizeof message);
+    return pk__fail(context, status, "network, layer %d: %.480s", number, message);
 }
 
 PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, const pk_constants *constants,
@@ -668,18 +894,27 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
     /* A sign becomes at most three characters, a blank on each side. */
     pk_status status = pk_allocate(context, 3 * strlen(text) + 4, 1, "the network's text", &graph->text);
     if (!status) {
-        pk__parser parser = {context, graph, constants, text, graph->text, 0, 0, 0};
+        pk__parser parser;
+        memset(&parser, 0, sizeof parser);
+        parser.context = context;
+        parser.graph = graph;
+        parser.constants = constants;
+        parser.start = parser.at = text;
+        parser.canonical = graph->text;
         status = pk__parse_layers(&parser);
         *parser.canonical = 0;
+        if (status)
+            status = pk__name_layer(context, status, parser.failed);
     }
     if (!status && !graph->parameters)
         status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
     if (!status && graph->nodes[graph->node_count - 1].shape.rank != 1) {
         char shape[PK_SHAPE_TEXT];
-        status = pk__fail(context, PK_SHAPE,
-                          "network: its outputs are %s numbers; 'flatten' makes one vector of them, 'token' or "
-                          "'mean_tokens' of tokens",
-                          pk_shape_text(&graph->nodes[graph->node_count - 1].shape, shape));
+        status = pk__fail(
+            context, PK_SHAPE,
+            "network: its outputs are %s numbers, not a vector; a last layer 'flatten' makes one of them, "
+            "'token' or 'mean_tokens' of tokens",
+            pk_shape_text(&graph->nodes[graph->node_count - 1].shape, shape));
     }
     if (status)
         pk_graph_release(context, graph);
