@@ -8,7 +8,6 @@
  * that the contraction says it does, and the most memory that the library held; 0 where a job has none.
  */
 #include "bench_run.h"
-#include "pathkernel/safetensors.h"
 
 enum { FOLDER = 600, PARSED_STEPS = 20 };
 
@@ -90,23 +89,16 @@ static pk_status prepare_parsing(state *s)
     return status ? status : train(s);
 }
 
-/* The network language, a run, and a file of weights, written and read. */
+/* The network language and a run, read. */
 static pk_status parse(state *s)
 {
-    char path[FOLDER + 20];
     pk_status status = PK_OK;
-    snprintf(path, sizeof path, "%s.safetensors", s->folder);
     for (int i = 0; i < PARSED_STEPS && !status; i++) {
         pk_run run;
         memset(&run, 0, sizeof run);
         status = pk_run_open(&s->counting, s->folder, &run);
-        if (!status)
-            status = pk_safetensors_write(&s->counting, path, &run.graph, s->weights, 0);
-        if (!status)
-            status = pk_safetensors_read(&s->counting, path, &run.graph, s->weights);
         pk_run_release(&s->counting, &run);
     }
-    (void)remove(path);
     return status;
 }
 

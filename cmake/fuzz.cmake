@@ -5,7 +5,7 @@ endif()
 set(PATHKERNEL_FUZZ_SECONDS 10 CACHE STRING "How long each libFuzzer target runs as a test")
 enable_testing()
 
-set(targets array network manifest safetensors)
+set(targets array network manifest)
 list(TRANSFORM targets REPLACE "(.+)" "tests/fuzz_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/fuzz_*.c" ${sources})
 foreach(target IN LISTS targets)

@@ -11,7 +11,7 @@ if(NOT PATHKERNEL_EXAMPLES)
 endif()
 
 # ---- tests/test_<name>.c, each with the modules and with the single header.
-set(tests context micro matrix random array dataset graph image convolution_shapes norm sequence network safetensors loss autodiff
+set(tests context micro matrix random array dataset graph image convolution_shapes norm sequence network loss autodiff
     optimizer trajectory replay train segment quadrature tangent plan decompose_exact decompose_options
     decompose_image decompose_places decompose_networks kernel elementary bounds allocation determinism program)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
