@@ -37,6 +37,15 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
     endforeach()
 endforeach()
 
+# ---- Random runs of all kinds against brute force: a few here, any number by hand (tests/bounds_campaign.c).
+list(GET PATHKERNEL_TEST_VARIANTS 0 variant)
+add_executable(bounds_campaign tests/bounds_campaign.c)
+target_link_libraries(bounds_campaign PRIVATE test_${variant})
+if(NOT PATHKERNEL_FLOAT)
+    add_test(NAME bounds_campaign COMMAND bounds_campaign 40 1)
+    set_tests_properties(bounds_campaign PROPERTIES TIMEOUT 600)
+endif()
+
 # ---- Each header's implementation by itself as strict C11, the single header as C++17, too. To compile is the test.
 if(PATHKERNEL_CHECK_HEADERS)
     set(headers pathkernel.h)
