@@ -386,8 +386,6 @@ GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *n
             y[i] = go_apply(tape, x[i], parameter * z, parameter);
         else
             y[i] = go_apply(tape, x[i], bf_activate(&layer, z), bf_slope(&layer, z));
-        if (!x[i].at)
-            continue;
         if (found == BF_RELU || found == BF_LEAKY_RELU || found == BF_ABS)
             go_choose(tape, bf_sign(z), BF_MATH(fabs)(z));
         if (found == BF_HARD_TANH) {
