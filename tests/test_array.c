@@ -75,9 +75,16 @@ static void test_types(void **state)
     assert_int_equal(pk_type_size(PK_FLOAT32), 4);
     assert_int_equal(pk_type_size(PK_INT64), 8);
     assert_int_equal(pk_type_size(PK_UINT8), 1);
-    assert_int_equal(pk_type_size((pk_type)0) + pk_type_size((pk_type)5), 0);
+    assert_int_equal(pk_type_size(PK_INT32) + pk_type_size(PK_UINT32), 8);
+    assert_int_equal(pk_type_size(PK_INT16) + pk_type_size(PK_UINT16), 4);
+    assert_int_equal(pk_type_size(PK_INT8) + pk_type_size(PK_BOOL), 2);
+    assert_int_equal(pk_type_size((pk_type)0) + pk_type_size((pk_type)11) + pk_type_size((pk_type)-1), 0);
+    assert_false(pk_type_is_integer(PK_FLOAT64) || pk_type_is_integer(PK_FLOAT32) ||
+                 pk_type_is_integer((pk_type)11));
+    for (int type = PK_INT64; type <= PK_BOOL; type++)
+        assert_true(pk_type_is_integer((pk_type)type));
     assert_string_equal(pk_type_name(PK_FLOAT32), "float32");
-    assert_string_equal(pk_type_name((pk_type)9), "unknown");
+    assert_string_equal(pk_type_name((pk_type)11), "unknown");
 }
 
 /* Dictionaries as numpy 2.4.6 writes them:
@@ -95,6 +102,12 @@ static void test_reads_numpy(void **state)
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", PK_FLOAT32, 1, {3}, 3},
         {"{'descr': '<i8', 'fortran_order': False, 'shape': (), }", PK_INT64, 0, {0}, 1},
         {"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 3, 1), }", PK_UINT8, 4, {2, 1, 3, 1}, 6},
+        {"{'descr': '|i1', 'fortran_order': False, 'shape': (3,), }", PK_INT8, 1, {3}, 3},
+        {"{'descr': '<i2', 'fortran_order': False, 'shape': (3,), }", PK_INT16, 1, {3}, 3},
+        {"{'descr': '<i4', 'fortran_order': False, 'shape': (3,), }", PK_INT32, 1, {3}, 3},
+        {"{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }", PK_UINT16, 1, {3}, 3},
+        {"{'descr': '<u4', 'fortran_order': False, 'shape': (3,), }", PK_UINT32, 1, {3}, 3},
+        {"{'descr': '|b1', 'fortran_order': False, 'shape': (3,), }", PK_BOOL, 1, {3}, 3},
         {"{'descr': '<f8', 'fortran_order': False, 'shape': (0, 5), }", PK_FLOAT64, 2, {0, 5}, 0},
         {"{'descr': '<f8', 'fortran_order': False, 'shape': (5, 0), }", PK_FLOAT64, 2, {5, 0}, 0},
         {"{'descr': '<f8', 'fortran_order': True, 'shape': (1, 3, 1), }", PK_FLOAT64, 3, {1, 3, 1}, 3},
@@ -143,8 +156,11 @@ static void test_refuses(void **state)
         {DICTIONARY("'<f8'", "True", "(1, 3)"), "takes 24 bytes", PK_FORMAT}, /* the order is no matter there */
         {DICTIONARY("'<f8'", "True", "(2, 3)"), "(2, 3) in Fortran order", PK_UNSUPPORTED},
         {DICTIONARY("'<f2'", "False", "(3,)"), "type <f2", PK_UNSUPPORTED},
-        {DICTIONARY("'<i4'", "False", "(3,)"), "type <i4", PK_UNSUPPORTED},
-        {DICTIONARY("'|b1'", "False", "(3,)"), "type |b1", PK_UNSUPPORTED},
+        {DICTIONARY("'<u8'", "False", "(3,)"), "type <u8", PK_UNSUPPORTED},
+        {DICTIONARY("'<b1'", "False", "(3,)"), "takes 3 bytes", PK_FORMAT},
+        {DICTIONARY("'>i4'", "False", "(3,)"), "big-endian", PK_UNSUPPORTED},
+        {DICTIONARY("'|i4'", "False", "(3,)"), "type |i4", PK_UNSUPPORTED},
+        {DICTIONARY("'<U1'", "False", "(3,)"), "type <U1", PK_UNSUPPORTED},
         {DICTIONARY("'<c16'", "False", "(3,)"), "type <c16", PK_UNSUPPORTED},
         {DICTIONARY("'|O'", "False", "(3,)"), "type |O", PK_UNSUPPORTED},
         {DICTIONARY("''", "False", "(3,)"), "type ", PK_UNSUPPORTED},
@@ -325,7 +341,7 @@ static void test_views(void **state)
     pk_array_reals(&rows, 0, 0, NULL);
     assert_int_equal(pk_array_view(PK_INT64, 9, many, data).type, 0);
     assert_int_equal(pk_array_view(PK_INT64, -1, many, data).type, 0);
-    assert_int_equal(pk_array_view((pk_type)7, 1, many, data).type, 0);
+    assert_int_equal(pk_array_view((pk_type)11, 1, many, data).type, 0);
     assert_int_equal(pk_array_view(PK_INT64, 2, huge, data).type, 0);
     assert_int_equal(pk_array_view(PK_UINT8, 0, NULL, data).row_items, 1);
     pk_array none;
@@ -349,6 +365,88 @@ static void test_views(void **state)
     assert_true(out[0] == (pk_real)doubles[2]);
 }
 
+static void test_integers(void **state)
+{
+    static const int64_t i64[2] = {INT64_MIN, INT64_MAX};
+    static const int32_t i32[2] = {INT32_MIN, INT32_MAX};
+    static const int16_t i16[2] = {INT16_MIN, INT16_MAX};
+    static const int8_t i8[2] = {INT8_MIN, INT8_MAX};
+    static const uint32_t u32[2] = {0, UINT32_MAX};
+    static const uint16_t u16[2] = {0, UINT16_MAX};
+    static const uint8_t u8[2] = {0, UINT8_MAX}, bools[2] = {0, 1};
+    const struct {
+        pk_type type;
+        const void *data;
+        int64_t least, most;
+    } cases[] = {{PK_INT64, i64, INT64_MIN, INT64_MAX}, {PK_INT32, i32, INT32_MIN, INT32_MAX},
+                 {PK_INT16, i16, INT16_MIN, INT16_MAX}, {PK_INT8, i8, INT8_MIN, INT8_MAX},
+                 {PK_UINT32, u32, 0, UINT32_MAX},       {PK_UINT16, u16, 0, UINT16_MAX},
+                 {PK_UINT8, u8, 0, UINT8_MAX},          {PK_BOOL, bools, 0, 1}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const size_t two = 2;
+        const pk_array array = pk_array_view(cases[i].type, 1, &two, cases[i].data);
+        int64_t out[2];
+        pk_real reals[2];
+        pk_array_integers(&array, 0, 2, out);
+        assert_true(out[0] == cases[i].least && out[1] == cases[i].most);
+        pk_array_integers(&array, 1, 1, out);
+        assert_true(out[0] == cases[i].most);
+        pk_array_reals(&array, 0, 2, reals);
+        assert_true(reals[0] == (pk_real)cases[i].least && reals[1] == (pk_real)cases[i].most);
+    }
+}
+
+/* Every order of the axes of a shape, with ones anywhere: only the shape's own order fits, and a row of plain numbers. */
+static void test_axes(void **state)
+{
+    static const struct {
+        int rank;
+        size_t dims[4];
+        int rows_rank;
+        size_t rows[6];
+        int fits; /* 1; 0: as many numbers, in another order; -1: other numbers */
+    } cases[] = {
+        {3, {1, 8, 6}, 3, {5, 8, 6}, 1},
+        {3, {1, 8, 6}, 4, {5, 1, 8, 6}, 1},
+        {3, {1, 8, 6}, 4, {5, 8, 6, 1}, 1},
+        {3, {1, 8, 6}, 4, {5, 8, 1, 6}, 1},
+        {3, {1, 8, 6}, 2, {5, 48}, 1},
+        {3, {1, 8, 6}, 3, {5, 1, 48}, 1},
+        {3, {1, 8, 6}, 3, {5, 6, 8}, 0},
+        {3, {1, 8, 6}, 4, {5, 6, 8, 1}, 0},
+        {3, {1, 8, 6}, 3, {5, 4, 12}, 0},
+        {3, {1, 8, 6}, 4, {5, 2, 4, 6}, 0},
+        {3, {3, 8, 8}, 4, {5, 3, 8, 8}, 1},
+        {3, {3, 8, 8}, 4, {5, 8, 8, 3}, 0},
+        {3, {3, 8, 8}, 4, {5, 8, 3, 8}, 0},
+        {3, {3, 8, 8}, 3, {5, 3, 64}, 0},
+        {3, {3, 8, 8}, 2, {5, 192}, 1},
+        {3, {3, 8, 8}, 4, {5, 3, 8, 7}, -1},
+        {3, {3, 8, 8}, 5, {5, 1, 3, 8, 8}, 1},
+        {2, {4, 12}, 3, {5, 12, 4}, 0},
+        {1, {48}, 3, {5, 8, 6}, 1},
+        {1, {48}, 2, {5, 48}, 1},
+        {1, {48}, 2, {48, 5}, -1},
+        {1, {1}, 1, {5}, 1},
+        {1, {1}, 3, {5, 1, 1}, 1},
+        {1, {48}, 1, {48}, -1},
+        {3, {1, 1, 1}, 1, {5}, 1},
+        {3, {2, 2, 2}, 4, {5, 2, 2, 2}, 1},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const pk_array array = pk_array_view(PK_FLOAT64, cases[i].rows_rank, cases[i].rows, NULL);
+        pk_status status = pk_array_check_rows(&context, &array, cases[i].rank, cases[i].dims, "x.npy");
+        if (status != (cases[i].fits > 0 ? PK_OK : PK_SHAPE) ||
+            (status != PK_OK && !strstr(pk_message(&context), cases[i].fits ? "rows of" : "another order")))
+            fail_msg("case %zu: status %d, '%s'", i, (int)status, pk_message(&context));
+    }
+    pk_array none;
+    memset(&none, 0, sizeof none);
+    assert_status(PK_ARGUMENT, "no array", pk_array_check_rows(&context, &none, 1, cases[0].dims, "x.npy"));
+}
+
 /* ---- .npy: writing ---- */
 
 /* Our headers are those of numpy.save 2.4.6, which leaves room for the first dimension to grow. */
@@ -365,6 +463,8 @@ static void test_write(void **state)
         {PK_INT64, 0, {0}, DICTIONARY("'<i8'", "False", "()")},
         {PK_UINT8, 4, {2, 1, 3, 1}, DICTIONARY("'|u1'", "False", "(2, 1, 3, 1)")},
         {PK_FLOAT64, 2, {0, 5}, DICTIONARY("'<f8'", "False", "(0, 5)")},
+        {PK_INT32, 1, {3}, DICTIONARY("'<i4'", "False", "(3,)")},
+        {PK_BOOL, 1, {3}, DICTIONARY("'|b1'", "False", "(3,)")},
         {PK_UINT8, 8, {1, 1, 2, 1, 1, 2, 1, 2}, DICTIONARY("'|u1'", "False", "(1, 1, 2, 1, 1, 2, 1, 2)")},
     };
     unsigned char data[64];
@@ -395,7 +495,7 @@ static void test_write(void **state)
     assert_status(PK_ARGUMENT, "NULL", pk_array_write(&context, NULL, PK_UINT8, 2, shape, data));
     assert_status(PK_ARGUMENT, "rank 9", pk_array_write(&context, path, PK_UINT8, 9, shape, data));
     assert_status(PK_ARGUMENT, "rank -1", pk_array_write(&context, path, PK_UINT8, -1, shape, data));
-    assert_status(PK_ARGUMENT, "type 5", pk_array_write(&context, path, (pk_type)5, 2, shape, data));
+    assert_status(PK_ARGUMENT, "type 11", pk_array_write(&context, path, (pk_type)11, 2, shape, data));
     assert_status(PK_ARGUMENT, "NULL", pk_array_write(&context, path, PK_UINT8, 2, shape, NULL));
     assert_status(PK_OVERFLOW, "overflows", pk_array_write(&context, path, PK_UINT8, 2, huge, data));
     char inside[340];
@@ -723,7 +823,8 @@ int main(void)
         cmocka_unit_test(test_types),     cmocka_unit_test(test_reads_numpy),
         cmocka_unit_test(test_refuses),   cmocka_unit_test(test_refuses_files),
         cmocka_unit_test(test_truncated), cmocka_unit_test(test_misaligned),
-        cmocka_unit_test(test_views),     cmocka_unit_test(test_write),
+        cmocka_unit_test(test_views),     cmocka_unit_test(test_integers),
+        cmocka_unit_test(test_axes),      cmocka_unit_test(test_write),
         cmocka_unit_test(test_append),    cmocka_unit_test(test_reopen),
         cmocka_unit_test(test_kill),      cmocka_unit_test(test_file_size_limit),
         cmocka_unit_test(test_full_disk), cmocka_unit_test(test_memory),

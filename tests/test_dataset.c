@@ -363,7 +363,10 @@ static void test_dataset_check(void **state)
     other.targets = pk_array_view(PK_INT64, 2, column, classes);
     assert_status(PK_SHAPE, "(3000, 1) int64", pk_dataset_check(&context, &other, 4, 3));
     other.targets = pk_array_view(PK_UINT8, 1, shape, bytes);
-    assert_status(PK_UNSUPPORTED, "uint8", pk_dataset_check(&context, &other, 4, 3));
+    assert_ok(pk_dataset_check(&context, &other, 4, 3));      /* labels, of whatever integers */
+    other.targets = pk_array_view(PK_BOOL, 2, pairs, floats); /* vectors, of whatever numbers */
+    assert_ok(pk_dataset_check(&context, &other, 4, 2));
+    assert_status(PK_SHAPE, "targets (3000, 2) bool", pk_dataset_check(&context, &other, 4, 3));
     other.targets = pk_array_view(PK_INT64, 1, &fewer, classes);
     assert_status(PK_SHAPE, "not one target row", pk_dataset_check(&context, &other, 4, 3));
     other.targets = pk_array_view(PK_INT64, 0, NULL, classes);

@@ -1,6 +1,6 @@
 /* pathkernel/array.h: n-dimensional arrays in NumPy's .npy files: mapped, written, grown by whole rows.
  *
- * Files are little-endian, in C order, of four item types. They are regular files: a pipe or a directory is
+ * Files are little-endian, in C order, of floating-point numbers, integers or bools. They are regular files: a pipe or a directory is
  * refused. Every size in a file is checked against the file before it is believed. Nothing here calls fsync:
  * what a process wrote survives the process, a power cut may cost the last seconds.
  */
@@ -11,11 +11,25 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-typedef enum pk_type { PK_FLOAT64 = 1, PK_FLOAT32, PK_INT64, PK_UINT8 } pk_type;
+typedef enum pk_type {
+    PK_FLOAT64 = 1,
+    PK_FLOAT32,
+    PK_INT64,
+    PK_UINT8,
+    PK_INT8,
+    PK_INT16,
+    PK_INT32,
+    PK_UINT16,
+    PK_UINT32,
+    PK_BOOL /* one byte, 0 or 1 */
+} pk_type;
 
 /* Bytes of one item, and NumPy's name ("float64"); 0 and "unknown" for other values. */
 PK_API size_t pk_type_size(pk_type type);
 PK_API const char *pk_type_name(pk_type type);
+
+/* 1 for the integers and bool, whose items every int64_t holds; 0 for others. */
+PK_API int pk_type_is_integer(pk_type type);
 
 #define PK_ARRAY_RANK 8
 
@@ -64,6 +78,16 @@ PK_API void pk_array_release(pk_context *context, pk_array *array);
 
 /* out[i] = item first + i (flat index) for i < count, converted; the items must exist. */
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out);
+
+/* The same as int64_t, of an array of integers or bools. */
+PK_API void pk_array_integers(const pk_array *array, size_t first, size_t count, int64_t *out);
+
+/* Whether the rows of an array are what something of the shape dims[0 .. rank - 1] takes: the same dimensions in the
+ * same order, dimensions of 1 left out on both sides; or, where the rows or dims have one other dimension only, the same
+ * number of items. So rows of 1x8x6 are (M, 1, 8, 6), (M, 8, 6), (M, 8, 6, 1) or (M, 48), but not (M, 6, 8), which holds
+ * as many numbers in another order. name stands before the message. PK_SHAPE. */
+PK_API PK__MUST_USE pk_status pk_array_check_rows(pk_context *context, const pk_array *array, int rank,
+                                                  const size_t *dims, const char *name);
 
 /* Writes a whole file: path + ".tmp" first, then renamed, so that path is either as before or complete.
  * PK_ARGUMENT, PK_OVERFLOW, PK_MEMORY, PK_IO. */
@@ -216,18 +240,35 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
 
 /* ---- arrays ---- */
 
+/* By pk_type. */
+static const struct pk__type {
+    const char *name, *descr; /* NumPy's; the first character of descr is '<' or, for bytes, '|' */
+    size_t size;
+    int integer;
+} pk__types[] = {{"unknown", "", 0, 0},   {"float64", "<f8", 8, 0}, {"float32", "<f4", 4, 0},
+                 {"int64", "<i8", 8, 1},  {"uint8", "|u1", 1, 1},   {"int8", "|i1", 1, 1},
+                 {"int16", "<i2", 2, 1},  {"int32", "<i4", 4, 1},   {"uint16", "<u2", 2, 1},
+                 {"uint32", "<u4", 4, 1}, {"bool", "|b1", 1, 1}};
+enum { PK__TYPES = sizeof pk__types / sizeof *pk__types };
+
+static const struct pk__type *pk__type_of(pk_type type)
+{
+    return &pk__types[(unsigned)type < PK__TYPES ? (unsigned)type : 0];
+}
+
 PK_API size_t pk_type_size(pk_type type)
 {
-    return type == PK_FLOAT64 || type == PK_INT64 ? 8 : type == PK_FLOAT32 ? 4 : type == PK_UINT8 ? 1 : 0;
+    return pk__type_of(type)->size;
 }
 
 PK_API const char *pk_type_name(pk_type type)
 {
-    return type == PK_FLOAT64   ? "float64"
-           : type == PK_FLOAT32 ? "float32"
-           : type == PK_INT64   ? "int64"
-           : type == PK_UINT8   ? "uint8"
-                                : "unknown";
+    return pk__type_of(type)->name;
+}
+
+PK_API int pk_type_is_integer(pk_type type)
+{
+    return pk__type_of(type)->integer;
 }
 
 /* Sets row_items and *bytes; 0 on overflow. Empty dimensions count as 1 in the check, so that every partial
@@ -313,10 +354,85 @@ PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk
         PK__CONVERT(double);
     case PK_FLOAT32: PK__CONVERT(float);
     case PK_INT64: PK__CONVERT(int64_t);
-    case PK_UINT8: PK__CONVERT(unsigned char);
+    case PK_INT32: PK__CONVERT(int32_t);
+    case PK_INT16: PK__CONVERT(int16_t);
+    case PK_INT8: PK__CONVERT(int8_t);
+    case PK_UINT32: PK__CONVERT(uint32_t);
+    case PK_UINT16: PK__CONVERT(uint16_t);
+    case PK_UINT8: PK__CONVERT(uint8_t);
+    case PK_BOOL: PK__CONVERT(uint8_t);
     }
 #undef PK__CONVERT
 }
+
+PK__COLD_BEGIN
+
+PK_API void pk_array_integers(const pk_array *array, size_t first, size_t count, int64_t *out)
+{
+#define PK__CONVERT(from)                                         \
+    for (size_t i = 0; i < count; i++)                            \
+        out[i] = (int64_t)((const from *)array->data)[first + i]; \
+    break
+    if (!count)
+        return;
+    switch (array->type) {
+    case PK_INT64: PK__CONVERT(int64_t);
+    case PK_INT32: PK__CONVERT(int32_t);
+    case PK_INT16: PK__CONVERT(int16_t);
+    case PK_INT8: PK__CONVERT(int8_t);
+    case PK_UINT32: PK__CONVERT(uint32_t);
+    case PK_UINT16: PK__CONVERT(uint16_t);
+    case PK_UINT8: PK__CONVERT(uint8_t);
+    case PK_BOOL: PK__CONVERT(uint8_t);
+    case PK_FLOAT64:
+    case PK_FLOAT32: memset(out, 0, count * sizeof *out); /* not asked for */
+    }
+#undef PK__CONVERT
+}
+
+/* The dimensions that are not 1, of which there may be none. Returns how many. */
+static int pk__proper_dims(int rank, const size_t *dims, size_t proper[PK_ARRAY_RANK])
+{
+    int count = 0;
+    for (int i = 0; i < rank; i++)
+        if (dims[i] != 1)
+            proper[count++] = dims[i];
+    return count;
+}
+
+PK_API pk_status pk_array_check_rows(pk_context *context, const pk_array *array, int rank, const size_t *dims,
+                                     const char *name)
+{
+    size_t has[PK_ARRAY_RANK], takes[PK_ARRAY_RANK], items = 1, used = 0;
+    char rows[200], wanted[200] = "";
+    if (!array || !array->type || array->rank < 1 || rank < 0 || rank > PK_ARRAY_RANK || (rank && !dims) ||
+        !name)
+        return pk__fail(context, PK_ARGUMENT, "%s: no array of rows, or no shape to compare it with",
+                        name ? name : "rows");
+    const int count = pk__proper_dims(array->rank - 1, array->shape + 1, has);
+    const int expected = pk__proper_dims(rank, dims, takes);
+    for (int i = 0; i < rank; i++)
+        if (!pk__multiply(items, dims[i], &items))
+            items = SIZE_MAX;
+    int same = count == expected || count <= 1 || expected <= 1;
+    for (int i = 0; same && count == expected && i < count; i++)
+        same = has[i] == takes[i];
+    if (same && array->row_items == items)
+        return PK_OK;
+    for (int i = 0; i < rank && used < sizeof wanted; i++)
+        used += (size_t)snprintf(wanted + used, sizeof wanted - used, i ? "x%zu" : "%zu", dims[i]);
+    pk__shape_text(array, rows, sizeof rows);
+    if (array->row_items != items)
+        return pk__fail(context, PK_SHAPE, "%s has shape %s, rows of %zu numbers; the network takes %s%s%zu%s",
+                        name, rows, array->row_items, rank > 1 ? wanted : "", rank > 1 ? ", which are " : "",
+                        items,
+                        array->rank == 1 && array->shape[0] == items ? " (one input has shape (1, ...))" : "");
+    return pk__fail(context, PK_SHAPE,
+                    "%s has shape %s; the network takes %s: as many numbers, but in another order of the axes",
+                    name, rows, wanted);
+}
+
+PK__COLD_END
 
 /* ---- .npy headers: a Python dictionary of three entries ---- */
 
@@ -463,15 +579,11 @@ static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
 
 static pk_type pk__npy_type(const char *descr, size_t length)
 {
-    if (length == 3 && descr[1] == 'u' && descr[2] == '1')
-        return PK_UINT8;
-    if (length == 3 && (descr[0] == '<' || descr[0] == '=')) {
-        if (descr[1] == 'f' && descr[2] == '8')
-            return PK_FLOAT64;
-        if (descr[1] == 'f' && descr[2] == '4')
-            return PK_FLOAT32;
-        if (descr[1] == 'i' && descr[2] == '8')
-            return PK_INT64;
+    for (int type = 1; length == 3 && type < PK__TYPES; type++) {
+        const char *known = pk__types[type].descr;
+        const int order = known[0] == '|' || descr[0] == '<' || descr[0] == '='; /* bytes have none */
+        if (order && descr[1] == known[1] && descr[2] == known[2])
+            return (pk_type)type;
     }
     return (pk_type)0;
 }
@@ -513,11 +625,13 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
     found.type = header.quoted ? pk__npy_type(header.descr, header.descr_length) : (pk_type)0;
     pk__printable(header.descr, header.descr_length, text, sizeof text);
     if (!found.type)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        text[0] == '>'
-                            ? "%s: items are big-endian ('%s'); write them little-endian"
-                            : "%s: items of type %s are not supported; float64, float32, int64, uint8 are",
-                        name, text);
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            text[0] == '>'
+                ? "%s: items are big-endian ('%s'); write them little-endian"
+                : "%s: items of type %s are not supported; float64, float32, bool and integers of up to "
+                  "64 bits with a sign or 32 without are",
+            name, text);
     if (header.rank > PK_ARRAY_RANK)
         return pk__fail(context, PK_UNSUPPORTED, "%s: %d dimensions, more than %d", name, header.rank,
                         PK_ARRAY_RANK);
@@ -555,10 +669,7 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
 enum { PK__NPY_ROOM = 4096 };
 static size_t pk__npy_header(const pk_array *array, size_t room, unsigned char bytes[PK__NPY_ROOM])
 {
-    const char *descr = array->type == PK_FLOAT64   ? "<f8"
-                        : array->type == PK_FLOAT32 ? "<f4"
-                        : array->type == PK_INT64   ? "<i8"
-                                                    : "|u1";
+    const char *descr = pk__type_of(array->type)->descr;
     char shape[200];
     pk__shape_text(array, shape, sizeof shape);
     char *text = (char *)bytes + 10;

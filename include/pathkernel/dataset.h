@@ -6,7 +6,8 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* Examples: inputs (N, D...), targets (N,) int64 labels, or (N,) or (N, C) float64 or float32. */
+/* Examples: inputs (N, D...), targets (N,) labels, or (N,) or (N, C) numbers. (N,) integers or bools are labels; any other
+ * array holds numbers. */
 typedef struct pk_dataset {
     pk_array inputs, targets;
 } pk_dataset;
@@ -18,7 +19,7 @@ PK_API size_t pk_dataset_width(const pk_dataset *dataset);
 /* Whether the data fit a network of input_width inputs and outputs outputs: at least one example, as many
  * targets as inputs, all numbers finite as pk_real. Reads all floats; O(N (D + C)). What the numbers mean,
  * also the range of labels, is the loss's: pk_loss_check.
- * PK_SHAPE, PK_UNSUPPORTED (uint8 targets), PK_NOT_FINITE, PK_ARGUMENT; messages name the row. */
+ * PK_SHAPE, PK_NOT_FINITE, PK_ARGUMENT; messages name the row. */
 PK_API PK__MUST_USE pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset,
                                                size_t input_width, size_t outputs);
 
@@ -73,6 +74,30 @@ PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, s
         pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
 }
 
+/* Whether the targets are one integer for each example: a class, or the number that a single output is to give. */
+PK__PRIVATE int pk__is_labels(const pk_array *targets)
+{
+    return targets->rank == 1 && pk_type_is_integer(targets->type);
+}
+
+/* Whether targets have the shape of labels or of as many numbers as there are outputs. A column of integers could be
+ * either, and is neither. */
+PK__PRIVATE int pk__fit_outputs(const pk_array *targets, size_t outputs)
+{
+    const int column = targets->rank == 2 && targets->shape[1] == 1 && pk_type_is_integer(targets->type);
+    return pk__is_labels(targets) || (targets->rank <= 2 && targets->row_items == outputs && !column);
+}
+
+/* The label of a row. */
+PK__PRIVATE int64_t pk__label(const pk_array *targets, size_t row)
+{
+    int64_t label = 0;
+    if (targets->type == PK_INT64)
+        return ((const int64_t *)targets->data)[row];
+    pk_array_integers(targets, row, 1, &label);
+    return label;
+}
+
 /* The index of the first item that is no finite pk_real; the number of items where all are. */
 static size_t pk__first_not_finite(const pk_array *array)
 {
@@ -122,13 +147,10 @@ PK__PRIVATE pk_status pk__dataset_check_targets(pk_context *context, const pk_da
     if (!inputs->rank || !targets->rank || pk_array_length(targets) != examples)
         return pk__fail(context, PK_SHAPE, "inputs %s and targets %s: not one target row for each input row",
                         has, also);
-    if (targets->type == PK_UINT8)
-        return pk__fail(context, PK_UNSUPPORTED, "targets %s uint8: labels are int64", also);
-    if (targets->rank > (targets->type == PK_INT64 ? 1 : 2) ||
-        (targets->type != PK_INT64 && targets->row_items != outputs))
+    if (!pk__fit_outputs(targets, outputs))
         return pk__fail(
             context, PK_SHAPE,
-            "targets %s %s: the network's %zu outputs take (%zu,) int64 labels or (%zu, %zu) floats", also,
+            "targets %s %s: the network's %zu outputs take (%zu,) integer labels or (%zu, %zu) numbers", also,
             pk_type_name(targets->type), outputs, examples, examples, outputs);
     if (pk_array_items(targets) && !targets->data)
         return pk__fail(context, PK_ARGUMENT, "targets %s: the data are NULL", also);

@@ -441,11 +441,11 @@ PK__COLD_END
 PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
                                  pk_real *target)
 {
-    if (targets->type != PK_INT64) {
+    if (!pk__is_labels(targets)) {
         pk_array_reals(targets, row * outputs, outputs, target);
         return;
     }
-    int64_t label = ((const int64_t *)targets->data)[row];
+    const int64_t label = pk__label(targets, row);
     if (outputs == 1 && !rule->classes)
         target[0] = (pk_real)label;
     else
@@ -458,10 +458,10 @@ PK__COLD_BEGIN
 static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
                                      size_t outputs, pk_real *target)
 {
-    int labels = targets->type == PK_INT64 && (outputs > 1 || rule->classes);
+    const int labels = pk__is_labels(targets) && (outputs > 1 || rule->classes);
     for (size_t row = 0; row < targets->shape[0]; row++) {
         if (labels) {
-            int64_t label = ((const int64_t *)targets->data)[row];
+            const int64_t label = pk__label(targets, row);
             if (label < 0 || (uint64_t)label >= outputs)
                 return pk__fail(context, PK_ARGUMENT, "targets, row %zu: label %lld is not in [0, %zu)", row,
                                 (long long)label, outputs);
@@ -730,11 +730,11 @@ PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name,
         return pk__fail(context, PK_ARGUMENT, "%s: the loss is unknown", name);
     const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
     size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
-    if (pk_dataset_width(dataset) != graph->input_width)
-        return pk__fail(context, PK_SHAPE, "%s: inputs of width %zu for a network of %zu", name,
-                        pk_dataset_width(dataset), graph->input_width);
-    if (targets->rank < 1 || targets->shape[0] != examples ||
-        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
+    pk_status status =
+        pk_array_check_rows(context, inputs, graph->input_shape.rank, graph->input_shape.dims, "inputs");
+    if (status != PK_OK)
+        return status;
+    if (targets->rank < 1 || targets->shape[0] != examples || !pk__fit_outputs(targets, outputs))
         return pk__fail(context, PK_SHAPE, "%s: %zu targets of %zu numbers for %zu examples and %zu outputs",
                         name, targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples,
                         outputs);

@@ -570,6 +570,11 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     if (!status && array.rank != 2)
         status = pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name,
                           layer->words[1], array.rank);
+    if (!status && norm && array.shape[0] != 2 &&
+        pk_array_items(&array) % 2 == 0) /* (channels, 2) holds as many numbers in another order */
+        status = pk__fail(parser->context, PK_SHAPE,
+                          "batch_norm: the array '%.40s' has %zu rows, not one of means and one of variances",
+                          layer->words[1], array.shape[0]);
     if (!status && strcmp(name, "propagate") == 0 && array.shape[1] != 3)
         status = pk__fail(parser->context, PK_SHAPE,
                           "propagate: the array '%.40s' has %zu columns, not row, column and value",

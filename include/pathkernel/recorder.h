@@ -186,19 +186,25 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
 
 PK__COLD_BEGIN
 
-/* train_inputs.npy or train_targets.npy; bytes become numbers. */
+/* train_inputs.npy or train_targets.npy, of the types that every reader of a run knows: bytes become numbers, labels and
+ * other integers int64. */
 static pk_status pk__recorder_data(pk_context *context, const char *path, const pk_array *array)
 {
-    if (array->type != PK_UINT8)
+    if (!pk_type_is_integer(array->type) || array->type == PK_INT64)
         return pk_array_write(context, path, array->type, array->rank, array->shape, array->data);
+    const int bytes = array->type == PK_UINT8 && !pk__is_labels(array);
     pk_array_writer writer;
     memset(&writer, 0, sizeof writer);
-    pk_real *row = NULL;
-    pk_status status = pk_allocate(context, array->row_items, sizeof *row, "a row of training data", &row);
+    void *row = NULL;
+    pk_status status = pk_allocate(context, array->row_items, sizeof(int64_t), "a row of training data", &row);
     if (status == PK_OK)
-        status = pk_array_create(context, path, PK__REAL_TYPE, array->rank, array->shape + 1, &writer);
+        status = pk_array_create(context, path, bytes ? PK__REAL_TYPE : PK_INT64, array->rank, array->shape + 1,
+                                 &writer);
     for (size_t i = 0; i < pk_array_length(array) && status == PK_OK; i++) {
-        pk_array_reals(array, i * array->row_items, array->row_items, row);
+        if (bytes)
+            pk_array_reals(array, i * array->row_items, array->row_items, (pk_real *)row);
+        else
+            pk_array_integers(array, i * array->row_items, array->row_items, (int64_t *)row);
         status = pk_array_append(context, &writer, 1, row);
     }
     pk_release(context, row);
@@ -364,12 +370,19 @@ static int pk__same_data(const pk_array *given, const pk_array *recorded)
     size_t items = pk_array_items(given);
     if (given->type == recorded->type)
         return memcmp(given->data, recorded->data, items * pk_type_size(given->type)) == 0;
-    if (given->type != PK_UINT8)
+    if (!pk_type_is_integer(given->type)) /* only integers are recorded as another type */
         return 0;
-    for (size_t i = 0; i < items; i++) { /* bytes were recorded as numbers */
+    for (size_t i = 0; i < items; i++) {
+        int64_t here, there;
         pk_real number;
+        pk_array_integers(given, i, 1, &here);
         pk_array_reals(recorded, i, 1, &number);
-        if (number != (pk_real)((const unsigned char *)given->data)[i])
+        int same = number == (pk_real)here;
+        if (pk_type_is_integer(recorded->type)) {
+            pk_array_integers(recorded, i, 1, &there);
+            same = here == there;
+        }
+        if (!same)
             return 0;
     }
     return 1;
