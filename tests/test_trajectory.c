@@ -528,7 +528,7 @@ static void test_bad_arrays(void **state)
         {"train_inputs.npy", HEADER("<f8", "5, 3"), bad_inputs, 120, PK_NOT_FINITE, "train_inputs.npy"},
         {"train_inputs.npy", HEADER("<f8", "5, 4"), zeros, 160, PK_SHAPE, "train_inputs.npy"},
         {"train_inputs.npy", HEADER("<f8", "4, 3"), zeros, 96, PK_SHAPE, "train_inputs.npy"},
-        {"train_inputs.npy", HEADER("|u1", "5, 3"), zeros, 15, PK_UNSUPPORTED, "train_inputs.npy holds uint8"},
+        {"train_inputs.npy", HEADER("<f2", "5, 3"), zeros, 30, PK_UNSUPPORTED, "items of type <f2"},
         {"train_inputs.npy", HEADER("<f8", "9, 3"), zeros, 120, PK_FORMAT, "train_inputs.npy"},
         {"train_inputs.npy", HEADER("<f8", "0, 3"), zeros, 0, -1, "train_inputs.npy"},
         {"train_targets.npy", HEADER("<i8", "5,"), labels, 40, PK_ARGUMENT, "train_targets.npy"},
@@ -609,19 +609,90 @@ static void test_weights_that_are_not_finite(void **state)
     clear(directory);
 }
 
-/* Each growing file cut off at every byte: the steps that all files hold whole are there, no other. */
+/* The growing files of a run with everything, in the order in which a step writes them. */
+typedef struct growing {
+    const char *name;
+    size_t row, before;
+    int per_item;
+    char *bytes;
+    size_t size;
+} growing;
+enum { GROWING = 7 };
+static const growing growing_files[GROWING] = {
+    {"learning_rates.npy", 8, 0, 0, NULL, 0},  {"batch_offsets.npy", 8, 1, 0, NULL, 0},
+    {"batch_items.npy", 8, 0, 1, NULL, 0},     {"batch_weights.npy", 8, 0, 1, NULL, 0},
+    {"gradient_scales.npy", 8, 0, 0, NULL, 0}, {"second_moments.npy", P * 8, 0, 0, NULL, 0},
+    {"weights.npy", P * 8, 1, 0, NULL, 0}};
+
+/* Bytes of a file that holds `steps` steps. */
+static size_t length_of(const growing *file, const run_data *data, size_t steps)
+{
+    size_t rows = steps, all = S;
+    if (file->per_item)
+        for (rows = all = 0; all < 16;) {
+            for (size_t s = 0; s < S; s++) {
+                rows += s < steps ? data->batches[s].count : 0;
+                all += data->batches[s].count;
+            }
+        }
+    return file->size - (all - rows) * file->row;
+}
+
+/* A kill at every byte that a step writes: the steps before it are there, and recording goes on to the same run. */
+static void test_killed_anywhere(void **state)
+{
+    (void)state;
+    char directory[PATH], cut[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = full_options();
+    record(in(root, "run", directory), &options, &data);
+    in(root, "cut", cut);
+    copy_run(directory, cut);
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    growing files[GROWING];
+    memcpy(files, growing_files, sizeof files);
+    for (int f = 0; f < GROWING; f++)
+        files[f].bytes = slurp(directory, files[f].name, &files[f].size);
+    size_t kills = 0;
+    for (size_t step = 0; step < S; step++)
+        for (int f = 0; f < GROWING; f++) {
+            const size_t first = length_of(&files[f], &data, step),
+                         last = length_of(&files[f], &data, step + 1);
+            for (int k = 0; k < GROWING; k++)
+                spew(cut, files[k].name, files[k].bytes, length_of(&files[k], &data, step + (k < f)));
+            for (size_t keep = first; keep < last + (f < GROWING - 1); keep++, kills++) {
+                spew(cut, files[f].name, files[f].bytes, keep);
+                pk_run run;
+                if (pk_run_open(&context, cut, &run) != PK_OK)
+                    fail_msg("step %zu, %zu bytes of %s: %s", step, keep, files[f].name, pk_message(&context));
+                assert_int_equal(run.cut_off, f > 0 || keep > first);
+                check_run(&context, &run, &options, &data, step);
+                pk_run_release(&context, &run);
+                if (kills % 37)
+                    continue;
+                options.resume = 1;
+                record(cut, &options, &data);
+                options.resume = 0;
+                assert_same_run(directory, cut);
+                for (int k = 0; k < GROWING; k++)
+                    spew(cut, files[k].name, files[k].bytes, length_of(&files[k], &data, step + (k < f)));
+            }
+        }
+    assert_true(kills > 500);
+    for (int f = 0; f < GROWING; f++)
+        free(files[f].bytes);
+    clear(cut);
+    clear(directory);
+}
+
+/* Lengths that no kill leaves: every file at every byte while the others are whole. Refused with both counts, not resumed;
+ * recovered up to the shortest. */
 static void test_cut_off_anywhere(void **state)
 {
     (void)state;
-    static const struct {
-        const char *name;
-        size_t row, before;
-        int per_item;
-    } files[] = {{"weights.npy", P * 8, 1, 0},       {"learning_rates.npy", 8, 0, 0},
-                 {"batch_offsets.npy", 8, 1, 0},     {"batch_items.npy", 8, 0, 1},
-                 {"batch_weights.npy", 8, 0, 1},     {"gradient_scales.npy", 8, 0, 0},
-                 {"second_moments.npy", P * 8, 0, 0}};
-    char directory[PATH], cut[PATH];
+    char directory[PATH], cut[PATH], words[80];
     run_data data;
     make_data(&data);
     pk_recorder_options options = full_options();
@@ -629,38 +700,216 @@ static void test_cut_off_anywhere(void **state)
     in(root, "cut", cut);
     pk_context context;
     memset(&context, 0, sizeof context);
-    for (size_t f = 0; f < sizeof files / sizeof *files; f++) {
-        size_t size = 0;
-        char *bytes = slurp(directory, files[f].name, &size);
-        size_t rows = files[f].per_item ? 16 : S + files[f].before;
-        size_t header = size - rows * files[f].row;
+    for (int f = 0; f < GROWING; f++) {
+        growing file = growing_files[f];
+        file.bytes = slurp(directory, file.name, &file.size);
+        const size_t header = length_of(&file, &data, 0) - file.before * file.row;
         copy_run(directory, cut);
-        for (size_t keep = header + files[f].before * files[f].row; keep <= size; keep++) {
-            size_t held = (keep - header) / files[f].row - files[f].before, steps = held;
-            if (files[f].per_item) {
-                size_t items = 0;
-                for (steps = 0; steps < S && items + data.batches[steps].count <= held; steps++)
-                    items += data.batches[steps].count;
-            }
-            spew(cut, files[f].name, bytes, keep);
+        for (size_t keep = header + file.before * file.row; keep < file.size; keep++) {
+            size_t steps = 0;
+            while (length_of(&file, &data, steps + 1) <= keep)
+                steps++;
+            spew(cut, file.name, file.bytes, keep);
             pk_run run;
-            context.message[0] = '\0';
-            assert_int_equal(pk_run_open(&context, cut, &run), PK_OK);
-            assert_int_equal(run.cut_off, keep < size);
-            if (run.cut_off && !strstr(pk_message(&context), files[f].name))
-                fail_msg("%s: '%s'", files[f].name, pk_message(&context));
+            const int killed = f == GROWING - 1 && steps == S - 1;
+            pk_status status = pk_run_open(&context, cut, &run);
+            if (killed) {
+                assert_int_equal(status, PK_OK);
+                pk_run_release(&context, &run);
+                continue;
+            }
+            assert_int_equal(status, PK_SHAPE);
+            const size_t rows = (keep - header) / file.row;
+            snprintf(words, sizeof words, "%s holds %zu row%s", file.name, rows, rows == 1 ? "" : "s");
+            if (!strstr(pk_message(&context), words) ||
+                !strstr(pk_message(&context),
+                        f == GROWING - 1 ? "learning_rates.npy holds 6 rows" : "weights.npy holds 7 rows"))
+                fail_msg("'%s' instead of '%s'", pk_message(&context), words);
+            if (keep % 11 == 0) {
+                pk_recorder recorder;
+                options.resume = 1;
+                assert_int_equal(
+                    pk_recorder_open(&context, cut, &options, &data.train, data.weights, &recorder), PK_SHAPE);
+                options.resume = 0;
+            }
+            assert_int_equal(pk_run_recover(&context, cut, &run), PK_OK);
+            assert_int_equal(run.cut_off, 1);
+            assert_non_null(strstr(pk_message(&context), file.name));
             check_run(&context, &run, &options, &data, steps);
             pk_run_release(&context, &run);
-            if (keep % 7 == 0) { /* resumed, it becomes the whole run again */
-                options.resume = 1;
-                record(cut, &options, &data);
-                options.resume = 0;
-                assert_same_run(directory, cut);
+        }
+        free(file.bytes);
+    }
+    assert_int_equal(context.memory_used, 0);
+    clear(cut);
+    clear(directory);
+}
+
+/* Files that are longer than a kill leaves them. */
+static void test_too_long(void **state)
+{
+    (void)state;
+    char directory[PATH], longer[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = full_options();
+    record(in(root, "run", directory), &options, &data);
+    in(root, "cut", longer);
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    for (int f = 0; f < GROWING; f++) {
+        const growing *file = &growing_files[f];
+        size_t size = 0;
+        char *bytes = slurp(directory, file->name, &size);
+        memcpy(bytes + size, "12345678", 8);
+        memcpy(bytes + size + 8, bytes + size - 2 * file->row, 2 * file->row);
+        copy_run(directory, longer);
+        /* A part of the next row, or all of it but the last file's, are what a kill leaves. A next batch is not known
+         * before its offset is. */
+        const struct {
+            size_t more;
+            int killed;
+        } cases[] = {{file->row - 1, !file->per_item},
+                     {file->row, f < GROWING - 1 && !file->per_item},
+                     {file->row + 1, 0},
+                     {2 * file->row, 0}};
+        for (size_t c = 0; c < 4; c++) {
+            pk_run run;
+            spew(longer, file->name, bytes, size + cases[c].more);
+            pk_status status = pk_run_open(&context, longer, &run);
+            if (status != (cases[c].killed ? PK_OK : PK_SHAPE))
+                fail_msg("%s, %zu bytes more: status %d, '%s'", file->name, cases[c].more, (int)status,
+                         pk_message(&context));
+            if (status == PK_OK) {
+                check_run(&context, &run, &options, &data, S);
+                pk_run_release(&context, &run);
+            } else {
+                assert_non_null(strstr(pk_message(&context), file->name));
             }
         }
         free(bytes);
     }
-    clear(cut);
+    clear(longer);
+    clear(directory);
+}
+
+/* The first steps of a run, and integers of any type where the format says integers. */
+static void test_until_and_types(void **state)
+{
+    (void)state;
+    char directory[PATH], path[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = plain_options();
+    record(in(root, "run", directory), &options, &data);
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    pk_run run;
+    for (size_t steps = 0; steps <= S; steps++) {
+        assert_int_equal(pk_run_open(&context, directory, &run), PK_OK);
+        assert_int_equal(pk_run_until(&context, &run, S + 1), PK_ARGUMENT);
+        assert_non_null(strstr(pk_message(&context), "step 7: the run has 6 steps"));
+        assert_int_equal(pk_run_until(&context, &run, steps), PK_OK);
+        check_run(&context, &run, &options, &data, steps);
+        assert_int_equal(pk_run_until(&context, &run, steps + 1), PK_ARGUMENT);
+        pk_run_release(&context, &run);
+    }
+    int32_t items[16];
+    uint16_t offsets[S + 1] = {0};
+    int8_t inputs[N * D];
+    uint8_t labels[N];
+    for (int i = 0; i < 16; i++)
+        items[i] = (int32_t)data.items[i];
+    for (int s = 0; s < S; s++)
+        offsets[s + 1] = (uint16_t)(offsets[s] + data.batches[s].count);
+    for (int i = 0; i < N * D; i++)
+        data.inputs[i] = inputs[i] = (int8_t)(3 * i - 20);
+    for (int i = 0; i < N; i++)
+        labels[i] = (uint8_t)data.targets[i];
+    npy(directory, "batch_items.npy", HEADER("<i4", "16,"), items, sizeof items);
+    npy(directory, "batch_offsets.npy", HEADER("<u2", "7,"), offsets, sizeof offsets);
+    npy(directory, "train_inputs.npy", HEADER("|i1", "5, 3"), inputs, sizeof inputs);
+    npy(directory, "train_targets.npy", HEADER("|b1", "5,"), labels, sizeof labels);
+    const float scales[S] = {0.5f, 1, 0.1f, 1, 1, 1};
+    npy(directory, "gradient_scales.npy", HEADER("<f4", "6,"), scales, sizeof scales);
+    npy(directory, "batch_weights.npy", HEADER("|b1", "16,"), "\1\0\1\1\1\1\1\1\1\1\1\1\1\1\1\1", 16);
+    assert_int_equal(pk_run_open(&context, directory, &run), PK_OK);
+    assert_int_equal(run.steps, S);
+    for (int i = 0; i < 16; i++)
+        assert_true(run.batch_items[i] == data.items[i] && run.batch_weights[i] == (i != 1));
+    for (int s = 0; s < S; s++)
+        assert_true(run.gradient_scales[s] == (double)scales[s] && run.batch_offsets[s] == offsets[s]);
+    const int64_t all[N] = {0, 1, 2, 3, 4};
+    pk_real rows[N * D], targets[N * C];
+    pk_dataset_inputs(&run.train, all, N, rows);
+    for (int i = 0; i < N * D; i++)
+        assert_true(rows[i] == (pk_real)inputs[i]);
+    pk_loss_targets(run.loss, &run.train, all, N, C, targets);
+    for (int i = 0; i < N * C; i++)
+        assert_true(targets[i] == (data.targets[i / C] == i % C));
+    pk_run_release(&context, &run);
+    assert_int_equal(context.memory_used, 0);
+    /* Bools are no numbers of rows, and rates have all their digits. */
+    npy(directory, "batch_items.npy", HEADER("|b1", "16,"), "\1\0\1\1\1\1\1\1\1\1\1\1\1\1\1\1", 16);
+    assert_int_equal(pk_run_open(&context, directory, &run), PK_FORMAT);
+    assert_non_null(strstr(pk_message(&context), "batch_items.npy holds bool, it has to hold integers"));
+    /* A link to nowhere is no absent file. */
+    npy(directory, "batch_items.npy", HEADER("<i4", "16,"), items, sizeof items);
+    assert_int_equal(remove(in(directory, "gradient_scales.npy", path)), 0);
+    assert_int_equal(symlink("nowhere", path), 0);
+    assert_int_equal(pk_run_open(&context, directory, &run), PK_IO);
+    assert_non_null(strstr(pk_message(&context), "gradient_scales.npy"));
+    assert_int_equal(context.memory_used, 0);
+    clear(directory);
+}
+
+/* Training data whose axes stand in another order, and inputs for a network that takes plain vectors. */
+static void test_axes(void **state)
+{
+    (void)state;
+    char directory[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = plain_options();
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    pk_recorder recorder;
+    const size_t right[4] = {N, 1, 3, 1}, transposed[3] = {N, 2, 3}, flat[2] = {N, 6};
+    double many[N * 6] = {0};
+    in(root, "run", directory);
+    options.network = "input 1x3x2; flatten; dense 2";
+    data.train.inputs = pk_array_view(PK_FLOAT64, 3, transposed, many);
+    pk_status status = pk_recorder_open(&context, directory, &options, &data.train, data.weights, &recorder);
+    assert_int_equal(status, PK_SHAPE);
+    assert_non_null(
+        strstr(pk_message(&context), "the network takes 1x3x2: as many numbers, but in another order"));
+    assert_int_equal(access(directory, F_OK), -1);
+    options.network = network;
+    data.train.inputs = pk_array_view(PK_FLOAT64, 4, right, data.inputs);
+    record(directory, &options, &data);
+    pk_run run;
+    assert_int_equal(pk_run_open(&context, directory, &run), PK_OK);
+    pk_run_release(&context, &run);
+    clear(directory);
+    /* Vectors, but the training inputs tell what their numbers are. */
+    pk_real weights[2 * 6 + 2] = {0};
+    options.network = "input 6; dense 2";
+    data.train.inputs = pk_array_view(PK_FLOAT64, 3, transposed, many);
+    assert_int_equal(pk_recorder_open(&context, directory, &options, &data.train, weights, &recorder), PK_OK);
+    assert_int_equal(pk_recorder_close(&context, &recorder), PK_OK);
+    assert_int_equal(pk_run_open(&context, directory, &run), PK_OK);
+    const size_t other[3] = {N, 3, 2};
+    pk_array inputs = pk_array_view(PK_FLOAT64, 3, other, many);
+    assert_int_equal(pk_run_check_inputs(&context, &run, &inputs, "x.npy"), PK_SHAPE);
+    assert_non_null(strstr(pk_message(&context), "x.npy has shape (5, 3, 2), the training inputs (5, 2, 3)"));
+    inputs = pk_array_view(PK_FLOAT64, 3, transposed, many);
+    assert_int_equal(pk_run_check_inputs(&context, &run, &inputs, "x.npy"), PK_OK);
+    inputs = pk_array_view(PK_FLOAT64, 2, flat, many);
+    assert_int_equal(pk_run_check_inputs(&context, &run, &inputs, "x.npy"), PK_OK);
+    inputs = pk_array_view(PK_FLOAT64, 2, right, many);
+    assert_int_equal(pk_run_check_inputs(&context, &run, &inputs, "x.npy"), PK_SHAPE);
+    pk_run_release(&context, &run);
+    assert_int_equal(context.memory_used, 0);
     clear(directory);
 }
 
@@ -1040,10 +1289,22 @@ static int remove_root(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_written_is_read),  TEST(test_uniform_weights),  TEST(test_bytes_become_numbers),
-        TEST(test_manifests),        TEST(test_bad_arrays),       TEST(test_weights_that_are_not_finite),
-        TEST(test_cut_off_anywhere), TEST(test_recorder_refuses), TEST(test_steps_refused),
-        TEST(test_full_disk),        TEST(test_unwritable),       TEST(test_no_memory),
+        TEST(test_written_is_read),
+        TEST(test_uniform_weights),
+        TEST(test_bytes_become_numbers),
+        TEST(test_manifests),
+        TEST(test_bad_arrays),
+        TEST(test_weights_that_are_not_finite),
+        TEST(test_cut_off_anywhere),
+        TEST(test_killed_anywhere),
+        TEST(test_too_long),
+        TEST(test_until_and_types),
+        TEST(test_axes),
+        TEST(test_recorder_refuses),
+        TEST(test_steps_refused),
+        TEST(test_full_disk),
+        TEST(test_unwritable),
+        TEST(test_no_memory),
     };
     return cmocka_run_group_tests(tests, make_root, remove_root);
 }

@@ -4,11 +4,11 @@
  *     run.txt              the manifest: network, loss, optimizer
  *     weights.npy          (S+1, P) float32 or float64: w_0 .. w_S
  *     learning_rates.npy   (S,)     float64
- *     batch_offsets.npy    (S+1,)   int64: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
- *     batch_items.npy      (T,)     int64: rows of train_inputs.npy; a row may repeat
+ *     batch_offsets.npy    (S+1,)   integers: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
+ *     batch_items.npy      (T,)     integers: rows of train_inputs.npy; a row may repeat
  *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s| without it
- *     train_inputs.npy     (N, D...) float32, float64 or int64
- *     train_targets.npy    (N,) int64 labels, (N, C) or (N,) float
+ *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
+ *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *
@@ -20,10 +20,12 @@
  *                          optimiser's vectors as well
  *
  * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
- * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are;
- * a reader takes the smallest number of steps that every file holds, and of a run that keeps every k-th step
- * those that can be replayed: all whose small rows are there, up to a missing row of weights. run.txt is put
- * in place last of all when a run starts, so a directory with a manifest is a run.
+ * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are. So the
+ * other files may hold the row of one step more, or a part of it, than weights.npy (checksums.npy, where the
+ * weights are not kept): a reader takes the steps that are complete. Files that differ otherwise were not left by a
+ * kill: a file is wrong (one rate for all steps), or a power cut lost what the disk had not written yet. Such a run is
+ * refused, and opened up to its shortest file only by pk_run_recover. run.txt is put in place last of all when a
+ * run starts, so a directory with a manifest is a run.
  */
 #ifndef PATHKERNEL_TRAJECTORY_H
 #define PATHKERNEL_TRAJECTORY_H
@@ -45,8 +47,8 @@ typedef struct pk_run {
     pk_optimizer optimizer;
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
     size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
-    /* 1: the files hold more than the complete steps (recording was cut off inside a step); after
-     * pk_run_open, pk_message then tells which file ends first. */
+    /* 1: the files hold more than the complete steps (recording was cut off inside a step, or pk_run_recover was
+     * needed); after pk_run_open, pk_message then tells which file ends first. */
     int cut_off;
     pk_dataset train;
     pk_array weights;              /* (at least steps / k + 1, P) */
@@ -66,8 +68,23 @@ typedef struct pk_run {
  * items in [0, N), finite rates, weights and scales. The arrays stay mapped: do not truncate them meanwhile.
  * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
  * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
- * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. */
+ * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. PK_SHAPE where the
+ * files differ in their number of steps by more than a kill leaves, with the two counts. */
 PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
+
+/* The same, but a run whose files hold different numbers of steps is opened up to the shortest one: what is left
+ * after a power cut. run->cut_off is 1 then, and the message tells which file ends first. */
+PK_API PK__MUST_USE pk_status pk_run_recover(pk_context *context, const char *directory, pk_run *run);
+
+/* Leaves the first `steps` steps of an open run: a decomposition is then that of f(w_steps, x), to the same bits as one
+ * of a run that was recorded for so many steps. Any number up to run->steps, also between the kept steps and 0.
+ * PK_ARGUMENT where the run is shorter. */
+PK_API PK__MUST_USE pk_status pk_run_until(pk_context *context, pk_run *run, size_t steps);
+
+/* Whether the rows of inputs are what the network of a run takes, by pk_array_check_rows; where the network takes plain
+ * vectors, the rows of train_inputs.npy tell the order of the axes. name stands before the message. PK_SHAPE. */
+PK_API PK__MUST_USE pk_status pk_run_check_inputs(pk_context *context, const pk_run *run,
+                                                  const pk_array *inputs, const char *name);
 
 /* Gives everything back; *run is zeroed. A zeroed run is allowed. */
 PK_API void pk_run_release(pk_context *context, pk_run *run);
@@ -453,6 +470,48 @@ static pk_array *pk__run_array(pk_run *run, int file)
                                      : &run->columns[file];
 }
 
+/* NULL where a growing file may hold items of a type, else what it has to hold. Rates are float64 alone: 0.1 as float32
+ * is another number, which the optimiser did not use. */
+static const char *pk__run_wants(int file, pk_type type)
+{
+    const int numbers = file == PK__RUN_OFFSETS || file == PK__RUN_ITEMS;
+    if (numbers)
+        return pk_type_is_integer(type) && type != PK_BOOL ? NULL : "integers";
+    if (file == PK__RUN_ITEM_WEIGHTS || file == PK__RUN_SCALES)
+        return NULL;
+    if (pk__run_files[file].type)
+        return type == pk__run_files[file].type ? NULL : pk_type_name(pk__run_files[file].type);
+    return type == PK_FLOAT64 || type == PK_FLOAT32 ? NULL : "float64 or float32";
+}
+
+/* A column of another type in place of the mapped one, as int64 or float64. */
+static pk_status pk__run_convert(pk_context *context, const char *path, pk_type type, pk_array *array)
+{
+    const size_t items = pk_array_items(array);
+    pk_array made = *array;
+    made.type = type;
+    made.mapping = NULL;
+    made.owned = NULL;
+    pk_status status = pk_allocate(context, items, pk_type_size(type), path, &made.owned);
+    if (status != PK_OK)
+        return status;
+    made.data = made.owned;
+    if (type == PK_INT64)
+        pk_array_integers(array, 0, items, (int64_t *)made.owned);
+    for (size_t i = 0; type == PK_FLOAT64 && i < items; i++) {
+        int64_t integer = 0;
+        if (array->type == PK_FLOAT32)
+            ((double *)made.owned)[i] = (double)((const float *)array->data)[i];
+        else {
+            pk_array_integers(array, i, 1, &integer);
+            ((double *)made.owned)[i] = (double)integer;
+        }
+    }
+    pk_array_release(context, array);
+    *array = made;
+    return PK_OK;
+}
+
 /* Maps one of the growing files and checks its type and the shape of its rows. */
 static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, pk_run *run)
 {
@@ -460,7 +519,8 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     pk_array *array = pk__run_array(run, file);
     pk__run_path_of(path, expected->name);
     int has = pk__run_has(file, run->keep_every, &run->optimizer);
-    if (has <= 0 && access(path->text, F_OK) != 0 && errno == ENOENT)
+    struct stat about;
+    if (has <= 0 && lstat(path->text, &about) != 0 && errno == ENOENT) /* a link to nowhere is no absent file */
         return PK_OK;
     if (!has && file == PK__RUN_MOMENTS)
         return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
@@ -470,10 +530,10 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
     if (status != PK_OK)
         return status;
-    if (expected->type ? array->type != expected->type : array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+    const char *wanted = pk__run_wants(file, array->type);
+    if (wanted)
         return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold %s", path->text,
-                        pk_type_name(array->type),
-                        expected->type ? pk_type_name(expected->type) : "float64 or float32");
+                        pk_type_name(array->type), wanted);
     if (array->rank != expected->rank)
         return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
                         expected->rank);
@@ -484,7 +544,9 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
                         vectors > 1 ? " and the optimizer two vectors" : "");
     if (array->shape[0] < expected->before)
         return pk__fail(context, PK_FORMAT, "%s holds no row, not even that of the start", path->text);
-    return PK_OK;
+    return expected->type && array->type != expected->type
+               ? pk__run_convert(context, path->text, expected->type, array)
+               : PK_OK;
 }
 
 /* The first of count numbers that is not finite, or count. */
@@ -496,8 +558,45 @@ static size_t pk__not_finite(const double *numbers, size_t count)
     return i;
 }
 
-/* How many steps are complete, and whether the batches of these make sense. */
-static pk_status pk__run_count(pk_context *context, const char *directory, pk_run *run)
+/* "learning_rates.npy holds 1 row", with the bytes of a part of a row. */
+static const char *pk__run_rows_text(const pk_run *run, int file, char *text, size_t size)
+{
+    const pk_array *array = pk__run_array((pk_run *)run, file); /* only read */
+    size_t used = (size_t)snprintf(text, size, "%s holds %zu row%s", pk__run_files[file].name, array->shape[0],
+                                   array->shape[0] == 1 ? "" : "s");
+    if (array->extra_bytes && used < size)
+        snprintf(text + used, size - used, " and %zu bytes", array->extra_bytes);
+    return text;
+}
+
+/* Whether the files hold what a kill leaves of steps complete steps: each the rows of these, and those before
+ * weights.npy in the order of writing also the row of the next step or a part of it. If not, *file is one that holds
+ * something else. */
+static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
+{
+    const int keeps = (steps + 1) % run->keep_every == 0, last = keeps ? PK__RUN_WEIGHTS : PK__RUN_CHECKSUMS;
+    const size_t items = (size_t)run->batch_offsets[steps];
+    const pk_array *offsets = pk__run_array((pk_run *)run, PK__RUN_OFFSETS); /* only read, as below */
+    const size_t next_items =
+        offsets->shape[0] > steps + 1 ? pk__most(items, (size_t)run->batch_offsets[steps + 1]) : items;
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array((pk_run *)run, f);
+        const pk__run_file *kind = &pk__run_files[f];
+        const int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        const size_t least = (per_item ? items : kind->kept ? steps / run->keep_every : steps) + kind->before;
+        size_t most = per_item ? next_items + kind->before : kind->kept && !keeps ? least : least + 1;
+        if (f == last) /* its whole row would make the step complete */
+            most = least;
+        *file = f;
+        if (array->data && (array->shape[0] < least || array->shape[0] > most ||
+                            (array->shape[0] == most && array->extra_bytes && f != last)))
+            return 0;
+    }
+    return 1;
+}
+
+/* How many steps are complete, and whether the batches of these make sense. recover: whatever the files' lengths. */
+static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
     int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0};
@@ -545,6 +644,19 @@ static pk_status pk__run_count(pk_context *context, const char *directory, pk_ru
         if (array->data && (rows[f] > complete || array->extra_bytes))
             run->cut_off = 1;
     }
+    int other = 0;
+    if (!recover && !pk__run_is_whole(run, steps, &other)) {
+        char has[120], also[120];
+        if (least != PK__RUN_WEIGHTS && rows[PK__RUN_WEIGHTS] > steps / run->keep_every + 1)
+            other = PK__RUN_WEIGHTS; /* what is looked at first */
+        return pk__fail(
+            context, PK_SHAPE,
+            "%s: %s, %s; recording that is cut off leaves at most the row of one step more in the other "
+            "files than in weights.npy, so a file is wrong or a power cut lost rows; to recover the run "
+            "(--recover, pk_run_recover) gives its first %zu steps",
+            directory, pk__run_rows_text(run, least, has, sizeof has),
+            pk__run_rows_text(run, other, also, sizeof also), steps);
+    }
     if (run->cut_off)
         (void)pk__fail(context, PK_OK, "%s was cut off after step %zu: %s ends first, with %zu whole rows",
                        directory, steps, pk__run_files[least].name, rows[least]);
@@ -556,6 +668,9 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
                                          pk_loss loss)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
+    if (status == PK_OK)
+        status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
+                                     "inputs");
     if (status == PK_OK)
         status = pk_loss_check(context, loss, train, graph->output_width);
     if (status != PK_OK || !graph->checked)
@@ -571,7 +686,7 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
     return status;
 }
 
-static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *run)
+static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recover, pk_run *run)
 {
     pk_status status = pk__manifest_read(context, path, run);
     if (status != PK_OK)
@@ -583,9 +698,6 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *r
     pk_array *data[2] = {&run->train.inputs, &run->train.targets};
     for (int k = 0; k < 2 && status == PK_OK; k++) {
         status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
-        if (status == PK_OK && data[k]->type == PK_UINT8)
-            status = pk__fail(context, PK_UNSUPPORTED,
-                              "%s holds uint8, it has to hold float64, float32 or int64", path->text);
     }
     if (status != PK_OK)
         return status;
@@ -599,10 +711,10 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *r
     run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
     run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
-    return pk__run_count(context, path->directory, run);
+    return pk__run_count(context, path->directory, recover, run);
 }
 
-PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
+static pk_status pk__run_open(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     if (!directory || !run)
         return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
@@ -612,13 +724,52 @@ PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run 
         return status;
     pk_run opened;
     memset(&opened, 0, sizeof opened);
-    status = pk__run_load(context, &path, &opened);
+    status = pk__run_load(context, &path, recover, &opened);
     pk_release(context, path.text);
     if (status != PK_OK)
         pk_run_release(context, &opened);
     else
         *run = opened;
     return status;
+}
+
+PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
+{
+    return pk__run_open(context, directory, 0, run);
+}
+
+PK_API pk_status pk_run_recover(pk_context *context, const char *directory, pk_run *run)
+{
+    return pk__run_open(context, directory, 1, run);
+}
+
+PK_API pk_status pk_run_until(pk_context *context, pk_run *run, size_t steps)
+{
+    if (!run || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_until: no run");
+    if (steps > run->steps)
+        return pk__fail(context, PK_ARGUMENT, "the weights after step %zu: the run has %zu steps", steps,
+                        run->steps);
+    run->steps = steps;
+    return PK_OK;
+}
+
+PK_API pk_status pk_run_check_inputs(pk_context *context, const pk_run *run, const pk_array *inputs,
+                                     const char *name)
+{
+    if (!run || !run->graph.node_count || !run->train.inputs.rank)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_check_inputs: no run");
+    const pk_shape *shape = &run->graph.input_shape;
+    pk_status status = pk_array_check_rows(context, inputs, shape->rank, shape->dims, name);
+    if (status != PK_OK)
+        return status;
+    const pk_array *train = &run->train.inputs;
+    char has[200], also[200];
+    if (pk_array_check_rows(NULL, inputs, train->rank - 1, train->shape + 1, name) != PK_OK)
+        return pk__fail(context, PK_SHAPE,
+                        "%s has shape %s, the training inputs %s: the axes have another order", name,
+                        pk__shape_text(inputs, has, sizeof has), pk__shape_text(train, also, sizeof also));
+    return PK_OK;
 }
 
 PK_API void pk_run_release(pk_context *context, pk_run *run)
