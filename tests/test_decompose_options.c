@@ -604,8 +604,35 @@ static void test_wrong_optimizer(void **state)
         pk_decomposition out;
         memset(&context, 0, sizeof context);
         fixture_open_as(&context, &brute, NULL, k < 0 ? NULL : wrong[k], &run);
-        assert_ok(&context, pk_decompose(&context, &run, pk_matrix_view(inputs, 2, 3), NULL, &out));
+        assert_int_equal(pk_decompose(&context, &run, pk_matrix_view(inputs, 2, 3), NULL, &out),
+                         k < 0 ? PK_OK : PK_UNATTRIBUTED);
         assert_true(k < 0 ? out.worst_unattributed < ROUNDING(1e-13) : out.worst_unattributed > 1e-4);
+        double worst = 0;
+        for (size_t i = 0; i < out.rows * out.outputs; i++)
+            worst = fmax(worst, fabs(out.unattributed[i]) / fmax(1, fabs(out.final[i])));
+        assert_true(worst == out.worst_unattributed);
+        const size_t cell = out.worst_unattributed_row * out.outputs + out.worst_unattributed_output;
+        assert_true(fabs(out.unattributed[cell]) / fmax(1, fabs(out.final[cell])) == worst);
+        /* The limit is the caller's to choose; a tolerance that is missed as well comes first, in the same line. */
+        if (k >= 0) {
+            char limit[40];
+            pk_decompose_options options;
+            snprintf(limit, sizeof limit, "exceeds %.3g", out.unattributed_limit);
+            assert_non_null(strstr(pk_message(&context), "unattributed "));
+            assert_non_null(strstr(pk_message(&context), limit));
+            memset(&options, 0, sizeof options);
+            pk_decomposition_release(&context, &out);
+            options.unattributed = 1.01 * worst;
+            assert_ok(&context, pk_decompose(&context, &run, pk_matrix_view(inputs, 2, 3), &options, &out));
+            pk_decomposition_release(&context, &out);
+            options.unattributed = 0.99 * worst;
+            options.tolerance = 1e-300;
+            assert_int_equal(pk_decompose(&context, &run, pk_matrix_view(inputs, 2, 3), &options, &out),
+                             PK_NOT_CLOSED);
+            assert_non_null(strstr(pk_message(&context), "closure "));
+            assert_non_null(strstr(pk_message(&context), "; and unattributed "));
+            assert_non_null(strstr(pk_message(&context), "the declared training"));
+        }
         assert_true(out.worst_closure <= ROUNDING(1e-12));
         pk_decomposition_release(&context, &out);
         pk_run_release(&context, &run);
@@ -664,6 +691,9 @@ static void test_not_finite(void **state)
 static void test_tiny(void **state)
 {
     (void)state;
+    pk_decompose_options options;
+    memset(&options, 0, sizeof options);
+    options.unattributed = (double)INFINITY; /* no rule trained these */
     for (int n = 0; n < 3; n++)
         for (int exponent = EITHER(-320, -44); exponent <= EITHER(-20, -4); exponent += EITHER(50, 8)) {
             fixture_run f;
@@ -676,7 +706,7 @@ static void test_tiny(void **state)
             const pk_array recorded = f.run.weights;
             const size_t shape[2] = {f.run.steps + 1, P};
             f.run.weights = pk_array_view(REAL_TYPE, 2, shape, own);
-            assert_ok(&f.context, pk_decompose(&f.context, &f.run, rows_of(&f), NULL, &out));
+            assert_ok(&f.context, pk_decompose(&f.context, &f.run, rows_of(&f), &options, &out));
             pk_decomposition_release(&f.context, &out);
             f.run.weights = recorded;
             free(own);

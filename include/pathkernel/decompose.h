@@ -22,7 +22,8 @@ PK__BEGIN_C
 
 /* Decomposes h(f(w_S, inputs)) of a run. inputs: rows x input width. *out is zeroed first; release it also
  * after PK_NOT_CLOSED, which means: computed, but the worst closure exceeds the tolerance (the message names
- * row, output and step). Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
+ * row, output and step), and after PK_UNATTRIBUTED: computed, but the recorded weights are not those that the declared
+ * training gives (the message names row and output), so that contributions are those of another rule. Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
  * memory limit. Memory beyond the results: see pk_decompose_plan; the least is about 30 P numbers, whatever the
  * number of examples, test rows, outputs and steps, and the factors of the largest batch. */
 PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
@@ -52,6 +53,7 @@ PK__END_C
 #define PATHKERNEL_DECOMPOSE_IMPLEMENTED
 /* >>> implementation */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -464,6 +466,20 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     return PK_OK;
 }
 
+/* What a run may leave unattributed, by the precision of its last weights. */
+static double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
+{
+    const double given = job->options->unattributed;
+    if (given > 0)
+        return given;
+    int coarse = 1;
+    for (size_t p = 0; coarse && p < job->graph->parameters; p++)
+        coarse = weights[p] == (pk_real)(float)weights[p];
+    const double epsilon = coarse ? 1.1920929e-7 : 2.220446049250313e-16;
+    return fmax(PK_UNATTRIBUTED_LEAST,
+                PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__most(job->run->steps, 1)));
+}
+
 static void pk__certify(pk__job *job)
 {
     pk_decomposition *part = job->part;
@@ -478,8 +494,11 @@ static void pk__certify(pk__job *job)
             part->worst_row = part->first_row + i / part->outputs;
             part->worst_output = i % part->outputs;
         }
-        if (pk__worse(fabs(part->unattributed[i]) / scale, part->worst_unattributed))
+        if (pk__worse(fabs(part->unattributed[i]) / scale, part->worst_unattributed)) {
             part->worst_unattributed = fabs(part->unattributed[i]) / scale;
+            part->worst_unattributed_row = part->first_row + i / part->outputs;
+            part->worst_unattributed_output = i % part->outputs;
+        }
     }
     part->worst_step_closure = 0;
     part->points = part->pieces = part->refused = 0;
@@ -513,6 +532,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             status = pk__predict(job, steps, job->part->final);
         if (status)
             return status;
+        job->unattributed = pk__unattributed_limit(job, job->window.weights);
         memset(job->blocks, 0, blocks * sizeof *job->blocks);
         if (job->gram)
             pk__fill_gram(job);
@@ -587,6 +607,8 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     const pk_readout *readout = &options->readout;
     if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
         return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
+    if (!(options->unattributed >= 0))
+        return pk__fail(context, PK_ARGUMENT, "a limit of %g for what is unattributed", options->unattributed);
     if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||
         (readout->kind == PK_READOUT_FUNCTION && (!readout->function || !readout->count)) ||
         (readout->kind == PK_READOUT_LABEL && !readout->labels))
@@ -622,13 +644,41 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
         whole->worst_step = part->worst_step;
         whole->worst_step_row = part->worst_step_row;
     }
-    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed))
+    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed)) {
         whole->worst_unattributed = part->worst_unattributed;
+        whole->worst_unattributed_row = part->worst_unattributed_row;
+        whole->worst_unattributed_output = part->worst_unattributed_output;
+    }
     whole->points += part->points;
     whole->pieces += part->pieces;
     whole->refused += part->refused;
     whole->flops += part->flops;
     whole->passes += part->passes;
+}
+
+/* What a decomposition that was computed is worth. The closure comes first: where it is open, nothing else holds. */
+static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
+{
+    const int closed = whole->worst_closure <= job->tolerance;
+    const int explained = whole->worst_unattributed <= job->unattributed;
+    char text[400] = "";
+    if (!explained)
+        snprintf(
+            text, sizeof text,
+            "unattributed %.3g of max(1, |f|) at row %zu, output %zu exceeds %.3g, far more than rounding: the "
+            "loss, optimizer, rates, batches or gradient scales that are declared did not train these weights, "
+            "and "
+            "contributions are those of the declared training",
+            whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
+            job->unattributed);
+    if (!closed)
+        return pk__fail(job->context, PK_NOT_CLOSED,
+                        "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
+                        "(closure %.3g at row %zu)%s%s",
+                        whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
+                        whole->worst_step, whole->worst_step_closure, whole->worst_step_row,
+                        explained ? "" : "; and ", text);
+    return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
 }
 
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
@@ -670,14 +720,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     }
     whole->seconds_read = job->window.seconds_read;
     whole->seconds = pk__seconds() - start;
-    if (!status && !(whole->worst_closure <= job->tolerance))
-        status =
-            pk__fail(job->context, PK_NOT_CLOSED,
-                     "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
-                     "(closure %.3g at row %zu)",
-                     whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
-                     whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
-    return status;
+    whole->unattributed_limit = job->unattributed;
+    return status ? status : pk__verdict(job, whole);
 }
 
 /* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
@@ -736,7 +780,7 @@ PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix 
                               const pk_decompose_options *options, pk_decomposition *out)
 {
     pk_status status = pk__decompose(context, run, inputs, options, out, NULL, NULL);
-    if (status && status != PK_NOT_CLOSED)
+    if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
         pk_decomposition_release(context, out);
     return status;
 }

@@ -77,6 +77,7 @@ typedef struct pk__job {
     const pk_graph *graph;
     pk_quadrature quadrature;
     double tolerance, target;
+    double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
     int direct; /* E has a part of its own beside R */

@@ -106,10 +106,11 @@ PK__BEGIN_C
     X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed") \
     X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")     \
     X(PK_CANCELLED, 11, "cancelled by the caller")                              \
-    X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")
+    X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")        \
+    X(PK_UNATTRIBUTED, 13, "computed, but the declared training does not explain the weights")
 
 #define PK__STATUS_ENUM(name, value, text) name = value,
-typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 13 } pk_status;
+typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 14 } pk_status;
 #undef PK__STATUS_ENUM
 
 /* One short lower-case phrase for a status; never NULL. pk_message() (context.h) has the details. */
