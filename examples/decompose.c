@@ -4,8 +4,8 @@
  *
  * Results are written as NAME.npy.part, part by part, and take their names when the job ends: an older
  * decomposition in DIR stays whole until there is something to put in its place. After a cancel or a full disk
- * the files hold the rows that are complete. Exit status: 0 closed within the tolerance, 1 computed but not
- * closed, 2 anything else, with one line on standard error.
+ * the files hold the rows that are complete. Exit status: 0 closed within the tolerance and explained by the run, 1
+ * computed but not so, 2 anything else, with one line on standard error.
  */
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
@@ -30,14 +30,20 @@ static const char usage[] =
     "Decomposes the outputs of the network that RUN ends with, on the inputs of X.npy (M, ...):\n"
     "    final = initial + sum over the training examples + decay + unattributed + closure\n"
     "\n"
-    "  --inputs X.npy        float32, float64, int64 or uint8; one input a row\n"
+    "  --inputs X.npy        numbers, integers or bools; one input a row, the axes in the network's order\n"
     "  --out DIR             where the results go; made if it is not there\n"
     "  --keep KIND           train: by_example.npy (M,C,N), the default; step: by_step.npy (M,C,S);\n"
     "                        layer: by_layer.npy (M,C,L). Repeatable; train,step and the like keep both axes:\n"
     "                        by_example_step.npy (M,C,N,S)\n"
     "  --outputs WHICH       all (default), label (each input's label), or the number of one output, from 0\n"
-    "  --labels Y.npy        each input's label (M,), int64 or uint8; default: the label predicted at the end\n"
+    "  --labels Y.npy        each input's label (M,), integers; default: the label predicted at the end\n"
     "  --quadrature RULE     auto (default), exact, gauss:N, midpoint:N, trapezoid:N or left, N nodes a step\n"
+    "  --until K             decompose the outputs after step K instead of the last one (early stopping)\n"
+    "  --unattributed LIMIT  of unattributed / max(1, |final|); default: what rounding leaves of a run of its "
+    "precision\n"
+    "                        and length: 4e-4 of 1000 steps in float32, 1e-10 in float64\n"
+    "  --recover             open a run whose files differ by more than a kill leaves, up to the shortest "
+    "file\n"
     "  --tolerance T         of closure / max(1, |final|); default 1e-10 (built in float: 1e-3)\n"
     "  --bounds              also bounds.npy (M,C,N): a bound on the error of every entry of by_example.npy\n"
     "  --step-closure        also closure_by_step.npy (M,C,S)\n"
@@ -50,7 +56,9 @@ static const char usage[] =
     "  --verbose             print the plan, the phases and the finished parts on standard error\n"
     "  --help, --version\n"
     "\n"
-    "Exit status: 0 closed within the tolerance; 1 computed, but not closed (results are written);\n"
+    "Exit status: 0 closed within the tolerance, and unattributed within its limit; 1 computed, but one of "
+    "them is\n"
+    "not (results are written; a line tells which and what it means);\n"
     "2 bad input, cancelled or out of space (complete rows are kept), with a line that says what and where.\n";
 
 typedef struct settings {
@@ -58,7 +66,9 @@ typedef struct settings {
     pk_decompose_options options;
     char outputs; /* 'a'll, 'l'abel, 'n'umber */
     size_t top;   /* strongest examples per input and sign */
-    int top_given, threads, verbose;
+    int top_given, threads, verbose, recover;
+    const char *until; /* as it was given */
+    size_t last;       /* its step */
     size_t memory;
 } settings;
 
@@ -78,13 +88,11 @@ typedef struct task {
     pk_real *inputs; /* rows x input width */
     int64_t *labels; /* rows, or NULL */
     size_t rows, outputs, finished;
+    size_t recorded; /* steps of the run */
     result files[FILES_MOST];
     size_t file_count;
     int made_folder, top_hidden; /* by_example is kept for the list of the strongest only */
     size_t *strongest;           /* set->top */
-    /* The worst unattributed and the largest change of an output by training. */
-    double unattributed, moved;
-    size_t unattributed_row, unattributed_output;
     /* Progress: */
     int terminal, line_shown;
     const char *phase;
@@ -188,6 +196,13 @@ static int parse_memory(const char *text, size_t *bytes)
     return 1;
 }
 
+static int parse_positive(const char *text, double *number)
+{
+    char *end = NULL;
+    *number = strtod(text, &end);
+    return end != text && !*end && *number > 0 && isfinite(*number);
+}
+
 static int parse_quadrature(const char *text, pk_quadrature *quadrature)
 {
     static const struct {
@@ -281,6 +296,8 @@ static int parse_arguments(int count, char **arguments, settings *set)
             options->step_closure = 1;
         } else if (strcmp(argument, "--verbose") == 0) {
             set->verbose = 1;
+        } else if (strcmp(argument, "--recover") == 0) {
+            set->recover = 1;
         } else if (is_option(arguments, &i, "--inputs", &value)) {
             set->inputs = value;
         } else if (is_option(arguments, &i, "--out", &value)) {
@@ -300,10 +317,15 @@ static int parse_arguments(int count, char **arguments, settings *set)
             if (value && !parse_quadrature(value, &options->quadrature))
                 wanted = "auto, exact, gauss:N, midpoint:N, trapezoid:N or left, with N from 1 to 1000000";
         } else if (is_option(arguments, &i, "--tolerance", &value)) {
-            char *end = NULL;
-            options->tolerance = value ? strtod(value, &end) : 1;
-            if (value && (end == value || *end || !(options->tolerance > 0) || !isfinite(options->tolerance)))
+            if (value && !parse_positive(value, &options->tolerance))
                 wanted = "a positive number";
+        } else if (is_option(arguments, &i, "--unattributed", &value)) {
+            if (value && !parse_positive(value, &options->unattributed))
+                wanted = "a positive number";
+        } else if (is_option(arguments, &i, "--until", &value)) {
+            set->until = value;
+            if (value && !parse_count(value, &set->last))
+                wanted = "the number of a step: of 12 steps, from 0 to 12";
         } else if (is_option(arguments, &i, "--top", &value)) {
             set->top_given = 1;
             if (value && !parse_count(value, &set->top))
@@ -347,10 +369,8 @@ static int read_inputs(task *job)
     int status = -1;
     if (array.rank < 1 || array.shape[0] == 0)
         status = refuse("--inputs: %s has shape %s: no inputs", path, shape_text(&array, shape));
-    else if (array.row_items != width)
-        status = refuse("--inputs: %s has shape %s, rows of %zu numbers; the network takes %zu%s", path,
-                        shape_text(&array, shape), array.row_items, width,
-                        array.rank == 1 && array.shape[0] == width ? " (one input has shape (1, ...))" : "");
+    else if (pk_run_check_inputs(context, &job->run, &array, path) != PK_OK)
+        status = refuse("--inputs: %s", pk_message(context));
     else if (pk_allocate(context, pk_array_items(&array), sizeof *job->inputs, path, &job->inputs) != PK_OK)
         status = refuse("--inputs: %s", pk_message(context));
     if (status < 0) {
@@ -377,13 +397,13 @@ static int read_labels(task *job)
     if (array.rank < 1 || array.shape[0] != job->rows || array.row_items != 1)
         status = refuse("--labels: %s has shape %s; %zu inputs need (%zu,)", path, shape_text(&array, shape),
                         job->rows, job->rows);
-    else if (array.type != PK_INT64 && array.type != PK_UINT8)
-        status = refuse("--labels: %s has type %s; labels are int64 or uint8", path, pk_type_name(array.type));
+    else if (!pk_type_is_integer(array.type))
+        status = refuse("--labels: %s has type %s; labels are integers", path, pk_type_name(array.type));
     else if (pk_allocate(context, job->rows, sizeof *job->labels, path, &job->labels) != PK_OK)
         status = refuse("--labels: %s", pk_message(context));
+    if (status < 0)
+        pk_array_integers(&array, 0, job->rows, job->labels);
     for (size_t i = 0; status < 0 && i < job->rows; i++) {
-        job->labels[i] =
-            array.type == PK_INT64 ? ((const int64_t *)array.data)[i] : ((const uint8_t *)array.data)[i];
         if (job->labels[i] < 0 || (size_t)job->labels[i] >= job->run.outputs)
             status = refuse("--labels: %s: label %lld in row %zu; the network has outputs 0 to %zu", path,
                             (long long)job->labels[i], i, job->run.outputs - 1);
@@ -587,9 +607,11 @@ static void print_examples(const task *job, const double *values, int sign, cons
     for (size_t i = 0; i < found; i++) {
         size_t example = job->strongest[i];
         printf("%s%zu", i ? ",  " : " ", example);
-        if (targets->type == PK_INT64)
-            printf(" (%lld)", (long long)((const int64_t *)targets->data)[example]);
-        else if (targets->row_items == 1) {
+        if (targets->row_items == 1 && pk_type_is_integer(targets->type)) {
+            int64_t label;
+            pk_array_integers(targets, example, 1, &label);
+            printf(" (%lld)", (long long)label);
+        } else if (targets->row_items == 1) {
             pk_real target;
             pk_array_reals(targets, example, 1, &target);
             printf(" (%.4g)", (double)target);
@@ -620,9 +642,10 @@ static void print_strongest(const task *job, const pk_decomposition *part)
             return;
         if (row == 0)
             printf("strongest examples of each input: row of train_inputs.npy%s, contribution\n",
-                   job->run.train.targets.type == PK_INT64 ? " (label)"
-                   : job->run.outputs == 1                 ? " (target)"
-                                                           : "");
+                   job->run.train.targets.rank == 1 && pk_type_is_integer(job->run.train.targets.type)
+                       ? " (label)"
+                   : job->run.outputs == 1 ? " (target)"
+                                           : "");
         printf("input %zu: ", row);
         if (set->outputs == 'a' && part->outputs > 1) {
             output = job->labels ? (size_t)job->labels[row] : predicted;
@@ -728,17 +751,6 @@ static pk_status on_part(void *user, const pk_decomposition *part)
             return status;
     }
     own->finished = part->first_row + part->rows;
-    for (size_t i = 0; i < part->rows * part->outputs; i++) {
-        double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1,
-               share = fabs(part->unattributed[i]) / scale;
-        double moved = fabs(part->final[i] - part->initial[i]) / scale;
-        if (!(share <= own->unattributed) && !isnan(own->unattributed)) {
-            own->unattributed = share;
-            own->unattributed_row = part->first_row + i / part->outputs;
-            own->unattributed_output = i % part->outputs;
-        }
-        own->moved = moved > own->moved ? moved : own->moved;
-    }
     clear_line();
     if (own->set->verbose)
         fprintf(stderr, PROGRAM ": %zu of %zu inputs complete, after %s\n", own->finished, own->rows,
@@ -812,26 +824,6 @@ static void print_plan(task *job)
             plan.seconds_test / all, plan.seconds_contraction / all);
 }
 
-/* What a large unattributed term means, in words; NULL where it is rounding. */
-static const char *judge_unattributed(const task *job)
-{
-    const int coarse = job->run.weights.type == PK_FLOAT32 || sizeof(pk_real) == sizeof(float);
-    const double large = coarse ? 1e-3 : 1e-5, noise = coarse ? 1e-5 : 1e-9;
-    double value = job->unattributed;
-    if (!(value <= large) || (value > noise && value > 0.1 * job->moved))
-        return "This is far more than rounding: the manifest's optimizer line probably does not describe how "
-               "the\n"
-               "             run was trained (its rates, momentum, betas, weight decay or gradient clipping), "
-               "or its loss,\n"
-               "             batches or batch weights do not. Contributions of examples are those of the "
-               "declared rule.";
-    if (!coarse && value > noise)
-        return "This is more than the rounding of float64, and about that of float32: was the run trained in\n"
-               "             float32 and stored as float64? Otherwise run.txt does not quite describe how it "
-               "was trained.";
-    return NULL;
-}
-
 static void print_quadrature(const task *job, const pk_decomposition *d)
 {
     static const char *const names[] = {"auto", "exact", "gauss", "midpoint", "trapezoid", "left"};
@@ -896,7 +888,7 @@ static void print_left_behind(const task *job)
 static void print_summary(const task *job, const pk_decomposition *d, pk_status status)
 {
     const pk_run *run = &job->run;
-    const char *out = job->set->out, *verdict = judge_unattributed(job);
+    const char *out = job->set->out;
     char rule[200], size[32];
     double tolerance = job->set->options.tolerance > 0 ? job->set->options.tolerance : PK_TOLERANCE, bytes = 0;
     if (pk_optimizer_format(&run->optimizer, rule, sizeof rule) != PK_OK)
@@ -906,7 +898,9 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
     printf("run          %s: %s; %s; %s\n", job->set->run, run->graph.text ? run->graph.text : "",
            pk_loss_name(run->loss), rule);
     if (run->cut_off)
-        printf("             recording was cut off: %zu steps are complete\n", run->steps);
+        printf("             recording was cut off: %zu steps are complete\n", job->recorded);
+    if (job->set->until)
+        printf("             until step %zu of %zu\n", run->steps, job->recorded);
     printf("sizes        %zu of %zu inputs, %zu of %zu outputs, %zu examples, %zu steps, %zu layers, %zu "
            "parameters in %s\n",
            job->finished, job->rows, job->outputs, run->outputs, run->examples, run->steps, run->graph.layers,
@@ -917,10 +911,9 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
     if (d->steps)
         printf("             %.2e in the worst single step (step %zu, input %zu)\n", d->worst_step_closure,
                d->worst_step, d->worst_step_row);
-    printf("unattributed %.2e of max(1, |final|) at worst (input %zu, output %zu)\n", job->unattributed,
-           job->unattributed_row, job->unattributed_output);
-    if (verdict)
-        printf("             %s\n", verdict);
+    printf("unattributed %.2e of max(1, |final|) at worst (input %zu, output %zu); limit %.1e\n",
+           d->worst_unattributed, d->worst_unattributed_row, d->worst_unattributed_output,
+           d->unattributed_limit);
     print_time(job, d);
     for (size_t i = 0; i < job->file_count; i++)
         bytes += 8 * (double)job->files[i].row_items * (double)job->finished;
@@ -929,7 +922,9 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
         printf(" %.*s", (int)(strlen(job->files[i].name) - 4), job->files[i].name);
     printf("\n");
     print_left_behind(job);
-    printf("%s\n", status == PK_OK ? "closed" : "NOT CLOSED");
+    printf("%s\n", status == PK_OK             ? "closed"
+                   : status == PK_UNATTRIBUTED ? "closed, but NOT EXPLAINED by the declared training"
+                                               : "NOT CLOSED");
 }
 
 static int finish(task *job, const pk_decomposition *summary, pk_status status)
@@ -943,7 +938,7 @@ static int finish(task *job, const pk_decomposition *summary, pk_status status)
     pk_status published = publish_files(job);
     if (published)
         return refuse("%s%s%s", pk_message(&job->context), status ? ", after: " : "", status ? reason : "");
-    if ((status && status != PK_NOT_CLOSED) || job->finished < job->rows) {
+    if ((status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED) || job->finished < job->rows) {
         if (!job->finished && status == PK_CANCELLED)
             return refuse("cancelled: 0 of %zu inputs are complete, nothing was written to %s", job->rows, out);
         if (!job->finished)
@@ -954,8 +949,8 @@ static int finish(task *job, const pk_decomposition *summary, pk_status status)
     print_summary(job, summary, status);
     if (fflush(stdout) != 0 || ferror(stdout))
         return refuse("the results are in %s, but the summary could not be written: %s", out, strerror(errno));
-    if (status == PK_NOT_CLOSED) {
-        (void)refuse("not closed: %s", reason);
+    if (status) {
+        (void)refuse("%s%s", status == PK_NOT_CLOSED ? "not closed: " : "", reason);
         return NOT_CLOSED;
     }
     return CLOSED;
@@ -969,10 +964,14 @@ static int decompose(task *job)
     size_t kept = 0;
     int failed = -1;
     /* The limit holds from the decomposition on: only it can tell the least that would do. */
-    if (pk_run_open(context, set->run, &job->run) != PK_OK) {
+    if ((set->recover ? pk_run_recover : pk_run_open)(context, set->run, &job->run) != PK_OK) {
         int named = strstr(pk_message(context), set->run) != NULL;
         return refuse("%s%s%s", named ? "" : set->run, named ? "" : ": ", pk_message(context));
     }
+    job->recorded = job->run.steps;
+    if (set->until && pk_run_until(context, &job->run, set->last) != PK_OK)
+        return refuse("--until: there is no step %s; the run has %zu, so K is from 0 to %zu", set->until,
+                      job->recorded, job->recorded);
     if (set->outputs == 'n' && options->readout.output >= job->run.outputs)
         return refuse("--outputs: there is no output %zu; the network has %zu, 0 to %zu",
                       options->readout.output, job->run.outputs, job->run.outputs - 1);
