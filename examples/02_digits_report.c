@@ -98,7 +98,7 @@ static int check(const report *r)
            (int)TRAIN, (int)TEST, right);
     printf("%d outputs decomposed over %d digits in %.1f s, %.1f nodes a step.\n", TEST * CLASSES, (int)TRAIN,
            d->seconds, (double)d->points / (TEST * STEPS));
-    printf("Worst closure %.1e, worst unattributed part %.1e, of max(1, |output|).\n", d->worst_closure,
+    printf("Worst closure %.1e of a digit's largest output, unattributed at most %.1e.\n", d->worst_closure,
            d->worst_unattributed);
     printf("Numbers and pictures (contact_sheet.png, classes.png) are in %s.\n", r->folder);
     if (worst < 1e-12)

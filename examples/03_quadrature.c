@@ -15,7 +15,8 @@
  * needs ceil(L/2) Gauss nodes in each piece.
  *
  * Two errors are measured, both at their worst over test digits and training digits:
- *     closure  |final - initial - sum of contributions| / max(1, |final|): errors of entries can cancel in it
+ *     closure  |final - initial - sum of contributions| / the largest output or contribution of the row: errors of
+ *              entries can cancel in it
  *     entry    |A(x, i) - reference| / max |reference|, single contributions against those by Gauss with
  *              32 nodes (tanh) or the exact rule (ReLU)
  *

@@ -170,7 +170,7 @@ static int report(const experiment *e)
            d->seconds);
     printf("    %.1f pieces between kinks and %.1f nodes for each digit and step\n", (double)d->pieces / steps,
            (double)d->points / steps);
-    printf("    worst closure %.1e, worst unattributed part %.1e, of max(1, |output|)\n", d->worst_closure,
+    printf("    worst closure %.1e of a digit's largest output, unattributed at most %.1e\n", d->worst_closure,
            d->worst_unattributed);
     printf("    through which layer the output decided for was moved, on average:\n");
     for (size_t l = 0; l < d->layers; l++)

@@ -214,7 +214,7 @@ static int decompose(pk_context *context, experiment *e)
            ASKED, d->examples, d->steps, d->layers, d->seconds, 1e3 * d->seconds / (double)d->steps);
     printf("    %.1f pieces and %.1f nodes for each pair and step\n", (double)d->pieces / steps,
            (double)d->points / steps);
-    printf("    worst closure %.1e, worst unattributed part %.1e, of max(1, |margin|)\n", d->worst_closure,
+    printf("    worst closure %.1e of the largest margin, unattributed at most %.1e\n", d->worst_closure,
            d->worst_unattributed);
     char path[TUTORIAL_PATH + 100];
     for (int k = 0; k < 2; k++) {

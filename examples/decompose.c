@@ -44,7 +44,7 @@ static const char usage[] =
     "                        and length: 4e-4 of 1000 steps in float32, 1e-10 in float64\n"
     "  --recover             open a run whose files differ by more than a kill leaves, up to the shortest "
     "file\n"
-    "  --tolerance T         of closure / max(1, |final|); default 1e-10 (built in float: 1e-3)\n"
+    "  --tolerance T         of closure / the row's largest contribution; default 1e-10 (built in float: 1e-3)\n"
     "  --bounds              also bounds.npy (M,C,N): a bound on the error of every entry of by_example.npy\n"
     "  --step-closure        also closure_by_step.npy (M,C,S)\n"
     "  --top K               print the K strongest examples for and against each input;\n"
@@ -906,8 +906,9 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
            job->finished, job->rows, job->outputs, run->outputs, run->examples, run->steps, run->graph.layers,
            run->parameters, pk_type_name(run->weights.type));
     print_quadrature(job, d);
-    printf("closure      %.2e of max(1, |final|) at worst (input %zu, output %zu); tolerance %g\n",
-           d->worst_closure, d->worst_row, d->worst_output, tolerance);
+    printf("closure      %.2e of an input's largest output or contribution, %.2e of its largest contribution\n"
+           "             alone; closest to its tolerance, %g, at input %zu, output %zu\n",
+           d->worst_closure, d->worst_relative, tolerance, d->worst_row, d->worst_output);
     if (d->steps)
         printf("             %.2e in the worst single step (step %zu, input %zu)\n", d->worst_step_closure,
                d->worst_step, d->worst_step_row);

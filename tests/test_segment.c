@@ -72,10 +72,10 @@ static void check_tiling(const pk_pieces *pieces, size_t rows)
 {
     double *end = FIXTURE_NEW(double, rows);
     for (size_t i = 0; i < pieces->count; i++) {
-        assert_true(pieces->row[i] < rows);
-        assert_true(pieces->a[i] == end[pieces->row[i]]);
-        assert_true(pieces->b[i] > pieces->a[i]);
-        end[pieces->row[i]] = pieces->b[i];
+        assert_true(pieces->piece[i].row < rows);
+        assert_true(pieces->piece[i].a == end[pieces->piece[i].row]);
+        assert_true(pieces->piece[i].b > pieces->piece[i].a);
+        end[pieces->piece[i].row] = pieces->piece[i].b;
     }
     for (size_t r = 0; r < rows; r++)
         assert_true(end[r] == 1);
@@ -93,7 +93,7 @@ static void check_kinks(const char *network, const pk_real *w, const pk_real *d,
     hold(&h, network, rows, 64, 1, 4096);
     pk_segment_begin(&h.segment, w, d, NULL, rows, x);
     for (size_t r = 0; r < rows; r++)
-        pk_pieces_push(&h.from, r, 0, 1, 0);
+        pk_pieces_push(&h.from, r, 0, 1);
     assert_int_equal(pk_segment_split(&h.segment, &h.from, &h.to), 1);
     check_tiling(&h.to, rows);
     pieces_seen += h.to.count;
@@ -103,17 +103,17 @@ static void check_kinks(const char *network, const pk_real *w, const pk_real *d,
         kinks_seen += count;
         size_t own = 0;
         for (size_t i = 0; i < h.to.count; i++)
-            own += h.to.row[i] == r;
+            own += h.to.piece[i].row == r;
         assert_true(own <= count + 1);
         for (size_t k = 0; k < count; k++) {
             double nearest = fmin((double)kinks[k], 1 - (double)kinks[k]), slack = 0;
             for (size_t i = 0; i < h.to.count; i++) {
-                if (h.to.row[i] != r)
+                if (h.to.piece[i].row != r)
                     continue;
-                double apart = (double)fabsl((long double)(kinks[k] - (bf_real)h.to.a[i]));
+                double apart = (double)fabsl((long double)(kinks[k] - (bf_real)h.to.piece[i].a));
                 if (apart < nearest) {
                     nearest = apart;
-                    slack = h.to.slack[i];
+                    slack = h.to.piece[i].slack_a;
                 }
             }
             /* Where a pre-activation is nearly flat at its zero, rounding moves the zero; slack says how far. */
@@ -170,11 +170,11 @@ static size_t borders(const char *network, const pk_real *w, const pk_real *d, c
     size_t count = 0;
     hold(&h, network, 1, 1, 1, 256); /* room for the samples of a piece is always taken */
     pk_segment_begin(&h.segment, w, d, NULL, 1, x);
-    pk_pieces_push(&h.from, 0, 0, 1, 0);
+    pk_pieces_push(&h.from, 0, 0, 1);
     assert_int_equal(pk_segment_split(&h.segment, &h.from, &h.to), 1);
     check_tiling(&h.to, 1);
     for (size_t i = 1; i < h.to.count; i++)
-        where[count++] = h.to.a[i];
+        where[count++] = h.to.piece[i].a;
     drop(&h);
     return count;
 }
@@ -286,13 +286,13 @@ static void test_capacity(void **state)
         holder h;
         hold(&h, "input 1; dense 300; relu; dense 1", 1, 64, 1, capacity);
         pk_segment_begin(&h.segment, w, d, NULL, 1, &x);
-        pk_pieces_push(&h.from, 0, 0, 1, 0);
+        pk_pieces_push(&h.from, 0, 0, 1);
         int fits = pk_segment_split(&h.segment, &h.from, &h.to);
         assert_int_equal(fits, capacity >= UNITS + 1);
         if (fits) {
             assert_int_equal(h.to.count, UNITS + 1);
             for (int j = 0; j < UNITS; j++)
-                assert_close(h.to.b[j], (j + 0.5) / UNITS, ROUNDING(1e-15));
+                assert_close(h.to.piece[j].b, (j + 0.5) / UNITS, ROUNDING(1e-15));
         }
         drop(&h);
     }
@@ -434,7 +434,7 @@ static void test_not_finite(void **state)
             hold(&h, network, 2, 64, 1, 512);
             pk_segment_begin(&h.segment, w, d, NULL, 2, x);
             for (size_t r = 0; r < 2; r++)
-                pk_pieces_push(&h.from, r, 0, 1, 0);
+                pk_pieces_push(&h.from, r, 0, 1);
             if (pk_segment_split(&h.segment, &h.from, &h.to))
                 check_tiling(&h.to, 2);
             free(w), free(d), free(x);

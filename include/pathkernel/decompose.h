@@ -348,6 +348,7 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
         const pk_real *start = ends + (2 * (i / job->outputs) * job->outputs + output),
                       *end = start + job->outputs;
         double closure = (double)(*end - *start) - (double)worker->tangent.along[0][i];
+        job->variation[cell] += fabs((double)worker->tangent.along[0][i]);
         part->unattributed[cell] += worker->tangent.along[1][i];
         if (worker->tangent.directions[2])
             part->decay[cell] -= linear * worker->tangent.along[2][i];
@@ -373,7 +374,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__least(job->block, job->part->rows - worker->row);
-    tangent->integrator.row_order = job->row_order + worker->row;
+    tangent->integrator.state = job->row_state + worker->row;
     tangent->integrator.points_last = block->points_last;
     tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
     tangent->flops = 0;
@@ -480,26 +481,85 @@ static double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
                 PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__most(job->run->steps, 1)));
 }
 
+/* The largest |x|, at least `largest`; numbers that are not finite do not count. */
+static double pk__largest(size_t count, const double *x, double largest)
+{
+    for (size_t i = 0; i < count; i++)
+        largest = isfinite(x[i]) && fabs(x[i]) > largest ? fabs(x[i]) : largest;
+    return largest;
+}
+
+/* value / scale, where nothing of nothing is nothing. */
+static double pk__part_of(double value, double scale)
+{
+    return value == 0 ? 0 : value / scale;
+}
+
+/* The bounds of a cell must explain its closure, but for the closure's own rounding; else they are raised. */
+static void pk__raise_bounds(pk__job *job, size_t cell, double height)
+{
+    pk_decomposition *part = job->part;
+    double *bounds = part->bounds + cell * part->examples, sum = 0;
+    const double closure = fabs(part->closure[cell]) - PK__MEASURABLE * PK__EPSILON * height;
+    for (size_t i = 0; i < part->examples; i++)
+        sum += bounds[i];
+    if (!(closure > sum))
+        return;
+    for (size_t i = 0; i < part->examples; i++)
+        bounds[i] = sum > 0 ? bounds[i] * (closure / sum * (1 + PK__MEASURABLE * PK__EPSILON)) : closure;
+    part->raised++;
+}
+
+static void pk__certify_row(pk__job *job, size_t row)
+{
+    pk_decomposition *part = job->part;
+    const size_t outputs = part->outputs, first = row * outputs;
+    for (size_t i = first; i < first + outputs; i++)
+        part->closure[i] =
+            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+    double height = pk__largest(outputs, part->initial + first, 0);
+    height = pk__largest(outputs, part->final + first, height);
+    double largest = pk__largest(outputs, job->variation + first, 0);
+    largest = pk__largest(outputs, part->data + first, largest);
+    largest = pk__largest(outputs, part->decay + first, largest);
+    largest = pk__largest(outputs, part->unattributed + first, largest);
+    for (size_t k = 0; k < part->kept_count; k++)
+        largest = pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
+    const double scale = height > largest ? height : largest;
+    const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
+    const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
+    part->scale = scale > part->scale ? scale : part->scale;
+    for (size_t i = first; i < first + outputs; i++) {
+        const double closure = fabs(part->closure[i]), excess = pk__part_of(closure, allowed);
+        if (pk__worse(pk__part_of(closure, scale), part->worst_closure))
+            part->worst_closure = pk__part_of(closure, scale);
+        if (pk__worse(pk__part_of(closure, largest), part->worst_relative))
+            part->worst_relative = pk__part_of(closure, largest);
+        if (pk__worse(excess, part->worst_excess)) {
+            part->worst_excess = excess;
+            part->worst_row = part->first_row + row;
+            part->worst_output = i - first;
+        }
+        const double size = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
+        if (pk__worse(fabs(part->unattributed[i]) / size, part->worst_unattributed)) {
+            part->worst_unattributed = fabs(part->unattributed[i]) / size;
+            part->worst_unattributed_row = part->first_row + row;
+            part->worst_unattributed_output = i - first;
+        }
+        if (part->bounds)
+            pk__raise_bounds(job, i, height);
+    }
+}
+
 static void pk__certify(pk__job *job)
 {
     pk_decomposition *part = job->part;
     size_t blocks = pk__blocks(part->rows, job->block);
-    part->worst_closure = part->worst_unattributed = 0;
-    for (size_t i = 0; i < part->rows * part->outputs; i++) {
-        part->closure[i] =
-            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
-        double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
-        if (pk__worse(fabs(part->closure[i]) / scale, part->worst_closure)) {
-            part->worst_closure = fabs(part->closure[i]) / scale;
-            part->worst_row = part->first_row + i / part->outputs;
-            part->worst_output = i % part->outputs;
-        }
-        if (pk__worse(fabs(part->unattributed[i]) / scale, part->worst_unattributed)) {
-            part->worst_unattributed = fabs(part->unattributed[i]) / scale;
-            part->worst_unattributed_row = part->first_row + i / part->outputs;
-            part->worst_unattributed_output = i % part->outputs;
-        }
-    }
+    part->worst_closure = part->worst_relative = part->worst_excess = part->worst_unattributed = 0;
+    part->raised = 0;
+    part->scale = 0;
+    for (size_t row = 0; row < part->rows; row++)
+        pk__certify_row(job, row);
     part->worst_step_closure = 0;
     part->points = part->pieces = part->refused = 0;
     part->flops = 0;
@@ -514,6 +574,24 @@ static void pk__certify(pk__job *job)
             part->worst_step = block->worst_step;
             part->worst_step_row = block->worst_row;
         }
+    }
+}
+
+/* What is known of the rows before the first step: their outputs at both ends of the run. */
+static void pk__begin_rows(pk__job *job)
+{
+    const pk_decomposition *part = job->part;
+    for (size_t row = 0; row < part->rows; row++) {
+        pk_row_state *state = &job->row_state[row];
+        memset(state, 0, sizeof *state);
+        state->order = PK_FIRST_ORDER;
+        for (size_t i = row * part->outputs; i < (row + 1) * part->outputs; i++) {
+            const double change = part->final[i] - part->initial[i];
+            state->height = pk__largest(1, &part->initial[i], state->height);
+            state->height = pk__largest(1, &part->final[i], state->height);
+            state->change = pk__largest(1, &change, state->change);
+        }
+        state->change /= (double)pk__most(job->run->steps, 1);
     }
 }
 
@@ -534,12 +612,13 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             return status;
         job->unattributed = pk__unattributed_limit(job, job->window.weights);
         memset(job->blocks, 0, blocks * sizeof *job->blocks);
+        memset(job->variation, 0, job->part->rows * job->outputs * sizeof *job->variation);
         if (job->gram)
             pk__fill_gram(job);
     }
     for (size_t b = 0; b < blocks; b++)
         job->blocks[b].points_last = 0;
-    memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
+    pk__begin_rows(job);
     const size_t numbers =
         job->reverse ? job->part->rows * job->plan.outputs * job->state_at[job->graph->layers] : 0;
     if (job->reverse_error)
@@ -634,11 +713,17 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
 
 static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
 {
-    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure)) {
-        whole->worst_closure = part->worst_closure;
+    if (!whole->passes || pk__worse(part->worst_excess, whole->worst_excess)) {
+        whole->worst_excess = part->worst_excess;
         whole->worst_row = part->worst_row;
         whole->worst_output = part->worst_output;
     }
+    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure))
+        whole->worst_closure = part->worst_closure;
+    if (!whole->passes || pk__worse(part->worst_relative, whole->worst_relative))
+        whole->worst_relative = part->worst_relative;
+    whole->raised += part->raised;
+    whole->scale = part->scale > whole->scale ? part->scale : whole->scale;
     if (!whole->passes || pk__worse(part->worst_step_closure, whole->worst_step_closure)) {
         whole->worst_step_closure = part->worst_step_closure;
         whole->worst_step = part->worst_step;
@@ -659,8 +744,8 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
 /* What a decomposition that was computed is worth. The closure comes first: where it is open, nothing else holds. */
 static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
 {
-    const int closed = whole->worst_closure <= job->tolerance;
-    const int explained = whole->worst_unattributed <= job->unattributed;
+    const int closed = whole->worst_excess <= 1;
+    const int explained = whole->worst_unattributed <= whole->unattributed_limit;
     char text[400] = "";
     if (!explained)
         snprintf(
@@ -670,14 +755,15 @@ static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
             "and "
             "contributions are those of the declared training",
             whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
-            job->unattributed);
+            whole->unattributed_limit);
     if (!closed)
         return pk__fail(job->context, PK_NOT_CLOSED,
-                        "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
-                        "(closure %.3g at row %zu)%s%s",
-                        whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
-                        whole->worst_step, whole->worst_step_closure, whole->worst_step_row,
-                        explained ? "" : "; and ", text);
+                        "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
+                        "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
+                        "step is %zu (closure %.3g at row %zu)%s%s",
+                        whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output,
+                        whole->worst_closure, whole->worst_relative, whole->worst_step,
+                        whole->worst_step_closure, whole->worst_step_row, explained ? "" : "; and ", text);
     return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
 }
 
@@ -721,6 +807,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     whole->seconds_read = job->window.seconds_read;
     whole->seconds = pk__seconds() - start;
     whole->unattributed_limit = job->unattributed;
+    if (!(job->options->unattributed > 0) && whole->scale < 1)
+        whole->unattributed_limit *= whole->scale;
     return status ? status : pk__verdict(job, whole);
 }
 

@@ -13,11 +13,14 @@ PK__BEGIN_C
 enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_BY_TOTAL = 16, PK_KEPT = 8 };
 
 /* The tolerance of closures where none is given. What rounding leaves of them grows with the changes that add up: runs
- * of a few hundred steps leave about 1e-13 in double, 1e-5 in float. */
+ * of a few hundred steps leave about 1e-13 in double, 1e-5 in float. Where contributions are far smaller than the outputs,
+ * rounding of the outputs hides a closure of that part of the contributions: up to PK_CLOSURE_ROUNDING of the outputs. */
 #ifdef PATHKERNEL_FLOAT
 #define PK_TOLERANCE 1e-3
+#define PK_CLOSURE_ROUNDING 1e-4
 #else
 #define PK_TOLERANCE 1e-10
+#define PK_CLOSURE_ROUNDING 1e-11
 #endif
 
 /* What a run leaves unattributed that is described rightly: each step rounds the weights and its gradient, and what
@@ -30,9 +33,12 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 
 typedef struct pk_decompose_options {
     pk_quadrature quadrature;
-    double tolerance; /* of closure / max(1, |h|); 0: PK_TOLERANCE */
+    /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
+     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one. */
+    double tolerance;
     /* The largest |unattributed| / max(1, |h|) that rounding may leave; 0: PK_UNATTRIBUTED_EPSILONS roundings of the
-     * run's numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST. */
+     * run's numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; and so much less as the
+     * largest output or contribution of all rows is below 1. */
     double unattributed;
     pk_readout readout;
     /* Which sums of contributions to keep, e.g. {PK_BY_EXAMPLE, PK_BY_STEP | PK_BY_LAYER}; the first 0 ends the
@@ -40,7 +46,7 @@ typedef struct pk_decompose_options {
     unsigned keep[PK_KEPT];
     const int64_t *groups; /* group of each training example, for PK_BY_GROUP */
     size_t group_count;
-    int bounds;          /* 1: a bound on the error of each A(x, i); costs about three times as much */
+    int bounds;          /* 1: a bound on the error of each A(x, i); costs about four times as much */
     int step_closure;    /* 1: the closure of each step */
     pk_engine engine;    /* for tests and benchmarks */
     int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
@@ -65,13 +71,21 @@ typedef struct pk_decomposition {
     double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
     double *bounds;                          /* rows x outputs x examples, or NULL */
     double *step_closure;                    /* rows x outputs x steps, or NULL */
-    /* The certificate: the worst closure / max(1, |final|) and where; the step with the worst closure of its own. */
-    double worst_closure;
+    /* The certificate. A row's largest contribution is the largest of the kept numbers, of data, decay and unattributed
+     * and of the sum over the steps of the change that each made, over all outputs. worst_closure: |closure| / (the
+     * largest of these and of |initial| and |final| of the row); worst_relative: |closure| / (its largest contribution
+     * alone), which in tiny steps of a trained network is rounding of the outputs; worst_excess: |closure| / (what the
+     * tolerance allows it to be), above 1 where the result is PK_NOT_CLOSED, and the row and output where that is. */
+    double worst_closure, worst_relative, worst_excess;
     size_t worst_row, worst_output;
+    /* With bounds: the cells (row and output) whose closure was more than their bounds add up to, beyond its rounding, so
+     * that the bounds were raised to add up to it. */
+    size_t raised;
+    /* The step with the worst closure of its own. */
     double worst_step_closure;
     size_t worst_step, worst_step_row;
-    /* The largest |unattributed| / max(1, |final|) and where; what it may be. */
-    double worst_unattributed, unattributed_limit;
+    /* The largest |unattributed| / max(1, |final|) and where; what it may be; the largest output or contribution of all. */
+    double worst_unattributed, unattributed_limit, scale;
     size_t worst_unattributed_row, worst_unattributed_output;
     /* What it took: */
     size_t points;  /* quadrature nodes, over rows and steps */

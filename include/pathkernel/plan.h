@@ -95,7 +95,8 @@ typedef struct pk__job {
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
-    unsigned char *row_order; /* plan.rows: see pk_integrator */
+    pk_row_state *row_state; /* plan.rows */
+    double *variation;       /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
     double next_carry;                 /* carry of the step after the window */
     size_t first_output, output_count; /* of the pass */
@@ -140,7 +141,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
             job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
     }
     job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_order = (unsigned char *)pk_arena_take(arena, rows, 1);
+    job->row_state = (pk_row_state *)pk_arena_take(arena, rows, sizeof *job->row_state);
+    job->variation = (double *)pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
     job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -306,7 +308,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (!pk__consider(job, choice, plan))
         return;
     size_t state = 0;
-    if (!pk__multiply(vectors * (job->options->bounds ? 2 : 1), job->graph->parameters * sizeof(pk_real),
+    if (!pk__multiply(vectors * (job->options->bounds ? 3 : 1), job->graph->parameters * sizeof(pk_real),
                       &state))
         return;
     size_t states = fewest;
