@@ -328,11 +328,12 @@ BF_FUNCTION bf_real bf_loss_value(bf_loss loss, size_t C, const bf_real *f, cons
             break;
         case BF_SOFTMAX_CROSS_ENTROPY:
             sum -= y * (f[c] - top - BF_MATH(log)(mass));
-            g = targets * BF_MATH(exp)(f[c] - top) / mass - y;
+            for (size_t j = 0; j < C; j++) /* targets p_c - y, written so that nothing cancels where y is 0 or 1 */
+                g += BF_MATH(exp)(f[j] - top) / mass * (j == c ? targets - y : -y);
             break;
         case BF_LOGISTIC:
             sum += (bf_log1p_exp(f[c]) - y * f[c]) * mean;
-            g = (bf_sigmoid(f[c]) - y) * mean;
+            g = ((1 - y) * bf_sigmoid(f[c]) - y * bf_sigmoid(-f[c])) * mean;
             break;
         case BF_NLL:
             sum -= y * f[c];

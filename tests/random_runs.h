@@ -526,7 +526,7 @@ typedef struct rr_verdict {
     double closure;        /* the worst |closure| / largest entry */
     double reported;       /* worst_closure, as the library reports it */
     /* Cells whose |closure| exceeds the sum of their bounds; of those, by more than what rounding leaves of two forward
-     * passes (16 roundings of the outputs); and the worst |closure| / (sum + that rounding). */
+     * passes (16 roundings of the row's largest output); and the worst |closure| / (sum + that rounding). */
     size_t cells, open, wide_open;
     double open_factor;
     size_t points, pieces, refused;
@@ -586,7 +586,11 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
             sum += got.bounds[cell * N + i];
         if (!bounds)
             continue;
-        const double floor = sum + 16 * DBL_EPSILON * fmax(fabs(got.initial[cell]), fabs(got.final[cell]));
+        const double *first = got.initial + cell / got.outputs * got.outputs, *last = got.final + cell / got.outputs * got.outputs;
+        double height = 0;
+        for (size_t k = 0; k < got.outputs; k++)
+            height = fmax(height, fmax(fabs(first[k]), fabs(last[k])));
+        const double floor = sum + 16 * DBL_EPSILON * height;
         verdict->open += !(fabs(got.closure[cell]) <= sum);
         verdict->wide_open += !(fabs(got.closure[cell]) <= floor);
         if (floor > 0)

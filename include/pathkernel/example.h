@@ -37,11 +37,20 @@ enum { PK_EXAMPLE_BLOCK = 256 };
 
 PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
                              const pk_representation *representation, pk_examples *examples);
-/* to = the absolute values of from: for bounds. */
+/* Weights (P) with a random relative change of up to PK_PERTURBATION each: see pk_examples_magnitude. */
+#ifdef PATHKERNEL_FLOAT
+#define PK_PERTURBATION 1e-3
+#else
+#define PK_PERTURBATION 1e-9
+#endif
+PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed);
+/* For bounds: to, which holds the gradients at perturbed weights, becomes the absolute values of from and how strongly
+ * they depend on relative changes of the weights. pk_rounding_allowance times to then holds what rounding leaves of the
+ * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
 /* sum (P) += sum over the examples of their gradients. */
 PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
-/* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
+/* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK_API double pk_rounding_allowance(const pk_graph *graph);
 /* Memory of one thread to fill examples, at most rows <= PK_EXAMPLE_BLOCK at a time. */
 typedef struct pk_example_workspace {
@@ -194,11 +203,21 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
                     from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
 }
 
+PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
+{
+    /* Of any size between: with signs alone, half of all differences of two weights would not change. */
+    pk_random random = {0, 0, 0};
+    for (size_t i = 0; i < count; i += 4) {
+        const uint64_t bits = pk_random_bits(&random);
+        for (size_t k = 0; k < 4 && i + k < count; k++) {
+            const double change = (double)(bits >> 16 * k & 0xffff) / 32768 - 1;
+            perturbed[i + k] = (pk_real)(weights[i + k] * (1 + PK_PERTURBATION * change));
+        }
+    }
+}
+
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
 {
-    to->count = from->count;
-    to->items = from->items;
-    to->consecutive = from->consecutive;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
@@ -208,7 +227,8 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
                                    node->weight_count * from->ld};
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < numbers[part]; i++)
-                targets[part][i] = (pk_real)fabs(sources[part][i]);
+                targets[part][i] = (pk_real)(fabs(sources[part][i]) +
+                                             fabs(targets[part][i] - sources[part][i]) / PK_PERTURBATION);
     }
 }
 
@@ -308,7 +328,7 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
 
 PK_API double pk_rounding_allowance(const pk_graph *graph)
 {
-    double sum = 0;
+    double sum = 8 * (double)graph->node_count;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         sum += (double)(node->width + pk__layer_input(graph, node)->width);

@@ -37,13 +37,14 @@ typedef struct pk_window {
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
-    pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
+    pk_examples *examples, *magnitudes; /* magnitudes: see pk_examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
-    /* In parts of PK__STATE_PART parameters; with bounds, a second state behind the first: of perturbed gradients. */
+    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
     pk_real *state, *saved, *update;
-    pk_real *perturbed;          /* P */
-    size_t states;               /* 1 or 2 */
+    pk_real *perturbed;          /* 3 P */
+    pk_real *perturbed_weights;  /* with bounds: count x P */
+    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
     size_t *spare_at;            /* the windows that the spare states stand before, ascending */
     size_t spare_used, advanced; /* windows gone through only for the state */
     pk_example_workspace *workspaces;
@@ -169,9 +170,10 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->remainder = (pk_real *)pk_arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
-    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 2 : 1;
-    window->preconditioner_error = window->states == 2 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 2 ? (pk_real *)pk_arena_take(arena, P, real) : NULL;
+    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
+    window->preconditioner_error = window->states == 3 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? (pk_real *)pk_arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = (pk_real *)pk_arena_take(arena, bounds ? all : 0, real);
     window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
     window->state = (pk_real *)pk_arena_take(arena, states, P * real);
@@ -226,6 +228,10 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk_examples_begin(&window->examples[j], &window->batches[j]);
+        if (window->magnitudes) {
+            pk_examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk_examples_perturb(P, from, window->perturbed_weights + j * P);
+        }
     }
     return PK_OK;
 }
@@ -246,9 +252,14 @@ static void pk__fill_window(pk_window *window)
                each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
-        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++)
+        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++) {
             pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
                              &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+            if (window->magnitudes)
+                pk_examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                                 window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                 b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
+        }
         window->seconds[thread] += pk__seconds() - start;
     }
     PK__PARALLEL_FOR(threads)
@@ -325,8 +336,8 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
 PK__COLD_BEGIN
 
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
- * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
- * with the gradients' size, and the difference of the two p is the error. */
+ * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
+ * falls with the gradients' size, and the larger difference to their p is the error. */
 static void pk__perturb_update(pk_window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
@@ -334,24 +345,30 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
     double allowance = pk_rounding_allowance(&run->graph);
-    pk_real *perturbed = window->perturbed, *state = window->state + window->state_vectors * P;
+    pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
-    memset(perturbed, 0, P * sizeof *perturbed);
-    pk_examples_sum(&window->magnitudes[j], &run->graph, perturbed);
-    for (size_t i = 0; i < P; i++) {
-        double whole = scale * gradient[i] + coupled * weights[i];
-        double less = scale * allowance * perturbed[i];
-        less = less < fabs(whole) ? less : fabs(whole);
-        perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
+    memset(sizes, 0, P * sizeof *sizes);
+    pk_examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    for (int larger = 0; larger < 2; larger++) {
+        pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
+        for (size_t i = 0; i < P; i++) {
+            const double whole = scale * gradient[i] + coupled * weights[i];
+            double change = scale * allowance * sizes[i];
+            if (!larger)
+                change = change < fabs(whole) ? -change : -fabs(whole);
+            perturbed[i] = (pk_real)(gradient[i] + (scale != 0 ? (whole > 0 ? change : -change) / scale : 0));
+        }
+        pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed,
+                            state, NULL);
+        if (advance)
+            continue;
+        pk_linear_form form;
+        pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, p);
+        for (size_t i = 0; i < P; i++) {
+            const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
+            error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
+        }
     }
-    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state,
-                        NULL);
-    if (advance)
-        return;
-    pk_linear_form form;
-    pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
-    for (size_t i = 0; i < P; i++)
-        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * window->pitch + i]);
 }
 
 static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
@@ -381,7 +398,7 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
         pk__recompute_updates(window, part * PK__STATE_PART,
                               pk__least(PK__STATE_PART, P - part * PK__STATE_PART), advance,
                               window->update + (size_t)pk__thread() * PK__STATE_PART);
-    for (size_t j = 0; window->states == 2 && j < count; j++)
+    for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
