@@ -807,6 +807,189 @@ static void test_memory(void **state)
     check_allocations(call_map, 1);
 }
 
+/* ---- where files are opened ---- */
+
+/* In a process without standard input, output and error, no file takes their places: what is printed stays out of them. */
+static void test_closed_descriptors(void **state)
+{
+    static const char noise[] = "what a program prints";
+    const size_t two = 2, shape[2] = {1, 2};
+    const double row[2] = {1, 2};
+    (void)state;
+    for (int closed = 1; closed < 8; closed++) {
+        const pid_t child = fork();
+        assert_true(child >= 0);
+        if (child == 0) {
+            pk_array_writer writer;
+            pk_array array;
+            int wrong = 0;
+            memset(&writer, 0, sizeof writer);
+            for (int i = 0; i < 3; i++)
+                if (closed >> i & 1)
+                    close(i);
+            for (int again = 0; again < 2; again++) {
+                wrong |=
+                    again ? pk_array_reopen(NULL, in_folder("grown.npy", path), PK_FLOAT64, 2, &two, 1, &writer)
+                          : pk_array_create(NULL, in_folder("grown.npy", path), PK_FLOAT64, 2, &two, &writer);
+                for (int i = 0; i < 3; i++)
+                    wrong |= (closed >> i & 1) && write(i, noise, sizeof noise) >= 0;
+                wrong |= pk_array_append(NULL, &writer, 1, row);
+                wrong |= pk_array_close(NULL, &writer);
+            }
+            wrong |= pk_array_write(NULL, in_folder("whole.npy", path), PK_FLOAT64, 2, shape, row);
+            wrong |= pk_array_open(NULL, path, 0, &array);
+            wrong |= array.file - 1 <= 2;
+            _exit(wrong);
+        }
+        int status = 0;
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        pk_array array;
+        assert_ok(pk_array_map(&context, in_folder("grown.npy", path), 0, &array));
+        assert_int_equal(array.shape[0], 2);
+        assert_memory_equal(array.data, row, sizeof row);
+        assert_memory_equal((const char *)array.data + sizeof row, row, sizeof row);
+        pk_array_release(&context, &array);
+    }
+}
+
+/* Links, pipes, devices and directories in the place of a file that is to be written: refused at once, untouched. */
+static void test_no_files(void **state)
+{
+    static const char victim[] = "somebody's letters";
+    const size_t two = 2, shape[2] = {1, 2};
+    const double row[2] = {1, 2};
+    char place[300], other[300], text[sizeof victim];
+    (void)state;
+    for (int kind = 0; kind < 6; kind++) {
+        static const char *const says[] = {"a symbolic link",    "a symbolic link", "a device or a pipe",
+                                           "a device or a pipe", "directory",       "a symbolic link"};
+        for (int way = 0; way < 3; way++) {
+            pk_array_writer writer;
+            int reader = -1;
+            in_folder(way == 2 ? "place.npy.tmp" : "place.npy", place);
+            write_file(in_folder("victim", other), victim, sizeof victim);
+            if (kind == 0)
+                assert_int_equal(symlink(other, place), 0);
+            else if (kind == 1)
+                assert_int_equal(symlink("nowhere", place), 0);
+            else if (kind == 2 || kind == 3)
+                assert_int_equal(mkfifo(place, 0600), 0);
+            else if (kind == 4)
+                assert_int_equal(mkdir(place, 0700), 0);
+            else
+                assert_int_equal(symlink("/dev/null", place), 0);
+            if (kind == 3) { /* somebody listens */
+                reader = open(place, O_RDONLY | O_NONBLOCK);
+                assert_true(reader >= 0);
+            }
+            in_folder("place.npy", path);
+            if (way == 0)
+                assert_status(PK_IO, says[kind], pk_array_create(&context, path, PK_FLOAT64, 2, &two, &writer));
+            else if (way == 1 && kind != 0 && kind != 1 && kind != 5) /* a run may be read through a link */
+                assert_status(PK_IO, says[kind],
+                              pk_array_reopen(&context, path, PK_FLOAT64, 2, &two, 0, &writer));
+            else if (way == 2)
+                assert_status(PK_IO, says[kind], pk_array_write(&context, path, PK_FLOAT64, 2, shape, row));
+            if (reader >= 0)
+                close(reader);
+            if (kind == 4)
+                assert_int_equal(rmdir(place), 0);
+            else
+                assert_int_equal(unlink(place), 0);
+            FILE *file = fopen(other, "rb");
+            assert_non_null(file);
+            assert_int_equal(fread(text, 1, sizeof text, file), sizeof victim);
+            fclose(file);
+            assert_memory_equal(text, victim, sizeof victim);
+            assert_int_equal(access(in_folder("nowhere", path2), F_OK), -1);
+        }
+    }
+    /* Through a link a file is read, but not appended to. */
+    pk_array_writer writer;
+    assert_ok(pk_array_write(&context, in_folder("real.npy", path), PK_FLOAT64, 2, shape, row));
+    assert_int_equal(symlink("real.npy", in_folder("link.npy", path2)), 0);
+    pk_array array;
+    assert_ok(pk_array_map(&context, path2, 0, &array));
+    pk_array_release(&context, &array);
+    assert_status(PK_IO, "a symbolic link", pk_array_reopen(&context, path2, PK_FLOAT64, 2, &two, 1, &writer));
+    assert_int_equal(unlink(path2), 0);
+}
+
+/* A header that was replaced up to any byte: the rows are there, and np.load's reader still understands it. */
+static void test_torn_header(void **state)
+{
+    const size_t two = 2;
+    static const double rows[2 * 1100];
+    unsigned char before[256], after[256];
+    pk_array_writer writer;
+    (void)state;
+    memset(&writer, 0, sizeof writer);
+    assert_ok(pk_array_create(&context, in_folder("torn.npy", path), PK_FLOAT64, 2, &two, &writer));
+    size_t counts[] = {9, 10, 99, 1000, 1099};
+    for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
+        const size_t header = writer.header_bytes;
+        int file = open(path, O_RDWR);
+        assert_true(file >= 0 && header <= sizeof before);
+        assert_int_equal(pread(file, before, header, 0), header);
+        assert_ok(pk_array_append(&context, &writer, counts[c] - writer.rows, rows));
+        assert_ok(pk_array_flush(&context, &writer));
+        assert_int_equal(pread(file, after, header, 0), header);
+        for (size_t torn = 0; torn <= header; torn++) {
+            pk_array array;
+            assert_int_equal(pwrite(file, after, torn, 0), torn);
+            assert_int_equal(pwrite(file, before + torn, header - torn, (off_t)torn), header - torn);
+            assert_ok(pk_array_map(&context, path, PK_ARRAY_PARTIAL, &array));
+            assert_int_equal(array.shape[0], counts[c]);
+            assert_int_equal(array.extra_bytes, 0);
+            pk_array_release(&context, &array);
+        }
+        close(file);
+    }
+    assert_ok(pk_array_close(&context, &writer));
+}
+
+/* Items read from a file that is open: the same as mapped ones, and an error where it has become shorter. */
+static void test_read(void **state)
+{
+    enum { ITEMS = 3000 };
+    static double doubles[ITEMS];
+    static int16_t integers[ITEMS];
+    static pk_real out[ITEMS];
+    const size_t shape[2] = {ITEMS / 3, 3};
+    (void)state;
+    for (int i = 0; i < ITEMS; i++)
+        integers[i] = (int16_t)(7 * i), doubles[i] = integers[i];
+    assert_ok(pk_array_write(&context, in_folder("doubles.npy", path), PK_FLOAT64, 2, shape, doubles));
+    assert_ok(pk_array_write(&context, in_folder("integers.npy", path2), PK_INT16, 2, shape, integers));
+    for (int way = 0; way < 4; way++) {
+        pk_array array;
+        const char *name = way & 1 ? path2 : path;
+        assert_ok(way < 2 ? pk_array_open(&context, name, 0, &array)
+                          : pk_array_map(&context, name, PK_ARRAY_KEEP_OPEN, &array));
+        assert_int_equal(array.data != NULL, way >= 2);
+        assert_int_equal(context.memory_used, 0);
+        assert_ok(pk_array_read(&context, &array, 0, ITEMS, out));
+        for (int i = 0; i < ITEMS; i++)
+            assert_true(out[i] == (pk_real)doubles[i]);
+        assert_ok(pk_array_read(&context, &array, 1234, 700, out));
+        for (int i = 0; i < 700; i++)
+            assert_true(out[i] == (pk_real)doubles[1234 + i]);
+        assert_ok(pk_array_read(&context, &array, ITEMS, 0, NULL));
+        if (way >= 2) {
+            assert_int_equal(truncate(name, 300), 0);
+            assert_status(PK_IO, "became shorter", pk_array_read(&context, &array, 0, ITEMS, out));
+            assert_ok(pk_array_read(&context, &array, 0, 20, out));
+        }
+        pk_array_release(&context, &array);
+    }
+    pk_array array;
+    assert_status(PK_ARGUMENT, "NULL", pk_array_open(&context, NULL, 0, &array));
+    assert_status(PK_FORMAT, "takes", pk_array_open(&context, path, 0, &array));
+    assert_status(PK_IO, "cannot be opened", pk_array_open(&context, in_folder("none.npy", path), 0, &array));
+    assert_status(PK_IO, "a device or a pipe", pk_array_open(&context, "/dev/zero", 0, &array));
+}
+
 /* ---- the program ---- */
 
 static int leave(void **state)
@@ -820,14 +1003,26 @@ static int leave(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_types),     cmocka_unit_test(test_reads_numpy),
-        cmocka_unit_test(test_refuses),   cmocka_unit_test(test_refuses_files),
-        cmocka_unit_test(test_truncated), cmocka_unit_test(test_misaligned),
-        cmocka_unit_test(test_views),     cmocka_unit_test(test_integers),
-        cmocka_unit_test(test_axes),      cmocka_unit_test(test_write),
-        cmocka_unit_test(test_append),    cmocka_unit_test(test_reopen),
-        cmocka_unit_test(test_kill),      cmocka_unit_test(test_file_size_limit),
-        cmocka_unit_test(test_full_disk), cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_types),
+        cmocka_unit_test(test_reads_numpy),
+        cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_refuses_files),
+        cmocka_unit_test(test_truncated),
+        cmocka_unit_test(test_misaligned),
+        cmocka_unit_test(test_views),
+        cmocka_unit_test(test_integers),
+        cmocka_unit_test(test_axes),
+        cmocka_unit_test(test_write),
+        cmocka_unit_test(test_append),
+        cmocka_unit_test(test_reopen),
+        cmocka_unit_test(test_kill),
+        cmocka_unit_test(test_file_size_limit),
+        cmocka_unit_test(test_full_disk),
+        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_closed_descriptors),
+        cmocka_unit_test(test_no_files),
+        cmocka_unit_test(test_torn_header),
+        cmocka_unit_test(test_read),
     };
     int before = first_free_descriptor();
     int failed = cmocka_run_group_tests(tests, set_up, leave);

@@ -116,6 +116,7 @@ static double measure(step *s, pk_rule rule, int nodes, int relative, size_t *po
     pk_decompose_options options;
     pk_decomposition out;
     memset(&options, 0, sizeof options);
+    options.unattributed = (double)INFINITY; /* no rule made these steps */
     options.quadrature.rule = rule;
     options.quadrature.nodes = nodes;
     pk_status status = pk_decompose(

@@ -697,24 +697,61 @@ static void test_cut_off(void **state)
     pk_train_options options = make_options(&recipes[6], 50);
     record(options, kept_path, 10, 1);
     expect_steps(50, 0);
-    shorten(kept_path, "weights.npy", 1); /* the row of step 50 is not whole */
-    expect_steps(49, 1);
-    shorten(kept_path, "checksums.npy", 3 * 8);
-    expect_steps(47, 1);
-    shorten(kept_path, "optimizer_states.npy", 2 * P * 8 + 8);
-    expect_steps(39, 1);
-    shorten(kept_path, "learning_rates.npy", 20 * 8 + 7);
-    expect_steps(29, 1);
+    /* Killed while it wrote step 50, which keeps its weights: ever earlier in the order of writing. */
     pk_real weights[P];
     pk_context context;
+    pk_run run;
     memset(&context, 0, sizeof context);
-    memcpy(weights, start, sizeof start);
     record(options, whole_path, 10, 1);
-    options.resume = 1;
-    options.record = kept_path;
-    options.keep_every = 10;
+    static const struct {
+        const char *file;
+        long bytes;
+    } kills[] = {{"weights.npy", 1},          {"weights.npy", P * 8 - 1},
+                 {"optimizer_states.npy", 9}, {"optimizer_states.npy", 2 * P * 8 - 9},
+                 {"checksums.npy", 3},        {"checksums.npy", 5},
+                 {"gradient_scales.npy", 8}};
+    for (size_t k = 0; k < sizeof kills / sizeof *kills; k++) {
+        for (size_t before = 0; before <= k; before++)
+            shorten(kept_path, kills[before].file, kills[before].bytes);
+        expect_steps(49, 1);
+        memcpy(weights, start, sizeof start);
+        options.resume = 1;
+        options.record = kept_path;
+        options.keep_every = 10;
+        assert_ok(&context, pk_train(&context, &graph, &train, &options, weights, NULL));
+        assert_same_run(whole_path, kept_path);
+    }
+    /* Between two kept steps checksums.npy is the last. */
+    options.steps = 53;
+    memcpy(weights, start, sizeof start);
     assert_ok(&context, pk_train(&context, &graph, &train, &options, weights, NULL));
-    assert_same_run(whole_path, kept_path);
+    shorten(kept_path, "checksums.npy", 7);
+    expect_steps(52, 1);
+    shorten(kept_path, "checksums.npy", 1);
+    expect_steps(52, 1);
+    /* What no kill leaves. */
+    static const struct {
+        const char *file;
+        long bytes;
+        size_t steps;
+        const char *words;
+    } mistakes[] = {
+        {"checksums.npy", 8, 51, "checksums.npy holds 52 rows, learning_rates.npy holds 53 rows"},
+        {"optimizer_states.npy", 2 * P * 8, 49, "optimizer_states.npy holds 5 rows, "},
+        {"weights.npy", 2 * P * 8, 39, "weights.npy holds 4 rows, "},
+        {"learning_rates.npy", 40 * 8, 13, "learning_rates.npy holds 13 rows, weights.npy holds 4 rows"}};
+    for (size_t k = 0; k < sizeof mistakes / sizeof *mistakes; k++) {
+        shorten(kept_path, mistakes[k].file, mistakes[k].bytes);
+        assert_refused(&context, PK_SHAPE, mistakes[k].words, pk_run_open(&context, kept_path, &run));
+        memcpy(weights, start, sizeof start);
+        assert_refused(&context, PK_SHAPE, mistakes[k].words,
+                       pk_train(&context, &graph, &train, &options, weights, NULL));
+        assert_ok(&context, pk_run_recover(&context, kept_path, &run));
+        assert_int_equal(run.steps, mistakes[k].steps);
+        assert_int_equal(run.cut_off, 1);
+        pk_run_release(&context, &run);
+    }
+    assert_int_equal(context.memory_used, 0);
     start_clean(state);
 }
 
@@ -780,7 +817,9 @@ static void test_refused(void **state)
     assert_refused(&context, PK_FORMAT, "run.txt line 3: 'keep_every' again",
                    pk_run_open(&context, kept_path, &run));
     write_manifest("keep_every 1"); /* as if every step were there: the rows say how many */
-    assert_ok(&context, pk_run_open(&context, kept_path, &run));
+    assert_refused(&context, PK_SHAPE, "weights.npy holds 4 rows, learning_rates.npy holds 30 rows",
+                   pk_run_open(&context, kept_path, &run));
+    assert_ok(&context, pk_run_recover(&context, kept_path, &run));
     assert_int_equal(run.steps, 3);
     pk_run_release(&context, &run);
     write_manifest("keep_every 10");

@@ -50,6 +50,7 @@ static void decompose(job *j, pk_engine engine, int reverse, pk_decomposition *o
 {
     pk_decompose_options options;
     memset(&options, 0, sizeof options);
+    options.unattributed = (double)INFINITY; /* no rule made these steps */
     options.keep[0] = PK_BY_EXAMPLE;
     options.keep[1] = PK_BY_STEP;
     options.keep[2] = PK_BY_LAYER;

@@ -863,6 +863,118 @@ static void test_until_and_types(void **state)
     clear(directory);
 }
 
+/* What the recorder asks to have on the platter: it and the name of the manifest. */
+static char synchronised[20];
+int fsync(int file)
+{
+    char path[PATH];
+    struct stat about;
+    const size_t used = strlen(synchronised);
+    if (used + 2 > sizeof synchronised || fstat(file, &about) != 0)
+        return 0;
+    const int there = access(in(root, "run/run.txt", path), F_OK) == 0;
+    const int aside = access(in(root, "run/run.txt.tmp", path), F_OK) == 0;
+    synchronised[used] = S_ISDIR(about.st_mode) ? (there && !aside ? 'd' : '?')
+                         : aside                ? (!there && about.st_size > 80 ? 'm' : '?')
+                                                : 'a';
+    synchronised[used + 1] = 0;
+    return 0;
+}
+
+static void test_manifest_reaches_the_disk(void **state)
+{
+    (void)state;
+    char directory[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = plain_options();
+    synchronised[0] = 0;
+    record(in(root, "run", directory), &options, &data);
+    assert_string_equal(synchronised, "aamd"); /* two arrays, the manifest before it has its name, the name */
+    clear(directory);
+}
+
+/* A run is recorded into regular files, in a process without standard streams as well; links are not followed. */
+static void test_recorder_files(void **state)
+{
+    (void)state;
+    char directory[PATH], clean[PATH], path[PATH], victim[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = full_options();
+    record(in(root, "clean", clean), &options, &data);
+    in(root, "run", directory);
+    for (int closed = 1; closed < 8; closed += 3) {
+        pid_t child = fork();
+        assert_true(child >= 0);
+        if (child == 0) {
+            pk_recorder recorder;
+            memset(&recorder, 0, sizeof recorder);
+            for (int i = 0; i < 3; i++)
+                if (closed >> i & 1)
+                    close(i);
+            int wrong = pk_recorder_open(NULL, directory, &options, &data.train, data.weights, &recorder);
+            for (int s = 0; s < S && !wrong; s++) {
+                for (int i = 0; i < 3; i++)
+                    wrong |= (closed >> i & 1) && write(i, "what a program prints", 21) >= 0;
+                wrong |= record_step(NULL, &recorder, &options, &data, s);
+            }
+            _exit(wrong | pk_recorder_close(NULL, &recorder));
+        }
+        int result = 0;
+        assert_int_equal(waitpid(child, &result, 0), child);
+        assert_int_equal(result, 0);
+        assert_same_run(clean, directory);
+        clear(directory);
+    }
+    static const char *const names[] = {"weights.npy", "train_inputs.npy", "run.txt", "batch_items.npy"};
+    in(root, "other", victim);
+    for (int k = 0; k < 4; k++) {
+        pk_context context;
+        pk_recorder recorder;
+        memset(&context, 0, sizeof context);
+        assert_int_equal(mkdir(directory, 0777), 0);
+        assert_int_equal(symlink(victim, in(directory, names[k], path)), 0);
+        assert_int_equal(pk_recorder_open(&context, directory, &options, &data.train, data.weights, &recorder),
+                         PK_ARGUMENT);
+        options.resume = 1; /* a start that was cut off is started anew, but not through a link */
+        pk_status status =
+            pk_recorder_open(&context, directory, &options, &data.train, data.weights, &recorder);
+        assert_int_equal(status, k == 1 ? PK_OK : PK_IO); /* what is written aside takes the link's place */
+        if (status == PK_OK)
+            assert_int_equal(pk_recorder_close(&context, &recorder), PK_OK);
+        options.resume = 0;
+        assert_int_equal(access(victim, F_OK), -1);
+        clear(directory);
+    }
+    clear(clean);
+}
+
+/* Rows that are gone while the run is open are an error, not a signal. */
+static void test_shrinks(void **state)
+{
+    (void)state;
+    char directory[PATH], path[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = full_options();
+    record(in(root, "run", directory), &options, &data);
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    pk_run run;
+    pk_real row[P];
+    assert_int_equal(pk_run_open(&context, directory, &run), PK_OK);
+    assert_int_equal(truncate(in(directory, "weights.npy", path), 0), 0);
+    assert_int_equal(truncate(in(directory, "second_moments.npy", path), 200), 0);
+    assert_int_equal(pk_run_weights(&context, &run, 3, row), PK_IO);
+    assert_non_null(strstr(pk_message(&context), "weights.npy: the row of step 3 became shorter"));
+    assert_int_equal(pk_run_second_moments(&context, &run, 0, row), PK_OK);
+    assert_int_equal(pk_run_second_moments(&context, &run, 2, row), PK_IO);
+    assert_non_null(strstr(pk_message(&context), "second_moments.npy"));
+    pk_run_release(&context, &run);
+    clear(directory);
+}
+
 /* Training data whose axes stand in another order, and inputs for a network that takes plain vectors. */
 static void test_axes(void **state)
 {
@@ -1300,6 +1412,9 @@ int main(void)
         TEST(test_too_long),
         TEST(test_until_and_types),
         TEST(test_axes),
+        TEST(test_manifest_reaches_the_disk),
+        TEST(test_recorder_files),
+        TEST(test_shrinks),
         TEST(test_recorder_refuses),
         TEST(test_steps_refused),
         TEST(test_full_disk),

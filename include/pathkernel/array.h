@@ -1,8 +1,9 @@
 /* pathkernel/array.h: n-dimensional arrays in NumPy's .npy files: mapped, written, grown by whole rows.
  *
  * Files are little-endian, in C order, of floating-point numbers, integers or bools. They are regular files: a pipe or a directory is
- * refused. Every size in a file is checked against the file before it is believed. Nothing here calls fsync:
- * what a process wrote survives the process, a power cut may cost the last seconds.
+ * refused at once, and a symbolic link where a file is to be written; no file gets descriptor 0, 1 or 2, so that what a
+ * program prints never ends in it. Every size in a file is checked against the file before it is believed. Growing files
+ * are not synchronised: what a process wrote survives the process, a power cut may cost the last seconds.
  */
 #ifndef PATHKERNEL_ARRAY_H
 #define PATHKERNEL_ARRAY_H
@@ -46,6 +47,8 @@ typedef struct pk_array {
     void *mapping;
     size_t mapping_bytes;
     void *owned;
+    int file; /* descriptor + 1 of the file that pk_array_read reads; 0: none */
+    size_t file_offset;
 } pk_array;
 
 /* A view of memory that must outlive it. Zeroed where rank is not in [0, PK_ARRAY_RANK], the type is
@@ -62,6 +65,8 @@ PK_API size_t pk_array_length(const pk_array *array);
 /* The file may be in the middle of being appended to: its size says how many whole rows it has, not its
  * header, which may lag behind or run ahead. */
 #define PK_ARRAY_PARTIAL 1u
+/* Keep the file open, so that pk_array_read reads it and not the mapping. */
+#define PK_ARRAY_KEEP_OPEN 2u
 
 /* Maps a .npy file (versions 1.0, 2.0, 3.0) and reads its header only. Without PK_ARRAY_PARTIAL the file
  * must be exactly as long as its header says. Data that the header leaves misaligned (NumPy never does)
@@ -72,6 +77,11 @@ PK_API size_t pk_array_length(const pk_array *array);
 PK_API PK__MUST_USE pk_status pk_array_map(pk_context *context, const char *path, unsigned flags,
                                            pk_array *array);
 
+/* The same without a mapping: data is NULL, the file is open, and pk_array_read is the only way to the items. Whatever its
+ * size, it takes no memory. */
+PK_API PK__MUST_USE pk_status pk_array_open(pk_context *context, const char *path, unsigned flags,
+                                            pk_array *array);
+
 /* Gives back what the array holds, through the context it came from, and zeroes it. A zeroed array or NULL
  * is allowed. */
 PK_API void pk_array_release(pk_context *context, pk_array *array);
@@ -79,7 +89,12 @@ PK_API void pk_array_release(pk_context *context, pk_array *array);
 /* out[i] = item first + i (flat index) for i < count, converted; the items must exist. */
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out);
 
-/* The same as int64_t, of an array of integers or bools. */
+/* The same from memory or, where the array has a file that is open, from there: from several threads, too. PK_IO where the
+ * file has become shorter, which a mapping answers with SIGBUS. */
+PK_API PK__MUST_USE pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first,
+                                            size_t count, pk_real *out);
+
+/* The same as int64_t, of an array of integers or bools in memory. */
 PK_API void pk_array_integers(const pk_array *array, size_t first, size_t count, int64_t *out);
 
 /* Whether the rows of an array are what something of the shape dims[0 .. rank - 1] takes: the same dimensions in the
@@ -177,22 +192,72 @@ typedef struct pk__file {
     size_t size;
 } pk__file;
 
-/* Maps a whole regular file, read-only. */
-PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__file *file)
+/* openat; the descriptor is above those of standard input, output and error. */
+PK__PRIVATE int pk__open_above(int folder, const char *path, int flags)
+{
+    const int file = openat(folder, path, flags | O_CLOEXEC, 0666);
+    if (file < 0 || file > STDERR_FILENO)
+        return file;
+    const int higher = fcntl(file, F_DUPFD_CLOEXEC, STDERR_FILENO + 1), reason = errno;
+    (void)close(file);
+    errno = reason;
+    return higher;
+}
+
+/* Opens a regular file of a folder (AT_FDCWD: of the process), and nothing else: flags as of open, with O_RDONLY or
+ * O_WRONLY. What waits (a pipe) is not waited for, links are not followed to where they would be written, and the
+ * descriptor is above those of standard input, output and error, also in a process where these are closed. -1 and errno;
+ * *kind then names what is no file, or is NULL. */
+PK__PRIVATE int pk__open_regular(int folder, const char *path, int flags, const char **kind)
+{
+    struct stat about;
+    const int writes = (flags & O_ACCMODE) != O_RDONLY;
+    int file = pk__open_above(folder, path, flags | O_NONBLOCK | O_NOCTTY | (writes ? O_NOFOLLOW : 0));
+    int reason = errno, good = file >= 0;
+    *kind = NULL;
+    if (good && fstat(file, &about) != 0) {
+        reason = errno;
+        good = 0;
+    } else if (good ? !S_ISREG(about.st_mode)
+                    : writes && reason != EISDIR && fstatat(folder, path, &about, AT_SYMLINK_NOFOLLOW) == 0 &&
+                          !S_ISREG(about.st_mode)) {
+        *kind = S_ISDIR(about.st_mode)   ? "a directory"
+                : S_ISLNK(about.st_mode) ? "a symbolic link"
+                                         : "a device or a pipe";
+        reason = good ? EINVAL : reason;
+        good = 0;
+    }
+    if (!good && file >= 0)
+        (void)close(file);
+    errno = reason;
+    return good ? file : -1;
+}
+
+/* The same with a message; what: "cannot be made". */
+static pk_status pk__open_named(pk_context *context, const char *path, int flags, const char *what, int *file)
+{
+    const char *kind;
+    *file = pk__open_regular(AT_FDCWD, path, flags, &kind);
+    if (*file >= 0)
+        return PK_OK;
+    const int reason = errno;
+    return kind ? pk__fail(context, PK_IO, "%s: is %s, not a file", pk__name(path), kind)
+                : pk__fail(context, PK_IO, "%s: %s: %s", pk__name(path), what, strerror(reason));
+}
+
+/* Maps a whole regular file, read-only. *kept, unless kept is NULL: the descriptor. */
+static pk_status pk__file_open(pk_context *context, const char *path, pk__file *file, int *kept)
 {
     const char *name = pk__name(path);
     struct stat about;
+    int descriptor;
     file->bytes = NULL;
     file->size = 0;
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a pipe must not hang us */
-    if (descriptor < 0)
-        return pk__fail(context, PK_IO, "%s: cannot be opened: %s", name, strerror(errno));
-    pk_status status = PK_OK;
+    pk_status status = pk__open_named(context, path, O_RDONLY, "cannot be opened", &descriptor);
+    if (status != PK_OK)
+        return status;
     if (fstat(descriptor, &about) != 0)
         status = pk__fail(context, PK_IO, "%s: cannot be read: %s", name, strerror(errno));
-    else if (!S_ISREG(about.st_mode))
-        status = pk__fail(context, PK_IO, "%s: is %s, not a file", name,
-                          S_ISDIR(about.st_mode) ? "a directory" : "a device or a pipe");
     else if ((uint64_t)about.st_size > SIZE_MAX / 2)
         status = pk__fail(context, PK_OVERFLOW, "%s: too long to be mapped", name);
     else
@@ -206,8 +271,16 @@ PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__fi
             file->bytes = (unsigned char *)mapping;
         }
     }
-    close(descriptor);
+    if (status == PK_OK && kept)
+        *kept = descriptor;
+    else
+        (void)close(descriptor);
     return status;
+}
+
+PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__file *file)
+{
+    return pk__file_open(context, path, file, NULL);
 }
 
 PK__PRIVATE void pk__file_unmap(pk__file *file)
@@ -321,6 +394,8 @@ PK_API void pk_array_release(pk_context *context, pk_array *array)
         return;
     if (array->mapping)
         munmap(array->mapping, array->mapping_bytes);
+    if (array->file)
+        (void)close(array->file - 1);
     pk_release(context, array->owned);
     memset(array, 0, sizeof *array);
 }
@@ -366,6 +441,40 @@ PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk
 }
 
 PK__COLD_BEGIN
+
+PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count,
+                               pk_real *out)
+{
+    if (!array->file) {
+        pk_array_reals(array, first, count, out);
+        return PK_OK;
+    }
+    double block[512];
+    const size_t size = pk_type_size(array->type);
+    const int direct = array->type == (sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32);
+    for (size_t done = 0; done < count;) {
+        const size_t items = direct ? count - done : pk__least(count - done, sizeof block / size);
+        void *to = direct ? (void *)(out + done) : (void *)block;
+        for (size_t have = 0; have < items * size;) {
+            const ssize_t got = pread(array->file - 1, (char *)to + have, items * size - have,
+                                      (off_t)(array->file_offset + (first + done) * size + have));
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got < 0)
+                return pk__fail(context, PK_IO, "cannot be read: %s", strerror(errno));
+            if (got == 0)
+                return pk__fail(context, PK_IO, "became shorter while it was read: item %zu is gone",
+                                first + done);
+            have += (size_t)got;
+        }
+        if (!direct) {
+            const pk_array view = pk_array_view(array->type, 1, &items, block);
+            pk_array_reals(&view, 0, items, out + done);
+        }
+        done += items;
+    }
+    return PK_OK;
+}
 
 PK_API void pk_array_integers(const pk_array *array, size_t first, size_t count, int64_t *out)
 {
@@ -492,7 +601,8 @@ static int pk__take_string(pk__cursor *text, const char **string, size_t *length
     return 1;
 }
 
-static int pk__take_shape(pk__cursor *text, pk__npy *header)
+/* partial: the number of rows, which is not believed then, may be half replaced by a longer one: "1 99". */
+static int pk__take_shape(pk__cursor *text, int partial, pk__npy *header)
 {
     if (!pk__take(text, '('))
         return 0;
@@ -508,6 +618,11 @@ static int pk__take_shape(pk__cursor *text, pk__npy *header)
         }
         if (text->at == start)
             return 0;
+        for (; partial && header->rank == 0; text->at++) {
+            const char next = pk__peek(text);
+            if (next < '0' || next > '9')
+                break;
+        }
         pk__take(text, 'L'); /* Python 2's long */
         header->negative |= negative;
         if (header->rank < PK_ARRAY_RANK)
@@ -524,7 +639,7 @@ static int pk__take_shape(pk__cursor *text, pk__npy *header)
 }
 
 /* 1, or 0 where the text is no such dictionary. */
-static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
+static int pk__npy_dictionary(pk__cursor *text, int partial, pk__npy *header)
 {
     static const char *const keys[] = {"descr", "fortran_order", "shape"};
     memset(header, 0, sizeof *header);
@@ -541,7 +656,7 @@ static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
         if (which == 3 || header->seen[which]++)
             return 0;
         if (which == 2) {
-            if (!pk__take_shape(text, header))
+            if (!pk__take_shape(text, partial, header))
                 return 0;
         } else if (which == 1) {
             header->fortran = pk__take_word(text, "True");
@@ -617,7 +732,7 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
         return pk__fail(context, PK_FORMAT, "%s: the header is cut off: %zu bytes of %zu", name, size - start,
                         length);
     pk__cursor cursor = {(const char *)bytes + start, (const char *)bytes + start + length};
-    if (!pk__npy_dictionary(&cursor, &header))
+    if (!pk__npy_dictionary(&cursor, (flags & PK_ARRAY_PARTIAL) != 0, &header))
         return pk__fail(context, PK_FORMAT, "%s: the header is not NumPy's: %s", name,
                         pk__printable((const char *)bytes + start, length, text, sizeof text));
     pk_array found;
@@ -665,22 +780,31 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
 }
 
 /* Writes a header of version 1.0 that fills room bytes, or with room == 0 as many as numpy.save would use for
- * an array whose first dimension is to grow. Returns the bytes, or 0 where they do not suffice. */
+ * an array whose first dimension is to grow. Returns the bytes, or 0 where they do not suffice. grows: the rows have the
+ * same place whatever their number is, where there is room for that, so that a header that is half replaced can be
+ * read. */
 enum { PK__NPY_ROOM = 4096 };
-static size_t pk__npy_header(const pk_array *array, size_t room, unsigned char bytes[PK__NPY_ROOM])
+static size_t pk__npy_header(const pk_array *array, size_t room, int grows, unsigned char bytes[PK__NPY_ROOM])
 {
     const char *descr = pk__type_of(array->type)->descr;
-    char shape[200];
+    char shape[200], digits[24];
     pk__shape_text(array, shape, sizeof shape);
+    if (grows) {
+        const int gap = 20 - snprintf(digits, sizeof digits, "%zu", array->shape[0]);
+        memmove(shape + 1 + gap, shape + 1, strlen(shape));
+        memset(shape + 1, ' ', (size_t)gap);
+    }
     char *text = (char *)bytes + 10;
     size_t length =
         10 + (size_t)snprintf(text, PK__NPY_ROOM - 10, "{'descr': '%s', 'fortran_order': False, 'shape': %s, }",
                               descr, shape);
     if (!room) {
-        char digits[24];
-        size_t growth = array->rank ? 20 - (size_t)snprintf(digits, sizeof digits, "%zu", array->shape[0]) : 0;
+        size_t growth =
+            array->rank && !grows ? 20 - (size_t)snprintf(digits, sizeof digits, "%zu", array->shape[0]) : 0;
         room = (length + growth + 1 + 63) / 64 * 64;
     }
+    if (length + 1 > room && grows)
+        return pk__npy_header(array, room, 0, bytes);
     if (length + 1 > room || room > PK__NPY_ROOM)
         return 0;
     memcpy(bytes, "\x93NUMPY\1", 8); /* version 1 and the 0 after it */
@@ -691,6 +815,17 @@ static size_t pk__npy_header(const pk_array *array, size_t room, unsigned char b
     return room;
 }
 
+/* Brings a header of a file from old to new, writing only what differs. 0 with errno set. */
+static int pk__npy_replace(int descriptor, const unsigned char *before, const unsigned char *after, size_t room)
+{
+    size_t first = 0, last = room;
+    while (first < room && before[first] == after[first])
+        first++;
+    while (last > first && before[last - 1] == after[last - 1])
+        last--;
+    return pk__write_at(descriptor, after + first, last - first, first);
+}
+
 PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned flags, pk_array *array)
 {
     if (!path || !array)
@@ -698,7 +833,8 @@ PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned fl
     pk__file file;
     pk_array found;
     size_t offset = 0;
-    pk_status status = pk__file_map(context, path, &file);
+    int descriptor = -1;
+    pk_status status = pk__file_open(context, path, &file, flags & PK_ARRAY_KEEP_OPEN ? &descriptor : NULL);
     if (status == PK_OK)
         status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
     if (status == PK_OK && offset % pk_type_size(found.type) == 0) {
@@ -713,11 +849,39 @@ PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned fl
         found.data = found.owned;
         pk__file_unmap(&file);
     }
-    if (status == PK_OK)
+    found.file = descriptor + 1;
+    found.file_offset = offset;
+    if (status == PK_OK) {
         *array = found;
-    else
-        pk__file_unmap(&file);
+        return PK_OK;
+    }
+    pk__file_unmap(&file);
+    if (descriptor >= 0)
+        (void)close(descriptor);
     return status;
+}
+
+PK_API pk_status pk_array_open(pk_context *context, const char *path, unsigned flags, pk_array *array)
+{
+    if (!path || !array)
+        return pk__fail(context, PK_ARGUMENT, "pk_array_open: the path or the array is NULL");
+    pk__file file;
+    pk_array found;
+    int descriptor = -1;
+    size_t offset = 0;
+    pk_status status = pk__file_open(context, path, &file, &descriptor);
+    if (status != PK_OK)
+        return status;
+    status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
+    pk__file_unmap(&file);
+    if (status != PK_OK) {
+        (void)close(descriptor);
+        return status;
+    }
+    *array = found;
+    array->file = descriptor + 1;
+    array->file_offset = offset;
+    return PK_OK;
 }
 
 /* ---- writing ---- */
@@ -732,7 +896,7 @@ PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type t
     pk_array array = pk_array_view(type, rank, shape, data);
     if (!array.type)
         return pk__fail(context, PK_OVERFLOW, "%s: the shape overflows", pk__name(path));
-    size_t bytes = pk_array_items(&array) * pk_type_size(type), room = pk__npy_header(&array, 0, header);
+    size_t bytes = pk_array_items(&array) * pk_type_size(type), room = pk__npy_header(&array, 0, 0, header);
     size_t length = strlen(path);
     if (bytes && !data)
         return pk__fail(context, PK_ARGUMENT, "%s: the data are NULL", pk__name(path));
@@ -742,11 +906,12 @@ PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type t
         return status;
     memcpy(aside, path, length);
     memcpy(aside + length, ".tmp", 5);
-    int file = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (file < 0) {
-        status = pk__fail(context, PK_IO, "%s: cannot be made: %s", pk__name(aside), strerror(errno));
-    } else {
-        int good = pk__write_at(file, header, room, 0) && pk__write_at(file, data, bytes, room), reason = errno;
+    int file;
+    status = pk__open_named(context, aside, O_WRONLY | O_CREAT, "cannot be made", &file);
+    if (status == PK_OK) {
+        int good = ftruncate(file, 0) == 0 && pk__write_at(file, header, room, 0) &&
+                   pk__write_at(file, data, bytes, room) && fsync(file) == 0,
+            reason = errno;
         if (close(file) != 0 && good)
             good = 0, reason = errno;
         if (good && rename(aside, path) != 0)
@@ -804,11 +969,12 @@ PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type 
     pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
     if (status != PK_OK)
         return status;
-    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (file < 0)
-        return pk__fail(context, PK_IO, "%s: cannot be made: %s", pk__name(path), strerror(errno));
-    size_t room = pk__npy_header(&array, 0, header);
-    if (!pk__write_at(file, header, room, 0)) {
+    int file;
+    status = pk__open_named(context, path, O_WRONLY | O_CREAT, "cannot be made", &file);
+    if (status != PK_OK)
+        return status;
+    size_t room = pk__npy_header(&array, 0, 1, header);
+    if (ftruncate(file, 0) != 0 || !pk__write_at(file, header, room, 0)) {
         status = pk__fail(context, PK_IO, "%s: cannot be written: %s", pk__name(path), strerror(errno));
         close(file);
         return status;
@@ -820,7 +986,7 @@ PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type 
 PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type type, int rank,
                                  const size_t *row_shape, size_t rows, pk_array_writer *writer)
 {
-    unsigned char header[PK__NPY_ROOM];
+    unsigned char header[PK__NPY_ROOM], before[PK__NPY_ROOM];
     pk_array array, found;
     pk__file file;
     size_t offset = 0;
@@ -831,6 +997,8 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
     status = pk__file_map(context, path, &file);
     if (status == PK_OK)
         status = pk__npy_parse(context, name, file.bytes, file.size, PK_ARRAY_PARTIAL, &found, &offset);
+    if (status == PK_OK)
+        memcpy(before, file.bytes, pk__least(offset, sizeof before));
     pk__file_unmap(&file);
     if (status != PK_OK)
         return status;
@@ -844,14 +1012,15 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
                         pk__shape_text(&found, has, sizeof has), pk_type_name(found.type),
                         pk__shape_text(&array, wanted, sizeof wanted), pk_type_name(type));
     }
-    if (!pk__npy_header(&array, offset, header))
+    if (!pk__npy_header(&array, offset, 1, header))
         return pk__fail(context, PK_UNSUPPORTED, "%s: the header's %zu bytes leave no room for a row count",
                         name, offset);
-    int descriptor = open(path, O_WRONLY | O_CLOEXEC);
-    if (descriptor < 0)
-        return pk__fail(context, PK_IO, "%s: cannot be opened for writing: %s", name, strerror(errno));
+    int descriptor;
+    status = pk__open_named(context, path, O_WRONLY, "cannot be opened for writing", &descriptor);
+    if (status != PK_OK)
+        return status;
     /* The header first: it may lag behind the data, but never run ahead. */
-    if (!pk__write_at(descriptor, header, offset, 0) ||
+    if (!pk__npy_replace(descriptor, before, header, offset) ||
         ftruncate(descriptor, (off_t)(offset + rows * array.row_items * pk_type_size(type))) != 0) {
         status = pk__fail(context, PK_IO, "%s: cannot be cut to %zu rows: %s", name, rows, strerror(errno));
         close(descriptor);
@@ -864,14 +1033,16 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
 /* The row count into the header; 0 with errno set. */
 static int pk__writer_header(pk_array_writer *writer)
 {
-    unsigned char header[PK__NPY_ROOM];
+    unsigned char header[PK__NPY_ROOM], before[PK__NPY_ROOM];
     if (writer->header_rows == writer->rows)
         return 1;
     writer->shape[0] = writer->rows;
-    pk_array array = pk_array_view(writer->type, writer->rank, writer->shape, NULL);
+    pk_array array = pk_array_view(writer->type, writer->rank, writer->shape, NULL), old = array;
+    old.shape[0] = writer->header_rows;
     errno = EFBIG;
-    if (!pk__npy_header(&array, writer->header_bytes, header) ||
-        !pk__write_at(writer->file - 1, header, writer->header_bytes, 0))
+    if (!pk__npy_header(&array, writer->header_bytes, 1, header) ||
+        !pk__npy_header(&old, writer->header_bytes, 1, before) ||
+        !pk__npy_replace(writer->file - 1, before, header, writer->header_bytes))
         return 0;
     writer->header_rows = writer->rows;
     return 1;

@@ -227,8 +227,9 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     size =
         (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s",
                          recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text, keep);
-    int file = openat(folder, "run.txt.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    int failed = file < 0;
+    const char *kind;
+    int file = pk__open_regular(folder, "run.txt.tmp", O_WRONLY | O_CREAT, &kind);
+    int failed = file < 0 || ftruncate(file, 0) != 0;
     while (!failed && at < size) {
         ssize_t count = write(file, text + at, size - at);
         if (count >= 0)
@@ -236,8 +237,13 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
         else
             failed = errno != EINTR;
     }
-    if (failed || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0)
-        status = pk__fail(context, PK_IO, "%s/run.txt: %s", directory, strerror(errno));
+    /* On the platter before it has its name, and the name as well: after a power cut there is all of it or nothing. */
+    failed = failed || fsync(file) != 0 || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0;
+    if (failed)
+        status = pk__fail(context, PK_IO, "%s/run.txt: %s%s", directory, kind ? "run.txt.tmp is " : "",
+                          kind ? kind : strerror(errno));
+    else
+        (void)fsync(folder);
     if (file >= 0)
         close(file);
     pk_release(context, text);
@@ -264,7 +270,7 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
         recording->made = 1;
     else if (errno != EEXIST)
         return pk__run_io(context, path->directory);
-    int folder = open(path->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int folder = pk__open_above(AT_FDCWD, path->directory, O_RDONLY | O_DIRECTORY);
     if (folder < 0)
         return pk__run_io(context, path->directory);
     recorder->lock = folder + 1;
@@ -275,13 +281,14 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
         (void)unlinkat(folder, pk__run_fixed[PK__RUN_MANIFEST], 0);
         pk__recorder_clear(folder);
     }
-    recording->exists = faccessat(folder, pk__run_fixed[PK__RUN_MANIFEST], F_OK, 0) == 0;
+    struct stat about; /* a link to nowhere is there, too */
+    recording->exists = fstatat(folder, pk__run_fixed[PK__RUN_MANIFEST], &about, AT_SYMLINK_NOFOLLOW) == 0;
     if (recording->exists && !resume)
         return pk__fail(context, PK_ARGUMENT,
                         "%s holds a run already: resume or replace it, or record elsewhere", path->directory);
     for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED && !resume; f++) {
         const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
-        if (faccessat(folder, name, F_OK, 0) == 0)
+        if (fstatat(folder, name, &about, AT_SYMLINK_NOFOLLOW) == 0)
             return pk__fail(context, PK_ARGUMENT, "%s exists already: record elsewhere",
                             pk__run_path_of(path, name));
     }

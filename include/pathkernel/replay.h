@@ -253,7 +253,10 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
     if (status != PK_OK)
         return status;
     if (state_numbers)
-        pk_array_reals(&run->optimizer_states, step / run->keep_every * state_numbers, state_numbers, state);
+        status = pk_array_read(context, &run->optimizer_states, step / run->keep_every * state_numbers,
+                               state_numbers, state);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "optimizer_states.npy: the row of step %zu ", step);
     if (!pk__same_step(run, step, weights, state, state_numbers))
         return pk__fail(context, PK_FORMAT,
                         "weights.npy%s: the rows of step %zu are damaged, their checksum differs",

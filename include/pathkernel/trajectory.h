@@ -65,7 +65,8 @@ typedef struct pk_run {
 
 /* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
  * type and shape against the network, finite training data, targets that fit the loss, offsets that grow,
- * items in [0, N), finite rates, weights and scales. The arrays stay mapped: do not truncate them meanwhile.
+ * items in [0, N), finite rates, weights and scales. Weights, moments and states are read row by row, and an error where
+ * a file has become shorter; the other arrays stay mapped: to truncate them meanwhile is SIGBUS.
  * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
  * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
  * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. PK_SHAPE where the
@@ -196,11 +197,33 @@ PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, cons
     return signed_hash;
 }
 
+/* Puts a prefix before the message of an error that another module reported. */
+PK__FORMAT(3, 4)
+PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
+{
+    if (context && status != PK_OK) {
+        char message[PK_MESSAGE_SIZE];
+        memcpy(message, context->message, sizeof message);
+        va_list arguments;
+        va_start(arguments, format);
+        int length = vsnprintf(context->message, sizeof context->message, format, arguments);
+        va_end(arguments);
+        if (length >= 0 && (size_t)length < sizeof message) {
+            size_t room = sizeof message - (size_t)length - 1;
+            memcpy(context->message + length, message, room);
+            context->message[sizeof message - 1] = '\0';
+        }
+    }
+    return status;
+}
+
 /* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
 static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
                              size_t row, size_t step, pk_real *out)
 {
-    pk_array_reals(array, row * run->parameters, run->parameters, out);
+    pk_status status = pk_array_read(context, array, row * run->parameters, run->parameters, out);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "%s: the row of step %zu ", name, step);
     for (size_t p = 0; p < run->parameters; p++)
         if (!isfinite(out[p]))
             return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
@@ -243,26 +266,6 @@ static const char *pk__run_path_of(pk__run_path *path, const char *name)
 static pk_status pk__run_io(pk_context *context, const char *path)
 {
     return pk__fail(context, PK_IO, "%s: %s", path, strerror(errno));
-}
-
-/* Puts a prefix before the message of an error that another module reported. */
-PK__FORMAT(3, 4)
-PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
-{
-    if (context && status != PK_OK) {
-        char message[PK_MESSAGE_SIZE];
-        memcpy(message, context->message, sizeof message);
-        va_list arguments;
-        va_start(arguments, format);
-        int length = vsnprintf(context->message, sizeof context->message, format, arguments);
-        va_end(arguments);
-        if (length >= 0 && (size_t)length < sizeof message) {
-            size_t room = sizeof message - (size_t)length - 1;
-            memcpy(context->message + length, message, room);
-            context->message[sizeof message - 1] = '\0';
-        }
-    }
-    return status;
 }
 
 /* ---- the manifest ---------------------------------------------------------------------------------- */
@@ -421,15 +424,16 @@ static pk_status pk__load_from_run(void *user, pk_context *context, const char *
 static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory, pk_run *run)
 {
     const char *path = pk__run_path_of(directory, "run.txt");
-    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
+    const char *kind;
+    int file = pk__open_regular(AT_FDCWD, path, O_RDONLY, &kind);
+    if (file < 0 && kind)
+        return pk__fail(context, PK_IO, "%s is not a regular file but %s", path, kind);
     if (file < 0)
         return pk__run_io(context, path);
     struct stat about;
     pk_status status = PK_OK;
     if (fstat(file, &about) != 0)
         status = pk__run_io(context, path);
-    else if (!S_ISREG(about.st_mode))
-        status = pk__fail(context, PK_IO, "%s is not a regular file", path);
     /* One byte past the limit tells that the file is longer. */
     size_t limit = (size_t)PK__MANIFEST_SIZE + 1, size = 0;
     char *text = NULL;
@@ -492,6 +496,7 @@ static pk_status pk__run_convert(pk_context *context, const char *path, pk_type 
     made.type = type;
     made.mapping = NULL;
     made.owned = NULL;
+    made.file = 0;
     pk_status status = pk_allocate(context, items, pk_type_size(type), path, &made.owned);
     if (status != PK_OK)
         return status;
@@ -527,7 +532,8 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
                         path->text);
     if (!has) /* other programs may leave what they like */
         return PK_OK;
-    pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
+    const unsigned flags = PK_ARRAY_PARTIAL | (expected->rank == 2 ? PK_ARRAY_KEEP_OPEN : 0);
+    pk_status status = pk_array_map(context, path->text, flags, array);
     if (status != PK_OK)
         return status;
     const char *wanted = pk__run_wants(file, array->type);
