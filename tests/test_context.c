@@ -25,6 +25,32 @@ static void test_status(void **state)
     assert_true(PK_OK == 0 && PK_ARGUMENT == 1 && PK_SHAPE == 2 && PK_NOT_FINITE == 9 && PK_NOT_CLOSED == 10);
 }
 
+/* Whatever words a message quotes, it is one line without commands to a terminal. */
+static void test_messages(void **state)
+{
+    (void)state;
+    static const char *const texts[] = {"input 2; \x1b[2Jdense 2", "input 2; den\x7fse 2",
+                                        "input 2; dense \r2\b", "input 2\x01; dense 2"};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        pk_context context;
+        pk_graph graph;
+        pk_loss loss;
+        pk_run run;
+        memset(&context, 0, sizeof context);
+        for (int way = 0; way < 3; way++) {
+            memset(&graph, 0, sizeof graph);
+            memset(&run, 0, sizeof run);
+            pk_status status = way == 0   ? pk_network_parse(&context, texts[i], &graph)
+                               : way == 1 ? pk_loss_parse(&context, texts[i], &loss)
+                                          : pk_run_open(&context, texts[i], &run);
+            assert_int_not_equal(status, PK_OK);
+            assert_true(strlen(pk_message(&context)) > 10);
+            for (const char *at = pk_message(&context); *at; at++)
+                assert_true((unsigned char)*at >= ' ' && *at != 127);
+        }
+    }
+}
+
 static void test_allocate(void **state)
 {
     (void)state;
@@ -177,8 +203,9 @@ static void test_threads(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_status),    cmocka_unit_test(test_allocate), cmocka_unit_test(test_limit),
-        cmocka_unit_test(test_allocator), cmocka_unit_test(test_arena),    cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_status),  cmocka_unit_test(test_messages),  cmocka_unit_test(test_allocate),
+        cmocka_unit_test(test_limit),   cmocka_unit_test(test_allocator), cmocka_unit_test(test_arena),
+        cmocka_unit_test(test_threads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

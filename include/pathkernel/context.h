@@ -163,6 +163,14 @@ PK__PRIVATE int pk__print(char *text, size_t size, const char *format, ...)
     return length;
 }
 
+/* A message quotes files and texts that others wrote: it stays one line, and sends a terminal no commands. */
+PK__PRIVATE void pk__clean_message(pk_context *context)
+{
+    for (char *at = context->message; *at; at++)
+        if ((unsigned char)*at < ' ' || *at == 127)
+            *at = '?';
+}
+
 /* Records the message and returns the status, so that errors read `return pk__fail(...)`. Not from
  * inside a parallel region. */
 PK__FORMAT(3, 4)
@@ -174,6 +182,7 @@ PK__PRIVATE pk_status pk__fail(pk_context *context, pk_status status, const char
         va_start(arguments, format);
         vsnprintf(context->message, sizeof context->message, format, arguments);
         va_end(arguments);
+        pk__clean_message(context);
         pk__locale_leave(locale);
     }
     return status;

@@ -213,6 +213,7 @@ PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const ch
             memcpy(context->message + length, message, room);
             context->message[sizeof message - 1] = '\0';
         }
+        pk__clean_message(context);
     }
     return status;
 }
