@@ -1,4 +1,4 @@
-/* Allocation failure at every allocation: a status, nothing leaks, and the next call works. */
+/* Allocation failure at every allocation of every public function: a status, nothing leaks, and the next call works. */
 #include "fixture.h"
 
 /* What is tried: takes a context, gives everything back itself. */
@@ -18,8 +18,9 @@ static size_t check(const char *name, job *run, void *user, size_t least)
             fail_msg("%s: %zu bytes leak when allocation %zu fails", name, memory.held, fail_at);
         if (memory.allocations < fail_at) {
             assert_ok(&context, status);
-            assert_true(fail_at > least); /* it does allocate through the context */
-            assert_true(context.memory_peak > 0);
+            if (fail_at <= least) /* it does allocate through the context */
+                fail_msg("%s: %zu allocations only", name, fail_at - 1);
+            assert_true(!least || context.memory_peak > 0);
             return fail_at - 1;
         }
         if (status != PK_MEMORY || !strstr(pk_message(&context), "no memory for"))
@@ -160,6 +161,624 @@ static void test_decompose(void **state)
     }
 }
 
+/* ---- every public function that takes a context --------------------------------------------------------
+ * A job for each, in the table below; test_table_is_complete reads the declarations and finds what is not there. */
+
+enum { NET_ROWS = 12, NET_STEPS = 5 };
+
+/* A small network with data, two recorded runs of it, and files; made once, read by all jobs. */
+typedef struct material {
+    pk_graph graph;
+    pk_run run, kept;
+    size_t P;
+    pk_real *w, *v, *x, *u, *many;
+    double *losses;
+    int64_t items[NET_ROWS];
+    pk_dataset data, tokens;
+    pk_batch batch;
+    pk_optimizer optimizer;
+    char run_path[300], kept_path[300], made[300], npy[300], csv[300], images[300], labels[300];
+} material;
+
+static pk_matrix none(void)
+{
+    return pk_matrix_view(NULL, 0, 0);
+}
+
+#define JOB(name) static pk_status name(pk_context *context, void *user)
+#define WITH material *m = (material *)user
+#define X(m) pk_matrix_view((m)->x, NET_ROWS, 3)
+#define U(m) pk_matrix_view((m)->u, NET_ROWS, 2)
+
+JOB(job_allocate)
+{
+    void *memory = NULL;
+    (void)user;
+    pk_status status = pk_allocate(context, 100, 8, "a table", &memory);
+    pk_release(context, memory);
+    return status;
+}
+
+JOB(job_array_map)
+{
+    WITH;
+    pk_array array;
+    pk_status status = pk_array_map(context, m->npy, 0, &array);
+    if (!status)
+        pk_array_release(context, &array);
+    return status;
+}
+
+JOB(job_array_write)
+{
+    WITH;
+    static const double numbers[6] = {1, 2, 3, 4, 5, 6};
+    const size_t shape[2] = {3, 2}, row[2] = {2};
+    pk_array_writer writer;
+    memset(&writer, 0, sizeof writer);
+    pk_status status = pk_array_write(context, m->made, PK_FLOAT64, 2, shape, numbers);
+    if (!status)
+        status = pk_array_create(context, m->made, PK_FLOAT64, 2, row, &writer);
+    if (!status)
+        status = pk_array_append(context, &writer, 3, numbers);
+    if (!status)
+        status = pk_array_flush(context, &writer);
+    pk_status closed = pk_array_close(context, &writer);
+    status = status ? status : closed;
+    if (!status)
+        status = pk_array_reopen(context, m->made, PK_FLOAT64, 2, row, 2, &writer);
+    closed = pk_array_close(context, &writer);
+    (void)remove(m->made);
+    return status ? status : closed;
+}
+
+JOB(job_data)
+{
+    WITH;
+    pk_dataset rows;
+    pk_real numbers[3] = {1, 2, 3};
+    pk_loss loss;
+    pk_status status = pk_dataset_check(context, &m->data, 3, 2);
+    if (!status)
+        status = pk_dataset_rows(context, &m->data, 2, 3, &rows);
+    if (!status)
+        status = pk_loss_check(context, PK_SQUARED, &m->data, 2);
+    if (!status)
+        status = pk_loss_parse(context, "squared", &loss);
+    if (!status)
+        status = pk_graph_check_inputs(context, &m->graph, 0, numbers);
+    return status;
+}
+
+JOB(job_csv)
+{
+    WITH;
+    pk_dataset data;
+    pk_status status = pk_dataset_csv(context, m->csv, 1, &data);
+    if (!status)
+        pk_dataset_release(context, &data);
+    return status;
+}
+
+JOB(job_idx)
+{
+    WITH;
+    pk_dataset data;
+    pk_status status = pk_dataset_idx(context, m->images, m->labels, 1, &data);
+    if (!status)
+        pk_dataset_release(context, &data);
+    return status;
+}
+
+JOB(job_matrix)
+{
+    WITH;
+    return pk_matrix_multiply(context, 1, X(m), 1, U(m), 0, 0, pk_matrix_view(m->many, 3, 2));
+}
+
+JOB(job_graph)
+{
+    pk_graph graph;
+    const pk_shape shape = {1, {5}};
+    const pk_real constants[6] = {1, 2, 3, 4, 5, 6};
+    const int first[1] = {0};
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    (void)user;
+    memset(&graph, 0, sizeof graph);
+    pk_status status = pk_graph_input(context, &graph, &shape);
+    for (int i = 0; !status && i < 40; i++) {
+        const int before[1] = {i};
+        status = pk_graph_add(context, &graph, pk_operation_find("tanh"), 1, before, NULL, NULL);
+    }
+    if (!status)
+        status = pk_graph_add_constants(context, &graph, pk_operation_find("relu"), 1, first, attributes, 6,
+                                        constants, NULL);
+    pk_graph_release(context, &graph);
+    return status;
+}
+
+static pk_status load_matrix(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    static const double matrix[3][3] = {{0, 0, 0.5}, {1, 0, 0.25}, {2, 2, -1}};
+    static const size_t shape[2] = {3, 3};
+    (void)user, (void)context, (void)name;
+    *array = pk_array_view(PK_FLOAT64, 2, shape, matrix);
+    return PK_OK;
+}
+
+JOB(job_parse_with)
+{
+    const pk_constants constants = {load_matrix, NULL};
+    pk_graph graph;
+    (void)user;
+    memset(&graph, 0, sizeof graph);
+    pk_status status = pk_network_parse_with(
+        context, "input 4x2; propagate matrix; fourier 3; residual( dense 2; tanh; dense 6 ); flatten; dense 2",
+        &constants, &graph);
+    pk_graph_release(context, &graph);
+    return status;
+}
+
+JOB(job_parse)
+{
+    (void)user;
+    return parse(context, (void *)(uintptr_t) "input 1x6x6; conv 2 3x3 pad=1; max_pool 2; flatten; dense 3");
+}
+
+JOB(job_initialize)
+{
+    WITH;
+    return pk_network_initialize(context, &m->graph, 1, m->many);
+}
+
+JOB(job_evaluate)
+{
+    WITH;
+    return pk_graph_evaluate(context, &m->graph, m->w, X(m), pk_matrix_view(m->many, NET_ROWS, 2));
+}
+
+JOB(job_vjp)
+{
+    WITH;
+    return pk_vjp(context, &m->graph, m->w, X(m), U(m), pk_matrix_view(m->many, NET_ROWS, m->P), none());
+}
+
+JOB(job_vjp_sum)
+{
+    WITH;
+    return pk_vjp_sum(context, &m->graph, m->w, X(m), U(m), m->many);
+}
+
+JOB(job_jvp)
+{
+    WITH;
+    return pk_jvp(context, &m->graph, m->w, X(m), m->v, X(m), pk_matrix_view(m->many, NET_ROWS, 2));
+}
+
+JOB(job_jacobian)
+{
+    WITH;
+    return pk_jacobian(context, &m->graph, m->w, X(m), pk_matrix_view(m->many, 2 * NET_ROWS, m->P), none());
+}
+
+JOB(job_loss_gradients)
+{
+    WITH;
+    return pk_loss_gradients(context, &m->graph, PK_SQUARED, m->w, &m->data, &m->batch, m->losses,
+                             pk_matrix_view(m->many, NET_ROWS, m->P));
+}
+
+JOB(job_hessian)
+{
+    WITH;
+    return pk_hessian_product(context, &m->graph, PK_SQUARED, m->w, &m->data, &m->batch, m->v, m->many);
+}
+
+JOB(job_gauss_newton)
+{
+    WITH;
+    return pk_gauss_newton_product(context, &m->graph, PK_SQUARED, m->w, &m->data, &m->batch, m->v, m->many);
+}
+
+JOB(job_ntk)
+{
+    WITH;
+    return pk_kernel_ntk(context, &m->graph, m->w, X(m), none(),
+                         pk_matrix_view(m->many, 2 * NET_ROWS, 2 * NET_ROWS));
+}
+
+JOB(job_ntk_trace)
+{
+    WITH;
+    return pk_kernel_ntk_trace(context, &m->graph, m->w, X(m), X(m),
+                               pk_matrix_view(m->many, NET_ROWS, NET_ROWS));
+}
+
+JOB(job_batch_gradient)
+{
+    WITH;
+    pk_gradient_workspace workspace;
+    memset(&workspace, 0, sizeof workspace);
+    pk_status status = pk_gradient_prepare(context, &m->graph, NET_ROWS, &workspace);
+    if (!status)
+        status = pk_batch_gradient(context, &m->graph, PK_SQUARED, m->w, &m->data, &m->batch, &workspace, NULL,
+                                   m->many);
+    pk_gradient_release(context, &workspace);
+    return status;
+}
+
+JOB(job_optimizer)
+{
+    pk_optimizer optimizer;
+    const pk_schedule schedule = {PK_SCHEDULE_COSINE, 0.1, 0, 0, 10, 0, 0, 0, NULL, 0, NULL, NULL};
+    (void)user;
+    pk_status status = pk_optimizer_parse(context, "adamw beta1=0.8", &optimizer);
+    if (!status)
+        status = pk_optimizer_check(context, &optimizer);
+    return status ? status : pk_schedule_check(context, &schedule, 100);
+}
+
+JOB(job_open)
+{
+    WITH;
+    pk_run run;
+    memset(&run, 0, sizeof run);
+    pk_status status = pk_run_open(context, m->run_path, &run);
+    if (!status)
+        status = pk_run_weights(context, &run, 1, m->many);
+    if (!status)
+        status = pk_run_second_moments(context, &run, 1, m->many);
+    pk_run_release(context, &run);
+    return status;
+}
+
+JOB(job_replay)
+{
+    WITH;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk_replay_prepare(context, &m->kept, 3, &replay);
+    if (!status)
+        status = pk_replay_weights(context, &replay, 3, m->many);
+    pk_replay_release(context, &replay);
+    return status;
+}
+
+static void remove_made(const material *m)
+{
+    fixture_clear(m->made);
+}
+
+/* Recorded by hand: with a trainer, and with keep_every too. */
+static pk_status record_by_hand(pk_context *context, const material *m, size_t keep_every)
+{
+    pk_recorder recorder;
+    pk_recorder_options options;
+    pk_trainer trainer;
+    memset(&recorder, 0, sizeof recorder);
+    memset(&options, 0, sizeof options);
+    memset(&trainer, 0, sizeof trainer);
+    options.network = m->graph.text;
+    options.loss = "squared";
+    options.optimizer = "sgd momentum=0.9";
+    options.keep_every = keep_every;
+    options.batch_weights = options.gradient_scales = keep_every < 2;
+    options.replace = 1;
+    pk_status status = pk_recorder_open(context, m->made, &options, &m->data, m->w, &recorder);
+    if (!status)
+        status =
+            pk_trainer_prepare(context, &m->graph, &m->data, PK_SQUARED, &m->optimizer, NET_ROWS, &trainer);
+    for (size_t s = 0; !status && s < 3; s++) {
+        double scale = 1;
+        status = pk_training_step(context, &trainer, s, 0.01, 0, &m->batch, m->w, m->many, &scale, NULL);
+        if (!status)
+            status = s == 2 && keep_every < 2
+                         ? pk_recorder_step(context, &recorder, 0.01, &m->batch, 1, NULL, m->many)
+                         : pk_recorder_training_step(context, &recorder, 0.01, &m->batch, scale, trainer.state,
+                                                     m->many);
+    }
+    pk_trainer_release(context, &trainer);
+    pk_status closed = pk_recorder_close(context, &recorder);
+    return status ? status : closed;
+}
+
+JOB(job_recorder)
+{
+    WITH;
+    pk_status status = record_by_hand(context, m, 0);
+    remove_made(m);
+    return status;
+}
+
+JOB(job_recorder_kept)
+{
+    WITH;
+    pk_status status = record_by_hand(context, m, 2);
+    remove_made(m);
+    return status;
+}
+
+static pk_status train_into(pk_context *context, const material *m, const char *folder, size_t steps,
+                            size_t keep_every, int resume)
+{
+    pk_train_options options;
+    memset(&options, 0, sizeof options);
+    options.loss = PK_SQUARED;
+    options.optimizer = keep_every ? m->optimizer : pk_optimizer_adam();
+    options.schedule.rate = 0.01;
+    options.steps = steps;
+    options.batch_size = 5;
+    options.record = folder;
+    options.resume = resume;
+    options.replace = !resume;
+    options.keep_every = keep_every;
+    options.record_second_moments = !keep_every;
+    memcpy(m->many, m->w, m->P * sizeof *m->many);
+    return pk_train(context, &m->graph, &m->data, &options, m->many, NULL);
+}
+
+JOB(job_train)
+{
+    WITH;
+    pk_status status = train_into(context, m, m->made, 2, 0, 0);
+    remove_made(m);
+    return status;
+}
+
+/* A resume that fails costs no step: the next one goes on. */
+JOB(job_resume)
+{
+    WITH;
+    pk_run run;
+    pk_status status = train_into(context, m, m->made, 6, 4, 1);
+    memset(&run, 0, sizeof run);
+    if (access(m->made, F_OK) == 0) {
+        pk_context other;
+        memset(&other, 0, sizeof other);
+        if (pk_run_open(&other, m->made, &run) == PK_OK) {
+            assert_true(status || run.steps == 6);
+            pk_run_release(&other, &run);
+        }
+    }
+    if (!status)
+        remove_made(m);
+    return status;
+}
+
+JOB(job_decompose)
+{
+    WITH;
+    pk_decomposition out;
+    pk_plan plan;
+    pk_status status = pk_decompose(context, &m->kept, X(m), NULL, &out);
+    pk_decomposition_release(context, &out);
+    return status ? status : pk_decompose_plan(context, &m->kept, NET_ROWS, NULL, 1, &plan);
+}
+
+static pk_status take_part(void *user, const pk_decomposition *part)
+{
+    (void)user, (void)part;
+    return PK_OK;
+}
+
+JOB(job_decompose_parts)
+{
+    WITH;
+    pk_decompose_options options;
+    memset(&options, 0, sizeof options);
+    options.rows_at_once = 5;
+    options.bounds = 1;
+    return pk_decompose_parts(context, &m->run, X(m), &options, take_part, NULL, NULL);
+}
+
+JOB(job_quadrature)
+{
+    WITH;
+    const pk_quadrature quadrature = {PK_RULE_GAUSS, 3};
+    pk_readout readout;
+    memset(&readout, 0, sizeof readout);
+    return pk_quadrature_check(context, &quadrature, &m->graph, &readout);
+}
+
+JOB(job_window)
+{
+    WITH;
+    pk_window window;
+    pk_status status = PK_OK;
+    void *memory = NULL;
+    for (int take = 0; take < 2 && !status; take++) {
+        pk_arena arena = {(unsigned char *)memory, 0, 0, 0};
+        if (take) { /* not of the context: this is about what the functions allocate */
+            assert_int_equal(posix_memalign(&memory, 64, (size_t)1 << 20), 0);
+            arena.base = (unsigned char *)memory;
+            arena.capacity = (size_t)1 << 20;
+        }
+        pk_window_begin(&m->kept, &window);
+        window.representation.outputs = 2;
+        window.representation.batch = window.largest_batch;
+        window.representation.materialised = 1;
+        pk_window_take(&arena, 2, 1, 0, 1, 0, &window);
+        assert_true(arena.used < (size_t)1 << 20);
+    }
+    status = pk_window_prepare(context, &window, 0, 2);
+    if (!status)
+        status = pk_window_save_states(context, &window);
+    if (!status)
+        status = pk_window_visit(context, &window, 1);
+    free(memory);
+    return status;
+}
+
+static const struct entry {
+    const char *names; /* the functions that the job calls */
+    job *run;
+    size_t least; /* allocations that it makes at least, so that it is known to make them */
+} entries[] = {
+    {"pk_allocate pk_release", job_allocate, 1},
+    {"pk_array_map pk_array_release", job_array_map, 0},
+    {"pk_array_write pk_array_create pk_array_append pk_array_flush pk_array_close pk_array_reopen",
+     job_array_write, 0},
+    {"pk_dataset_check pk_dataset_rows pk_loss_check pk_loss_parse pk_graph_check_inputs", job_data, 1},
+    {"pk_dataset_csv pk_dataset_release", job_csv, 1},
+    {"pk_dataset_idx", job_idx, 1},
+    {"pk_matrix_multiply", job_matrix, 0},
+    {"pk_graph_input pk_graph_add pk_graph_add_constants pk_graph_release", job_graph, 3},
+    {"pk_network_parse_with", job_parse_with, 5},
+    {"pk_network_parse", job_parse, 2},
+    {"pk_network_initialize", job_initialize, 0},
+    {"pk_graph_evaluate", job_evaluate, 1},
+    {"pk_vjp", job_vjp, 1},
+    {"pk_vjp_sum", job_vjp_sum, 1},
+    {"pk_jvp", job_jvp, 1},
+    {"pk_jacobian", job_jacobian, 1},
+    {"pk_loss_gradients", job_loss_gradients, 1},
+    {"pk_hessian_product", job_hessian, 1},
+    {"pk_gauss_newton_product", job_gauss_newton, 1},
+    {"pk_kernel_ntk", job_ntk, 1},
+    {"pk_kernel_ntk_trace", job_ntk_trace, 1},
+    {"pk_gradient_prepare pk_batch_gradient pk_gradient_release", job_batch_gradient, 1},
+    {"pk_optimizer_parse pk_optimizer_check pk_schedule_check", job_optimizer, 0},
+    {"pk_run_open pk_run_weights pk_run_second_moments pk_run_release", job_open, 3},
+    {"pk_replay_prepare pk_replay_weights pk_replay_release", job_replay, 1},
+    {"pk_recorder_open pk_recorder_step pk_recorder_training_step pk_recorder_close pk_trainer_prepare "
+     "pk_training_step pk_trainer_release",
+     job_recorder, 3},
+    {"pk_recorder_open pk_recorder_training_step", job_recorder_kept, 3},
+    {"pk_train", job_train, 3},
+    {"pk_train", job_resume, 3},
+    {"pk_decompose pk_decompose_plan pk_decomposition_release", job_decompose, 3},
+    {"pk_decompose_parts", job_decompose_parts, 3},
+    {"pk_quadrature_check", job_quadrature, 0},
+    {"pk_window_prepare pk_window_save_states pk_window_visit", job_window, 0},
+};
+enum { ENTRIES = (int)(sizeof entries / sizeof *entries) };
+
+static void write_bytes(const char *path, const void *bytes, size_t size)
+{
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    assert_true(fwrite(bytes, 1, size, file) == size);
+    assert_int_equal(fclose(file), 0);
+}
+
+static void make_material(material *m)
+{
+    static const unsigned char images[] = {0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 1, 1, 2, 3, 4},
+                               labels[] = {0, 0, 8, 1, 0, 0, 0, 2, 0, 1};
+    static size_t shapes[2][2] = {{NET_ROWS, 3}, {NET_ROWS, 2}};
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    memset(m, 0, sizeof *m);
+    assert_ok(&context,
+              pk_network_parse(&context, "input 3; dense 4; tanh; dense 3; relu; dense 2", &m->graph));
+    assert_ok(&context, pk_optimizer_parse(&context, "sgd momentum=0.9", &m->optimizer));
+    m->P = m->graph.parameters;
+    m->w = fixture_normals(1, m->P, 0.5);
+    m->v = fixture_normals(2, m->P, 1);
+    m->x = fixture_normals(3, NET_ROWS * 3, 1);
+    m->u = fixture_normals(4, NET_ROWS * 2, 1);
+    m->many = FIXTURE_NEW(pk_real, 2 * NET_ROWS * (m->P + 2 * NET_ROWS));
+    m->losses = FIXTURE_NEW(double, NET_ROWS);
+    for (size_t i = 0; i < NET_ROWS; i++)
+        m->items[i] = (int64_t)i;
+    m->data.inputs = pk_array_view(REAL_TYPE, 2, shapes[0], m->x);
+    m->data.targets = pk_array_view(REAL_TYPE, 2, shapes[1], m->u);
+    m->batch.count = NET_ROWS;
+    m->batch.items = m->items;
+    snprintf(m->made, sizeof m->made, "%s/made", fixture_folder);
+    snprintf(m->npy, sizeof m->npy, "%s/a.npy", fixture_folder);
+    snprintf(m->csv, sizeof m->csv, "%s/a.csv", fixture_folder);
+    snprintf(m->images, sizeof m->images, "%s/images", fixture_folder);
+    snprintf(m->labels, sizeof m->labels, "%s/labels", fixture_folder);
+    snprintf(m->run_path, sizeof m->run_path, "%s/run", fixture_folder);
+    snprintf(m->kept_path, sizeof m->kept_path, "%s/kept", fixture_folder);
+    assert_ok(&context, pk_array_write(&context, m->npy, REAL_TYPE, 2, shapes[0], m->x));
+    write_bytes(m->csv, "a,b,c\n1,2,3\n4,5,6\n", 18);
+    write_bytes(m->images, images, sizeof images);
+    write_bytes(m->labels, labels, sizeof labels);
+    assert_ok(&context, train_into(&context, m, m->run_path, NET_STEPS, 0, 0));
+    assert_ok(&context, train_into(&context, m, m->kept_path, NET_STEPS, 3, 0));
+    assert_ok(&context, pk_run_open(&context, m->run_path, &m->run));
+    assert_ok(&context, pk_run_open(&context, m->kept_path, &m->kept));
+}
+
+static void test_every_function(void **state)
+{
+    (void)state;
+    material m;
+    size_t sites = 0;
+    make_material(&m);
+    for (int i = 0; i < ENTRIES; i++)
+        sites += check(entries[i].names, entries[i].run, &m, entries[i].least);
+    print_message("%zu allocations refused, one at a time\n", sites);
+    pk_run_release(NULL, &m.run);
+    pk_run_release(NULL, &m.kept);
+    pk_graph_release(NULL, &m.graph);
+    fixture_clear(m.kept_path);
+    free(m.w), free(m.v), free(m.x), free(m.u), free(m.many), free(m.losses);
+}
+
+/* Whether the word is one of the list's. */
+static int in_list(const char *list, const char *word)
+{
+    const size_t length = strlen(word);
+    for (const char *at = strstr(list, word); at; at = strstr(at + 1, word))
+        if ((at == list || at[-1] == ' ') && (at[length] == ' ' || !at[length]))
+            return 1;
+    return 0;
+}
+
+/* Finds each PK_API function of a header whose first argument is a context; returns how many there are. */
+static size_t look_up(const char *path)
+{
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        fail_msg("%s is not there: run from the source folder", path);
+    static char text[1 << 21];
+    size_t size = fread(text, 1, sizeof text - 1, file), count = 0;
+    assert_true(size > 0 && size < sizeof text - 1);
+    text[size] = 0;
+    fclose(file);
+    for (char *at = strstr(text, "\nPK_API "); at; at = strstr(at + 1, "\nPK_API ")) {
+        char *open = strchr(at, '('), *begin = open, name[80];
+        if (!open)
+            break;
+        while (begin[-1] == '_' || (begin[-1] >= 'a' && begin[-1] <= 'z') ||
+               (begin[-1] >= '0' && begin[-1] <= '9'))
+            begin--;
+        if (strncmp(open, "(pk_context *context", 20) != 0 || strncmp(begin, "pk_safetensors_", 15) == 0)
+            continue;
+        snprintf(name, sizeof name, "%.*s", (int)(open - begin), begin);
+        int found = 0;
+        for (int i = 0; i < ENTRIES && !found; i++)
+            found = in_list(entries[i].names, name);
+        if (!found)
+            fail_msg("%s: %s takes a context, and no job of this test calls it", path, name);
+        count++;
+    }
+    return count;
+}
+
+static void test_table_is_complete(void **state)
+{
+    (void)state;
+#ifdef PATHKERNEL_TEST_AMALGAM
+    const size_t count = look_up("pathkernel.h");
+#else
+    size_t count = 0;
+    char line[200], path[300];
+    FILE *modules = fopen("cmake/modules.txt", "r");
+    assert_non_null(modules);
+    while (fgets(line, sizeof line, modules))
+        if (line[0] != '#' && line[0] != '\n') {
+            snprintf(path, sizeof path, "include/pathkernel/%.*s.h", (int)strcspn(line, "\n"), line);
+            count += look_up(path);
+        }
+    fclose(modules);
+#endif
+    assert_true(count > 100); /* declared and defined: the search does find them */
+}
+
 /* Sizes that overflow are refused before anything is allocated. */
 static void test_overflow(void **state)
 {
@@ -200,10 +819,9 @@ static void test_overflow(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_parse),
-        cmocka_unit_test(test_evaluate),
-        cmocka_unit_test(test_decompose),
-        cmocka_unit_test(test_overflow),
+        cmocka_unit_test(test_parse),          cmocka_unit_test(test_evaluate),
+        cmocka_unit_test(test_decompose),      cmocka_unit_test(test_overflow),
+        cmocka_unit_test(test_every_function), cmocka_unit_test(test_table_is_complete),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
