@@ -1,33 +1,18 @@
-/* libFuzzer target over the readers of array.h and dataset.h. The first byte of the input chooses: .npy (whole
+/* Fuzz target over the readers of array.h and dataset.h. The first byte of the input chooses: .npy (whole
  * or partial), IDX (images, then labels, cut where the second byte says) or CSV (with a number of target
  * columns). What is accepted is read through, so that a size that the file does not hold is an error of the
  * sanitizer.
- *
- *   clang -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
- *       -Iinclude -Itests tests/fuzz_array.c -lm -o fuzz_array && ./fuzz_array -max_total_time=60 -max_len=2048
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#define PATHKERNEL_IMPLEMENTATION
-#define PATHKERNEL_STATIC
-#include "pathkernel_under_test.h"
+#include "fuzz.h"
 
-static void require(int condition)
-{
-    if (!condition)
-        abort();
-}
-
-static void read_through(const pk_array *array)
+static void fuzz_read_through(const pk_array *array)
 {
     pk_real item;
     for (size_t i = 0; i < pk_array_items(array); i++)
         pk_array_reals(array, i, 1, &item);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size);
-int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
+static int fuzz_array(const uint8_t *input, size_t size)
 {
     pk_context context;
     pk_dataset dataset;
@@ -40,19 +25,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
     /* A copy of its own size: aligned as a mapping is, and guarded by the sanitizer. */
     unsigned char *bytes = NULL;
     size -= 2;
-    require(posix_memalign((void **)&bytes, 64, size ? size : 1) == 0);
+    FUZZ_REQUIRE(posix_memalign((void **)&bytes, 64, size ? size : 1) == 0);
     memcpy(bytes, input + 2, size);
     if (choice < 2) {
         pk_array array;
         size_t offset = 0;
         status = pk__npy_parse(&context, "npy", bytes, size, choice ? PK_ARRAY_PARTIAL : 0, &array, &offset);
         if (status == PK_OK) {
-            require(offset <= size && pk_array_items(&array) * pk_type_size(array.type) <= size - offset);
-            require(choice || pk_array_items(&array) * pk_type_size(array.type) + offset == size);
-            require(array.extra_bytes == 0 || choice);
+            FUZZ_REQUIRE(offset <= size && pk_array_items(&array) * pk_type_size(array.type) <= size - offset);
+            FUZZ_REQUIRE(choice || pk_array_items(&array) * pk_type_size(array.type) + offset == size);
+            FUZZ_REQUIRE(array.extra_bytes == 0 || choice);
             if (offset % pk_type_size(array.type) == 0 && array.row_items) {
                 array.data = bytes + offset;
-                read_through(&array);
+                fuzz_read_through(&array);
             }
         }
     } else {
@@ -68,16 +53,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
             status = pk__csv_dataset(&context, "csv", (const char *)bytes, size, option % 5, &dataset);
         }
         if (status == PK_OK) {
-            require(pk_array_length(&dataset.targets) == pk_dataset_examples(&dataset));
-            read_through(&dataset.inputs);
-            read_through(&dataset.targets);
+            FUZZ_REQUIRE(pk_array_length(&dataset.targets) == pk_dataset_examples(&dataset));
+            fuzz_read_through(&dataset.inputs);
+            fuzz_read_through(&dataset.targets);
             pk_status checked = pk_dataset_check(&context, &dataset, pk_dataset_width(&dataset), 10);
-            require(checked == PK_OK || checked == PK_SHAPE);
+            FUZZ_REQUIRE(checked == PK_OK || checked == PK_SHAPE);
             pk_dataset_release(&context, &dataset);
         }
     }
-    require(status == PK_OK || context.message[0] != 0);
-    require(context.memory_used == 0);
+    FUZZ_REQUIRE(status == PK_OK || context.message[0] != 0);
+    FUZZ_REQUIRE(context.memory_used == 0);
     free(bytes);
     return 0;
 }

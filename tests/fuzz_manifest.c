@@ -1,22 +1,7 @@
-/* libFuzzer: any bytes as run.txt are parsed or refused with a message; nothing leaks.
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -Iinclude -Itests tests/fuzz_manifest.c -lm */
-#define PATHKERNEL_IMPLEMENTATION
-#define PATHKERNEL_STATIC
-#include "pathkernel_under_test.h"
-#include <stdlib.h>
-#include <string.h>
+/* Fuzz target: any bytes as run.txt are parsed or refused with a message; nothing leaks. */
+#include "fuzz.h"
 
-#define REQUIRE(condition) \
-    if (!(condition))      \
-    abort()
-
-#ifdef __cplusplus
-extern "C"
-#endif
-    int
-    LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+static int fuzz_manifest(const uint8_t *data, size_t size)
 {
     pk_context context;
     pk_graph graph;
@@ -27,7 +12,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(&graph, 0, sizeof graph);
     context.memory_limit = (size_t)1 << 26;
     char *text = (char *)malloc(size + 1); /* exactly as long as it says: a sanitizer sees a read past it */
-    REQUIRE(text);
+    FUZZ_REQUIRE(text);
     if (size)
         memcpy(text, data, size);
     text[size] = '\0';
@@ -35,14 +20,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(text);
     if (status == PK_OK) {
         char line[256];
-        REQUIRE(graph.parameters > 0 && graph.text && loss && keep_every);
-        REQUIRE(pk_optimizer_format(&optimizer, line, sizeof line) == PK_OK);
-        REQUIRE(pk_optimizer_parse(&context, line, &again) == PK_OK);
+        FUZZ_REQUIRE(graph.parameters > 0 && graph.text && loss && keep_every);
+        FUZZ_REQUIRE(pk_optimizer_format(&optimizer, line, sizeof line) == PK_OK);
+        FUZZ_REQUIRE(pk_optimizer_parse(&context, line, &again) == PK_OK);
     } else {
-        REQUIRE(strncmp(context.message, "run.txt line ", 13) == 0);
-        REQUIRE(!graph.nodes && !graph.text);
+        FUZZ_REQUIRE(strncmp(context.message, "run.txt line ", 13) == 0);
+        FUZZ_REQUIRE(!graph.nodes && !graph.text);
     }
     pk_graph_release(&context, &graph);
-    REQUIRE(context.memory_used == 0);
+    FUZZ_REQUIRE(context.memory_used == 0);
     return 0;
 }
