@@ -35,6 +35,14 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
         set_tests_properties(${test}.${variant} PROPERTIES LABELS ${variant} TIMEOUT 600
             ENVIRONMENT "PATHKERNEL_DECOMPOSE=$<TARGET_FILE:pathkernel-decompose>")
     endforeach()
+    # Calls that tests/failing_calls.h makes fail.
+    if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+        set(calls open openat close read pread write pwrite rename renameat fsync fdatasync ftruncate mkdir mkdirat fstat
+            flock mmap malloc calloc realloc aligned_alloc posix_memalign)
+        list(TRANSFORM calls PREPEND "-Wl,--wrap=")
+        target_link_options(test_corpus_${variant} PRIVATE ${calls})
+        target_compile_definitions(test_corpus_${variant} PRIVATE FAILING_CALLS)
+    endif()
 endforeach()
 
 # ---- Random runs of all kinds against brute force: a few here, any number by hand (tests/bounds_campaign.c).

@@ -30,6 +30,15 @@
         }                                                                                  \
     } while (0)
 
+/* Told when the code under test begins (1) and ends (0), where somebody wants to know (failing_calls.h). */
+static void (*fuzz_inside)(int begins);
+
+static inline void fuzz_tell_inside(int begins)
+{
+    if (fuzz_inside)
+        fuzz_inside(begins);
+}
+
 /* The bytes of an input that choose, one by one; zeros behind the end. */
 typedef struct fuzz_bytes {
     const uint8_t *at;

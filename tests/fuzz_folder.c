@@ -114,7 +114,9 @@ static pk_status fuzz_train(pk_context *context, const fuzz_run *from, size_t st
     options.record_float32 = from->float32 || sizeof(pk_real) == sizeof(float);
     options.record_second_moments = from->moments;
     options.keep_every = from->keep_every;
+    fuzz_tell_inside(1);
     pk_status status = pk_train(context, &graph, &train, &options, weights, NULL);
+    fuzz_tell_inside(0);
     pk_graph_release(context, &graph);
     return status;
 }

@@ -162,9 +162,11 @@ static int fuzz_program_call(int count, char **words)
     }
     for (int i = 0; i < 5; i++)
         (void)sigaction(numbers[i], NULL, &actions[i]);
+    fuzz_tell_inside(1);
     int status = fuzz_program_main(count, words);
     fflush(stdout);
     fflush(stderr);
+    fuzz_tell_inside(0);
     clearerr(stdout);
     clearerr(stderr);
     for (int i = 0; i < 5; i++)

@@ -1,5 +1,6 @@
 /* Every input that the fuzz targets start from, and every one that ever failed (tests/corpus/regressions), without
- * libFuzzer: in each configuration that the tests run in. */
+ * libFuzzer: in each configuration that the tests run in. Then the same program and the same training with system calls
+ * and allocations that fail, one after another. */
 #include "fuzz.h"
 #include "fuzz_targets.h"
 #include <setjmp.h>
@@ -40,7 +41,7 @@ static size_t run_folder(const fuzz_target *target, const char *folder)
         size_t size = 0;
         uint8_t *bytes = fuzz_read_file(names[i], &size);
         assert_non_null(bytes);
-        fprintf(stderr, "%s\n", names[i]); /* the last one, where it ends in a crash */
+        fprintf(stderr, "%s\n", names[i]);                   /* the last one, where it ends in a crash */
         uint8_t *exact = (uint8_t *)malloc(size ? size : 1); /* so that a sanitizer sees a read past it */
         assert_non_null(exact);
         if (size)
@@ -63,14 +64,223 @@ static void run_target(void **state)
     (void)run_folder(target, folder);
 }
 
+#ifdef FAILING_CALLS
+#include "failing_calls.h"
+
+/* ---- calls that fail --------------------------------------------------------------------------------------- */
+
+static const char *const mode_names[FAIL_MODES] = {"ENOSPC", "EIO from there on", "ENOMEM", "EINTR", "half"};
+
+/* All files of a folder that are results, in one string of bytes: name, size, contents; sorted by name. */
+typedef struct snapshot {
+    uint8_t *bytes;
+    size_t size, files;
+    size_t rows; /* of every array, or SIZE_MAX where they differ */
+} snapshot;
+
+static int is_result(const struct dirent *entry)
+{
+    const size_t length = strlen(entry->d_name);
+    return length > 4 && strcmp(entry->d_name + length - 4, ".npy") == 0;
+}
+
+/* rows: take no more of each array; SIZE_MAX: the files as they are. */
+static snapshot take_snapshot(const char *folder, size_t rows)
+{
+    snapshot taken = {NULL, 0, 0, 0};
+    struct dirent **entries = NULL;
+    int count = scandir(folder, &entries, is_result, alphasort);
+    for (int i = 0; i < count; i++) {
+        pk_array array;
+        char path[700];
+        snprintf(path, sizeof path, "%s/%s", folder, entries[i]->d_name);
+        if (pk_array_map(NULL, path, 0, &array) != PK_OK)
+            fail_msg("%s is no whole array", path);
+        const size_t there = array.shape[0], wanted = rows < there ? rows : there;
+        const size_t name = strlen(entries[i]->d_name),
+                     size = wanted * array.row_items * pk_type_size(array.type);
+        taken.bytes = (uint8_t *)realloc(taken.bytes, taken.size + name + size);
+        assert_non_null(taken.bytes);
+        memcpy(taken.bytes + taken.size, entries[i]->d_name, name);
+        if (size)
+            memcpy(taken.bytes + taken.size + name, array.data, size);
+        taken.size += name + size;
+        taken.rows = !taken.files || taken.rows == there ? there : SIZE_MAX;
+        taken.files++;
+        pk_array_release(NULL, &array);
+        free(entries[i]);
+    }
+    free(entries);
+    return taken;
+}
+
+static int same_snapshot(const snapshot *a, const snapshot *b)
+{
+    return a->files == b->files && a->size == b->size && (!a->size || memcmp(a->bytes, b->bytes, a->size) == 0);
+}
+
+static int open_descriptors(void)
+{
+    int count = 0;
+    for (int i = 0; i < 200; i++)
+        count += fcntl(i, F_GETFD) >= 0;
+    return count;
+}
+
+static void arm(int begins)
+{
+    failing.armed = begins && failing.wanted;
+}
+
+static int run_program(const char *network, const char *more)
+{
+    char words[12][40] = {"pathkernel-decompose", "",  "--inputs", "x.npy", "--out", "out", "--threads", "1",
+                          "--rows-at-once",       "1", "",         ""};
+    char *arguments[13];
+    snprintf(words[1], sizeof words[1], "%s", network);
+    snprintf(words[10], sizeof words[10], "%s", more);
+    int count = *more ? 11 : 10;
+    for (int i = 0; i < count; i++)
+        arguments[i] = words[i];
+    arguments[count] = NULL;
+    return fuzz_program_call(count, arguments);
+}
+
+/* Whatever fails: the older results whole, the new ones whole, so many rows of the new ones as the message says, or
+ * none; one sentence; no descriptor is left open. */
+static void test_program_calls_fail(void **state)
+{
+    static char told[FUZZ_TOLD], complained[FUZZ_TOLD];
+    size_t sites = 0;
+    (void)state;
+    fuzz_program_begin();
+    int before = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    assert_true(before >= 0 && fchdir(fuzz_home) == 0);
+    for (int older = 0; older < 2; older++) {
+        snapshot old = {NULL, 0, 0, 0}, whole;
+        assert_int_equal(run_program("relu", ""), 0);
+        whole = take_snapshot("out", SIZE_MAX);
+        assert_true(whole.files >= 6 && whole.rows == 3);
+        for (int mode = 0; mode < FAIL_MODES; mode++)
+            for (size_t at = 1;; at++) {
+                fuzz_clear("out");
+                if (older) {
+                    assert_int_equal(run_program("tanh", ""), 0);
+                    free(old.bytes);
+                    old = take_snapshot("out", SIZE_MAX);
+                }
+                const int descriptors = open_descriptors();
+                failing.mode = (failing_mode)mode;
+                failing.at = at;
+                failing.calls = 0;
+                failing.wanted = 1;
+                int status = run_program("relu", "");
+                failing.wanted = 0;
+                fuzz_take_told(0, told);
+                fuzz_take_told(1, complained);
+                const snapshot now = take_snapshot("out", SIZE_MAX);
+                const snapshot part = take_snapshot("out", now.rows);
+                const char *fault = NULL;
+                if (status < 0 || status > 2)
+                    fault = "the exit status";
+                else if (status < 2 && !same_snapshot(&now, &whole))
+                    fault = "other results, and success";
+                else if (status == 2 && !fuzz_one_line(complained))
+                    fault = "no one sentence";
+                else if (open_descriptors() != descriptors)
+                    fault = "a descriptor is left open";
+                else if (status == 2 && now.files && !same_snapshot(&now, &old)) {
+                    /* of the new ones: the same rows of all */
+                    if (now.files != whole.files || now.rows == SIZE_MAX || now.rows > 3)
+                        fault = "half published";
+                }
+                if (fault)
+                    fail_msg("%s at call %zu, %s results before: %s (status %d, %zu files): %s",
+                             mode_names[mode], at, older ? "with" : "without", fault, status, now.files,
+                             complained);
+                free(now.bytes);
+                free(part.bytes);
+                if (failing.calls < at)
+                    break;
+                sites++;
+            }
+        free(old.bytes);
+        free(whole.bytes);
+        fuzz_clear("out");
+    }
+    print_message("%zu calls of the program failed, one at a time\n", sites);
+    fuzz_tidy();
+    assert_int_equal(fchdir(before), 0);
+    close(before);
+}
+
+/* Whatever fails while a run is recorded or resumed: what was recorded opens, and a resume gives the bits of a run that
+ * nothing befell. */
+static void test_training_calls_fail(void **state)
+{
+    size_t sites = 0;
+    (void)state;
+    for (size_t number = 0; number < FUZZ_RUNS; number++) {
+        const fuzz_original *whole = fuzz_original_run(number);
+        for (int mode = 0; mode < FAIL_MODES; mode++)
+            for (size_t at = 1;; at++) {
+                pk_context context;
+                memset(&context, 0, sizeof context);
+                context.threads = 1;
+                fuzz_clear(fuzz_run_path(""));
+                const int descriptors = open_descriptors();
+                failing.mode = (failing_mode)mode;
+                failing.at = at;
+                failing.calls = 0;
+                failing.wanted = 1;
+                pk_status status = fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS);
+                failing.wanted = 0;
+                if (status && (!context.message[0] || strchr(context.message, '\n')))
+                    fail_msg("run %zu, %s at call %zu: '%s'", number, mode_names[mode], at, context.message);
+                if (context.memory_used || open_descriptors() != descriptors)
+                    fail_msg("run %zu, %s at call %zu: something is left open", number, mode_names[mode], at);
+                const int coarse = fuzz_runs[number].float32 && sizeof(pk_real) > sizeof(float);
+                pk_status again = coarse ? PK_OK : fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS);
+                if (again)
+                    fail_msg("run %zu, %s at call %zu: no resume: %s", number, mode_names[mode], at,
+                             context.message);
+                for (int f = 0; f < FUZZ_FILES && !coarse; f++) {
+                    size_t size;
+                    uint8_t *bytes = fuzz_read_file(fuzz_run_path(fuzz_run_files[f]), &size);
+                    if (!bytes != !whole->bytes[f] || size != whole->size[f] ||
+                        (bytes && memcmp(bytes, whole->bytes[f], size) != 0))
+                        fail_msg("run %zu, %s at call %zu: %s differs", number, mode_names[mode], at,
+                                 fuzz_run_files[f]);
+                    free(bytes);
+                }
+                if (failing.calls < at)
+                    break;
+                sites++;
+            }
+    }
+    fuzz_clear(fuzz_run_path(""));
+    print_message("%zu calls of training and resuming failed, one at a time\n", sites);
+}
+#endif
+
 int main(void)
 {
-    struct CMUnitTest tests[FUZZ_TARGETS];
+    struct CMUnitTest tests[FUZZ_TARGETS + 2];
+    size_t count = FUZZ_TARGETS;
     memset(tests, 0, sizeof tests);
+#ifdef FAILING_CALLS
+    fuzz_inside = arm;
+    tests[count].name = "the program's calls fail";
+    tests[count++].test_func = test_program_calls_fail;
+    tests[count].name = "training's calls fail";
+    tests[count++].test_func = test_training_calls_fail;
+#else
+    print_message("left out: calls that fail; that takes Linux and a linker that wraps them\n");
+#endif
     for (size_t i = 0; i < FUZZ_TARGETS; i++) {
         tests[i].name = fuzz_targets[i].name;
         tests[i].test_func = run_target;
         tests[i].initial_state = (void *)(uintptr_t)&fuzz_targets[i];
     }
-    return cmocka_run_group_tests_name("corpus", tests, NULL, NULL);
+    return _cmocka_run_group_tests("corpus", tests, count, NULL, NULL);
 }
