@@ -7,6 +7,7 @@
 #include <stdarg.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 
 typedef enum failing_mode {
     FAIL_DISK,   /* ENOSPC, that one call */
@@ -14,7 +15,9 @@ typedef enum failing_mode {
     FAIL_MEMORY, /* ENOMEM: allocations and mappings */
     FAIL_SIGNAL, /* EINTR, that one call */
     FAIL_SHORT,  /* half of what was to be read or written */
-    FAIL_MODES
+    FAIL_MODES,
+    FAIL_KILLED = FAIL_MODES, /* the process is killed in front of that call */
+    FAIL_TORN                 /* and after half of what was to be written */
 } failing_mode;
 
 static struct {
@@ -29,14 +32,17 @@ enum { CALL_WRITES = 1, CALL_WAITS = 2, CALL_ALLOCATES = 4, CALL_COUNTED = 8, CA
 /* Whether this call fails; errno is set then. */
 static int failing_here(int kind)
 {
-    static const int reasons[FAIL_MODES] = {ENOSPC, EIO, ENOMEM, EINTR, 0};
-    static const int kinds[FAIL_MODES] = {CALL_FILE, CALL_FILE, CALL_ALLOCATES, CALL_WAITS, CALL_COUNTED};
+    static const int reasons[] = {ENOSPC, EIO, ENOMEM, EINTR, 0, 0, 0};
+    static const int kinds[] = {CALL_FILE,    CALL_FILE, CALL_ALLOCATES, CALL_WAITS,
+                                CALL_COUNTED, CALL_FILE, CALL_COUNTED};
     if (!failing.armed || !(kind & kinds[failing.mode]))
         return 0;
     failing.calls++;
     if (failing.calls != failing.at &&
         !(failing.mode == FAIL_BROKEN && failing.calls > failing.at && failing.at && (kind & CALL_WRITES)))
         return 0;
+    if (failing.mode == FAIL_KILLED)
+        (void)kill(getpid(), SIGKILL);
     errno = reasons[failing.mode];
     return 1;
 }
@@ -104,7 +110,12 @@ int __wrap_close(int file)
     {                                                                                       \
         if (!failing_here(CALL_FILE | CALL_WAITS | (size > 1 ? CALL_COUNTED : 0) | (kind))) \
             return __real_##name arguments;                                                 \
-        return failing.mode == FAIL_SHORT ? __real_##name half : -1;                        \
+        if (failing.mode < FAIL_SHORT)                                                      \
+            return -1;                                                                      \
+        ssize_t done = __real_##name half;                                                  \
+        if (failing.mode == FAIL_TORN)                                                      \
+            (void)kill(getpid(), SIGKILL);                                                  \
+        return done;                                                                        \
     }
 FAILING_TRANSFER(read, (int file, void *to, size_t size), (file, to, size), (file, to, size / 2), 0)
 FAILING_TRANSFER(pread, (int file, void *to, size_t size, off_t at), (file, to, size, at),

@@ -82,6 +82,16 @@ static pk_status fuzz_tables(void *user, pk_context *context, const char *name, 
     return PK_OK;
 }
 
+static volatile size_t *fuzz_acknowledged; /* steps that were told to be recorded; NULL: nobody wants to know */
+
+static int fuzz_acknowledge(void *user, size_t step, double objective, const pk_real *weights)
+{
+    (void)user, (void)objective, (void)weights;
+    if (fuzz_acknowledged)
+        *fuzz_acknowledged = step + 1;
+    return 0;
+}
+
 /* Trains the run in the folder up to some steps, as at first or resumed. */
 static pk_status fuzz_train(pk_context *context, const fuzz_run *from, size_t steps)
 {
@@ -114,6 +124,7 @@ static pk_status fuzz_train(pk_context *context, const fuzz_run *from, size_t st
     options.record_float32 = from->float32 || sizeof(pk_real) == sizeof(float);
     options.record_second_moments = from->moments;
     options.keep_every = from->keep_every;
+    options.on_step = fuzz_acknowledge;
     fuzz_tell_inside(1);
     pk_status status = pk_train(context, &graph, &train, &options, weights, NULL);
     fuzz_tell_inside(0);

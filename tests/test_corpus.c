@@ -1,6 +1,6 @@
 /* Every input that the fuzz targets start from, and every one that ever failed (tests/corpus/regressions), without
  * libFuzzer: in each configuration that the tests run in. Then the same program and the same training with system calls
- * and allocations that fail, one after another. */
+ * and allocations that fail, one after another, and with kills in front of each. */
 #include "fuzz.h"
 #include "fuzz_targets.h"
 #include <setjmp.h>
@@ -214,6 +214,19 @@ static void test_program_calls_fail(void **state)
     close(before);
 }
 
+/* The run in the folder has the bytes of the original. */
+static void check_run_files(size_t number, const fuzz_original *whole, const char *fate, size_t at)
+{
+    for (int f = 0; f < FUZZ_FILES; f++) {
+        size_t size;
+        uint8_t *bytes = fuzz_read_file(fuzz_run_path(fuzz_run_files[f]), &size);
+        if (!bytes != !whole->bytes[f] || size != whole->size[f] ||
+            (bytes && memcmp(bytes, whole->bytes[f], size) != 0))
+            fail_msg("run %zu, %s at call %zu: %s differs", number, fate, at, fuzz_run_files[f]);
+        free(bytes);
+    }
+}
+
 /* Whatever fails while a run is recorded or resumed: what was recorded opens, and a resume gives the bits of a run that
  * nothing befell. */
 static void test_training_calls_fail(void **state)
@@ -244,15 +257,8 @@ static void test_training_calls_fail(void **state)
                 if (again)
                     fail_msg("run %zu, %s at call %zu: no resume: %s", number, mode_names[mode], at,
                              context.message);
-                for (int f = 0; f < FUZZ_FILES && !coarse; f++) {
-                    size_t size;
-                    uint8_t *bytes = fuzz_read_file(fuzz_run_path(fuzz_run_files[f]), &size);
-                    if (!bytes != !whole->bytes[f] || size != whole->size[f] ||
-                        (bytes && memcmp(bytes, whole->bytes[f], size) != 0))
-                        fail_msg("run %zu, %s at call %zu: %s differs", number, mode_names[mode], at,
-                                 fuzz_run_files[f]);
-                    free(bytes);
-                }
+                if (!coarse)
+                    check_run_files(number, whole, mode_names[mode], at);
                 if (failing.calls < at)
                     break;
                 sites++;
@@ -261,11 +267,145 @@ static void test_training_calls_fail(void **state)
     fuzz_clear(fuzz_run_path(""));
     print_message("%zu calls of training and resuming failed, one at a time\n", sites);
 }
+
+/* ---- kills ------------------------------------------------------------------------------------------------- */
+
+/* A child that is killed at that call; returns 0 where it came to its end instead. */
+static int killed_child(failing_mode mode, size_t at, void (*act)(size_t number), size_t number)
+{
+    int status = 0;
+    fflush(stdout);
+    fflush(stderr);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        failing.mode = mode;
+        failing.at = at;
+        failing.calls = 0;
+        failing.wanted = 1;
+        act(number);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
+        return 1;
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    return 0;
+}
+
+static void act_program(size_t number)
+{
+    (void)number;
+    if (run_program("relu", "") != 0)
+        _exit(1);
+}
+
+/* Killed in front of each call of its own, or inside a write: the older results whole, or the new ones, or none; and the
+ * next job is not in the way of what is left. */
+static void test_program_killed(void **state)
+{
+    size_t kills = 0;
+    (void)state;
+    fuzz_program_begin();
+    int before = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    assert_true(before >= 0 && fchdir(fuzz_home) == 0);
+    assert_int_equal(run_program("relu", ""), 0);
+    const snapshot whole = take_snapshot("out", SIZE_MAX);
+    for (int older = 0; older < 2; older++)
+        for (int mode = FAIL_KILLED; mode <= FAIL_TORN; mode++)
+            for (size_t at = 1;; at++) {
+                snapshot old = {NULL, 0, 0, 0};
+                fuzz_clear("out");
+                if (older) {
+                    assert_int_equal(run_program("tanh", ""), 0);
+                    old = take_snapshot("out", SIZE_MAX);
+                }
+                const int killed = killed_child((failing_mode)mode, at, act_program, 0);
+                const snapshot now = take_snapshot("out", SIZE_MAX);
+                if (!same_snapshot(&now, &whole) && (killed ? !same_snapshot(&now, &old) : 1))
+                    fail_msg("killed at call %zu%s: %zu files are neither the %zu older ones nor the new ones",
+                             at, mode == FAIL_TORN ? ", after half of it" : "", now.files, old.files);
+                assert_int_equal(run_program("relu", ""), 0);
+                const snapshot again = take_snapshot("out", SIZE_MAX);
+                assert_true(same_snapshot(&again, &whole));
+                free(now.bytes);
+                free(old.bytes);
+                free(again.bytes);
+                if (!killed)
+                    break;
+                kills++;
+            }
+    free(whole.bytes);
+    print_message("%zu kills, no mixture\n", kills);
+    fuzz_tidy();
+    assert_int_equal(fchdir(before), 0);
+    close(before);
+}
+
+static void act_train(size_t number)
+{
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    context.threads = 1;
+    if (fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS) != PK_OK)
+        _exit(1);
+}
+
+/* Killed in front of each call, or inside a write, then resumed and killed again at the next one: no step that was
+ * acknowledged is lost, and in the end the bits are those of a run that nothing befell. */
+static void test_training_killed(void **state)
+{
+    size_t kills = 0, acknowledged = 0;
+    void *shared = mmap(NULL, sizeof(size_t), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    (void)state;
+    assert_true(shared != MAP_FAILED);
+    for (size_t number = 0; number < FUZZ_RUNS; number++) {
+        const fuzz_original *whole = fuzz_original_run(number);
+        if (fuzz_runs[number].float32 && sizeof(pk_real) > sizeof(float))
+            continue; /* cannot be resumed */
+        for (int mode = FAIL_KILLED; mode <= FAIL_TORN; mode++)
+            for (size_t at = 1;; at++) {
+                pk_context context;
+                pk_run run;
+                size_t last = 0;
+                int killed = 1;
+                memset(&context, 0, sizeof context);
+                context.threads = 1;
+                fuzz_clear(fuzz_run_path(""));
+                for (int again = 0; again < 3 && killed; again++) {
+                    fuzz_acknowledged = (volatile size_t *)shared;
+                    *fuzz_acknowledged = last;
+                    killed = killed_child((failing_mode)mode, at + 3 * (size_t)again, act_train, number);
+                    last = *fuzz_acknowledged;
+                    fuzz_acknowledged = NULL;
+                    kills += (size_t)killed;
+                    memset(&run, 0, sizeof run);
+                    pk_status status = pk_run_open(&context, fuzz_run_path(""), &run);
+                    if (status ? last > 0 : run.steps < last)
+                        fail_msg(
+                            "run %zu, killed at call %zu: %zu steps were acknowledged, and %zu are there: %s",
+                            number, at, last, status ? 0 : run.steps, context.message);
+                    if (status == PK_OK)
+                        pk_run_release(&context, &run);
+                    acknowledged += last;
+                }
+                if (fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS) != PK_OK)
+                    fail_msg("run %zu, killed at call %zu: no resume: %s", number, at, context.message);
+                check_run_files(number, whole, "killed", at);
+                if (!killed)
+                    break;
+            }
+    }
+    (void)munmap(shared, sizeof(size_t));
+    fuzz_clear(fuzz_run_path(""));
+    assert_true(acknowledged > 0);
+    print_message("%zu kills of training and resuming, no step lost of %zu\n", kills, acknowledged);
+}
 #endif
 
 int main(void)
 {
-    struct CMUnitTest tests[FUZZ_TARGETS + 2];
+    struct CMUnitTest tests[FUZZ_TARGETS + 4];
     size_t count = FUZZ_TARGETS;
     memset(tests, 0, sizeof tests);
 #ifdef FAILING_CALLS
@@ -274,6 +414,10 @@ int main(void)
     tests[count++].test_func = test_program_calls_fail;
     tests[count].name = "training's calls fail";
     tests[count++].test_func = test_training_calls_fail;
+    tests[count].name = "the program is killed";
+    tests[count++].test_func = test_program_killed;
+    tests[count].name = "training is killed";
+    tests[count++].test_func = test_training_killed;
 #else
     print_message("left out: calls that fail; that takes Linux and a linker that wraps them\n");
 #endif
