@@ -128,7 +128,7 @@ FIXTURE void fixture_clear(const char *directory)
     if (!entries)
         return;
     for (struct dirent *entry; (entry = readdir(entries)) != NULL;) {
-        char path[600];
+        char path[900];
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
             continue;
         snprintf(path, sizeof path, "%s/%s", directory, entry->d_name);
