@@ -304,6 +304,15 @@ FIXTURE uint64_t fixture_hash(uint64_t hash, size_t count, const double *values)
     return hash;
 }
 
+FIXTURE uint64_t fixture_hash_reals(uint64_t hash, size_t count, const pk_real *values)
+{
+    for (size_t i = 0; i < count; i++) {
+        const double value = (double)values[i];
+        hash = fixture_hash(hash, 1, &value);
+    }
+    return hash;
+}
+
 /* Of every number of a decomposition; parts in order give the hash of the whole. */
 FIXTURE void fixture_hash_rows(const pk_decomposition *d, uint64_t *hash /* by row */)
 {

@@ -1,4 +1,5 @@
-/* The same bits for 1, 2, 3 and 5 threads, for any memory limit, and from run to run. */
+/* The same bits for 1, 2, 3 and 5 threads, for any memory limit, and from run to run; for 1 to 16 threads of every kind
+ * of network: recorded, replayed, decomposed by examples and by groups, in kernels and in second derivatives. */
 #include "fixture.h"
 
 typedef struct subject {
@@ -171,12 +172,136 @@ static void test_windows(void **state)
     free(inputs);
 }
 
+/* ---- every number of threads, every kind of network -------------------------------------------------------- */
+
+enum { KIND_EXAMPLES = 150, KIND_ROWS = 40, KIND_STEPS = 5, KIND_GROUPS = 4 };
+
+typedef struct kind {
+    const char *network, *optimizer;
+    size_t keep_every, batch;
+    int tokens; /* inputs are whole numbers below this; 0: real numbers */
+} kind;
+
+/* Trains, replays, decomposes and compares inputs with so many threads; the hash of every number that comes out. */
+static uint64_t everything(const kind *k, int threads)
+{
+    pk_context context;
+    pk_graph graph;
+    pk_run run;
+    pk_replay replay;
+    pk_train_options options;
+    pk_decompose_options by;
+    pk_decomposition out;
+    uint64_t hash = 1, rows[KIND_ROWS];
+    int64_t labels[KIND_EXAMPLES], groups[KIND_EXAMPLES];
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    memset(&options, 0, sizeof options);
+    memset(&by, 0, sizeof by);
+    context.threads = threads;
+    assert_ok(&context, pk_network_parse(&context, k->network, &graph));
+    const size_t P = graph.parameters, D = graph.input_width, C = graph.output_width;
+    pk_real *x = fixture_normals(3, KIND_EXAMPLES * D, 1), *w = FIXTURE_NEW(pk_real, P),
+            *v = fixture_normals(5, P, 1), *product = FIXTURE_NEW(pk_real, P),
+            *gram = FIXTURE_NEW(pk_real, KIND_ROWS * C * KIND_ROWS * C);
+    for (size_t i = 0; k->tokens && i < KIND_EXAMPLES * D; i++)
+        x[i] = (pk_real)((int)(fabs((double)x[i]) * 1000) % k->tokens);
+    for (size_t i = 0; i < KIND_EXAMPLES; i++) {
+        labels[i] = (int64_t)(i * 7 % C);
+        groups[i] = (int64_t)(i % KIND_GROUPS);
+    }
+    const size_t shape[2] = {KIND_EXAMPLES, D};
+    pk_dataset train;
+    train.inputs = pk_array_view(REAL_TYPE, 2, shape, x);
+    train.targets = pk_array_view(PK_INT64, 1, shape, labels);
+    assert_ok(&context, pk_network_initialize(&context, &graph, 4, w));
+    assert_ok(&context, pk_optimizer_parse(&context, k->optimizer, &options.optimizer));
+    options.loss = PK_SOFTMAX_CROSS_ENTROPY;
+    options.schedule.rate = 0.01;
+    options.steps = KIND_STEPS;
+    options.batch_size = k->batch;
+    options.clip_norm = 0.7;
+    options.keep_every = k->keep_every;
+    options.record = fixture_run_path;
+    options.replace = 1;
+    assert_ok(&context, pk_train(&context, &graph, &train, &options, w, NULL));
+    hash = fixture_hash_reals(hash, P, w);
+
+    assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
+    assert_ok(&context, pk_replay_prepare(&context, &run, 2, &replay));
+    for (size_t s = KIND_STEPS + 1; s-- > 0;) {
+        assert_ok(&context, pk_replay_weights(&context, &replay, s, w));
+        hash = fixture_hash_reals(hash, P, w);
+    }
+    pk_replay_release(&context, &replay);
+    by.keep[1] = PK_BY_STEP | PK_BY_LAYER;
+    by.tolerance = 1e3;
+    for (int grouped = 0; grouped < 2; grouped++) {
+        by.keep[0] = grouped ? PK_BY_GROUP | PK_BY_STEP : PK_BY_EXAMPLE;
+        by.groups = grouped ? groups : NULL;
+        by.group_count = grouped ? KIND_GROUPS : 0;
+        assert_ok(&context, pk_decompose(&context, &run, pk_matrix_view(x, KIND_ROWS, D), &by, &out));
+        fixture_hash_rows(&out, rows);
+        for (size_t r = 0; r < KIND_ROWS; r++)
+            hash = (hash ^ rows[r]) * 0x100000001b3u;
+        pk_decomposition_release(&context, &out);
+    }
+    pk_run_release(&context, &run);
+
+    const pk_matrix all = pk_matrix_view(x, KIND_ROWS, D), none = pk_matrix_view(NULL, 0, 0);
+    assert_ok(&context, pk_kernel_ntk(&context, &graph, w, all, none,
+                                      pk_matrix_view(gram, KIND_ROWS * C, KIND_ROWS * C)));
+    hash = fixture_hash_reals(hash, KIND_ROWS * C * KIND_ROWS * C, gram);
+    assert_ok(&context, pk_kernel_ntk_trace(&context, &graph, w, all, pk_matrix_view(x + D, KIND_ROWS / 2, D),
+                                            pk_matrix_view(gram, KIND_ROWS, KIND_ROWS / 2)));
+    hash = fixture_hash_reals(hash, KIND_ROWS * (KIND_ROWS / 2), gram);
+    int64_t items[KIND_EXAMPLES];
+    for (size_t i = 0; i < KIND_EXAMPLES; i++)
+        items[i] = (int64_t)i;
+    const pk_batch batch = {KIND_EXAMPLES, items, NULL};
+    assert_ok(&context, pk_hessian_product(&context, &graph, options.loss, w, &train, &batch, v, product));
+    hash = fixture_hash_reals(hash, P, product);
+    assert_ok(&context, pk_gauss_newton_product(&context, &graph, options.loss, w, &train, &batch, v, product));
+    hash = fixture_hash_reals(hash, P, product);
+    free(x), free(w), free(v), free(product), free(gram);
+    pk_graph_release(&context, &graph);
+    assert_int_equal(context.memory_used, 0);
+    return hash;
+}
+
+static void test_every_kind(void **state)
+{
+    static const kind kinds[] = {
+        {"input 5; dense 9; tanh; dense 8; relu; dense 3", "adamw weight_decay=0.1", 2, 0, 0},
+        {"input 2x6x6; conv 4 3x3 pad=1 groups=2; relu; max_pool 2x2; residual( conv 4 3x3 pad=1; relu ); conv "
+         "4 2x2; "
+         "flatten; dense 3",
+         "sgd momentum=0.9 weight_decay=0.01", 1, 70, 0},
+        {"input 2x5x5; conv 3 3x3 stride=2 pad=1; gelu; avg_pool 2x2; flatten; dense 3", "adam", 3, 0, 0},
+        {"input 5; embedding 7 4; position; residual( layer_norm; attention 2 causal ); layer_norm; "
+         "mean_tokens; dense 3",
+         "adamw", 2, 0, 7},
+        {"input 4x3; dense 4; attention 1 shared; tanh; flatten; dense 5; rms_norm; dense 3", "sgd", 1, 60, 0},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        const uint64_t one = everything(&kinds[i], 1);
+        for (int threads = 2; threads <= 16; threads++)
+            if (everything(&kinds[i], threads) != one)
+                fail_msg("%s, %s: %d threads give other bits than 1", kinds[i].network, kinds[i].optimizer,
+                         threads);
+        if (one == everything(&kinds[(i + 1) % (sizeof kinds / sizeof *kinds)], 1))
+            fail_msg("the hash sees nothing");
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bits),
         cmocka_unit_test(test_readout_and_rules),
         cmocka_unit_test(test_windows),
+        cmocka_unit_test(test_every_kind),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
