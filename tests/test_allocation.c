@@ -746,7 +746,7 @@ static size_t look_up(const char *path)
         while (begin[-1] == '_' || (begin[-1] >= 'a' && begin[-1] <= 'z') ||
                (begin[-1] >= '0' && begin[-1] <= '9'))
             begin--;
-        if (strncmp(open, "(pk_context *context", 20) != 0 || strncmp(begin, "pk_safetensors_", 15) == 0)
+        if (strncmp(open, "(pk_context *context", 20) != 0)
             continue;
         snprintf(name, sizeof name, "%.*s", (int)(open - begin), begin);
         int found = 0;
