@@ -8,6 +8,19 @@
 #include <sys/wait.h>
 #include "fixture.h"
 
+/* A sanitizer's frames are larger. */
+#ifdef __has_feature
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define SMALL_STACK "OMP_STACKSIZE=2M"
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#define SMALL_STACK "OMP_STACKSIZE=2M"
+#endif
+#ifndef SMALL_STACK
+#define SMALL_STACK "OMP_STACKSIZE=64K"
+#endif
+
 static char program[1000], run_path[300], inputs_path[300], plain_path[300], out_path[300];
 
 /* Runs the program with these variables (blanks between, ',' inside of values) and none other of their kind. */
@@ -79,7 +92,7 @@ static void test_environments(void **state)
         "OMP_MAX_ACTIVE_LEVELS=0",
         "OMP_PROC_BIND=true OMP_PLACES=threads OMP_NUM_THREADS=4",
         "OMP_PLACES={0},{99999} OMP_PROC_BIND=spread",
-        "OMP_STACKSIZE=64K OMP_NUM_THREADS=4",
+        SMALL_STACK " OMP_NUM_THREADS=4",
         "OMP_STACKSIZE=nonsense",
         "OMP_SCHEDULE=guided,7 OMP_CANCELLATION=true",
         "OMP_WAIT_POLICY=active OMP_NUM_THREADS=3",
