@@ -39,7 +39,6 @@
  *   autodiff            products with Jacobians and Hessians, Jacobians, gradients by example
  *   optimizer           update rules, schedules, clipping, and their linear form
  *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
- *   safetensors         final weights as safetensors, read and written
  * extended
  *   matrix, random      matrix products; counter-based random numbers
  *   graph, operation    the static graph behind a network; its operations, and how to add one
@@ -182,10 +181,11 @@ PK__BEGIN_C
     X(PK_NOT_FINITE, 9, "a NaN or an infinity where a finite number is needed") \
     X(PK_NOT_CLOSED, 10, "computed, but the closure exceeds the tolerance")     \
     X(PK_CANCELLED, 11, "cancelled by the caller")                              \
-    X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")
+    X(PK_NOT_REPRODUCED, 12, "replaying recorded steps gave other bits")        \
+    X(PK_UNATTRIBUTED, 13, "computed, but the declared training does not explain the weights")
 
 #define PK__STATUS_ENUM(name, value, text) name = value,
-typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 13 } pk_status;
+typedef enum pk_status { PK_STATUS_LIST(PK__STATUS_ENUM) PK__STATUS_LAST = 14 } pk_status;
 #undef PK__STATUS_ENUM
 
 /* One short lower-case phrase for a status; never NULL. pk_message() (context.h) has the details. */
@@ -371,17 +371,32 @@ PK__END_C
 
 /* pathkernel/array.h: n-dimensional arrays in NumPy's .npy files: mapped, written, grown by whole rows.
  *
- * Files are little-endian, in C order, of four item types. They are regular files: a pipe or a directory is
- * refused. Every size in a file is checked against the file before it is believed. Nothing here calls fsync:
- * what a process wrote survives the process, a power cut may cost the last seconds.
+ * Files are little-endian, in C order, of floating-point numbers, integers or bools. They are regular files: a pipe or a directory is
+ * refused at once, and a symbolic link where a file is to be written; no file gets descriptor 0, 1 or 2, so that what a
+ * program prints never ends in it. Every size in a file is checked against the file before it is believed. Growing files
+ * are not synchronised: what a process wrote survives the process, a power cut may cost the last seconds.
  */
 PK__BEGIN_C
 
-typedef enum pk_type { PK_FLOAT64 = 1, PK_FLOAT32, PK_INT64, PK_UINT8 } pk_type;
+typedef enum pk_type {
+    PK_FLOAT64 = 1,
+    PK_FLOAT32,
+    PK_INT64,
+    PK_UINT8,
+    PK_INT8,
+    PK_INT16,
+    PK_INT32,
+    PK_UINT16,
+    PK_UINT32,
+    PK_BOOL /* one byte, 0 or 1 */
+} pk_type;
 
 /* Bytes of one item, and NumPy's name ("float64"); 0 and "unknown" for other values. */
 PK_API size_t pk_type_size(pk_type type);
 PK_API const char *pk_type_name(pk_type type);
+
+/* 1 for the integers and bool, whose items every int64_t holds; 0 for others. */
+PK_API int pk_type_is_integer(pk_type type);
 
 #define PK_ARRAY_RANK 8
 
@@ -398,6 +413,8 @@ typedef struct pk_array {
     void *mapping;
     size_t mapping_bytes;
     void *owned;
+    int file; /* descriptor + 1 of the file that pk_array_read reads; 0: none */
+    size_t file_offset;
 } pk_array;
 
 /* A view of memory that must outlive it. Zeroed where rank is not in [0, PK_ARRAY_RANK], the type is
@@ -414,6 +431,8 @@ PK_API size_t pk_array_length(const pk_array *array);
 /* The file may be in the middle of being appended to: its size says how many whole rows it has, not its
  * header, which may lag behind or run ahead. */
 #define PK_ARRAY_PARTIAL 1u
+/* Keep the file open, so that pk_array_read reads it and not the mapping. */
+#define PK_ARRAY_KEEP_OPEN 2u
 
 /* Maps a .npy file (versions 1.0, 2.0, 3.0) and reads its header only. Without PK_ARRAY_PARTIAL the file
  * must be exactly as long as its header says. Data that the header leaves misaligned (NumPy never does)
@@ -424,12 +443,32 @@ PK_API size_t pk_array_length(const pk_array *array);
 PK_API PK__MUST_USE pk_status pk_array_map(pk_context *context, const char *path, unsigned flags,
                                            pk_array *array);
 
+/* The same without a mapping: data is NULL, the file is open, and pk_array_read is the only way to the items. Whatever its
+ * size, it takes no memory. */
+PK_API PK__MUST_USE pk_status pk_array_open(pk_context *context, const char *path, unsigned flags,
+                                            pk_array *array);
+
 /* Gives back what the array holds, through the context it came from, and zeroes it. A zeroed array or NULL
  * is allowed. */
 PK_API void pk_array_release(pk_context *context, pk_array *array);
 
 /* out[i] = item first + i (flat index) for i < count, converted; the items must exist. */
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out);
+
+/* The same from memory or, where the array has a file that is open, from there: from several threads, too. PK_IO where the
+ * file has become shorter, which a mapping answers with SIGBUS. */
+PK_API PK__MUST_USE pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first,
+                                            size_t count, pk_real *out);
+
+/* The same as int64_t, of an array of integers or bools in memory. */
+PK_API void pk_array_integers(const pk_array *array, size_t first, size_t count, int64_t *out);
+
+/* Whether the rows of an array are what something of the shape dims[0 .. rank - 1] takes: the same dimensions in the
+ * same order, dimensions of 1 left out on both sides; or, where the rows or dims have one other dimension only, the same
+ * number of items. So rows of 1x8x6 are (M, 1, 8, 6), (M, 8, 6), (M, 8, 6, 1) or (M, 48), but not (M, 6, 8), which holds
+ * as many numbers in another order. name stands before the message. PK_SHAPE. */
+PK_API PK__MUST_USE pk_status pk_array_check_rows(pk_context *context, const pk_array *array, int rank,
+                                                  const size_t *dims, const char *name);
 
 /* Writes a whole file: path + ".tmp" first, then renamed, so that path is either as before or complete.
  * PK_ARGUMENT, PK_OVERFLOW, PK_MEMORY, PK_IO. */
@@ -476,7 +515,8 @@ PK__END_C
 /* pathkernel/dataset.h: examples with their targets: checked, gathered, read from IDX and CSV files. */
 PK__BEGIN_C
 
-/* Examples: inputs (N, D...), targets (N,) int64 labels, or (N,) or (N, C) float64 or float32. */
+/* Examples: inputs (N, D...), targets (N,) labels, or (N,) or (N, C) numbers. (N,) integers or bools are labels; any other
+ * array holds numbers. */
 typedef struct pk_dataset {
     pk_array inputs, targets;
 } pk_dataset;
@@ -488,7 +528,7 @@ PK_API size_t pk_dataset_width(const pk_dataset *dataset);
 /* Whether the data fit a network of input_width inputs and outputs outputs: at least one example, as many
  * targets as inputs, all numbers finite as pk_real. Reads all floats; O(N (D + C)). What the numbers mean,
  * also the range of labels, is the loss's: pk_loss_check.
- * PK_SHAPE, PK_UNSUPPORTED (uint8 targets), PK_NOT_FINITE, PK_ARGUMENT; messages name the row. */
+ * PK_SHAPE, PK_NOT_FINITE, PK_ARGUMENT; messages name the row. */
 PK_API PK__MUST_USE pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset,
                                                size_t input_width, size_t outputs);
 
@@ -540,7 +580,7 @@ typedef enum pk_smoothness {
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE, /* no weights */
     PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
-                         places: sum over places of cotangent (x) input, sum of cotangents */
+                         places: sum over places of cotangent (x) input, sum of cotangents. One input. */
     PK_TANGENT_ROWS /* materialised: row_gradients */
 } pk_tangent_form;
 
@@ -579,7 +619,8 @@ typedef struct pk_node {
     char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
     pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
     size_t positions, fan_in, fan_out;       /* PK_TANGENT_OUTER */
-    int layer;                               /* number among the nodes with weights, -1 without */
+    int unfolds; /* PK_TANGENT_OUTER: unfold makes the inputs of each place; 0: in[0] holds them one after the other */
+    int layer; /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
@@ -618,7 +659,8 @@ typedef struct pk_operation {
     const pk_option *options; /* what may follow the name in the network language; NULL: nothing */
     double defaults[PK_NODE_ATTRIBUTES];
     /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
-     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width.
+     * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width, and unfolds = 0
+     * where unfold would only copy in[0].
      * NULL: the first input's shape, no weights. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
@@ -635,7 +677,8 @@ typedef struct pk_operation {
     /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
      * Operations that are linear in their inputs or between kinks need none. */
     void (*curvature)(const pk_call *call);
-    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. */
+    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. A node whose
+     * `unfolds` is 0 never needs it. */
     void (*unfold)(const pk_call *call);
     int channels_first; /* values are fan_out x positions, not positions x fan_out */
     /* Whether one row of data may come in; NULL: any. The message names row and number. */
@@ -880,34 +923,6 @@ PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
 PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
                                                     pk_real *weights);
-
-PK__END_C
-
-/* pathkernel/safetensors.h: weights as a .safetensors file, as PyTorch users exchange them.
- *
- * The names are those of the state_dict of an nn.Sequential of the network's layers: layer k of the network
- * line, counted from 0 after `input`, has "k.weight" (out, in) and, unless nobias, "k.bias" (out).
- *
- * The file: 8 bytes, little-endian, the length of the header; the header, a JSON object
- *     {"__metadata__": {"format": "pt"}, "0.weight": {"dtype": "F64", "shape": [2, 3], "data_offsets": [0, 48]}, ...}
- * padded with blanks; the numbers, little-endian, in C order, without holes.
- */
-PK__BEGIN_C
-
-/* Writes the weights (P) of a graph as float64, or rounded to float32. path + ".tmp" first, then renamed: path
- * is either as before or complete. Holds the whole file in memory. PK_ARGUMENT; PK_UNSUPPORTED where an
- * operation does not say the shape of its weights; PK_NOT_FINITE names the tensor, the same where a number is
- * too large for float32; PK_MEMORY, PK_MEMORY_LIMIT, PK_OVERFLOW, PK_IO. */
-PK_API PK__MUST_USE pk_status pk_safetensors_write(pk_context *context, const char *path, const pk_graph *graph,
-                                                   const pk_real *weights, int float32);
-
-/* weights (P) = those of the file, which must hold exactly the graph's tensors, in any order, each float32 or
- * float64, all finite. weights is untouched on an error. PK_FORMAT: not a safetensors file, or one that lies;
- * PK_SHAPE: a tensor is missing, has another shape, or is not of this network; PK_UNSUPPORTED: another item
- * type, or as above; PK_NOT_FINITE; PK_ARGUMENT, PK_MEMORY, PK_MEMORY_LIMIT, PK_IO. The message names the file
- * and the tensor. */
-PK_API PK__MUST_USE pk_status pk_safetensors_read(pk_context *context, const char *path, const pk_graph *graph,
-                                                  pk_real *weights);
 
 PK__END_C
 
@@ -1202,11 +1217,11 @@ PK__END_C
  *     run.txt              the manifest: network, loss, optimizer
  *     weights.npy          (S+1, P) float32 or float64: w_0 .. w_S
  *     learning_rates.npy   (S,)     float64
- *     batch_offsets.npy    (S+1,)   int64: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
- *     batch_items.npy      (T,)     int64: rows of train_inputs.npy; a row may repeat
+ *     batch_offsets.npy    (S+1,)   integers: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
+ *     batch_items.npy      (T,)     integers: rows of train_inputs.npy; a row may repeat
  *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s| without it
- *     train_inputs.npy     (N, D...) float32, float64 or int64
- *     train_targets.npy    (N,) int64 labels, (N, C) or (N,) float
+ *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
+ *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *
@@ -1218,10 +1233,12 @@ PK__END_C
  *                          optimiser's vectors as well
  *
  * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
- * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are;
- * a reader takes the smallest number of steps that every file holds, and of a run that keeps every k-th step
- * those that can be replayed: all whose small rows are there, up to a missing row of weights. run.txt is put
- * in place last of all when a run starts, so a directory with a manifest is a run.
+ * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are. So the
+ * other files may hold the row of one step more, or a part of it, than weights.npy (checksums.npy, where the
+ * weights are not kept): a reader takes the steps that are complete. Files that differ otherwise were not left by a
+ * kill: a file is wrong (one rate for all steps), or a power cut lost what the disk had not written yet. Such a run is
+ * refused, and opened up to its shortest file only by pk_run_recover. run.txt is put in place last of all when a
+ * run starts, so a directory with a manifest is a run.
  */
 PK__BEGIN_C
 
@@ -1236,8 +1253,8 @@ typedef struct pk_run {
     pk_optimizer optimizer;
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
     size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
-    /* 1: the files hold more than the complete steps (recording was cut off inside a step); after
-     * pk_run_open, pk_message then tells which file ends first. */
+    /* 1: the files hold more than the complete steps (recording was cut off inside a step, or pk_run_recover was
+     * needed); after pk_run_open, pk_message then tells which file ends first. */
     int cut_off;
     pk_dataset train;
     pk_array weights;              /* (at least steps / k + 1, P) */
@@ -1254,11 +1271,27 @@ typedef struct pk_run {
 
 /* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
  * type and shape against the network, finite training data, targets that fit the loss, offsets that grow,
- * items in [0, N), finite rates, weights and scales. The arrays stay mapped: do not truncate them meanwhile.
+ * items in [0, N), finite rates, weights and scales. Weights, moments and states are read row by row, and an error where
+ * a file has become shorter; the other arrays stay mapped: to truncate them meanwhile is SIGBUS.
  * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
  * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
- * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. */
+ * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. PK_SHAPE where the
+ * files differ in their number of steps by more than a kill leaves, with the two counts. */
 PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
+
+/* The same, but a run whose files hold different numbers of steps is opened up to the shortest one: what is left
+ * after a power cut. run->cut_off is 1 then, and the message tells which file ends first. */
+PK_API PK__MUST_USE pk_status pk_run_recover(pk_context *context, const char *directory, pk_run *run);
+
+/* Leaves the first `steps` steps of an open run: a decomposition is then that of f(w_steps, x), to the same bits as one
+ * of a run that was recorded for so many steps. Any number up to run->steps, also between the kept steps and 0.
+ * PK_ARGUMENT where the run is shorter. */
+PK_API PK__MUST_USE pk_status pk_run_until(pk_context *context, pk_run *run, size_t steps);
+
+/* Whether the rows of inputs are what the network of a run takes, by pk_array_check_rows; where the network takes plain
+ * vectors, the rows of train_inputs.npy tell the order of the axes. name stands before the message. PK_SHAPE. */
+PK_API PK__MUST_USE pk_status pk_run_check_inputs(pk_context *context, const pk_run *run,
+                                                  const pk_array *inputs, const char *name);
 
 /* Gives everything back; *run is zeroed. A zeroed run is allowed. */
 PK_API void pk_run_release(pk_context *context, pk_run *run);
@@ -1513,9 +1546,18 @@ PK__END_C
  * at points (row, t), and the kinks of its piecewise-linear parts.
  *
  * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
- * changes are found layer by layer: sample at degree + 1 nodes of a piece that the layers below left,
- * convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there. A piece without
- * roots goes on to the next layer with the samples that it has; only what was split is sampled again.
+ * changes are found layer by layer:
+ *   1. sample the switch functions of a layer at degree + 1 nodes of a piece that the layers below left;
+ *   2. convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there;
+ *   3. a piece without roots goes on to the next layer with the samples that it has; only what was split is
+ *      sampled again.
+ * Where a smooth operation stands below, a switch function is no polynomial and the samples only interpolate it:
+ *   4. the last Chebyshev coefficients of the interpolant tell its error. Where that error leaves open how many
+ *      zeros there are, the piece is halved for this search and joined again afterwards;
+ *   5. each zero of the interpolant is moved onto the zero of the function itself by Newton steps, whose values
+ *      come from the network.
+ * Each kink carries its slack: the distance within which the switch function differs from zero by no more than
+ * its own rounding and the remaining error of step 5.
  */
 PK__BEGIN_C
 
@@ -1523,12 +1565,27 @@ PK__BEGIN_C
  * degree on each piece, and the caller must judge the pieces by their closure. */
 enum { PK_SEGMENT_DEGREE = 12 };
 
-/* Pieces of rows: [a, b] of row; slack is the uncertainty of a (0 where a is no kink). */
+/* The piece [a, b] of a row's step. A slack is how far the kink at that end may lie from it, 0 where there is no kink. */
+typedef struct pk_piece {
+    size_t row;
+    double a, b, slack_a, slack_b;
+    int joined; /* there is no kink at a: the piece in front goes on smoothly */
+    /* Of a piece that the quadrature halves, see quadrature.h: */
+    double error, size;        /* of its last test */
+    double family, reference;  /* of a piece it has come from by halving: its a and its error */
+    int age;                   /* halvings since then */
+} pk_piece;
+
 typedef struct pk_pieces {
     size_t count, capacity;
-    size_t *row;
-    double *a, *b, *slack;
+    pk_piece *piece;
 } pk_pieces;
+
+/* A zero of switch function number `at`: its place, how far it may lie from there, the function's slope and rounding. */
+typedef struct pk_root {
+    double t, slack, slope, rounding;
+    size_t at;
+} pk_root;
 
 /* One block of rows along one step; memory from an arena, one segment a thread. */
 typedef struct pk_segment {
@@ -1544,7 +1601,9 @@ typedef struct pk_segment {
     int degree;         /* of the samples: the largest of a switch function */
     size_t last_switch; /* the last node with switch functions, 0: none */
     size_t *last_read;  /* of each node: the last node that takes it */
+    int interpolates;   /* some switch function is no polynomial of that degree */
     pk_real *input_points, *switch_values, *coefficients, *conversion;
+    double tail[3][PK_SEGMENT_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
     size_t *point_row;
     pk_real *point_t;
     size_t held; /* points whose values stand in the tape: held_row, held_t */
@@ -1552,7 +1611,7 @@ typedef struct pk_segment {
     pk_real *held_t;
     pk_pieces pending, batch;            /* to be sampled */
     size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
-    double *roots;                       /* (t, slack) pairs */
+    pk_root *roots;
     size_t root_capacity;
 } pk_segment;
 
@@ -1575,22 +1634,34 @@ PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, 
                                const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
 PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
-/* to = the pieces from, split at the kinks inside them. 1, or 0 where the capacity does not suffice. Exact
+/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
  * for graphs with 0 <= degree <= PK_SEGMENT_DEGREE. Cost 4 P flops a sample. */
 PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to);
 
 PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces);
-/* Appends a piece; the caller knows that it fits. */
-PK_API void pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b, double slack);
+/* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
+PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b);
 
 PK__END_C
 
 /* pathkernel/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
  * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
  *
- * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. Its product
- * with d is known from forward passes alone: h at the end minus h at the start. The difference to the sum
- * over the nodes is the closure of a piece, and judges it.
+ * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. The adaptive rule:
+ *   1. split the step at the kinks that can be found (segment.h);
+ *   2. test each piece with n nodes. Its error is the difference between the sum over the nodes of dh/dt, and h at the
+ *      end minus h at the start, which forward passes give: the closure of the piece. It may be `target` times the
+ *      most that h has changed in a step of this row: contributions are parts of such changes, whatever the size of h;
+ *   3. the closure has a floor, the rounding of h. Where the changes are so small that the floor hides what matters, as
+ *      in tiny steps of a trained network, the difference to the rule with n + 1 nodes is the error instead: its
+ *      rounding is relative to the changes (a nested judgement);
+ *   4. a piece that misses gets one node more, up to 16; then it is halved. All pieces of a row are tested before any
+ *      is halved, and those that miss by most are halved first, since the number of halvings is limited;
+ *   5. an error that neither more nodes nor three halvings lower, in several of the eight parts, is rounding: these pieces
+ *      are accepted as they are, counted, and their errors go into the bounds. (In one or two parts only, it is a place
+ *      where h changes within a short part of the step. It is halved until that is resolved.)
+ * Depth first (one piece after the other, to its end) was rejected: where rounding makes the target unreachable, it
+ * spends all halvings at the first place where this happens.
  */
 PK__BEGIN_C
 
@@ -1639,9 +1710,10 @@ PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
 PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
                              pk_real *h, pk_real *slope);
 
-/* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the
- * weights of (a rule of higher order minus the rule), and slack[p] is how far the kinks beside the point may
- * lie from where they were found; else both are NULL. */
+/* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the weights of (a
+ * rule of higher order minus the rule), and slack[p] those with which the sizes of the gradients bound what no rule sees: how
+ * far the kinks beside the point may lie from where they were found, and what a piece left of its closure; else both are
+ * NULL. */
 typedef struct pk_points {
     size_t count;
     size_t *row;
@@ -1652,9 +1724,19 @@ typedef struct pk_points {
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
 typedef void pk_point_sink(void *user, const pk_points *points);
 
-/* What a row of a step starts with: PK_WAITS times the nodes of its pieces, plus for how many steps fewer nodes need not be
- * tried. */
+/* What a row's next step starts with: an order of PK_WAITS times the nodes of its pieces, plus for how many steps fewer
+ * nodes need not be tried. */
 enum { PK_WAITS = 8, PK_FIRST_ORDER = 2 * PK_WAITS };
+
+/* What is known of a row along the run, step after step. */
+typedef struct pk_row_state {
+    double height;        /* the largest |h| that is known */
+    double change;        /* the scale of errors: the most that h changed in one step */
+    double step_change;   /* the same of this step, as far as it is known */
+    size_t halvings;      /* of its pieces in this step */
+    unsigned char order;  /* at first PK_FIRST_ORDER */
+    unsigned char nested; /* pieces are judged by a nested rule at first */
+} pk_row_state;
 
 /* The integration of one block of rows, step after step; one a thread. */
 typedef struct pk_integrator {
@@ -1662,15 +1744,14 @@ typedef struct pk_integrator {
     pk_quadrature quadrature;
     pk_readout readout;
     size_t first_row;                          /* of the block among the test rows */
-    double target;                             /* closure a piece may have, relative to max(1, |h|) */
+    double target;                             /* the error a piece may have, relative to the change of its row */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    unsigned char *row_order;                  /* the caller's, one per row, at first PK_FIRST_ORDER */
-    pk_pieces stack, batch, pieces;
-    unsigned char *order, *passed, *next_order; /* of the pieces, of the pieces, of the rows */
-    double *missed;                             /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count;           /* the pieces that have passed, one after another */
-    size_t bisections;
-    pk_points buffer; /* points on their way to the sink */
+    pk_row_state *state;                       /* the caller's, one per row */
+    pk_pieces pending, failed, pieces;
+    unsigned char *order, *passed, *nested, *next_order; /* of the pieces, of the pieces, of the pieces, of the rows */
+    double *missed;                                      /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count;                    /* the pieces that have passed, one after another */
+    pk_points buffer;                                    /* points on their way to the sink */
     pk_real *slope, *h;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
@@ -1731,11 +1812,20 @@ enum { PK_EXAMPLE_BLOCK = 256 };
 
 PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
                              const pk_representation *representation, pk_examples *examples);
-/* to = the absolute values of from: for bounds. */
+/* Weights (P) with a random relative change of up to PK_PERTURBATION each: see pk_examples_magnitude. */
+#ifdef PATHKERNEL_FLOAT
+#define PK_PERTURBATION 1e-3
+#else
+#define PK_PERTURBATION 1e-9
+#endif
+PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed);
+/* For bounds: to, which holds the gradients at perturbed weights, becomes the absolute values of from and how strongly
+ * they depend on relative changes of the weights. pk_rounding_allowance times to then holds what rounding leaves of the
+ * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
 /* sum (P) += sum over the examples of their gradients. */
 PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
-/* The rounding allowance of a gradient, relative to its size: c eps, c = 2 sum over layers (inputs + outputs). */
+/* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK_API double pk_rounding_allowance(const pk_graph *graph);
 /* Memory of one thread to fill examples, at most rows <= PK_EXAMPLE_BLOCK at a time. */
 typedef struct pk_example_workspace {
@@ -1906,23 +1996,40 @@ PK__BEGIN_C
 enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_BY_TOTAL = 16, PK_KEPT = 8 };
 
 /* The tolerance of closures where none is given. What rounding leaves of them grows with the changes that add up: runs
- * of a few hundred steps leave about 1e-13 in double, 1e-5 in float. */
+ * of a few hundred steps leave about 1e-13 in double, 1e-5 in float. Where contributions are far smaller than the outputs,
+ * rounding of the outputs hides a closure of that part of the contributions: up to PK_CLOSURE_ROUNDING of the outputs. */
 #ifdef PATHKERNEL_FLOAT
 #define PK_TOLERANCE 1e-3
+#define PK_CLOSURE_ROUNDING 1e-4
 #else
 #define PK_TOLERANCE 1e-10
+#define PK_CLOSURE_ROUNDING 1e-11
 #endif
+
+/* What a run leaves unattributed that is described rightly: each step rounds the weights and its gradient, and what
+ * steps leave adds up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional
+ * and with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
+ * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64, where nothing that is
+ * described wrongly leaves so little, the limit is that of a careless recording. */
+#define PK_UNATTRIBUTED_EPSILONS 128
+#define PK_UNATTRIBUTED_LEAST 1e-10
 
 typedef struct pk_decompose_options {
     pk_quadrature quadrature;
-    double tolerance; /* of closure / max(1, |h|); 0: PK_TOLERANCE */
+    /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
+     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one. */
+    double tolerance;
+    /* The largest |unattributed| / max(1, |h|) that rounding may leave; 0: PK_UNATTRIBUTED_EPSILONS roundings of the
+     * run's numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; and so much less as the
+     * largest output or contribution of all rows is below 1. */
+    double unattributed;
     pk_readout readout;
     /* Which sums of contributions to keep, e.g. {PK_BY_EXAMPLE, PK_BY_STEP | PK_BY_LAYER}; the first 0 ends the
      * list, none: PK_BY_EXAMPLE. PK_BY_TOTAL keeps none. */
     unsigned keep[PK_KEPT];
     const int64_t *groups; /* group of each training example, for PK_BY_GROUP */
     size_t group_count;
-    int bounds;          /* 1: a bound on the error of each A(x, i); costs about three times as much */
+    int bounds;          /* 1: a bound on the error of each A(x, i); costs about four times as much */
     int step_closure;    /* 1: the closure of each step */
     pk_engine engine;    /* for tests and benchmarks */
     int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
@@ -1947,13 +2054,22 @@ typedef struct pk_decomposition {
     double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
     double *bounds;                          /* rows x outputs x examples, or NULL */
     double *step_closure;                    /* rows x outputs x steps, or NULL */
-    /* The certificate: the worst closure / max(1, |final|) and where; the step with the worst closure of its own. */
-    double worst_closure;
+    /* The certificate. A row's largest contribution is the largest of the kept numbers, of data, decay and unattributed
+     * and of the sum over the steps of the change that each made, over all outputs. worst_closure: |closure| / (the
+     * largest of these and of |initial| and |final| of the row); worst_relative: |closure| / (its largest contribution
+     * alone), which in tiny steps of a trained network is rounding of the outputs; worst_excess: |closure| / (what the
+     * tolerance allows it to be), above 1 where the result is PK_NOT_CLOSED, and the row and output where that is. */
+    double worst_closure, worst_relative, worst_excess;
     size_t worst_row, worst_output;
+    /* With bounds: the cells (row and output) whose closure was more than their bounds add up to, beyond its rounding, so
+     * that the bounds were raised to add up to it. */
+    size_t raised;
+    /* The step with the worst closure of its own. */
     double worst_step_closure;
     size_t worst_step, worst_step_row;
-    /* The largest |unattributed| / max(1, |final|). */
-    double worst_unattributed;
+    /* The largest |unattributed| / max(1, |final|) and where; what it may be; the largest output or contribution of all. */
+    double worst_unattributed, unattributed_limit, scale;
+    size_t worst_unattributed_row, worst_unattributed_output;
     /* What it took: */
     size_t points;  /* quadrature nodes, over rows and steps */
     size_t pieces;  /* pieces between kinks, over rows and steps */
@@ -2007,13 +2123,14 @@ typedef struct pk_window {
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
-    pk_examples *examples, *magnitudes; /* magnitudes: absolute values, or NULL */
+    pk_examples *examples, *magnitudes; /* magnitudes: see pk_examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
-    /* In parts of PK__STATE_PART parameters; with bounds, a second state behind the first: of perturbed gradients. */
+    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
     pk_real *state, *saved, *update;
-    pk_real *perturbed;          /* P */
-    size_t states;               /* 1 or 2 */
+    pk_real *perturbed;          /* 3 P */
+    pk_real *perturbed_weights;  /* with bounds: count x P */
+    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
     size_t *spare_at;            /* the windows that the spare states stand before, ascending */
     size_t spare_used, advanced; /* windows gone through only for the state */
     pk_example_workspace *workspaces;
@@ -2096,7 +2213,8 @@ PK__BEGIN_C
 
 /* Decomposes h(f(w_S, inputs)) of a run. inputs: rows x input width. *out is zeroed first; release it also
  * after PK_NOT_CLOSED, which means: computed, but the worst closure exceeds the tolerance (the message names
- * row, output and step). Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
+ * row, output and step), and after PK_UNATTRIBUTED: computed, but the recorded weights are not those that the declared
+ * training gives (the message names row and output), so that contributions are those of another rule. Cost per step: see docs/mathematics.md. Same bits for any number of threads and any
  * memory limit. Memory beyond the results: see pk_decompose_plan; the least is about 30 P numbers, whatever the
  * number of examples, test rows, outputs and steps, and the factors of the largest batch. */
 PK_API PK__MUST_USE pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
@@ -2270,6 +2388,14 @@ PK__PRIVATE int pk__print(char *text, size_t size, const char *format, ...)
     return length;
 }
 
+/* A message quotes files and texts that others wrote: it stays one line, and sends a terminal no commands. */
+PK__PRIVATE void pk__clean_message(pk_context *context)
+{
+    for (char *at = context->message; *at; at++)
+        if ((unsigned char)*at < ' ' || *at == 127)
+            *at = '?';
+}
+
 /* Records the message and returns the status, so that errors read `return pk__fail(...)`. Not from
  * inside a parallel region. */
 PK__FORMAT(3, 4)
@@ -2281,6 +2407,7 @@ PK__PRIVATE pk_status pk__fail(pk_context *context, pk_status status, const char
         va_start(arguments, format);
         vsnprintf(context->message, sizeof context->message, format, arguments);
         va_end(arguments);
+        pk__clean_message(context);
         pk__locale_leave(locale);
     }
     return status;
@@ -3979,22 +4106,72 @@ typedef struct pk__file {
     size_t size;
 } pk__file;
 
-/* Maps a whole regular file, read-only. */
-PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__file *file)
+/* openat; the descriptor is above those of standard input, output and error. */
+PK__PRIVATE int pk__open_above(int folder, const char *path, int flags)
+{
+    const int file = openat(folder, path, flags | O_CLOEXEC, 0666);
+    if (file < 0 || file > STDERR_FILENO)
+        return file;
+    const int higher = fcntl(file, F_DUPFD_CLOEXEC, STDERR_FILENO + 1), reason = errno;
+    (void)close(file);
+    errno = reason;
+    return higher;
+}
+
+/* Opens a regular file of a folder (AT_FDCWD: of the process), and nothing else: flags as of open, with O_RDONLY or
+ * O_WRONLY. What waits (a pipe) is not waited for, links are not followed to where they would be written, and the
+ * descriptor is above those of standard input, output and error, also in a process where these are closed. -1 and errno;
+ * *kind then names what is no file, or is NULL. */
+PK__PRIVATE int pk__open_regular(int folder, const char *path, int flags, const char **kind)
+{
+    struct stat about;
+    const int writes = (flags & O_ACCMODE) != O_RDONLY;
+    int file = pk__open_above(folder, path, flags | O_NONBLOCK | O_NOCTTY | (writes ? O_NOFOLLOW : 0));
+    int reason = errno, good = file >= 0;
+    *kind = NULL;
+    if (good && fstat(file, &about) != 0) {
+        reason = errno;
+        good = 0;
+    } else if (good ? !S_ISREG(about.st_mode)
+                    : writes && reason != EISDIR && fstatat(folder, path, &about, AT_SYMLINK_NOFOLLOW) == 0 &&
+                          !S_ISREG(about.st_mode)) {
+        *kind = S_ISDIR(about.st_mode)   ? "a directory"
+                : S_ISLNK(about.st_mode) ? "a symbolic link"
+                                         : "a device or a pipe";
+        reason = good ? EINVAL : reason;
+        good = 0;
+    }
+    if (!good && file >= 0)
+        (void)close(file);
+    errno = reason;
+    return good ? file : -1;
+}
+
+/* The same with a message; what: "cannot be made". */
+static pk_status pk__open_named(pk_context *context, const char *path, int flags, const char *what, int *file)
+{
+    const char *kind;
+    *file = pk__open_regular(AT_FDCWD, path, flags, &kind);
+    if (*file >= 0)
+        return PK_OK;
+    const int reason = errno;
+    return kind ? pk__fail(context, PK_IO, "%s: is %s, not a file", pk__name(path), kind)
+                : pk__fail(context, PK_IO, "%s: %s: %s", pk__name(path), what, strerror(reason));
+}
+
+/* Maps a whole regular file, read-only. *kept, unless kept is NULL: the descriptor. */
+static pk_status pk__file_open(pk_context *context, const char *path, pk__file *file, int *kept)
 {
     const char *name = pk__name(path);
     struct stat about;
+    int descriptor;
     file->bytes = NULL;
     file->size = 0;
-    int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a pipe must not hang us */
-    if (descriptor < 0)
-        return pk__fail(context, PK_IO, "%s: cannot be opened: %s", name, strerror(errno));
-    pk_status status = PK_OK;
+    pk_status status = pk__open_named(context, path, O_RDONLY, "cannot be opened", &descriptor);
+    if (status != PK_OK)
+        return status;
     if (fstat(descriptor, &about) != 0)
         status = pk__fail(context, PK_IO, "%s: cannot be read: %s", name, strerror(errno));
-    else if (!S_ISREG(about.st_mode))
-        status = pk__fail(context, PK_IO, "%s: is %s, not a file", name,
-                          S_ISDIR(about.st_mode) ? "a directory" : "a device or a pipe");
     else if ((uint64_t)about.st_size > SIZE_MAX / 2)
         status = pk__fail(context, PK_OVERFLOW, "%s: too long to be mapped", name);
     else
@@ -4008,8 +4185,16 @@ PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__fi
             file->bytes = (unsigned char *)mapping;
         }
     }
-    close(descriptor);
+    if (status == PK_OK && kept)
+        *kept = descriptor;
+    else
+        (void)close(descriptor);
     return status;
+}
+
+PK__PRIVATE pk_status pk__file_map(pk_context *context, const char *path, pk__file *file)
+{
+    return pk__file_open(context, path, file, NULL);
 }
 
 PK__PRIVATE void pk__file_unmap(pk__file *file)
@@ -4042,18 +4227,35 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
 
 /* ---- arrays ---- */
 
+/* By pk_type. */
+static const struct pk__type {
+    const char *name, *descr; /* NumPy's; the first character of descr is '<' or, for bytes, '|' */
+    size_t size;
+    int integer;
+} pk__types[] = {{"unknown", "", 0, 0},   {"float64", "<f8", 8, 0}, {"float32", "<f4", 4, 0},
+                 {"int64", "<i8", 8, 1},  {"uint8", "|u1", 1, 1},   {"int8", "|i1", 1, 1},
+                 {"int16", "<i2", 2, 1},  {"int32", "<i4", 4, 1},   {"uint16", "<u2", 2, 1},
+                 {"uint32", "<u4", 4, 1}, {"bool", "|b1", 1, 1}};
+enum { PK__TYPES = sizeof pk__types / sizeof *pk__types };
+
+static const struct pk__type *pk__type_of(pk_type type)
+{
+    return &pk__types[(unsigned)type < PK__TYPES ? (unsigned)type : 0];
+}
+
 PK_API size_t pk_type_size(pk_type type)
 {
-    return type == PK_FLOAT64 || type == PK_INT64 ? 8 : type == PK_FLOAT32 ? 4 : type == PK_UINT8 ? 1 : 0;
+    return pk__type_of(type)->size;
 }
 
 PK_API const char *pk_type_name(pk_type type)
 {
-    return type == PK_FLOAT64   ? "float64"
-           : type == PK_FLOAT32 ? "float32"
-           : type == PK_INT64   ? "int64"
-           : type == PK_UINT8   ? "uint8"
-                                : "unknown";
+    return pk__type_of(type)->name;
+}
+
+PK_API int pk_type_is_integer(pk_type type)
+{
+    return pk__type_of(type)->integer;
 }
 
 /* Sets row_items and *bytes; 0 on overflow. Empty dimensions count as 1 in the check, so that every partial
@@ -4106,6 +4308,8 @@ PK_API void pk_array_release(pk_context *context, pk_array *array)
         return;
     if (array->mapping)
         munmap(array->mapping, array->mapping_bytes);
+    if (array->file)
+        (void)close(array->file - 1);
     pk_release(context, array->owned);
     memset(array, 0, sizeof *array);
 }
@@ -4139,10 +4343,119 @@ PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk
         PK__CONVERT(double);
     case PK_FLOAT32: PK__CONVERT(float);
     case PK_INT64: PK__CONVERT(int64_t);
-    case PK_UINT8: PK__CONVERT(unsigned char);
+    case PK_INT32: PK__CONVERT(int32_t);
+    case PK_INT16: PK__CONVERT(int16_t);
+    case PK_INT8: PK__CONVERT(int8_t);
+    case PK_UINT32: PK__CONVERT(uint32_t);
+    case PK_UINT16: PK__CONVERT(uint16_t);
+    case PK_UINT8: PK__CONVERT(uint8_t);
+    case PK_BOOL: PK__CONVERT(uint8_t);
     }
 #undef PK__CONVERT
 }
+
+PK__COLD_BEGIN
+
+PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count,
+                               pk_real *out)
+{
+    if (!array->file) {
+        pk_array_reals(array, first, count, out);
+        return PK_OK;
+    }
+    double block[512];
+    const size_t size = pk_type_size(array->type);
+    const int direct = array->type == (sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32);
+    for (size_t done = 0; done < count;) {
+        const size_t items = direct ? count - done : pk__least(count - done, sizeof block / size);
+        void *to = direct ? (void *)(out + done) : (void *)block;
+        for (size_t have = 0; have < items * size;) {
+            const ssize_t got = pread(array->file - 1, (char *)to + have, items * size - have,
+                                      (off_t)(array->file_offset + (first + done) * size + have));
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got < 0)
+                return pk__fail(context, PK_IO, "cannot be read: %s", strerror(errno));
+            if (got == 0)
+                return pk__fail(context, PK_IO, "became shorter while it was read: item %zu is gone",
+                                first + done);
+            have += (size_t)got;
+        }
+        if (!direct) {
+            const pk_array view = pk_array_view(array->type, 1, &items, block);
+            pk_array_reals(&view, 0, items, out + done);
+        }
+        done += items;
+    }
+    return PK_OK;
+}
+
+PK_API void pk_array_integers(const pk_array *array, size_t first, size_t count, int64_t *out)
+{
+#define PK__CONVERT(from)                                         \
+    for (size_t i = 0; i < count; i++)                            \
+        out[i] = (int64_t)((const from *)array->data)[first + i]; \
+    break
+    if (!count)
+        return;
+    switch (array->type) {
+    case PK_INT64: PK__CONVERT(int64_t);
+    case PK_INT32: PK__CONVERT(int32_t);
+    case PK_INT16: PK__CONVERT(int16_t);
+    case PK_INT8: PK__CONVERT(int8_t);
+    case PK_UINT32: PK__CONVERT(uint32_t);
+    case PK_UINT16: PK__CONVERT(uint16_t);
+    case PK_UINT8: PK__CONVERT(uint8_t);
+    case PK_BOOL: PK__CONVERT(uint8_t);
+    case PK_FLOAT64:
+    case PK_FLOAT32: memset(out, 0, count * sizeof *out); /* not asked for */
+    }
+#undef PK__CONVERT
+}
+
+/* The dimensions that are not 1, of which there may be none. Returns how many. */
+static int pk__proper_dims(int rank, const size_t *dims, size_t proper[PK_ARRAY_RANK])
+{
+    int count = 0;
+    for (int i = 0; i < rank; i++)
+        if (dims[i] != 1)
+            proper[count++] = dims[i];
+    return count;
+}
+
+PK_API pk_status pk_array_check_rows(pk_context *context, const pk_array *array, int rank, const size_t *dims,
+                                     const char *name)
+{
+    size_t has[PK_ARRAY_RANK], takes[PK_ARRAY_RANK], items = 1, used = 0;
+    char rows[200], wanted[200] = "";
+    if (!array || !array->type || array->rank < 1 || rank < 0 || rank > PK_ARRAY_RANK || (rank && !dims) ||
+        !name)
+        return pk__fail(context, PK_ARGUMENT, "%s: no array of rows, or no shape to compare it with",
+                        name ? name : "rows");
+    const int count = pk__proper_dims(array->rank - 1, array->shape + 1, has);
+    const int expected = pk__proper_dims(rank, dims, takes);
+    for (int i = 0; i < rank; i++)
+        if (!pk__multiply(items, dims[i], &items))
+            items = SIZE_MAX;
+    int same = count == expected || count <= 1 || expected <= 1;
+    for (int i = 0; same && count == expected && i < count; i++)
+        same = has[i] == takes[i];
+    if (same && array->row_items == items)
+        return PK_OK;
+    for (int i = 0; i < rank && used < sizeof wanted; i++)
+        used += (size_t)snprintf(wanted + used, sizeof wanted - used, i ? "x%zu" : "%zu", dims[i]);
+    pk__shape_text(array, rows, sizeof rows);
+    if (array->row_items != items)
+        return pk__fail(context, PK_SHAPE, "%s has shape %s, rows of %zu numbers; the network takes %s%s%zu%s",
+                        name, rows, array->row_items, rank > 1 ? wanted : "", rank > 1 ? ", which are " : "",
+                        items,
+                        array->rank == 1 && array->shape[0] == items ? " (one input has shape (1, ...))" : "");
+    return pk__fail(context, PK_SHAPE,
+                    "%s has shape %s; the network takes %s: as many numbers, but in another order of the axes",
+                    name, rows, wanted);
+}
+
+PK__COLD_END
 
 /* ---- .npy headers: a Python dictionary of three entries ---- */
 
@@ -4202,7 +4515,8 @@ static int pk__take_string(pk__cursor *text, const char **string, size_t *length
     return 1;
 }
 
-static int pk__take_shape(pk__cursor *text, pk__npy *header)
+/* partial: the number of rows, which is not believed then, may be half replaced by a longer one: "1 99". */
+static int pk__take_shape(pk__cursor *text, int partial, pk__npy *header)
 {
     if (!pk__take(text, '('))
         return 0;
@@ -4218,6 +4532,11 @@ static int pk__take_shape(pk__cursor *text, pk__npy *header)
         }
         if (text->at == start)
             return 0;
+        for (; partial && header->rank == 0; text->at++) {
+            const char next = pk__peek(text);
+            if (next < '0' || next > '9')
+                break;
+        }
         pk__take(text, 'L'); /* Python 2's long */
         header->negative |= negative;
         if (header->rank < PK_ARRAY_RANK)
@@ -4234,7 +4553,7 @@ static int pk__take_shape(pk__cursor *text, pk__npy *header)
 }
 
 /* 1, or 0 where the text is no such dictionary. */
-static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
+static int pk__npy_dictionary(pk__cursor *text, int partial, pk__npy *header)
 {
     static const char *const keys[] = {"descr", "fortran_order", "shape"};
     memset(header, 0, sizeof *header);
@@ -4251,7 +4570,7 @@ static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
         if (which == 3 || header->seen[which]++)
             return 0;
         if (which == 2) {
-            if (!pk__take_shape(text, header))
+            if (!pk__take_shape(text, partial, header))
                 return 0;
         } else if (which == 1) {
             header->fortran = pk__take_word(text, "True");
@@ -4289,15 +4608,11 @@ static int pk__npy_dictionary(pk__cursor *text, pk__npy *header)
 
 static pk_type pk__npy_type(const char *descr, size_t length)
 {
-    if (length == 3 && descr[1] == 'u' && descr[2] == '1')
-        return PK_UINT8;
-    if (length == 3 && (descr[0] == '<' || descr[0] == '=')) {
-        if (descr[1] == 'f' && descr[2] == '8')
-            return PK_FLOAT64;
-        if (descr[1] == 'f' && descr[2] == '4')
-            return PK_FLOAT32;
-        if (descr[1] == 'i' && descr[2] == '8')
-            return PK_INT64;
+    for (int type = 1; length == 3 && type < PK__TYPES; type++) {
+        const char *known = pk__types[type].descr;
+        const int order = known[0] == '|' || descr[0] == '<' || descr[0] == '='; /* bytes have none */
+        if (order && descr[1] == known[1] && descr[2] == known[2])
+            return (pk_type)type;
     }
     return (pk_type)0;
 }
@@ -4331,7 +4646,7 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
         return pk__fail(context, PK_FORMAT, "%s: the header is cut off: %zu bytes of %zu", name, size - start,
                         length);
     pk__cursor cursor = {(const char *)bytes + start, (const char *)bytes + start + length};
-    if (!pk__npy_dictionary(&cursor, &header))
+    if (!pk__npy_dictionary(&cursor, (flags & PK_ARRAY_PARTIAL) != 0, &header))
         return pk__fail(context, PK_FORMAT, "%s: the header is not NumPy's: %s", name,
                         pk__printable((const char *)bytes + start, length, text, sizeof text));
     pk_array found;
@@ -4339,11 +4654,13 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
     found.type = header.quoted ? pk__npy_type(header.descr, header.descr_length) : (pk_type)0;
     pk__printable(header.descr, header.descr_length, text, sizeof text);
     if (!found.type)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        text[0] == '>'
-                            ? "%s: items are big-endian ('%s'); write them little-endian"
-                            : "%s: items of type %s are not supported; float64, float32, int64, uint8 are",
-                        name, text);
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            text[0] == '>'
+                ? "%s: items are big-endian ('%s'); write them little-endian"
+                : "%s: items of type %s are not supported; float64, float32, bool and integers of up to "
+                  "64 bits with a sign or 32 without are",
+            name, text);
     if (header.rank > PK_ARRAY_RANK)
         return pk__fail(context, PK_UNSUPPORTED, "%s: %d dimensions, more than %d", name, header.rank,
                         PK_ARRAY_RANK);
@@ -4377,25 +4694,31 @@ PK__PRIVATE pk_status pk__npy_parse(pk_context *context, const char *name, const
 }
 
 /* Writes a header of version 1.0 that fills room bytes, or with room == 0 as many as numpy.save would use for
- * an array whose first dimension is to grow. Returns the bytes, or 0 where they do not suffice. */
+ * an array whose first dimension is to grow. Returns the bytes, or 0 where they do not suffice. grows: the rows have the
+ * same place whatever their number is, where there is room for that, so that a header that is half replaced can be
+ * read. */
 enum { PK__NPY_ROOM = 4096 };
-static size_t pk__npy_header(const pk_array *array, size_t room, unsigned char bytes[PK__NPY_ROOM])
+static size_t pk__npy_header(const pk_array *array, size_t room, int grows, unsigned char bytes[PK__NPY_ROOM])
 {
-    const char *descr = array->type == PK_FLOAT64   ? "<f8"
-                        : array->type == PK_FLOAT32 ? "<f4"
-                        : array->type == PK_INT64   ? "<i8"
-                                                    : "|u1";
-    char shape[200];
+    const char *descr = pk__type_of(array->type)->descr;
+    char shape[200], digits[24];
     pk__shape_text(array, shape, sizeof shape);
+    if (grows) {
+        const int gap = 20 - snprintf(digits, sizeof digits, "%zu", array->shape[0]);
+        memmove(shape + 1 + gap, shape + 1, strlen(shape));
+        memset(shape + 1, ' ', (size_t)gap);
+    }
     char *text = (char *)bytes + 10;
     size_t length =
         10 + (size_t)snprintf(text, PK__NPY_ROOM - 10, "{'descr': '%s', 'fortran_order': False, 'shape': %s, }",
                               descr, shape);
     if (!room) {
-        char digits[24];
-        size_t growth = array->rank ? 20 - (size_t)snprintf(digits, sizeof digits, "%zu", array->shape[0]) : 0;
+        size_t growth =
+            array->rank && !grows ? 20 - (size_t)snprintf(digits, sizeof digits, "%zu", array->shape[0]) : 0;
         room = (length + growth + 1 + 63) / 64 * 64;
     }
+    if (length + 1 > room && grows)
+        return pk__npy_header(array, room, 0, bytes);
     if (length + 1 > room || room > PK__NPY_ROOM)
         return 0;
     memcpy(bytes, "\x93NUMPY\1", 8); /* version 1 and the 0 after it */
@@ -4406,6 +4729,17 @@ static size_t pk__npy_header(const pk_array *array, size_t room, unsigned char b
     return room;
 }
 
+/* Brings a header of a file from old to new, writing only what differs. 0 with errno set. */
+static int pk__npy_replace(int descriptor, const unsigned char *before, const unsigned char *after, size_t room)
+{
+    size_t first = 0, last = room;
+    while (first < room && before[first] == after[first])
+        first++;
+    while (last > first && before[last - 1] == after[last - 1])
+        last--;
+    return pk__write_at(descriptor, after + first, last - first, first);
+}
+
 PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned flags, pk_array *array)
 {
     if (!path || !array)
@@ -4413,7 +4747,8 @@ PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned fl
     pk__file file;
     pk_array found;
     size_t offset = 0;
-    pk_status status = pk__file_map(context, path, &file);
+    int descriptor = -1;
+    pk_status status = pk__file_open(context, path, &file, flags & PK_ARRAY_KEEP_OPEN ? &descriptor : NULL);
     if (status == PK_OK)
         status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
     if (status == PK_OK && offset % pk_type_size(found.type) == 0) {
@@ -4428,11 +4763,39 @@ PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned fl
         found.data = found.owned;
         pk__file_unmap(&file);
     }
-    if (status == PK_OK)
+    found.file = descriptor + 1;
+    found.file_offset = offset;
+    if (status == PK_OK) {
         *array = found;
-    else
-        pk__file_unmap(&file);
+        return PK_OK;
+    }
+    pk__file_unmap(&file);
+    if (descriptor >= 0)
+        (void)close(descriptor);
     return status;
+}
+
+PK_API pk_status pk_array_open(pk_context *context, const char *path, unsigned flags, pk_array *array)
+{
+    if (!path || !array)
+        return pk__fail(context, PK_ARGUMENT, "pk_array_open: the path or the array is NULL");
+    pk__file file;
+    pk_array found;
+    int descriptor = -1;
+    size_t offset = 0;
+    pk_status status = pk__file_open(context, path, &file, &descriptor);
+    if (status != PK_OK)
+        return status;
+    status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
+    pk__file_unmap(&file);
+    if (status != PK_OK) {
+        (void)close(descriptor);
+        return status;
+    }
+    *array = found;
+    array->file = descriptor + 1;
+    array->file_offset = offset;
+    return PK_OK;
 }
 
 /* ---- writing ---- */
@@ -4447,7 +4810,7 @@ PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type t
     pk_array array = pk_array_view(type, rank, shape, data);
     if (!array.type)
         return pk__fail(context, PK_OVERFLOW, "%s: the shape overflows", pk__name(path));
-    size_t bytes = pk_array_items(&array) * pk_type_size(type), room = pk__npy_header(&array, 0, header);
+    size_t bytes = pk_array_items(&array) * pk_type_size(type), room = pk__npy_header(&array, 0, 0, header);
     size_t length = strlen(path);
     if (bytes && !data)
         return pk__fail(context, PK_ARGUMENT, "%s: the data are NULL", pk__name(path));
@@ -4457,11 +4820,12 @@ PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type t
         return status;
     memcpy(aside, path, length);
     memcpy(aside + length, ".tmp", 5);
-    int file = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (file < 0) {
-        status = pk__fail(context, PK_IO, "%s: cannot be made: %s", pk__name(aside), strerror(errno));
-    } else {
-        int good = pk__write_at(file, header, room, 0) && pk__write_at(file, data, bytes, room), reason = errno;
+    int file;
+    status = pk__open_named(context, aside, O_WRONLY | O_CREAT, "cannot be made", &file);
+    if (status == PK_OK) {
+        int good = ftruncate(file, 0) == 0 && pk__write_at(file, header, room, 0) &&
+                   pk__write_at(file, data, bytes, room) && fsync(file) == 0,
+            reason = errno;
         if (close(file) != 0 && good)
             good = 0, reason = errno;
         if (good && rename(aside, path) != 0)
@@ -4519,11 +4883,12 @@ PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type 
     pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
     if (status != PK_OK)
         return status;
-    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (file < 0)
-        return pk__fail(context, PK_IO, "%s: cannot be made: %s", pk__name(path), strerror(errno));
-    size_t room = pk__npy_header(&array, 0, header);
-    if (!pk__write_at(file, header, room, 0)) {
+    int file;
+    status = pk__open_named(context, path, O_WRONLY | O_CREAT, "cannot be made", &file);
+    if (status != PK_OK)
+        return status;
+    size_t room = pk__npy_header(&array, 0, 1, header);
+    if (ftruncate(file, 0) != 0 || !pk__write_at(file, header, room, 0)) {
         status = pk__fail(context, PK_IO, "%s: cannot be written: %s", pk__name(path), strerror(errno));
         close(file);
         return status;
@@ -4535,7 +4900,7 @@ PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type 
 PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type type, int rank,
                                  const size_t *row_shape, size_t rows, pk_array_writer *writer)
 {
-    unsigned char header[PK__NPY_ROOM];
+    unsigned char header[PK__NPY_ROOM], before[PK__NPY_ROOM];
     pk_array array, found;
     pk__file file;
     size_t offset = 0;
@@ -4546,6 +4911,8 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
     status = pk__file_map(context, path, &file);
     if (status == PK_OK)
         status = pk__npy_parse(context, name, file.bytes, file.size, PK_ARRAY_PARTIAL, &found, &offset);
+    if (status == PK_OK)
+        memcpy(before, file.bytes, pk__least(offset, sizeof before));
     pk__file_unmap(&file);
     if (status != PK_OK)
         return status;
@@ -4559,14 +4926,15 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
                         pk__shape_text(&found, has, sizeof has), pk_type_name(found.type),
                         pk__shape_text(&array, wanted, sizeof wanted), pk_type_name(type));
     }
-    if (!pk__npy_header(&array, offset, header))
+    if (!pk__npy_header(&array, offset, 1, header))
         return pk__fail(context, PK_UNSUPPORTED, "%s: the header's %zu bytes leave no room for a row count",
                         name, offset);
-    int descriptor = open(path, O_WRONLY | O_CLOEXEC);
-    if (descriptor < 0)
-        return pk__fail(context, PK_IO, "%s: cannot be opened for writing: %s", name, strerror(errno));
+    int descriptor;
+    status = pk__open_named(context, path, O_WRONLY, "cannot be opened for writing", &descriptor);
+    if (status != PK_OK)
+        return status;
     /* The header first: it may lag behind the data, but never run ahead. */
-    if (!pk__write_at(descriptor, header, offset, 0) ||
+    if (!pk__npy_replace(descriptor, before, header, offset) ||
         ftruncate(descriptor, (off_t)(offset + rows * array.row_items * pk_type_size(type))) != 0) {
         status = pk__fail(context, PK_IO, "%s: cannot be cut to %zu rows: %s", name, rows, strerror(errno));
         close(descriptor);
@@ -4579,14 +4947,16 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
 /* The row count into the header; 0 with errno set. */
 static int pk__writer_header(pk_array_writer *writer)
 {
-    unsigned char header[PK__NPY_ROOM];
+    unsigned char header[PK__NPY_ROOM], before[PK__NPY_ROOM];
     if (writer->header_rows == writer->rows)
         return 1;
     writer->shape[0] = writer->rows;
-    pk_array array = pk_array_view(writer->type, writer->rank, writer->shape, NULL);
+    pk_array array = pk_array_view(writer->type, writer->rank, writer->shape, NULL), old = array;
+    old.shape[0] = writer->header_rows;
     errno = EFBIG;
-    if (!pk__npy_header(&array, writer->header_bytes, header) ||
-        !pk__write_at(writer->file - 1, header, writer->header_bytes, 0))
+    if (!pk__npy_header(&array, writer->header_bytes, 1, header) ||
+        !pk__npy_header(&old, writer->header_bytes, 1, before) ||
+        !pk__npy_replace(writer->file - 1, before, header, writer->header_bytes))
         return 0;
     writer->header_rows = writer->rows;
     return 1;
@@ -4662,6 +5032,30 @@ PK_API void pk_dataset_inputs(const pk_dataset *dataset, const int64_t *items, s
         pk_array_reals(&dataset->inputs, (size_t)items[i] * width, width, rows + i * width);
 }
 
+/* Whether the targets are one integer for each example: a class, or the number that a single output is to give. */
+PK__PRIVATE int pk__is_labels(const pk_array *targets)
+{
+    return targets->rank == 1 && pk_type_is_integer(targets->type);
+}
+
+/* Whether targets have the shape of labels or of as many numbers as there are outputs. A column of integers could be
+ * either, and is neither. */
+PK__PRIVATE int pk__fit_outputs(const pk_array *targets, size_t outputs)
+{
+    const int column = targets->rank == 2 && targets->shape[1] == 1 && pk_type_is_integer(targets->type);
+    return pk__is_labels(targets) || (targets->rank <= 2 && targets->row_items == outputs && !column);
+}
+
+/* The label of a row. */
+PK__PRIVATE int64_t pk__label(const pk_array *targets, size_t row)
+{
+    int64_t label = 0;
+    if (targets->type == PK_INT64)
+        return ((const int64_t *)targets->data)[row];
+    pk_array_integers(targets, row, 1, &label);
+    return label;
+}
+
 /* The index of the first item that is no finite pk_real; the number of items where all are. */
 static size_t pk__first_not_finite(const pk_array *array)
 {
@@ -4711,13 +5105,10 @@ PK__PRIVATE pk_status pk__dataset_check_targets(pk_context *context, const pk_da
     if (!inputs->rank || !targets->rank || pk_array_length(targets) != examples)
         return pk__fail(context, PK_SHAPE, "inputs %s and targets %s: not one target row for each input row",
                         has, also);
-    if (targets->type == PK_UINT8)
-        return pk__fail(context, PK_UNSUPPORTED, "targets %s uint8: labels are int64", also);
-    if (targets->rank > (targets->type == PK_INT64 ? 1 : 2) ||
-        (targets->type != PK_INT64 && targets->row_items != outputs))
+    if (!pk__fit_outputs(targets, outputs))
         return pk__fail(
             context, PK_SHAPE,
-            "targets %s %s: the network's %zu outputs take (%zu,) int64 labels or (%zu, %zu) floats", also,
+            "targets %s %s: the network's %zu outputs take (%zu,) integer labels or (%zu, %zu) numbers", also,
             pk_type_name(targets->type), outputs, examples, examples, outputs);
     if (pk_array_items(targets) && !targets->data)
         return pk__fail(context, PK_ARGUMENT, "targets %s: the data are NULL", also);
@@ -5009,6 +5400,7 @@ PK__COLD_END
 PK__END_CODE
 
 /* pathkernel/graph.h: implementation */
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -5027,10 +5419,11 @@ PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
     return text;
 }
 
-/* The gradient is one outer product: what the factored engine takes. */
+/* The gradient is one outer product, of the cotangent and in[0] itself: what the factored engine takes. A single place
+ * alone does not say so: its inputs may be chosen from in[0], or padded. */
 PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
-    return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1;
+    return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1 && !node->unfolds;
 }
 
 static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, size_t *width)
@@ -5040,8 +5433,10 @@ static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, siz
         return pk__fail(context, PK_SHAPE, "a shape has rank %d; 1 to %d are possible", shape->rank,
                         PK_SHAPE_RANK);
     for (int i = 0; i < shape->rank; i++)
-        if (shape->dims[i] == 0 || !pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
-            return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of %zu, zero or too large",
+        if (shape->dims[i] == 0)
+            return pk__fail(context, PK_OVERFLOW, "a shape has a dimension of zero; each is at least 1");
+        else if (!pk__multiply(*width, shape->dims[i], width) || *width > SIZE_MAX / 4096)
+            return pk__fail(context, PK_OVERFLOW, "a shape with a dimension of %zu is too large",
                             shape->dims[i]);
     return PK_OK;
 }
@@ -5097,6 +5492,45 @@ static void pk__graph_analyse(pk_graph *graph)
     }
     graph->output_width = graph->nodes[last].width;
     graph->degree = graph->nodes[last].degree;
+}
+
+/* Whether a node is what its operation says of it: gradients and pieces are made from that, and not from its rules. */
+static pk_status pk__check_node(pk_context *context, const pk_graph *graph, const pk_node *node)
+{
+    const pk_operation *operation = node->operation;
+    const size_t width = graph->nodes[node->inputs[0]].width;
+    const int outer = node->tangent_form == PK_TANGENT_OUTER;
+    const char *what = NULL;
+    size_t matrix = 0, ins = 0, outs = 0;
+    if (!operation->forward || !operation->tangent || !operation->reverse)
+        what = "a rule for forward, tangent or reverse is missing";
+    else if (node->weight_count && (node->tangent_form == PK_TANGENT_NONE || !operation->weight_gradient))
+        what = "it has weights, but no tangent form or no rule for their gradient";
+    else if (node->tangent_form == PK_TANGENT_ROWS && node->weight_count && !operation->row_gradients)
+        what = "PK_TANGENT_ROWS needs row_gradients";
+    else if (operation->smoothness == PK_PIECEWISE_LINEAR && (!operation->switch_count || !operation->switches))
+        what = "PK_PIECEWISE_LINEAR needs switch functions";
+    else if (operation->elementwise && (node->input_count != 1 || node->width != width || node->weight_count))
+        what = "an elementwise operation has one input of its own width, and no weights";
+    else if (outer &&
+             (node->input_count != 1 || operation->smoothness != PK_LINEAR || !operation->linear_in_weights))
+        what = "PK_TANGENT_OUTER is for one input, and for what is linear in it and in the weights";
+    else if (outer && node->unfolds && !operation->unfold)
+        what = "its positions are unfolded, and unfold is missing";
+    if (what)
+        return pk__fail(context, PK_ARGUMENT, "the operation %s: %s", operation->name, what);
+    if (outer && (!pk__multiply(node->fan_in, node->fan_out, &matrix) ||
+                  !pk__multiply(node->positions, node->fan_in, &ins) ||
+                  !pk__multiply(node->positions, node->fan_out, &outs) || outs != node->width ||
+                  (!node->unfolds && ins != width) ||
+                  (node->weight_count != matrix && node->weight_count - matrix != node->fan_out)))
+        return pk__fail(
+            context, PK_SHAPE,
+            "the operation %s: %zu positions of %zu inputs and %zu outputs each do not fit its %zu inputs, "
+            "%zu outputs and %zu weights",
+            operation->name, node->positions, node->fan_in, node->fan_out, width, node->width,
+            node->weight_count);
+    return PK_OK;
 }
 
 static pk_status pk__graph_grow(pk_context *context, pk_graph *graph)
@@ -5165,6 +5599,12 @@ PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name
                                                  : value >= option->least && value <= option->most &&
                                                        (!option->whole || value == floor(value)))
                 continue;
+            if (option->kind != PK_OPTION_CHOICE && option->most >= DBL_MAX)
+                return pk__fail(context, PK_ARGUMENT, "%s: %s is %g; a number %s is possible", name,
+                                option->name, value,
+                                option->least > 0   ? "above 0"
+                                : option->least < 0 ? "that is finite"
+                                                    : "from 0 on");
             return pk__fail(context, PK_ARGUMENT, "%s: %s is %g; a %snumber from %g to %g is possible", name,
                             option->name, value, option->whole ? "whole " : "", option->least, option->most);
         }
@@ -5188,6 +5628,7 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     node.input_count = input_count;
     node.layer = -1;
     node.tangent_form = operation->tangent_form;
+    node.unfolds = operation->unfold != NULL;
     node.constants = constant_count ? (pk_real *)constants : NULL; /* only read, until it is copied */
     node.constant_count = constant_count;
     memcpy(node.attributes, attributes ? attributes : operation->defaults, sizeof node.attributes);
@@ -5203,6 +5644,14 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
+    node.unfolds &= node.tangent_form == PK_TANGENT_OUTER;
+    if (node.tangent_form == PK_TANGENT_OUTER && !node.positions) {
+        node.positions = 1;
+        node.fan_in = graph->nodes[node.inputs[0]].width;
+        node.fan_out = node.width;
+    }
+    if (!status)
+        status = pk__check_node(context, graph, &node);
     if (!status)
         status = pk__graph_grow(context, graph);
     if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
@@ -5218,11 +5667,6 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         node.layer = (int)graph->layers++;
         node.weight_offset = graph->parameters;
         graph->parameters += node.weight_count;
-    }
-    if (node.tangent_form == PK_TANGENT_OUTER && !node.positions) {
-        node.positions = 1;
-        node.fan_in = graph->nodes[node.inputs[0]].width;
-        node.fan_out = node.width;
     }
     pk__node_analyse(graph, &node);
     if (number)
@@ -5308,8 +5752,8 @@ static int pk__reverses_by_row(const pk_node *node, size_t copies)
 /* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
 static int pk__is_plain_layer(const pk_node *node)
 {
-    return node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
-           !node->operation->channels_first && !pk__has_row_weights(node);
+    return node->tangent_form == PK_TANGENT_OUTER && !node->unfolds && !node->operation->channels_first &&
+           !pk__has_row_weights(node);
 }
 
 /* A bias behind the matrix. */
@@ -5388,7 +5832,7 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
             tape->tangent[n] = tangent;
         if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
             scratch = node->operation->scratch(node, rows, copies);
-        if (node->tangent_form == PK_TANGENT_OUTER && node->operation->unfold)
+        if (node->unfolds)
             scratch = pk__most(scratch, node->positions * node->fan_in);
         if (node->weight_count)
             line = pk__most(line, pk__most(rows, both) * node->width);
@@ -5530,9 +5974,9 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
         one.rows = 1;
         one.in[0] = call->in[0] + row * call->in_width[0];
         one.out = call->scratch;
-        if (node->operation->unfold)
+        if (node->unfolds)
             node->operation->unfold(&one);
-        const pk_real *places = node->operation->unfold ? one.out : one.in[0];
+        const pk_real *places = node->unfolds ? one.out : one.in[0];
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
             const pk_real *delta = call->out_cotangent + copy * node->width;
             pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
@@ -5676,8 +6120,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
     }
     int along = line->direction && node->weight_count;
     if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
-        node->positions == 1 && node->tangent_form == PK_TANGENT_OUTER && !node->operation->unfold &&
-        !call.accumulate[0]) {
+        pk__is_outer(node) && !call.accumulate[0]) {
         pk__reverse_unit_seeds(line, &call);
         return;
     }
@@ -5993,11 +6436,11 @@ static void pk__hard_tanh_switches(const pk_call *call)
 }
 
 static const pk_option pk__positive_option[] = {
-    {"its number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
+    {"number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
     {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
 static const pk_option pk__scale_option[] = {
-    {"its factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
+    {"factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
     {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
 
@@ -6881,6 +7324,9 @@ static pk_status pk__convolution_shape(pk_context *context, const pk_graph *grap
     node->positions = c.positions;
     node->fan_in = c.patch;
     node->fan_out = node->shape.dims[0];
+    /* One window that is the whole image is the input itself, in the same order. */
+    node->unfolds = c.positions != 1 || c.patch != graph->nodes[node->inputs[0]].width ||
+                    c.windows.pad[0] + c.windows.pad[1] != 0;
     if (node->attributes[PK_CONVOLUTION_BIAS] != 0)
         node->weight_count += node->fan_out;
     if (c.groups > 1)
@@ -8614,11 +9060,13 @@ typedef struct pk__parser {
     pk_context *context;
     pk_graph *graph;
     const pk_constants *constants;
-    const char *at;  /* in the text */
-    char *canonical; /* where the next canonical character goes */
-    int number;      /* of the layer */
-    int depth;       /* of residuals */
-    int node;        /* the last one of the branch in hand */
+    const char *start, *at; /* the text, and in it */
+    char *canonical;        /* where the next canonical character goes */
+    int number;             /* of the layer */
+    int depth;              /* of residuals */
+    int node;               /* the last one of the branch in hand */
+    int failed;             /* the number of the layer that could not be made; 0: none */
+    pk__layer layer;        /* the layer in hand: of all depths, so that the stack holds none */
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
@@ -8632,7 +9080,10 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
     shape->rank = 0;
     do {
         size_t dim = 0;
-        if (shape->rank == PK_SHAPE_RANK || *at < '0' || *at > '9')
+        if (shape->rank == PK_SHAPE_RANK)
+            return pk__fail(context, PK_FORMAT, "the shape '%.40s' has more than %d dimensions", word,
+                            PK_SHAPE_RANK);
+        if (*at < '0' || *at > '9')
             return pk__fail(context, PK_FORMAT, "'%.40s' is not a shape such as 64 or 1x28x28", word);
         for (; *at >= '0' && *at <= '9'; at++) {
             if (dim > SIZE_MAX / 65536)
@@ -8646,9 +9097,107 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
     return PK_OK;
 }
 
+/* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
+#define PK__OTHER_LAYERS                                                                                \
+    "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
+    "attention"
+
+/* An operation by name, built in or the context's; NULL where there is none. */
+static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
+{
+    const pk_operation *found = pk_operation_find(name);
+    for (size_t i = 0; !found && context && context->operations && context->operations[i]; i++)
+        if (strcmp(context->operations[i]->name, name) == 0)
+            found = context->operations[i];
+    return found;
+}
+
+static char pk__lower(char c)
+{
+    return c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
+}
+
+/* How many letters have to be changed, added or left out, whatever their case; at most PK__FAR_WORD. */
+enum { PK__FAR_WORD = 3, PK__LONGEST_NAME = 31 };
+static int pk__word_distance(const char *a, size_t length, const char *b)
+{
+    int row[PK__LONGEST_NAME + 1];
+    const size_t other = strlen(b);
+    if (length > PK__LONGEST_NAME || other > PK__LONGEST_NAME)
+        return PK__FAR_WORD;
+    for (size_t i = 0; i <= length; i++)
+        row[i] = (int)i;
+    for (size_t j = 1; j <= other; j++) {
+        int corner = row[0];
+        row[0] = (int)j;
+        for (size_t i = 1; i <= length; i++) {
+            int best = corner + (pk__lower(a[i - 1]) != pk__lower(b[j - 1]));
+            corner = row[i];
+            best = best < row[i] + 1 ? best : row[i] + 1;
+            row[i] = best < row[i - 1] + 1 ? best : row[i - 1] + 1;
+        }
+    }
+    return row[length] < PK__FAR_WORD ? row[length] : PK__FAR_WORD;
+}
+
+/* The layer whose name is nearest to a word, or an empty text where each is `most` letters away or more. */
+static void pk__nearest_layer(const pk_context *context, const char *word, int most, char *name, size_t size)
+{
+    const pk_operation *operation;
+    int best = most;
+    name[0] = 0;
+    if (pk__word_distance("linear", 6, word) < 2 || strcmp(word, "fc") == 0) { /* PyTorch's name, and another */
+        snprintf(name, size, "dense");
+        return;
+    }
+    for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
+        if (strcmp(operation->name, "add") != 0 &&
+            pk__word_distance(operation->name, strlen(operation->name), word) < best) {
+            best = pk__word_distance(operation->name, strlen(operation->name), word);
+            snprintf(name, size, "%s", operation->name);
+        }
+    for (size_t i = 0; context && context->operations && context->operations[i]; i++) {
+        const char *own = context->operations[i]->name;
+        if (pk__word_distance(own, strlen(own), word) < best) {
+            best = pk__word_distance(own, strlen(own), word);
+            snprintf(name, size, "%s", own);
+        }
+    }
+    for (const char *at = PK__OTHER_LAYERS; *at; at += strspn(at, " ")) {
+        const size_t length = strcspn(at, " ");
+        if (pk__word_distance(at, length, word) < best) {
+            best = pk__word_distance(at, length, word);
+            snprintf(name, size, "%.*s", (int)length, at);
+        }
+        at += length;
+    }
+}
+
+/* What is to be said of a word that stands where it cannot: that a layer of its own is separated from the one before. */
+static const char *pk__separator_hint(const pk_context *context, const char *word)
+{
+    const int sign = strpbrk(word, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789#") == NULL;
+    char name[PK__LONGEST_NAME + 1];
+    pk__nearest_layer(context, word, 2, name, sizeof name);
+    return sign || name[0] ? "; layers are separated by ';'" : "";
+}
+
+/* Whether a word has no sign that the language gives no meaning, and that people write between words. */
+static pk_status pk__check_word(pk_context *context, const char *word)
+{
+    const char *comma = strchr(word, ',');
+    if (!comma)
+        return PK_OK;
+    if (comma > word && comma[-1] >= '0' && comma[-1] <= '9' && comma[1] >= '0' && comma[1] <= '9')
+        return pk__fail(context, PK_FORMAT,
+                        "'%.40s': the sizes of a shape or of a pair are written with x, as in 3x3", word);
+    return pk__fail(context, PK_FORMAT, "'%.40s' has a comma: layers are separated by ';', words by blanks",
+                    word);
+}
+
 /* The value of an option: what follows `name=`, or the positional word. */
-static pk_status pk__parse_value(pk_context *context, const pk_option *option, const char *value,
-                                 double *attributes)
+static pk_status pk__parse_value(pk_context *context, const char *name, const pk_option *option,
+                                 const char *value, double *attributes)
 {
     double *to = attributes + option->attribute;
     size_t length = strlen(value);
@@ -8656,17 +9205,19 @@ static pk_status pk__parse_value(pk_context *context, const pk_option *option, c
         int choice = pk__word_index(option->choices, value);
         *to = choice;
         return choice >= 0 ? PK_OK
-                           : pk__fail(context, PK_FORMAT, "%s: '%.40s' is none of: %s", option->name, value,
-                                      option->choices);
+                           : pk__fail(context, PK_FORMAT, "%s: %s: '%.40s' is none of: %s", name, option->name,
+                                      value, option->choices);
     }
     if (option->kind == PK_OPTION_PAIR) {
         const size_t first = strcspn(value, "x");
         if (value[first] && !pk__number(value + first + 1, length - first - 1, &to[1]))
-            return pk__fail(context, PK_FORMAT, "%s: '%.40s' is not a pair such as 3x3", option->name, value);
+            return pk__fail(context, PK_FORMAT, "%s: %s: '%.40s' is not a pair such as 3x3", name, option->name,
+                            value);
         length = first;
     }
     if (!pk__number(value, length, to))
-        return pk__fail(context, PK_FORMAT, "'%.40s' is not a finite number", value);
+        return pk__fail(context, PK_FORMAT, "%s: %s: '%.40s' is not a finite number%s", name, option->name,
+                        value, option->position ? pk__separator_hint(context, value) : "");
     if (option->kind == PK_OPTION_PAIR && !value[length])
         to[1] = to[0];
     return PK_OK;
@@ -8695,6 +9246,29 @@ static void pk__option_names(const pk_option *options, char *text, size_t size)
                                      option->kind == PK_OPTION_FLAG ? "" : "=");
 }
 
+/* What is wrong with a word that is no option. */
+static pk_status pk__refuse_word(pk_context *context, const char *name, const pk_option *options,
+                                 const char *word)
+{
+    const size_t length = strcspn(word, "=");
+    char names[256];
+    for (const pk_option *option = options; option && option->name; option++) {
+        if (option->position || strlen(option->name) != length || strncmp(word, option->name, length) != 0)
+            continue;
+        return option->kind == PK_OPTION_FLAG
+                   ? pk__fail(context, PK_FORMAT,
+                              "'%.40s' is not an option of %s: '%s' stands there without a value", word, name,
+                              option->name)
+                   : pk__fail(context, PK_FORMAT,
+                              "'%.40s' is not an option of %s: its value comes behind a '=', without blanks, "
+                              "as in %s=1",
+                              word, name, option->name);
+    }
+    pk__option_names(options, names, sizeof names);
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of %s%s%s%s", word, name,
+                    names[0] ? "; possible are " : "", names, pk__separator_hint(context, word));
+}
+
 /* Reads the words of a layer after its name into attributes, which hold the defaults. */
 static pk_status pk__parse_options(pk_context *context, const char *name, const pk_option *options,
                                    const pk__layer *layer, double *attributes)
@@ -8705,43 +9279,33 @@ static pk_status pk__parse_options(pk_context *context, const char *name, const 
         const char *word = layer->words[i];
         const pk_option *option = pk__find_option(options, word, 0);
         const char *value = option ? word + strlen(option->name) + 1 : word;
-        if (!option)
+        pk_status status = pk__check_word(context, word);
+        if (status)
+            return status;
+        if (!option && !strchr(word, '='))
             option = pk__find_option(options, word, ++position);
         seen[i] = option;
         for (int k = 1; option && k < i; k++)
             if (seen[k] == option)
                 return pk__fail(context, PK_FORMAT, "%s: '%.40s' comes twice", name, word);
-        if (!option) {
-            char names[256];
-            pk__option_names(options, names, sizeof names);
-            return pk__fail(context, PK_FORMAT, "'%.40s' is not an option of %s%s%s", word, name,
-                            names[0] ? "; possible are " : "", names);
-        }
+        if (!option)
+            return pk__refuse_word(context, name, options, word);
         if (option->kind == PK_OPTION_FLAG) {
             attributes[option->attribute] = option->least;
             continue;
         }
-        pk_status status = pk__parse_value(context, option, value, attributes);
+        status = pk__parse_value(context, name, option, value, attributes);
         if (status)
             return status;
     }
     for (const pk_option *option = options; option && option->name; option++)
         if (option->required && position < option->position)
-            return pk__fail(context, PK_FORMAT, "%s needs its %s", name, option->name);
+            return pk__fail(context, PK_FORMAT, "%s needs its %s, a number%s behind a blank", name,
+                            option->name, option->kind == PK_OPTION_PAIR ? " or a pair such as 3x3," : "");
     return PK_OK;
 }
 
 /* ---- layers ---------------------------------------------------------------------------------------- */
-
-/* An operation by name, built in or the context's; NULL where there is none. */
-static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
-{
-    const pk_operation *found = pk_operation_find(name);
-    for (size_t i = 0; !found && context && context->operations && context->operations[i]; i++)
-        if (strcmp(context->operations[i]->name, name) == 0)
-            found = context->operations[i];
-    return found;
-}
 
 /* Appends an operation behind the branch in hand. */
 static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
@@ -8761,8 +9325,6 @@ static pk_status pk__append_add(pk__parser *parser, int other)
 static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
                                  double *attributes)
 {
-    if (!operation)
-        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not a layer that is known", layer->words[0]);
     memcpy(attributes, operation->defaults, PK_NODE_ATTRIBUTES * sizeof *attributes);
     return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
 }
@@ -8831,6 +9393,8 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__plain_layer(parser, &rest, operation, attributes);
     if (!status)
         status = pk__parse_options(parser->context, operation->name, pk__ntk_options, &own, ntk);
+    if (!status)
+        status = pk__check_attributes(parser->context, operation->name, pk__ntk_options, ntk);
     if (!status && ntk[PK__NTK_FLAG] == 0 && own.count > 1)
         status =
             pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk", operation->name, own.words[1]);
@@ -8856,9 +9420,12 @@ static pk_status pk__position_layer(pk__parser *parser, const pk__layer *layer)
     const pk_shape *shape = pk__branch_shape(parser);
     const int values = parser->node;
     double attributes[PK_NODE_ATTRIBUTES] = {0};
-    if (layer->count > 1 || shape->rank != 2)
-        return pk__fail(parser->context, layer->count > 1 ? PK_FORMAT : PK_SHAPE,
-                        "position has no options, and needs values of tokens x width");
+    char text[PK_SHAPE_TEXT];
+    if (layer->count > 1)
+        return pk__refuse_word(parser->context, "position", NULL, layer->words[1]);
+    if (shape->rank != 2)
+        return pk__fail(parser->context, PK_SHAPE, "position needs values of tokens x width, not of shape %s",
+                        pk_shape_text(shape, text));
     attributes[PK_POSITION_TOKENS] = (double)shape->dims[0];
     attributes[PK_POSITION_WIDTH] = (double)shape->dims[1];
     parser->node = 0; /* it depends on weights alone */
@@ -8915,15 +9482,22 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
     const double width = (double)shape->dims[shape->rank - 1];
     double attributes[PK_NODE_ATTRIBUTES] = {0}, dense[PK_NODE_ATTRIBUTES] = {0};
     attributes[BIAS] = 1;
+    char text[PK_SHAPE_TEXT];
     pk_status status = pk__parse_options(parser->context, "attention", options, layer, attributes);
+    if (!status)
+        status = pk__check_attributes(parser->context, "attention", options, attributes);
     dense[PK_DENSE_OUTPUTS] = (attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3) * width;
     dense[PK_DENSE_BIAS] = attributes[BIAS];
     dense[PK_DENSE_INITIAL] = PK_INITIAL_GLOROT_UNIFORM;
     dense[PK_DENSE_GAIN] = 1;
     attributes[BIAS] = 0;
     if (!status && shape->rank != 2)
-        status = pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of rank %d",
-                          shape->rank);
+        status =
+            pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of shape %s",
+                     pk_shape_text(shape, text));
+    if (!status && fmod(width, attributes[PK_ATTEND_HEADS]) != 0)
+        status = pk__fail(parser->context, PK_SHAPE, "attention: a width of %g cannot be split into %g heads",
+                          width, attributes[PK_ATTEND_HEADS]);
     if (!status)
         status = pk__append(parser, "dense", dense, 0, NULL);
     if (!status)
@@ -8942,9 +9516,16 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
     static const int pairs[3] = {PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD};
     double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
-    for (int i = 0; i < 2 && !status; i++) /* an unstated stride is the kernel */
+    for (int i = 0; i < 2 && !status; i++) { /* an unstated stride is the kernel */
         if (attributes[PK_POOL_STRIDE + i] == 0)
             attributes[PK_POOL_STRIDE + i] = attributes[PK_POOL_KERNEL + i];
+        if (2 * attributes[PK_POOL_PAD + i] > attributes[PK_POOL_KERNEL + i] &&
+            attributes[PK_POOL_KERNEL + i] > 0)
+            status = pk__fail(parser->context, PK_SHAPE,
+                              "max_pool: padding of %gx%g is more than half of its kernel, %gx%g",
+                              attributes[PK_POOL_PAD], attributes[PK_POOL_PAD + 1], attributes[PK_POOL_KERNEL],
+                              attributes[PK_POOL_KERNEL + 1]);
+    }
     for (int side = 1; side >= 0 && !status; side--) {
         memcpy(part, attributes, sizeof part);
         for (int i = 0; i < 3; i++)
@@ -8984,6 +9565,11 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     if (!status && array.rank != 2)
         status = pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name,
                           layer->words[1], array.rank);
+    if (!status && norm && array.shape[0] != 2 &&
+        pk_array_items(&array) % 2 == 0) /* (channels, 2) holds as many numbers in another order */
+        status = pk__fail(parser->context, PK_SHAPE,
+                          "batch_norm: the array '%.40s' has %zu rows, not one of means and one of variances",
+                          layer->words[1], array.shape[0]);
     if (!status && strcmp(name, "propagate") == 0 && array.shape[1] != 3)
         status = pk__fail(parser->context, PK_SHAPE,
                           "propagate: the array '%.40s' has %zu columns, not row, column and value",
@@ -9041,7 +9627,7 @@ static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
 {
     const int both[2] = {parser->node, 0};
     if (layer->count > 1)
-        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is not an option of select", layer->words[1]);
+        return pk__refuse_word(parser->context, "select", NULL, layer->words[1]);
     return pk_graph_add(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL,
                         &parser->node);
 }
@@ -9066,26 +9652,65 @@ static const struct {
     {"max_pool", pk__max_pool_layer},
 };
 
-static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+/* input SHAPE, the first layer. */
+static pk_status pk__input_layer(pk__parser *parser, const pk__layer *layer)
 {
     pk_context *context = parser->context;
-    if (!parser->graph->node_count) {
-        pk_shape shape;
-        if (strcmp(layer->words[0], "input") != 0 || layer->count != 2)
-            return pk__fail(context, PK_FORMAT, "a network starts with 'input' and its shape, not with '%.40s'",
-                            layer->words[0]);
-        pk_status status = pk__parse_shape(context, layer->words[1], &shape);
-        return status ? status : pk_graph_input(context, parser->graph, &shape);
-    }
+    pk_shape shape;
+    pk_status status = PK_OK;
+    if (strcmp(layer->words[0], "input") != 0)
+        return pk__fail(
+            context, PK_FORMAT,
+            "a network starts with 'input' and the shape of an example, such as 'input 64', not with '%.40s'",
+            layer->words[0]);
+    if (layer->count < 2)
+        return pk__fail(context, PK_FORMAT,
+                        "input needs the shape of an example, such as 'input 64' or 'input 1x28x28'");
+    for (int i = 1; i < layer->count && !status; i++)
+        status = pk__check_word(context, layer->words[i]);
+    if (!status && layer->count > 2)
+        status =
+            pk__fail(context, PK_FORMAT,
+                     "input has one shape, such as 64 or 1x28x28, and '%.40s' stands behind it; layers are "
+                     "separated by ';'",
+                     layer->words[2]);
+    if (!status)
+        status = pk__parse_shape(context, layer->words[1], &shape);
+    return status ? status : pk_graph_input(context, parser->graph, &shape);
+}
+
+static pk_status pk__unknown_layer(pk__parser *parser, const char *word)
+{
+    pk_context *context = parser->context;
+    char name[PK__LONGEST_NAME + 1];
+    pk_status status = pk__check_word(context, word);
+    if (status)
+        return status;
+    if (strcmp(word, "add") == 0)
+        return pk__fail(context, PK_FORMAT, "'add' is no layer: 'residual' adds its branches");
+    if (strcmp(word, "input") == 0)
+        return pk__fail(context, PK_FORMAT, "'input' is the first layer, and no other one");
+    if (strcmp(word, "residual") == 0)
+        return pk__fail(
+            context, PK_FORMAT,
+            "'residual' has its layers in parentheses: residual( BODY ) or residual( BODY | SHORTCUT )");
+    pk__nearest_layer(context, word, strlen(word) < 4 ? 2 : PK__FAR_WORD, name, sizeof name);
+    return pk__fail(context, PK_FORMAT,
+                    "'%.40s' is not a layer that is known%s%s%s; docs/network-language.md has those that are",
+                    word, name[0] ? " (is it '" : "", name, name[0] ? "'?)" : "");
+}
+
+static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+{
+    if (!parser->graph->node_count)
+        return pk__input_layer(parser, layer);
     for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
         if (strcmp(layer->words[0], pk__composites[i].name) == 0)
             return pk__composites[i].build(parser, layer);
-    const pk_operation *operation = pk__named_operation(context, layer->words[0]);
+    const pk_operation *operation = pk__named_operation(parser->context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
     if (!operation || strcmp(operation->name, "add") == 0)
-        return pk__fail(context, PK_FORMAT,
-                        "'%.40s' is not a layer that is known; docs/network-language.md has those that are",
-                        layer->words[0]);
+        return pk__unknown_layer(parser, layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
 }
@@ -9109,11 +9734,22 @@ static void pk__write_canonical(pk__parser *parser, const char *text)
     parser->canonical += length;
 }
 
+/* What stands at a place of the text, for a message. */
+static const char *pk__sign_name(const pk__parser *parser, const char *at)
+{
+    return at < parser->start ? "the start of the text"
+           : *at == ';'       ? "';'"
+           : *at == '('       ? "'('"
+           : *at == ')'       ? "')'"
+           : *at == '|'       ? "'|'"
+                              : "the end of the text";
+}
+
 /* One layer: reads words up to what ends it, and appends them to the canonical text, single blanks between. */
 static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
 {
     size_t used = 0;
-    const char *from = parser->at;
+    const char *from = parser->at, *before = from - 1;
     layer->count = 0;
     while (!pk__ends_layer(*from)) {
         if (pk__is_blank(*from)) {
@@ -9121,11 +9757,15 @@ static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
             continue;
         }
         if (layer->count == PK__LAYER_WORDS)
-            return pk__fail(parser->context, PK_FORMAT, "more than %d words", PK__LAYER_WORDS);
+            return pk__fail(parser->context, PK_FORMAT,
+                            "more than %d words behind '%.40s'; layers are separated by ';'", PK__LAYER_WORDS,
+                            layer->words[0]);
         layer->words[layer->count++] = layer->text + used;
         while (!pk__ends_layer(*from) && !pk__is_blank(*from)) {
             if (used + 2 > PK__LAYER_TEXT)
-                return pk__fail(parser->context, PK_FORMAT, "more than %d characters", PK__LAYER_TEXT - 2);
+                return pk__fail(parser->context, PK_FORMAT,
+                                "more than %d characters in one layer; layers are separated by ';'",
+                                PK__LAYER_TEXT - 2);
             layer->text[used++] = *from++;
         }
         layer->text[used++] = 0;
@@ -9135,20 +9775,41 @@ static pk_status pk__split_layer(pk__parser *parser, pk__layer *layer)
         pk__write_canonical(parser, i ? " " : "");
         pk__write_canonical(parser, layer->words[i]);
     }
-    return layer->count
-               ? PK_OK
-               : pk__fail(parser->context, PK_FORMAT, "no words; two ';' in a row, or one at the end?");
+    return layer->count ? PK_OK
+                        : pk__fail(parser->context, PK_FORMAT, "no words, and so no layer, between %s and %s",
+                                   pk__sign_name(parser, before), pk__sign_name(parser, from));
 }
 
 static pk_status pk__parse_layers(pk__parser *parser);
 
-/* residual( body ) or residual( body | shortcut ), from behind the '(': y = body(x) + shortcut(x). */
-static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
+/* Whether both branches of a residual have one shape. */
+static pk_status pk__check_branches(const pk__parser *parser, int body, int shortcut, int given)
 {
+    const pk_shape *a = &parser->graph->nodes[body].shape, *b = &parser->graph->nodes[shortcut].shape;
+    char texts[2][PK_SHAPE_TEXT];
+    if (a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0)
+        return PK_OK;
+    return pk__fail(
+        parser->context, PK_SHAPE,
+        "residual: branches of %s and of %s cannot be added: its body gives the first, and its %s the second",
+        pk_shape_text(a, texts[0]), pk_shape_text(b, texts[1]),
+        given ? "shortcut" : "input, which is the shortcut where there is no '|',");
+}
+
+/* residual( body ) or residual( body | shortcut ), from behind the '(': y = body(x) + shortcut(x). */
+static pk_status pk__parse_residual(pk__parser *parser)
+{
+    const pk__layer *layer = &parser->layer;
     const int start = parser->node;
-    if (strcmp(layer->words[0], "residual") != 0 || layer->count != 1 || !parser->graph->node_count)
-        return pk__fail(parser->context, PK_FORMAT, "'%.40s' is no residual that could have branches",
-                        layer->words[layer->count - 1]);
+    int given = 0;
+    if (strcmp(layer->words[0], "residual") != 0 || layer->count != 1)
+        return pk__fail(
+            parser->context, PK_FORMAT,
+            "'%.40s' has no parentheses: only 'residual' has, and words are separated by blanks, as in "
+            "'dense 10'",
+            layer->words[layer->count - 1]);
+    if (!parser->graph->node_count)
+        return pk__input_layer(parser, layer);
     if (++parser->depth > PK__NETWORK_DEPTH)
         return pk__fail(parser->context, PK_FORMAT, "residuals are nested more than %d deep",
                         PK__NETWORK_DEPTH);
@@ -9157,6 +9818,7 @@ static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__parse_layers(parser);
     int body = parser->node, shortcut = start;
     if (!status && *parser->at == '|') {
+        given = 1;
         parser->at++;
         parser->node = start;
         pk__write_canonical(parser, " | ");
@@ -9164,9 +9826,10 @@ static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
         shortcut = parser->node;
     }
     if (!status && *parser->at != ')')
-        status = pk__fail(parser->context, PK_FORMAT,
-                          *parser->at ? "'%c' where ')' ends the residual" : "the ')' of a residual is missing",
-                          *parser->at);
+        status = pk__fail(
+            parser->context, PK_FORMAT,
+            *parser->at ? "a second '|' where the ')' of a residual should be: it has two branches at most"
+                        : "the ')' of a residual is missing");
     if (status)
         return status;
     parser->depth--;
@@ -9175,37 +9838,51 @@ static pk_status pk__parse_residual(pk__parser *parser, const pk__layer *layer)
     while (pk__is_blank(*parser->at))
         parser->at++;
     if (!pk__ends_layer(*parser->at) || *parser->at == '(')
-        return pk__fail(parser->context, PK_FORMAT, "'%.20s' behind a residual; a ';' is missing", parser->at);
+        return pk__fail(parser->context, PK_FORMAT, "'%.20s' behind the ')' of a residual; a ';' is missing",
+                        parser->at);
     parser->node = body;
-    return pk__append_add(parser, shortcut);
+    status = pk__check_branches(parser, body, shortcut, given);
+    return status ? status : pk__append_add(parser, shortcut);
 }
 
-/* Layers up to what is no ';'. A message names the layer; a residual's inner layers name themselves. */
+/* Layers up to what is no ';'. Of a failure, the number of the innermost layer is kept. */
 static pk_status pk__parse_layers(pk__parser *parser)
 {
     for (;;) {
-        pk__layer layer;
         const int number = ++parser->number;
         pk_status status = number > PK__NETWORK_LAYERS
                                ? pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
-                               : pk__split_layer(parser, &layer);
+                               : pk__split_layer(parser, &parser->layer);
         if (!status)
-            status = *parser->at == '(' ? pk__parse_residual(parser, &layer) : pk__add_layer(parser, &layer);
+            status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
         if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
-            status = pk__fail(parser->context, PK_FORMAT, "'%c' outside of a residual", *parser->at);
+            status = pk__fail(
+                parser->context, PK_FORMAT,
+                *parser->at == ')' ? "')' outside of a residual: there is no '(' for it"
+                : *parser->at == '('
+                    ? "'(' behind the ')' of a residual; a ';' is missing"
+                    : "'|' outside of a residual, whose two branches it separates; layers are separated "
+                      "by ';'");
         if (status) {
-            char message[PK_MESSAGE_SIZE] = "";
-            if (parser->context)
-                memcpy(message, parser->context->message, sizeof message);
-            if (strncmp(message, "network, layer ", 15) == 0)
-                return status;
-            return pk__fail(parser->context, status, "network, layer %d: %.400s", number, message);
+            if (!parser->failed)
+                parser->failed = number;
+            return status;
         }
         if (*parser->at != ';')
             return PK_OK;
         parser->at++;
         pk__write_canonical(parser, "; ");
     }
+}
+
+/* The message of a layer, with its number in front. */
+static pk_status pk__name_layer(pk_context *context, pk_status status, int number)
+{
+    char message[PK_MESSAGE_SIZE];
+    if (!context)
+        return status;
+    memcpy(message, context->message, sizeof message);
+    return pk__fail(context, status, "network, layer %d: %.480s", number, message);
 }
 
 PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, const pk_constants *constants,
@@ -9217,18 +9894,27 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
     /* A sign becomes at most three characters, a blank on each side. */
     pk_status status = pk_allocate(context, 3 * strlen(text) + 4, 1, "the network's text", &graph->text);
     if (!status) {
-        pk__parser parser = {context, graph, constants, text, graph->text, 0, 0, 0};
+        pk__parser parser;
+        memset(&parser, 0, sizeof parser);
+        parser.context = context;
+        parser.graph = graph;
+        parser.constants = constants;
+        parser.start = parser.at = text;
+        parser.canonical = graph->text;
         status = pk__parse_layers(&parser);
         *parser.canonical = 0;
+        if (status)
+            status = pk__name_layer(context, status, parser.failed);
     }
     if (!status && !graph->parameters)
         status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
     if (!status && graph->nodes[graph->node_count - 1].shape.rank != 1) {
         char shape[PK_SHAPE_TEXT];
-        status = pk__fail(context, PK_SHAPE,
-                          "network: its outputs are %s numbers; 'flatten' makes one vector of them, 'token' or "
-                          "'mean_tokens' of tokens",
-                          pk_shape_text(&graph->nodes[graph->node_count - 1].shape, shape));
+        status = pk__fail(
+            context, PK_SHAPE,
+            "network: its outputs are %s numbers, not a vector; a last layer 'flatten' makes one of them, "
+            "'token' or 'mean_tokens' of tokens",
+            pk_shape_text(&graph->nodes[graph->node_count - 1].shape, shape));
     }
     if (status)
         pk_graph_release(context, graph);
@@ -9287,484 +9973,6 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
                                   node->weight_count, &random, weights + node->weight_offset);
     }
     return PK_OK;
-}
-
-PK__COLD_END
-
-PK__END_CODE
-
-/* pathkernel/safetensors.h: implementation */
-#include <errno.h>
-#include <fcntl.h>
-#include <float.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-PK__BEGIN_CODE
-
-/* ---- what a graph has ------------------------------------------------------------------------------ */
-
-enum { PK__TENSOR_NAME = 64 }; /* bytes; longer names in a file are none of ours */
-
-/* A tensor of the graph, and where it stands in a file's data. */
-typedef struct pk__tensor_place {
-    char name[PK__TENSOR_NAME];
-    int rank;
-    size_t shape[2], items;
-    size_t weight_offset; /* in the flat vector */
-    pk_type type;         /* 0: not found in the file */
-    size_t begin, end;    /* bytes after the header */
-} pk__tensor_place;
-
-typedef struct pk__tensor_list {
-    size_t count;
-    pk__tensor_place *places; /* sorted by name */
-} pk__tensor_list;
-
-PK__COLD_BEGIN
-
-static int pk__tensor_by_name(const void *a, const void *b)
-{
-    return strcmp(((const pk__tensor_place *)a)->name, ((const pk__tensor_place *)b)->name);
-}
-
-static int pk__tensor_by_begin(const void *a, const void *b)
-{
-    size_t x = ((const pk__tensor_place *)a)->begin, y = ((const pk__tensor_place *)b)->begin;
-    return (x > y) - (x < y);
-}
-
-static void pk__tensor_add(pk__tensor_list *list, size_t layer, const char *kind, int rank, size_t out,
-                           size_t in, size_t offset)
-{
-    pk__tensor_place *place = &list->places[list->count++];
-    snprintf(place->name, sizeof place->name, "%zu.%s", layer, kind);
-    place->rank = rank;
-    place->shape[0] = out;
-    place->shape[1] = in;
-    place->items = out * in;
-    place->weight_offset = offset;
-}
-
-/* Release list->places. */
-static pk_status pk__tensor_list_take(pk_context *context, const pk_graph *graph, pk__tensor_list *list)
-{
-    list->count = 0;
-    pk_status status =
-        pk_allocate(context, graph->layers, 2 * sizeof *list->places, "the list of tensors", &list->places);
-    for (size_t n = 1; n < graph->node_count && status == PK_OK; n++) {
-        const pk_node *node = &graph->nodes[n];
-        if (!node->weight_count)
-            continue;
-        size_t out = node->fan_out, in = node->fan_in, offset = node->weight_offset;
-        if (node->tangent_form != PK_TANGENT_OUTER)
-            status = pk__fail(context, PK_UNSUPPORTED,
-                              "safetensors: layer %zu, '%s': the shape of its weights is not known", n - 1,
-                              node->operation->name);
-        else
-            pk__tensor_add(list, n - 1, "weight", 2, out, in, offset);
-        if (status == PK_OK && node->weight_count > out * in)
-            pk__tensor_add(list, n - 1, "bias", 1, out, 1, offset + out * in);
-    }
-    if (status != PK_OK) {
-        pk_release(context, list->places);
-        list->places = NULL;
-    }
-    return status;
-}
-
-/* "(32, 64)". Returns text. */
-static const char *pk__tensor_shape(int rank, const size_t *shape, char *text, size_t size)
-{
-    pk_array array = pk_array_view(PK_UINT8, rank, shape, NULL);
-    if (!array.type)
-        snprintf(text, size, "(too large)");
-    else
-        pk__shape_text(&array, text, size);
-    return text;
-}
-
-/* ---- JSON ------------------------------------------------------------------------------------------ */
-
-/* A string, its escapes undone; what is not ASCII becomes '?', and what is too long for text gets a last
- * character that no name has, so that it equals none. 0 where there is no string. */
-static int pk__json_string(pk__cursor *json, char *text, size_t size)
-{
-    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    size_t used = 0;
-    if (!pk__take(json, '"'))
-        return 0;
-    while (json->at < json->end && *json->at != '"') {
-        char c = *json->at++;
-        if ((unsigned char)c < 32)
-            return 0;
-        if (c == '\\') {
-            if (json->at == json->end)
-                return 0;
-            const char *found = *json->at ? strchr(escapes, *json->at) : NULL;
-            if (found) {
-                c = meanings[found - escapes];
-            } else if (*json->at == 'u' && json->end - json->at > 4) {
-                unsigned code = 0;
-                for (int i = 1; i <= 4; i++) {
-                    char digit = json->at[i];
-                    int value = digit >= '0' && digit <= '9'   ? digit - '0'
-                                : digit >= 'a' && digit <= 'f' ? digit - 'a' + 10
-                                : digit >= 'A' && digit <= 'F' ? digit - 'A' + 10
-                                                               : -1;
-                    if (value < 0)
-                        return 0;
-                    code = 16 * code + (unsigned)value;
-                }
-                json->at += 4;
-                c = code && code < 128 ? (char)code : '?';
-            } else {
-                return 0;
-            }
-            json->at++;
-        } else if ((unsigned char)c > 126) {
-            c = '?';
-        }
-        if (used + 1 < size)
-            text[used++] = c;
-        else
-            text[used - 1] = '?';
-    }
-    text[used] = 0;
-    return pk__take(json, '"');
-}
-
-/* [1, 2, ...]: non-negative integers, at most most of them are kept; *count may be more. 0: no such list. */
-static int pk__json_sizes(pk__cursor *json, int most, size_t *sizes, int *count)
-{
-    *count = 0;
-    if (!pk__take(json, '['))
-        return 0;
-    if (pk__take(json, ']'))
-        return 1;
-    do {
-        size_t size = 0;
-        pk__peek(json);
-        const char *start = json->at;
-        for (; json->at < json->end && *json->at >= '0' && *json->at <= '9'; json->at++) {
-            if (size > (SIZE_MAX - 9) / 10)
-                return 0;
-            size = 10 * size + (size_t)(*json->at - '0');
-        }
-        if (json->at == start || (*start == '0' && json->at - start > 1))
-            return 0;
-        if (*count < most)
-            sizes[*count] = size;
-        if (*count < 1000)
-            ++*count;
-    } while (pk__take(json, ','));
-    return pk__take(json, ']');
-}
-
-/* {"string": "string", ...} */
-static int pk__json_metadata(pk__cursor *json)
-{
-    char text[8];
-    if (!pk__take(json, '{'))
-        return 0;
-    if (pk__take(json, '}'))
-        return 1;
-    do {
-        if (!pk__json_string(json, text, sizeof text) || !pk__take(json, ':') ||
-            !pk__json_string(json, text, sizeof text))
-            return 0;
-    } while (pk__take(json, ','));
-    return pk__take(json, '}');
-}
-
-typedef struct pk__tensor_entry {
-    char dtype[16];
-    int rank, bounds;
-    size_t shape[PK_ARRAY_RANK], offsets[2];
-} pk__tensor_entry;
-
-/* {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, each key once, in any order. */
-static int pk__json_tensor(pk__cursor *json, pk__tensor_entry *entry)
-{
-    static const char *const keys[3] = {"dtype", "shape", "data_offsets"};
-    int seen[3] = {0, 0, 0};
-    memset(entry, 0, sizeof *entry);
-    if (!pk__take(json, '{'))
-        return 0;
-    do {
-        char key[16];
-        int which = 0;
-        if (!pk__json_string(json, key, sizeof key) || !pk__take(json, ':'))
-            return 0;
-        while (which < 3 && strcmp(key, keys[which]) != 0)
-            which++;
-        if (which == 3 || seen[which]++)
-            return 0;
-        if (which == 0   ? !pk__json_string(json, entry->dtype, sizeof entry->dtype)
-            : which == 1 ? !pk__json_sizes(json, PK_ARRAY_RANK, entry->shape, &entry->rank) ||
-                               entry->rank > PK_ARRAY_RANK
-                         : !pk__json_sizes(json, 2, entry->offsets, &entry->bounds) || entry->bounds != 2)
-            return 0;
-    } while (pk__take(json, ','));
-    return pk__take(json, '}') && seen[0] && seen[1] && seen[2];
-}
-
-/* ---- reading --------------------------------------------------------------------------------------- */
-
-/* Does an entry of the file fit the tensor of its name? Then it is noted there. */
-static pk_status pk__tensor_found(pk_context *context, const char *file, size_t data_bytes, const char *name,
-                                  const pk__tensor_entry *entry, pk__tensor_list *list)
-{
-    pk__tensor_place wanted, *place = NULL;
-    char has[200], should[200];
-    memcpy(wanted.name, name, sizeof wanted.name);
-    if (list->count)
-        place =
-            (pk__tensor_place *)bsearch(&wanted, list->places, list->count, sizeof wanted, pk__tensor_by_name);
-    if (!place)
-        return pk__fail(context, PK_SHAPE, "%s: holds '%s', which the network does not have", file, name);
-    if (place->type)
-        return pk__fail(context, PK_FORMAT, "%s: holds '%s' twice", file, name);
-    pk_type type = strcmp(entry->dtype, "F64") == 0   ? PK_FLOAT64
-                   : strcmp(entry->dtype, "F32") == 0 ? PK_FLOAT32
-                                                      : (pk_type)0;
-    if (!type)
-        return pk__fail(context, PK_UNSUPPORTED, "%s: '%s' holds %s; F32 and F64 are supported", file, name,
-                        entry->dtype);
-    int same = entry->rank == place->rank;
-    for (int i = 0; same && i < place->rank; i++)
-        same = entry->shape[i] == place->shape[i];
-    if (!same)
-        return pk__fail(context, PK_SHAPE, "%s: '%s' is %s, the network's is %s", file, name,
-                        pk__tensor_shape(entry->rank, entry->shape, has, sizeof has),
-                        pk__tensor_shape(place->rank, place->shape, should, sizeof should));
-    if (entry->offsets[0] > entry->offsets[1] || entry->offsets[1] > data_bytes ||
-        entry->offsets[1] - entry->offsets[0] != place->items * pk_type_size(type))
-        return pk__fail(context, PK_FORMAT, "%s: '%s' is said to be bytes %zu to %zu of %zu; it takes %zu",
-                        file, name, entry->offsets[0], entry->offsets[1], data_bytes,
-                        place->items * pk_type_size(type));
-    place->type = type;
-    place->begin = entry->offsets[0];
-    place->end = entry->offsets[1];
-    return PK_OK;
-}
-
-static pk_status pk__safetensors_header(pk_context *context, const char *file, const unsigned char *bytes,
-                                        size_t size, size_t data_bytes, pk__tensor_list *list)
-{
-    pk__cursor json = {(const char *)bytes, (const char *)bytes + size};
-    char name[PK__TENSOR_NAME], text[64];
-    int metadata = 0, good = pk__take(&json, '{'), more = good && pk__peek(&json) != '}';
-    while (more) {
-        pk__tensor_entry entry;
-        if (!pk__json_string(&json, name, sizeof name) || !pk__take(&json, ':')) {
-            good = 0;
-        } else if (strcmp(name, "__metadata__") == 0) {
-            good = !metadata++ && pk__json_metadata(&json);
-        } else if (!pk__json_tensor(&json, &entry)) {
-            return pk__fail(context, PK_FORMAT, "%s: the header's entry '%s' is malformed", file,
-                            pk__printable(name, strlen(name), text, sizeof text));
-        } else {
-            pk__printable(name, strlen(name), name, sizeof name); /* no name of ours is changed by that */
-            pk_status status = pk__tensor_found(context, file, data_bytes, name, &entry, list);
-            if (status != PK_OK)
-                return status;
-        }
-        more = good && pk__take(&json, ',');
-    }
-    /* Blanks may follow, nothing else. */
-    if (!good || !pk__take(&json, '}') || (pk__peek(&json), json.at != json.end))
-        return pk__fail(context, PK_FORMAT, "%s: the header is not that of a safetensors file, at byte %zu",
-                        file, (size_t)(json.at - (const char *)bytes) + 8);
-    size_t expected = 0;
-    for (size_t i = 0; i < list->count; i++)
-        if (!list->places[i].type)
-            return pk__fail(context, PK_SHAPE, "%s: has no tensor '%s'", file, list->places[i].name);
-    qsort(list->places, list->count, sizeof *list->places, pk__tensor_by_begin);
-    for (size_t i = 0; i < list->count; expected = list->places[i++].end)
-        if (list->places[i].begin != expected)
-            return pk__fail(context, PK_FORMAT, "%s: '%s' starts at byte %zu of the data, not at %zu", file,
-                            list->places[i].name, list->places[i].begin, expected);
-    if (expected != data_bytes)
-        return pk__fail(context, PK_FORMAT, "%s: %zu bytes follow the last tensor", file,
-                        data_bytes - expected);
-    return PK_OK;
-}
-
-/* Item i of a tensor in the file: of any alignment. */
-static double pk__tensor_item(const pk__tensor_place *place, const unsigned char *data, size_t i)
-{
-    double number;
-    float single;
-    if (place->type == PK_FLOAT64) {
-        memcpy(&number, data + place->begin + 8 * i, sizeof number);
-        return number;
-    }
-    memcpy(&single, data + place->begin + 4 * i, sizeof single);
-    return single;
-}
-
-/* 1 where a number is finite, also as float if narrow. */
-static int pk__tensor_finite(double number, int narrow)
-{
-    return pk__finite(number) && (!narrow || (number >= -FLT_MAX && number <= FLT_MAX));
-}
-
-/* The file's bytes into weights, which is untouched on an error. */
-PK__PRIVATE pk_status pk__safetensors_parse(pk_context *context, const char *file, const unsigned char *bytes,
-                                            size_t size, const pk_graph *graph, pk_real *weights)
-{
-    uint64_t length = 0;
-    if (size < 8)
-        return pk__fail(context, PK_FORMAT, "%s: %zu bytes are no safetensors file", file, size);
-    for (int i = 0; i < 8; i++)
-        length |= (uint64_t)bytes[i] << 8 * i;
-    if (length > size - 8)
-        return pk__fail(context, PK_FORMAT,
-                        "%s: is no safetensors file, or cut off: a header of %llu bytes in %zu", file,
-                        (unsigned long long)length, size);
-    pk__tensor_list list;
-    pk_status status = pk__tensor_list_take(context, graph, &list);
-    if (status != PK_OK)
-        return status;
-    const unsigned char *data = bytes + 8 + length;
-    qsort(list.places, list.count, sizeof *list.places, pk__tensor_by_name);
-    status = pk__safetensors_header(context, file, bytes + 8, (size_t)length, size - 8 - (size_t)length, &list);
-    for (size_t t = 0; t < list.count && status == PK_OK; t++)
-        for (size_t i = 0; i < list.places[t].items && status == PK_OK; i++)
-            if (!pk__tensor_finite(pk__tensor_item(&list.places[t], data, i), sizeof(pk_real) == 4))
-                status = pk__fail(context, PK_NOT_FINITE, "%s: item %zu of '%s' is %g", file, i,
-                                  list.places[t].name, pk__tensor_item(&list.places[t], data, i));
-    for (size_t t = 0; t < list.count && status == PK_OK; t++)
-        for (size_t i = 0; i < list.places[t].items; i++)
-            weights[list.places[t].weight_offset + i] = (pk_real)pk__tensor_item(&list.places[t], data, i);
-    pk_release(context, list.places);
-    return status;
-}
-
-PK_API pk_status pk_safetensors_read(pk_context *context, const char *path, const pk_graph *graph,
-                                     pk_real *weights)
-{
-    if (!path || !graph || !graph->parameters || !weights)
-        return pk__fail(context, PK_ARGUMENT,
-                        "pk_safetensors_read: the path, the network or the weights are missing");
-    pk__file file;
-    pk_status status = pk__file_map(context, path, &file);
-    if (status == PK_OK)
-        status = pk__safetensors_parse(context, pk__name(path), file.bytes, file.size, graph, weights);
-    pk__file_unmap(&file);
-    return status;
-}
-
-/* ---- writing --------------------------------------------------------------------------------------- */
-
-/* The header and its length before it into bytes, unless that is NULL. Returns the size of both. */
-static size_t pk__safetensors_head(const pk__tensor_list *list, int float32, size_t room, unsigned char *bytes)
-{
-    char line[256];
-    size_t used = 8, begin = 0;
-    for (size_t t = 0; t <= list->count; t++) {
-        int length = 0;
-        if (t < list->count) {
-            const pk__tensor_place *place = &list->places[t];
-            size_t end = begin + place->items * (float32 ? 4 : 8);
-            char shape[64];
-            snprintf(shape, sizeof shape, place->rank == 1 ? "%zu" : "%zu,%zu", place->shape[0],
-                     place->shape[1]);
-            length = snprintf(line, sizeof line,
-                              "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                              t ? "," : "{\"__metadata__\":{\"format\":\"pt\"},", place->name,
-                              float32 ? "F32" : "F64", shape, begin, end);
-            begin = end;
-        } else {
-            length = snprintf(line, sizeof line, "}");
-        }
-        if (bytes && (size_t)length <= room - used)
-            memcpy(bytes + used, line, (size_t)length);
-        used += (size_t)length;
-    }
-    while (used % 8 != 0) { /* the numbers are aligned when the file is mapped */
-        if (bytes)
-            bytes[used] = ' ';
-        used++;
-    }
-    for (int i = 0; bytes && i < 8; i++)
-        bytes[i] = (unsigned char)((uint64_t)(used - 8) >> 8 * i);
-    return used;
-}
-
-static pk_status pk__safetensors_fill(pk_context *context, const char *file, const pk__tensor_list *list,
-                                      const pk_real *weights, int float32, unsigned char *data)
-{
-    for (size_t t = 0; t < list->count; t++)
-        for (size_t i = 0; i < list->places[t].items; i++) {
-            double number = (double)weights[list->places[t].weight_offset + i];
-            if (!pk__tensor_finite(number, float32))
-                return pk__fail(context, PK_NOT_FINITE, "%s: item %zu of '%s' is %g, not a finite %s", file, i,
-                                list->places[t].name, number, float32 ? "float32" : "float64");
-            float single = float32 ? (float)number : 0;
-            memcpy(data, float32 ? (const void *)&single : (const void *)&number, float32 ? 4 : 8);
-            data += float32 ? 4 : 8;
-        }
-    return PK_OK;
-}
-
-/* path becomes these bytes, or stays as it is. */
-static pk_status pk__safetensors_replace(pk_context *context, const char *path, const unsigned char *bytes,
-                                         size_t size)
-{
-    size_t length = strlen(path);
-    char *aside = NULL;
-    pk_status status = pk_allocate(context, length + 5, 1, "the name of a file", &aside);
-    if (status != PK_OK)
-        return status;
-    memcpy(aside, path, length);
-    memcpy(aside + length, ".tmp", 5);
-    int file = open(aside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), good = file >= 0, reason = errno;
-    if (file >= 0) {
-        good = pk__write_at(file, bytes, size, 0);
-        reason = errno;
-        if (close(file) != 0 && good)
-            good = 0, reason = errno;
-        if (good && rename(aside, path) != 0)
-            good = 0, reason = errno;
-        if (!good)
-            unlink(aside);
-    }
-    if (!good)
-        status = pk__fail(context, PK_IO, "%s: %zu bytes cannot be written: %s", pk__name(path), size,
-                          strerror(reason));
-    pk_release(context, aside);
-    return status;
-}
-
-PK_API pk_status pk_safetensors_write(pk_context *context, const char *path, const pk_graph *graph,
-                                      const pk_real *weights, int float32)
-{
-    if (!path || !graph || !graph->parameters || !weights)
-        return pk__fail(context, PK_ARGUMENT,
-                        "pk_safetensors_write: the path, the network or the weights are missing");
-    pk__tensor_list list;
-    pk_status status = pk__tensor_list_take(context, graph, &list);
-    if (status != PK_OK)
-        return status;
-    unsigned char *bytes = NULL;
-    size_t head = pk__safetensors_head(&list, float32, 0, NULL), size = 0;
-    if (!pk__multiply(graph->parameters, float32 ? 4 : 8, &size) || size > SIZE_MAX / 2 - head)
-        status =
-            pk__fail(context, PK_OVERFLOW, "%s: %zu parameters overflow", pk__name(path), graph->parameters);
-    else
-        status = pk_allocate(context, head + size, 1, "the text of a safetensors file", &bytes);
-    if (status == PK_OK) {
-        pk__safetensors_head(&list, float32, head, bytes);
-        status = pk__safetensors_fill(context, pk__name(path), &list, weights, float32, bytes + head);
-    }
-    if (status == PK_OK)
-        status = pk__safetensors_replace(context, path, bytes, head + size);
-    pk_release(context, bytes);
-    pk_release(context, list.places);
-    return status;
 }
 
 PK__COLD_END
@@ -10093,11 +10301,11 @@ PK__COLD_END
 PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
                                  pk_real *target)
 {
-    if (targets->type != PK_INT64) {
+    if (!pk__is_labels(targets)) {
         pk_array_reals(targets, row * outputs, outputs, target);
         return;
     }
-    int64_t label = ((const int64_t *)targets->data)[row];
+    const int64_t label = pk__label(targets, row);
     if (outputs == 1 && !rule->classes)
         target[0] = (pk_real)label;
     else
@@ -10110,10 +10318,10 @@ PK__COLD_BEGIN
 static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
                                      size_t outputs, pk_real *target)
 {
-    int labels = targets->type == PK_INT64 && (outputs > 1 || rule->classes);
+    const int labels = pk__is_labels(targets) && (outputs > 1 || rule->classes);
     for (size_t row = 0; row < targets->shape[0]; row++) {
         if (labels) {
-            int64_t label = ((const int64_t *)targets->data)[row];
+            const int64_t label = pk__label(targets, row);
             if (label < 0 || (uint64_t)label >= outputs)
                 return pk__fail(context, PK_ARGUMENT, "targets, row %zu: label %lld is not in [0, %zu)", row,
                                 (long long)label, outputs);
@@ -10382,11 +10590,11 @@ PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name,
         return pk__fail(context, PK_ARGUMENT, "%s: the loss is unknown", name);
     const pk_array *inputs = &dataset->inputs, *targets = &dataset->targets;
     size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
-    if (pk_dataset_width(dataset) != graph->input_width)
-        return pk__fail(context, PK_SHAPE, "%s: inputs of width %zu for a network of %zu", name,
-                        pk_dataset_width(dataset), graph->input_width);
-    if (targets->rank < 1 || targets->shape[0] != examples ||
-        (targets->type == PK_INT64 ? targets->rank != 1 : targets->row_items != outputs))
+    pk_status status =
+        pk_array_check_rows(context, inputs, graph->input_shape.rank, graph->input_shape.dims, "inputs");
+    if (status != PK_OK)
+        return status;
+    if (targets->rank < 1 || targets->shape[0] != examples || !pk__fit_outputs(targets, outputs))
         return pk__fail(context, PK_SHAPE, "%s: %zu targets of %zu numbers for %zu examples and %zu outputs",
                         name, targets->rank < 1 ? (size_t)0 : targets->shape[0], targets->row_items, examples,
                         outputs);
@@ -11789,11 +11997,34 @@ PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, cons
     return signed_hash;
 }
 
+/* Puts a prefix before the message of an error that another module reported. */
+PK__FORMAT(3, 4)
+PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
+{
+    if (context && status != PK_OK) {
+        char message[PK_MESSAGE_SIZE];
+        memcpy(message, context->message, sizeof message);
+        va_list arguments;
+        va_start(arguments, format);
+        int length = vsnprintf(context->message, sizeof context->message, format, arguments);
+        va_end(arguments);
+        if (length >= 0 && (size_t)length < sizeof message) {
+            size_t room = sizeof message - (size_t)length - 1;
+            memcpy(context->message + length, message, room);
+            context->message[sizeof message - 1] = '\0';
+        }
+        pk__clean_message(context);
+    }
+    return status;
+}
+
 /* out (P) = a row of weights.npy or second_moments.npy. step: of the row, for the message. */
 static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_array *array, const char *name,
                              size_t row, size_t step, pk_real *out)
 {
-    pk_array_reals(array, row * run->parameters, run->parameters, out);
+    pk_status status = pk_array_read(context, array, row * run->parameters, run->parameters, out);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "%s: the row of step %zu ", name, step);
     for (size_t p = 0; p < run->parameters; p++)
         if (!isfinite(out[p]))
             return pk__fail(context, PK_NOT_FINITE, "%s: parameter %zu at step %zu is %g", name, p, step,
@@ -11836,26 +12067,6 @@ static const char *pk__run_path_of(pk__run_path *path, const char *name)
 static pk_status pk__run_io(pk_context *context, const char *path)
 {
     return pk__fail(context, PK_IO, "%s: %s", path, strerror(errno));
-}
-
-/* Puts a prefix before the message of an error that another module reported. */
-PK__FORMAT(3, 4)
-PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
-{
-    if (context && status != PK_OK) {
-        char message[PK_MESSAGE_SIZE];
-        memcpy(message, context->message, sizeof message);
-        va_list arguments;
-        va_start(arguments, format);
-        int length = vsnprintf(context->message, sizeof context->message, format, arguments);
-        va_end(arguments);
-        if (length >= 0 && (size_t)length < sizeof message) {
-            size_t room = sizeof message - (size_t)length - 1;
-            memcpy(context->message + length, message, room);
-            context->message[sizeof message - 1] = '\0';
-        }
-    }
-    return status;
 }
 
 /* ---- the manifest ---------------------------------------------------------------------------------- */
@@ -12014,15 +12225,16 @@ static pk_status pk__load_from_run(void *user, pk_context *context, const char *
 static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory, pk_run *run)
 {
     const char *path = pk__run_path_of(directory, "run.txt");
-    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
+    const char *kind;
+    int file = pk__open_regular(AT_FDCWD, path, O_RDONLY, &kind);
+    if (file < 0 && kind)
+        return pk__fail(context, PK_IO, "%s is not a regular file but %s", path, kind);
     if (file < 0)
         return pk__run_io(context, path);
     struct stat about;
     pk_status status = PK_OK;
     if (fstat(file, &about) != 0)
         status = pk__run_io(context, path);
-    else if (!S_ISREG(about.st_mode))
-        status = pk__fail(context, PK_IO, "%s is not a regular file", path);
     /* One byte past the limit tells that the file is longer. */
     size_t limit = (size_t)PK__MANIFEST_SIZE + 1, size = 0;
     char *text = NULL;
@@ -12063,6 +12275,49 @@ static pk_array *pk__run_array(pk_run *run, int file)
                                      : &run->columns[file];
 }
 
+/* NULL where a growing file may hold items of a type, else what it has to hold. Rates are float64 alone: 0.1 as float32
+ * is another number, which the optimiser did not use. */
+static const char *pk__run_wants(int file, pk_type type)
+{
+    const int numbers = file == PK__RUN_OFFSETS || file == PK__RUN_ITEMS;
+    if (numbers)
+        return pk_type_is_integer(type) && type != PK_BOOL ? NULL : "integers";
+    if (file == PK__RUN_ITEM_WEIGHTS || file == PK__RUN_SCALES)
+        return NULL;
+    if (pk__run_files[file].type)
+        return type == pk__run_files[file].type ? NULL : pk_type_name(pk__run_files[file].type);
+    return type == PK_FLOAT64 || type == PK_FLOAT32 ? NULL : "float64 or float32";
+}
+
+/* A column of another type in place of the mapped one, as int64 or float64. */
+static pk_status pk__run_convert(pk_context *context, const char *path, pk_type type, pk_array *array)
+{
+    const size_t items = pk_array_items(array);
+    pk_array made = *array;
+    made.type = type;
+    made.mapping = NULL;
+    made.owned = NULL;
+    made.file = 0;
+    pk_status status = pk_allocate(context, items, pk_type_size(type), path, &made.owned);
+    if (status != PK_OK)
+        return status;
+    made.data = made.owned;
+    if (type == PK_INT64)
+        pk_array_integers(array, 0, items, (int64_t *)made.owned);
+    for (size_t i = 0; type == PK_FLOAT64 && i < items; i++) {
+        int64_t integer = 0;
+        if (array->type == PK_FLOAT32)
+            ((double *)made.owned)[i] = (double)((const float *)array->data)[i];
+        else {
+            pk_array_integers(array, i, 1, &integer);
+            ((double *)made.owned)[i] = (double)integer;
+        }
+    }
+    pk_array_release(context, array);
+    *array = made;
+    return PK_OK;
+}
+
 /* Maps one of the growing files and checks its type and the shape of its rows. */
 static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, pk_run *run)
 {
@@ -12070,20 +12325,22 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     pk_array *array = pk__run_array(run, file);
     pk__run_path_of(path, expected->name);
     int has = pk__run_has(file, run->keep_every, &run->optimizer);
-    if (has <= 0 && access(path->text, F_OK) != 0 && errno == ENOENT)
+    struct stat about;
+    if (has <= 0 && lstat(path->text, &about) != 0 && errno == ENOENT) /* a link to nowhere is no absent file */
         return PK_OK;
     if (!has && file == PK__RUN_MOMENTS)
         return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
                         path->text);
     if (!has) /* other programs may leave what they like */
         return PK_OK;
-    pk_status status = pk_array_map(context, path->text, PK_ARRAY_PARTIAL, array);
+    const unsigned flags = PK_ARRAY_PARTIAL | (expected->rank == 2 ? PK_ARRAY_KEEP_OPEN : 0);
+    pk_status status = pk_array_map(context, path->text, flags, array);
     if (status != PK_OK)
         return status;
-    if (expected->type ? array->type != expected->type : array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+    const char *wanted = pk__run_wants(file, array->type);
+    if (wanted)
         return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold %s", path->text,
-                        pk_type_name(array->type),
-                        expected->type ? pk_type_name(expected->type) : "float64 or float32");
+                        pk_type_name(array->type), wanted);
     if (array->rank != expected->rank)
         return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
                         expected->rank);
@@ -12094,7 +12351,9 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
                         vectors > 1 ? " and the optimizer two vectors" : "");
     if (array->shape[0] < expected->before)
         return pk__fail(context, PK_FORMAT, "%s holds no row, not even that of the start", path->text);
-    return PK_OK;
+    return expected->type && array->type != expected->type
+               ? pk__run_convert(context, path->text, expected->type, array)
+               : PK_OK;
 }
 
 /* The first of count numbers that is not finite, or count. */
@@ -12106,8 +12365,45 @@ static size_t pk__not_finite(const double *numbers, size_t count)
     return i;
 }
 
-/* How many steps are complete, and whether the batches of these make sense. */
-static pk_status pk__run_count(pk_context *context, const char *directory, pk_run *run)
+/* "learning_rates.npy holds 1 row", with the bytes of a part of a row. */
+static const char *pk__run_rows_text(const pk_run *run, int file, char *text, size_t size)
+{
+    const pk_array *array = pk__run_array((pk_run *)run, file); /* only read */
+    size_t used = (size_t)snprintf(text, size, "%s holds %zu row%s", pk__run_files[file].name, array->shape[0],
+                                   array->shape[0] == 1 ? "" : "s");
+    if (array->extra_bytes && used < size)
+        snprintf(text + used, size - used, " and %zu bytes", array->extra_bytes);
+    return text;
+}
+
+/* Whether the files hold what a kill leaves of steps complete steps: each the rows of these, and those before
+ * weights.npy in the order of writing also the row of the next step or a part of it. If not, *file is one that holds
+ * something else. */
+static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
+{
+    const int keeps = (steps + 1) % run->keep_every == 0, last = keeps ? PK__RUN_WEIGHTS : PK__RUN_CHECKSUMS;
+    const size_t items = (size_t)run->batch_offsets[steps];
+    const pk_array *offsets = pk__run_array((pk_run *)run, PK__RUN_OFFSETS); /* only read, as below */
+    const size_t next_items =
+        offsets->shape[0] > steps + 1 ? pk__most(items, (size_t)run->batch_offsets[steps + 1]) : items;
+    for (int f = 0; f < PK__RUN_FILES; f++) {
+        const pk_array *array = pk__run_array((pk_run *)run, f);
+        const pk__run_file *kind = &pk__run_files[f];
+        const int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
+        const size_t least = (per_item ? items : kind->kept ? steps / run->keep_every : steps) + kind->before;
+        size_t most = per_item ? next_items + kind->before : kind->kept && !keeps ? least : least + 1;
+        if (f == last) /* its whole row would make the step complete */
+            most = least;
+        *file = f;
+        if (array->data && (array->shape[0] < least || array->shape[0] > most ||
+                            (array->shape[0] == most && array->extra_bytes && f != last)))
+            return 0;
+    }
+    return 1;
+}
+
+/* How many steps are complete, and whether the batches of these make sense. recover: whatever the files' lengths. */
+static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
     int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0};
@@ -12155,6 +12451,19 @@ static pk_status pk__run_count(pk_context *context, const char *directory, pk_ru
         if (array->data && (rows[f] > complete || array->extra_bytes))
             run->cut_off = 1;
     }
+    int other = 0;
+    if (!recover && !pk__run_is_whole(run, steps, &other)) {
+        char has[120], also[120];
+        if (least != PK__RUN_WEIGHTS && rows[PK__RUN_WEIGHTS] > steps / run->keep_every + 1)
+            other = PK__RUN_WEIGHTS; /* what is looked at first */
+        return pk__fail(
+            context, PK_SHAPE,
+            "%s: %s, %s; recording that is cut off leaves at most the row of one step more in the other "
+            "files than in weights.npy, so a file is wrong or a power cut lost rows; to recover the run "
+            "(--recover, pk_run_recover) gives its first %zu steps",
+            directory, pk__run_rows_text(run, least, has, sizeof has),
+            pk__run_rows_text(run, other, also, sizeof also), steps);
+    }
     if (run->cut_off)
         (void)pk__fail(context, PK_OK, "%s was cut off after step %zu: %s ends first, with %zu whole rows",
                        directory, steps, pk__run_files[least].name, rows[least]);
@@ -12166,6 +12475,9 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
                                          pk_loss loss)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
+    if (status == PK_OK)
+        status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
+                                     "inputs");
     if (status == PK_OK)
         status = pk_loss_check(context, loss, train, graph->output_width);
     if (status != PK_OK || !graph->checked)
@@ -12181,7 +12493,7 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
     return status;
 }
 
-static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *run)
+static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recover, pk_run *run)
 {
     pk_status status = pk__manifest_read(context, path, run);
     if (status != PK_OK)
@@ -12193,9 +12505,6 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *r
     pk_array *data[2] = {&run->train.inputs, &run->train.targets};
     for (int k = 0; k < 2 && status == PK_OK; k++) {
         status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
-        if (status == PK_OK && data[k]->type == PK_UINT8)
-            status = pk__fail(context, PK_UNSUPPORTED,
-                              "%s holds uint8, it has to hold float64, float32 or int64", path->text);
     }
     if (status != PK_OK)
         return status;
@@ -12209,10 +12518,10 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, pk_run *r
     run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
     run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
-    return pk__run_count(context, path->directory, run);
+    return pk__run_count(context, path->directory, recover, run);
 }
 
-PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
+static pk_status pk__run_open(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     if (!directory || !run)
         return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
@@ -12222,13 +12531,52 @@ PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run 
         return status;
     pk_run opened;
     memset(&opened, 0, sizeof opened);
-    status = pk__run_load(context, &path, &opened);
+    status = pk__run_load(context, &path, recover, &opened);
     pk_release(context, path.text);
     if (status != PK_OK)
         pk_run_release(context, &opened);
     else
         *run = opened;
     return status;
+}
+
+PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
+{
+    return pk__run_open(context, directory, 0, run);
+}
+
+PK_API pk_status pk_run_recover(pk_context *context, const char *directory, pk_run *run)
+{
+    return pk__run_open(context, directory, 1, run);
+}
+
+PK_API pk_status pk_run_until(pk_context *context, pk_run *run, size_t steps)
+{
+    if (!run || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_until: no run");
+    if (steps > run->steps)
+        return pk__fail(context, PK_ARGUMENT, "the weights after step %zu: the run has %zu steps", steps,
+                        run->steps);
+    run->steps = steps;
+    return PK_OK;
+}
+
+PK_API pk_status pk_run_check_inputs(pk_context *context, const pk_run *run, const pk_array *inputs,
+                                     const char *name)
+{
+    if (!run || !run->graph.node_count || !run->train.inputs.rank)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_check_inputs: no run");
+    const pk_shape *shape = &run->graph.input_shape;
+    pk_status status = pk_array_check_rows(context, inputs, shape->rank, shape->dims, name);
+    if (status != PK_OK)
+        return status;
+    const pk_array *train = &run->train.inputs;
+    char has[200], also[200];
+    if (pk_array_check_rows(NULL, inputs, train->rank - 1, train->shape + 1, name) != PK_OK)
+        return pk__fail(context, PK_SHAPE,
+                        "%s has shape %s, the training inputs %s: the axes have another order", name,
+                        pk__shape_text(inputs, has, sizeof has), pk__shape_text(train, also, sizeof also));
+    return PK_OK;
 }
 
 PK_API void pk_run_release(pk_context *context, pk_run *run)
@@ -12377,19 +12725,25 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
 
 PK__COLD_BEGIN
 
-/* train_inputs.npy or train_targets.npy; bytes become numbers. */
+/* train_inputs.npy or train_targets.npy, of the types that every reader of a run knows: bytes become numbers, labels and
+ * other integers int64. */
 static pk_status pk__recorder_data(pk_context *context, const char *path, const pk_array *array)
 {
-    if (array->type != PK_UINT8)
+    if (!pk_type_is_integer(array->type) || array->type == PK_INT64)
         return pk_array_write(context, path, array->type, array->rank, array->shape, array->data);
+    const int bytes = array->type == PK_UINT8 && !pk__is_labels(array);
     pk_array_writer writer;
     memset(&writer, 0, sizeof writer);
-    pk_real *row = NULL;
-    pk_status status = pk_allocate(context, array->row_items, sizeof *row, "a row of training data", &row);
+    void *row = NULL;
+    pk_status status = pk_allocate(context, array->row_items, sizeof(int64_t), "a row of training data", &row);
     if (status == PK_OK)
-        status = pk_array_create(context, path, PK__REAL_TYPE, array->rank, array->shape + 1, &writer);
+        status = pk_array_create(context, path, bytes ? PK__REAL_TYPE : PK_INT64, array->rank, array->shape + 1,
+                                 &writer);
     for (size_t i = 0; i < pk_array_length(array) && status == PK_OK; i++) {
-        pk_array_reals(array, i * array->row_items, array->row_items, row);
+        if (bytes)
+            pk_array_reals(array, i * array->row_items, array->row_items, (pk_real *)row);
+        else
+            pk_array_integers(array, i * array->row_items, array->row_items, (int64_t *)row);
         status = pk_array_append(context, &writer, 1, row);
     }
     pk_release(context, row);
@@ -12412,8 +12766,9 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     size =
         (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s",
                          recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text, keep);
-    int file = openat(folder, "run.txt.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    int failed = file < 0;
+    const char *kind;
+    int file = pk__open_regular(folder, "run.txt.tmp", O_WRONLY | O_CREAT, &kind);
+    int failed = file < 0 || ftruncate(file, 0) != 0;
     while (!failed && at < size) {
         ssize_t count = write(file, text + at, size - at);
         if (count >= 0)
@@ -12421,8 +12776,13 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
         else
             failed = errno != EINTR;
     }
-    if (failed || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0)
-        status = pk__fail(context, PK_IO, "%s/run.txt: %s", directory, strerror(errno));
+    /* On the platter before it has its name, and the name as well: after a power cut there is all of it or nothing. */
+    failed = failed || fsync(file) != 0 || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0;
+    if (failed)
+        status = pk__fail(context, PK_IO, "%s/run.txt: %s%s", directory, kind ? "run.txt.tmp is " : "",
+                          kind ? kind : strerror(errno));
+    else
+        (void)fsync(folder);
     if (file >= 0)
         close(file);
     pk_release(context, text);
@@ -12449,7 +12809,7 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
         recording->made = 1;
     else if (errno != EEXIST)
         return pk__run_io(context, path->directory);
-    int folder = open(path->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int folder = pk__open_above(AT_FDCWD, path->directory, O_RDONLY | O_DIRECTORY);
     if (folder < 0)
         return pk__run_io(context, path->directory);
     recorder->lock = folder + 1;
@@ -12460,13 +12820,14 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
         (void)unlinkat(folder, pk__run_fixed[PK__RUN_MANIFEST], 0);
         pk__recorder_clear(folder);
     }
-    recording->exists = faccessat(folder, pk__run_fixed[PK__RUN_MANIFEST], F_OK, 0) == 0;
+    struct stat about; /* a link to nowhere is there, too */
+    recording->exists = fstatat(folder, pk__run_fixed[PK__RUN_MANIFEST], &about, AT_SYMLINK_NOFOLLOW) == 0;
     if (recording->exists && !resume)
         return pk__fail(context, PK_ARGUMENT,
                         "%s holds a run already: resume or replace it, or record elsewhere", path->directory);
     for (int f = 0; f < PK__RUN_FILES + PK__RUN_FIXED && !resume; f++) {
         const char *name = f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
-        if (faccessat(folder, name, F_OK, 0) == 0)
+        if (fstatat(folder, name, &about, AT_SYMLINK_NOFOLLOW) == 0)
             return pk__fail(context, PK_ARGUMENT, "%s exists already: record elsewhere",
                             pk__run_path_of(path, name));
     }
@@ -12555,12 +12916,19 @@ static int pk__same_data(const pk_array *given, const pk_array *recorded)
     size_t items = pk_array_items(given);
     if (given->type == recorded->type)
         return memcmp(given->data, recorded->data, items * pk_type_size(given->type)) == 0;
-    if (given->type != PK_UINT8)
+    if (!pk_type_is_integer(given->type)) /* only integers are recorded as another type */
         return 0;
-    for (size_t i = 0; i < items; i++) { /* bytes were recorded as numbers */
+    for (size_t i = 0; i < items; i++) {
+        int64_t here, there;
         pk_real number;
+        pk_array_integers(given, i, 1, &here);
         pk_array_reals(recorded, i, 1, &number);
-        if (number != (pk_real)((const unsigned char *)given->data)[i])
+        int same = number == (pk_real)here;
+        if (pk_type_is_integer(recorded->type)) {
+            pk_array_integers(recorded, i, 1, &there);
+            same = here == there;
+        }
+        if (!same)
             return 0;
     }
     return 1;
@@ -13053,7 +13421,10 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
     if (status != PK_OK)
         return status;
     if (state_numbers)
-        pk_array_reals(&run->optimizer_states, step / run->keep_every * state_numbers, state_numbers, state);
+        status = pk_array_read(context, &run->optimizer_states, step / run->keep_every * state_numbers,
+                               state_numbers, state);
+    if (status != PK_OK)
+        return pk__prefix(context, status, "optimizer_states.npy: the row of step %zu ", step);
     if (!pk__same_step(run, step, weights, state, state_numbers))
         return pk__fail(context, PK_FORMAT,
                         "weights.npy%s: the rows of step %zu are damaged, their checksum differs",
@@ -13509,19 +13880,17 @@ PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
 {
     pieces->count = 0;
     pieces->capacity = capacity;
-    pieces->row = (size_t *)pk_arena_take(arena, capacity, sizeof *pieces->row);
-    pieces->a = (double *)pk_arena_take(arena, capacity, sizeof *pieces->a);
-    pieces->b = (double *)pk_arena_take(arena, capacity, sizeof *pieces->b);
-    pieces->slack = (double *)pk_arena_take(arena, capacity, sizeof *pieces->slack);
+    pieces->piece = (pk_piece *)pk_arena_take(arena, capacity, sizeof *pieces->piece);
 }
 
-PK_API void pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b, double slack)
+PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b)
 {
-    size_t at = pieces->count++;
-    pieces->row[at] = row;
-    pieces->a[at] = a;
-    pieces->b[at] = b;
-    pieces->slack[at] = slack;
+    pk_piece *piece = &pieces->piece[pieces->count++];
+    memset(piece, 0, sizeof *piece);
+    piece->row = row;
+    piece->a = a;
+    piece->b = b;
+    return piece;
 }
 
 /* Affine in t for each row: no product per point is needed. */
@@ -13535,9 +13904,15 @@ static int pk__is_switch(const pk_node *node)
     return node->operation && node->operation->switch_count && !node->input_constant;
 }
 
+/* Its switch functions are polynomials in t that the samples determine. */
+static int pk__is_polynomial(const pk_node *node)
+{
+    return node->degree >= 0 && node->degree <= PK_SEGMENT_DEGREE;
+}
+
 static int pk__sample_degree(const pk_node *node)
 {
-    return node->degree >= 0 && node->degree <= PK_SEGMENT_DEGREE ? node->degree : (int)PK_SEGMENT_DEGREE;
+    return pk__is_polynomial(node) ? node->degree : (int)PK_SEGMENT_DEGREE;
 }
 
 /* The sampling nodes: Chebyshev-Lobatto on [0, 1]. */
@@ -13587,6 +13962,18 @@ static void pk__bernstein_conversion(int degree, pk_real *conversion)
             conversion[k * n + i] = (pk_real)m[k][n + i];
 }
 
+/* The Chebyshev coefficients number PK_SEGMENT_DEGREE - 2 and up of the interpolant, from its values at the sampling nodes. */
+static void pk__chebyshev_tail(double tail[3][PK_SEGMENT_DEGREE + 1])
+{
+    const int degree = PK_SEGMENT_DEGREE;
+    for (int i = 0; i < 3; i++)
+        for (int k = 0; k <= degree; k++) {
+            const int m = degree - 2 + i, end = k == 0 || k == degree;
+            tail[i][k] = (m == degree ? 1.0 : 2.0) / degree * (end ? 0.5 : 1.0) *
+                         cos(3.14159265358979323846 * m * k / degree);
+        }
+}
+
 PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
                             size_t reverse_points, size_t copies, size_t pieces, int gather,
                             pk_segment *segment)
@@ -13625,6 +14012,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
             segment->last_switch = n;
             if (pk__sample_degree(node) > segment->degree)
                 segment->degree = pk__sample_degree(node);
+            segment->interpolates |= !pk__is_polynomial(node);
         }
     }
     const size_t samples = (size_t)segment->degree + 1;
@@ -13632,6 +14020,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         (pk_real *)pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
     if (segment->conversion && segment->last_switch)
         pk__bernstein_conversion(segment->degree, segment->conversion);
+    pk__chebyshev_tail(segment->tail);
     pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
     segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
     segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
@@ -13645,7 +14034,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     pk_pieces_take(arena, points, &segment->batch);
     segment->batch_start = (size_t *)pk_arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
-    segment->roots = (double *)pk_arena_take(arena, pieces, 2 * sizeof *segment->roots);
+    segment->roots = (pk_root *)pk_arena_take(arena, pieces, sizeof *segment->roots);
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
@@ -13857,51 +14246,82 @@ static double pk__bracketed_root(int degree, const double *c)
     return 0.5 * (lo + hi);
 }
 
-/* Where roots go: t = a + (b - a) x for x in the local [lo, hi], scale is the size of the polynomial. */
+/* Where the roots of a piece go: t = a + (b - a) x for x in the local [0, 1]. The polynomial stands for switch function
+ * number `at`, but for its rounding and the error of an interpolant. */
 typedef struct pk__root_sink {
-    double a, b, scale;
-    double *roots;
+    double a, b, rounding, error;
+    size_t at;
+    pk_root *roots;
     size_t count, capacity;
 } pk__root_sink;
 
-static void pk__push_root(pk__root_sink *sink, double x, double slope)
+/* How far around x the polynomial c stays within `uncertain` of zero, about: of the k-th derivatives the one that leaves
+ * first. At a double zero that is a square root, no division by a slope of zero. */
+static double pk__root_slack(int degree, const double *c, double x, double uncertain)
+{
+    double work[PK_SEGMENT_DEGREE + 1], least = 1, factor = 1;
+    memcpy(work, c, (size_t)(degree + 1) * sizeof *work);
+    for (int k = 1; k <= degree; k++) {
+        factor *= (double)(degree - k + 1) / k;
+        for (int i = 0; i <= degree - k; i++)
+            work[i] = work[i + 1] - work[i];
+        const double size = factor * fabs(pk__casteljau(degree - k, work, x, NULL, NULL, NULL));
+        if (uncertain < size) {
+            const double width = k == 1 ? uncertain / size : pow(uncertain / size, 1.0 / k);
+            least = width < least ? width : least;
+        }
+    }
+    return 2 * least < 1 ? 2 * least : 1;
+}
+
+/* x: of the polynomial c on the local [lo, hi]. */
+static void pk__push_root(pk__root_sink *sink, int degree, const double *c, double x, double lo, double hi)
 {
     if (sink->count < sink->capacity) {
-        double length = sink->b - sink->a;
-        /* Rounding moves the zero of z by its own error over |dz/dt|. */
-        double slack = 64 * PK__EPSILON * sink->scale / (fabs(slope) + DBL_MIN);
-        sink->roots[2 * sink->count] = sink->a + length * x;
-        sink->roots[2 * sink->count + 1] = length * (slack < 1 ? slack : 1);
+        const double length = (sink->b - sink->a) * (hi - lo);
+        pk_root *root = &sink->roots[sink->count];
+        double slope = 0;
+        pk__casteljau(degree, c, x, NULL, NULL, &slope);
+        root->t = sink->a + (sink->b - sink->a) * (lo + (hi - lo) * x);
+        root->slack = length * pk__root_slack(degree, c, x, sink->rounding + sink->error);
+        root->slope = slope / length;
+        root->rounding = sink->rounding;
+        root->at = sink->at;
     }
     sink->count++; /* beyond the capacity: the caller sees it */
+}
+
+/* How often the numbers change their sign; those of at most `drop` have none. */
+static int pk__sign_changes(int degree, const double *c, double drop)
+{
+    int changes = 0;
+    double last = 0;
+    for (int i = 0; i <= degree; i++)
+        if (fabs(c[i]) > drop) {
+            changes += last != 0 && (c[i] > 0) != (last > 0);
+            last = c[i];
+        }
+    return changes;
 }
 
 /* Pushes the sign changes inside (lo, hi) of the polynomial with Bernstein coefficients c on [lo, hi]. */
 static void pk__isolate(int degree, const double *c, double lo, double hi, pk__root_sink *sink)
 {
-    int changes = 0;
-    double last = 0;
-    for (int i = 0; i <= degree; i++)
-        if (c[i] != 0) {
-            changes += last != 0 && (c[i] > 0) != (last > 0);
-            last = c[i];
-        }
+    const int changes = pk__sign_changes(degree, c, 0);
     if (changes == 0 || sink->count > sink->capacity)
         return;
     if (changes == 1 && c[0] != 0 && c[degree] != 0) {
-        double slope = 0, x = pk__bracketed_root(degree, c);
-        pk__casteljau(degree, c, x, NULL, NULL, &slope);
-        pk__push_root(sink, lo + (hi - lo) * x, slope / (hi - lo));
+        pk__push_root(sink, degree, c, pk__bracketed_root(degree, c), lo, hi);
         return;
     }
     double middle = 0.5 * (lo + hi), left[PK_SEGMENT_DEGREE + 1], right[PK_SEGMENT_DEGREE + 1];
     if (hi - lo < 4 * DBL_EPSILON) {
         /* A cluster that touches zero: one split serves them all. */
-        pk__push_root(sink, middle, 0);
+        pk__push_root(sink, degree, c, 0.5, lo, hi);
         return;
     }
     if (pk__casteljau(degree, c, 0.5, left, right, NULL) == 0)
-        pk__push_root(sink, middle, degree * 2 * (right[1] - right[0]) / (hi - lo));
+        pk__push_root(sink, degree, right, 0, middle, hi);
     pk__isolate(degree, left, lo, middle, sink);
     pk__isolate(degree, right, middle, hi, sink);
 }
@@ -13924,13 +14344,46 @@ static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, con
            fabs(values[(size_t)segment->degree * switches + j]) <= 64 * PK__EPSILON * largest;
 }
 
+enum {
+    PK__SWITCH_ROUNDINGS = 16, /* of the largest number of a layer: what rounding leaves of a switch function */
+    PK__NEWTON_STEPS = 4,
+    PK__NEWTON_POINTS = 8 /* room for them behind the samples */
+};
+/* Pieces are halved down to this length in order to see the zeros of a switch function apart. */
+#define PK__SHORTEST_SEARCH 1e-6
+
+/* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
+static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+{
+    double largest = 0;
+    for (int i = 0; i < 3; i++) {
+        double sum = 0;
+        for (int k = 0; k <= PK_SEGMENT_DEGREE; k++)
+            sum += segment->tail[i][k] * values[(size_t)k * switches + j];
+        largest = fabs(sum) > largest ? fabs(sum) : largest;
+    }
+    return 4 * largest;
+}
+
+/* The largest of the coefficients of a layer's switch functions. */
+static double pk__largest_coefficient(const pk_real *coefficients, size_t count)
+{
+    double largest = 0;
+    for (size_t i = 0; i < count; i++)
+        largest = fabs((double)coefficients[i]) > largest ? fabs((double)coefficients[i]) : largest;
+    return largest;
+}
+
 /* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
- * degree 1 (samples 0 and the last suffice) or at most of the samples' degree. */
-static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, size_t first, pk__root_sink *sink)
+ * degree 1 (samples 0 and the last suffice), at most of the samples' degree, or interpolated (exact == 0). Unless the
+ * piece is the shortest: 1 where the interpolant's error leaves open how many there are. */
+static int pk__piece_roots(pk_segment *segment, int linear, int exact, int shortest, size_t switches,
+                           size_t first, pk__root_sink *sink)
 {
     const int degree = linear ? 1 : segment->degree;
     const pk_real *values = segment->switch_values + first * switches;
     pk_real *coefficients = segment->coefficients;
+    double largest = -1;
     for (int k = 0; k <= degree; k++) {
         pk_real *to = coefficients + (size_t)k * switches;
         if (k == 0 || k == degree) { /* end coefficients are end values, exactly */
@@ -13946,54 +14399,132 @@ static void pk__piece_roots(pk_segment *segment, int linear, size_t switches, si
         }
     }
     for (size_t j = 0; j < switches; j++) {
-        double c[PK_SEGMENT_DEGREE + 1], low = coefficients[j], high = low;
+        double c[PK_SEGMENT_DEGREE + 1], low = coefficients[j], high = low, error = 0;
         for (int k = 0; k <= degree; k++) {
             c[k] = coefficients[(size_t)k * switches + j];
             low = c[k] < low ? c[k] : low;
             high = c[k] > high ? c[k] : high;
         }
-        if (!(low < 0 && high > 0) || pk__is_dead(segment, switches, j, values))
+        if (!exact && 4 * low < high && low < 4 * high) /* zero is not far away */
+            error = pk__interpolation_error(segment, switches, j, values);
+        if (!(low < error && high > -error && (low < 0 || high > 0)) || pk__is_dead(segment, switches, j, values))
             continue;
-        sink->scale = high - low;
+        if (largest < 0)
+            largest = pk__largest_coefficient(coefficients, ((size_t)degree + 1) * switches);
+        const double rounding = PK__SWITCH_ROUNDINGS * PK__EPSILON * largest;
+        if (!shortest && error > 32 * rounding &&
+            (pk__sign_changes(degree, c, 0) != 1 || fabs(c[0]) <= error || fabs(c[degree]) <= error))
+            return 1;
+        /* From a zero at an end, a branch that starts with weights of zero for one, it may leave as t^2: what is between are
+         * roundings of the samples. */
+        if ((c[0] == 0 || c[degree] == 0) && pk__sign_changes(degree, c, rounding) == 0)
+            continue;
+        sink->rounding = rounding;
+        sink->error = error;
+        sink->at = j;
         pk__isolate(degree, c, 0, 1, sink);
     }
+    return 0;
 }
 
 PK__COLD_BEGIN
 
-/* Appends piece at of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
-static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t at, pk__root_sink *sink)
+/* The switch functions of node n at points behind the samples of the batch, which end at point `used`. */
+static const pk_real *pk__switches_behind(pk_segment *segment, size_t n, size_t used, size_t count)
 {
-    const size_t row = batch->row[at], before = pieces->count;
-    double a = batch->a[at], b = batch->b[at], slack = batch->slack[at], *roots = sink->roots;
-    if (sink->count > sink->capacity)
-        return 0;
-    for (size_t i = 1; i < sink->count; i++) { /* insertion sort of pairs: few */
-        double t = roots[2 * i], own = roots[2 * i + 1];
+    const pk_node *node = &segment->graph->nodes[n];
+    pk_real *out = segment->switch_values + used * node->operation->switch_count(node);
+    pk_call call;
+    pk__shift_tape(segment, used, 0);
+    for (size_t m = 0; m < n; m++)
+        pk__segment_node(segment, m, count, segment->point_row + used, segment->point_t + used);
+    pk__tape_call(&segment->tape, node, count, 1, &call);
+    call.out = out;
+    node->operation->switches(&call);
+    pk__shift_tape(segment, used, 1);
+    return out;
+}
+
+/* Moves roots of interpolants of a piece of row onto the zeros of the switch functions of node n themselves: Newton steps
+ * with the interpolants' slopes, as long as the values fall. */
+static void pk__refine_roots(pk_segment *segment, size_t n, size_t used, size_t row, double a, double b,
+                             size_t count, pk_root *roots)
+{
+    const pk_node *node = &segment->graph->nodes[n];
+    const size_t switches = node->operation->switch_count(node);
+    double best_t[PK__NEWTON_POINTS], best[PK__NEWTON_POINTS];
+    for (size_t r = 0; r < count; r++) {
+        best_t[r] = roots[r].t;
+        best[r] = -1;
+    }
+    for (int step = 0; step < PK__NEWTON_STEPS; step++) {
+        int moved = 0;
+        for (size_t r = 0; r < count; r++) {
+            segment->point_row[used + r] = row;
+            segment->point_t[used + r] = (pk_real)roots[r].t;
+        }
+        const pk_real *z = pk__switches_behind(segment, n, used, count);
+        for (size_t r = 0; r < count; r++) {
+            const double value = (double)z[r * switches + roots[r].at];
+            double t = roots[r].t - value / roots[r].slope;
+            if (best[r] >= 0 && !(fabs(value) < best[r]))
+                continue;
+            best[r] = fabs(value);
+            best_t[r] = roots[r].t;
+            t = t < a ? a : t > b ? b : t;
+            if (!(fabs(t - roots[r].t) > DBL_EPSILON))
+                continue;
+            roots[r].t = t;
+            moved = 1;
+        }
+        if (!moved)
+            break;
+    }
+    for (size_t r = 0; r < count; r++) {
+        const double left = 2 * (best[r] + roots[r].rounding) / fabs(roots[r].slope);
+        roots[r].t = best_t[r];
+        roots[r].slack = left < roots[r].slack ? left : roots[r].slack;
+    }
+}
+
+static void pk__sort_roots(size_t count, pk_root *roots)
+{
+    for (size_t i = 1; i < count; i++) { /* insertion sort: few */
+        const pk_root root = roots[i];
         size_t k = i;
-        for (; k > 0 && roots[2 * k - 2] > t; k--) {
-            roots[2 * k] = roots[2 * k - 2];
-            roots[2 * k + 1] = roots[2 * k - 1];
-        }
-        roots[2 * k] = t;
-        roots[2 * k + 1] = own;
+        for (; k > 0 && roots[k - 1].t > root.t; k--)
+            roots[k] = roots[k - 1];
+        roots[k] = root;
     }
+}
+
+/* Appends a piece of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
+static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__root_sink *sink)
+{
+    const size_t before = pieces->count;
     const double least = 4 * PK__EPSILON;
-    for (size_t i = 0; i < sink->count; i++) {
-        double t = roots[2 * i], own = roots[2 * i + 1];
-        if (t - a <= least || b - t <= least) {
-            slack = own > slack ? own : slack;
-            continue;
-        }
-        if (pieces->count == pieces->capacity)
-            return 0;
-        pk_pieces_push(pieces, row, a, t, slack);
-        a = t;
-        slack = own;
-    }
-    if (pieces->count == pieces->capacity)
+    pk_piece rest = *piece;
+    if (sink->count > sink->capacity || pieces->count + sink->count + 1 > pieces->capacity)
         return 0;
-    pk_pieces_push(pieces, row, a, b, slack);
+    pk__sort_roots(sink->count, sink->roots);
+    for (size_t i = 0; i < sink->count; i++) {
+        const double t = sink->roots[i].t, slack = sink->roots[i].slack;
+        if (t - rest.a <= least) {
+            rest.slack_a = slack > rest.slack_a ? slack : rest.slack_a;
+            rest.joined = 0;
+        } else if (rest.b - t <= least) {
+            rest.slack_b = slack > rest.slack_b ? slack : rest.slack_b;
+        } else {
+            pk_piece part = rest;
+            part.b = t;
+            part.slack_b = slack;
+            pieces->piece[pieces->count++] = part;
+            rest.a = t;
+            rest.slack_a = slack;
+            rest.joined = 0;
+        }
+    }
+    pieces->piece[pieces->count++] = rest;
     return pieces->count - before;
 }
 
@@ -14001,17 +14532,18 @@ static size_t pk__append_split(pk_pieces *pieces, const pk_pieces *batch, size_t
 static void pk__begin_batch(pk_segment *segment)
 {
     pk_pieces *pending = &segment->pending, *batch = &segment->batch;
-    const size_t samples = (size_t)segment->degree + 1, most = segment->point_capacity / samples;
+    const size_t samples = (size_t)segment->degree + 1;
+    const size_t most = (segment->point_capacity - (segment->interpolates ? PK__NEWTON_POINTS : 0)) / samples;
     batch->count = 0;
     while (pending->count && batch->count < most) {
-        const size_t top = --pending->count, i = batch->count;
-        const double a = pending->a[top], b = pending->b[top];
+        const size_t top = --pending->count, i = batch->count++;
+        const pk_piece *piece = &pending->piece[top];
         segment->batch_start[i] = segment->pending_start[top];
-        pk_pieces_push(batch, pending->row[top], a, b, pending->slack[top]);
+        batch->piece[i] = *piece;
         for (size_t k = 0; k < samples; k++) {
-            segment->point_row[i * samples + k] = pending->row[top];
+            segment->point_row[i * samples + k] = piece->row;
             segment->point_t[i * samples + k] =
-                (pk_real)(a + (b - a) * pk__sample_node(segment->degree, (int)k));
+                (pk_real)(piece->a + (piece->b - piece->a) * pk__sample_node(segment->degree, (int)k));
         }
     }
 }
@@ -14023,10 +14555,7 @@ static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to
     pk_pieces *batch = &segment->batch;
     if (from == to)
         return;
-    batch->row[to] = batch->row[from];
-    batch->a[to] = batch->a[from];
-    batch->b[to] = batch->b[from];
-    batch->slack[to] = batch->slack[from];
+    batch->piece[to] = batch->piece[from];
     segment->batch_start[to] = segment->batch_start[from];
     memcpy(segment->point_row + to * samples, segment->point_row + from * samples,
            samples * sizeof *segment->point_row);
@@ -14041,29 +14570,65 @@ static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to
     }
 }
 
+/* Both halves of a piece wait, to be joined again when all is found. 0: no room. */
+static int pk__halve_search(pk_segment *segment, const pk_piece *piece, size_t n)
+{
+    pk_pieces *pending = &segment->pending;
+    if (pending->count + 2 > pending->capacity)
+        return 0;
+    for (int half = 0; half < 2; half++) {
+        pk_piece part = *piece;
+        const double middle = 0.5 * (piece->a + piece->b);
+        if (half) {
+            part.a = middle;
+            part.slack_a = 0;
+            part.joined = 1;
+        } else {
+            part.b = middle;
+            part.slack_b = 0;
+        }
+        segment->pending_start[pending->count] = n;
+        pending->piece[pending->count++] = part;
+    }
+    return 1;
+}
+
 /* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
 static int pk__split_batch(pk_segment *segment, size_t n)
 {
     const pk_node *node = &segment->graph->nodes[n];
     const size_t samples = (size_t)segment->degree + 1, switches = node->operation->switch_count(node);
+    const size_t used = segment->batch.count * samples;
+    const int exact = pk__is_polynomial(node);
     pk_pieces *batch = &segment->batch, *pending = &segment->pending;
     size_t kept = 0;
     pk_call call;
-    pk__tape_call(&segment->tape, node, batch->count * samples, 1, &call);
+    pk__tape_call(&segment->tape, node, used, 1, &call);
     call.out = segment->switch_values;
     node->operation->switches(&call);
     for (size_t i = 0; i < batch->count; i++) {
         if (segment->batch_start[i] <= n) {
-            pk__root_sink sink = {batch->a[i], batch->b[i], 1, segment->roots, 0, segment->root_capacity};
-            pk__piece_roots(segment, node->degree == 1, switches, i * samples, &sink);
-            const size_t parts = pk__append_split(pending, batch, i, &sink);
+            const pk_piece piece = batch->piece[i];
+            const int shortest = piece.b - piece.a <= PK__SHORTEST_SEARCH;
+            pk__root_sink sink = {piece.a, piece.b, 0, 0, 0, segment->roots, 0, segment->root_capacity};
+            if (pk__piece_roots(segment, node->degree == 1, exact, shortest, switches, i * samples, &sink)) {
+                if (!pk__halve_search(segment, &piece, n))
+                    return 0;
+                continue;
+            }
+            if (sink.count > sink.capacity)
+                return 0;
+            for (size_t r = 0; !exact && r < sink.count; r += PK__NEWTON_POINTS)
+                pk__refine_roots(segment, n, used, piece.row, piece.a, piece.b,
+                                 pk__least(PK__NEWTON_POINTS, sink.count - r), sink.roots + r);
+            const size_t parts = pk__append_split(pending, &piece, &sink);
             if (!parts)
                 return 0;
             for (size_t k = 0; k < parts; k++)
                 segment->pending_start[pending->count - 1 - k] = n + 1;
             if (parts > 1)
                 continue;
-            batch->slack[i] = pending->slack[--pending->count]; /* it is whole: go on with it */
+            batch->piece[i] = pending->piece[--pending->count]; /* it is whole: go on with it */
         }
         pk__keep_piece(segment, n, i, kept++);
     }
@@ -14071,33 +14636,45 @@ static int pk__split_batch(pk_segment *segment, size_t n)
     return 1;
 }
 
-static int pk__precedes(const pk_pieces *pieces, size_t i, size_t row, double a)
+typedef int pk__piece_order(const pk_piece *piece, const pk_piece *other);
+
+/* By row, then by t. */
+PK__PRIVATE int pk__precedes_by_place(const pk_piece *piece, const pk_piece *other)
 {
-    return pieces->row[i] < row || (pieces->row[i] == row && pieces->a[i] <= a);
+    return piece->row < other->row || (piece->row == other->row && piece->a < other->a);
 }
 
-/* By row and t. Shell sort: in place. */
-static void pk__sort_pieces(pk_pieces *pieces)
+/* Shell sort: in place. */
+PK__PRIVATE void pk__sort_pieces(pk_pieces *pieces, pk__piece_order *precedes)
 {
     size_t gap = 1;
     while (gap < pieces->count / 3)
         gap = 3 * gap + 1;
     for (; gap > 0; gap /= 3)
         for (size_t i = gap; i < pieces->count; i++) {
-            const size_t row = pieces->row[i];
-            const double a = pieces->a[i], b = pieces->b[i], slack = pieces->slack[i];
+            const pk_piece piece = pieces->piece[i];
             size_t k = i;
-            for (; k >= gap && !pk__precedes(pieces, k - gap, row, a); k -= gap) {
-                pieces->row[k] = pieces->row[k - gap];
-                pieces->a[k] = pieces->a[k - gap];
-                pieces->b[k] = pieces->b[k - gap];
-                pieces->slack[k] = pieces->slack[k - gap];
-            }
-            pieces->row[k] = row;
-            pieces->a[k] = a;
-            pieces->b[k] = b;
-            pieces->slack[k] = slack;
+            for (; k >= gap && precedes(&piece, &pieces->piece[k - gap]); k -= gap)
+                pieces->piece[k] = pieces->piece[k - gap];
+            pieces->piece[k] = piece;
         }
+}
+
+/* Joins what was halved for the search alone; the pieces are sorted. */
+static void pk__join_pieces(pk_pieces *pieces)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < pieces->count; i++) {
+        const pk_piece piece = pieces->piece[i];
+        pk_piece *last = kept ? &pieces->piece[kept - 1] : NULL;
+        if (last && piece.joined && last->row == piece.row && last->b == piece.a && last->slack_b == 0) {
+            last->b = piece.b;
+            last->slack_b = piece.slack_b;
+        } else {
+            pieces->piece[kept++] = piece;
+        }
+    }
+    pieces->count = kept;
 }
 
 PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to)
@@ -14110,7 +14687,8 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     for (size_t i = 0; i < from->count; i++) {
         pk_pieces *first = segment->last_switch ? pending : to;
         segment->pending_start[i] = 1;
-        pk_pieces_push(first, from->row[i], from->a[i], from->b[i], from->slack[i]);
+        first->piece[first->count] = from->piece[i];
+        first->piece[first->count++].joined = 0;
     }
     segment->tape.value[0] = segment->input_points;
     segment->held = 0; /* samples take their place */
@@ -14125,10 +14703,11 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
         for (size_t i = 0; i < batch->count; i++) {
             if (to->count == to->capacity)
                 return 0;
-            pk_pieces_push(to, batch->row[i], batch->a[i], batch->b[i], batch->slack[i]);
+            to->piece[to->count++] = batch->piece[i];
         }
     }
-    pk__sort_pieces(to);
+    pk__sort_pieces(to, pk__precedes_by_place);
+    pk__join_pieces(to);
     return 1;
 }
 
@@ -14247,6 +14826,9 @@ static size_t pk__piece_capacity(size_t rows)
     return 64 * rows + 1024;
 }
 
+/* Halvings a row may cost in one step; an unreachable target or a NaN must end. */
+enum { PK__HALVINGS = 512 };
+
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
 {
     points->count = 0;
@@ -14264,18 +14846,18 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     memset(integrator, 0, sizeof *integrator);
     points = pk__most(points, PK_GAUSS_NODES + 2);
     pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
-    /* Each level of bisection leaves at most one more batch: depth 64 is beyond the resolution of t. */
-    pk_pieces_take(arena, 66 * rows + 64 * pieces, &integrator->stack);
-    pk_pieces_take(arena, rows, &integrator->batch);
+    pk_pieces_take(arena, rows + 2 * PK__HALVINGS * rows, &integrator->pending);
+    pk_pieces_take(arena, rows + 2 * PK__HALVINGS * rows, &integrator->failed);
     pk_pieces_take(arena, pieces, &integrator->pieces);
     integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
+    integrator->nested = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
     integrator->missed = (double *)pk_arena_take(arena, pieces, sizeof *integrator->missed);
     integrator->sequence = (size_t *)pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
     integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
-    integrator->h = (pk_real *)pk_arena_take(arena, copies, 4 * sizeof *integrator->h);
+    integrator->h = (pk_real *)pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
     integrator->ends = (pk_real *)pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
     integrator->has_ends = (unsigned char *)pk_arena_take(arena, rows, 1);
 }
@@ -14313,28 +14895,49 @@ static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user,
     }
 }
 
-/* checked: the rule is not exact, its error is to be estimated by one of two more nodes. */
-static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t piece, int order,
-                           int checked)
+/* How large the polynomial through the values at n nodes can be at the start of [0, 1], for values of size 1 at node q
+ * alone; at its end for node n - 1 - q. */
+static double pk__edge_weight(int n, const double *x, int q)
 {
-    const pk_pieces *pieces = &integrator->pieces;
+    double weight = 1;
+    for (int r = 0; r < n; r++)
+        if (r != q)
+            weight *= x[r] / (x[q] - x[r]);
+    return fabs(weight);
+}
+
+/* The nodes of the rule that shows the error of the rule with n: so many that its own error is far smaller. */
+static int pk__check_order(int n)
+{
+    return n + 4 + n / 4 < PK_GAUSS_NODES ? n + 4 + n / 4 : (int)PK_GAUSS_NODES;
+}
+
+/* checked: the rule is not exact, its error is to be estimated by one of more nodes; left is the part of the integral
+ * that the piece's own judgement could not explain. */
+static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void *user, const pk_piece *piece,
+                           int order, int checked, double left)
+{
     const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
     const double *w = integrator->gauss_weights + order * (order - 1) / 2;
-    size_t row = pieces->row[piece];
-    double a = pieces->a[piece], length = pieces->b[piece] - a, slack = pieces->slack[piece], after = 0;
-    if (piece + 1 < pieces->count && pieces->row[piece + 1] == row)
-        after = pieces->slack[piece + 1];
+    const double a = piece->a, length = piece->b - a;
     checked = checked && integrator->buffer.check;
-    for (int q = 0; q < order; q++)
-        pk__emit(integrator, sink, user, row, a + length * x[q], length * w[q], checked ? -length * w[q] : 0,
-                 (q == 0 ? slack : 0) + (q == order - 1 ? after : 0));
+    for (int q = 0; q < order; q++) {
+        double slack = length * w[q] * left;
+        /* A kink that lies elsewhere takes the gradients on its wrong side along: those beside it on both sides. */
+        if (integrator->buffer.check && piece->slack_a > 0)
+            slack += piece->slack_a * pk__edge_weight(order, x, q);
+        if (integrator->buffer.check && piece->slack_b > 0)
+            slack += piece->slack_b * pk__edge_weight(order, x, order - 1 - q);
+        pk__emit(integrator, sink, user, piece->row, a + length * x[q], length * w[q],
+                 checked ? -length * w[q] : 0, slack);
+    }
     if (!checked)
         return;
-    order += 2;
+    order = pk__check_order(order);
     x = integrator->gauss_nodes + order * (order - 1) / 2;
     w = integrator->gauss_weights + order * (order - 1) / 2;
     for (int q = 0; q < order; q++)
-        pk__emit(integrator, sink, user, row, a + length * x[q], 0, length * w[q], 0);
+        pk__emit(integrator, sink, user, piece->row, a + length * x[q], 0, length * w[q], 0);
 }
 
 /* A rule that is the same for every row and step. */
@@ -14368,48 +14971,88 @@ PK__COLD_END
  * does not mend is rounding. In float no target is below the former, so that they are fewer. */
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
 enum { PK__NOISE = 128 };
+/* The closure judges a piece while its rounding is at most so many targets. */
+enum { PK__JUDGE = 100 };
+/* A nested difference that another node does not mend is rounding below this part of what h changes. */
+#define PK__NESTED_NOISE (sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-7)
 
-/* The closure of a piece over its target, from the tape: its nodes are the points from first on, its ends the point `ends`
- * and the next. At most 1: accepted. *roundings: the closure in roundings of what is added. */
-static double pk__piece_error(pk_integrator *integrator, size_t first, size_t ends, size_t row, double length,
-                              int order, double *roundings)
+/* What the test of a piece found, each the largest over the readouts: its error, the sum of |dh/dt|, |h|; the error beyond
+ * rounding as a part of the sum, at most 1. */
+typedef struct pk__judgement {
+    double error, size, height, left;
+} pk__judgement;
+
+/* sum (+)= the integral of dh/dt, size += that of |dh/dt|, by the rule with `order` nodes, which are the points from first
+ * on of the tape; *height: at least |h| there. value: room for h. */
+static void pk__sum_nodes(pk_integrator *integrator, size_t first, size_t row, double length, int order,
+                          pk_real *value, pk_real *sum, pk_real *size, double *height)
 {
     const pk_tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
     const pk_real *f = pk_tape_output(tape) + first * outputs;
     const pk_real *tangent = tape->tangent[tape->graph->node_count - 1] + first * outputs;
     const double *w = integrator->gauss_weights + order * (order - 1) / 2;
-    pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count;
-    pk_real *slope = integrator->slope;
-    memset(sum, 0, 2 * count * sizeof *sum);
-    for (int q = 0; q < order; q++) {
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + (size_t)q * outputs,
-                         start, slope);
+    const pk_real *slope = integrator->slope;
+    for (int q = 0; q < order; q++, f += outputs, tangent += outputs) {
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, value,
+                         integrator->slope);
         for (size_t k = 0; k < count; k++) {
             double along = 0;
             for (size_t c = 0; c < outputs; c++)
-                along += slope[k * outputs + c] * tangent[(size_t)q * outputs + c];
+                along += slope[k * outputs + c] * tangent[c];
             sum[k] += (pk_real)(length * w[q] * along);
-            size[k] += (pk_real)(length * w[q] * fabs(along));
+            if (size)
+                size[k] += (pk_real)(length * w[q] * fabs(along));
+            if (height)
+                *height = fabs((double)value[k]) > *height ? fabs((double)value[k]) : *height;
         }
     }
-    f = pk_tape_output(tape) + ends * outputs;
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start, slope);
-    pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end, slope);
-    double worst = 0;
-    *roundings = 0;
-    for (size_t k = 0; k < count; k++) {
-        double scale =
-            fabs((double)start[k]) > fabs((double)end[k]) ? fabs((double)start[k]) : fabs((double)end[k]);
-        scale = scale > 1 ? scale : 1;
-        const double rounding = PK__EPSILON * (scale + size[k]), floor = PK__MEASURABLE * rounding;
-        double allowed = integrator->target * scale > floor ? integrator->target * scale : floor;
-        double error = fabs((double)(end[k] - start[k] - sum[k]));
-        /* NaN counts as bad. */
-        worst = error / allowed <= worst ? worst : error / allowed;
-        *roundings = error / rounding <= *roundings ? *roundings : error / rounding;
+}
+
+/* A NaN counts as the largest. */
+static double pk__larger(double a, double b)
+{
+    return a <= b || b != b ? b : a;
+}
+
+/* Judges a piece from the tape: its nodes are the points from first on; its ends the points `ends` and the next, or, nested,
+ * the nodes of one order more follow its own. height: of the row, as far as it is known. */
+static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t ends, size_t row, double length,
+                               int order, int nested, double height)
+{
+    const pk_tape *tape = &integrator->segment.tape;
+    const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
+    pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count,
+            *better = size + count;
+    pk__judgement found = {0, 0, height, 0};
+    memset(sum, 0, 3 * count * sizeof *sum);
+    pk__sum_nodes(integrator, first, row, length, order, start, sum, size, nested ? &found.height : NULL);
+    if (nested) {
+        pk__sum_nodes(integrator, first + (size_t)order, row, length, order + 1, start, better, NULL, NULL);
+    } else {
+        const pk_real *f = pk_tape_output(tape) + ends * outputs;
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
+                         integrator->slope);
+        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
+                         integrator->slope);
     }
-    return worst;
+    for (size_t k = 0; k < count; k++) {
+        found.size = pk__larger(fabs((double)size[k]), found.size);
+        if (!nested) {
+            found.height = pk__larger(fabs((double)start[k]), found.height);
+            found.height = pk__larger(fabs((double)end[k]), found.height);
+        }
+    }
+    const double rounding =
+        PK__MEASURABLE * PK__EPSILON * (nested ? found.size : found.height + found.size);
+    for (size_t k = 0; k < count; k++) {
+        const double error =
+            fabs((double)(nested ? better[k] - sum[k] : end[k] - start[k] - sum[k]));
+        found.error = pk__larger(error, found.error);
+        if (!(error <= rounding))
+            found.left = pk__larger(error < size[k] ? error / (double)size[k] : 1, found.left);
+    }
+    return found;
 }
 
 enum { PK__LARGEST_ORDER = 16 };
@@ -14438,7 +15081,7 @@ static int pk__is_open(const pk_integrator *integrator, size_t piece)
     return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
 }
 
-/* Of a piece that is the whole step, what pk__piece_error left in h. */
+/* Of a piece that is the whole step, what pk__judge left in h. */
 static void pk__keep_ends(pk_integrator *integrator, size_t row)
 {
     const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->segment.graph->output_width);
@@ -14446,115 +15089,233 @@ static void pk__keep_ends(pk_integrator *integrator, size_t row)
     integrator->has_ends[row] = 1;
 }
 
-/* Tests every piece that has not passed with its own order: it passes, or its order is raised. Whether some piece is to
- * be tested again. */
+/* What a judgement of piece number i decides: it passes, or it is tested again by another order or judge. 1: again. */
+static int pk__decide(pk_integrator *integrator, size_t i, const pk__judgement *found)
+{
+    pk_piece *piece = &integrator->pieces.piece[i];
+    pk_row_state *state = &integrator->state[piece->row];
+    const double before = integrator->missed[i], eps = PK__EPSILON;
+    const int nodes = integrator->order[i], nested = integrator->nested[i];
+    if (piece->size < 0 && isfinite(found->size)) { /* its first test */
+        state->step_change += found->size;
+        state->change = pk__larger(state->step_change, state->change);
+    }
+    piece->size = found->size;
+    piece->error = found->error;
+    if (isfinite(found->height))
+        state->height = pk__larger(found->height, state->height);
+    const double allowed = integrator->target * state->change;
+    const double closure_floor = PK__MEASURABLE * eps * (state->height + found->size);
+    if (!nested && closure_floor > PK__JUDGE * allowed && found->error <= closure_floor) {
+        integrator->nested[i] = state->nested = 1;
+        return 1;
+    }
+    if (nested && 2 * closure_floor < PK__JUDGE * allowed)
+        state->nested = 0; /* from the next step on */
+    const double floor = nested ? PK__MEASURABLE * eps * found->size : closure_floor;
+    const double limit = allowed > floor ? allowed : floor;
+    const double error = found->error <= limit ? (limit > 0 ? found->error / limit : 0) : found->error / limit;
+    double noise = PK__NOISE / PK__MEASURABLE * floor;
+    if (nested) {
+        const double most = PK__NESTED_NOISE * found->size;
+        noise = pk__larger(noise, closure_floor < most ? closure_floor : most);
+    }
+    integrator->missed[i] = error;
+    if (error > 1 && before > 0 && error >= 0.5 * before && found->error <= noise) {
+        integrator->order[i]--;
+    } else if (!(error <= 1)) {
+        integrator->order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
+        return integrator->order[i] <= PK__LARGEST_ORDER;
+    }
+    integrator->passed[i] = 1;
+    integrator->missed[i] = found->left; /* the rest of its use: for the bounds */
+    integrator->sequence[integrator->sequence_count++] = i;
+    pk__plan_next(&integrator->next_order[piece->row], state->order, integrator->order[i], before);
+    return 0;
+}
+
+/* Tests every piece that has not passed with its own order. Whether some piece is to be tested again. */
 static int pk__test_pieces(pk_integrator *integrator)
 {
     pk_segment *segment = &integrator->segment;
     const pk_pieces *pieces = &integrator->pieces;
-    unsigned char *order = integrator->order;
+    const unsigned char *order = integrator->order, *nested = integrator->nested;
     int again = 0;
     for (size_t next = 0, last; next < pieces->count; next = last) {
-        size_t points = 0, tested = 0;
+        size_t points = 0, ends = 0;
         for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
-            const double a = pieces->a[last], b = pieces->b[last];
-            const size_t nodes = order[last];
+            const pk_piece *piece = &pieces->piece[last];
+            const size_t nodes = order[last], all = nested[last] ? 2 * nodes + 1 : nodes;
             if (!pk__is_open(integrator, last))
                 continue;
-            if (points + nodes + 2 * (tested + 1) > segment->point_capacity)
+            if (points + all + ends + 2 > segment->point_capacity)
                 break;
-            const double *x = integrator->gauss_nodes + nodes * (nodes - 1) / 2;
-            for (size_t q = 0; q < nodes; q++, points++) {
-                segment->point_row[points] = pieces->row[last];
-                segment->point_t[points] = (pk_real)(a + (b - a) * x[q]);
+            for (size_t i = 0; i < all; i++, points++) {
+                const size_t n = nodes + (i >= nodes), q = i < nodes ? i : i - nodes;
+                segment->point_row[points] = piece->row;
+                segment->point_t[points] =
+                    (pk_real)(piece->a + (piece->b - piece->a) * integrator->gauss_nodes[n * (n - 1) / 2 + q]);
             }
-            tested++;
+            ends += nested[last] ? 0 : 2;
         }
         if (!points)
             continue;
-        size_t ends = points;
+        ends = points;
         for (size_t i = next; i < last; i++) /* then their ends; only values are */
-            for (int end = 0; end < 2 && pk__is_open(integrator, i); end++, ends++) {
-                segment->point_row[ends] = pieces->row[i];
-                segment->point_t[ends] = (pk_real)(end ? pieces->b[i] : pieces->a[i]);
+            for (int end = 0; end < 2 && pk__is_open(integrator, i) && !nested[i]; end++, ends++) {
+                segment->point_row[ends] = pieces->piece[i].row;
+                segment->point_t[ends] = (pk_real)(end ? pieces->piece[i].b : pieces->piece[i].a);
             }
         const size_t first = pk_segment_append(segment, ends, segment->point_row, segment->point_t);
         pk_segment_tangent(segment, first, points, segment->point_row, segment->point_t);
         ends = first + points;
         points = first;
         for (size_t i = next; i < last; i++) {
-            const int nodes = order[i];
+            const pk_piece *piece = &pieces->piece[i];
             if (!pk__is_open(integrator, i))
                 continue;
+            const size_t nodes = order[i];
+            const int closed = !nested[i];
             /* The values at the ends are those at the ends' t, rounded. */
-            const double length = (double)(pk_real)pieces->b[i] - (double)(pk_real)pieces->a[i];
-            double roundings,
-                error = pk__piece_error(integrator, points, ends, pieces->row[i], length, nodes, &roundings);
-            const double before = integrator->missed[i];
-            if (pieces->a[i] == 0 && pieces->b[i] == 1)
-                pk__keep_ends(integrator, pieces->row[i]);
-            points += (size_t)nodes;
-            ends += 2;
-            integrator->missed[i] = error;
-            if (error > 1 && before > 0 && error >= 0.5 * before && roundings <= PK__NOISE) {
-                order[i]--;
-            } else if (!(error <= 1)) {
-                order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
-                again |= order[i] <= PK__LARGEST_ORDER;
-                continue;
-            }
-            integrator->passed[i] = 1;
-            integrator->sequence[integrator->sequence_count++] = i;
-            pk__plan_next(&integrator->next_order[pieces->row[i]], integrator->row_order[pieces->row[i]],
-                          order[i], before);
+            const double length = (double)(pk_real)piece->b - (double)(pk_real)piece->a;
+            const pk__judgement found = pk__judge(integrator, points, ends, piece->row, length, (int)nodes,
+                                                  !closed, integrator->state[piece->row].height);
+            if (closed && piece->a == 0 && piece->b == 1)
+                pk__keep_ends(integrator, piece->row);
+            points += closed ? nodes : 2 * nodes + 1;
+            ends += closed ? 2 : 0;
+            again |= pk__decide(integrator, i, &found);
         }
     }
     return again;
 }
 
-/* Bisections a row may cost in one step; an unreachable target or a NaN must end. */
-enum { PK__BISECTIONS = 512 };
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
 #define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
+/* After so many halvings the error must have fallen by half, unless at most so many parts are left. */
+enum { PK__GENERATIONS = 3, PK__FEW_PARTS = 2 };
+/* Errors that are a larger part of |h| are no rounding. */
+#define PK__LARGEST_ROUNDING (sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-8)
 
-/* Halves what has not passed; what cannot be halved any more is accepted and counted. */
-static void pk__bisect(pk_integrator *integrator, const pk_pieces *pieces, const unsigned char *passed,
-                       pk_point_sink *sink, void *user)
+/* Takes a piece as it is, although it missed. */
+static void pk__accept(pk_integrator *integrator, const pk_piece *piece, pk_point_sink *sink, void *user)
 {
-    for (size_t i = 0; i < pieces->count; i++) {
-        double a = pieces->a[i], b = pieces->b[i], middle = 0.5 * (a + b);
-        if (passed && passed[i])
-            continue;
-        if (b - a < PK__SHORTEST || integrator->bisections >= PK__BISECTIONS * integrator->segment.rows ||
-            integrator->stack.count + 2 > integrator->stack.capacity) {
-            if (passed)
-                pk__emit_gauss(integrator, sink, user, i, PK_GAUSS_NODES / 2, 1);
-            else
-                pk__emit(integrator, sink, user, pieces->row[i], middle, b - a, 0, b - a);
-            integrator->refused++;
+    const double length = piece->b - piece->a;
+    integrator->refused++;
+    if (piece->size < 0) { /* its kinks have not been found */
+        pk__emit(integrator, sink, user, piece->row, 0.5 * (piece->a + piece->b), length, 0, length);
+        return;
+    }
+    const double left = piece->error < piece->size ? piece->error / piece->size : 1;
+    pk__emit_gauss(integrator, sink, user, piece, PK__LARGEST_ORDER, 1, left);
+}
+
+/* A piece that has not passed, or whose kinks do not find room, waits for its halves; or is accepted where halving is of no
+ * use. */
+static void pk__fail_piece(pk_integrator *integrator, const pk_piece *piece, pk_point_sink *sink, void *user)
+{
+    pk_pieces *to = &integrator->failed;
+    if (piece->b - piece->a < PK__SHORTEST || to->count == to->capacity)
+        pk__accept(integrator, piece, sink, user);
+    else
+        to->piece[to->count++] = *piece;
+}
+
+/* By row; of a row the largest error first, NaN in front of all, then by t. */
+static int pk__precedes_by_error(const pk_piece *piece, const pk_piece *other)
+{
+    if (piece->row != other->row || piece->error == other->error)
+        return pk__precedes_by_place(piece, other);
+    return isnan(piece->error) ? !isnan(other->error) || piece->a < other->a : piece->error > other->error;
+}
+
+/* Of each family of failed pieces, the parts of one ancestor, those whose error has not fallen are taken as they are where
+ * there are several. */
+static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_pieces *failed = &integrator->failed;
+    size_t kept = 0;
+    pk__sort_pieces(failed, pk__precedes_by_place);
+    for (size_t first = 0, last; first < failed->count; first = last) {
+        const size_t row = failed->piece[first].row;
+        const double family = failed->piece[first].family;
+        for (last = first; last < failed->count; last++)
+            if (failed->piece[last].row != row || failed->piece[last].family != family)
+                break;
+        for (size_t i = first; i < last; i++) {
+            pk_piece piece = failed->piece[i];
+            if (piece.age == 0 || piece.age == PK__GENERATIONS) {
+                const pk_row_state *state = &integrator->state[row];
+                if (piece.age && last - first > PK__FEW_PARTS && piece.size >= 0 &&
+                    !(piece.error < 0.5 * piece.reference) &&
+                    !(piece.error > PK__LARGEST_ROUNDING * (state->height + state->change))) {
+                    pk__accept(integrator, &piece, sink, user);
+                    continue;
+                }
+                piece.family = piece.a;
+                piece.reference = piece.error;
+                piece.age = 0;
+            }
+            piece.age++;
+            failed->piece[kept++] = piece;
+        }
+    }
+    failed->count = kept;
+}
+
+/* The halves of what has failed, the worst first, as long as there are halvings; the rest is accepted. */
+static void pk__halve_failed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+{
+    pk_pieces *pending = &integrator->pending, *failed = &integrator->failed;
+    pk__drop_stalled(integrator, sink, user);
+    pk__sort_pieces(failed, pk__precedes_by_error);
+    pending->count = 0;
+    for (size_t i = 0; i < failed->count; i++) {
+        const pk_piece *piece = &failed->piece[i];
+        pk_row_state *state = &integrator->state[piece->row];
+        if (state->halvings >= PK__HALVINGS || pending->count + 2 > pending->capacity) {
+            pk__accept(integrator, piece, sink, user);
             continue;
         }
-        integrator->bisections++;
-        pk_pieces_push(&integrator->stack, pieces->row[i], middle, b, 0);
-        pk_pieces_push(&integrator->stack, pieces->row[i], a, middle, pieces->slack[i]);
+        state->halvings++;
+        for (int half = 0; half < 2; half++) {
+            pk_piece *part = &pending->piece[pending->count++];
+            *part = *piece;
+            if (half) {
+                part->a = 0.5 * (piece->a + piece->b);
+                part->slack_a = 0;
+            } else {
+                part->b = 0.5 * (piece->a + piece->b);
+                part->slack_b = 0;
+            }
+        }
     }
 }
 
 /* Raises the order of each piece until it passes or the largest order is reached; emits what passed. */
 static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user)
 {
-    pk_pieces *pieces = &integrator->pieces;
+    const pk_pieces *pieces = &integrator->pieces;
     memset(integrator->passed, 0, pieces->count);
     memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
-    for (size_t i = 0; i < pieces->count; i++)
-        integrator->order[i] = integrator->row_order[pieces->row[i]] / PK_WAITS;
+    for (size_t i = 0; i < pieces->count; i++) {
+        pk_piece *piece = &pieces->piece[i];
+        const pk_row_state *state = &integrator->state[piece->row];
+        integrator->order[i] = state->order / PK_WAITS;
+        integrator->nested[i] = state->nested;
+        piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
+    }
     integrator->sequence_count = 0;
     while (pk__test_pieces(integrator))
         ;
-    for (size_t i = 0; i < integrator->sequence_count; i++) /* as the tape holds their nodes */
-        pk__emit_gauss(integrator, sink, user, integrator->sequence[i],
-                       integrator->order[integrator->sequence[i]], 1);
-    pk__bisect(integrator, pieces, integrator->passed, sink, user);
+    for (size_t i = 0; i < integrator->sequence_count; i++) { /* as the tape holds their nodes */
+        const size_t at = integrator->sequence[i];
+        pk__emit_gauss(integrator, sink, user, &pieces->piece[at], integrator->order[at], 1,
+                       integrator->missed[at]);
+    }
+    for (size_t i = 0; i < pieces->count; i++)
+        if (!integrator->passed[i])
+            pk__fail_piece(integrator, &pieces->piece[i], sink, user);
 }
 
 enum { PK__SURROGATE_NODES = 8 };
@@ -14576,33 +15337,37 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     int order = segment->graph->surrogate    ? PK__SURROGATE_NODES
                 : segment->graph->degree < 2 ? 1
                                              : (segment->graph->degree + 1) / 2;
-    pk_pieces *stack = &integrator->stack, *batch = &integrator->batch, *pieces = &integrator->pieces;
-    stack->count = 0;
-    integrator->bisections = 0;
+    pk_pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
     memset(integrator->next_order, 0, segment->rows);
-    for (size_t row = segment->rows; row-- > 0;)
-        pk_pieces_push(stack, row, 0, 1, 0);
-    while (stack->count) {
-        batch->count = 0;
-        while (stack->count && batch->count < batch->capacity) {
-            size_t top = --stack->count;
-            pk_pieces_push(batch, stack->row[top], stack->a[top], stack->b[top], stack->slack[top]);
+    pending->count = 0;
+    for (size_t row = 0; row < segment->rows; row++) {
+        integrator->state[row].halvings = 0;
+        integrator->state[row].step_change = 0;
+        pk_pieces_push(pending, row, 0, 1);
+    }
+    while (pending->count) {
+        integrator->failed.count = 0;
+        for (size_t first = 0; first < pending->count; first += segment->rows) {
+            pk_pieces batch = {pk__least(segment->rows, pending->count - first), 0, pending->piece + first};
+            if (!pk_segment_split(segment, &batch, pieces)) {
+                /* More kinks than there is room for: half as long pieces have fewer. */
+                for (size_t i = 0; i < batch.count; i++) {
+                    batch.piece[i].size = -1;
+                    batch.piece[i].error = INFINITY;
+                    pk__fail_piece(integrator, &batch.piece[i], sink, user);
+                }
+                continue;
+            }
+            integrator->split_pieces += pieces->count;
+            for (size_t i = 0; fixed && i < pieces->count; i++)
+                pk__emit_gauss(integrator, sink, user, &pieces->piece[i], order, 0, 0);
+            if (!fixed)
+                pk__adapt(integrator, sink, user);
         }
-        if (!pk_segment_split(segment, batch, pieces)) {
-            /* More kinks than there is room for: half as long pieces have fewer. */
-            pk__bisect(integrator, batch, NULL, sink, user);
-            continue;
-        }
-        integrator->split_pieces += pieces->count;
-        if (!fixed) {
-            pk__adapt(integrator, sink, user);
-            continue;
-        }
-        for (size_t i = 0; i < pieces->count; i++)
-            pk__emit_gauss(integrator, sink, user, i, order, 0);
+        pk__halve_failed(integrator, sink, user);
     }
     for (size_t row = 0; !fixed && row < segment->rows; row++)
-        integrator->row_order[row] =
+        integrator->state[row].order =
             integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER * PK_WAITS;
     pk__flush(integrator, sink, user, 1);
 }
@@ -14754,7 +15519,7 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
     pk__tape_call(tape, node, 1, copies, &call);
     call.in[0] += row * call.in_width[0];
     call.out = places;
-    if (node->operation->unfold)
+    if (node->unfolds)
         node->operation->unfold(&call);
     else
         memcpy(places, call.in[0], call.in_width[0] * sizeof *places);
@@ -14765,11 +15530,21 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
                     from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
 }
 
+PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
+{
+    /* Of any size between: with signs alone, half of all differences of two weights would not change. */
+    pk_random random = {0, 0, 0};
+    for (size_t i = 0; i < count; i += 4) {
+        const uint64_t bits = pk_random_bits(&random);
+        for (size_t k = 0; k < 4 && i + k < count; k++) {
+            const double change = (double)(bits >> 16 * k & 0xffff) / 32768 - 1;
+            perturbed[i + k] = (pk_real)(weights[i + k] * (1 + PK_PERTURBATION * change));
+        }
+    }
+}
+
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
 {
-    to->count = from->count;
-    to->items = from->items;
-    to->consecutive = from->consecutive;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         const pk_real *sources[3] = {from->input[l], from->cotangent[l], from->rows[l]};
@@ -14779,7 +15554,8 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
                                    node->weight_count * from->ld};
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < numbers[part]; i++)
-                targets[part][i] = (pk_real)fabs(sources[part][i]);
+                targets[part][i] = (pk_real)(fabs(sources[part][i]) +
+                                             fabs(targets[part][i] - sources[part][i]) / PK_PERTURBATION);
     }
 }
 
@@ -14879,7 +15655,7 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
 
 PK_API double pk_rounding_allowance(const pk_graph *graph)
 {
-    double sum = 0;
+    double sum = 8 * (double)graph->node_count;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         sum += (double)(node->width + pk__layer_input(graph, node)->width);
@@ -16284,9 +17060,10 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->remainder = (pk_real *)pk_arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
-    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 2 : 1;
-    window->preconditioner_error = window->states == 2 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 2 ? (pk_real *)pk_arena_take(arena, P, real) : NULL;
+    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
+    window->preconditioner_error = window->states == 3 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? (pk_real *)pk_arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = (pk_real *)pk_arena_take(arena, bounds ? all : 0, real);
     window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
     window->state = (pk_real *)pk_arena_take(arena, states, P * real);
@@ -16341,6 +17118,10 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk_examples_begin(&window->examples[j], &window->batches[j]);
+        if (window->magnitudes) {
+            pk_examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk_examples_perturb(P, from, window->perturbed_weights + j * P);
+        }
     }
     return PK_OK;
 }
@@ -16361,9 +17142,14 @@ static void pk__fill_window(pk_window *window)
                each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
-        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++)
+        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++) {
             pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
                              &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+            if (window->magnitudes)
+                pk_examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                                 window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                 b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
+        }
         window->seconds[thread] += pk__seconds() - start;
     }
     PK__PARALLEL_FOR(threads)
@@ -16440,8 +17226,8 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
 PK__COLD_BEGIN
 
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
- * cancels has few digits. A second optimiser gets gradients that are smaller by their rounding allowance; p falls
- * with the gradients' size, and the difference of the two p is the error. */
+ * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
+ * falls with the gradients' size, and the larger difference to their p is the error. */
 static void pk__perturb_update(pk_window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
@@ -16449,24 +17235,30 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
     double allowance = pk_rounding_allowance(&run->graph);
-    pk_real *perturbed = window->perturbed, *state = window->state + window->state_vectors * P;
+    pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
-    memset(perturbed, 0, P * sizeof *perturbed);
-    pk_examples_sum(&window->magnitudes[j], &run->graph, perturbed);
-    for (size_t i = 0; i < P; i++) {
-        double whole = scale * gradient[i] + coupled * weights[i];
-        double less = scale * allowance * perturbed[i];
-        less = less < fabs(whole) ? less : fabs(whole);
-        perturbed[i] = (pk_real)(gradient[i] - (scale != 0 ? (whole > 0 ? less : -less) / scale : 0));
+    memset(sizes, 0, P * sizeof *sizes);
+    pk_examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    for (int larger = 0; larger < 2; larger++) {
+        pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
+        for (size_t i = 0; i < P; i++) {
+            const double whole = scale * gradient[i] + coupled * weights[i];
+            double change = scale * allowance * sizes[i];
+            if (!larger)
+                change = change < fabs(whole) ? -change : -fabs(whole);
+            perturbed[i] = (pk_real)(gradient[i] + (scale != 0 ? (whole > 0 ? change : -change) / scale : 0));
+        }
+        pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed,
+                            state, NULL);
+        if (advance)
+            continue;
+        pk_linear_form form;
+        pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, p);
+        for (size_t i = 0; i < P; i++) {
+            const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
+            error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
+        }
     }
-    pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed, state,
-                        NULL);
-    if (advance)
-        return;
-    pk_linear_form form;
-    pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, error);
-    for (size_t i = 0; i < P; i++)
-        error[i] = (pk_real)fabs(error[i] - window->preconditioner[j * window->pitch + i]);
 }
 
 static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
@@ -16496,7 +17288,7 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
         pk__recompute_updates(window, part * PK__STATE_PART,
                               pk__least(PK__STATE_PART, P - part * PK__STATE_PART), advance,
                               window->update + (size_t)pk__thread() * PK__STATE_PART);
-    for (size_t j = 0; window->states == 2 && j < count; j++)
+    for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
@@ -16620,6 +17412,7 @@ typedef struct pk__job {
     const pk_graph *graph;
     pk_quadrature quadrature;
     double tolerance, target;
+    double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
     int direct; /* E has a part of its own beside R */
@@ -16637,7 +17430,8 @@ typedef struct pk__job {
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
-    unsigned char *row_order; /* plan.rows: see pk_integrator */
+    pk_row_state *row_state; /* plan.rows */
+    double *variation;       /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
     double next_carry;                 /* carry of the step after the window */
     size_t first_output, output_count; /* of the pass */
@@ -16682,7 +17476,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
             job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
     }
     job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_order = (unsigned char *)pk_arena_take(arena, rows, 1);
+    job->row_state = (pk_row_state *)pk_arena_take(arena, rows, sizeof *job->row_state);
+    job->variation = (double *)pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
     job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -16848,7 +17643,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (!pk__consider(job, choice, plan))
         return;
     size_t state = 0;
-    if (!pk__multiply(vectors * (job->options->bounds ? 2 : 1), job->graph->parameters * sizeof(pk_real),
+    if (!pk__multiply(vectors * (job->options->bounds ? 3 : 1), job->graph->parameters * sizeof(pk_real),
                       &state))
         return;
     size_t states = fewest;
@@ -16981,6 +17776,7 @@ PK__END_CODE
 
 /* pathkernel/decompose.h: implementation */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -17275,6 +18071,7 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
         const pk_real *start = ends + (2 * (i / job->outputs) * job->outputs + output),
                       *end = start + job->outputs;
         double closure = (double)(*end - *start) - (double)worker->tangent.along[0][i];
+        job->variation[cell] += fabs((double)worker->tangent.along[0][i]);
         part->unattributed[cell] += worker->tangent.along[1][i];
         if (worker->tangent.directions[2])
             part->decay[cell] -= linear * worker->tangent.along[2][i];
@@ -17300,7 +18097,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__least(job->block, job->part->rows - worker->row);
-    tangent->integrator.row_order = job->row_order + worker->row;
+    tangent->integrator.state = job->row_state + worker->row;
     tangent->integrator.points_last = block->points_last;
     tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
     tangent->flops = 0;
@@ -17393,23 +18190,99 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     return PK_OK;
 }
 
+/* What a run may leave unattributed, by the precision of its last weights. */
+static double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
+{
+    const double given = job->options->unattributed;
+    if (given > 0)
+        return given;
+    int coarse = 1;
+    for (size_t p = 0; coarse && p < job->graph->parameters; p++)
+        coarse = weights[p] == (pk_real)(float)weights[p];
+    const double epsilon = coarse ? 1.1920929e-7 : 2.220446049250313e-16;
+    return fmax(PK_UNATTRIBUTED_LEAST,
+                PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__most(job->run->steps, 1)));
+}
+
+/* The largest |x|, at least `largest`; numbers that are not finite do not count. */
+static double pk__largest(size_t count, const double *x, double largest)
+{
+    for (size_t i = 0; i < count; i++)
+        largest = isfinite(x[i]) && fabs(x[i]) > largest ? fabs(x[i]) : largest;
+    return largest;
+}
+
+/* value / scale, where nothing of nothing is nothing. */
+static double pk__part_of(double value, double scale)
+{
+    return value == 0 ? 0 : value / scale;
+}
+
+/* The bounds of a cell must explain its closure, but for the closure's own rounding; else they are raised. */
+static void pk__raise_bounds(pk__job *job, size_t cell, double height)
+{
+    pk_decomposition *part = job->part;
+    double *bounds = part->bounds + cell * part->examples, sum = 0;
+    const double closure = fabs(part->closure[cell]) - PK__MEASURABLE * PK__EPSILON * height;
+    for (size_t i = 0; i < part->examples; i++)
+        sum += bounds[i];
+    if (!(closure > sum))
+        return;
+    for (size_t i = 0; i < part->examples; i++)
+        bounds[i] = sum > 0 ? bounds[i] * (closure / sum * (1 + PK__MEASURABLE * PK__EPSILON)) : closure;
+    part->raised++;
+}
+
+static void pk__certify_row(pk__job *job, size_t row)
+{
+    pk_decomposition *part = job->part;
+    const size_t outputs = part->outputs, first = row * outputs;
+    for (size_t i = first; i < first + outputs; i++)
+        part->closure[i] =
+            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+    double height = pk__largest(outputs, part->initial + first, 0);
+    height = pk__largest(outputs, part->final + first, height);
+    double largest = pk__largest(outputs, job->variation + first, 0);
+    largest = pk__largest(outputs, part->data + first, largest);
+    largest = pk__largest(outputs, part->decay + first, largest);
+    largest = pk__largest(outputs, part->unattributed + first, largest);
+    for (size_t k = 0; k < part->kept_count; k++)
+        largest = pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
+    const double scale = height > largest ? height : largest;
+    const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
+    const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
+    part->scale = scale > part->scale ? scale : part->scale;
+    for (size_t i = first; i < first + outputs; i++) {
+        const double closure = fabs(part->closure[i]), excess = pk__part_of(closure, allowed);
+        if (pk__worse(pk__part_of(closure, scale), part->worst_closure))
+            part->worst_closure = pk__part_of(closure, scale);
+        if (pk__worse(pk__part_of(closure, largest), part->worst_relative))
+            part->worst_relative = pk__part_of(closure, largest);
+        if (pk__worse(excess, part->worst_excess)) {
+            part->worst_excess = excess;
+            part->worst_row = part->first_row + row;
+            part->worst_output = i - first;
+        }
+        const double size = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
+        if (pk__worse(fabs(part->unattributed[i]) / size, part->worst_unattributed)) {
+            part->worst_unattributed = fabs(part->unattributed[i]) / size;
+            part->worst_unattributed_row = part->first_row + row;
+            part->worst_unattributed_output = i - first;
+        }
+        if (part->bounds)
+            pk__raise_bounds(job, i, height);
+    }
+}
+
 static void pk__certify(pk__job *job)
 {
     pk_decomposition *part = job->part;
     size_t blocks = pk__blocks(part->rows, job->block);
-    part->worst_closure = part->worst_unattributed = 0;
-    for (size_t i = 0; i < part->rows * part->outputs; i++) {
-        part->closure[i] =
-            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
-        double scale = fabs(part->final[i]) > 1 ? fabs(part->final[i]) : 1;
-        if (pk__worse(fabs(part->closure[i]) / scale, part->worst_closure)) {
-            part->worst_closure = fabs(part->closure[i]) / scale;
-            part->worst_row = part->first_row + i / part->outputs;
-            part->worst_output = i % part->outputs;
-        }
-        if (pk__worse(fabs(part->unattributed[i]) / scale, part->worst_unattributed))
-            part->worst_unattributed = fabs(part->unattributed[i]) / scale;
-    }
+    part->worst_closure = part->worst_relative = part->worst_excess = part->worst_unattributed = 0;
+    part->raised = 0;
+    part->scale = 0;
+    for (size_t row = 0; row < part->rows; row++)
+        pk__certify_row(job, row);
     part->worst_step_closure = 0;
     part->points = part->pieces = part->refused = 0;
     part->flops = 0;
@@ -17424,6 +18297,24 @@ static void pk__certify(pk__job *job)
             part->worst_step = block->worst_step;
             part->worst_step_row = block->worst_row;
         }
+    }
+}
+
+/* What is known of the rows before the first step: their outputs at both ends of the run. */
+static void pk__begin_rows(pk__job *job)
+{
+    const pk_decomposition *part = job->part;
+    for (size_t row = 0; row < part->rows; row++) {
+        pk_row_state *state = &job->row_state[row];
+        memset(state, 0, sizeof *state);
+        state->order = PK_FIRST_ORDER;
+        for (size_t i = row * part->outputs; i < (row + 1) * part->outputs; i++) {
+            const double change = part->final[i] - part->initial[i];
+            state->height = pk__largest(1, &part->initial[i], state->height);
+            state->height = pk__largest(1, &part->final[i], state->height);
+            state->change = pk__largest(1, &change, state->change);
+        }
+        state->change /= (double)pk__most(job->run->steps, 1);
     }
 }
 
@@ -17442,13 +18333,15 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             status = pk__predict(job, steps, job->part->final);
         if (status)
             return status;
+        job->unattributed = pk__unattributed_limit(job, job->window.weights);
         memset(job->blocks, 0, blocks * sizeof *job->blocks);
+        memset(job->variation, 0, job->part->rows * job->outputs * sizeof *job->variation);
         if (job->gram)
             pk__fill_gram(job);
     }
     for (size_t b = 0; b < blocks; b++)
         job->blocks[b].points_last = 0;
-    memset(job->row_order, PK_FIRST_ORDER, job->part->rows);
+    pk__begin_rows(job);
     const size_t numbers =
         job->reverse ? job->part->rows * job->plan.outputs * job->state_at[job->graph->layers] : 0;
     if (job->reverse_error)
@@ -17516,6 +18409,8 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     const pk_readout *readout = &options->readout;
     if (!(options->tolerance >= 0) || !isfinite(options->tolerance))
         return pk__fail(context, PK_ARGUMENT, "a tolerance of %g", options->tolerance);
+    if (!(options->unattributed >= 0))
+        return pk__fail(context, PK_ARGUMENT, "a limit of %g for what is unattributed", options->unattributed);
     if ((int)readout->kind < 0 || readout->kind > PK_READOUT_FUNCTION ||
         (readout->kind == PK_READOUT_FUNCTION && (!readout->function || !readout->count)) ||
         (readout->kind == PK_READOUT_LABEL && !readout->labels))
@@ -17541,23 +18436,58 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
 
 static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
 {
-    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure)) {
-        whole->worst_closure = part->worst_closure;
+    if (!whole->passes || pk__worse(part->worst_excess, whole->worst_excess)) {
+        whole->worst_excess = part->worst_excess;
         whole->worst_row = part->worst_row;
         whole->worst_output = part->worst_output;
     }
+    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure))
+        whole->worst_closure = part->worst_closure;
+    if (!whole->passes || pk__worse(part->worst_relative, whole->worst_relative))
+        whole->worst_relative = part->worst_relative;
+    whole->raised += part->raised;
+    whole->scale = part->scale > whole->scale ? part->scale : whole->scale;
     if (!whole->passes || pk__worse(part->worst_step_closure, whole->worst_step_closure)) {
         whole->worst_step_closure = part->worst_step_closure;
         whole->worst_step = part->worst_step;
         whole->worst_step_row = part->worst_step_row;
     }
-    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed))
+    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed)) {
         whole->worst_unattributed = part->worst_unattributed;
+        whole->worst_unattributed_row = part->worst_unattributed_row;
+        whole->worst_unattributed_output = part->worst_unattributed_output;
+    }
     whole->points += part->points;
     whole->pieces += part->pieces;
     whole->refused += part->refused;
     whole->flops += part->flops;
     whole->passes += part->passes;
+}
+
+/* What a decomposition that was computed is worth. The closure comes first: where it is open, nothing else holds. */
+static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
+{
+    const int closed = whole->worst_excess <= 1;
+    const int explained = whole->worst_unattributed <= whole->unattributed_limit;
+    char text[400] = "";
+    if (!explained)
+        snprintf(
+            text, sizeof text,
+            "unattributed %.3g of max(1, |f|) at row %zu, output %zu exceeds %.3g, far more than rounding: the "
+            "loss, optimizer, rates, batches or gradient scales that are declared did not train these weights, "
+            "and "
+            "contributions are those of the declared training",
+            whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
+            whole->unattributed_limit);
+    if (!closed)
+        return pk__fail(job->context, PK_NOT_CLOSED,
+                        "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
+                        "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
+                        "step is %zu (closure %.3g at row %zu)%s%s",
+                        whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output,
+                        whole->worst_closure, whole->worst_relative, whole->worst_step,
+                        whole->worst_step_closure, whole->worst_step_row, explained ? "" : "; and ", text);
+    return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
 }
 
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
@@ -17599,14 +18529,10 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     }
     whole->seconds_read = job->window.seconds_read;
     whole->seconds = pk__seconds() - start;
-    if (!status && !(whole->worst_closure <= job->tolerance))
-        status =
-            pk__fail(job->context, PK_NOT_CLOSED,
-                     "closure %.3g exceeds the tolerance %.3g at row %zu, output %zu; the worst step is %zu "
-                     "(closure %.3g at row %zu)",
-                     whole->worst_closure, job->tolerance, whole->worst_row, whole->worst_output,
-                     whole->worst_step, whole->worst_step_closure, whole->worst_step_row);
-    return status;
+    whole->unattributed_limit = job->unattributed;
+    if (!(job->options->unattributed > 0) && whole->scale < 1)
+        whole->unattributed_limit *= whole->scale;
+    return status ? status : pk__verdict(job, whole);
 }
 
 /* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
@@ -17665,7 +18591,7 @@ PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix 
                               const pk_decompose_options *options, pk_decomposition *out)
 {
     pk_status status = pk__decompose(context, run, inputs, options, out, NULL, NULL);
-    if (status && status != PK_NOT_CLOSED)
+    if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
         pk_decomposition_release(context, out);
     return status;
 }
