@@ -616,6 +616,56 @@ static void test_initialize(void **state)
     }
 }
 
+/* The number of pairs that max_pool watches against all pairs of numbers and all windows. */
+static void test_pool_pairs(void **state)
+{
+    (void)state;
+    size_t pools = 0;
+    for (size_t number = 0; number < 7 * 7 * 5 * 3 * 5 * 5; number++) {
+        size_t n = number;
+        const int height = 1 + (int)(n % 7);
+        n /= 7;
+        const int width = 1 + (int)(n % 7);
+        n /= 7;
+        const int down = 1 + (int)(n % 5);
+        n /= 5;
+        const int across = 1 + (int)(n % 3);
+        n /= 3;
+        const int stride = 1 + (int)(n % 5), other = 1 + (int)(n / 5),
+                  pad = (int)(number % (size_t)(down / 2 + 1)),
+                  side = (int)(number / 3 % (size_t)(across / 2 + 1));
+        if (height + 2 * pad < down || width + 2 * side < across)
+            continue;
+        size_t pairs = 0;
+        for (int a = 0; a < height * width; a++)
+            for (int b = a + 1; b < height * width; b++) {
+                int together = 0;
+                for (int y = -pad; y + down <= height + pad; y += stride)
+                    for (int x = -side; x + across <= width + side; x += other)
+                        together |= a / width >= y && b / width < y + down && a % width >= x &&
+                                    b % width >= x && a % width < x + across && b % width < x + across;
+                pairs += (size_t)together;
+            }
+        pk_context context;
+        pk_graph graph;
+        const pk_shape shape = {3, {2, (size_t)height, (size_t)width}};
+        const double attributes[PK_NODE_ATTRIBUTES] = {down, across, stride, other, pad, side};
+        int node = 0;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        assert_ok(&context, pk_graph_input(&context, &graph, &shape));
+        assert_ok(&context,
+                  pk_graph_add(&context, &graph, pk_operation_find("max_pool"), 1, &node, attributes, &node));
+        const size_t count = graph.nodes[1].operation->switch_count(&graph.nodes[1]);
+        if (count != 2 * pairs)
+            fail_msg("%dx%d, kernel %dx%d, stride %dx%d, pad %dx%d: %zu pairs, not %zu", height, width, down,
+                     across, stride, other, pad, side, count, 2 * pairs);
+        pk_graph_release(&context, &graph);
+        pools++;
+    }
+    assert_true(pools > 10000);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -623,6 +673,7 @@ int main(void)
         cmocka_unit_test(test_separable),   cmocka_unit_test(test_pool_switches),
         cmocka_unit_test(test_nan),         cmocka_unit_test(test_rules),
         cmocka_unit_test(test_refused),     cmocka_unit_test(test_initialize),
+        cmocka_unit_test(test_pool_pairs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -475,14 +475,217 @@ static void test_branches(void **state)
     assert_int_equal(context.memory_used, 0);
 }
 
+typedef struct loader {
+    size_t loads, rows, columns;
+    double *numbers;
+} loader;
+
+static pk_status load_counted(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    loader *l = (loader *)user;
+    const size_t shape[2] = {l->rows, l->columns};
+    (void)context, (void)name;
+    l->loads++;
+    *array = pk_array_view(PK_FLOAT64, 2, shape, l->numbers);
+    return PK_OK;
+}
+
+/* Appends a piece some times. */
+static void append(char *text, const char *piece, int times)
+{
+    char *at = text + strlen(text);
+    for (int i = 0; i < times; i++, at += strlen(piece))
+        strcpy(at, piece);
+}
+
+/* Lines of a few words whose sizes are large take neither memory nor time: what grows with the sizes is counted in closed
+ * form, or refused before it is made. Where the pairs of the first one were counted one by one it took minutes, which the
+ * tests' time limit would end. */
+static void test_large_sizes(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *start, *piece, *end;
+        int times;
+        pk_status status;
+        const char *words;
+    } cases[] = {
+        {"input 1x6000x6000", "; max_pool 3x1 stride=1x1 pad=1x0", "; flatten; dense 1", 1900, PK_OK, ""},
+        {"input 1x1x1000000", "; max_pool 1x3 stride=1 pad=0x1", "; flatten; dense 1", 1900, PK_OK, ""},
+        {"input 1x100000x100000", "; conv 1 3x3 pad=1", "; flatten; dense 1", 3000, PK_OK, ""},
+        {"input 1000", "; fourier 100000", "; dense 1", 1, PK_OVERFLOW, "1e+08 numbers"},
+        {"input 1000", "; fourier 100", "; dense 1", 3000, PK_OVERFLOW, "at most 524288"},
+        {"input 100000000", "; residual( fourier 1 | fourier 1 )", "; dense 1", 1, PK_OVERFLOW,
+         "at most 524288"},
+        {"input 2; dense 2", "; abs", "", 9998, PK_OK, ""},
+        {"input 2; dense 2", "; residual( abs )", "", 3500, PK_OK, ""},
+        {"input 100000", "; embedding 1000000000 1000000000; flatten", "; dense 1", 1, PK_OVERFLOW, ""},
+        {"input 1000000x64", "; attention 8", "; flatten; dense 1", 3000, PK_OK, ""},
+        {"input 1000000x64", "; position", "; flatten; dense 1", 3000, PK_OK, ""},
+        {"input 1000000000", "; layer_norm", "; dense 1", 3000, PK_OK, ""},
+        {"input 1000000000", "; dense 1000000", "", 1, PK_OK, ""},
+    };
+    enum { MOST = 1 << 25 };
+    char *text = FIXTURE_NEW(char, 1 << 18);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        pk_context context;
+        pk_graph graph;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        context.memory_limit = MOST;
+        strcpy(text, cases[i].start);
+        append(text, cases[i].piece, cases[i].times);
+        append(text, cases[i].end, 1);
+        const pk_status status = pk_network_parse(&context, text, &graph);
+        if (status != cases[i].status || (status && !strstr(pk_message(&context), cases[i].words)))
+            fail_msg("%.80s: %s: %s", text, pk_status_text(status), pk_message(&context));
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+    free(text);
+}
+
+/* An array that many layers name is loaded, kept and checked once. */
+static void test_shared_arrays(void **state)
+{
+    (void)state;
+    static const char *const pieces[] = {"; batch_norm a", "; propagate a; residual( propagate a )",
+                                         "; constant a; dense 3"};
+    enum { TIMES = 1000, CHANNELS = 20000 };
+    char *text = FIXTURE_NEW(char, 1 << 18);
+    for (int kind = 0; kind < 3; kind++) {
+        pk_context context;
+        pk_graph graph, again;
+        loader l = {0, kind ? CHANNELS : 2, kind == 1 ? 3 : kind ? 2 : CHANNELS, NULL};
+        pk_array array;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        memset(&again, 0, sizeof again);
+        l.numbers = FIXTURE_NEW(double, l.rows *l.columns);
+        for (size_t i = 0; i < l.rows * l.columns; i++)
+            l.numbers[i] = kind == 1 ? (double)(i % 3 == 2 ? 7 : i / 3 % 20) : 1 + (double)(i % 5);
+        const pk_constants constants = {load_counted, &l};
+        strcpy(text, kind ? "input 20x4" : "input 20000");
+        append(text, pieces[kind], TIMES);
+        append(text, "; flatten; dense 1", 1);
+        context.memory_limit = (size_t)1 << 25;
+        assert_ok(&context, pk_network_parse_with(&context, text, &constants, &graph));
+        assert_int_equal(l.loads, 1);
+        const pk_node *node = pk_graph_named(&graph, NULL, &array);
+        assert_non_null(node);
+        assert_int_equal(array.shape[0], l.rows);
+        assert_int_equal(array.shape[1], l.columns);
+        assert_null(pk_graph_named(&graph, node, &array));
+        const pk_constants own = pk_graph_constants(&graph);
+        assert_ok(&context, pk_network_parse_with(&context, graph.text, &own, &again));
+        assert_string_equal(again.text, graph.text);
+        pk_graph_release(&context, &again);
+        pk_graph_release(&context, &graph);
+        /* Another shape is checked anew. */
+        strcpy(text, kind ? "input 20x4" : "input 20000");
+        append(text, pieces[kind], 1);
+        append(text,
+               kind == 1 ? "; flatten; dense 5; constant a; dense 4; propagate a" : "; flatten; batch_norm a",
+               1);
+        if (kind == 1) /* 20000 tokens: the array's indices are below 20 */
+            assert_refused(&context, PK_SHAPE, "20000x4",
+                           pk_network_parse_with(&context, text, &constants, &graph));
+        else if (kind == 2)
+            assert_refused(&context, PK_SHAPE, "standardize",
+                           pk_network_parse_with(&context, text, &constants, &graph));
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+        free(l.numbers);
+    }
+    free(text);
+}
+
+/* A text is as long as a run directory can record it, or refused before anything is made of it. */
+static void test_longest_text(void **state)
+{
+    (void)state;
+    enum { LONGEST = (1 << 16) - 64 };
+    pk_context context;
+    pk_graph graph;
+    char *text = FIXTURE_NEW(char, 1 << 20);
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    strcpy(text, "input 3; dense 2");
+    append(text, "; identity", (LONGEST - (int)strlen(text)) / 10);
+    const int left = LONGEST - (int)strlen(text);
+    assert_true(left >= 2 && left < 12);
+    /* Zeros in front of a number fill up. */
+    memmove(text + 6 + left, text + 6, strlen(text + 6) + 1);
+    memset(text + 6, '0', (size_t)left);
+    assert_int_equal(strlen(text), LONGEST);
+    assert_ok(&context, pk_network_parse(&context, text, &graph));
+    assert_int_equal(strlen(graph.text), LONGEST);
+    pk_graph_release(&context, &graph);
+    memmove(text + 7, text + 6, strlen(text + 6) + 1); /* one more */
+    assert_refused(&context, PK_FORMAT, "longer than the 65472 characters",
+                   pk_network_parse(&context, text, &graph));
+    assert_int_equal(context.memory_used, 0);
+    /* Blanks in a row count as one. */
+    strcpy(text, "input 3;");
+    append(text, " ", 900000);
+    append(text, "dense 2", 1);
+    assert_ok(&context, pk_network_parse(&context, text, &graph));
+    assert_string_equal(graph.text, "input 3; dense 2");
+    pk_graph_release(&context, &graph);
+    free(text);
+}
+
+/* Outputs that no weight reaches. */
+static void test_constant_outputs(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text;
+        int refused;
+    } cases[] = {
+        {"input 4; dense 3; constant a; flatten", 1},
+        {"input 4; dense 3; constant a; tanh; flatten", 1},
+        {"input 4; dense 3; constant a; token 0", 1},
+        {"input 4; dense 3; constant a; residual( tanh | abs ); mean_tokens", 1},
+        {"input 4; residual( dense 3; constant a | constant a ); flatten", 1},
+        {"input 4; constant a; flatten", 1},
+        {"input 4; dense 3; constant a; flatten; dense 2", 0},
+        {"input 4; dense 3; constant a; position; flatten", 0},
+        {"input 4; dense 3; constant a; residual( dense 2 ); flatten", 0},
+    };
+    double numbers[6] = {1, 2, 3, 4, 5, 6};
+    loader l = {0, 3, 2, numbers};
+    const pk_constants constants = {load_counted, &l};
+    pk_context context;
+    pk_graph graph;
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const pk_status status = pk_network_parse_with(&context, cases[i].text, &constants, &graph);
+        if (cases[i].refused ? status != PK_ARGUMENT || !strstr(pk_message(&context), "weights")
+                             : status != PK_OK)
+            fail_msg("%s: %s: %s", cases[i].text, pk_status_text(status), pk_message(&context));
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_builds),        cmocka_unit_test(test_analysis),
-        cmocka_unit_test(test_refuses),       cmocka_unit_test(test_sentences),
-        cmocka_unit_test(test_long),          cmocka_unit_test(test_initialize),
-        cmocka_unit_test(test_initial_kinds), cmocka_unit_test(test_ntk),
+        cmocka_unit_test(test_builds),
+        cmocka_unit_test(test_analysis),
+        cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_long),
+        cmocka_unit_test(test_initialize),
+        cmocka_unit_test(test_initial_kinds),
+        cmocka_unit_test(test_ntk),
         cmocka_unit_test(test_branches),
+        cmocka_unit_test(test_large_sizes),
+        cmocka_unit_test(test_shared_arrays),
+        cmocka_unit_test(test_longest_text),
+        cmocka_unit_test(test_constant_outputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -64,6 +64,7 @@ typedef struct pk_node {
     size_t weight_offset, weight_count;
     double attributes[PK_NODE_ATTRIBUTES];
     pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
+    int constants_shared;                    /* they are an earlier node's */
     size_t constant_count, constant_columns; /* columns: of the array that the network language names */
     char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
     pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
@@ -77,6 +78,8 @@ typedef struct pk_node {
     int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
     int unread;                 /* no node takes it, and it is not the output */
+    int only_reader;            /* the node that alone takes it, and once; -1: there is none, or several */
+    int layer_node; /* of node l, whatever it is: the number of the node that is layer l, see pk_graph_layer */
 } pk_node;
 
 /* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
@@ -254,6 +257,9 @@ static void pk__graph_analyse(pk_graph *graph)
         pk_node *node = &graph->nodes[n];
         node->cotangent_constant = 1;
         node->unread = n != last;
+        node->only_reader = -1;
+        if (node->layer >= 0)
+            graph->nodes[node->layer].layer_node = (int)n;
         if (node->width > graph->widest)
             graph->widest = node->width;
     }
@@ -265,6 +271,7 @@ static void pk__graph_analyse(pk_graph *graph)
             pk_node *input = &graph->nodes[node->inputs[j]];
             input->cotangent_constant &= constant;
             node->shared[j] = !input->unread;
+            input->only_reader = input->unread ? (int)n : -1;
             input->unread = 0;
         }
         graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
@@ -289,8 +296,8 @@ static pk_status pk__check_node(pk_context *context, const pk_graph *graph, cons
         what = "it has weights, but no tangent form or no rule for their gradient";
     else if (node->tangent_form == PK_TANGENT_ROWS && node->weight_count && !operation->row_gradients)
         what = "PK_TANGENT_ROWS needs row_gradients";
-    else if (operation->smoothness == PK_PIECEWISE_LINEAR && (!operation->switch_count || !operation->switches))
-        what = "PK_PIECEWISE_LINEAR needs switch functions";
+    else if (!operation->switch_count != !operation->switches)
+        what = "switch_count and switches belong together";
     else if (operation->elementwise && (node->input_count != 1 || node->width != width || node->weight_count))
         what = "an elementwise operation has one input of its own width, and no weights";
     else if (outer &&
@@ -393,9 +400,22 @@ PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name
     return PK_OK;
 }
 
-PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
-                                        int input_count, const int *inputs, const double *attributes,
-                                        size_t constant_count, const pk_real *constants, int *number)
+/* Whether a node would be checked to have the shape, and all else, of an earlier one. */
+static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_node *like)
+{
+    if (!like || like->operation != node->operation || like->input_count != 1 || node->input_count != 1 ||
+        memcmp(like->attributes, node->attributes, sizeof like->attributes) != 0)
+        return 0;
+    const pk_shape *a = &graph->nodes[node->inputs[0]].shape, *b = &graph->nodes[like->inputs[0]].shape;
+    return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
+}
+
+/* pk_graph_add_constants without pk__graph_analyse, which takes a time that grows with the graph. like: NULL, or an earlier
+ * node that has the same constants, which are shared then. */
+PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                       int input_count, const int *inputs, const double *attributes,
+                                       size_t constant_count, const pk_real *constants, const pk_node *like,
+                                       int *number)
 {
     if (!graph->node_count || !operation)
         return pk__fail(context, PK_ARGUMENT,
@@ -421,7 +441,10 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     }
     pk_status status = pk__check_attributes(context, operation->name, operation->options, node.attributes);
     node.shape = graph->nodes[node.inputs[0]].shape;
-    if (!status && operation->shape)
+    node.constants_shared = like != NULL;
+    if (!status && pk__is_alike(graph, &node, like))
+        node.shape = like->shape;
+    else if (!status && operation->shape)
         status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
@@ -437,7 +460,7 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         status = pk__graph_grow(context, graph);
     if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
-    if (!status && constant_count) {
+    if (!status && constant_count && !like) {
         status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
         if (!status)
             memcpy(node.constants, constants, constant_count * sizeof *constants);
@@ -453,8 +476,18 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     if (number)
         *number = (int)graph->node_count;
     graph->nodes[graph->node_count++] = node;
-    pk__graph_analyse(graph);
     return PK_OK;
+}
+
+PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                        int input_count, const int *inputs, const double *attributes,
+                                        size_t constant_count, const pk_real *constants, int *number)
+{
+    pk_status status = pk__graph_append(context, graph, operation, input_count, inputs, attributes,
+                                        constant_count, constants, NULL, number);
+    if (!status)
+        pk__graph_analyse(graph);
+    return status;
 }
 
 PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -482,16 +515,14 @@ PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *grap
 
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
 {
-    for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].layer == (int)layer)
-            return &graph->nodes[n];
-    return NULL;
+    return layer < graph->layers ? &graph->nodes[graph->nodes[layer].layer_node] : NULL;
 }
 
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
     for (size_t n = 0; n < graph->node_count; n++)
-        pk_release(context, graph->nodes[n].constants);
+        if (!graph->nodes[n].constants_shared)
+            pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
     memset(graph, 0, sizeof *graph);

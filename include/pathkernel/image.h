@@ -564,7 +564,7 @@ static int pk__in_window_before(const pk__windows *w, int side, size_t at, size_
     return at > 0 && last + w->pad[side] < (at - 1) * w->stride[side] + w->kernel[side];
 }
 
-/* Differences of the pairs of numbers that are in one window, each pair once: out may be NULL to count them.
+/* Differences of the pairs of numbers that are in one window, each pair once: their number is pk__pool_pairs.
  * A pair that is in several windows is reported with the first of them. */
 static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, pk_real *out)
 {
@@ -581,10 +581,7 @@ static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, p
                         column[1] >= w->width || pk__in_window_before(w, 0, y, row[1]) ||
                         pk__in_window_before(w, 1, x, pk__most(column[0], column[1])))
                         continue;
-                    if (out)
-                        out[count] =
-                            plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
-                    count++;
+                    out[count++] = plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
                 }
     return count;
 }
@@ -646,6 +643,44 @@ static void pk__max_pool_tangent(const pk_call *call)
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
+/* Of one side: the pairs (a, b) of numbers that are in one window, in either order and with themselves, and the numbers that
+ * are in some window. Windows that reach over neither end are all alike: the work is in those that do. */
+static void pk__side_pairs(const pk__windows *w, int side, double *pairs, double *numbers)
+{
+    const size_t size = side ? w->width : w->height, count = side ? w->columns : w->rows;
+    const size_t kernel = w->kernel[side], stride = w->stride[side], pad = w->pad[side];
+    /* Windows first .. past - 1 reach over no end. */
+    const size_t first = pk__least(count, pk__blocks(pad, stride));
+    const size_t past =
+        pk__most(first, size + pad < kernel ? 0 : pk__least(count, (size + pad - kernel) / stride + 1));
+    double some = 0;
+    *numbers = 0;
+    for (size_t at = 0, before = 0; at < count; at++) {
+        const size_t start = at * stride, low = start < pad ? 0 : start - pad;
+        const size_t high = pk__least(size, start + kernel < pad ? 0 : start + kernel - pad);
+        const double in = high > low ? (double)(high - low) : 0,
+                     both = before > low ? (double)(before - low) : 0;
+        double times = 1;
+        if (at > first && at < past) { /* this one, and those that are like it */
+            times = (double)(past - at);
+            at = past - 1;
+        }
+        before = times > 1 ? at * stride - pad + kernel : high;
+        some += times * (in * (in + 1) - both * (both + 1)) / 2;
+        *numbers += times * (in - both);
+    }
+    *pairs = 2 * some - *numbers;
+}
+
+/* The pairs of two numbers of a plane that are in one window: their rows are, and their columns. */
+static double pk__pool_pairs(const pk__windows *w)
+{
+    double pairs[2], numbers[2];
+    for (int side = 0; side < 2; side++)
+        pk__side_pairs(w, side, &pairs[side], &numbers[side]);
+    return (pairs[0] * pairs[1] - numbers[0] * numbers[1]) / 2;
+}
+
 static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     pk_status status = pk__pool_shape(context, graph, node);
@@ -657,7 +692,7 @@ static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_UNSUPPORTED,
                         "max_pool: windows of %g numbers have too many pairs whose order would be watched",
                         taps);
-    node->attributes[PK__POOL_SWITCHES] = (double)(node->shape.dims[0] * pk__pool_differences(&w, NULL, NULL));
+    node->attributes[PK__POOL_SWITCHES] = (double)node->shape.dims[0] * pk__pool_pairs(&w);
     return PK_OK;
 }
 

@@ -53,6 +53,8 @@ PK__END_C
 PK__BEGIN_CODE
 
 enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
+/* Characters of a network with single blanks: what a line of run.txt holds behind its key. */
+enum { PK__NETWORK_TEXT = (1 << 16) - 64 };
 
 /* The words of a layer, its name first. */
 typedef struct pk__layer {
@@ -71,6 +73,9 @@ typedef struct pk__parser {
     int depth;              /* of residuals */
     int node;               /* the last one of the branch in hand */
     int failed;             /* the number of the layer that could not be made; 0: none */
+    int full;               /* the canonical text has no room for what came */
+    size_t room;            /* characters that the canonical text may still have */
+    size_t frequencies;     /* numbers drawn for fourier so far */
     pk__layer layer;        /* the layer in hand: of all depths, so that the stack holds none */
 } pk__parser;
 
@@ -316,14 +321,15 @@ static pk_status pk__parse_options(pk_context *context, const char *name, const 
 static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
                             size_t constant_count, const pk_real *constants)
 {
-    return pk_graph_add_constants(parser->context, parser->graph, pk__named_operation(parser->context, name), 1,
-                                  &parser->node, attributes, constant_count, constants, &parser->node);
+    return pk__graph_append(parser->context, parser->graph, pk__named_operation(parser->context, name), 1,
+                            &parser->node, attributes, constant_count, constants, NULL, &parser->node);
 }
 
 static pk_status pk__append_add(pk__parser *parser, int other)
 {
     const int both[2] = {parser->node, other};
-    return pk_graph_add(parser->context, parser->graph, pk_operation_find("add"), 2, both, NULL, &parser->node);
+    return pk__graph_append(parser->context, parser->graph, pk_operation_find("add"), 2, both, NULL, 0, NULL,
+                            NULL, &parser->node);
 }
 
 /* A layer that is one operation. */
@@ -334,11 +340,34 @@ static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, con
     return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
 }
 
-/* An array that the network names, as numbers; the caller releases both. */
-static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer, pk_array *array,
-                                     pk_real **numbers)
+static void pk__constants_view(const pk_node *node, pk_array *array)
+{
+    const size_t shape[2] = {node->constant_count / node->constant_columns, node->constant_columns};
+    *array =
+        pk_array_view(sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32, 2, shape, node->constants);
+}
+
+/* An earlier node that holds or shares the array of this name: one of the operation, if there is one. */
+static const pk_node *pk__like_named(const pk_graph *graph, const char *name, const char *operation)
+{
+    const pk_node *like = NULL;
+    for (size_t n = graph->node_count; n-- > 1;) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->constant_name[0] || strcmp(node->constant_name, name) != 0)
+            continue;
+        if (strcmp(node->operation->name, operation) == 0)
+            return node;
+        like = node;
+    }
+    return like;
+}
+
+/* An array that the network names, as numbers; the caller releases both. *like: an earlier node that has them already. */
+static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer, const char *operation,
+                                     const pk_node **like, pk_array *array, pk_real **numbers)
 {
     const char *name = layer->count > 1 ? layer->words[1] : "";
+    *like = NULL;
     *numbers = NULL;
     memset(array, 0, sizeof *array);
     if (!name[0] || strlen(name) >= PK_CONSTANT_NAME ||
@@ -349,6 +378,11 @@ static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer,
     if (!parser->constants)
         return pk__fail(parser->context, PK_ARGUMENT, "%s: no arrays were given, so '%.40s' is not known",
                         layer->words[0], name);
+    *like = pk__like_named(parser->graph, name, operation);
+    if (*like) {
+        pk__constants_view(*like, array);
+        return PK_OK;
+    }
     pk_status status = parser->constants->load(parser->constants->user, parser->context, name, array);
     if (!status)
         status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
@@ -548,7 +582,9 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     const char *name = layer->words[0];
     pk_array array;
     pk_real *numbers = NULL;
+    const pk_node *like = NULL;
     const int norm = strcmp(name, "batch_norm") == 0;
+    const pk_operation *operation = pk_operation_find(norm ? "standardize" : name);
     double attributes[PK_NODE_ATTRIBUTES] = {0};
     pk__layer rest = *layer;
     rest.count--;
@@ -561,7 +597,7 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
             parser->context, PK_FORMAT,
             "batch_norm needs the name of an array with its frozen means and variances; in training mode an "
             "example's output would depend on the rest of its batch");
-    pk_status status = pk__named_constants(parser, layer, &array, &numbers);
+    pk_status status = pk__named_constants(parser, layer, operation->name, &like, &array, &numbers);
     if (!status)
         status =
             pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
@@ -585,7 +621,9 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
         parser->node = 0;
     }
     if (!status)
-        status = pk__append(parser, norm ? "standardize" : name, attributes, pk_array_items(&array), numbers);
+        status =
+            pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
+                             pk_array_items(&array), like ? like->constants : numbers, like, &parser->node);
     if (!status) {
         pk_node *node = &parser->graph->nodes[parser->node];
         memcpy(node->constant_name, layer->words[1], strlen(layer->words[1]) + 1);
@@ -598,6 +636,9 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
 
 /* fourier N [scale=1] [seed=0]: N normal frequencies of standard deviation scale for each input. */
 enum { PK__FOURIER_COUNT, PK__FOURIER_SCALE, PK__FOURIER_SEED };
+enum {
+    PK__FOURIER_NUMBERS = 1 << 19
+}; /* of a whole network: a text of a few words shall not take seconds to read */
 static const pk_option pk__fourier_options[] = {
     {"number of frequencies", PK_OPTION_NUMBER, PK__FOURIER_COUNT, 1, 1, 1, 1e9, 1, NULL},
     {"scale", PK_OPTION_NUMBER, PK__FOURIER_SCALE, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
@@ -613,16 +654,29 @@ static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
         status = pk__check_attributes(parser->context, "fourier", pk__fourier_options, attributes);
     pk_real *numbers = NULL;
     size_t count = 0;
-    if (!status &&
-        !pk__multiply((size_t)attributes[PK__FOURIER_COUNT], parser->graph->nodes[parser->node].width, &count))
-        status = pk__fail(parser->context, PK_OVERFLOW, "fourier: the number of frequencies overflows");
-    if (!status)
+    const pk_node *input = &parser->graph->nodes[parser->node];
+    if (!status && input->varies)
+        status = pk__fail(parser->context, PK_UNSUPPORTED,
+                          "Fourier features are taken of data, before the first weights");
+    if (!status && attributes[PK__FOURIER_COUNT] * (double)input->width >
+                       (double)PK__FOURIER_NUMBERS - (double)parser->frequencies)
+        status = pk__fail(
+            parser->context, PK_OVERFLOW,
+            "fourier: %g frequencies of %zu inputs are %g numbers, and a network has at most %d; larger "
+            "features may be computed beforehand, as the inputs",
+            attributes[PK__FOURIER_COUNT], input->width, attributes[PK__FOURIER_COUNT] * (double)input->width,
+            PK__FOURIER_NUMBERS);
+    if (!status) {
+        count = (size_t)attributes[PK__FOURIER_COUNT] * input->width;
+        parser->frequencies += count;
         status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
-    pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
-    for (size_t i = 0; !status && i < count; i++)
-        numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
-    if (!status)
+    }
+    if (!status) {
+        pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
+        for (size_t i = 0; i < count; i++)
+            numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
         status = pk__append(parser, "fourier", NULL, count, numbers);
+    }
     pk_release(parser->context, numbers);
     return status;
 }
@@ -633,8 +687,8 @@ static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
     const int both[2] = {parser->node, 0};
     if (layer->count > 1)
         return pk__refuse_word(parser->context, "select", NULL, layer->words[1]);
-    return pk_graph_add(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL,
-                        &parser->node);
+    return pk__graph_append(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL, 0, NULL,
+                            NULL, &parser->node);
 }
 
 static pk_status pk__refused_layer(pk__parser *parser, const pk__layer *layer)
@@ -732,11 +786,18 @@ static int pk__ends_layer(char c)
     return c == 0 || c == ';' || c == '(' || c == ')' || c == '|';
 }
 
+/* Where there is no more room, that is an error of the next layer, see pk__parse_layers. */
 static void pk__write_canonical(pk__parser *parser, const char *text)
 {
     const size_t length = strlen(text);
+    if (length > parser->room) {
+        parser->room = 0;
+        parser->full = 1;
+        return;
+    }
     memcpy(parser->canonical, text, length);
     parser->canonical += length;
+    parser->room -= length;
 }
 
 /* What stands at a place of the text, for a message. */
@@ -860,6 +921,11 @@ static pk_status pk__parse_layers(pk__parser *parser)
                                : pk__split_layer(parser, &parser->layer);
         if (!status)
             status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
+        if (!status && parser->full)
+            status =
+                pk__fail(parser->context, PK_FORMAT,
+                         "the network's text is longer than the %d characters that a run directory records",
+                         PK__NETWORK_TEXT);
         if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
             status = pk__fail(
                 parser->context, PK_FORMAT,
@@ -897,7 +963,9 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         return pk__fail(context, PK_ARGUMENT,
                         text ? "network: the graph is in use already" : "network: no text");
     /* A sign becomes at most three characters, a blank on each side. */
-    pk_status status = pk_allocate(context, 3 * strlen(text) + 4, 1, "the network's text", &graph->text);
+    const size_t length = pk__least(strlen(text), PK__NETWORK_TEXT),
+                 room = pk__least(3 * length + 3, PK__NETWORK_TEXT);
+    pk_status status = pk_allocate(context, room + 1, 1, "the network's text", &graph->text);
     if (!status) {
         pk__parser parser;
         memset(&parser, 0, sizeof parser);
@@ -906,13 +974,22 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         parser.constants = constants;
         parser.start = parser.at = text;
         parser.canonical = graph->text;
+        parser.room = room;
         status = pk__parse_layers(&parser);
         *parser.canonical = 0;
         if (status)
             status = pk__name_layer(context, status, parser.failed);
     }
-    if (!status && !graph->parameters)
-        status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+    if (!status) {
+        pk__graph_analyse(graph);
+        if (!graph->parameters)
+            status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+        else if (!graph->nodes[graph->node_count - 1].varies)
+            status =
+                pk__fail(context, PK_ARGUMENT,
+                         "network: its outputs do not depend on its weights: a 'constant' leaves the values of "
+                         "the layers before it behind, and no layer with weights follows");
+    }
     if (!status && graph->nodes[graph->node_count - 1].shape.rank != 1) {
         char shape[PK_SHAPE_TEXT];
         status = pk__fail(
@@ -935,11 +1012,9 @@ PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after
 {
     for (size_t n = after ? (size_t)(after - graph->nodes) + 1 : 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        if (!node->constant_name[0])
+        if (!node->constant_name[0] || node->constants_shared)
             continue;
-        const size_t shape[2] = {node->constant_count / node->constant_columns, node->constant_columns};
-        *array = pk_array_view(sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32, 2, shape,
-                               node->constants);
+        pk__constants_view(node, array);
         return node;
     }
     return NULL;

@@ -133,16 +133,7 @@ PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_
 /* The only node that reads node, NULL where there are none or several. */
 PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
 {
-    const pk_node *reader = NULL;
-    for (size_t n = 1; n < graph->node_count; n++)
-        for (int j = 0; j < graph->nodes[n].input_count; j++) {
-            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
-                continue;
-            if (reader)
-                return NULL;
-            reader = &graph->nodes[n];
-        }
-    return reader;
+    return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];
 }
 
 /* in_place: see pk_tape_take_parts. */
@@ -171,7 +162,7 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         pk_real *cotangent = NULL;
         if (shared && tape->cotangent)
             cotangent = tape->cotangent[node->inputs[0]];
-        else if (copies && node->varies && !shared)
+        else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
             cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
         pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
