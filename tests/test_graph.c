@@ -333,6 +333,128 @@ static void test_arguments(void **state)
     assert_int_equal(context.memory_used, 0);
 }
 
+/* input 2; dense 3 or none; a constant (1, 2); perhaps a layer behind it. */
+static void constant_graph(pk_context *context, pk_graph *graph, int first, int last)
+{
+    const pk_operation *constant = pk_operation_find("constant");
+    const pk_real numbers[2] = {1, -2};
+    double attributes[PK_NODE_ATTRIBUTES] = {1, 2};
+    const int zero = 0;
+    int node = 0;
+    user_input(context, graph, 2);
+    if (first)
+        node = user_node(context, graph, pk_operation_find("dense"), 0, -1, 3);
+    node = user_node(context, graph, pk_operation_find("tanh"), node, -1, 0); /* nobody takes it */
+    assert_ok(context,
+              pk_graph_add_constants(context, graph, constant, 1, &zero, attributes, 2, numbers, &node));
+    node = user_node(context, graph, pk_operation_find("flatten"), node, -1, 0);
+    if (last)
+        (void)user_node(context, graph, pk_operation_find("dense"), node, -1, 2);
+}
+
+/* Whatever asks an output for a cotangent, where some weights, or all, do not reach it: their derivatives are 0. */
+static void test_constant_outputs(void **state)
+{
+    (void)state;
+    enum { ROWS = 3, MOST = 20 };
+    for (int kind = 0; kind < 4; kind++) {
+        pk_context context;
+        pk_graph graph;
+        const int first = kind != 1, last = kind >= 2;
+        memset(&context, 0, sizeof context);
+        constant_graph(&context, &graph, first, last);
+        const size_t P = graph.parameters, own = (size_t)(first ? 9 : 0);
+        assert_int_equal(P, own + (size_t)(last ? 6 : 0));
+        pk_real w[MOST], d[MOST], gradient[MOST], x[ROWS * 2], u[ROWS * 2], rows[ROWS * 2 * MOST],
+            tangents[ROWS * 2], slopes[ROWS * 2 * 2], gram[ROWS * 2 * ROWS * 2];
+        for (size_t i = 0; i < MOST; i++)
+            w[i] = d[i] = (pk_real)(0.25 * (double)i - 1);
+        for (size_t i = 0; i < ROWS * 2; i++)
+            x[i] = u[i] = (pk_real)(1 + i);
+        const size_t shape[2] = {ROWS, 2};
+        const pk_dataset data = {pk_array_view(REAL_TYPE, 2, shape, x), pk_array_view(REAL_TYPE, 2, shape, u)};
+        const int64_t items[ROWS] = {0, 1, 2};
+        const pk_batch batch = {ROWS, items, NULL};
+        const pk_matrix in = pk_matrix_view(x, ROWS, 2), cotangents = pk_matrix_view(u, ROWS, 2),
+                        none = pk_matrix_view(NULL, 0, 0);
+        pk_gradient_workspace workspace;
+        double objective = -1;
+        memset(&workspace, 0, sizeof workspace);
+        assert_ok(&context, pk_gradient_prepare(&context, &graph, ROWS, &workspace));
+        assert_ok(&context, pk_batch_gradient(&context, &graph, PK_SQUARED, w, &data, &batch, &workspace,
+                                              &objective, gradient));
+        assert_true(objective > 0);
+        for (size_t p = 0; p < own; p++)
+            assert_true(gradient[p] == 0);
+        for (size_t p = own; p < P; p++)
+            assert_true(gradient[p] != 0);
+        pk_gradient_release(&context, &workspace);
+        memset(rows, 0xff, sizeof rows);
+        memset(slopes, 0xff, sizeof slopes);
+        assert_ok(&context, pk_vjp(&context, &graph, w, in, cotangents, pk_matrix_view(rows, ROWS, P),
+                                   pk_matrix_view(slopes, ROWS, 2)));
+        for (size_t i = 0; i < ROWS * 2; i++)
+            assert_true(slopes[i] == 0);
+        for (size_t i = 0; i < ROWS * P; i++)
+            assert_true(i % P < own ? rows[i] == 0 : rows[i] == rows[i]);
+        if (P) {
+            assert_ok(&context, pk_vjp_sum(&context, &graph, w, in, cotangents, gradient));
+            assert_ok(&context, pk_jvp(&context, &graph, w, in, d, none, pk_matrix_view(tangents, ROWS, 2)));
+            assert_true((tangents[0] != 0) == last);
+            assert_ok(&context,
+                      pk_hessian_product(&context, &graph, PK_SQUARED, w, &data, &batch, d, gradient));
+            for (size_t p = 0; p < own; p++)
+                assert_true(gradient[p] == 0);
+            assert_ok(&context,
+                      pk_gauss_newton_product(&context, &graph, PK_SQUARED, w, &data, &batch, d, gradient));
+            assert_ok(&context, pk_loss_gradients(&context, &graph, PK_SQUARED, w, &data, &batch, NULL,
+                                                  pk_matrix_view(rows, ROWS, P)));
+        }
+        assert_ok(&context, pk_jvp(&context, &graph, w, in, NULL, in, pk_matrix_view(tangents, ROWS, 2)));
+        assert_true(tangents[0] == 0);
+        assert_ok(&context, pk_jacobian(&context, &graph, w, in, pk_matrix_view(rows, ROWS * 2, P),
+                                        pk_matrix_view(slopes, ROWS * 2, 2)));
+        assert_ok(&context,
+                  pk_kernel_ntk(&context, &graph, w, in, none, pk_matrix_view(gram, ROWS * 2, ROWS * 2)));
+        for (size_t i = 0; i < ROWS * 2; i++)
+            for (size_t j = 0; j < ROWS * 2; j++) {
+                double sum = 0;
+                for (size_t p = 0; p < P; p++)
+                    sum += (double)rows[i * P + p] * rows[j * P + p];
+                assert_close(gram[i * ROWS * 2 + j], sum, ROUNDING(1e-13));
+            }
+        /* The examples of a step. */
+        const pk_representation how = {0};
+        pk_examples examples;
+        pk_example_workspace room;
+        pk_arena measure = {NULL, 0, 0, 0};
+        pk_examples_take(&measure, &graph, ROWS, &how, &examples);
+        pk_example_workspace_take(&measure, &graph, ROWS, &room);
+        pk_arena arena = {FIXTURE_NEW(unsigned char, measure.used), measure.used, 0, 0};
+        pk_examples_take(&arena, &graph, ROWS, &how, &examples);
+        pk_example_workspace_take(&arena, &graph, ROWS, &room);
+        pk_examples_begin(&examples, &batch);
+        memset(gradient, 0, sizeof gradient);
+        pk_examples_fill(&examples, &graph, PK_SQUARED, w, &data, &batch, 0, &room, gradient);
+        for (size_t p = 0; p < own; p++)
+            assert_true(gradient[p] == 0);
+        free(arena.base);
+        /* Training. */
+        pk_train_options options;
+        memset(&options, 0, sizeof options);
+        options.loss = PK_SQUARED;
+        options.steps = 2;
+        options.schedule.rate = 0.01;
+        if (last)
+            assert_ok(&context, pk_train(&context, &graph, &data, &options, w, NULL));
+        else
+            assert_refused(&context, PK_SHAPE, "parameters",
+                           pk_train(&context, &graph, &data, &options, w, NULL));
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
 static size_t wrong_positions, wrong_fan_in, wrong_weights;
 static int wrong_unfolds;
 
@@ -384,7 +506,7 @@ static void test_false_operations(void **state)
         if (k == 10)
             own.elementwise = 1, words = "elementwise";
         if (k == 11)
-            own.switch_count = NULL, words = "switch functions";
+            own.switch_count = NULL, words = "switch_count and switches";
         if (k == 12)
             own.forward = NULL, words = "forward";
         if (k == 13)
@@ -433,10 +555,11 @@ static void test_evaluate_bits(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_activations),   cmocka_unit_test(test_networks),
-        cmocka_unit_test(test_residual),      cmocka_unit_test(test_rules),
-        cmocka_unit_test(test_unread_node),   cmocka_unit_test(test_arguments),
-        cmocka_unit_test(test_evaluate_bits), cmocka_unit_test(test_false_operations),
+        cmocka_unit_test(test_activations),      cmocka_unit_test(test_networks),
+        cmocka_unit_test(test_residual),         cmocka_unit_test(test_rules),
+        cmocka_unit_test(test_unread_node),      cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_evaluate_bits),    cmocka_unit_test(test_false_operations),
+        cmocka_unit_test(test_constant_outputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

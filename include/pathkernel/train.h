@@ -292,6 +292,8 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_ARGUMENT, "pk_train: graph, training data, options or weights are missing");
     if (graph->parameters == 0)
         return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
+    if (!graph->nodes[graph->node_count - 1].varies)
+        return pk__fail(context, PK_SHAPE, "pk_train: the network's outputs do not depend on its parameters");
     if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
         return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
     if (!options->record && (options->resume || options->replace || options->record_float32 ||
