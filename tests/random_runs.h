@@ -341,11 +341,14 @@ RR_FUNCTION double rr_norm_of(size_t count, const pk_real *values)
     return largest * sqrt(sum);
 }
 
-/* How many times the update the weights of every layer may be moved until one has changed by its own size; layers that
- * are zero count as ordinary ones. */
-RR_FUNCTION double rr_room(const rr_run *r, const pk_graph *graph, const pk_real *weights, const pk_real *update)
+/* How many times the update the weights may be moved until they have changed by their own size: all together (only where
+ * the layers' scales are alike), or until the first layer has; layers that are zero count as ordinary ones. */
+RR_FUNCTION double rr_room(const rr_run *r, const pk_graph *graph, int together, const pk_real *weights,
+                           const pk_real *update)
 {
     double room = HUGE_VAL;
+    if (together)
+        return rr_norm_of(graph->parameters, weights) / rr_norm_of(graph->parameters, update);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *layer = pk_graph_layer(graph, l);
         const double move = rr_norm_of(layer->weight_count, update + layer->weight_offset);
@@ -379,7 +382,7 @@ RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk
     options.batch_weights = rr_chance(random, 0.3);
     options.gradient_scales = 1;
     options.second_moments = optimizer.kind != PK_SGD && rr_chance(random, 0.3);
-    const int clipped = rr_chance(random, 0.3);
+    const int clipped = rr_chance(random, 0.3), together = r->scale == 1 && rr_chance(random, 0.5);
     assert_ok(&r->context, pk_recorder_open(&r->context, directory, &options, train, weights, &recorder));
     assert_ok(&r->context, pk_gradient_prepare(&r->context, graph, 2 * N, &workspace));
     pk_real *gradient = BF_NEW(pk_real, P), *update = BF_NEW(pk_real, P), *state = BF_NEW(pk_real, 2 * P),
@@ -399,7 +402,7 @@ RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk
         /* Updates are proportional to the rate: a trial at rate 1 tells the rate that gives the wanted size. */
         memcpy(trial, state, 2 * P * sizeof *state);
         pk_optimizer_update(&optimizer, s, 1, clip, P, weights, gradient, trial, update);
-        double rate = r->pace * (0.5 + bf_uniform(random)) * rr_room(r, graph, weights, update);
+        double rate = r->pace * (0.5 + bf_uniform(random)) * rr_room(r, graph, together, weights, update);
         rate = rate > 0 && isfinite(rate) ? rate : 0.1;
         pk_optimizer_update(&optimizer, s, rate, clip, P, weights, gradient, state, update);
         for (size_t p = 0; p < P; p++)
@@ -464,7 +467,8 @@ RR_FUNCTION void rr_make(uint64_t seed, rr_kind kind, rr_run *r)
     }
     const size_t P = graph.parameters, D = graph.input_width;
     rr_optimizer(&random, r->optimizer, sizeof r->optimizer);
-    r->pace = rr_chance(&random, 0.25) ? rr_between(&random, 1e-6, 1e-3) : rr_between(&random, 1e-3, 4);
+    const double part = bf_uniform(&random);
+    r->pace = part < 0.2 ? rr_between(&random, 1e-6, 1e-3) : rr_between(&random, part < 0.4 ? 1e-3 : 0.1, 3);
     r->scale = rr_chance(&random, 0.5) || logarithm ? 1 : rr_between(&random, 1e-12, 1e12);
     r->rows = 2 + rr_below(&random, RR_MOST_ROWS - 1);
     r->inputs = BF_NEW(pk_real, r->rows * D);
@@ -492,9 +496,9 @@ RR_FUNCTION void rr_make(uint64_t seed, rr_kind kind, rr_run *r)
         weights[last->weight_offset + p] *= (pk_real)r->scale;
     if (rr_chance(&random, 0.15)) {
         const pk_node *zeroed = pk_graph_layer(&graph, rr_below(&random, graph.layers));
-        const double part = rr_chance(&random, 0.5) ? 1 : 0.5;
+        const double zeros = rr_chance(&random, 0.5) ? 1 : 0.5;
         for (size_t p = 0; p < zeroed->weight_count; p++)
-            if (rr_chance(&random, part))
+            if (rr_chance(&random, zeros))
                 weights[zeroed->weight_offset + p] = 0;
     }
     snprintf(directory, sizeof directory, "%.200s/pathkernel-run-XXXXXX", temporary ? temporary : "/tmp");
