@@ -632,7 +632,8 @@ GO_FUNCTION void go_find_kinks(go_path *path)
     for (int k = 0; k < SAMPLES; k++)
         free(choices[k]);
     free(margins);
-    qsort(path->kinks, path->kink_count, sizeof *path->kinks, bf_compare);
+    if (path->kink_count)
+        qsort(path->kinks, path->kink_count, sizeof *path->kinks, bf_compare);
 }
 
 /* -> the integral of the Jacobian over [low, high] by one Gauss-Legendre rule, C x P */
