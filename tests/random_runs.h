@@ -437,48 +437,98 @@ RR_FUNCTION void rr_random_network(uint64_t *random, rr_kind kind, char *text, s
     rr_say(&t, "; dense %zu%s%s", outputs, rr_chance(random, 0.25) ? " nobias" : "", logarithm ? "; log_softmax" : "");
 }
 
-/* The run of a seed, of one kind of network or of any. */
-RR_FUNCTION void rr_make(uint64_t seed, rr_kind kind, rr_run *r)
+/* What a run is made of. */
+typedef struct rr_recipe {
+    uint64_t random, seed;
+    rr_kind kind;
+    char network[RR_TEXT], optimizer[160];
+    pk_loss loss;
+    size_t vocabulary; /* of inputs that are tokens; 0: numbers */
+    size_t examples, steps, rows;
+    double pace, scale; /* of rr_run */
+    double spread;      /* of the inputs */
+    double zeroed;      /* how probable it is that weights of some layer start at zero */
+    int unscaled;       /* 1: the scale is in the network's text, not in the last layer's weights */
+} rr_recipe;
+
+/* A recipe for a given network and rule: 6 examples, 4 steps, 3 rows, ordinary sizes. */
+RR_FUNCTION rr_recipe rr_plain(const char *network, const char *optimizer, pk_loss loss, size_t vocabulary,
+                               uint64_t seed)
+{
+    rr_recipe recipe;
+    memset(&recipe, 0, sizeof recipe);
+    recipe.random = seed * 0x2545f4914f6cdd1du + 7;
+    recipe.seed = seed;
+    recipe.kind = RR_ANY;
+    snprintf(recipe.network, sizeof recipe.network, "%s", network);
+    snprintf(recipe.optimizer, sizeof recipe.optimizer, "%s", optimizer);
+    recipe.loss = loss;
+    recipe.vocabulary = vocabulary;
+    recipe.examples = 6, recipe.steps = 4, recipe.rows = 3;
+    recipe.pace = 0.1, recipe.scale = recipe.spread = 1;
+    return recipe;
+}
+
+/* The recipe of a seed, of one kind of network or of any. */
+RR_FUNCTION void rr_choose(uint64_t seed, rr_kind kind, rr_recipe *r)
 {
     static const pk_loss losses[] = {PK_SQUARED,  PK_MEAN_SQUARED, PK_SOFTMAX_CROSS_ENTROPY, PK_SOFTMAX_CROSS_ENTROPY,
                                      PK_LOGISTIC, PK_NLL,          PK_HUBER,                 PK_HINGE};
-    uint64_t random = seed * 0x2545f4914f6cdd1du + 99;
+    const pk_constants constants = {rr_load, &seed};
+    pk_context context;
+    pk_graph graph;
+    memset(&context, 0, sizeof context);
+    memset(r, 0, sizeof *r);
+    r->seed = seed;
+    r->random = seed * 0x2545f4914f6cdd1du + 99;
+    uint64_t *random = &r->random;
+    r->kind = kind != RR_ANY ? kind : (rr_kind)(seed % RR_KINDS);
+    r->loss = losses[rr_below(random, sizeof losses / sizeof *losses)];
+    const size_t C = (r->loss == PK_SOFTMAX_CROSS_ENTROPY) + 1 + rr_below(random, 3);
+    r->examples = 4 + rr_below(random, 5);
+    r->steps = 2 + rr_below(random, 4);
+    const int logarithm = r->loss == PK_NLL && r->kind != RR_LINEAR && rr_chance(random, 0.8);
+    for (int small = 0; !small;) {
+        memset(&graph, 0, sizeof graph);
+        rr_random_network(random, r->kind, r->network, C, logarithm, &r->vocabulary);
+        assert_ok(&context, pk_network_parse_with(&context, r->network, &constants, &graph));
+        small = graph.parameters <= 300;
+        pk_graph_release(&context, &graph);
+    }
+    rr_optimizer(random, r->optimizer, sizeof r->optimizer);
+    const double part = bf_uniform(random);
+    r->pace = part < 0.2 ? rr_between(random, 1e-6, 1e-3) : rr_between(random, part < 0.4 ? 1e-3 : 0.1, 3);
+    r->scale = rr_chance(random, 0.5) || logarithm ? 1 : rr_between(random, 1e-12, 1e12);
+    r->rows = 2 + rr_below(random, RR_MOST_ROWS - 1);
+    r->spread = rr_chance(random, 0.2) ? rr_between(random, 1e-2, 10) : 1;
+    r->zeroed = 0.15;
+}
+
+RR_FUNCTION void rr_build(const rr_recipe *recipe, rr_run *r)
+{
+    uint64_t random = recipe->random, constant_seed = recipe->seed;
+    const pk_constants constants = {rr_load, &constant_seed};
+    const pk_loss loss = recipe->loss;
     const char *temporary = getenv("TMPDIR");
     char directory[300];
     pk_graph graph;
+    memset(&graph, 0, sizeof graph);
     memset(r, 0, sizeof *r);
     r->context.threads = 1;
-    r->seed = seed;
-    r->kind = kind != RR_ANY ? kind : (rr_kind)(seed % RR_KINDS);
-    const pk_loss loss = losses[rr_below(&random, sizeof losses / sizeof *losses)];
-    const size_t C = (loss == PK_SOFTMAX_CROSS_ENTROPY) + 1 + rr_below(&random, 3), N = 4 + rr_below(&random, 5), steps = 2 + rr_below(&random, 4);
+    r->seed = recipe->seed, r->kind = recipe->kind;
+    r->scale = recipe->scale, r->pace = recipe->pace, r->rows = recipe->rows;
+    memcpy(r->network, recipe->network, sizeof r->network);
+    memcpy(r->optimizer, recipe->optimizer, sizeof r->optimizer);
+    assert_ok(&r->context, pk_network_parse_with(&r->context, r->network, &constants, &graph));
+    const size_t P = graph.parameters, D = graph.input_width, C = graph.output_width, N = recipe->examples;
     const int labels = loss == PK_SOFTMAX_CROSS_ENTROPY || loss == PK_NLL || (loss == PK_HINGE && C > 1);
-    const int logarithm = loss == PK_NLL && r->kind != RR_LINEAR && rr_chance(&random, 0.8);
-    uint64_t constant_seed = seed;
-    const pk_constants constants = {rr_load, &constant_seed};
-    size_t vocabulary = 0;
-    for (;;) { /* until it is small enough */
-        memset(&graph, 0, sizeof graph);
-        rr_random_network(&random, r->kind, r->network, C, logarithm, &vocabulary);
-        assert_ok(&r->context, pk_network_parse_with(&r->context, r->network, &constants, &graph));
-        if (graph.parameters <= 300)
-            break;
-        pk_graph_release(&r->context, &graph);
-    }
-    const size_t P = graph.parameters, D = graph.input_width;
-    rr_optimizer(&random, r->optimizer, sizeof r->optimizer);
-    const double part = bf_uniform(&random);
-    r->pace = part < 0.2 ? rr_between(&random, 1e-6, 1e-3) : rr_between(&random, part < 0.4 ? 1e-3 : 0.1, 3);
-    r->scale = rr_chance(&random, 0.5) || logarithm ? 1 : rr_between(&random, 1e-12, 1e12);
-    r->rows = 2 + rr_below(&random, RR_MOST_ROWS - 1);
     r->inputs = BF_NEW(pk_real, r->rows * D);
-    const double spread = rr_chance(&random, 0.2) ? rr_between(&random, 1e-2, 10) : 1;
     for (size_t i = 0; i < r->rows; i++)
-        rr_inputs(&random, vocabulary, D, spread, r->inputs + i * D);
+        rr_inputs(&random, recipe->vocabulary, D, recipe->spread, r->inputs + i * D);
     pk_real *data = BF_NEW(pk_real, N * D), *numbers = BF_NEW(pk_real, N * C), *weights = BF_NEW(pk_real, P);
     int64_t *classes = BF_NEW(int64_t, N);
     for (size_t i = 0; i < N; i++) {
-        rr_inputs(&random, vocabulary, D, spread, data + i * D);
+        rr_inputs(&random, recipe->vocabulary, D, recipe->spread, data + i * D);
         classes[i] = (int64_t)rr_below(&random, C);
         for (size_t c = 0; c < C; c++)
             numbers[i * C + c] = (pk_real)(loss == PK_LOGISTIC ? bf_uniform(&random) < 0.5
@@ -489,12 +539,12 @@ RR_FUNCTION void rr_make(uint64_t seed, rr_kind kind, rr_run *r)
     const pk_dataset train = {pk_array_view(REAL_TYPE, 2, shape_x, data),
                               labels ? pk_array_view(PK_INT64, 1, shape_y, classes)
                                      : pk_array_view(REAL_TYPE, 2, shape_y, numbers)};
-    assert_ok(&r->context, pk_network_initialize(&r->context, &graph, seed, weights));
+    assert_ok(&r->context, pk_network_initialize(&r->context, &graph, recipe->seed, weights));
     /* Some weights start at zero; those of the last dense layer carry the scale. */
     const pk_node *last = pk_graph_layer(&graph, graph.layers - 1);
-    for (size_t p = 0; p < last->weight_count; p++)
+    for (size_t p = 0; p < last->weight_count && !recipe->unscaled; p++)
         weights[last->weight_offset + p] *= (pk_real)r->scale;
-    if (rr_chance(&random, 0.15)) {
+    if (rr_chance(&random, recipe->zeroed)) {
         const pk_node *zeroed = pk_graph_layer(&graph, rr_below(&random, graph.layers));
         const double zeros = rr_chance(&random, 0.5) ? 1 : 0.5;
         for (size_t p = 0; p < zeroed->weight_count; p++)
@@ -503,11 +553,19 @@ RR_FUNCTION void rr_make(uint64_t seed, rr_kind kind, rr_run *r)
     }
     snprintf(directory, sizeof directory, "%.200s/pathkernel-run-XXXXXX", temporary ? temporary : "/tmp");
     assert_non_null(mkdtemp(directory));
-    rr_train(r, &random, &graph, loss, &train, steps, weights, directory);
+    rr_train(r, &random, &graph, loss, &train, recipe->steps, weights, directory);
     assert_ok(&r->context, pk_run_open(&r->context, directory, &r->run));
     fixture_clear(directory);
     pk_graph_release(&r->context, &graph);
     free(data), free(numbers), free(weights), free(classes);
+}
+
+/* The run of a seed. */
+RR_FUNCTION void rr_make(uint64_t seed, rr_kind kind, rr_run *r)
+{
+    rr_recipe recipe;
+    rr_choose(seed, kind, &recipe);
+    rr_build(&recipe, r);
 }
 
 RR_FUNCTION void rr_free(rr_run *r)
@@ -526,7 +584,7 @@ typedef struct rr_verdict {
     double largest;        /* entry */
     double error;          /* the worst |error| / largest entry */
     double excess;         /* the worst |error| / bound */
-    double *looseness;     /* entries: bound / max(|error|, rounding of the largest entry); 0: no bound is needed */
+    double *looseness;     /* entries: bound / max(|error|, rounding); 0: no bound is needed */
     double closure;        /* the worst |closure| / largest entry */
     double reported;       /* worst_closure, as the library reports it */
     /* Cells whose |closure| exceeds the sum of their bounds; of those, by more than what rounding leaves of two forward
@@ -581,7 +639,8 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
             verdict->excess = factor;
             verdict->worst_entry = i;
         }
-        verdict->looseness[i] = got.bounds[i] / fmax(error, largest * DBL_EPSILON);
+        const double rounding = 8 * (double)truth->accuracy[i]; /* about one of double in each of its terms */
+        verdict->looseness[i] = got.bounds[i] > 0 ? got.bounds[i] / fmax(fmax(error, rounding), DBL_MIN) : 0;
     }
     for (size_t cell = 0; cell < cells; cell++) {
         double sum = 0;
