@@ -499,6 +499,10 @@ RR_FUNCTION void rr_choose(uint64_t seed, rr_kind kind, rr_recipe *r)
     const double part = bf_uniform(random);
     r->pace = part < 0.2 ? rr_between(random, 1e-6, 1e-3) : rr_between(random, part < 0.4 ? 1e-3 : 0.1, 3);
     r->scale = rr_chance(random, 0.5) || logarithm ? 1 : rr_between(random, 1e-12, 1e12);
+    /* In the last weights it lets them alone move; in a layer of its own, all. */
+    r->unscaled = r->scale != 1 && rr_chance(random, 0.5);
+    if (r->unscaled)
+        snprintf(r->network + strlen(r->network), 30, "; scale %.3g", r->scale);
     r->rows = 2 + rr_below(random, RR_MOST_ROWS - 1);
     r->spread = rr_chance(random, 0.2) ? rr_between(random, 1e-2, 10) : 1;
     r->zeroed = 0.15;
@@ -586,6 +590,7 @@ typedef struct rr_verdict {
     double excess;         /* the worst |error| / bound */
     double *looseness;     /* entries: bound / max(|error|, rounding); 0: no bound is needed */
     double closure;        /* the worst |closure| / largest entry */
+    double row_closure;    /* the worst |closure| / max(|initial|, |final|, |entry|) of a row's output */
     double reported;       /* worst_closure, as the library reports it */
     /* Cells whose |closure| exceeds the sum of their bounds; of those, by more than what rounding leaves of two forward
      * passes (16 roundings of the row's largest output); and the worst |closure| / (sum + that rounding). */
@@ -645,6 +650,10 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
     for (size_t cell = 0; cell < cells; cell++) {
         double sum = 0;
         verdict->closure = fmax(verdict->closure, fabs(got.closure[cell]) / largest);
+        double size = fmax(fabs(got.initial[cell]), fabs(got.final[cell]));
+        size = fmax(size, fixture_largest_real(N, truth->by_example + cell * N));
+        if (got.closure[cell] != 0)
+            verdict->row_closure = fmax(verdict->row_closure, fabs(got.closure[cell]) / size);
         for (size_t i = 0; bounds && i < N; i++)
             sum += got.bounds[cell * N + i];
         if (!bounds)

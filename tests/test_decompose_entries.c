@@ -1,0 +1,188 @@
+/* Entries, decay, unattributed, sums by step and by layer against brute force (graph_oracle.h: one momentum vector an
+ * example, carried forward in time) for the layers that dense networks do not have: norms, embeddings, attention and what
+ * goes with them, under every optimiser that has a state. And that brute force itself, against the other one
+ * (brute_force.h) and against the library's Jacobians. */
+#include "random_runs.h"
+
+typedef struct subject {
+    const char *network;
+    size_t vocabulary; /* 0: inputs are numbers */
+} subject;
+
+static const subject subjects[] = {
+    {"input 5; dense 6; layer_norm; tanh; dense 3", 0},
+    {"input 5; dense 6; layer_norm noaffine; relu; dense 3", 0},
+    {"input 5; dense 6; layer_norm epsilon=0.1; gelu; dense 4; rms_norm; dense 3", 0},
+    {"input 5; dense 6; rms_norm; silu; dense 3", 0},
+    {"input 5; dense 6; rms_norm noaffine epsilon=1e-3; hard_tanh; dense 3", 0},
+    {"input 5; dense 6; batch_norm stat6; relu; dense 3", 0},
+    {"input 5; dense 6; batch_norm stat6 noaffine epsilon=0.1; sigmoid; dense 3", 0},
+    {"input 5; normalize; dense 4; rms_normalize epsilon=1e-2; affine nobias; dense 3", 0},
+    {"input 2x3x3; conv 3 2x2; layer_norm dims=3; relu; flatten; dense 3", 0},
+    {"input 2x3x3; conv 3 2x2; layer_norm dims=2 noaffine; erf; flatten; dense 3", 0},
+    {"input 2x3x3; conv 3 2x2; batch_norm stat3; softplus; global_avg_pool; dense 3", 0},
+    {"input 2x3x3; conv 3 2x2; affine dims=0; leaky_relu; max_pool 2; flatten; dense 3", 0},
+    {"input 3x4; dense 4; rms_norm dims=2; tanh; mean_tokens; dense 3", 0},
+    {"input 5; dense 4; softmax; dense 3; log_softmax", 0},
+    {"input 1; embedding 5 3; token 0; dense 3", 5},
+    {"input 4; embedding 5 3; flatten; dense 3", 5},
+    {"input 4; embedding 5 3; tanh; mean_tokens; dense 3", 5},
+    {"input 3; embedding 6 4; position; relu; token -1; dense 3", 6},
+    {"input 3; embedding 6 4; position; layer_norm; flatten; dense 4; silu; dense 3", 6},
+    {"input 1; constant table4_3; dense 4; propagate edges4; abs; dense 3; select; dense 3", 4},
+    {"input 4x3; propagate edges4; dense 4; sine; position; rms_norm; mean_tokens; dense 3", 0},
+    {"input 3x4; attention 1; mean_tokens; dense 3", 0},
+    {"input 3x4; attention 2 causal; flatten; dense 3", 0},
+    {"input 3x4; attention 4 nobias; relu; token 1; dense 3", 0},
+    {"input 3x4; attention 2 shared; mean_tokens; dense 3", 0},
+    {"input 3x4; attention 2 causal shared nobias; token -1; dense 3", 0},
+    {"input 3x3; dense 12; attend 2 causal; dense 3; flatten; dense 3", 0},
+    {"input 3x3; dense 4; attend 2 shared; tanh; mean_tokens; dense 3", 0},
+    {"input 3; embedding 5 4; position; residual( layer_norm; attention 2 causal ); residual( layer_norm; dense 5; "
+     "gelu; dense 4 ); layer_norm; token -1; dense 3",
+     5},
+    {"input 3; embedding 5 4; residual( rms_norm; attention 1 nobias ); residual( rms_norm; dense 5; relu; dense 4 "
+     "init=zero ); mean_tokens; dense 3",
+     5},
+};
+static const char *const optimizers[] = {
+    "sgd weight_decay=0.02",
+    "sgd momentum=0.9 weight_decay=0.01",
+    "sgd momentum=0.8 dampening=0.3",
+    "sgd momentum=0.9 nesterov=1 weight_decay=0.02",
+    "adam weight_decay=0.05",
+    "adam beta1=0.6 beta2=0.95",
+    "adamw beta1=0.7 weight_decay=0.1",
+};
+
+static void test_entries(void **state)
+{
+    double worst = 0, worst_others = 0, worst_oracle = 0;
+    (void)state;
+    for (size_t n = 0; n < sizeof subjects / sizeof *subjects; n++)
+        for (size_t o = 0; o < sizeof optimizers / sizeof *optimizers; o++) {
+            rr_recipe recipe = rr_plain(subjects[n].network, optimizers[o], PK_SOFTMAX_CROSS_ENTROPY,
+                                        subjects[n].vocabulary, 100 * n + o);
+            rr_run r;
+            go_result truth;
+            rr_verdict v;
+            if (strstr(recipe.network, "log_softmax"))
+                recipe.loss = PK_NLL;
+            rr_build(&recipe, &r);
+            go_decompose(&r.run, r.rows, r.inputs, &truth);
+            rr_compare(&r, &truth, 0, 0, &v);
+            if (v.status || truth.missed || !(v.error <= ROUNDING(1e-11)) || !(v.others <= ROUNDING(1e-11)) ||
+                !(v.closure <= ROUNDING(1e-11)))
+                fail_msg("%s, %s: entries are off by %.3g of the largest, other terms by %.3g, closure %.3g; %s",
+                         recipe.network, recipe.optimizer, v.error, v.others, v.closure, pk_status_text(v.status));
+            worst = fmax(worst, v.error), worst_others = fmax(worst_others, v.others);
+            worst_oracle = fmax(worst_oracle, v.accuracy);
+            free(v.looseness);
+            go_result_free(&truth);
+            rr_free(&r);
+        }
+    print_message("worst entry %.2g of the largest, other terms %.2g; the oracle is good to %.2g\n", worst,
+                  worst_others, worst_oracle);
+}
+
+/* Dense networks: two oracles that share losses and optimisers, but neither networks nor quadrature. */
+static void test_oracles_agree(void **state)
+{
+    static const char *const networks[] = {"input 4; dense 6; tanh; dense 5; sigmoid; dense 3",
+                                           "input 4; dense 6; relu; dense 5 nobias; leaky_relu 0.2; dense 3",
+                                           "input 4; dense 6; gelu; dense 5; hard_tanh; dense 4; abs; dense 3"};
+    static const char *const rules[] = {"sgd", "sgd momentum=0.9 weight_decay=0.01", "adam", "adamw"};
+    (void)state;
+    for (size_t n = 0; n < 3; n++)
+        for (size_t o = 0; o < 4; o++) {
+            pk_context context;
+            pk_run run;
+            bf_run made;
+            bf_result other;
+            go_result truth;
+            memset(&context, 0, sizeof context);
+            const bf_recipe recipe = fixture_recipe(n + 1, 6, 4, 3, o > 1 ? 0.02 : 0.3);
+            fixture_make(networks[n], BF_SOFTMAX_CROSS_ENTROPY, rules[o], &recipe, &made);
+            fixture_open(&context, &made, &run);
+            pk_real *inputs = fixture_normals(5, 2 * 4, 1);
+            bf_decompose(&made, 2, inputs, &other);
+            go_decompose(&run, 2, inputs, &truth);
+            const size_t cells = 2 * 3, counts[5] = {cells * 6, cells * 4, cells, cells, cells};
+            const bf_real *const pairs[5][2] = {{other.by_example, truth.by_example},
+                                                {other.by_step, truth.by_step},
+                                                {other.decay, truth.decay},
+                                                {other.unattributed, truth.unattributed},
+                                                {other.final_output, truth.final_output}};
+            const double largest = fixture_largest_real(counts[0], other.by_example);
+            for (int k = 0; k < 5; k++)
+                for (size_t i = 0; i < counts[k]; i++)
+                    assert_close(pairs[k][0][i], pairs[k][1][i], 1e-14 * fmax(largest, 1));
+            assert_true(fixture_largest_real(counts[0], truth.accuracy) <= 1e-14 * largest);
+            bf_result_free(&other);
+            go_result_free(&truth);
+            pk_run_release(&context, &run);
+            bf_run_free(&made);
+            free(inputs);
+        }
+}
+
+/* Networks of all kinds: the oracle's values and derivatives are the library's, and its sums close by themselves. */
+static void test_oracle_is_sound(void **state)
+{
+    (void)state;
+    for (uint64_t seed = 1; seed <= 60; seed++) {
+        rr_recipe recipe;
+        rr_run r;
+        go_result truth;
+        go_tape tape;
+        rr_choose(seed, RR_ANY, &recipe);
+        recipe.pace = fmin(recipe.pace, 0.3);
+        recipe.scale = recipe.spread = 1;
+        rr_build(&recipe, &r);
+        const size_t P = r.run.parameters, C = r.run.outputs, D = r.run.graph.input_width;
+        pk_real *weights = BF_NEW(pk_real, P), *jacobian = BF_NEW(pk_real, r.rows * C * P);
+        bf_real *seeds = BF_NEW(bf_real, C), *row = BF_NEW(bf_real, P);
+        assert_ok(&r.context, pk_run_weights(&r.context, &r.run, r.run.steps, weights));
+        const pk_matrix none = {NULL, 0, 0, 0};
+        assert_ok(&r.context, pk_jacobian(&r.context, &r.run.graph, weights, pk_matrix_view(r.inputs, r.rows, D),
+                                          pk_matrix_view(jacobian, r.rows * C, P), none));
+        const double size = fmax(1, (double)fixture_largest(r.rows * C * P, jacobian));
+        go_tape_make(&r.run.graph, &tape);
+        for (size_t p = 0; p < P; p++)
+            tape.weights[p] = (bf_real)weights[p];
+        for (size_t k = 0; k < r.rows * C; k++) {
+            go_forward(&tape, r.inputs + k / C * D);
+            memset(row, 0, P * sizeof *row);
+            seeds[k % C] = 1;
+            go_reverse(&tape, seeds, 1, row);
+            seeds[k % C] = 0;
+            for (size_t p = 0; p < P; p++)
+                if (!(fabs((double)(row[p] - (bf_real)jacobian[k * P + p])) <= ROUNDING(1e-12) * size))
+                    fail_msg("seed %d, %s: derivative %zu of output %zu is %.17g, the library's %.17g", (int)seed,
+                             r.network, p, k, (double)row[p], (double)jacobian[k * P + p]);
+        }
+        go_decompose(&r.run, r.rows, r.inputs, &truth);
+        for (size_t cell = 0; cell < r.rows * C; cell++) {
+            double allowed = 0, entries = 0;
+            for (size_t i = 0; i < truth.examples; i++) {
+                allowed += (double)truth.accuracy[cell * truth.examples + i];
+                entries += fabs((double)truth.by_example[cell * truth.examples + i]);
+            }
+            allowed += 1e-16 * (entries + fabs((double)truth.final_output[cell]) + fabs((double)truth.decay[cell]) + 1);
+            if (!(fabs((double)truth.closure[cell]) <= 10 * allowed))
+                fail_msg("seed %d, %s: the oracle's closure is %.3g", (int)seed, r.network,
+                         (double)truth.closure[cell]);
+        }
+        go_tape_free(&tape);
+        go_result_free(&truth);
+        free(weights), free(jacobian), free(seeds), free(row);
+        rr_free(&r);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_oracles_agree), cmocka_unit_test(test_oracle_is_sound),
+                                       cmocka_unit_test(test_entries)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
