@@ -11,9 +11,14 @@
 #define PATHKERNEL_IMPLEMENTED
 #endif
 /* It must not start another program in this one's place, nor end this one. */
-#define execv(path, arguments) (-1)
-#define execvp(path, arguments) (-1)
-#define execve(path, arguments, environment) (-1)
+static inline int fuzz_no_exec(void)
+{
+    errno = ENOSYS;
+    return -1;
+}
+#define execv(path, arguments) fuzz_no_exec()
+#define execvp(path, arguments) fuzz_no_exec()
+#define execve(path, arguments, environment) fuzz_no_exec()
 #define main fuzz_program_main
 #include "../examples/decompose.c"
 #undef main
