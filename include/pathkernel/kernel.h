@@ -150,16 +150,22 @@ static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
     return lane;
 }
 
+/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
+static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
+{
+    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
+}
+
 /* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
 static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
 {
     return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
-                       : side->factors + side->capacity * layer->left_at + row * layer->left;
+                       : pk__gram_factors(side, layer->left_at, row * layer->left);
 }
 
 static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
 {
-    return side->factors + side->capacity * layer->right_at + row * layer->right;
+    return pk__gram_factors(side, layer->right_at, row * layer->right);
 }
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
