@@ -152,8 +152,8 @@ static double bench__peak_now(bench_run *run, int threads)
  * order statistics around the median lie within 2 % of it or the budget is used. A virtual machine's speed changes
  * by a third within seconds; so samples come in rounds between two products, and peak_flops is the median over the
  * rounds of the round's median time times the mean rate of those two. */
-static void bench_time(bench_run *run, int threads, bench_body body, bench_clock clock, void *data,
-                       bench_timing *timing)
+static inline void bench_time(bench_run *run, int threads, bench_body body, bench_clock clock, void *data,
+                              bench_timing *timing)
 {
     static double sample[BENCH_SAMPLES], sorted[BENCH_SAMPLES], beside[BENCH_SAMPLES];
     const double shortest = run->quick ? 1e-3 : 4e-3, start = bench_seconds(), longest = 10 * shortest;
@@ -232,7 +232,7 @@ static int bench__peak(bench_run *run)
 }
 
 /* Reads the arguments, prints the header, measures the peak; 0 where that is not possible. */
-static int bench_start(bench_run *run, int argc, char **argv, const char *name)
+static inline int bench_start(bench_run *run, int argc, char **argv, const char *name)
 {
     static const char *const variables[] = {"OMP_NUM_THREADS", "OMP_PROC_BIND",    "OMP_PLACES",
                                             "OMP_DYNAMIC",     "OMP_WAIT_POLICY",  "BLIS_NUM_THREADS",
@@ -278,8 +278,8 @@ static int bench_start(bench_run *run, int argc, char **argv, const char *name)
 
 /* One case. share_of_peak: the best rate over the best of the products; share_beside: the median over rounds of the
  * rate over that of the products before and after. PASS where residual <= bound. */
-static void bench_line(bench_run *run, const char *name, const char *size, int threads, double flops,
-                       bench_timing timing, double residual, double bound)
+static inline void bench_line(bench_run *run, const char *name, const char *size, int threads, double flops,
+                              bench_timing timing, double residual, double bound)
 {
     const int pass = residual <= bound; /* not with a NaN */
     const double rate = flops / timing.minimum;
@@ -291,7 +291,7 @@ static void bench_line(bench_run *run, const char *name, const char *size, int t
 }
 
 /* The exit status. */
-static int bench_finish(bench_run *run)
+static inline int bench_finish(bench_run *run)
 {
     if (!run->quick) {
         printf("# best peak: %.1f GF/s with 1 thread, %.1f GF/s with %d\n", run->peak[0].rate * 1e-9,

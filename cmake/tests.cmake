@@ -11,7 +11,8 @@ if(NOT PATHKERNEL_EXAMPLES)
 endif()
 
 # ---- tests/test_<name>.c, each with the modules and with the single header.
-set(tests context micro matrix random array dataset graph image convolution_shapes norm sequence network loss autodiff
+set(tests context parallel micro matrix random array dataset graph image convolution_shapes norm sequence network loss
+    autodiff
     optimizer trajectory replay train segment quadrature tangent plan decompose_exact decompose_options
     decompose_image decompose_places decompose_networks decompose_entries scales kernel elementary bounds allocation
     determinism environment kill program corpus)

@@ -206,12 +206,14 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     }
     if (!status) {
         const int workers = (int)threads;
-        PK__PARALLEL_FOR(workers)
-        for (size_t group = 0; group < plan.groups; group++)
+        pk__team team = pk__team_of(context, workers, plan.groups);
+        PK__PARALLEL(team)
+        for (size_t group = pk__first_task(&team); group < plan.groups; group = pk__next_task(&team))
             bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
                                          group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
+        pk__team_end(&team);
         const int finite =
-            !sweep->sum || pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
+            !sweep->sum || pk__gradient_reduce(context, sweep->sum, partial, plan.groups, parameters, workers);
         size_t group = 0;
         while (group < plan.groups && bad[group] == SIZE_MAX)
             group++;

@@ -33,9 +33,19 @@ typedef struct pk_allocator {
 
 struct pk_operation;
 
+/* Private: how the parallel regions of a context have fared of late (parallel.h). Times in seconds. */
+typedef struct pk_load {
+    double until, rest; /* one thread until then; how long that was */
+    double gain, work;  /* against one thread; of a trial */
+    int trusted, tries; /* whether the threads are not on trial; regions of the trial */
+    long process;       /* that the first region belongs to */
+} pk_load;
+
 typedef struct pk_context {
     pk_allocator allocator;
-    int threads;         /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP */
+    /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP. More than 64 count as 64 or as many as
+     * there are processors, and no call starts more than it has tasks for. */
+    int threads;
     size_t memory_limit; /* bytes that the library may hold at one time through this context; 0: no limit */
     /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
     int (*progress)(void *user, const char *phase, double fraction);
@@ -46,6 +56,9 @@ typedef struct pk_context {
     /* Read only: */
     size_t memory_used; /* bytes held now */
     size_t memory_peak; /* the most that was ever held */
+    size_t regions;     /* parallel regions that were started */
+    size_t backed_off;  /* times that one thread went on alone for a while, since it would have been faster */
+    pk_load load;
     char message[PK_MESSAGE_SIZE];
 } pk_context;
 
@@ -101,13 +114,6 @@ PK__BEGIN_CODE
 
 /* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
-
-/* A loop whose iterations are independent; their number and order never depend on the threads. */
-#ifdef _OPENMP
-#define PK__PARALLEL_FOR(threads) PK__PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
-#else
-#define PK__PARALLEL_FOR(threads) (void)(threads);
-#endif
 
 /* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
 PK__PRIVATE int pk__finite(double value)
@@ -309,13 +315,15 @@ PK_API const char *pk_message(const pk_context *context)
 
 PK_API int pk_threads(const pk_context *context)
 {
-    if (context && context->threads > 0)
-        return context->threads;
+    enum { ANY_MACHINE = 64 };
+    int threads = context && context->threads > 0 ? context->threads : 1, most = ANY_MACHINE;
 #ifdef _OPENMP
-    return omp_in_parallel() ? 1 : omp_get_max_threads();
-#else
-    return 1;
+    if (!context || context->threads <= 0)
+        threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+    if (threads > most && omp_get_num_procs() > most)
+        most = omp_get_num_procs();
 #endif
+    return threads < most ? threads : most;
 }
 
 enum { PK__ALIGNMENT = 64 };

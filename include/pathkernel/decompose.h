@@ -425,9 +425,9 @@ static void pk__fill_gram(pk__job *job)
 {
     const size_t in = job->graph->input_width, N = job->run->examples;
     const size_t blocks = pk__blocks(N, PK_EXAMPLE_BLOCK);
-    const int threads = (int)job->plan.threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t b = 0; b < blocks; b++) {
+    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk__worker *worker = &job->workers[pk__thread()];
         size_t first = b * PK_EXAMPLE_BLOCK, count = pk__least(PK_EXAMPLE_BLOCK, N - first);
         int64_t items[PK_EXAMPLE_BLOCK];
@@ -438,6 +438,7 @@ static void pk__fill_gram(pk__job *job)
             pk__gemm(0, 1, pk__least(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
                      worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
     }
+    pk__team_end(&team);
 }
 
 /* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
@@ -450,9 +451,9 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     if (status)
         return status;
     const pk_line line = {job->window.weights, NULL, NULL};
-    const int threads = (int)job->plan.threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t b = 0; b < blocks; b++) {
+    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
         pk_tape *tape = &integrator->segment.tape;
         size_t first = b * job->block, count = pk__least(job->block, rows - first);
@@ -464,6 +465,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
                 h[(first + r) * outputs + k] = integrator->h[k];
         }
     }
+    pk__team_end(&team);
     return PK_OK;
 }
 
@@ -636,10 +638,11 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         status = pk_window_visit(job->context, &job->window, w);
         if (status)
             return status;
-        const int threads = (int)job->plan.threads;
-        PK__PARALLEL_FOR(threads)
-        for (size_t b = 0; b < blocks; b++)
+        pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+        PK__PARALLEL(team)
+        for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team))
             pk__block_window(&job->workers[pk__thread()], b, first, count);
+        pk__team_end(&team);
         job->next_carry = job->window.forms[0].carry;
     }
     return PK_OK;

@@ -154,7 +154,7 @@ static void pk__dense_tile(const pk__dense_product *p, size_t tile)
                  p->b + first * (p->transpose_b ? p->ldb : 1), p->ldb, p->beta, p->c + first, p->ldc);
 }
 
-static void pk__dense_multiply(pk__dense_product *p, int threads)
+static void pk__dense_multiply(pk__dense_product *p, const pk_call *call)
 {
     const size_t cut = p->by_rows ? p->m : p->n;
     const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
@@ -162,12 +162,13 @@ static void pk__dense_multiply(pk__dense_product *p, int threads)
     const size_t most = p->m > PK__FEW_PANELS * PK_PANEL ? PK__DENSE_TILES : PK__DENSE_TILES / 2;
     p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / most + 7) / 8 * 8);
     const size_t tiles = pk__blocks(cut, p->tile);
-    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), tiles);
-    threads = threads <= parts ? threads : 1;
-    if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t tile = 0; tile < tiles; tile++)
+    const int threads = (int)pk__least((size_t)pk__most((size_t)call->threads, 1), tiles);
+    if (threads > 1 && threads <= parts) {
+        pk__team team = pk__team_of(call->context, threads, tiles);
+        PK__PARALLEL(team)
+        for (size_t tile = pk__first_task(&team); tile < tiles; tile = pk__next_task(&team))
             pk__dense_tile(p, tile);
+        pk__team_end(&team);
     } else {
         for (size_t tile = 0; tile < tiles; tile++)
             pk__dense_tile(p, tile);
@@ -187,7 +188,7 @@ static void pk__dense_apply(const pk_call *call, const pk_real *weights, const p
     }
     pk__dense_product product = {0,      1,      rows, width, fan_in, in, weights,
                                  fan_in, fan_in, beta, out,   width,  0,  0};
-    pk__dense_multiply(&product, call->threads);
+    pk__dense_multiply(&product, call);
 }
 
 static void pk__dense_forward(const pk_call *call)
@@ -234,7 +235,7 @@ static void pk__dense_reverse(const pk_call *call)
                                  fan_in,
                                  0,
                                  0};
-    pk__dense_multiply(&product, call->threads);
+    pk__dense_multiply(&product, call);
 }
 
 PK__COLD_END
@@ -246,7 +247,7 @@ static void pk__dense_weight_gradient(const pk_call *call)
     pk__dense_product product = {1,           0,     width,  fan_in, rows,           call->out_cotangent,
                                  call->in[0], width, fan_in, 1,      call->gradient, fan_in,
                                  0,           1};
-    pk__dense_multiply(&product, call->threads);
+    pk__dense_multiply(&product, call);
     if (pk__dense_bias(call)) {
         pk_real *bias = call->gradient + width * fan_in;
         for (size_t row = 0; row < rows; row++) {

@@ -24,13 +24,11 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. And before what several threads may write. */
+/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
-#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
 #else
 #define PK__SIMD
-#define PK__ATOMIC_WRITE
 #endif
 
 /* 1 if all are finite: 0 x is 0, or NaN for NaN and infinities. Chains, so that the additions do not wait for each

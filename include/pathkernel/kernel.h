@@ -253,11 +253,14 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
         parts += pk__blocks(sides[s].rows, gram->part);
     }
     room.forward.threads = threads;
+    room.forward.context = gram->context;
     pk_tape_forward(&room.forward, &line, rows, inputs);
     if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t part = 0; part < parts; part++)
+        pk__team team = pk__team_of(gram->context, threads, parts);
+        PK__PARALLEL(team)
+        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
             pk__gram_back(gram, &room.forward, sides, part, pk__thread());
+        pk__team_end(&team);
     } else { /* no region of one thread inside one of several: that would be its thread 0 */
         for (size_t part = 0; part < parts; part++)
             pk__gram_back(gram, &room.forward, sides, part, lane);
@@ -277,9 +280,11 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
         for (size_t pass = 0; pass < passes; pass++)
             pk__gram_pass(gram, side, other, pass, workers, 0);
     } else {
-        PK__PARALLEL_FOR(workers)
-        for (size_t pass = 0; pass < passes; pass++)
+        pk__team team = pk__team_of(gram->context, workers, passes);
+        PK__PARALLEL(team)
+        for (size_t pass = pk__first_task(&team); pass < passes; pass = pk__next_task(&team))
             pk__gram_pass(gram, side, other, pass, 1, pk__thread());
+        pk__team_end(&team);
     }
 }
 
@@ -401,9 +406,12 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
         if (status)
             return status;
-        PK__PARALLEL_FOR(workers)
-        for (size_t t = start; t < end; t++) {
+        const size_t count = end - start;
+        pk__team team = pk__team_of(gram->context, workers, count);
+        PK__PARALLEL(team)
+        for (size_t task = pk__first_task(&team); task < count; task = pk__next_task(&team)) {
             pk__gram_lane lane = pk__gram_lane_of(gram, pk__thread());
+            const size_t t = start + task;
             size_t i = t / across, j = t % across;
             if (half) {
                 i = 0;
@@ -417,6 +425,7 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
             size_t *bad = &gram->bad[pk__thread()];
             *bad = pk__least(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
         }
+        pk__team_end(&team);
         gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
                       (gram->symmetric && !half ? 2 : 1);
     }
@@ -507,6 +516,8 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     return PK_OK;
 }
 
+enum { PK__OPERATION_TILES = 8 };
+
 /* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
 static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
 {
@@ -522,6 +533,12 @@ static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows
                         2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
     size_t threads = (size_t)pk_threads(context), bytes = 0;
     threads = work / 1048576 < (double)threads ? pk__most(1, (size_t)(work / 1048576)) : threads;
+    /* No more than the tiles, the passes back, or what an operation is cut into. */
+    size_t tasks = 0;
+    if (!pk__multiply(pk__blocks(x, gram->tile), pk__blocks(y, gram->tile), &tasks))
+        tasks = threads;
+    tasks = pk__most(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
+    threads = pk__least(threads, pk__most(tasks, PK__OPERATION_TILES));
     if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
         return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
     if (!limit)

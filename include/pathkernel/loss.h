@@ -655,21 +655,23 @@ static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, 
 PK__COLD_BEGIN
 
 /* The rows of a block, by several threads where they are long. */
-static void pk__gradient_inputs(const pk__gradient_job *job, int threads, size_t first, size_t rows,
+static void pk__gradient_inputs(const pk__gradient_job *job, const pk_tape *tape, size_t first, size_t rows,
                                 pk_real *inputs)
 {
     const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
     const int64_t *items = job->batch->items + first;
-    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), parts);
+    const int threads = (int)pk__least((size_t)pk__most((size_t)tape->threads, 1), parts);
     if (threads <= 1) {
         pk_dataset_inputs(job->dataset, items, rows, inputs);
         return;
     }
-    PK__PARALLEL_FOR(threads)
-    for (size_t part = 0; part < parts; part++) {
+    pk__team team = pk__team_of(tape->context, threads, parts);
+    PK__PARALLEL(team)
+    for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team)) {
         const size_t from = rows * part / parts, to = rows * (part + 1) / parts;
         pk_dataset_inputs(job->dataset, items + from, to - from, inputs + from * width);
     }
+    pk__team_end(&team);
 }
 
 /* gradient = the part of one group of blocks. */
@@ -688,7 +690,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk_line line = {job->weights, NULL, NULL};
-        pk__gradient_inputs(job, tape->threads, first, rows, lane->inputs);
+        pk__gradient_inputs(job, tape, first, rows, lane->inputs);
         pk_tape_forward(tape, &line, rows, lane->inputs);
         pk__gradient_seed(job, lane, first, rows, &sum);
         pk_tape_reverse(tape, &line, rows, 1);
@@ -697,20 +699,23 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     *result = sum;
 }
 
-/* The same for all parameters. Ranges are independent. */
-PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
-                                    int threads)
+/* The same for all parameters. Ranges are independent; so many of all groups are worth a region of several threads. */
+enum { PK__REDUCE_WORTH = 64 };
+PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, const pk_real *partial,
+                                    size_t groups, size_t parameters, int threads)
 {
     const size_t range = 4096, ranges = pk__blocks(parameters, range);
     int finite = 1;
-    if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t r = 0; r < ranges; r++)
+    if (threads > 1 && groups * ranges >= (size_t)PK__REDUCE_WORTH) {
+        pk__team team = pk__team_of(context, threads, ranges);
+        PK__PARALLEL(team)
+        for (size_t r = pk__first_task(&team); r < ranges; r = pk__next_task(&team))
             if (!pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
                                            pk__least(parameters - r * range, range))) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
+        pk__team_end(&team);
     } else {
         for (size_t r = 0; r < ranges; r++)
             finite &= pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
@@ -781,6 +786,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     const int inside = (size_t)threads > groups ? threads : 0;
     threads = (int)pk__least((size_t)threads, (size_t)workspace->threads);
     lanes[0].tape.threads = inside;
+    lanes[0].tape.context = context;
     if (groups == 0) {
         memset(gradient, 0, parameters * sizeof *gradient);
         workspace->groups[0].objective = 0;
@@ -790,13 +796,15 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
             pk__gradient_group_run(&job, group, lanes, &workspace->groups[group],
                                    group ? workspace->partial + (group - 1) * parameters : gradient);
     } else {
-        PK__PARALLEL_FOR(threads)
-        for (size_t group = 0; group < groups; group++)
+        pk__team team = pk__team_of(context, threads, groups);
+        PK__PARALLEL(team)
+        for (size_t group = pk__first_task(&team); group < groups; group = pk__next_task(&team))
             pk__gradient_group_run(&job, group, &lanes[pk__thread()], &workspace->groups[group],
                                    group ? workspace->partial + (group - 1) * parameters : gradient);
+        pk__team_end(&team);
     }
-    const int finite =
-        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, inside ? inside : threads);
+    const int finite = pk__gradient_reduce(context, gradient, workspace->partial, groups, parameters,
+                                           inside ? inside : threads);
     double sum = workspace->groups[0].objective;
     size_t not_finite = workspace->groups[0].not_finite;
     for (size_t group = 1; group < groups; group++) {

@@ -334,7 +334,9 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
     static const size_t windows[] = {32, 64, 24, 16, 12, 8, 6, 4, 3, 2, 1, 128, 256, 512};
     const size_t steps = pk__most(job->run->steps, 1), rows = choice->rows,
                  blocks = pk__blocks(rows, job->block);
-    const size_t units = pk__blocks(job->outputs, job->unit), all_threads = (size_t)pk_threads(job->context);
+    const size_t units = pk__blocks(job->outputs, job->unit);
+    const size_t tasks = pk__most(blocks, job->window.lanes * pk__least(steps, windows[0]));
+    const size_t all_threads = pk__least((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);
     /* Where nothing has to be saved: */

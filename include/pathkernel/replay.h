@@ -180,12 +180,14 @@ static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, c
     const int threads = (int)pk__least((size_t)pk_threads(context), pk__most(ranges / 8, 1));
     int finite = 1;
     if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t range = 0; range < ranges; range++)
+        pk__team team = pk__team_of(context, threads, ranges);
+        PK__PARALLEL(team)
+        for (size_t range = pk__first_task(&team); range < ranges; range = pk__next_task(&team))
             if (!pk__step_range(optimizer, whole, range)) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
+        pk__team_end(&team);
     } else {
         for (size_t range = 0; range < ranges; range++)
             finite &= pk__step_range(optimizer, whole, range);

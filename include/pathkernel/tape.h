@@ -24,6 +24,7 @@ typedef struct pk_tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
+    pk_context *context; /* of the caller, where there are several threads; NULL */
     int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
@@ -227,6 +228,7 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
     call->rows = rows;
     call->copies = copies;
     call->threads = tape->threads;
+    call->context = tape->context;
     call->scratch = tape->scratch;
     call->out = tape->value[node - tape->graph->nodes];
     for (int j = 0; j < node->input_count; j++) {
@@ -584,9 +586,9 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     if (status)
         return status;
     const pk_line line = {weights, NULL, NULL};
-    const int workers = (int)threads;
-    PK__PARALLEL_FOR(workers)
-    for (size_t block = 0; block < blocks; block++) {
+    pk__team team = pk__team_of(context, (int)threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
         pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
         pk_tape batch;
         pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
@@ -601,6 +603,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
             memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
                    outputs.cols * sizeof *rows);
     }
+    pk__team_end(&team);
     pk_release(context, memory);
     return PK_OK;
 }

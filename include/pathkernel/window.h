@@ -87,6 +87,8 @@ PK__BEGIN_CODE
 /* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
  * each part's vectors one behind the other. */
 enum { PK__STATE_PART = 4096 };
+/* Numbers that are read or updated, at least, where several threads share that. */
+enum { PK__WINDOW_WORTH = 1 << 18 };
 
 PK__COLD_BEGIN
 
@@ -215,9 +217,11 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
         if (status)
             return status;
     }
-    const int threads = (int)window->threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t j = 0; j < window->count; j++) {
+    const size_t numbers = window->count * P * (!advance && window->transposed ? 4 : 1);
+    pk__team team =
+        pk__team_of(context, numbers >= (size_t)PK__WINDOW_WORTH ? (int)window->threads : 1, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team)) {
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
@@ -233,19 +237,22 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
             pk_examples_perturb(P, from, window->perturbed_weights + j * P);
         }
     }
+    pk__team_end(&team);
     return PK_OK;
 }
 
 PK__COLD_BEGIN
 
 /* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
-static void pk__fill_window(pk_window *window)
+static void pk__fill_window(pk_context *context, pk_window *window)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, lanes = window->lanes;
+    const size_t tasks = window->count * lanes;
     const int threads = (int)window->threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t task = 0; task < window->count * lanes; task++) {
+    pk__team team = pk__team_of(context, threads, tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
         const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
         double start = pk__seconds();
         size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
@@ -262,10 +269,14 @@ static void pk__fill_window(pk_window *window)
         }
         window->seconds[thread] += pk__seconds() - start;
     }
-    PK__PARALLEL_FOR(threads)
-    for (size_t j = 0; j < window->count; j++)
-        if (window->magnitudes)
-            pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+    pk__team_end(&team);
+    if (!window->magnitudes)
+        return;
+    team = pk__team_of(context, threads, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
+        pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+    pk__team_end(&team);
 }
 
 static int pk__has_moments(const pk_window *window)
@@ -382,7 +393,7 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     if (status)
         return status;
     window->seconds_read += pk__seconds() - start;
-    pk__fill_window(window);
+    pk__fill_window(context, window);
     start = pk__seconds();
     for (size_t j = 0; j < count; j++)
         pk_optimizer_linear_form(&window->run->optimizer, first + j, window->run->learning_rates[first + j], P,
@@ -392,12 +403,14 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
         if (status)
             return status;
     }
-    const int threads = (int)window->threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t part = 0; part < parts; part++)
+    const int worth = count * P * (window->lanes + 1) >= (size_t)PK__WINDOW_WORTH;
+    pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
+    PK__PARALLEL(team)
+    for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
         pk__recompute_updates(window, part * PK__STATE_PART,
                               pk__least(PK__STATE_PART, P - part * PK__STATE_PART), advance,
                               window->update + (size_t)pk__thread() * PK__STATE_PART);
+    pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
     window->seconds_read += pk__seconds() - start;
