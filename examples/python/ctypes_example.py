@@ -13,6 +13,7 @@ version is checked.
 
 import ctypes
 import ctypes.util
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -35,8 +36,31 @@ class Context(ctypes.Structure):
         ("operations", pointer),
         ("memory_used", size_t),
         ("memory_peak", size_t),
+        ("regions", size_t),
+        ("backed_off", size_t),
+        ("load", ctypes.c_uint64 * 6),
         ("message", ctypes.c_char * 512),
     ]
+
+    def __init__(self, threads=0):
+        """threads: 0 for all processors; one in a process that was forked, see below."""
+        if forked and threads > 1:
+            raise Error("a forked process has one thread of OpenMP: use threads=1, or multiprocessing's spawn")
+        super().__init__(threads=1 if forked else threads)
+
+
+# A child of fork has none of its parent's threads, but the OpenMP library in it (gcc's libgomp) waits for them for ever once
+# the parent has used them. multiprocessing forks on Linux, by default up to Python 3.13. Two ways out: one thread in the child,
+# as here, or multiprocessing.get_context("spawn"), whose children start from the beginning.
+forked = False
+
+
+def after_fork():
+    global forked
+    forked = True
+
+
+os.register_at_fork(after_in_child=after_fork)
 
 
 class Matrix(ctypes.Structure):
@@ -119,9 +143,9 @@ def evaluate(library, network, weights, inputs, outputs):
         library.pk_graph_release(context, graph)
 
 
-def decompose(library, run, inputs):
+def decompose(library, run, inputs, threads=0):
     """The decomposition of a run directory on inputs, as NumPy arrays of their own, by example."""
-    context, recorded, options, found = Context(), Opaque(), Opaque(), Decomposition()
+    context, recorded, options, found = Context(threads), Opaque(), Opaque(), Decomposition()
     check(library, context, library.pk_run_open(context, os.fsencode(run), recorded))
     try:
         check(library, context, library.pk_decompose(context, recorded, matrix(inputs), options, found))
@@ -138,6 +162,11 @@ def decompose(library, run, inputs):
     finally:
         library.pk_decomposition_release(context, found)
         library.pk_run_release(context, recorded)
+
+
+def decompose_elsewhere(path, run, inputs):
+    """The same as a task of multiprocessing: a library cannot be handed over, its path can."""
+    return decompose(load(path), run, inputs)
 
 
 def main(path):
@@ -200,6 +229,13 @@ def main(path):
         with open(os.path.join(run, "run.txt"), "w", encoding="ascii") as file:
             file.write(f"pathkernel-run 1\nnetwork {network}\nloss squared\noptimizer sgd\n")
         result = decompose(library, run, tests)
+
+        # Several at a time: each process with one thread.
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            tasks = [pool.apply_async(decompose_elsewhere, (path, run, tests[i : i + 2])) for i in (0, 2)]
+            halves = [task.get(timeout=60)["by_example"] for task in tasks]
+        assert np.abs(np.concatenate(halves) - result["by_example"]).max() < 1e-12
+        print("the same in two forked processes")
     parts = (
         result["initial"]
         + result["by_example"].sum(2)
