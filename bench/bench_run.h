@@ -82,9 +82,9 @@ static void find_data(pk_context *context, const char *folder, pk_dataset *data)
 
 static void remove_run(const char *directory)
 {
-    static const char *const files[] = {"run.txt",           "weights.npy",      "learning_rates.npy",
-                                        "batch_offsets.npy", "batch_items.npy",  "batch_weights.npy",
-                                        "train_inputs.npy",  "train_targets.npy"};
+    static const char *const files[] = {"run.txt",           "weights.npy",       "learning_rates.npy",
+                                        "batch_offsets.npy", "batch_items.npy",   "batch_weights.npy",
+                                        "train_inputs.npy",  "train_targets.npy", "resume_state.npy"};
     char path[600];
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         snprintf(path, sizeof path, "%s/%s", directory, files[i]);

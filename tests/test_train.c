@@ -294,6 +294,143 @@ static void test_killed_at_any_moment(void **state)
     }
 }
 
+/* Steps of a life: made, or repeated. */
+typedef struct life {
+    size_t left, repeated, made;
+    int killed; /* at the end of its life; else cancelled */
+} life;
+
+static int live(void *user, const char *phase, double fraction)
+{
+    life *l = (life *)user;
+    (void)fraction;
+    if (strstr(phase, "replaying"))
+        l->repeated++;
+    else
+        l->made++;
+    if (--l->left)
+        return 0;
+    if (l->killed)
+        (void)raise(SIGKILL);
+    return 1;
+}
+
+/* Trains or resumes for so many steps. */
+static pk_status live_once(pk_train_options options, life *l, pk_real *weights)
+{
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    context.threads = 1;
+    context.progress = live;
+    context.progress_user = l;
+    memcpy(weights, start, sizeof start);
+    options.record = run_path;
+    options.resume = 1;
+    pk_status status = pk_train(&context, &graph, &train, &options, weights, NULL);
+    if (status != PK_OK && status != PK_CANCELLED)
+        fail_msg("%s", pk_message(&context));
+    assert_int_equal(context.memory_used, 0);
+    return status;
+}
+
+/* However few steps a life has, some of them are new. */
+static void test_killed_after_few_steps(void **state)
+{
+    (void)state;
+    enum { FEW = 75 };
+    static const size_t lives[] = {3, 4, 7, 16, 20};
+    for (int rule = 0; rule < RULES; rule++)
+        for (size_t i = 0; i < sizeof lives / sizeof *lives; i++)
+            for (int keep = 1; keep <= 2; keep++) {
+                pk_train_options options = make_options(rule, FEW);
+                pk_real weights[P], resumed[P];
+                pk_run whole;
+                options.record_second_moments &= keep == 1;
+                options.keep_every = (size_t)keep;
+                options.record = whole_path;
+                run_training(&options, 1, weights, NULL);
+                size_t births = 0;
+                for (int done = 0; !done; births++) {
+                    life l = {lives[i], 0, 0, 1};
+                    int result = 0;
+                    if (births > FEW)
+                        fail_msg("rule %d, %zu steps a life: %zu lives were not enough", rule, lives[i],
+                                 births);
+                    pid_t child = fork();
+                    assert_true(child >= 0);
+                    if (child == 0)
+                        _exit(live_once(options, &l, resumed) != PK_OK);
+                    assert_int_equal(waitpid(child, &result, 0), child);
+                    done = WIFEXITED(result);
+                    assert_true(done ? WEXITSTATUS(result) == 0 : WTERMSIG(result) == SIGKILL);
+                }
+                assert_same_run(whole_path, run_path);
+                assert_int_equal(pk_run_open(NULL, whole_path, &whole), PK_OK);
+                if (keep == 1)
+                    assert_int_equal(check_complete_steps(&whole), FEW);
+                pk_run_release(NULL, &whole);
+                start_clean(NULL);
+            }
+}
+
+/* Resuming repeats a bounded number of steps, wherever the recording ends; all where the state is not there. */
+static void test_resume_repeats_few_steps(void **state)
+{
+    (void)state;
+    static const size_t ends[] = {1, 2, 15, 16, 17, 18, 31, 32, 33, 34, 47, 48, 49, 95, 96, 97, 100};
+    for (int rule = 0; rule < RULES; rule++)
+        for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+            for (int damage = 0; damage < (rule != SGD && ends[i] > 17 ? 6 : 1); damage++) {
+                pk_train_options options = make_options(rule, 110);
+                pk_real weights[P], resumed[P];
+                life first = {ends[i], 0, 0, 0}, second = {SIZE_MAX, 0, 0, 0};
+                char path[PATH];
+                in(run_path, "resume_state.npy", path);
+                options.record_second_moments = 0;
+                run_training(&options, 1, weights, NULL);
+                assert_int_equal(live_once(options, &first, resumed), PK_CANCELLED);
+                assert_int_equal(first.made, ends[i]);
+                const size_t bytes = file_size(run_path, "resume_state.npy");
+                assert_int_equal(bytes != 0, rule != SGD && ends[i] > 16);
+                if (damage == 1)
+                    assert_int_equal(remove(path), 0); /* as older versions recorded */
+                if (damage == 2)
+                    assert_int_equal(truncate(path, (off_t)bytes - 8), 0);
+                if (damage >= 3) { /* another step, another hash, another state */
+                    const double wrong[] = {1, 12345, 0.125};
+                    FILE *file = fopen(path, "r+b");
+                    assert_non_null(file);
+                    const long at = (long)bytes - 8 * (long)((rule == ADAM ? 2 : 1) * P + 5 - damage);
+                    assert_int_equal(fseek(file, damage == 5 ? (long)bytes - 8 : at, SEEK_SET), 0);
+                    assert_int_equal(fwrite(&wrong[damage - 3], 8, 1, file), 1);
+                    assert_int_equal(fclose(file), 0);
+                }
+                assert_int_equal(live_once(options, &second, resumed), PK_OK);
+                assert_memory_equal(weights, resumed, sizeof weights);
+                assert_int_equal(second.made, 110 - ends[i]);
+                if (damage)
+                    assert_int_equal(second.repeated, ends[i]);
+                else
+                    assert_in_range(second.repeated, 1, rule == SGD ? 1 : 17);
+                start_clean(NULL);
+            }
+}
+
+/* A state from a recording that was replaced is of no use to the next one. */
+static void test_replaced_state(void **state)
+{
+    (void)state;
+    pk_train_options options = make_options(ADAM, 40);
+    pk_real weights[P];
+    options.record = run_path;
+    run_training(&options, 1, weights, NULL);
+    assert_true(file_size(run_path, "resume_state.npy") > 0);
+    options.steps = 3;
+    options.replace = 1;
+    run_training(&options, 1, weights, NULL);
+    assert_int_equal(file_size(run_path, "resume_state.npy"), 0);
+}
+
 /* Killed by the kernel at a given byte of the longest file, in the middle of a write. */
 static void test_killed_inside_a_write(void **state)
 {
@@ -787,6 +924,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_killed_at_any_moment),
+        TEST(test_killed_after_few_steps),
         TEST(test_killed_inside_a_write),
         TEST(test_by_hand),
         TEST(test_batches),
@@ -795,6 +933,8 @@ int main(void)
         TEST(test_same_bits),
         TEST(test_divergence),
         TEST(test_full_disk),
+        TEST(test_resume_repeats_few_steps),
+        TEST(test_replaced_state),
         TEST(test_resume_refuses_another_run),
         TEST(test_arguments),
         TEST(test_no_memory),

@@ -2,6 +2,12 @@
  *
  * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
  * last of all when a run starts. A kill at any moment loses the step in flight at most.
+ *
+ * Training that is resumed needs the optimiser's state. A run that keeps every k-th step has it there; of one that keeps
+ * every step, resume_state.npy has that of step 16, 32, ..., written once the step after it is complete: training goes on
+ * from at most 17 steps before the end, and proves at least one of them. The file is put in place by a rename and is not
+ * needed: without it, or where its hash is another, all steps are recomputed, and it is written again on the way; while the
+ * last of them are recomputed even after each, so that training goes on that is stopped again and again after a few steps.
  */
 #ifndef PATHKERNEL_RECORDER_H
 #define PATHKERNEL_RECORDER_H
@@ -36,10 +42,12 @@ typedef struct pk_recorder {
     pk_array_writer files[9];
     int present[9];
     int float32, failed, lock;
-    int64_t items;   /* rows of batch_items.npy */
-    void *row;       /* P numbers of the file's type, where that is not pk_real */
-    double *states;  /* V P numbers, where k > 1 */
-    double *uniform; /* weights of a batch that was given without, grows */
+    int64_t items;        /* rows of batch_items.npy */
+    size_t resume_step;   /* whose state is in resume_state and not in its file yet; 0: none */
+    double *resume_state; /* what resume_state.npy holds, NULL where there is no need for it */
+    void *row;            /* P numbers of the file's type, where that is not pk_real */
+    double *states;       /* V P numbers, where k > 1 */
+    double *uniform;      /* weights of a batch that was given without, grows */
     size_t uniform_size;
 } pk_recorder;
 
@@ -212,6 +220,89 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
     return status == PK_OK ? closed : status;
 }
 
+enum { PK__RESUME_EVERY = 16, PK__RESUME_HEAD = 2 };
+#define PK__RESUME_FILE "resume_state.npy"
+
+/* A step and a hash as numbers that a double holds: of the hash 53 bits. */
+static void pk__resume_head(size_t step, const pk_real *weights, size_t parameters, const pk_real *state,
+                            size_t count, double head[PK__RESUME_HEAD])
+{
+    uint64_t hash = (uint64_t)pk__checksum(weights, parameters, state, count);
+    head[0] = (double)step;
+    head[1] = (double)(hash >> 11);
+}
+
+/* resume_state.npy, as it was or complete. Nothing is lost where it cannot be written: the steps are there. */
+static void pk__recorder_write_state(const pk_recorder *recorder)
+{
+    static const char *const unfinished = PK__RESUME_FILE ".tmp";
+    const size_t numbers = PK__RESUME_HEAD + recorder->state_numbers;
+    const int folder = recorder->lock - 1;
+    unsigned char header[PK__NPY_ROOM];
+    const pk_array array = pk_array_view(PK_FLOAT64, 1, &numbers, recorder->resume_state);
+    const size_t room = pk__npy_header(&array, 0, header);
+    (void)unlinkat(folder, unfinished, 0);
+    int file = openat(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (file < 0)
+        return;
+    int good = pk__write_at(file, header, room, 0) &&
+               pk__write_at(file, recorder->resume_state, numbers * sizeof(double), room);
+    good = close(file) == 0 && good;
+    if (!good || renameat(folder, unfinished, folder, PK__RESUME_FILE) != 0)
+        (void)unlinkat(folder, unfinished, 0);
+}
+
+/* The optimiser's state and the weights after `steps` steps, which are complete in the recording: every so many times. */
+PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, size_t every,
+                                         const pk_real *state, const pk_real *weights)
+{
+    if (!recorder->resume_state || !state)
+        return;
+    if (recorder->resume_step && steps == recorder->resume_step + 1)
+        pk__recorder_write_state(recorder);
+    recorder->resume_step = 0;
+    if (steps % every)
+        return;
+    recorder->resume_step = steps;
+    pk__resume_head(steps, weights, recorder->parameters, state, recorder->state_numbers,
+                    recorder->resume_state);
+    for (size_t i = 0; i < recorder->state_numbers; i++)
+        recorder->resume_state[PK__RESUME_HEAD + i] = (double)state[i];
+}
+
+/* *step: one before the last, whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P): room. */
+PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *directory, const pk_run *run,
+                                              size_t state_numbers, pk_real *weights, pk_real *state,
+                                              size_t *step)
+{
+    pk__run_path path;
+    pk_array array;
+    memset(&path, 0, sizeof path);
+    memset(&array, 0, sizeof array);
+    *step = SIZE_MAX;
+    pk_status status = pk__run_path_take(context, directory, &path);
+    if (status != PK_OK)
+        return status;
+    /* Without a context: it is no error that there is no such file, or another one. */
+    if (pk_array_map(NULL, pk__run_path_of(&path, PK__RESUME_FILE), 0, &array) == PK_OK &&
+        array.type == PK_FLOAT64 && array.rank == 1 && state_numbers <= SIZE_MAX - PK__RESUME_HEAD &&
+        array.shape[0] == PK__RESUME_HEAD + state_numbers) {
+        double head[PK__RESUME_HEAD], own[PK__RESUME_HEAD] = {0, 0};
+        memcpy(head, array.data, sizeof head);
+        if (head[0] >= 1 && head[0] < (double)run->steps) {
+            const size_t there = (size_t)head[0];
+            pk_array_reals(&array, PK__RESUME_HEAD, state_numbers, state);
+            if (pk_run_weights(NULL, run, there, weights) == PK_OK)
+                pk__resume_head(there, weights, run->parameters, state, state_numbers, own);
+            if (memcmp(head, own, sizeof head) == 0)
+                *step = there;
+        }
+    }
+    pk_array_release(NULL, &array);
+    pk_release(context, path.text);
+    return PK_OK;
+}
+
 /* run.txt in the directory folder, complete or not there at all. */
 static pk_status pk__recorder_manifest(pk_context *context, int folder, const char *directory,
                                        const pk__recording *recording)
@@ -260,6 +351,8 @@ static void pk__recorder_clear(int folder)
         (void)unlinkat(folder, name, 0);
         (void)unlinkat(folder, unfinished, 0);
     }
+    (void)unlinkat(folder, PK__RESUME_FILE, 0);
+    (void)unlinkat(folder, PK__RESUME_FILE ".tmp", 0);
 }
 
 /* Makes the directory where it is missing, locks it, and sees what it holds. */
@@ -487,6 +580,7 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
     }
     pk_release(context, recorder->row);
     pk_release(context, recorder->states);
+    pk_release(context, recorder->resume_state);
     pk_release(context, recorder->uniform);
     if (recorder->lock)
         close(recorder->lock - 1);
@@ -531,6 +625,14 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     if (status == PK_OK && opened.present[PK__RUN_STATES])
         status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
                              &opened.states);
+    if (status == PK_OK && opened.keep_every == 1 && opened.state_numbers &&
+        !(opened.float32 && sizeof(pk_real) > sizeof(float))) {
+        if (opened.state_numbers > SIZE_MAX - PK__RESUME_HEAD)
+            status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
+        else
+            status = pk_allocate(context, PK__RESUME_HEAD + opened.state_numbers, sizeof *opened.resume_state,
+                                 "the state to resume from", &opened.resume_state);
+    }
     if (status == PK_OK)
         status = pk__run_path_take(context, directory, &path);
     if (status == PK_OK)
@@ -666,6 +768,7 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
     }
     recorder->items = end;
     recorder->steps++;
+    pk__recorder_keep_state(recorder, recorder->steps, PK__RESUME_EVERY, state, weights_after);
     return PK_OK;
 }
 

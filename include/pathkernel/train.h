@@ -50,9 +50,10 @@ typedef struct pk_train_result {
  * callback of the context is called after each step. Parallel inside a batch.
  *
  * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
- * state is rebuilt by recomputing the gradients along the recorded weights (with keep_every: read at the
- * last kept step, and replayed from there), and training goes on to the same bits as without the
- * interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
+ * state is read where the recording kept it last, at most 17 steps before its end (with keep_every: at the last
+ * kept step; from step 0 where an older version recorded), and rebuilt from there by recomputing the gradients
+ * along the recorded weights; training goes on to the same bits as without the interruption. A recording coarser
+ * than pk_real cannot do that: PK_UNSUPPORTED.
  *
  * Also after an error or a cancel, weights are those of the last complete step, result (may be NULL) tells
  * its number, and the recording holds every step up to it.
@@ -154,6 +155,17 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
     size_t last = run->steps - 1, from = pk_optimizer_stateless(&t->options->optimizer) ? last : 0;
     if (run->keep_every > 1)
         from = last - last % run->keep_every;
+    if (run->keep_every == 1 && t->trainer.state_numbers) {
+        size_t kept = SIZE_MAX;
+        pk_status status = pk__recorder_find_state(context, folder, run, t->trainer.state_numbers, weights,
+                                                   t->trainer.state, &kept);
+        if (status != PK_OK)
+            return status;
+        if (kept != SIZE_MAX)
+            from = kept;
+        else
+            memset(t->trainer.state, 0, t->trainer.state_numbers * sizeof *t->trainer.state);
+    }
     for (size_t s = 0; s < run->steps; s++) {
         pk__step made;
         pk_batch there;
@@ -192,6 +204,8 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu was clipped otherwise",
                             folder, s);
         memcpy(weights, t->next, run->parameters * sizeof *weights);
+        const size_t every = run->steps - s > 2 * (size_t)PK__RESUME_EVERY ? PK__RESUME_EVERY : 1;
+        pk__recorder_keep_state(&t->recorder, s + 1, every, t->trainer.state, t->next);
         status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
         if (status != PK_OK)
             return status;
