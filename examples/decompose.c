@@ -1024,6 +1024,31 @@ static int decompose(task *job)
     return finish(job, &summary, status);
 }
 
+/* Threads of OpenMP wait for each other by spinning, in gcc's libgomp for milliseconds: beside another program that is what
+ * keeps a processor from the thread that is waited for. How long they spin can be said in the environment only, before the
+ * program starts: so it starts itself again, once, unless the user has said something about it. */
+static void start_with_short_spin(const settings *set, char **arguments)
+{
+#ifdef _OPENMP
+    static const char *const said[] = {"PATHKERNEL_RESTARTED", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"};
+    char program[4096];
+    for (size_t i = 0; i < sizeof said / sizeof *said; i++)
+        if (getenv(said[i]))
+            return;
+    if (set->threads == 1 || (set->threads == 0 && pk_threads(NULL) == 1))
+        return;
+    ssize_t length =
+        readlink("/proc/self/exe", program, sizeof program - 1); /* elsewhere than on Linux there is none */
+    if (length <= 0 || (size_t)length >= sizeof program - 1)
+        return;
+    program[length] = 0;
+    if (setenv("PATHKERNEL_RESTARTED", "1", 1) == 0 && setenv("GOMP_SPINCOUNT", "2000", 1) == 0)
+        execv(program, arguments); /* where that fails, the job is done all the same */
+#else
+    (void)set, (void)arguments;
+#endif
+}
+
 int main(int count, char **arguments)
 {
     settings set;
@@ -1031,6 +1056,7 @@ int main(int count, char **arguments)
     int status = parse_arguments(count, arguments, &set);
     if (status >= 0)
         return status;
+    start_with_short_spin(&set, arguments);
     memset(&job, 0, sizeof job);
     job.set = &set;
     job.context.threads = set.threads;

@@ -404,6 +404,53 @@ static void test_same_bytes(void **state)
     }
 }
 
+/* The program starts itself again with a short spin, once, unless the environment says something about it. What libgomp found
+ * there it prints at each start. */
+static void test_short_spin(void **state)
+{
+    static const struct {
+        const char *name, *value, *threads;
+        int printed, starts; /* how often the program starts; how many of these have the short spin */
+    } cases[] = {{NULL, NULL, "--threads 2", 2, 1},
+                 {NULL, NULL, "--threads 1", 1, 0},
+                 {"GOMP_SPINCOUNT", "777", "--threads 2", 1, 0},
+                 {"OMP_WAIT_POLICY", "passive", "--threads 2", 1, 0},
+                 {"OMP_WAIT_POLICY", "active", "--threads 2", 1, 0},
+                 {"PATHKERNEL_RESTARTED", "1", "--threads 2", 1, 0}};
+    static const char *const variables[] = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PATHKERNEL_RESTARTED"};
+    char *before[3];
+    (void)state;
+    for (int v = 0; v < 3; v++) {
+        before[v] = getenv(variables[v]) ? strdup(getenv(variables[v])) : NULL;
+        (void)unsetenv(variables[v]);
+    }
+    (void)setenv("OMP_DISPLAY_ENV", "verbose", 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (cases[i].name)
+            (void)setenv(cases[i].name, cases[i].value, 1);
+        expect(0, "%%/tanh --inputs %%/x.npy --out %%/spin --top 0 %s", cases[i].threads);
+        int starts = 0, short_spins = 0;
+        for (const char *at = complained; (at = strstr(at, "GOMP_SPINCOUNT")); at++) {
+            starts++;
+            short_spins += strncmp(at, "GOMP_SPINCOUNT = '2000'", 23) == 0;
+        }
+        if (!starts)
+            print_message("left out: this program has no libgomp that prints its environment\n");
+        else if (starts != cases[i].printed || short_spins != cases[i].starts)
+            fail_msg("%s=%s %s: %d starts, %d of them with a short spin",
+                     cases[i].name ? cases[i].name : "nothing", cases[i].value ? cases[i].value : "",
+                     cases[i].threads, starts, short_spins);
+        if (cases[i].name)
+            (void)unsetenv(cases[i].name);
+    }
+    (void)unsetenv("OMP_DISPLAY_ENV");
+    for (int v = 0; v < 3; v++) {
+        if (before[v])
+            (void)setenv(variables[v], before[v], 1);
+        free(before[v]);
+    }
+}
+
 static void test_outputs(void **state)
 {
     int64_t labels[M];
@@ -1160,6 +1207,7 @@ int main(int count, char **arguments)
         cmocka_unit_test(test_outputs),       cmocka_unit_test(test_input_types),
         cmocka_unit_test(test_axes),          cmocka_unit_test(test_until),
         cmocka_unit_test(test_recover),       cmocka_unit_test(test_not_closed),
+        cmocka_unit_test(test_short_spin),
         cmocka_unit_test(test_bounds),        cmocka_unit_test(test_no_steps),
         cmocka_unit_test(test_printed),       cmocka_unit_test(test_wrong_optimizer),
         cmocka_unit_test(test_bad_arguments), cmocka_unit_test(test_bad_files),
