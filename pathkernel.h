@@ -226,9 +226,19 @@ typedef struct pk_allocator {
 
 struct pk_operation;
 
+/* Private: how the parallel regions of a context have fared of late (parallel.h). Times in seconds. */
+typedef struct pk_load {
+    double until, rest; /* one thread until then; how long that was */
+    double gain, work;  /* against one thread; of a trial */
+    int trusted, tries; /* whether the threads are not on trial; regions of the trial */
+    long process;       /* that the first region belongs to */
+} pk_load;
+
 typedef struct pk_context {
     pk_allocator allocator;
-    int threads;         /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP */
+    /* 0: omp_get_max_threads(), or 1 inside a parallel region or without OpenMP. More than 64 count as 64 or as many as
+     * there are processors, and no call starts more than it has tasks for. */
+    int threads;
     size_t memory_limit; /* bytes that the library may hold at one time through this context; 0: no limit */
     /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
     int (*progress)(void *user, const char *phase, double fraction);
@@ -239,6 +249,9 @@ typedef struct pk_context {
     /* Read only: */
     size_t memory_used; /* bytes held now */
     size_t memory_peak; /* the most that was ever held */
+    size_t regions;     /* parallel regions that were started */
+    size_t backed_off;  /* times that one thread went on alone for a while, since it would have been faster */
+    pk_load load;
     char message[PK_MESSAGE_SIZE];
 } pk_context;
 
@@ -268,6 +281,26 @@ typedef struct pk_arena {
 PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size);
 
 PK__END_C
+
+/* pathkernel/parallel.h: parallel regions, and what becomes of them beside other programs. Private, for all modules.
+ *
+ * A region ends when its last thread does, and libgomp's threads wait for each other by spinning. Where another program
+ * takes one of the processors, a thread waits for one that does not run, and where the two share what is left, it is the
+ * waiting itself that keeps the other from running: 8 to 25 ms a region, whatever its work, until the scheduler's slices are
+ * over. So the library watches its regions, by a clock alone and not by the numbers, which stay the same bit for bit:
+ *
+ *   1. A region measures its time T and the processor time W that its threads took for their tasks: one thread would have
+ *      taken about W. The difference W - T, added up over the regions, is what the threads have gained.
+ *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times what was
+ *      lost, and for twice as long as the last time; at most for PK__LOAD_LONGEST seconds.
+ *   3. After that, and at the beginning, the threads are on trial: they have to gain in one region, or in several small ones,
+ *      before they are trusted. A trial is cheap beside other programs, too: it starts one thread more than there are
+ *      processors, which has nothing to do but tells libgomp that spinning does not pay (GOMP_SPINCOUNT: it then spins for
+ *      microseconds and sleeps). On an idle machine that costs about 15 microseconds, once.
+ *
+ * Rejected: a thread pool of our own, whose threads would compete with those of the caller's OpenMP; omp_set_* and
+ * environment variables, which are the program's; one thread more in every region, which makes each 10 microseconds longer.
+ */
 
 /* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
  * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
@@ -615,6 +648,7 @@ typedef struct pk_node {
     size_t weight_offset, weight_count;
     double attributes[PK_NODE_ATTRIBUTES];
     pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
+    int constants_shared;                    /* they are an earlier node's */
     size_t constant_count, constant_columns; /* columns: of the array that the network language names */
     char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
     pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
@@ -628,6 +662,8 @@ typedef struct pk_node {
     int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
     int unread;                 /* no node takes it, and it is not the output */
+    int only_reader;            /* the node that alone takes it, and once; -1: there is none, or several */
+    int layer_node; /* of node l, whatever it is: the number of the node that is layer l, see pk_graph_layer */
 } pk_node;
 
 /* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
@@ -636,6 +672,7 @@ typedef struct pk_call {
     const pk_node *node;
     size_t rows, copies;
     int threads; /* that a rule may use, by shapes only and to the same bits; 0: one */
+    pk_context *context; /* of the caller, where there are several; may be NULL */
     size_t in_width[PK_NODE_INPUTS];
     const pk_real *weights;   /* this node's */
     const pk_real *direction; /* tangent of the weights; NULL: zero */
@@ -748,6 +785,7 @@ typedef struct pk_tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
+    pk_context *context; /* of the caller, where there are several threads; NULL */
     int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
@@ -1224,6 +1262,8 @@ PK__END_C
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
+ *     resume_state.npy     (2 + V P,) float64, optional: a step s, a hash of the bits of w_s and of the optimiser's V
+ *                          vectors before it, and these; rewritten while a run is recorded, for nothing but resuming it
  *
  * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); replay.h repeats the
  * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
@@ -1320,6 +1360,12 @@ PK__END_C
  *
  * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
  * last of all when a run starts. A kill at any moment loses the step in flight at most.
+ *
+ * Training that is resumed needs the optimiser's state. A run that keeps every k-th step has it there; of one that keeps
+ * every step, resume_state.npy has that of step 16, 32, ..., written once the step after it is complete: training goes on
+ * from at most 17 steps before the end, and proves at least one of them. The file is put in place by a rename and is not
+ * needed: without it, or where its hash is another, all steps are recomputed, and it is written again on the way; while the
+ * last of them are recomputed even after each, so that training goes on that is stopped again and again after a few steps.
  */
 PK__BEGIN_C
 
@@ -1349,10 +1395,12 @@ typedef struct pk_recorder {
     pk_array_writer files[9];
     int present[9];
     int float32, failed, lock;
-    int64_t items;   /* rows of batch_items.npy */
-    void *row;       /* P numbers of the file's type, where that is not pk_real */
-    double *states;  /* V P numbers, where k > 1 */
-    double *uniform; /* weights of a batch that was given without, grows */
+    int64_t items;        /* rows of batch_items.npy */
+    size_t resume_step;   /* whose state is in resume_state and not in its file yet; 0: none */
+    double *resume_state; /* what resume_state.npy holds, NULL where there is no need for it */
+    void *row;            /* P numbers of the file's type, where that is not pk_real */
+    double *states;       /* V P numbers, where k > 1 */
+    double *uniform;      /* weights of a batch that was given without, grows */
     size_t uniform_size;
 } pk_recorder;
 
@@ -1528,9 +1576,10 @@ typedef struct pk_train_result {
  * callback of the context is called after each step. Parallel inside a batch.
  *
  * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
- * state is rebuilt by recomputing the gradients along the recorded weights (with keep_every: read at the
- * last kept step, and replayed from there), and training goes on to the same bits as without the
- * interruption. A recording coarser than pk_real cannot do that: PK_UNSUPPORTED.
+ * state is read where the recording kept it last, at most 17 steps before its end (with keep_every: at the last
+ * kept step; from step 0 where an older version recorded), and rebuilt from there by recomputing the gradients
+ * along the recorded weights; training goes on to the same bits as without the interruption. A recording coarser
+ * than pk_real cannot do that: PK_UNSUPPORTED.
  *
  * Also after an error or a cancel, weights are those of the last complete step, result (may be NULL) tells
  * its number, and the recording holds every step up to it.
@@ -2327,13 +2376,6 @@ PK__BEGIN_CODE
 /* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
 
-/* A loop whose iterations are independent; their number and order never depend on the threads. */
-#ifdef _OPENMP
-#define PK__PARALLEL_FOR(threads) PK__PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
-#else
-#define PK__PARALLEL_FOR(threads) (void)(threads);
-#endif
-
 /* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
 PK__PRIVATE int pk__finite(double value)
 {
@@ -2534,13 +2576,15 @@ PK_API const char *pk_message(const pk_context *context)
 
 PK_API int pk_threads(const pk_context *context)
 {
-    if (context && context->threads > 0)
-        return context->threads;
+    enum { ANY_MACHINE = 64 };
+    int threads = context && context->threads > 0 ? context->threads : 1, most = ANY_MACHINE;
 #ifdef _OPENMP
-    return omp_in_parallel() ? 1 : omp_get_max_threads();
-#else
-    return 1;
+    if (!context || context->threads <= 0)
+        threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+    if (threads > most && omp_get_num_procs() > most)
+        most = omp_get_num_procs();
 #endif
+    return threads < most ? threads : most;
 }
 
 enum { PK__ALIGNMENT = 64 };
@@ -2630,6 +2674,183 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
 }
 
 PK__COLD_END
+
+PK__END_CODE
+
+/* pathkernel/parallel.h: implementation */
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+PK__BEGIN_CODE
+
+#ifdef _OPENMP
+#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
+#define PK__ATOMIC_ADD PK__PRAGMA(omp atomic)
+#define PK__ATOMIC_TAKE PK__PRAGMA(omp atomic capture)
+/* Before the loop over the tasks of a team. */
+#define PK__PARALLEL(team) PK__PRAGMA(omp parallel num_threads((team).started))
+#else
+#define PK__ATOMIC_WRITE
+#define PK__ATOMIC_ADD
+#define PK__ATOMIC_TAKE
+#define PK__PARALLEL(team)
+#endif
+
+/* Seconds: see the top of this file. */
+#define PK__LOAD_LOSS 1e-3
+#define PK__LOAD_CREDIT 20e-3 /* that is gained before a loss counts for no more */
+#define PK__LOAD_REST 20      /* times the loss */
+#define PK__LOAD_SHORTEST 10e-3
+#define PK__LOAD_LONGEST 2.0
+#define PK__LOAD_TRIAL 500e-6 /* of work that a trial takes, or PK__LOAD_TRIALS regions */
+#define PK__LOAD_START 20e-6  /* that a region of a trial may take beside its work */
+enum { PK__LOAD_TRIALS = 8 };
+
+/* Independent tasks of a region; their number and what each does never depend on the threads:
+ *
+ *     pk__team team = pk__team_of(context, threads, tasks);
+ *     PK__PARALLEL(team)
+ *     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team))
+ *         ...                 pk__thread() < threads is the thread that has it
+ *     pk__team_end(&team);
+ *
+ * No break from that loop. */
+typedef struct pk__team {
+    pk_context *context; /* whose regions are watched; NULL: nobody's */
+    size_t tasks, next;  /* next: that no thread has taken */
+    int threads;         /* that take tasks */
+    int started;         /* threads of the region */
+    double begin, work;  /* its time; processor seconds of all threads */
+} pk__team;
+
+PK__COLD_BEGIN
+
+#ifdef _OPENMP
+static double pk__processor_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* One thread for a while. */
+static void pk__load_rest(pk_context *context, double now, double loss)
+{
+    pk_load *load = &context->load;
+    double rest = PK__LOAD_REST * loss;
+    rest = rest > 2 * load->rest ? rest : 2 * load->rest;
+    rest = rest > PK__LOAD_SHORTEST ? rest : PK__LOAD_SHORTEST;
+    load->rest = rest < PK__LOAD_LONGEST ? rest : PK__LOAD_LONGEST;
+    load->until = now + load->rest;
+    load->trusted = 0;
+    context->backed_off++;
+}
+
+/* A region of several threads has ended. */
+static void pk__load_watch(pk_context *context, double now, double wall, double work)
+{
+    pk_load *load = &context->load;
+    const double gain = work - wall;
+    if (load->trusted) {
+        load->gain = load->gain + gain < PK__LOAD_CREDIT ? load->gain + gain : PK__LOAD_CREDIT;
+        if (load->gain >= PK__LOAD_CREDIT)
+            load->rest = 0;
+        if (load->gain < -PK__LOAD_LOSS)
+            pk__load_rest(context, now, -load->gain);
+        return;
+    }
+    load->gain += gain;
+    load->work += work;
+    load->tries++;
+    if (load->work < PK__LOAD_TRIAL && load->tries < PK__LOAD_TRIALS && gain > -PK__LOAD_LOSS)
+        return;
+    const double least = 0.15 * load->work - load->tries * PK__LOAD_START;
+    const double gained = load->gain;
+    load->trusted = gained >= least;
+    load->gain = load->work = 0;
+    load->tries = 0;
+    if (!load->trusted)
+        pk__load_rest(context, now, -gained);
+}
+
+/* How many of the threads a region gets. */
+static int pk__load_threads(pk_context *context, int threads, double now)
+{
+    pk_load *load = &context->load;
+    const long process = (long)getpid();
+    if (!load->process)
+        load->process = process;
+    /* The threads of a parent are not there after a fork, but OpenMP would wait for them. */
+    if (load->process != process || now < load->until)
+        return 1;
+    return threads;
+}
+#endif
+
+PK__PRIVATE pk__team pk__team_of(pk_context *context, int threads, size_t tasks)
+{
+    pk__team team = {context, tasks, 0, 1, 1, 0, 0};
+#ifdef _OPENMP
+    if (threads > 1 && tasks > 1)
+        team.threads = (size_t)threads < tasks ? threads : (int)tasks;
+    if (team.threads > 1 && context) {
+        team.begin = pk__seconds();
+        team.threads = pk__load_threads(context, team.threads, team.begin);
+    }
+    team.started = team.threads;
+    if (team.threads > 1 && context) {
+        context->regions++;
+        if (!context->load.trusted && team.threads >= omp_get_num_procs())
+            team.started = team.threads + 1;
+    }
+#else
+    (void)threads;
+#endif
+    return team;
+}
+
+PK__PRIVATE void pk__team_end(pk__team *team)
+{
+#ifdef _OPENMP
+    if (team->context && team->started > 1) {
+        const double now = pk__seconds();
+        pk__load_watch(team->context, now, now - team->begin, team->work);
+    }
+#else
+    (void)team;
+#endif
+}
+
+PK__COLD_END
+
+PK__PRIVATE size_t pk__next_task(pk__team *team)
+{
+    size_t task;
+    PK__ATOMIC_TAKE
+    task = team->next++;
+#ifdef _OPENMP
+    if (task >= team->tasks && team->context && team->started > 1) {
+        const double now = pk__processor_seconds();
+        PK__ATOMIC_ADD
+        team->work += now;
+    }
+#endif
+    return task;
+}
+
+PK__PRIVATE size_t pk__first_task(pk__team *team)
+{
+#ifdef _OPENMP
+    if (omp_get_thread_num() >= team->threads)
+        return SIZE_MAX;
+    if (team->context && team->started > 1) {
+        const double now = pk__processor_seconds();
+        PK__ATOMIC_ADD
+        team->work -= now;
+    }
+#endif
+    return pk__next_task(team);
+}
 
 PK__END_CODE
 
@@ -3189,13 +3410,11 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_C
 
-/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. And before what several threads may write. */
+/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
-#define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
 #else
 #define PK__SIMD
-#define PK__ATOMIC_WRITE
 #endif
 
 /* 1 if all are finite: 0 x is 0, or NaN for NaN and infinities. Chains, so that the additions do not wait for each
@@ -5473,6 +5692,9 @@ static void pk__graph_analyse(pk_graph *graph)
         pk_node *node = &graph->nodes[n];
         node->cotangent_constant = 1;
         node->unread = n != last;
+        node->only_reader = -1;
+        if (node->layer >= 0)
+            graph->nodes[node->layer].layer_node = (int)n;
         if (node->width > graph->widest)
             graph->widest = node->width;
     }
@@ -5484,6 +5706,7 @@ static void pk__graph_analyse(pk_graph *graph)
             pk_node *input = &graph->nodes[node->inputs[j]];
             input->cotangent_constant &= constant;
             node->shared[j] = !input->unread;
+            input->only_reader = input->unread ? (int)n : -1;
             input->unread = 0;
         }
         graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
@@ -5508,8 +5731,8 @@ static pk_status pk__check_node(pk_context *context, const pk_graph *graph, cons
         what = "it has weights, but no tangent form or no rule for their gradient";
     else if (node->tangent_form == PK_TANGENT_ROWS && node->weight_count && !operation->row_gradients)
         what = "PK_TANGENT_ROWS needs row_gradients";
-    else if (operation->smoothness == PK_PIECEWISE_LINEAR && (!operation->switch_count || !operation->switches))
-        what = "PK_PIECEWISE_LINEAR needs switch functions";
+    else if (!operation->switch_count != !operation->switches)
+        what = "switch_count and switches belong together";
     else if (operation->elementwise && (node->input_count != 1 || node->width != width || node->weight_count))
         what = "an elementwise operation has one input of its own width, and no weights";
     else if (outer &&
@@ -5612,9 +5835,22 @@ PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name
     return PK_OK;
 }
 
-PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
-                                        int input_count, const int *inputs, const double *attributes,
-                                        size_t constant_count, const pk_real *constants, int *number)
+/* Whether a node would be checked to have the shape, and all else, of an earlier one. */
+static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_node *like)
+{
+    if (!like || like->operation != node->operation || like->input_count != 1 || node->input_count != 1 ||
+        memcmp(like->attributes, node->attributes, sizeof like->attributes) != 0)
+        return 0;
+    const pk_shape *a = &graph->nodes[node->inputs[0]].shape, *b = &graph->nodes[like->inputs[0]].shape;
+    return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
+}
+
+/* pk_graph_add_constants without pk__graph_analyse, which takes a time that grows with the graph. like: NULL, or an earlier
+ * node that has the same constants, which are shared then. */
+PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                       int input_count, const int *inputs, const double *attributes,
+                                       size_t constant_count, const pk_real *constants, const pk_node *like,
+                                       int *number)
 {
     if (!graph->node_count || !operation)
         return pk__fail(context, PK_ARGUMENT,
@@ -5640,7 +5876,10 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     }
     pk_status status = pk__check_attributes(context, operation->name, operation->options, node.attributes);
     node.shape = graph->nodes[node.inputs[0]].shape;
-    if (!status && operation->shape)
+    node.constants_shared = like != NULL;
+    if (!status && pk__is_alike(graph, &node, like))
+        node.shape = like->shape;
+    else if (!status && operation->shape)
         status = operation->shape(context, graph, &node);
     if (!status)
         status = pk__shape_width(context, &node.shape, &node.width);
@@ -5656,7 +5895,7 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
         status = pk__graph_grow(context, graph);
     if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
-    if (!status && constant_count) {
+    if (!status && constant_count && !like) {
         status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
         if (!status)
             memcpy(node.constants, constants, constant_count * sizeof *constants);
@@ -5672,8 +5911,18 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     if (number)
         *number = (int)graph->node_count;
     graph->nodes[graph->node_count++] = node;
-    pk__graph_analyse(graph);
     return PK_OK;
+}
+
+PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
+                                        int input_count, const int *inputs, const double *attributes,
+                                        size_t constant_count, const pk_real *constants, int *number)
+{
+    pk_status status = pk__graph_append(context, graph, operation, input_count, inputs, attributes,
+                                        constant_count, constants, NULL, number);
+    if (!status)
+        pk__graph_analyse(graph);
+    return status;
 }
 
 PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -5701,16 +5950,14 @@ PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *grap
 
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
 {
-    for (size_t n = 1; n < graph->node_count; n++)
-        if (graph->nodes[n].layer == (int)layer)
-            return &graph->nodes[n];
-    return NULL;
+    return layer < graph->layers ? &graph->nodes[graph->nodes[layer].layer_node] : NULL;
 }
 
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
     for (size_t n = 0; n < graph->node_count; n++)
-        pk_release(context, graph->nodes[n].constants);
+        if (!graph->nodes[n].constants_shared)
+            pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
     memset(graph, 0, sizeof *graph);
@@ -5783,16 +6030,7 @@ PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_
 /* The only node that reads node, NULL where there are none or several. */
 PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
 {
-    const pk_node *reader = NULL;
-    for (size_t n = 1; n < graph->node_count; n++)
-        for (int j = 0; j < graph->nodes[n].input_count; j++) {
-            if (&graph->nodes[graph->nodes[n].inputs[j]] != node)
-                continue;
-            if (reader)
-                return NULL;
-            reader = &graph->nodes[n];
-        }
-    return reader;
+    return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];
 }
 
 /* in_place: see pk_tape_take_parts. */
@@ -5821,7 +6059,7 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         pk_real *cotangent = NULL;
         if (shared && tape->cotangent)
             cotangent = tape->cotangent[node->inputs[0]];
-        else if (copies && node->varies && !shared)
+        else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
             cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
         pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
@@ -5886,6 +6124,7 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
     call->rows = rows;
     call->copies = copies;
     call->threads = tape->threads;
+    call->context = tape->context;
     call->scratch = tape->scratch;
     call->out = tape->value[node - tape->graph->nodes];
     for (int j = 0; j < node->input_count; j++) {
@@ -6243,9 +6482,9 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     if (status)
         return status;
     const pk_line line = {weights, NULL, NULL};
-    const int workers = (int)threads;
-    PK__PARALLEL_FOR(workers)
-    for (size_t block = 0; block < blocks; block++) {
+    pk__team team = pk__team_of(context, (int)threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
         pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
         pk_tape batch;
         pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
@@ -6260,6 +6499,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
             memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
                    outputs.cols * sizeof *rows);
     }
+    pk__team_end(&team);
     pk_release(context, memory);
     return PK_OK;
 }
@@ -6602,7 +6842,7 @@ static void pk__dense_tile(const pk__dense_product *p, size_t tile)
                  p->b + first * (p->transpose_b ? p->ldb : 1), p->ldb, p->beta, p->c + first, p->ldc);
 }
 
-static void pk__dense_multiply(pk__dense_product *p, int threads)
+static void pk__dense_multiply(pk__dense_product *p, const pk_call *call)
 {
     const size_t cut = p->by_rows ? p->m : p->n;
     const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
@@ -6610,12 +6850,13 @@ static void pk__dense_multiply(pk__dense_product *p, int threads)
     const size_t most = p->m > PK__FEW_PANELS * PK_PANEL ? PK__DENSE_TILES : PK__DENSE_TILES / 2;
     p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / most + 7) / 8 * 8);
     const size_t tiles = pk__blocks(cut, p->tile);
-    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), tiles);
-    threads = threads <= parts ? threads : 1;
-    if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t tile = 0; tile < tiles; tile++)
+    const int threads = (int)pk__least((size_t)pk__most((size_t)call->threads, 1), tiles);
+    if (threads > 1 && threads <= parts) {
+        pk__team team = pk__team_of(call->context, threads, tiles);
+        PK__PARALLEL(team)
+        for (size_t tile = pk__first_task(&team); tile < tiles; tile = pk__next_task(&team))
             pk__dense_tile(p, tile);
+        pk__team_end(&team);
     } else {
         for (size_t tile = 0; tile < tiles; tile++)
             pk__dense_tile(p, tile);
@@ -6635,7 +6876,7 @@ static void pk__dense_apply(const pk_call *call, const pk_real *weights, const p
     }
     pk__dense_product product = {0,      1,      rows, width, fan_in, in, weights,
                                  fan_in, fan_in, beta, out,   width,  0,  0};
-    pk__dense_multiply(&product, call->threads);
+    pk__dense_multiply(&product, call);
 }
 
 static void pk__dense_forward(const pk_call *call)
@@ -6682,7 +6923,7 @@ static void pk__dense_reverse(const pk_call *call)
                                  fan_in,
                                  0,
                                  0};
-    pk__dense_multiply(&product, call->threads);
+    pk__dense_multiply(&product, call);
 }
 
 PK__COLD_END
@@ -6694,7 +6935,7 @@ static void pk__dense_weight_gradient(const pk_call *call)
     pk__dense_product product = {1,           0,     width,  fan_in, rows,           call->out_cotangent,
                                  call->in[0], width, fan_in, 1,      call->gradient, fan_in,
                                  0,           1};
-    pk__dense_multiply(&product, call->threads);
+    pk__dense_multiply(&product, call);
     if (pk__dense_bias(call)) {
         pk_real *bias = call->gradient + width * fan_in;
         for (size_t row = 0; row < rows; row++) {
@@ -7719,7 +7960,7 @@ static int pk__in_window_before(const pk__windows *w, int side, size_t at, size_
     return at > 0 && last + w->pad[side] < (at - 1) * w->stride[side] + w->kernel[side];
 }
 
-/* Differences of the pairs of numbers that are in one window, each pair once: out may be NULL to count them.
+/* Differences of the pairs of numbers that are in one window, each pair once: their number is pk__pool_pairs.
  * A pair that is in several windows is reported with the first of them. */
 static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, pk_real *out)
 {
@@ -7736,10 +7977,7 @@ static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, p
                         column[1] >= w->width || pk__in_window_before(w, 0, y, row[1]) ||
                         pk__in_window_before(w, 1, x, pk__most(column[0], column[1])))
                         continue;
-                    if (out)
-                        out[count] =
-                            plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
-                    count++;
+                    out[count++] = plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
                 }
     return count;
 }
@@ -7801,6 +8039,44 @@ static void pk__max_pool_tangent(const pk_call *call)
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
 
+/* Of one side: the pairs (a, b) of numbers that are in one window, in either order and with themselves, and the numbers that
+ * are in some window. Windows that reach over neither end are all alike: the work is in those that do. */
+static void pk__side_pairs(const pk__windows *w, int side, double *pairs, double *numbers)
+{
+    const size_t size = side ? w->width : w->height, count = side ? w->columns : w->rows;
+    const size_t kernel = w->kernel[side], stride = w->stride[side], pad = w->pad[side];
+    /* Windows first .. past - 1 reach over no end. */
+    const size_t first = pk__least(count, pk__blocks(pad, stride));
+    const size_t past =
+        pk__most(first, size + pad < kernel ? 0 : pk__least(count, (size + pad - kernel) / stride + 1));
+    double some = 0;
+    *numbers = 0;
+    for (size_t at = 0, before = 0; at < count; at++) {
+        const size_t start = at * stride, low = start < pad ? 0 : start - pad;
+        const size_t high = pk__least(size, start + kernel < pad ? 0 : start + kernel - pad);
+        const double in = high > low ? (double)(high - low) : 0,
+                     both = before > low ? (double)(before - low) : 0;
+        double times = 1;
+        if (at > first && at < past) { /* this one, and those that are like it */
+            times = (double)(past - at);
+            at = past - 1;
+        }
+        before = times > 1 ? at * stride - pad + kernel : high;
+        some += times * (in * (in + 1) - both * (both + 1)) / 2;
+        *numbers += times * (in - both);
+    }
+    *pairs = 2 * some - *numbers;
+}
+
+/* The pairs of two numbers of a plane that are in one window: their rows are, and their columns. */
+static double pk__pool_pairs(const pk__windows *w)
+{
+    double pairs[2], numbers[2];
+    for (int side = 0; side < 2; side++)
+        pk__side_pairs(w, side, &pairs[side], &numbers[side]);
+    return (pairs[0] * pairs[1] - numbers[0] * numbers[1]) / 2;
+}
+
 static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     pk_status status = pk__pool_shape(context, graph, node);
@@ -7812,7 +8088,7 @@ static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_UNSUPPORTED,
                         "max_pool: windows of %g numbers have too many pairs whose order would be watched",
                         taps);
-    node->attributes[PK__POOL_SWITCHES] = (double)(node->shape.dims[0] * pk__pool_differences(&w, NULL, NULL));
+    node->attributes[PK__POOL_SWITCHES] = (double)node->shape.dims[0] * pk__pool_pairs(&w);
     return PK_OK;
 }
 
@@ -9048,6 +9324,8 @@ PK__END_CODE
 PK__BEGIN_CODE
 
 enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
+/* Characters of a network with single blanks: what a line of run.txt holds behind its key. */
+enum { PK__NETWORK_TEXT = (1 << 16) - 64 };
 
 /* The words of a layer, its name first. */
 typedef struct pk__layer {
@@ -9066,6 +9344,9 @@ typedef struct pk__parser {
     int depth;              /* of residuals */
     int node;               /* the last one of the branch in hand */
     int failed;             /* the number of the layer that could not be made; 0: none */
+    int full;               /* the canonical text has no room for what came */
+    size_t room;            /* characters that the canonical text may still have */
+    size_t frequencies;     /* numbers drawn for fourier so far */
     pk__layer layer;        /* the layer in hand: of all depths, so that the stack holds none */
 } pk__parser;
 
@@ -9311,14 +9592,15 @@ static pk_status pk__parse_options(pk_context *context, const char *name, const 
 static pk_status pk__append(pk__parser *parser, const char *name, const double *attributes,
                             size_t constant_count, const pk_real *constants)
 {
-    return pk_graph_add_constants(parser->context, parser->graph, pk__named_operation(parser->context, name), 1,
-                                  &parser->node, attributes, constant_count, constants, &parser->node);
+    return pk__graph_append(parser->context, parser->graph, pk__named_operation(parser->context, name), 1,
+                            &parser->node, attributes, constant_count, constants, NULL, &parser->node);
 }
 
 static pk_status pk__append_add(pk__parser *parser, int other)
 {
     const int both[2] = {parser->node, other};
-    return pk_graph_add(parser->context, parser->graph, pk_operation_find("add"), 2, both, NULL, &parser->node);
+    return pk__graph_append(parser->context, parser->graph, pk_operation_find("add"), 2, both, NULL, 0, NULL,
+                            NULL, &parser->node);
 }
 
 /* A layer that is one operation. */
@@ -9329,11 +9611,34 @@ static pk_status pk__plain_layer(pk__parser *parser, const pk__layer *layer, con
     return pk__parse_options(parser->context, operation->name, operation->options, layer, attributes);
 }
 
-/* An array that the network names, as numbers; the caller releases both. */
-static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer, pk_array *array,
-                                     pk_real **numbers)
+static void pk__constants_view(const pk_node *node, pk_array *array)
+{
+    const size_t shape[2] = {node->constant_count / node->constant_columns, node->constant_columns};
+    *array =
+        pk_array_view(sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32, 2, shape, node->constants);
+}
+
+/* An earlier node that holds or shares the array of this name: one of the operation, if there is one. */
+static const pk_node *pk__like_named(const pk_graph *graph, const char *name, const char *operation)
+{
+    const pk_node *like = NULL;
+    for (size_t n = graph->node_count; n-- > 1;) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->constant_name[0] || strcmp(node->constant_name, name) != 0)
+            continue;
+        if (strcmp(node->operation->name, operation) == 0)
+            return node;
+        like = node;
+    }
+    return like;
+}
+
+/* An array that the network names, as numbers; the caller releases both. *like: an earlier node that has them already. */
+static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer, const char *operation,
+                                     const pk_node **like, pk_array *array, pk_real **numbers)
 {
     const char *name = layer->count > 1 ? layer->words[1] : "";
+    *like = NULL;
     *numbers = NULL;
     memset(array, 0, sizeof *array);
     if (!name[0] || strlen(name) >= PK_CONSTANT_NAME ||
@@ -9344,6 +9649,11 @@ static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer,
     if (!parser->constants)
         return pk__fail(parser->context, PK_ARGUMENT, "%s: no arrays were given, so '%.40s' is not known",
                         layer->words[0], name);
+    *like = pk__like_named(parser->graph, name, operation);
+    if (*like) {
+        pk__constants_view(*like, array);
+        return PK_OK;
+    }
     pk_status status = parser->constants->load(parser->constants->user, parser->context, name, array);
     if (!status)
         status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
@@ -9543,7 +9853,9 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
     const char *name = layer->words[0];
     pk_array array;
     pk_real *numbers = NULL;
+    const pk_node *like = NULL;
     const int norm = strcmp(name, "batch_norm") == 0;
+    const pk_operation *operation = pk_operation_find(norm ? "standardize" : name);
     double attributes[PK_NODE_ATTRIBUTES] = {0};
     pk__layer rest = *layer;
     rest.count--;
@@ -9556,7 +9868,7 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
             parser->context, PK_FORMAT,
             "batch_norm needs the name of an array with its frozen means and variances; in training mode an "
             "example's output would depend on the rest of its batch");
-    pk_status status = pk__named_constants(parser, layer, &array, &numbers);
+    pk_status status = pk__named_constants(parser, layer, operation->name, &like, &array, &numbers);
     if (!status)
         status =
             pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
@@ -9580,7 +9892,9 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
         parser->node = 0;
     }
     if (!status)
-        status = pk__append(parser, norm ? "standardize" : name, attributes, pk_array_items(&array), numbers);
+        status =
+            pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
+                             pk_array_items(&array), like ? like->constants : numbers, like, &parser->node);
     if (!status) {
         pk_node *node = &parser->graph->nodes[parser->node];
         memcpy(node->constant_name, layer->words[1], strlen(layer->words[1]) + 1);
@@ -9593,6 +9907,9 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
 
 /* fourier N [scale=1] [seed=0]: N normal frequencies of standard deviation scale for each input. */
 enum { PK__FOURIER_COUNT, PK__FOURIER_SCALE, PK__FOURIER_SEED };
+enum {
+    PK__FOURIER_NUMBERS = 1 << 19
+}; /* of a whole network: a text of a few words shall not take seconds to read */
 static const pk_option pk__fourier_options[] = {
     {"number of frequencies", PK_OPTION_NUMBER, PK__FOURIER_COUNT, 1, 1, 1, 1e9, 1, NULL},
     {"scale", PK_OPTION_NUMBER, PK__FOURIER_SCALE, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
@@ -9608,16 +9925,29 @@ static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
         status = pk__check_attributes(parser->context, "fourier", pk__fourier_options, attributes);
     pk_real *numbers = NULL;
     size_t count = 0;
-    if (!status &&
-        !pk__multiply((size_t)attributes[PK__FOURIER_COUNT], parser->graph->nodes[parser->node].width, &count))
-        status = pk__fail(parser->context, PK_OVERFLOW, "fourier: the number of frequencies overflows");
-    if (!status)
+    const pk_node *input = &parser->graph->nodes[parser->node];
+    if (!status && input->varies)
+        status = pk__fail(parser->context, PK_UNSUPPORTED,
+                          "Fourier features are taken of data, before the first weights");
+    if (!status && attributes[PK__FOURIER_COUNT] * (double)input->width >
+                       (double)PK__FOURIER_NUMBERS - (double)parser->frequencies)
+        status = pk__fail(
+            parser->context, PK_OVERFLOW,
+            "fourier: %g frequencies of %zu inputs are %g numbers, and a network has at most %d; larger "
+            "features may be computed beforehand, as the inputs",
+            attributes[PK__FOURIER_COUNT], input->width, attributes[PK__FOURIER_COUNT] * (double)input->width,
+            PK__FOURIER_NUMBERS);
+    if (!status) {
+        count = (size_t)attributes[PK__FOURIER_COUNT] * input->width;
+        parser->frequencies += count;
         status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
-    pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
-    for (size_t i = 0; !status && i < count; i++)
-        numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
-    if (!status)
+    }
+    if (!status) {
+        pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
+        for (size_t i = 0; i < count; i++)
+            numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
         status = pk__append(parser, "fourier", NULL, count, numbers);
+    }
     pk_release(parser->context, numbers);
     return status;
 }
@@ -9628,8 +9958,8 @@ static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
     const int both[2] = {parser->node, 0};
     if (layer->count > 1)
         return pk__refuse_word(parser->context, "select", NULL, layer->words[1]);
-    return pk_graph_add(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL,
-                        &parser->node);
+    return pk__graph_append(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL, 0, NULL,
+                            NULL, &parser->node);
 }
 
 static pk_status pk__refused_layer(pk__parser *parser, const pk__layer *layer)
@@ -9727,11 +10057,18 @@ static int pk__ends_layer(char c)
     return c == 0 || c == ';' || c == '(' || c == ')' || c == '|';
 }
 
+/* Where there is no more room, that is an error of the next layer, see pk__parse_layers. */
 static void pk__write_canonical(pk__parser *parser, const char *text)
 {
     const size_t length = strlen(text);
+    if (length > parser->room) {
+        parser->room = 0;
+        parser->full = 1;
+        return;
+    }
     memcpy(parser->canonical, text, length);
     parser->canonical += length;
+    parser->room -= length;
 }
 
 /* What stands at a place of the text, for a message. */
@@ -9855,6 +10192,11 @@ static pk_status pk__parse_layers(pk__parser *parser)
                                : pk__split_layer(parser, &parser->layer);
         if (!status)
             status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
+        if (!status && parser->full)
+            status =
+                pk__fail(parser->context, PK_FORMAT,
+                         "the network's text is longer than the %d characters that a run directory records",
+                         PK__NETWORK_TEXT);
         if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
             status = pk__fail(
                 parser->context, PK_FORMAT,
@@ -9892,7 +10234,9 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         return pk__fail(context, PK_ARGUMENT,
                         text ? "network: the graph is in use already" : "network: no text");
     /* A sign becomes at most three characters, a blank on each side. */
-    pk_status status = pk_allocate(context, 3 * strlen(text) + 4, 1, "the network's text", &graph->text);
+    const size_t length = pk__least(strlen(text), PK__NETWORK_TEXT),
+                 room = pk__least(3 * length + 3, PK__NETWORK_TEXT);
+    pk_status status = pk_allocate(context, room + 1, 1, "the network's text", &graph->text);
     if (!status) {
         pk__parser parser;
         memset(&parser, 0, sizeof parser);
@@ -9901,13 +10245,22 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         parser.constants = constants;
         parser.start = parser.at = text;
         parser.canonical = graph->text;
+        parser.room = room;
         status = pk__parse_layers(&parser);
         *parser.canonical = 0;
         if (status)
             status = pk__name_layer(context, status, parser.failed);
     }
-    if (!status && !graph->parameters)
-        status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+    if (!status) {
+        pk__graph_analyse(graph);
+        if (!graph->parameters)
+            status = pk__fail(context, PK_ARGUMENT, "network: it has no weights, so nothing can be trained");
+        else if (!graph->nodes[graph->node_count - 1].varies)
+            status =
+                pk__fail(context, PK_ARGUMENT,
+                         "network: its outputs do not depend on its weights: a 'constant' leaves the values of "
+                         "the layers before it behind, and no layer with weights follows");
+    }
     if (!status && graph->nodes[graph->node_count - 1].shape.rank != 1) {
         char shape[PK_SHAPE_TEXT];
         status = pk__fail(
@@ -9930,11 +10283,9 @@ PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after
 {
     for (size_t n = after ? (size_t)(after - graph->nodes) + 1 : 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        if (!node->constant_name[0])
+        if (!node->constant_name[0] || node->constants_shared)
             continue;
-        const size_t shape[2] = {node->constant_count / node->constant_columns, node->constant_columns};
-        *array = pk_array_view(sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32, 2, shape,
-                               node->constants);
+        pk__constants_view(node, array);
         return node;
     }
     return NULL;
@@ -10515,21 +10866,23 @@ static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, 
 PK__COLD_BEGIN
 
 /* The rows of a block, by several threads where they are long. */
-static void pk__gradient_inputs(const pk__gradient_job *job, int threads, size_t first, size_t rows,
+static void pk__gradient_inputs(const pk__gradient_job *job, const pk_tape *tape, size_t first, size_t rows,
                                 pk_real *inputs)
 {
     const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
     const int64_t *items = job->batch->items + first;
-    threads = (int)pk__least((size_t)pk__most((size_t)threads, 1), parts);
+    const int threads = (int)pk__least((size_t)pk__most((size_t)tape->threads, 1), parts);
     if (threads <= 1) {
         pk_dataset_inputs(job->dataset, items, rows, inputs);
         return;
     }
-    PK__PARALLEL_FOR(threads)
-    for (size_t part = 0; part < parts; part++) {
+    pk__team team = pk__team_of(tape->context, threads, parts);
+    PK__PARALLEL(team)
+    for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team)) {
         const size_t from = rows * part / parts, to = rows * (part + 1) / parts;
         pk_dataset_inputs(job->dataset, items + from, to - from, inputs + from * width);
     }
+    pk__team_end(&team);
 }
 
 /* gradient = the part of one group of blocks. */
@@ -10548,7 +10901,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk_line line = {job->weights, NULL, NULL};
-        pk__gradient_inputs(job, tape->threads, first, rows, lane->inputs);
+        pk__gradient_inputs(job, tape, first, rows, lane->inputs);
         pk_tape_forward(tape, &line, rows, lane->inputs);
         pk__gradient_seed(job, lane, first, rows, &sum);
         pk_tape_reverse(tape, &line, rows, 1);
@@ -10557,20 +10910,23 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     *result = sum;
 }
 
-/* The same for all parameters. Ranges are independent. */
-PK__PRIVATE int pk__gradient_reduce(pk_real *gradient, const pk_real *partial, size_t groups, size_t parameters,
-                                    int threads)
+/* The same for all parameters. Ranges are independent; so many of all groups are worth a region of several threads. */
+enum { PK__REDUCE_WORTH = 64 };
+PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, const pk_real *partial,
+                                    size_t groups, size_t parameters, int threads)
 {
     const size_t range = 4096, ranges = pk__blocks(parameters, range);
     int finite = 1;
-    if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t r = 0; r < ranges; r++)
+    if (threads > 1 && groups * ranges >= (size_t)PK__REDUCE_WORTH) {
+        pk__team team = pk__team_of(context, threads, ranges);
+        PK__PARALLEL(team)
+        for (size_t r = pk__first_task(&team); r < ranges; r = pk__next_task(&team))
             if (!pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
                                            pk__least(parameters - r * range, range))) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
+        pk__team_end(&team);
     } else {
         for (size_t r = 0; r < ranges; r++)
             finite &= pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
@@ -10641,6 +10997,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     const int inside = (size_t)threads > groups ? threads : 0;
     threads = (int)pk__least((size_t)threads, (size_t)workspace->threads);
     lanes[0].tape.threads = inside;
+    lanes[0].tape.context = context;
     if (groups == 0) {
         memset(gradient, 0, parameters * sizeof *gradient);
         workspace->groups[0].objective = 0;
@@ -10650,13 +11007,15 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
             pk__gradient_group_run(&job, group, lanes, &workspace->groups[group],
                                    group ? workspace->partial + (group - 1) * parameters : gradient);
     } else {
-        PK__PARALLEL_FOR(threads)
-        for (size_t group = 0; group < groups; group++)
+        pk__team team = pk__team_of(context, threads, groups);
+        PK__PARALLEL(team)
+        for (size_t group = pk__first_task(&team); group < groups; group = pk__next_task(&team))
             pk__gradient_group_run(&job, group, &lanes[pk__thread()], &workspace->groups[group],
                                    group ? workspace->partial + (group - 1) * parameters : gradient);
+        pk__team_end(&team);
     }
-    const int finite =
-        pk__gradient_reduce(gradient, workspace->partial, groups, parameters, inside ? inside : threads);
+    const int finite = pk__gradient_reduce(context, gradient, workspace->partial, groups, parameters,
+                                           inside ? inside : threads);
     double sum = workspace->groups[0].objective;
     size_t not_finite = workspace->groups[0].not_finite;
     for (size_t group = 1; group < groups; group++) {
@@ -10817,12 +11176,14 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     }
     if (!status) {
         const int workers = (int)threads;
-        PK__PARALLEL_FOR(workers)
-        for (size_t group = 0; group < plan.groups; group++)
+        pk__team team = pk__team_of(context, workers, plan.groups);
+        PK__PARALLEL(team)
+        for (size_t group = pk__first_task(&team); group < plan.groups; group = pk__next_task(&team))
             bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
                                          group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
+        pk__team_end(&team);
         const int finite =
-            !sweep->sum || pk__gradient_reduce(sweep->sum, partial, plan.groups, parameters, workers);
+            !sweep->sum || pk__gradient_reduce(context, sweep->sum, partial, plan.groups, parameters, workers);
         size_t group = 0;
         while (group < plan.groups && bad[group] == SIZE_MAX)
             group++;
@@ -12751,6 +13112,89 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
     return status == PK_OK ? closed : status;
 }
 
+enum { PK__RESUME_EVERY = 16, PK__RESUME_HEAD = 2 };
+#define PK__RESUME_FILE "resume_state.npy"
+
+/* A step and a hash as numbers that a double holds: of the hash 53 bits. */
+static void pk__resume_head(size_t step, const pk_real *weights, size_t parameters, const pk_real *state,
+                            size_t count, double head[PK__RESUME_HEAD])
+{
+    uint64_t hash = (uint64_t)pk__checksum(weights, parameters, state, count);
+    head[0] = (double)step;
+    head[1] = (double)(hash >> 11);
+}
+
+/* resume_state.npy, as it was or complete. Nothing is lost where it cannot be written: the steps are there. */
+static void pk__recorder_write_state(const pk_recorder *recorder)
+{
+    static const char *const unfinished = PK__RESUME_FILE ".tmp";
+    const size_t numbers = PK__RESUME_HEAD + recorder->state_numbers;
+    const int folder = recorder->lock - 1;
+    unsigned char header[PK__NPY_ROOM];
+    const pk_array array = pk_array_view(PK_FLOAT64, 1, &numbers, recorder->resume_state);
+    const size_t room = pk__npy_header(&array, 0, header);
+    (void)unlinkat(folder, unfinished, 0);
+    int file = openat(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (file < 0)
+        return;
+    int good = pk__write_at(file, header, room, 0) &&
+               pk__write_at(file, recorder->resume_state, numbers * sizeof(double), room);
+    good = close(file) == 0 && good;
+    if (!good || renameat(folder, unfinished, folder, PK__RESUME_FILE) != 0)
+        (void)unlinkat(folder, unfinished, 0);
+}
+
+/* The optimiser's state and the weights after `steps` steps, which are complete in the recording: every so many times. */
+PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, size_t every,
+                                         const pk_real *state, const pk_real *weights)
+{
+    if (!recorder->resume_state || !state)
+        return;
+    if (recorder->resume_step && steps == recorder->resume_step + 1)
+        pk__recorder_write_state(recorder);
+    recorder->resume_step = 0;
+    if (steps % every)
+        return;
+    recorder->resume_step = steps;
+    pk__resume_head(steps, weights, recorder->parameters, state, recorder->state_numbers,
+                    recorder->resume_state);
+    for (size_t i = 0; i < recorder->state_numbers; i++)
+        recorder->resume_state[PK__RESUME_HEAD + i] = (double)state[i];
+}
+
+/* *step: one before the last, whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P): room. */
+PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *directory, const pk_run *run,
+                                              size_t state_numbers, pk_real *weights, pk_real *state,
+                                              size_t *step)
+{
+    pk__run_path path;
+    pk_array array;
+    memset(&path, 0, sizeof path);
+    memset(&array, 0, sizeof array);
+    *step = SIZE_MAX;
+    pk_status status = pk__run_path_take(context, directory, &path);
+    if (status != PK_OK)
+        return status;
+    /* Without a context: it is no error that there is no such file, or another one. */
+    if (pk_array_map(NULL, pk__run_path_of(&path, PK__RESUME_FILE), 0, &array) == PK_OK &&
+        array.type == PK_FLOAT64 && array.rank == 1 && state_numbers <= SIZE_MAX - PK__RESUME_HEAD &&
+        array.shape[0] == PK__RESUME_HEAD + state_numbers) {
+        double head[PK__RESUME_HEAD], own[PK__RESUME_HEAD] = {0, 0};
+        memcpy(head, array.data, sizeof head);
+        if (head[0] >= 1 && head[0] < (double)run->steps) {
+            const size_t there = (size_t)head[0];
+            pk_array_reals(&array, PK__RESUME_HEAD, state_numbers, state);
+            if (pk_run_weights(NULL, run, there, weights) == PK_OK)
+                pk__resume_head(there, weights, run->parameters, state, state_numbers, own);
+            if (memcmp(head, own, sizeof head) == 0)
+                *step = there;
+        }
+    }
+    pk_array_release(NULL, &array);
+    pk_release(context, path.text);
+    return PK_OK;
+}
+
 /* run.txt in the directory folder, complete or not there at all. */
 static pk_status pk__recorder_manifest(pk_context *context, int folder, const char *directory,
                                        const pk__recording *recording)
@@ -12799,6 +13243,8 @@ static void pk__recorder_clear(int folder)
         (void)unlinkat(folder, name, 0);
         (void)unlinkat(folder, unfinished, 0);
     }
+    (void)unlinkat(folder, PK__RESUME_FILE, 0);
+    (void)unlinkat(folder, PK__RESUME_FILE ".tmp", 0);
 }
 
 /* Makes the directory where it is missing, locks it, and sees what it holds. */
@@ -13026,6 +13472,7 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
     }
     pk_release(context, recorder->row);
     pk_release(context, recorder->states);
+    pk_release(context, recorder->resume_state);
     pk_release(context, recorder->uniform);
     if (recorder->lock)
         close(recorder->lock - 1);
@@ -13070,6 +13517,14 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     if (status == PK_OK && opened.present[PK__RUN_STATES])
         status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
                              &opened.states);
+    if (status == PK_OK && opened.keep_every == 1 && opened.state_numbers &&
+        !(opened.float32 && sizeof(pk_real) > sizeof(float))) {
+        if (opened.state_numbers > SIZE_MAX - PK__RESUME_HEAD)
+            status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
+        else
+            status = pk_allocate(context, PK__RESUME_HEAD + opened.state_numbers, sizeof *opened.resume_state,
+                                 "the state to resume from", &opened.resume_state);
+    }
     if (status == PK_OK)
         status = pk__run_path_take(context, directory, &path);
     if (status == PK_OK)
@@ -13205,6 +13660,7 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
     }
     recorder->items = end;
     recorder->steps++;
+    pk__recorder_keep_state(recorder, recorder->steps, PK__RESUME_EVERY, state, weights_after);
     return PK_OK;
 }
 
@@ -13348,12 +13804,14 @@ static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, c
     const int threads = (int)pk__least((size_t)pk_threads(context), pk__most(ranges / 8, 1));
     int finite = 1;
     if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t range = 0; range < ranges; range++)
+        pk__team team = pk__team_of(context, threads, ranges);
+        PK__PARALLEL(team)
+        for (size_t range = pk__first_task(&team); range < ranges; range = pk__next_task(&team))
             if (!pk__step_range(optimizer, whole, range)) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
+        pk__team_end(&team);
     } else {
         for (size_t range = 0; range < ranges; range++)
             finite &= pk__step_range(optimizer, whole, range);
@@ -13670,6 +14128,17 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
     size_t last = run->steps - 1, from = pk_optimizer_stateless(&t->options->optimizer) ? last : 0;
     if (run->keep_every > 1)
         from = last - last % run->keep_every;
+    if (run->keep_every == 1 && t->trainer.state_numbers) {
+        size_t kept = SIZE_MAX;
+        pk_status status = pk__recorder_find_state(context, folder, run, t->trainer.state_numbers, weights,
+                                                   t->trainer.state, &kept);
+        if (status != PK_OK)
+            return status;
+        if (kept != SIZE_MAX)
+            from = kept;
+        else
+            memset(t->trainer.state, 0, t->trainer.state_numbers * sizeof *t->trainer.state);
+    }
     for (size_t s = 0; s < run->steps; s++) {
         pk__step made;
         pk_batch there;
@@ -13708,6 +14177,8 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu was clipped otherwise",
                             folder, s);
         memcpy(weights, t->next, run->parameters * sizeof *weights);
+        const size_t every = run->steps - s > 2 * (size_t)PK__RESUME_EVERY ? PK__RESUME_EVERY : 1;
+        pk__recorder_keep_state(&t->recorder, s + 1, every, t->trainer.state, t->next);
         status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
         if (status != PK_OK)
             return status;
@@ -13808,6 +14279,8 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_ARGUMENT, "pk_train: graph, training data, options or weights are missing");
     if (graph->parameters == 0)
         return pk__fail(context, PK_SHAPE, "pk_train: the network has no parameters");
+    if (!graph->nodes[graph->node_count - 1].varies)
+        return pk__fail(context, PK_SHAPE, "pk_train: the network's outputs do not depend on its parameters");
     if (!(options->clip_norm >= 0) || isinf(options->clip_norm))
         return pk__fail(context, PK_ARGUMENT, "pk_train: clip_norm is %g", options->clip_norm);
     if (!options->record && (options->resume || options->replace || options->record_float32 ||
@@ -16977,6 +17450,8 @@ PK__BEGIN_CODE
 /* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
  * each part's vectors one behind the other. */
 enum { PK__STATE_PART = 4096 };
+/* Numbers that are read or updated, at least, where several threads share that. */
+enum { PK__WINDOW_WORTH = 1 << 18 };
 
 PK__COLD_BEGIN
 
@@ -17105,9 +17580,11 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
         if (status)
             return status;
     }
-    const int threads = (int)window->threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t j = 0; j < window->count; j++) {
+    const size_t numbers = window->count * P * (!advance && window->transposed ? 4 : 1);
+    pk__team team =
+        pk__team_of(context, numbers >= (size_t)PK__WINDOW_WORTH ? (int)window->threads : 1, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team)) {
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
@@ -17123,19 +17600,22 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
             pk_examples_perturb(P, from, window->perturbed_weights + j * P);
         }
     }
+    pk__team_end(&team);
     return PK_OK;
 }
 
 PK__COLD_BEGIN
 
 /* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
-static void pk__fill_window(pk_window *window)
+static void pk__fill_window(pk_context *context, pk_window *window)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, lanes = window->lanes;
+    const size_t tasks = window->count * lanes;
     const int threads = (int)window->threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t task = 0; task < window->count * lanes; task++) {
+    pk__team team = pk__team_of(context, threads, tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
         const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
         double start = pk__seconds();
         size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
@@ -17152,10 +17632,14 @@ static void pk__fill_window(pk_window *window)
         }
         window->seconds[thread] += pk__seconds() - start;
     }
-    PK__PARALLEL_FOR(threads)
-    for (size_t j = 0; j < window->count; j++)
-        if (window->magnitudes)
-            pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+    pk__team_end(&team);
+    if (!window->magnitudes)
+        return;
+    team = pk__team_of(context, threads, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
+        pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+    pk__team_end(&team);
 }
 
 static int pk__has_moments(const pk_window *window)
@@ -17272,7 +17756,7 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     if (status)
         return status;
     window->seconds_read += pk__seconds() - start;
-    pk__fill_window(window);
+    pk__fill_window(context, window);
     start = pk__seconds();
     for (size_t j = 0; j < count; j++)
         pk_optimizer_linear_form(&window->run->optimizer, first + j, window->run->learning_rates[first + j], P,
@@ -17282,12 +17766,14 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
         if (status)
             return status;
     }
-    const int threads = (int)window->threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t part = 0; part < parts; part++)
+    const int worth = count * P * (window->lanes + 1) >= (size_t)PK__WINDOW_WORTH;
+    pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
+    PK__PARALLEL(team)
+    for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
         pk__recompute_updates(window, part * PK__STATE_PART,
                               pk__least(PK__STATE_PART, P - part * PK__STATE_PART), advance,
                               window->update + (size_t)pk__thread() * PK__STATE_PART);
+    pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
     window->seconds_read += pk__seconds() - start;
@@ -17669,7 +18155,9 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
     static const size_t windows[] = {32, 64, 24, 16, 12, 8, 6, 4, 3, 2, 1, 128, 256, 512};
     const size_t steps = pk__most(job->run->steps, 1), rows = choice->rows,
                  blocks = pk__blocks(rows, job->block);
-    const size_t units = pk__blocks(job->outputs, job->unit), all_threads = (size_t)pk_threads(job->context);
+    const size_t units = pk__blocks(job->outputs, job->unit);
+    const size_t tasks = pk__most(blocks, job->window.lanes * pk__least(steps, windows[0]));
+    const size_t all_threads = pk__least((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);
     /* Where nothing has to be saved: */
@@ -18148,9 +18636,9 @@ static void pk__fill_gram(pk__job *job)
 {
     const size_t in = job->graph->input_width, N = job->run->examples;
     const size_t blocks = pk__blocks(N, PK_EXAMPLE_BLOCK);
-    const int threads = (int)job->plan.threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t b = 0; b < blocks; b++) {
+    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk__worker *worker = &job->workers[pk__thread()];
         size_t first = b * PK_EXAMPLE_BLOCK, count = pk__least(PK_EXAMPLE_BLOCK, N - first);
         int64_t items[PK_EXAMPLE_BLOCK];
@@ -18161,6 +18649,7 @@ static void pk__fill_gram(pk__job *job)
             pk__gemm(0, 1, pk__least(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
                      worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
     }
+    pk__team_end(&team);
 }
 
 /* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
@@ -18173,9 +18662,9 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     if (status)
         return status;
     const pk_line line = {job->window.weights, NULL, NULL};
-    const int threads = (int)job->plan.threads;
-    PK__PARALLEL_FOR(threads)
-    for (size_t b = 0; b < blocks; b++) {
+    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
         pk_tape *tape = &integrator->segment.tape;
         size_t first = b * job->block, count = pk__least(job->block, rows - first);
@@ -18187,6 +18676,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
                 h[(first + r) * outputs + k] = integrator->h[k];
         }
     }
+    pk__team_end(&team);
     return PK_OK;
 }
 
@@ -18359,10 +18849,11 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         status = pk_window_visit(job->context, &job->window, w);
         if (status)
             return status;
-        const int threads = (int)job->plan.threads;
-        PK__PARALLEL_FOR(threads)
-        for (size_t b = 0; b < blocks; b++)
+        pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+        PK__PARALLEL(team)
+        for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team))
             pk__block_window(&job->workers[pk__thread()], b, first, count);
+        pk__team_end(&team);
         job->next_carry = job->window.forms[0].carry;
     }
     return PK_OK;
@@ -18733,16 +19224,22 @@ static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
     return lane;
 }
 
+/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
+static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
+{
+    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
+}
+
 /* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
 static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
 {
     return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
-                       : side->factors + side->capacity * layer->left_at + row * layer->left;
+                       : pk__gram_factors(side, layer->left_at, row * layer->left);
 }
 
 static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
 {
-    return side->factors + side->capacity * layer->right_at + row * layer->right;
+    return pk__gram_factors(side, layer->right_at, row * layer->right);
 }
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
@@ -18830,11 +19327,14 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
         parts += pk__blocks(sides[s].rows, gram->part);
     }
     room.forward.threads = threads;
+    room.forward.context = gram->context;
     pk_tape_forward(&room.forward, &line, rows, inputs);
     if (threads > 1) {
-        PK__PARALLEL_FOR(threads)
-        for (size_t part = 0; part < parts; part++)
+        pk__team team = pk__team_of(gram->context, threads, parts);
+        PK__PARALLEL(team)
+        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
             pk__gram_back(gram, &room.forward, sides, part, pk__thread());
+        pk__team_end(&team);
     } else { /* no region of one thread inside one of several: that would be its thread 0 */
         for (size_t part = 0; part < parts; part++)
             pk__gram_back(gram, &room.forward, sides, part, lane);
@@ -18854,9 +19354,11 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
         for (size_t pass = 0; pass < passes; pass++)
             pk__gram_pass(gram, side, other, pass, workers, 0);
     } else {
-        PK__PARALLEL_FOR(workers)
-        for (size_t pass = 0; pass < passes; pass++)
+        pk__team team = pk__team_of(gram->context, workers, passes);
+        PK__PARALLEL(team)
+        for (size_t pass = pk__first_task(&team); pass < passes; pass = pk__next_task(&team))
             pk__gram_pass(gram, side, other, pass, 1, pk__thread());
+        pk__team_end(&team);
     }
 }
 
@@ -18978,9 +19480,12 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
         if (status)
             return status;
-        PK__PARALLEL_FOR(workers)
-        for (size_t t = start; t < end; t++) {
+        const size_t count = end - start;
+        pk__team team = pk__team_of(gram->context, workers, count);
+        PK__PARALLEL(team)
+        for (size_t task = pk__first_task(&team); task < count; task = pk__next_task(&team)) {
             pk__gram_lane lane = pk__gram_lane_of(gram, pk__thread());
+            const size_t t = start + task;
             size_t i = t / across, j = t % across;
             if (half) {
                 i = 0;
@@ -18994,6 +19499,7 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
             size_t *bad = &gram->bad[pk__thread()];
             *bad = pk__least(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
         }
+        pk__team_end(&team);
         gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
                       (gram->symmetric && !half ? 2 : 1);
     }
@@ -19084,6 +19590,8 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     return PK_OK;
 }
 
+enum { PK__OPERATION_TILES = 8 };
+
 /* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
 static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
 {
@@ -19099,6 +19607,12 @@ static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows
                         2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
     size_t threads = (size_t)pk_threads(context), bytes = 0;
     threads = work / 1048576 < (double)threads ? pk__most(1, (size_t)(work / 1048576)) : threads;
+    /* No more than the tiles, the passes back, or what an operation is cut into. */
+    size_t tasks = 0;
+    if (!pk__multiply(pk__blocks(x, gram->tile), pk__blocks(y, gram->tile), &tasks))
+        tasks = threads;
+    tasks = pk__most(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
+    threads = pk__least(threads, pk__most(tasks, PK__OPERATION_TILES));
     if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
         return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
     if (!limit)
