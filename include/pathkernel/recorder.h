@@ -240,9 +240,10 @@ static void pk__recorder_write_state(const pk_recorder *recorder)
     const int folder = recorder->lock - 1;
     unsigned char header[PK__NPY_ROOM];
     const pk_array array = pk_array_view(PK_FLOAT64, 1, &numbers, recorder->resume_state);
-    const size_t room = pk__npy_header(&array, 0, header);
+    const size_t room = pk__npy_header(&array, 0, 0, header);
+    const char *kind;
     (void)unlinkat(folder, unfinished, 0);
-    int file = openat(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    int file = pk__open_regular(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL, &kind);
     if (file < 0)
         return;
     int good = pk__write_at(file, header, room, 0) &&
