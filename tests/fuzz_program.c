@@ -16,9 +16,9 @@ static inline int fuzz_no_exec(void)
     errno = ENOSYS;
     return -1;
 }
-#define execv(path, arguments) fuzz_no_exec()
-#define execvp(path, arguments) fuzz_no_exec()
-#define execve(path, arguments, environment) fuzz_no_exec()
+#define execv(path, arguments) ((void)(path), (void)(arguments), fuzz_no_exec())
+#define execvp(path, arguments) ((void)(path), (void)(arguments), fuzz_no_exec())
+#define execve(path, arguments, environment) ((void)(path), (void)(arguments), fuzz_no_exec())
 #define main fuzz_program_main
 #include "../examples/decompose.c"
 #undef main
