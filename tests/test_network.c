@@ -591,7 +591,7 @@ static void test_shared_arrays(void **state)
             assert_refused(&context, PK_SHAPE, "20000x4",
                            pk_network_parse_with(&context, text, &constants, &graph));
         else if (kind == 2)
-            assert_refused(&context, PK_SHAPE, "standardize",
+            assert_refused(&context, PK_SHAPE, "one of means and one of variances",
                            pk_network_parse_with(&context, text, &constants, &graph));
         pk_graph_release(&context, &graph);
         assert_int_equal(context.memory_used, 0);
