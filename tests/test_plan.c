@@ -516,7 +516,7 @@ static void test_mnist(void **state)
     for (int tight = 0; tight < 2; tight++) {
         pk_decomposition got;
         const size_t held = context.memory_used;
-        context.memory_limit = (tight ? EITHER(44, 22) : 512) * megabyte;
+        context.memory_limit = (tight ? EITHER(40, 22) : 512) * megabyte;
         context.memory_peak = held;
         assert_ok(&context, pk_decompose_plan(&context, &run, 2, &options, 0, &plan));
         assert_ok(&context, pk_decompose(&context, &run, pk_matrix_view(inputs, 2, PIXELS), &options, &got));

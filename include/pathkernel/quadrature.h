@@ -252,8 +252,8 @@ static size_t pk__piece_capacity(size_t rows)
     return 64 * rows + 1024;
 }
 
-/* Halvings a row may cost in one step; an unreachable target or a NaN must end. */
-enum { PK__HALVINGS = 512 };
+/* Halvings a row may cost in one step; an unreachable target or a NaN must end. Of these, at one time: */
+enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
 
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
 {
@@ -272,8 +272,8 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     memset(integrator, 0, sizeof *integrator);
     points = pk__most(points, PK_GAUSS_NODES + 2);
     pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
-    pk_pieces_take(arena, rows + 2 * PK__HALVINGS * rows, &integrator->pending);
-    pk_pieces_take(arena, rows + 2 * PK__HALVINGS * rows, &integrator->failed);
+    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
+    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
     pk_pieces_take(arena, pieces, &integrator->pieces);
     integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);

@@ -30,11 +30,11 @@ enum { PK_SEGMENT_DEGREE = 12 };
 typedef struct pk_piece {
     size_t row;
     double a, b, slack_a, slack_b;
-    int joined; /* there is no kink at a: the piece in front goes on smoothly */
-    /* Of a piece that the quadrature halves, see quadrature.h: */
+    /* Of a piece that the quadrature judges and halves, see quadrature.h: */
     double error, size;        /* of its last test */
     double family, reference;  /* of a piece it has come from by halving: its a and its error */
     int age;                   /* halvings since then */
+    int joined; /* there is no kink at a: the piece in front goes on smoothly */
 } pk_piece;
 
 typedef struct pk_pieces {
