@@ -11,6 +11,7 @@
  *    two changes between the samples.
  * 3. Between kinks: Gauss-Legendre with 8 nodes, halved until the Jacobian of the halves is that of the whole. What the
  *    last halving still changed, and rounding, is summed up for every entry: the accuracy that the result states.
+ *    A step whose integral does not explain the change of the outputs (to 1e-14) is sampled anew, more finely.
  *
  *     go_result truth;
  *     go_decompose(&run, rows, inputs, &truth);       a pk_run of the library under test
@@ -24,7 +25,13 @@
 
 #define GO_FUNCTION static inline
 
-enum { GO_NODES = 8, GO_SAMPLES = 48, GO_DEPTH = 40, GO_MOST = 60000 /* evaluations a row and step */ };
+enum {
+    GO_NODES = 8,
+    GO_SAMPLES = 48 /* of the choices, at first */,
+    GO_DEPTH = 40,
+    GO_ATTEMPTS = 4,
+    GO_MOST = 15000 /* evaluations a row and step, at first */
+};
 
 /* ---- numbers that know where they came from ---- */
 
@@ -526,6 +533,8 @@ typedef struct go_path {
     bf_real *total, *error;                   /* C x P: the integral, and what the last halvings changed */
     bf_real *kinks;
     size_t kink_count, kink_capacity, evaluations, missed /* panels that did not settle */;
+    size_t samples, most; /* of the choices; of the evaluations */
+    int least_depth;      /* panels are halved so often at least */
 } go_path;
 
 GO_FUNCTION void go_path_at(go_path *path, bf_real t)
@@ -562,8 +571,8 @@ GO_FUNCTION void go_split(go_path *path, bf_real low, const int *at_low, bf_real
     if (!bytes || memcmp(at_low, at_high, bytes) == 0)
         return;
     const bf_real middle = (low + high) / 2;
-    if (middle <= low || middle >= high || high - low < BF_EPSILON / 16 || path->evaluations > GO_MOST) {
-        path->missed += path->evaluations > GO_MOST;
+    if (middle <= low || middle >= high || high - low < BF_EPSILON / 16 || path->evaluations > path->most) {
+        path->missed += path->evaluations > path->most;
         go_kink(path, high);
         return;
     }
@@ -609,29 +618,29 @@ GO_FUNCTION void go_dip(go_path *path, size_t j, bf_real t, bf_real h, const int
 /* The sorted kinks inside (0, 1). One sample beyond either end shows dips at the ends. */
 GO_FUNCTION void go_find_kinks(go_path *path)
 {
-    enum { SAMPLES = GO_SAMPLES + 3 };
-    const bf_real h = 1 / (bf_real)GO_SAMPLES;
-    int *choices[SAMPLES];
+    const size_t samples = path->samples + 3;
+    const bf_real h = 1 / (bf_real)path->samples;
     path->kink_count = 0;
     go_path_at(path, 0);
     const size_t K = path->tape.choices;
     if (!K)
         return;
-    bf_real *margins = BF_NEW(bf_real, SAMPLES * K);
-    for (int k = 0; k < SAMPLES; k++)
-        choices[k] = go_choices_at(path, (bf_real)(k - 1) * h, margins + (size_t)k * K);
-    for (int k = 1; k + 2 < SAMPLES; k++)
+    bf_real *margins = BF_NEW(bf_real, samples * K);
+    int **choices = BF_NEW(int *, samples);
+    for (size_t k = 0; k < samples; k++)
+        choices[k] = go_choices_at(path, ((bf_real)k - 1) * h, margins + k * K);
+    for (size_t k = 1; k + 2 < samples; k++)
         go_split(path, (bf_real)(k - 1) * h, choices[k], (bf_real)k * h, choices[k + 1]);
     for (size_t j = 0; j < K; j++)
-        for (size_t k = 1; k + 1 < SAMPLES; k++) {
+        for (size_t k = 1; k + 1 < samples; k++) {
             const bf_real a = margins[(k - 1) * K + j], b = margins[k * K + j], c = margins[(k + 1) * K + j];
             if (choices[k - 1][j] == choices[k][j] && choices[k + 1][j] == choices[k][j] && b <= a && b <= c &&
                 b > 0 && b <= 4 * (a + c - 2 * b))
                 go_dip(path, j, ((bf_real)k - 1) * h, h, choices[k - 1], choices[k], choices[k + 1]);
         }
-    for (int k = 0; k < SAMPLES; k++)
+    for (size_t k = 0; k < samples; k++)
         free(choices[k]);
-    free(margins);
+    free(choices), free(margins);
     if (path->kink_count)
         qsort(path->kinks, path->kink_count, sizeof *path->kinks, bf_compare);
 }
@@ -664,7 +673,7 @@ GO_FUNCTION void go_integrate(go_path *path, bf_real low, bf_real high, bf_real 
     for (size_t i = 0; i < size; i++)
         change = BF_MATH(fmax)(change, BF_MATH(fabs)(left[i] + right[i] - whole[i]));
     const int settled = change <= 1024 * BF_EPSILON * path->scale * (high - low) + BF_EPSILON * path->scale;
-    if (!settled && depth < GO_DEPTH && path->evaluations <= GO_MOST) {
+    if ((!settled || depth < path->least_depth) && depth < GO_DEPTH && path->evaluations <= path->most) {
         free(whole);
         go_integrate(path, low, middle, left, depth + 1);
         go_integrate(path, middle, high, right, depth + 1);
@@ -678,26 +687,61 @@ GO_FUNCTION void go_integrate(go_path *path, bf_real low, bf_real high, bf_real 
     free(whole), free(left), free(right);
 }
 
-/* path->total and path->error of one row's step from `from` along path->change; -> the pieces between kinks */
+/* How far the integral is from explaining the change of the outputs over the step, relative to its parts. */
+GO_FUNCTION bf_real go_gap(go_path *path)
+{
+    const size_t C = path->tape.graph->output_width, P = path->tape.graph->parameters;
+    bf_real *change = BF_NEW(bf_real, C), worst = 0;
+    for (int end = 0; end < 2; end++) {
+        go_path_at(path, end);
+        for (size_t c = 0; c < C; c++)
+            change[c] += (end ? 1 : -1) * path->tape.value[path->tape.graph->node_count - 1][c].value;
+    }
+    for (size_t c = 0; c < C; c++) {
+        bf_real sum = 0, parts = BF_MATH(fabs)(path->tape.value[path->tape.graph->node_count - 1][c].value);
+        for (size_t p = 0; p < P; p++) {
+            sum += path->total[c * P + p] * path->change[p];
+            parts += BF_MATH(fabs)(path->total[c * P + p] * path->change[p]);
+        }
+        if (change[c] != sum)
+            worst = BF_MATH(fmax)(worst, BF_MATH(fabs)(change[c] - sum) / parts);
+    }
+    free(change);
+    return worst;
+}
+
+/* path->total and path->error of one row's step from `from` along path->change; -> the pieces between kinks. A spike
+ * between the nodes of two rules goes unseen; where the integral does not explain the change of the outputs, the step is
+ * looked at more closely. */
 GO_FUNCTION size_t go_path_jacobian(go_path *path, const pk_real *data)
 {
-    const size_t size = path->tape.graph->output_width * path->tape.graph->parameters;
-    bf_real low = 0;
+    const size_t size = path->tape.graph->output_width * path->tape.graph->parameters, missed = path->missed;
     size_t pieces = 0;
     path->data = data;
-    path->scale = 0;
-    path->evaluations = 0;
-    memset(path->total, 0, size * sizeof *path->total);
-    memset(path->error, 0, size * sizeof *path->error);
-    go_find_kinks(path);
-    for (size_t k = 0; k <= path->kink_count; k++) {
-        const bf_real high = k < path->kink_count ? path->kinks[k] : 1;
-        if (high > low) {
-            go_integrate(path, low, high, go_panel(path, low, high), 0);
-            low = high;
-            pieces++;
+    for (int attempt = 0; attempt < GO_ATTEMPTS; attempt++) {
+        bf_real low = 0;
+        path->samples = (size_t)GO_SAMPLES << 2 * attempt;
+        path->least_depth = 1 + 3 * attempt;
+        path->most = (size_t)GO_MOST << attempt;
+        path->scale = 0;
+        path->evaluations = 0;
+        path->missed = missed;
+        pieces = 0;
+        memset(path->total, 0, size * sizeof *path->total);
+        memset(path->error, 0, size * sizeof *path->error);
+        go_find_kinks(path);
+        for (size_t k = 0; k <= path->kink_count; k++) {
+            const bf_real high = k < path->kink_count ? path->kinks[k] : 1;
+            if (high > low) {
+                go_integrate(path, low, high, go_panel(path, low, high), 0);
+                low = high;
+                pieces++;
+            }
         }
+        if (go_gap(path) <= 1e5L * BF_EPSILON)
+            return pieces;
     }
+    path->missed++;
     return pieces;
 }
 
@@ -739,7 +783,8 @@ GO_FUNCTION void go_path_free(go_path *path)
 /* ---- the decomposition of a run ---- */
 
 typedef struct go_result {
-    size_t rows, outputs, examples, steps, layers, pieces, missed;
+    size_t rows, outputs, examples, steps, layers, pieces, evaluations;
+    size_t missed; /* > 0: some step is too rough for this oracle, nothing here is to be used */
     bf_real *by_example, *accuracy;                                   /* M x C x N: entries, and how far off they may be */
     bf_real *by_step, *by_layer;                                      /* M x C x (S | layers) */
     bf_real *decay, *unattributed, *closure, *initial, *final_output; /* M x C */
@@ -868,10 +913,13 @@ GO_FUNCTION void go_decompose(const pk_run *run, size_t rows, const pk_real *inp
         bf_advance_decay(&settings, s, w, denominator, decay, m + (N + S) * P, update + (N + S) * P);
         for (size_t p = 0; p < P; p++)
             rest[p] = path.change[p] - data[p] - update[(N + S) * P + p];
-        for (size_t r = 0; r < rows; r++) {
+        for (size_t r = 0; r < rows && !out->missed; r++) {
             out->pieces += go_path_jacobian(&path, inputs + r * D);
+            out->evaluations += path.evaluations;
             out->missed += path.missed;
             path.missed = 0;
+            if (out->missed)
+                continue;
             for (size_t c = 0; c < C; c++) {
                 const size_t cell = r * C + c;
                 const bf_real *phi = path.total + c * P, *error = path.error + c * P;
