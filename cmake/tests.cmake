@@ -14,7 +14,7 @@ endif()
 set(tests context parallel micro matrix random array dataset graph image convolution_shapes norm sequence network loss
     autodiff
     optimizer trajectory replay train segment quadrature tangent plan decompose_exact decompose_options
-    decompose_image decompose_places decompose_networks decompose_entries scales kernel elementary bounds allocation
+    decompose_image decompose_places decompose_networks decompose_entries scales rough_runs kernel elementary bounds allocation
     determinism environment kill program corpus)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/test_*.c" ${sources})

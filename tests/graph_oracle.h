@@ -11,7 +11,7 @@
  *    two changes between the samples.
  * 3. Between kinks: Gauss-Legendre with 8 nodes, halved until the Jacobian of the halves is that of the whole. What the
  *    last halving still changed, and rounding, is summed up for every entry: the accuracy that the result states.
- *    A step whose integral does not explain the change of the outputs (to 1e-14) is sampled anew, more finely.
+ *    A step whose integral does not explain the change of the outputs (to 1e-13) is sampled anew, more finely.
  *
  *     go_result truth;
  *     go_decompose(&run, rows, inputs, &truth);       a pk_run of the library under test
@@ -29,7 +29,7 @@ enum {
     GO_NODES = 8,
     GO_SAMPLES = 48 /* of the choices, at first */,
     GO_DEPTH = 40,
-    GO_ATTEMPTS = 4,
+    GO_ATTEMPTS = 3,
     GO_MOST = 15000 /* evaluations a row and step, at first */
 };
 
@@ -564,21 +564,29 @@ GO_FUNCTION void go_kink(go_path *path, bf_real t)
     path->kinks[path->kink_count++] = t;
 }
 
-/* All places in (low, high) at which choices change, to the last bit. */
-GO_FUNCTION void go_split(go_path *path, bf_real low, const int *at_low, bf_real high, const int *at_high)
+/* All places in (low, high) at which choices change, to the last bit. flickers (NULL at first) counts those of a short
+ * interval: where a pre-activation has a double zero its sign is rounding, and a few of its changes will do. */
+GO_FUNCTION void go_split(go_path *path, bf_real low, const int *at_low, bf_real high, const int *at_high,
+                          int *flickers)
 {
     const size_t bytes = path->tape.choices * sizeof *at_low;
+    const bf_real middle = (low + high) / 2;
+    int own = 0;
     if (!bytes || memcmp(at_low, at_high, bytes) == 0)
         return;
-    const bf_real middle = (low + high) / 2;
-    if (middle <= low || middle >= high || high - low < BF_EPSILON / 16 || path->evaluations > path->most) {
+    if (!flickers && high - low < 1e-8)
+        flickers = &own;
+    if (middle <= low || middle >= high || high - low < BF_EPSILON / 16 || (flickers && *flickers > 16) ||
+        path->evaluations > path->most) {
         path->missed += path->evaluations > path->most;
+        if (flickers)
+            ++*flickers;
         go_kink(path, high);
         return;
     }
     int *at_middle = go_choices_at(path, middle, NULL);
-    go_split(path, low, at_low, middle, at_middle);
-    go_split(path, middle, at_middle, high, at_high);
+    go_split(path, low, at_low, middle, at_middle, flickers);
+    go_split(path, middle, at_middle, high, at_high, flickers);
     free(at_middle);
 }
 
@@ -597,11 +605,11 @@ GO_FUNCTION void go_dip(go_path *path, size_t j, bf_real t, bf_real h, const int
             const int found = here[j] != at[j];
             if (found && probe[k] > 0 && probe[k] < 1) {
                 if (probe[k] < t) {
-                    go_split(path, t - h, before, probe[k], here);
-                    go_split(path, probe[k], here, t, at);
+                    go_split(path, t - h, before, probe[k], here, NULL);
+                    go_split(path, probe[k], here, t, at, NULL);
                 } else {
-                    go_split(path, t, at, probe[k], here);
-                    go_split(path, probe[k], here, t + h, after);
+                    go_split(path, t, at, probe[k], here, NULL);
+                    go_split(path, probe[k], here, t + h, after, NULL);
                 }
             }
             free(here);
@@ -630,7 +638,7 @@ GO_FUNCTION void go_find_kinks(go_path *path)
     for (size_t k = 0; k < samples; k++)
         choices[k] = go_choices_at(path, ((bf_real)k - 1) * h, margins + k * K);
     for (size_t k = 1; k + 2 < samples; k++)
-        go_split(path, (bf_real)(k - 1) * h, choices[k], (bf_real)k * h, choices[k + 1]);
+        go_split(path, (bf_real)(k - 1) * h, choices[k], (bf_real)k * h, choices[k + 1], NULL);
     for (size_t j = 0; j < K; j++)
         for (size_t k = 1; k + 1 < samples; k++) {
             const bf_real a = margins[(k - 1) * K + j], b = margins[k * K + j], c = margins[(k + 1) * K + j];
@@ -738,7 +746,7 @@ GO_FUNCTION size_t go_path_jacobian(go_path *path, const pk_real *data)
                 pieces++;
             }
         }
-        if (go_gap(path) <= 1e5L * BF_EPSILON)
+        if (go_gap(path) <= 1000000 * BF_EPSILON)
             return pieces;
     }
     path->missed++;

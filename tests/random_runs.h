@@ -588,6 +588,7 @@ typedef struct rr_verdict {
     double largest;        /* entry */
     double error;          /* the worst |error| / largest entry */
     double excess;         /* the worst |error| / bound */
+    double loosest;        /* the largest bound / largest entry */
     double *looseness;     /* entries: bound / max(|error|, rounding); 0: no bound is needed */
     double closure;        /* the worst |closure| / largest entry */
     double row_closure;    /* the worst |closure| / max(|initial|, |final|, |entry|) of a row's output */
@@ -638,6 +639,7 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
         verdict->error = fmax(verdict->error, error / largest);
         if (!bounds)
             continue;
+        verdict->loosest = fmax(verdict->loosest, got.bounds[i] / largest);
         const double beyond = error - (double)truth->accuracy[i], factor = beyond <= 0 ? 0 : beyond / got.bounds[i];
         if (!(factor <= 1))
             verdict->above++;

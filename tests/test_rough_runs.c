@@ -1,0 +1,59 @@
+/* Random runs (random_runs.h) that once went wrong: steps so rough that pieces ran out or met rounding, pieces that were
+ * accepted although they had missed their target and were not in the bounds, bounds that said nothing where a
+ * pre-activation has a double zero. Found by bounds_campaign, which runs any number of others. */
+#include "random_runs.h"
+
+/* The entries' bounds hold at every tolerance; at 1e-10 the run closes with no more nodes than brute force takes. */
+static void check(uint64_t seed, double loosest)
+{
+    static const double tolerances[] = {1e-2, 1e-5, 1e-7, 1e-10};
+    rr_run r;
+    go_result truth;
+    rr_verdict v;
+    rr_make(seed, RR_ANY, &r);
+    go_decompose(&r.run, r.rows, r.inputs, &truth);
+    assert_int_equal(truth.missed, 0);
+    for (int t = 0; t < 4; t++) {
+        rr_compare(&r, &truth, tolerances[t], 1, &v);
+        free(v.looseness);
+        print_message("seed %d, %.0e: error %.1e of the largest entry, worst %.2g of its bound, closure %.2g of the sum "
+                      "of bounds, largest bound %.1e, %zu nodes (brute force %zu)%s\n",
+                      (int)seed, tolerances[t], v.error, v.excess, v.open_factor, v.loosest, v.points,
+                      truth.evaluations, v.status ? ", NOT CLOSED" : "");
+        assert_int_equal(v.above, 0);
+        assert_int_equal(v.wide_open, 0);
+        if (tolerances[t] > 1e-10)
+            continue;
+        assert_int_equal(v.status, PK_OK);
+        assert_true(v.error <= 1e-10);
+        assert_true(v.points <= truth.evaluations);
+        assert_true(v.loosest <= loosest);
+    }
+    go_result_free(&truth);
+    rr_free(&r);
+}
+
+#define ROUGH(seed, loosest)                    \
+    static void test_seed_##seed(void **state)  \
+    {                                           \
+        (void)state;                            \
+        check(seed, loosest);                   \
+    }
+ROUGH(735, 1e-8)  /* attention, large steps: pieces run out, entries off by 2e-3, above their bounds */
+ROUGH(386, 1e-8)  /* the same behind an rms_norm, outputs of 1e9 */
+ROUGH(1382, 1e-8) /* rms_norm and sine: closes, but with 86,000 nodes, bounds above 1e-10 */
+ROUGH(1743, 1e-8) /* a step that is off by more than its largest entry */
+ROUGH(1754, 1e-8) /* a blank row: a switch that starts at zero, bounds of 0.08 of the largest entry */
+ROUGH(1024, 1e-8) /* branches that start at zero, outputs of 1e-10 */
+
+int main(void)
+{
+#ifdef PATHKERNEL_FLOAT
+    print_message("nothing to do: these runs and their tolerances are for double\n");
+    return 0;
+#endif
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_seed_735),  cmocka_unit_test(test_seed_386),
+                                       cmocka_unit_test(test_seed_1382), cmocka_unit_test(test_seed_1743),
+                                       cmocka_unit_test(test_seed_1754), cmocka_unit_test(test_seed_1024)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
