@@ -36,7 +36,8 @@ static void add(const rr_verdict *v, tally *t)
     for (size_t i = 0; i < v->entries; i++) {
         if (!(v->looseness[i] > 0))
             continue;
-        t->looseness = (double *)go_grow(t->looseness, t->loose_count, &t->loose_capacity, sizeof *t->looseness);
+        t->looseness =
+            (double *)go_grow(t->looseness, t->loose_count, &t->loose_capacity, sizeof *t->looseness);
         t->looseness[t->loose_count++] = v->looseness[i];
     }
 }
@@ -70,7 +71,8 @@ static int broken(const rr_verdict *v, double tolerance)
 
 static void describe(const rr_run *r, const go_result *truth)
 {
-    printf("seed %llu %s: %s\n    %s, %s; P %zu, %zu steps, %zu examples, %zu rows; scale %.1e, pace %.1e; %zu pieces%s\n",
+    printf("seed %llu %s: %s\n    %s, %s; P %zu, %zu steps, %zu examples, %zu rows; scale %.1e, pace %.1e; %zu "
+           "pieces%s\n",
            (unsigned long long)r->seed, kinds[r->kind], r->network, r->optimizer, pk_loss_name(r->run.loss),
            r->run.parameters, r->run.steps, r->run.examples, r->rows, r->scale, r->pace, truth->pieces,
            truth->missed ? "; THE ORACLE DID NOT SETTLE" : "");
@@ -78,11 +80,13 @@ static void describe(const rr_run *r, const go_result *truth)
 
 static void tell(const rr_verdict *v, double tolerance)
 {
-    printf("    at %.0e: error %.1e of the largest entry (%.1e, oracle %.0e), %zu of %zu entries above their bound, by up to %.3g; "
-           "closure %.1e of it, %zu of %zu above the sum of bounds (%zu not by rounding, by up to %.3g); others %.1e; %zu nodes, %zu pieces, "
+    printf("    at %.0e: error %.1e of the largest entry (%.1e, oracle %.0e), %zu of %zu entries above their "
+           "bound, by up to %.3g; "
+           "closure %.1e of it, %zu of %zu above the sum of bounds (%zu not by rounding, by up to %.3g); "
+           "others %.1e; %zu nodes, %zu pieces, "
            "%zu refused%s\n",
-           tolerance, v->error, v->largest, v->accuracy, v->above, v->entries, v->excess, v->closure, v->open, v->cells,
-           v->wide_open, v->open_factor, v->others, v->points, v->pieces, v->refused,
+           tolerance, v->error, v->largest, v->accuracy, v->above, v->entries, v->excess, v->closure, v->open,
+           v->cells, v->wide_open, v->open_factor, v->others, v->points, v->pieces, v->refused,
            v->status == PK_NOT_CLOSED ? "; NOT CLOSED" : "");
 }
 
@@ -112,7 +116,8 @@ static int one_run(uint64_t seed, rr_kind kind, int in_full, tally (*tallies)[TO
             memset(&own, 0, sizeof own);
             add(&v, &own);
             looseness_of(&own, &median, &mean, &most);
-            printf("        bound / error: median %.2g, geometric mean %.2g, 99 %% below %.2g; reported closure %.1e\n",
+            printf("        bound / error: median %.2g, geometric mean %.2g, 99 %% below %.2g; reported "
+                   "closure %.1e\n",
                    median, mean, most, v.reported);
             free(own.looseness);
         }
@@ -136,27 +141,31 @@ int main(int count, char **words)
         if (strcmp(words[3], kinds[k]) == 0)
             kind = (rr_kind)k;
     if (count < 3 || count > 4 || (count == 4 && kind == RR_ANY)) {
-        fprintf(stderr, "usage: %s COUNT FIRST_SEED [smooth|linear|mixed], or --seed SEED [smooth|linear|mixed]\n", words[0]);
+        fprintf(stderr,
+                "usage: %s COUNT FIRST_SEED [smooth|linear|mixed], or --seed SEED [smooth|linear|mixed]\n",
+                words[0]);
         return 2;
     }
     const uint64_t runs = single ? 1 : strtoull(words[1], NULL, 10), first = strtoull(words[2], NULL, 10);
     for (uint64_t seed = first; seed < first + runs; seed++)
         bad += (size_t)one_run(seed, kind, single, tallies, &unsettled);
-    printf("%-7s %-9s %5s %7s %13s %9s %9s %13s %9s | %9s %9s %9s | %9s %6s %10s\n", "network", "tolerance", "runs",
-           "entries", "above (runs)", "worst x", "error", "open (wide)", "worst x", "loose med", "geo mean", "99 %", "nodes",
-           "refused", "not closed");
+    printf("%-7s %-9s %5s %7s %13s %9s %9s %13s %9s | %9s %9s %9s | %9s %6s %10s\n", "network", "tolerance",
+           "runs", "entries", "above (runs)", "worst x", "error", "open (wide)", "worst x", "loose med",
+           "geo mean", "99 %", "nodes", "refused", "not closed");
     for (int k = 0; k < RR_KINDS; k++)
         for (int t = 0; t < TOLERANCES; t++) {
             tally *y = &tallies[k][t];
             double median, mean, most;
             looseness_of(y, &median, &mean, &most);
             if (y->runs)
-                printf("%-7s %-9.0e %5zu %7zu %7zu (%3zu) %9.2g %9.1e %6zu (%4zu) %9.2g | %9.2g %9.2g %9.2g | %9zu %6zu %10zu\n",
-                       kinds[k], tolerances[t], y->runs, y->entries, y->above, y->runs_above, y->excess, y->error, y->open,
-                       y->wide_open, y->open_factor, median, mean, most, y->points, y->refused, y->not_closed);
+                printf("%-7s %-9.0e %5zu %7zu %7zu (%3zu) %9.2g %9.1e %6zu (%4zu) %9.2g | %9.2g %9.2g %9.2g | "
+                       "%9zu %6zu %10zu\n",
+                       kinds[k], tolerances[t], y->runs, y->entries, y->above, y->runs_above, y->excess,
+                       y->error, y->open, y->wide_open, y->open_factor, median, mean, most, y->points,
+                       y->refused, y->not_closed);
             free(y->looseness);
         }
-    printf("%llu runs, %zu of them break a promise; the oracle did not settle in %zu\n", (unsigned long long)runs, bad,
-           unsettled);
+    printf("%llu runs, %zu of them break a promise; the oracle did not settle in %zu\n",
+           (unsigned long long)runs, bad, unsettled);
     return bad > 0;
 }

@@ -168,7 +168,8 @@ GO_FUNCTION void go_choose(go_tape *tape, int choice, bf_real margin)
 {
     size_t capacity = tape->choice_capacity;
     tape->choice = (int *)go_grow(tape->choice, tape->choices, &capacity, sizeof *tape->choice);
-    tape->margin = (bf_real *)go_grow(tape->margin, tape->choices, &tape->choice_capacity, sizeof *tape->margin);
+    tape->margin =
+        (bf_real *)go_grow(tape->margin, tape->choices, &tape->choice_capacity, sizeof *tape->margin);
     tape->choice[tape->choices] = choice;
     tape->margin[tape->choices++] = margin;
 }
@@ -223,7 +224,8 @@ GO_FUNCTION void go_conv(go_tape *tape, const pk_node *node, const pk_shape *fro
     for (size_t c = 0; c < groups * out; c++)
         for (size_t row = 0; row < node->shape.dims[1]; row++)
             for (size_t column = 0; column < node->shape.dims[2]; column++) {
-                go_number sum = node->weight_count > biases ? go_weight(tape, node, biases + c) : go_constant(0);
+                go_number sum =
+                    node->weight_count > biases ? go_weight(tape, node, biases + c) : go_constant(0);
                 for (size_t k = 0; k < in; k++) {
                     go_window(x + (c / out * in + k) * plane, from->dims + 1, kernel, a + PK_CONVOLUTION_STRIDE,
                               a + PK_CONVOLUTION_PAD, a + PK_CONVOLUTION_DILATION, row, column, window);
@@ -239,8 +241,8 @@ GO_FUNCTION void go_conv(go_tape *tape, const pk_node *node, const pk_shape *fro
 }
 
 /* max_pool, avg_pool, global_avg_pool: kind 'm', 'a', 'g' */
-GO_FUNCTION void go_pool(go_tape *tape, const pk_node *node, const pk_shape *from, char kind, const go_number *x,
-                         go_number *y)
+GO_FUNCTION void go_pool(go_tape *tape, const pk_node *node, const pk_shape *from, char kind,
+                         const go_number *x, go_number *y)
 {
     static const double ones[2] = {1, 1};
     const double *a = node->attributes;
@@ -347,7 +349,8 @@ GO_FUNCTION void go_attend(go_tape *tape, const pk_node *node, const go_number *
 {
     const size_t tokens = node->shape.dims[0], width = node->shape.dims[1],
                  heads = (size_t)node->attributes[PK_ATTEND_HEADS], depth = width / heads;
-    const int causal = node->attributes[PK_ATTEND_CAUSAL] != 0, shared = node->attributes[PK_ATTEND_SHARED] != 0;
+    const int causal = node->attributes[PK_ATTEND_CAUSAL] != 0,
+              shared = node->attributes[PK_ATTEND_SHARED] != 0;
     const size_t in = shared ? width : 3 * width, key = shared ? 0 : width;
     const bf_real scale = 1 / BF_MATH(sqrt)((bf_real)depth);
     go_number *p = BF_NEW(go_number, tokens);
@@ -355,8 +358,8 @@ GO_FUNCTION void go_attend(go_tape *tape, const pk_node *node, const go_number *
         for (size_t i = 0; i < tokens; i++) {
             const size_t seen = causal ? i + 1 : tokens;
             for (size_t j = 0; j < seen; j++) {
-                const go_number score = go_product(tape, depth, x + i * in + h * depth, 1,
-                                                   x + j * in + key + h * depth, 1, NULL);
+                const go_number score =
+                    go_product(tape, depth, x + i * in + h * depth, 1, x + j * in + key + h * depth, 1, NULL);
                 p[j] = go_mix(tape, scale, score, 0, score, 0);
             }
             go_softmax(tape, seen, 0, p, p);
@@ -404,8 +407,8 @@ GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *n
 }
 
 /* What has no arithmetic of its own; 0: not such an operation. data: the row of the network's inputs. */
-GO_FUNCTION int go_structure(go_tape *tape, const pk_node *node, const char *name, const go_number *x, size_t in,
-                             const pk_real *data, go_number *y)
+GO_FUNCTION int go_structure(go_tape *tape, const pk_node *node, const char *name, const go_number *x,
+                             size_t in, const pk_real *data, go_number *y)
 {
     const size_t width = node->shape.dims[node->shape.rank - 1];
     if (strcmp(name, "flatten") == 0) {
@@ -559,8 +562,7 @@ GO_FUNCTION int *go_choices_at(go_path *path, bf_real t, bf_real *margins)
 
 GO_FUNCTION void go_kink(go_path *path, bf_real t)
 {
-    path->kinks =
-        (bf_real *)go_grow(path->kinks, path->kink_count, &path->kink_capacity, sizeof *path->kinks);
+    path->kinks = (bf_real *)go_grow(path->kinks, path->kink_count, &path->kink_capacity, sizeof *path->kinks);
     path->kinks[path->kink_count++] = t;
 }
 
@@ -793,8 +795,8 @@ GO_FUNCTION void go_path_free(go_path *path)
 typedef struct go_result {
     size_t rows, outputs, examples, steps, layers, pieces, evaluations;
     size_t missed; /* > 0: some step is too rough for this oracle, nothing here is to be used */
-    bf_real *by_example, *accuracy;                                   /* M x C x N: entries, and how far off they may be */
-    bf_real *by_step, *by_layer;                                      /* M x C x (S | layers) */
+    bf_real *by_example, *accuracy; /* M x C x N: entries, and how far off they may be */
+    bf_real *by_step, *by_layer;    /* M x C x (S | layers) */
     bf_real *decay, *unattributed, *closure, *initial, *final_output; /* M x C */
 } go_result;
 
@@ -823,8 +825,10 @@ GO_FUNCTION void go_result_make(const pk_run *run, size_t rows, go_result *out)
     memset(out, 0, sizeof *out);
     out->rows = rows, out->outputs = run->outputs, out->examples = run->examples, out->steps = run->steps;
     out->layers = run->graph.layers;
-    out->by_example = BF_NEW(bf_real, cells * run->examples), out->accuracy = BF_NEW(bf_real, cells * run->examples);
-    out->by_step = BF_NEW(bf_real, cells * run->steps), out->by_layer = BF_NEW(bf_real, cells * run->graph.layers);
+    out->by_example = BF_NEW(bf_real, cells * run->examples),
+    out->accuracy = BF_NEW(bf_real, cells * run->examples);
+    out->by_step = BF_NEW(bf_real, cells * run->steps),
+    out->by_layer = BF_NEW(bf_real, cells * run->graph.layers);
     out->decay = BF_NEW(bf_real, cells), out->unattributed = BF_NEW(bf_real, cells);
     out->closure = BF_NEW(bf_real, cells), out->initial = BF_NEW(bf_real, cells);
     out->final_output = BF_NEW(bf_real, cells);
@@ -848,7 +852,9 @@ GO_FUNCTION bf_run go_settings(const pk_run *run)
             settings.loss = (bf_loss)l;
     if (settings.loss == BF_LOSSES)
         abort();
-    settings.optimizer.rule = run->optimizer.kind == PK_SGD ? BF_SGD : run->optimizer.kind == PK_ADAM ? BF_ADAM : BF_ADAMW;
+    settings.optimizer.rule = run->optimizer.kind == PK_SGD    ? BF_SGD
+                              : run->optimizer.kind == PK_ADAM ? BF_ADAM
+                                                               : BF_ADAMW;
     settings.optimizer.momentum = run->optimizer.momentum;
     settings.optimizer.dampening = run->optimizer.dampening;
     settings.optimizer.weight_decay = run->optimizer.weight_decay;
@@ -892,7 +898,8 @@ GO_FUNCTION void go_decompose(const pk_run *run, size_t rows, const pk_real *inp
         for (size_t p = 0; p < P; p++) {
             w[p] = (bf_real)stored[p];
             path.change[p] = (bf_real)stored[P + p] - w[p];
-            decay[p] = settings.optimizer.rule == BF_ADAMW ? 0 : (bf_real)settings.optimizer.weight_decay * w[p];
+            decay[p] =
+                settings.optimizer.rule == BF_ADAMW ? 0 : (bf_real)settings.optimizer.weight_decay * w[p];
         }
         memset(gradient, 0, N * P * sizeof *gradient);
         memset(sum, 0, P * sizeof *sum);
@@ -937,8 +944,8 @@ GO_FUNCTION void go_decompose(const pk_run *run, size_t rows, const pk_real *inp
                     *(i < N ? out->by_example + cell * N + i : out->by_step + cell * S + (i - N)) +=
                         bf_dot(P, phi, update + i * P);
                     for (size_t p = 0; i < N && p < P; p++)
-                        out->accuracy[cell * N + i] +=
-                            BF_MATH(fabs)(update[i * P + p]) * (error[p] + 256 * BF_EPSILON * BF_MATH(fabs)(phi[p]));
+                        out->accuracy[cell * N + i] += BF_MATH(fabs)(update[i * P + p]) *
+                                                       (error[p] + 256 * BF_EPSILON * BF_MATH(fabs)(phi[p]));
                 }
                 for (size_t l = 0; l < run->graph.layers; l++) {
                     const pk_node *layer = pk_graph_layer(&run->graph, l);

@@ -74,9 +74,10 @@ RR_FUNCTION int rr_smooth_allowed(const rr_text *t)
 
 RR_FUNCTION void rr_activation(rr_text *t)
 {
-    static const char *const smooth[] = {"tanh", "sigmoid", "softplus", "softplus 2.5", "gelu", "silu", "erf",
-                                         "sine", "sine 0.5"};
-    static const char *const kinked[] = {"relu", "relu", "relu", "leaky_relu", "leaky_relu 0.2", "abs", "hard_tanh"};
+    static const char *const smooth[] = {"tanh", "sigmoid", "softplus", "softplus 2.5", "gelu",
+                                         "silu", "erf",     "sine",     "sine 0.5"};
+    static const char *const kinked[] = {"relu",           "relu", "relu",     "leaky_relu",
+                                         "leaky_relu 0.2", "abs",  "hard_tanh"};
     const int kink = t->kind == RR_LINEAR || (t->kind == RR_MIXED && rr_chance(t->random, 0.5));
     rr_say(t, "; %s",
            kink ? kinked[rr_below(t->random, sizeof kinked / sizeof *kinked)]
@@ -97,7 +98,9 @@ RR_FUNCTION void rr_norm(rr_text *t)
 RR_FUNCTION void rr_dense(rr_text *t, size_t width, int zero)
 {
     rr_say(t, "; dense %zu%s%s", width, rr_chance(t->random, 0.25) ? " nobias" : "",
-           zero ? " init=zero" : rr_chance(t->random, 0.08) ? " ntk" : "");
+           zero                         ? " init=zero"
+           : rr_chance(t->random, 0.08) ? " ntk"
+                                        : "");
     t->dims[t->rank - 1] = width;
 }
 
@@ -155,9 +158,11 @@ RR_FUNCTION void rr_conv(rr_text *t, int same, int zero)
     for (int side = 0; side < 2; side++)
         kernel[side] = kernel[side] > t->dims[1 + side] + 2 * pad ? 1 : kernel[side];
     const size_t reach = t->dims[1] < t->dims[2] ? t->dims[1] : t->dims[2];
-    const size_t dilation = !same && kernel[0] == 2 && kernel[1] == 2 && reach > 2 && rr_chance(t->random, 0.3) ? 2 : 1;
-    rr_say(t, "; conv %zu %zux%zu stride=%zu pad=%zu dilation=%zu groups=%zu%s%s", channels, kernel[0], kernel[1],
-           stride, pad, dilation, groups, rr_chance(t->random, 0.25) ? " nobias" : "", zero ? " init=zero" : "");
+    const size_t dilation =
+        !same && kernel[0] == 2 && kernel[1] == 2 && reach > 2 && rr_chance(t->random, 0.3) ? 2 : 1;
+    rr_say(t, "; conv %zu %zux%zu stride=%zu pad=%zu dilation=%zu groups=%zu%s%s", channels, kernel[0],
+           kernel[1], stride, pad, dilation, groups, rr_chance(t->random, 0.25) ? " nobias" : "",
+           zero ? " init=zero" : "");
     t->dims[0] = channels;
     for (int side = 0; side < 2; side++)
         t->dims[1 + side] = (t->dims[1 + side] + 2 * pad - (kernel[side] - 1) * dilation - 1) / stride + 1;
@@ -314,7 +319,9 @@ RR_FUNCTION void rr_optimizer(uint64_t *random, char *text, size_t size)
     case 1: snprintf(text, size, "sgd momentum=%.3g weight_decay=%.3g", momentum, decay); break;
     case 2: snprintf(text, size, "sgd momentum=%.3g dampening=%.3g", momentum, bf_uniform(random)); break;
     case 3: snprintf(text, size, "sgd momentum=%.3g nesterov=1 weight_decay=%.3g", momentum, decay); break;
-    case 4: snprintf(text, size, "adam beta2=%.3g weight_decay=%.3g", 0.9 + 0.099 * bf_uniform(random), decay); break;
+    case 4:
+        snprintf(text, size, "adam beta2=%.3g weight_decay=%.3g", 0.9 + 0.099 * bf_uniform(random), decay);
+        break;
     default: snprintf(text, size, "adamw beta1=%.3g weight_decay=%.3g", 0.5 + 0.45 * bf_uniform(random), decay);
     }
 }
@@ -325,7 +332,7 @@ RR_FUNCTION void rr_inputs(uint64_t *random, size_t vocabulary, size_t count, do
     const int blank = rr_chance(random, 0.1), sparse = rr_chance(random, 0.2);
     for (size_t i = 0; i < count; i++) {
         const double value = bf_normal(random);
-        row[i] = (pk_real)(vocabulary ? (double)rr_below(random, vocabulary)
+        row[i] = (pk_real)(vocabulary                                    ? (double)rr_below(random, vocabulary)
                            : blank || (sparse && rr_chance(random, 0.5)) ? 0
                                                                          : scale * value);
     }
@@ -362,8 +369,8 @@ RR_FUNCTION double rr_room(const rr_run *r, const pk_graph *graph, int together,
 }
 
 /* Trains and records: batches with repeats, weights, clipping, all at random. */
-RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk_loss loss, const pk_dataset *train,
-                          size_t steps, pk_real *weights, const char *directory)
+RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk_loss loss,
+                          const pk_dataset *train, size_t steps, pk_real *weights, const char *directory)
 {
     const size_t P = graph->parameters, N = pk_dataset_examples(train);
     pk_recorder_options options;
@@ -396,8 +403,8 @@ RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk
             items[b] = (int64_t)(full ? b : rr_below(random, N));
             shares[b] = (0.5 + bf_uniform(random)) / (double)batch.count;
         }
-        assert_ok(&r->context, pk_batch_gradient(&r->context, graph, loss, weights, train, &batch, &workspace, NULL,
-                                                 gradient));
+        assert_ok(&r->context, pk_batch_gradient(&r->context, graph, loss, weights, train, &batch, &workspace,
+                                                 NULL, gradient));
         const double clip = clipped ? pk_clip_scale(gradient, P, 0.5 * rr_norm_of(P, gradient)) : 1;
         /* Updates are proportional to the rate: a trial at rate 1 tells the rate that gives the wanted size. */
         memcpy(trial, state, 2 * P * sizeof *state);
@@ -434,7 +441,8 @@ RR_FUNCTION void rr_random_network(uint64_t *random, rr_kind kind, char *text, s
     case 6: *vocabulary = rr_token_network(&t); break;
     default: *vocabulary = rr_vertex_network(&t);
     }
-    rr_say(&t, "; dense %zu%s%s", outputs, rr_chance(random, 0.25) ? " nobias" : "", logarithm ? "; log_softmax" : "");
+    rr_say(&t, "; dense %zu%s%s", outputs, rr_chance(random, 0.25) ? " nobias" : "",
+           logarithm ? "; log_softmax" : "");
 }
 
 /* What a run is made of. */
@@ -472,8 +480,9 @@ RR_FUNCTION rr_recipe rr_plain(const char *network, const char *optimizer, pk_lo
 /* The recipe of a seed, of one kind of network or of any. */
 RR_FUNCTION void rr_choose(uint64_t seed, rr_kind kind, rr_recipe *r)
 {
-    static const pk_loss losses[] = {PK_SQUARED,  PK_MEAN_SQUARED, PK_SOFTMAX_CROSS_ENTROPY, PK_SOFTMAX_CROSS_ENTROPY,
-                                     PK_LOGISTIC, PK_NLL,          PK_HUBER,                 PK_HINGE};
+    static const pk_loss losses[] = {
+        PK_SQUARED, PK_MEAN_SQUARED, PK_SOFTMAX_CROSS_ENTROPY, PK_SOFTMAX_CROSS_ENTROPY, PK_LOGISTIC, PK_NLL,
+        PK_HUBER,   PK_HINGE};
     const pk_constants constants = {rr_load, &seed};
     pk_context context;
     pk_graph graph;
@@ -598,7 +607,7 @@ typedef struct rr_verdict {
     size_t cells, open, wide_open;
     double open_factor;
     size_t points, pieces, refused;
-    double others; /* the worst error of by_step, by_layer, decay, unattributed / largest of all entries */
+    double others;   /* the worst error of by_step, by_layer, decay, unattributed / largest of all entries */
     double accuracy; /* the oracle's, / largest entry */
     size_t worst_entry;
 } rr_verdict;
@@ -609,7 +618,8 @@ RR_FUNCTION double rr_worst(size_t count, const double *got, const bf_real *trut
 }
 
 /* bounds 0: without bounds. The caller frees verdict->looseness. */
-RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance, int bounds, rr_verdict *verdict)
+RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance, int bounds,
+                            rr_verdict *verdict)
 {
     const pk_matrix inputs = pk_matrix_view(r->inputs, r->rows, r->run.graph.input_width);
     const size_t N = truth->examples, cells = truth->rows * truth->outputs;
@@ -628,7 +638,7 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
     verdict->cells = cells;
     verdict->largest = fixture_largest_real(cells * N, truth->by_example);
     verdict->accuracy = fixture_largest_real(cells * N, truth->accuracy);
-    verdict->looseness = BF_NEW(double, cells * N);
+    verdict->looseness = BF_NEW(double, cells *N);
     verdict->points = got.points, verdict->pieces = got.pieces, verdict->refused = got.refused;
     verdict->reported = got.worst_closure;
     const double largest = verdict->largest > 0 ? verdict->largest : 1;
@@ -640,7 +650,8 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
         if (!bounds)
             continue;
         verdict->loosest = fmax(verdict->loosest, got.bounds[i] / largest);
-        const double beyond = error - (double)truth->accuracy[i], factor = beyond <= 0 ? 0 : beyond / got.bounds[i];
+        const double beyond = error - (double)truth->accuracy[i],
+                     factor = beyond <= 0 ? 0 : beyond / got.bounds[i];
         if (!(factor <= 1))
             verdict->above++;
         if (!(factor <= verdict->excess)) {

@@ -38,10 +38,12 @@ static const subject subjects[] = {
     {"input 3x4; attention 2 causal shared nobias; token -1; dense 3", 0},
     {"input 3x3; dense 12; attend 2 causal; dense 3; flatten; dense 3", 0},
     {"input 3x3; dense 4; attend 2 shared; tanh; mean_tokens; dense 3", 0},
-    {"input 3; embedding 5 4; position; residual( layer_norm; attention 2 causal ); residual( layer_norm; dense 5; "
+    {"input 3; embedding 5 4; position; residual( layer_norm; attention 2 causal ); residual( layer_norm; "
+     "dense 5; "
      "gelu; dense 4 ); layer_norm; token -1; dense 3",
      5},
-    {"input 3; embedding 5 4; residual( rms_norm; attention 1 nobias ); residual( rms_norm; dense 5; relu; dense 4 "
+    {"input 3; embedding 5 4; residual( rms_norm; attention 1 nobias ); residual( rms_norm; dense 5; relu; "
+     "dense 4 "
      "init=zero ); mean_tokens; dense 3",
      5},
 };
@@ -73,8 +75,9 @@ static void test_entries(void **state)
             rr_compare(&r, &truth, 0, 0, &v);
             if (v.status || truth.missed || !(v.error <= ROUNDING(1e-11)) || !(v.others <= ROUNDING(1e-11)) ||
                 !(v.closure <= ROUNDING(1e-11)))
-                fail_msg("%s, %s: entries are off by %.3g of the largest, other terms by %.3g, closure %.3g; %s",
-                         recipe.network, recipe.optimizer, v.error, v.others, v.closure, pk_status_text(v.status));
+                fail_msg(
+                    "%s, %s: entries are off by %.3g of the largest, other terms by %.3g, closure %.3g; %s",
+                    recipe.network, recipe.optimizer, v.error, v.others, v.closure, pk_status_text(v.status));
             worst = fmax(worst, v.error), worst_others = fmax(worst_others, v.others);
             worst_oracle = fmax(worst_oracle, v.accuracy);
             free(v.looseness);
@@ -144,8 +147,9 @@ static void test_oracle_is_sound(void **state)
         bf_real *seeds = BF_NEW(bf_real, C), *row = BF_NEW(bf_real, P);
         assert_ok(&r.context, pk_run_weights(&r.context, &r.run, r.run.steps, weights));
         const pk_matrix none = {NULL, 0, 0, 0};
-        assert_ok(&r.context, pk_jacobian(&r.context, &r.run.graph, weights, pk_matrix_view(r.inputs, r.rows, D),
-                                          pk_matrix_view(jacobian, r.rows * C, P), none));
+        assert_ok(&r.context,
+                  pk_jacobian(&r.context, &r.run.graph, weights, pk_matrix_view(r.inputs, r.rows, D),
+                              pk_matrix_view(jacobian, r.rows * C, P), none));
         const double size = fmax(1, (double)fixture_largest(r.rows * C * P, jacobian));
         go_tape_make(&r.run.graph, &tape);
         for (size_t p = 0; p < P; p++)
@@ -158,8 +162,8 @@ static void test_oracle_is_sound(void **state)
             seeds[k % C] = 0;
             for (size_t p = 0; p < P; p++)
                 if (!(fabs((double)(row[p] - (bf_real)jacobian[k * P + p])) <= ROUNDING(1e-12) * size))
-                    fail_msg("seed %d, %s: derivative %zu of output %zu is %.17g, the library's %.17g", (int)seed,
-                             r.network, p, k, (double)row[p], (double)jacobian[k * P + p]);
+                    fail_msg("seed %d, %s: derivative %zu of output %zu is %.17g, the library's %.17g",
+                             (int)seed, r.network, p, k, (double)row[p], (double)jacobian[k * P + p]);
         }
         go_decompose(&r.run, r.rows, r.inputs, &truth);
         for (size_t cell = 0; cell < r.rows * C; cell++) {
@@ -168,7 +172,8 @@ static void test_oracle_is_sound(void **state)
                 allowed += (double)truth.accuracy[cell * truth.examples + i];
                 entries += fabs((double)truth.by_example[cell * truth.examples + i]);
             }
-            allowed += 1e-16 * (entries + fabs((double)truth.final_output[cell]) + fabs((double)truth.decay[cell]) + 1);
+            allowed += 1e-16 *
+                       (entries + fabs((double)truth.final_output[cell]) + fabs((double)truth.decay[cell]) + 1);
             if (!(fabs((double)truth.closure[cell]) <= 10 * allowed))
                 fail_msg("seed %d, %s: the oracle's closure is %.3g", (int)seed, r.network,
                          (double)truth.closure[cell]);
@@ -182,7 +187,7 @@ static void test_oracle_is_sound(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_oracles_agree), cmocka_unit_test(test_oracle_is_sound),
-                                       cmocka_unit_test(test_entries)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_oracles_agree),
+                                       cmocka_unit_test(test_oracle_is_sound), cmocka_unit_test(test_entries)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

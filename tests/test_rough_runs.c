@@ -16,10 +16,11 @@ static void check(uint64_t seed, double loosest)
     for (int t = 0; t < 4; t++) {
         rr_compare(&r, &truth, tolerances[t], 1, &v);
         free(v.looseness);
-        print_message("seed %d, %.0e: error %.1e of the largest entry, worst %.2g of its bound, closure %.2g of the sum "
-                      "of bounds, largest bound %.1e, %zu nodes (brute force %zu)%s\n",
-                      (int)seed, tolerances[t], v.error, v.excess, v.open_factor, v.loosest, v.points,
-                      truth.evaluations, v.status ? ", NOT CLOSED" : "");
+        print_message(
+            "seed %d, %.0e: error %.1e of the largest entry, worst %.2g of its bound, closure %.2g of the sum "
+            "of bounds, largest bound %.1e, %zu nodes (brute force %zu)%s\n",
+            (int)seed, tolerances[t], v.error, v.excess, v.open_factor, v.loosest, v.points, truth.evaluations,
+            v.status ? ", NOT CLOSED" : "");
         assert_int_equal(v.above, 0);
         assert_int_equal(v.wide_open, 0);
         if (tolerances[t] > 1e-10)
@@ -33,11 +34,11 @@ static void check(uint64_t seed, double loosest)
     rr_free(&r);
 }
 
-#define ROUGH(seed, loosest)                    \
-    static void test_seed_##seed(void **state)  \
-    {                                           \
-        (void)state;                            \
-        check(seed, loosest);                   \
+#define ROUGH(seed, loosest)                   \
+    static void test_seed_##seed(void **state) \
+    {                                          \
+        (void)state;                           \
+        check(seed, loosest);                  \
     }
 ROUGH(735, 1e-8)  /* attention, large steps: pieces run out, entries off by 2e-3, above their bounds */
 ROUGH(386, 1e-8)  /* the same behind an rms_norm, outputs of 1e9 */

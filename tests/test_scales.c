@@ -9,7 +9,8 @@ static const char *const networks[] = {
     "input 4; dense 6; relu; dense 5; relu; dense 3",
     "input 1x4x4; conv 2 3x3; abs; max_pool 2 stride=1; flatten; dense 3",
     "input 4; dense 6; tanh; dense 5; relu; dense 3",
-    "input 3x4; residual( rms_norm; attention 2 causal ); residual( dense 5; leaky_relu; dense 4 ); mean_tokens; dense 3",
+    "input 3x4; residual( rms_norm; attention 2 causal ); residual( dense 5; leaky_relu; dense 4 ); "
+    "mean_tokens; dense 3",
 };
 static const char *const optimizers[] = {"sgd", "sgd momentum=0.9", "adam", "adamw"};
 
@@ -38,11 +39,12 @@ static void check(const rr_recipe *recipe, worst *w)
     if (v.status || !(v.error <= ROUNDING(1e-10)) || !(v.others <= ROUNDING(1e-10)) ||
         !(v.row_closure <= ROUNDING(1e-12))) {
         if (!w->failures++)
-            snprintf(w->first, sizeof w->first,
-                     "%s, %s, outputs of %.0e, steps of %.0e: entries (%.3g) are off by %.3g of the largest, other "
-                     "terms by %.3g; the closure is %.3g of the row's scale; %s",
-                     recipe->network, recipe->optimizer, recipe->scale, recipe->pace, v.largest, v.error, v.others,
-                     v.row_closure, pk_status_text(v.status));
+            snprintf(
+                w->first, sizeof w->first,
+                "%s, %s, outputs of %.0e, steps of %.0e: entries (%.3g) are off by %.3g of the largest, other "
+                "terms by %.3g; the closure is %.3g of the row's scale; %s",
+                recipe->network, recipe->optimizer, recipe->scale, recipe->pace, v.largest, v.error, v.others,
+                v.row_closure, pk_status_text(v.status));
     }
     free(v.looseness);
     go_result_free(&truth);
@@ -72,9 +74,10 @@ static void test_scales(void **state)
                             snprintf(recipe.network + strlen(recipe.network), 40, "; scale 1e%d", power);
                         check(&recipe, &w);
                     }
-            print_message("1e%-3d %s: entries %.1e of the largest, other terms %.1e, closures %.1e; %zu of %zu runs fail\n",
-                          power, unscaled ? "by a layer" : "by weights", w.error, w.others, w.closure, w.failures,
-                          w.runs);
+            print_message("1e%-3d %s: entries %.1e of the largest, other terms %.1e, closures %.1e; %zu of %zu "
+                          "runs fail\n",
+                          power, unscaled ? "by a layer" : "by weights", w.error, w.others, w.closure,
+                          w.failures, w.runs);
             if (!failures)
                 memcpy(first, w.first, sizeof first);
             failures += w.failures;
@@ -92,13 +95,14 @@ static void test_small_steps(void **state)
     for (size_t n = 0; n < sizeof networks / sizeof *networks; n++)
         for (size_t o = 0; o < 4; o++)
             for (int power = -8; power <= -3; power++) {
-                rr_recipe recipe = rr_plain(networks[n], optimizers[o], PK_SOFTMAX_CROSS_ENTROPY, 0, 50 + 10 * n + o);
+                rr_recipe recipe =
+                    rr_plain(networks[n], optimizers[o], PK_SOFTMAX_CROSS_ENTROPY, 0, 50 + 10 * n + o);
                 recipe.steps = 5;
                 recipe.pace = pow(10, power);
                 check(&recipe, &w);
             }
-    print_message("entries %.1e of the largest, other terms %.1e, closures %.1e; %zu of %zu runs fail\n", w.error,
-                  w.others, w.closure, w.failures, w.runs);
+    print_message("entries %.1e of the largest, other terms %.1e, closures %.1e; %zu of %zu runs fail\n",
+                  w.error, w.others, w.closure, w.failures, w.runs);
     if (w.failures)
         fail_msg("%zu runs; the first: %s", w.failures, w.first);
 }
