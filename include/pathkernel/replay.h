@@ -159,7 +159,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     part.count = pk__least(whole->count - first, PK__STEP_RANGE);
     part.weights += first;
     part.gradient += first;
-    part.state += part.state ? first : 0;
+    part.state = part.state ? part.state + first : NULL;
     part.update += first;
     pk__optimizer_part(optimizer, &part);
     const pk_real *weights = part.weights;
