@@ -31,7 +31,7 @@ foreach(target IN LISTS targets)
         list(APPEND folders "${corpus}/regressions/${target}")
     endif()
     file(MAKE_DIRECTORY "${found}")
-    add_test(NAME fuzz.${target} COMMAND fuzz -seed=1 -max_total_time=${PATHKERNEL_FUZZ_SECONDS} -timeout=10
+    add_test(NAME fuzz.${target} COMMAND fuzz -seed=1 -max_total_time=${PATHKERNEL_FUZZ_SECONDS} -timeout=60
         -max_len=2048 -rss_limit_mb=2048 -print_final_stats=1 "-dict=${corpus}/dictionary"
         "-artifact_prefix=${failures}/${target}-" ${folders})
     set_tests_properties(fuzz.${target} PROPERTIES LABELS fuzz TIMEOUT ${limit}
