@@ -347,8 +347,11 @@ static void act_train(size_t number)
     pk_context context;
     memset(&context, 0, sizeof context);
     context.threads = 1;
-    if (fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS) != PK_OK)
+    if (fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS) != PK_OK) {
+        fprintf(stderr, "run %zu, call %zu of mode %d: %s\n", number, failing.at, (int)failing.mode,
+                context.message);
         _exit(1);
+    }
 }
 
 /* Killed in front of each call, or inside a write, then resumed and killed again at the next one: no step that was

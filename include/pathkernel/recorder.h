@@ -556,7 +556,8 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     recorder->steps = run.steps;
     recorder->items = run.batch_offsets[run.steps];
     pk_run_release(context, &run); /* before files shrink */
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+    /* What was written last is cut off first: a kill on the way leaves what a kill while recording does. */
+    for (int f = PK__RUN_FILES - 1; f >= 0 && status == PK_OK; f--) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         size_t rows = per_item                ? (size_t)recorder->items
                       : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
