@@ -5,7 +5,7 @@
  */
 #include "fuzz.h"
 
-enum { FUZZ_RUNS = 5, FUZZ_FILES = 20, FUZZ_STEPS = 4, FUZZ_EXAMPLES = 5 };
+enum { FUZZ_RUNS = 5, FUZZ_FILES = 21, FUZZ_EXAMPLES = 5 };
 
 static const char *const fuzz_run_files[FUZZ_FILES] = {"run.txt",
                                                        "weights.npy",
@@ -26,23 +26,24 @@ static const char *const fuzz_run_files[FUZZ_FILES] = {"run.txt",
                                                        "initial_state.npy",
                                                        "run.txt.tmp",
                                                        "weights.npy.tmp",
-                                                       "other.npy"};
+                                                       "other.npy",
+                                                       "resume_state.npy"};
 
 typedef struct fuzz_run {
     const char *network, *optimizer;
     pk_loss loss;
-    size_t batch, keep_every;
+    size_t steps, batch, keep_every;
     int float32, moments;
     double clip;
 } fuzz_run;
 
 static const fuzz_run fuzz_runs[FUZZ_RUNS] = {
-    {"input 2; dense 3; tanh; dense 2", "sgd", PK_SOFTMAX_CROSS_ENTROPY, 2, 1, 0, 0, 0},
-    {"input 2; dense 3; relu; dense 2", "adam", PK_SOFTMAX_CROSS_ENTROPY, 0, 2, 0, 0, 0},
-    {"input 2; dense 2; gelu; dense 2 nobias", "adamw", PK_SQUARED, 3, 1, 1, 1, 0},
-    {"input 2; dense 4; abs; dense 2", "sgd momentum=0.9 weight_decay=0.01", PK_LOGISTIC, 2, 3, 0, 0, 0.5},
+    {"input 2; dense 3; tanh; dense 2", "sgd", PK_SOFTMAX_CROSS_ENTROPY, 4, 2, 1, 0, 0, 0},
+    {"input 2; dense 3; relu; dense 2", "adam", PK_SOFTMAX_CROSS_ENTROPY, 4, 0, 2, 0, 0, 0},
+    {"input 2; dense 2; gelu; dense 2 nobias", "adamw", PK_SQUARED, 4, 3, 1, 1, 1, 0},
+    {"input 2; dense 4; abs; dense 2", "sgd momentum=0.9 weight_decay=0.01", PK_LOGISTIC, 4, 2, 3, 0, 0, 0.5},
     {"input 1; constant table; dense 2; tanh; propagate matrix; select; dense 2", "sgd momentum=0.5",
-     PK_SOFTMAX_CROSS_ENTROPY, 2, 1, 0, 0, 0.1},
+     PK_SOFTMAX_CROSS_ENTROPY, 18, 2, 1, 0, 0, 0.1} /* long enough for a state to resume from */,
 };
 
 typedef struct fuzz_original {
@@ -142,7 +143,7 @@ static const fuzz_original *fuzz_original_run(size_t number)
         memset(&context, 0, sizeof context);
         context.threads = 1;
         fuzz_clear(fuzz_run_path(""));
-        pk_status status = fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS);
+        pk_status status = fuzz_train(&context, &fuzz_runs[number], fuzz_runs[number].steps);
         if (status)
             fprintf(stderr, "%s\n", context.message);
         FUZZ_REQUIRE(status == PK_OK);
@@ -238,7 +239,7 @@ static long fuzz_read_run(pk_context *context)
         return -1;
     long steps = (long)run.steps;
     FUZZ_REQUIRE(run.graph.parameters == run.parameters && run.parameters > 0);
-    if (run.parameters > 400 || run.graph.widest > 64 || run.steps > 16 || run.batch_offsets[run.steps] > 200 ||
+    if (run.parameters > 400 || run.graph.widest > 64 || run.steps > 24 || run.batch_offsets[run.steps] > 200 ||
         run.examples > 64) {
         pk_run_release(context, &run);
         return steps;
@@ -320,7 +321,8 @@ static int fuzz_folder_target(const uint8_t *data, size_t size)
     const long steps = fuzz_read_run(&context);
     FUZZ_REQUIRE(context.memory_used == 0);
     if (first >= 128) {
-        (void)fuzz_refused(&context, fuzz_train(&context, &fuzz_runs[number], FUZZ_STEPS + first % 3));
+        (void)fuzz_refused(&context,
+                           fuzz_train(&context, &fuzz_runs[number], fuzz_runs[number].steps + first % 3));
         FUZZ_REQUIRE(context.memory_used == 0);
         const long after = fuzz_read_run(&context);
         FUZZ_REQUIRE(after >= steps);
