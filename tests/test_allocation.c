@@ -209,6 +209,22 @@ JOB(job_array_map)
     return status;
 }
 
+JOB(job_array_open)
+{
+    WITH;
+    pk_array array;
+    pk_real numbers[6];
+    const size_t dims[1] = {3};
+    pk_status status = pk_array_open(context, m->npy, 0, &array);
+    if (status)
+        return status;
+    status = pk_array_read(context, &array, 3, 6, numbers);
+    if (!status)
+        status = pk_array_check_rows(context, &array, 1, dims, "inputs");
+    pk_array_release(context, &array);
+    return status;
+}
+
 JOB(job_array_write)
 {
     WITH;
@@ -432,6 +448,20 @@ JOB(job_open)
     return status;
 }
 
+JOB(job_recover)
+{
+    WITH;
+    pk_run run;
+    memset(&run, 0, sizeof run);
+    pk_status status = pk_run_recover(context, m->run_path, &run);
+    if (!status)
+        status = pk_run_until(context, &run, 2);
+    if (!status)
+        status = pk_run_check_inputs(context, &run, &m->data.inputs, "inputs");
+    pk_run_release(context, &run);
+    return status;
+}
+
 JOB(job_replay)
 {
     WITH;
@@ -616,6 +646,7 @@ static const struct entry {
 } entries[] = {
     {"pk_allocate pk_release", job_allocate, 1},
     {"pk_array_map pk_array_release", job_array_map, 0},
+    {"pk_array_open pk_array_read pk_array_check_rows", job_array_open, 0},
     {"pk_array_write pk_array_create pk_array_append pk_array_flush pk_array_close pk_array_reopen",
      job_array_write, 0},
     {"pk_dataset_check pk_dataset_rows pk_loss_check pk_loss_parse pk_graph_check_inputs", job_data, 1},
@@ -639,6 +670,7 @@ static const struct entry {
     {"pk_gradient_prepare pk_batch_gradient pk_gradient_release", job_batch_gradient, 1},
     {"pk_optimizer_parse pk_optimizer_check pk_schedule_check", job_optimizer, 0},
     {"pk_run_open pk_run_weights pk_run_second_moments pk_run_release", job_open, 3},
+    {"pk_run_recover pk_run_until pk_run_check_inputs", job_recover, 3},
     {"pk_replay_prepare pk_replay_weights pk_replay_release", job_replay, 1},
     {"pk_recorder_open pk_recorder_step pk_recorder_training_step pk_recorder_close pk_trainer_prepare "
      "pk_training_step pk_trainer_release",
