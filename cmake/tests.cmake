@@ -32,6 +32,7 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
     foreach(test IN LISTS tests)
         add_executable(test_${test}_${variant} tests/test_${test}.c)
         target_link_libraries(test_${test}_${variant} PRIVATE test_${variant})
+        target_compile_options(test_${test}_${variant} PRIVATE -Wno-frame-larger-than) # tests are not the library
         add_test(NAME ${test}.${variant} COMMAND test_${test}_${variant}
             WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}")
         set_tests_properties(${test}.${variant} PROPERTIES LABELS ${variant} TIMEOUT 600
@@ -94,7 +95,7 @@ if(PATHKERNEL_CHECK_HEADERS)
     endif()
     foreach(check IN LISTS header_checks)
         target_link_libraries(${check} PRIVATE pathkernel pathkernel_warnings)
-        target_compile_options(${check} PRIVATE -O0)
+        target_compile_options(${check} PRIVATE -O0 -Wno-frame-larger-than)
     endforeach()
 endif()
 

@@ -77,21 +77,25 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 }
 
 enum {
-    PK__DEPTH = 256,                  /* the most terms of a block */
-    PK__BLOCK_ROWS = 96,              /* with so many terms they stay in the second-level cache, */
-    PK__BLOCK_COLUMNS = 8 * PK_PANEL, /* and so do these */
-    PK__FEW_PANELS = 4,               /* so many panels of rows are few */
-    PK__FEW_NUMBERS = 1 << 12,        /* of B, which stay in the first-level cache as they are */
+    PK__DEPTH = 240,     /* the most terms of a block: a panel of B, 15 KB, is on the stack */
+    PK__BLOCK_ROWS = 96, /* rows of A whose places are in a table, */
+    PK__STRIP_ROWS =
+        384, /* and for which a pair of panels is copied once: they stay in the second-level cache */
+    PK__APART_ROWS = 48,       /* rows of a tile that is not C itself */
+    PK__FEW_PANELS = 4,        /* so many panels of rows are few */
+    PK__FEW_NUMBERS = 1 << 12, /* of B, which stay in the first-level cache as they are */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
 };
 
 /* Terms of a block: a panel of B stays in the first-level cache beside the rows of a tile. Processors with AVX-512 have larger
- * ones, and a tile of one block is done in half the time. */
-static size_t pk__block_terms(void)
+ * ones, and a tile of one block is done in half the time: as few blocks as there can be, all alike. */
+static size_t pk__block_terms(size_t k)
 {
-    return PK__HAS_AVX512 ? PK__DEPTH : PK__DEPTH / 2;
+    if (!PK__HAS_AVX512)
+        return 128;
+    return pk__blocks(pk__blocks(k, pk__blocks(k, PK__DEPTH)), 8) * 8;
 }
 
 #if defined(PK__AVX2) && (defined(__clang__) || __GNUC__ >= 12)
@@ -164,56 +168,133 @@ static int pk__has_few_rows(int transpose_b, size_t m, size_t n)
     return transpose_b && m <= PK__FEW_PANELS * PK_PANEL && m < n;
 }
 
-/* C += alpha A B^T of few rows: B is read where it stands, once, and only the few rows of A are packed. The same terms in
- * the same order as below. */
+/* Terms p ... of some rows of a product: C (+)= alpha A B. What is large stands in functions of its own, none of which takes
+ * more than 16 KB of the stack: of a pair of panels, one has its place in a function, the other one in its caller. */
+typedef struct pk__block {
+    size_t rows, depth;
+    const pk_real *a; /* term p of the first row */
+    size_t row_a, column_a;
+    pk_real alpha;
+    int overwrite;
+    size_t ldc;
+    const size_t *c_at; /* of PK__BLOCK_ROWS rows */
+} pk__block;
+
+/* One panel, or a pair, of B as they are packed, or where they stand. */
+typedef struct pk__pair {
+    size_t count;
+    const pk_real *panel[2];
+    size_t step; /* PK_PANEL: as they are packed */
+} pk__pair;
+
+/* target = terms of rows from row `top` of the block on, times a pair. */
+static void pk__pair_rows(const pk__block *block, const pk__pair *pair, size_t top, size_t rows,
+                          const pk__tile_target *target)
+{
+    const pk_real *a = block->a + top * block->row_a;
+    const pk__panels side = {pair->count, pair->panel[0], pair->step, PK_PANEL, 0};
+    if (pair->step == PK_PANEL)
+        pk__pair_product(rows, block->depth, a, block->row_a, block->column_a, pair->count, pair->panel,
+                         target);
+    else
+        pk__panel_product(rows, block->depth, a, block->row_a, block->column_a, &side, NULL, target);
+}
+
+/* C = or += alpha times the product of a block with a pair, which is made apart: where C does not have its columns in full,
+ * where alpha is not 1, or where C is transposed. */
+PK__NOINLINE static void pk__strip_apart(const pk__block *block, const pk__pair *pair, size_t columns,
+                                         int transposed, pk_real *c)
+{
+    PK__ALIGNED pk_real tile[PK__APART_ROWS * PK__PAIR];
+    size_t tile_at[PK__APART_ROWS];
+    const pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
+    const size_t down = transposed ? 1 : block->ldc, along = transposed ? block->ldc : 1;
+    for (size_t i = 0; i < pk__least(block->rows, PK__APART_ROWS); i++)
+        tile_at[i] = i * PK__PAIR;
+    for (size_t top = 0; top < block->rows; top += PK__APART_ROWS) {
+        const size_t rows = pk__least(block->rows - top, PK__APART_ROWS);
+        pk_real *to = c + top * down;
+        pk__pair_rows(block, pair, top, rows, &target);
+        if (transposed)
+            for (size_t q = 0; q < columns; q++)
+                for (size_t i = 0; i < rows; i++)
+                    to[i + q * along] =
+                        (block->overwrite ? 0 : to[i + q * along]) + block->alpha * tile[i * PK__PAIR + q];
+        else
+            for (size_t i = 0; i < rows; i++)
+                for (size_t q = 0; q < columns; q++)
+                    to[i * down + q] =
+                        (block->overwrite ? 0 : to[i * down + q]) + block->alpha * tile[i * PK__PAIR + q];
+    }
+}
+
+/* The product of a block with a pair. */
+static void pk__strip_product(const pk__block *block, const pk__pair *pair, size_t columns, int transposed,
+                              pk_real *c)
+{
+    if (columns % PK_PANEL || block->alpha != 1 || transposed) {
+        pk__strip_apart(block, pair, columns, transposed, c);
+        return;
+    }
+    pk__tile_target target = {block->overwrite ? PK__TILE_SET : PK__TILE_ADD, c, block->c_at, NULL, NULL, 0};
+    for (size_t top = 0; top < block->rows; top += PK__BLOCK_ROWS) {
+        target.to = c + top * block->ldc;
+        pk__pair_rows(block, pair, top, pk__least(block->rows - top, PK__BLOCK_ROWS), &target);
+    }
+}
+
+/* The same with columns of B that are copied first: the first panel, */
+PK__NOINLINE static void pk__strip_packed(const pk__block *block, const pk_real *b, size_t row_b,
+                                          size_t column_b, size_t columns, const pk_real *beside,
+                                          int transposed, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    const pk__pair pair = {pk__blocks(columns, PK_PANEL), {packed, beside}, PK_PANEL};
+    pk__pack_panel(pk__least(columns, PK_PANEL), block->depth, b, row_b, column_b, packed);
+    pk__strip_product(block, &pair, columns, transposed, c);
+}
+
+/* and the second one before it. */
+PK__NOINLINE static void pk__strip_pair(const pk__block *block, const pk_real *b, size_t row_b, size_t column_b,
+                                        size_t columns, int transposed, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    pk__pack_panel(columns - PK_PANEL, block->depth, b + PK_PANEL * column_b, row_b, column_b, packed);
+    pk__strip_packed(block, b, row_b, column_b, columns, packed, transposed, c);
+}
+
+/* C += alpha A B^T of few rows: B is read where it stands, once for each pair of panels, and only the few rows of A are
+ * packed. The same terms in the same order as below. */
 static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
                                  size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
                                  size_t ldc)
 {
-    PK__ALIGNED pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
-    const size_t most = pk__block_terms();
-    size_t tile_at[PK__BLOCK_ROWS];
-    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
-    for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
-        tile_at[j] = j * PK__PAIR;
+    const size_t most = pk__block_terms(k);
     for (size_t p = 0; p < k; p += most) {
-        const size_t depth = pk__least(k - p, most);
-        for (size_t top = 0; top < m; top += PK_PANEL)
-            pk__pack_panel(pk__least(m - top, PK_PANEL), depth, a + top * row_a + p * column_a, column_a, row_a,
-                           packed + top * PK__DEPTH);
-        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS)
-            for (size_t top = 0; top < m; top += PK__PAIR) {
-                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK__PAIR);
-                const pk__panels own = {pk__blocks(count, PK_PANEL), packed + top * PK__DEPTH, PK_PANEL,
-                                        PK_PANEL * PK__DEPTH, 0};
-                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, &own, NULL, &target);
-                for (size_t i = 0; i < count; i++)
-                    for (size_t j = 0; j < rows; j++) {
-                        pk_real *to = c + (top + i) * ldc + first + j;
-                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK__PAIR + i];
-                    }
-            }
+        const pk__block block = {n,     pk__least(k - p, most), b + p, ldb, 1,
+                                 alpha, overwrite && p == 0,    ldc,   NULL};
+        for (size_t top = 0; top < m; top += PK__PAIR) {
+            const size_t count = pk__least(m - top, PK__PAIR);
+            const pk_real *own = a + top * row_a + p * column_a;
+            if (count > PK_PANEL)
+                pk__strip_pair(&block, own, column_a, row_a, count, 1, c + top * ldc);
+            else
+                pk__strip_packed(&block, own, column_a, row_a, count, NULL, 1, c + top * ldc);
+        }
     }
 }
 
 /* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
- * place, the same sum: blocks of pk__block_terms() terms, each added in ascending order to one accumulator. So the bits of an
- * element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
+ * place, the same sum: blocks of pk__block_terms(k) terms, each added in ascending order to one accumulator. So the bits of
+ * an element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
 static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
 {
-    PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
-    const size_t most = pk__block_terms();
-    size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
+    const size_t most = pk__block_terms(k);
+    size_t c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++) {
-        tile_at[i] = i * PK__PAIR;
-        c_at[i] = i * ldc;
-    }
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
@@ -221,47 +302,33 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
+    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++)
+        c_at[i] = i * ldc;
+    /* Rows of B that are used a few times are read where they are. */
     const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
-    /* A block of B is packed once for all rows, where there are more of them than one block. */
-    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK__PAIR;
-    for (size_t p = 0; p < k; p += most) {
-        const size_t depth = pk__least(k - p, most);
-        const int overwrite = beta == 0 && p == 0;
-        for (size_t left = 0; left < n; left += wide) {
-            const size_t right = pk__least(n, left + wide);
-            for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
-                const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
-                for (size_t j = left; j < right; j += PK__PAIR) {
-                    const size_t columns = pk__least(n - j, PK__PAIR);
-                    const int whole = columns % PK_PANEL == 0, direct = whole && alpha == 1;
-                    pk__panels own = {pk__blocks(columns, PK_PANEL), b + p * row_b + j * column_b, row_b,
-                                      PK_PANEL, 0};
-                    pk__tile_target target;
-                    memset(&target, 0, sizeof target);
-                    target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
-                    target.to = direct ? c + top * ldc + j : tile;
-                    target.to_at = direct ? c_at : tile_at;
-                    /* Rows of B that are used a few times are read where they are. */
-                    if (transpose_b || !whole || m > few) {
-                        pk_real *copy = packed + (j - left) * PK__DEPTH;
-                        for (size_t q = 0; q < columns && top == 0; q += PK_PANEL)
-                            pk__pack_panel(pk__least(columns - q, PK_PANEL), depth, own.first + q * column_b,
-                                           row_b, column_b, copy + q * PK__DEPTH);
-                        own.first = copy;
-                        own.step = PK_PANEL;
-                        own.apart = PK_PANEL * PK__DEPTH;
-                    }
-                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, &own, NULL,
-                                      &target);
-                    for (size_t i = 0; !direct && i < rows; i++)
-                        for (size_t q = 0; q < columns; q++) {
-                            pk_real *to = c + (top + i) * ldc + j + q;
-                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK__PAIR + q];
-                        }
-                }
+    for (size_t top = 0; top < m; top += PK__STRIP_ROWS)
+        for (size_t p = 0; p < k; p += most) {
+            const pk__block block = {pk__least(m - top, PK__STRIP_ROWS),
+                                     pk__least(k - p, most),
+                                     a + top * row_a + p * column_a,
+                                     row_a,
+                                     column_a,
+                                     alpha,
+                                     beta == 0 && p == 0,
+                                     ldc,
+                                     c_at};
+            for (size_t j = 0; j < n; j += PK__PAIR) {
+                const size_t columns = pk__least(n - j, PK__PAIR);
+                const pk_real *own = b + p * row_b + j * column_b;
+                const pk__pair pair = {pk__blocks(columns, PK_PANEL), {own, NULL}, row_b};
+                if (!transpose_b && columns % PK_PANEL == 0 && m <= few && row_b != PK_PANEL)
+                    pk__strip_product(&block, &pair, columns, 0, c + top * ldc + j);
+                else if (columns > PK_PANEL)
+                    pk__strip_pair(&block, own, row_b, column_b, columns, 0, c + top * ldc + j);
+                else
+                    pk__strip_packed(&block, own, row_b, column_b, columns, NULL, 0, c + top * ldc + j);
             }
         }
-    }
 }
 
 #ifdef PATHKERNEL_BLIS
@@ -340,7 +407,8 @@ enum {
     PK__LEAST_GROUP = 4,  /* rows, */
     PK__LEAST_TERMS = 64, /* and terms: less does not pay */
     PK__GROUP_ROWS = 16,  /* a larger group is cut */
-    PK__GROUPS = 64       /* for which a block of B is copied once */
+    PK__COPIED_ROWS = 8,  /* and where its rows are copied, so many at a time */
+    PK__GROUPS = 32       /* for which a block of B is copied once */
 };
 
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
@@ -373,40 +441,94 @@ PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_
     return 4 * zeros >= m / group * k;
 }
 
+/* Rows of A (rows x k from term p on, groups of `group` rows) and the terms of each group that are meant. */
+typedef struct pk__groups {
+    size_t rows, group, depth;
+    const pk_real *a;
+    size_t lda;
+    const size_t *terms;
+    const unsigned char *term;
+    int overwrite;
+    size_t ldc;
+    const size_t *at; /* of the rows of a group in C */
+} pk__groups;
+
+/* All groups with a pair of panels of B; copied: with copies of their rows. */
+PK__NOINLINE static void pk__groups_copied(const pk__groups *groups, size_t count, const pk_real *const *panels,
+                                           pk_real *c)
+{
+    PK__ALIGNED pk_real own[PK__COPIED_ROWS * PK__DEPTH];
+    for (size_t r = 0; r < groups->rows; r += groups->group) {
+        const size_t rows = pk__least(groups->group, groups->rows - r), g = r / groups->group;
+        for (size_t first = 0; first < rows; first += PK__COPIED_ROWS) {
+            const size_t some = pk__least(PK__COPIED_ROWS, rows - first);
+            for (size_t i = 0; i < some; i++)
+                memcpy(own + i * PK__DEPTH, groups->a + (r + first + i) * groups->lda,
+                       groups->depth * sizeof *own);
+            pk__picked_pair(some, groups->terms[g], groups->term + g * PK__DEPTH, own, PK__DEPTH, count, panels,
+                            groups->overwrite, c + (r + first) * groups->ldc, groups->ldc, groups->at);
+        }
+    }
+}
+
+/* The panels are copied; rows of A where they stand a multiple of 4 KiB apart and would drive one another out of the
+ * first-level cache. */
+static void pk__groups_product(const pk__groups *groups, size_t count, const pk_real *const *panels, pk_real *c)
+{
+    if (groups->lda * sizeof *c % 4096 == 0) {
+        pk__groups_copied(groups, count, panels, c);
+        return;
+    }
+    for (size_t r = 0; r < groups->rows; r += groups->group) {
+        const size_t g = r / groups->group;
+        pk__picked_pair(pk__least(groups->group, groups->rows - r), groups->terms[g],
+                        groups->term + g * PK__DEPTH, groups->a + r * groups->lda, groups->lda, count, panels,
+                        groups->overwrite, c + r * groups->ldc, groups->ldc, groups->at);
+    }
+}
+
+PK__NOINLINE static void pk__groups_packed(const pk__groups *groups, const pk_real *b, size_t ldb,
+                                           const pk_real *beside, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    const pk_real *const panels[2] = {packed, beside};
+    pk__pack_panel(PK_PANEL, groups->depth, b, ldb, 1, packed);
+    pk__groups_product(groups, beside ? 2 : 1, panels, c);
+}
+
+PK__NOINLINE static void pk__groups_pair(const pk__groups *groups, const pk_real *b, size_t ldb, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    pk__pack_panel(PK_PANEL, groups->depth, b + PK_PANEL, ldb, 1, packed);
+    pk__groups_packed(groups, b, ldb, packed, c);
+}
+
 /* C = or, unless overwrite, += A B without the terms that are 0 in all rows of a group; the sums are those of the product of
- * tiles. Both are copied first: rows whose distance is a multiple of 4 KiB would drive one another out of the first-level
- * cache. Cost: 2 m n flops for each term that is left, and about 0.2 of that of all terms. */
+ * tiles. Cost: 2 m n flops for each term that is left, and about 0.2 of that of all terms. */
 PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k, const pk_real *a, size_t lda,
                                      const pk_real *b, size_t ldb, int overwrite, pk_real *c, size_t ldc)
 {
     unsigned char term[PK__GROUPS * PK__DEPTH];
-    size_t terms[PK__GROUPS];
-    PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
-    PK__ALIGNED pk_real own[PK__GROUP_ROWS * PK__DEPTH];
-    const size_t most = pk__block_terms();
+    size_t terms[PK__GROUPS], at[PK__GROUP_ROWS];
+    const size_t most = pk__block_terms(k);
     const size_t whole = n / PK_PANEL * PK_PANEL;
     group = pk__least(group, PK__GROUP_ROWS);
+    for (size_t i = 0; i < group; i++)
+        at[i] = i * ldc;
     for (size_t top = 0, rows; top < m; top += rows) {
         rows = pk__least(PK__GROUPS * group, m - top);
         for (size_t p = 0; p < k; p += most) {
             const size_t depth = pk__least(k - p, most);
-            const pk_real *from = a + top * lda + p;
+            const pk__groups groups = {
+                rows, group, depth, a + top * lda + p, lda, terms, term, overwrite && p == 0, ldc, at};
             for (size_t r = 0; r < rows; r += group)
-                terms[r / group] = pk__pick(pk__least(group, rows - r), depth, from + r * lda, lda,
+                terms[r / group] = pk__pick(pk__least(group, rows - r), depth, groups.a + r * lda, lda,
                                             term + r / group * PK__DEPTH);
-            for (size_t j = 0; j < whole; j += PK__BLOCK_COLUMNS) {
-                const size_t columns = pk__least(PK__BLOCK_COLUMNS, whole - j);
-                const pk__panels panels = {columns / PK_PANEL, packed, PK_PANEL, PK_PANEL * PK__DEPTH, 0};
-                for (size_t q = 0; q < columns; q += PK_PANEL)
-                    pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
-                for (size_t r = 0; r < rows; r += group) {
-                    const size_t count = pk__least(group, rows - r), g = r / group;
-                    for (size_t i = 0; i < count; i++)
-                        memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
-                    pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH, &panels,
-                                       overwrite && p == 0, c + (top + r) * ldc + j, ldc);
-                }
-            }
+            for (size_t j = 0; j < whole; j += PK__PAIR)
+                if (whole - j > PK_PANEL)
+                    pk__groups_pair(&groups, b + p * ldb + j, ldb, c + top * ldc + j);
+                else
+                    pk__groups_packed(&groups, b + p * ldb + j, ldb, NULL, c + top * ldc + j);
         }
     }
     if (whole < n)

@@ -416,18 +416,19 @@ typedef struct pk__group {
             right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
-/* halved: of the last group its last two rows only. both: two panels. term: the terms that are meant, or NULL: all. */
+/* halved: of the last group its last two rows only. both: two panels, the second one beside the first of b. term: the terms
+ * that are meant, or NULL: all. */
 PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
                                          const size_t *distance, size_t depth, const unsigned char *term,
-                                         size_t along, const pk__panels *b, const pk_real *start,
-                                         const pk__tile_target *target)
+                                         size_t along, const pk__panels *b, const pk_real *beside,
+                                         const pk_real *start, const pk__tile_target *target)
 {
     typedef pk__whole_vector vector;
     const vector zero = {0};
     const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
     const size_t step = b->step, ahead = b->ahead;
     const int fetching = groups > 1 && !term;
-    const pk_real *panel = b->first, *beside = panel + b->apart;
+    const pk_real *panel = b->first;
     PK__WIDE_TAKE(0)
     PK__WIDE_TAKE(1)
     PK__WIDE_TAKE(2)
@@ -465,7 +466,8 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
 /* Tiles of two groups of rows, or of three; and, for networks of ten outputs, of two and a half. */
 PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, const unsigned char *term,
                                           const pk_real *a, size_t across, size_t along, const pk__panels *b,
-                                          const pk_real *start, const pk__tile_target *target)
+                                          const pk_real *beside, const pk_real *start,
+                                          const pk__tile_target *target)
 {
     const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
     const size_t missing = rows < 4 ? 4 - rows : 0;
@@ -484,13 +486,13 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
         }
         if (groups == 3 && both && group[2].skip >= 2)
-            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 3)
-            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 2)
-            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, beside, start, target);
         else
-            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, beside, start, target);
         own.ahead = 0;
     }
 }
@@ -504,9 +506,9 @@ PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsi
     pk__tile_target own = *target;
     for (size_t rest = b->count; rest > 0; rest -= pk__least(rest, 2)) {
         if (rest > 1)
-            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, start, &own);
+            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, pair.first + pair.apart, start, &own);
         else
-            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, start, &own);
+            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, NULL, start, &own);
         pair.first += 2 * pair.apart;
         own.to += 2 * PK_PANEL;
         own.other = own.other ? own.other + 2 * own.other_apart : NULL;
@@ -535,6 +537,23 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
                         &target);
     }
 }
+
+/* One panel and the one beside it, wherever that stands. */
+PK__AVX512 static void pk__pair_avx512(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
+                                       const pk_real *first, const pk_real *beside,
+                                       const pk__tile_target *target)
+{
+    const pk__panels b = {2, first, PK_PANEL, 0, 0};
+    pk__wide_tiles(1, rows, depth, NULL, a, across, along, &b, beside, NULL, target);
+}
+
+PK__AVX512 static void pk__picked_pair_avx512(size_t rows, size_t terms, const unsigned char *term,
+                                              const pk_real *a, size_t across, const pk_real *first,
+                                              const pk_real *beside, const pk__tile_target *target)
+{
+    const pk__panels b = {2, first, PK_PANEL, 0, 0};
+    pk__wide_tiles(1, rows, terms, term, a, across, 1, &b, beside, NULL, target);
+}
 #endif
 
 PK__FOR_AVX2(PK__DEFINE_PANEL)
@@ -556,6 +575,42 @@ PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned ch
                                     size_t across, const pk__panels *b, int overwrite, pk_real *to, size_t ld)
 {
     PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, b, overwrite, to, ld));
+}
+
+/* pk__panel_product with one panel or two, each where it is: step PK_PANEL. */
+PK__PRIVATE void pk__pair_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
+                                  size_t count, const pk_real *const *panels, const pk__tile_target *target)
+{
+#ifdef PK__AVX512
+    if (PK__HAS_AVX512 && count == 2) {
+        pk__pair_avx512(rows, depth, a, across, along, panels[0], panels[1], target);
+        return;
+    }
+#endif
+    pk__tile_target own = *target;
+    for (size_t q = 0; q < count; q++, own.to += PK_PANEL) {
+        const pk__panels one = {1, panels[q], PK_PANEL, 0, 0};
+        pk__panel_product(rows, depth, a, across, along, &one, NULL, &own);
+    }
+}
+
+/* pk__picked_product likewise, for at most 16 rows. at[i] = i * ld. */
+PK__PRIVATE void pk__picked_pair(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
+                                 size_t across, size_t count, const pk_real *const *panels, int overwrite,
+                                 pk_real *to, size_t ld, const size_t *at)
+{
+#ifdef PK__AVX512
+    if (PK__HAS_AVX512 && count == 2) {
+        const pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, to, at, NULL, NULL, 0};
+        pk__picked_pair_avx512(rows, terms, term, a, across, panels[0], panels[1], &target);
+        return;
+    }
+#endif
+    (void)at;
+    for (size_t q = 0; q < count; q++) {
+        const pk__panels one = {1, panels[q], PK_PANEL, 0, 0};
+        pk__picked_product(rows, terms, term, a, across, &one, overwrite, to + q * PK_PANEL, ld);
+    }
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)

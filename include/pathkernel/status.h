@@ -33,11 +33,13 @@
 #define PK__MUST_USE __attribute__((warn_unused_result))
 #define PK__FORMAT(string, first) __attribute__((format(printf, string, first)))
 #define PK__INLINE static inline __attribute__((always_inline))
+#define PK__NOINLINE __attribute__((noinline)) /* functions with large frames, which shall not be in others' */
 #else
 #define PK__UNUSED
 #define PK__MUST_USE
 #define PK__FORMAT(string, first)
 #define PK__INLINE static inline
+#define PK__NOINLINE
 #endif
 
 #define PK__PRAGMA(text) _Pragma(#text)
