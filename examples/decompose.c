@@ -2,26 +2,31 @@
  *
  *     pathkernel-decompose RUN --inputs X.npy --out DIR [options]        (--help lists them)
  *
- * Results are written as NAME.npy.part, part by part, and take their names when the job ends: an older
- * decomposition in DIR stays whole until there is something to put in its place. After a cancel or a full disk
- * the files hold the rows that are complete. Exit status: 0 closed within the tolerance and explained by the run, 1
+ * Results are written as NAME.npy.part, part by part, and take their names all at once when the job ends (publish):
+ * whoever reads DIR, and whoever finds it after a kill, has the older decomposition or the new one. DIR is locked
+ * meanwhile. Inputs are read as they are needed. After a cancel or a full disk the files hold the rows that are
+ * complete. Exit status: 0 closed within the tolerance and explained by the run, 1
  * computed but not so, 2 anything else, with one line on standard error.
  */
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #define PROGRAM "pathkernel-decompose"
 
-enum { CLOSED = 0, NOT_CLOSED = 1, FAILED = 2 };
+/* Exit statuses; and what a part of the job ends with that needs more memory than it may have. */
+enum { CLOSED = 0, NOT_CLOSED = 1, FAILED = 2, OVER_LIMIT = 3 };
 enum { FILES_MOST = 16, SHOWN_INPUTS = 10, THREADS_MOST = 1024 };
 
 static const char usage[] =
@@ -76,7 +81,7 @@ typedef struct settings {
 typedef struct result {
     char name[48];
     char *path, *partial; /* DIR/name, DIR/name.part */
-    int rank;
+    int rank, made;       /* made: the .part is ours */
     size_t row_shape[PK_ARRAY_RANK], row_items;
     pk_array_writer writer;
 } result;
@@ -85,12 +90,13 @@ typedef struct task {
     settings *set;
     pk_context context;
     pk_run run;
-    pk_real *inputs; /* rows x input width */
+    pk_array inputs; /* an open file */
     int64_t *labels; /* rows, or NULL */
     size_t rows, outputs, finished;
     size_t recorded; /* steps of the run */
     result files[FILES_MOST];
     size_t file_count;
+    int folder;                  /* DIR, locked: its descriptor + 1; 0: none */
     int made_folder, top_hidden; /* by_example is kept for the list of the strongest only */
     size_t *strongest;           /* set->top */
     /* Progress: */
@@ -357,32 +363,56 @@ static int parse_arguments(int count, char **arguments, settings *set)
 
 /* ---- what goes in -------------------------------------------------------------------------------------- */
 
+/* A status other than PK_OK as a line; none where there is too little memory: see decompose. */
+static int refuse_status(const task *job, pk_status status, const char *before)
+{
+    if (status == PK_MEMORY_LIMIT && job->context.memory_limit)
+        return OVER_LIMIT;
+    return refuse("%s%s", before, pk_message(&job->context));
+}
+
+/* Rows of inputs that are read together: few numbers, and at least one row. */
+static size_t rows_in_hand(const task *job)
+{
+    const size_t rows = ((size_t)1 << 13) / job->run.graph.input_width;
+    return rows < 1 ? 1 : rows > job->rows ? job->rows : rows;
+}
+
+/* Opens the inputs and looks at every number. */
 static int read_inputs(task *job)
 {
     const char *path = job->set->inputs;
     pk_context *context = &job->context;
-    pk_array array;
+    pk_array *array = &job->inputs;
     char shape[200];
-    size_t width = job->run.graph.input_width;
-    if (pk_array_map(context, path, 0, &array) != PK_OK)
+    const size_t width = job->run.graph.input_width;
+    pk_real *numbers = NULL;
+    pk_status status = pk_array_open(context, path, 0, array);
+    if (status != PK_OK)
+        return refuse_status(job, status, "--inputs: ");
+    if (array->rank < 1 || array->shape[0] == 0)
+        return refuse("--inputs: %s has shape %s: no inputs", path, shape_text(array, shape));
+    if (pk_run_check_inputs(context, &job->run, array, path) != PK_OK)
         return refuse("--inputs: %s", pk_message(context));
-    int status = -1;
-    if (array.rank < 1 || array.shape[0] == 0)
-        status = refuse("--inputs: %s has shape %s: no inputs", path, shape_text(&array, shape));
-    else if (pk_run_check_inputs(context, &job->run, &array, path) != PK_OK)
-        status = refuse("--inputs: %s", pk_message(context));
-    else if (pk_allocate(context, pk_array_items(&array), sizeof *job->inputs, path, &job->inputs) != PK_OK)
-        status = refuse("--inputs: %s", pk_message(context));
-    if (status < 0) {
-        job->rows = array.shape[0];
-        pk_array_reals(&array, 0, job->rows * width, job->inputs);
-        for (size_t i = 0; status < 0 && i < job->rows * width; i++)
-            if (!isfinite(job->inputs[i]))
-                status = refuse("--inputs: %s: row %zu, number %zu is %s", path, i / width, i % width,
-                                isnan(job->inputs[i]) ? "NaN" : "infinite");
+    job->rows = array->shape[0];
+    const size_t block = rows_in_hand(job) * width, all = job->rows * width;
+    status = pk_allocate(context, block, sizeof *numbers, path, &numbers);
+    int failed = status ? refuse_status(job, status, "--inputs: ") : -1;
+    for (size_t first = 0; failed < 0 && first < all; first += block) {
+        const size_t count = block < all - first ? block : all - first;
+        if (pk_array_read(context, array, first, count, numbers) != PK_OK)
+            failed = refuse("--inputs: %s %s", path, pk_message(context));
+        for (size_t i = 0; failed < 0 && i < count; i++)
+            if (!isfinite(numbers[i]))
+                failed = refuse("--inputs: %s: row %zu, number %zu is %s", path, (first + i) / width,
+                                (first + i) % width, isnan(numbers[i]) ? "NaN" : "infinite");
+        for (size_t row = 0; failed < 0 && job->run.graph.checked && row < count / width; row++)
+            if (pk_graph_check_inputs(context, &job->run.graph, first / width + row, numbers + row * width) !=
+                PK_OK)
+                failed = refuse("--inputs: %s: %s", path, pk_message(context));
     }
-    pk_array_release(context, &array);
-    return status;
+    pk_release(context, numbers);
+    return failed;
 }
 
 static int read_labels(task *job)
@@ -391,16 +421,17 @@ static int read_labels(task *job)
     pk_context *context = &job->context;
     pk_array array;
     char shape[200];
-    if (pk_array_map(context, path, 0, &array) != PK_OK)
-        return refuse("--labels: %s", pk_message(context));
+    pk_status mapped = pk_array_map(context, path, 0, &array);
+    if (mapped != PK_OK)
+        return refuse_status(job, mapped, "--labels: ");
     int status = -1;
     if (array.rank < 1 || array.shape[0] != job->rows || array.row_items != 1)
         status = refuse("--labels: %s has shape %s; %zu inputs need (%zu,)", path, shape_text(&array, shape),
                         job->rows, job->rows);
     else if (!pk_type_is_integer(array.type))
         status = refuse("--labels: %s has type %s; labels are integers", path, pk_type_name(array.type));
-    else if (pk_allocate(context, job->rows, sizeof *job->labels, path, &job->labels) != PK_OK)
-        status = refuse("--labels: %s", pk_message(context));
+    else if ((mapped = pk_allocate(context, job->rows, sizeof *job->labels, path, &job->labels)) != PK_OK)
+        status = refuse_status(job, mapped, "--labels: ");
     if (status < 0)
         pk_array_integers(&array, 0, job->rows, job->labels);
     for (size_t i = 0; status < 0 && i < job->rows; i++) {
@@ -416,26 +447,38 @@ static int read_labels(task *job)
 static int predict_labels(task *job)
 {
     pk_context *context = &job->context;
-    const size_t outputs = job->run.outputs;
-    pk_real *weights = NULL, *f = NULL;
+    const size_t outputs = job->run.outputs, width = job->run.graph.input_width, block = rows_in_hand(job);
+    pk_real *weights = NULL, *f = NULL, *rows = NULL;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
     pk_status status = pk_allocate(context, job->run.parameters, sizeof *weights, "the weights", &weights);
     if (!status)
-        status = pk_allocate(context, job->rows, outputs * sizeof *f, "the predictions", &f);
+        status = pk_allocate(context, block, outputs * sizeof *f, "the predictions", &f);
+    if (!status)
+        status = pk_allocate(context, block, width * sizeof *rows, "some inputs", &rows);
     if (!status)
         status = pk_allocate(context, job->rows, sizeof *job->labels, "the labels", &job->labels);
     if (!status)
-        status = pk_run_weights(context, &job->run, job->run.steps, weights);
+        status =
+            pk_replay_prepare(context, &job->run, 0, &replay); /* the last step may lie between kept ones */
     if (!status)
-        status = pk_graph_evaluate(context, &job->run.graph, weights,
-                                   pk_matrix_view(job->inputs, job->rows, job->run.graph.input_width),
-                                   pk_matrix_view(f, job->rows, outputs));
-    for (size_t i = 0; !status && i < job->rows; i++)
-        for (size_t k = 1; k < outputs; k++)
-            if (f[i * outputs + k] > f[i * outputs + (size_t)job->labels[i]])
-                job->labels[i] = (int64_t)k;
+        status = pk_replay_weights(context, &replay, job->run.steps, weights);
+    pk_replay_release(context, &replay);
+    for (size_t first = 0; !status && first < job->rows; first += block) {
+        const size_t count = block < job->rows - first ? block : job->rows - first;
+        status = pk_array_read(context, &job->inputs, first * width, count * width, rows);
+        if (!status)
+            status = pk_graph_evaluate(context, &job->run.graph, weights, pk_matrix_view(rows, count, width),
+                                       pk_matrix_view(f, count, outputs));
+        for (size_t i = 0; !status && i < count; i++)
+            for (size_t k = 1; k < outputs; k++)
+                if (f[i * outputs + k] > f[i * outputs + (size_t)job->labels[first + i]])
+                    job->labels[first + i] = (int64_t)k;
+    }
+    pk_release(context, rows);
     pk_release(context, f);
     pk_release(context, weights);
-    return status ? refuse("%s", pk_message(context)) : -1;
+    return status ? refuse_status(job, status, "") : -1;
 }
 
 /* ---- what comes out ------------------------------------------------------------------------------------ */
@@ -468,6 +511,13 @@ static int make_folder(task *job)
                       reason == EEXIST ? "there is a file of that name" : strerror(reason));
     if (access(out, W_OK | X_OK) != 0)
         return refuse("--out: %s: the folder cannot be written: %s", out, strerror(errno));
+    const int folder = pk__open_above(AT_FDCWD, out, O_RDONLY | O_DIRECTORY);
+    if (folder < 0)
+        return refuse("--out: %s: the folder cannot be opened: %s", out, strerror(errno));
+    job->folder = folder + 1;
+    /* Where the file system has no locks, go without. */
+    if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        return refuse("--out: %s is being written by another program", out);
     return -1;
 }
 
@@ -546,14 +596,171 @@ static void rows_of(const task *job, const pk_decomposition *part, const double 
     rows[count++] = part->closure;
 }
 
+/* ---- results take their names ---------------------------------------------------------------------------
+ * All at once, so that DIR holds the old results or the new ones at any moment, whatever is killed when:
+ *   1. the new files move to DIR/.pathkernel/new, and hard links to the old ones to DIR/.pathkernel/old;
+ *   2. every NAME becomes a symbolic link to .pathkernel/current/NAME, where current -> old;
+ *   3. one rename makes current -> new: from here on the new results are there;
+ *   4. the new files take the places of the links, and the folder goes.
+ * What a kill leaves of it, the next job brings to its end (settle). Where a file system has no links, or no room
+ * for them, the files are renamed one after the other. */
+
+#define WORK ".pathkernel"
+
+static const char *work_path(const char *part, const char *name, char path[96])
+{
+    snprintf(path, 96, WORK "/%s%s%s", part, *name ? "/" : "", name);
+    return path;
+}
+
+static const char *const work_parts[] = {"new", "old", "links"};
+
+/* Removes DIR/.pathkernel and the files in it; nothing else. */
+static void remove_work(int folder)
+{
+    static const char *const links[] = {"current", "next"};
+    char path[96];
+    for (int i = 0; i < 2; i++)
+        (void)unlinkat(folder, work_path(links[i], "", path), 0);
+    for (int i = 0; i < 3; i++) {
+        const int part =
+            pk__open_above(folder, work_path(work_parts[i], "", path), O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+        DIR *entries = part < 0 ? NULL : fdopendir(part);
+        for (struct dirent *entry; entries && (entry = readdir(entries)) != NULL;)
+            if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+                (void)unlinkat(part, entry->d_name, 0);
+        if (entries)
+            (void)closedir(entries);
+        else if (part >= 0)
+            (void)close(part);
+        (void)unlinkat(folder, path, AT_REMOVEDIR);
+    }
+    (void)unlinkat(folder, WORK, AT_REMOVEDIR);
+}
+
+/* Files in the places of all links to DIR/.pathkernel/current; then that folder goes. */
+static void settle(int folder)
+{
+    static const char begin[] = WORK "/current/";
+    for (int changed = 1; changed;) {
+        changed = 0;
+        const int again = pk__open_above(folder, ".", O_RDONLY | O_DIRECTORY);
+        DIR *entries = again < 0 ? NULL : fdopendir(again);
+        for (struct dirent *entry; entries && (entry = readdir(entries)) != NULL;) {
+            char target[96];
+            const ssize_t length = readlinkat(folder, entry->d_name, target, sizeof target - 1);
+            if (length < (ssize_t)sizeof begin || strncmp(target, begin, sizeof begin - 1) != 0)
+                continue;
+            target[length] = 0;
+            /* To nothing: of a result that the older decomposition does not have. */
+            changed |= renameat(folder, target, folder, entry->d_name) == 0 ||
+                       (errno == ENOENT && unlinkat(folder, entry->d_name, 0) == 0);
+        }
+        if (entries)
+            (void)closedir(entries);
+        else if (again >= 0)
+            (void)close(again);
+    }
+    remove_work(folder);
+}
+
+/* Makes DIR/.pathkernel now, while there is room. */
+static pk_status make_work(task *job)
+{
+    const int folder = job->folder - 1;
+    char path[96];
+    settle(folder);
+    int made = mkdirat(folder, WORK, 0777) == 0;
+    for (int i = 0; made && i < 3; i++)
+        made = mkdirat(folder, work_path(work_parts[i], "", path), 0777) == 0;
+    return made ? PK_OK
+                : pk__fail(&job->context, PK_IO, "%s/" WORK ": cannot be made: %s", job->set->out,
+                           strerror(errno));
+}
+
+/* Steps 1 and 2 up to where names change; 0 where there can be no links. */
+static int prepare_links(task *job)
+{
+    const int folder = job->folder - 1;
+    char path[96], target[96];
+    struct stat about;
+    int good = symlinkat("old", folder, work_path("current", "", path)) == 0 &&
+               symlinkat("new", folder, work_path("next", "", path)) == 0;
+    for (size_t i = 0; good && i < job->file_count; i++) {
+        const char *name = job->files[i].name;
+        good = symlinkat(work_path("current", name, target), folder, work_path("links", name, path)) == 0;
+        if (good && fstatat(folder, name, &about, AT_SYMLINK_NOFOLLOW) == 0)
+            good = linkat(folder, name, folder, work_path("old", name, path), 0) == 0;
+    }
+    return good;
+}
+
+/* Whether the new results replace older ones; then they reach the disk first. */
+static int reach_disk(task *job)
+{
+    const int folder = job->folder - 1;
+    struct stat about;
+    const char *kind;
+    char path[96];
+    int replaces = 0, good = 1;
+    for (size_t i = 0; i < job->file_count; i++)
+        replaces |= fstatat(folder, job->files[i].name, &about, AT_SYMLINK_NOFOLLOW) == 0;
+    for (size_t i = 0; good && replaces && i < job->file_count; i++) {
+        const int file = pk__open_regular(folder, work_path("new", job->files[i].name, path), O_RDONLY, &kind);
+        good = file >= 0 && fsync(file) == 0;
+        if (file >= 0)
+            (void)close(file);
+    }
+    return good;
+}
+
+/* Gives the complete .part files their names. 0 with errno, and *name of the file that could not be replaced. */
+static int publish(task *job, const char **name)
+{
+    const int folder = job->folder - 1;
+    struct stat about;
+    char path[96];
+    for (size_t i = 0; i < job->file_count; i++) {
+        *name = job->files[i].name;
+        errno = EISDIR;
+        if (fstatat(folder, *name, &about, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(about.st_mode))
+            return 0;
+    }
+    for (size_t i = 0; i < job->file_count; i++) {
+        char partial[96];
+        *name = job->files[i].name;
+        snprintf(partial, sizeof partial, "%s.part", *name);
+        if (renameat(folder, partial, folder, work_path("new", *name, path)) != 0)
+            return 0;
+        job->files[i].made = 0;
+    }
+    if (!reach_disk(job))
+        return 0;
+    const int linked = prepare_links(job);
+    for (size_t i = 0; linked && i < job->file_count; i++) {
+        *name = job->files[i].name;
+        if (renameat(folder, work_path("links", *name, path), folder, *name) != 0)
+            return 0;
+    }
+    if (linked && renameat(folder, WORK "/next", folder, WORK "/current") != 0)
+        return 0;
+    for (size_t i = 0; i < job->file_count; i++) {
+        *name = job->files[i].name;
+        if (renameat(folder, work_path("new", *name, path), folder, *name) != 0)
+            return 0;
+    }
+    return 1;
+}
+
 static pk_status create_files(task *job)
 {
-    pk_status status = PK_OK;
+    pk_status status = make_work(job);
     for (size_t i = 0; !status && i < job->file_count; i++) {
         result *file = &job->files[i];
         if (file->row_items) /* a run of no steps has nothing by step: see publish_files */
             status = pk_array_create(&job->context, file->partial, PK_FLOAT64, file->rank, file->row_shape,
                                      &file->writer);
+        file->made = status == PK_OK;
     }
     return status;
 }
@@ -562,6 +769,7 @@ static pk_status create_files(task *job)
 static pk_status publish_files(task *job)
 {
     pk_context *context = &job->context;
+    const char *name = NULL;
     pk_status status = PK_OK;
     for (size_t i = 0; i < job->file_count; i++) {
         result *file = &job->files[i];
@@ -582,16 +790,13 @@ static pk_status publish_files(task *job)
         }
         status = status ? status : closed;
     }
-    for (size_t i = 0; i < job->file_count; i++) {
-        result *file = &job->files[i];
-        if (!file->partial)
-            continue;
-        if (!job->finished || status)
-            (void)unlink(file->partial);
-        else if (rename(file->partial, file->path) != 0)
-            return pk__fail(context, PK_IO, "%s: cannot be renamed to %s: %s", file->partial, file->name,
-                            strerror(errno));
-    }
+    if (job->finished && !status && !publish(job, &name))
+        status =
+            pk__fail(context, PK_IO, "%s/%s: cannot be replaced: %s", job->set->out, name, strerror(errno));
+    for (size_t i = 0; i < job->file_count; i++)
+        if (job->files[i].made)
+            (void)unlink(job->files[i].partial);
+    settle(job->folder - 1);
     if (!job->finished && job->made_folder)
         (void)rmdir(job->set->out);
     return status;
@@ -695,6 +900,49 @@ static void catch_signals(int terminal)
 #ifdef SIGXFSZ
     (void)signal(SIGXFSZ, SIG_IGN); /* a file size limit is a full disk, not a reason to die */
 #endif
+}
+
+/* The mapped files, for the signal that tells that one has become shorter. */
+static struct mapped {
+    const char *name, *begin, *end;
+} mapped[PK__RUN_FILES + 2];
+static size_t mapped_count;
+
+static void on_shrunk(int number, siginfo_t *info, void *machine)
+{
+    static const char begin[] = PROGRAM ": ", end[] = " became shorter while it was read\n";
+    const char *at = (const char *)info->si_addr, *name = "a file";
+    (void)number;
+    (void)machine;
+    for (size_t i = 0; i < mapped_count; i++)
+        if (at >= mapped[i].begin && at < mapped[i].end)
+            name = mapped[i].name;
+    if (write(STDERR_FILENO, begin, sizeof begin - 1) < 0 || write(STDERR_FILENO, name, strlen(name)) < 0 ||
+        write(STDERR_FILENO, end, sizeof end - 1) < 0)
+        _exit(FAILED);
+    _exit(FAILED); /* the older decomposition stays, and the next job tidies up */
+}
+
+static void watch_mappings(task *job)
+{
+    struct sigaction action;
+    mapped_count = 0;
+    for (int f = 0; f < PK__RUN_FILES + 2; f++) {
+        const pk_array *array = f < PK__RUN_FILES    ? pk__run_array(&job->run, f)
+                                : f == PK__RUN_FILES ? &job->run.train.inputs
+                                                     : &job->run.train.targets;
+        if (!array->mapping)
+            continue;
+        mapped[mapped_count].name =
+            f < PK__RUN_FILES ? pk__run_files[f].name : pk__run_fixed[f - PK__RUN_FILES];
+        mapped[mapped_count].begin = (const char *)array->mapping;
+        mapped[mapped_count++].end = (const char *)array->mapping + array->mapping_bytes;
+    }
+    memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_sigaction = on_shrunk;
+    action.sa_flags = SA_SIGINFO;
+    (void)sigaction(SIGBUS, &action, NULL);
 }
 
 static int on_progress(void *user, const char *phase, double fraction)
@@ -957,17 +1205,19 @@ static int finish(task *job, const pk_decomposition *summary, pk_status status)
     return CLOSED;
 }
 
-static int decompose(task *job)
+/* Opens the run, and reads what is asked about it. */
+static int prepare(task *job)
 {
     settings *set = job->set;
     pk_decompose_options *options = &set->options;
     pk_context *context = &job->context;
-    size_t kept = 0;
     int failed = -1;
-    /* The limit holds from the decomposition on: only it can tell the least that would do. */
-    if ((set->recover ? pk_run_recover : pk_run_open)(context, set->run, &job->run) != PK_OK) {
+    pk_status opened = (set->recover ? pk_run_recover : pk_run_open)(context, set->run, &job->run);
+    if (opened != PK_OK) {
         int named = strstr(pk_message(context), set->run) != NULL;
-        return refuse("%s%s%s", named ? "" : set->run, named ? "" : ": ", pk_message(context));
+        char before[400];
+        snprintf(before, sizeof before, "%.396s%s", named ? "" : set->run, named ? "" : ": ");
+        return refuse_status(job, opened, before);
     }
     job->recorded = job->run.steps;
     if (set->until && pk_run_until(context, &job->run, set->last) != PK_OK)
@@ -981,8 +1231,34 @@ static int decompose(task *job)
         failed = read_labels(job);
     else if (failed < 0 && set->outputs == 'l')
         failed = predict_labels(job);
+    return failed;
+}
+
+static void release(task *job)
+{
+    pk_release(&job->context, job->labels);
+    pk_array_release(&job->context, &job->inputs);
+    pk_run_release(&job->context, &job->run);
+    job->labels = NULL;
+}
+
+static int decompose(task *job)
+{
+    settings *set = job->set;
+    pk_decompose_options *options = &set->options;
+    pk_context *context = &job->context;
+    size_t kept = 0;
+    context->memory_limit = set->memory;
+    int failed = prepare(job);
+    if (failed == OVER_LIMIT) { /* the decomposition, which will not be, can tell the least that would do */
+        release(job);
+        context->memory_limit = 0;
+        failed = prepare(job);
+    }
+    context->memory_limit = 0; /* a few lists; what is held counts when the limit is back */
     if (failed >= 0)
         return failed;
+    watch_mappings(job);
     options->readout.kind = set->outputs == 'n'   ? PK_READOUT_ONE
                             : set->outputs == 'l' ? PK_READOUT_LABEL
                                                   : PK_READOUT_ALL;
@@ -1004,6 +1280,7 @@ static int decompose(task *job)
     job->top_hidden = set->top && !job->top_hidden; /* at most six sums of axes are kept then */
     if (job->top_hidden)
         options->keep[kept] = PK_BY_EXAMPLE;
+    context->memory_limit = set->memory;
     failed = make_folder(job);
     if (failed >= 0)
         return failed;
@@ -1014,11 +1291,8 @@ static int decompose(task *job)
     memset(&summary, 0, sizeof summary);
     pk_status status = create_files(job);
     if (!status) {
-        context->memory_limit = set->memory;
         print_plan(job);
-        status = pk_decompose_parts(context, &job->run,
-                                    pk_matrix_view(job->inputs, job->rows, job->run.graph.input_width), options,
-                                    on_part, job, &summary);
+        status = pk_decompose_array_parts(context, &job->run, &job->inputs, options, on_part, job, &summary);
         context->memory_limit = 0;
     }
     return finish(job, &summary, status);
@@ -1049,10 +1323,19 @@ static void start_with_short_spin(const settings *set, char **arguments)
 #endif
 }
 
+/* Where a standard stream is closed, nothing else may take its place. */
+static void fill_streams(void)
+{
+    for (int file = STDIN_FILENO; file <= STDERR_FILENO; file++)
+        if (fcntl(file, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0)
+            (void)open("/", O_RDONLY);
+}
+
 int main(int count, char **arguments)
 {
     settings set;
     task job;
+    fill_streams();
     int status = parse_arguments(count, arguments, &set);
     if (status >= 0)
         return status;
@@ -1070,8 +1353,8 @@ int main(int count, char **arguments)
         pk_release(&job.context, job.files[i].partial);
     }
     pk_release(&job.context, job.strongest);
-    pk_release(&job.context, job.labels);
-    pk_release(&job.context, job.inputs);
-    pk_run_release(&job.context, &job.run);
+    release(&job);
+    if (job.folder)
+        (void)close(job.folder - 1);
     return status;
 }

@@ -21,6 +21,7 @@
 #ifdef __linux__
 #include <sched.h>
 #include <sys/mount.h>
+#include <sys/ptrace.h>
 #endif
 #ifdef __cplusplus
 extern "C" {
@@ -75,6 +76,8 @@ static void shell(const char *command)
 
 /* ---- running it ---------------------------------------------------------------------------------------- */
 
+static int closed_streams;  /* of the next one: 1 standard input, 2 output, 4 error */
+static int traced;          /* by this process, the next one */
 static rlim_t file_limit;   /* bytes that the next one may write to one file; 0: any */
 static const char *sent_to; /* where its standard output goes instead */
 
@@ -109,6 +112,7 @@ static pid_t start(const char *line)
     assert_true(child >= 0);
     if (child) {
         file_limit = 0;
+        closed_streams = traced = 0;
         return child;
     }
     int out = open(sent_to ? sent_to : in_root("stdout"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
@@ -118,6 +122,13 @@ static pid_t start(const char *line)
     if (dup2(out, STDOUT_FILENO) < 0 || dup2(err, STDERR_FILENO) < 0 ||
         (file_limit && setrlimit(RLIMIT_FSIZE, &limit)))
         _exit(99);
+    for (int i = 0; i < 3; i++)
+        if (closed_streams >> i & 1)
+            close(i);
+#ifdef __linux__
+    if (traced && ptrace(PTRACE_TRACEME, 0, NULL, NULL))
+        _exit(97);
+#endif
     execv(program, arguments);
     _exit(98);
 }
@@ -217,6 +228,27 @@ static void check_same(const char *a, const char *b, const char *name)
 
 static const char *const all_names[] = {"by_example", "initial", "final", "decay", "unattributed", "closure"};
 
+/* Whether the six results of two folders are the same bytes. */
+static int all_same(const char *a, const char *b)
+{
+    for (int i = 0; i < 6; i++) {
+        char one[TEXT], other[TEXT];
+        FILE *files[2] = {fopen(in_root("%s/%s.npy", a, all_names[i]), "rb"),
+                          fopen(in_root("%s/%s.npy", b, all_names[i]), "rb")};
+        int same = files[0] && files[1];
+        for (size_t got = TEXT; same && got == TEXT;) {
+            got = fread(one, 1, TEXT, files[0]);
+            same = fread(other, 1, TEXT, files[1]) == got && memcmp(one, other, got) == 0;
+        }
+        for (int k = 0; k < 2; k++)
+            if (files[k])
+                fclose(files[k]);
+        if (!same)
+            return 0;
+    }
+    return 1;
+}
+
 static void check_all_same(const char *a, const char *b)
 {
     for (int i = 0; i < 6; i++)
@@ -226,6 +258,8 @@ static void check_all_same(const char *a, const char *b)
 /* No file that a job leaves behind only when it is killed. */
 static void check_no_parts(const char *folder)
 {
+    if (exists(in_root("%s/.pathkernel", folder)))
+        fail_msg("%s/.pathkernel was left behind", folder);
     for (int i = 0; i < 6; i++)
         if (exists(in_root("%s/%s.npy.part", folder, all_names[i])))
             fail_msg("%s/%s.npy.part was left behind", folder, all_names[i]);
@@ -1185,6 +1219,290 @@ static void test_terminal(void **state)
     (void)check_complete(strstr(text, "cancelled: "), "shown", LONG);
 }
 
+/* ---- whatever stands in its way ------------------------------------------------------------------------ */
+
+/* Without standard input, output or error: the results hold nothing that is printed. */
+static void test_closed_streams(void **state)
+{
+    (void)state;
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/streams0 --bounds --step-closure --keep step --keep train");
+    for (int closed = 1; closed < 8; closed++) {
+        shell("rm -rf streams");
+        closed_streams = closed;
+        expect(0,
+               "%%/tanh --inputs %%/x.npy --out %%/streams --bounds --step-closure --keep step --keep train");
+        check_all_same("streams0", "streams");
+        shell("cmp streams0/bounds.npy streams/bounds.npy && cmp streams0/by_step.npy streams/by_step.npy && "
+              "cmp streams0/closure_by_step.npy streams/closure_by_step.npy");
+    }
+}
+
+/* One program at a time writes a folder. */
+static void test_one_folder(void **state)
+{
+    (void)state;
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/shared");
+    shell("cp -r shared shared0; : >stderr");
+    pid_t child =
+        start("%/tanh --inputs %/long.npy --out %/shared --top 0 --rows-at-once 16 --threads 1 --verbose");
+    wait_for(" inputs complete, after");
+    sent_to = in_root("other");
+    char line[1400];
+    snprintf(line, sizeof line,
+             "'%.300s' '%.200s/relu' --inputs '%.200s/x.npy' --out '%.200s/shared' 2>'%.100s/second'", program,
+             root, root, root, root);
+    int status = system(line);
+    sent_to = NULL;
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 2);
+    read_text(in_root("second"), complained);
+    assert_non_null(strstr(complained, "/shared is being written by another program"));
+    check_all_same("shared", "shared0"); /* still */
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    check_all_same("shared", "shared0");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/shared");
+    check_no_parts("shared");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/shared1");
+    check_all_same("shared", "shared1");
+}
+
+/* Pipes, links, devices and folders in the places of files: refused at once, untouched; a result's name that is a link is
+ * given to the result. */
+static void test_places(void **state)
+{
+    (void)state;
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/places0");
+    static const char *const commands[] = {
+        "mkfifo places/closure.npy.part", "ln -s ../victim places/closure.npy.part",
+        "ln -s nowhere places/closure.npy.part", "ln -s /dev/full places/closure.npy.part"};
+    static const char *const says[] = {"closure.npy.part: is a device or a pipe, not a file",
+                                       "closure.npy.part: is a symbolic link, not a file",
+                                       "closure.npy.part: is a symbolic link, not a file",
+                                       "closure.npy.part: is a symbolic link, not a file"};
+    char line[300];
+    for (int i = 0; i < 4; i++) {
+        shell("rm -rf places && cp -r places0 places && echo letters >victim");
+        shell(commands[i]);
+        expect_refused("%/relu --inputs %/x.npy --out %/places", says[i]);
+        check_all_same("places0", "places");
+        shell("test \"$(cat victim)\" = letters && test ! -e places/nowhere && test ! -e nowhere");
+        shell("test -p places/closure.npy.part -o -L places/closure.npy.part"); /* not ours to remove */
+        assert_false(exists(in_root("places/by_example.npy.part")));
+        assert_false(exists(in_root("places/.pathkernel")));
+    }
+    shell("rm -rf places && mkdir places && ln -s ../victim places/final.npy && ln -s /dev/null "
+          "places/decay.npy && "
+          "mkfifo places/initial.npy");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/places");
+    check_all_same("places0", "places");
+    shell("test \"$(cat victim)\" = letters && test ! -L places/final.npy");
+    shell("rm -rf places && cp -r places0 places && rm places/decay.npy && mkdir places/decay.npy && cp -r "
+          "places "
+          "places1");
+    expect(2, "%%/relu --inputs %%/x.npy --out %%/places --top 0");
+    assert_non_null(strstr(complained, "decay.npy: cannot be replaced: Is a directory"));
+    shell("diff -r places places1");
+    shell("rm -rf places && mkdir places && echo letters >places/.pathkernel");
+    expect_refused("%/tanh --inputs %/x.npy --out %/places", ".pathkernel: cannot be made");
+    shell("test \"$(cat places/.pathkernel)\" = letters");
+    /* What is read. */
+    static const char *const files[] = {"run.txt", "weights.npy", "train_inputs.npy", "batch_items.npy",
+                                        "gradient_scales.npy"};
+    for (int i = 0; i < 5; i++)
+        for (int kind = 0; kind < 4; kind++) {
+            static const char *const kinds[] = {"mkfifo", "mkdir", "ln -s /dev/zero", "ln -s nowhere"};
+            snprintf(line, sizeof line, "rm -rf waits && cp -r tanh waits && rm -f waits/%s && %s waits/%s",
+                     files[i], kinds[kind], files[i]);
+            shell(line);
+            expect_refused("%/waits --inputs %/x.npy --out %/no", files[i]);
+        }
+    shell("rm -rf waits && mkfifo pipe.npy");
+    expect_refused("%/tanh --inputs %/pipe.npy --out %/no", "pipe.npy: is a device or a pipe");
+    expect_refused("%/tanh --inputs /dev/zero --out %/no", "/dev/zero: is a device or a pipe");
+    expect_refused("%/tanh --inputs %/x.npy --labels %/pipe.npy --out %/no", "pipe.npy: is a device or a pipe");
+    assert_false(exists(in_root("no")));
+}
+
+/* Files that become shorter while they are read: a line that names the file, and the older decomposition whole. */
+static void test_shrinking(void **state)
+{
+    static const struct {
+        const char *command, *says;
+    } cases[] = {
+        {"truncate -s 0 shrinks/train_inputs.npy", "train_inputs.npy became shorter while it was read"},
+        {"truncate -s 0 shrinks/weights.npy", "weights.npy: the row of step"},
+        {"truncate -s 5000 shrinks.npy", "inputs: the file became shorter while it was read"}};
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        shell("rm -rf shrinks shrunk && cp -r relu shrinks && cp long.npy shrinks.npy; : >stderr");
+        expect(0, "%%/tanh --inputs %%/x.npy --out %%/shrunk");
+        shell("rm -rf shrunk0 && cp -r shrunk shrunk0");
+        pid_t child =
+            start("%/shrinks --inputs %/shrinks.npy --out %/shrunk --top 0 --rows-at-once 16 --threads 1 "
+                  "--verbose");
+        wait_for(" inputs complete, after");
+        shell(cases[i].command);
+        assert_int_equal(finish(child), 2);
+        if (!strstr(complained, cases[i].says))
+            fail_msg("case %d: %s", i, complained);
+        if (i == 0)
+            check_all_same("shrunk", "shrunk0");
+        expect(0, "%%/tanh --inputs %%/x.npy --out %%/shrunk");
+        check_no_parts("shrunk");
+    }
+    shell("rm -rf shrinks shrinks.npy");
+}
+
+/* Inputs of 512 MB take no memory of their own. */
+static void test_memory_of_inputs(void **state)
+{
+    enum { ROWS = 1 << 24 };
+    const size_t shape[2] = {ROWS, IN};
+    (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    print_message("skipped: sanitizers take memory of their own\n");
+    skip();
+#endif
+    pk_array_writer writer;
+    memset(&writer, 0, sizeof writer);
+    assert_int_equal(pk_array_create(&context, in_root("huge.npy"), PK_FLOAT64, 2, shape + 1, &writer), PK_OK);
+    const size_t header = writer.header_bytes;
+    assert_int_equal(pk_array_close(&context, &writer), PK_OK);
+    /* Zeros that take no room on the disk, and one number that is none at the very end. */
+    const double nan = (double)NAN;
+    char text[200];
+    int file = open(in_root("huge.npy"), O_RDWR);
+    assert_true(file >= 0);
+    ssize_t got = pread(file, text, header < sizeof text ? header : sizeof text, 0);
+    assert_true(got > 0);
+    char *count = strstr(text + 10, "0, 4)");
+    assert_non_null(count);
+    memcpy(count - 7, "16777216", 8);
+    assert_int_equal(pwrite(file, text, (size_t)got, 0), got);
+    assert_int_equal(pwrite(file, &nan, sizeof nan, (off_t)(header + (size_t)ROWS * IN * 8 - 8)), sizeof nan);
+    close(file);
+    fflush(stdout);
+    pid_t child = start("%/tanh --inputs %/huge.npy --out %/no --memory 64M --threads 1");
+    struct rusage usage;
+    int status = 0;
+    assert_int_equal(wait4(child, &status, 0, &usage), child);
+    read_text(in_root("stderr"), complained);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 2);
+    if (!strstr(complained, "huge.npy: row 16777215, number 3 is NaN"))
+        fail_msg("%s", complained);
+    if (usage.ru_maxrss > 64 << 10)
+        fail_msg("%ld KiB at the peak", usage.ru_maxrss);
+    /* The limit counts from the first byte: what it names does, whatever part of the job is the first that is refused. */
+    for (int i = 0; i < 2; i++) {
+        const char *more = i ? "--outputs label" : "";
+        expect(0, "%%/tanh --inputs %%/x.npy --out %%/limit0 --threads 1 %s", more);
+        for (int bytes = 100; bytes < 100000; bytes *= 3) {
+            shell("rm -rf limit1");
+            int refused = finish(start(
+                (snprintf(text, sizeof text,
+                          "%%/tanh --inputs %%/x.npy --out %%/limit1 --threads 1 --memory %d %s", bytes, more),
+                 text)));
+            if (!refused)
+                continue;
+            const char *least = strstr(complained, "the least that would do is ");
+            assert_int_equal(refused, 2);
+            if (!least)
+                fail_msg("%s", complained);
+            expect(0, "%%/tanh --inputs %%/x.npy --out %%/limit1 --threads 1 --memory %llu %s",
+                   strtoull(least + 27, NULL, 10), more);
+            check_all_same("limit0", "limit1");
+        }
+    }
+}
+
+#ifdef __linux__
+/* Runs the program with a stop at every system call, and kills it at number last of them (0: never). Returns how many there
+ * were; -1 where nobody may trace. */
+static long kill_at(const char *line, long last)
+{
+    int status = 0;
+    traced = 1;
+    pid_t child = start(line);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (!WIFSTOPPED(status))
+        return -1;
+    if (ptrace(PTRACE_SETOPTIONS, child, NULL, (void *)(PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL))) {
+        kill(child, SIGKILL);
+        waitpid(child, &status, 0);
+        return -1;
+    }
+    long stops = 0, pass = 0;
+    for (;;) {
+        if (ptrace(PTRACE_SYSCALL, child, NULL, (void *)pass))
+            break;
+        assert_int_equal(waitpid(child, &status, 0), child);
+        if (!WIFSTOPPED(status))
+            return stops;
+        const int number = WSTOPSIG(status);
+        pass = number == (SIGTRAP | 0x80) || number == SIGTRAP ? 0 : number;
+        if (number == (SIGTRAP | 0x80) && ++stops == last)
+            break;
+    }
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return stops;
+}
+
+/* A kill before and after every system call of the last part of a job: DIR has the old decomposition or the new one, never
+ * some files of each. */
+static void test_kill_publishing(void **state)
+{
+    static const char *const lines[] = {"%/tanh --inputs %/x.npy --out %/killed --threads 1 --top 0",
+                                        "%/relu --inputs %/x.npy --out %/killed --threads 1 --top 0"};
+    (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    print_message("skipped: the sanitizers' runtime has system calls and a tracer of its own\n");
+    skip();
+#endif
+    shell("rm -rf killed");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/killed0 --threads 1 --top 0");
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/killed1 --threads 1 --top 0");
+    setenv("OMP_NUM_THREADS", "1", 1);
+    assert_false(all_same("killed0", "killed1"));
+    int now = 1, outcomes[2] = {0, 0};
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/killed --threads 1 --top 0");
+    const long all = kill_at(lines[0], 0);
+    if (all < 0) {
+        print_message("skipped: this machine lets nobody trace a process\n");
+        skip();
+    }
+    now = 0;
+    assert_true(all_same("killed", "killed0"));
+    check_no_parts("killed");
+    for (long last = all > 400 ? all - 400 : 1; last <= all + 4; last++) {
+        const int before = now;
+        (void)kill_at(lines[!now], last);
+        now = all_same("killed", "killed1");
+        if (!now && !all_same("killed", "killed0"))
+            fail_msg("killed at stop %ld of %ld: some files of each", last, all);
+        outcomes[now != before]++;
+    }
+    assert_true(outcomes[0] > 20 && outcomes[1] > 20);
+    expect(0, "%%/relu --inputs %%/x.npy --out %%/killed --threads 1 --top 0");
+    check_all_same("killed", "killed1");
+    check_no_parts("killed");
+    /* Into a new folder: all of it or nothing. */
+    outcomes[0] = outcomes[1] = 0;
+    for (long last = all > 400 ? all - 400 : 1; last <= all; last += 3) {
+        shell("rm -rf killed");
+        (void)kill_at(lines[0], last);
+        int there = 0;
+        for (int i = 0; i < 6; i++)
+            there += exists(in_root("killed/%s.npy", all_names[i]));
+        if (there != 0 && (there != 6 || !all_same("killed", "killed0")))
+            fail_msg("killed at stop %ld of %ld: %d files of 6", last, all, there);
+        outcomes[there != 0]++;
+    }
+    assert_true(outcomes[0] > 5 && outcomes[1] > 5);
+    unsetenv("OMP_NUM_THREADS");
+}
+#endif
+
 /* A second decomposition into the same folder takes the place of the first. */
 static void test_again(void **state)
 {
@@ -1203,20 +1521,37 @@ int main(int count, char **arguments)
     const char *given = getenv("PATHKERNEL_DECOMPOSE");
     const char *slash = count > 0 ? strrchr(arguments[0], '/') : NULL;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_results),       cmocka_unit_test(test_same_bytes),
-        cmocka_unit_test(test_outputs),       cmocka_unit_test(test_input_types),
-        cmocka_unit_test(test_axes),          cmocka_unit_test(test_until),
-        cmocka_unit_test(test_recover),       cmocka_unit_test(test_not_closed),
+        cmocka_unit_test(test_results),
+        cmocka_unit_test(test_same_bytes),
+        cmocka_unit_test(test_outputs),
+        cmocka_unit_test(test_input_types),
+        cmocka_unit_test(test_axes),
+        cmocka_unit_test(test_until),
+        cmocka_unit_test(test_recover),
+        cmocka_unit_test(test_not_closed),
+        cmocka_unit_test(test_bounds),
+        cmocka_unit_test(test_no_steps),
+        cmocka_unit_test(test_printed),
+        cmocka_unit_test(test_wrong_optimizer),
+        cmocka_unit_test(test_bad_arguments),
+        cmocka_unit_test(test_bad_files),
+        cmocka_unit_test(test_unwritable),
+        cmocka_unit_test(test_full_disk),
         cmocka_unit_test(test_short_spin),
-        cmocka_unit_test(test_bounds),        cmocka_unit_test(test_no_steps),
-        cmocka_unit_test(test_printed),       cmocka_unit_test(test_wrong_optimizer),
-        cmocka_unit_test(test_bad_arguments), cmocka_unit_test(test_bad_files),
-        cmocka_unit_test(test_unwritable),    cmocka_unit_test(test_full_disk),
 #ifdef __linux__
         cmocka_unit_test(test_small_disk),
 #endif
-        cmocka_unit_test(test_cancel),        cmocka_unit_test(test_terminal),
+        cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_terminal),
         cmocka_unit_test(test_again),
+        cmocka_unit_test(test_closed_streams),
+        cmocka_unit_test(test_one_folder),
+        cmocka_unit_test(test_places),
+        cmocka_unit_test(test_shrinking),
+        cmocka_unit_test(test_memory_of_inputs),
+#ifdef __linux__
+        cmocka_unit_test(test_kill_publishing),
+#endif
     };
     if (given)
         snprintf(program, sizeof program, "%s", given);

@@ -39,6 +39,14 @@ PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_r
                                                  pk_decomposition_part *part, void *user,
                                                  pk_decomposition *summary);
 
+/* The same for the rows of an array of any type, such as one of pk_array_open: they are read as they are needed, and only those
+ * of a part are held. Their shape is compared by pk_run_check_inputs. */
+PK_API PK__MUST_USE pk_status pk_decompose_array_parts(pk_context *context, const pk_run *run,
+                                                       const pk_array *inputs,
+                                                       const pk_decompose_options *options,
+                                                       pk_decomposition_part *part, void *user,
+                                                       pk_decomposition *summary);
+
 /* How pk_decompose (in_parts: pk_decompose_parts) would cut the job for rows test rows under the context's memory limit,
  * and what that costs; nothing is computed. PK_MEMORY_LIMIT names the least that would do. */
 PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
@@ -603,9 +611,16 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     const size_t in = job->graph->input_width, steps = job->run->steps;
     const size_t window = job->plan.window, windows = job->window.windows;
     const size_t blocks = pk__blocks(job->part->rows, job->block);
-    for (size_t r = 0; r < job->part->rows; r++)
-        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld,
-               in * sizeof(pk_real));
+    for (size_t r = 0; r < job->part->rows; r++) {
+        const size_t row = job->part->first_row + r;
+        if (job->input_array) {
+            pk_status status = pk_array_read(job->context, job->input_array, row * in, in, job->rows + r * in);
+            if (status)
+                return pk__prefix(job->context, status, "inputs: the file ");
+        } else {
+            memcpy(job->rows + r * in, job->inputs.data + row * job->inputs.ld, in * sizeof(pk_real));
+        }
+    }
     if (job->first_output == 0) {
         pk_status status = pk__predict(job, 0, job->part->initial);
         if (!status)
@@ -681,6 +696,26 @@ static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_mat
             return pk__prefix(context, status, "inputs: ");
     }
     return PK_OK;
+}
+
+/* The numbers of an array, row by row. */
+static pk_status pk__check_array(pk_context *context, const pk_run *run, const pk_array *inputs)
+{
+    const size_t width = run->graph.input_width;
+    pk_real *row = NULL;
+    pk_status status = pk_allocate(context, width, sizeof *row, "a row of inputs", &row);
+    for (size_t r = 0; !status && r < inputs->shape[0]; r++) {
+        status = pk_array_read(context, inputs, r * width, width, row);
+        if (status)
+            status = pk__prefix(context, status, "inputs: the file ");
+        for (size_t j = 0; !status && j < width; j++)
+            if (!isfinite(row[j]))
+                status = pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, number %zu is not finite", r, j);
+        if (!status && run->graph.checked)
+            status = pk__prefix(context, pk_graph_check_inputs(context, &run->graph, r, row), "inputs: ");
+    }
+    pk_release(context, row);
+    return status;
 }
 
 static pk_status pk__check_options(pk_context *context, const pk_run *run, size_t rows,
@@ -836,7 +871,8 @@ static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *r
     return pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), by_pass);
 }
 
-static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+/* array, where it is not NULL, in place of inputs. */
+static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs, const pk_array *array,
                                const pk_decompose_options *options, pk_decomposition *whole,
                                pk_decomposition_part *callback, void *user)
 {
@@ -845,10 +881,20 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
     memset(&defaults, 0, sizeof defaults);
     memset(job, 0, sizeof *job);
     options = options ? options : &defaults;
-    pk_status status = pk__check_inputs(context, run, inputs);
+    pk_status status =
+        array ? pk_run_check_inputs(context, run, array, "inputs") : pk__check_inputs(context, run, inputs);
     memset(whole, 0, sizeof *whole);
+    if (!status && array)
+        inputs.rows = array->shape[0];
+    if (!status && !inputs.rows)
+        status = pk__fail(context, PK_SHAPE, "inputs: there are none");
     if (!status)
         status = pk__plan_job(job, context, run, inputs, options, callback != NULL, whole);
+    if (status)
+        return status;
+    job->input_array = array;
+    if (array) /* with memory of its own, less than that of the job */
+        status = pk__check_array(context, run, array);
     if (status)
         return status;
     if (!callback)
@@ -870,9 +916,23 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
 PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
                               const pk_decompose_options *options, pk_decomposition *out)
 {
-    pk_status status = pk__decompose(context, run, inputs, options, out, NULL, NULL);
+    pk_status status = pk__decompose(context, run, inputs, NULL, options, out, NULL, NULL);
     if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
         pk_decomposition_release(context, out);
+    return status;
+}
+
+static pk_status pk__decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                     const pk_array *array, const pk_decompose_options *options,
+                                     pk_decomposition_part *part, void *user, pk_decomposition *summary)
+{
+    pk_decomposition own;
+    if (!part)
+        return pk__fail(context, PK_ARGUMENT, "decomposing in parts needs a function that takes them");
+    summary = summary ? summary : &own;
+    pk_status status = pk__decompose(context, run, inputs, array, options, summary, part, user);
+    memset(summary->kept, 0, sizeof summary->kept);
+    summary->kept_count = 0;
     return status;
 }
 
@@ -880,14 +940,17 @@ PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_m
                                     const pk_decompose_options *options, pk_decomposition_part *part,
                                     void *user, pk_decomposition *summary)
 {
-    pk_decomposition own;
-    if (!part)
-        return pk__fail(context, PK_ARGUMENT, "decomposing in parts needs a function that takes them");
-    summary = summary ? summary : &own;
-    pk_status status = pk__decompose(context, run, inputs, options, summary, part, user);
-    memset(summary->kept, 0, sizeof summary->kept);
-    summary->kept_count = 0;
-    return status;
+    return pk__decompose_parts(context, run, inputs, NULL, options, part, user, summary);
+}
+
+PK_API pk_status pk_decompose_array_parts(pk_context *context, const pk_run *run, const pk_array *inputs,
+                                          const pk_decompose_options *options, pk_decomposition_part *part,
+                                          void *user, pk_decomposition *summary)
+{
+    const pk_matrix none = {NULL, 0, 0, 0};
+    if (!inputs)
+        return pk__fail(context, PK_ARGUMENT, "inputs: no array");
+    return pk__decompose_parts(context, run, none, inputs, options, part, user, summary);
 }
 
 PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,

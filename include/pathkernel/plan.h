@@ -83,6 +83,7 @@ typedef struct pk__job {
     int direct; /* E has a part of its own beside R */
     pk_window window;
     pk_matrix inputs;
+    const pk_array *input_array; /* in place of their data, or NULL */
     double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
         gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
     pk_plan plan;
