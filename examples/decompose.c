@@ -642,6 +642,9 @@ static void remove_work(int folder)
 static void settle(int folder)
 {
     static const char begin[] = WORK "/current/";
+    struct stat about;
+    if (fstatat(folder, WORK, &about, AT_SYMLINK_NOFOLLOW) != 0 || !S_ISDIR(about.st_mode))
+        return;
     for (int changed = 1; changed;) {
         changed = 0;
         const int again = pk__open_above(folder, ".", O_RDONLY | O_DIRECTORY);

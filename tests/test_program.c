@@ -1305,6 +1305,10 @@ static void test_places(void **state)
     shell("rm -rf places && mkdir places && echo letters >places/.pathkernel");
     expect_refused("%/tanh --inputs %/x.npy --out %/places", ".pathkernel: cannot be made");
     shell("test \"$(cat places/.pathkernel)\" = letters");
+    shell("rm -rf places others && mkdir -p places others/new others/old && echo letters >others/current && "
+          "echo letters >others/new/one && ln -s ../others places/.pathkernel && cp -r others others0");
+    expect_refused("%/tanh --inputs %/x.npy --out %/places", ".pathkernel: cannot be made");
+    shell("diff -r others others0 && test -L places/.pathkernel");
     /* What is read. */
     static const char *const files[] = {"run.txt", "weights.npy", "train_inputs.npy", "batch_items.npy",
                                         "gradient_scales.npy"};

@@ -1365,6 +1365,28 @@ static void test_no_memory(void **state)
     pk_recorder recorder;
     assert_int_equal(pk_run_open(&context, directory, &run), PK_MEMORY_LIMIT);
     assert_non_null(strstr(pk_message(&context), "1024"));
+    /* The least that it names does, and a byte less does not, whatever block was the first to be refused. */
+    for (size_t limit = 250, refusals = 0; limit < 4096; limit += 60) {
+        context.memory_limit = limit;
+        pk_status opened = pk_run_open(&context, directory, &run);
+        if (opened == PK_OK) {
+            assert_true(refusals > 0);
+            pk_run_release(&context, &run);
+            continue;
+        }
+        refusals++;
+        assert_int_equal(opened, PK_MEMORY_LIMIT);
+        const char *least = strstr(pk_message(&context), "the least that would do is ");
+        if (!least)
+            fail_msg("%zu bytes: %s", limit, pk_message(&context));
+        context.memory_limit = (size_t)strtoull(least + 27, NULL, 10);
+        assert_true(context.memory_limit > limit);
+        assert_int_equal(pk_run_open(&context, directory, &run), PK_OK);
+        pk_run_release(&context, &run);
+        context.memory_limit--;
+        assert_int_equal(pk_run_open(&context, directory, &run), PK_MEMORY_LIMIT);
+    }
+    context.memory_limit = 1024;
     assert_int_equal(pk_recorder_open(&context, directory, &options, &data.train, data.weights, &recorder),
                      PK_MEMORY_LIMIT);
     assert_int_equal(context.memory_used, 0);

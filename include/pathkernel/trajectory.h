@@ -72,7 +72,8 @@ typedef struct pk_run {
  * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
  * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
  * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. PK_SHAPE where the
- * files differ in their number of steps by more than a kill leaves, with the two counts. */
+ * files differ in their number of steps by more than a kill leaves, with the two counts. PK_MEMORY_LIMIT names the
+ * least that would do. */
 PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
 
 /* The same, but a run whose files hold different numbers of steps is opened up to the shortest one: what is left
@@ -723,23 +724,42 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     return pk__run_count(context, path->directory, recover, run);
 }
 
+/* A run, from its path on. */
+static pk_status pk__run_read(pk_context *context, const char *directory, int recover, pk_run *run)
+{
+    pk__run_path path;
+    pk_status status = pk__run_path_take(context, directory, &path);
+    memset(run, 0, sizeof *run);
+    if (status != PK_OK)
+        return status;
+    status = pk__run_load(context, &path, recover, run);
+    pk_release(context, path.text);
+    if (status != PK_OK)
+        pk_run_release(context, run);
+    return status;
+}
+
 static pk_status pk__run_open(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     if (!directory || !run)
         return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
-    pk__run_path path;
-    pk_status status = pk__run_path_take(context, directory, &path);
-    if (status != PK_OK)
-        return status;
     pk_run opened;
-    memset(&opened, 0, sizeof opened);
-    status = pk__run_load(context, &path, recover, &opened);
-    pk_release(context, path.text);
-    if (status != PK_OK)
-        pk_run_release(context, &opened);
-    else
+    pk_status status = pk__run_read(context, directory, recover, &opened);
+    if (status == PK_OK)
         *run = opened;
-    return status;
+    if (status != PK_MEMORY_LIMIT)
+        return status;
+    /* The least that would do, which only opening it without the limit can tell. A run takes little but the arrays
+     * that its network names. */
+    pk_context unlimited = *context;
+    unlimited.memory_limit = 0;
+    unlimited.memory_peak = unlimited.memory_used;
+    if (pk__run_read(&unlimited, directory, recover, &opened) != PK_OK)
+        return status;
+    pk_run_release(&unlimited, &opened);
+    return pk__fail(context, PK_MEMORY_LIMIT,
+                    "%s: opening the run within %zu bytes is not possible; the least that would do is %zu",
+                    directory, context->memory_limit, unlimited.memory_peak);
 }
 
 PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
