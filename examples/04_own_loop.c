@@ -153,7 +153,11 @@ static int decompose(pk_context *context, const recording *r, const scan *tests,
         for (int i = 0; i < PIXELS; i++)
             inputs[m * PIXELS + i] = tests[m].ink[i] / 16.0;
     TRY(pk_run_open(context, r->folder, &run));
-    TRY(pk_decompose(context, &run, pk_matrix_view(inputs, TESTS, PIXELS), NULL, &d));
+    pk_status status = pk_decompose(context, &run, pk_matrix_view(inputs, TESTS, PIXELS), NULL, &d);
+    if (r->lie)
+        printf("The library says: %s.\n", pk_message(context));
+    if (status != (r->lie ? PK_UNATTRIBUTED : PK_OK)) /* computed all the same, and the lie is noticed */
+        return fprintf(stderr, "%s\n", pk_message(context)), 1;
     *unattributed = d.worst_unattributed;
     *closure = d.worst_closure;
     *mismatch = 0;
