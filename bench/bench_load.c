@@ -1,7 +1,7 @@
 /* bench/bench_load.c: what do several threads cost where another program takes a processor?
  *
  *   cc -O3 -march=native -fopenmp -DPATHKERNEL_BLIS -Iinclude bench/bench_load.c -lblis -lm -o bench_load
- *   ./bench_load [--quick] [--busy N] [--samples N] [--program]
+ *   ./bench_load [--quick] [--busy N] [--samples N] [--job NAME] [--program]
  *
  * Four jobs on the digits (64-32-32-10, tanh; 1437 of them, or made ones), each with a context of its own, as in a new
  * program: train, 300 steps with all examples; sgd, decomposing 100 inputs over 60 of these steps; adamw, 100 inputs
@@ -104,6 +104,7 @@ int main(int argc, char **argv)
 {
     int busy = 1, samples = 11, wrong = 0, program = 0;
     pid_t children[64];
+    const char *only = NULL;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--quick") == 0)
             samples = 1;
@@ -111,17 +112,19 @@ int main(int argc, char **argv)
             program = 1;
         else if (strcmp(argv[i], "--busy") == 0 && i + 1 < argc)
             busy = atoi(argv[++i]);
+        else if (strcmp(argv[i], "--job") == 0 && i + 1 < argc)
+            only = argv[++i];
         else if (strcmp(argv[i], "--samples") == 0 && i + 1 < argc)
             samples = atoi(argv[++i]);
         else {
-            fprintf(stderr, "usage: %s [--quick] [--busy N] [--samples N] [--program]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--quick] [--busy N] [--samples N] [--job NAME] [--program]\n", argv[0]);
             return 2;
         }
     }
     samples = samples < 1 ? 1 : samples > MOST ? MOST : samples;
     busy = busy < 0 ? 0 : busy > 64 ? 64 : busy;
     if (program && !getenv("GOMP_SPINCOUNT")) {
-        setenv("GOMP_SPINCOUNT", "1000", 1);
+        setenv("GOMP_SPINCOUNT", "2000", 1);
         execv("/proc/self/exe", argv);
     }
     for (int i = 0; i < busy; i++) /* before OpenMP has threads */
@@ -176,6 +179,8 @@ int main(int argc, char **argv)
         static double seconds[2][MOST], sorted[MOST];
         double sums[2] = {0, 0}, least[2] = {INFINITY, INFINITY};
         pk_context last;
+        if (only && strcmp(only, subjects[j].name) != 0)
+            continue;
         for (int i = 0; i < samples; i++)
             for (int k = 0; k < 2; k++) {
                 double sum;

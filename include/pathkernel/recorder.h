@@ -5,8 +5,8 @@
  *
  * Training that is resumed needs the optimiser's state. A run that keeps every k-th step has it there; of one that keeps
  * every step, resume_state.npy has that of step 16, 32, ..., written once the step after it is complete: training goes on
- * from at most 17 steps before the end, and proves at least one of them. The file is put in place by a rename and is not
- * needed: without it, or where its hash is another, all steps are recomputed, and it is written again on the way; while the
+ * from at most 17 steps before the end, and proves at least one of them. The file has the last two, each with a hash, so that
+ * one is whole at any time, and is not needed: without it all steps are recomputed, and it is written on the way; while the
  * last of them are recomputed even after each, so that training goes on that is stopped again and again after a few steps.
  */
 #ifndef PATHKERNEL_RECORDER_H
@@ -42,12 +42,16 @@ typedef struct pk_recorder {
     pk_array_writer files[9];
     int present[9];
     int float32, failed, lock;
-    int64_t items;        /* rows of batch_items.npy */
-    size_t resume_step;   /* whose state is in resume_state and not in its file yet; 0: none */
-    double *resume_state; /* what resume_state.npy holds, NULL where there is no need for it */
-    void *row;            /* P numbers of the file's type, where that is not pk_real */
-    double *states;       /* V P numbers, where k > 1 */
-    double *uniform;      /* weights of a batch that was given without, grows */
+    int64_t items; /* rows of batch_items.npy */
+    /* Of a run that keeps every step, whose optimiser has a state: a row of resume_state.npy; the step whose state it
+     * has that is not in the file yet, 0: none; the file's descriptor + 1; the row to write next. */
+    double *resume_state;
+    size_t resume_step;
+    int resume_file;
+    size_t resume_place;
+    void *row;       /* P numbers of the file's type, where that is not pk_real */
+    double *states;  /* V P numbers, where k > 1 */
+    double *uniform; /* weights of a batch that was given without, grows */
     size_t uniform_size;
 } pk_recorder;
 
@@ -232,25 +236,40 @@ static void pk__resume_head(size_t step, const pk_real *weights, size_t paramete
     head[1] = (double)(hash >> 11);
 }
 
-/* resume_state.npy, as it was or complete. Nothing is lost where it cannot be written: the steps are there. */
-static void pk__recorder_write_state(const pk_recorder *recorder)
+/* Opens resume_state.npy for writing in place: with its states where it is one, else with none. */
+static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned char *header, size_t room,
+                                   size_t bytes)
 {
-    static const char *const unfinished = PK__RESUME_FILE ".tmp";
-    const size_t numbers = PK__RESUME_HEAD + recorder->state_numbers;
-    const int folder = recorder->lock - 1;
-    unsigned char header[PK__NPY_ROOM];
-    const pk_array array = pk_array_view(PK_FLOAT64, 1, &numbers, recorder->resume_state);
-    const size_t room = pk__npy_header(&array, 0, 0, header);
+    const off_t size = (off_t)(room + 2 * bytes);
+    unsigned char there[PK__NPY_ROOM];
+    struct stat about;
     const char *kind;
-    (void)unlinkat(folder, unfinished, 0);
-    int file = pk__open_regular(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL, &kind);
+    int file = pk__open_regular(recorder->lock - 1, PK__RESUME_FILE, O_RDWR | O_CREAT, &kind);
     if (file < 0)
-        return;
-    int good = pk__write_at(file, header, room, 0) &&
-               pk__write_at(file, recorder->resume_state, numbers * sizeof(double), room);
-    good = close(file) == 0 && good;
-    if (!good || renameat(folder, unfinished, folder, PK__RESUME_FILE) != 0)
-        (void)unlinkat(folder, unfinished, 0);
+        return -1;
+    int good = fstat(file, &about) == 0;
+    if (good && (about.st_size != size || pread(file, there, room, 0) != (ssize_t)room ||
+                 memcmp(there, header, room) != 0))
+        good = ftruncate(file, 0) == 0 && ftruncate(file, size) == 0 && pk__write_at(file, header, room, 0);
+    if (good)
+        return file;
+    close(file);
+    return -1;
+}
+
+/* Writes the state in the place of the older of the two that the file has: the other one stays whole meanwhile. No step is
+ * lost where that fails: they are there. */
+static void pk__recorder_write_state(pk_recorder *recorder)
+{
+    const size_t shape[2] = {2, PK__RESUME_HEAD + recorder->state_numbers}, bytes = shape[1] * sizeof(double);
+    unsigned char header[PK__NPY_ROOM];
+    const pk_array array = pk_array_view(PK_FLOAT64, 2, shape, recorder->resume_state);
+    const size_t room = pk__npy_header(&array, 0, 0, header);
+    if (!recorder->resume_file)
+        recorder->resume_file = pk__recorder_open_state(recorder, header, room, bytes) + 1;
+    if (recorder->resume_file && pk__write_at(recorder->resume_file - 1, recorder->resume_state, bytes,
+                                              room + recorder->resume_place * bytes))
+        recorder->resume_place = !recorder->resume_place;
 }
 
 /* The optimiser's state and the weights after `steps` steps, which are complete in the recording: every so many times. */
@@ -271,11 +290,13 @@ PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, si
         recorder->resume_state[PK__RESUME_HEAD + i] = (double)state[i];
 }
 
-/* *step: one before the last, whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P): room. */
+/* *step: the latest before the last whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P):
+ * room. */
 PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *directory, const pk_run *run,
-                                              size_t state_numbers, pk_real *weights, pk_real *state,
+                                              pk_recorder *recorder, pk_real *weights, pk_real *state,
                                               size_t *step)
 {
+    const size_t numbers = recorder->state_numbers, row = PK__RESUME_HEAD + numbers;
     pk__run_path path;
     pk_array array;
     memset(&path, 0, sizeof path);
@@ -286,17 +307,22 @@ PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *d
         return status;
     /* Without a context: it is no error that there is no such file, or another one. */
     if (pk_array_map(NULL, pk__run_path_of(&path, PK__RESUME_FILE), 0, &array) == PK_OK &&
-        array.type == PK_FLOAT64 && array.rank == 1 && state_numbers <= SIZE_MAX - PK__RESUME_HEAD &&
-        array.shape[0] == PK__RESUME_HEAD + state_numbers) {
-        double head[PK__RESUME_HEAD], own[PK__RESUME_HEAD] = {0, 0};
-        memcpy(head, array.data, sizeof head);
-        if (head[0] >= 1 && head[0] < (double)run->steps) {
-            const size_t there = (size_t)head[0];
-            pk_array_reals(&array, PK__RESUME_HEAD, state_numbers, state);
+        array.type == PK_FLOAT64 && array.rank == 2 && array.shape[0] == 2 && array.shape[1] == row) {
+        double head[2][PK__RESUME_HEAD], own[PK__RESUME_HEAD] = {0, 0};
+        for (size_t i = 0; i < 2; i++)
+            memcpy(head[i], (const double *)array.data + i * row, sizeof head[i]);
+        size_t place = head[1][0] > head[0][0];
+        for (int tries = 0; tries < 2 && *step == SIZE_MAX; tries++, place = !place) {
+            if (!(head[place][0] >= 1 && head[place][0] < (double)run->steps))
+                continue;
+            const size_t there = (size_t)head[place][0];
+            pk_array_reals(&array, place * row + PK__RESUME_HEAD, numbers, state);
             if (pk_run_weights(NULL, run, there, weights) == PK_OK)
-                pk__resume_head(there, weights, run->parameters, state, state_numbers, own);
-            if (memcmp(head, own, sizeof head) == 0)
+                pk__resume_head(there, weights, run->parameters, state, numbers, own);
+            if (memcmp(head[place], own, sizeof own) == 0) {
                 *step = there;
+                recorder->resume_place = !place;
+            }
         }
     }
     pk_array_release(NULL, &array);
@@ -353,7 +379,6 @@ static void pk__recorder_clear(int folder)
         (void)unlinkat(folder, unfinished, 0);
     }
     (void)unlinkat(folder, PK__RESUME_FILE, 0);
-    (void)unlinkat(folder, PK__RESUME_FILE ".tmp", 0);
 }
 
 /* Makes the directory where it is missing, locks it, and sees what it holds. */
@@ -583,6 +608,8 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
     pk_release(context, recorder->row);
     pk_release(context, recorder->states);
     pk_release(context, recorder->resume_state);
+    if (recorder->resume_file)
+        close(recorder->resume_file - 1);
     pk_release(context, recorder->uniform);
     if (recorder->lock)
         close(recorder->lock - 1);

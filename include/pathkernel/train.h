@@ -157,8 +157,8 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         from = last - last % run->keep_every;
     if (run->keep_every == 1 && t->trainer.state_numbers) {
         size_t kept = SIZE_MAX;
-        pk_status status = pk__recorder_find_state(context, folder, run, t->trainer.state_numbers, weights,
-                                                   t->trainer.state, &kept);
+        pk_status status =
+            pk__recorder_find_state(context, folder, run, &t->recorder, weights, t->trainer.state, &kept);
         if (status != PK_OK)
             return status;
         if (kept != SIZE_MAX)

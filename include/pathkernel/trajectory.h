@@ -11,8 +11,9 @@
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
- *     resume_state.npy     (2 + V P,) float64, optional: a step s, a hash of the bits of w_s and of the optimiser's V
- *                          vectors before it, and these; rewritten while a run is recorded, for nothing but resuming it
+ *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
+ *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
+ *                          nothing but resuming it
  *
  * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); replay.h repeats the
  * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
