@@ -35,7 +35,7 @@ struct pk_operation;
 
 /* Private: how the parallel regions of a context have fared of late (parallel.h). Times in seconds. */
 typedef struct pk_load {
-    double until, rest; /* one thread until then; how long that was */
+    double until, rest; /* one thread until then; how long that was, at most a second */
     double gain, work;  /* against one thread; of a trial */
     int trusted, tries; /* whether the threads are not on trial; regions of the trial */
     long process;       /* that the first region belongs to */

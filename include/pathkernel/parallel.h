@@ -8,7 +8,7 @@
  *   1. A region measures its time T and the processor time W that its threads took for their tasks: one thread would have
  *      taken about W. The difference W - T, added up over the regions, is what the threads have gained.
  *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times what was
- *      lost, and for twice as long as the last time; at most for PK__LOAD_LONGEST seconds.
+ *      lost, or for twice as long as the last time, up to PK__LOAD_LONGEST seconds.
  *   3. After that, and at the beginning, the threads are on trial: they have to gain in one region, or in several small ones,
  *      before they are trusted. A trial is cheap beside other programs, too: it starts one thread more than there are
  *      processors, which has nothing to do but tells libgomp that spinning does not pay (GOMP_SPINCOUNT: it then spins for
@@ -52,7 +52,8 @@ PK__BEGIN_CODE
 #define PK__LOAD_REST 20      /* times the loss */
 #define PK__LOAD_SHORTEST 10e-3
 #define PK__LOAD_LONGEST 2.0
-#define PK__LOAD_TRIAL 500e-6 /* of work that a trial takes, or PK__LOAD_TRIALS regions */
+#define PK__LOAD_EVER 60.0    /* whatever was lost: a process may have been stopped */
+#define PK__LOAD_TRIAL 500e-6 /* of work that a trial takes, or as many regions as there may be */
 #define PK__LOAD_START 20e-6  /* that a region of a trial may take beside its work */
 enum { PK__LOAD_TRIALS = 8 };
 
@@ -88,11 +89,13 @@ static void pk__load_rest(pk_context *context, double now, double loss)
 {
     pk_load *load = &context->load;
     double rest = PK__LOAD_REST * loss;
-    rest = rest > 2 * load->rest ? rest : 2 * load->rest;
+    rest = rest > 2 * load->rest ? rest : 2 * load->rest; /* at most PK__LOAD_LONGEST */
     rest = rest > PK__LOAD_SHORTEST ? rest : PK__LOAD_SHORTEST;
-    load->rest = rest < PK__LOAD_LONGEST ? rest : PK__LOAD_LONGEST;
-    load->until = now + load->rest;
-    load->trusted = 0;
+    rest = rest < PK__LOAD_EVER ? rest : PK__LOAD_EVER;
+    load->until = now + rest;
+    load->rest = rest < PK__LOAD_LONGEST / 2 ? rest : PK__LOAD_LONGEST / 2;
+    load->gain = load->work = 0;
+    load->trusted = load->tries = 0;
     context->backed_off++;
 }
 
@@ -112,15 +115,17 @@ static void pk__load_watch(pk_context *context, double now, double wall, double 
     load->gain += gain;
     load->work += work;
     load->tries++;
-    if (load->work < PK__LOAD_TRIAL && load->tries < PK__LOAD_TRIALS && gain > -PK__LOAD_LOSS)
+    const int gained = load->gain >= 0.15 * load->work - load->tries * PK__LOAD_START;
+    const int lost = load->gain < -PK__LOAD_LOSS, last = load->tries == PK__LOAD_TRIALS;
+    if (!lost && !last && !(gained && load->work >= PK__LOAD_TRIAL))
         return;
-    const double least = 0.15 * load->work - load->tries * PK__LOAD_START;
-    const double gained = load->gain;
-    load->trusted = gained >= least;
-    load->gain = load->work = 0;
-    load->tries = 0;
-    if (!load->trusted)
-        pk__load_rest(context, now, -gained);
+    if (gained && !lost) {
+        load->trusted = 1;
+        load->gain = load->work = 0;
+        load->tries = 0;
+    } else {
+        pk__load_rest(context, now, -load->gain);
+    }
 }
 
 /* How many of the threads a region gets. */
