@@ -58,11 +58,13 @@ static void idle_machine(void)
     machine_wall = 1e-6;
     machine_work = 500e-6;
 }
+#ifdef _OPENMP
 static void busy_machine(void)
 {
     machine_wall = 8e-3;
     machine_work = 200e-6;
 }
+#endif
 
 #define assert_ok(context, call)                                                     \
     do {                                                                             \
@@ -119,6 +121,13 @@ static void train(subject *s, size_t steps, const char *optimizer, const char *r
     assert_ok(&s->context, pk_optimizer_parse(&s->context, optimizer, &options.optimizer));
     memcpy(s->weights, s->start, s->graph.parameters * sizeof *s->weights);
     assert_ok(&s->context, pk_train(&s->context, &s->graph, &s->train, &options, s->weights, NULL));
+}
+
+static void remove_folder(const char *directory)
+{
+    char command[300];
+    snprintf(command, sizeof command, "rm -rf '%s'", directory);
+    assert_int_equal(system(command), 0);
 }
 
 /* ---- tasks ---- */
@@ -322,13 +331,6 @@ static void test_kernel(void **state)
     assert_true(subjects[2].context.backed_off >= 1 && subjects[2].context.regions <= 20);
     for (int k = 0; k < 3; k++)
         release_subject(&subjects[k]);
-}
-
-static void remove_folder(const char *directory)
-{
-    char command[300];
-    snprintf(command, sizeof command, "rm -rf '%s'", directory);
-    assert_int_equal(system(command), 0);
 }
 
 static void test_decompositions(void **state)
