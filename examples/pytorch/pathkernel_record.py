@@ -293,6 +293,7 @@ def _embedding(module, x, options, no):
 def _is_causal(mask, x, no):
     if mask is None:
         return False
+    mask = mask.bool() if mask.dtype == torch.uint8 else mask
     hidden = mask if mask.dtype == torch.bool else mask == -math.inf
     later = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
     if mask.ndim != 2 or not (mask.dtype == torch.bool or bool((mask[~hidden] == 0).all())):
@@ -459,22 +460,33 @@ _VIEWS = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as"}
 _SAME = {"contiguous", "clone", "to", "alias"}
 
 
+def _axes(shape):
+    """The axes of an example that say anything: all but the first, and without the ones."""
+    return [n for n in shape[1:] if n != 1]
+
+
 class _Value:
     """A value of a forward: `layers` lead to it from the value `before`, through which all of its paths go."""
 
     def __init__(self, trace, before, layers=(), parameters=(), refusal=None):
+        # refusal: (number, error) of the first value on the ways to here that the format does not have, or None
         self.trace, self.before, self.refusal = trace, before, refusal
         self.layers, self.parameters = list(layers), list(parameters)
         self.number, trace.values = trace.values, trace.values + 1
 
     def since(self, start):
         """(layers, parameters) from start to here."""
+        if self.refusal:
+            raise self.refusal[1]
         layers, parameters, value = [], [], self
         while value is not start:
-            if value.refusal:
-                raise value.refusal
             layers[:0], parameters[:0], value = value.layers, value.parameters, value.before
         return layers, parameters
+
+
+def _first_refusal(traced):
+    """The earliest refusal of several traced tensors: what to name, since later ones may only follow from it."""
+    return min((t.value.refusal for t in traced if t.value.refusal), key=lambda r: r[0], default=None)
 
 
 def _common(a, b):
@@ -522,8 +534,9 @@ class _Trace:
         self.shape, self.input = tuple(rows.shape[1:]), _Value(self, None)
         call = nn.Module.__call__
         _Trace.now = self
+        # _call_impl: not what module.compile() has put in the place of the forward.
         nn.Module.__call__ = lambda module, *arguments, **options: self.module(
-            call, module, arguments, options
+            nn.Module._call_impl, module, arguments, options
         )
         try:
             with torch.no_grad():
@@ -538,6 +551,8 @@ class _Trace:
         finally:
             nn.Module.__call__, _Trace.now = call, None
         if not isinstance(out, _Traced):
+            if isinstance(out, (tuple, list, dict)) or hasattr(out, "__dataclass_fields__"):
+                raise RecordError(f"the model returns a {type(out).__name__}; return only the tensor of its outputs")
             raise RecordError(f"the model returns a {type(out).__name__} that does not come from its input")
         layers, self.parameters = out.value.since(self.input)
         self.line = "; ".join(["input " + "x".join(map(str, self.shape or (1,))), *layers])
@@ -579,34 +594,37 @@ class _Trace:
         values = values.get(kind, ("input",))
         rest = {**dict(zip(values, arguments)), **options}
         rest = {k: v for k, v in rest.items() if k not in ("query", "key", "value", "src", "input")}
-        if any(t.value is not before for t in found) or (kind in _MODULES and len(arguments) > len(values)):
-            raise RecordError(
-                f"{where}: called with more than one value; the format has one, and attention of tokens among "
-                "themselves"
-            )
-        parameters = _parameters(module)
-        if parameters and id(module) in self.used:
-            raise RecordError(f"{where}: the same module twice; weights used twice cannot be recorded")
-        self.used.add(id(module))
-        layers = _layers(module, where, found[0], rest)
+        refusal, parameters = _first_refusal(found), _parameters(module)
         try:
-            out = call(module, *plain, **plain_options)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise RecordError(
-                f"{where} does not take {found[0].dtype} {tuple(found[0].shape)}: {error}"
-            ) from error
-        value = _Value(self, before, layers, parameters)
+            if any(t.value is not before for t in found) or (kind in _MODULES and len(arguments) > len(values)):
+                raise RecordError(
+                    f"{where}: called with more than one value; the format has one, and attention of tokens among "
+                    "themselves"
+                )
+            if parameters and id(module) in self.used:
+                raise RecordError(f"{where}: the same module twice; weights used twice cannot be recorded")
+            self.used.add(id(module))
+            layers = _layers(module, where, found[0], rest)
+            try:
+                out = call(module, *plain, **plain_options)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise RecordError(
+                    f"{where} does not take {found[0].dtype} {tuple(found[0].shape)}: {error}"
+                ) from error
+        except RecordError as error:
+            raise refusal[1] if refusal else error
+        value = _Value(self, before, layers, parameters, refusal)
         return (self.wrap(out[0], value), *out[1:]) if isinstance(out, tuple) else self.wrap(out, value)
 
     def function(self, name, arguments, options, plain, found, out):
         """The result of a function of torch on traced values, with where it comes from."""
+        refusal = _first_refusal(found)
         if name in _LOOKS:
-            raise RecordError(
-                f"the forward of the model looks at its numbers ({name}), so it is not one network"
-            )
+            reason = f"the forward of the model looks at its numbers ({name}), so it is not one network"
+            raise RecordError(f"{reason}; before that, {refusal[1]}" if refusal else reason)
         if not isinstance(out, (torch.Tensor, tuple, list)) or isinstance(out, torch.Size):
             return out
-        x, before, refusal, layers, parameters = found[0], found[0].value, None, [], []
+        x, before, layers, parameters = found[0], found[0].value, [], []
         where = f"layer {self.values - 1} (function {name})"
         try:
             if len(found) == 2 and name in ("add", "add_", "__add__", "__iadd__"):
@@ -625,7 +643,7 @@ class _Trace:
                 rest = [v for v in arguments if v is not x]
                 layers, parameters = self.layer(name, where, x, rest, options, out)
         except RecordError as error:  # a value that does not matter may be what it is
-            refusal = error
+            refusal = refusal or (self.values, error)
         wrap = lambda t: self.wrap(t, _Value(self, before, layers, parameters, refusal))
         return wrap(out) if isinstance(out, torch.Tensor) else type(out)(map(wrap, out))
 
@@ -640,13 +658,13 @@ class _Trace:
         if name in _SAME and out.dtype == x.dtype:
             return [], []
         if name in _VIEWS:
-            whole = lambda t: [n for n in t.shape if n != 1]
-            if self.values == 1 and len(out) == len(x):  # rows of numbers become images, or images rows
+            same = len(out) == len(x) and _axes(out.shape) == _axes(x.shape)
+            if self.values == 1 and len(out) == len(x) and (same or x.ndim == 2):  # rows of numbers become images
                 self.shape = tuple(out.shape[1:])
                 return [], []
             if out.ndim == 2 and len(out) == len(x):
                 return ["flatten"], []
-            if whole(out) == whole(x) and len(out) == len(x):
+            if same:
                 return [], []
         if name == "mean":
             dims = rest[0] if rest else options.get("dim")
@@ -739,7 +757,8 @@ def _w_attention(net, x, heads, causal=False, shared=False, nobias=False):
     q, k, v = (p.reshape(batch, tokens, heads, -1).transpose(1, 2) for p in parts * (3 if shared else 1))
     scores = q @ k.transpose(2, 3) / (width // heads) ** 0.5
     if causal:
-        scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
     y = (scores.softmax(3) @ v).transpose(1, 2).reshape(x.shape)
     return _w_dense(net, y, width, nobias)
 
@@ -780,7 +799,7 @@ _WORDS = {  # of the language, on tensors; net gives weights and arrays
     "attention": _w_attention,
     "token": lambda net, x, index: x[:, index],
     "mean_tokens": lambda net, x: x.mean(1),
-    "select": lambda net, x: x[torch.arange(len(x)), net.data.reshape(-1).long()],
+    "select": lambda net, x: x[torch.arange(len(x), device=x.device), net.data.reshape(-1).long()],
     "constant": lambda net, x, name: net.constant(name).expand(len(x), -1, -1),
     "propagate": _w_propagate,
 }
@@ -892,7 +911,7 @@ class _Network:
     def constant(self, name):
         if name not in self.constants:
             raise RecordError(f"network: the array '{name}' is missing: constants={{'{name}': ...}}")
-        return torch.as_tensor(np.asarray(self.constants[name], np.float64))
+        return torch.as_tensor(np.asarray(self.constants[name], np.float64)).to(self.data)
 
 
 # ---- the loss line
@@ -941,6 +960,19 @@ _LOSS_SETTINGS = {
 }
 
 
+_CLASS_WEIGHTS = (
+    "name the loss '{}' instead of passing its module, and give the class weights as those of the examples: "
+    "record(indices, weights=w[y[indices]] / w[y[indices]].sum())"
+)
+_LOSS_HINTS = {
+    ("softmax_cross_entropy", "weight"): _CLASS_WEIGHTS.format("softmax_cross_entropy"),
+    ("nll", "weight"): _CLASS_WEIGHTS.format("nll"),
+    ("softmax_cross_entropy", "label_smoothing"): "the format smooths no labels; name the loss "
+    "'softmax_cross_entropy' instead of passing its module, and give soft targets: "
+    "targets=(1 - s) * one_hot(y, C) + s / C, of shape (N, C)",
+}
+
+
 def loss_line(loss):
     """The format's word for a loss: a word itself, or a module of torch.nn."""
     if isinstance(loss, str):
@@ -958,7 +990,8 @@ def loss_line(loss):
                 "give each example's weight: record(indices, weights=...)"
             )
         if not (value is None if only is None else value == only):
-            raise RecordError(f"loss {kind}: {setting} = {value}; the format has {only} only")
+            hint = _LOSS_HINTS.get((word, setting), f"the format has {only} only")
+            raise RecordError(f"loss {kind}: {setting} = {value}: {hint}")
     if getattr(loss, "ignore_index", -1) >= 0:
         raise RecordError(
             f"loss {kind}: ignore_index = {loss.ignore_index}: leave such rows out of the batches"

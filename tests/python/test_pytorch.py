@@ -949,8 +949,8 @@ class Refusals(Case):
     def test_losses_and_data(self):
         x, y = data()
         for words, loss in (
-            ("label_smoothing", nn.CrossEntropyLoss(label_smoothing=0.1)),
-            ("weight", nn.CrossEntropyLoss(torch.ones(3))),
+            ("label_smoothing.*soft targets", nn.CrossEntropyLoss(label_smoothing=0.1)),
+            ("weight.*weights=w", nn.CrossEntropyLoss(torch.ones(3))),
             ("reduction='sum'.*weights", nn.MSELoss(reduction="sum")),
             ("beta", nn.SmoothL1Loss(beta=0.5)),
             ("pos_weight", nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))),
@@ -1071,7 +1071,7 @@ class Refusals(Case):
         image = lambda *layers: nn.Sequential(nn.Conv2d(2, 3, 3), *layers, nn.Flatten(), nn.LazyLinear(OUT))
         attend = lambda **o: nn.MultiheadAttention(8, 2, **{"batch_first": True, **o})
         attending = lambda call, **o: Own(
-            lambda m, x: m.o(call(m.a, x[:, 0])[0].mean(1)), a=attend(**o), o=nn.Linear(8, OUT)
+            lambda m, x: m.o(call(m.a, x)[0].mean(1)), a=attend(**o), o=nn.Linear(8, OUT)
         )
         self_attending = lambda **o: attending(lambda a, x: a(x, x, x), **o)
         embed = lambda **o: nn.Sequential(nn.Embedding(7, 4, **o), MeanTokens(), nn.Linear(4, OUT))
@@ -1096,17 +1096,19 @@ class Refusals(Case):
             ("one vector", images, nn.Sequential(nn.Conv2d(2, 3, 3))),
             ("padding_idx = 0", tokens, embed(padding_idx=0)),
             ("max_norm", tokens, embed(max_norm=1.0)),
-            ("batch_first", images, self_attending(batch_first=False)),
-            ("dropout draws random", images, self_attending(dropout=0.1)),
-            ("add_bias_kv", images, self_attending(add_bias_kv=True)),
-            ("causal attention", images, attending(lambda a, x: a(x, x, x, attn_mask=torch.eye(8).bool()))),
-            ("more than one value", images, attending(lambda a, x: a(x, 2 * x, x))),
+            ("batch_first", images[:, 0], self_attending(batch_first=False)),
+            ("dropout draws random", images[:, 0], self_attending(dropout=0.1)),
+            ("add_bias_kv", images[:, 0], self_attending(add_bias_kv=True)),
+            ("causal attention", images[:, 0], attending(lambda a, x: a(x, x, x, attn_mask=torch.eye(8).bool()))),
+            ("more than one value", images[:, 0], attending(lambda a, x: a(x, 2 * x, x))),
             ("random", images[:, 0], nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))),
             ("same module twice", x, Own(lambda m, x: m.o(m.l(m.l(x))), l=nn.Linear(IN, IN), o=dense)),
             ("'l.weight' is in no layer", x, Own(lambda m, x: m.o(x), l=nn.Linear(IN, IN), o=dense)),
             ("looks at its numbers", x, Own(lambda m, x: m.o(x if x.sum() > 0 else -x), o=dense)),
             ("function mul.*the sum only", x, Own(lambda m, x: (lambda y: y * y.sigmoid())(m.o(x)), o=dense)),
             ("function cumsum", x, Own(lambda m, x: m.o(x.cumsum(1)), o=dense)),
+            ("function cumsum", x, Own(lambda m, x: m.o(x.cumsum(1).sort(1)[0]), o=dense)),  # the first
+            ("function cumsum", x, Own(lambda m, x: m.o(m.p(x.cumsum(1))), p=nn.PReLU(), o=dense)),
             ("dropout draws", x, Own(lambda m, x: nn.functional.dropout(m.o(x), 0.1, m.training), o=dense)),
             ("returns a tuple", x, Own(lambda m, x: (m.o(x), 1), o=dense)),
             (  # a shortcut that is overwritten
