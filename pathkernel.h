@@ -63,7 +63,12 @@
  *
  * THREADS
  * OpenMP, where the compiler is asked for it; pk_context.threads chooses their number. There are no mutable
- * globals: distinct contexts may run concurrently.
+ * globals: distinct contexts may run concurrently. Where another program takes a processor, so that several threads
+ * take longer than one would, a call goes on with one for a while and tries again (pk_context.backed_off counts that;
+ * calls without a context do not). gcc's threads spin for milliseconds where they wait: GOMP_SPINCOUNT=2000 in the
+ * environment, or OMP_WAIT_POLICY=passive, keeps them from it on a machine that is shared.
+ * After fork: OpenMP waits in the child for the parent's threads for ever if the parent has used them. A context that
+ * the parent has computed with goes on with one thread there; give one that is made in the child threads = 1, or exec.
  *
  * DETERMINISM
  * The same bits for any number of threads and any memory limit, for the same binary, BLIS and processor.
@@ -108,11 +113,13 @@
 #define PK__MUST_USE __attribute__((warn_unused_result))
 #define PK__FORMAT(string, first) __attribute__((format(printf, string, first)))
 #define PK__INLINE static inline __attribute__((always_inline))
+#define PK__NOINLINE __attribute__((noinline)) /* functions with large frames, which shall not be in others' */
 #else
 #define PK__UNUSED
 #define PK__MUST_USE
 #define PK__FORMAT(string, first)
 #define PK__INLINE static inline
+#define PK__NOINLINE
 #endif
 
 #define PK__PRAGMA(text) _Pragma(#text)
@@ -228,7 +235,7 @@ struct pk_operation;
 
 /* Private: how the parallel regions of a context have fared of late (parallel.h). Times in seconds. */
 typedef struct pk_load {
-    double until, rest; /* one thread until then; how long that was */
+    double until, rest; /* one thread until then; how long that was, at most a second */
     double gain, work;  /* against one thread; of a trial */
     int trusted, tries; /* whether the threads are not on trial; regions of the trial */
     long process;       /* that the first region belongs to */
@@ -292,7 +299,7 @@ PK__END_C
  *   1. A region measures its time T and the processor time W that its threads took for their tasks: one thread would have
  *      taken about W. The difference W - T, added up over the regions, is what the threads have gained.
  *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times what was
- *      lost, and for twice as long as the last time; at most for PK__LOAD_LONGEST seconds.
+ *      lost, or for twice as long as the last time, up to PK__LOAD_LONGEST seconds.
  *   3. After that, and at the beginning, the threads are on trial: they have to gain in one region, or in several small ones,
  *      before they are trusted. A trial is cheap beside other programs, too: it starts one thread more than there are
  *      processors, which has nothing to do but tells libgomp that spinning does not pay (GOMP_SPINCOUNT: it then spins for
@@ -1262,8 +1269,9 @@ PK__END_C
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
- *     resume_state.npy     (2 + V P,) float64, optional: a step s, a hash of the bits of w_s and of the optimiser's V
- *                          vectors before it, and these; rewritten while a run is recorded, for nothing but resuming it
+ *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
+ *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
+ *                          nothing but resuming it
  *
  * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); replay.h repeats the
  * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
@@ -1316,7 +1324,8 @@ typedef struct pk_run {
  * Cost: reads the training data, the batches and the rates once. Holds a few hundred bytes and the graph.
  * PK_IO, PK_FORMAT, PK_SHAPE, PK_ARGUMENT, PK_UNSUPPORTED, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; the
  * message names the file and what is wrong ("run.txt line 3: ..."). *run is untouched then. PK_SHAPE where the
- * files differ in their number of steps by more than a kill leaves, with the two counts. */
+ * files differ in their number of steps by more than a kill leaves, with the two counts. PK_MEMORY_LIMIT names the
+ * least that would do. */
 PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
 
 /* The same, but a run whose files hold different numbers of steps is opened up to the shortest one: what is left
@@ -1363,8 +1372,8 @@ PK__END_C
  *
  * Training that is resumed needs the optimiser's state. A run that keeps every k-th step has it there; of one that keeps
  * every step, resume_state.npy has that of step 16, 32, ..., written once the step after it is complete: training goes on
- * from at most 17 steps before the end, and proves at least one of them. The file is put in place by a rename and is not
- * needed: without it, or where its hash is another, all steps are recomputed, and it is written again on the way; while the
+ * from at most 17 steps before the end, and proves at least one of them. The file has the last two, each with a hash, so that
+ * one is whole at any time, and is not needed: without it all steps are recomputed, and it is written on the way; while the
  * last of them are recomputed even after each, so that training goes on that is stopped again and again after a few steps.
  */
 PK__BEGIN_C
@@ -1395,12 +1404,16 @@ typedef struct pk_recorder {
     pk_array_writer files[9];
     int present[9];
     int float32, failed, lock;
-    int64_t items;        /* rows of batch_items.npy */
-    size_t resume_step;   /* whose state is in resume_state and not in its file yet; 0: none */
-    double *resume_state; /* what resume_state.npy holds, NULL where there is no need for it */
-    void *row;            /* P numbers of the file's type, where that is not pk_real */
-    double *states;       /* V P numbers, where k > 1 */
-    double *uniform;      /* weights of a batch that was given without, grows */
+    int64_t items; /* rows of batch_items.npy */
+    /* Of a run that keeps every step, whose optimiser has a state: a row of resume_state.npy; the step whose state it
+     * has that is not in the file yet, 0: none; the file's descriptor + 1; the row to write next. */
+    double *resume_state;
+    size_t resume_step;
+    int resume_file;
+    size_t resume_place;
+    void *row;       /* P numbers of the file's type, where that is not pk_real */
+    double *states;  /* V P numbers, where k > 1 */
+    double *uniform; /* weights of a batch that was given without, grows */
     size_t uniform_size;
 } pk_recorder;
 
@@ -1618,11 +1631,11 @@ enum { PK_SEGMENT_DEGREE = 12 };
 typedef struct pk_piece {
     size_t row;
     double a, b, slack_a, slack_b;
-    int joined; /* there is no kink at a: the piece in front goes on smoothly */
-    /* Of a piece that the quadrature halves, see quadrature.h: */
+    /* Of a piece that the quadrature judges and halves, see quadrature.h: */
     double error, size;        /* of its last test */
     double family, reference;  /* of a piece it has come from by halving: its a and its error */
     int age;                   /* halvings since then */
+    int joined; /* there is no kink at a: the piece in front goes on smoothly */
 } pk_piece;
 
 typedef struct pk_pieces {
@@ -2279,6 +2292,14 @@ PK_API PK__MUST_USE pk_status pk_decompose_parts(pk_context *context, const pk_r
                                                  pk_decomposition_part *part, void *user,
                                                  pk_decomposition *summary);
 
+/* The same for the rows of an array of any type, such as one of pk_array_open: they are read as they are needed, and only those
+ * of a part are held. Their shape is compared by pk_run_check_inputs. */
+PK_API PK__MUST_USE pk_status pk_decompose_array_parts(pk_context *context, const pk_run *run,
+                                                       const pk_array *inputs,
+                                                       const pk_decompose_options *options,
+                                                       pk_decomposition_part *part, void *user,
+                                                       pk_decomposition *summary);
+
 /* How pk_decompose (in_parts: pk_decompose_parts) would cut the job for rows test rows under the context's memory limit,
  * and what that costs; nothing is computed. PK_MEMORY_LIMIT names the least that would do. */
 PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
@@ -2702,7 +2723,8 @@ PK__BEGIN_CODE
 #define PK__LOAD_REST 20      /* times the loss */
 #define PK__LOAD_SHORTEST 10e-3
 #define PK__LOAD_LONGEST 2.0
-#define PK__LOAD_TRIAL 500e-6 /* of work that a trial takes, or PK__LOAD_TRIALS regions */
+#define PK__LOAD_EVER 60.0    /* whatever was lost: a process may have been stopped */
+#define PK__LOAD_TRIAL 500e-6 /* of work that a trial takes, or as many regions as there may be */
 #define PK__LOAD_START 20e-6  /* that a region of a trial may take beside its work */
 enum { PK__LOAD_TRIALS = 8 };
 
@@ -2738,11 +2760,13 @@ static void pk__load_rest(pk_context *context, double now, double loss)
 {
     pk_load *load = &context->load;
     double rest = PK__LOAD_REST * loss;
-    rest = rest > 2 * load->rest ? rest : 2 * load->rest;
+    rest = rest > 2 * load->rest ? rest : 2 * load->rest; /* at most PK__LOAD_LONGEST */
     rest = rest > PK__LOAD_SHORTEST ? rest : PK__LOAD_SHORTEST;
-    load->rest = rest < PK__LOAD_LONGEST ? rest : PK__LOAD_LONGEST;
-    load->until = now + load->rest;
-    load->trusted = 0;
+    rest = rest < PK__LOAD_EVER ? rest : PK__LOAD_EVER;
+    load->until = now + rest;
+    load->rest = rest < PK__LOAD_LONGEST / 2 ? rest : PK__LOAD_LONGEST / 2;
+    load->gain = load->work = 0;
+    load->trusted = load->tries = 0;
     context->backed_off++;
 }
 
@@ -2762,15 +2786,17 @@ static void pk__load_watch(pk_context *context, double now, double wall, double 
     load->gain += gain;
     load->work += work;
     load->tries++;
-    if (load->work < PK__LOAD_TRIAL && load->tries < PK__LOAD_TRIALS && gain > -PK__LOAD_LOSS)
+    const int gained = load->gain >= 0.15 * load->work - load->tries * PK__LOAD_START;
+    const int lost = load->gain < -PK__LOAD_LOSS, last = load->tries == PK__LOAD_TRIALS;
+    if (!lost && !last && !(gained && load->work >= PK__LOAD_TRIAL))
         return;
-    const double least = 0.15 * load->work - load->tries * PK__LOAD_START;
-    const double gained = load->gain;
-    load->trusted = gained >= least;
-    load->gain = load->work = 0;
-    load->tries = 0;
-    if (!load->trusted)
-        pk__load_rest(context, now, -gained);
+    if (gained && !lost) {
+        load->trusted = 1;
+        load->gain = load->work = 0;
+        load->tries = 0;
+    } else {
+        pk__load_rest(context, now, -load->gain);
+    }
 }
 
 /* How many of the threads a region gets. */
@@ -3244,18 +3270,19 @@ typedef struct pk__group {
             right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
-/* halved: of the last group its last two rows only. both: two panels. term: the terms that are meant, or NULL: all. */
+/* halved: of the last group its last two rows only. both: two panels, the second one beside the first of b. term: the terms
+ * that are meant, or NULL: all. */
 PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
                                          const size_t *distance, size_t depth, const unsigned char *term,
-                                         size_t along, const pk__panels *b, const pk_real *start,
-                                         const pk__tile_target *target)
+                                         size_t along, const pk__panels *b, const pk_real *beside,
+                                         const pk_real *start, const pk__tile_target *target)
 {
     typedef pk__whole_vector vector;
     const vector zero = {0};
     const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
     const size_t step = b->step, ahead = b->ahead;
     const int fetching = groups > 1 && !term;
-    const pk_real *panel = b->first, *beside = panel + b->apart;
+    const pk_real *panel = b->first;
     PK__WIDE_TAKE(0)
     PK__WIDE_TAKE(1)
     PK__WIDE_TAKE(2)
@@ -3293,7 +3320,8 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
 /* Tiles of two groups of rows, or of three; and, for networks of ten outputs, of two and a half. */
 PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, const unsigned char *term,
                                           const pk_real *a, size_t across, size_t along, const pk__panels *b,
-                                          const pk_real *start, const pk__tile_target *target)
+                                          const pk_real *beside, const pk_real *start,
+                                          const pk__tile_target *target)
 {
     const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
     const size_t missing = rows < 4 ? 4 - rows : 0;
@@ -3312,13 +3340,13 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
         }
         if (groups == 3 && both && group[2].skip >= 2)
-            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 3)
-            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 2)
-            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, beside, start, target);
         else
-            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, start, target);
+            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, beside, start, target);
         own.ahead = 0;
     }
 }
@@ -3332,9 +3360,9 @@ PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsi
     pk__tile_target own = *target;
     for (size_t rest = b->count; rest > 0; rest -= pk__least(rest, 2)) {
         if (rest > 1)
-            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, start, &own);
+            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, pair.first + pair.apart, start, &own);
         else
-            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, start, &own);
+            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, NULL, start, &own);
         pair.first += 2 * pair.apart;
         own.to += 2 * PK_PANEL;
         own.other = own.other ? own.other + 2 * own.other_apart : NULL;
@@ -3363,6 +3391,23 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
                         &target);
     }
 }
+
+/* One panel and the one beside it, wherever that stands. */
+PK__AVX512 static void pk__pair_avx512(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
+                                       const pk_real *first, const pk_real *beside,
+                                       const pk__tile_target *target)
+{
+    const pk__panels b = {2, first, PK_PANEL, 0, 0};
+    pk__wide_tiles(1, rows, depth, NULL, a, across, along, &b, beside, NULL, target);
+}
+
+PK__AVX512 static void pk__picked_pair_avx512(size_t rows, size_t terms, const unsigned char *term,
+                                              const pk_real *a, size_t across, const pk_real *first,
+                                              const pk_real *beside, const pk__tile_target *target)
+{
+    const pk__panels b = {2, first, PK_PANEL, 0, 0};
+    pk__wide_tiles(1, rows, terms, term, a, across, 1, &b, beside, NULL, target);
+}
 #endif
 
 PK__FOR_AVX2(PK__DEFINE_PANEL)
@@ -3384,6 +3429,42 @@ PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned ch
                                     size_t across, const pk__panels *b, int overwrite, pk_real *to, size_t ld)
 {
     PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, b, overwrite, to, ld));
+}
+
+/* pk__panel_product with one panel or two, each where it is: step PK_PANEL. */
+PK__PRIVATE void pk__pair_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
+                                  size_t count, const pk_real *const *panels, const pk__tile_target *target)
+{
+#ifdef PK__AVX512
+    if (PK__HAS_AVX512 && count == 2) {
+        pk__pair_avx512(rows, depth, a, across, along, panels[0], panels[1], target);
+        return;
+    }
+#endif
+    pk__tile_target own = *target;
+    for (size_t q = 0; q < count; q++, own.to += PK_PANEL) {
+        const pk__panels one = {1, panels[q], PK_PANEL, 0, 0};
+        pk__panel_product(rows, depth, a, across, along, &one, NULL, &own);
+    }
+}
+
+/* pk__picked_product likewise, for at most 16 rows. at[i] = i * ld. */
+PK__PRIVATE void pk__picked_pair(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
+                                 size_t across, size_t count, const pk_real *const *panels, int overwrite,
+                                 pk_real *to, size_t ld, const size_t *at)
+{
+#ifdef PK__AVX512
+    if (PK__HAS_AVX512 && count == 2) {
+        const pk__tile_target target = {overwrite ? PK__TILE_SET : PK__TILE_ADD, to, at, NULL, NULL, 0};
+        pk__picked_pair_avx512(rows, terms, term, a, across, panels[0], panels[1], &target);
+        return;
+    }
+#endif
+    (void)at;
+    for (size_t q = 0; q < count; q++) {
+        const pk__panels one = {1, panels[q], PK_PANEL, 0, 0};
+        pk__picked_product(rows, terms, term, a, across, &one, overwrite, to + q * PK_PANEL, ld);
+    }
 }
 
 PK__FOR_PROCESSORS(PK__DEFINE_SUMS)
@@ -3775,21 +3856,25 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 }
 
 enum {
-    PK__DEPTH = 256,                  /* the most terms of a block */
-    PK__BLOCK_ROWS = 96,              /* with so many terms they stay in the second-level cache, */
-    PK__BLOCK_COLUMNS = 8 * PK_PANEL, /* and so do these */
-    PK__FEW_PANELS = 4,               /* so many panels of rows are few */
-    PK__FEW_NUMBERS = 1 << 12,        /* of B, which stay in the first-level cache as they are */
+    PK__DEPTH = 240,     /* the most terms of a block: a panel of B, 15 KB, is on the stack */
+    PK__BLOCK_ROWS = 96, /* rows of A whose places are in a table, */
+    PK__STRIP_ROWS =
+        384, /* and for which a pair of panels is copied once: they stay in the second-level cache */
+    PK__APART_ROWS = 48,       /* rows of a tile that is not C itself */
+    PK__FEW_PANELS = 4,        /* so many panels of rows are few */
+    PK__FEW_NUMBERS = 1 << 12, /* of B, which stay in the first-level cache as they are */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
 };
 
 /* Terms of a block: a panel of B stays in the first-level cache beside the rows of a tile. Processors with AVX-512 have larger
- * ones, and a tile of one block is done in half the time. */
-static size_t pk__block_terms(void)
+ * ones, and a tile of one block is done in half the time: as few blocks as there can be, all alike. */
+static size_t pk__block_terms(size_t k)
 {
-    return PK__HAS_AVX512 ? PK__DEPTH : PK__DEPTH / 2;
+    if (!PK__HAS_AVX512)
+        return 128;
+    return pk__blocks(pk__blocks(k, pk__blocks(k, PK__DEPTH)), 8) * 8;
 }
 
 #if defined(PK__AVX2) && (defined(__clang__) || __GNUC__ >= 12)
@@ -3862,56 +3947,133 @@ static int pk__has_few_rows(int transpose_b, size_t m, size_t n)
     return transpose_b && m <= PK__FEW_PANELS * PK_PANEL && m < n;
 }
 
-/* C += alpha A B^T of few rows: B is read where it stands, once, and only the few rows of A are packed. The same terms in
- * the same order as below. */
+/* Terms p ... of some rows of a product: C (+)= alpha A B. What is large stands in functions of its own, none of which takes
+ * more than 16 KB of the stack: of a pair of panels, one has its place in a function, the other one in its caller. */
+typedef struct pk__block {
+    size_t rows, depth;
+    const pk_real *a; /* term p of the first row */
+    size_t row_a, column_a;
+    pk_real alpha;
+    int overwrite;
+    size_t ldc;
+    const size_t *c_at; /* of PK__BLOCK_ROWS rows */
+} pk__block;
+
+/* One panel, or a pair, of B as they are packed, or where they stand. */
+typedef struct pk__pair {
+    size_t count;
+    const pk_real *panel[2];
+    size_t step; /* PK_PANEL: as they are packed */
+} pk__pair;
+
+/* target = terms of rows from row `top` of the block on, times a pair. */
+static void pk__pair_rows(const pk__block *block, const pk__pair *pair, size_t top, size_t rows,
+                          const pk__tile_target *target)
+{
+    const pk_real *a = block->a + top * block->row_a;
+    const pk__panels side = {pair->count, pair->panel[0], pair->step, PK_PANEL, 0};
+    if (pair->step == PK_PANEL)
+        pk__pair_product(rows, block->depth, a, block->row_a, block->column_a, pair->count, pair->panel,
+                         target);
+    else
+        pk__panel_product(rows, block->depth, a, block->row_a, block->column_a, &side, NULL, target);
+}
+
+/* C = or += alpha times the product of a block with a pair, which is made apart: where C does not have its columns in full,
+ * where alpha is not 1, or where C is transposed. */
+PK__NOINLINE static void pk__strip_apart(const pk__block *block, const pk__pair *pair, size_t columns,
+                                         int transposed, pk_real *c)
+{
+    PK__ALIGNED pk_real tile[PK__APART_ROWS * PK__PAIR];
+    size_t tile_at[PK__APART_ROWS];
+    const pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
+    const size_t down = transposed ? 1 : block->ldc, along = transposed ? block->ldc : 1;
+    for (size_t i = 0; i < pk__least(block->rows, PK__APART_ROWS); i++)
+        tile_at[i] = i * PK__PAIR;
+    for (size_t top = 0; top < block->rows; top += PK__APART_ROWS) {
+        const size_t rows = pk__least(block->rows - top, PK__APART_ROWS);
+        pk_real *to = c + top * down;
+        pk__pair_rows(block, pair, top, rows, &target);
+        if (transposed)
+            for (size_t q = 0; q < columns; q++)
+                for (size_t i = 0; i < rows; i++)
+                    to[i + q * along] =
+                        (block->overwrite ? 0 : to[i + q * along]) + block->alpha * tile[i * PK__PAIR + q];
+        else
+            for (size_t i = 0; i < rows; i++)
+                for (size_t q = 0; q < columns; q++)
+                    to[i * down + q] =
+                        (block->overwrite ? 0 : to[i * down + q]) + block->alpha * tile[i * PK__PAIR + q];
+    }
+}
+
+/* The product of a block with a pair. */
+static void pk__strip_product(const pk__block *block, const pk__pair *pair, size_t columns, int transposed,
+                              pk_real *c)
+{
+    if (columns % PK_PANEL || block->alpha != 1 || transposed) {
+        pk__strip_apart(block, pair, columns, transposed, c);
+        return;
+    }
+    pk__tile_target target = {block->overwrite ? PK__TILE_SET : PK__TILE_ADD, c, block->c_at, NULL, NULL, 0};
+    for (size_t top = 0; top < block->rows; top += PK__BLOCK_ROWS) {
+        target.to = c + top * block->ldc;
+        pk__pair_rows(block, pair, top, pk__least(block->rows - top, PK__BLOCK_ROWS), &target);
+    }
+}
+
+/* The same with columns of B that are copied first: the first panel, */
+PK__NOINLINE static void pk__strip_packed(const pk__block *block, const pk_real *b, size_t row_b,
+                                          size_t column_b, size_t columns, const pk_real *beside,
+                                          int transposed, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    const pk__pair pair = {pk__blocks(columns, PK_PANEL), {packed, beside}, PK_PANEL};
+    pk__pack_panel(pk__least(columns, PK_PANEL), block->depth, b, row_b, column_b, packed);
+    pk__strip_product(block, &pair, columns, transposed, c);
+}
+
+/* and the second one before it. */
+PK__NOINLINE static void pk__strip_pair(const pk__block *block, const pk_real *b, size_t row_b, size_t column_b,
+                                        size_t columns, int transposed, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    pk__pack_panel(columns - PK_PANEL, block->depth, b + PK_PANEL * column_b, row_b, column_b, packed);
+    pk__strip_packed(block, b, row_b, column_b, columns, packed, transposed, c);
+}
+
+/* C += alpha A B^T of few rows: B is read where it stands, once for each pair of panels, and only the few rows of A are
+ * packed. The same terms in the same order as below. */
 static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
                                  size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
                                  size_t ldc)
 {
-    PK__ALIGNED pk_real packed[PK__FEW_PANELS * PK_PANEL * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
-    const size_t most = pk__block_terms();
-    size_t tile_at[PK__BLOCK_ROWS];
-    pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
-    for (size_t j = 0; j < pk__least(n, PK__BLOCK_ROWS); j++)
-        tile_at[j] = j * PK__PAIR;
+    const size_t most = pk__block_terms(k);
     for (size_t p = 0; p < k; p += most) {
-        const size_t depth = pk__least(k - p, most);
-        for (size_t top = 0; top < m; top += PK_PANEL)
-            pk__pack_panel(pk__least(m - top, PK_PANEL), depth, a + top * row_a + p * column_a, column_a, row_a,
-                           packed + top * PK__DEPTH);
-        for (size_t first = 0; first < n; first += PK__BLOCK_ROWS)
-            for (size_t top = 0; top < m; top += PK__PAIR) {
-                const size_t rows = pk__least(n - first, PK__BLOCK_ROWS), count = pk__least(m - top, PK__PAIR);
-                const pk__panels own = {pk__blocks(count, PK_PANEL), packed + top * PK__DEPTH, PK_PANEL,
-                                        PK_PANEL * PK__DEPTH, 0};
-                pk__panel_product(rows, depth, b + first * ldb + p, ldb, 1, &own, NULL, &target);
-                for (size_t i = 0; i < count; i++)
-                    for (size_t j = 0; j < rows; j++) {
-                        pk_real *to = c + (top + i) * ldc + first + j;
-                        *to = (overwrite && p == 0 ? 0 : *to) + alpha * tile[j * PK__PAIR + i];
-                    }
-            }
+        const pk__block block = {n,     pk__least(k - p, most), b + p, ldb, 1,
+                                 alpha, overwrite && p == 0,    ldc,   NULL};
+        for (size_t top = 0; top < m; top += PK__PAIR) {
+            const size_t count = pk__least(m - top, PK__PAIR);
+            const pk_real *own = a + top * row_a + p * column_a;
+            if (count > PK_PANEL)
+                pk__strip_pair(&block, own, column_a, row_a, count, 1, c + top * ldc);
+            else
+                pk__strip_packed(&block, own, column_a, row_a, count, NULL, 1, c + top * ldc);
+        }
     }
 }
 
 /* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
- * place, the same sum: blocks of pk__block_terms() terms, each added in ascending order to one accumulator. So the bits of an
- * element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
+ * place, the same sum: blocks of pk__block_terms(k) terms, each added in ascending order to one accumulator. So the bits of
+ * an element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
 static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
                              pk_real *c, size_t ldc)
 {
-    PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
-    PK__ALIGNED pk_real tile[PK__BLOCK_ROWS * PK__PAIR];
-    const size_t most = pk__block_terms();
-    size_t tile_at[PK__BLOCK_ROWS], c_at[PK__BLOCK_ROWS];
+    const size_t most = pk__block_terms(k);
+    size_t c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++) {
-        tile_at[i] = i * PK__PAIR;
-        c_at[i] = i * ldc;
-    }
     /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
@@ -3919,47 +4081,33 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
+    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++)
+        c_at[i] = i * ldc;
+    /* Rows of B that are used a few times are read where they are. */
     const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
-    /* A block of B is packed once for all rows, where there are more of them than one block. */
-    const size_t wide = m > PK__BLOCK_ROWS ? (size_t)PK__BLOCK_COLUMNS : (size_t)PK__PAIR;
-    for (size_t p = 0; p < k; p += most) {
-        const size_t depth = pk__least(k - p, most);
-        const int overwrite = beta == 0 && p == 0;
-        for (size_t left = 0; left < n; left += wide) {
-            const size_t right = pk__least(n, left + wide);
-            for (size_t top = 0; top < m; top += PK__BLOCK_ROWS) {
-                const size_t rows = pk__least(m - top, PK__BLOCK_ROWS);
-                for (size_t j = left; j < right; j += PK__PAIR) {
-                    const size_t columns = pk__least(n - j, PK__PAIR);
-                    const int whole = columns % PK_PANEL == 0, direct = whole && alpha == 1;
-                    pk__panels own = {pk__blocks(columns, PK_PANEL), b + p * row_b + j * column_b, row_b,
-                                      PK_PANEL, 0};
-                    pk__tile_target target;
-                    memset(&target, 0, sizeof target);
-                    target.form = direct && !overwrite ? PK__TILE_ADD : PK__TILE_SET;
-                    target.to = direct ? c + top * ldc + j : tile;
-                    target.to_at = direct ? c_at : tile_at;
-                    /* Rows of B that are used a few times are read where they are. */
-                    if (transpose_b || !whole || m > few) {
-                        pk_real *copy = packed + (j - left) * PK__DEPTH;
-                        for (size_t q = 0; q < columns && top == 0; q += PK_PANEL)
-                            pk__pack_panel(pk__least(columns - q, PK_PANEL), depth, own.first + q * column_b,
-                                           row_b, column_b, copy + q * PK__DEPTH);
-                        own.first = copy;
-                        own.step = PK_PANEL;
-                        own.apart = PK_PANEL * PK__DEPTH;
-                    }
-                    pk__panel_product(rows, depth, a + top * row_a + p * column_a, row_a, column_a, &own, NULL,
-                                      &target);
-                    for (size_t i = 0; !direct && i < rows; i++)
-                        for (size_t q = 0; q < columns; q++) {
-                            pk_real *to = c + (top + i) * ldc + j + q;
-                            *to = (overwrite ? 0 : *to) + alpha * tile[i * PK__PAIR + q];
-                        }
-                }
+    for (size_t top = 0; top < m; top += PK__STRIP_ROWS)
+        for (size_t p = 0; p < k; p += most) {
+            const pk__block block = {pk__least(m - top, PK__STRIP_ROWS),
+                                     pk__least(k - p, most),
+                                     a + top * row_a + p * column_a,
+                                     row_a,
+                                     column_a,
+                                     alpha,
+                                     beta == 0 && p == 0,
+                                     ldc,
+                                     c_at};
+            for (size_t j = 0; j < n; j += PK__PAIR) {
+                const size_t columns = pk__least(n - j, PK__PAIR);
+                const pk_real *own = b + p * row_b + j * column_b;
+                const pk__pair pair = {pk__blocks(columns, PK_PANEL), {own, NULL}, row_b};
+                if (!transpose_b && columns % PK_PANEL == 0 && m <= few && row_b != PK_PANEL)
+                    pk__strip_product(&block, &pair, columns, 0, c + top * ldc + j);
+                else if (columns > PK_PANEL)
+                    pk__strip_pair(&block, own, row_b, column_b, columns, 0, c + top * ldc + j);
+                else
+                    pk__strip_packed(&block, own, row_b, column_b, columns, NULL, 0, c + top * ldc + j);
             }
         }
-    }
 }
 
 #ifdef PATHKERNEL_BLIS
@@ -4038,7 +4186,8 @@ enum {
     PK__LEAST_GROUP = 4,  /* rows, */
     PK__LEAST_TERMS = 64, /* and terms: less does not pay */
     PK__GROUP_ROWS = 16,  /* a larger group is cut */
-    PK__GROUPS = 64       /* for which a block of B is copied once */
+    PK__COPIED_ROWS = 8,  /* and where its rows are copied, so many at a time */
+    PK__GROUPS = 32       /* for which a block of B is copied once */
 };
 
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
@@ -4071,40 +4220,94 @@ PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_
     return 4 * zeros >= m / group * k;
 }
 
+/* Rows of A (rows x k from term p on, groups of `group` rows) and the terms of each group that are meant. */
+typedef struct pk__groups {
+    size_t rows, group, depth;
+    const pk_real *a;
+    size_t lda;
+    const size_t *terms;
+    const unsigned char *term;
+    int overwrite;
+    size_t ldc;
+    const size_t *at; /* of the rows of a group in C */
+} pk__groups;
+
+/* All groups with a pair of panels of B; copied: with copies of their rows. */
+PK__NOINLINE static void pk__groups_copied(const pk__groups *groups, size_t count, const pk_real *const *panels,
+                                           pk_real *c)
+{
+    PK__ALIGNED pk_real own[PK__COPIED_ROWS * PK__DEPTH];
+    for (size_t r = 0; r < groups->rows; r += groups->group) {
+        const size_t rows = pk__least(groups->group, groups->rows - r), g = r / groups->group;
+        for (size_t first = 0; first < rows; first += PK__COPIED_ROWS) {
+            const size_t some = pk__least(PK__COPIED_ROWS, rows - first);
+            for (size_t i = 0; i < some; i++)
+                memcpy(own + i * PK__DEPTH, groups->a + (r + first + i) * groups->lda,
+                       groups->depth * sizeof *own);
+            pk__picked_pair(some, groups->terms[g], groups->term + g * PK__DEPTH, own, PK__DEPTH, count, panels,
+                            groups->overwrite, c + (r + first) * groups->ldc, groups->ldc, groups->at);
+        }
+    }
+}
+
+/* The panels are copied; rows of A where they stand a multiple of 4 KiB apart and would drive one another out of the
+ * first-level cache. */
+static void pk__groups_product(const pk__groups *groups, size_t count, const pk_real *const *panels, pk_real *c)
+{
+    if (groups->lda * sizeof *c % 4096 == 0) {
+        pk__groups_copied(groups, count, panels, c);
+        return;
+    }
+    for (size_t r = 0; r < groups->rows; r += groups->group) {
+        const size_t g = r / groups->group;
+        pk__picked_pair(pk__least(groups->group, groups->rows - r), groups->terms[g],
+                        groups->term + g * PK__DEPTH, groups->a + r * groups->lda, groups->lda, count, panels,
+                        groups->overwrite, c + r * groups->ldc, groups->ldc, groups->at);
+    }
+}
+
+PK__NOINLINE static void pk__groups_packed(const pk__groups *groups, const pk_real *b, size_t ldb,
+                                           const pk_real *beside, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    const pk_real *const panels[2] = {packed, beside};
+    pk__pack_panel(PK_PANEL, groups->depth, b, ldb, 1, packed);
+    pk__groups_product(groups, beside ? 2 : 1, panels, c);
+}
+
+PK__NOINLINE static void pk__groups_pair(const pk__groups *groups, const pk_real *b, size_t ldb, pk_real *c)
+{
+    PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
+    pk__pack_panel(PK_PANEL, groups->depth, b + PK_PANEL, ldb, 1, packed);
+    pk__groups_packed(groups, b, ldb, packed, c);
+}
+
 /* C = or, unless overwrite, += A B without the terms that are 0 in all rows of a group; the sums are those of the product of
- * tiles. Both are copied first: rows whose distance is a multiple of 4 KiB would drive one another out of the first-level
- * cache. Cost: 2 m n flops for each term that is left, and about 0.2 of that of all terms. */
+ * tiles. Cost: 2 m n flops for each term that is left, and about 0.2 of that of all terms. */
 PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k, const pk_real *a, size_t lda,
                                      const pk_real *b, size_t ldb, int overwrite, pk_real *c, size_t ldc)
 {
     unsigned char term[PK__GROUPS * PK__DEPTH];
-    size_t terms[PK__GROUPS];
-    PK__ALIGNED pk_real packed[PK__BLOCK_COLUMNS * PK__DEPTH];
-    PK__ALIGNED pk_real own[PK__GROUP_ROWS * PK__DEPTH];
-    const size_t most = pk__block_terms();
+    size_t terms[PK__GROUPS], at[PK__GROUP_ROWS];
+    const size_t most = pk__block_terms(k);
     const size_t whole = n / PK_PANEL * PK_PANEL;
     group = pk__least(group, PK__GROUP_ROWS);
+    for (size_t i = 0; i < group; i++)
+        at[i] = i * ldc;
     for (size_t top = 0, rows; top < m; top += rows) {
         rows = pk__least(PK__GROUPS * group, m - top);
         for (size_t p = 0; p < k; p += most) {
             const size_t depth = pk__least(k - p, most);
-            const pk_real *from = a + top * lda + p;
+            const pk__groups groups = {
+                rows, group, depth, a + top * lda + p, lda, terms, term, overwrite && p == 0, ldc, at};
             for (size_t r = 0; r < rows; r += group)
-                terms[r / group] = pk__pick(pk__least(group, rows - r), depth, from + r * lda, lda,
+                terms[r / group] = pk__pick(pk__least(group, rows - r), depth, groups.a + r * lda, lda,
                                             term + r / group * PK__DEPTH);
-            for (size_t j = 0; j < whole; j += PK__BLOCK_COLUMNS) {
-                const size_t columns = pk__least(PK__BLOCK_COLUMNS, whole - j);
-                const pk__panels panels = {columns / PK_PANEL, packed, PK_PANEL, PK_PANEL * PK__DEPTH, 0};
-                for (size_t q = 0; q < columns; q += PK_PANEL)
-                    pk__pack_panel(PK_PANEL, depth, b + p * ldb + j + q, ldb, 1, packed + q * PK__DEPTH);
-                for (size_t r = 0; r < rows; r += group) {
-                    const size_t count = pk__least(group, rows - r), g = r / group;
-                    for (size_t i = 0; i < count; i++)
-                        memcpy(own + i * PK__DEPTH, from + (r + i) * lda, depth * sizeof *own);
-                    pk__picked_product(count, terms[g], term + g * PK__DEPTH, own, PK__DEPTH, &panels,
-                                       overwrite && p == 0, c + (top + r) * ldc + j, ldc);
-                }
-            }
+            for (size_t j = 0; j < whole; j += PK__PAIR)
+                if (whole - j > PK_PANEL)
+                    pk__groups_pair(&groups, b + p * ldb + j, ldb, c + top * ldc + j);
+                else
+                    pk__groups_packed(&groups, b + p * ldb + j, ldb, NULL, c + top * ldc + j);
         }
     }
     if (whole < n)
@@ -12882,23 +13085,42 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     return pk__run_count(context, path->directory, recover, run);
 }
 
+/* A run, from its path on. */
+static pk_status pk__run_read(pk_context *context, const char *directory, int recover, pk_run *run)
+{
+    pk__run_path path;
+    pk_status status = pk__run_path_take(context, directory, &path);
+    memset(run, 0, sizeof *run);
+    if (status != PK_OK)
+        return status;
+    status = pk__run_load(context, &path, recover, run);
+    pk_release(context, path.text);
+    if (status != PK_OK)
+        pk_run_release(context, run);
+    return status;
+}
+
 static pk_status pk__run_open(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     if (!directory || !run)
         return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
-    pk__run_path path;
-    pk_status status = pk__run_path_take(context, directory, &path);
-    if (status != PK_OK)
-        return status;
     pk_run opened;
-    memset(&opened, 0, sizeof opened);
-    status = pk__run_load(context, &path, recover, &opened);
-    pk_release(context, path.text);
-    if (status != PK_OK)
-        pk_run_release(context, &opened);
-    else
+    pk_status status = pk__run_read(context, directory, recover, &opened);
+    if (status == PK_OK)
         *run = opened;
-    return status;
+    if (status != PK_MEMORY_LIMIT)
+        return status;
+    /* The least that would do, which only opening it without the limit can tell. A run takes little but the arrays
+     * that its network names. */
+    pk_context unlimited = *context;
+    unlimited.memory_limit = 0;
+    unlimited.memory_peak = unlimited.memory_used;
+    if (pk__run_read(&unlimited, directory, recover, &opened) != PK_OK)
+        return status;
+    pk_run_release(&unlimited, &opened);
+    return pk__fail(context, PK_MEMORY_LIMIT,
+                    "%s: opening the run within %zu bytes is not possible; the least that would do is %zu",
+                    directory, context->memory_limit, unlimited.memory_peak);
 }
 
 PK_API pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run)
@@ -13124,25 +13346,40 @@ static void pk__resume_head(size_t step, const pk_real *weights, size_t paramete
     head[1] = (double)(hash >> 11);
 }
 
-/* resume_state.npy, as it was or complete. Nothing is lost where it cannot be written: the steps are there. */
-static void pk__recorder_write_state(const pk_recorder *recorder)
+/* Opens resume_state.npy for writing in place: with its states where it is one, else with none. */
+static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned char *header, size_t room,
+                                   size_t bytes)
 {
-    static const char *const unfinished = PK__RESUME_FILE ".tmp";
-    const size_t numbers = PK__RESUME_HEAD + recorder->state_numbers;
-    const int folder = recorder->lock - 1;
-    unsigned char header[PK__NPY_ROOM];
-    const pk_array array = pk_array_view(PK_FLOAT64, 1, &numbers, recorder->resume_state);
-    const size_t room = pk__npy_header(&array, 0, 0, header);
+    const off_t size = (off_t)(room + 2 * bytes);
+    unsigned char there[PK__NPY_ROOM];
+    struct stat about;
     const char *kind;
-    (void)unlinkat(folder, unfinished, 0);
-    int file = pk__open_regular(folder, unfinished, O_WRONLY | O_CREAT | O_EXCL, &kind);
+    int file = pk__open_regular(recorder->lock - 1, PK__RESUME_FILE, O_RDWR | O_CREAT, &kind);
     if (file < 0)
-        return;
-    int good = pk__write_at(file, header, room, 0) &&
-               pk__write_at(file, recorder->resume_state, numbers * sizeof(double), room);
-    good = close(file) == 0 && good;
-    if (!good || renameat(folder, unfinished, folder, PK__RESUME_FILE) != 0)
-        (void)unlinkat(folder, unfinished, 0);
+        return -1;
+    int good = fstat(file, &about) == 0;
+    if (good && (about.st_size != size || pread(file, there, room, 0) != (ssize_t)room ||
+                 memcmp(there, header, room) != 0))
+        good = ftruncate(file, 0) == 0 && ftruncate(file, size) == 0 && pk__write_at(file, header, room, 0);
+    if (good)
+        return file;
+    close(file);
+    return -1;
+}
+
+/* Writes the state in the place of the older of the two that the file has: the other one stays whole meanwhile. No step is
+ * lost where that fails: they are there. */
+static void pk__recorder_write_state(pk_recorder *recorder)
+{
+    const size_t shape[2] = {2, PK__RESUME_HEAD + recorder->state_numbers}, bytes = shape[1] * sizeof(double);
+    unsigned char header[PK__NPY_ROOM];
+    const pk_array array = pk_array_view(PK_FLOAT64, 2, shape, recorder->resume_state);
+    const size_t room = pk__npy_header(&array, 0, 0, header);
+    if (!recorder->resume_file)
+        recorder->resume_file = pk__recorder_open_state(recorder, header, room, bytes) + 1;
+    if (recorder->resume_file && pk__write_at(recorder->resume_file - 1, recorder->resume_state, bytes,
+                                              room + recorder->resume_place * bytes))
+        recorder->resume_place = !recorder->resume_place;
 }
 
 /* The optimiser's state and the weights after `steps` steps, which are complete in the recording: every so many times. */
@@ -13163,11 +13400,13 @@ PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, si
         recorder->resume_state[PK__RESUME_HEAD + i] = (double)state[i];
 }
 
-/* *step: one before the last, whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P): room. */
+/* *step: the latest before the last whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P):
+ * room. */
 PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *directory, const pk_run *run,
-                                              size_t state_numbers, pk_real *weights, pk_real *state,
+                                              pk_recorder *recorder, pk_real *weights, pk_real *state,
                                               size_t *step)
 {
+    const size_t numbers = recorder->state_numbers, row = PK__RESUME_HEAD + numbers;
     pk__run_path path;
     pk_array array;
     memset(&path, 0, sizeof path);
@@ -13178,17 +13417,22 @@ PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *d
         return status;
     /* Without a context: it is no error that there is no such file, or another one. */
     if (pk_array_map(NULL, pk__run_path_of(&path, PK__RESUME_FILE), 0, &array) == PK_OK &&
-        array.type == PK_FLOAT64 && array.rank == 1 && state_numbers <= SIZE_MAX - PK__RESUME_HEAD &&
-        array.shape[0] == PK__RESUME_HEAD + state_numbers) {
-        double head[PK__RESUME_HEAD], own[PK__RESUME_HEAD] = {0, 0};
-        memcpy(head, array.data, sizeof head);
-        if (head[0] >= 1 && head[0] < (double)run->steps) {
-            const size_t there = (size_t)head[0];
-            pk_array_reals(&array, PK__RESUME_HEAD, state_numbers, state);
+        array.type == PK_FLOAT64 && array.rank == 2 && array.shape[0] == 2 && array.shape[1] == row) {
+        double head[2][PK__RESUME_HEAD], own[PK__RESUME_HEAD] = {0, 0};
+        for (size_t i = 0; i < 2; i++)
+            memcpy(head[i], (const double *)array.data + i * row, sizeof head[i]);
+        size_t place = head[1][0] > head[0][0];
+        for (int tries = 0; tries < 2 && *step == SIZE_MAX; tries++, place = !place) {
+            if (!(head[place][0] >= 1 && head[place][0] < (double)run->steps))
+                continue;
+            const size_t there = (size_t)head[place][0];
+            pk_array_reals(&array, place * row + PK__RESUME_HEAD, numbers, state);
             if (pk_run_weights(NULL, run, there, weights) == PK_OK)
-                pk__resume_head(there, weights, run->parameters, state, state_numbers, own);
-            if (memcmp(head, own, sizeof head) == 0)
+                pk__resume_head(there, weights, run->parameters, state, numbers, own);
+            if (memcmp(head[place], own, sizeof own) == 0) {
                 *step = there;
+                recorder->resume_place = !place;
+            }
         }
     }
     pk_array_release(NULL, &array);
@@ -13245,7 +13489,6 @@ static void pk__recorder_clear(int folder)
         (void)unlinkat(folder, unfinished, 0);
     }
     (void)unlinkat(folder, PK__RESUME_FILE, 0);
-    (void)unlinkat(folder, PK__RESUME_FILE ".tmp", 0);
 }
 
 /* Makes the directory where it is missing, locks it, and sees what it holds. */
@@ -13448,7 +13691,8 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     recorder->steps = run.steps;
     recorder->items = run.batch_offsets[run.steps];
     pk_run_release(context, &run); /* before files shrink */
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+    /* What was written last is cut off first: a kill on the way leaves what a kill while recording does. */
+    for (int f = PK__RUN_FILES - 1; f >= 0 && status == PK_OK; f--) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         size_t rows = per_item                ? (size_t)recorder->items
                       : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
@@ -13474,6 +13718,8 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
     pk_release(context, recorder->row);
     pk_release(context, recorder->states);
     pk_release(context, recorder->resume_state);
+    if (recorder->resume_file)
+        close(recorder->resume_file - 1);
     pk_release(context, recorder->uniform);
     if (recorder->lock)
         close(recorder->lock - 1);
@@ -13784,7 +14030,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     part.count = pk__least(whole->count - first, PK__STEP_RANGE);
     part.weights += first;
     part.gradient += first;
-    part.state += part.state ? first : 0;
+    part.state = part.state ? part.state + first : NULL;
     part.update += first;
     pk__optimizer_part(optimizer, &part);
     const pk_real *weights = part.weights;
@@ -14131,8 +14377,8 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         from = last - last % run->keep_every;
     if (run->keep_every == 1 && t->trainer.state_numbers) {
         size_t kept = SIZE_MAX;
-        pk_status status = pk__recorder_find_state(context, folder, run, t->trainer.state_numbers, weights,
-                                                   t->trainer.state, &kept);
+        pk_status status =
+            pk__recorder_find_state(context, folder, run, &t->recorder, weights, t->trainer.state, &kept);
         if (status != PK_OK)
             return status;
         if (kept != SIZE_MAX)
@@ -15300,8 +15546,8 @@ static size_t pk__piece_capacity(size_t rows)
     return 64 * rows + 1024;
 }
 
-/* Halvings a row may cost in one step; an unreachable target or a NaN must end. */
-enum { PK__HALVINGS = 512 };
+/* Halvings a row may cost in one step; an unreachable target or a NaN must end. Of these, at one time: */
+enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
 
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
 {
@@ -15320,8 +15566,8 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     memset(integrator, 0, sizeof *integrator);
     points = pk__most(points, PK_GAUSS_NODES + 2);
     pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
-    pk_pieces_take(arena, rows + 2 * PK__HALVINGS * rows, &integrator->pending);
-    pk_pieces_take(arena, rows + 2 * PK__HALVINGS * rows, &integrator->failed);
+    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
+    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
     pk_pieces_take(arena, pieces, &integrator->pieces);
     integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
     integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
@@ -17818,7 +18064,7 @@ static pk_status pk__find_state(pk_context *context, pk_window *window, size_t i
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t kept = index / window->stride;
-    pk_real *spare = window->saved + pk__states_kept(window) * numbers;
+    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
     size_t from = kept * window->stride;
     while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
         window->spare_used--;
@@ -17905,6 +18151,7 @@ typedef struct pk__job {
     int direct; /* E has a part of its own beside R */
     pk_window window;
     pk_matrix inputs;
+    const pk_array *input_array; /* in place of their data, or NULL */
     double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
         gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
     pk_plan plan;
@@ -18815,9 +19062,16 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     const size_t in = job->graph->input_width, steps = job->run->steps;
     const size_t window = job->plan.window, windows = job->window.windows;
     const size_t blocks = pk__blocks(job->part->rows, job->block);
-    for (size_t r = 0; r < job->part->rows; r++)
-        memcpy(job->rows + r * in, job->inputs.data + (job->part->first_row + r) * job->inputs.ld,
-               in * sizeof(pk_real));
+    for (size_t r = 0; r < job->part->rows; r++) {
+        const size_t row = job->part->first_row + r;
+        if (job->input_array) {
+            pk_status status = pk_array_read(job->context, job->input_array, row * in, in, job->rows + r * in);
+            if (status)
+                return pk__prefix(job->context, status, "inputs: the file ");
+        } else {
+            memcpy(job->rows + r * in, job->inputs.data + row * job->inputs.ld, in * sizeof(pk_real));
+        }
+    }
     if (job->first_output == 0) {
         pk_status status = pk__predict(job, 0, job->part->initial);
         if (!status)
@@ -18893,6 +19147,26 @@ static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_mat
             return pk__prefix(context, status, "inputs: ");
     }
     return PK_OK;
+}
+
+/* The numbers of an array, row by row. */
+static pk_status pk__check_array(pk_context *context, const pk_run *run, const pk_array *inputs)
+{
+    const size_t width = run->graph.input_width;
+    pk_real *row = NULL;
+    pk_status status = pk_allocate(context, width, sizeof *row, "a row of inputs", &row);
+    for (size_t r = 0; !status && r < inputs->shape[0]; r++) {
+        status = pk_array_read(context, inputs, r * width, width, row);
+        if (status)
+            status = pk__prefix(context, status, "inputs: the file ");
+        for (size_t j = 0; !status && j < width; j++)
+            if (!isfinite(row[j]))
+                status = pk__fail(context, PK_NOT_FINITE, "inputs: row %zu, number %zu is not finite", r, j);
+        if (!status && run->graph.checked)
+            status = pk__prefix(context, pk_graph_check_inputs(context, &run->graph, r, row), "inputs: ");
+    }
+    pk_release(context, row);
+    return status;
 }
 
 static pk_status pk__check_options(pk_context *context, const pk_run *run, size_t rows,
@@ -19048,7 +19322,8 @@ static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *r
     return pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), by_pass);
 }
 
-static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
+/* array, where it is not NULL, in place of inputs. */
+static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs, const pk_array *array,
                                const pk_decompose_options *options, pk_decomposition *whole,
                                pk_decomposition_part *callback, void *user)
 {
@@ -19057,10 +19332,20 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
     memset(&defaults, 0, sizeof defaults);
     memset(job, 0, sizeof *job);
     options = options ? options : &defaults;
-    pk_status status = pk__check_inputs(context, run, inputs);
+    pk_status status =
+        array ? pk_run_check_inputs(context, run, array, "inputs") : pk__check_inputs(context, run, inputs);
     memset(whole, 0, sizeof *whole);
+    if (!status && array)
+        inputs.rows = array->shape[0];
+    if (!status && !inputs.rows)
+        status = pk__fail(context, PK_SHAPE, "inputs: there are none");
     if (!status)
         status = pk__plan_job(job, context, run, inputs, options, callback != NULL, whole);
+    if (status)
+        return status;
+    job->input_array = array;
+    if (array) /* with memory of its own, less than that of the job */
+        status = pk__check_array(context, run, array);
     if (status)
         return status;
     if (!callback)
@@ -19082,9 +19367,23 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
 PK_API pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs,
                               const pk_decompose_options *options, pk_decomposition *out)
 {
-    pk_status status = pk__decompose(context, run, inputs, options, out, NULL, NULL);
+    pk_status status = pk__decompose(context, run, inputs, NULL, options, out, NULL, NULL);
     if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
         pk_decomposition_release(context, out);
+    return status;
+}
+
+static pk_status pk__decompose_parts(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                     const pk_array *array, const pk_decompose_options *options,
+                                     pk_decomposition_part *part, void *user, pk_decomposition *summary)
+{
+    pk_decomposition own;
+    if (!part)
+        return pk__fail(context, PK_ARGUMENT, "decomposing in parts needs a function that takes them");
+    summary = summary ? summary : &own;
+    pk_status status = pk__decompose(context, run, inputs, array, options, summary, part, user);
+    memset(summary->kept, 0, sizeof summary->kept);
+    summary->kept_count = 0;
     return status;
 }
 
@@ -19092,14 +19391,17 @@ PK_API pk_status pk_decompose_parts(pk_context *context, const pk_run *run, pk_m
                                     const pk_decompose_options *options, pk_decomposition_part *part,
                                     void *user, pk_decomposition *summary)
 {
-    pk_decomposition own;
-    if (!part)
-        return pk__fail(context, PK_ARGUMENT, "decomposing in parts needs a function that takes them");
-    summary = summary ? summary : &own;
-    pk_status status = pk__decompose(context, run, inputs, options, summary, part, user);
-    memset(summary->kept, 0, sizeof summary->kept);
-    summary->kept_count = 0;
-    return status;
+    return pk__decompose_parts(context, run, inputs, NULL, options, part, user, summary);
+}
+
+PK_API pk_status pk_decompose_array_parts(pk_context *context, const pk_run *run, const pk_array *inputs,
+                                          const pk_decompose_options *options, pk_decomposition_part *part,
+                                          void *user, pk_decomposition *summary)
+{
+    const pk_matrix none = {NULL, 0, 0, 0};
+    if (!inputs)
+        return pk__fail(context, PK_ARGUMENT, "inputs: no array");
+    return pk__decompose_parts(context, run, none, inputs, options, part, user, summary);
 }
 
 PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
