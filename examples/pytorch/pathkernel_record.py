@@ -14,10 +14,19 @@
 The network, loss and optimizer lines of run.txt are derived from the module, the loss and torch.optim's
 object: the model runs on the first rows of inputs, and what its forward does is written down, whether it is a
 Sequential or hand-written with residuals, views and functions of torch.nn.functional. What the format cannot say
-is refused with a RecordError that names it, before anything is written. Two checks catch what else would only
-show later, as a large "unattributed" part: before the first step, the model's outputs must be those of the
-derived network, at its own weights and at random ones, so layout and order agree; at the first `check` steps,
-the gradient must be that of the declared loss on the declared rows.
+is refused with a RecordError that names it, and nothing is left of it on the disk. Checks catch what else would only
+show later, as a large "unattributed" part:
+
+    at the start    the model's outputs are those of the derived network, at its own weights and at random ones, so
+                    layout and order agree
+    at each step    the optimizer was given the gradient that autograd computed, times the recorded scale; a few weights
+                    of each tensor moved by the rule of the optimizer line; a few numbers of the batch's rows are as
+                    they were recorded
+    at some steps   (the first eight, then ever fewer, and wherever the line above does not hold) the gradient is that of
+                    the declared loss on the declared rows
+    at the end      no step is missing, the weights are those of the last step, and the first line holds again
+
+Rates, settings and gradients are taken when the optimizer steps; what changes afterwards does not matter.
 
 A module that cannot be followed may describe itself in the network language, by one method (see describe):
 
@@ -27,14 +36,19 @@ A module that cannot be followed may describe itself in the network language, by
 With a DataLoader, wrap the dataset in Indexed: each batch then starts with the row numbers.
 
 Every step appends one row to each .npy file, weights.npy last; a kill at any moment loses at most the step in
-flight.
+flight. Recorder(..., resume=True) goes on with such a run. One recorder at a time writes into a folder.
 """
 
+import contextlib
+import fcntl
 import functools
+import itertools
 import math
 import os
 import re
+import stat
 import types
+import weakref
 
 import numpy as np
 import torch
@@ -1025,16 +1039,18 @@ def _one_of(what, values):
     if any(v != values[0] for v in values):
         different = " | ".join(map(str, values))
         raise RecordError(
-            f"optimizer: its parameter groups differ in their {what}: {different}; the format has one for all"
+            f"optimizer: its parameter groups differ in their {what}: {different}; the format has one for all, "
+            "so give all groups the same"
         )
     return values[0]
 
 
 def optimizer_line(optimizer):
-    """The optimizer line of a torch.optim.SGD, Adam or AdamW whose groups have the same settings."""
+    """The optimizer line of a torch.optim.SGD, Adam or AdamW whose groups have the same rates and settings."""
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise RecordError(f"optimizer {kind.__name__} is not supported; torch.optim.SGD, Adam and AdamW are")
+    _one_of("learning rates", [float(group["lr"]) for group in optimizer.param_groups])
     return _one_of("settings", [_group_line(kind, group) for group in optimizer.param_groups])
 
 
@@ -1055,26 +1071,140 @@ def _check_parameters(model, optimizer):
     types = {p.dtype for p in trained}
     if types not in ({torch.float32}, {torch.float64}):
         named = ", ".join(sorted(map(str, types)))
-        raise RecordError(f"parameters of type {named}; the format has float32 or float64")
+        raise RecordError(
+            f"parameters of type {named}; the format has float32 or float64: train in one of them, without "
+            "model.bfloat16(), model.half() or autocast"
+        )
+
+
+def _check_fresh(optimizer):
     for state in optimizer.state.values():
-        if any(torch.is_tensor(v) and v.abs().max() > 0 for v in state.values()):
-            raise RecordError("the optimizer has made steps already; a recording starts with a fresh one")
+        if any(torch.is_tensor(v) and v.numel() and v.abs().max() > 0 for v in state.values()):
+            raise RecordError(
+                "the optimizer has made steps already; a recording starts with a fresh one, or goes on with the run "
+                "that has these steps (resume=True)"
+            )
+
+
+def _precision(optimizer):
+    """Of the optimizer's scalars: double, unless they are tensors."""
+    tensors = [v for group in optimizer.param_groups for k, v in group.items() if k != "params" and torch.is_tensor(v)]
+    tensors += [torch.zeros(0)] * any(group.get("capturable") for group in optimizer.param_groups)
+    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0)
+
+
+class _Rule:
+    """The rule of an optimizer line, in float64, at a few weights: what each step has to be."""
+
+    def __init__(self, line, epsilon, optimizer):
+        self.kind, *words = line.split()
+        given = {key: float(value) for key, value in (word.split("=") for word in words)}
+        defaults = dict.fromkeys(("momentum", "dampening", "nesterov", "weight_decay", "beta1", "beta2", "epsilon"), 0)
+        self.options = types.SimpleNamespace(**{**defaults, **given})
+        o = self.options
+        # The names of the optimizer's vectors in torch.optim.
+        self.vectors = ("exp_avg", "exp_avg_sq") if o.beta2 else ("momentum_buffer",) if o.momentum else ()
+        # Rounding of the weights, and of what such a vector forgets slowly.
+        self.epsilon = epsilon
+        self.tolerance = (100 + 2 / (1 - max(o.momentum, o.beta1, o.beta2))) * max(epsilon, _precision(optimizer))
+        self.state, self.size, self.steps = [0.0] * len(self.vectors), 0.0, 0
+
+    def resume(self, state, steps):
+        self.state, self.steps = [np.array(vector) for vector in state], steps
+        self.size = np.abs(self.state[0]) if self.state else 0.0
+
+    def step(self, w, g, rate):
+        """The update of weights w by gradients g, and by how much rounding can change it."""
+        o, decay, first = self.options, self.options.weight_decay * w, self.steps == 0
+        self.steps += 1
+        size = np.abs(g)
+        if self.kind != "adamw" and o.weight_decay:
+            g, size = g + decay, size + np.abs(decay)
+        if self.kind == "sgd":
+            if o.momentum:
+                old, new = (0, 1) if first else (o.momentum, 1 - o.dampening)
+                self.state[0] = buffer = old * self.state[0] + new * g
+                self.size = old * self.size + new * size
+                g, size = (g + o.momentum * buffer, size + o.momentum * self.size) if o.nesterov else (buffer, self.size)
+            update, size = -rate * g, abs(rate) * size
+        else:
+            m, v = self.state
+            m = o.beta1 * m + (1 - o.beta1) * g
+            v = o.beta2 * v + (1 - o.beta2) * g * g
+            self.state, self.size = [m, v], o.beta1 * self.size + (1 - o.beta1) * size
+            factor = rate / (1 - o.beta1**self.steps)
+            factor = factor / (np.sqrt(v / (1 - o.beta2**self.steps)) + o.epsilon)
+            update, size = -factor * m, abs(factor) * self.size
+            if self.kind == "adamw" and o.weight_decay:
+                update, size = update - rate * decay, size + np.abs(rate * decay)
+        return update, self.tolerance * size + 4 * self.epsilon * np.abs(w)
 
 
 # ---- files
+
+
+def _open(path, flags):
+    """Opens a regular file (or, with O_DIRECTORY, a folder) and nothing else: follows no link, waits for no FIFO. Never
+    descriptor 0, 1 or 2: where a standard stream is closed, what others print would go into the file."""
+    folder = flags & os.O_DIRECTORY
+    try:
+        file = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | (0 if folder else os.O_NOFOLLOW), 0o666)
+    except OSError as error:
+        if flags & os.O_CREAT and not isinstance(error, FileExistsError):
+            raise
+        raise RecordError(f"{path} is no {'folder' if folder else 'regular file of a run'}: {error.strerror}") from None
+    if file < 3:
+        low, file = file, fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(low)
+    if not (folder or stat.S_ISREG(os.fstat(file).st_mode)):
+        os.close(file)
+        raise RecordError(f"{path} is no regular file")
+    return file
+
+
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+
+
+def _save(path, array):
+    with os.fdopen(_open(path, _NEW), "wb") as file:
+        np.save(file, array)
+
+
+def _load(path):
+    """The array of a .npy file, mapped."""
+    with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+        try:
+            major, _ = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            if dtype.hasobject or not math.prod(shape):
+                raise ValueError("no numbers")
+            return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        except ValueError as error:
+            raise RecordError(f"{path} is no array as a run has them: {error}") from None
 
 
 class _Growing:
     """A .npy file that grows by whole rows. Its header is brought up to date after the data, so that np.load
     can always read it; pathkernel-decompose goes by the size of the file and sees every row."""
 
-    def __init__(self, path, dtype, row_shape=()):
-        self.dtype, self.row_shape = np.dtype(dtype).newbyteorder("<"), tuple(row_shape)
+    def __init__(self, path, dtype, row_shape=(), resume=False):
+        self.path, self.dtype, self.row_shape = path, np.dtype(dtype).newbyteorder("<"), tuple(row_shape)
         self.row_bytes = self.dtype.itemsize * math.prod(self.row_shape)
         self.rows = self.appends = 0
         self.room = -(-len(self._header(10**19, 0)) // 64) * 64
-        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        os.write(self.file, self._header(0, self.room))
+        self.file = _open(path, os.O_RDWR if resume else _NEW)
+        if not resume:
+            os.write(self.file, self._header(0, self.room))
+            return
+        with os.fdopen(os.dup(self.file), "rb") as file:
+            start = file.read(self.room)
+        text = start[10:].decode("latin-1")
+        wanted = re.escape(self._header(0, 0)[10:].decode("ascii").strip()).replace(r"\(0,", r"\((\d+),")
+        if len(start) < self.room or start[:8] != b"\x93NUMPY\x01\x00" or not re.match(wanted, text):
+            os.close(self.file)
+            raise RecordError(f"{path} cannot be resumed: it does not start as this recording would write it")
+        self.rows = (os.fstat(self.file).st_size - self.room) // self.row_bytes
 
     def _header(self, rows, room):
         text = (
@@ -1100,33 +1230,132 @@ class _Growing:
         if self.appends % 256 == 0:
             self.update()
 
+    def row(self, number):
+        row = os.pread(self.file, self.row_bytes, self.room + number * self.row_bytes)
+        return np.frombuffer(row, self.dtype).reshape(self.row_shape)
+
+    def cut(self, rows):
+        """Only the first rows stay, and what comes is written after them."""
+        os.ftruncate(self.file, self.room + rows * self.row_bytes)
+        os.lseek(self.file, 0, os.SEEK_END)
+        self.rows = rows
+        self.update()
+
     def update(self):
         os.pwrite(self.file, self._header(self.rows, self.room), 0)
 
-    def close(self):
+    def close(self, update=True):
         try:
-            self.update()
+            if update:
+                self.update()
         finally:
             os.close(self.file)
 
 
 _INTEGERS, _NUMBERS = ("batch_offsets", "batch_items"), ("learning_rates", "batch_weights", "gradient_scales")
-_FILES = (*_NUMBERS, *_INTEGERS, "second_moments", "weights")  # in the order in which a step writes them
+# In the order in which a step writes them. optimizer_samples.npy is the recorder's own: the optimizer's vectors at
+# a few weights, by which it knows, when it resumes, the state that the recorded steps give.
+_FILES = (*_NUMBERS, *_INTEGERS, "second_moments", "optimizer_samples", "weights")
+
+# A process that is forked from one that records (a worker of a DataLoader) writes nothing, and holds no lock.
+_RECORDING = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [record._close(False) for record in list(_RECORDING)])
+
+
+# ---- values
 
 
 def _numbers(values):
-    return values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    if not torch.is_tensor(values):
+        return np.asarray(values)
+    values = values.detach()
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
+
+
+def _double(tensor):
+    return tensor.cpu().numpy().astype(np.float64)
 
 
 def _array(values, what):
-    values = _numbers(values)
-    if values.dtype.kind in "biu" and what == "targets" or values.dtype in (np.int32, np.int64):
+    """Training data as an array of numbers, or of int64 where they are integers."""
+    if torch.is_tensor(values) and values.dtype in (torch.bfloat16, torch.float16):
+        raise RecordError(f"{what} are {values.dtype}, not float32 or float64; pass what the model is given")
+    try:
+        values = _numbers(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecordError(f"{what} are no array of numbers: {error}") from None
+    if values.ndim == 0:
+        raise RecordError(f"{what} are a single number, not rows")
+    if values.dtype.kind in "biu":
         return values.astype(np.int64)
     if values.dtype not in (np.float32, np.float64):
         raise RecordError(f"{what} are {values.dtype}, not float32 or float64; pass what the model is given")
     if not np.isfinite(values).all():
         raise RecordError(f"{what} hold a NaN or an infinity")
     return values
+
+
+def _version(values):
+    """A number that grows whenever torch writes to a tensor; None where there is none."""
+    return values._version if torch.is_tensor(values) and not values.is_inference() else None
+
+
+class _Watched:
+    """Training data as the user holds it, in order to see whether it changes while it is recorded."""
+
+    def __init__(self, values, what):
+        self.what, self.values = what, values if torch.is_tensor(values) else np.asarray(values)
+        self.version, self.flat = _version(values), None
+        if torch.is_tensor(values) and values.device.type == "cpu":
+            values = _numbers(values)
+        if isinstance(values, np.ndarray) and values.flags.c_contiguous:
+            self.flat = values.reshape(len(values), -1)
+            self.columns = _spread(self.flat.shape[1], 4)
+            self.kept = self.flat[:, self.columns]
+
+    def touched(self):
+        return _version(self.values) != self.version
+
+    def differs(self, recorded, items=None):
+        """Whether these rows (or all) differ from the recorded ones. Unless torch has written to them or all are asked
+        for, only a few numbers of a few rows are looked at."""
+        if items is not None and not self.touched():
+            few = items[:32]
+            return self.flat is not None and not np.array_equal(self.flat[few[:, None], self.columns], self.kept[few])
+        rows = slice(None) if items is None else torch.as_tensor(items) if torch.is_tensor(self.values) else items
+        now, recorded = _numbers(self.values[rows]), recorded[slice(None) if items is None else items]
+        return not np.array_equal(now.astype(recorded.dtype).reshape(-1), recorded.reshape(-1))
+
+
+def _spread(size, count):
+    """Up to count positions in an array of some size, anywhere in it, always the same ones."""
+    return np.unique(np.arange(min(size, count), dtype=np.uint64) * np.uint64(2654435761) % np.uint64(size)).astype(int)
+
+
+def _unwrapped(model):
+    """The model, if it is a module that can be looked into; what to pass instead is said otherwise."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise RecordError(
+            f"the model is wrapped in {type(model).__name__}: pass the module in it, model.module; train through the "
+            "wrapper as before"
+        )
+    for name, module in model.named_modules():
+        which = f"its module '{name}'" if name else "the model"
+        if hasattr(module, "_orig_mod"):
+            raise RecordError(
+                f"{which} is wrapped by torch.compile: pass the module behind it, "
+                f"{'of which the model was made' if name else 'model._orig_mod'}; train through the compiled one as before"
+            )
+        if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+            raise RecordError(f"{which} was made by torch.jit: pass the module that it was made from, and train that")
+    return model
+
+
+def _setting(value):
+    """The value itself, where it is a tensor that a scheduler may change in place."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_setting, value))
+    return float(value) if torch.is_tensor(value) else value
 
 
 class Recorder:
@@ -1137,10 +1366,15 @@ class Recorder:
     network     the network line, where it cannot be derived; weights are then in the order of model.parameters()
     constants   {name: array} of the arrays that such a line names
     second_moments  True: also record Adam's second moments; otherwise they are recomputed
-    check       at how many first steps the gradient is checked
+    check       at how many first steps the gradient is computed again and compared; from there at ever fewer, each
+                1.5 times as far as the one before, and wherever something looks wrong. 0: only there
+    resume      True: go on with the run in the directory, if there is one. Restore the model's and the optimizer's
+                state_dict first: they have to be those after its last step. A number: those after that step of it;
+                the steps after it are dropped
 
     record.parameters are the model's parameters in the order of the network line, which is that of weights.npy: where
     a model registers them in the order in which it uses them, that of parameters_to_vector(model.parameters()).
+    record.steps is the number of recorded steps.
     """
 
     def __init__(
@@ -1155,21 +1389,31 @@ class Recorder:
         network=None,
         constants=None,
         second_moments=False,
-        check=1,
+        check=8,
+        resume=False,
     ):
-        self.directory, self.model, self.optimizer = os.fspath(directory), model, optimizer
-        self.loss, self.rule = loss_line(loss), optimizer_line(optimizer)
-        self.inputs, self.targets = _array(inputs, "inputs"), _array(targets, "targets")
-        if len(self.inputs) != len(self.targets) or not len(self.inputs):
-            raise RecordError(f"{len(self.inputs)} inputs and {len(self.targets)} targets")
-        self.parameters, self.constants = list(model.parameters()), dict(constants or {})
+        self.directory, self.model, self.optimizer = os.fspath(directory), _unwrapped(model), optimizer
+        self.parameters = list(model.parameters())
         if not self.parameters:
             raise RecordError("the model has no parameters, so nothing to train")
+        self.loss, self.rule = loss_line(loss), optimizer_line(optimizer)
         _check_parameters(model, optimizer)
+        self.inputs, self.targets = _array(inputs, "inputs"), _array(targets, "targets")
+        self.watched = [_Watched(inputs, "inputs"), _Watched(targets, "targets")]
+        if len(self.inputs) != len(self.targets) or not len(self.inputs):
+            raise RecordError(f"{len(self.inputs)} inputs and {len(self.targets)} targets")
+        self.constants = {name: _numbers(array).astype(np.float64) for name, array in (constants or {}).items()}
+        self.resume = None if resume is False else resume
+        if self.resume is None:
+            _check_fresh(optimizer)
         self._watch_modes()
+        embeds = any(isinstance(m, nn.Embedding) for m in model.modules())
+        embeds = embeds or "embedding" in (network or "") or "select" in (network or "")
+        wide = str(self.watched[0].values.dtype) in ("int64", "torch.int64")
+        if self.inputs.dtype == np.int64 and not (wide or embeds):  # bytes or masks that the model takes as numbers
+            self.inputs = self.inputs.astype(_numbers(self.parameters[0][:0]).dtype)
         if network is None:
-            first = self.parameters[0]
-            with torch.random.fork_rng([first.device] if first.is_cuda else []):
+            with self._other_weights():
                 trace = _Trace(model, self._rows(slice(8)))
             self.network, self.parameters, self.constants = trace.line, trace.parameters, trace.constants
         elif self._mode_problem():
@@ -1182,8 +1426,11 @@ class Recorder:
             raise RecordError(
                 f"the model has {has} parameters, '{self.network}' has {self.net.count}; is a weight in two layers?"
             )
-        if math.prod(self.inputs.shape[1:]) != math.prod(self.net.shape):
-            raise RecordError(f"inputs of shape {self.inputs.shape} do not fit '{self.network}'")
+        flat = self.inputs.ndim < 3 and math.prod(self.inputs.shape[1:]) == math.prod(self.net.shape)
+        if not flat and _axes(self.inputs.shape) != _axes((1, *self.net.shape)):
+            raise RecordError(
+                f"inputs of shape {self.inputs.shape} do not fit '{self.network}': axes in another order?"
+            )
         if len(self.net.outputs) != 1:
             raise RecordError(
                 f"the outputs of '{self.network}' are {tuple(self.net.outputs)} numbers, the format has one vector"
@@ -1193,13 +1440,34 @@ class Recorder:
         if second_moments and self.rule.startswith("sgd"):
             raise RecordError("second_moments=True is for Adam and AdamW")
         self._check_outputs()
-        self.check, self.steps, self.failed = check, 0, False
-        self.files, self.pending, self.scale, self.settings, self.mean = None, [], None, None, ()
+        epsilon = torch.finfo(self.parameters[0].dtype).eps
+        self.check, self.steps, self.failed, self.update = check, 0, False, _Rule(self.rule, epsilon, optimizer)
+        # Of every parameter a few numbers, at which each step is looked at.
+        self.places = [_spread(p.numel(), 16) for p in self.parameters]
+        self.starts = np.cumsum([0] + [len(places) for places in self.places])
+        self.files, self.lock, self.pending, self.scale, self.settings, self.mean = None, None, [], None, None, ()
+        self.watching = None
+        self.clipped = False  # whether the gradient is the one that clip() has seen
 
     def _rows(self, rows):
         """Rows of the inputs as the model takes them."""
-        rows, first = torch.as_tensor(self.inputs[rows]).clone(), self.parameters[0]
+        rows, first = torch.as_tensor(np.array(self.inputs[rows])), self.parameters[0]
         return rows.to(first) if rows.is_floating_point() else rows.to(first.device)
+
+    @contextlib.contextmanager
+    def _other_weights(self):
+        """The model with random weights, no two alike, which tell every parameter from every other."""
+        first, generator = self.parameters[0], torch.Generator().manual_seed(0)
+        saved = [p.detach().clone() for p in self.parameters]
+        with torch.random.fork_rng([first.device] if first.is_cuda else []), torch.no_grad():
+            try:
+                for p in self.parameters:
+                    random = torch.randn(p.shape, generator=generator)
+                    p.copy_(random / max(p[:1].numel(), 1) ** 0.5 if p.ndim > 1 else 1 + random / 2)
+                yield
+            finally:
+                for p, value in zip(self.parameters, saved):
+                    p.copy_(value)
 
     def _watch_modes(self):
         """Modules that draw random numbers or couple the examples of a batch when they train, and their numbers."""
@@ -1224,6 +1492,10 @@ class Recorder:
 
     def _check_targets(self, outputs):
         y = self.targets
+        if y.dtype == np.int64 and y.ndim == 2 and y.shape[1] == outputs > 1:  # vectors of integers: one-hot, bits
+            self.targets = y = y.astype(_numbers(self.parameters[0][:0]).dtype)
+        if y.ndim > 1 and _axes(y.shape) == ([] if y.dtype == np.int64 or outputs == 1 else [outputs]):
+            self.targets = y = y.reshape(len(y), -1) if y.dtype != np.int64 else y.reshape(-1)
         if y.dtype == np.int64:
             if y.ndim != 1 or (outputs > 1 and not (0 <= y.min() and y.max() < outputs)):
                 raise RecordError(
@@ -1234,39 +1506,36 @@ class Recorder:
             raise RecordError(f"targets have shape {y.shape}, the network has {outputs} outputs")
 
     def _check_outputs(self):
-        """The model is the network of the line, with weights in the order of self.parameters: compared at its own
-        weights and at random ones, which tell every parameter from every other."""
-        first, rows = self.parameters[0], torch.as_tensor(self.inputs[:8])
-        if not rows.is_floating_point() and "embedding" not in self.network and "select" not in self.network:
+        """The model is the network of the line, with weights in the order of self.parameters."""
+        if self.inputs.dtype == np.int64 and "embedding" not in self.network and "select" not in self.network:
             raise RecordError(f"inputs are {self.inputs.dtype}, and '{self.network}' takes numbers")
+        self._compare_outputs()
+        with self._other_weights():
+            self._compare_outputs()
+
+    def _compare_outputs(self):
         order = {id(p): n for n, p in self.model.named_parameters()}
-        names = [order[id(p)] for p in self.parameters]
-        saved = [p.detach().clone() for p in self.parameters]
-        generator = torch.Generator().manual_seed(0)
-        with torch.random.fork_rng([first.device] if first.is_cuda else []), torch.no_grad():
-            try:
-                for attempt in range(2):
-                    if attempt:
-                        for p in self.parameters:
-                            random = torch.randn(p.shape, generator=generator)
-                            fan_in = p.numel() // max(len(p), 1)
-                            p.copy_(random / fan_in**0.5 if p.ndim > 1 else 1 + random / 2)
-                    given = self.model(self._rows(slice(8))).double().cpu()
-                    wanted = self.net(self._weights().double(), rows.double())
-                    if given.shape != wanted.shape:
-                        raise RecordError(
-                            f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
-                            f"{tuple(wanted.shape)} as '{self.network}' does"
-                        )
-                    error = (given - wanted).abs().max() / (1 + wanted.abs().max())
-                    if not error < (1e-4 if first.dtype == torch.float32 else 1e-7):
-                        raise RecordError(
-                            f"the model is not '{self.network}' with the weights in the order of "
-                            f"{', '.join(names)}: outputs differ by {error:.2g}"
-                        )
-            finally:
-                for p, value in zip(self.parameters, saved):
-                    p.copy_(value)
+        first, rows = self.parameters[0], self._rows(slice(8))
+        devices = [first.device] if first.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            given = nn.Module._call_impl(self.model, rows)  # not what module.compile() has made of it
+            wanted = self.net(self._weights().double(), torch.as_tensor(np.array(self.inputs[:8])).double())
+        if not torch.is_tensor(given):
+            raise RecordError(f"the model returns a {type(given).__name__}; return only the tensor of its outputs")
+        given = given.double().cpu()
+        if wanted.shape[1] == 1 and given.ndim == 1:  # a model that ends with squeeze
+            given = given[:, None]
+        if given.shape != wanted.shape:
+            raise RecordError(
+                f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
+                f"{tuple(wanted.shape)} as '{self.network}' does"
+            )
+        error = (given - wanted).abs().max() / (1 + wanted.abs().max())
+        if not error < (1e-4 if first.dtype == torch.float32 else 1e-7):
+            raise RecordError(
+                f"the model is not '{self.network}' with the weights in the order of "
+                f"{', '.join(order.get(id(p), '?') for p in self.parameters)}: outputs differ by {error:.2g}"
+            )
 
     def _weights(self):
         return torch.cat([p.detach().reshape(-1).cpu() for p in self.parameters])
@@ -1274,83 +1543,300 @@ class Recorder:
     # ---- start and end
 
     def __enter__(self):
-        os.makedirs(self.directory, exist_ok=True)
-        arrays = {f"constant_{name}": np.asarray(array) for name, array in self.constants.items()}
-        arrays.update(train_inputs=self.inputs, train_targets=self.targets)
-        for name in [f + ".npy" for f in (*_FILES, *arrays)] + ["run.txt"]:
-            if os.path.lexists(os.path.join(self.directory, name)):
-                raise RecordError(f"{os.path.join(self.directory, name)} exists already: record elsewhere")
-        weights = self._weights().numpy()
-        for name, array in arrays.items():
-            np.save(os.path.join(self.directory, name + ".npy"), np.ascontiguousarray(array))
-        self.files = {}
-        for name in _FILES:
-            vector = name in ("second_moments", "weights")
-            if name != "second_moments" or self.moments:
-                self.files[name] = _Growing(
-                    os.path.join(self.directory, name + ".npy"),
-                    weights.dtype if vector else "<i8" if name in _INTEGERS else "<f8",
-                    weights.shape if vector else (),
-                )
-        self.files["batch_offsets"].append(0)
-        self.files["weights"].append(weights)
-        text = f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss}\noptimizer {self.rule}\n"
-        with open(os.path.join(self.directory, "run.txt.tmp"), "w", encoding="ascii", newline="\n") as file:
-            file.write(text)
-        # With its manifest the directory is a run: the last thing to appear.
-        os.replace(os.path.join(self.directory, "run.txt.tmp"), os.path.join(self.directory, "run.txt"))
-        self._watch()
+        missing = os.path.abspath(self.directory)  # and the folders above it that are to be made
+        self.made, self.created = [], []
+        while not os.path.lexists(missing):
+            self.made.append(missing)
+            missing = os.path.dirname(missing)
+        try:
+            with contextlib.suppress(FileExistsError):  # _open says it
+                os.makedirs(self.directory, exist_ok=True)
+            self.lock = _open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+            self._take_lock()
+            self.indices = [torch.as_tensor(places) for places in self.places]
+            if self.resume is not None and os.path.lexists(self._path("run.txt")):
+                self._continue()
+            else:
+                self._start()
+            self._watch()
+        except BaseException:
+            self._close(False)
+            self._remove()
+            raise
         return self
 
-    def __exit__(self, *error):
-        if self.optimizer.step is self.watching:  # a scheduler may have put its own in front of it
-            del self.optimizer.step
-            if self.before is not None:
-                self.optimizer.step = self.before
-        files, self.files, self.pending = self.files, None, []
-        for file in files.values():
-            file.close()
+    def __exit__(self, kind, error, trace):
+        self._unwatch()
+        problem = None
+        try:
+            if kind is None and self.files is not None and not self.failed:
+                problem = self._end_problem()
+        finally:
+            forked, refused = self.files is None, isinstance(error, RecordError)
+            self._close()
+            # Nothing is left of a script that was wrong from its start, so that the corrected one can run.
+            if not forked and (kind is not None and not self.steps or refused and self.steps < 4):
+                self._remove()
+        if problem:
+            raise RecordError(f"after {self.steps} steps in {self.directory}: {problem}")
 
-    def _watch(self):
-        """Looks at settings and gradients when the optimizer steps: a scheduler changes the rate right after
-        that, and zero_grad the gradients. (torch.optim has hooks for this since 2.0 only.)"""
-        self.old = self._weights() if self.check else None
-        self.before = self.optimizer.__dict__.get("step")
-        step = self.optimizer.step
+    def _path(self, name):
+        return os.path.join(self.directory, name)
 
-        @functools.wraps(step)
-        def watched(optimizer, *arguments, **options):
-            if self.files is not None:
-                gradients, closure = [p.grad for p in self.parameters], bool(arguments or options)
-                if not closure and any(g is None for g in gradients):
-                    raise self._refusal("a parameter has no gradient, the optimizer would leave it out")
-                gradient = None
-                if self.steps + len(self.pending) < self.check and not closure:
-                    gradient = torch.cat([g.detach().reshape(-1).cpu() for g in gradients])
-                self.pending.append(
-                    (gradient, [dict(group, params=None) for group in optimizer.param_groups])
+    def _take_lock(self):
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecordError(f"{self.directory} is being recorded by another recorder") from None
+        except OSError:  # a file system without locks: go without
+            pass
+
+    def _arrays(self):
+        arrays = {f"constant_{name}": array for name, array in self.constants.items()}
+        return {**arrays, "train_inputs": self.inputs, "train_targets": self.targets}
+
+    def _text(self):
+        return f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss}\noptimizer {self.rule}\n"
+
+    def _start(self):
+        """Writes what a run starts with, into a folder that has no run yet."""
+        arrays = self._arrays()
+        names = [f + ".npy" for f in (*_FILES, *arrays)] + ["run.txt"]
+        cut_off = os.path.lexists(self._path("run.txt.tmp")) and not os.path.lexists(self._path("run.txt"))
+        if cut_off:  # a start that was killed: nothing is recorded there
+            with os.fdopen(_open(self._path("run.txt.tmp"), os.O_RDONLY), "rb") as file:
+                cut_off = file.read(16) in (b"pathkernel-run 1", b"")
+        for name in names if cut_off else ():
+            if os.path.lexists(self._path(name)):
+                os.unlink(self._path(name))
+        for name in names + ["run.txt.tmp"] * (not cut_off):
+            if os.path.lexists(self._path(name)):
+                raise RecordError(
+                    f"{self._path(name)} exists already: record elsewhere, or go on with this run (resume=True)"
                 )
-            return step(*arguments, **options)
+        if cut_off:
+            os.unlink(self._path("run.txt.tmp"))
+        self.created += names + ["run.txt.tmp"]
+        with os.fdopen(_open(self._path("run.txt.tmp"), _NEW), "w", encoding="ascii", newline="\n") as file:
+            file.write(self._text())
+            file.flush()
+            os.fsync(file.fileno())
+        for name, array in arrays.items():
+            _save(self._path(name + ".npy"), np.ascontiguousarray(array))
+        self._open_files(False)
+        self.files["batch_offsets"].append(0)
+        self.files["weights"].append(self._weights().numpy())
+        # With its manifest the directory is a run: the last thing to appear.
+        os.replace(self._path("run.txt.tmp"), self._path("run.txt"))
+        os.fsync(self.lock)
 
-        # A method, as schedulers want it.
-        self.watching = self.optimizer.step = types.MethodType(watched, self.optimizer)
+    def _open_files(self, resume):
+        weights, self.files = self._weights().numpy(), {}
+        shapes = {"second_moments": weights.shape, "weights": weights.shape}
+        shapes["optimizer_samples"] = (len(self.update.vectors), int(self.starts[-1]))
+        for name in _FILES:
+            if (name != "second_moments" or self.moments) and (name != "optimizer_samples" or self.update.vectors):
+                kind = "<i8" if name in _INTEGERS else "<f8"
+                kind = weights.dtype if name in ("second_moments", "weights") else kind
+                self.files[name] = _Growing(self._path(name + ".npy"), kind, shapes.get(name, ()), resume)
+
+    def _continue(self):
+        """Goes on with the run in the folder, if it is this one, and the model and the optimizer stand where it does."""
+
+        def no(reason):
+            return RecordError(f"{self.directory} cannot be resumed: {reason}")
+
+        with os.fdopen(_open(self._path("run.txt"), os.O_RDONLY), "rb") as file:
+            said = [line.split("#")[0].split() for line in file.read(2**24).decode("latin-1").splitlines()]
+        for was, now in itertools.zip_longest(filter(None, said), map(str.split, self._text().splitlines())):
+            if was != now:
+                raise no(f"its run.txt says '{' '.join(was or ())}', not '{' '.join(now or ())}'")
+        for name, array in self._arrays().items():
+            there = _load(self._path(name + ".npy"))
+            if there.dtype != array.dtype or there.shape != array.shape or not np.array_equal(there, array):
+                raise no(f"{name}.npy holds other data than was given")
+        if os.path.lexists(self._path("second_moments.npy")) != bool(self.moments):
+            raise no("second_moments has to be as it was")
+        self._open_files(True)
+        files, weights = self.files, self.files["weights"]
+        counts = {name: file.rows - (name in ("weights", "batch_offsets")) for name, file in files.items()}
+        offsets = files["batch_offsets"]
+        while counts["batch_offsets"] > 0 and offsets.row(counts["batch_offsets"]) > min(
+            files["batch_items"].rows, files["batch_weights"].rows
+        ):
+            counts["batch_offsets"] -= 1
+        complete = min(count for name, count in counts.items() if name not in ("batch_items", "batch_weights"))
+        if counts["weights"] > complete or complete < 0:
+            raise no(f"weights.npy has {counts['weights']} steps, another file only {complete}; a kill does not do that")
+        steps = complete if self.resume is True else int(self.resume)
+        if not 0 <= steps <= complete:
+            raise no(f"it has {complete} steps, so not at step {steps}")
+        now = self._weights().numpy()
+        if not np.array_equal(weights.row(steps), now):
+            near = range(complete, max(complete - 1000, -1), -1)
+            at = next((k for k in near if np.array_equal(weights.row(k), now)), None)
+            if at is None:
+                raise no(
+                    f"the model's weights are not those after its step {steps}: restore the state_dict of the model and "
+                    f"the optimizer as they were then (after an earlier step K: resume=K drops the steps after it)"
+                )
+            raise no(
+                f"the model's weights are those after step {at}, the run goes on to step {complete}: restore a later "
+                f"state_dict, or drop the steps after it by resume={at}"
+            )
+        state = [_double(self._sample(vector)) for vector in self._state(no, steps)] if steps else []
+        recorded = files["optimizer_samples"].row(steps - 1) if state else []
+        tolerance = 1e-3 if self.update.epsilon > 1e-10 else 1e-9
+        for name, there, here in zip(self.update.vectors, recorded, state):
+            if not np.linalg.norm(here - there) <= tolerance * np.linalg.norm(there):
+                raise no(
+                    f"the optimizer's {name} is not the one that the recorded steps give: restore its state_dict as it was "
+                    f"after step {steps}"
+                )
+        if not steps:
+            _check_fresh(self.optimizer)
+        self.update.resume(recorded, steps)
+        weights.cut(steps + 1)  # first, since it says how many steps there are
+        end = int(offsets.row(steps))
+        for name, file in files.items():
+            file.cut({"batch_items": end, "batch_weights": end}.get(name, steps + (name in ("weights", "batch_offsets"))))
+        self.steps = steps
+
+    def _state(self, no, steps):
+        """The optimizer's vectors, each one tensor for each parameter."""
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        for state in states:
+            lacks = [name for name in self.update.vectors if not torch.is_tensor(state.get(name))]
+            if lacks:
+                raise no(f"the optimizer has no {lacks[0]}: restore its state_dict as it was after step {steps}")
+            if "exp_avg" in self.update.vectors and int(state["step"]) != steps:
+                raise no(f"the optimizer has made {int(state['step'])} steps, not {steps}: restore its state_dict")
+        return [[state[name] for state in states] for name in self.update.vectors]
+
+    def _close(self, update=True):
+        files, self.files, self.pending, lock, self.lock = self.files or {}, None, [], self.lock, None
+        _RECORDING.discard(self)
+        try:
+            for file in files.values():
+                file.close(update)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _remove(self):
+        """What this recorder has put on the disk."""
+        for name in reversed(self.created):
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(name))
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
 
     # ---- steps
 
+    def _watch(self):
+        """Looks at settings and gradients when the optimizer steps: a scheduler changes the rate right after that, and
+        zero_grad the gradients. And at what autograd gives each parameter, which is what the gradient should be."""
+        self.first = self.next_check = self.steps
+        self.inputs, self.targets = _load(self._path("train_inputs.npy")), _load(self._path("train_targets.npy"))
+        self.at, self.seen = _double(self._sample(self.parameters)), [None] * len(self.parameters)
+
+        def arrived(i, gradient):
+            values, self.clipped = self._take(gradient, i), False
+            self.seen[i] = values if self.seen[i] is None else self.seen[i] + values
+
+        self.hooks = [p.register_hook(functools.partial(arrived, i)) for i, p in enumerate(self.parameters)]
+
+        def before(*_):
+            groups = self.optimizer.param_groups
+            self.now = [{k: _setting(v) for k, v in group.items() if k != "params"} for group in groups]
+
+        def after(*_):
+            if self.files is not None:
+                self._stepped(self.now)
+
+        if hasattr(self.optimizer, "register_step_post_hook"):  # torch 2: next to the step, inside of others' hooks
+            self.hooks.append(self.optimizer.register_step_pre_hook(before))
+            self.hooks.append(self.optimizer.register_step_post_hook(after))
+            self.optimizer._optimizer_step_post_hooks.move_to_end(self.hooks[-1].id, last=False)
+        else:
+            self.before, step = self.optimizer.__dict__.get("step"), self.optimizer.step
+
+            @functools.wraps(step)
+            def watched(optimizer, *arguments, **options):
+                before()
+                result = step(*arguments, **options)
+                after()
+                return result
+
+            # A method, as schedulers want it.
+            self.watching = self.optimizer.step = types.MethodType(watched, self.optimizer)
+        _RECORDING.add(self)
+
+    def _unwatch(self):
+        for hook in self.hooks:
+            hook.remove()
+        if self.optimizer.__dict__.get("step", self) is self.watching:  # a scheduler may have put its own in front of it
+            del self.optimizer.step
+            if self.before is not None:
+                self.optimizer.step = self.before
+
     def _refusal(self, reason):
         return RecordError(f"step {self.steps}: {reason}")
+
+    def _take(self, tensor, i):
+        try:
+            return torch.take(tensor.detach(), self.indices[i])
+        except RuntimeError:  # the tensor is on another device than before
+            self.indices[i] = self.indices[i].to(tensor.device)
+            return torch.take(tensor.detach(), self.indices[i])
+
+    def _sample(self, tensors):
+        """A few numbers of one tensor for each parameter."""
+        return torch.cat([self._take(t, i) for i, t in enumerate(tensors)])
+
+    def _stepped(self, settings):
+        """The optimizer has made a step: takes what record() needs, before others change it."""
+        gradients = [p.grad for p in self.parameters]
+        if any(g is None for g in gradients):
+            raise self._refusal("a parameter has no gradient, the optimizer leaves it out")
+        taken, seen, self.seen = self._sample(gradients), self.seen, [None] * len(gradients)
+        seen = None if any(values is None for values in seen) else torch.cat(seen)
+        step = types.SimpleNamespace(settings=settings, taken=taken, seen=seen, whole=None, scale=self.scale)
+        step.altered, self.clipped = self._altered(step), False
+        if self._due() or step.altered:
+            step.whole = [g.detach().clone() for g in gradients]
+        self.pending.append(step)
+
+    def _due(self):
+        """Whether the gradient of this step is looked at in any case."""
+        step = self.steps + len(self.pending)
+        return bool(self.check) and step >= self.next_check
+
+    def _altered(self, step):
+        """Whether the optimizer was given something else than what autograd computed, times the scale: something that
+        was clipped, accumulated, noisy. It may be right (a backward pass for another purpose before zero_grad, say)."""
+        seen, scale = step.seen, 1.0 if step.scale is None else step.scale
+        if seen is None:
+            return True
+        if scale == 1 and torch.equal(seen, step.taken):
+            return False
+        seen, taken = _double(seen), _double(step.taken)
+        most = np.maximum.reduceat(np.abs(seen), self.starts[:-1]).repeat(np.diff(self.starts))
+        return bool((np.abs(taken - scale * seen) > 100 * self.update.epsilon * abs(scale) * most).any())
 
     def clip(self, max_norm, norm_type=2.0):
         """clip_grad_norm_ on the model's parameters, remembered for this step. Returns the norm before."""
         norm = clip_grad_norm_(self.parameters, max_norm, norm_type)
         # The same expression in the same precision as clip_grad_norm_'s: the factor to the last bit.
-        self.scale = float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        factor = float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        self.scale, self.clipped = factor * (self.scale if self.clipped else 1.0), True  # twice the same gradient?
         return norm
 
     def __call__(self, indices, weights=None, gradient_scale=None):
         """Records the optimizer step that was just made.
 
-        indices         rows of inputs and targets in its batch; may repeat
+        indices         rows of inputs and targets in its batch, which may repeat; or a mask of all rows
         weights         of each example's loss in the objective; default 1/len(indices), a mean
         gradient_scale  what the gradient was multiplied by, if clipped otherwise than by clip()
         """
@@ -1358,13 +1844,21 @@ class Recorder:
             raise RecordError("record() outside of `with Recorder(...) as record`, or after a full disk")
         if len(self.pending) != 1:
             count, self.pending = len(self.pending), []
-            raise self._refusal(f"{count} optimizer steps since the last record(); one each")
-        gradient, groups = self.pending.pop()
-        scale, self.scale = self.scale if gradient_scale is None else float(gradient_scale), None
-        scale = 1.0 if scale is None else scale
+            raise self._refusal(
+                f"{count} optimizer steps since the last record(); one each (where a GradScaler skips a step, do not "
+                "record it)"
+            )
+        step = self.pending.pop()
+        self.scale = None
+        if gradient_scale is not None:
+            step.scale = float(gradient_scale)
+            step.altered = self._altered(step)
+        scale = 1.0 if step.scale is None else step.scale
         if not math.isfinite(scale):
             raise self._refusal(f"the gradient was multiplied by {scale}")
         items = _numbers(indices)
+        if items.dtype == bool and items.shape == (len(self.inputs),):
+            items = np.flatnonzero(items)
         if items.ndim != 1 or not len(items) or items.dtype.kind not in "iu":
             raise self._refusal(f"indices are row numbers in one dimension, not {items.dtype} {items.shape}")
         items = items.astype(np.int64, copy=False)
@@ -1383,30 +1877,35 @@ class Recorder:
                 raise self._refusal(
                     f"weights have shape {weights.shape} for {len(items)} indices, or are not finite"
                 )
-        rate = _one_of("learning rates", [float(group.pop("lr")) for group in groups])
-        if groups != self.settings:  # else they are those of the step before
-            rule = _one_of("settings", [_group_line(type(self.optimizer), group) for group in groups])
+        rate = _one_of("learning rates", [float(group.pop("lr")) for group in step.settings])
+        if step.settings != self.settings:  # else they are those of the step before
+            rule = _one_of("settings", [_group_line(type(self.optimizer), group) for group in step.settings])
             if rule != self.rule:
                 raise self._refusal(
                     f"the optimizer is now '{rule}', it was '{self.rule}'; the format has one for the whole "
                     "run (CyclicLR and OneCycleLR: cycle_momentum=False)"
                 )
-            self.settings = groups
+            self.settings = step.settings
         if self._mode_problem():
             raise self._refusal(self._mode_problem())
         row = [_numbers(p) for p in self.parameters]  # no copies on the CPU
         finite = all(math.isfinite(np.vdot(a, a)) or np.isfinite(a).all() for a in row)  # the latter is slow
         if not finite or not math.isfinite(rate):
             raise self._refusal("a weight or the learning rate is not finite")
-        if gradient is not None:
-            self._check_gradient(gradient, items, weights, scale)
-        self.old = self._weights() if self.steps + 1 < self.check else None
+        changed = [w.what for w, a in zip(self.watched, (self.inputs, self.targets)) if w.differs(a, items)]
+        if self._due() or changed or step.altered:
+            self._check_gradient(step, items, weights, scale, changed)
+            done = self.steps - self.first
+            self.next_check = self.first + (done + 1 if done + 1 < self.check else max(done + 1, done * 3 // 2))
+        at = np.concatenate([np.take(a, places) for a, places in zip(row, self.places)]).astype(np.float64)
+        self._check_update(at, _double(step.taken), rate)
         rows = {
             "learning_rates": [rate],
             "batch_offsets": [self.files["batch_items"].rows + len(items)],
             "batch_items": [items],
             "batch_weights": [weights],
             "gradient_scales": [scale],
+            "optimizer_samples": self.update.state,
             "weights": row,
         }
         if self.moments:
@@ -1417,21 +1916,103 @@ class Recorder:
         for name in self.files:  # weights last: they commit the step
             self.files[name].append(*rows[name])
         self.failed = False
-        self.steps += 1
+        self.steps, self.at = self.steps + 1, at
 
-    def _check_gradient(self, gradient, items, weights, scale):
-        w = self.old.double().requires_grad_()
-        items = torch.as_tensor(items.astype(np.int64))
-        with torch.enable_grad():
-            f = self.net(w, torch.as_tensor(self.inputs)[items].double())
-            y = _one_hot(torch.as_tensor(self.targets)[items], f)
-            losses = _LOSSES[self.loss](f, y) * torch.as_tensor(weights)
-            wanted = scale * torch.autograd.grad(losses.sum(), w)[0]
-        epsilon = torch.finfo(gradient.dtype).eps
-        error = (gradient.double() - wanted).norm() / (wanted.norm() + 1e4 * epsilon)
-        if not error < (1e-2 if gradient.dtype == torch.float32 else 1e-6):
+    def _name(self, number):
+        """Of the parameter that a sampled number belongs to."""
+        parameter = self.parameters[int(np.searchsorted(self.starts, number, side="right")) - 1]
+        return next(name for name, p in self.model.named_parameters() if p is parameter)
+
+    def _check_update(self, at, gradient, rate):
+        """Each step: the weights moved as the optimizer line says, by the gradient that the optimizer was given."""
+        update, allowed = self.update.step(self.at, gradient, rate)
+        error = np.abs(at - self.at - update)
+        worst = int((error - allowed).argmax())
+        if not error[worst] <= allowed[worst]:
             raise self._refusal(
-                f"the gradient that the optimizer was given is not that of loss '{self.loss}' on these rows: it "
-                f"differs by {error:.2g} of its size. Are indices the rows of this batch? Is it another loss or "
-                "reduction? Were gradients accumulated, or clipped without record.clip?"
+                f"the weights did not move by '{self.rule}' with the gradient that the optimizer was given: a weight of "
+                f"'{self._name(worst)}' by {at[worst] - self.at[worst]:.9g}, not {update[worst]:.9g}. Were weights, "
+                "settings or the optimizer's state changed otherwise (averaging, clamping, a hook)?"
             )
+
+    def _gradient(self, w, items, weights, noise=0.0):
+        """Of the declared loss on these rows, in float64; with rounding of the weights and inputs, if asked for."""
+        generator = torch.Generator().manual_seed(self.steps)
+        rows = lambda array: torch.as_tensor(np.array(array[items])).to(w.device)
+        blur = lambda v: v + noise * v * torch.randn(v.shape, generator=generator).to(v) if noise else v
+        x = rows(self.inputs)
+        x = blur(x.double()) if x.is_floating_point() else x.double()
+        w = blur(w).detach().requires_grad_()
+        with torch.enable_grad():
+            f = self.net(w, x)
+            losses = _LOSSES[self.loss](f, _one_hot(rows(self.targets), f)) * torch.as_tensor(weights).to(w.device)
+            return torch.autograd.grad(losses.sum(), w)[0]
+
+    def _check_gradient(self, step, items, weights, scale, changed):
+        """The gradient that the optimizer was given is that of the declared loss on the declared rows, as recorded."""
+        if step.whole is None:  # it looked right when the optimizer stepped
+            step.whole = [p.grad.detach() for p in self.parameters if p.grad is not None]
+            if len(step.whole) < len(self.parameters) or not torch.equal(self._sample(step.whole), step.taken):
+                raise self._refusal(f"{' and '.join(changed)} changed in place since the recording began")
+        device, dtype = step.whole[0].device, step.whole[0].dtype
+        device, epsilon = "cpu" if device.type == "mps" else device, torch.finfo(dtype).eps
+        given = torch.cat([g.reshape(-1) for g in step.whole]).to(device).double()
+        w = torch.as_tensor(self.files["weights"].row(self.steps).copy()).to(device).double()
+        wanted = scale * self._gradient(w, items, weights)
+        half = self._half_precision(step.seen)
+        sizes = [p.numel() for p in self.parameters]
+        norms = lambda vector: torch.stack([part.norm() for part in vector.split(sizes)])
+        difference, tolerance = norms(given - wanted), 1e-5 if half else 1e-2 if dtype == torch.float32 else 1e-8
+        allowed = tolerance * norms(wanted) + 100 * epsilon * (1 + wanted.norm())
+        if not (difference <= allowed).all():  # how much rounding changes it: where much cancels, a lot
+            allowed = allowed + 100 * norms(scale * self._gradient(w, items, weights, epsilon) - wanted)
+        if (difference <= allowed).all():
+            return
+        size, factor = wanted.norm(), float(given @ wanted / (wanted @ wanted))
+        reason = (
+            f"the gradient that the optimizer was given is not that of loss '{self.loss}' on these rows: it "
+            f"differs by {float((given - wanted).norm() / size):.2g} of its size. "
+        )
+        if changed:
+            reason += f"{' and '.join(changed).capitalize()} changed in place since the recording began. "
+        if half:
+            reason += (
+                f"It was computed in {half}, under autocast (with or without a GradScaler): train in float32 or float64. "
+            )
+        elif (given - factor * wanted).norm() < 1e-3 * given.norm():
+            reason += f"It is that times {factor:.6g}: clipped without record.clip, or scaled (a GradScaler)? "
+        raise self._refusal(
+            reason + "Are indices the rows of this batch? Are inputs what the model is given? Is it another loss or "
+            "reduction? Were gradients accumulated (zero_grad?), or clipped without record.clip?"
+        )
+
+    @staticmethod
+    def _half_precision(seen):
+        """The type that autograd computed in, if all its numbers fit into one that is narrower than the weights."""
+        if seen is None or np.count_nonzero(_double(seen)) < 8:
+            return None
+        return next((t for t in (torch.bfloat16, torch.float16) if torch.equal(seen.to(t).to(seen), seen)), None)
+
+    def _end_problem(self):
+        """What is wrong where the recording ends, if anything."""
+        if self.pending:
+            return (
+                "the optimizer made a step that was not recorded: record() was not called after it (a break before it?). "
+                "The run is complete up to there"
+            )
+        if self._mode_problem():
+            return self._mode_problem()
+        if not np.array_equal(self._weights().numpy(), self.files["weights"].row(self.steps)):
+            return (
+                "the model's weights are not those after the last recorded step: leave `with Recorder(...)` before they "
+                "are averaged, swapped, restored or trained otherwise. The run is complete up to there"
+            )
+        for watched, recorded in zip(self.watched, (self.inputs, self.targets)):
+            # Where torch counts its writes, each step has looked at its rows.
+            if not watched.touched() and watched.differs(recorded):
+                return f"{watched.what} were changed in place at some time; from then on the run is not what was trained"
+        try:
+            self._compare_outputs()
+        except RecordError as error:
+            return f"{error}; from some time on the run is not what was trained. Has a buffer changed?"
+        return None

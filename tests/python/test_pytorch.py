@@ -5,6 +5,8 @@
 Needs torch >= 1.13 and NumPy. The program is $PATHKERNEL_DECOMPOSE, or pathkernel-decompose on the PATH.
 """
 
+import copy
+import io
 import os
 import resource
 import shutil
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest
 import warnings
 
@@ -40,6 +43,7 @@ from pathkernel_record import (  # noqa: E402
 PROGRAM = os.environ.get("PATHKERNEL_DECOMPOSE") or shutil.which("pathkernel-decompose")
 N, IN, HIDDEN, OUT, M, BATCH, STEPS = 24, 5, 7, 3, 5, 6, 15
 F32, F64 = torch.float32, torch.float64
+NEW_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*weight_norm.*")
@@ -669,6 +673,29 @@ class Modules(Case):
             ordered=False,
         )
 
+    def test_positions_of_the_same_value(self):
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.late, self.early = nn.Embedding(3, 4), nn.Parameter(torch.zeros(3, 4))
+                self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, OUT)
+                self.register_buffer("fixed", torch.zeros(3, 4))
+                nn.init.zeros_(self.late.weight)
+
+            def forward(self, x):
+                x = torch.tanh(self.inner(x + self.early)) + self.late(torch.arange(3))
+                return self.out((x + self.fixed).mean(1))
+
+        model, x = Two().double(), self.images((3, 4))
+        line = "input 3x4; position; dense 4; tanh; position; residual( constant constant0 ); mean_tokens; dense 3"
+        self.train(model, OPTIMIZERS["adamw"](model.parameters()), steps=6, recorded_data=(x, data()[1]))
+        with open(os.path.join(self.run_dir, "run.txt")) as file:
+            self.assertIn(line, file.read())
+        self.set_tests = self.images((3, 4), F64, M)
+        self.certify(model)
+        first = np.load(os.path.join(self.run_dir, "weights.npy"))[-1][:12].reshape(3, 4)
+        np.testing.assert_array_equal(first, model.early.detach())
+
     def test_encoder_layers(self):
         for first in (False, True):
             layer = nn.TransformerEncoderLayer(
@@ -934,6 +961,10 @@ class Refusals(Case):
         ):
             with self.subTest(words):
                 self.refuse(words, optimizer=make)
+        with self.assertRaisesRegex(RecordError, "groups differ in their learning rates"):  # before any step
+            model, (x, y) = network(), data()
+            groups = [{"params": [p], "lr": 0.1 / (1 + i)} for i, p in enumerate(model.parameters())]
+            Recorder(self.run_dir, model, loss="nll", optimizer=o.SGD(groups, lr=0.1), inputs=x, targets=y)
         frozen = network()
         frozen[0].bias.requires_grad_(False)
         self.refuse("'0.bias' is frozen", frozen)
@@ -970,6 +1001,11 @@ class Refusals(Case):
             "do not fit", inputs=x[:, :4], network="input 5; dense 7; tanh; dense 6 nobias; tanh; dense 3"
         )
         self.refuse("3 outputs", loss="mean_squared", targets=x)
+        images = torch.randn(N, 4, 4, 2).double()
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(32, OUT)).double()
+        self.refuse("axes in another order", flat, inputs=images, network="input 2x4x4; flatten; dense 3")
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(16, OUT)).double()
+        self.refuse("axes in another order", flat, inputs=images[..., 0], network="input 2x8; flatten; dense 3")
 
     def test_steps(self):
         x, y = data()
@@ -995,7 +1031,7 @@ class Refusals(Case):
                             criterion(model(x[:BATCH]), y[:BATCH]).backward()
                             act(record, optimizer, step)
                         self.fail("accepted")
-                self.assertTrue(os.path.exists(os.path.join(self.run_dir, "run.txt")))
+                self.assertFalse(os.path.exists(self.run_dir))  # so that the corrected script runs
 
         def stepped(call):
             return lambda record, optimizer, step: (optimizer.step(), call(record, optimizer, step))
@@ -1041,7 +1077,6 @@ class Refusals(Case):
             ("step 0: a Dropout is in training mode", lambda: model[2].train()),
             ("step 0: the running statistics.*changed", lambda: model[1].running_var.mul_(2)),
         ):
-            shutil.rmtree(self.run_dir, ignore_errors=True)
             optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.1)
             with self.subTest(words), self.assertRaisesRegex(RecordError, words):
                 options = dict(loss="softmax_cross_entropy", optimizer=optimizer, inputs=x, targets=y)
@@ -1050,7 +1085,6 @@ class Refusals(Case):
                     optimizer.step()
                     change()
                     record(range(N))
-        shutil.rmtree(self.run_dir)
         line = "input 5; dense 6; tanh; dense 3"
         model.train()[2].eval()
         self.refuse("BatchNorm is in training mode", model, network=line)
@@ -1139,6 +1173,666 @@ class Refusals(Case):
         with self.assertRaisesRegex(RecordError, "exists already"):
             self.train(model, torch.optim.SGD(model.parameters(), lr=0.1))
         self.assertEqual(np.load(os.path.join(self.run_dir, "weights.npy")).shape[0], 3)
+
+
+class Steps(Case):
+    """What loops do between two steps: recorded right, or refused at that step."""
+
+    def loop(self, step=None, after=None, steps=8, optimizer="sgd", dtype=F64, given=None, model=None, **options):
+        """The ordinary loop, with another step, or with something after it."""
+        s = types.SimpleNamespace(model=model or network(nn.Tanh, dtype))
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        s.optimizer = OPTIMIZERS[optimizer](s.model.parameters())
+        s.x, s.y = data("softmax_cross_entropy", dtype)
+        s.inputs, s.targets = given(s) if given else (s.x, s.y)
+        options = dict(loss="softmax_cross_entropy", optimizer=s.optimizer, **options)
+        generator = torch.Generator().manual_seed(3)
+        with Recorder(self.run_dir, s.model, inputs=s.inputs, targets=s.targets, **options) as s.record:
+            for s.number in range(steps):
+                s.rows = torch.randint(N, (BATCH,), generator=generator)
+                if (step or self.usual)(s) == "break":
+                    break
+            if after:
+                after(s)
+        return s
+
+    @staticmethod
+    def gradient(s, zero=True, scale=1.0):
+        if zero:
+            s.optimizer.zero_grad()
+        (scale * nn.functional.cross_entropy(s.model(s.x[s.rows]), s.y[s.rows])).backward()
+
+    def usual(self, s):
+        self.gradient(s)
+        s.optimizer.step()
+        s.record(s.rows)
+
+    def refuse(self, words, step=None, complete=None, **options):
+        """Refused with these words, and what is on the disk, if anything, are the complete steps before."""
+        with self.subTest(words):
+            with self.assertRaisesRegex(RecordError, words):
+                self.loop(step, **options)
+            self.assertEqual(os.path.exists(self.run_dir), complete is not None)
+            if complete is not None:
+                result = self.decompose(options.get("dtype", F64))
+                self.assertEqual(result["by_step"].shape[2], complete)
+                self.assertLess(np.abs(result["unattributed"]).max(), 1e-12)
+
+    def test_values_are_taken_when_the_optimizer_steps(self):
+        def step(s):
+            group = s.optimizer.param_groups[0]
+            self.gradient(s)
+            s.optimizer.step()
+            group["lr"] *= 0.5  # in place, where it is a tensor
+            group["weight_decay"] += 0.1
+            s.record(s.rows)
+            s.rows.zero_()
+            group["weight_decay"] -= 0.1
+
+        def tensor(s):
+            if s.number == 0:
+                s.optimizer.param_groups[0]["lr"] = torch.tensor(0.2, dtype=F64)
+            step(s)
+
+        for optimizer, first in (("sgd", 0.2), ("adam", 0.02)):
+            s = self.loop(step, optimizer=optimizer)
+            rates = np.load(os.path.join(self.run_dir, "learning_rates.npy"))
+            np.testing.assert_array_equal(rates, first * 0.5 ** np.arange(8))
+            self.certify(s.model)
+        if NEW_TORCH:  # has rates that are tensors
+            for optimizer in ("sgd", "adam"):
+                s = self.loop(tensor, optimizer=optimizer)
+                rates = np.load(os.path.join(self.run_dir, "learning_rates.npy"))
+                np.testing.assert_array_equal(rates, 0.2 * 0.5 ** np.arange(8))
+                self.certify(s.model)
+
+    def test_data_that_changes(self):
+        def change(what):
+            def step(s):
+                if s.number == 5:
+                    what(s)
+                self.usual(s)
+
+            return step
+
+        for given in (None, lambda s: (s.x.numpy(), s.y.numpy())):
+            self.refuse("step 5.*Inputs changed", change(lambda s: s.x.mul_(2)), 5, given=given)
+            self.refuse("step 5.*Targets changed", change(lambda s: s.y.copy_(2 - s.y)), 5, given=given)
+        copies = lambda s: (s.x.clone(), s.y.clone())  # what is trained on stays as it was
+        s = self.loop(change(lambda s: (s.inputs.zero_(), s.targets.zero_())), given=copies)
+        self.certify(s.model)
+
+        def hidden(s):
+            s.x.numpy()[17, 2] += 1
+
+        self.refuse("after 8 steps.*inputs were changed in place", complete=8, after=hidden)
+
+    def test_gradients_that_are_not_those_of_the_loss(self):
+        def changed(change, start=5):
+            def step(s):
+                self.gradient(s)
+                if s.number >= start:
+                    change(s)
+                s.optimizer.step()
+                s.record(s.rows)
+
+            return step
+
+        def other(start=5, **how):
+            def step(s):
+                self.gradient(s, **(how if s.number >= start else {}))
+                s.optimizer.step()
+                s.record(s.rows)
+
+            return step
+
+        parameters = lambda s: list(s.model.parameters())
+        clip = lambda s: nn.utils.clip_grad_norm_(parameters(s), 1e-3) and None
+        for optimizer in ("sgd", "adamw"):
+            for start in (5, 31):  # also where no gradient is computed again
+                how = dict(complete=start, steps=40, optimizer=optimizer)
+                self.refuse(f"step {start}.*clipped without record.clip", changed(clip, start), **how)
+                self.refuse(f"step {start}.*zero_grad", other(start, zero=False), **how)
+        self.refuse("step 1.*zero_grad", other(0, zero=False))
+        self.refuse("step 6.*It is that times 0.5", other(6, scale=0.5), 6)
+        self.refuse("step 0.*times 65536: .*GradScaler", other(0, scale=65536.0), dtype=F32)
+        values = lambda s: nn.utils.clip_grad_value_(parameters(s), 1e-3)
+        self.refuse("step 5.*not that of loss", changed(values), 5)
+        self.refuse("step 5.*not that of loss", changed(lambda s: parameters(s)[0].grad.zero_()), 5)
+
+        def hook(s):
+            if s.number == 5:
+                [p.register_hook(lambda g: g / 2) for p in parameters(s)]
+            self.usual(s)
+
+        self.refuse("step 5.*It is that times 0.5", hook, 5)
+
+        def closure(shift):
+            def step(s):
+                def again():
+                    s.optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(s.model(s.x[s.rows]), s.y[s.rows])
+                    loss.backward()
+                    return loss
+
+                s.optimizer.step(again)
+                s.record((s.rows + shift) % N)
+
+            return step
+
+        for optimizer in ("sgd", "nesterov", "adamw"):
+            self.certify(self.loop(closure(0), optimizer=optimizer).model)
+        self.refuse("step 0.*rows of this batch", closure(1))
+        if NEW_TORCH:  # has hooks of optimizers
+
+            def before(act):
+                def step(s):
+                    if s.number == 5:
+                        s.optimizer.register_step_pre_hook(lambda *_: act(s))
+                    self.usual(s)
+
+                return step
+
+            self.refuse("step 5.*clipped without record.clip", before(clip), 5)
+            slower = lambda s: s.optimizer.param_groups[0].update(lr=0.01)
+            self.refuse("step 5: the weights did not move by 'sgd'", before(slower), 5)
+            self.certify(self.loop(before(lambda s: s.record.clip(1e-3) and None)).model)
+
+            def hooked(s):  # hooks of the user's around the step, older than the recorder's
+                scheduler = torch.optim.lr_scheduler.ExponentialLR(s.optimizer, 0.5)
+                s.optimizer.register_step_pre_hook(lambda *_: s.optimizer.param_groups[0].update(weight_decay=0.0))
+                s.optimizer.register_step_post_hook(lambda *_: (s.optimizer.zero_grad(), scheduler.step()) and None)
+                return s.x, s.y
+
+            self.certify(self.loop(given=hooked).model)
+            with_autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+
+            def half(s):
+                with with_autocast:
+                    self.gradient(s)
+                s.optimizer.step()
+                s.record(s.rows)
+
+            self.refuse("bfloat16, under autocast.*GradScaler", half, dtype=F32)
+
+    def test_gradients_that_only_look_wrong(self):
+        def micro_batches(s):
+            s.optimizer.zero_grad()
+            for rows in s.rows.split(2):
+                (nn.functional.cross_entropy(s.model(s.x[rows]), s.y[rows]) / 3).backward()
+            s.optimizer.step()
+            s.record(s.rows)
+
+        def logged(s):
+            nn.functional.cross_entropy(s.model(s.x), s.y).backward()
+            self.usual(s)
+
+        def by_hand(s):
+            parameters = list(s.model.parameters())
+            loss = nn.functional.cross_entropy(s.model(s.x[s.rows]), s.y[s.rows])
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
+                p.grad = g
+            s.optimizer.step()
+            s.record(s.rows)
+
+        def clipped_twice(s):
+            self.gradient(s)
+            s.record.clip(0.2)
+            s.record.clip(0.1)
+            s.optimizer.step()
+            s.optimizer.zero_grad()
+            s.record(s.rows)
+
+        def scaled_by_hand(s):
+            self.gradient(s)
+            [p.grad.mul_(0.25) for p in s.model.parameters()]
+            s.optimizer.step()
+            s.record(s.rows, gradient_scale=0.25)
+
+        def copied(s):
+            self.usual(s)
+            copy.deepcopy(s.model)
+            torch.save([s.model, s.optimizer.state_dict()], io.BytesIO())
+
+        def mask(s):
+            s.rows = s.rows.unique()
+            self.gradient(s)
+            s.optimizer.step()
+            s.record(torch.isin(torch.arange(N), s.rows))
+
+        for dtype in (F64, F32):
+            for step in (micro_batches, logged, by_hand, clipped_twice, scaled_by_hand, copied, mask):
+                for optimizer in ("nesterov", "adamw"):
+                    with self.subTest(step.__name__, optimizer=optimizer, dtype=dtype):
+                        self.certify(self.loop(step, optimizer=optimizer, dtype=dtype, steps=12).model)
+
+    def test_gradients_that_cancel(self):
+        """Close to a minimum, the sum over examples is rounding; that is no mistake."""
+        for dtype in (F64, F32):
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            torch.manual_seed(5)
+            x, model = torch.randn(N, IN).to(dtype), nn.Linear(IN, 1).to(dtype)
+            y = 1000 * x @ torch.randn(IN, 1).to(dtype)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            options = dict(loss="mean_squared", optimizer=optimizer, inputs=x, targets=y, check=10**9)
+            with Recorder(self.run_dir, model, **options) as record:
+                for _ in range(300):
+                    optimizer.zero_grad()
+                    nn.functional.mse_loss(model(x), y).backward()
+                    optimizer.step()
+                    record(range(N))
+
+    def test_updates(self):
+        def at_5(act):
+            def step(s):
+                self.gradient(s)
+                if s.number == 5:
+                    act(s)
+                s.optimizer.step()
+                s.record(s.rows)
+
+            return step
+
+        def clamp(s):
+            self.gradient(s)
+            s.optimizer.step()
+            if s.number == 5:
+                with torch.no_grad():
+                    [p.clamp_(-0.1, 0.1) for p in s.model.parameters()]
+            s.record(s.rows)
+
+        clear = lambda s: s.optimizer.state.clear()
+        for optimizer in ("momentum", "dampening", "nesterov", "adam_decay", "adamw"):
+            for dtype in (F64, F32):
+                self.refuse("step 5: the weights did not move", at_5(clear), 5, optimizer=optimizer) if (
+                    dtype == F64
+                ) else self.certify(self.loop(optimizer=optimizer, dtype=dtype, steps=200).model, 1e-3)
+        self.refuse("step 5: the weights did not move.*'0.weight'|clamping", clamp, 5)
+
+    def test_end(self):
+        def stop(s):
+            if s.number == 5:
+                self.gradient(s)
+                s.optimizer.step()
+                return "break"
+            self.usual(s)
+
+        def weights(change):
+            def after(s):
+                with torch.no_grad():
+                    change(list(s.model.parameters()))
+
+            return after
+
+        self.refuse("after 5 steps.*not recorded.*break", stop, 5)
+        self.refuse("after 8 steps.*weights are not those", complete=8, after=weights(lambda p: p[0].mul_(0.9)))
+        self.refuse("after 8 steps.*weights are not those", complete=8, after=lambda s: self.gradient(s) or (
+            weights(lambda p: p[3].view(-1)[0].add_(1))(s)))  # fmt: skip
+        swapped = lambda p: (p[0].mul_(2), p[0].div_(2))
+        self.certify(self.loop(after=weights(swapped)).model)
+        model = nn.Sequential(nn.Linear(IN, 6), nn.Dropout(0.5), nn.Linear(6, OUT)).double().eval()
+        self.refuse("after 8 steps.*Dropout", complete=8, model=model, after=lambda s: s.model.train())
+
+        class Shifted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = nn.Linear(IN, IN), nn.Linear(IN, OUT)
+                self.register_buffer("shift", torch.ones(4, IN))
+
+            def forward(self, x):
+                return self.last((self.first(x[:, None].expand(-1, 4, -1)) + self.shift).mean(1))
+
+        def shift(s):
+            s.model.shift.mul_(2)
+
+        images = torch.randn(N, 4, IN).double()
+
+        class Tokens(Shifted):
+            def forward(self, x):
+                return self.last((self.first(x) + self.shift).mean(1))
+
+        with self.assertRaisesRegex(RecordError, "after 0 steps.*outputs differ.*buffer"):
+            model = Tokens().double()
+            options = dict(loss="softmax_cross_entropy", optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+            shutil.rmtree(self.run_dir)
+            with Recorder(self.run_dir, model, inputs=images, targets=data()[1], **options):
+                model.shift.mul_(2)
+        with self.assertRaisesRegex(ZeroDivisionError, "mine"):  # is not masked by what is wrong at the end
+
+            def fail(s):
+                self.gradient(s)
+                s.optimizer.step()
+                raise ZeroDivisionError("mine")
+
+            self.loop(fail)
+
+    def test_integers(self):
+        for kind in (torch.int32, torch.uint8, torch.int16):
+            s = self.loop(given=lambda s: (s.x, s.y.to(kind)))
+            self.certify(s.model)
+            self.certify(self.loop(given=lambda s: (s.x, s.y[:, None].to(kind).numpy())).model)
+        for kind in (torch.uint8, torch.bool):
+            self.certify(self.loop(given=lambda s: (s.x, nn.functional.one_hot(s.y, OUT).to(kind))).model)
+
+        def counts(kind, top, factor=1.0):
+            def given(s):
+                raw = torch.randint(top, s.x.shape, generator=torch.Generator().manual_seed(1)).to(kind)
+                s.x = raw.to(s.x.dtype) / factor
+                return raw, s.y
+
+            return given
+
+        for dtype in (F64, F32):
+            for kind, top in ((torch.uint8, 4), (torch.bool, 2), (torch.int32, 3)):
+                self.certify(self.loop(given=counts(kind, top), dtype=dtype).model)
+        self.refuse("step 0.*inputs what the model is given", given=counts(torch.uint8, 256, 255.0))
+
+    def test_wrappers_and_outputs(self):
+        class Returns(nn.Module):
+            def __init__(self, how):
+                super().__init__()
+                self.inner, self.how = network(), how
+
+            def forward(self, x):
+                return self.how(self.inner(x))
+
+        for words, model in (
+            ("DataParallel.*model.module", nn.DataParallel(network())),
+            ("torch.jit", torch.jit.trace(network(), data()[0])),
+            ("returns a tuple; return only the tensor", Returns(lambda f: (f, 1))),
+            ("returns a dict; return only the tensor", Returns(lambda f: {"logits": f})),
+            ("bfloat16", network().bfloat16()),
+        ):
+            self.refuse(words, model=model)
+        if NEW_TORCH:
+            model = network()
+            self.refuse("model._orig_mod", model=torch.compile(model, backend="eager"))
+            model.compile(backend="eager")  # in place
+            self.certify(self.loop(model=model).model)
+            self.refuse("its module 'inner'.*torch.compile", model=Wrapped(torch.compile(network(), backend="eager")))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Resume(Case):
+    """A run that goes on in another process, or after a kill."""
+
+    def start(self, optimizer="adamw", dtype=F64, seed=1, **options):
+        self.x, self.y = data("softmax_cross_entropy", dtype)
+        self.model = network(nn.Tanh, dtype, seed=seed)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        options = {"loss": "softmax_cross_entropy", "inputs": self.x, "targets": self.y, **options}
+        return Recorder(self.run_dir, self.model, optimizer=self.optimizer, **options)
+
+    def train(self, record, until):
+        """The same batches, whoever makes the step."""
+        while record.steps < until:
+            rows = torch.randint(N, (BATCH,), generator=torch.Generator().manual_seed(record.steps))
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(self.x[rows]), self.y[rows]).backward()
+            record.clip(0.5)
+            self.optimizer.step()
+            record(rows)
+
+    def state(self):
+        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()])
+
+    def restore(self, state):
+        model, optimizer = copy.deepcopy(state)
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+    def everything(self):
+        return {
+            name: np.load(os.path.join(self.run_dir, name))
+            for name in sorted(os.listdir(self.run_dir))
+            if name.endswith(".npy")
+        }
+
+    def test_same_bits(self):
+        for dtype in (F64, F32):
+            for optimizer in OPTIMIZERS:
+                moments = {"second_moments": True} if optimizer == "adam" else {}
+                with self.subTest(optimizer, dtype=dtype):
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
+                    with self.start(optimizer, dtype, **moments) as record:
+                        self.train(record, 12)
+                    expected = self.everything()
+                    shutil.rmtree(self.run_dir)
+                    with self.start(optimizer, dtype, resume=True, **moments) as record:  # nothing there: a start
+                        self.train(record, 5)
+                        five = self.state()
+                        self.train(record, 7)
+                        seven = self.state()
+                    for resume, state in ((True, seven), (5, five), (7, None)):
+                        recorder = self.start(optimizer, dtype, resume=resume, **moments)
+                        self.restore(state or seven)
+                        with recorder as record:
+                            self.assertEqual(record.steps, 7 if resume is True else resume)
+                            self.train(record, 9 if resume is True else 12)
+                    now = self.everything()
+                    self.assertEqual(list(now), list(expected))
+                    for name, array in expected.items():
+                        np.testing.assert_array_equal(now[name], array, name)
+                    self.certify(self.model)
+
+    def test_after_kills(self):
+        program = f"""
+import sys; sys.path[:0] = [{HERE!r}]
+from test_pytorch import *
+case = Resume(); case.run_dir = {self.run_dir!r}
+checkpoint = {self.folder + "/checkpoint"!r}
+at = 0 if not os.path.exists(checkpoint) else torch.load(checkpoint)[0]
+recorder = case.start(resume=at if at else True)
+if at: case.restore(torch.load(checkpoint)[1:])
+with recorder as record:
+    if not at: record.steps == 0 or sys.exit("no checkpoint")
+    print("go", flush=True)
+    while True:
+        case.train(record, record.steps + 3)
+        torch.save([record.steps, *case.state()], checkpoint + ".new")
+        os.replace(checkpoint + ".new", checkpoint)
+"""
+        steps = 0
+        for trial in range(4):
+            child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+            self.assertEqual(child.stdout.readline(), "go\n")
+            with self.assertRaisesRegex(RecordError, "being recorded by another recorder"):
+                self.start(resume=True).__enter__()
+            checkpoint = os.path.join(self.folder, "checkpoint")
+            while not os.path.exists(checkpoint) or torch.load(checkpoint)[0] <= steps:
+                time.sleep(0.01)
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+            child.stdout.close()
+            steps, state = torch.load(checkpoint)[0], torch.load(checkpoint)[1:]
+        recorder = self.start(resume=steps)
+        self.restore(state)
+        with recorder as record:
+            self.train(record, steps + 4)
+        resumed = self.everything()
+        shutil.rmtree(self.run_dir)
+        with self.start() as record:
+            self.train(record, steps + 4)
+        for name, array in self.everything().items():
+            np.testing.assert_array_equal(resumed[name], array, name)
+        self.certify(self.model)
+
+    def test_refused(self):
+        with self.start() as record:
+            self.train(record, 4)
+            four = self.state()
+            self.train(record, 6)
+            six = self.state()
+        before = self.everything()
+
+        def refuse(words, state, resume=True, change=None, **options):
+            with self.subTest(words):
+                with self.assertRaisesRegex(RecordError, words):
+                    recorder = self.start(resume=resume, **options)
+                    if state:
+                        self.restore(state)
+                    if change:
+                        change()
+                    with recorder:
+                        self.fail("resumed")
+                for name, array in before.items():
+                    np.testing.assert_array_equal(np.load(os.path.join(self.run_dir, name)), array)
+
+        refuse("not those after its step 6.*state_dict", None, seed=2)
+        refuse("those after step 0.*resume=0", None)
+        refuse("those after step 4, the run goes on to step 6.*resume=4", four)
+        refuse("those after step 4", four, resume=5)
+        refuse("has 6 steps", six, resume=7)
+        refuse("no exp_avg", [six[0], four[1]], change=lambda: self.optimizer.state.clear())
+        refuse("made 4 steps, not 6", [six[0], four[1]])
+
+        def moved():
+            self.optimizer.state[self.model[0].weight]["exp_avg"].mul_(1.1)
+
+        refuse("exp_avg is not the one", six, change=moved)
+        refuse("run.txt says 'optimizer adamw", six, optimizer="adam")
+        refuse("run.txt says 'loss softmax", six, loss="hinge")
+        refuse("train_inputs.npy holds other data", six, inputs=data()[0] + 1)
+        refuse("train_targets.npy holds other data", six, targets=(data()[1] + 1) % OUT)
+        refuse("second_moments", six, second_moments=True)
+        path = os.path.join(self.run_dir, "learning_rates.npy")
+        np.save(path, np.load(path)[:2])
+        before["learning_rates.npy"] = before["learning_rates.npy"][:2]
+        refuse("a kill does not do that", six)
+        with self.assertRaisesRegex(RecordError, "exists already.*resume=True"):
+            self.start().__enter__()
+
+    def test_one_at_a_time(self):
+        with self.start() as record:
+            self.train(record, 2)
+            first = self.model, self.optimizer
+            for resume in (True, False):
+                with self.assertRaisesRegex(RecordError, "being recorded by another recorder"):
+                    self.start(resume=resume).__enter__()
+            self.model, self.optimizer = first
+            worker = os.fork()
+            if not worker:  # such as those of a DataLoader: they may outlive a killed process
+                try:
+                    time.sleep(60)
+                finally:
+                    os._exit(0)
+            self.train(record, 3)
+            state = self.state()
+        try:
+            recorder = self.start(resume=True)
+            self.restore(state)
+            with recorder as record:
+                self.train(record, 5)
+        finally:
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+        self.certify(self.model)
+
+    def test_a_start_that_was_killed(self):
+        for resume in (False, True):
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            with self.start(resume=resume) as record:
+                self.train(record, 2)
+            os.rename(os.path.join(self.run_dir, "run.txt"), os.path.join(self.run_dir, "run.txt.tmp"))
+            with self.start(resume=resume) as record:
+                self.train(record, 3)
+            self.certify(self.model)
+            self.assertNotIn("run.txt.tmp", os.listdir(self.run_dir))
+
+
+class Places(Case):
+    """What else may stand in the place of a file."""
+
+    def start(self, **options):
+        self.model, (x, y) = network(), data()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        options = {"loss": "softmax_cross_entropy", "optimizer": self.optimizer, "inputs": x, "targets": y, **options}
+        return Recorder(self.run_dir, self.model, **options)
+
+    def test_fifos_and_links(self):
+        names = [name + ".npy" for name in ("weights", "train_inputs", "batch_items", "learning_rates")]
+        outside = os.path.join(self.folder, "outside")
+        make = {
+            "fifo": os.mkfifo,
+            "link": lambda path: os.symlink(outside, path),
+            "folder": os.mkdir,
+        }
+        for kind, act in make.items():
+            for name in (*names, "run.txt", "run.txt.tmp"):
+                with self.subTest(kind, name=name):
+                    os.mkdir(self.run_dir)
+                    with open(outside, "w") as file:
+                        file.write("precious")
+                    act(os.path.join(self.run_dir, name))
+                    with self.assertRaisesRegex(RecordError, name):
+                        self.start().__enter__()
+                    self.assertEqual(os.listdir(self.run_dir), [name])
+                    shutil.rmtree(self.run_dir)
+                    with self.start():
+                        pass
+                    if name == "run.txt.tmp":
+                        shutil.rmtree(self.run_dir)
+                        continue
+                    os.remove(os.path.join(self.run_dir, name))
+                    act(os.path.join(self.run_dir, name))
+                    with self.assertRaisesRegex(RecordError, name):
+                        self.start(resume=True).__enter__()
+                    shutil.rmtree(self.run_dir)
+                    with open(outside) as file:
+                        self.assertEqual(file.read(), "precious")
+        with open(self.run_dir, "w"):
+            pass
+        with self.assertRaisesRegex(RecordError, "is no folder"):
+            self.start().__enter__()
+
+    def test_closed_streams(self):
+        program = f"""
+import sys; sys.path[:0] = [{HERE!r}]
+from test_pytorch import *
+case = Places(); case.run_dir = {self.run_dir!r}
+recorder = case.start()
+x, y = data()
+with recorder as record:
+    for step in range(3):
+        for stream in (0, 1, 2):
+            try: os.write(stream, b"noise")
+            except OSError: pass
+        case.optimizer.zero_grad()
+        nn.functional.cross_entropy(case.model(x), y).backward()
+        case.optimizer.step()
+        record(range(N))
+os._exit(0)
+"""
+        command = [shutil.which("sh"), "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program]
+        self.assertEqual(subprocess.run(command).returncode, 0)
+        self.assertEqual(np.load(os.path.join(self.run_dir, "weights.npy")).shape[0], 4)
+        result = self.decompose()
+        self.assertLess(np.abs(result["unattributed"]).max(), 1e-12)
+
+    def test_nothing_is_left_by_a_refusal(self):
+        self.run_dir = os.path.join(self.run_dir, "deep", "down")
+        recorder = self.start()
+        with self.assertRaisesRegex(RecordError, "not that of loss"):
+            with recorder as record:
+                nn.functional.cross_entropy(self.model(data()[0]), data()[1]).backward()
+                self.optimizer.step()
+                record(range(1, N))
+        self.assertEqual(os.listdir(self.folder), [])
+        os.makedirs(self.run_dir)
+        with open(os.path.join(self.run_dir, "notes"), "w"):
+            pass
+        with self.assertRaisesRegex(ZeroDivisionError, "mine"):
+            with self.start():
+                raise ZeroDivisionError("mine")
+        self.assertEqual(os.listdir(self.run_dir), ["notes"])
 
 
 class BruteForce(Case):
