@@ -294,10 +294,11 @@ static void fuzz_decomposition(fuzz_job *job, const pk_run *run)
     options.tolerance = choice & 64 ? 0 : 1e-3;
     pk_status status = pk_decompose(context, run, pk_matrix_view(job->x, FUZZ_ROWS, job->D), &options, &out);
     FUZZ_REQUIRE(status == PK_OK || context->message[0]);
-    FUZZ_REQUIRE(status == PK_OK || status == PK_NOT_CLOSED || status == PK_NOT_FINITE ||
-                 status == PK_UNSUPPORTED || status == PK_MEMORY_LIMIT);
-    for (size_t cell = 0; (status == PK_OK || status == PK_NOT_CLOSED) && cell < out.rows * out.outputs;
-         cell++) {
+    /* The rounding of float32 may count for much where weights are large; that of double does not. */
+    const int coarse = run->weights.type == PK_FLOAT32 || sizeof(pk_real) == sizeof(float) || !job->plain;
+    const int done = status == PK_OK || status == PK_NOT_CLOSED || (coarse && status == PK_UNATTRIBUTED);
+    FUZZ_REQUIRE(done || status == PK_NOT_FINITE || status == PK_UNSUPPORTED || status == PK_MEMORY_LIMIT);
+    for (size_t cell = 0; done && cell < out.rows * out.outputs; cell++) {
         double sum = out.initial[cell], size = fabs(sum) + fabs(out.final[cell]);
         for (size_t i = 0; i < out.examples; i++) {
             sum += out.by_example[cell * out.examples + i];

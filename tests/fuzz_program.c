@@ -278,7 +278,8 @@ static int fuzz_program(const uint8_t *data, size_t size)
     if (!verbose)
         fuzz_check_told(status, told, complained);
     FUZZ_REQUIRE(status >= 0 && status <= 2);
-    if (status < 2 && out && strncmp(told, "usage", 5) != 0 && strncmp(told, "pathkernel-decompose ", 21) != 0)
+    if (status < 2 && out && strlen(out) < 600 && strncmp(told, "usage", 5) != 0 &&
+        strncmp(told, "pathkernel-decompose ", 21) != 0)
         fuzz_check_results(out);
     if (choice % 8) {
         size_t length;
