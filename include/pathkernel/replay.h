@@ -158,7 +158,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     pk__update part = *whole;
     part.count = pk__least(whole->count - first, PK__STEP_RANGE);
     part.weights += first;
-    part.gradient += first;
+    part.gradient += part.gradient ? first : 0;
     part.state = part.state ? part.state + first : NULL;
     part.update += first;
     pk__optimizer_part(optimizer, &part);

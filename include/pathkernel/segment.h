@@ -366,8 +366,10 @@ PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t 
     for (size_t n = 0; n < segment->graph->node_count; n++)
         pk__segment_node(segment, n, count, row, t);
     pk__shift_tape(segment, first, 1);
-    memcpy(segment->held_row + first, row, count * sizeof *row);
-    memcpy(segment->held_t + first, t, count * sizeof *t);
+    if (count)
+        memcpy(segment->held_row + first, row, count * sizeof *row);
+    if (count)
+        memcpy(segment->held_t + first, t, count * sizeof *t);
     segment->held = first + count;
     return first;
 }
@@ -400,8 +402,10 @@ PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *
         return;
     }
     (void)pk__find_points(segment, count, row, t, 1);
-    memcpy(segment->held_row, row, count * sizeof *row);
-    memcpy(segment->held_t, t, count * sizeof *t);
+    if (count)
+        memcpy(segment->held_row, row, count * sizeof *row);
+    if (count)
+        memcpy(segment->held_t, t, count * sizeof *t);
     segment->held = count;
 }
 
