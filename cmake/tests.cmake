@@ -12,10 +12,9 @@ endif()
 
 # ---- tests/test_<name>.c, each with the modules and with the single header.
 set(tests context parallel micro matrix random array dataset graph image convolution_shapes norm sequence network loss
-    autodiff
-    optimizer trajectory replay train segment quadrature tangent plan decompose_exact decompose_options
-    decompose_image decompose_places decompose_networks decompose_entries scales rough_runs kernel elementary bounds allocation
-    determinism environment kill program corpus)
+    autodiff optimizer trajectory replay train segment quadrature tangent plan decompose_exact decompose_options
+    decompose_image decompose_places decompose_networks decompose_entries scales rough_runs kernel elementary bounds
+    allocation stack determinism environment kill program corpus)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/test_*.c" ${sources})
 
@@ -23,7 +22,8 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
     add_library(test_${variant} STATIC tests/implementation.c)
     target_include_directories(test_${variant} SYSTEM PUBLIC "${CMOCKA_INCLUDE_DIR}")
     target_include_directories(test_${variant} PUBLIC tests)
-    target_link_libraries(test_${variant} PUBLIC pathkernel pathkernel_warnings "${CMOCKA_LIBRARY}")
+    target_link_libraries(test_${variant} PUBLIC pathkernel pathkernel_warnings "${CMOCKA_LIBRARY}"
+                          PRIVATE pathkernel_frames)
     if(variant STREQUAL "amalgam")
         target_compile_definitions(test_${variant} PUBLIC PATHKERNEL_TEST_AMALGAM)
     elseif(NOT variant STREQUAL "modules")
@@ -32,7 +32,6 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
     foreach(test IN LISTS tests)
         add_executable(test_${test}_${variant} tests/test_${test}.c)
         target_link_libraries(test_${test}_${variant} PRIVATE test_${variant})
-        set_target_properties(test_${test}_${variant} PROPERTIES ANY_FRAME ON)
         add_test(NAME ${test}.${variant} COMMAND test_${test}_${variant}
             WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}")
         set_tests_properties(${test}.${variant} PROPERTIES LABELS ${variant} TIMEOUT 600
@@ -52,7 +51,6 @@ endforeach()
 list(GET PATHKERNEL_TEST_VARIANTS 0 variant)
 add_executable(bounds_campaign tests/bounds_campaign.c)
 target_link_libraries(bounds_campaign PRIVATE test_${variant})
-set_target_properties(bounds_campaign PROPERTIES ANY_FRAME ON)
 if(NOT PATHKERNEL_FLOAT)
     add_test(NAME bounds_campaign COMMAND bounds_campaign 40 1)
     set_tests_properties(bounds_campaign PROPERTIES TIMEOUT 600)
@@ -97,7 +95,6 @@ if(PATHKERNEL_CHECK_HEADERS)
     foreach(check IN LISTS header_checks)
         target_link_libraries(${check} PRIVATE pathkernel pathkernel_warnings)
         target_compile_options(${check} PRIVATE -O0)
-        set_target_properties(${check} PROPERTIES ANY_FRAME ON)
     endforeach()
 endif()
 

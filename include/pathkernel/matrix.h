@@ -407,8 +407,7 @@ enum {
     PK__LEAST_GROUP = 4,  /* rows, */
     PK__LEAST_TERMS = 64, /* and terms: less does not pay */
     PK__GROUP_ROWS = 16,  /* a larger group is cut */
-    PK__COPIED_ROWS = 8,  /* and where its rows are copied, so many at a time */
-    PK__GROUPS = 32       /* for which a block of B is copied once */
+    PK__GROUPS = 16       /* for which a block of B is copied once */
 };
 
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
@@ -453,32 +452,9 @@ typedef struct pk__groups {
     const size_t *at; /* of the rows of a group in C */
 } pk__groups;
 
-/* All groups with a pair of panels of B; copied: with copies of their rows. */
-PK__NOINLINE static void pk__groups_copied(const pk__groups *groups, size_t count, const pk_real *const *panels,
-                                           pk_real *c)
-{
-    PK__ALIGNED pk_real own[PK__COPIED_ROWS * PK__DEPTH];
-    for (size_t r = 0; r < groups->rows; r += groups->group) {
-        const size_t rows = pk__least(groups->group, groups->rows - r), g = r / groups->group;
-        for (size_t first = 0; first < rows; first += PK__COPIED_ROWS) {
-            const size_t some = pk__least(PK__COPIED_ROWS, rows - first);
-            for (size_t i = 0; i < some; i++)
-                memcpy(own + i * PK__DEPTH, groups->a + (r + first + i) * groups->lda,
-                       groups->depth * sizeof *own);
-            pk__picked_pair(some, groups->terms[g], groups->term + g * PK__DEPTH, own, PK__DEPTH, count, panels,
-                            groups->overwrite, c + (r + first) * groups->ldc, groups->ldc, groups->at);
-        }
-    }
-}
-
-/* The panels are copied; rows of A where they stand a multiple of 4 KiB apart and would drive one another out of the
- * first-level cache. */
+/* All groups with one panel or two, which are copied. */
 static void pk__groups_product(const pk__groups *groups, size_t count, const pk_real *const *panels, pk_real *c)
 {
-    if (groups->lda * sizeof *c % 4096 == 0) {
-        pk__groups_copied(groups, count, panels, c);
-        return;
-    }
     for (size_t r = 0; r < groups->rows; r += groups->group) {
         const size_t g = r / groups->group;
         pk__picked_pair(pk__least(groups->group, groups->rows - r), groups->terms[g],
