@@ -638,15 +638,17 @@ static void remove_work(int folder)
     (void)unlinkat(folder, WORK, AT_REMOVEDIR);
 }
 
-/* Files in the places of all links to DIR/.pathkernel/current; then that folder goes. */
+/* Files in the places of all links to DIR/.pathkernel/current; then that folder goes. Where a link has to stay, so has
+ * what it leads to: the next job tries again. */
 static void settle(int folder)
 {
     static const char begin[] = WORK "/current/";
     struct stat about;
     if (fstatat(folder, WORK, &about, AT_SYMLINK_NOFOLLOW) != 0 || !S_ISDIR(about.st_mode))
         return;
+    int stays = 0;
     for (int changed = 1; changed;) {
-        changed = 0;
+        changed = stays = 0;
         const int again = pk__open_above(folder, ".", O_RDONLY | O_DIRECTORY);
         DIR *entries = again < 0 ? NULL : fdopendir(again);
         for (struct dirent *entry; entries && (entry = readdir(entries)) != NULL;) {
@@ -656,15 +658,19 @@ static void settle(int folder)
                 continue;
             target[length] = 0;
             /* To nothing: of a result that the older decomposition does not have. */
-            changed |= renameat(folder, target, folder, entry->d_name) == 0 ||
-                       (errno == ENOENT && unlinkat(folder, entry->d_name, 0) == 0);
+            const int gone = renameat(folder, target, folder, entry->d_name) == 0 ||
+                             (errno == ENOENT && unlinkat(folder, entry->d_name, 0) == 0);
+            changed |= gone;
+            stays |= !gone;
         }
+        stays |= !entries;
         if (entries)
             (void)closedir(entries);
         else if (again >= 0)
             (void)close(again);
     }
-    remove_work(folder);
+    if (!stays)
+        remove_work(folder);
 }
 
 /* Makes DIR/.pathkernel now, while there is room. */
