@@ -601,6 +601,12 @@ JOB(job_decompose_parts)
     return pk_decompose_parts(context, &m->run, X(m), &options, take_part, NULL, NULL);
 }
 
+JOB(job_decompose_array)
+{
+    WITH;
+    return pk_decompose_array_parts(context, &m->kept, &m->data.inputs, NULL, take_part, NULL, NULL);
+}
+
 JOB(job_quadrature)
 {
     WITH;
@@ -680,6 +686,7 @@ static const struct entry {
     {"pk_train", job_resume, 3},
     {"pk_decompose pk_decompose_plan pk_decomposition_release", job_decompose, 3},
     {"pk_decompose_parts", job_decompose_parts, 3},
+    {"pk_decompose_array_parts", job_decompose_array, 3},
     {"pk_quadrature_check", job_quadrature, 0},
     {"pk_window_prepare pk_window_save_states pk_window_visit", job_window, 0},
 };
