@@ -133,8 +133,8 @@ static void test_flows(void **state)
         strcat(deep, "; residual( dense 4; relu");
     for (int i = 0; i < 32; i++)
         strcat(deep, " )");
-    unsigned char *memory = (unsigned char *)fixture_take(ROOM + 4096, 1);
-    memory += 4096 - (uintptr_t)memory % 4096;
+    unsigned char *taken = (unsigned char *)fixture_take(ROOM + 4096, 1);
+    unsigned char *memory = taken + 4096 - (uintptr_t)taken % 4096;
     size_t most = 0;
 #if !defined(__OPTIMIZE__) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     const int judged = 0;
@@ -158,6 +158,7 @@ static void test_flows(void **state)
                 fail_msg("%.60s: %zu bytes of stack", flows[i].network, used);
         }
     print_message("%zu bytes of stack at most\n", most);
+    free(taken);
 }
 
 int main(void)
