@@ -4186,8 +4186,7 @@ enum {
     PK__LEAST_GROUP = 4,  /* rows, */
     PK__LEAST_TERMS = 64, /* and terms: less does not pay */
     PK__GROUP_ROWS = 16,  /* a larger group is cut */
-    PK__COPIED_ROWS = 8,  /* and where its rows are copied, so many at a time */
-    PK__GROUPS = 32       /* for which a block of B is copied once */
+    PK__GROUPS = 16       /* for which a block of B is copied once */
 };
 
 /* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
@@ -4232,32 +4231,9 @@ typedef struct pk__groups {
     const size_t *at; /* of the rows of a group in C */
 } pk__groups;
 
-/* All groups with a pair of panels of B; copied: with copies of their rows. */
-PK__NOINLINE static void pk__groups_copied(const pk__groups *groups, size_t count, const pk_real *const *panels,
-                                           pk_real *c)
-{
-    PK__ALIGNED pk_real own[PK__COPIED_ROWS * PK__DEPTH];
-    for (size_t r = 0; r < groups->rows; r += groups->group) {
-        const size_t rows = pk__least(groups->group, groups->rows - r), g = r / groups->group;
-        for (size_t first = 0; first < rows; first += PK__COPIED_ROWS) {
-            const size_t some = pk__least(PK__COPIED_ROWS, rows - first);
-            for (size_t i = 0; i < some; i++)
-                memcpy(own + i * PK__DEPTH, groups->a + (r + first + i) * groups->lda,
-                       groups->depth * sizeof *own);
-            pk__picked_pair(some, groups->terms[g], groups->term + g * PK__DEPTH, own, PK__DEPTH, count, panels,
-                            groups->overwrite, c + (r + first) * groups->ldc, groups->ldc, groups->at);
-        }
-    }
-}
-
-/* The panels are copied; rows of A where they stand a multiple of 4 KiB apart and would drive one another out of the
- * first-level cache. */
+/* All groups with one panel or two, which are copied. */
 static void pk__groups_product(const pk__groups *groups, size_t count, const pk_real *const *panels, pk_real *c)
 {
-    if (groups->lda * sizeof *c % 4096 == 0) {
-        pk__groups_copied(groups, count, panels, c);
-        return;
-    }
     for (size_t r = 0; r < groups->rows; r += groups->group) {
         const size_t g = r / groups->group;
         pk__picked_pair(pk__least(groups->group, groups->rows - r), groups->terms[g],
@@ -13177,7 +13153,7 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {
     size_t first = (size_t)run->batch_offsets[step];
     batch->count = (size_t)run->batch_offsets[step + 1] - first;
-    batch->items = run->batch_items + first;
+    batch->items = batch->count ? run->batch_items + first : run->batch_items;
     batch->weights = run->batch_weights ? run->batch_weights + first : NULL;
 }
 
@@ -14029,7 +14005,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     pk__update part = *whole;
     part.count = pk__least(whole->count - first, PK__STEP_RANGE);
     part.weights += first;
-    part.gradient += first;
+    part.gradient += part.gradient ? first : 0;
     part.state = part.state ? part.state + first : NULL;
     part.update += first;
     pk__optimizer_part(optimizer, &part);
@@ -14845,8 +14821,10 @@ PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t 
     for (size_t n = 0; n < segment->graph->node_count; n++)
         pk__segment_node(segment, n, count, row, t);
     pk__shift_tape(segment, first, 1);
-    memcpy(segment->held_row + first, row, count * sizeof *row);
-    memcpy(segment->held_t + first, t, count * sizeof *t);
+    if (count)
+        memcpy(segment->held_row + first, row, count * sizeof *row);
+    if (count)
+        memcpy(segment->held_t + first, t, count * sizeof *t);
     segment->held = first + count;
     return first;
 }
@@ -14879,8 +14857,10 @@ PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *
         return;
     }
     (void)pk__find_points(segment, count, row, t, 1);
-    memcpy(segment->held_row, row, count * sizeof *row);
-    memcpy(segment->held_t, t, count * sizeof *t);
+    if (count)
+        memcpy(segment->held_row, row, count * sizeof *row);
+    if (count)
+        memcpy(segment->held_t, t, count * sizeof *t);
     segment->held = count;
 }
 
@@ -18064,7 +18044,7 @@ static pk_status pk__find_state(pk_context *context, pk_window *window, size_t i
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t kept = index / window->stride;
-    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
+    pk_real *spare = numbers ? window->saved + pk__states_kept(window) * numbers : NULL;
     size_t from = kept * window->stride;
     while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
         window->spare_used--;
