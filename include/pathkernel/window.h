@@ -454,7 +454,7 @@ static pk_status pk__find_state(pk_context *context, pk_window *window, size_t i
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t kept = index / window->stride;
-    pk_real *spare = numbers ? window->saved + pk__states_kept(window) * numbers : NULL;
+    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
     size_t from = kept * window->stride;
     while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
         window->spare_used--;
