@@ -1719,9 +1719,9 @@ PK__END_C
  *      rounding is relative to the changes (a nested judgement);
  *   4. a piece that misses gets one node more, up to 16; then it is halved. All pieces of a row are tested before any
  *      is halved, and those that miss by most are halved first, since the number of halvings is limited;
- *   5. an error that neither more nodes nor three halvings lower, in several of the eight parts, is rounding: these pieces
- *      are accepted as they are, counted, and their errors go into the bounds. (In one or two parts only, it is a place
- *      where h changes within a short part of the step. It is halved until that is resolved.)
+ *   5. an error that neither more nodes nor two halvings lower, in several of the four parts, is rounding: these pieces
+ *      are accepted as they are, counted, and their errors go into the bounds. (In one part only, it is a place where h
+ *      changes within a short part of the step. It is halved until that is resolved.)
  * Depth first (one piece after the other, to its end) was rejected: where rounding makes the target unreachable, it
  * spends all halvings at the first place where this happens.
  */
@@ -15891,9 +15891,9 @@ static int pk__test_pieces(pk_integrator *integrator)
 }
 
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
-#define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-9)
+#define PK__SHORTEST (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-13)
 /* After so many halvings the error must have fallen by half, unless at most so many parts are left. */
-enum { PK__GENERATIONS = 3, PK__FEW_PARTS = 2 };
+enum { PK__GENERATIONS = 2, PK__FEW_PARTS = 1 };
 /* Errors that are a larger part of |h| are no rounding. */
 #define PK__LARGEST_ROUNDING (sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-8)
 
@@ -18044,7 +18044,7 @@ static pk_status pk__find_state(pk_context *context, pk_window *window, size_t i
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t kept = index / window->stride;
-    pk_real *spare = numbers ? window->saved + pk__states_kept(window) * numbers : NULL;
+    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
     size_t from = kept * window->stride;
     while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
         window->spare_used--;
