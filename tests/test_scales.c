@@ -9,8 +9,8 @@ static const char *const networks[] = {
     "input 4; dense 6; relu; dense 5; relu; dense 3",
     "input 1x4x4; conv 2 3x3; abs; max_pool 2 stride=1; flatten; dense 3",
     "input 4; dense 6; tanh; dense 5; relu; dense 3",
-    "input 3x4; residual( rms_norm; attention 2 causal ); residual( dense 5; leaky_relu; dense 4 ); "
-    "mean_tokens; dense 3",
+    ("input 3x4; residual( rms_norm; attention 2 causal ); residual( dense 5; leaky_relu; dense 4 ); "
+     "mean_tokens; dense 3"),
 };
 static const char *const optimizers[] = {"sgd", "sgd momentum=0.9", "adam", "adamw"};
 
