@@ -678,7 +678,7 @@ typedef struct pk_node {
 typedef struct pk_call {
     const pk_node *node;
     size_t rows, copies;
-    int threads; /* that a rule may use, by shapes only and to the same bits; 0: one */
+    int threads;         /* that a rule may use, by shapes only and to the same bits; 0: one */
     pk_context *context; /* of the caller, where there are several; may be NULL */
     size_t in_width[PK_NODE_INPUTS];
     const pk_real *weights;   /* this node's */
@@ -1632,10 +1632,10 @@ typedef struct pk_piece {
     size_t row;
     double a, b, slack_a, slack_b;
     /* Of a piece that the quadrature judges and halves, see quadrature.h: */
-    double error, size;        /* of its last test */
-    double family, reference;  /* of a piece it has come from by halving: its a and its error */
-    int age;                   /* halvings since then */
-    int joined; /* there is no kink at a: the piece in front goes on smoothly */
+    double error, size;       /* of its last test */
+    double family, reference; /* of a piece it has come from by halving: its a and its error */
+    int age;                  /* halvings since then */
+    int joined;               /* there is no kink at a: the piece in front goes on smoothly */
 } pk_piece;
 
 typedef struct pk_pieces {
@@ -1805,15 +1805,16 @@ typedef struct pk_integrator {
     pk_segment segment;
     pk_quadrature quadrature;
     pk_readout readout;
-    size_t first_row;                          /* of the block among the test rows */
-    double target;                             /* the error a piece may have, relative to the change of its row */
+    size_t first_row; /* of the block among the test rows */
+    double target;    /* the error a piece may have, relative to the change of its row */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk_row_state *state;                       /* the caller's, one per row */
     pk_pieces pending, failed, pieces;
-    unsigned char *order, *passed, *nested, *next_order; /* of the pieces, of the pieces, of the pieces, of the rows */
-    double *missed;                                      /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count;                    /* the pieces that have passed, one after another */
-    pk_points buffer;                                    /* points on their way to the sink */
+    unsigned char *order, *passed, *nested,
+        *next_order;                  /* of the pieces, of the pieces, of the pieces, of the rows */
+    double *missed;                   /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count; /* the pieces that have passed, one after another */
+    pk_points buffer;                 /* points on their way to the sink */
     pk_real *slope, *h;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
@@ -15053,7 +15054,8 @@ enum {
 #define PK__SHORTEST_SEARCH 1e-6
 
 /* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
-static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j,
+                                      const pk_real *values)
 {
     double largest = 0;
     for (int i = 0; i < 3; i++) {
@@ -15107,7 +15109,8 @@ static int pk__piece_roots(pk_segment *segment, int linear, int exact, int short
         }
         if (!exact && 4 * low < high && low < 4 * high) /* zero is not far away */
             error = pk__interpolation_error(segment, switches, j, values);
-        if (!(low < error && high > -error && (low < 0 || high > 0)) || pk__is_dead(segment, switches, j, values))
+        if (!(low < error && high > -error && (low < 0 || high > 0)) ||
+            pk__is_dead(segment, switches, j, values))
             continue;
         if (largest < 0)
             largest = pk__largest_coefficient(coefficients, ((size_t)degree + 1) * switches);
@@ -15743,11 +15746,9 @@ static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t e
             found.height = pk__larger(fabs((double)end[k]), found.height);
         }
     }
-    const double rounding =
-        PK__MEASURABLE * PK__EPSILON * (nested ? found.size : found.height + found.size);
+    const double rounding = PK__MEASURABLE * PK__EPSILON * (nested ? found.size : found.height + found.size);
     for (size_t k = 0; k < count; k++) {
-        const double error =
-            fabs((double)(nested ? better[k] - sum[k] : end[k] - start[k] - sum[k]));
+        const double error = fabs((double)(nested ? better[k] - sum[k] : end[k] - start[k] - sum[k]));
         found.error = pk__larger(error, found.error);
         if (!(error <= rounding))
             found.left = pk__larger(error < size[k] ? error / (double)size[k] : 1, found.left);
@@ -18965,7 +18966,8 @@ static void pk__certify_row(pk__job *job, size_t row)
     largest = pk__largest(outputs, part->decay + first, largest);
     largest = pk__largest(outputs, part->unattributed + first, largest);
     for (size_t k = 0; k < part->kept_count; k++)
-        largest = pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
+        largest =
+            pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
     const double scale = height > largest ? height : largest;
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
@@ -19226,13 +19228,14 @@ static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
             whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
             whole->unattributed_limit);
     if (!closed)
-        return pk__fail(job->context, PK_NOT_CLOSED,
-                        "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
-                        "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
-                        "step is %zu (closure %.3g at row %zu)%s%s",
-                        whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output,
-                        whole->worst_closure, whole->worst_relative, whole->worst_step,
-                        whole->worst_step_closure, whole->worst_step_row, explained ? "" : "; and ", text);
+        return pk__fail(
+            job->context, PK_NOT_CLOSED,
+            "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
+            "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
+            "step is %zu (closure %.3g at row %zu)%s%s",
+            whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output, whole->worst_closure,
+            whole->worst_relative, whole->worst_step, whole->worst_step_closure, whole->worst_step_row,
+            explained ? "" : "; and ", text);
     return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
 }
 

@@ -328,7 +328,8 @@ BF_FUNCTION bf_real bf_loss_value(bf_loss loss, size_t C, const bf_real *f, cons
             break;
         case BF_SOFTMAX_CROSS_ENTROPY:
             sum -= y * (f[c] - top - BF_MATH(log)(mass));
-            for (size_t j = 0; j < C; j++) /* targets p_c - y, written so that nothing cancels where y is 0 or 1 */
+            for (size_t j = 0; j < C;
+                 j++) /* targets p_c - y, written so that nothing cancels where y is 0 or 1 */
                 g += BF_MATH(exp)(f[j] - top) / mass * (j == c ? targets - y : -y);
             break;
         case BF_LOGISTIC:

@@ -672,7 +672,8 @@ RR_FUNCTION void rr_compare(rr_run *r, const go_result *truth, double tolerance,
             sum += got.bounds[cell * N + i];
         if (!bounds)
             continue;
-        const double *first = got.initial + cell / got.outputs * got.outputs, *last = got.final + cell / got.outputs * got.outputs;
+        const double *first = got.initial + cell / got.outputs * got.outputs,
+                     *last = got.final + cell / got.outputs * got.outputs;
         double height = 0;
         for (size_t k = 0; k < got.outputs; k++)
             height = fmax(height, fmax(fabs(first[k]), fabs(last[k])));

@@ -534,7 +534,8 @@ static void pk__certify_row(pk__job *job, size_t row)
     largest = pk__largest(outputs, part->decay + first, largest);
     largest = pk__largest(outputs, part->unattributed + first, largest);
     for (size_t k = 0; k < part->kept_count; k++)
-        largest = pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
+        largest =
+            pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
     const double scale = height > largest ? height : largest;
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
@@ -795,13 +796,14 @@ static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
             whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
             whole->unattributed_limit);
     if (!closed)
-        return pk__fail(job->context, PK_NOT_CLOSED,
-                        "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
-                        "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
-                        "step is %zu (closure %.3g at row %zu)%s%s",
-                        whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output,
-                        whole->worst_closure, whole->worst_relative, whole->worst_step,
-                        whole->worst_step_closure, whole->worst_step_row, explained ? "" : "; and ", text);
+        return pk__fail(
+            job->context, PK_NOT_CLOSED,
+            "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
+            "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
+            "step is %zu (closure %.3g at row %zu)%s%s",
+            whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output, whole->worst_closure,
+            whole->worst_relative, whole->worst_step, whole->worst_step_closure, whole->worst_step_row,
+            explained ? "" : "; and ", text);
     return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
 }
 

@@ -88,7 +88,7 @@ typedef struct pk_node {
 typedef struct pk_call {
     const pk_node *node;
     size_t rows, copies;
-    int threads; /* that a rule may use, by shapes only and to the same bits; 0: one */
+    int threads;         /* that a rule may use, by shapes only and to the same bits; 0: one */
     pk_context *context; /* of the caller, where there are several; may be NULL */
     size_t in_width[PK_NODE_INPUTS];
     const pk_real *weights;   /* this node's */

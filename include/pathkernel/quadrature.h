@@ -102,15 +102,16 @@ typedef struct pk_integrator {
     pk_segment segment;
     pk_quadrature quadrature;
     pk_readout readout;
-    size_t first_row;                          /* of the block among the test rows */
-    double target;                             /* the error a piece may have, relative to the change of its row */
+    size_t first_row; /* of the block among the test rows */
+    double target;    /* the error a piece may have, relative to the change of its row */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk_row_state *state;                       /* the caller's, one per row */
     pk_pieces pending, failed, pieces;
-    unsigned char *order, *passed, *nested, *next_order; /* of the pieces, of the pieces, of the pieces, of the rows */
-    double *missed;                                      /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count;                    /* the pieces that have passed, one after another */
-    pk_points buffer;                                    /* points on their way to the sink */
+    unsigned char *order, *passed, *nested,
+        *next_order;                  /* of the pieces, of the pieces, of the pieces, of the rows */
+    double *missed;                   /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count; /* the pieces that have passed, one after another */
+    pk_points buffer;                 /* points on their way to the sink */
     pk_real *slope, *h;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
@@ -469,11 +470,9 @@ static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t e
             found.height = pk__larger(fabs((double)end[k]), found.height);
         }
     }
-    const double rounding =
-        PK__MEASURABLE * PK__EPSILON * (nested ? found.size : found.height + found.size);
+    const double rounding = PK__MEASURABLE * PK__EPSILON * (nested ? found.size : found.height + found.size);
     for (size_t k = 0; k < count; k++) {
-        const double error =
-            fabs((double)(nested ? better[k] - sum[k] : end[k] - start[k] - sum[k]));
+        const double error = fabs((double)(nested ? better[k] - sum[k] : end[k] - start[k] - sum[k]));
         found.error = pk__larger(error, found.error);
         if (!(error <= rounding))
             found.left = pk__larger(error < size[k] ? error / (double)size[k] : 1, found.left);

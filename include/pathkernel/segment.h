@@ -31,10 +31,10 @@ typedef struct pk_piece {
     size_t row;
     double a, b, slack_a, slack_b;
     /* Of a piece that the quadrature judges and halves, see quadrature.h: */
-    double error, size;        /* of its last test */
-    double family, reference;  /* of a piece it has come from by halving: its a and its error */
-    int age;                   /* halvings since then */
-    int joined; /* there is no kink at a: the piece in front goes on smoothly */
+    double error, size;       /* of its last test */
+    double family, reference; /* of a piece it has come from by halving: its a and its error */
+    int age;                  /* halvings since then */
+    int joined;               /* there is no kink at a: the piece in front goes on smoothly */
 } pk_piece;
 
 typedef struct pk_pieces {
@@ -598,7 +598,8 @@ enum {
 #define PK__SHORTEST_SEARCH 1e-6
 
 /* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
-static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j,
+                                      const pk_real *values)
 {
     double largest = 0;
     for (int i = 0; i < 3; i++) {
@@ -652,7 +653,8 @@ static int pk__piece_roots(pk_segment *segment, int linear, int exact, int short
         }
         if (!exact && 4 * low < high && low < 4 * high) /* zero is not far away */
             error = pk__interpolation_error(segment, switches, j, values);
-        if (!(low < error && high > -error && (low < 0 || high > 0)) || pk__is_dead(segment, switches, j, values))
+        if (!(low < error && high > -error && (low < 0 || high > 0)) ||
+            pk__is_dead(segment, switches, j, values))
             continue;
         if (largest < 0)
             largest = pk__largest_coefficient(coefficients, ((size_t)degree + 1) * switches);
