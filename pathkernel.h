@@ -1877,7 +1877,7 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
                              const pk_representation *representation, pk_examples *examples);
 /* Weights (P) with a random relative change of up to PK_PERTURBATION each: see pk_examples_magnitude. */
 #ifdef PATHKERNEL_FLOAT
-#define PK_PERTURBATION 1e-3
+#define PK_PERTURBATION 3e-5
 #else
 #define PK_PERTURBATION 1e-9
 #endif
