@@ -849,9 +849,10 @@ class _Network:
             self.layers = self._parse()
         if self.parts:
             raise RecordError(f"network: '{' '.join(self.parts[:4])}' is out of place in '{line}'")
+        self.sizes = []  # of the pieces that the layers take of the weights
         with torch.no_grad():
             self.outputs = self(None, torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:]
-        self.count = self.at
+        self.count = sum(self.sizes)
 
     def _parse(self):
         """[(word, positional, options)] up to what ends a branch; a residual has two such lists."""
@@ -889,7 +890,9 @@ class _Network:
 
     def __call__(self, weights, x):
         """The outputs, with all weights in one vector: layers in order, branches in order. None: zeros."""
-        self.weights, self.at, self.data = weights, 0, x.reshape(len(x), *self.shape)
+        # In one split: the gradient of a slice is as large as the whole vector.
+        self.pieces = None if weights is None else iter(weights.split(self.sizes))
+        self.data = x.reshape(len(x), *self.shape)
         return self._run(self.layers, self.data)
 
     def _run(self, layers, x):
@@ -917,10 +920,10 @@ class _Network:
         return x
 
     def take(self, *shape):
-        first, self.at = self.at, self.at + math.prod(shape)
-        if self.weights is None:
+        if self.pieces is None:
+            self.sizes.append(math.prod(shape))
             return torch.zeros(shape, dtype=torch.float64)
-        return self.weights[first : self.at].reshape(shape)
+        return next(self.pieces).reshape(shape)
 
     def constant(self, name):
         if name not in self.constants:
