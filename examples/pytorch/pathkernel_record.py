@@ -1314,7 +1314,7 @@ class _Watched:
         if isinstance(values, np.ndarray) and values.flags.c_contiguous:
             self.flat = values.reshape(len(values), -1)
             self.columns = _spread(self.flat.shape[1], 4)
-            self.kept = self.flat[:, self.columns]
+            self.kept = np.ascontiguousarray(self.flat[:, self.columns])
 
     def touched(self):
         return _version(self.values) != self.version
@@ -1324,7 +1324,7 @@ class _Watched:
         for, only a few numbers of a few rows are looked at."""
         if items is not None and not self.touched():
             few = items[:32]
-            return self.flat is not None and not np.array_equal(self.flat[few[:, None], self.columns], self.kept[few])
+            return self.flat is not None and not (self.flat[few[:, None], self.columns] == self.kept.take(few, 0)).all()
         rows = slice(None) if items is None else torch.as_tensor(items) if torch.is_tensor(self.values) else items
         now, recorded = _numbers(self.values[rows]), recorded[slice(None) if items is None else items]
         return not np.array_equal(now.astype(recorded.dtype).reshape(-1), recorded.reshape(-1))
@@ -1788,11 +1788,12 @@ class Recorder:
         return RecordError(f"step {self.steps}: {reason}")
 
     def _take(self, tensor, i):
+        tensor = tensor.detach() if tensor.requires_grad else tensor
         try:
-            return torch.take(tensor.detach(), self.indices[i])
+            return tensor.take(self.indices[i])
         except RuntimeError:  # the tensor is on another device than before
             self.indices[i] = self.indices[i].to(tensor.device)
-            return torch.take(tensor.detach(), self.indices[i])
+            return tensor.take(self.indices[i])
 
     def _sample(self, tensors):
         """A few numbers of one tensor for each parameter."""
@@ -1900,7 +1901,7 @@ class Recorder:
             self._check_gradient(step, items, weights, scale, changed)
             done = self.steps - self.first
             self.next_check = self.first + (done + 1 if done + 1 < self.check else max(done + 1, done * 3 // 2))
-        at = np.concatenate([np.take(a, places) for a, places in zip(row, self.places)]).astype(np.float64)
+        at = np.concatenate([a.take(places) for a, places in zip(row, self.places)]).astype(np.float64)
         self._check_update(at, _double(step.taken), rate)
         rows = {
             "learning_rates": [rate],
@@ -1930,8 +1931,8 @@ class Recorder:
         """Each step: the weights moved as the optimizer line says, by the gradient that the optimizer was given."""
         update, allowed = self.update.step(self.at, gradient, rate)
         error = np.abs(at - self.at - update)
-        worst = int((error - allowed).argmax())
-        if not error[worst] <= allowed[worst]:
+        if not (error <= allowed).all():
+            worst = int((error - allowed).argmax())
             raise self._refusal(
                 f"the weights did not move by '{self.rule}' with the gradient that the optimizer was given: a weight of "
                 f"'{self._name(worst)}' by {at[worst] - self.at[worst]:.9g}, not {update[worst]:.9g}. Were weights, "
@@ -1941,7 +1942,7 @@ class Recorder:
     def _gradient(self, w, items, weights, noise=0.0):
         """Of the declared loss on these rows, in float64; with rounding of the weights and inputs, if asked for."""
         generator = torch.Generator().manual_seed(self.steps)
-        rows = lambda array: torch.as_tensor(np.array(array[items])).to(w.device)
+        rows = lambda array: torch.as_tensor(np.asarray(array[items])).to(w.device)
         blur = lambda v: v + noise * v * torch.randn(v.shape, generator=generator).to(v) if noise else v
         x = rows(self.inputs)
         x = blur(x.double()) if x.is_floating_point() else x.double()
