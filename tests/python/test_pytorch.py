@@ -214,7 +214,7 @@ class Runs(Case):
         self.train(model, torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-12), second_moments=True)
         before, path = self.decompose(), os.path.join(self.run_dir, "second_moments.npy")
         np.save(path, 4 * np.load(path))
-        after = self.decompose()
+        after = self.decompose(expected=1)
         size = np.abs(before["by_example"]).max()
         self.assertLess(np.abs(after["by_example"] - before["by_example"] / 2).max() / size, 1e-6)
         self.assertGreater(np.abs(after["unattributed"]).max(), 1e-2)
@@ -382,7 +382,7 @@ class Runs(Case):
             with self.subTest(wrong):
                 with open(manifest, "w") as file:
                     file.write(text[: text.index("optimizer")] + wrong + "\n")
-                result = self.decompose()
+                result = self.decompose(expected=1)
                 self.assertGreater(np.abs(result["unattributed"]).max(), 1e-4)
                 self.assertLess(np.abs(result["closure"]).max(), 1e-12)
                 self.assertRegex(self.said, "(?i)optimi[sz]er")
