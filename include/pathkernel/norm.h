@@ -493,7 +493,8 @@ static void pk__softmax_tangents(const pk_call *call, int logarithm)
 }
 
 /* softmax: p o (u - p . u); log_softmax: u - p sum(u). With second their derivatives along the tangent, of
- * which p. = p o (v - p . v): p. o (u - p . u) - p (p. . u), and -p. sum(u). */
+ * which p. = p o (v - p . v): p. o (u - p . u) - p (p. . u), and -p. sum(u). Where the largest p is nearly 1, nothing
+ * cancels: u enters by its differences to the u of that p, and 1 - p is taken from log p. */
 static void pk__softmax_cotangents(const pk_call *call, int logarithm, int second)
 {
     const size_t count = pk__last_dimension(call->node), width = call->node->width;
@@ -505,15 +506,23 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
         const pk_real *p = pk__probabilities(call, logarithm, at),
                       *v = second ? call->in_tangent[0] + at : NULL;
         const double mean_v = second ? pk__sum_products(count, p, v) : 0;
+        const size_t top = pk__largest_at(count, p);
+        const double rest = logarithm && !second ? -expm1((double)call->out[at + top]) : 0;
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
             const pk_real *u = call->out_cotangent + copy * width + (at - row * width);
             pk_real *to = call->in_cotangent[0] + copy * width + (at - row * width);
-            const double sum = pk__sum_products(count, u, logarithm ? NULL : p);
-            double mean_dot = 0;
+            const double base = logarithm ? 0 : u[top];
+            double sum = 0, mean_dot = 0;
+            for (size_t i = 0; i < count; i++)
+                sum += i == top ? 0 : logarithm ? (double)u[i] : p[i] * (u[i] - base);
+            const double others = sum;
+            sum += logarithm ? (double)u[top] : base;
             for (size_t i = 0; second && !logarithm && i < count; i++)
                 mean_dot += p[i] * (v[i] - mean_v) * u[i];
             for (size_t i = 0; i < count; i++) {
-                double value = logarithm ? u[i] - p[i] * sum : p[i] * (u[i] - sum);
+                double value = logarithm ? u[i] - p[i] * sum : p[i] * (u[i] - base - others);
+                if (logarithm && i == top)
+                    value = u[i] * rest - p[i] * others;
                 if (second) {
                     const double p_dot = p[i] * (v[i] - mean_v);
                     value = logarithm ? -p_dot * sum : p_dot * (u[i] - sum) - p[i] * mean_dot;
