@@ -8876,7 +8876,8 @@ static void pk__softmax_tangents(const pk_call *call, int logarithm)
 }
 
 /* softmax: p o (u - p . u); log_softmax: u - p sum(u). With second their derivatives along the tangent, of
- * which p. = p o (v - p . v): p. o (u - p . u) - p (p. . u), and -p. sum(u). */
+ * which p. = p o (v - p . v): p. o (u - p . u) - p (p. . u), and -p. sum(u). Where the largest p is nearly 1, nothing
+ * cancels: u enters by its differences to the u of that p, and 1 - p is taken from log p. */
 static void pk__softmax_cotangents(const pk_call *call, int logarithm, int second)
 {
     const size_t count = pk__last_dimension(call->node), width = call->node->width;
@@ -8888,15 +8889,23 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
         const pk_real *p = pk__probabilities(call, logarithm, at),
                       *v = second ? call->in_tangent[0] + at : NULL;
         const double mean_v = second ? pk__sum_products(count, p, v) : 0;
+        const size_t top = pk__largest_at(count, p);
+        const double rest = logarithm && !second ? -expm1((double)call->out[at + top]) : 0;
         for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
             const pk_real *u = call->out_cotangent + copy * width + (at - row * width);
             pk_real *to = call->in_cotangent[0] + copy * width + (at - row * width);
-            const double sum = pk__sum_products(count, u, logarithm ? NULL : p);
-            double mean_dot = 0;
+            const double base = logarithm ? 0 : u[top];
+            double sum = 0, mean_dot = 0;
+            for (size_t i = 0; i < count; i++)
+                sum += i == top ? 0 : logarithm ? (double)u[i] : p[i] * (u[i] - base);
+            const double others = sum;
+            sum += logarithm ? (double)u[top] : base;
             for (size_t i = 0; second && !logarithm && i < count; i++)
                 mean_dot += p[i] * (v[i] - mean_v) * u[i];
             for (size_t i = 0; i < count; i++) {
-                double value = logarithm ? u[i] - p[i] * sum : p[i] * (u[i] - sum);
+                double value = logarithm ? u[i] - p[i] * sum : p[i] * (u[i] - base - others);
+                if (logarithm && i == top)
+                    value = u[i] * rest - p[i] * others;
                 if (second) {
                     const double p_dot = p[i] * (v[i] - mean_v);
                     value = logarithm ? -p_dot * sum : p_dot * (u[i] - sum) - p[i] * mean_dot;
@@ -18937,11 +18946,14 @@ static double pk__part_of(double value, double scale)
     return value == 0 ? 0 : value / scale;
 }
 
-/* The bounds of a cell must explain its closure, but for the closure's own rounding; else they are raised. */
-static void pk__raise_bounds(pk__job *job, size_t cell, double height)
+/* No bound of a cell is below rounding of the largest contribution of an example to its row. They must explain the cell's
+ * closure, but for the closure's own rounding; else they are raised. */
+static void pk__raise_bounds(pk__job *job, size_t cell, double height, double largest)
 {
     pk_decomposition *part = job->part;
     double *bounds = part->bounds + cell * part->examples, sum = 0;
+    for (size_t i = 0; i < part->examples; i++)
+        bounds[i] += bounds[i] > 0 ? PK__MEASURABLE * PK__EPSILON * largest : 0;
     const double closure = fabs(part->closure[cell]) - PK__MEASURABLE * PK__EPSILON * height;
     for (size_t i = 0; i < part->examples; i++)
         sum += bounds[i];
@@ -18972,6 +18984,9 @@ static void pk__certify_row(pk__job *job, size_t row)
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
     part->scale = scale > part->scale ? scale : part->scale;
+    const size_t entries = outputs * part->examples;
+    const double entry =
+        part->bounds && part->by_example ? pk__largest(entries, part->by_example + row * entries, 0) : 0;
     for (size_t i = first; i < first + outputs; i++) {
         const double closure = fabs(part->closure[i]), excess = pk__part_of(closure, allowed);
         if (pk__worse(pk__part_of(closure, scale), part->worst_closure))
@@ -18990,7 +19005,7 @@ static void pk__certify_row(pk__job *job, size_t row)
             part->worst_unattributed_output = i - first;
         }
         if (part->bounds)
-            pk__raise_bounds(job, i, height);
+            pk__raise_bounds(job, i, height, entry);
     }
 }
 

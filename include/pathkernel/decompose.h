@@ -505,11 +505,14 @@ static double pk__part_of(double value, double scale)
     return value == 0 ? 0 : value / scale;
 }
 
-/* The bounds of a cell must explain its closure, but for the closure's own rounding; else they are raised. */
-static void pk__raise_bounds(pk__job *job, size_t cell, double height)
+/* No bound of a cell is below rounding of the largest contribution of an example to its row. They must explain the cell's
+ * closure, but for the closure's own rounding; else they are raised. */
+static void pk__raise_bounds(pk__job *job, size_t cell, double height, double largest)
 {
     pk_decomposition *part = job->part;
     double *bounds = part->bounds + cell * part->examples, sum = 0;
+    for (size_t i = 0; i < part->examples; i++)
+        bounds[i] += bounds[i] > 0 ? PK__MEASURABLE * PK__EPSILON * largest : 0;
     const double closure = fabs(part->closure[cell]) - PK__MEASURABLE * PK__EPSILON * height;
     for (size_t i = 0; i < part->examples; i++)
         sum += bounds[i];
@@ -540,6 +543,9 @@ static void pk__certify_row(pk__job *job, size_t row)
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
     part->scale = scale > part->scale ? scale : part->scale;
+    const size_t entries = outputs * part->examples;
+    const double entry =
+        part->bounds && part->by_example ? pk__largest(entries, part->by_example + row * entries, 0) : 0;
     for (size_t i = first; i < first + outputs; i++) {
         const double closure = fabs(part->closure[i]), excess = pk__part_of(closure, allowed);
         if (pk__worse(pk__part_of(closure, scale), part->worst_closure))
@@ -558,7 +564,7 @@ static void pk__certify_row(pk__job *job, size_t row)
             part->worst_unattributed_output = i - first;
         }
         if (part->bounds)
-            pk__raise_bounds(job, i, height);
+            pk__raise_bounds(job, i, height, entry);
     }
 }
 
