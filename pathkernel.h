@@ -16253,6 +16253,7 @@ PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *p
     }
 }
 
+/* Twice the change that was seen: random changes are half as large as they may be. */
 PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
 {
     for (size_t l = 0; l < graph->layers; l++) {
@@ -16265,7 +16266,7 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < numbers[part]; i++)
                 targets[part][i] = (pk_real)(fabs(sources[part][i]) +
-                                             fabs(targets[part][i] - sources[part][i]) / PK_PERTURBATION);
+                                             2 * fabs(targets[part][i] - sources[part][i]) / PK_PERTURBATION);
     }
 }
 
