@@ -13163,7 +13163,7 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {
     size_t first = (size_t)run->batch_offsets[step];
     batch->count = (size_t)run->batch_offsets[step + 1] - first;
-    batch->items = batch->count ? run->batch_items + first : run->batch_items;
+    batch->items = run->batch_items ? run->batch_items + first : NULL;
     batch->weights = run->batch_weights ? run->batch_weights + first : NULL;
 }
 
@@ -18978,9 +18978,10 @@ static void pk__certify_row(pk__job *job, size_t row)
     largest = pk__largest(outputs, part->data + first, largest);
     largest = pk__largest(outputs, part->decay + first, largest);
     largest = pk__largest(outputs, part->unattributed + first, largest);
-    for (size_t k = 0; k < part->kept_count; k++)
-        largest =
-            pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
+    for (size_t k = 0; k < part->kept_count; k++) {
+        const size_t items = part->kept[k].row_items;
+        largest = items ? pk__largest(items, part->kept[k].data + row * items, largest) : largest;
+    }
     const double scale = height > largest ? height : largest;
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;

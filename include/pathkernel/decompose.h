@@ -536,9 +536,10 @@ static void pk__certify_row(pk__job *job, size_t row)
     largest = pk__largest(outputs, part->data + first, largest);
     largest = pk__largest(outputs, part->decay + first, largest);
     largest = pk__largest(outputs, part->unattributed + first, largest);
-    for (size_t k = 0; k < part->kept_count; k++)
-        largest =
-            pk__largest(part->kept[k].row_items, part->kept[k].data + row * part->kept[k].row_items, largest);
+    for (size_t k = 0; k < part->kept_count; k++) {
+        const size_t items = part->kept[k].row_items;
+        largest = items ? pk__largest(items, part->kept[k].data + row * items, largest) : largest;
+    }
     const double scale = height > largest ? height : largest;
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;

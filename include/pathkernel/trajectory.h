@@ -817,7 +817,7 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 {
     size_t first = (size_t)run->batch_offsets[step];
     batch->count = (size_t)run->batch_offsets[step + 1] - first;
-    batch->items = batch->count ? run->batch_items + first : run->batch_items;
+    batch->items = run->batch_items ? run->batch_items + first : NULL;
     batch->weights = run->batch_weights ? run->batch_weights + first : NULL;
 }
 
