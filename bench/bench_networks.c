@@ -119,10 +119,12 @@ static int make(measured *m, const subject *s, const pk_dataset *data, pk_real *
 {
     const job j = {s->name, s->network, s->optimizer, s->rate, s->steps, 64, s->training, s->rows, 0};
     int64_t items[DIGITS];
-    const size_t width = pk_dataset_width(data);
+    const size_t width = pk_dataset_width(data), shape[2] = {data->inputs.shape[0], width};
+    pk_dataset flat = *data; /* rows as vectors: other networks take them as tokens */
+    flat.inputs = pk_array_view(data->inputs.type, 2, shape, data->inputs.data);
     memset(m, 0, sizeof *m);
     *rows = NULL;
-    pk_status status = train_run(&m->context, &j, data, &m->run);
+    pk_status status = train_run(&m->context, &j, &flat, &m->run);
     if (!status)
         status = pk_allocate(&m->context, s->rows, width * sizeof **rows, "the test rows", rows);
     if (status) {
