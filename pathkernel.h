@@ -16242,7 +16242,8 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
 
 PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
 {
-    /* Of any size between: with signs alone, half of all differences of two weights would not change. */
+    /* Changes have random sizes, not only random signs: else half of all pairs of weights would change by the same factor,
+     * and their difference would seem exact. */
     pk_random random = {0, 0, 0};
     for (size_t i = 0; i < count; i += 4) {
         const uint64_t bits = pk_random_bits(&random);
@@ -18919,7 +18920,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     return PK_OK;
 }
 
-/* What a run may leave unattributed, by the precision of its last weights. */
+/* The largest unattributed term that is taken for rounding, from the precision of the run's last weights. */
 static double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
 {
     const double given = job->options->unattributed;
@@ -18941,7 +18942,7 @@ static double pk__largest(size_t count, const double *x, double largest)
     return largest;
 }
 
-/* value / scale, where nothing of nothing is nothing. */
+/* value / scale; 0 where the value is 0, whatever the scale is. */
 static double pk__part_of(double value, double scale)
 {
     return value == 0 ? 0 : value / scale;
@@ -19037,7 +19038,7 @@ static void pk__certify(pk__job *job)
     }
 }
 
-/* What is known of the rows before the first step: their outputs at both ends of the run. */
+/* Sets the state of each row before the first step from its outputs at both ends of the run. */
 static void pk__begin_rows(pk__job *job)
 {
     const pk_decomposition *part = job->part;
@@ -19229,7 +19230,7 @@ static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whol
     whole->passes += part->passes;
 }
 
-/* What a decomposition that was computed is worth. The closure comes first: where it is open, nothing else holds. */
+/* The status of a decomposition that was computed. The closure is judged first: where it is open, nothing else holds. */
 static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
 {
     const int closed = whole->worst_excess <= 1;

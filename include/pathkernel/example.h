@@ -205,7 +205,8 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
 
 PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
 {
-    /* Of any size between: with signs alone, half of all differences of two weights would not change. */
+    /* Changes have random sizes, not only random signs: else half of all pairs of weights would change by the same factor,
+     * and their difference would seem exact. */
     pk_random random = {0, 0, 0};
     for (size_t i = 0; i < count; i += 4) {
         const uint64_t bits = pk_random_bits(&random);
