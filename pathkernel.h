@@ -88,7 +88,7 @@
 #ifndef PATHKERNEL_H
 #define PATHKERNEL_H
 
-/* pathkernel/status.h: status codes and their texts, the version, the linkage switches.
+/* pathkernel/base/status.h: status codes and their texts, the version, the linkage switches.
  *
  * Every module of pathkernel has the shape of this one: declarations under an include guard, then one
  * implementation section that is compiled where PATHKERNEL_IMPLEMENTATION is defined (in exactly one
@@ -125,7 +125,7 @@
 #define PK__PRAGMA(text) _Pragma(#text)
 
 /* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
- * wants no or small code, that is what they are, too. Those of micro.h and elementary.h are as the caller asks.
+ * wants no or small code, that is what they are, too. Those of tile.h and elementary.h are as the caller asks.
  * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
  * COLD: inside of that, what runs once a call, a step, a layer or a row, not once a number: texts, files, checks, plans,
  * loops of calls. They are two thirds of the code. As with -Og, without those of its passes that cost more time than they
@@ -203,7 +203,7 @@ PK_API const char *pk_version(void);
 
 PK__END_C
 
-/* pathkernel/context.h: what a call runs with: allocator, threads, memory limit, progress; aligned
+/* pathkernel/base/context.h: what a call runs with: allocator, threads, memory limit, progress; aligned
  * memory and arenas. Private, for all modules: errors, sizes, numbers as text.
  *
  * A zeroed pk_context means default everywhere, and NULL is accepted wherever a context is asked for
@@ -289,7 +289,7 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size);
 
 PK__END_C
 
-/* pathkernel/parallel.h: parallel regions, and what becomes of them beside other programs. Private, for all modules.
+/* pathkernel/base/parallel.h: parallel regions, and what becomes of them beside other programs. Private, for all modules.
  *
  * A region ends when its last thread does, and libgomp's threads wait for each other by spinning. Where another program
  * takes one of the processors, a thread waits for one that does not run, and where the two share what is left, it is the
@@ -309,8 +309,40 @@ PK__END_C
  * environment variables, which are the program's; one thread more in every region, which makes each 10 microseconds longer.
  */
 
-/* pathkernel/micro.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
- * them. Nothing here is public: matrix.h makes whole products of it, contraction.h the hot loop.
+/* pathkernel/base/random.h: counter-based random numbers and shuffles.
+ *
+ * Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+ * A number is a function of (seed, stream, counter) alone, so that any point of any sequence can be reached
+ * at once, by any thread, and a run can be resumed without stored state.
+ */
+PK__BEGIN_C
+
+/* A place in a sequence of 2^64 numbers; sequences with another seed or stream are independent. Zeroed is
+ * valid. Every number drawn moves counter on by one (pk_random_below seldom by more). */
+typedef struct pk_random {
+    uint64_t seed, stream, counter;
+} pk_random;
+
+/* 64 random bits. 10 to 20 ns, as each of these but for the normal, 50 ns. */
+PK_API uint64_t pk_random_bits(pk_random *random);
+
+/* Uniform in [0, 1), a multiple of 2^-53. */
+PK_API double pk_random_uniform(pk_random *random);
+
+/* Standard normal, by Box and Muller's transform of two uniforms that one count gives (1958). Its last bits
+ * are those of the C library's log and cos. |result| < 8.6. */
+PK_API double pk_random_normal(pk_random *random);
+
+/* Uniform on 0 .. n - 1, without bias (by rejection); 0 where n is 0. */
+PK_API uint64_t pk_random_below(pk_random *random, uint64_t n);
+
+/* Permutes items uniformly, in place (Fisher and Yates). O(count). */
+PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items);
+
+PK__END_C
+
+/* pathkernel/math/tile.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
+ * them. Nothing here is public: matrix.h makes whole products of it, product.h the hot loop.
  *
  * A tile is up to 12 rows of A times one panel of B, or two. A is read where it stands, a number at a time; a panel of B is
  * one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
@@ -328,10 +360,10 @@ enum { PK_PANEL = 64 / (int)sizeof(pk_real) };
 
 PK__END_C
 
-/* pathkernel/elementary.h: arithmetic on rows of numbers: whether they are finite, inner products, products number by
+/* pathkernel/math/elementary.h: arithmetic on rows of numbers: whether they are finite, inner products, products number by
  * number, exp, tanh and their relatives. Nothing here is public.
  *
- * Of the latter, where the processor has AVX2 and FMA (chosen at run time as in micro.h) four numbers go through one computation
+ * Of the latter, where the processor has AVX2 and FMA (chosen at run time as in tile.h) four numbers go through one computation
  * without branches, four to nine times as fast as the C library's functions; elsewhere those serve. A number's result
  * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
  * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
@@ -340,8 +372,8 @@ PK__END_C
 PK__BEGIN_C
 PK__END_C
 
-/* pathkernel/matrix.h: views of matrices, and every matrix product of the library: BLIS, or the portable
- * product of register tiles (micro.h), which is faster for small matrices and does all where there is no BLIS.
+/* pathkernel/math/matrix.h: views of matrices, and every matrix product of the library: BLIS, or the portable
+ * product of register tiles (tile.h), which is faster for small matrices and does all where there is no BLIS.
  *
  * Products run on one thread; the library is parallel over tiles around them. Tile sizes depend on shapes
  * only. The bits of a product depend on its shapes and values, not on addresses, ld or threads; those of an
@@ -377,39 +409,7 @@ PK_API void pk_matrix_backend(char *text, size_t size);
 
 PK__END_C
 
-/* pathkernel/random.h: counter-based random numbers and shuffles.
- *
- * Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
- * A number is a function of (seed, stream, counter) alone, so that any point of any sequence can be reached
- * at once, by any thread, and a run can be resumed without stored state.
- */
-PK__BEGIN_C
-
-/* A place in a sequence of 2^64 numbers; sequences with another seed or stream are independent. Zeroed is
- * valid. Every number drawn moves counter on by one (pk_random_below seldom by more). */
-typedef struct pk_random {
-    uint64_t seed, stream, counter;
-} pk_random;
-
-/* 64 random bits. 10 to 20 ns, as each of these but for the normal, 50 ns. */
-PK_API uint64_t pk_random_bits(pk_random *random);
-
-/* Uniform in [0, 1), a multiple of 2^-53. */
-PK_API double pk_random_uniform(pk_random *random);
-
-/* Standard normal, by Box and Muller's transform of two uniforms that one count gives (1958). Its last bits
- * are those of the C library's log and cos. |result| < 8.6. */
-PK_API double pk_random_normal(pk_random *random);
-
-/* Uniform on 0 .. n - 1, without bias (by rejection); 0 where n is 0. */
-PK_API uint64_t pk_random_below(pk_random *random, uint64_t n);
-
-/* Permutes items uniformly, in place (Fisher and Yates). O(count). */
-PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items);
-
-PK__END_C
-
-/* pathkernel/array.h: n-dimensional arrays in NumPy's .npy files: mapped, written, grown by whole rows.
+/* pathkernel/data/array.h: n-dimensional arrays in NumPy's .npy files: mapped, written, grown by whole rows.
  *
  * Files are little-endian, in C order, of floating-point numbers, integers or bools. They are regular files: a pipe or a directory is
  * refused at once, and a symbolic link where a file is to be written; no file gets descriptor 0, 1 or 2, so that what a
@@ -552,7 +552,7 @@ PK_API PK__MUST_USE pk_status pk_array_close(pk_context *context, pk_array_write
 
 PK__END_C
 
-/* pathkernel/dataset.h: examples with their targets: checked, gathered, read from IDX and CSV files. */
+/* pathkernel/data/dataset.h: examples with their targets: checked, gathered, read from IDX and CSV files. */
 PK__BEGIN_C
 
 /* Examples: inputs (N, D...), targets (N,) labels, or (N,) or (N, C) numbers. (N,) integers or bools are labels; any other
@@ -595,7 +595,7 @@ PK_API void pk_dataset_release(pk_context *context, pk_dataset *dataset);
 
 PK__END_C
 
-/* pathkernel/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
+/* pathkernel/network/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
  * tangent rules. Weights are one flat vector w of P numbers.
  */
 PK__BEGIN_C
@@ -616,7 +616,7 @@ typedef enum pk_smoothness {
     PK_SURROGATE         /* the reverse rule is not the derivative: no path integral can close */
 } pk_smoothness;
 
-/* How the gradient with respect to the weights is represented, see tangent.h. */
+/* How the gradient with respect to the weights is represented, see integral.h. */
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE, /* no weights */
     PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
@@ -771,7 +771,7 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
 
 PK__END_C
 
-/* pathkernel/tape.h: autodiff. A tape is the memory of one batch going through a graph: forward, reverse, tangent.
+/* pathkernel/network/pass.h: autodiff. A tape is the memory of one batch going through a graph: forward, reverse, tangent.
  *
  * Everything here also works along a line w + t d with an own t for each row (pk_line): an operation that is linear in
  * its weights gives
@@ -835,7 +835,7 @@ PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_gr
 
 PK__END_C
 
-/* pathkernel/activation.h: elementwise operations. */
+/* pathkernel/network/elementwise.h: elementwise operations. */
 PK__BEGIN_C
 
 /* The one attribute of leaky_relu (slope below zero), scale (factor), softplus (beta), sine (frequency), and of sign
@@ -844,7 +844,7 @@ enum { PK_ACTIVATION_NUMBER };
 
 PK__END_C
 
-/* pathkernel/dense.h: the dense layer, and the usual distributions of starting weights. */
+/* pathkernel/network/dense.h: the dense layer, and the usual distributions of starting weights. */
 PK__BEGIN_C
 
 /* Attributes of dense, for pk_graph_add: outputs, 1 with bias, initialisation, gain. */
@@ -869,7 +869,7 @@ typedef enum pk_initial {
 
 PK__END_C
 
-/* pathkernel/structure.h: operations without arithmetic of their own: sums of branches, flattening, learned
+/* pathkernel/network/shape.h: operations without arithmetic of their own: sums of branches, flattening, learned
  * positions, and products with a fixed sparse matrix.
  */
 PK__BEGIN_C
@@ -879,7 +879,7 @@ enum { PK_POSITION_TOKENS, PK_POSITION_WIDTH };
 
 PK__END_C
 
-/* pathkernel/image.h: operations on images of channels x height x width: convolution and pooling. */
+/* pathkernel/network/image.h: operations on images of channels x height x width: convolution and pooling. */
 PK__BEGIN_C
 
 /* Attributes of conv and of the pools, for pk_graph_add; pairs are height, width. */
@@ -898,7 +898,7 @@ enum { PK_POOL_KERNEL, PK_POOL_STRIDE = 2 /* 0: the kernel */, PK_POOL_PAD = 4 }
 
 PK__END_C
 
-/* pathkernel/norm.h: operations on normalisation and softmax. */
+/* pathkernel/network/norm.h: operations on normalisation and softmax. */
 PK__BEGIN_C
 
 /* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon
@@ -909,7 +909,7 @@ enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS };
 
 PK__END_C
 
-/* pathkernel/sequence.h: operations on tokens: embedding, attention, and what makes one vector of several. */
+/* pathkernel/network/sequence.h: operations on tokens: embedding, attention, and what makes one vector of several. */
 PK__BEGIN_C
 
 /* Attributes, for pk_graph_add. */
@@ -919,7 +919,7 @@ enum { PK_TOKEN_INDEX };
 
 PK__END_C
 
-/* pathkernel/operation.h: the built-in operations of the autodiff by name.
+/* pathkernel/network/operations.h: the built-in operations of the autodiff by name.
  *
  * To add one, write its rules and its line in its module's table; to add one from outside, fill a pk_operation
  * and give it to pk_graph_add. The engine knows nothing of single operations.
@@ -933,7 +933,7 @@ PK_API const pk_operation *pk_operation_at(size_t index);
 
 PK__END_C
 
-/* pathkernel/network.h: the network language and the initialisation of weights.
+/* pathkernel/network/language.h: the network language and the initialisation of weights.
  *
  *     input 64; dense 32; tanh; dense 32 nobias; leaky_relu 0.01; dense 10
  *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
@@ -971,7 +971,7 @@ PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const p
 
 PK__END_C
 
-/* pathkernel/loss.h: losses, their derivatives, and the gradient of a weighted batch.
+/* pathkernel/training/loss.h: losses, their derivatives, and the gradient of a weighted batch.
  *
  * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, one that
  * multiplies with its Hessian, what its targets must be, and whether an integer target is a class. Definitions are
@@ -1081,7 +1081,7 @@ PK_API PK__MUST_USE pk_status pk_batch_gradient(pk_context *context, const pk_gr
 
 PK__END_C
 
-/* pathkernel/autodiff.h: derivatives of a network, batched: products with its Jacobian from either side, the Jacobian
+/* pathkernel/training/derivatives.h: derivatives of a network, batched: products with its Jacobian from either side, the Jacobian
  * itself, gradients example by example, and products with the Hessian and the Gauss-Newton matrix of an objective.
  *
  *     f(w, x)   the network: P weights, D inputs, C outputs
@@ -1144,7 +1144,7 @@ PK_API PK__MUST_USE pk_status pk_gauss_newton_product(pk_context *context, const
 
 PK__END_C
 
-/* pathkernel/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
+/* pathkernel/training/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
  * clipping.
  *
  * Semantics and defaults are PyTorch's (torch.optim.SGD, Adam, AdamW). A rule is one row of the table
@@ -1256,7 +1256,7 @@ PK_API PK__MUST_USE pk_status pk_schedule_check(pk_context *context, const pk_sc
 
 PK__END_C
 
-/* pathkernel/trajectory.h: the run directory: a training run as plain NumPy arrays and one text file,
+/* pathkernel/run/run.h: the run directory: a training run as plain NumPy arrays and one text file,
  * written while training, read back mapped.
  *
  *     run.txt              the manifest: network, loss, optimizer
@@ -1273,7 +1273,7 @@ PK__END_C
  *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
  *
- * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); replay.h repeats the
+ * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); revisit.h repeats the
  * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
  *     optimizer_states.npy (S/k + 1, V P) float64: the optimiser's V vectors before steps 0, k, 2k, ...;
  *                          not there where V = 0
@@ -1293,7 +1293,7 @@ PK__BEGIN_C
 enum { PK_KEEP_EVERY_MOST = 1000000000 };
 
 /* A recorded run, mapped read-only. `steps` counts the complete steps. Read weights with pk_replay_weights
- * (replay.h; of kept steps also with pk_run_weights) and batches with pk_run_batch: they hide how the steps
+ * (revisit.h; of kept steps also with pk_run_weights) and batches with pk_run_batch: they hide how the steps
  * are stored. */
 typedef struct pk_run {
     pk_graph graph;
@@ -1365,7 +1365,7 @@ PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const p
 
 PK__END_C
 
-/* pathkernel/recorder.h: writes the run directory of trajectory.h while training, and resumes it.
+/* pathkernel/run/record.h: writes the run directory of run.h while training, and resumes it.
  *
  * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
  * last of all when a run starts. A kill at any moment loses the step in flight at most.
@@ -1391,7 +1391,7 @@ typedef struct pk_recorder_options {
     int resume;                    /* 1: continue the run in the directory, if there is one */
     int replace;                   /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
-     * replayed (replay.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
+     * replayed (revisit.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
     size_t keep_every;
 } pk_recorder_options;
@@ -1443,7 +1443,7 @@ PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder 
                                                const pk_batch *batch, double gradient_scale,
                                                const pk_real *second_moments, const pk_real *weights_after);
 
-/* The same for a step that pk_training_step (replay.h) made, with any keep_every. state: the optimiser's vectors
+/* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimiser's vectors
  * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
  * step costs its small rows, a hash of the weights, and at every k-th step the two long rows. */
 PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder,
@@ -1463,7 +1463,7 @@ PK_API PK__MUST_USE pk_status pk_recorder_close(pk_context *context, pk_recorder
 
 PK__END_C
 
-/* pathkernel/replay.h: one step of training, and its repetition: the weights of any step of a run that keeps
+/* pathkernel/run/revisit.h: one step of training, and its repetition: the weights of any step of a run that keeps
  * only every k-th one, bit for bit.
  *
  * pk_train and pk_replay make a step by the same function, from the same weights, state, batch, rate and scale;
@@ -1544,7 +1544,7 @@ PK_API PK__MUST_USE pk_status pk_replay_weights(pk_context *context, pk_replay *
 
 PK__END_C
 
-/* pathkernel/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
+/* pathkernel/run/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
  *
  * The bits of every step depend on the options alone: not on the number of threads, not on recording, not
  * on where a run was interrupted and resumed.
@@ -1567,7 +1567,7 @@ typedef struct pk_train_options {
     int replace;        /* 1: remove the run in `record` first, if there is one */
     int record_float32, record_second_moments;
     size_t
-        keep_every; /* k > 1: record the weights of every k-th step only (recorder.h); 0 or 1: of every step */
+        keep_every; /* k > 1: record the weights of every k-th step only (record.h); 0 or 1: of every step */
 
     /* Called after each step of this call (recorded already): the batch's objective at w_step, and
      * w_{step+1} (P); those of pk_train are not up to date meanwhile. Non-zero ends training with PK_CANCELLED. */
@@ -1604,7 +1604,7 @@ PK_API PK__MUST_USE pk_status pk_train(pk_context *context, const pk_graph *grap
 
 PK__END_C
 
-/* pathkernel/segment.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents
+/* pathkernel/path/path.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents
  * at points (row, t), and the kinks of its piecewise-linear parts.
  *
  * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
@@ -1706,11 +1706,11 @@ PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double 
 
 PK__END_C
 
-/* pathkernel/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
+/* pathkernel/path/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
  * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
  *
  * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. The adaptive rule:
- *   1. split the step at the kinks that can be found (segment.h);
+ *   1. split the step at the kinks that can be found (path.h);
  *   2. test each piece with n nodes. Its error is the difference between the sum over the nodes of dh/dt, and h at the
  *      end minus h at the start, which forward passes give: the closure of the piece. It may be `target` times the
  *      most that h has changed in a step of this row: contributions are parts of such changes, whatever the size of h;
@@ -1841,7 +1841,7 @@ PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator);
 
 PK__END_C
 
-/* pathkernel/example.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
+/* pathkernel/features/factors.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
  * layer and stored in panels, as the products with the test side want them.
  */
 PK__BEGIN_C
@@ -1906,7 +1906,7 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
 
 PK__END_C
 
-/* pathkernel/feature.h: the memory of tangent features, the gradients of a block of test rows' outputs with respect to
+/* pathkernel/features/features.h: the memory of tangent features, the gradients of a block of test rows' outputs with respect to
  * the weights along a step, and which of its forms each layer takes.
  */
 PK__BEGIN_C
@@ -2000,7 +2000,7 @@ PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
 
 PK__END_C
 
-/* pathkernel/contraction.h: inner products of tangent features with the gradients of examples: the hot loop.
+/* pathkernel/features/product.h: inner products of tangent features with the gradients of examples: the hot loop.
  *
  * For a dense layer the gradient is an outer product, grad_W = delta (x) a, so that
  *     < grad f(x), g_i > = sum over layers (delta_x . delta_i) (a_x . a_i + 1):
@@ -2013,7 +2013,7 @@ PK__END_C
  *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
  *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
  * Products are of rows of the test side and panels of examples, and the Hadamard product is taken while a tile of
- * them is in registers (micro.h): nothing that is as large as a layer times examples goes through memory.
+ * them is in registers (tile.h): nothing that is as large as a layer times examples goes through memory.
  * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
  * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
  */
@@ -2027,7 +2027,7 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
 
 PK__END_C
 
-/* pathkernel/tangent.h: tangent features integrated over a step: sums over the points of the quadrature, layer by
+/* pathkernel/features/integral.h: tangent features integrated over a step: sums over the points of the quadrature, layer by
  * layer, and the integrated gradient Phi where it is wanted.
  */
 PK__BEGIN_C
@@ -2049,7 +2049,7 @@ PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t
 
 PK__END_C
 
-/* pathkernel/decomposition.h: what is asked of a decomposition and what it returns: sums of contributions over
+/* pathkernel/attribution/decomposition.h: what is asked of a decomposition and what it returns: sums of contributions over
  * examples, groups, steps and layers, the certificate, the costs. decompose.h computes it.
  */
 PK__BEGIN_C
@@ -2153,7 +2153,7 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 
 PK__END_C
 
-/* pathkernel/window.h: the train side of an attribution: windows of consecutive steps of a run with their
+/* pathkernel/attribution/steps.h: the train side of an attribution: windows of consecutive steps of a run with their
  * weights, the gradients of their examples, and their updates, recomputed and in linear form.
  *
  * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
@@ -2224,14 +2224,14 @@ PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *wi
 
 PK__END_C
 
-/* pathkernel/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
+/* pathkernel/attribution/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
  * its memory, what a plan costs, the choice. decompose.h carries it out.
  *
  * A pass goes through all steps with some of the test rows and some of the outputs; windows of steps are prepared
  * ahead of it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
  * alone. What a cut costs:
  *   - each pass reads the run and computes the examples' gradients and the updates again;
- *   - states of the optimiser that were not kept are computed again from those that were (window.h);
+ *   - states of the optimiser that were not kept are computed again from those that were (steps.h);
  *   - each slice of the outputs takes the test rows along the path again, because their nodes are judged by all
  *     outputs, and, where the optimiser has no state, contracts them again;
  *   - few blocks of rows and short windows leave threads idle.
@@ -2257,7 +2257,7 @@ typedef struct pk_plan {
 
 PK__END_C
 
-/* pathkernel/decompose.h: the predictions of a recorded run, decomposed over its training examples to
+/* pathkernel/attribution/decompose.h: the predictions of a recorded run, decomposed over its training examples to
  * rounding error, and certified.
  *
  *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + unattributed + closure
@@ -2309,7 +2309,7 @@ PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_ru
 
 PK__END_C
 
-/* pathkernel/kernel.h: Gram matrices of the named kernels. Each is an inner product of tangent features; they are
+/* pathkernel/kernels/kernel.h: Gram matrices of the named kernels. Each is an inner product of tangent features; they are
  * different objects, and each has functions of its own.
  *
  *     pk_kernel_ntk         the empirical neural tangent kernel at given weights, all outputs with all outputs
@@ -2355,7 +2355,7 @@ PK__END_C
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_IMPLEMENTED)
 #define PATHKERNEL_IMPLEMENTED
 
-/* pathkernel/status.h: implementation */
+/* pathkernel/base/status.h: implementation */
 PK__BEGIN_CODE
 
 PK_API const char *pk_status_text(pk_status status)
@@ -2376,7 +2376,7 @@ PK_API const char *pk_version(void)
 
 PK__END_CODE
 
-/* pathkernel/context.h: implementation */
+/* pathkernel/base/context.h: implementation */
 #include <float.h>
 #include <locale.h>
 #include <stdarg.h>
@@ -2559,12 +2559,12 @@ PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
 }
 
 /* Always inline: gcc does not by itself where its options differ, as they do between the tiles and the rest. */
-PK__INLINE size_t pk__least(size_t a, size_t b)
+PK__INLINE size_t pk__min(size_t a, size_t b)
 {
     return a < b ? a : b;
 }
 
-PK__PRIVATE size_t pk__most(size_t a, size_t b)
+PK__PRIVATE size_t pk__max(size_t a, size_t b)
 {
     return a > b ? a : b;
 }
@@ -2699,7 +2699,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/parallel.h: implementation */
+/* pathkernel/base/parallel.h: implementation */
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -2881,7 +2881,84 @@ PK__PRIVATE size_t pk__first_task(pk__team *team)
 
 PK__END_CODE
 
-/* pathkernel/micro.h: implementation */
+/* pathkernel/base/random.h: implementation */
+#include <math.h>
+PK__BEGIN_CODE
+
+/* Ten rounds of Philox4x32: block := bijection of block, chosen by key. */
+static void pk__philox(const uint32_t key[2], uint32_t block[4])
+{
+    uint32_t k0 = key[0], k1 = key[1], x0 = block[0], x1 = block[1], x2 = block[2], x3 = block[3];
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * x0, p1 = (uint64_t)0xCD9E8D57u * x2;
+        x0 = (uint32_t)(p1 >> 32) ^ x1 ^ k0;
+        x2 = (uint32_t)(p0 >> 32) ^ x3 ^ k1;
+        x1 = (uint32_t)p1;
+        x3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u; /* the golden ratio */
+        k1 += 0xBB67AE85u; /* sqrt(3) - 1 */
+    }
+    block[0] = x0, block[1] = x1, block[2] = x2, block[3] = x3;
+}
+
+/* The 128 bits at the counter, which moves on. */
+static void pk__random_block(pk_random *random, uint64_t bits[2])
+{
+    uint32_t key[2] = {(uint32_t)random->seed, (uint32_t)(random->seed >> 32)};
+    uint32_t block[4] = {(uint32_t)random->counter, (uint32_t)(random->counter >> 32), (uint32_t)random->stream,
+                         (uint32_t)(random->stream >> 32)};
+    random->counter++;
+    pk__philox(key, block);
+    bits[0] = (uint64_t)block[1] << 32 | block[0];
+    bits[1] = (uint64_t)block[3] << 32 | block[2];
+}
+
+PK_API uint64_t pk_random_bits(pk_random *random)
+{
+    uint64_t bits[2];
+    pk__random_block(random, bits);
+    return bits[0];
+}
+
+PK_API double pk_random_uniform(pk_random *random)
+{
+    return (double)(pk_random_bits(random) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+PK_API double pk_random_normal(pk_random *random)
+{
+    uint64_t bits[2];
+    pk__random_block(random, bits);
+    double radius = (double)((bits[0] >> 11) + 1) * (1.0 / 9007199254740992.0); /* (0, 1]: log is finite */
+    double angle = (double)(bits[1] >> 11) * (1.0 / 9007199254740992.0);
+    return sqrt(-2 * log(radius)) * cos(6.283185307179586476925 * angle);
+}
+
+PK_API uint64_t pk_random_below(pk_random *random, uint64_t n)
+{
+    if (n < 2)
+        return 0;
+    /* 2^64 mod n values are left out, so that every remainder has the same number of preimages. */
+    uint64_t excess = (0 - n) % n, bits;
+    do
+        bits = pk_random_bits(random);
+    while (bits < excess);
+    return bits % n;
+}
+
+PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items)
+{
+    for (size_t left = count; left > 1; left--) {
+        size_t other = (size_t)pk_random_below(random, left);
+        int64_t item = items[left - 1];
+        items[left - 1] = items[other];
+        items[other] = item;
+    }
+}
+
+PK__END_CODE
+
+/* pathkernel/math/tile.h: implementation */
 #include <string.h>
 PK__BEGIN_C
 
@@ -3091,7 +3168,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
             const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
             const size_t *to = to_at ? to_at + first : NULL, *other = other_at ? other_at + first : NULL;     \
-            count = pk__least(tile < sixes ? 6 : 4, rows - first);                                            \
+            count = pk__min(tile < sixes ? 6 : 4, rows - first);                                            \
             if (count == 6 && PK__KNOWN_##suffix) /* when this is compiled */                                 \
                 pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
             else if (tile < sixes && PK__KNOWN_##suffix)                                                      \
@@ -3133,7 +3210,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         const vector zero = {0};                                                                              \
         const pk_real *start = NULL;                                                                          \
         for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {                     \
-            const size_t count = pk__least(4, rows - first);                                                  \
+            const size_t count = pk__min(4, rows - first);                                                  \
             PK__EACH_4(PK__TILE_ROW)                                                                          \
             for (size_t column = 0; column < panels->count * PK_PANEL; column += 2 * lanes) {                 \
                 const pk_real *panel = panels->first + column / PK_PANEL * panels->apart + column % PK_PANEL; \
@@ -3202,7 +3279,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         const size_t step = panels->step, columns = panels->count * PK_PANEL;                                  \
         const size_t apart = panels->count > 1 ? other_apart : 0;                                              \
         for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
-            const size_t count = pk__least(PK__TALLEST, depth - p);                                            \
+            const size_t count = pk__min(PK__TALLEST, depth - p);                                            \
             const pk_real *own = a + p * along, *b = panels->first + p * step;                                 \
             const int begin = p == 0, end = p + count == depth;                                                \
             PK__SUMS_CASES(PK__KNOWN_##suffix, pk__sums_of_##suffix)                                           \
@@ -3333,9 +3410,9 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
     for (size_t done = 0, groups; done < all; done += groups) {
         pk__group group[3];
         const size_t rest = all - done;
-        groups = rest == 1 ? 1 : both ? 2 + rest % 2 : rest == 4 ? 2 : pk__least(3, rest);
+        groups = rest == 1 ? 1 : both ? 2 + rest % 2 : rest == 4 ? 2 : pk__min(3, rest);
         for (size_t g = 0; g < groups; g++) {
-            const size_t first = pk__least(4 * (done + g), last);
+            const size_t first = pk__min(4 * (done + g), last);
             group[g].a = a + first * across;
             group[g].skip = 4 * (done + g) - first + missing;
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
@@ -3359,7 +3436,7 @@ PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsi
 {
     pk__panels pair = *b;
     pk__tile_target own = *target;
-    for (size_t rest = b->count; rest > 0; rest -= pk__least(rest, 2)) {
+    for (size_t rest = b->count; rest > 0; rest -= pk__min(rest, 2)) {
         if (rest > 1)
             pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, pair.first + pair.apart, start, &own);
         else
@@ -3388,7 +3465,7 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
     for (size_t first = 0; first < rows; first += AT_ONCE) {
         const pk__tile_target target = {
             overwrite ? PK__TILE_SET : PK__TILE_ADD, to + first * ld, at, NULL, NULL, 0};
-        pk__wide_panels(pk__least(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
+        pk__wide_panels(pk__min(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
                         &target);
     }
 }
@@ -3487,7 +3564,7 @@ PK__PRIVATE const char *pk__panel_name(void)
 
 PK__END_C
 
-/* pathkernel/elementary.h: implementation */
+/* pathkernel/math/elementary.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_C
@@ -3813,7 +3890,7 @@ PK__PRIVATE void pk__elementary_reals(pk__elementary *function, size_t count, do
         return;
     }
     for (size_t first = 0; first < count; first += 64) {
-        const size_t rest = pk__least(count - first, 64);
+        const size_t rest = pk__min(count - first, 64);
         for (size_t i = 0; i < rest; i++)
             part[i] = (double)x[first + i];
         function(rest, b, part, part);
@@ -3824,7 +3901,7 @@ PK__PRIVATE void pk__elementary_reals(pk__elementary *function, size_t count, do
 
 PK__END_C
 
-/* pathkernel/matrix.h: implementation */
+/* pathkernel/math/matrix.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -3924,8 +4001,8 @@ PK__PRIVATE void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk
     enum { TILE = 32 };
     for (size_t i = 0; i < rows; i += TILE)
         for (size_t j = 0; j < cols; j += TILE)
-            for (size_t r = i; r < pk__least(rows, i + TILE); r++)
-                for (size_t c = j; c < pk__least(cols, j + TILE); c++)
+            for (size_t r = i; r < pk__min(rows, i + TILE); r++)
+                for (size_t c = j; c < pk__min(cols, j + TILE); c++)
                     to[c * ld + r] = from[r * cols + c];
 }
 
@@ -3989,10 +4066,10 @@ PK__NOINLINE static void pk__strip_apart(const pk__block *block, const pk__pair 
     size_t tile_at[PK__APART_ROWS];
     const pk__tile_target target = {PK__TILE_SET, tile, tile_at, NULL, NULL, 0};
     const size_t down = transposed ? 1 : block->ldc, along = transposed ? block->ldc : 1;
-    for (size_t i = 0; i < pk__least(block->rows, PK__APART_ROWS); i++)
+    for (size_t i = 0; i < pk__min(block->rows, PK__APART_ROWS); i++)
         tile_at[i] = i * PK__PAIR;
     for (size_t top = 0; top < block->rows; top += PK__APART_ROWS) {
-        const size_t rows = pk__least(block->rows - top, PK__APART_ROWS);
+        const size_t rows = pk__min(block->rows - top, PK__APART_ROWS);
         pk_real *to = c + top * down;
         pk__pair_rows(block, pair, top, rows, &target);
         if (transposed)
@@ -4019,7 +4096,7 @@ static void pk__strip_product(const pk__block *block, const pk__pair *pair, size
     pk__tile_target target = {block->overwrite ? PK__TILE_SET : PK__TILE_ADD, c, block->c_at, NULL, NULL, 0};
     for (size_t top = 0; top < block->rows; top += PK__BLOCK_ROWS) {
         target.to = c + top * block->ldc;
-        pk__pair_rows(block, pair, top, pk__least(block->rows - top, PK__BLOCK_ROWS), &target);
+        pk__pair_rows(block, pair, top, pk__min(block->rows - top, PK__BLOCK_ROWS), &target);
     }
 }
 
@@ -4030,7 +4107,7 @@ PK__NOINLINE static void pk__strip_packed(const pk__block *block, const pk_real 
 {
     PK__ALIGNED pk_real packed[PK_PANEL * PK__DEPTH];
     const pk__pair pair = {pk__blocks(columns, PK_PANEL), {packed, beside}, PK_PANEL};
-    pk__pack_panel(pk__least(columns, PK_PANEL), block->depth, b, row_b, column_b, packed);
+    pk__pack_panel(pk__min(columns, PK_PANEL), block->depth, b, row_b, column_b, packed);
     pk__strip_product(block, &pair, columns, transposed, c);
 }
 
@@ -4051,10 +4128,10 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
 {
     const size_t most = pk__block_terms(k);
     for (size_t p = 0; p < k; p += most) {
-        const pk__block block = {n,     pk__least(k - p, most), b + p, ldb, 1,
+        const pk__block block = {n,     pk__min(k - p, most), b + p, ldb, 1,
                                  alpha, overwrite && p == 0,    ldc,   NULL};
         for (size_t top = 0; top < m; top += PK__PAIR) {
-            const size_t count = pk__least(m - top, PK__PAIR);
+            const size_t count = pk__min(m - top, PK__PAIR);
             const pk_real *own = a + top * row_a + p * column_a;
             if (count > PK_PANEL)
                 pk__strip_pair(&block, own, column_a, row_a, count, 1, c + top * ldc);
@@ -4082,14 +4159,14 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
         pk__few_rows_product(m, n, k, alpha, a, row_a, column_a, b, ldb, beta == 0, c, ldc);
         return;
     }
-    for (size_t i = 0; i < pk__least(m, PK__BLOCK_ROWS); i++)
+    for (size_t i = 0; i < pk__min(m, PK__BLOCK_ROWS); i++)
         c_at[i] = i * ldc;
     /* Rows of B that are used a few times are read where they are. */
     const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
     for (size_t top = 0; top < m; top += PK__STRIP_ROWS)
         for (size_t p = 0; p < k; p += most) {
-            const pk__block block = {pk__least(m - top, PK__STRIP_ROWS),
-                                     pk__least(k - p, most),
+            const pk__block block = {pk__min(m - top, PK__STRIP_ROWS),
+                                     pk__min(k - p, most),
                                      a + top * row_a + p * column_a,
                                      row_a,
                                      column_a,
@@ -4098,7 +4175,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
                                      ldc,
                                      c_at};
             for (size_t j = 0; j < n; j += PK__PAIR) {
-                const size_t columns = pk__least(n - j, PK__PAIR);
+                const size_t columns = pk__min(n - j, PK__PAIR);
                 const pk_real *own = b + p * row_b + j * column_b;
                 const pk__pair pair = {pk__blocks(columns, PK_PANEL), {own, NULL}, row_b};
                 if (!transpose_b && columns % PK_PANEL == 0 && m <= few && row_b != PK_PANEL)
@@ -4237,7 +4314,7 @@ static void pk__groups_product(const pk__groups *groups, size_t count, const pk_
 {
     for (size_t r = 0; r < groups->rows; r += groups->group) {
         const size_t g = r / groups->group;
-        pk__picked_pair(pk__least(groups->group, groups->rows - r), groups->terms[g],
+        pk__picked_pair(pk__min(groups->group, groups->rows - r), groups->terms[g],
                         groups->term + g * PK__DEPTH, groups->a + r * groups->lda, groups->lda, count, panels,
                         groups->overwrite, c + r * groups->ldc, groups->ldc, groups->at);
     }
@@ -4268,17 +4345,17 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
     size_t terms[PK__GROUPS], at[PK__GROUP_ROWS];
     const size_t most = pk__block_terms(k);
     const size_t whole = n / PK_PANEL * PK_PANEL;
-    group = pk__least(group, PK__GROUP_ROWS);
+    group = pk__min(group, PK__GROUP_ROWS);
     for (size_t i = 0; i < group; i++)
         at[i] = i * ldc;
     for (size_t top = 0, rows; top < m; top += rows) {
-        rows = pk__least(PK__GROUPS * group, m - top);
+        rows = pk__min(PK__GROUPS * group, m - top);
         for (size_t p = 0; p < k; p += most) {
-            const size_t depth = pk__least(k - p, most);
+            const size_t depth = pk__min(k - p, most);
             const pk__groups groups = {
                 rows, group, depth, a + top * lda + p, lda, terms, term, overwrite && p == 0, ldc, at};
             for (size_t r = 0; r < rows; r += group)
-                terms[r / group] = pk__pick(pk__least(group, rows - r), depth, groups.a + r * lda, lda,
+                terms[r / group] = pk__pick(pk__min(group, rows - r), depth, groups.a + r * lda, lda,
                                             term + r / group * PK__DEPTH);
             for (size_t j = 0; j < whole; j += PK__PAIR)
                 if (whole - j > PK_PANEL)
@@ -4386,84 +4463,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/random.h: implementation */
-#include <math.h>
-PK__BEGIN_CODE
-
-/* Ten rounds of Philox4x32: block := bijection of block, chosen by key. */
-static void pk__philox(const uint32_t key[2], uint32_t block[4])
-{
-    uint32_t k0 = key[0], k1 = key[1], x0 = block[0], x1 = block[1], x2 = block[2], x3 = block[3];
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * x0, p1 = (uint64_t)0xCD9E8D57u * x2;
-        x0 = (uint32_t)(p1 >> 32) ^ x1 ^ k0;
-        x2 = (uint32_t)(p0 >> 32) ^ x3 ^ k1;
-        x1 = (uint32_t)p1;
-        x3 = (uint32_t)p0;
-        k0 += 0x9E3779B9u; /* the golden ratio */
-        k1 += 0xBB67AE85u; /* sqrt(3) - 1 */
-    }
-    block[0] = x0, block[1] = x1, block[2] = x2, block[3] = x3;
-}
-
-/* The 128 bits at the counter, which moves on. */
-static void pk__random_block(pk_random *random, uint64_t bits[2])
-{
-    uint32_t key[2] = {(uint32_t)random->seed, (uint32_t)(random->seed >> 32)};
-    uint32_t block[4] = {(uint32_t)random->counter, (uint32_t)(random->counter >> 32), (uint32_t)random->stream,
-                         (uint32_t)(random->stream >> 32)};
-    random->counter++;
-    pk__philox(key, block);
-    bits[0] = (uint64_t)block[1] << 32 | block[0];
-    bits[1] = (uint64_t)block[3] << 32 | block[2];
-}
-
-PK_API uint64_t pk_random_bits(pk_random *random)
-{
-    uint64_t bits[2];
-    pk__random_block(random, bits);
-    return bits[0];
-}
-
-PK_API double pk_random_uniform(pk_random *random)
-{
-    return (double)(pk_random_bits(random) >> 11) * (1.0 / 9007199254740992.0);
-}
-
-PK_API double pk_random_normal(pk_random *random)
-{
-    uint64_t bits[2];
-    pk__random_block(random, bits);
-    double radius = (double)((bits[0] >> 11) + 1) * (1.0 / 9007199254740992.0); /* (0, 1]: log is finite */
-    double angle = (double)(bits[1] >> 11) * (1.0 / 9007199254740992.0);
-    return sqrt(-2 * log(radius)) * cos(6.283185307179586476925 * angle);
-}
-
-PK_API uint64_t pk_random_below(pk_random *random, uint64_t n)
-{
-    if (n < 2)
-        return 0;
-    /* 2^64 mod n values are left out, so that every remainder has the same number of preimages. */
-    uint64_t excess = (0 - n) % n, bits;
-    do
-        bits = pk_random_bits(random);
-    while (bits < excess);
-    return bits % n;
-}
-
-PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items)
-{
-    for (size_t left = count; left > 1; left--) {
-        size_t other = (size_t)pk_random_below(random, left);
-        int64_t item = items[left - 1];
-        items[left - 1] = items[other];
-        items[other] = item;
-    }
-}
-
-PK__END_CODE
-
-/* pathkernel/array.h: implementation */
+/* pathkernel/data/array.h: implementation */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -4766,7 +4766,7 @@ PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_
     const size_t size = pk_type_size(array->type);
     const int direct = array->type == (sizeof(pk_real) == sizeof(double) ? PK_FLOAT64 : PK_FLOAT32);
     for (size_t done = 0; done < count;) {
-        const size_t items = direct ? count - done : pk__least(count - done, sizeof block / size);
+        const size_t items = direct ? count - done : pk__min(count - done, sizeof block / size);
         void *to = direct ? (void *)(out + done) : (void *)block;
         for (size_t have = 0; have < items * size;) {
             const ssize_t got = pread(array->file - 1, (char *)to + have, items * size - have,
@@ -5311,7 +5311,7 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
     if (status == PK_OK)
         status = pk__npy_parse(context, name, file.bytes, file.size, PK_ARRAY_PARTIAL, &found, &offset);
     if (status == PK_OK)
-        memcpy(before, file.bytes, pk__least(offset, sizeof before));
+        memcpy(before, file.bytes, pk__min(offset, sizeof before));
     pk__file_unmap(&file);
     if (status != PK_OK)
         return status;
@@ -5407,7 +5407,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/dataset.h: implementation */
+/* pathkernel/data/dataset.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -5465,7 +5465,7 @@ static size_t pk__first_not_finite(const pk_array *array)
     if (array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
         return items;
     for (start = 0; start < items; start += BLOCK) {
-        size_t end = pk__least(items, start + BLOCK);
+        size_t end = pk__min(items, start + BLOCK);
         int bad = 0; /* without an exit in the loops, they become vectors */
         if (array->type == PK_FLOAT64)
             for (i = start; i < end; i++)
@@ -5798,7 +5798,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/graph.h: implementation */
+/* pathkernel/network/graph.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -6147,7 +6147,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/tape.h: implementation */
+/* pathkernel/network/pass.h: implementation */
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -6223,7 +6223,7 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
     tape->rows = rows;
     tape->copies = copies;
     if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
-        !pk__multiply(pk__most(rows, both), graph->widest, &all))
+        !pk__multiply(pk__max(rows, both), graph->widest, &all))
         arena->overflow = 1;
     tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
     tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
@@ -6251,13 +6251,13 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
             scratch = node->operation->scratch(node, rows, copies);
         if (node->unfolds)
-            scratch = pk__most(scratch, node->positions * node->fan_in);
+            scratch = pk__max(scratch, node->positions * node->fan_in);
         if (node->weight_count)
-            line = pk__most(line, pk__most(rows, both) * node->width);
+            line = pk__max(line, pk__max(rows, both) * node->width);
         if (n && pk__is_plain_layer(node) && !node->input_constant)
-            line = pk__most(line, rows * node->positions * node->fan_in);
+            line = pk__max(line, rows * node->positions * node->fan_in);
         if (pk__reverses_by_row(node, copies))
-            weights = pk__most(weights, node->weight_count);
+            weights = pk__max(weights, node->weight_count);
     }
     tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
     tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
@@ -6649,7 +6649,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
             return status;
     }
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
-    size_t threads = pk__least((size_t)pk_threads(context), blocks);
+    size_t threads = pk__min((size_t)pk_threads(context), blocks);
     pk_arena arena = {NULL, 0, 0, 0};
     pk_tape tape;
     pk_tape_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
@@ -6670,7 +6670,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
         pk_real *rows = (pk_real *)pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
         size_t first = block * PK__EVALUATE_ROWS;
-        size_t count = pk__least(inputs.rows - first, PK__EVALUATE_ROWS);
+        size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
             memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
                    inputs.cols * sizeof *rows);
@@ -6688,7 +6688,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/activation.h: implementation */
+/* pathkernel/network/elementwise.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -6901,7 +6901,7 @@ static const pk_operation pk__activation_operations[] = {
 
 PK__END_CODE
 
-/* pathkernel/dense.h: implementation */
+/* pathkernel/network/dense.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -6958,7 +6958,7 @@ PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_
     case PK_INITIAL_NORMAL:
     default: break;
     }
-    const size_t drawn = biases ? count : pk__least(count, fan_in * fan_out);
+    const size_t drawn = biases ? count : pk__min(count, fan_in * fan_out);
     for (size_t i = 0; i < count; i++) {
         if (i >= drawn || size == 0)
             weights[i] = 0;
@@ -7012,7 +7012,7 @@ enum { PK__DENSE_TILE = 256 / (int)sizeof(pk_real), PK__DENSE_TILES = 8, PK__DEN
 
 static void pk__dense_tile(const pk__dense_product *p, size_t tile)
 {
-    const size_t first = tile * p->tile, count = pk__least((p->by_rows ? p->m : p->n) - first, p->tile);
+    const size_t first = tile * p->tile, count = pk__min((p->by_rows ? p->m : p->n) - first, p->tile);
     if (p->by_rows)
         pk__gemm(p->transpose_a, p->transpose_b, count, p->n, p->k, 1,
                  p->a + first * (p->transpose_a ? 1 : p->lda), p->lda, p->b, p->ldb, p->beta,
@@ -7028,9 +7028,9 @@ static void pk__dense_multiply(pk__dense_product *p, const pk_call *call)
     const double parts = (double)p->m * (double)p->n * (double)p->k / PK__DENSE_WORTH;
     /* Few rows are packed for each tile again. */
     const size_t most = p->m > PK__FEW_PANELS * PK_PANEL ? PK__DENSE_TILES : PK__DENSE_TILES / 2;
-    p->tile = parts < 2 ? cut : pk__most(PK__DENSE_TILE, (cut / most + 7) / 8 * 8);
+    p->tile = parts < 2 ? cut : pk__max(PK__DENSE_TILE, (cut / most + 7) / 8 * 8);
     const size_t tiles = pk__blocks(cut, p->tile);
-    const int threads = (int)pk__least((size_t)pk__most((size_t)call->threads, 1), tiles);
+    const int threads = (int)pk__min((size_t)pk__max((size_t)call->threads, 1), tiles);
     if (threads > 1 && threads <= parts) {
         pk__team team = pk__team_of(call->context, threads, tiles);
         PK__PARALLEL(team)
@@ -7160,7 +7160,7 @@ static const pk_operation pk__dense_operations[] = {
 
 PK__END_CODE
 
-/* pathkernel/structure.h: implementation */
+/* pathkernel/network/shape.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -7603,7 +7603,7 @@ static const pk_operation pk__structure_operations[] = {
 
 PK__END_CODE
 
-/* pathkernel/image.h: implementation */
+/* pathkernel/network/image.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -7718,8 +7718,8 @@ static pk__convolution pk__convolution_of(const pk_node *node)
     c.pointwise = w->kernel[0] * w->kernel[1] * w->stride[0] * w->stride[1] == 1 && w->pad[0] + w->pad[1] == 0;
     c.aligned = w->stride[0] * w->stride[1] == 1 && w->columns == w->width;
     c.thin = c.out * c.patch * c.positions <= PK__THIN_PRODUCT || c.out < 2;
-    c.band = pk__most(PK__BAND_NUMBERS / c.patch, PK__BAND_POSITIONS) / w->columns;
-    c.band = c.pointwise ? w->rows : pk__least(pk__most(c.band, 1), w->rows);
+    c.band = pk__max(PK__BAND_NUMBERS / c.patch, PK__BAND_POSITIONS) / w->columns;
+    c.band = c.pointwise ? w->rows : pk__min(pk__max(c.band, 1), w->rows);
     return c;
 }
 
@@ -7788,9 +7788,9 @@ static void pk__tap_range(const pk__windows *windows, int side, size_t number, s
     const size_t size = side ? windows->width : windows->height, stride = windows->stride[side];
     const size_t offset = number * windows->dilation[side], pad = windows->pad[side];
     *past = offset < size + pad ? pk__steps(size + pad - offset, stride) : 0;
-    *past = pk__least(*past, side ? windows->columns : windows->rows);
+    *past = pk__min(*past, side ? windows->columns : windows->rows);
     *first = offset < pad ? pk__steps(pad - offset, stride) : 0;
-    *first = pk__least(*first, *past);
+    *first = pk__min(*first, *past);
 }
 
 /* The number in the plane of tap (i, j) of output (y, x). */
@@ -7811,8 +7811,8 @@ static pk__stretch pk__stretch_of(const pk__windows *w, size_t i, size_t j, size
     pk__stretch s;
     pk__tap_range(w, 0, i, &s.first, &s.past);
     pk__tap_range(w, 1, j, &s.left, &s.right);
-    s.first = pk__most(s.first, top);
-    s.past = pk__least(s.past, bottom);
+    s.first = pk__max(s.first, top);
+    s.past = pk__min(s.past, bottom);
     s.place = 0;
     if (s.first < s.past && s.left < s.right)
         s.place = pk__tap_number(w, i, j, s.first, s.left);
@@ -7976,7 +7976,7 @@ static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_r
             const pk_real *own = weights + group * c.out * c.patch, *from = in + group * c.in * c.plane;
             pk_real *to = out + group * c.out * c.positions;
             for (size_t top = 0; top < c.windows.rows; top += c.band) {
-                const size_t bottom = pk__least(top + c.band, c.windows.rows), count = (bottom - top) * columns;
+                const size_t bottom = pk__min(top + c.band, c.windows.rows), count = (bottom - top) * columns;
                 if (!c.pointwise)
                     pk__unfold_band(&c, from, top, bottom, call->scratch);
                 pk__patch_product(&c, 0, 0, c.out, count, c.patch, own, c.patch,
@@ -8014,7 +8014,7 @@ static void pk__convolution_reverse(const pk_call *call)
             if (!c.pointwise && !call->accumulate[0])
                 memset(to, 0, c.in * c.plane * sizeof *to);
             for (size_t top = 0; top < c.windows.rows; top += c.band) {
-                const size_t bottom = pk__least(top + c.band, c.windows.rows), count = (bottom - top) * columns;
+                const size_t bottom = pk__min(top + c.band, c.windows.rows), count = (bottom - top) * columns;
                 pk__patch_product(&c, 1, 0, c.patch, count, c.out, own, c.patch, delta + top * columns,
                                   c.positions, c.pointwise && call->accumulate[0],
                                   c.pointwise ? to : call->scratch, count);
@@ -8037,7 +8037,7 @@ static void pk__convolution_gradients(const pk_call *call, int sum)
         const size_t first = row * call->copies;
         for (size_t group = 0; group < c.groups; group++, in += c.in * c.plane)
             for (size_t top = 0; top < c.windows.rows; top += c.band) {
-                const size_t bottom = pk__least(top + c.band, c.windows.rows), band = (bottom - top) * columns;
+                const size_t bottom = pk__min(top + c.band, c.windows.rows), band = (bottom - top) * columns;
                 if (!c.pointwise)
                     pk__unfold_band(&c, in, top, bottom, call->scratch);
                 for (size_t copy = first; copy < first + call->copies; copy++) {
@@ -8155,7 +8155,7 @@ static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, p
                     const size_t column[2] = {left + a % w->kernel[1], left + b % w->kernel[1]};
                     if (row[0] >= w->height || row[1] >= w->height || column[0] >= w->width ||
                         column[1] >= w->width || pk__in_window_before(w, 0, y, row[1]) ||
-                        pk__in_window_before(w, 1, x, pk__most(column[0], column[1])))
+                        pk__in_window_before(w, 1, x, pk__max(column[0], column[1])))
                         continue;
                     out[count++] = plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
                 }
@@ -8226,14 +8226,14 @@ static void pk__side_pairs(const pk__windows *w, int side, double *pairs, double
     const size_t size = side ? w->width : w->height, count = side ? w->columns : w->rows;
     const size_t kernel = w->kernel[side], stride = w->stride[side], pad = w->pad[side];
     /* Windows first .. past - 1 reach over no end. */
-    const size_t first = pk__least(count, pk__blocks(pad, stride));
+    const size_t first = pk__min(count, pk__blocks(pad, stride));
     const size_t past =
-        pk__most(first, size + pad < kernel ? 0 : pk__least(count, (size + pad - kernel) / stride + 1));
+        pk__max(first, size + pad < kernel ? 0 : pk__min(count, (size + pad - kernel) / stride + 1));
     double some = 0;
     *numbers = 0;
     for (size_t at = 0, before = 0; at < count; at++) {
         const size_t start = at * stride, low = start < pad ? 0 : start - pad;
-        const size_t high = pk__least(size, start + kernel < pad ? 0 : start + kernel - pad);
+        const size_t high = pk__min(size, start + kernel < pad ? 0 : start + kernel - pad);
         const double in = high > low ? (double)(high - low) : 0,
                      both = before > low ? (double)(before - low) : 0;
         double times = 1;
@@ -8402,7 +8402,7 @@ static const pk_operation pk__image_operations[] = {
 
 PK__END_CODE
 
-/* pathkernel/norm.h: implementation */
+/* pathkernel/network/norm.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -8989,7 +8989,7 @@ static const pk_operation pk__norm_operations[] = {
 
 PK__END_CODE
 
-/* pathkernel/sequence.h: implementation */
+/* pathkernel/network/sequence.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -9466,7 +9466,7 @@ static const pk_operation pk__sequence_operations[] = {
 
 PK__END_CODE
 
-/* pathkernel/operation.h: implementation */
+/* pathkernel/network/operations.h: implementation */
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -9506,7 +9506,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/network.h: implementation */
+/* pathkernel/network/language.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -10423,8 +10423,8 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         return pk__fail(context, PK_ARGUMENT,
                         text ? "network: the graph is in use already" : "network: no text");
     /* A sign becomes at most three characters, a blank on each side. */
-    const size_t length = pk__least(strlen(text), PK__NETWORK_TEXT),
-                 room = pk__least(3 * length + 3, PK__NETWORK_TEXT);
+    const size_t length = pk__min(strlen(text), PK__NETWORK_TEXT),
+                 room = pk__min(3 * length + 3, PK__NETWORK_TEXT);
     pk_status status = pk_allocate(context, room + 1, 1, "the network's text", &graph->text);
     if (!status) {
         pk__parser parser;
@@ -10519,7 +10519,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/loss.h: implementation */
+/* pathkernel/training/loss.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -10562,7 +10562,7 @@ static double pk__softmax_cross_entropy(size_t outputs, const pk_real *f, const 
     const double largest = f[top];
     double rest = 0, total = 0, value = 0, e[16];
     for (size_t first = 0; first < outputs; first += 16) {
-        const size_t count = pk__least(outputs - first, 16);
+        const size_t count = pk__min(outputs - first, 16);
         for (size_t j = 0; j < count; j++) {
             e[j] = f[first + j] - largest;
             total += y[first + j];
@@ -10935,7 +10935,7 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 {
     double work = 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        work += (double)graph->nodes[n].weight_count * (double)pk__most(graph->nodes[n].positions, 1);
+        work += (double)graph->nodes[n].weight_count * (double)pk__max(graph->nodes[n].positions, 1);
     return work;
 }
 
@@ -11060,7 +11060,7 @@ static void pk__gradient_inputs(const pk__gradient_job *job, const pk_tape *tape
 {
     const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
     const int64_t *items = job->batch->items + first;
-    const int threads = (int)pk__least((size_t)pk__most((size_t)tape->threads, 1), parts);
+    const int threads = (int)pk__min((size_t)pk__max((size_t)tape->threads, 1), parts);
     if (threads <= 1) {
         pk_dataset_inputs(job->dataset, items, rows, inputs);
         return;
@@ -11111,7 +11111,7 @@ PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, cons
         PK__PARALLEL(team)
         for (size_t r = pk__first_task(&team); r < ranges; r = pk__next_task(&team))
             if (!pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
-                                           pk__least(parameters - r * range, range))) {
+                                           pk__min(parameters - r * range, range))) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
@@ -11119,7 +11119,7 @@ PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, cons
     } else {
         for (size_t r = 0; r < ranges; r++)
             finite &= pk__gradient_reduce_range(gradient, partial, groups, parameters, r * range,
-                                                pk__least(parameters - r * range, range));
+                                                pk__min(parameters - r * range, range));
     }
     return finite;
 }
@@ -11184,7 +11184,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     threads = threads <= work ? threads : work < 1 ? 1 : (int)work;
     /* More threads than groups share the operations of each group. */
     const int inside = (size_t)threads > groups ? threads : 0;
-    threads = (int)pk__least((size_t)threads, (size_t)workspace->threads);
+    threads = (int)pk__min((size_t)threads, (size_t)workspace->threads);
     lanes[0].tape.threads = inside;
     lanes[0].tape.context = context;
     if (groups == 0) {
@@ -11229,7 +11229,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/autodiff.h: implementation */
+/* pathkernel/training/derivatives.h: implementation */
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -11285,9 +11285,9 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
             lane->second[n] = second;
         if (!node->weight_count)
             continue;
-        most = pk__most(most, node->weight_count);
+        most = pk__max(most, node->weight_count);
         for (int j = 0; j < node->input_count; j++)
-            widest = pk__most(widest, graph->nodes[node->inputs[j]].width);
+            widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
     lane->zeros = (pk_real *)pk_arena_take(arena, rows, widest * sizeof(pk_real));
     lane->part = (pk_real *)pk_arena_take(arena, most, 2 * sizeof(pk_real));
@@ -11311,14 +11311,14 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
                               unsigned char *memory, size_t bytes, pk_real *sum)
 {
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
-    const size_t end = pk__least(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
+    const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
     pk_arena arena = {memory, bytes, 0, 0};
     pk__sweep_lane lane;
-    pk__sweep_take(&arena, sweep, pk__least(plan->block, sweep->rows), &lane);
+    pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
         memset(sum, 0, sweep->graph->parameters * sizeof *sum);
     for (; first < end; first += plan->block) {
-        const size_t rows = pk__least(end - first, plan->block);
+        const size_t rows = pk__min(end - first, plan->block);
         pk__sweep_inputs(sweep, first, rows, lane.inputs);
         const size_t found = sweep->block(sweep, &lane, first, rows, sum);
         bad = bad == SIZE_MAX ? found : bad;
@@ -11333,7 +11333,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     const size_t parameters = graph->parameters;
     pk__gradient_plan plan = pk__gradient_cut(parameters, sweep->rows);
     if (!sweep->sum) {
-        plan.block = sweep->copies > 1 ? pk__most(64 / sweep->copies, 1) : 64;
+        plan.block = sweep->copies > 1 ? pk__max(64 / sweep->copies, 1) : 64;
         plan.groups = plan.blocks = pk__blocks(sweep->rows, plan.block);
     }
     if (!sweep->rows) {
@@ -11341,13 +11341,13 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
             memset(sweep->sum, 0, parameters * sizeof *sweep->sum);
         return PK_OK;
     }
-    const double copies = (double)pk__most(sweep->copies, 1);
+    const double copies = (double)pk__max(sweep->copies, 1);
     const double work = 6.0 * pk__graph_work(graph) * (double)sweep->rows * copies / 1048576.0;
-    size_t threads = pk__least((size_t)pk_threads(context), plan.groups);
+    size_t threads = pk__min((size_t)pk_threads(context), plan.groups);
     threads = (double)threads <= work ? threads : work < 1 ? 1 : (size_t)work;
     pk_arena arena = {NULL, 0, 0, 0};
     pk__sweep_lane lane;
-    pk__sweep_take(&arena, sweep, pk__least(plan.block, sweep->rows), &lane);
+    pk__sweep_take(&arena, sweep, pk__min(plan.block, sweep->rows), &lane);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", sweep->name);
     const size_t bytes = arena.used;
@@ -11464,7 +11464,7 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
             finite &= pk__all_finite(gradient, inputs);
         }
         if (!finite)
-            bad = pk__least(bad, first + at / copies);
+            bad = pk__min(bad, first + at / copies);
     }
     return bad;
 }
@@ -11913,7 +11913,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/optimizer.h: implementation */
+/* pathkernel/training/optimizer.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -12007,7 +12007,7 @@ static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call,
     /* torch.lerp: from the end that is nearer. */
     const double near = blend < 0.5, gain = near ? blend : blend - 1;
     for (size_t first = 0; first < call->count; first += 256) {
-        const size_t count = pk__least(call->count - first, 256);
+        const size_t count = pk__min(call->count - first, 256);
         const pk_real *weights = call->weights + first, *gradient = call->gradient + first;
         pk_real *m = call->state + first, *v = m + call->apart;
         PK__SIMD
@@ -12464,7 +12464,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/trajectory.h: implementation */
+/* pathkernel/run/run.h: implementation */
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -12935,7 +12935,7 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
     const size_t items = (size_t)run->batch_offsets[steps];
     const pk_array *offsets = pk__run_array((pk_run *)run, PK__RUN_OFFSETS); /* only read, as below */
     const size_t next_items =
-        offsets->shape[0] > steps + 1 ? pk__most(items, (size_t)run->batch_offsets[steps + 1]) : items;
+        offsets->shape[0] > steps + 1 ? pk__max(items, (size_t)run->batch_offsets[steps + 1]) : items;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array((pk_run *)run, f);
         const pk__run_file *kind = &pk__run_files[f];
@@ -13201,7 +13201,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/recorder.h: implementation */
+/* pathkernel/run/record.h: implementation */
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -13945,7 +13945,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/replay.h: implementation */
+/* pathkernel/run/revisit.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -13966,7 +13966,7 @@ static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads,
     memset(workspace, 0, sizeof *workspace);
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
-    workspace->threads = (int)pk__least((size_t)threads, pk__gradient_cut(P, largest_batch).groups);
+    workspace->threads = (int)pk__min((size_t)threads, pk__gradient_cut(P, largest_batch).groups);
     pk__gradient_take(arena, trainer->graph, workspace);
 }
 
@@ -14013,7 +14013,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
 {
     const size_t first = range * PK__STEP_RANGE;
     pk__update part = *whole;
-    part.count = pk__least(whole->count - first, PK__STEP_RANGE);
+    part.count = pk__min(whole->count - first, PK__STEP_RANGE);
     part.weights += first;
     part.gradient += part.gradient ? first : 0;
     part.state = part.state ? part.state + first : NULL;
@@ -14034,7 +14034,7 @@ PK__COLD_BEGIN
 static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
 {
     const size_t ranges = pk__blocks(whole->count, PK__STEP_RANGE);
-    const int threads = (int)pk__least((size_t)pk_threads(context), pk__most(ranges / 8, 1));
+    const int threads = (int)pk__min((size_t)pk_threads(context), pk__max(ranges / 8, 1));
     int finite = 1;
     if (threads > 1) {
         pk__team team = pk__team_of(context, threads, ranges);
@@ -14126,7 +14126,7 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
 PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
                            pk_replay *replay)
 {
-    const size_t P = run->parameters, every = pk__least(run->keep_every, run->steps + 1);
+    const size_t P = run->parameters, every = pk__min(run->keep_every, run->steps + 1);
     memset(replay, 0, sizeof *replay);
     replay->run = run;
     replay->step = SIZE_MAX;
@@ -14136,11 +14136,11 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     replay->trainer.train = &run->train;
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
-    pk__trainer_take(arena, pk__most(largest_batch, 1), threads, &replay->trainer);
+    pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
     replay->weights = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
     replay->next = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
     if (reach && every > 1) {
-        replay->spacing = pk__most(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
+        replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
         replay->stops = (every - 1) / replay->spacing;
     }
     size_t numbers = 0;
@@ -14159,7 +14159,7 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     pk_replay taken;
     size_t largest = 1;
     for (size_t s = 0; s < run->steps; s++)
-        largest = pk__most(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
+        largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
     pk_arena arena = {NULL, 0, 0, 0};
     pk_replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
     if (arena.overflow)
@@ -14275,7 +14275,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/train.h: implementation */
+/* pathkernel/run/train.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -14574,7 +14574,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/segment.h: implementation */
+/* pathkernel/path/path.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -14686,7 +14686,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
 {
     size_t count = graph->node_count, switches = 0;
     memset(segment, 0, sizeof *segment);
-    points = pk__most(points, PK_SEGMENT_DEGREE + 1); /* the samples of one piece */
+    points = pk__max(points, PK_SEGMENT_DEGREE + 1); /* the samples of one piece */
     segment->graph = graph;
     segment->row_capacity = rows;
     segment->point_capacity = points;
@@ -14712,7 +14712,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         for (int j = 0; j < node->input_count && segment->last_read; j++)
             segment->last_read[node->inputs[j]] = n;
         if (n && pk__is_switch(node)) {
-            switches = pk__most(switches, node->operation->switch_count(node));
+            switches = pk__max(switches, node->operation->switch_count(node));
             if (segment->last_switch && segment->degree < 2)
                 segment->degree = 2; /* see pk__is_dead */
             segment->last_switch = n;
@@ -15332,7 +15332,7 @@ static int pk__split_batch(pk_segment *segment, size_t n)
                 return 0;
             for (size_t r = 0; !exact && r < sink.count; r += PK__NEWTON_POINTS)
                 pk__refine_roots(segment, n, used, piece.row, piece.a, piece.b,
-                                 pk__least(PK__NEWTON_POINTS, sink.count - r), sink.roots + r);
+                                 pk__min(PK__NEWTON_POINTS, sink.count - r), sink.roots + r);
             const size_t parts = pk__append_split(pending, &piece, &sink);
             if (!parts)
                 return 0;
@@ -15427,7 +15427,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/quadrature.h: implementation */
+/* pathkernel/path/quadrature.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -15556,7 +15556,7 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
-    points = pk__most(points, PK_GAUSS_NODES + 2);
+    points = pk__max(points, PK_GAUSS_NODES + 2);
     pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
     pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
     pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
@@ -16058,7 +16058,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     while (pending->count) {
         integrator->failed.count = 0;
         for (size_t first = 0; first < pending->count; first += segment->rows) {
-            pk_pieces batch = {pk__least(segment->rows, pending->count - first), 0, pending->piece + first};
+            pk_pieces batch = {pk__min(segment->rows, pending->count - first), 0, pending->piece + first};
             if (!pk_segment_split(segment, &batch, pieces)) {
                 /* More kinks than there is room for: half as long pieces have fewer. */
                 for (size_t i = 0; i < batch.count; i++) {
@@ -16109,7 +16109,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/example.h: implementation */
+/* pathkernel/features/factors.h: implementation */
 #include <math.h>
 #include <string.h>
 #include <time.h>
@@ -16171,7 +16171,7 @@ static size_t pk__example_rows(const pk_graph *graph)
     size_t numbers = 1;
     for (size_t n = 1; n < graph->node_count; n++)
         numbers += graph->nodes[n].width;
-    return pk__most(1, pk__least(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
+    return pk__max(1, pk__min(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
 }
 
 PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
@@ -16182,11 +16182,11 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, si
         const pk_node *node = pk_graph_layer(graph, l);
         if (pk__is_outer(node))
             continue;
-        most = pk__most(most, node->weight_count);
+        most = pk__max(most, node->weight_count);
         if (node->tangent_form == PK_TANGENT_OUTER)
-            most = pk__most(most, node->positions * node->fan_in + node->width);
+            most = pk__max(most, node->positions * node->fan_in + node->width);
     }
-    rows = pk__least(rows, pk__example_rows(graph));
+    rows = pk__min(rows, pk__example_rows(graph));
     pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
     workspace->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     workspace->targets = (pk_real *)pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
@@ -16210,7 +16210,7 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
     for (size_t b = 0, columns; b < count; b += columns) {
         const size_t lane = (first + b) % PK_PANEL;
         pk_real *to = panels + (first + b) / PK_PANEL * features * PK_PANEL;
-        columns = pk__least(PK_PANEL - lane, count - b);
+        columns = pk__min(PK_PANEL - lane, count - b);
         pk__interleave(columns, features, from + b * features, 1, features, to + lane);
         for (size_t i = lane + columns; i < PK_PANEL; i++)
             for (size_t j = 0; j < features; j++)
@@ -16359,9 +16359,9 @@ PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_lo
                              const pk_dataset *data, const pk_batch *batch, size_t first,
                              pk_example_workspace *workspace, pk_real *gradient)
 {
-    const size_t last = first + pk__least(batch->count - first, PK_EXAMPLE_BLOCK), rows = workspace->tape.rows;
+    const size_t last = first + pk__min(batch->count - first, PK_EXAMPLE_BLOCK), rows = workspace->tape.rows;
     for (; first < last; first += rows)
-        pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__least(rows, last - first),
+        pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__min(rows, last - first),
                       workspace, gradient);
 }
 
@@ -16379,7 +16379,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/feature.h: implementation */
+/* pathkernel/features/features.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -16391,21 +16391,21 @@ PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
     size_t widest = 0;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        widest = pk__most(widest, pk__most(node->fan_in, node->fan_out));
+        widest = pk__max(widest, pk__max(node->fan_in, node->fan_out));
     }
-    return pk__most(1, pk__least(widest < 128 || widest >= 256 ? 32 : 16,
-                                 (widest < 256 ? 50 : 100) / pk__most(outputs, 1)));
+    return pk__max(1, pk__min(widest < 128 || widest >= 256 ? 32 : 16,
+                                 (widest < 256 ? 50 : 100) / pk__max(outputs, 1)));
 }
 
 PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
 {
-    return pk__most(1, pk__least(outputs, ((size_t)1 << 17) / pk__most(parameters, 1)));
+    return pk__max(1, pk__min(outputs, ((size_t)1 << 17) / pk__max(parameters, 1)));
 }
 
 /* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
 static size_t pk__point_capacity(size_t outputs)
 {
-    return pk__most(PK_GAUSS_NODES + 2, pk__least(256, 640 / pk__most(outputs, 1)));
+    return pk__max(PK_GAUSS_NODES + 2, pk__min(256, 640 / pk__max(outputs, 1)));
 }
 
 /* Of those, points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
@@ -16415,7 +16415,7 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
     for (size_t n = 1; n < graph->node_count; n++)
         if (graph->nodes[n].varies)
             numbers += graph->nodes[n].width;
-    return pk__most(1, pk__least(points, ((size_t)1 << 21) / numbers / pk__most(outputs, 1)));
+    return pk__max(1, pk__min(points, ((size_t)1 << 21) / numbers / pk__max(outputs, 1)));
 }
 
 enum {
@@ -16448,7 +16448,7 @@ static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *reado
 /* Points of a spread layer whose places are in memory at one time. */
 PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
-    return pk__most(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
+    return pk__max(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
 /* A layer used at several places, where it is not by rows. */
@@ -16461,8 +16461,8 @@ PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
 PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 {
     const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
-    const size_t tiles = 2 * PK__TALLEST, most = pk__most(1, numbers / tiles / pk__most(depth, 1)) * tiles;
-    const size_t all = pk__most(rows, 1), parts = pk__blocks(all, most);
+    const size_t tiles = 2 * PK__TALLEST, most = pk__max(1, numbers / tiles / pk__max(depth, 1)) * tiles;
+    const size_t all = pk__max(rows, 1), parts = pk__blocks(all, most);
     return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
 }
 
@@ -16481,8 +16481,8 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
                                  int factored, pk_tangent *tangent)
 {
     const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
-    const size_t items = pk__most(points, rows);
-    size_t most = pk__most(pk__most(items * outputs, places), PK__HEAD_PART), widest = 0;
+    const size_t items = pk__max(points, rows);
+    size_t most = pk__max(pk__max(items * outputs, places), PK__HEAD_PART), widest = 0;
     tangent->weighted_inputs = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(tangent->graph, l);
@@ -16490,11 +16490,11 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
         pk_real *inputs = pk__take_reals(arena, used ? points : 0, node->fan_in);
         if (tangent->weighted_inputs)
             tangent->weighted_inputs[l] = inputs;
-        widest = pk__most(widest, used ? node->width : 0);
-        most = pk__most(most, node->fan_out);
+        widest = pk__max(widest, used ? node->width : 0);
+        most = pk__max(most, node->fan_out);
     }
     tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
-    tangent->left = pk__take_reals(arena, pk__most(items * PK_TILE_LD, places * PK__PAIR), 1);
+    tangent->left = pk__take_reals(arena, pk__max(items * PK_TILE_LD, places * PK__PAIR), 1);
     tangent->ones = pk__take_reals(arena, items, 1);
     tangent->point_to = pk__take_indices(arena, points * outputs);
     tangent->cell_left = pk__take_indices(arena, items * outputs);
@@ -16536,7 +16536,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->unit = unit;
     tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
     tangent->allowance = pk_rounding_allowance(graph);
-    points = pk__most(points, PK_GAUSS_NODES + 2);
+    points = pk__max(points, PK_GAUSS_NODES + 2);
     tangent->reverse_points = pk__reverse_points(graph, points, outputs);
     pk_integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
                        &tangent->integrator);
@@ -16582,14 +16582,14 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
             tangent->phi[l] = phi;
         }
         if (phi_wanted)
-            deepest = pk__most(deepest, fan_in);
+            deepest = pk__max(deepest, fan_in);
         if (spread) {
             const size_t together = pk__place_points(node, outputs) * node->positions;
-            places = pk__most(places, together);
-            place_numbers = pk__most(place_numbers, together * (node->fan_in + outputs * node->fan_out));
+            places = pk__max(places, together);
+            place_numbers = pk__max(place_numbers, together * (node->fan_in + outputs * node->fan_out));
         }
-        widest = pk__most(widest, node->width);
-        by_rows = pk__most(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
+        widest = pk__max(widest, node->width);
+        by_rows = pk__max(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
         tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
@@ -16600,7 +16600,7 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
      * layer by rows (outputs x weights). */
     tangent->scratch = (pk_real *)pk_arena_take(
         arena,
-        pk__most(pk__most(pk__most(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
+        pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
                  outputs * by_rows),
         sizeof(pk_real));
     tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
@@ -16613,7 +16613,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/contraction.h: implementation */
+/* pathkernel/features/product.h: implementation */
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -16632,7 +16632,7 @@ static size_t pk__columns_at_once(void)
 /* Of the panels of a block, those from column on. */
 static pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
 {
-    const pk__panels own = {pk__blocks(pk__least(pk__columns_at_once(), block - column), PK_PANEL),
+    const pk__panels own = {pk__blocks(pk__min(pk__columns_at_once(), block - column), PK_PANEL),
                             pk__first_panel(panels, features, column), PK_PANEL, features * PK_PANEL, 0};
     return own;
 }
@@ -16646,7 +16646,7 @@ static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_
     pk__panels own = pk__panels_at(panels, features, column, block);
     own.ahead = next < block ? features * pk__columns_at_once() : 0;
 #if defined(__GNUC__)
-    const size_t rows = own.ahead && !PK__HAS_AVX512 ? pk__least(features, 128) : 0;
+    const size_t rows = own.ahead && !PK__HAS_AVX512 ? pk__min(features, 128) : 0;
     for (size_t p = 0; p < rows; p++)
         __builtin_prefetch(panels + next * features + p * PK_PANEL);
 #endif
@@ -16675,7 +16675,7 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
             const pk__panels b = pk__fetch_panels(panels, depth, column, block);
             part.to = target->to + column;
             part.other = target->other ? target->other + column : NULL;
-            pk__panel_product(pk__least(most, rows - first), depth, a + first * depth, depth, 1, &b,
+            pk__panel_product(pk__min(most, rows - first), depth, a + first * depth, depth, 1, &b,
                               start ? start + first : NULL, &part);
         }
     }
@@ -16718,7 +16718,7 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
     const pk_real *input_panels = pk__first_panel(examples->input[layer], positions * in, first);
     const pk_real *cotangent_panels = pk__first_panel(examples->cotangent[layer], positions * out, first);
     for (size_t p = 0; p < points->count; p += together) {
-        const size_t count = pk__least(together, points->count - p), pairs = count * positions;
+        const size_t count = pk__min(together, points->count - p), pairs = count * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
         for (size_t i = 0; i < count; i++)
             pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
@@ -16870,7 +16870,7 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
             const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
             tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
-                const size_t count = pk__least(PK__HEAD_PART, units - j);
+                const size_t count = pk__min(PK__HEAD_PART, units - j);
                 pk__panel_sums(count, last - p, slopes + j, 2 * out, &left, b.first, b.apart, unit_row + j,
                                tangent->sums);
                 pk__panel_product(outputs, count, weights + j, 2 * out, 1, &sums, NULL, &tile);
@@ -17003,7 +17003,7 @@ PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
     if (examples && examples->count)
         pk__prepare_layers(tangent, points);
     for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
-        const size_t block = pk__least(PK_EXAMPLE_BLOCK, examples->count - first);
+        const size_t block = pk__min(PK_EXAMPLE_BLOCK, examples->count - first);
         int filled = 0;
         for (size_t i = 0; i < layers; i++) {
             const size_t l = (i + layers - 1) % layers; /* the last one first: it may set the tile */
@@ -17027,7 +17027,7 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
     const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
-    double points = (double)tangent->integrator.points_last / (double)pk__most(tangent->rows, 1);
+    double points = (double)tangent->integrator.points_last / (double)pk__max(tangent->rows, 1);
     /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
     double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
     double headed = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
@@ -17064,7 +17064,7 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
                 target.to = tile + k * PK_TILE_LD + column;
                 for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
                     target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
-                    pk__panel_product(pk__least(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
+                    pk__panel_product(pk__min(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
                                       biases ? biases + k * bias_stride + j : NULL, &target);
                 }
             }
@@ -17089,7 +17089,7 @@ PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t ou
 
 PK__END_CODE
 
-/* pathkernel/tangent.h: implementation */
+/* pathkernel/features/integral.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -17156,7 +17156,7 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
         for (size_t j = 0; j < in; j++)
             tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
     for (size_t k = 0; k < chosen; k += tangent->unit)
-        pk__gemm(1, 0, pk__least(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
+        pk__gemm(1, 0, pk__min(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
                  tangent->weighted, in, !fresh, phi + k * out * in, in);
     if (pk__has_bias(node)) {
         pk_real *bias = phi + chosen * out * in;
@@ -17221,7 +17221,7 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
     const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
                  out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
     for (size_t p = 0, last; p < points->count; p = last) {
-        last = pk__least(pk__row_end(points, p), p + most);
+        last = pk__min(pk__row_end(points, p), p + most);
         const size_t pairs = (last - p) * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in;
         for (size_t i = p; i < last; i++) {
@@ -17408,7 +17408,7 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
     size_t first = 0;
     do {
         pk_points part = *points;
-        part.count = pk__least(tangent->reverse_points, points->count - first);
+        part.count = pk__min(tangent->reverse_points, points->count - first);
         part.row += first;
         part.t += first;
         part.weight += first;
@@ -17531,7 +17531,7 @@ PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t
 
 PK__END_CODE
 
-/* pathkernel/decomposition.h: implementation */
+/* pathkernel/attribution/decomposition.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -17550,7 +17550,7 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
             at--;
         if (at == wanted)
             continue;
-        found = pk__least(found + 1, wanted);
+        found = pk__min(found + 1, wanted);
         memmove(indices + at + 1, indices + at, (found - at - 1) * sizeof *indices);
         indices[at] = i;
     }
@@ -17681,7 +17681,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/window.h: implementation */
+/* pathkernel/attribution/steps.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -17702,9 +17702,9 @@ PK_API void pk_window_begin(const pk_run *run, pk_window *window)
     for (size_t s = 0; s < run->steps; s++) {
         pk_batch batch;
         pk_run_batch(run, s, &batch);
-        window->largest_batch = pk__most(window->largest_batch, batch.count);
+        window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
-    window->lanes = pk__most(1, pk__least(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
+    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
     window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
@@ -17801,7 +17801,7 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk_example_workspace measured;
-        pk_example_workspace_take(arena, graph, pk__most(1, pk__least(window->largest_batch, PK_EXAMPLE_BLOCK)),
+        pk_example_workspace_take(arena, graph, pk__max(1, pk__min(window->largest_batch, PK_EXAMPLE_BLOCK)),
                                   window->workspaces ? &window->workspaces[w] : &measured);
         if (window->seconds)
             window->seconds[w] = 0;
@@ -17861,7 +17861,7 @@ static void pk__fill_window(pk_context *context, pk_window *window)
                each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
-        for (size_t b = lane * each; b < pk__least(blocks, (lane + 1) * each); b++) {
+        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
             pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
                              &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
             if (window->magnitudes)
@@ -18010,7 +18010,7 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     PK__PARALLEL(team)
     for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
         pk__recompute_updates(window, part * PK__STATE_PART,
-                              pk__least(PK__STATE_PART, P - part * PK__STATE_PART), advance,
+                              pk__min(PK__STATE_PART, P - part * PK__STATE_PART), advance,
                               window->update + (size_t)pk__thread() * PK__STATE_PART);
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
@@ -18029,7 +18029,7 @@ static pk_status pk__advance_window(pk_context *context, pk_window *window, size
 {
     const size_t first = index * window->capacity;
     window->advanced++;
-    return pk__prepare_window(context, window, first, pk__least(window->capacity, window->run->steps - first),
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
                               1);
 }
 
@@ -18093,7 +18093,7 @@ PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t 
     const size_t first = index * window->capacity;
     if (status)
         return status;
-    return pk__prepare_window(context, window, first, pk__least(window->capacity, window->run->steps - first),
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
                               0);
 }
 
@@ -18101,7 +18101,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/plan.h: implementation */
+/* pathkernel/attribution/plan.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
@@ -18169,7 +18169,7 @@ PK__COLD_BEGIN
 /* A layer's outputs come in parts of a unit that stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
-    return pk__most(1, pk__least(unit, ((size_t)1 << 12) / node->weight_count));
+    return pk__max(1, pk__min(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
@@ -18207,7 +18207,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        largest = pk__most(largest, pk__part_outputs(node, job->unit) * node->weight_count);
+        largest = pk__max(largest, pk__part_outputs(node, job->unit) * node->weight_count);
     }
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
@@ -18297,7 +18297,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     const double passes = (double)plan->passes;
     const double gradients =
         6 * P * items * pk__flop_seconds * factor *
-        pk__idle(pk__least(plan->window, pk__most(run->steps, 1)) * job->window.lanes, plan->threads);
+        pk__idle(pk__min(plan->window, pk__max(run->steps, 1)) * job->window.lanes, plan->threads);
     const double visit = gradients + P * steps * pk__update_seconds,
                  advance = gradients + P * steps * pk__advance_seconds;
     const double idle = pk__idle(blocks, plan->threads);
@@ -18332,7 +18332,7 @@ static int pk__consider(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (choice->best.threads && !(plan->seconds < choice->best.seconds))
         return 1;
     plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
-    choice->least = pk__least(choice->least, plan->bytes);
+    choice->least = pk__min(choice->least, plan->bytes);
     if (plan->bytes > choice->available)
         return 0;
     if (!choice->best.threads || plan->bytes <= choice->best.bytes ||
@@ -18344,13 +18344,13 @@ static int pk__consider(pk__job *job, pk__choice *choice, pk_plan *plan)
 /* The next of the numbers 1, 2, 3, 4, 5, 6, 8, 10, 12, 15 ... up to last; 0 after it. */
 static size_t pk__next_size(size_t size, size_t last)
 {
-    return size >= last ? 0 : pk__least(size + 1 + size / 5, last);
+    return size >= last ? 0 : pk__min(size + 1 + size / 5, last);
 }
 
 /* Threads, rows, outputs and window are set: chooses the states that are kept. */
 static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
 {
-    const size_t windows = pk__blocks(pk__most(job->run->steps, 1), plan->window);
+    const size_t windows = pk__blocks(pk__max(job->run->steps, 1), plan->window);
     const size_t vectors = job->reverse ? job->window.state_vectors : 0;
     plan->stride = 1;
     plan->spare = 0;
@@ -18363,7 +18363,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (choice->best.threads && !(plan->seconds < choice->best.seconds))
         return;
     /* With three states a run of any length is decomposed in tolerable time, with fewer it is not. */
-    const size_t fewest = pk__least(3, windows - 1);
+    const size_t fewest = pk__min(3, windows - 1);
     plan->stride = windows;
     plan->spare = fewest;
     if (!pk__consider(job, choice, plan))
@@ -18375,13 +18375,13 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     size_t states = fewest;
     plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
     if (choice->available > plan->bytes + 256) /* what the pieces are rounded up to */
-        states += pk__least((choice->available - plan->bytes - 256) / (state + sizeof(size_t)), windows);
+        states += pk__min((choice->available - plan->bytes - 256) / (state + sizeof(size_t)), windows);
     for (size_t stride = 1; stride; stride = pk__next_size(stride, windows)) {
         const size_t kept = (windows - 1) / stride;
         if (kept > states)
             continue;
         plan->stride = stride;
-        plan->spare = pk__least(states - kept, stride - 1);
+        plan->spare = pk__min(states - kept, stride - 1);
         (void)pk__consider(job, choice, plan);
         if (stride == 1)
             break;
@@ -18393,18 +18393,18 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
 static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int whole)
 {
     static const size_t windows[] = {32, 64, 24, 16, 12, 8, 6, 4, 3, 2, 1, 128, 256, 512};
-    const size_t steps = pk__most(job->run->steps, 1), rows = choice->rows,
+    const size_t steps = pk__max(job->run->steps, 1), rows = choice->rows,
                  blocks = pk__blocks(rows, job->block);
     const size_t units = pk__blocks(job->outputs, job->unit);
-    const size_t tasks = pk__most(blocks, job->window.lanes * pk__least(steps, windows[0]));
-    const size_t all_threads = pk__least((size_t)pk_threads(job->context), tasks);
+    const size_t tasks = pk__max(blocks, job->window.lanes * pk__min(steps, windows[0]));
+    const size_t all_threads = pk__min((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);
     /* Where nothing has to be saved: */
     plan.threads = all_threads;
-    plan.rows = pk__least(rows, most * job->block);
+    plan.rows = pk__min(rows, most * job->block);
     plan.outputs = job->outputs;
-    plan.window = pk__least(windows[0], steps);
+    plan.window = pk__min(windows[0], steps);
     plan.stride = 1;
     if (pk__consider(job, choice, &plan) && !whole)
         return;
@@ -18414,9 +18414,9 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
                 for (size_t passes = pk__blocks(blocks, most); passes; passes = pk__next_size(passes, blocks)) {
                     if (i && windows[i] >= 2 * steps)
                         continue;
-                    plan.outputs = pk__least(job->outputs, pk__blocks(units, slices) * job->unit);
-                    plan.rows = pk__least(rows, pk__blocks(blocks, passes) * job->block);
-                    plan.window = pk__least(windows[i], steps);
+                    plan.outputs = pk__min(job->outputs, pk__blocks(units, slices) * job->unit);
+                    plan.rows = pk__min(rows, pk__blocks(blocks, passes) * job->block);
+                    plan.window = pk__min(windows[i], steps);
                     pk__choose_states(job, choice, &plan);
                 }
 }
@@ -18429,7 +18429,7 @@ PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, 
 {
     const size_t limit = job->context ? job->context->memory_limit : 0,
                  held = job->context ? job->context->memory_used : 0, blocks = pk__blocks(rows, job->block);
-    const size_t most = pk__least(
+    const size_t most = pk__min(
         blocks, job->options->rows_at_once ? pk__blocks(job->options->rows_at_once, job->block) : blocks);
     size_t results = 0;
     pk__choice choice;
@@ -18473,7 +18473,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->outputs = pk_readout_count(&options->readout, run->graph.output_width);
     job->tolerance = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
-    job->target = 1e-3 * job->tolerance / sqrt((double)pk__most(run->steps, 1));
+    job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
     pk_gauss_table(job->gauss_nodes, job->gauss_weights);
     pk_window_begin(run, &job->window);
     job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
@@ -18490,11 +18490,11 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
-        pk__least(pk_tangent_block(&run->graph, job->outputs), pk__blocks(pk__most(inputs.rows, 1), 16));
+        pk__min(pk_tangent_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
-        job->block = pk__most(
-            1, pk__least(job->block, ((size_t)1 << 20) / pk__most(1, job->outputs * run->graph.parameters)));
+        job->block = pk__max(
+            1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.parameters)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
@@ -18502,7 +18502,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/decompose.h: implementation */
+/* pathkernel/attribution/decompose.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -18636,7 +18636,7 @@ static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j
     const size_t examples = worker->job->window.batches[j].count;
     for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK)
         pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first,
-                                pk__least(PK_EXAMPLE_BLOCK, examples - first),
+                                pk__min(PK_EXAMPLE_BLOCK, examples - first),
                                 pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + part->first * PK_TILE_LD);
 }
 
@@ -18648,7 +18648,7 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     const pk_batch *batch = &job->window.batches[j];
     worker->tangent.examples = &job->window.magnitudes[j];
     for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
-        const size_t count = pk__least(PK_EXAMPLE_BLOCK, batch->count - first);
+        const size_t count = pk__min(PK_EXAMPLE_BLOCK, batch->count - first);
         pk__clear_tile(part->count, count, worker->bound_tile);
         pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
                                 worker->bound_tile);
@@ -18735,9 +18735,9 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
     const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
     const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
     for (size_t unit = job->first_output; unit < last; unit += job->unit) {
-        const size_t end = pk__least(unit + job->unit, last);
+        const size_t end = pk__min(unit + job->unit, last);
         for (part.first = unit; part.first < end; part.first += part.count) {
-            part.count = pk__least(each, end - part.first);
+            part.count = pk__min(each, end - part.first);
             pk__materialised_part(worker, &part, j, carry);
         }
     }
@@ -18751,7 +18751,7 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
     const double start = pk__seconds();
     for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
         pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
-        const size_t count = pk__least(PK_EXAMPLE_BLOCK, examples - first);
+        const size_t count = pk__min(PK_EXAMPLE_BLOCK, examples - first);
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, count, tile);
         pk__clear_tile(job->output_count, count, tile);
@@ -18824,7 +18824,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     const size_t P = job->graph->parameters;
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
-    worker->rows = pk__least(job->block, job->part->rows - worker->row);
+    worker->rows = pk__min(job->block, job->part->rows - worker->row);
     tangent->integrator.state = job->row_state + worker->row;
     tangent->integrator.points_last = block->points_last;
     tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
@@ -18880,13 +18880,13 @@ static void pk__fill_gram(pk__job *job)
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk__worker *worker = &job->workers[pk__thread()];
-        size_t first = b * PK_EXAMPLE_BLOCK, count = pk__least(PK_EXAMPLE_BLOCK, N - first);
+        size_t first = b * PK_EXAMPLE_BLOCK, count = pk__min(PK_EXAMPLE_BLOCK, N - first);
         int64_t items[PK_EXAMPLE_BLOCK];
         for (size_t i = 0; i < count; i++)
             items[i] = (int64_t)(first + i);
         pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
         for (size_t row = 0; row < job->part->rows; row += job->block)
-            pk__gemm(0, 1, pk__least(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
+            pk__gemm(0, 1, pk__min(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
                      worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
     }
     pk__team_end(&team);
@@ -18907,7 +18907,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
         pk_tape *tape = &integrator->segment.tape;
-        size_t first = b * job->block, count = pk__least(job->block, rows - first);
+        size_t first = b * job->block, count = pk__min(job->block, rows - first);
         pk_tape_forward(tape, &line, count, job->rows + first * graph->input_width);
         for (size_t r = 0; r < count; r++) {
             pk_readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
@@ -18931,7 +18931,7 @@ static double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
         coarse = weights[p] == (pk_real)(float)weights[p];
     const double epsilon = coarse ? 1.1920929e-7 : 2.220446049250313e-16;
     return fmax(PK_UNATTRIBUTED_LEAST,
-                PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__most(job->run->steps, 1)));
+                PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__max(job->run->steps, 1)));
 }
 
 /* The largest |x|, at least `largest`; numbers that are not finite do not count. */
@@ -19052,7 +19052,7 @@ static void pk__begin_rows(pk__job *job)
             state->height = pk__largest(1, &part->final[i], state->height);
             state->change = pk__largest(1, &change, state->change);
         }
-        state->change /= (double)pk__most(job->run->steps, 1);
+        state->change /= (double)pk__max(job->run->steps, 1);
     }
 }
 
@@ -19096,7 +19096,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     job->next_carry = 0;
     for (size_t i = 0; i < windows; i++) {
         size_t w = job->reverse ? windows - 1 - i : i;
-        size_t first = w * window, count = pk__least(window, steps - first);
+        size_t first = w * window, count = pk__min(window, steps - first);
         pk_status status =
             pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
@@ -19120,7 +19120,7 @@ static pk_status pk__passes(pk__job *job, double done, double share)
     const size_t outputs = job->outputs;
     for (size_t first = 0; first < outputs; first += job->plan.outputs) {
         job->first_output = first;
-        job->output_count = pk__least(job->plan.outputs, outputs - first);
+        job->output_count = pk__min(job->plan.outputs, outputs - first);
         pk_status status = pk__pass(job, done + share * (double)first / (double)outputs,
                                     share * (double)job->output_count / (double)outputs);
         if (status)
@@ -19266,7 +19266,7 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     pk_status status =
         job->window.stride && job->run->steps ? pk_window_save_states(job->context, &job->window) : PK_OK;
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
-        size_t count = pk__least(job->plan.rows, rows - first);
+        size_t count = pk__min(job->plan.rows, rows - first);
         pk_decomposition part;
         if (callback) {
             part = *whole;
@@ -19427,7 +19427,7 @@ PK__COLD_END
 
 PK__END_CODE
 
-/* pathkernel/kernel.h: implementation */
+/* pathkernel/kernels/kernel.h: implementation */
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -19588,7 +19588,7 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
     const pk__gram_rows *from = &sides[part >= first];
     const size_t skipped = (part < first ? part : part - first) * gram->part;
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
-                 rows = pk__least(gram->part, from->rows - skipped);
+                 rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
     const pk_line line = {gram->weights, NULL, NULL};
     pk_arena arena = pk__gram_arena(gram, lane);
@@ -19613,7 +19613,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t width = gram->graph->input_width, own = pk__blocks(side->rows, gram->sweep);
     const pk__gram_side *to = pass < own ? side : other;
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
-    const pk__gram_rows sides[2] = {{to, at, pk__least(gram->sweep, to->rows - at)},
+    const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
     const pk_line line = {gram->weights, NULL, NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
@@ -19679,9 +19679,9 @@ static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, p
                  depth = layer->depth, ld = columns * kept;
     for (size_t p = 0, together; p < rows * positions; p += together) {
         /* Places of one row. */
-        together = pk__least(layer->places, positions - p % positions);
+        together = pk__min(layer->places, positions - p % positions);
         for (size_t j = 0; j < columns; j += layer->examples) {
-            const size_t count = pk__least(layer->examples, columns - j), across = count * positions;
+            const size_t count = pk__min(layer->examples, columns - j), across = count * positions;
             pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
                      lane->left, across);
             pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
@@ -19780,7 +19780,7 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
     const int half = x == y, workers = gram->threads;
     const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
     for (size_t start = 0; start < tiles; start += most) {
-        const size_t end = start + pk__least(most, tiles - start);
+        const size_t end = start + pk__min(most, tiles - start);
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
         if (status)
             return status;
@@ -19797,11 +19797,11 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
                     j -= i + 1;
             }
             i *= gram->tile, j *= gram->tile;
-            const size_t rows = pk__least(gram->tile, x->rows - i),
-                         columns = pk__least(gram->tile, y->rows - j);
+            const size_t rows = pk__min(gram->tile, x->rows - i),
+                         columns = pk__min(gram->tile, y->rows - j);
             pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
             size_t *bad = &gram->bad[pk__thread()];
-            *bad = pk__least(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
+            *bad = pk__min(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
         }
         pk__team_end(&team);
         gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
@@ -19839,8 +19839,8 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     layer->depth = node->fan_out * group;
     if (layer->form == PK__GRAM_PLACES) {
         const size_t row = node->positions * kept;
-        layer->places = pk__most(1, pk__least(node->positions, room / row / kept));
-        layer->examples = pk__most(1, room / row / kept / layer->places);
+        layer->places = pk__max(1, pk__min(node->positions, room / row / kept));
+        layer->examples = pk__max(1, room / row / kept / layer->places);
     }
 }
 
@@ -19858,7 +19858,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->tile = 64;
     while (gram->tile > 1 && gram->tile * kept > 128)
         gram->tile /= 2;
-    while (gram->tile > (kept > 1 ? 8 : 16) && pk__most(rows, columns) < 2 * gram->tile)
+    while (gram->tile > (kept > 1 ? 8 : 16) && pk__max(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
     /* Every pass reads all weights: many rows. A pass back has as many rows of cotangents as there are outputs: fewer, which
      * stay in the second-level cache. */
@@ -19870,7 +19870,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
         gram->part /= 2;
     gram->together = all <= gram->sweep;
-    gram->unit = pk__most(gram->tile, gram->sweep);
+    gram->unit = pk__max(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -19882,8 +19882,8 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         gram->numbers = layer->right_at + layer->right;
         gram->layers++;
         const size_t pairs = layer->places * layer->examples * layer->node->positions;
-        gram->left = pk__most(gram->left, pairs);
-        gram->right = pk__most(gram->right, pairs * kept * kept);
+        gram->left = pk__max(gram->left, pairs);
+        gram->right = pk__max(gram->right, pairs * kept * kept);
     }
     pk_arena arena = {NULL, 0, 0, 0};
     pk__gram_lane lane;
@@ -19904,19 +19904,19 @@ static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows
                  used = context ? context->memory_used : 0;
     const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
     const int whole = gram->symmetric && x <= unit;
-    const size_t least = pk__least(x, unit) + (whole ? 0 : pk__least(y, unit));
+    const size_t least = pk__min(x, unit) + (whole ? 0 : pk__min(y, unit));
     const size_t rows = least * row + other;
-    size_t room = limit ? limit - pk__least(used, limit) : rows + ((size_t)1 << 30);
+    size_t room = limit ? limit - pk__min(used, limit) : rows + ((size_t)1 << 30);
     const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
                         2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
     size_t threads = (size_t)pk_threads(context), bytes = 0;
-    threads = work / 1048576 < (double)threads ? pk__most(1, (size_t)(work / 1048576)) : threads;
+    threads = work / 1048576 < (double)threads ? pk__max(1, (size_t)(work / 1048576)) : threads;
     /* No more than the tiles, the passes back, or what an operation is cut into. */
     size_t tasks = 0;
     if (!pk__multiply(pk__blocks(x, gram->tile), pk__blocks(y, gram->tile), &tasks))
         tasks = threads;
-    tasks = pk__most(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
-    threads = pk__least(threads, pk__most(tasks, PK__OPERATION_TILES));
+    tasks = pk__max(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
+    threads = pk__min(threads, pk__max(tasks, PK__OPERATION_TILES));
     if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
         return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
     if (!limit)
@@ -19936,10 +19936,10 @@ static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows
     if (x <= capacity && *y_rows <= capacity - x)
         return PK_OK;
     /* One side as a whole, or most of the memory for x. */
-    *y_rows = y <= capacity - pk__least(x, unit) && !gram->symmetric
+    *y_rows = y <= capacity - pk__min(x, unit) && !gram->symmetric
                   ? y
-                  : pk__least(y, pk__most(unit, capacity / 4 / unit * unit));
-    *x_rows = pk__least(x, pk__most(unit, (capacity - *y_rows) / unit * unit));
+                  : pk__min(y, pk__max(unit, capacity / 4 / unit * unit));
+    *x_rows = pk__min(x, pk__max(unit, (capacity - *y_rows) / unit * unit));
     return PK_OK;
 }
 
@@ -19954,14 +19954,14 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
         if (status)
             return status;
-        x->rows = pk__least(x->capacity, rows - x->first);
+        x->rows = pk__min(x->capacity, rows - x->first);
         pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
         if (gram->symmetric || whole)
             status = pk__gram_pairs(gram, x, whole ? y : x);
         /* Of a symmetric kernel the blocks below the diagonal. */
         const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
         for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
-            y->rows = pk__least(y->capacity, end - y->first);
+            y->rows = pk__min(y->capacity, end - y->first);
             pk__gram_fill(gram, y, NULL);
             status = pk__gram_pairs(gram, x, y);
         }
@@ -19995,7 +19995,7 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
             gram->bad[t] = SIZE_MAX;
         status = pk__gram_blocks(gram, x, y);
         for (int t = 0; t < gram->threads; t++)
-            pair = pk__least(pair, gram->bad[t]);
+            pair = pk__min(pair, gram->bad[t]);
         if (!status && pair != SIZE_MAX)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
                               gram->name, pair / y->inputs.rows, pair % y->inputs.rows);

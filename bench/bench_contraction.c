@@ -21,8 +21,8 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define PATHKERNEL_IMPLEMENTATION
-#include "pathkernel/network.h"
-#include "pathkernel/tangent.h"
+#include "pathkernel/network/language.h"
+#include "pathkernel/features/integral.h"
 #include "bench.h"
 #include <float.h>
 
@@ -70,7 +70,7 @@ static void add_materialised(const job *j, block *b)
         for (size_t r = 0; b->tangent.integrated[l] && r < b->count; r++) {
             pk_tangent_row_phi(&b->tangent, l, r, 0, j->outputs, b->phi);
             for (size_t first = 0; first < j->batch; first += PK_EXAMPLE_BLOCK) {
-                size_t count = pk__least(j->batch - first, PK_EXAMPLE_BLOCK);
+                size_t count = pk__min(j->batch - first, PK_EXAMPLE_BLOCK);
                 pk_real *tile = b->tangent.tile;
                 memset(tile, 0, j->outputs * PK_TILE_LD * sizeof *tile);
                 pk_tangent_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
@@ -128,7 +128,7 @@ static void naive_gradient(const job *j, long double t, const pk_real *x, size_t
 {
     const size_t width[LAYERS + 1] = {INPUTS, j->width, j->width, j->outputs};
     long double *value[LAYERS + 1], *delta, *below;
-    size_t widest = pk__most(pk__most(j->width, INPUTS), j->outputs), offset = 0;
+    size_t widest = pk__max(pk__max(j->width, INPUTS), j->outputs), offset = 0;
     delta = extended(widest);
     below = extended(widest);
     value[0] = extended(INPUTS);

@@ -18,8 +18,8 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define PATHKERNEL_IMPLEMENTATION
-#include "pathkernel/kernel.h"
-#include "pathkernel/network.h"
+#include "pathkernel/kernels/kernel.h"
+#include "pathkernel/network/language.h"
 #include "bench.h"
 #include <float.h>
 
@@ -55,7 +55,7 @@ static double flops_of(const job *j)
     double flops = 0;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        const double places = (double)pk__most(node->positions, 1), weights = (double)node->weight_count;
+        const double places = (double)pk__max(node->positions, 1), weights = (double)node->weight_count;
         const double in = (double)node->fan_in, out = (double)node->fan_out * outputs / kept;
         const double by_rows = 2 * kept * outputs * weights;
         const double factored =

@@ -15,7 +15,7 @@
  * Exit status 1 where a number has other bits; a time never fails.
  */
 #include "bench_run.h"
-#include "pathkernel/kernel.h"
+#include "pathkernel/kernels/kernel.h"
 #include <signal.h>
 #include <sys/wait.h>
 

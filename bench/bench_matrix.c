@@ -11,7 +11,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define PATHKERNEL_IMPLEMENTATION
-#include "pathkernel/matrix.h"
+#include "pathkernel/math/matrix.h"
 #include "bench.h"
 #include <float.h>
 

@@ -9,9 +9,9 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define PATHKERNEL_IMPLEMENTATION
-#include "pathkernel/decompose.h"
-#include "pathkernel/network.h"
-#include "pathkernel/train.h"
+#include "pathkernel/attribution/decompose.h"
+#include "pathkernel/network/language.h"
+#include "pathkernel/run/train.h"
 #include "bench.h"
 #include <unistd.h>
 

@@ -23,9 +23,9 @@ static const char *text = "C:\\a\\;b[0];]"; /* odd brackets: ] [ [ */
 ]==])
 set(posix "#if defined(PATHKERNEL_IMPLEMENTATION)\n#define _POSIX_C_SOURCE 200809L\n#endif")
 
-function(write_module module upper head declarations implementation)
+function(write_module module name upper head declarations implementation)
     file(WRITE "${WORK}/include/pathkernel/${module}.h"
-        "/* ${module}: top; [comment */\n#ifndef PATHKERNEL_${upper}_H\n#define PATHKERNEL_${upper}_H\n${head}\n"
+        "/* ${name}: top; [comment */\n#ifndef PATHKERNEL_${upper}_H\n#define PATHKERNEL_${upper}_H\n${head}\n"
         "/* >>> declarations */\n${declarations}/* <<< declarations */\n#endif\n\n"
         "#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_${upper}_IMPLEMENTED)\n"
         "#define PATHKERNEL_${upper}_IMPLEMENTED\n"
@@ -34,10 +34,11 @@ endfunction()
 
 function(reset)
     file(REMOVE_RECURSE "${WORK}")
-    file(WRITE "${WORK}/cmake/modules.txt" "# a comment; with [ signs\nstatus\nalpha\n")
+    file(WRITE "${WORK}/cmake/modules.txt" "# a comment; with [ signs\nbase/status\nbase/alpha\nover/gamma\n")
     file(WRITE "${WORK}/include/pathkernel/overview.txt" "made: a;b [c] \\;\n\nEND\n")
-    write_module(status STATUS "\n${posix}\n" "int one;\n" "")
-    write_module(alpha ALPHA "#include \"status.h\"\n" "${declared}" "${implemented}")
+    write_module(base/status status STATUS "\n${posix}\n" "int one;\n" "")
+    write_module(base/alpha alpha ALPHA "#include \"status.h\"\n" "${declared}" "${implemented}")
+    write_module(over/gamma gamma GAMMA "#include \"../base/alpha.h\"\n" "int three;\n" "")
 endfunction()
 
 function(generate result output)
@@ -61,12 +62,12 @@ endfunction()
 
 # Replaces text in the second module.
 function(edit old new)
-    file(READ "${WORK}/include/pathkernel/alpha.h" text)
+    file(READ "${WORK}/include/pathkernel/base/alpha.h" text)
     string(REPLACE "${old}" "${new}" changed "${text}")
     if(changed STREQUAL text)
         message(FATAL_ERROR "the test's own edit of `${old}` changes nothing")
     endif()
-    file(WRITE "${WORK}/include/pathkernel/alpha.h" "${changed}")
+    file(WRITE "${WORK}/include/pathkernel/base/alpha.h" "${changed}")
 endfunction()
 
 reset()
@@ -80,11 +81,13 @@ file(WRITE "${WORK}/expected.h"
     "${posix}\n\n#ifndef PATHKERNEL_H\n#define PATHKERNEL_H\n"
     "\n/* status: top; [comment */\nint one;\n"
     "\n/* alpha: top; [comment */\n${declared}"
+    "\n/* gamma: top; [comment */\nint three;\n"
     "\n#endif /* PATHKERNEL_H */\n\n"
     "#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_IMPLEMENTED)\n"
     "#define PATHKERNEL_IMPLEMENTED\n"
-    "\n/* pathkernel/status.h: implementation */\n"
-    "\n/* pathkernel/alpha.h: implementation */\n${implemented}"
+    "\n/* pathkernel/base/status.h: implementation */\n"
+    "\n/* pathkernel/base/alpha.h: implementation */\n${implemented}"
+    "\n/* pathkernel/over/gamma.h: implementation */\n"
     "\n#endif /* PATHKERNEL_IMPLEMENTATION */\n")
 execute_process(COMMAND "${CMAKE_COMMAND}" -E compare_files "${WORK}/pathkernel.h" "${WORK}/expected.h"
     RESULT_VARIABLE code)
@@ -126,6 +129,19 @@ reset()
 edit("#include \"status.h\"\n" "#include \"beta.h\"\n")
 expect_refusal("an include that is not above" "only includes of modules above it")
 reset()
+edit("#include \"status.h\"\n" "#include \"../over/gamma.h\"\n")
+expect_refusal("an include that goes up" "only includes of modules above it")
+reset()
+edit("#include \"status.h\"\n" "#include \"../base/status.h\"\n")
+expect_refusal("a way around to the own folder" "only includes of modules above it")
+reset()
+file(WRITE "${WORK}/cmake/modules.txt" "base/status\nover/gamma\nbase/alpha\n")
+write_module(over/gamma gamma GAMMA "" "" "")
+expect_refusal("a folder in two pieces" "base/alpha stands apart from the other files of base/")
+reset()
+file(APPEND "${WORK}/cmake/modules.txt" "alone\n")
+expect_refusal("a module without a folder" "`alone` is not folder/file")
+reset()
 edit("#include \"status.h\"\n" "#include \"status.h\"\nint lost;\n")
 expect_refusal("code before the declarations" "only includes of modules above it")
 reset()
@@ -144,7 +160,7 @@ reset()
 file(WRITE "${WORK}/include/pathkernel/overview.txt" "ends */ here\n")
 expect_refusal("comment end in the overview" "would end the comment")
 reset()
-file(APPEND "${WORK}/cmake/modules.txt" "beta\n")
+file(APPEND "${WORK}/cmake/modules.txt" "over/beta\n")
 expect_refusal("a missing module" "beta.h is listed in cmake/modules.txt, but is not there")
 file(REMOVE_RECURSE "${WORK}")
 message(STATUS "amalgamate.cmake: byte for byte, and every broken module is refused")

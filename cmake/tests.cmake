@@ -11,8 +11,8 @@ if(NOT PATHKERNEL_EXAMPLES)
 endif()
 
 # ---- tests/test_<name>.c, each with the modules and with the single header.
-set(tests context parallel micro matrix random array dataset graph image convolution_shapes norm sequence network loss
-    autodiff optimizer trajectory replay train segment quadrature tangent plan decompose_exact decompose_options
+set(tests context parallel tile matrix random array dataset graph image convolution_shapes norm sequence language loss
+    derivatives optimizer run revisit train path quadrature integral plan decompose_exact decompose_options
     decompose_image decompose_places decompose_networks decompose_entries scales rough_runs kernel elementary bounds
     allocation stack determinism environment kill program corpus)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)

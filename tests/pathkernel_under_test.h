@@ -2,10 +2,10 @@
 #ifdef PATHKERNEL_TEST_AMALGAM
 #include "pathkernel.h"
 #else
-#include "pathkernel/autodiff.h"
-#include "pathkernel/decompose.h"
-#include "pathkernel/kernel.h"
-#include "pathkernel/train.h"
+#include "pathkernel/training/derivatives.h"
+#include "pathkernel/attribution/decompose.h"
+#include "pathkernel/kernels/kernel.h"
+#include "pathkernel/run/train.h"
 #endif
 
 #include <float.h>

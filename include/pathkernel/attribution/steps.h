@@ -1,0 +1,502 @@
+/* pathkernel/attribution/steps.h: the train side of an attribution: windows of consecutive steps of a run with their
+ * weights, the gradients of their examples, and their updates, recomputed and in linear form.
+ *
+ * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
+ * the results. An optimiser with state is followed forward once, its state kept at the start of every stride-th
+ * window; on the way back to a window between, spare more states are kept where they save most (Griewank and
+ * Walther 2000), so that any number of steps can be visited in reverse with few states.
+ */
+#ifndef PATHKERNEL_STEPS_H
+#define PATHKERNEL_STEPS_H
+#include "../features/integral.h"
+#include "../run/revisit.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+typedef struct pk_window {
+    const pk_run *run;
+    /* Of the run: */
+    size_t parameters, largest_batch, state_vectors;
+    int preconditioned; /* the optimiser scales each parameter on its own */
+    /* The caller's, after pk_window_begin: */
+    pk_representation representation;
+    /* Of the plan: */
+    size_t capacity, windows, threads, lanes;
+    size_t stride, spare;
+    int bounds;
+    /* The steps first .. first + count - 1; step first + j is number j below: */
+    size_t first, count;
+    pk_real *weights;    /* (count + 1) x P */
+    pk_real *direction;  /* count x P: D_s */
+    pk_real *transposed; /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
+    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
+    size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
+    pk_real *preconditioner; /* count x pitch: p_s, or NULL */
+    pk_real *
+        preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    pk_linear_form *forms;
+    pk_batch *batches;
+    pk_examples *examples, *magnitudes; /* magnitudes: see pk_examples_magnitude, or NULL */
+    /* Private: */
+    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
+    pk_real *state, *saved, *update;
+    pk_real *perturbed;          /* 3 P */
+    pk_real *perturbed_weights;  /* with bounds: count x P */
+    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
+    size_t *spare_at;            /* the windows that the spare states stand before, ascending */
+    size_t spare_used, advanced; /* windows gone through only for the state */
+    pk_example_workspace *workspaces;
+    double *seconds; /* a thread's on examples */
+    double seconds_read;
+    pk_replay replay; /* of runs that keep only every k-th step */
+} pk_window;
+
+/* What of a run matters here: reads the batches' sizes. */
+PK_API void pk_window_begin(const pk_run *run, pk_window *window);
+/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
+ * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
+ * what bounds need. */
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                           int bounds, pk_window *window);
+/* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
+ * state before the first and room for spare more. */
+PK_API double pk_window_again(size_t windows, size_t spare);
+/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
+ * flops an example. */
+PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first,
+                                                size_t count);
+/* Goes through the run once and keeps the states. */
+PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
+/* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
+ * state that was kept. Cheap for the window before the one that was visited last, see pk_window_again. */
+PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_STEPS_IMPLEMENTED)
+#define PATHKERNEL_STEPS_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+/* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
+ * each part's vectors one behind the other. */
+enum { PK__STATE_PART = 4096 };
+/* Numbers that are read or updated, at least, where several threads share that. */
+enum { PK__WINDOW_WORTH = 1 << 18 };
+
+PK__COLD_BEGIN
+
+PK_API void pk_window_begin(const pk_run *run, pk_window *window)
+{
+    memset(window, 0, sizeof *window);
+    window->run = run;
+    window->parameters = run->graph.parameters;
+    for (size_t s = 0; s < run->steps; s++) {
+        pk_batch batch;
+        pk_run_batch(run, s, &batch);
+        window->largest_batch = pk__max(window->largest_batch, batch.count);
+    }
+    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
+    window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
+    window->preconditioned = form.preconditioned;
+}
+
+/* Windows that can be visited last to first with states states (the first one's among them) where none is gone
+ * through more than again times: binomial(states + again, again). */
+static double pk__binomial(double states, double again)
+{
+    double reach = again >= 0;
+    for (double k = 1; k <= again; k++)
+        reach = reach * (states + k) / k;
+    return reach;
+}
+
+/* The fewest times that will do: pk__binomial(states, again) >= windows. */
+static double pk__repeats(double windows, double states)
+{
+    double again = 0;
+    for (double reach = 1; reach < windows; reach = reach * (states + again) / again)
+        again++;
+    return again;
+}
+
+PK_API double pk_window_again(size_t windows, size_t spare)
+{
+    const double count = (double)windows, states = (double)spare + 1;
+    if (!spare) /* the formula below, at once */
+        return windows ? count * (count - 1) / 2 : 0;
+    const double again = pk__repeats(count, states);
+    return again * count - pk__binomial(states + 1, again - 1);
+}
+
+/* How far ahead of a state the next one belongs, of windows >= 2 to be visited with states >= 2. */
+static size_t pk__next_state(size_t windows, size_t states)
+{
+    const double count = (double)windows, all = (double)states, again = pk__repeats(count, all);
+    const double most = pk__binomial(all, again - 1), left = count - pk__binomial(all - 1, again - 1);
+    return (size_t)floor((most < left ? most : left) + 0.5);
+}
+
+static size_t pk__states_kept(const pk_window *window)
+{
+    return window->stride ? (window->windows - 1) / window->stride : 0; /* that of window 0 is zero */
+}
+
+PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                           int bounds, pk_window *window)
+{
+    const pk_graph *graph = &window->run->graph;
+    const size_t real = sizeof(pk_real), P = window->parameters;
+    size_t all = 0;
+    window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all))
+        arena->overflow = 1;
+    window->capacity = capacity;
+    window->windows = pk__blocks(window->run->steps, capacity);
+    window->threads = threads;
+    window->stride = window->state_vectors && window->windows ? stride : 0;
+    window->spare = window->stride ? spare : 0;
+    window->spare_used = window->advanced = 0;
+    window->bounds = bounds;
+    window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
+    window->direction = (pk_real *)pk_arena_take(arena, all, real);
+    window->transposed = pk_tape_transposes(graph) ? (pk_real *)pk_arena_take(arena, all, 2 * real) : NULL;
+    window->remainder = (pk_real *)pk_arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    /* Recorded moments are no result of gradients here: they have no error of their own. */
+    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
+    window->preconditioner_error = window->states == 3 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? (pk_real *)pk_arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = (pk_real *)pk_arena_take(arena, bounds ? all : 0, real);
+    window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
+    const size_t states = window->states * window->state_vectors;
+    window->state = (pk_real *)pk_arena_take(arena, states, P * real);
+    window->saved = (pk_real *)pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
+    window->spare_at = (size_t *)pk_arena_take(arena, window->spare, sizeof *window->spare_at);
+    window->update = (pk_real *)pk_arena_take(arena, threads, PK__STATE_PART * real);
+    window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples));
+    window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    for (size_t j = 0; j < capacity && !arena->overflow; j++) {
+        pk_examples measured;
+        pk_examples_take(arena, graph, window->largest_batch, &window->representation,
+                         window->examples ? &window->examples[j] : &measured);
+        if (bounds)
+            pk_examples_take(arena, graph, window->largest_batch, &window->representation,
+                             window->magnitudes ? &window->magnitudes[j] : &measured);
+    }
+    window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
+    for (size_t w = 0; w < threads && !arena->overflow; w++) {
+        pk_example_workspace measured;
+        pk_example_workspace_take(arena, graph, pk__max(1, pk__min(window->largest_batch, PK_EXAMPLE_BLOCK)),
+                                  window->workspaces ? &window->workspaces[w] : &measured);
+        if (window->seconds)
+            window->seconds[w] = 0;
+    }
+}
+
+PK__COLD_END
+
+static pk_status pk__load_window(pk_context *context, pk_window *window, int advance)
+{
+    const size_t P = window->parameters;
+    for (size_t j = 0; j < window->count + !advance; j++) {
+        pk_status status =
+            pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
+        if (status)
+            return status;
+    }
+    const size_t numbers = window->count * P * (!advance && window->transposed ? 4 : 1);
+    pk__team team =
+        pk__team_of(context, numbers >= (size_t)PK__WINDOW_WORTH ? (int)window->threads : 1, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team)) {
+        const pk_real *from = window->weights + j * P;
+        for (size_t i = 0; !advance && i < P; i++)
+            window->direction[j * P + i] = from[P + i] - from[i];
+        if (!advance && window->transposed) {
+            pk_real *to = window->transposed + j * 2 * P;
+            pk_tape_transpose(&window->run->graph, from, to);
+            pk_tape_transpose(&window->run->graph, window->direction + j * P, to + P);
+        }
+        pk_run_batch(window->run, window->first + j, &window->batches[j]);
+        pk_examples_begin(&window->examples[j], &window->batches[j]);
+        if (window->magnitudes) {
+            pk_examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk_examples_perturb(P, from, window->perturbed_weights + j * P);
+        }
+    }
+    pk__team_end(&team);
+    return PK_OK;
+}
+
+PK__COLD_BEGIN
+
+/* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
+static void pk__fill_window(pk_context *context, pk_window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, lanes = window->lanes;
+    const size_t tasks = window->count * lanes;
+    const int threads = (int)window->threads;
+    pk__team team = pk__team_of(context, threads, tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        double start = pk__seconds();
+        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
+               each = pk__blocks(blocks, lanes);
+        pk_real *gradient = window->gradient + task * P;
+        memset(gradient, 0, P * sizeof *gradient);
+        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
+            pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
+                             &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+            if (window->magnitudes)
+                pk_examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                                 window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                 b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
+        }
+        window->seconds[thread] += pk__seconds() - start;
+    }
+    pk__team_end(&team);
+    if (!window->magnitudes)
+        return;
+    team = pk__team_of(context, threads, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
+        pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+    pk__team_end(&team);
+}
+
+static int pk__has_moments(const pk_window *window)
+{
+    return window->preconditioned && window->run->second_moments.data;
+}
+
+PK__COLD_END
+
+/* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
+ * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
+static pk_status pk__read_moments(pk_context *context, pk_window *window, size_t j)
+{
+    const size_t P = window->parameters, step = window->first + j;
+    pk_real *moments = window->preconditioner + j * window->pitch;
+    pk_status status = pk_run_second_moments(context, window->run, step, moments);
+    for (size_t i = 0; !status && i < P; i++)
+        if (moments[i] < 0)
+            status = pk__fail(context, PK_FORMAT, "second_moments.npy: parameter %zu is %g after step %zu", i,
+                              (double)moments[i], step);
+    return status;
+}
+
+/* D_s from its linear form, of count parameters. */
+static void pk__update_from_form(const pk_linear_form *form, double scale, size_t count, const pk_real *p,
+                                 const pk_real *m, const pk_real *gradient, const pk_real *weights,
+                                 pk_real *update)
+{
+    for (size_t i = 0; i < count; i++)
+        update[i] = (pk_real)(-p[i] * (form->enter * m[i] +
+                                       form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
+                              form->decoupled * weights[i]);
+}
+
+/* The updates of the window's steps recomputed from their gradients, of count parameters from first on: u_s, and the
+ * optimiser's linear form; or only its state. */
+static void pk__recompute_updates(pk_window *window, size_t first, size_t count, int advance, pk_real *update)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters;
+    const int recorded = pk__has_moments(window);
+    pk_real *state = window->state_vectors ? window->state + window->state_vectors * first : NULL;
+    for (size_t j = 0; j < window->count; j++) {
+        const size_t step = window->first + j, at = j * P + first;
+        const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
+        const pk_real *weights = window->weights + at;
+        pk_real *gradient = window->gradient + j * window->lanes * P + first;
+        pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
+        pk_linear_form form;
+        for (size_t lane = 1; lane < window->lanes; lane++)
+            for (size_t i = 0; i < count; i++)
+                gradient[i] += gradient[lane * P + i];
+        pk_optimizer_update(&run->optimizer, step, rate, scale, count, weights, gradient, state,
+                            advance || recorded ? NULL : update);
+        if (advance)
+            continue;
+        if (recorded)
+            memcpy(state + (window->state_vectors - 1) * count, p, count * sizeof *p);
+        if (p)
+            pk_optimizer_linear_form(&run->optimizer, step, rate, count, state, &form, p);
+        if (recorded)
+            pk__update_from_form(&form, scale, count, p, state, gradient, weights, update);
+        for (size_t i = 0; i < count; i++)
+            window->remainder[at + i] = window->direction[at + i] - update[i];
+    }
+}
+
+PK__COLD_BEGIN
+
+/* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
+ * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
+ * falls with the gradients' size, and the larger difference to their p is the error. */
+static void pk__perturb_update(pk_window *window, size_t j, int advance)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, step = window->first + j;
+    const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
+    double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
+    double allowance = pk_rounding_allowance(&run->graph);
+    pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
+    pk_real *error = window->preconditioner_error + j * window->pitch;
+    memset(sizes, 0, P * sizeof *sizes);
+    pk_examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    for (int larger = 0; larger < 2; larger++) {
+        pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
+        for (size_t i = 0; i < P; i++) {
+            const double whole = scale * gradient[i] + coupled * weights[i];
+            double change = scale * allowance * sizes[i];
+            if (!larger)
+                change = change < fabs(whole) ? -change : -fabs(whole);
+            perturbed[i] = (pk_real)(gradient[i] + (scale != 0 ? (whole > 0 ? change : -change) / scale : 0));
+        }
+        pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed,
+                            state, NULL);
+        if (advance)
+            continue;
+        pk_linear_form form;
+        pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, p);
+        for (size_t i = 0; i < P; i++) {
+            const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
+            error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
+        }
+    }
+}
+
+static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
+                                    int advance)
+{
+    const size_t P = window->parameters, parts = pk__blocks(P, PK__STATE_PART);
+    double start = pk__seconds();
+    window->first = first;
+    window->count = count;
+    pk_status status = pk__load_window(context, window, advance);
+    if (status)
+        return status;
+    window->seconds_read += pk__seconds() - start;
+    pk__fill_window(context, window);
+    start = pk__seconds();
+    for (size_t j = 0; j < count; j++)
+        pk_optimizer_linear_form(&window->run->optimizer, first + j, window->run->learning_rates[first + j], P,
+                                 NULL, &window->forms[j], NULL);
+    for (size_t j = 0; !advance && pk__has_moments(window) && j < count; j++) {
+        status = pk__read_moments(context, window, j);
+        if (status)
+            return status;
+    }
+    const int worth = count * P * (window->lanes + 1) >= (size_t)PK__WINDOW_WORTH;
+    pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
+    PK__PARALLEL(team)
+    for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
+        pk__recompute_updates(window, part * PK__STATE_PART,
+                              pk__min(PK__STATE_PART, P - part * PK__STATE_PART), advance,
+                              window->update + (size_t)pk__thread() * PK__STATE_PART);
+    pk__team_end(&team);
+    for (size_t j = 0; window->states == 3 && j < count; j++)
+        pk__perturb_update(window, j, advance);
+    window->seconds_read += pk__seconds() - start;
+    return PK_OK;
+}
+
+PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
+{
+    return pk__prepare_window(context, window, first, count, 0);
+}
+
+/* From the state before window number index to the one behind it. */
+static pk_status pk__advance_window(pk_context *context, pk_window *window, size_t index)
+{
+    const size_t first = index * window->capacity;
+    window->advanced++;
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
+                              1);
+}
+
+PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    const size_t last = pk__states_kept(window) * window->stride;
+    memset(window->state, 0, numbers * sizeof(pk_real));
+    for (size_t w = 0; w < last; w++) {
+        pk_status status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
+        if (!status)
+            status = pk__advance_window(context, window, w);
+        if (status)
+            return status;
+        if ((w + 1) % window->stride == 0)
+            memcpy(window->saved + ((w + 1) / window->stride - 1) * numbers, window->state,
+                   numbers * sizeof(pk_real));
+    }
+    return PK_OK;
+}
+
+/* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
+static pk_status pk__find_state(pk_context *context, pk_window *window, size_t index)
+{
+    const size_t numbers = window->states * window->state_vectors * window->parameters;
+    const size_t kept = index / window->stride;
+    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
+    size_t from = kept * window->stride;
+    while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
+        window->spare_used--;
+    if (window->spare_used && window->spare_at[0] < from)
+        window->spare_used = 0; /* of another part of the run */
+    const pk_real *nearest = kept ? window->saved + (kept - 1) * numbers : NULL;
+    if (window->spare_used) {
+        from = window->spare_at[window->spare_used - 1];
+        nearest = spare + (window->spare_used - 1) * numbers;
+    }
+    if (nearest)
+        memcpy(window->state, nearest, numbers * sizeof(pk_real));
+    else
+        memset(window->state, 0, numbers * sizeof(pk_real));
+    while (from < index) {
+        const size_t room = window->spare - window->spare_used;
+        const size_t next = room ? from + pk__next_state(index + 1 - from, room + 1) : index;
+        for (; from < next; from++) {
+            pk_status status = pk__advance_window(context, window, from);
+            if (status)
+                return status;
+        }
+        if (room) {
+            memcpy(spare + window->spare_used * numbers, window->state, numbers * sizeof(pk_real));
+            window->spare_at[window->spare_used++] = from;
+        }
+    }
+    return PK_OK;
+}
+
+PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index)
+{
+    pk_status status = window->stride ? pk__find_state(context, window, index) : PK_OK;
+    const size_t first = index * window->capacity;
+    if (status)
+        return status;
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
+                              0);
+}
+
+PK__COLD_END
+
+PK__END_CODE
+/* <<< implementation */
+#endif

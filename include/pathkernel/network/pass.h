@@ -1,0 +1,615 @@
+/* pathkernel/network/pass.h: autodiff. A tape is the memory of one batch going through a graph: forward, reverse, tangent.
+ *
+ * Everything here also works along a line w + t d with an own t for each row (pk_line): an operation that is linear in
+ * its weights gives
+ *     F(w + t d, a) = F(w, a) + t F(d, a),
+ * so that rows with their own t need no own weights, only two calls for the whole batch.
+ */
+#ifndef PATHKERNEL_PASS_H
+#define PATHKERNEL_PASS_H
+#include "graph.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+/* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
+typedef struct pk_line {
+    const pk_real *weights, *direction;
+    const pk_real *t;
+} pk_line;
+
+/* The memory of one batch. value[n] is rows x width, cotangent[n] rows x copies x width, tangent[n]
+ * rows x width; value[0] points to the caller's inputs. */
+typedef struct pk_tape {
+    const pk_graph *graph;
+    size_t rows, copies; /* capacity */
+    int threads;         /* for each operation; 0: one */
+    pk_context *context; /* of the caller, where there are several threads; NULL */
+    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
+    pk_real **value, **cotangent, **tangent;
+    pk_real *scratch, *line_scratch, *row_weights;
+    const pk_real *
+        transposed; /* the caller's: pk_tape_transpose of the line's weights, and behind it of its direction; NULL */
+    pk_line line; /* of the last reverse */
+} pk_tape;
+
+/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape);
+/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
+ * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape);
+/* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
+PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
+/* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
+ * on the same line; seeds (rows x copies x output width) stand in pk_tape_seed(). */
+PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies);
+/* tangent[n] = d value[n] along the line's direction, at each row's t: a Jacobian-vector product. */
+PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
+/* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
+PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
+PK_API pk_real *pk_tape_output(const pk_tape *tape);
+PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
+ * what is behind a last dense layer its weights. */
+PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows);
+
+/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
+PK_API int pk_tape_transposes(const pk_graph *graph);
+/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
+PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
+
+/* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
+ * outputs must not overlap inputs. Cost 2 P rows flops. */
+PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph,
+                                                const pk_real *weights, pk_matrix inputs, pk_matrix outputs);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_PASS_IMPLEMENTED)
+#define PATHKERNEL_PASS_IMPLEMENTED
+/* >>> implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
+enum {
+    PK__MANY_POSITIONS = 16,
+    PK__MANY_COTANGENTS = 8,   /* of a row of the line, for a layer's weights, */
+    PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
+    PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
+};
+
+PK__COLD_BEGIN
+
+/* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
+ * them costs less than a second product. */
+static int pk__has_row_weights(const pk_node *node)
+{
+    return node->weight_count &&
+           (!node->operation->linear_in_weights || node->positions >= (size_t)PK__MANY_POSITIONS);
+}
+
+/* The same in reverse, where a row has as many cotangents as there are copies. */
+static int pk__reverses_by_row(const pk_node *node, size_t copies)
+{
+    return pk__has_row_weights(node) ||
+           (node->weight_count && node->weight_count <= (size_t)PK__FEW_WEIGHTS && !node->input_constant &&
+            node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
+}
+
+/* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
+static int pk__is_plain_layer(const pk_node *node)
+{
+    return node->tangent_form == PK_TANGENT_OUTER && !node->unfolds && !node->operation->channels_first &&
+           !pk__has_row_weights(node);
+}
+
+/* A bias behind the matrix. */
+PK__PRIVATE int pk__has_bias(const pk_node *node)
+{
+    return node->weight_count > node->fan_out * node->fan_in;
+}
+
+PK_API int pk_tape_transposes(const pk_graph *graph)
+{
+    int some = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        some |= pk__is_plain_layer(&graph->nodes[n]);
+    return some && graph->parameters <= (size_t)PK__TRANSPOSED;
+}
+
+PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
+{
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (pk__is_plain_layer(node))
+            pk__transpose(node->fan_out, node->fan_in, weights + node->weight_offset,
+                          transposed + node->weight_offset, node->fan_out);
+    }
+}
+
+/* The only node that reads node, NULL where there are none or several. */
+PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
+{
+    return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];
+}
+
+/* in_place: see pk_tape_take_parts. */
+static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                          size_t copies, int tangents, int in_place, pk_tape *tape)
+{
+    size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
+    memset(tape, 0, sizeof *tape);
+    tape->graph = graph;
+    tape->rows = rows;
+    tape->copies = copies;
+    if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
+        !pk__multiply(pk__max(rows, both), graph->widest, &all))
+        arena->overflow = 1;
+    tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    for (size_t n = 0; n < count && !arena->overflow; n++) {
+        const pk_node *node = &graph->nodes[n];
+        const size_t bytes = node->width * sizeof(pk_real);
+        /* The input's value belongs to the caller: no room for it. */
+        pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
+        const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
+                           pk__only_reader(graph, input) == node;
+        pk_real *cotangent = NULL;
+        if (shared && tape->cotangent)
+            cotangent = tape->cotangent[node->inputs[0]];
+        else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
+            cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
+        pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        if (tape->value)
+            tape->value[n] = value;
+        if (tape->cotangent)
+            tape->cotangent[n] = cotangent;
+        if (tape->tangent)
+            tape->tangent[n] = tangent;
+        if (n && node->operation->scratch && node->operation->scratch(node, rows, copies) > scratch)
+            scratch = node->operation->scratch(node, rows, copies);
+        if (node->unfolds)
+            scratch = pk__max(scratch, node->positions * node->fan_in);
+        if (node->weight_count)
+            line = pk__max(line, pk__max(rows, both) * node->width);
+        if (n && pk__is_plain_layer(node) && !node->input_constant)
+            line = pk__max(line, rows * node->positions * node->fan_in);
+        if (pk__reverses_by_row(node, copies))
+            weights = pk__max(weights, node->weight_count);
+    }
+    tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+}
+
+PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
+                         pk_tape *tape)
+{
+    pk__tape_take(arena, graph, rows, rows, copies, tangents, 0, tape);
+}
+
+PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                               size_t copies, int tangents, pk_tape *tape)
+{
+    pk__tape_take(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
+}
+
+PK_API pk_real *pk_tape_output(const pk_tape *tape)
+{
+    return tape->value[tape->graph->node_count - 1];
+}
+
+PK_API pk_real *pk_tape_seed(const pk_tape *tape)
+{
+    return tape->cotangent[tape->graph->node_count - 1];
+}
+
+PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows)
+{
+    const size_t outputs = tape->graph->output_width;
+    pk_real *seed = pk_tape_seed(tape);
+    memset(seed, 0, rows * outputs * outputs * sizeof *seed);
+    for (size_t i = 0; i < rows * outputs; i++)
+        seed[i * outputs + i % outputs] = 1;
+    tape->unit_seeds = 1;
+}
+
+PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
+                               pk_call *call)
+{
+    memset(call, 0, sizeof *call);
+    call->node = node;
+    call->rows = rows;
+    call->copies = copies;
+    call->threads = tape->threads;
+    call->context = tape->context;
+    call->scratch = tape->scratch;
+    call->out = tape->value[node - tape->graph->nodes];
+    for (int j = 0; j < node->input_count; j++) {
+        call->in[j] = tape->value[node->inputs[j]];
+        call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
+    }
+}
+
+PK__COLD_END
+
+/* out[row] (+)= t[row] add[row]; each row has count numbers. */
+static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
+                           pk_real *out)
+{
+    for (size_t row = 0; row < rows; row++) {
+        const pk_real *from = add + row * count;
+        pk_real *to = out + row * count;
+        if (accumulate)
+            for (size_t j = 0; j < count; j++)
+                to[j] += t[row] * from[j];
+        else
+            for (size_t j = 0; j < count; j++)
+                to[j] = t[row] * from[j];
+    }
+}
+
+#define PK__DEFINE_LINE(suffix, attributes, vectors)                                                   \
+    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,          \
+                                             const pk_real *direction, pk_real *to)                    \
+    {                                                                                                  \
+        typedef vectors vector;                                                                        \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
+        const vector zero = {0};                                                                       \
+        size_t i = 0;                                                                                  \
+        for (; i + lanes <= count; i += lanes) {                                                       \
+            vector sum = zero;                                                                         \
+            if (weights)                                                                               \
+                sum = *(const vector *)(weights + i);                                                  \
+            *(vector *)(to + i) = PK__ADD_##suffix(sum, (t - zero), *(const vector *)(direction + i)); \
+        }                                                                                              \
+        for (; i < count; i++)                                                                         \
+            to[i] = (weights ? weights[i] : 0) + t * direction[i];                                     \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_LINE)
+
+/* to = weights + t direction of count numbers; weights NULL: 0. */
+static void pk__line_point(size_t count, const pk_real *weights, pk_real t, const pk_real *direction,
+                           pk_real *to)
+{
+    PK__ON_PROCESSOR(pk__line, (count, weights, t, direction, to));
+}
+
+/* to = the numbers offset ... of w + t d at row row of the line. */
+static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
+{
+    const pk_real *weights = line->weights + offset;
+    if (!line->direction) {
+        memcpy(to, weights, count * sizeof *to);
+        return;
+    }
+    pk__line_point(count, weights, line->t[row], line->direction + offset, to);
+}
+
+/* A node's weights at row row of the line; until the next call. */
+PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
+                                           size_t row)
+{
+    if (!line->direction)
+        return line->weights + node->weight_offset;
+    pk__line_weights(line, row, node->weight_offset, node->weight_count, tape->row_weights);
+    return tape->row_weights;
+}
+
+/* gradient[row][copy][weight] = (dF/dw)^T out_cotangent of a node with weights. */
+PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
+{
+    const pk_node *node = call->node;
+    if (node->tangent_form != PK_TANGENT_OUTER) {
+        node->operation->row_gradients(call);
+        return;
+    }
+    const size_t positions = node->positions, in = node->fan_in, out = node->fan_out;
+    const int first = node->operation->channels_first;
+    for (size_t row = 0; row < call->rows; row++) {
+        pk_call one = *call;
+        one.rows = 1;
+        one.in[0] = call->in[0] + row * call->in_width[0];
+        one.out = call->scratch;
+        if (node->unfolds)
+            node->operation->unfold(&one);
+        const pk_real *places = node->unfolds ? one.out : one.in[0];
+        for (size_t copy = row * call->copies; copy < (row + 1) * call->copies; copy++) {
+            const pk_real *delta = call->out_cotangent + copy * node->width;
+            pk_real *gradient = call->gradient + copy * node->weight_count, *bias = gradient + out * in;
+            if (positions == 1) /* one outer product: a matrix product would cost three times as much */
+                for (size_t j = 0; j < out; j++)
+                    for (size_t k = 0; k < in; k++)
+                        gradient[j * in + k] = delta[j] * places[k];
+            else
+                pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0,
+                         gradient, in);
+            for (size_t j = 0; node->weight_count > out * in && j < out; j++) {
+                bias[j] = 0;
+                for (size_t q = 0; q < positions; q++)
+                    bias[j] += first ? delta[j * positions + q] : delta[q * out + j];
+            }
+        }
+    }
+}
+
+/* out = or, with beta == 1, += w x of a layer at so many places. transposed: w's, or NULL; only plain layers are in it. */
+PK__PRIVATE void pk__layer_product(const pk_node *node, size_t places, const pk_real *x, const pk_real *w,
+                                   const pk_real *transposed, pk_real beta, pk_real *out)
+{
+    const size_t fan_in = node->fan_in, fan_out = node->fan_out;
+    if (transposed && pk__is_plain_layer(node)) /* of few rows, twice as fast as below */
+        pk__gemm(0, 0, places, fan_out, fan_in, 1, x, fan_in, transposed + node->weight_offset, fan_out, beta,
+                 out, fan_out);
+    else
+        pk__gemm(0, 1, places, fan_out, fan_in, 1, x, fan_in, w + node->weight_offset, fan_in, beta, out,
+                 fan_out);
+}
+
+/* out = the values (or tangents) of a plain layer y = (w + t d) x + b + t c with the weights w, b along the direction d, c:
+ *     y = w x + d (t x) + b + t c,    y. = w x. + d (x + t x.) + c,
+ * so that one sum takes both products. */
+static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_call *call, int tangent)
+{
+    const pk_node *node = call->node;
+    const size_t in = node->fan_in, out = node->fan_out, positions = node->positions,
+                 places = call->rows * positions;
+    const int bias = pk__has_bias(node);
+    const pk_real *b = line->weights + node->weight_offset + out * in,
+                  *c = line->direction + node->weight_offset + out * in, *transposed = tape->transposed;
+    const pk_real *first = tangent ? call->in_tangent[0] : call->in[0];
+    pk_real *second = tape->line_scratch, *to = tangent ? call->out_tangent : call->out;
+    for (size_t i = 0; i < places; i++) {
+        const pk_real t = line->t[i / positions], *x = call->in[0] + i * in, *own = first + i * in;
+        pk__line_point(in, tangent ? x : NULL, t, own, second + i * in);
+        if (bias && tangent)
+            memcpy(to + i * out, c, out * sizeof *to);
+        else if (bias)
+            pk__line_point(out, b, t, c, to + i * out);
+    }
+    pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
+    pk__layer_product(node, places, second, line->direction,
+                      transposed ? transposed + tape->graph->parameters : NULL, 1, to);
+}
+
+/* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
+static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
+{
+    const size_t numbers = call->node->fan_out * call->node->fan_in;
+    for (size_t row = 0; row < call->rows; row++)
+        pk__line_weights(line, row, call->node->weight_offset, numbers, call->in_cotangent[0] + row * numbers);
+}
+
+PK__COLD_BEGIN
+
+/* Row by row, each with its own weights. */
+static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
+{
+    const pk_node *node = whole->node;
+    for (size_t row = 0; row < whole->rows; row++) {
+        pk_call call = *whole;
+        call.rows = 1;
+        call.weights = pk__row_weights(tape, line, node, row);
+        call.out += row * node->width;
+        if (call.out_tangent)
+            call.out_tangent += row * node->width;
+        if (call.out_cotangent)
+            call.out_cotangent += row * call.copies * node->width;
+        for (int j = 0; j < node->input_count; j++) {
+            call.in[j] += row * call.in_width[j];
+            if (call.in_tangent[j])
+                call.in_tangent[j] += row * call.in_width[j];
+            if (call.in_cotangent[j])
+                call.in_cotangent[j] += row * call.copies * call.in_width[j];
+        }
+        rule(&call);
+    }
+}
+
+PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+{
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = line->weights + node->weight_offset;
+    int along = line->direction && node->weight_count;
+    if (along && pk__is_plain_layer(node) && !node->input_constant) {
+        pk__line_layer(tape, line, &call, 0);
+        return;
+    }
+    if (along && pk__has_row_weights(node)) {
+        pk__by_row(tape, line, &call, node->operation->forward);
+        return;
+    }
+    node->operation->forward(&call);
+    if (along) {
+        pk_real *out = call.out;
+        call.weights = line->direction + node->weight_offset;
+        call.out = tape->line_scratch;
+        node->operation->forward(&call);
+        pk__scale_rows(rows, node->width, line->t, tape->line_scratch, 1, out);
+    }
+}
+
+PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs)
+{
+    const pk_graph *graph = tape->graph;
+    tape->value[0] = (pk_real *)inputs; /* only read */
+    for (size_t n = 1; n < graph->node_count; n++)
+        pk__node_forward(tape, line, &graph->nodes[n], rows);
+}
+
+PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows,
+                                  size_t copies)
+{
+    const pk_graph *graph = tape->graph;
+    if (node->input_constant)
+        return;
+    pk_call call;
+    pk__tape_call(tape, node, rows, copies, &call);
+    call.weights = line->weights + node->weight_offset;
+    call.out_cotangent = tape->cotangent[node - graph->nodes];
+    for (int j = 0; j < node->input_count; j++) {
+        if (!graph->nodes[node->inputs[j]].varies)
+            continue;
+        call.in_cotangent[j] = tape->cotangent[node->inputs[j]];
+        /* The first consumer met, which is the last in the graph, writes; the others add. */
+        call.accumulate[j] = node->shared[j];
+    }
+    int along = line->direction && node->weight_count;
+    if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
+        pk__is_outer(node) && !call.accumulate[0]) {
+        pk__reverse_unit_seeds(line, &call);
+        return;
+    }
+    if (along && pk__reverses_by_row(node, copies)) {
+        pk__by_row(tape, line, &call, node->operation->reverse);
+        return;
+    }
+    node->operation->reverse(&call);
+    if (along) {
+        pk__scale_rows(rows, copies * node->width, line->t, call.out_cotangent, 0, tape->line_scratch);
+        call.weights = line->direction + node->weight_offset;
+        call.out_cotangent = tape->line_scratch;
+        for (int j = 0; j < node->input_count; j++)
+            call.accumulate[j] = 1;
+        node->operation->reverse(&call);
+    }
+}
+
+PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies)
+{
+    tape->line = *line;
+    for (size_t n = tape->graph->node_count - 1; n > 0; n--) {
+        const pk_node *node = &tape->graph->nodes[n];
+        if (node->unread && node->varies)
+            memset(tape->cotangent[n], 0, rows * copies * node->width * sizeof(pk_real));
+        pk__node_reverse(tape, line, node, rows, copies);
+    }
+}
+
+PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+{
+    const pk_graph *graph = tape->graph;
+    if (!node->varies)
+        return;
+    pk_call call;
+    pk__tape_call(tape, node, rows, 1, &call);
+    call.weights = line->weights + node->weight_offset;
+    call.direction = line->direction && node->weight_count ? line->direction + node->weight_offset : NULL;
+    call.out_tangent = tape->tangent[node - graph->nodes];
+    for (int j = 0; j < node->input_count; j++)
+        call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (call.direction && line->t && pk__is_plain_layer(node) && !node->input_constant) {
+        pk__line_layer(tape, line, &call, 1);
+        return;
+    }
+    if (call.direction && line->t && pk__has_row_weights(node)) {
+        pk__by_row(tape, line, &call, node->operation->tangent);
+        return;
+    }
+    node->operation->tangent(&call);
+    /* dF/din at w + t d is linear in the weights, too: add its t d part. */
+    if (call.direction && line->t && !node->input_constant) {
+        pk_real *out = call.out_tangent;
+        call.weights = call.direction;
+        call.direction = NULL;
+        call.out_tangent = tape->line_scratch;
+        node->operation->tangent(&call);
+        pk__scale_rows(rows, node->width, line->t, tape->line_scratch, 1, out);
+    }
+}
+
+PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows)
+{
+    for (size_t n = 1; n < tape->graph->node_count; n++)
+        pk__node_tangent(tape, line, &tape->graph->nodes[n], rows);
+}
+
+PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient)
+{
+    const pk_graph *graph = tape->graph;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!node->weight_count)
+            continue;
+        pk_call call;
+        pk__tape_call(tape, node, rows, 1, &call);
+        call.weights = tape->line.weights + node->weight_offset;
+        call.out_cotangent = tape->cotangent[n];
+        call.gradient = gradient + node->weight_offset;
+        if (tape->line.direction && !node->operation->linear_in_weights)
+            pk__by_row(tape, &tape->line, &call, node->operation->weight_gradient);
+        else
+            node->operation->weight_gradient(&call);
+    }
+}
+
+#define PK__EVALUATE_ROWS ((size_t)64)
+
+PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                   pk_matrix inputs, pk_matrix outputs)
+{
+    if (!graph->node_count || inputs.cols != graph->input_width || outputs.cols != graph->output_width ||
+        inputs.rows != outputs.rows || inputs.ld < inputs.cols || outputs.ld < outputs.cols)
+        return pk__fail(
+            context, PK_SHAPE,
+            "a network from %zu to %zu cannot take inputs of %zu x %zu (ld %zu) to outputs of %zu x %zu "
+            "(ld %zu)",
+            graph->input_width, graph->output_width, inputs.rows, inputs.cols, inputs.ld, outputs.rows,
+            outputs.cols, outputs.ld);
+    if (inputs.rows == 0)
+        return PK_OK;
+    if (!weights || !inputs.data || !outputs.data)
+        return pk__fail(context, PK_ARGUMENT, "weights, inputs or outputs are NULL");
+    for (size_t row = 0; graph->checked && row < inputs.rows; row++) {
+        pk_status status = pk_graph_check_inputs(context, graph, row, inputs.data + row * inputs.ld);
+        if (status)
+            return status;
+    }
+    size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
+    size_t threads = pk__min((size_t)pk_threads(context), blocks);
+    pk_arena arena = {NULL, 0, 0, 0};
+    pk_tape tape;
+    pk_tape_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
+    pk_arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
+    const size_t bytes = arena.used;
+    unsigned char *memory = NULL;
+    pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
+    if (status)
+        return status;
+    const pk_line line = {weights, NULL, NULL};
+    pk__team team = pk__team_of(context, (int)threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
+        pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
+        pk_tape batch;
+        pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
+        pk_real *rows = (pk_real *)pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        size_t first = block * PK__EVALUATE_ROWS;
+        size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
+        for (size_t row = 0; row < count; row++)
+            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
+                   inputs.cols * sizeof *rows);
+        pk_tape_forward(&batch, &line, count, rows);
+        for (size_t row = 0; row < count; row++)
+            memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
+                   outputs.cols * sizeof *rows);
+    }
+    pk__team_end(&team);
+    pk_release(context, memory);
+    return PK_OK;
+}
+
+PK__COLD_END
+
+PK__END_CODE
+/* <<< implementation */
+#endif
