@@ -153,7 +153,7 @@
 #define PK__COLD_END
 #endif
 
-/* C linkage is written once per section, so that each section compiles as C11 and as C++17. */
+/* Declarations are for C11 and for C++17, the implementation is C11 alone. */
 #ifdef __cplusplus
 #define PK__BEGIN_C extern "C" {
 #define PK__END_C }
@@ -161,8 +161,8 @@
 #define PK__BEGIN_C
 #define PK__END_C
 #endif
-#define PK__BEGIN_CODE PK__WARM_BEGIN PK__BEGIN_C
-#define PK__END_CODE PK__END_C PK__WARM_END
+#define PK__BEGIN_CODE PK__WARM_BEGIN
+#define PK__END_CODE PK__WARM_END
 
 #ifdef PATHKERNEL_STATIC
 #define PK_API static PK__UNUSED
@@ -2356,6 +2356,9 @@ PK__END_C
 #define PATHKERNEL_IMPLEMENTED
 
 /* pathkernel/base/status.h: implementation */
+#ifdef __cplusplus
+#error "pathkernel's implementation is C11: define PATHKERNEL_IMPLEMENTATION in a C file. C++ includes the declarations."
+#endif
 PK__BEGIN_CODE
 
 PK_API const char *pk_status_text(pk_status status)
@@ -2960,7 +2963,6 @@ PK__END_CODE
 
 /* pathkernel/math/tile.h: implementation */
 #include <string.h>
-PK__BEGIN_C
 
 #if defined(__GNUC__)
 #define PK__ALIGNED __attribute__((aligned(64))) /* for vectors that are cache lines */
@@ -3562,12 +3564,10 @@ PK__PRIVATE const char *pk__panel_name(void)
     return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
-PK__END_C
 
 /* pathkernel/math/elementary.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
 
 /* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
 #ifdef _OPENMP
@@ -3899,7 +3899,6 @@ PK__PRIVATE void pk__elementary_reals(pk__elementary *function, size_t count, do
     }
 }
 
-PK__END_C
 
 /* pathkernel/math/matrix.h: implementation */
 #include <math.h>
@@ -4581,7 +4580,7 @@ static pk_status pk__file_open(pk_context *context, const char *path, pk__file *
             status = pk__fail(context, PK_IO, "%s: cannot be mapped: %s", name, strerror(errno));
             file->size = 0;
         } else {
-            file->bytes = (unsigned char *)mapping;
+            file->bytes = mapping;
         }
     }
     if (status == PK_OK && kept)
@@ -6225,14 +6224,14 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
     if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
         !pk__multiply(pk__max(rows, both), graph->widest, &all))
         arena->overflow = 1;
-    tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
-    tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
-    tape->tangent = tangents ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    tape->value = pk_arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
     for (size_t n = 0; n < count && !arena->overflow; n++) {
         const pk_node *node = &graph->nodes[n];
         const size_t bytes = node->width * sizeof(pk_real);
         /* The input's value belongs to the caller: no room for it. */
-        pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        pk_real *value = n ? pk_arena_take(arena, rows, bytes) : NULL;
         const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
         const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
                            pk__only_reader(graph, input) == node;
@@ -6240,8 +6239,8 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (shared && tape->cotangent)
             cotangent = tape->cotangent[node->inputs[0]];
         else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
-            cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
-        pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+            cotangent = pk_arena_take(arena, both, bytes);
+        pk_real *tangent = tangents && node->varies ? pk_arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
             tape->value[n] = value;
         if (tape->cotangent)
@@ -6259,9 +6258,9 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (pk__reverses_by_row(node, copies))
             weights = pk__max(weights, node->weight_count);
     }
-    tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
-    tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
-    tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+    tape->scratch = pk_arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = pk_arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = pk_arena_take(arena, weights, sizeof(pk_real));
 }
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
@@ -6668,7 +6667,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
         pk_tape batch;
         pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
-        pk_real *rows = (pk_real *)pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        pk_real *rows = pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
@@ -10947,9 +10946,9 @@ PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gr
     if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->parameters, &partial))
         arena->overflow = 1;
     workspace->lanes =
-        (pk__gradient_lane *)pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
-    workspace->groups = (pk__gradient_group *)pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
-    workspace->partial = (pk_real *)pk_arena_take(arena, partial, sizeof *workspace->partial);
+        pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
+    workspace->groups = pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
+    workspace->partial = pk_arena_take(arena, partial, sizeof *workspace->partial);
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -10958,8 +10957,8 @@ PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gr
             arena->overflow = 1;
         memset(&lane, 0, sizeof lane);
         pk_tape_take(arena, graph, rows, 1, 0, &lane.tape);
-        lane.inputs = (pk_real *)pk_arena_take(arena, inputs, sizeof *lane.inputs);
-        lane.targets = (pk_real *)pk_arena_take(arena, targets, sizeof *lane.targets);
+        lane.inputs = pk_arena_take(arena, inputs, sizeof *lane.inputs);
+        lane.targets = pk_arena_take(arena, targets, sizeof *lane.targets);
         if (arena->base && !arena->overflow)
             workspace->lanes[thread] = lane;
     }
@@ -10988,7 +10987,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     pk_status status = pk_allocate(context, arena.used, 1, "the workspace of the batch gradient", &memory);
     if (status != PK_OK)
         return status;
-    arena.base = (unsigned char *)memory;
+    arena.base = memory;
     arena.capacity = arena.used;
     arena.used = 0;
     pk__gradient_take(&arena, graph, &taken);
@@ -11272,15 +11271,15 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
     size_t widest = 0, most = 0;
     memset(lane, 0, sizeof *lane);
     pk_tape_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
-    lane->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    lane->target = (pk_real *)pk_arena_take(arena, graph->output_width, sizeof(pk_real));
+    lane->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    lane->target = pk_arena_take(arena, graph->output_width, sizeof(pk_real));
     if (!sweep->second)
         return;
-    lane->second = (pk_real **)pk_arena_take(arena, graph->node_count, sizeof *lane->second);
+    lane->second = pk_arena_take(arena, graph->node_count, sizeof *lane->second);
     for (size_t n = 0; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         pk_real *second =
-            node->varies ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
+            node->varies ? pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
         if (lane->second && !arena->overflow)
             lane->second[n] = second;
         if (!node->weight_count)
@@ -11289,8 +11288,8 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
         for (int j = 0; j < node->input_count; j++)
             widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
-    lane->zeros = (pk_real *)pk_arena_take(arena, rows, widest * sizeof(pk_real));
-    lane->part = (pk_real *)pk_arena_take(arena, most, 2 * sizeof(pk_real));
+    lane->zeros = pk_arena_take(arena, rows, widest * sizeof(pk_real));
+    lane->part = pk_arena_take(arena, most, 2 * sizeof(pk_real));
     if (lane->zeros && !arena->overflow)
         memset(lane->zeros, 0, rows * widest * sizeof(pk_real));
 }
@@ -13961,8 +13960,8 @@ static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads,
     pk_gradient_workspace *workspace = &trainer->workspace;
     if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
         arena->overflow = 1;
-    trainer->gradient = (pk_real *)pk_arena_take(arena, P, real);
-    trainer->state = (pk_real *)pk_arena_take(arena, trainer->state_numbers, real);
+    trainer->gradient = pk_arena_take(arena, P, real);
+    trainer->state = pk_arena_take(arena, trainer->state_numbers, real);
     memset(workspace, 0, sizeof *workspace);
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
@@ -13990,7 +13989,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {(unsigned char *)taken.memory, arena.used, 0, 0};
+    pk_arena own = {taken.memory, arena.used, 0, 0};
     pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
     *trainer = taken;
     return PK_OK;
@@ -14137,8 +14136,8 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
-    replay->weights = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
-    replay->next = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
+    replay->weights = pk_arena_take(arena, P, sizeof(pk_real));
+    replay->next = pk_arena_take(arena, P, sizeof(pk_real));
     if (reach && every > 1) {
         replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
         replay->stops = (every - 1) / replay->spacing;
@@ -14147,7 +14146,7 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
         !pk__multiply(replay->stops, numbers, &numbers))
         arena->overflow = 1;
-    replay->stop_numbers = (pk_real *)pk_arena_take(arena, numbers, sizeof(pk_real));
+    replay->stop_numbers = pk_arena_take(arena, numbers, sizeof(pk_real));
     for (int i = 0; i < PK_REPLAY_STOPS; i++)
         replay->stop[i] = SIZE_MAX;
 }
@@ -14168,7 +14167,7 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {(unsigned char *)memory, arena.used, 0, 0};
+    pk_arena own = {memory, arena.used, 0, 0};
     if (memory)
         pk_replay_take(&own, run, largest, pk_threads(context), reach, &taken);
     taken.memory = memory;
@@ -14586,7 +14585,7 @@ PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
 {
     pieces->count = 0;
     pieces->capacity = capacity;
-    pieces->piece = (pk_piece *)pk_arena_take(arena, capacity, sizeof *pieces->piece);
+    pieces->piece = pk_arena_take(arena, capacity, sizeof *pieces->piece);
 }
 
 PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b)
@@ -14690,18 +14689,18 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->graph = graph;
     segment->row_capacity = rows;
     segment->point_capacity = points;
-    segment->base = (pk_real **)pk_arena_take(arena, count, sizeof *segment->base);
-    segment->slope = (pk_real **)pk_arena_take(arena, count, sizeof *segment->slope);
-    segment->gathered = (int *)pk_arena_take(arena, count, sizeof *segment->gathered);
-    segment->last_read = (size_t *)pk_arena_take(arena, count, sizeof *segment->last_read);
+    segment->base = pk_arena_take(arena, count, sizeof *segment->base);
+    segment->slope = pk_arena_take(arena, count, sizeof *segment->slope);
+    segment->gathered = pk_arena_take(arena, count, sizeof *segment->gathered);
+    segment->last_read = pk_arena_take(arena, count, sizeof *segment->last_read);
     for (size_t n = 0; n < count && segment->gathered; n++)
         segment->gathered[n] = 0;
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
         pk_real *base =
-            affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
-        pk_real *slope = affine ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
+            affine || constant ? pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *slope = affine ? pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
             segment->slope[n] = slope;
@@ -14723,24 +14722,24 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     }
     const size_t samples = (size_t)segment->degree + 1;
     segment->conversion =
-        (pk_real *)pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+        pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
     if (segment->conversion && segment->last_switch)
         pk__bernstein_conversion(segment->degree, segment->conversion);
     pk__chebyshev_tail(segment->tail);
     pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
-    segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
-    segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
-    segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
-    segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
-    segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
-    segment->held_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->held_row);
-    segment->held_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->held_t);
+    segment->input_points = pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
+    segment->switch_values = pk_arena_take(arena, points, switches * sizeof(pk_real));
+    segment->coefficients = pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
+    segment->point_row = pk_arena_take(arena, points, sizeof *segment->point_row);
+    segment->point_t = pk_arena_take(arena, points, sizeof *segment->point_t);
+    segment->held_row = pk_arena_take(arena, points, sizeof *segment->held_row);
+    segment->held_t = pk_arena_take(arena, points, sizeof *segment->held_t);
     pk_pieces_take(arena, pieces, &segment->pending);
-    segment->pending_start = (size_t *)pk_arena_take(arena, pieces, sizeof *segment->pending_start);
+    segment->pending_start = pk_arena_take(arena, pieces, sizeof *segment->pending_start);
     pk_pieces_take(arena, points, &segment->batch);
-    segment->batch_start = (size_t *)pk_arena_take(arena, points, sizeof *segment->batch_start);
+    segment->batch_start = pk_arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
-    segment->roots = (pk_root *)pk_arena_take(arena, pieces, sizeof *segment->roots);
+    segment->roots = pk_arena_take(arena, pieces, sizeof *segment->roots);
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
@@ -15544,11 +15543,11 @@ enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
 {
     points->count = 0;
-    points->row = (size_t *)pk_arena_take(arena, capacity, sizeof *points->row);
-    points->t = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->weight = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->check = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
-    points->slack = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->row = pk_arena_take(arena, capacity, sizeof *points->row);
+    points->t = pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
 }
 
 PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
@@ -15561,17 +15560,17 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
     pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
     pk_pieces_take(arena, pieces, &integrator->pieces);
-    integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
-    integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
-    integrator->nested = (unsigned char *)pk_arena_take(arena, pieces, 1);
-    integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
-    integrator->missed = (double *)pk_arena_take(arena, pieces, sizeof *integrator->missed);
-    integrator->sequence = (size_t *)pk_arena_take(arena, pieces, sizeof *integrator->sequence);
+    integrator->order = pk_arena_take(arena, pieces, 1);
+    integrator->passed = pk_arena_take(arena, pieces, 1);
+    integrator->nested = pk_arena_take(arena, pieces, 1);
+    integrator->next_order = pk_arena_take(arena, rows, 1);
+    integrator->missed = pk_arena_take(arena, pieces, sizeof *integrator->missed);
+    integrator->sequence = pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
-    integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
-    integrator->h = (pk_real *)pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
-    integrator->ends = (pk_real *)pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
-    integrator->has_ends = (unsigned char *)pk_arena_take(arena, rows, 1);
+    integrator->slope = pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
+    integrator->ends = pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = pk_arena_take(arena, rows, 1);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -16144,19 +16143,19 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     const size_t columns = pk__blocks(capacity, PK_PANEL) * PK_PANEL;
     examples->ld = columns % 512 ? columns : columns + PK_PANEL;
-    examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->input = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->cotangent = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->rows = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk_layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
         const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
         pk_real *input =
-            rows || known ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
-        pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
+            rows || known ? NULL : pk_arena_take(arena, node->positions * node->fan_in, bytes);
+        pk_real *cotangent = rows ? NULL : pk_arena_take(arena, node->width, bytes);
         pk_real *gradients =
-            rows ? (pk_real *)pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
+            rows ? pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
         if (examples->input) {
             examples->input[l] = input;
             examples->cotangent[l] = cotangent;
@@ -16188,9 +16187,9 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, si
     }
     rows = pk__min(rows, pk__example_rows(graph));
     pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
-    workspace->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    workspace->targets = (pk_real *)pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, rows * sizeof(pk_real));
+    workspace->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    workspace->targets = pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = pk_arena_take(arena, most, rows * sizeof(pk_real));
 }
 
 PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
@@ -16468,12 +16467,12 @@ PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 
 static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
 {
-    return (pk_real *)pk_arena_take(arena, count, numbers * sizeof(pk_real));
+    return pk_arena_take(arena, count, numbers * sizeof(pk_real));
 }
 
 static size_t *pk__take_indices(pk_arena *arena, size_t count)
 {
-    return (size_t *)pk_arena_take(arena, count, sizeof(size_t));
+    return pk_arena_take(arena, count, sizeof(size_t));
 }
 
 /* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
@@ -16483,7 +16482,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
     const size_t items = pk__max(points, rows);
     size_t most = pk__max(pk__max(items * outputs, places), PK__HEAD_PART), widest = 0;
-    tangent->weighted_inputs = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->weighted_inputs = pk_arena_take(arena, layers, sizeof(pk_real *));
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(tangent->graph, l);
         const int used = factored && pk__is_outer(node);
@@ -16542,16 +16541,16 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
                        &tangent->integrator);
     tangent->integrator.readout = *readout;
     points = tangent->reverse_points;
-    tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
-    tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
-    tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
-    tangent->headed = (int *)pk_arena_take(arena, layers, sizeof *tangent->headed);
-    tangent->head = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->head);
-    tangent->delta = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->input = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->phi = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->check = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
-    tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->kind = pk_arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = pk_arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = pk_arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->headed = pk_arena_take(arena, layers, sizeof *tangent->headed);
+    tangent->head = pk_arena_take(arena, layers, sizeof *tangent->head);
+    tangent->delta = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
@@ -16560,13 +16559,13 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
         int phi_wanted =
             kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
-        pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *delta = hoisted ? pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
-            kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+            kind == PK_LAYER_LINEAR ? pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
         const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
-        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *phi = phi_wanted ? pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
             tangent->size[l] = size;
@@ -16592,19 +16591,19 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         by_rows = pk__max(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
-        tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
-    tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
-    tangent->begun = (unsigned char *)pk_arena_take(arena, rows, 1);
+        tangent->along[v] = pk_arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = pk_arena_take(arena, rows, sizeof(pk_real));
+    tangent->begun = pk_arena_take(arena, rows, 1);
     pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
     /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
      * layer by rows (outputs x weights). */
-    tangent->scratch = (pk_real *)pk_arena_take(
+    tangent->scratch = pk_arena_take(
         arena,
         pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
                  outputs * by_rows),
         sizeof(pk_real));
-    tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    tangent->weighted = pk_arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->absolute = bounds ? pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }
@@ -17403,7 +17402,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 
 static void pk__tangent_points(void *user, const pk_points *unsorted)
 {
-    pk_tangent *tangent = (pk_tangent *)user;
+    pk_tangent *tangent = user;
     const pk_points *points = pk__sort_points(tangent, unsorted);
     size_t first = 0;
     do {
@@ -17768,26 +17767,26 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->spare = window->stride ? spare : 0;
     window->spare_used = window->advanced = 0;
     window->bounds = bounds;
-    window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
-    window->direction = (pk_real *)pk_arena_take(arena, all, real);
-    window->transposed = pk_tape_transposes(graph) ? (pk_real *)pk_arena_take(arena, all, 2 * real) : NULL;
-    window->remainder = (pk_real *)pk_arena_take(arena, all, real);
-    window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->weights = pk_arena_take(arena, capacity + 1, P * real);
+    window->direction = pk_arena_take(arena, all, real);
+    window->transposed = pk_tape_transposes(graph) ? pk_arena_take(arena, all, 2 * real) : NULL;
+    window->remainder = pk_arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? pk_arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
     window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
-    window->preconditioner_error = window->states == 3 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? (pk_real *)pk_arena_take(arena, 3 * P, real) : NULL;
-    window->perturbed_weights = (pk_real *)pk_arena_take(arena, bounds ? all : 0, real);
-    window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
+    window->preconditioner_error = window->states == 3 ? pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? pk_arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = pk_arena_take(arena, bounds ? all : 0, real);
+    window->gradient = pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
-    window->state = (pk_real *)pk_arena_take(arena, states, P * real);
-    window->saved = (pk_real *)pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
-    window->spare_at = (size_t *)pk_arena_take(arena, window->spare, sizeof *window->spare_at);
-    window->update = (pk_real *)pk_arena_take(arena, threads, PK__STATE_PART * real);
-    window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
-    window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
-    window->examples = (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples));
-    window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    window->state = pk_arena_take(arena, states, P * real);
+    window->saved = pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
+    window->spare_at = pk_arena_take(arena, window->spare, sizeof *window->spare_at);
+    window->update = pk_arena_take(arena, threads, PK__STATE_PART * real);
+    window->forms = pk_arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = pk_arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = pk_arena_take(arena, capacity, sizeof(pk_examples));
+    window->magnitudes = bounds ? pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
         pk_examples measured;
         pk_examples_take(arena, graph, window->largest_batch, &window->representation,
@@ -17796,8 +17795,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
             pk_examples_take(arena, graph, window->largest_batch, &window->representation,
                              window->magnitudes ? &window->magnitudes[j] : &measured);
     }
-    window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
-    window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    window->workspaces = pk_arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = pk_arena_take(arena, threads, sizeof *window->seconds);
     pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk_example_workspace measured;
@@ -18180,13 +18179,13 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     size_t largest = 0;
     pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
-    job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
+    job->rows = pk_arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
-    job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
+    job->gram = pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0, numbers = 0;
-        job->state_at = (size_t *)pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
+        job->state_at = pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
         for (size_t l = 0; l <= graph->layers; l++) {
             if (job->state_at)
                 job->state_at[l] = numbers;
@@ -18196,15 +18195,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         if (!pk__multiply(job->plan.outputs, numbers, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
-            job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+            job->reverse_state = pk_arena_take(arena, rows, per_row * real);
         job->reverse_error = NULL;
         if (!arena->overflow && job->options->bounds)
-            job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+            job->reverse_error = pk_arena_take(arena, rows, per_row * real);
     }
-    job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_state = (pk_row_state *)pk_arena_take(arena, rows, sizeof *job->row_state);
-    job->variation = (double *)pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
-    job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
+    job->blocks = pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->row_state = pk_arena_take(arena, rows, sizeof *job->row_state);
+    job->variation = pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
+    job->workers = pk_arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         largest = pk__max(largest, pk__part_outputs(node, job->unit) * node->weight_count);
@@ -18216,16 +18215,16 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         pk_tangent_take(arena, graph, &job->options->readout, job->block,
                         job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
                         job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
-        worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
+        worker->phi = pk_arena_take(arena, largest, real);
         worker->effective =
-            (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
+            pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         const size_t blocks = pk__blocks(job->window.largest_batch, PK_EXAMPLE_BLOCK), tile = PK_TILE_LD * real;
-        worker->tile = (pk_real *)pk_arena_take(arena, blocks * job->outputs, tile);
+        worker->tile = pk_arena_take(arena, blocks * job->outputs, tile);
         if (worker->tile)
             memset(worker->tile, 0, blocks * job->outputs * tile);
-        worker->bound_tile = (pk_real *)pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
+        worker->bound_tile = pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
-            (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
+            pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
         worker->tangent.integrator.gauss_weights = job->gauss_weights;
         worker->tangent.integrator.quadrature = job->quadrature;
@@ -18560,7 +18559,7 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
 /* The tile of a block of rows from the factored layers. */
 static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
 {
-    const pk__worker *worker = (const pk__worker *)user;
+    const pk__worker *worker = user;
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
     if (job->output_count == outputs) {
@@ -19507,11 +19506,11 @@ static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_l
     const size_t width = gram->tile * gram->kept;
     pk__gram_back_take(arena, gram, &lane->back);
     pk_tape_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
-    lane->inputs = (pk_real *)pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
-    lane->left = (pk_real *)pk_arena_take(arena, gram->left, sizeof(pk_real));
-    lane->right = (pk_real *)pk_arena_take(arena, gram->right, sizeof(pk_real));
-    lane->tile = (pk_real *)pk_arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
+    lane->inputs = pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = pk_arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = pk_arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = pk_arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = pk_arena_take(arena, width, sizeof(pk_real));
 }
 
 static pk_arena pk__gram_arena(const pk__gram *gram, int lane)

@@ -56,7 +56,7 @@ if(NOT PATHKERNEL_FLOAT)
     set_tests_properties(bounds_campaign PROPERTIES TIMEOUT 600)
 endif()
 
-# ---- Each header's implementation by itself as strict C11, the single header as C++17, too. To compile is the test.
+# ---- Each header by itself: declarations and implementation as strict C11, declarations as C++17. To compile is the test.
 if(PATHKERNEL_CHECK_HEADERS)
     set(headers pathkernel.h)
     foreach(module IN LISTS PATHKERNEL_MODULES)
@@ -80,9 +80,8 @@ if(PATHKERNEL_CHECK_HEADERS)
     header_unit(float pathkernel.h "#define PATHKERNEL_IMPLEMENTATION\n#undef PATHKERNEL_FLOAT\n#define PATHKERNEL_FLOAT\n")
 
     list(TRANSFORM units APPEND ".c" OUTPUT_VARIABLE c_units)
-    # What a module lacks, C11 shows; as C++17 it is enough to compile them all together.
     set(cxx_units ${units})
-    list(FILTER cxx_units INCLUDE REGEX "_pathkernel_h$")
+    list(FILTER cxx_units INCLUDE REGEX "/declarations_")
     list(TRANSFORM cxx_units APPEND ".cpp")
     add_library(headers_c11 OBJECT ${c_units})
     set_target_properties(headers_c11 PROPERTIES C_STANDARD 11 C_STANDARD_REQUIRED ON C_EXTENSIONS OFF)

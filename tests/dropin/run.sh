@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# pathkernel.h dropped into an empty folder: one file, two files, static copies, C and C++, strict and not,
+# pathkernel.h dropped into an empty folder: one file, two files, static copies, used from C++, strict and not,
 # compiled with nothing but a compiler. CC and CXX choose compilers.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -44,7 +44,11 @@ check 'two files, one thread, fortified' "$cc" -O2 -U_FORTIFY_SOURCE -D_FORTIFY_
     implementation.c -o program -lm
 check 'static, strict C11' "$cc" -std=c11 -O0 "${warnings[@]}" static_main.c static_other.c -o program -lm
 if [ -n "$cxx" ]; then
-    check 'static, C++17' "$cxx" -std=c++17 -x c++ -O0 "${warnings[@]}" static_main.c static_other.c -o program -lm
+    if "$cxx" -std=c++17 -x c++ -O0 -fsyntax-only static_main.c 2>refused.txt; then
+        echo 'the implementation compiles as C++, which nobody tests'
+        exit 1
+    fi
+    grep -m 1 "implementation is C11" refused.txt
     "$cc" -O0 "${warnings[@]}" -c implementation.c -o implementation.o
     "$cxx" -std=c++17 -x c++ -O0 "${warnings[@]}" -c main.c -o main.o
     check 'used from C++, compiled as C' "$cxx" main.o implementation.o -o program -lm

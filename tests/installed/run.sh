@@ -49,8 +49,9 @@ if command -v pkg-config >/dev/null; then
     "$cc" "${flag_array[@]}" "${cflags[@]}" "$here/main.c" "$here/implementation.c" -o "$work/c" "${libs[@]}"
     "$work/c"
     if [ -n "$cxx" ]; then
-        "$cxx" "${flag_array[@]}" -x c++ "${cflags[@]}" "$here/main.c" "$here/implementation.c" -o "$work/cxx" \
-            -x none "${libs[@]}"
+        "$cc" "${flag_array[@]}" "${cflags[@]}" -c "$here/implementation.c" -o "$work/implementation.o"
+        "$cxx" "${flag_array[@]}" -x c++ "${cflags[@]}" "$here/main.c" -o "$work/cxx" -x none \
+            "$work/implementation.o" "${libs[@]}"
         "$work/cxx"
     fi
 else

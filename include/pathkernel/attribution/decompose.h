@@ -117,7 +117,7 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
 /* The tile of a block of rows from the factored layers. */
 static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
 {
-    const pk__worker *worker = (const pk__worker *)user;
+    const pk__worker *worker = user;
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
     if (job->output_count == outputs) {

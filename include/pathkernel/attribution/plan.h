@@ -120,13 +120,13 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
     size_t largest = 0;
     pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
-    job->rows = (pk_real *)pk_arena_take(arena, rows, graph->input_width * real);
+    job->rows = pk_arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
-    job->gram = (pk_real *)pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
+    job->gram = pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0, numbers = 0;
-        job->state_at = (size_t *)pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
+        job->state_at = pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
         for (size_t l = 0; l <= graph->layers; l++) {
             if (job->state_at)
                 job->state_at[l] = numbers;
@@ -136,15 +136,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         if (!pk__multiply(job->plan.outputs, numbers, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
-            job->reverse_state = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+            job->reverse_state = pk_arena_take(arena, rows, per_row * real);
         job->reverse_error = NULL;
         if (!arena->overflow && job->options->bounds)
-            job->reverse_error = (pk_real *)pk_arena_take(arena, rows, per_row * real);
+            job->reverse_error = pk_arena_take(arena, rows, per_row * real);
     }
-    job->blocks = (pk__block_state *)pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_state = (pk_row_state *)pk_arena_take(arena, rows, sizeof *job->row_state);
-    job->variation = (double *)pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
-    job->workers = (pk__worker *)pk_arena_take(arena, threads, sizeof *job->workers);
+    job->blocks = pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->row_state = pk_arena_take(arena, rows, sizeof *job->row_state);
+    job->variation = pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
+    job->workers = pk_arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         largest = pk__max(largest, pk__part_outputs(node, job->unit) * node->weight_count);
@@ -156,16 +156,16 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         pk_tangent_take(arena, graph, &job->options->readout, job->block,
                         job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
                         job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
-        worker->phi = (pk_real *)pk_arena_take(arena, largest, real);
+        worker->phi = pk_arena_take(arena, largest, real);
         worker->effective =
-            (pk_real *)pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
+            pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         const size_t blocks = pk__blocks(job->window.largest_batch, PK_EXAMPLE_BLOCK), tile = PK_TILE_LD * real;
-        worker->tile = (pk_real *)pk_arena_take(arena, blocks * job->outputs, tile);
+        worker->tile = pk_arena_take(arena, blocks * job->outputs, tile);
         if (worker->tile)
             memset(worker->tile, 0, blocks * job->outputs * tile);
-        worker->bound_tile = (pk_real *)pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
+        worker->bound_tile = pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
-            (pk_real *)pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
+            pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
         worker->tangent.integrator.gauss_weights = job->gauss_weights;
         worker->tangent.integrator.quadrature = job->quadrature;

@@ -166,26 +166,26 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->spare = window->stride ? spare : 0;
     window->spare_used = window->advanced = 0;
     window->bounds = bounds;
-    window->weights = (pk_real *)pk_arena_take(arena, capacity + 1, P * real);
-    window->direction = (pk_real *)pk_arena_take(arena, all, real);
-    window->transposed = pk_tape_transposes(graph) ? (pk_real *)pk_arena_take(arena, all, 2 * real) : NULL;
-    window->remainder = (pk_real *)pk_arena_take(arena, all, real);
-    window->preconditioner = window->preconditioned ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
+    window->weights = pk_arena_take(arena, capacity + 1, P * real);
+    window->direction = pk_arena_take(arena, all, real);
+    window->transposed = pk_tape_transposes(graph) ? pk_arena_take(arena, all, 2 * real) : NULL;
+    window->remainder = pk_arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? pk_arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
     window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
-    window->preconditioner_error = window->states == 3 ? (pk_real *)pk_arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? (pk_real *)pk_arena_take(arena, 3 * P, real) : NULL;
-    window->perturbed_weights = (pk_real *)pk_arena_take(arena, bounds ? all : 0, real);
-    window->gradient = (pk_real *)pk_arena_take(arena, all, window->lanes * real);
+    window->preconditioner_error = window->states == 3 ? pk_arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? pk_arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = pk_arena_take(arena, bounds ? all : 0, real);
+    window->gradient = pk_arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
-    window->state = (pk_real *)pk_arena_take(arena, states, P * real);
-    window->saved = (pk_real *)pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
-    window->spare_at = (size_t *)pk_arena_take(arena, window->spare, sizeof *window->spare_at);
-    window->update = (pk_real *)pk_arena_take(arena, threads, PK__STATE_PART * real);
-    window->forms = (pk_linear_form *)pk_arena_take(arena, capacity, sizeof *window->forms);
-    window->batches = (pk_batch *)pk_arena_take(arena, capacity, sizeof *window->batches);
-    window->examples = (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples));
-    window->magnitudes = bounds ? (pk_examples *)pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    window->state = pk_arena_take(arena, states, P * real);
+    window->saved = pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
+    window->spare_at = pk_arena_take(arena, window->spare, sizeof *window->spare_at);
+    window->update = pk_arena_take(arena, threads, PK__STATE_PART * real);
+    window->forms = pk_arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = pk_arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = pk_arena_take(arena, capacity, sizeof(pk_examples));
+    window->magnitudes = bounds ? pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
         pk_examples measured;
         pk_examples_take(arena, graph, window->largest_batch, &window->representation,
@@ -194,8 +194,8 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
             pk_examples_take(arena, graph, window->largest_batch, &window->representation,
                              window->magnitudes ? &window->magnitudes[j] : &measured);
     }
-    window->workspaces = (pk_example_workspace *)pk_arena_take(arena, threads, sizeof *window->workspaces);
-    window->seconds = (double *)pk_arena_take(arena, threads, sizeof *window->seconds);
+    window->workspaces = pk_arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = pk_arena_take(arena, threads, sizeof *window->seconds);
     pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
         pk_example_workspace measured;

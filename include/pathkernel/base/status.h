@@ -73,7 +73,7 @@
 #define PK__COLD_END
 #endif
 
-/* C linkage is written once per section, so that each section compiles as C11 and as C++17. */
+/* Declarations are for C11 and for C++17, the implementation is C11 alone. */
 #ifdef __cplusplus
 #define PK__BEGIN_C extern "C" {
 #define PK__END_C }
@@ -81,8 +81,8 @@
 #define PK__BEGIN_C
 #define PK__END_C
 #endif
-#define PK__BEGIN_CODE PK__WARM_BEGIN PK__BEGIN_C
-#define PK__END_CODE PK__END_C PK__WARM_END
+#define PK__BEGIN_CODE PK__WARM_BEGIN
+#define PK__END_CODE PK__WARM_END
 
 #ifdef PATHKERNEL_STATIC
 #define PK_API static PK__UNUSED
@@ -128,6 +128,9 @@ PK__END_C
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_STATUS_IMPLEMENTED)
 #define PATHKERNEL_STATUS_IMPLEMENTED
 /* >>> implementation */
+#ifdef __cplusplus
+#error "pathkernel's implementation is C11: define PATHKERNEL_IMPLEMENTATION in a C file. C++ includes the declarations."
+#endif
 PK__BEGIN_CODE
 
 PK_API const char *pk_status_text(pk_status status)

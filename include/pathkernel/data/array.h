@@ -268,7 +268,7 @@ static pk_status pk__file_open(pk_context *context, const char *path, pk__file *
             status = pk__fail(context, PK_IO, "%s: cannot be mapped: %s", name, strerror(errno));
             file->size = 0;
         } else {
-            file->bytes = (unsigned char *)mapping;
+            file->bytes = mapping;
         }
     }
     if (status == PK_OK && kept)

@@ -107,19 +107,19 @@ PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capa
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     const size_t columns = pk__blocks(capacity, PK_PANEL) * PK_PANEL;
     examples->ld = columns % 512 ? columns : columns + PK_PANEL;
-    examples->input = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->cotangent = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->rows = (pk_real **)pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->input = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->cotangent = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->rows = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk_layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
         const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
         pk_real *input =
-            rows || known ? NULL : (pk_real *)pk_arena_take(arena, node->positions * node->fan_in, bytes);
-        pk_real *cotangent = rows ? NULL : (pk_real *)pk_arena_take(arena, node->width, bytes);
+            rows || known ? NULL : pk_arena_take(arena, node->positions * node->fan_in, bytes);
+        pk_real *cotangent = rows ? NULL : pk_arena_take(arena, node->width, bytes);
         pk_real *gradients =
-            rows ? (pk_real *)pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
+            rows ? pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
         if (examples->input) {
             examples->input[l] = input;
             examples->cotangent[l] = cotangent;
@@ -151,9 +151,9 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, si
     }
     rows = pk__min(rows, pk__example_rows(graph));
     pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
-    workspace->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    workspace->targets = (pk_real *)pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = (pk_real *)pk_arena_take(arena, most, rows * sizeof(pk_real));
+    workspace->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    workspace->targets = pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = pk_arena_take(arena, most, rows * sizeof(pk_real));
 }
 
 PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)

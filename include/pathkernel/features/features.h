@@ -191,12 +191,12 @@ PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
 
 static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
 {
-    return (pk_real *)pk_arena_take(arena, count, numbers * sizeof(pk_real));
+    return pk_arena_take(arena, count, numbers * sizeof(pk_real));
 }
 
 static size_t *pk__take_indices(pk_arena *arena, size_t count)
 {
-    return (size_t *)pk_arena_take(arena, count, sizeof(size_t));
+    return pk_arena_take(arena, count, sizeof(size_t));
 }
 
 /* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
@@ -206,7 +206,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
     const size_t items = pk__max(points, rows);
     size_t most = pk__max(pk__max(items * outputs, places), PK__HEAD_PART), widest = 0;
-    tangent->weighted_inputs = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->weighted_inputs = pk_arena_take(arena, layers, sizeof(pk_real *));
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(tangent->graph, l);
         const int used = factored && pk__is_outer(node);
@@ -265,16 +265,16 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
                        &tangent->integrator);
     tangent->integrator.readout = *readout;
     points = tangent->reverse_points;
-    tangent->kind = (pk_layer_kind *)pk_arena_take(arena, layers, sizeof *tangent->kind);
-    tangent->node = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->node);
-    tangent->integrated = (int *)pk_arena_take(arena, layers, sizeof *tangent->integrated);
-    tangent->headed = (int *)pk_arena_take(arena, layers, sizeof *tangent->headed);
-    tangent->head = (const pk_node **)pk_arena_take(arena, layers, sizeof *tangent->head);
-    tangent->delta = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->input = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->phi = (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->check = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
-    tangent->size = bounds ? (pk_real **)pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->kind = pk_arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = pk_arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = pk_arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->headed = pk_arena_take(arena, layers, sizeof *tangent->headed);
+    tangent->head = pk_arena_take(arena, layers, sizeof *tangent->head);
+    tangent->delta = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
@@ -283,13 +283,13 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
         int phi_wanted =
             kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
-        pk_real *delta = hoisted ? (pk_real *)pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *delta = hoisted ? pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
         pk_real *input =
-            kind == PK_LAYER_LINEAR ? (pk_real *)pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+            kind == PK_LAYER_LINEAR ? pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
         const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
-        pk_real *phi = phi_wanted ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *check = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *size = bounds ? (pk_real *)pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *phi = phi_wanted ? pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
             tangent->size[l] = size;
@@ -315,19 +315,19 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
         by_rows = pk__max(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
     }
     for (int v = 0; v < PK_DIRECTIONS; v++)
-        tangent->along[v] = (pk_real *)pk_arena_take(arena, both, sizeof(pk_real));
-    tangent->weight_sum = (pk_real *)pk_arena_take(arena, rows, sizeof(pk_real));
-    tangent->begun = (unsigned char *)pk_arena_take(arena, rows, 1);
+        tangent->along[v] = pk_arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = pk_arena_take(arena, rows, sizeof(pk_real));
+    tangent->begun = pk_arena_take(arena, rows, 1);
     pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
     /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
      * layer by rows (outputs x weights). */
-    tangent->scratch = (pk_real *)pk_arena_take(
+    tangent->scratch = pk_arena_take(
         arena,
         pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
                  outputs * by_rows),
         sizeof(pk_real));
-    tangent->weighted = (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->absolute = bounds ? (pk_real *)pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    tangent->weighted = pk_arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->absolute = bounds ? pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     points = tangent->integrator.segment.point_capacity;
     pk_points_take(arena, points, bounds, &tangent->sorted);
 }

@@ -343,7 +343,7 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
 
 static void pk__tangent_points(void *user, const pk_points *unsorted)
 {
-    pk_tangent *tangent = (pk_tangent *)user;
+    pk_tangent *tangent = user;
     const pk_points *points = pk__sort_points(tangent, unsorted);
     size_t first = 0;
     do {

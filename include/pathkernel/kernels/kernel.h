@@ -129,11 +129,11 @@ static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_l
     const size_t width = gram->tile * gram->kept;
     pk__gram_back_take(arena, gram, &lane->back);
     pk_tape_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
-    lane->inputs = (pk_real *)pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
-    lane->left = (pk_real *)pk_arena_take(arena, gram->left, sizeof(pk_real));
-    lane->right = (pk_real *)pk_arena_take(arena, gram->right, sizeof(pk_real));
-    lane->tile = (pk_real *)pk_arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = (pk_real *)pk_arena_take(arena, width, sizeof(pk_real));
+    lane->inputs = pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = pk_arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = pk_arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = pk_arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = pk_arena_take(arena, width, sizeof(pk_real));
 }
 
 static pk_arena pk__gram_arena(const pk__gram *gram, int lane)

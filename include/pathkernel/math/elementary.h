@@ -22,7 +22,6 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_C
 
 /* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
 #ifdef _OPENMP
@@ -354,6 +353,5 @@ PK__PRIVATE void pk__elementary_reals(pk__elementary *function, size_t count, do
     }
 }
 
-PK__END_C
 /* <<< implementation */
 #endif

@@ -28,7 +28,6 @@ PK__END_C
 #define PATHKERNEL_TILE_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_C
 
 #if defined(__GNUC__)
 #define PK__ALIGNED __attribute__((aligned(64))) /* for vectors that are cache lines */
@@ -630,6 +629,5 @@ PK__PRIVATE const char *pk__panel_name(void)
     return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
-PK__END_C
 /* <<< implementation */
 #endif

@@ -149,14 +149,14 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
     if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
         !pk__multiply(pk__max(rows, both), graph->widest, &all))
         arena->overflow = 1;
-    tape->value = (pk_real **)pk_arena_take(arena, count, sizeof *tape->value);
-    tape->cotangent = copies ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
-    tape->tangent = tangents ? (pk_real **)pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    tape->value = pk_arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
     for (size_t n = 0; n < count && !arena->overflow; n++) {
         const pk_node *node = &graph->nodes[n];
         const size_t bytes = node->width * sizeof(pk_real);
         /* The input's value belongs to the caller: no room for it. */
-        pk_real *value = n ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+        pk_real *value = n ? pk_arena_take(arena, rows, bytes) : NULL;
         const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
         const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
                            pk__only_reader(graph, input) == node;
@@ -164,8 +164,8 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (shared && tape->cotangent)
             cotangent = tape->cotangent[node->inputs[0]];
         else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
-            cotangent = (pk_real *)pk_arena_take(arena, both, bytes);
-        pk_real *tangent = tangents && node->varies ? (pk_real *)pk_arena_take(arena, rows, bytes) : NULL;
+            cotangent = pk_arena_take(arena, both, bytes);
+        pk_real *tangent = tangents && node->varies ? pk_arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
             tape->value[n] = value;
         if (tape->cotangent)
@@ -183,9 +183,9 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (pk__reverses_by_row(node, copies))
             weights = pk__max(weights, node->weight_count);
     }
-    tape->scratch = (pk_real *)pk_arena_take(arena, scratch, sizeof(pk_real));
-    tape->line_scratch = (pk_real *)pk_arena_take(arena, line, sizeof(pk_real));
-    tape->row_weights = (pk_real *)pk_arena_take(arena, weights, sizeof(pk_real));
+    tape->scratch = pk_arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = pk_arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = pk_arena_take(arena, weights, sizeof(pk_real));
 }
 
 PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
@@ -592,7 +592,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
         pk_tape batch;
         pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
-        pk_real *rows = (pk_real *)pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        pk_real *rows = pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)

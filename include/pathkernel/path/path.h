@@ -121,7 +121,7 @@ PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
 {
     pieces->count = 0;
     pieces->capacity = capacity;
-    pieces->piece = (pk_piece *)pk_arena_take(arena, capacity, sizeof *pieces->piece);
+    pieces->piece = pk_arena_take(arena, capacity, sizeof *pieces->piece);
 }
 
 PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b)
@@ -225,18 +225,18 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     segment->graph = graph;
     segment->row_capacity = rows;
     segment->point_capacity = points;
-    segment->base = (pk_real **)pk_arena_take(arena, count, sizeof *segment->base);
-    segment->slope = (pk_real **)pk_arena_take(arena, count, sizeof *segment->slope);
-    segment->gathered = (int *)pk_arena_take(arena, count, sizeof *segment->gathered);
-    segment->last_read = (size_t *)pk_arena_take(arena, count, sizeof *segment->last_read);
+    segment->base = pk_arena_take(arena, count, sizeof *segment->base);
+    segment->slope = pk_arena_take(arena, count, sizeof *segment->slope);
+    segment->gathered = pk_arena_take(arena, count, sizeof *segment->gathered);
+    segment->last_read = pk_arena_take(arena, count, sizeof *segment->last_read);
     for (size_t n = 0; n < count && segment->gathered; n++)
         segment->gathered[n] = 0;
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
         pk_real *base =
-            affine || constant ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
-        pk_real *slope = affine ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
+            affine || constant ? pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *slope = affine ? pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
             segment->slope[n] = slope;
@@ -258,24 +258,24 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     }
     const size_t samples = (size_t)segment->degree + 1;
     segment->conversion =
-        (pk_real *)pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+        pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
     if (segment->conversion && segment->last_switch)
         pk__bernstein_conversion(segment->degree, segment->conversion);
     pk__chebyshev_tail(segment->tail);
     pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
-    segment->input_points = (pk_real *)pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
-    segment->switch_values = (pk_real *)pk_arena_take(arena, points, switches * sizeof(pk_real));
-    segment->coefficients = (pk_real *)pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
-    segment->point_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->point_row);
-    segment->point_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->point_t);
-    segment->held_row = (size_t *)pk_arena_take(arena, points, sizeof *segment->held_row);
-    segment->held_t = (pk_real *)pk_arena_take(arena, points, sizeof *segment->held_t);
+    segment->input_points = pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
+    segment->switch_values = pk_arena_take(arena, points, switches * sizeof(pk_real));
+    segment->coefficients = pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
+    segment->point_row = pk_arena_take(arena, points, sizeof *segment->point_row);
+    segment->point_t = pk_arena_take(arena, points, sizeof *segment->point_t);
+    segment->held_row = pk_arena_take(arena, points, sizeof *segment->held_row);
+    segment->held_t = pk_arena_take(arena, points, sizeof *segment->held_t);
     pk_pieces_take(arena, pieces, &segment->pending);
-    segment->pending_start = (size_t *)pk_arena_take(arena, pieces, sizeof *segment->pending_start);
+    segment->pending_start = pk_arena_take(arena, pieces, sizeof *segment->pending_start);
     pk_pieces_take(arena, points, &segment->batch);
-    segment->batch_start = (size_t *)pk_arena_take(arena, points, sizeof *segment->batch_start);
+    segment->batch_start = pk_arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
-    segment->roots = (pk_root *)pk_arena_take(arena, pieces, sizeof *segment->roots);
+    segment->roots = pk_arena_take(arena, pieces, sizeof *segment->roots);
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */

@@ -259,11 +259,11 @@ enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
 PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
 {
     points->count = 0;
-    points->row = (size_t *)pk_arena_take(arena, capacity, sizeof *points->row);
-    points->t = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->weight = (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->check = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
-    points->slack = bounds ? (pk_real *)pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->row = pk_arena_take(arena, capacity, sizeof *points->row);
+    points->t = pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = pk_arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
 }
 
 PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
@@ -276,17 +276,17 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
     pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
     pk_pieces_take(arena, pieces, &integrator->pieces);
-    integrator->order = (unsigned char *)pk_arena_take(arena, pieces, 1);
-    integrator->passed = (unsigned char *)pk_arena_take(arena, pieces, 1);
-    integrator->nested = (unsigned char *)pk_arena_take(arena, pieces, 1);
-    integrator->next_order = (unsigned char *)pk_arena_take(arena, rows, 1);
-    integrator->missed = (double *)pk_arena_take(arena, pieces, sizeof *integrator->missed);
-    integrator->sequence = (size_t *)pk_arena_take(arena, pieces, sizeof *integrator->sequence);
+    integrator->order = pk_arena_take(arena, pieces, 1);
+    integrator->passed = pk_arena_take(arena, pieces, 1);
+    integrator->nested = pk_arena_take(arena, pieces, 1);
+    integrator->next_order = pk_arena_take(arena, rows, 1);
+    integrator->missed = pk_arena_take(arena, pieces, sizeof *integrator->missed);
+    integrator->sequence = pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
-    integrator->slope = (pk_real *)pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
-    integrator->h = (pk_real *)pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
-    integrator->ends = (pk_real *)pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
-    integrator->has_ends = (unsigned char *)pk_arena_take(arena, rows, 1);
+    integrator->slope = pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
+    integrator->ends = pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = pk_arena_take(arena, rows, 1);
 }
 
 /* One behind the last of the points from p on that are of its row. */

@@ -104,8 +104,8 @@ static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads,
     pk_gradient_workspace *workspace = &trainer->workspace;
     if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
         arena->overflow = 1;
-    trainer->gradient = (pk_real *)pk_arena_take(arena, P, real);
-    trainer->state = (pk_real *)pk_arena_take(arena, trainer->state_numbers, real);
+    trainer->gradient = pk_arena_take(arena, P, real);
+    trainer->state = pk_arena_take(arena, trainer->state_numbers, real);
     memset(workspace, 0, sizeof *workspace);
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
@@ -133,7 +133,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {(unsigned char *)taken.memory, arena.used, 0, 0};
+    pk_arena own = {taken.memory, arena.used, 0, 0};
     pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
     *trainer = taken;
     return PK_OK;
@@ -280,8 +280,8 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
-    replay->weights = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
-    replay->next = (pk_real *)pk_arena_take(arena, P, sizeof(pk_real));
+    replay->weights = pk_arena_take(arena, P, sizeof(pk_real));
+    replay->next = pk_arena_take(arena, P, sizeof(pk_real));
     if (reach && every > 1) {
         replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
         replay->stops = (every - 1) / replay->spacing;
@@ -290,7 +290,7 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
         !pk__multiply(replay->stops, numbers, &numbers))
         arena->overflow = 1;
-    replay->stop_numbers = (pk_real *)pk_arena_take(arena, numbers, sizeof(pk_real));
+    replay->stop_numbers = pk_arena_take(arena, numbers, sizeof(pk_real));
     for (int i = 0; i < PK_REPLAY_STOPS; i++)
         replay->stop[i] = SIZE_MAX;
 }
@@ -311,7 +311,7 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {(unsigned char *)memory, arena.used, 0, 0};
+    pk_arena own = {memory, arena.used, 0, 0};
     if (memory)
         pk_replay_take(&own, run, largest, pk_threads(context), reach, &taken);
     taken.memory = memory;

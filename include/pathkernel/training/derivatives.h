@@ -113,15 +113,15 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
     size_t widest = 0, most = 0;
     memset(lane, 0, sizeof *lane);
     pk_tape_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
-    lane->inputs = (pk_real *)pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    lane->target = (pk_real *)pk_arena_take(arena, graph->output_width, sizeof(pk_real));
+    lane->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    lane->target = pk_arena_take(arena, graph->output_width, sizeof(pk_real));
     if (!sweep->second)
         return;
-    lane->second = (pk_real **)pk_arena_take(arena, graph->node_count, sizeof *lane->second);
+    lane->second = pk_arena_take(arena, graph->node_count, sizeof *lane->second);
     for (size_t n = 0; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         pk_real *second =
-            node->varies ? (pk_real *)pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
+            node->varies ? pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
         if (lane->second && !arena->overflow)
             lane->second[n] = second;
         if (!node->weight_count)
@@ -130,8 +130,8 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
         for (int j = 0; j < node->input_count; j++)
             widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
-    lane->zeros = (pk_real *)pk_arena_take(arena, rows, widest * sizeof(pk_real));
-    lane->part = (pk_real *)pk_arena_take(arena, most, 2 * sizeof(pk_real));
+    lane->zeros = pk_arena_take(arena, rows, widest * sizeof(pk_real));
+    lane->part = pk_arena_take(arena, most, 2 * sizeof(pk_real));
     if (lane->zeros && !arena->overflow)
         memset(lane->zeros, 0, rows * widest * sizeof(pk_real));
 }

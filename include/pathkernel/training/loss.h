@@ -547,9 +547,9 @@ PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gr
     if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->parameters, &partial))
         arena->overflow = 1;
     workspace->lanes =
-        (pk__gradient_lane *)pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
-    workspace->groups = (pk__gradient_group *)pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
-    workspace->partial = (pk_real *)pk_arena_take(arena, partial, sizeof *workspace->partial);
+        pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
+    workspace->groups = pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
+    workspace->partial = pk_arena_take(arena, partial, sizeof *workspace->partial);
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -558,8 +558,8 @@ PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gr
             arena->overflow = 1;
         memset(&lane, 0, sizeof lane);
         pk_tape_take(arena, graph, rows, 1, 0, &lane.tape);
-        lane.inputs = (pk_real *)pk_arena_take(arena, inputs, sizeof *lane.inputs);
-        lane.targets = (pk_real *)pk_arena_take(arena, targets, sizeof *lane.targets);
+        lane.inputs = pk_arena_take(arena, inputs, sizeof *lane.inputs);
+        lane.targets = pk_arena_take(arena, targets, sizeof *lane.targets);
         if (arena->base && !arena->overflow)
             workspace->lanes[thread] = lane;
     }
@@ -588,7 +588,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     pk_status status = pk_allocate(context, arena.used, 1, "the workspace of the batch gradient", &memory);
     if (status != PK_OK)
         return status;
-    arena.base = (unsigned char *)memory;
+    arena.base = memory;
     arena.capacity = arena.used;
     arena.used = 0;
     pk__gradient_take(&arena, graph, &taken);
