@@ -1604,22 +1604,8 @@ PK_API PK__MUST_USE pk_status pk_train(pk_context *context, const pk_graph *grap
 
 PK__END_C
 
-/* pathkernel/path/path.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents
- * at points (row, t), and the kinks of its piecewise-linear parts.
- *
- * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
- * changes are found layer by layer:
- *   1. sample the switch functions of a layer at degree + 1 nodes of a piece that the layers below left;
- *   2. convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there;
- *   3. a piece without roots goes on to the next layer with the samples that it has; only what was split is
- *      sampled again.
- * Where a smooth operation stands below, a switch function is no polynomial and the samples only interpolate it:
- *   4. the last Chebyshev coefficients of the interpolant tell its error. Where that error leaves open how many
- *      zeros there are, the piece is halved for this search and joined again afterwards;
- *   5. each zero of the interpolant is moved onto the zero of the function itself by Newton steps, whose values
- *      come from the network.
- * Each kink carries its slack: the distance within which the switch function differs from zero by no more than
- * its own rounding and the remaining error of step 5.
+/* pathkernel/path/path.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents at points
+ * (row, t). What is constant or affine in t is computed once a row.
  */
 PK__BEGIN_C
 
@@ -1696,9 +1682,6 @@ PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, 
                                const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
 PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
-/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
- * for graphs with 0 <= degree <= PK_SEGMENT_DEGREE. Cost 4 P flops a sample. */
-PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to);
 
 PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces);
 /* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
@@ -1706,11 +1689,35 @@ PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double 
 
 PK__END_C
 
+/* pathkernel/path/kinks.h: where a network is not smooth along a step: the kinks of its piecewise-linear parts.
+ *
+ * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
+ * changes are found layer by layer:
+ *   1. sample the switch functions of a layer at degree + 1 nodes of a piece that the layers below left;
+ *   2. convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there;
+ *   3. a piece without roots goes on to the next layer with the samples that it has; only what was split is
+ *      sampled again.
+ * Where a smooth operation stands below, a switch function is no polynomial and the samples only interpolate it:
+ *   4. the last Chebyshev coefficients of the interpolant tell its error. Where that error leaves open how many
+ *      zeros there are, the piece is halved for this search and joined again afterwards;
+ *   5. each zero of the interpolant is moved onto the zero of the function itself by Newton steps, whose values
+ *      come from the network.
+ * Each kink carries its slack: the distance within which the switch function differs from zero by no more than
+ * its own rounding and the remaining error of step 5.
+ */
+PK__BEGIN_C
+
+/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
+ * for graphs with 0 <= degree <= PK_SEGMENT_DEGREE. Cost 4 P flops a sample. */
+PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to);
+
+PK__END_C
+
 /* pathkernel/path/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
  * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
  *
  * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. The adaptive rule:
- *   1. split the step at the kinks that can be found (path.h);
+ *   1. split the step at the kinks that can be found (kinks.h);
  *   2. test each piece with n nodes. Its error is the difference between the sum over the nodes of dh/dt, and h at the
  *      end minus h at the start, which forward passes give: the closure of the piece. It may be `target` times the
  *      most that h has changed in a step of this row: contributions are parts of such changes, whatever the size of h;
@@ -1786,9 +1793,12 @@ typedef struct pk_points {
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
 typedef void pk_point_sink(void *user, const pk_points *points);
 
-/* What a row's next step starts with: an order of PK_WAITS times the nodes of its pieces, plus for how many steps fewer
- * nodes need not be tried. */
-enum { PK_WAITS = 8, PK_FIRST_ORDER = 2 * PK_WAITS };
+/* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
+typedef struct pk_row_order {
+    unsigned char nodes, wait;
+} pk_row_order;
+
+enum { PK_FIRST_NODES = 2 };
 
 /* What is known of a row along the run, step after step. */
 typedef struct pk_row_state {
@@ -1796,7 +1806,7 @@ typedef struct pk_row_state {
     double change;        /* the scale of errors: the most that h changed in one step */
     double step_change;   /* the same of this step, as far as it is known */
     size_t halvings;      /* of its pieces in this step */
-    unsigned char order;  /* at first PK_FIRST_ORDER */
+    pk_row_order order;   /* at first PK_FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
 } pk_row_state;
 
@@ -1810,11 +1820,11 @@ typedef struct pk_integrator {
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk_row_state *state;                       /* the caller's, one per row */
     pk_pieces pending, failed, pieces;
-    unsigned char *order, *passed, *nested,
-        *next_order;                  /* of the pieces, of the pieces, of the pieces, of the rows */
-    double *missed;                   /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count; /* the pieces that have passed, one after another */
-    pk_points buffer;                 /* points on their way to the sink */
+    unsigned char *order, *passed, *nested; /* of the pieces; order: nodes */
+    pk_row_order *next_order;               /* of the rows */
+    double *missed;                         /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count;       /* the pieces that have passed, one after another */
+    pk_points buffer;                       /* points on their way to the sink */
     pk_real *slope, *h;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
@@ -14698,8 +14708,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
-        pk_real *base =
-            affine || constant ? pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *base = affine || constant ? pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
         pk_real *slope = affine ? pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
@@ -14721,8 +14730,7 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         }
     }
     const size_t samples = (size_t)segment->degree + 1;
-    segment->conversion =
-        pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+    segment->conversion = pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
     if (segment->conversion && segment->last_switch)
         pk__bernstein_conversion(segment->degree, segment->conversion);
     pk__chebyshev_tail(segment->tail);
@@ -14899,7 +14907,13 @@ PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real 
 
 PK__COLD_END
 
-/* ---- kinks ----------------------------------------------------------------------------------------- */
+PK__END_CODE
+
+/* pathkernel/path/kinks.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
 
 /* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
 static double pk__casteljau(int degree, const double *c, double x, double *left, double *right, double *slope)
@@ -15563,7 +15577,7 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->order = pk_arena_take(arena, pieces, 1);
     integrator->passed = pk_arena_take(arena, pieces, 1);
     integrator->nested = pk_arena_take(arena, pieces, 1);
-    integrator->next_order = pk_arena_take(arena, rows, 1);
+    integrator->next_order = pk_arena_take(arena, rows, sizeof *integrator->next_order);
     integrator->missed = pk_arena_take(arena, pieces, sizeof *integrator->missed);
     integrator->sequence = pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
@@ -15771,17 +15785,19 @@ PK__COLD_BEGIN
 /* *next = what the row's next step starts with, where a piece of it took `nodes` nodes; missed: by how much one node less
  * missed its target, 0: not tried. A test costs little beside a node that is too many, so the next step starts one lower;
  * but steps change slowly, so after a miss by 16^k not for k steps. Of several pieces the largest counts. */
-static void pk__plan_next(unsigned char *next, unsigned char now, int nodes, double missed)
+static void pk__plan_next(pk_row_order *next, pk_row_order now, int nodes, double missed)
 {
-    int wait = now % PK_WAITS;
+    int wait = now.wait;
     if (missed > 1)
-        wait = missed < 1e9 ? (int)(log2(missed) / 4) : PK_WAITS - 1; /* log2(1e9) / 4 is 7.5 */
-    else if (wait && nodes == now / PK_WAITS)
+        wait = missed < 1e9 ? (int)(log2(missed) / 4) : 7; /* log2(1e9) / 4 is 7.5 */
+    else if (wait && nodes == now.nodes)
         wait--;
     else
         nodes -= nodes > 1;
-    const int start = nodes * PK_WAITS + wait;
-    *next = (unsigned char)(start > *next ? start : *next);
+    if (nodes > next->nodes || (nodes == next->nodes && wait > next->wait)) {
+        next->nodes = (unsigned char)nodes;
+        next->wait = (unsigned char)wait;
+    }
 }
 
 /* Whether a piece waits for a test of its order. */
@@ -16010,7 +16026,7 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     for (size_t i = 0; i < pieces->count; i++) {
         pk_piece *piece = &pieces->piece[i];
         const pk_row_state *state = &integrator->state[piece->row];
-        integrator->order[i] = state->order / PK_WAITS;
+        integrator->order[i] = state->order.nodes;
         integrator->nested[i] = state->nested;
         piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
     }
@@ -16047,7 +16063,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
                 : segment->graph->degree < 2 ? 1
                                              : (segment->graph->degree + 1) / 2;
     pk_pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
-    memset(integrator->next_order, 0, segment->rows);
+    memset(integrator->next_order, 0, segment->rows * sizeof *integrator->next_order);
     pending->count = 0;
     for (size_t row = 0; row < segment->rows; row++) {
         integrator->state[row].halvings = 0;
@@ -16076,8 +16092,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         pk__halve_failed(integrator, sink, user);
     }
     for (size_t row = 0; !fixed && row < segment->rows; row++)
-        integrator->state[row].order =
-            integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER * PK_WAITS;
+        integrator->state[row].order = integrator->next_order[row].nodes ? integrator->next_order[row]
+                                                                         : (pk_row_order){PK__LARGEST_ORDER, 0};
     pk__flush(integrator, sink, user, 1);
 }
 
@@ -19044,7 +19060,7 @@ static void pk__begin_rows(pk__job *job)
     for (size_t row = 0; row < part->rows; row++) {
         pk_row_state *state = &job->row_state[row];
         memset(state, 0, sizeof *state);
-        state->order = PK_FIRST_ORDER;
+        state->order.nodes = PK_FIRST_NODES;
         for (size_t i = row * part->outputs; i < (row + 1) * part->outputs; i++) {
             const double change = part->final[i] - part->initial[i];
             state->height = pk__largest(1, &part->initial[i], state->height);

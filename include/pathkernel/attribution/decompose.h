@@ -602,7 +602,7 @@ static void pk__begin_rows(pk__job *job)
     for (size_t row = 0; row < part->rows; row++) {
         pk_row_state *state = &job->row_state[row];
         memset(state, 0, sizeof *state);
-        state->order = PK_FIRST_ORDER;
+        state->order.nodes = PK_FIRST_NODES;
         for (size_t i = row * part->outputs; i < (row + 1) * part->outputs; i++) {
             const double change = part->final[i] - part->initial[i];
             state->height = pk__largest(1, &part->initial[i], state->height);

@@ -2,7 +2,7 @@
  * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
  *
  * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. The adaptive rule:
- *   1. split the step at the kinks that can be found (path.h);
+ *   1. split the step at the kinks that can be found (kinks.h);
  *   2. test each piece with n nodes. Its error is the difference between the sum over the nodes of dh/dt, and h at the
  *      end minus h at the start, which forward passes give: the closure of the piece. It may be `target` times the
  *      most that h has changed in a step of this row: contributions are parts of such changes, whatever the size of h;
@@ -19,7 +19,7 @@
  */
 #ifndef PATHKERNEL_QUADRATURE_H
 #define PATHKERNEL_QUADRATURE_H
-#include "path.h"
+#include "kinks.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -83,9 +83,12 @@ typedef struct pk_points {
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
 typedef void pk_point_sink(void *user, const pk_points *points);
 
-/* What a row's next step starts with: an order of PK_WAITS times the nodes of its pieces, plus for how many steps fewer
- * nodes need not be tried. */
-enum { PK_WAITS = 8, PK_FIRST_ORDER = 2 * PK_WAITS };
+/* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
+typedef struct pk_row_order {
+    unsigned char nodes, wait;
+} pk_row_order;
+
+enum { PK_FIRST_NODES = 2 };
 
 /* What is known of a row along the run, step after step. */
 typedef struct pk_row_state {
@@ -93,7 +96,7 @@ typedef struct pk_row_state {
     double change;        /* the scale of errors: the most that h changed in one step */
     double step_change;   /* the same of this step, as far as it is known */
     size_t halvings;      /* of its pieces in this step */
-    unsigned char order;  /* at first PK_FIRST_ORDER */
+    pk_row_order order;   /* at first PK_FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
 } pk_row_state;
 
@@ -107,11 +110,11 @@ typedef struct pk_integrator {
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk_row_state *state;                       /* the caller's, one per row */
     pk_pieces pending, failed, pieces;
-    unsigned char *order, *passed, *nested,
-        *next_order;                  /* of the pieces, of the pieces, of the pieces, of the rows */
-    double *missed;                   /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count; /* the pieces that have passed, one after another */
-    pk_points buffer;                 /* points on their way to the sink */
+    unsigned char *order, *passed, *nested; /* of the pieces; order: nodes */
+    pk_row_order *next_order;               /* of the rows */
+    double *missed;                         /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count;       /* the pieces that have passed, one after another */
+    pk_points buffer;                       /* points on their way to the sink */
     pk_real *slope, *h;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
@@ -279,7 +282,7 @@ PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t ro
     integrator->order = pk_arena_take(arena, pieces, 1);
     integrator->passed = pk_arena_take(arena, pieces, 1);
     integrator->nested = pk_arena_take(arena, pieces, 1);
-    integrator->next_order = pk_arena_take(arena, rows, 1);
+    integrator->next_order = pk_arena_take(arena, rows, sizeof *integrator->next_order);
     integrator->missed = pk_arena_take(arena, pieces, sizeof *integrator->missed);
     integrator->sequence = pk_arena_take(arena, pieces, sizeof *integrator->sequence);
     pk_points_take(arena, points, bounds, &integrator->buffer);
@@ -487,17 +490,19 @@ PK__COLD_BEGIN
 /* *next = what the row's next step starts with, where a piece of it took `nodes` nodes; missed: by how much one node less
  * missed its target, 0: not tried. A test costs little beside a node that is too many, so the next step starts one lower;
  * but steps change slowly, so after a miss by 16^k not for k steps. Of several pieces the largest counts. */
-static void pk__plan_next(unsigned char *next, unsigned char now, int nodes, double missed)
+static void pk__plan_next(pk_row_order *next, pk_row_order now, int nodes, double missed)
 {
-    int wait = now % PK_WAITS;
+    int wait = now.wait;
     if (missed > 1)
-        wait = missed < 1e9 ? (int)(log2(missed) / 4) : PK_WAITS - 1; /* log2(1e9) / 4 is 7.5 */
-    else if (wait && nodes == now / PK_WAITS)
+        wait = missed < 1e9 ? (int)(log2(missed) / 4) : 7; /* log2(1e9) / 4 is 7.5 */
+    else if (wait && nodes == now.nodes)
         wait--;
     else
         nodes -= nodes > 1;
-    const int start = nodes * PK_WAITS + wait;
-    *next = (unsigned char)(start > *next ? start : *next);
+    if (nodes > next->nodes || (nodes == next->nodes && wait > next->wait)) {
+        next->nodes = (unsigned char)nodes;
+        next->wait = (unsigned char)wait;
+    }
 }
 
 /* Whether a piece waits for a test of its order. */
@@ -726,7 +731,7 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
     for (size_t i = 0; i < pieces->count; i++) {
         pk_piece *piece = &pieces->piece[i];
         const pk_row_state *state = &integrator->state[piece->row];
-        integrator->order[i] = state->order / PK_WAITS;
+        integrator->order[i] = state->order.nodes;
         integrator->nested[i] = state->nested;
         piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
     }
@@ -763,7 +768,7 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
                 : segment->graph->degree < 2 ? 1
                                              : (segment->graph->degree + 1) / 2;
     pk_pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
-    memset(integrator->next_order, 0, segment->rows);
+    memset(integrator->next_order, 0, segment->rows * sizeof *integrator->next_order);
     pending->count = 0;
     for (size_t row = 0; row < segment->rows; row++) {
         integrator->state[row].halvings = 0;
@@ -792,8 +797,8 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         pk__halve_failed(integrator, sink, user);
     }
     for (size_t row = 0; !fixed && row < segment->rows; row++)
-        integrator->state[row].order =
-            integrator->next_order[row] ? integrator->next_order[row] : PK__LARGEST_ORDER * PK_WAITS;
+        integrator->state[row].order = integrator->next_order[row].nodes ? integrator->next_order[row]
+                                                                         : (pk_row_order){PK__LARGEST_ORDER, 0};
     pk__flush(integrator, sink, user, 1);
 }
 
