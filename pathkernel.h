@@ -127,9 +127,9 @@
 /* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
  * wants no or small code, that is what they are, too. Those of tile.h and elementary.h are as the caller asks.
  * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
- * COLD: inside of that, what runs once a call, a step, a layer or a row, not once a number: texts, files, checks, plans,
- * loops of calls. They are two thirds of the code. As with -Og, without those of its passes that cost more time than they
- * save in code; copies are propagated, for without that the fortified functions of glibc do not compile. */
+ * COLD: modules that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops of
+ * calls. As with -Og, without those of its passes that cost more time than they save in code; copies are propagated, for
+ * without that the fortified functions of glibc do not compile. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
 #define PK__WITH(options) PK__PRAGMA(GCC optimize(options))
 #define PK__WARM_BEGIN                                                                                       \
@@ -163,13 +163,21 @@
 #endif
 #define PK__BEGIN_CODE PK__WARM_BEGIN
 #define PK__END_CODE PK__WARM_END
+#define PK__BEGIN_COLD_CODE PK__WARM_BEGIN PK__COLD_BEGIN
+#define PK__END_COLD_CODE PK__COLD_END PK__WARM_END
 
 #ifdef PATHKERNEL_STATIC
 #define PK_API static PK__UNUSED
 #else
 #define PK_API
 #endif
-/* Shared between modules, invisible to users. */
+/* Shared between modules, invisible to users; INTERNAL: what the library's own tests and benchmarks call, too, which define
+ * PATHKERNEL_INTERNALS where they include it and where it is implemented. */
+#ifdef PATHKERNEL_INTERNALS
+#define PK__INTERNAL
+#else
+#define PK__INTERNAL static PK__UNUSED
+#endif
 #define PK__PRIVATE static PK__UNUSED
 
 PK__BEGIN_C
@@ -275,17 +283,6 @@ PK_API PK__MUST_USE pk_status pk_allocate(pk_context *context, size_t count, siz
                                           void *pointer);
 /* Gives back what pk_allocate gave, through the same context; NULL is allowed. */
 PK_API void pk_release(pk_context *context, void *pointer);
-
-/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes:
- * run the same code twice, once to measure and once to take. */
-typedef struct pk_arena {
-    unsigned char *base;
-    size_t capacity, used; /* bytes */
-    int overflow;          /* a size did not fit into size_t or into the capacity */
-} pk_arena;
-
-/* count * size bytes (not zeroed), or NULL when measuring, when count * size == 0 or on overflow. */
-PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size);
 
 PK__END_C
 
@@ -773,60 +770,12 @@ PK__END_C
 
 /* pathkernel/network/pass.h: autodiff. A tape is the memory of one batch going through a graph: forward, reverse, tangent.
  *
- * Everything here also works along a line w + t d with an own t for each row (pk_line): an operation that is linear in
+ * Everything here also works along a line w + t d with an own t for each row (pk__line): an operation that is linear in
  * its weights gives
  *     F(w + t d, a) = F(w, a) + t F(d, a),
  * so that rows with their own t need no own weights, only two calls for the whole batch.
  */
 PK__BEGIN_C
-
-/* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
-typedef struct pk_line {
-    const pk_real *weights, *direction;
-    const pk_real *t;
-} pk_line;
-
-/* The memory of one batch. value[n] is rows x width, cotangent[n] rows x copies x width, tangent[n]
- * rows x width; value[0] points to the caller's inputs. */
-typedef struct pk_tape {
-    const pk_graph *graph;
-    size_t rows, copies; /* capacity */
-    int threads;         /* for each operation; 0: one */
-    pk_context *context; /* of the caller, where there are several threads; NULL */
-    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
-    pk_real **value, **cotangent, **tangent;
-    pk_real *scratch, *line_scratch, *row_weights;
-    const pk_real *
-        transposed; /* the caller's: pk_tape_transpose of the line's weights, and behind it of its direction; NULL */
-    pk_line line; /* of the last reverse */
-} pk_tape;
-
-/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
-PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
-                         pk_tape *tape);
-/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
- * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
-PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                               size_t copies, int tangents, pk_tape *tape);
-/* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
-PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
-/* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
- * on the same line; seeds (rows x copies x output width) stand in pk_tape_seed(). */
-PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies);
-/* tangent[n] = d value[n] along the line's direction, at each row's t: a Jacobian-vector product. */
-PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
-/* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
-PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
-PK_API pk_real *pk_tape_output(const pk_tape *tape);
-PK_API pk_real *pk_tape_seed(const pk_tape *tape);
-/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
- * what is behind a last dense layer its weights. */
-PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows);
-
-/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
-PK_API int pk_tape_transposes(const pk_graph *graph);
-/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
-PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
 
 /* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
  * outputs must not overlap inputs. Cost 2 P rows flops. */
@@ -1530,10 +1479,6 @@ PK_API PK__MUST_USE pk_status pk_replay_prepare(pk_context *context, const pk_ru
                                                 pk_replay *replay);
 PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
 
-/* The same from an arena, for threads threads; nothing to release. */
-PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
-                           pk_replay *replay);
-
 /* weights (P) := w_step, step in [0, run->steps]. Consecutive steps cost one training step each, others up to k.
  * Every repeated step is compared with the checksum of the recording:
  * PK_NOT_REPRODUCED names the step whose bits differ (another build, BLIS or kind of processor, or damaged
@@ -1566,8 +1511,7 @@ typedef struct pk_train_options {
     int resume;         /* 1: continue the run in `record`, if there is one */
     int replace;        /* 1: remove the run in `record` first, if there is one */
     int record_float32, record_second_moments;
-    size_t
-        keep_every; /* k > 1: record the weights of every k-th step only (record.h); 0 or 1: of every step */
+    size_t keep_every; /* k > 1: record the weights of every k-th step only (record.h); 0 or 1: of every step */
 
     /* Called after each step of this call (recorded already): the batch's objective at w_step, and
      * w_{step+1} (P); those of pk_train are not up to date meanwhile. Non-zero ends training with PK_CANCELLED. */
@@ -1607,87 +1551,6 @@ PK__END_C
 /* pathkernel/path/path.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents at points
  * (row, t). What is constant or affine in t is computed once a row.
  */
-PK__BEGIN_C
-
-/* Above this degree, or where a pre-activation is no polynomial, it is interpolated by a polynomial of this
- * degree on each piece, and the caller must judge the pieces by their closure. */
-enum { PK_SEGMENT_DEGREE = 12 };
-
-/* The piece [a, b] of a row's step. A slack is how far the kink at that end may lie from it, 0 where there is no kink. */
-typedef struct pk_piece {
-    size_t row;
-    double a, b, slack_a, slack_b;
-    /* Of a piece that the quadrature judges and halves, see quadrature.h: */
-    double error, size;       /* of its last test */
-    double family, reference; /* of a piece it has come from by halving: its a and its error */
-    int age;                  /* halvings since then */
-    int joined;               /* there is no kink at a: the piece in front goes on smoothly */
-} pk_piece;
-
-typedef struct pk_pieces {
-    size_t count, capacity;
-    pk_piece *piece;
-} pk_pieces;
-
-/* A zero of switch function number `at`: its place, how far it may lie from there, the function's slope and rounding. */
-typedef struct pk_root {
-    double t, slack, slope, rounding;
-    size_t at;
-} pk_root;
-
-/* One block of rows along one step; memory from an arena, one segment a thread. */
-typedef struct pk_segment {
-    const pk_graph *graph;
-    size_t row_capacity, point_capacity;
-    /* The step and the rows it is at: */
-    const pk_real *weights, *direction, *inputs;
-    size_t rows;
-    /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
-    pk_real **base, **slope;
-    int *gathered;      /* a constant node that is needed at each point */
-    pk_tape tape;       /* of the points */
-    int degree;         /* of the samples: the largest of a switch function */
-    size_t last_switch; /* the last node with switch functions, 0: none */
-    size_t *last_read;  /* of each node: the last node that takes it */
-    int interpolates;   /* some switch function is no polynomial of that degree */
-    pk_real *input_points, *switch_values, *coefficients, *conversion;
-    double tail[3][PK_SEGMENT_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
-    size_t *point_row;
-    pk_real *point_t;
-    size_t held; /* points whose values stand in the tape: held_row, held_t */
-    size_t *held_row;
-    pk_real *held_t;
-    pk_pieces pending, batch;            /* to be sampled */
-    size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
-    pk_root *roots;
-    size_t root_capacity;
-} pk_segment;
-
-/* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
- * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                            size_t reverse_points, size_t copies, size_t pieces, int gather,
-                            pk_segment *segment);
-/* Moves it to a step and a block of rows (rows x input width). transposed: pk_tape_transpose of the weights, and behind it of
- * the direction; NULL: they are not there. */
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
-                             const pk_real *transposed, size_t rows, const pk_real *inputs);
-/* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
- * where the tape holds all of them in this order, perhaps with others between. */
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
-/* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
-PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
-/* Tangents along the step's direction at points that the tape holds from number first on. */
-PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
-                               const pk_real *t);
-/* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
-PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
-
-PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces);
-/* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
-PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b);
-
-PK__END_C
 
 /* pathkernel/path/kinks.h: where a network is not smooth along a step: the kinks of its piecewise-linear parts.
  *
@@ -1705,13 +1568,6 @@ PK__END_C
  * Each kink carries its slack: the distance within which the switch function differs from zero by no more than
  * its own rounding and the remaining error of step 5.
  */
-PK__BEGIN_C
-
-/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
- * for graphs with 0 <= degree <= PK_SEGMENT_DEGREE. Cost 4 P flops a sample. */
-PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to);
-
-PK__END_C
 
 /* pathkernel/path/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
  * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
@@ -1775,240 +1631,27 @@ typedef struct pk_readout {
 
 /* The number of values of h for a network with outputs outputs. */
 PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
-/* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
-                             pk_real *h, pk_real *slope);
 
-/* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the weights of (a
- * rule of higher order minus the rule), and slack[p] those with which the sizes of the gradients bound what no rule sees: how
- * far the kinks beside the point may lie from where they were found, and what a piece left of its closure; else both are
- * NULL. */
-typedef struct pk_points {
-    size_t count;
-    size_t *row;
-    pk_real *t, *weight, *check, *slack;
-    int last; /* no more points come in this step */
-} pk_points;
-
-/* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
-typedef void pk_point_sink(void *user, const pk_points *points);
-
-/* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
-typedef struct pk_row_order {
-    unsigned char nodes, wait;
-} pk_row_order;
-
-enum { PK_FIRST_NODES = 2 };
-
-/* What is known of a row along the run, step after step. */
-typedef struct pk_row_state {
-    double height;        /* the largest |h| that is known */
-    double change;        /* the scale of errors: the most that h changed in one step */
-    double step_change;   /* the same of this step, as far as it is known */
-    size_t halvings;      /* of its pieces in this step */
-    pk_row_order order;   /* at first PK_FIRST_NODES */
-    unsigned char nested; /* pieces are judged by a nested rule at first */
-} pk_row_state;
-
-/* The integration of one block of rows, step after step; one a thread. */
-typedef struct pk_integrator {
-    pk_segment segment;
-    pk_quadrature quadrature;
-    pk_readout readout;
-    size_t first_row; /* of the block among the test rows */
-    double target;    /* the error a piece may have, relative to the change of its row */
-    const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    pk_row_state *state;                       /* the caller's, one per row */
-    pk_pieces pending, failed, pieces;
-    unsigned char *order, *passed, *nested; /* of the pieces; order: nodes */
-    pk_row_order *next_order;               /* of the rows */
-    double *missed;                         /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count;       /* the pieces that have passed, one after another */
-    pk_points buffer;                       /* points on their way to the sink */
-    pk_real *slope, *h;
-    /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
-    pk_real *ends;
-    unsigned char *has_ends;
-    /* Counted over the steps since the caller zeroed them: */
-    size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
-    size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
-} pk_integrator;
-
-/* points: of one call of the sink; reverse_points: of one pk_segment_reverse. bounds: also send what bounds on the error
- * of the integrals are made from. */
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator);
-PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
-/* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
-PK_API void pk_gauss_table(double *nodes, double *weights);
 /* PK_UNSUPPORTED where the rule does not fit the network or the readout, PK_ARGUMENT for a bad node count. */
 PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
                                                   const pk_graph *graph, const pk_readout *readout);
-/* Sends points of the segment's step (after pk_segment_begin) to the sink. */
-PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user);
-/* h at both ends of the step of every row, after pk_integrate: rows x 2 x readouts numbers, until the next call. */
-PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator);
 
 PK__END_C
 
 /* pathkernel/features/factors.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
  * layer and stored in panels, as the products with the test side want them.
  */
-PK__BEGIN_C
-
-/* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
- * represented: as one outer product for each place, or by rows, materialised. */
-typedef struct pk_representation {
-    size_t outputs, batch; /* that a test row and a step have */
-    int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
-    int factored;     /* else: never materialise where that can be avoided */
-    int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
-} pk_representation;
-
-/* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
- * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
- * of one number counts as 8. */
-PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
-
-/* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
- * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
- * (places x fan_out); a last panel is filled with zeros. input[l] is NULL for known data. rows[l] (weights x ld), for layers by
- * rows, is feature-major. */
-typedef struct pk_examples {
-    size_t count, ld;
-    const int64_t *items;
-    int consecutive; /* items[b] == items[0] + b */
-    pk_real **input, **cotangent, **rows;
-} pk_examples;
-
-enum { PK_EXAMPLE_BLOCK = 256 };
-
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
-                             const pk_representation *representation, pk_examples *examples);
-/* Weights (P) with a random relative change of up to PK_PERTURBATION each: see pk_examples_magnitude. */
-#ifdef PATHKERNEL_FLOAT
-#define PK_PERTURBATION 3e-5
-#else
-#define PK_PERTURBATION 1e-9
-#endif
-PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed);
-/* For bounds: to, which holds the gradients at perturbed weights, becomes the absolute values of from and how strongly
- * they depend on relative changes of the weights. pk_rounding_allowance times to then holds what rounding leaves of the
- * gradients, also where a loss is nearly zero or terms cancel on the way back. */
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
-/* sum (P) += sum over the examples of their gradients. */
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
-/* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
-PK_API double pk_rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples, at most rows <= PK_EXAMPLE_BLOCK at a time. */
-typedef struct pk_example_workspace {
-    pk_tape tape;
-    pk_real *inputs, *targets, *row_gradients;
-} pk_example_workspace;
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
-                                      pk_example_workspace *workspace);
-PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
-/* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
- * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient);
-
-PK__END_C
 
 /* pathkernel/features/features.h: the memory of tangent features, the gradients of a block of test rows' outputs with respect to
  * the weights along a step, and which of its forms each layer takes.
  */
-PK__BEGIN_C
-
+/* How layers are contracted: for tests and benchmarks. */
 typedef enum pk_engine {
     PK_ENGINE_AUTO,      /* the cheapest by the cost model */
     PK_ENGINE_FACTORED,  /* Hadamard products at each point */
     PK_ENGINE_HEAD,      /* the outputs taken out of the sum over points, where a layer allows it */
     PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
 } pk_engine;
-
-/* What a layer needs per point. */
-typedef enum pk_layer_kind {
-    PK_LAYER_DATA,   /* input constant: sum_p w_p delta_p */
-    PK_LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
-    PK_LAYER_POINTS, /* both vary */
-    PK_LAYER_ROWS    /* materialised row by row */
-} pk_layer_kind;
-
-enum { PK_DIRECTIONS = 3 };
-
-/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
-enum { PK_TILE_LD = PK_EXAMPLE_BLOCK + PK_PANEL };
-
-/* tile (row_count * outputs x count, ld PK_TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
- * from one layer, or from several at once (layer -1). */
-typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
-
-/* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
- * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK_LAYER_ROWS. */
-typedef struct pk_tangent {
-    const pk_graph *graph;
-    pk_integrator integrator;
-    size_t outputs, rows, row_capacity, reverse_points;
-    /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
-     * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
-    size_t unit, first_output, output_count, output_capacity;
-    pk_layer_kind *kind;
-    const pk_node **node;
-    int *integrated; /* this step: Phi of the layer is wanted */
-    int *headed;     /* this step: the outputs are taken out of the sum over points */
-    const pk_node *
-        *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
-    pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
-    pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
-    pk_real **phi;   /* POINTS and ROWS: rows x output_capacity x weights */
-    pk_real **check,
-        **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
-    double allowance; /* c eps of the rounding bound */
-    int per_layer;    /* tiles layer by layer */
-    const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
-    pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
-    pk_real *weight_sum;                      /* rows */
-    unsigned char *begun;                     /* rows: whether the step has had points of it */
-    /* The contraction: */
-    const pk_examples *examples;
-    const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
-    size_t gram_ld;
-    pk_tile_sink *sink;
-    void *user;
-    pk_real *tile; /* rows x outputs x PK_TILE_LD */
-    pk_real *left; /* points or rows, x PK_TILE_LD */
-    pk_real *scratch, *weighted, *absolute;
-    pk_real *ones;             /* points or rows */
-    pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
-    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
-     * the places of a layer that is used at several; one after another in a tile or a panel. */
-    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
-    /* The headed layer: */
-    pk_real *head_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
-    pk_real *slopes;       /* points x 2 out: w slope, w t slope */
-    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
-    size_t *unit_count;    /* rows */
-    pk_real *sums;         /* PK__HEAD_PART x PK__PAIR */
-    /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
-    pk_real *places, *place_start;
-    pk_points sorted;
-    double flops;                             /* of the contraction, counted */
-    double seconds_sums, seconds_contraction; /* of the sums over points; of all that follows them */
-} pk_tangent;
-
-/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
- * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
-PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            size_t materialise, size_t unit, int bounds,
-                            const pk_representation *representation, pk_tangent *tangent);
-/* How many test rows make a block, from shapes alone. */
-PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs);
-/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
-PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
-
-PK__END_C
 
 /* pathkernel/features/product.h: inner products of tangent features with the gradients of examples: the hot loop.
  *
@@ -2025,39 +1668,12 @@ PK__END_C
  * Products are of rows of the test side and panels of examples, and the Hadamard product is taken while a tile of
  * them is in registers (tile.h): nothing that is as large as a layer times examples goes through memory.
  * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
- * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
+ * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk__layer_by_rows).
  */
-PK__BEGIN_C
-
-/* tile (outputs x columns, ld PK_TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
- * of PK_PANEL, columns <= PK_EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
- * last panel are written, too. */
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile);
-
-PK__END_C
 
 /* pathkernel/features/integral.h: tangent features integrated over a step: sums over the points of the quadrature, layer by
  * layer, and the integrated gradient Phi where it is wanted.
  */
-PK__BEGIN_C
-
-/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
- * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. transposed: as for
- * pk_segment_begin. */
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
-                            pk_engine engine);
-/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
- * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                               pk_real *phi);
-/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
- * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
-                                 size_t count, pk_real *error);
-
-PK__END_C
 
 /* pathkernel/attribution/decomposition.h: what is asked of a decomposition and what it returns: sums of contributions over
  * examples, groups, steps and layers, the certificate, the costs. decompose.h computes it.
@@ -2171,68 +1787,6 @@ PK__END_C
  * window; on the way back to a window between, spare more states are kept where they save most (Griewank and
  * Walther 2000), so that any number of steps can be visited in reverse with few states.
  */
-PK__BEGIN_C
-
-typedef struct pk_window {
-    const pk_run *run;
-    /* Of the run: */
-    size_t parameters, largest_batch, state_vectors;
-    int preconditioned; /* the optimiser scales each parameter on its own */
-    /* The caller's, after pk_window_begin: */
-    pk_representation representation;
-    /* Of the plan: */
-    size_t capacity, windows, threads, lanes;
-    size_t stride, spare;
-    int bounds;
-    /* The steps first .. first + count - 1; step first + j is number j below: */
-    size_t first, count;
-    pk_real *weights;    /* (count + 1) x P */
-    pk_real *direction;  /* count x P: D_s */
-    pk_real *transposed; /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
-    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
-    size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
-    pk_real *preconditioner; /* count x pitch: p_s, or NULL */
-    pk_real *
-        preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
-    pk_linear_form *forms;
-    pk_batch *batches;
-    pk_examples *examples, *magnitudes; /* magnitudes: see pk_examples_magnitude, or NULL */
-    /* Private: */
-    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
-    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
-    pk_real *state, *saved, *update;
-    pk_real *perturbed;          /* 3 P */
-    pk_real *perturbed_weights;  /* with bounds: count x P */
-    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
-    size_t *spare_at;            /* the windows that the spare states stand before, ascending */
-    size_t spare_used, advanced; /* windows gone through only for the state */
-    pk_example_workspace *workspaces;
-    double *seconds; /* a thread's on examples */
-    double seconds_read;
-    pk_replay replay; /* of runs that keep only every k-th step */
-} pk_window;
-
-/* What of a run matters here: reads the batches' sizes. */
-PK_API void pk_window_begin(const pk_run *run, pk_window *window);
-/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
- * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
- * what bounds need. */
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
-                           int bounds, pk_window *window);
-/* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
- * state before the first and room for spare more. */
-PK_API double pk_window_again(size_t windows, size_t spare);
-/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
- * flops an example. */
-PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first,
-                                                size_t count);
-/* Goes through the run once and keeps the states. */
-PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
-/* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
- * state that was kept. Cheap for the window before the one that was visited last, see pk_window_again. */
-PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index);
-
-PK__END_C
 
 /* pathkernel/attribution/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
  * its memory, what a plan costs, the choice. decompose.h carries it out.
@@ -2362,12 +1916,464 @@ PK__END_C
 
 #endif /* PATHKERNEL_H */
 
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && !defined(PATHKERNEL_INTERNALS_DECLARED)
+#define PATHKERNEL_INTERNALS_DECLARED
+
+/* pathkernel/base/context.h: internals */
+/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes:
+ * run the same code twice, once to measure and once to take. */
+typedef struct pk__arena {
+    unsigned char *base;
+    size_t capacity, used; /* bytes */
+    int overflow;          /* a size did not fit into size_t or into the capacity */
+} pk__arena;
+
+/* count * size bytes (not zeroed), or NULL when measuring, when count * size == 0 or on overflow. */
+PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size);
+
+/* pathkernel/network/pass.h: internals */
+/* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
+typedef struct pk__line {
+    const pk_real *weights, *direction;
+    const pk_real *t;
+} pk__line;
+
+/* The memory of one batch. value[n] is rows x width, cotangent[n] rows x copies x width, tangent[n]
+ * rows x width; value[0] points to the caller's inputs. */
+typedef struct pk__tape {
+    const pk_graph *graph;
+    size_t rows, copies; /* capacity */
+    int threads;         /* for each operation; 0: one */
+    pk_context *context; /* of the caller, where there are several threads; NULL */
+    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
+    pk_real **value, **cotangent, **tangent;
+    pk_real *scratch, *line_scratch, *row_weights;
+    const pk_real *
+        transposed; /* the caller's: pk__pass_transpose of the line's weights, and behind it of its direction; NULL */
+    pk__line line; /* of the last reverse */
+} pk__tape;
+
+/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
+PK__INTERNAL void pk__pass_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t copies,
+                                int tangents, pk__tape *tape);
+/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
+ * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
+PK__INTERNAL void pk__pass_take_parts(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                                      size_t copies, int tangents, pk__tape *tape);
+/* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
+PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t rows, const pk_real *inputs);
+/* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
+ * on the same line; seeds (rows x copies x output width) stand in pk__pass_seed(). */
+PK__INTERNAL void pk__pass_reverse(pk__tape *tape, const pk__line *line, size_t rows, size_t copies);
+/* tangent[n] = d value[n] along the line's direction, at each row's t: a Jacobian-vector product. */
+PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t rows);
+/* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
+PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient);
+PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape);
+PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape);
+/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
+ * what is behind a last dense layer its weights. */
+PK__INTERNAL void pk__pass_seed_units(pk__tape *tape, size_t rows);
+
+/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
+PK__INTERNAL int pk__pass_transposes(const pk_graph *graph);
+/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
+PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
+
+/* pathkernel/run/revisit.h: internals */
+/* The same from an arena, for threads threads; nothing to release. */
+PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t largest_batch, int threads,
+                                  size_t reach, pk_replay *replay);
+
+/* pathkernel/path/path.h: internals */
+/* Above this degree, or where a pre-activation is no polynomial, it is interpolated by a polynomial of this
+ * degree on each piece, and the caller must judge the pieces by their closure. */
+enum { PK__PATH_DEGREE = 12 };
+
+/* The piece [a, b] of a row's step. A slack is how far the kink at that end may lie from it, 0 where there is no kink. */
+typedef struct pk__piece {
+    size_t row;
+    double a, b, slack_a, slack_b;
+    /* Of a piece that the quadrature judges and halves, see quadrature.h: */
+    double error, size;       /* of its last test */
+    double family, reference; /* of a piece it has come from by halving: its a and its error */
+    int age;                  /* halvings since then */
+    int joined;               /* there is no kink at a: the piece in front goes on smoothly */
+} pk__piece;
+
+typedef struct pk__pieces {
+    size_t count, capacity;
+    pk__piece *piece;
+} pk__pieces;
+
+/* A zero of switch function number `at`: its place, how far it may lie from there, the function's slope and rounding. */
+typedef struct pk__root {
+    double t, slack, slope, rounding;
+    size_t at;
+} pk__root;
+
+/* One block of rows along one step; memory from an arena, one segment a thread. */
+typedef struct pk__path {
+    const pk_graph *graph;
+    size_t row_capacity, point_capacity;
+    /* The step and the rows it is at: */
+    const pk_real *weights, *direction, *inputs;
+    size_t rows;
+    /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
+    pk_real **base, **slope;
+    int *gathered;      /* a constant node that is needed at each point */
+    pk__tape tape;      /* of the points */
+    int degree;         /* of the samples: the largest of a switch function */
+    size_t last_switch; /* the last node with switch functions, 0: none */
+    size_t *last_read;  /* of each node: the last node that takes it */
+    int interpolates;   /* some switch function is no polynomial of that degree */
+    pk_real *input_points, *switch_values, *coefficients, *conversion;
+    double tail[3][PK__PATH_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
+    size_t *point_row;
+    pk_real *point_t;
+    size_t held; /* points whose values stand in the tape: held_row, held_t */
+    size_t *held_row;
+    pk_real *held_t;
+    pk__pieces pending, batch;           /* to be sampled */
+    size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
+    pk__root *roots;
+    size_t root_capacity;
+} pk__path;
+
+/* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
+ * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
+PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                size_t reverse_points, size_t copies, size_t pieces, int gather,
+                                pk__path *segment);
+/* Moves it to a step and a block of rows (rows x input width). transposed: pk__pass_transpose of the weights, and behind it of
+ * the direction; NULL: they are not there. */
+PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, const pk_real *direction,
+                                 const pk_real *transposed, size_t rows, const pk_real *inputs);
+/* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
+ * where the tape holds all of them in this order, perhaps with others between. */
+PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
+/* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
+PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
+/* Tangents along the step's direction at points that the tape holds from number first on. */
+PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                   const pk_real *t);
+/* Cotangents at the points of the last forward from the seeds in pk__pass_seed(&segment->tape). */
+PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies);
+
+PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces);
+/* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
+PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a, double b);
+
+/* pathkernel/path/kinks.h: internals */
+/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
+ * for graphs with 0 <= degree <= PK__PATH_DEGREE. Cost 4 P flops a sample. */
+PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__pieces *to);
+
+/* pathkernel/path/quadrature.h: internals */
+/* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
+PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                                    pk_real *h, pk_real *slope);
+
+/* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the weights of (a
+ * rule of higher order minus the rule), and slack[p] those with which the sizes of the gradients bound what no rule sees: how
+ * far the kinks beside the point may lie from where they were found, and what a piece left of its closure; else both are
+ * NULL. */
+typedef struct pk__points {
+    size_t count;
+    size_t *row;
+    pk_real *t, *weight, *check, *slack;
+    int last; /* no more points come in this step */
+} pk__points;
+
+/* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
+typedef void pk__point_sink(void *user, const pk__points *points);
+
+/* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
+typedef struct pk__row_order {
+    unsigned char nodes, wait;
+} pk__row_order;
+
+enum { PK__FIRST_NODES = 2 };
+
+/* What is known of a row along the run, step after step. */
+typedef struct pk__row_state {
+    double height;        /* the largest |h| that is known */
+    double change;        /* the scale of errors: the most that h changed in one step */
+    double step_change;   /* the same of this step, as far as it is known */
+    size_t halvings;      /* of its pieces in this step */
+    pk__row_order order;  /* at first PK__FIRST_NODES */
+    unsigned char nested; /* pieces are judged by a nested rule at first */
+} pk__row_state;
+
+/* The integration of one block of rows, step after step; one a thread. */
+typedef struct pk__integrator {
+    pk__path segment;
+    pk_quadrature quadrature;
+    pk_readout readout;
+    size_t first_row; /* of the block among the test rows */
+    double target;    /* the error a piece may have, relative to the change of its row */
+    const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
+    pk__row_state *state;                      /* the caller's, one per row */
+    pk__pieces pending, failed, pieces;
+    unsigned char *order, *passed, *nested; /* of the pieces; order: nodes */
+    pk__row_order *next_order;              /* of the rows */
+    double *missed;                         /* of the pieces: the error of one order less; 0: not known */
+    size_t *sequence, sequence_count;       /* the pieces that have passed, one after another */
+    pk__points buffer;                      /* points on their way to the sink */
+    pk_real *slope, *h;
+    /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
+    pk_real *ends;
+    unsigned char *has_ends;
+    /* Counted over the steps since the caller zeroed them: */
+    size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
+    size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
+} pk__integrator;
+
+/* points: of one call of the sink; reverse_points: of one pk__path_reverse. bounds: also send what bounds on the error
+ * of the integrals are made from. */
+PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                      size_t reverse_points, size_t copies, int bounds,
+                                      pk__integrator *integrator);
+PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points);
+/* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
+PK__INTERNAL void pk__gauss_table(double *nodes, double *weights);
+/* Sends points of the segment's step (after pk__path_begin) to the sink. */
+PK__INTERNAL void pk__integrate(pk__integrator *integrator, pk__point_sink *sink, void *user);
+/* h at both ends of the step of every row, after pk__integrate: rows x 2 x readouts numbers, until the next call. */
+PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator);
+
+/* pathkernel/features/factors.h: internals */
+/* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
+ * represented: as one outer product for each place, or by rows, materialised. */
+typedef struct pk__representation {
+    size_t outputs, batch; /* that a test row and a step have */
+    int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
+    int factored;     /* else: never materialise where that can be avoided */
+    int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
+} pk__representation;
+
+/* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
+ * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
+ * of one number counts as 8. */
+PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node);
+
+/* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
+ * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
+ * (places x fan_out); a last panel is filled with zeros. input[l] is NULL for known data. rows[l] (weights x ld), for layers by
+ * rows, is feature-major. */
+typedef struct pk__examples {
+    size_t count, ld;
+    const int64_t *items;
+    int consecutive; /* items[b] == items[0] + b */
+    pk_real **input, **cotangent, **rows;
+} pk__examples;
+
+enum { PK__EXAMPLE_BLOCK = 256 };
+
+PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
+                                    const pk__representation *representation, pk__examples *examples);
+/* Weights (P) with a random relative change of up to PK__PERTURBATION each: see pk__examples_magnitude. */
+#ifdef PATHKERNEL_FLOAT
+#define PK__PERTURBATION 3e-5
+#else
+#define PK__PERTURBATION 1e-9
+#endif
+PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed);
+/* For bounds: to, which holds the gradients at perturbed weights, becomes the absolute values of from and how strongly
+ * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
+ * gradients, also where a loss is nearly zero or terms cancel on the way back. */
+PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
+/* sum (P) += sum over the examples of their gradients. */
+PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
+/* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
+PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
+/* Memory of one thread to fill examples, at most rows <= PK__EXAMPLE_BLOCK at a time. */
+typedef struct pk__example_workspace {
+    pk__tape tape;
+    pk_real *inputs, *targets, *row_gradients;
+} pk__example_workspace;
+PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *graph, size_t rows,
+                                             pk__example_workspace *workspace);
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
+/* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
+ * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
+                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                    size_t first, pk__example_workspace *workspace, pk_real *gradient);
+
+/* pathkernel/features/features.h: internals */
+/* What a layer needs per point. */
+typedef enum pk__layer_kind {
+    PK__LAYER_DATA,   /* input constant: sum_p w_p delta_p */
+    PK__LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
+    PK__LAYER_POINTS, /* both vary */
+    PK__LAYER_ROWS    /* materialised row by row */
+} pk__layer_kind;
+
+enum { PK__DIRECTIONS = 3 };
+
+/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
+enum { PK__TILE_LD = PK__EXAMPLE_BLOCK + PK_PANEL };
+
+/* tile (row_count * outputs x count, ld PK__TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
+ * from one layer, or from several at once (layer -1). */
+typedef void pk__tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
+
+/* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
+ * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK__LAYER_ROWS. */
+typedef struct pk__integral {
+    const pk_graph *graph;
+    pk__integrator integrator;
+    size_t outputs, rows, row_capacity, reverse_points;
+    /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
+     * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
+    size_t unit, first_output, output_count, output_capacity;
+    pk__layer_kind *kind;
+    const pk_node **node;
+    int *integrated; /* this step: Phi of the layer is wanted */
+    int *headed;     /* this step: the outputs are taken out of the sum over points */
+    const pk_node *
+        *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
+    pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
+    pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
+    pk_real **phi;   /* POINTS and ROWS: rows x output_capacity x weights */
+    pk_real **check,
+        **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
+    double allowance; /* c eps of the rounding bound */
+    int per_layer;    /* tiles layer by layer */
+    const pk_real *directions[PK__DIRECTIONS]; /* P each, NULL: unused */
+    pk_real *along[PK__DIRECTIONS];            /* rows x outputs: < Phi, direction > */
+    pk_real *weight_sum;                       /* rows */
+    unsigned char *begun;                      /* rows: whether the step has had points of it */
+    /* The contraction: */
+    const pk__examples *examples;
+    const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
+    size_t gram_ld;
+    pk__tile_sink *sink;
+    void *user;
+    pk_real *tile; /* rows x outputs x PK__TILE_LD */
+    pk_real *left; /* points or rows, x PK__TILE_LD */
+    pk_real *scratch, *weighted, *absolute;
+    pk_real *ones;             /* points or rows */
+    pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
+    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
+     * the places of a layer that is used at several; one after another in a tile or a panel. */
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
+    /* The headed layer: */
+    pk_real *head_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
+    pk_real *slopes;       /* points x 2 out: w slope, w t slope */
+    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
+    size_t *unit_count;    /* rows */
+    pk_real *sums;         /* PK__HEAD_PART x PK__PAIR */
+    /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
+    pk_real *places, *place_start;
+    pk__points sorted;
+    double flops;                             /* of the contraction, counted */
+    double seconds_sums, seconds_contraction; /* of the sums over points; of all that follows them */
+} pk__integral;
+
+/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+ * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
+PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
+                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    const pk__representation *representation, pk__integral *tangent);
+/* How many test rows make a block, from shapes alone. */
+PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs);
+/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
+PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters);
+
+/* pathkernel/features/product.h: internals */
+/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+ * of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
+ * last panel are written, too. */
+PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer, size_t outputs,
+                                            const pk_real *e, size_t first, size_t columns, pk_real *tile);
+
+/* pathkernel/features/integral.h: internals */
+/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk__integral_row_phi. transposed: as for
+ * pk__path_begin. */
+PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
+                                    const pk_real *transposed, size_t first_row, size_t rows,
+                                    const pk_real *inputs, pk_engine engine);
+/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk__integral_step: (count x layer outputs
+ * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK__LAYER_ROWS. */
+PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                       size_t count, pk_real *phi);
+/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
+ * kinks times the gradients beside them, and pk__rounding_allowance times sum_p w_p |delta_p| |a_p|. */
+PK__INTERNAL void pk__integral_row_error(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                         size_t count, pk_real *error);
+
+/* pathkernel/attribution/steps.h: internals */
+typedef struct pk__window {
+    const pk_run *run;
+    /* Of the run: */
+    size_t parameters, largest_batch, state_vectors;
+    int preconditioned; /* the optimiser scales each parameter on its own */
+    /* The caller's, after pk__steps_begin: */
+    pk__representation representation;
+    /* Of the plan: */
+    size_t capacity, windows, threads, lanes;
+    size_t stride, spare;
+    int bounds;
+    /* The steps first .. first + count - 1; step first + j is number j below: */
+    size_t first, count;
+    pk_real *weights;    /* (count + 1) x P */
+    pk_real *direction;  /* count x P: D_s */
+    pk_real *transposed; /* count x 2 x P: pk__pass_transpose of weights and direction, or NULL */
+    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
+    size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
+    pk_real *preconditioner; /* count x pitch: p_s, or NULL */
+    pk_real *
+        preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    pk_linear_form *forms;
+    pk_batch *batches;
+    pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
+    /* Private: */
+    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
+    pk_real *state, *saved, *update;
+    pk_real *perturbed;          /* 3 P */
+    pk_real *perturbed_weights;  /* with bounds: count x P */
+    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
+    size_t *spare_at;            /* the windows that the spare states stand before, ascending */
+    size_t spare_used, advanced; /* windows gone through only for the state */
+    pk__example_workspace *workspaces;
+    double *seconds; /* a thread's on examples */
+    double seconds_read;
+    pk_replay replay; /* of runs that keep only every k-th step */
+} pk__window;
+
+/* What of a run matters here: reads the batches' sizes. */
+PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window);
+/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
+ * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
+ * what bounds need. */
+PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                                 int bounds, pk__window *window);
+/* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
+ * state before the first and room for spare more. */
+PK__INTERNAL double pk__steps_again(size_t windows, size_t spare);
+/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
+ * flops an example. */
+PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first,
+                                                      size_t count);
+/* Goes through the run once and keeps the states. */
+PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, pk__window *window);
+/* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
+ * state that was kept. Cheap for the window before the one that was visited last, see pk__steps_again. */
+PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
+
+#endif /* internals */
+
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_IMPLEMENTED)
 #define PATHKERNEL_IMPLEMENTED
 
 /* pathkernel/base/status.h: implementation */
 #ifdef __cplusplus
-#error "pathkernel's implementation is C11: define PATHKERNEL_IMPLEMENTATION in a C file. C++ includes the declarations."
+#error \
+    "pathkernel's implementation is C11: define PATHKERNEL_IMPLEMENTATION in a C file. C++ includes the declarations."
 #endif
 PK__BEGIN_CODE
 
@@ -2406,20 +2412,18 @@ PK__END_CODE
 #if defined(__GLIBC__) && !defined(__USE_XOPEN2K8)
 #error "pathkernel's implementation needs POSIX: compile it with -std=gnu11 or -D_POSIX_C_SOURCE=200809L"
 #endif
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
 
 /* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
-PK__PRIVATE int pk__finite(double value)
+PK__INLINE int pk__finite(double value)
 {
     uint64_t bits, exponent = (uint64_t)0x7ff << 52;
     memcpy(&bits, &value, sizeof bits);
     return (bits & exponent) != exponent;
 }
-
-PK__COLD_BEGIN
 
 PK__PRIVATE int pk__thread(void)
 {
@@ -2560,8 +2564,6 @@ PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
     return 1;
 }
 
-PK__COLD_END
-
 /* 1 and *product = a * b, or 0 on overflow. */
 PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
 {
@@ -2577,7 +2579,7 @@ PK__INLINE size_t pk__min(size_t a, size_t b)
     return a < b ? a : b;
 }
 
-PK__PRIVATE size_t pk__max(size_t a, size_t b)
+PK__INLINE size_t pk__max(size_t a, size_t b)
 {
     return a > b ? a : b;
 }
@@ -2594,8 +2596,6 @@ PK__PRIVATE double pk__seconds(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
-
-PK__COLD_BEGIN
 
 PK__PRIVATE pk_status pk__progress(pk_context *context, const char *phase, double fraction)
 {
@@ -2691,7 +2691,7 @@ PK_API void pk_release(pk_context *context, void *pointer)
     free(header.block);
 }
 
-PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
+PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size)
 {
     size_t bytes = 0;
     if (!pk__multiply(count, size, &bytes) || bytes > SIZE_MAX / 2 || arena->used > SIZE_MAX / 2 - bytes - 64) {
@@ -2708,15 +2708,13 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
     return arena->base && bytes ? arena->base + start : NULL;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/base/parallel.h: implementation */
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 #ifdef _OPENMP
 #define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
@@ -2758,8 +2756,6 @@ typedef struct pk__team {
     int started;         /* threads of the region */
     double begin, work;  /* its time; processor seconds of all threads */
 } pk__team;
-
-PK__COLD_BEGIN
 
 #ifdef _OPENMP
 static double pk__processor_seconds(void)
@@ -2861,8 +2857,6 @@ PK__PRIVATE void pk__team_end(pk__team *team)
 #endif
 }
 
-PK__COLD_END
-
 PK__PRIVATE size_t pk__next_task(pk__team *team)
 {
     size_t task;
@@ -2892,7 +2886,7 @@ PK__PRIVATE size_t pk__first_task(pk__team *team)
     return pk__next_task(team);
 }
 
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/base/random.h: implementation */
 #include <math.h>
@@ -3180,7 +3174,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
             const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
             const size_t *to = to_at ? to_at + first : NULL, *other = other_at ? other_at + first : NULL;     \
-            count = pk__min(tile < sixes ? 6 : 4, rows - first);                                            \
+            count = pk__min(tile < sixes ? 6 : 4, rows - first);                                              \
             if (count == 6 && PK__KNOWN_##suffix) /* when this is compiled */                                 \
                 pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
             else if (tile < sixes && PK__KNOWN_##suffix)                                                      \
@@ -3222,7 +3216,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         const vector zero = {0};                                                                              \
         const pk_real *start = NULL;                                                                          \
         for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {                     \
-            const size_t count = pk__min(4, rows - first);                                                  \
+            const size_t count = pk__min(4, rows - first);                                                    \
             PK__EACH_4(PK__TILE_ROW)                                                                          \
             for (size_t column = 0; column < panels->count * PK_PANEL; column += 2 * lanes) {                 \
                 const pk_real *panel = panels->first + column / PK_PANEL * panels->apart + column % PK_PANEL; \
@@ -3291,7 +3285,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         const size_t step = panels->step, columns = panels->count * PK_PANEL;                                  \
         const size_t apart = panels->count > 1 ? other_apart : 0;                                              \
         for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
-            const size_t count = pk__min(PK__TALLEST, depth - p);                                            \
+            const size_t count = pk__min(PK__TALLEST, depth - p);                                              \
             const pk_real *own = a + p * along, *b = panels->first + p * step;                                 \
             const int begin = p == 0, end = p + count == depth;                                                \
             PK__SUMS_CASES(PK__KNOWN_##suffix, pk__sums_of_##suffix)                                           \
@@ -4137,8 +4131,7 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
 {
     const size_t most = pk__block_terms(k);
     for (size_t p = 0; p < k; p += most) {
-        const pk__block block = {n,     pk__min(k - p, most), b + p, ldb, 1,
-                                 alpha, overwrite && p == 0,    ldc,   NULL};
+        const pk__block block = {n, pk__min(k - p, most), b + p, ldb, 1, alpha, overwrite && p == 0, ldc, NULL};
         for (size_t top = 0; top < m; top += PK__PAIR) {
             const size_t count = pk__min(m - top, PK__PAIR);
             const pk_real *own = a + top * row_a + p * column_a;
@@ -4377,8 +4370,6 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
         pk__tile_product(0, 0, m, n - whole, k, 1, a, lda, b + whole, ldb, overwrite ? 0 : 1, c + whole, ldc);
 }
 
-PK__COLD_BEGIN
-
 PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
 {
     pk_matrix view;
@@ -4468,8 +4459,6 @@ PK_API void pk_matrix_backend(char *text, size_t size)
 #endif
 }
 
-PK__COLD_END
-
 PK__END_CODE
 
 /* pathkernel/data/array.h: implementation */
@@ -4483,11 +4472,9 @@ PK__END_CODE
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "pathkernel maps little-endian files: it needs a little-endian machine"
 #endif
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- texts ---- */
-
-PK__COLD_BEGIN
 
 /* Names in messages are the ends of paths, so that a long path never hides the sentence. */
 PK__PRIVATE const char *pk__name(const char *path)
@@ -4722,8 +4709,6 @@ PK_API void pk_array_release(pk_context *context, pk_array *array)
     memset(array, 0, sizeof *array);
 }
 
-PK__COLD_END
-
 PK_API size_t pk_array_length(const pk_array *array)
 {
     return array->rank ? array->shape[0] : 1;
@@ -4761,8 +4746,6 @@ PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk
     }
 #undef PK__CONVERT
 }
-
-PK__COLD_BEGIN
 
 PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count,
                                pk_real *out)
@@ -4863,8 +4846,6 @@ PK_API pk_status pk_array_check_rows(pk_context *context, const pk_array *array,
                     name, rows, wanted);
 }
 
-PK__COLD_END
-
 /* ---- .npy headers: a Python dictionary of three entries ---- */
 
 typedef struct pk__npy {
@@ -4878,8 +4859,6 @@ typedef struct pk__npy {
 typedef struct pk__cursor {
     const char *at, *end;
 } pk__cursor;
-
-PK__COLD_BEGIN
 
 /* The next character that is no space, which stays; 0 at the end. */
 static char pk__peek(pk__cursor *text)
@@ -5412,9 +5391,7 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
     return status;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/data/dataset.h: implementation */
 #include <math.h>
@@ -5488,8 +5465,6 @@ static size_t pk__first_not_finite(const pk_array *array)
     }
     return items;
 }
-
-PK__COLD_BEGIN
 
 static pk_status pk__check_finite(pk_context *context, const char *name, const pk_array *array)
 {
@@ -5803,8 +5778,6 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
     return status;
 }
 
-PK__COLD_END
-
 PK__END_CODE
 
 /* pathkernel/network/graph.h: implementation */
@@ -5812,11 +5785,9 @@ PK__END_CODE
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
 {
@@ -6152,9 +6123,7 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
     memset(graph, 0, sizeof *graph);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/network/pass.h: implementation */
 #include <string.h>
@@ -6166,8 +6135,6 @@ enum {
     PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
     PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
 };
-
-PK__COLD_BEGIN
 
 /* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
  * them costs less than a second product. */
@@ -6198,7 +6165,7 @@ PK__PRIVATE int pk__has_bias(const pk_node *node)
     return node->weight_count > node->fan_out * node->fan_in;
 }
 
-PK_API int pk_tape_transposes(const pk_graph *graph)
+PK__INTERNAL int pk__pass_transposes(const pk_graph *graph)
 {
     int some = 0;
     for (size_t n = 1; n < graph->node_count; n++)
@@ -6206,7 +6173,7 @@ PK_API int pk_tape_transposes(const pk_graph *graph)
     return some && graph->parameters <= (size_t)PK__TRANSPOSED;
 }
 
-PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
+PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
 {
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
@@ -6222,9 +6189,9 @@ PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node 
     return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];
 }
 
-/* in_place: see pk_tape_take_parts. */
-static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                          size_t copies, int tangents, int in_place, pk_tape *tape)
+/* in_place: see pk__pass_take_parts. */
+static void pk__pass_layout(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                            size_t copies, int tangents, int in_place, pk__tape *tape)
 {
     size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
     memset(tape, 0, sizeof *tape);
@@ -6234,14 +6201,14 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
     if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
         !pk__multiply(pk__max(rows, both), graph->widest, &all))
         arena->overflow = 1;
-    tape->value = pk_arena_take(arena, count, sizeof *tape->value);
-    tape->cotangent = copies ? pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
-    tape->tangent = tangents ? pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    tape->value = pk__arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? pk__arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? pk__arena_take(arena, count, sizeof *tape->tangent) : NULL;
     for (size_t n = 0; n < count && !arena->overflow; n++) {
         const pk_node *node = &graph->nodes[n];
         const size_t bytes = node->width * sizeof(pk_real);
         /* The input's value belongs to the caller: no room for it. */
-        pk_real *value = n ? pk_arena_take(arena, rows, bytes) : NULL;
+        pk_real *value = n ? pk__arena_take(arena, rows, bytes) : NULL;
         const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
         const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
                            pk__only_reader(graph, input) == node;
@@ -6249,8 +6216,8 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (shared && tape->cotangent)
             cotangent = tape->cotangent[node->inputs[0]];
         else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
-            cotangent = pk_arena_take(arena, both, bytes);
-        pk_real *tangent = tangents && node->varies ? pk_arena_take(arena, rows, bytes) : NULL;
+            cotangent = pk__arena_take(arena, both, bytes);
+        pk_real *tangent = tangents && node->varies ? pk__arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
             tape->value[n] = value;
         if (tape->cotangent)
@@ -6268,44 +6235,44 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (pk__reverses_by_row(node, copies))
             weights = pk__max(weights, node->weight_count);
     }
-    tape->scratch = pk_arena_take(arena, scratch, sizeof(pk_real));
-    tape->line_scratch = pk_arena_take(arena, line, sizeof(pk_real));
-    tape->row_weights = pk_arena_take(arena, weights, sizeof(pk_real));
+    tape->scratch = pk__arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = pk__arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = pk__arena_take(arena, weights, sizeof(pk_real));
 }
 
-PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
-                         pk_tape *tape)
+PK__INTERNAL void pk__pass_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t copies,
+                                int tangents, pk__tape *tape)
 {
-    pk__tape_take(arena, graph, rows, rows, copies, tangents, 0, tape);
+    pk__pass_layout(arena, graph, rows, rows, copies, tangents, 0, tape);
 }
 
-PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                               size_t copies, int tangents, pk_tape *tape)
+PK__INTERNAL void pk__pass_take_parts(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                                      size_t copies, int tangents, pk__tape *tape)
 {
-    pk__tape_take(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
+    pk__pass_layout(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
 }
 
-PK_API pk_real *pk_tape_output(const pk_tape *tape)
+PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape)
 {
     return tape->value[tape->graph->node_count - 1];
 }
 
-PK_API pk_real *pk_tape_seed(const pk_tape *tape)
+PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape)
 {
     return tape->cotangent[tape->graph->node_count - 1];
 }
 
-PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows)
+PK__INTERNAL void pk__pass_seed_units(pk__tape *tape, size_t rows)
 {
     const size_t outputs = tape->graph->output_width;
-    pk_real *seed = pk_tape_seed(tape);
+    pk_real *seed = pk__pass_seed(tape);
     memset(seed, 0, rows * outputs * outputs * sizeof *seed);
     for (size_t i = 0; i < rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
     tape->unit_seeds = 1;
 }
 
-PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
+PK__PRIVATE void pk__pass_call(const pk__tape *tape, const pk_node *node, size_t rows, size_t copies,
                                pk_call *call)
 {
     memset(call, 0, sizeof *call);
@@ -6321,8 +6288,6 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
         call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
     }
 }
-
-PK__COLD_END
 
 /* out[row] (+)= t[row] add[row]; each row has count numbers. */
 static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
@@ -6341,8 +6306,8 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
 }
 
 #define PK__DEFINE_LINE(suffix, attributes, vectors)                                                   \
-    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,          \
-                                             const pk_real *direction, pk_real *to)                    \
+    attributes static void pk__at_##suffix(size_t count, const pk_real *weights, pk_real t,            \
+                                           const pk_real *direction, pk_real *to)                      \
     {                                                                                                  \
         typedef vectors vector;                                                                        \
         enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
@@ -6363,11 +6328,11 @@ PK__FOR_PROCESSORS(PK__DEFINE_LINE)
 static void pk__line_point(size_t count, const pk_real *weights, pk_real t, const pk_real *direction,
                            pk_real *to)
 {
-    PK__ON_PROCESSOR(pk__line, (count, weights, t, direction, to));
+    PK__ON_PROCESSOR(pk__at, (count, weights, t, direction, to));
 }
 
 /* to = the numbers offset ... of w + t d at row row of the line. */
-static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
+static void pk__line_weights(const pk__line *line, size_t row, size_t offset, size_t count, pk_real *to)
 {
     const pk_real *weights = line->weights + offset;
     if (!line->direction) {
@@ -6378,7 +6343,7 @@ static void pk__line_weights(const pk_line *line, size_t row, size_t offset, siz
 }
 
 /* A node's weights at row row of the line; until the next call. */
-PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
+PK__PRIVATE const pk_real *pk__row_weights(const pk__tape *tape, const pk__line *line, const pk_node *node,
                                            size_t row)
 {
     if (!line->direction)
@@ -6440,7 +6405,7 @@ PK__PRIVATE void pk__layer_product(const pk_node *node, size_t places, const pk_
 /* out = the values (or tangents) of a plain layer y = (w + t d) x + b + t c with the weights w, b along the direction d, c:
  *     y = w x + d (t x) + b + t c,    y. = w x. + d (x + t x.) + c,
  * so that one sum takes both products. */
-static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_call *call, int tangent)
+static void pk__line_layer(const pk__tape *tape, const pk__line *line, const pk_call *call, int tangent)
 {
     const pk_node *node = call->node;
     const size_t in = node->fan_in, out = node->fan_out, positions = node->positions,
@@ -6464,17 +6429,16 @@ static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_ca
 }
 
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
-static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
+static void pk__reverse_unit_seeds(const pk__line *line, const pk_call *call)
 {
     const size_t numbers = call->node->fan_out * call->node->fan_in;
     for (size_t row = 0; row < call->rows; row++)
         pk__line_weights(line, row, call->node->weight_offset, numbers, call->in_cotangent[0] + row * numbers);
 }
 
-PK__COLD_BEGIN
-
 /* Row by row, each with its own weights. */
-static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
+static void pk__by_row(pk__tape *tape, const pk__line *line, const pk_call *whole,
+                       void (*rule)(const pk_call *))
 {
     const pk_node *node = whole->node;
     for (size_t row = 0; row < whole->rows; row++) {
@@ -6497,10 +6461,10 @@ static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole,
     }
 }
 
-PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+PK__PRIVATE void pk__node_forward(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows)
 {
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     int along = line->direction && node->weight_count;
     if (along && pk__is_plain_layer(node) && !node->input_constant) {
@@ -6521,7 +6485,7 @@ PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_n
     }
 }
 
-PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs)
+PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t rows, const pk_real *inputs)
 {
     const pk_graph *graph = tape->graph;
     tape->value[0] = (pk_real *)inputs; /* only read */
@@ -6529,14 +6493,14 @@ PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, con
         pk__node_forward(tape, line, &graph->nodes[n], rows);
 }
 
-PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows,
+PK__PRIVATE void pk__node_reverse(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows,
                                   size_t copies)
 {
     const pk_graph *graph = tape->graph;
     if (node->input_constant)
         return;
     pk_call call;
-    pk__tape_call(tape, node, rows, copies, &call);
+    pk__pass_call(tape, node, rows, copies, &call);
     call.weights = line->weights + node->weight_offset;
     call.out_cotangent = tape->cotangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++) {
@@ -6567,7 +6531,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
     }
 }
 
-PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies)
+PK__INTERNAL void pk__pass_reverse(pk__tape *tape, const pk__line *line, size_t rows, size_t copies)
 {
     tape->line = *line;
     for (size_t n = tape->graph->node_count - 1; n > 0; n--) {
@@ -6578,13 +6542,13 @@ PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, siz
     }
 }
 
-PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+PK__PRIVATE void pk__node_tangent(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows)
 {
     const pk_graph *graph = tape->graph;
     if (!node->varies)
         return;
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     call.direction = line->direction && node->weight_count ? line->direction + node->weight_offset : NULL;
     call.out_tangent = tape->tangent[node - graph->nodes];
@@ -6610,13 +6574,13 @@ PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_n
     }
 }
 
-PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows)
+PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t rows)
 {
     for (size_t n = 1; n < tape->graph->node_count; n++)
         pk__node_tangent(tape, line, &tape->graph->nodes[n], rows);
 }
 
-PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient)
+PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient)
 {
     const pk_graph *graph = tape->graph;
     for (size_t n = 1; n < graph->node_count; n++) {
@@ -6624,7 +6588,7 @@ PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradien
         if (!node->weight_count)
             continue;
         pk_call call;
-        pk__tape_call(tape, node, rows, 1, &call);
+        pk__pass_call(tape, node, rows, 1, &call);
         call.weights = tape->line.weights + node->weight_offset;
         call.out_cotangent = tape->cotangent[n];
         call.gradient = gradient + node->weight_offset;
@@ -6659,10 +6623,10 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     }
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
     size_t threads = pk__min((size_t)pk_threads(context), blocks);
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_tape tape;
-    pk_tape_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
-    pk_arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__tape tape;
+    pk__pass_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
+    pk__arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
     const size_t bytes = arena.used;
@@ -6670,30 +6634,28 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
     if (status)
         return status;
-    const pk_line line = {weights, NULL, NULL};
+    const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
     PK__PARALLEL(team)
     for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
-        pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
-        pk_tape batch;
-        pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
-        pk_real *rows = pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        pk__arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
+        pk__tape batch;
+        pk__pass_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
+        pk_real *rows = pk__arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
             memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
                    inputs.cols * sizeof *rows);
-        pk_tape_forward(&batch, &line, count, rows);
+        pk__pass_forward(&batch, &line, count, rows);
         for (size_t row = 0; row < count; row++)
-            memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
+            memcpy(outputs.data + (first + row) * outputs.ld, pk__pass_output(&batch) + row * outputs.cols,
                    outputs.cols * sizeof *rows);
     }
     pk__team_end(&team);
     pk_release(context, memory);
     return PK_OK;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 
@@ -6930,8 +6892,6 @@ PK__BEGIN_CODE
         "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
     }
 
-PK__COLD_BEGIN
-
 /* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
 PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_in, size_t fan_out,
                                        size_t count, pk_random *random, pk_real *weights)
@@ -7115,8 +7075,6 @@ static void pk__dense_reverse(const pk_call *call)
     pk__dense_multiply(&product, call);
 }
 
-PK__COLD_END
-
 static void pk__dense_weight_gradient(const pk_call *call)
 {
     const size_t rows = call->rows * call->node->positions, width = call->node->fan_out,
@@ -7184,8 +7142,6 @@ PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_
         for (size_t i = 0; i < count; i++)
             to[i] += from[i];
 }
-
-PK__COLD_BEGIN
 
 /* Whether number at of a row of data is a whole number below count. */
 PK__PRIVATE pk_status pk__check_token(pk_context *context, const char *name, size_t row, size_t at,
@@ -7328,8 +7284,6 @@ static pk_status pk__propagate_shape(pk_context *context, const pk_graph *graph,
     return PK_OK;
 }
 
-PK__COLD_END
-
 /* to += A from, or A^T from, for each of count matrices. */
 static void pk__propagate(const pk_node *node, size_t count, int transpose, const pk_real *from, pk_real *to)
 {
@@ -7343,8 +7297,6 @@ static void pk__propagate(const pk_node *node, size_t count, int transpose, cons
                 y[j] += value * x[j];
         }
 }
-
-PK__COLD_BEGIN
 
 static void pk__propagate_forward(const pk_call *call)
 {
@@ -7407,8 +7359,6 @@ static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
-PK__COLD_END
-
 #define PK__TWO_PI 6.28318530717958647693
 
 static void pk__fourier_forward(const pk_call *call)
@@ -7459,8 +7409,6 @@ static void pk__fourier_reverse(const pk_call *call)
         }
     }
 }
-
-PK__COLD_BEGIN
 
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
 static pk_status pk__select_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -7519,8 +7467,6 @@ static void pk__select_reverse(const pk_call *call)
         pk__give(width, call->out_cotangent + copy * width, 1, to + pk__selected(call, copy / call->copies));
     }
 }
-
-PK__COLD_END
 
 static const pk_option pk__position_options[] = {
     {"tokens", PK_OPTION_NUMBER, PK_POSITION_TOKENS, 1, 1, 1, 1e9, 1, NULL},
@@ -7629,8 +7575,6 @@ typedef struct pk__windows {
     size_t height, width, rows, columns; /* of input and output */
     size_t kernel[2], stride[2], pad[2], dilation[2];
 } pk__windows;
-
-PK__COLD_BEGIN
 
 /* How far a window reaches. */
 static size_t pk__reach(const pk__windows *windows, int side)
@@ -7782,8 +7726,6 @@ static void pk__convolution_initialize(const pk_node *node, pk_random *random, p
     pk__initialize_matrix(kind, node->attributes[PK_CONVOLUTION_GAIN], c.patch, fan_out,
                           biases ? node->weight_count : own, random, weights);
 }
-
-PK__COLD_END
 
 /* How many steps of stride reach over count. */
 static size_t pk__steps(size_t count, size_t stride)
@@ -7968,8 +7910,6 @@ static void pk__convolution_unfold(const pk_call *call)
     }
 }
 
-PK__COLD_BEGIN
-
 /* out = W in + b for each row, or out (+)= W in. */
 static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, int add,
                          pk_real *out)
@@ -8093,8 +8033,6 @@ static pk_status pk__pool_shape(pk_context *context, const pk_graph *graph, pk_n
     return pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
 }
 
-PK__COLD_END
-
 /* max_pool K [stride=K] [pad=0]: PyTorch's MaxPool2d; padding is never the maximum. */
 
 /* The number in its plane of a window's first maximum, or of its last NaN, as PyTorch's. */
@@ -8213,8 +8151,6 @@ static void pk__average_reverse(const pk_call *call)
                     }
 }
 
-PK__COLD_BEGIN
-
 static void pk__max_pool_forward(const pk_call *call)
 {
     pk__pool_pick(call, call->in[0], call->out);
@@ -8320,8 +8256,6 @@ static pk_status pk__global_average_shape(pk_context *context, const pk_graph *g
     node->shape.rank = 1;
     return status;
 }
-
-PK__COLD_END
 
 static const pk_option pk__convolution_options[] = {
     {"channels", PK_OPTION_NUMBER, PK_CONVOLUTION_CHANNELS, 1, 1, 1, 1e9, 1, NULL},
@@ -8438,8 +8372,6 @@ PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_rea
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-PK__COLD_BEGIN
-
 /* The numbers of the trailing dims dimensions of a node's values; 0 where it has fewer dimensions. */
 static size_t pk__trailing(const pk_shape *shape, double dims)
 {
@@ -8485,8 +8417,6 @@ static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
     norm->centred = centred;
     norm->shift = norm->rest = 0;
 }
-
-PK__COLD_END
 
 static double pk__norm_mean(const pk__norm *norm, const pk_real *a, const pk_real *b)
 {
@@ -8591,8 +8521,6 @@ static void pk__norm_curvature(const pk_call *call, int centred)
     }
 }
 
-PK__COLD_BEGIN
-
 static void pk__norm_tangent(const pk_call *call, int centred)
 {
     if (call->in_tangent[0])
@@ -8644,8 +8572,6 @@ static pk_status pk__standardize_shape(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
-PK__COLD_END
-
 /* to (+)= (from - shift mean) / root, for each of count rows. */
 static void pk__standardize(const pk_node *node, size_t count, int shift, const pk_real *from, int accumulate,
                             pk_real *to)
@@ -8661,8 +8587,6 @@ static void pk__standardize(const pk_node *node, size_t count, int shift, const 
             }
         }
 }
-
-PK__COLD_BEGIN
 
 static void pk__standardize_forward(const pk_call *call)
 {
@@ -8721,8 +8645,6 @@ static pk__affine pk__affine_layout(const pk_node *node)
     return layout;
 }
 
-PK__COLD_END
-
 /* to (+)= gamma from (+ beta), for each of count rows. */
 static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *weights, const pk_real *from,
                              int bias, int accumulate, pk_real *to)
@@ -8758,8 +8680,6 @@ static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, cons
             gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
     }
 }
-
-PK__COLD_BEGIN
 
 static void pk__affine_forward(const pk_call *call)
 {
@@ -8814,8 +8734,6 @@ static size_t pk__softmax_scratch(const pk_node *node, size_t rows, size_t copie
     (void)rows, (void)copies;
     return pk__last_dimension(node);
 }
-
-PK__COLD_END
 
 static size_t pk__largest_at(size_t count, const pk_real *x)
 {
@@ -8925,8 +8843,6 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
     }
 }
 
-PK__COLD_BEGIN
-
 static void pk__softmax_forward(const pk_call *call)
 {
     const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
@@ -8950,8 +8866,6 @@ static void pk__softmax_forward(const pk_call *call)
 PK__SOFTMAX(softmax, 0)
 PK__SOFTMAX(log_softmax, 1)
 #undef PK__SOFTMAX
-
-PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
@@ -9005,8 +8919,6 @@ PK__END_CODE
 PK__BEGIN_CODE
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 /* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
 static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -9150,8 +9062,6 @@ static void pk__token_reverse(const pk_call *call)
     }
 }
 
-PK__COLD_END
-
 /* mean_tokens: y = the mean of the tokens. */
 static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
 {
@@ -9174,8 +9084,6 @@ static void pk__mean_tokens_reverse(const pk_call *call)
                 to[j] =
                     (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
 }
-
-PK__COLD_BEGIN
 
 static void pk__mean_tokens_forward(const pk_call *call)
 {
@@ -9247,8 +9155,6 @@ static pk__heads pk__attend_heads(const pk_node *node)
     h.scale = (pk_real)(1 / sqrt((double)h.depth));
     return h;
 }
-
-PK__COLD_END
 
 /* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
  * small for a library's product. */
@@ -9338,8 +9244,6 @@ static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_rea
         p += h->tokens, p_dot += h->tokens, s += h->tokens, s_dot += h->tokens;
     }
 }
-
-PK__COLD_BEGIN
 
 /* P. = the tangent of P along v. */
 static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, const pk_real *v, const pk_real *p,
@@ -9431,8 +9335,6 @@ static void pk__attend_curvature(const pk_call *call)
         }
 }
 
-PK__COLD_END
-
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 static const pk_option pk__embedding_options[] = {
@@ -9477,9 +9379,7 @@ PK__END_CODE
 
 /* pathkernel/network/operations.h: implementation */
 #include <string.h>
-PK__BEGIN_CODE
-
-PK__COLD_BEGIN
+PK__BEGIN_COLD_CODE
 
 PK_API const pk_operation *pk_operation_at(size_t index)
 {
@@ -9511,15 +9411,13 @@ PK_API const pk_operation *pk_operation_find(const char *name)
     return NULL;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/network/language.h: implementation */
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
 /* Characters of a network with single blanks: what a line of run.txt holds behind its key. */
@@ -9549,8 +9447,6 @@ typedef struct pk__parser {
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 /* "64" or "1x28x28" as a shape. */
 static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
@@ -10524,9 +10420,7 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/training/loss.h: implementation */
 #include <math.h>
@@ -10726,8 +10620,6 @@ static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y
 
 /* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
 
-PK__COLD_BEGIN
-
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
 {
     (void)outputs, (void)y;
@@ -10842,8 +10734,6 @@ PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real 
             product[j] = (pk_real)NAN;
 }
 
-PK__COLD_END
-
 /* ---- targets ------------------------------------------------------------------------------------------ */
 
 /* The target of one row as outputs numbers. A class out of range gives zeros. */
@@ -10861,8 +10751,6 @@ PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targ
         for (size_t j = 0; j < outputs; j++)
             target[j] = label == (int64_t)j;
 }
-
-PK__COLD_BEGIN
 
 static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
                                      size_t outputs, pk_real *target)
@@ -10914,7 +10802,7 @@ PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64
 /* ---- the gradient of a batch -------------------------------------------------------------------------- */
 
 typedef struct pk__gradient_lane {
-    pk_tape tape;
+    pk__tape tape;
     pk_real *inputs, *targets; /* block x input width, block x outputs */
 } pk__gradient_lane;
 
@@ -10949,16 +10837,15 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 }
 
 /* workspace: graph, largest_batch and threads are set. */
-PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
+PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
     pk__gradient_plan plan = pk__gradient_cut(graph->parameters, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
     if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->parameters, &partial))
         arena->overflow = 1;
-    workspace->lanes =
-        pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
-    workspace->groups = pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
-    workspace->partial = pk_arena_take(arena, partial, sizeof *workspace->partial);
+    workspace->lanes = pk__arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
+    workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
+    workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -10966,9 +10853,9 @@ PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gr
             !pk__multiply(rows, graph->output_width, &targets))
             arena->overflow = 1;
         memset(&lane, 0, sizeof lane);
-        pk_tape_take(arena, graph, rows, 1, 0, &lane.tape);
-        lane.inputs = pk_arena_take(arena, inputs, sizeof *lane.inputs);
-        lane.targets = pk_arena_take(arena, targets, sizeof *lane.targets);
+        pk__pass_take(arena, graph, rows, 1, 0, &lane.tape);
+        lane.inputs = pk__arena_take(arena, inputs, sizeof *lane.inputs);
+        lane.targets = pk__arena_take(arena, targets, sizeof *lane.targets);
         if (arena->base && !arena->overflow)
             workspace->lanes[thread] = lane;
     }
@@ -10988,7 +10875,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     taken.threads = pk_threads(context);
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__gradient_take(&arena, graph, &taken);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "gradient: the memory for batches of %zu overflows",
@@ -11014,8 +10901,6 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
     memset(workspace, 0, sizeof *workspace);
 }
 
-PK__COLD_END
-
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
@@ -11031,8 +10916,8 @@ static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *la
 {
     const pk_batch *batch = job->batch;
     const size_t outputs = lane->tape.graph->output_width;
-    const pk_real *output = pk_tape_output(&lane->tape);
-    pk_real *seed = pk_tape_seed(&lane->tape);
+    const pk_real *output = pk__pass_output(&lane->tape);
+    pk_real *seed = pk__pass_seed(&lane->tape);
     const int finite = pk__all_finite(output, rows * outputs);
     for (size_t row = 0; !finite && sum->not_finite == SIZE_MAX && row < rows; row++)
         if (!pk__all_finite(output + row * outputs, outputs))
@@ -11061,10 +10946,8 @@ static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, 
     return pk__all_finite(sum, count);
 }
 
-PK__COLD_BEGIN
-
 /* The rows of a block, by several threads where they are long. */
-static void pk__gradient_inputs(const pk__gradient_job *job, const pk_tape *tape, size_t first, size_t rows,
+static void pk__gradient_inputs(const pk__gradient_job *job, const pk__tape *tape, size_t first, size_t rows,
                                 pk_real *inputs)
 {
     const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
@@ -11088,7 +10971,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
                                    pk__gradient_group *result, pk_real *gradient)
 {
     const pk_batch *batch = job->batch;
-    pk_tape *tape = &lane->tape;
+    pk__tape *tape = &lane->tape;
     size_t block = job->plan.block;
     size_t first = job->plan.blocks * group / job->plan.groups * block;
     size_t end = job->plan.blocks * (group + 1) / job->plan.groups * block;
@@ -11098,12 +10981,12 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     memset(gradient, 0, tape->graph->parameters * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
-        pk_line line = {job->weights, NULL, NULL};
+        pk__line line = {job->weights, NULL, NULL};
         pk__gradient_inputs(job, tape, first, rows, lane->inputs);
-        pk_tape_forward(tape, &line, rows, lane->inputs);
+        pk__pass_forward(tape, &line, rows, lane->inputs);
         pk__gradient_seed(job, lane, first, rows, &sum);
-        pk_tape_reverse(tape, &line, rows, 1);
-        pk_tape_weight_gradient(tape, rows, gradient);
+        pk__pass_reverse(tape, &line, rows, 1);
+        pk__pass_weight_gradient(tape, rows, gradient);
     }
     *result = sum;
 }
@@ -11234,19 +11117,17 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
-PK__COLD_END
-
 PK__END_CODE
 
 /* pathkernel/training/derivatives.h: implementation */
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- a pass over a batch ------------------------------------------------------------------------------- */
 
 /* One thread's memory. */
 typedef struct pk__sweep_lane {
-    pk_tape tape;
+    pk__tape tape;
     pk_real *inputs, *target; /* block x D, C */
     pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
     pk_real *zeros;           /* block x the widest input of a layer */
@@ -11273,23 +11154,20 @@ typedef struct pk__sweep {
     pk_real *sum; /* P, NULL: none */
 } pk__sweep;
 
-PK__COLD_BEGIN
-
-static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
+static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
 {
     const pk_graph *graph = sweep->graph;
     size_t widest = 0, most = 0;
     memset(lane, 0, sizeof *lane);
-    pk_tape_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
-    lane->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    lane->target = pk_arena_take(arena, graph->output_width, sizeof(pk_real));
+    pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
+    lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
     if (!sweep->second)
         return;
-    lane->second = pk_arena_take(arena, graph->node_count, sizeof *lane->second);
+    lane->second = pk__arena_take(arena, graph->node_count, sizeof *lane->second);
     for (size_t n = 0; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        pk_real *second =
-            node->varies ? pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
+        pk_real *second = node->varies ? pk__arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
         if (lane->second && !arena->overflow)
             lane->second[n] = second;
         if (!node->weight_count)
@@ -11298,8 +11176,8 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
         for (int j = 0; j < node->input_count; j++)
             widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
-    lane->zeros = pk_arena_take(arena, rows, widest * sizeof(pk_real));
-    lane->part = pk_arena_take(arena, most, 2 * sizeof(pk_real));
+    lane->zeros = pk__arena_take(arena, rows, widest * sizeof(pk_real));
+    lane->part = pk__arena_take(arena, most, 2 * sizeof(pk_real));
     if (lane->zeros && !arena->overflow)
         memset(lane->zeros, 0, rows * widest * sizeof(pk_real));
 }
@@ -11321,7 +11199,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
 {
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
     const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
-    pk_arena arena = {memory, bytes, 0, 0};
+    pk__arena arena = {memory, bytes, 0, 0};
     pk__sweep_lane lane;
     pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
@@ -11354,7 +11232,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     const double work = 6.0 * pk__graph_work(graph) * (double)sweep->rows * copies / 1048576.0;
     size_t threads = pk__min((size_t)pk_threads(context), plan.groups);
     threads = (double)threads <= work ? threads : work < 1 ? 1 : (size_t)work;
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__sweep_lane lane;
     pk__sweep_take(&arena, sweep, pk__min(plan.block, sweep->rows), &lane);
     if (arena.overflow)
@@ -11416,7 +11294,7 @@ static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t 
 }
 
 /* The gradients of one row and copy of the tape. */
-static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk_tape *tape, size_t row, size_t copy,
+static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk__tape *tape, size_t row, size_t copy,
                                    pk_real *gradient)
 {
     const pk_graph *graph = sweep->graph;
@@ -11425,7 +11303,7 @@ static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk_tape *tape, 
         if (!node->weight_count)
             continue;
         pk_call call;
-        pk__tape_call(tape, node, 1, 1, &call);
+        pk__pass_call(tape, node, 1, 1, &call);
         for (int j = 0; j < node->input_count; j++)
             call.in[j] += row * call.in_width[j];
         call.out += row * node->width;
@@ -11442,23 +11320,23 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
 {
     const pk_graph *graph = sweep->graph;
     const size_t outputs = graph->output_width, inputs = graph->input_width, copies = sweep->copies;
-    const pk_line line = {sweep->weights, NULL, NULL};
-    pk_tape *tape = &lane->tape;
+    const pk__line line = {sweep->weights, NULL, NULL};
+    pk__tape *tape = &lane->tape;
     size_t bad = SIZE_MAX;
     const int units = !sweep->rule && !sweep->cotangents.data; /* a Jacobian */
-    pk_tape_forward(tape, &line, rows, lane->inputs);
+    pk__pass_forward(tape, &line, rows, lane->inputs);
     if (units)
-        pk_tape_seed_units(tape, rows);
+        pk__pass_seed_units(tape, rows);
     for (size_t r = 0; r < rows; r++) {
-        const pk_real *f = pk_tape_output(tape) + r * outputs;
+        const pk_real *f = pk__pass_output(tape) + r * outputs;
         if (!units)
-            pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * outputs);
+            pk__sweep_seed(sweep, lane, first + r, f, pk__pass_seed(tape) + r * outputs);
         if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
             bad = first + r;
     }
-    pk_tape_reverse(tape, &line, rows, copies);
+    pk__pass_reverse(tape, &line, rows, copies);
     if (sum)
-        pk_tape_weight_gradient(tape, rows, sum);
+        pk__pass_weight_gradient(tape, rows, sum);
     for (size_t at = 0; at < rows * copies; at++) {
         const size_t to = first * copies + at;
         int finite = 1;
@@ -11482,9 +11360,9 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
 static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows)
 {
     const size_t inputs = sweep->graph->input_width, last = sweep->graph->node_count - 1;
-    const pk_line plain = {sweep->weights, NULL, NULL}, line = {sweep->weights, sweep->direction, NULL};
-    pk_tape *tape = &lane->tape;
-    pk_tape_forward(tape, &plain, rows, lane->inputs);
+    const pk__line plain = {sweep->weights, NULL, NULL}, line = {sweep->weights, sweep->direction, NULL};
+    pk__tape *tape = &lane->tape;
+    pk__pass_forward(tape, &plain, rows, lane->inputs);
     for (size_t r = 0; tape->tangent[0] && r < rows; r++) {
         pk_real *to = tape->tangent[0] + r * inputs;
         if (sweep->input_directions.data)
@@ -11493,7 +11371,7 @@ static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lan
         else
             memset(to, 0, inputs * sizeof *to);
     }
-    pk_tape_tangent(tape, &line, rows);
+    pk__pass_tangent(tape, &line, rows);
     return tape->tangent[last];
 }
 
@@ -11519,10 +11397,10 @@ static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *
                                   size_t rows)
 {
     const pk_graph *graph = sweep->graph;
-    const pk_tape *tape = &lane->tape;
+    const pk__tape *tape = &lane->tape;
     const size_t n = (size_t)(node - graph->nodes);
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = sweep->weights + node->weight_offset;
     call.out_cotangent = lane->second[n];
     for (int j = 0; j < node->input_count; j++) {
@@ -11550,12 +11428,12 @@ static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_la
                                       size_t rows, pk_real *sum)
 {
     const pk_graph *graph = sweep->graph;
-    const pk_tape *tape = &lane->tape;
+    const pk__tape *tape = &lane->tape;
     const int outer = node->tangent_form == PK_TANGENT_OUTER;
     const size_t n = (size_t)(node - graph->nodes), count = node->weight_count;
     pk_real *parts[2] = {lane->part, lane->part + count};
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = sweep->weights + node->weight_offset;
     call.out_cotangent = lane->second[n];
     call.gradient = sum + node->weight_offset;
@@ -11583,14 +11461,14 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
     const pk_graph *graph = sweep->graph;
     const pk_batch *batch = sweep->batch;
     const size_t outputs = graph->output_width, last = graph->node_count - 1;
-    const pk_line line = {sweep->weights, NULL, NULL};
+    const pk__line line = {sweep->weights, NULL, NULL};
     const pk_real *tangents = pk__sweep_push(sweep, lane, first, rows);
-    pk_tape *tape = &lane->tape;
-    pk_real *seeds = pk_tape_seed(tape), *bent = sweep->second ? lane->second[last] : seeds;
+    pk__tape *tape = &lane->tape;
+    pk_real *seeds = pk__pass_seed(tape), *bent = sweep->second ? lane->second[last] : seeds;
     size_t bad = SIZE_MAX;
     for (size_t at = 0; at < rows * outputs; at += outputs) {
         const size_t row = first + at / outputs;
-        const pk_real *f = pk_tape_output(tape) + at;
+        const pk_real *f = pk__pass_output(tape) + at;
         const double weight = batch->weights ? batch->weights[row] : 1.0 / (double)batch->count;
         pk__sweep_seed(sweep, lane, row, f, seeds + at);
         sweep->rule->curvature(outputs, f, lane->target, tangents + at, bent + at);
@@ -11602,9 +11480,9 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
         if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
             bad = row;
     }
-    pk_tape_reverse(tape, &line, rows, 1);
+    pk__pass_reverse(tape, &line, rows, 1);
     if (!sweep->second) {
-        pk_tape_weight_gradient(tape, rows, sum);
+        pk__pass_weight_gradient(tape, rows, sum);
         return bad;
     }
     for (size_t n = last; n > 0; n--) {
@@ -11918,9 +11796,7 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
                                  product);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/training/optimizer.h: implementation */
 #include <math.h>
@@ -12169,8 +12045,6 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
 #undef PK__KEY
 #undef PK__NO_KEY
 
-PK__COLD_BEGIN
-
 static const pk__optimizer_rule *pk__optimizer_find(pk_optimizer_kind kind)
 {
     for (size_t i = 0; i < sizeof pk__optimizer_rules / sizeof pk__optimizer_rules[0]; i++)
@@ -12370,8 +12244,6 @@ PK_API pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, 
     return PK_OK;
 }
 
-PK__COLD_END
-
 /* ---- clipping and schedules ---------------------------------------------------------------------------- */
 
 /* sum (factor x_i)^2 in eight chains, so that the additions do not wait for each other. */
@@ -12409,8 +12281,6 @@ PK_API double pk_clip_scale(const pk_real *gradient, size_t parameters, double m
     double scale = max_norm / (norm + 1e-6);
     return scale < 1 || scale != scale ? scale : 1;
 }
-
-PK__COLD_BEGIN
 
 PK_API double pk_schedule_rate(const pk_schedule *schedule, size_t step)
 {
@@ -12469,8 +12339,6 @@ PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *sched
     return PK_OK;
 }
 
-PK__COLD_END
-
 PK__END_CODE
 
 /* pathkernel/run/run.h: implementation */
@@ -12484,7 +12352,7 @@ PK__END_CODE
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* The files that grow, in the order in which a step writes them: weights.npy commits the step; checksums.npy
  * does where the weights are not kept. */
@@ -12607,8 +12475,6 @@ typedef struct pk__run_path {
     char *text;
     size_t size;
 } pk__run_path;
-
-PK__COLD_BEGIN
 
 static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
 {
@@ -13206,9 +13072,7 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/run/record.h: implementation */
 #include <errno.h>
@@ -13221,7 +13085,7 @@ PK__END_CODE
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- recording ------------------------------------------------------------------------------------- */
 
@@ -13236,8 +13100,6 @@ typedef struct pk__recording {
     int exists; /* the directory holds a manifest */
     int made;   /* the directory is new */
 } pk__recording;
-
-PK__COLD_BEGIN
 
 static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
                                      const pk_dataset *train, pk__recording *recording)
@@ -13283,8 +13145,6 @@ static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *
     return recorder->row;
 }
 
-PK__COLD_END
-
 /* Whether P numbers are finite as the file's type. */
 static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
                                      const pk_real *numbers)
@@ -13300,8 +13160,6 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
                             recorder->float32 ? "float32" : "float64");
     return PK_OK;
 }
-
-PK__COLD_BEGIN
 
 /* train_inputs.npy or train_targets.npy, of the types that every reader of a run knows: bytes become numbers, labels and
  * other integers int64. */
@@ -13950,28 +13808,24 @@ PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
     return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/run/revisit.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- one step --------------------------------------------------------------------------------------- */
 
-PK__COLD_BEGIN
-
 /* graph, train, loss and optimizer are set. */
-static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
+static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
 {
     const size_t P = trainer->graph->parameters, real = sizeof(pk_real);
     pk_gradient_workspace *workspace = &trainer->workspace;
     if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
         arena->overflow = 1;
-    trainer->gradient = pk_arena_take(arena, P, real);
-    trainer->state = pk_arena_take(arena, trainer->state_numbers, real);
+    trainer->gradient = pk__arena_take(arena, P, real);
+    trainer->state = pk__arena_take(arena, trainer->state_numbers, real);
     memset(workspace, 0, sizeof *workspace);
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
@@ -13991,7 +13845,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     taken.train = train;
     taken.loss = loss;
     taken.optimizer = *optimizer;
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "the memory for training steps on %zu examples overflows",
@@ -13999,7 +13853,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {taken.memory, arena.used, 0, 0};
+    pk__arena own = {taken.memory, arena.used, 0, 0};
     pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
     *trainer = taken;
     return PK_OK;
@@ -14012,8 +13866,6 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
     pk_release(context, trainer->memory);
     memset(trainer, 0, sizeof *trainer);
 }
-
-PK__COLD_END
 
 enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
 
@@ -14036,8 +13888,6 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
         next[p] += weights[p];
     return pk__all_finite(next, count);
 }
-
-PK__COLD_BEGIN
 
 /* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
 static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
@@ -14132,8 +13982,8 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
     return PK_OK;
 }
 
-PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
-                           pk_replay *replay)
+PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t largest_batch, int threads,
+                                  size_t reach, pk_replay *replay)
 {
     const size_t P = run->parameters, every = pk__min(run->keep_every, run->steps + 1);
     memset(replay, 0, sizeof *replay);
@@ -14146,8 +13996,8 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
-    replay->weights = pk_arena_take(arena, P, sizeof(pk_real));
-    replay->next = pk_arena_take(arena, P, sizeof(pk_real));
+    replay->weights = pk__arena_take(arena, P, sizeof(pk_real));
+    replay->next = pk__arena_take(arena, P, sizeof(pk_real));
     if (reach && every > 1) {
         replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
         replay->stops = (every - 1) / replay->spacing;
@@ -14156,7 +14006,7 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
         !pk__multiply(replay->stops, numbers, &numbers))
         arena->overflow = 1;
-    replay->stop_numbers = pk_arena_take(arena, numbers, sizeof(pk_real));
+    replay->stop_numbers = pk__arena_take(arena, numbers, sizeof(pk_real));
     for (int i = 0; i < PK_REPLAY_STOPS; i++)
         replay->stop[i] = SIZE_MAX;
 }
@@ -14169,17 +14019,17 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     size_t largest = 1;
     for (size_t s = 0; s < run->steps; s++)
         largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "the memory of a replay overflows");
     void *memory = NULL;
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {memory, arena.used, 0, 0};
+    pk__arena own = {memory, arena.used, 0, 0};
     if (memory)
-        pk_replay_take(&own, run, largest, pk_threads(context), reach, &taken);
+        pk__replay_take(&own, run, largest, pk_threads(context), reach, &taken);
     taken.memory = memory;
     *replay = taken;
     return PK_OK;
@@ -14280,15 +14130,13 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
     return status;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/run/train.h: implementation */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* What a training run holds between steps. */
 typedef struct pk__training {
@@ -14308,8 +14156,6 @@ typedef struct pk__step {
     pk_batch batch;
     double rate, scale, objective;
 } pk__step;
-
-PK__COLD_BEGIN
 
 /* The batch of any step, without the steps before it. */
 static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
@@ -14579,9 +14425,7 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     return status;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/path/path.h: implementation */
 #include <float.h>
@@ -14589,18 +14433,16 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-PK__COLD_BEGIN
-
-PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
+PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces)
 {
     pieces->count = 0;
     pieces->capacity = capacity;
-    pieces->piece = pk_arena_take(arena, capacity, sizeof *pieces->piece);
+    pieces->piece = pk__arena_take(arena, capacity, sizeof *pieces->piece);
 }
 
-PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b)
+PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a, double b)
 {
-    pk_piece *piece = &pieces->piece[pieces->count++];
+    pk__piece *piece = &pieces->piece[pieces->count++];
     memset(piece, 0, sizeof *piece);
     piece->row = row;
     piece->a = a;
@@ -14622,12 +14464,12 @@ static int pk__is_switch(const pk_node *node)
 /* Its switch functions are polynomials in t that the samples determine. */
 static int pk__is_polynomial(const pk_node *node)
 {
-    return node->degree >= 0 && node->degree <= PK_SEGMENT_DEGREE;
+    return node->degree >= 0 && node->degree <= PK__PATH_DEGREE;
 }
 
 static int pk__sample_degree(const pk_node *node)
 {
-    return pk__is_polynomial(node) ? node->degree : (int)PK_SEGMENT_DEGREE;
+    return pk__is_polynomial(node) ? node->degree : (int)PK__PATH_DEGREE;
 }
 
 /* The sampling nodes: Chebyshev-Lobatto on [0, 1]. */
@@ -14641,7 +14483,7 @@ static double pk__sample_node(int degree, int k)
  * inverse of B[k][i] = binomial(degree, i) x_k^i (1 - x_k)^(degree - i), by Gauss-Jordan with pivoting. */
 static void pk__bernstein_conversion(int degree, pk_real *conversion)
 {
-    enum { N = PK_SEGMENT_DEGREE + 1 };
+    enum { N = PK__PATH_DEGREE + 1 };
     long double m[N][2 * N];
     int n = degree + 1;
     for (int k = 0; k < n; k++) {
@@ -14677,10 +14519,10 @@ static void pk__bernstein_conversion(int degree, pk_real *conversion)
             conversion[k * n + i] = (pk_real)m[k][n + i];
 }
 
-/* The Chebyshev coefficients number PK_SEGMENT_DEGREE - 2 and up of the interpolant, from its values at the sampling nodes. */
-static void pk__chebyshev_tail(double tail[3][PK_SEGMENT_DEGREE + 1])
+/* The Chebyshev coefficients number PK__PATH_DEGREE - 2 and up of the interpolant, from its values at the sampling nodes. */
+static void pk__chebyshev_tail(double tail[3][PK__PATH_DEGREE + 1])
 {
-    const int degree = PK_SEGMENT_DEGREE;
+    const int degree = PK__PATH_DEGREE;
     for (int i = 0; i < 3; i++)
         for (int k = 0; k <= degree; k++) {
             const int m = degree - 2 + i, end = k == 0 || k == degree;
@@ -14689,27 +14531,27 @@ static void pk__chebyshev_tail(double tail[3][PK_SEGMENT_DEGREE + 1])
         }
 }
 
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                            size_t reverse_points, size_t copies, size_t pieces, int gather,
-                            pk_segment *segment)
+PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                size_t reverse_points, size_t copies, size_t pieces, int gather,
+                                pk__path *segment)
 {
     size_t count = graph->node_count, switches = 0;
     memset(segment, 0, sizeof *segment);
-    points = pk__max(points, PK_SEGMENT_DEGREE + 1); /* the samples of one piece */
+    points = pk__max(points, PK__PATH_DEGREE + 1); /* the samples of one piece */
     segment->graph = graph;
     segment->row_capacity = rows;
     segment->point_capacity = points;
-    segment->base = pk_arena_take(arena, count, sizeof *segment->base);
-    segment->slope = pk_arena_take(arena, count, sizeof *segment->slope);
-    segment->gathered = pk_arena_take(arena, count, sizeof *segment->gathered);
-    segment->last_read = pk_arena_take(arena, count, sizeof *segment->last_read);
+    segment->base = pk__arena_take(arena, count, sizeof *segment->base);
+    segment->slope = pk__arena_take(arena, count, sizeof *segment->slope);
+    segment->gathered = pk__arena_take(arena, count, sizeof *segment->gathered);
+    segment->last_read = pk__arena_take(arena, count, sizeof *segment->last_read);
     for (size_t n = 0; n < count && segment->gathered; n++)
         segment->gathered[n] = 0;
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
-        pk_real *base = affine || constant ? pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
-        pk_real *slope = affine ? pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
+        pk_real *base = affine || constant ? pk__arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *slope = affine ? pk__arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
             segment->slope[n] = slope;
@@ -14730,32 +14572,32 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         }
     }
     const size_t samples = (size_t)segment->degree + 1;
-    segment->conversion = pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+    segment->conversion = pk__arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
     if (segment->conversion && segment->last_switch)
         pk__bernstein_conversion(segment->degree, segment->conversion);
     pk__chebyshev_tail(segment->tail);
-    pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
-    segment->input_points = pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
-    segment->switch_values = pk_arena_take(arena, points, switches * sizeof(pk_real));
-    segment->coefficients = pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
-    segment->point_row = pk_arena_take(arena, points, sizeof *segment->point_row);
-    segment->point_t = pk_arena_take(arena, points, sizeof *segment->point_t);
-    segment->held_row = pk_arena_take(arena, points, sizeof *segment->held_row);
-    segment->held_t = pk_arena_take(arena, points, sizeof *segment->held_t);
-    pk_pieces_take(arena, pieces, &segment->pending);
-    segment->pending_start = pk_arena_take(arena, pieces, sizeof *segment->pending_start);
-    pk_pieces_take(arena, points, &segment->batch);
-    segment->batch_start = pk_arena_take(arena, points, sizeof *segment->batch_start);
+    pk__pass_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
+    segment->input_points = pk__arena_take(arena, points, graph->input_width * sizeof(pk_real));
+    segment->switch_values = pk__arena_take(arena, points, switches * sizeof(pk_real));
+    segment->coefficients = pk__arena_take(arena, PK__PATH_DEGREE + 1, switches * sizeof(pk_real));
+    segment->point_row = pk__arena_take(arena, points, sizeof *segment->point_row);
+    segment->point_t = pk__arena_take(arena, points, sizeof *segment->point_t);
+    segment->held_row = pk__arena_take(arena, points, sizeof *segment->held_row);
+    segment->held_t = pk__arena_take(arena, points, sizeof *segment->held_t);
+    pk__pieces_take(arena, pieces, &segment->pending);
+    segment->pending_start = pk__arena_take(arena, pieces, sizeof *segment->pending_start);
+    pk__pieces_take(arena, points, &segment->batch);
+    segment->batch_start = pk__arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
-    segment->roots = pk_arena_take(arena, pieces, sizeof *segment->roots);
+    segment->roots = pk__arena_take(arena, pieces, sizeof *segment->roots);
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
-static void pk__segment_affine(pk_segment *segment, const pk_node *node, const pk_real *weights,
-                               const pk_real *transposed, pk_real *out)
+static void pk__path_affine(pk__path *segment, const pk_node *node, const pk_real *weights,
+                            const pk_real *transposed, pk_real *out)
 {
     pk_call call;
-    pk__tape_call(&segment->tape, node, segment->rows, 1, &call);
+    pk__pass_call(&segment->tape, node, segment->rows, 1, &call);
     for (int j = 0; j < node->input_count; j++)
         call.in[j] = segment->base[node->inputs[j]];
     call.weights = weights + node->weight_offset;
@@ -14772,8 +14614,8 @@ static void pk__segment_affine(pk_segment *segment, const pk_node *node, const p
     }
 }
 
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
-                             const pk_real *transposed, size_t rows, const pk_real *inputs)
+PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, const pk_real *direction,
+                                 const pk_real *transposed, size_t rows, const pk_real *inputs)
 {
     const pk_graph *graph = segment->graph;
     segment->weights = weights;
@@ -14786,19 +14628,17 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (segment->base[n])
-            pk__segment_affine(segment, node, weights, transposed, segment->base[n]);
+            pk__path_affine(segment, node, weights, transposed, segment->base[n]);
         if (segment->slope[n])
-            pk__segment_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
-                               segment->slope[n]);
+            pk__path_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
+                            segment->slope[n]);
     }
 }
 
-PK__COLD_END
-
 /* The value of node n at points whose earlier nodes are there. */
-static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
+static void pk__path_node(pk__path *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
 {
-    const pk_line line = {segment->weights, segment->direction, t};
+    const pk__line line = {segment->weights, segment->direction, t};
     const pk_node *node = &segment->graph->nodes[n];
     const size_t width = node->width;
     pk_real *value = segment->tape.value[n];
@@ -14816,10 +14656,8 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
     }
 }
 
-PK__COLD_BEGIN
-
 /* Makes point number first of the tape, or again that in front of it, its first one. */
-static void pk__shift_tape(pk_segment *segment, size_t first, int again)
+static void pk__shift_tape(pk__path *segment, size_t first, int again)
 {
     for (size_t n = 0; n < segment->graph->node_count; n++) {
         const size_t numbers = first * segment->graph->nodes[n].width;
@@ -14830,13 +14668,13 @@ static void pk__shift_tape(pk_segment *segment, size_t first, int again)
     }
 }
 
-PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_t *row, const pk_real *t)
 {
     const size_t first = count <= segment->point_capacity - segment->held ? segment->held : 0;
     segment->tape.value[0] = segment->input_points;
     pk__shift_tape(segment, first, 0);
     for (size_t n = 0; n < segment->graph->node_count; n++)
-        pk__segment_node(segment, n, count, row, t);
+        pk__path_node(segment, n, count, row, t);
     pk__shift_tape(segment, first, 1);
     if (count)
         memcpy(segment->held_row + first, row, count * sizeof *row);
@@ -14847,7 +14685,7 @@ PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t 
 }
 
 /* Whether the tape holds the points in this order; with move, they go to its front. */
-static int pk__find_points(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, int move)
+static int pk__find_points(pk__path *segment, size_t count, const size_t *row, const pk_real *t, int move)
 {
     for (size_t p = 0, at = 0, run; p < count; p += run, at += run) {
         while (at < segment->held && !(segment->held_row[at] == row[p] && segment->held_t[at] == t[p]))
@@ -14866,11 +14704,11 @@ static int pk__find_points(pk_segment *segment, size_t count, const size_t *row,
     return 1;
 }
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t *row, const pk_real *t)
 {
     if (!pk__find_points(segment, count, row, t, 0)) {
         segment->held = 0;
-        pk_segment_append(segment, count, row, t);
+        pk__path_append(segment, count, row, t);
         return;
     }
     (void)pk__find_points(segment, count, row, t, 1);
@@ -14881,11 +14719,11 @@ PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *
     segment->held = count;
 }
 
-PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
-                               const pk_real *t)
+PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                   const pk_real *t)
 {
     const pk_graph *graph = segment->graph;
-    const pk_line line = {segment->weights, segment->direction, t};
+    const pk__line line = {segment->weights, segment->direction, t};
     pk__shift_tape(segment, first, 0);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
@@ -14899,13 +14737,11 @@ PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, 
     pk__shift_tape(segment, first, 1);
 }
 
-PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies)
+PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies)
 {
-    const pk_line line = {segment->weights, segment->direction, t};
-    pk_tape_reverse(&segment->tape, &line, count, copies);
+    const pk__line line = {segment->weights, segment->direction, t};
+    pk__pass_reverse(&segment->tape, &line, count, copies);
 }
-
-PK__COLD_END
 
 PK__END_CODE
 
@@ -14918,7 +14754,7 @@ PK__BEGIN_CODE
 /* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
 static double pk__casteljau(int degree, const double *c, double x, double *left, double *right, double *slope)
 {
-    double work[PK_SEGMENT_DEGREE + 1];
+    double work[PK__PATH_DEGREE + 1];
     memcpy(work, c, (size_t)(degree + 1) * sizeof *work);
     if (slope)
         *slope = degree == 1 ? c[1] - c[0] : 0;
@@ -14934,8 +14770,6 @@ static double pk__casteljau(int degree, const double *c, double x, double *left,
     }
     return work[0];
 }
-
-PK__COLD_BEGIN
 
 /* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
 static double pk__bracketed_root(int degree, const double *c)
@@ -14974,7 +14808,7 @@ static double pk__bracketed_root(int degree, const double *c)
 typedef struct pk__root_sink {
     double a, b, rounding, error;
     size_t at;
-    pk_root *roots;
+    pk__root *roots;
     size_t count, capacity;
 } pk__root_sink;
 
@@ -14982,7 +14816,7 @@ typedef struct pk__root_sink {
  * first. At a double zero that is a square root, no division by a slope of zero. */
 static double pk__root_slack(int degree, const double *c, double x, double uncertain)
 {
-    double work[PK_SEGMENT_DEGREE + 1], least = 1, factor = 1;
+    double work[PK__PATH_DEGREE + 1], least = 1, factor = 1;
     memcpy(work, c, (size_t)(degree + 1) * sizeof *work);
     for (int k = 1; k <= degree; k++) {
         factor *= (double)(degree - k + 1) / k;
@@ -15002,7 +14836,7 @@ static void pk__push_root(pk__root_sink *sink, int degree, const double *c, doub
 {
     if (sink->count < sink->capacity) {
         const double length = (sink->b - sink->a) * (hi - lo);
-        pk_root *root = &sink->roots[sink->count];
+        pk__root *root = &sink->roots[sink->count];
         double slope = 0;
         pk__casteljau(degree, c, x, NULL, NULL, &slope);
         root->t = sink->a + (sink->b - sink->a) * (lo + (hi - lo) * x);
@@ -15037,7 +14871,7 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
         pk__push_root(sink, degree, c, pk__bracketed_root(degree, c), lo, hi);
         return;
     }
-    double middle = 0.5 * (lo + hi), left[PK_SEGMENT_DEGREE + 1], right[PK_SEGMENT_DEGREE + 1];
+    double middle = 0.5 * (lo + hi), left[PK__PATH_DEGREE + 1], right[PK__PATH_DEGREE + 1];
     if (hi - lo < 4 * DBL_EPSILON) {
         /* A cluster that touches zero: one split serves them all. */
         pk__push_root(sink, degree, c, 0.5, lo, hi);
@@ -15049,11 +14883,9 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
-PK__COLD_END
-
 /* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
  * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
-static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+static int pk__is_dead(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
     for (int k = 1; k < segment->degree; k++)
@@ -15076,13 +14908,12 @@ enum {
 #define PK__SHORTEST_SEARCH 1e-6
 
 /* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
-static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j,
-                                      const pk_real *values)
+static double pk__interpolation_error(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
     for (int i = 0; i < 3; i++) {
         double sum = 0;
-        for (int k = 0; k <= PK_SEGMENT_DEGREE; k++)
+        for (int k = 0; k <= PK__PATH_DEGREE; k++)
             sum += segment->tail[i][k] * values[(size_t)k * switches + j];
         largest = fabs(sum) > largest ? fabs(sum) : largest;
     }
@@ -15101,7 +14932,7 @@ static double pk__largest_coefficient(const pk_real *coefficients, size_t count)
 /* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
  * degree 1 (samples 0 and the last suffice), at most of the samples' degree, or interpolated (exact == 0). Unless the
  * piece is the shortest: 1 where the interpolant's error leaves open how many there are. */
-static int pk__piece_roots(pk_segment *segment, int linear, int exact, int shortest, size_t switches,
+static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortest, size_t switches,
                            size_t first, pk__root_sink *sink)
 {
     const int degree = linear ? 1 : segment->degree;
@@ -15123,7 +14954,7 @@ static int pk__piece_roots(pk_segment *segment, int linear, int exact, int short
         }
     }
     for (size_t j = 0; j < switches; j++) {
-        double c[PK_SEGMENT_DEGREE + 1], low = coefficients[j], high = low, error = 0;
+        double c[PK__PATH_DEGREE + 1], low = coefficients[j], high = low, error = 0;
         for (int k = 0; k <= degree; k++) {
             c[k] = coefficients[(size_t)k * switches + j];
             low = c[k] < low ? c[k] : low;
@@ -15152,18 +14983,16 @@ static int pk__piece_roots(pk_segment *segment, int linear, int exact, int short
     return 0;
 }
 
-PK__COLD_BEGIN
-
 /* The switch functions of node n at points behind the samples of the batch, which end at point `used`. */
-static const pk_real *pk__switches_behind(pk_segment *segment, size_t n, size_t used, size_t count)
+static const pk_real *pk__switches_behind(pk__path *segment, size_t n, size_t used, size_t count)
 {
     const pk_node *node = &segment->graph->nodes[n];
     pk_real *out = segment->switch_values + used * node->operation->switch_count(node);
     pk_call call;
     pk__shift_tape(segment, used, 0);
     for (size_t m = 0; m < n; m++)
-        pk__segment_node(segment, m, count, segment->point_row + used, segment->point_t + used);
-    pk__tape_call(&segment->tape, node, count, 1, &call);
+        pk__path_node(segment, m, count, segment->point_row + used, segment->point_t + used);
+    pk__pass_call(&segment->tape, node, count, 1, &call);
     call.out = out;
     node->operation->switches(&call);
     pk__shift_tape(segment, used, 1);
@@ -15172,8 +15001,8 @@ static const pk_real *pk__switches_behind(pk_segment *segment, size_t n, size_t 
 
 /* Moves roots of interpolants of a piece of row onto the zeros of the switch functions of node n themselves: Newton steps
  * with the interpolants' slopes, as long as the values fall. */
-static void pk__refine_roots(pk_segment *segment, size_t n, size_t used, size_t row, double a, double b,
-                             size_t count, pk_root *roots)
+static void pk__refine_roots(pk__path *segment, size_t n, size_t used, size_t row, double a, double b,
+                             size_t count, pk__root *roots)
 {
     const pk_node *node = &segment->graph->nodes[n];
     const size_t switches = node->operation->switch_count(node);
@@ -15212,10 +15041,10 @@ static void pk__refine_roots(pk_segment *segment, size_t n, size_t used, size_t 
     }
 }
 
-static void pk__sort_roots(size_t count, pk_root *roots)
+static void pk__sort_roots(size_t count, pk__root *roots)
 {
     for (size_t i = 1; i < count; i++) { /* insertion sort: few */
-        const pk_root root = roots[i];
+        const pk__root root = roots[i];
         size_t k = i;
         for (; k > 0 && roots[k - 1].t > root.t; k--)
             roots[k] = roots[k - 1];
@@ -15224,11 +15053,11 @@ static void pk__sort_roots(size_t count, pk_root *roots)
 }
 
 /* Appends a piece of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
-static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__root_sink *sink)
+static size_t pk__append_split(pk__pieces *pieces, const pk__piece *piece, pk__root_sink *sink)
 {
     const size_t before = pieces->count;
     const double least = 4 * PK__EPSILON;
-    pk_piece rest = *piece;
+    pk__piece rest = *piece;
     if (sink->count > sink->capacity || pieces->count + sink->count + 1 > pieces->capacity)
         return 0;
     pk__sort_roots(sink->count, sink->roots);
@@ -15240,7 +15069,7 @@ static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__roo
         } else if (rest.b - t <= least) {
             rest.slack_b = slack > rest.slack_b ? slack : rest.slack_b;
         } else {
-            pk_piece part = rest;
+            pk__piece part = rest;
             part.b = t;
             part.slack_b = slack;
             pieces->piece[pieces->count++] = part;
@@ -15254,15 +15083,15 @@ static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__roo
 }
 
 /* The next pieces that wait, as many as there are points for, and their samples. */
-static void pk__begin_batch(pk_segment *segment)
+static void pk__begin_batch(pk__path *segment)
 {
-    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    pk__pieces *pending = &segment->pending, *batch = &segment->batch;
     const size_t samples = (size_t)segment->degree + 1;
     const size_t most = (segment->point_capacity - (segment->interpolates ? PK__NEWTON_POINTS : 0)) / samples;
     batch->count = 0;
     while (pending->count && batch->count < most) {
         const size_t top = --pending->count, i = batch->count++;
-        const pk_piece *piece = &pending->piece[top];
+        const pk__piece *piece = &pending->piece[top];
         segment->batch_start[i] = segment->pending_start[top];
         batch->piece[i] = *piece;
         for (size_t k = 0; k < samples; k++) {
@@ -15274,10 +15103,10 @@ static void pk__begin_batch(pk_segment *segment)
 }
 
 /* Moves piece `from` of the batch and all that is known of its samples, as far as nodes from n on need it. */
-static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to)
+static void pk__keep_piece(pk__path *segment, size_t n, size_t from, size_t to)
 {
     const size_t samples = (size_t)segment->degree + 1;
-    pk_pieces *batch = &segment->batch;
+    pk__pieces *batch = &segment->batch;
     if (from == to)
         return;
     batch->piece[to] = batch->piece[from];
@@ -15296,13 +15125,13 @@ static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to
 }
 
 /* Both halves of a piece wait, to be joined again when all is found. 0: no room. */
-static int pk__halve_search(pk_segment *segment, const pk_piece *piece, size_t n)
+static int pk__halve_search(pk__path *segment, const pk__piece *piece, size_t n)
 {
-    pk_pieces *pending = &segment->pending;
+    pk__pieces *pending = &segment->pending;
     if (pending->count + 2 > pending->capacity)
         return 0;
     for (int half = 0; half < 2; half++) {
-        pk_piece part = *piece;
+        pk__piece part = *piece;
         const double middle = 0.5 * (piece->a + piece->b);
         if (half) {
             part.a = middle;
@@ -15319,21 +15148,21 @@ static int pk__halve_search(pk_segment *segment, const pk_piece *piece, size_t n
 }
 
 /* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
-static int pk__split_batch(pk_segment *segment, size_t n)
+static int pk__split_batch(pk__path *segment, size_t n)
 {
     const pk_node *node = &segment->graph->nodes[n];
     const size_t samples = (size_t)segment->degree + 1, switches = node->operation->switch_count(node);
     const size_t used = segment->batch.count * samples;
     const int exact = pk__is_polynomial(node);
-    pk_pieces *batch = &segment->batch, *pending = &segment->pending;
+    pk__pieces *batch = &segment->batch, *pending = &segment->pending;
     size_t kept = 0;
     pk_call call;
-    pk__tape_call(&segment->tape, node, used, 1, &call);
+    pk__pass_call(&segment->tape, node, used, 1, &call);
     call.out = segment->switch_values;
     node->operation->switches(&call);
     for (size_t i = 0; i < batch->count; i++) {
         if (segment->batch_start[i] <= n) {
-            const pk_piece piece = batch->piece[i];
+            const pk__piece piece = batch->piece[i];
             const int shortest = piece.b - piece.a <= PK__SHORTEST_SEARCH;
             pk__root_sink sink = {piece.a, piece.b, 0, 0, 0, segment->roots, 0, segment->root_capacity};
             if (pk__piece_roots(segment, node->degree == 1, exact, shortest, switches, i * samples, &sink)) {
@@ -15361,23 +15190,23 @@ static int pk__split_batch(pk_segment *segment, size_t n)
     return 1;
 }
 
-typedef int pk__piece_order(const pk_piece *piece, const pk_piece *other);
+typedef int pk__piece_order(const pk__piece *piece, const pk__piece *other);
 
 /* By row, then by t. */
-PK__PRIVATE int pk__precedes_by_place(const pk_piece *piece, const pk_piece *other)
+PK__PRIVATE int pk__precedes_by_place(const pk__piece *piece, const pk__piece *other)
 {
     return piece->row < other->row || (piece->row == other->row && piece->a < other->a);
 }
 
 /* Shell sort: in place. */
-PK__PRIVATE void pk__sort_pieces(pk_pieces *pieces, pk__piece_order *precedes)
+PK__PRIVATE void pk__sort_pieces(pk__pieces *pieces, pk__piece_order *precedes)
 {
     size_t gap = 1;
     while (gap < pieces->count / 3)
         gap = 3 * gap + 1;
     for (; gap > 0; gap /= 3)
         for (size_t i = gap; i < pieces->count; i++) {
-            const pk_piece piece = pieces->piece[i];
+            const pk__piece piece = pieces->piece[i];
             size_t k = i;
             for (; k >= gap && precedes(&piece, &pieces->piece[k - gap]); k -= gap)
                 pieces->piece[k] = pieces->piece[k - gap];
@@ -15386,12 +15215,12 @@ PK__PRIVATE void pk__sort_pieces(pk_pieces *pieces, pk__piece_order *precedes)
 }
 
 /* Joins what was halved for the search alone; the pieces are sorted. */
-static void pk__join_pieces(pk_pieces *pieces)
+static void pk__join_pieces(pk__pieces *pieces)
 {
     size_t kept = 0;
     for (size_t i = 0; i < pieces->count; i++) {
-        const pk_piece piece = pieces->piece[i];
-        pk_piece *last = kept ? &pieces->piece[kept - 1] : NULL;
+        const pk__piece piece = pieces->piece[i];
+        pk__piece *last = kept ? &pieces->piece[kept - 1] : NULL;
         if (last && piece.joined && last->row == piece.row && last->b == piece.a && last->slack_b == 0) {
             last->b = piece.b;
             last->slack_b = piece.slack_b;
@@ -15402,15 +15231,15 @@ static void pk__join_pieces(pk_pieces *pieces)
     pieces->count = kept;
 }
 
-PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to)
+PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__pieces *to)
 {
-    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    pk__pieces *pending = &segment->pending, *batch = &segment->batch;
     const size_t samples = (size_t)segment->degree + 1;
     to->count = pending->count = 0;
     if (from->count > to->capacity || from->count > pending->capacity)
         return 0;
     for (size_t i = 0; i < from->count; i++) {
-        pk_pieces *first = segment->last_switch ? pending : to;
+        pk__pieces *first = segment->last_switch ? pending : to;
         segment->pending_start[i] = 1;
         first->piece[first->count] = from->piece[i];
         first->piece[first->count++].joined = 0;
@@ -15423,7 +15252,7 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
             if (n && pk__is_switch(&segment->graph->nodes[n]) && !pk__split_batch(segment, n))
                 return 0;
             if (n < segment->last_switch && batch->count)
-                pk__segment_node(segment, n, batch->count * samples, segment->point_row, segment->point_t);
+                pk__path_node(segment, n, batch->count * samples, segment->point_row, segment->point_t);
         }
         for (size_t i = 0; i < batch->count; i++) {
             if (to->count == to->capacity)
@@ -15435,8 +15264,6 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     pk__join_pieces(to);
     return 1;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 
@@ -15471,7 +15298,7 @@ PK_API void pk_gauss_legendre(int count, double *nodes, double *weights)
         nodes[count / 2] = 0.5;
 }
 
-PK_API void pk_gauss_table(double *nodes, double *weights)
+PK__INTERNAL void pk__gauss_table(double *nodes, double *weights)
 {
     for (int n = 1; n <= PK_GAUSS_NODES; n++)
         pk_gauss_legendre(n, nodes + n * (n - 1) / 2, weights + n * (n - 1) / 2);
@@ -15488,8 +15315,8 @@ PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
     }
 }
 
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
-                             pk_real *h, pk_real *slope)
+PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                                    pk_real *h, pk_real *slope)
 {
     size_t count = pk_readout_count(readout, outputs);
     if (readout->kind == PK_READOUT_FUNCTION) {
@@ -15509,8 +15336,6 @@ PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t r
     }
 }
 
-PK__COLD_BEGIN
-
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
 static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
 {
@@ -15518,7 +15343,7 @@ static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
         (graph->degree + 1) / 2 > PK_GAUSS_NODES)
         return 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK_SEGMENT_DEGREE)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK__PATH_DEGREE)
             return 0;
     return 1;
 }
@@ -15541,7 +15366,7 @@ PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *q
             context, PK_UNSUPPORTED,
             "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
             "readout; use auto, which measures its closure",
-            (int)PK_SEGMENT_DEGREE);
+            (int)PK__PATH_DEGREE);
     return PK_OK;
 }
 
@@ -15554,41 +15379,42 @@ static size_t pk__piece_capacity(size_t rows)
 /* Halvings a row may cost in one step; an unreachable target or a NaN must end. Of these, at one time: */
 enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
 
-PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
+PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points)
 {
     points->count = 0;
-    points->row = pk_arena_take(arena, capacity, sizeof *points->row);
-    points->t = pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->weight = pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->check = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
-    points->slack = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->row = pk__arena_take(arena, capacity, sizeof *points->row);
+    points->t = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
 }
 
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator)
+PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                      size_t reverse_points, size_t copies, int bounds,
+                                      pk__integrator *integrator)
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
     points = pk__max(points, PK_GAUSS_NODES + 2);
-    pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
-    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
-    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
-    pk_pieces_take(arena, pieces, &integrator->pieces);
-    integrator->order = pk_arena_take(arena, pieces, 1);
-    integrator->passed = pk_arena_take(arena, pieces, 1);
-    integrator->nested = pk_arena_take(arena, pieces, 1);
-    integrator->next_order = pk_arena_take(arena, rows, sizeof *integrator->next_order);
-    integrator->missed = pk_arena_take(arena, pieces, sizeof *integrator->missed);
-    integrator->sequence = pk_arena_take(arena, pieces, sizeof *integrator->sequence);
-    pk_points_take(arena, points, bounds, &integrator->buffer);
-    integrator->slope = pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
-    integrator->h = pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
-    integrator->ends = pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
-    integrator->has_ends = pk_arena_take(arena, rows, 1);
+    pk__path_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
+    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
+    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
+    pk__pieces_take(arena, pieces, &integrator->pieces);
+    integrator->order = pk__arena_take(arena, pieces, 1);
+    integrator->passed = pk__arena_take(arena, pieces, 1);
+    integrator->nested = pk__arena_take(arena, pieces, 1);
+    integrator->next_order = pk__arena_take(arena, rows, sizeof *integrator->next_order);
+    integrator->missed = pk__arena_take(arena, pieces, sizeof *integrator->missed);
+    integrator->sequence = pk__arena_take(arena, pieces, sizeof *integrator->sequence);
+    pk__points_take(arena, points, bounds, &integrator->buffer);
+    integrator->slope = pk__arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
+    integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = pk__arena_take(arena, rows, 1);
 }
 
 /* One behind the last of the points from p on that are of its row. */
-PK__PRIVATE size_t pk__row_end(const pk_points *points, size_t p)
+PK__PRIVATE size_t pk__row_end(const pk__points *points, size_t p)
 {
     size_t end = p + 1;
     while (end < points->count && points->row[end] == points->row[p])
@@ -15596,7 +15422,7 @@ PK__PRIVATE size_t pk__row_end(const pk_points *points, size_t p)
     return end;
 }
 
-static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
+static void pk__flush(pk__integrator *integrator, pk__point_sink *sink, void *user, int last)
 {
     integrator->buffer.last = last;
     sink(user, &integrator->buffer);
@@ -15604,10 +15430,10 @@ static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user
     integrator->buffer.count = 0;
 }
 
-static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t,
+static void pk__emit(pk__integrator *integrator, pk__point_sink *sink, void *user, size_t row, double t,
                      double weight, double check, double slack)
 {
-    pk_points *buffer = &integrator->buffer;
+    pk__points *buffer = &integrator->buffer;
     if (buffer->count == integrator->segment.point_capacity)
         pk__flush(integrator, sink, user, 0);
     size_t at = buffer->count++;
@@ -15639,7 +15465,7 @@ static int pk__check_order(int n)
 
 /* checked: the rule is not exact, its error is to be estimated by one of more nodes; left is the part of the integral
  * that the piece's own judgement could not explain. */
-static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void *user, const pk_piece *piece,
+static void pk__emit_gauss(pk__integrator *integrator, pk__point_sink *sink, void *user, const pk__piece *piece,
                            int order, int checked, double left)
 {
     const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
@@ -15666,7 +15492,7 @@ static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void 
 }
 
 /* A rule that is the same for every row and step. */
-static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__emit_fixed(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
     pk_rule rule = integrator->quadrature.rule;
     int count = integrator->quadrature.nodes ? integrator->quadrature.nodes : rule == PK_RULE_TRAPEZOID ? 2 : 1;
@@ -15690,8 +15516,6 @@ static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void 
         }
 }
 
-PK__COLD_END
-
 /* Roundings of what is added: below a few nothing can be measured, and an error below many of them that another node
  * does not mend is rounding. In float no target is below the former, so that they are fewer. */
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
@@ -15709,18 +15533,18 @@ typedef struct pk__judgement {
 
 /* sum (+)= the integral of dh/dt, size += that of |dh/dt|, by the rule with `order` nodes, which are the points from first
  * on of the tape; *height: at least |h| there. value: room for h. */
-static void pk__sum_nodes(pk_integrator *integrator, size_t first, size_t row, double length, int order,
+static void pk__sum_nodes(pk__integrator *integrator, size_t first, size_t row, double length, int order,
                           pk_real *value, pk_real *sum, pk_real *size, double *height)
 {
-    const pk_tape *tape = &integrator->segment.tape;
+    const pk__tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
-    const pk_real *f = pk_tape_output(tape) + first * outputs;
+    const pk_real *f = pk__pass_output(tape) + first * outputs;
     const pk_real *tangent = tape->tangent[tape->graph->node_count - 1] + first * outputs;
     const double *w = integrator->gauss_weights + order * (order - 1) / 2;
     const pk_real *slope = integrator->slope;
     for (int q = 0; q < order; q++, f += outputs, tangent += outputs) {
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, value,
-                         integrator->slope);
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, value,
+                          integrator->slope);
         for (size_t k = 0; k < count; k++) {
             double along = 0;
             for (size_t c = 0; c < outputs; c++)
@@ -15742,10 +15566,10 @@ static double pk__larger(double a, double b)
 
 /* Judges a piece from the tape: its nodes are the points from first on; its ends the points `ends` and the next, or, nested,
  * the nodes of one order more follow its own. height: of the row, as far as it is known. */
-static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t ends, size_t row, double length,
+static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t ends, size_t row, double length,
                                int order, int nested, double height)
 {
-    const pk_tape *tape = &integrator->segment.tape;
+    const pk__tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
     pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count,
             *better = size + count;
@@ -15755,11 +15579,11 @@ static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t e
     if (nested) {
         pk__sum_nodes(integrator, first + (size_t)order, row, length, order + 1, start, better, NULL, NULL);
     } else {
-        const pk_real *f = pk_tape_output(tape) + ends * outputs;
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
-                         integrator->slope);
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
-                         integrator->slope);
+        const pk_real *f = pk__pass_output(tape) + ends * outputs;
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
+                          integrator->slope);
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
+                          integrator->slope);
     }
     for (size_t k = 0; k < count; k++) {
         found.size = pk__larger(fabs((double)size[k]), found.size);
@@ -15780,12 +15604,10 @@ static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t e
 
 enum { PK__LARGEST_ORDER = 16 };
 
-PK__COLD_BEGIN
-
 /* *next = what the row's next step starts with, where a piece of it took `nodes` nodes; missed: by how much one node less
  * missed its target, 0: not tried. A test costs little beside a node that is too many, so the next step starts one lower;
  * but steps change slowly, so after a miss by 16^k not for k steps. Of several pieces the largest counts. */
-static void pk__plan_next(pk_row_order *next, pk_row_order now, int nodes, double missed)
+static void pk__plan_next(pk__row_order *next, pk__row_order now, int nodes, double missed)
 {
     int wait = now.wait;
     if (missed > 1)
@@ -15801,13 +15623,13 @@ static void pk__plan_next(pk_row_order *next, pk_row_order now, int nodes, doubl
 }
 
 /* Whether a piece waits for a test of its order. */
-static int pk__is_open(const pk_integrator *integrator, size_t piece)
+static int pk__is_open(const pk__integrator *integrator, size_t piece)
 {
     return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
 }
 
 /* Of a piece that is the whole step, what pk__judge left in h. */
-static void pk__keep_ends(pk_integrator *integrator, size_t row)
+static void pk__keep_ends(pk__integrator *integrator, size_t row)
 {
     const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->segment.graph->output_width);
     memcpy(integrator->ends + row * both, integrator->h, both * sizeof *integrator->h);
@@ -15815,10 +15637,10 @@ static void pk__keep_ends(pk_integrator *integrator, size_t row)
 }
 
 /* What a judgement of piece number i decides: it passes, or it is tested again by another order or judge. 1: again. */
-static int pk__decide(pk_integrator *integrator, size_t i, const pk__judgement *found)
+static int pk__decide(pk__integrator *integrator, size_t i, const pk__judgement *found)
 {
-    pk_piece *piece = &integrator->pieces.piece[i];
-    pk_row_state *state = &integrator->state[piece->row];
+    pk__piece *piece = &integrator->pieces.piece[i];
+    pk__row_state *state = &integrator->state[piece->row];
     const double before = integrator->missed[i], eps = PK__EPSILON;
     const int nodes = integrator->order[i], nested = integrator->nested[i];
     if (piece->size < 0 && isfinite(found->size)) { /* its first test */
@@ -15860,16 +15682,16 @@ static int pk__decide(pk_integrator *integrator, size_t i, const pk__judgement *
 }
 
 /* Tests every piece that has not passed with its own order. Whether some piece is to be tested again. */
-static int pk__test_pieces(pk_integrator *integrator)
+static int pk__test_pieces(pk__integrator *integrator)
 {
-    pk_segment *segment = &integrator->segment;
-    const pk_pieces *pieces = &integrator->pieces;
+    pk__path *segment = &integrator->segment;
+    const pk__pieces *pieces = &integrator->pieces;
     const unsigned char *order = integrator->order, *nested = integrator->nested;
     int again = 0;
     for (size_t next = 0, last; next < pieces->count; next = last) {
         size_t points = 0, ends = 0;
         for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
-            const pk_piece *piece = &pieces->piece[last];
+            const pk__piece *piece = &pieces->piece[last];
             const size_t nodes = order[last], all = nested[last] ? 2 * nodes + 1 : nodes;
             if (!pk__is_open(integrator, last))
                 continue;
@@ -15891,12 +15713,12 @@ static int pk__test_pieces(pk_integrator *integrator)
                 segment->point_row[ends] = pieces->piece[i].row;
                 segment->point_t[ends] = (pk_real)(end ? pieces->piece[i].b : pieces->piece[i].a);
             }
-        const size_t first = pk_segment_append(segment, ends, segment->point_row, segment->point_t);
-        pk_segment_tangent(segment, first, points, segment->point_row, segment->point_t);
+        const size_t first = pk__path_append(segment, ends, segment->point_row, segment->point_t);
+        pk__path_tangent(segment, first, points, segment->point_row, segment->point_t);
         ends = first + points;
         points = first;
         for (size_t i = next; i < last; i++) {
-            const pk_piece *piece = &pieces->piece[i];
+            const pk__piece *piece = &pieces->piece[i];
             if (!pk__is_open(integrator, i))
                 continue;
             const size_t nodes = order[i];
@@ -15923,7 +15745,7 @@ enum { PK__GENERATIONS = 2, PK__FEW_PARTS = 1 };
 #define PK__LARGEST_ROUNDING (sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-8)
 
 /* Takes a piece as it is, although it missed. */
-static void pk__accept(pk_integrator *integrator, const pk_piece *piece, pk_point_sink *sink, void *user)
+static void pk__accept(pk__integrator *integrator, const pk__piece *piece, pk__point_sink *sink, void *user)
 {
     const double length = piece->b - piece->a;
     integrator->refused++;
@@ -15937,9 +15759,9 @@ static void pk__accept(pk_integrator *integrator, const pk_piece *piece, pk_poin
 
 /* A piece that has not passed, or whose kinks do not find room, waits for its halves; or is accepted where halving is of no
  * use. */
-static void pk__fail_piece(pk_integrator *integrator, const pk_piece *piece, pk_point_sink *sink, void *user)
+static void pk__fail_piece(pk__integrator *integrator, const pk__piece *piece, pk__point_sink *sink, void *user)
 {
-    pk_pieces *to = &integrator->failed;
+    pk__pieces *to = &integrator->failed;
     if (piece->b - piece->a < PK__SHORTEST || to->count == to->capacity)
         pk__accept(integrator, piece, sink, user);
     else
@@ -15947,7 +15769,7 @@ static void pk__fail_piece(pk_integrator *integrator, const pk_piece *piece, pk_
 }
 
 /* By row; of a row the largest error first, NaN in front of all, then by t. */
-static int pk__precedes_by_error(const pk_piece *piece, const pk_piece *other)
+static int pk__precedes_by_error(const pk__piece *piece, const pk__piece *other)
 {
     if (piece->row != other->row || piece->error == other->error)
         return pk__precedes_by_place(piece, other);
@@ -15956,9 +15778,9 @@ static int pk__precedes_by_error(const pk_piece *piece, const pk_piece *other)
 
 /* Of each family of failed pieces, the parts of one ancestor, those whose error has not fallen are taken as they are where
  * there are several. */
-static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__drop_stalled(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    pk_pieces *failed = &integrator->failed;
+    pk__pieces *failed = &integrator->failed;
     size_t kept = 0;
     pk__sort_pieces(failed, pk__precedes_by_place);
     for (size_t first = 0, last; first < failed->count; first = last) {
@@ -15968,9 +15790,9 @@ static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, voi
             if (failed->piece[last].row != row || failed->piece[last].family != family)
                 break;
         for (size_t i = first; i < last; i++) {
-            pk_piece piece = failed->piece[i];
+            pk__piece piece = failed->piece[i];
             if (piece.age == 0 || piece.age == PK__GENERATIONS) {
-                const pk_row_state *state = &integrator->state[row];
+                const pk__row_state *state = &integrator->state[row];
                 if (piece.age && last - first > PK__FEW_PARTS && piece.size >= 0 &&
                     !(piece.error < 0.5 * piece.reference) &&
                     !(piece.error > PK__LARGEST_ROUNDING * (state->height + state->change))) {
@@ -15989,22 +15811,22 @@ static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, voi
 }
 
 /* The halves of what has failed, the worst first, as long as there are halvings; the rest is accepted. */
-static void pk__halve_failed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__halve_failed(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    pk_pieces *pending = &integrator->pending, *failed = &integrator->failed;
+    pk__pieces *pending = &integrator->pending, *failed = &integrator->failed;
     pk__drop_stalled(integrator, sink, user);
     pk__sort_pieces(failed, pk__precedes_by_error);
     pending->count = 0;
     for (size_t i = 0; i < failed->count; i++) {
-        const pk_piece *piece = &failed->piece[i];
-        pk_row_state *state = &integrator->state[piece->row];
+        const pk__piece *piece = &failed->piece[i];
+        pk__row_state *state = &integrator->state[piece->row];
         if (state->halvings >= PK__HALVINGS || pending->count + 2 > pending->capacity) {
             pk__accept(integrator, piece, sink, user);
             continue;
         }
         state->halvings++;
         for (int half = 0; half < 2; half++) {
-            pk_piece *part = &pending->piece[pending->count++];
+            pk__piece *part = &pending->piece[pending->count++];
             *part = *piece;
             if (half) {
                 part->a = 0.5 * (piece->a + piece->b);
@@ -16018,14 +15840,14 @@ static void pk__halve_failed(pk_integrator *integrator, pk_point_sink *sink, voi
 }
 
 /* Raises the order of each piece until it passes or the largest order is reached; emits what passed. */
-static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__adapt(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    const pk_pieces *pieces = &integrator->pieces;
+    const pk__pieces *pieces = &integrator->pieces;
     memset(integrator->passed, 0, pieces->count);
     memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
     for (size_t i = 0; i < pieces->count; i++) {
-        pk_piece *piece = &pieces->piece[i];
-        const pk_row_state *state = &integrator->state[piece->row];
+        pk__piece *piece = &pieces->piece[i];
+        const pk__row_state *state = &integrator->state[piece->row];
         integrator->order[i] = state->order.nodes;
         integrator->nested[i] = state->nested;
         piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
@@ -16045,9 +15867,9 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
 
 enum { PK__SURROGATE_NODES = 8 };
 
-PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user)
+PK__INTERNAL void pk__integrate(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    pk_segment *segment = &integrator->segment;
+    pk__path *segment = &integrator->segment;
     pk_rule rule = integrator->quadrature.rule;
     memset(integrator->has_ends, 0, segment->rows);
     if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
@@ -16062,19 +15884,19 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     int order = segment->graph->surrogate    ? PK__SURROGATE_NODES
                 : segment->graph->degree < 2 ? 1
                                              : (segment->graph->degree + 1) / 2;
-    pk_pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
+    pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
     memset(integrator->next_order, 0, segment->rows * sizeof *integrator->next_order);
     pending->count = 0;
     for (size_t row = 0; row < segment->rows; row++) {
         integrator->state[row].halvings = 0;
         integrator->state[row].step_change = 0;
-        pk_pieces_push(pending, row, 0, 1);
+        pk__pieces_push(pending, row, 0, 1);
     }
     while (pending->count) {
         integrator->failed.count = 0;
         for (size_t first = 0; first < pending->count; first += segment->rows) {
-            pk_pieces batch = {pk__min(segment->rows, pending->count - first), 0, pending->piece + first};
-            if (!pk_segment_split(segment, &batch, pieces)) {
+            pk__pieces batch = {pk__min(segment->rows, pending->count - first), 0, pending->piece + first};
+            if (!pk__path_split(segment, &batch, pieces)) {
                 /* More kinks than there is room for: half as long pieces have fewer. */
                 for (size_t i = 0; i < batch.count; i++) {
                     batch.piece[i].size = -1;
@@ -16092,14 +15914,15 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         pk__halve_failed(integrator, sink, user);
     }
     for (size_t row = 0; !fixed && row < segment->rows; row++)
-        integrator->state[row].order = integrator->next_order[row].nodes ? integrator->next_order[row]
-                                                                         : (pk_row_order){PK__LARGEST_ORDER, 0};
+        integrator->state[row].order = integrator->next_order[row].nodes
+                                           ? integrator->next_order[row]
+                                           : (pk__row_order){PK__LARGEST_ORDER, 0};
     pk__flush(integrator, sink, user, 1);
 }
 
-PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
+PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator)
 {
-    pk_segment *segment = &integrator->segment;
+    pk__path *segment = &integrator->segment;
     const size_t classes = segment->graph->output_width,
                  outputs = pk_readout_count(&integrator->readout, classes);
     for (size_t row = 0, points = 0; row < segment->rows; row++) {
@@ -16109,18 +15932,16 @@ PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
         }
         if (!points || (row + 1 < segment->rows && points + 2 <= segment->point_capacity))
             continue;
-        pk_segment_forward(segment, points, segment->point_row, segment->point_t);
+        pk__path_forward(segment, points, segment->point_row, segment->point_t);
         for (size_t p = 0; p < points; p++)
-            pk_readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
-                             pk_tape_output(&segment->tape) + p * classes,
-                             integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
-                             integrator->slope);
+            pk__readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
+                              pk__pass_output(&segment->tape) + p * classes,
+                              integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
+                              integrator->slope);
         points = 0;
     }
     return integrator->ends;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 
@@ -16130,14 +15951,12 @@ PK__END_CODE
 #include <time.h>
 PK__BEGIN_CODE
 
-PK__COLD_BEGIN
-
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
 {
     return &graph->nodes[node->inputs[0]];
 }
 
-PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node)
+PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node)
 {
     if (pk__is_outer(node))
         return 0;
@@ -16152,26 +15971,25 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
     return !representation->factored && by_rows <= factored;
 }
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
-                             const pk_representation *representation, pk_examples *examples)
+PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
+                                    const pk__representation *representation, pk__examples *examples)
 {
     memset(examples, 0, sizeof *examples);
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     const size_t columns = pk__blocks(capacity, PK_PANEL) * PK_PANEL;
     examples->ld = columns % 512 ? columns : columns + PK_PANEL;
-    examples->input = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->cotangent = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->rows = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->input = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->cotangent = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->rows = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        int rows = pk_layer_by_rows(representation, node);
+        int rows = pk__layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
         const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
-        pk_real *input =
-            rows || known ? NULL : pk_arena_take(arena, node->positions * node->fan_in, bytes);
-        pk_real *cotangent = rows ? NULL : pk_arena_take(arena, node->width, bytes);
+        pk_real *input = rows || known ? NULL : pk__arena_take(arena, node->positions * node->fan_in, bytes);
+        pk_real *cotangent = rows ? NULL : pk__arena_take(arena, node->width, bytes);
         pk_real *gradients =
-            rows ? pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
+            rows ? pk__arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
         if (examples->input) {
             examples->input[l] = input;
             examples->cotangent[l] = cotangent;
@@ -16186,11 +16004,11 @@ static size_t pk__example_rows(const pk_graph *graph)
     size_t numbers = 1;
     for (size_t n = 1; n < graph->node_count; n++)
         numbers += graph->nodes[n].width;
-    return pk__max(1, pk__min(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
+    return pk__max(1, pk__min(PK__EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
 }
 
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
-                                      pk_example_workspace *workspace)
+PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *graph, size_t rows,
+                                             pk__example_workspace *workspace)
 {
     size_t most = 0;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -16202,13 +16020,13 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, si
             most = pk__max(most, node->positions * node->fan_in + node->width);
     }
     rows = pk__min(rows, pk__example_rows(graph));
-    pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
-    workspace->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    workspace->targets = pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = pk_arena_take(arena, most, rows * sizeof(pk_real));
+    pk__pass_take(arena, graph, rows, 1, 0, &workspace->tape);
+    workspace->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    workspace->targets = pk__arena_take(arena, rows, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = pk__arena_take(arena, most, rows * sizeof(pk_real));
 }
 
-PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch)
 {
     examples->count = batch->count;
     examples->items = batch->items;
@@ -16216,8 +16034,6 @@ PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
     for (size_t b = 1; b < batch->count; b++)
         examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
 }
-
-PK__COLD_END
 
 /* Columns first .. first + count - 1 of panels of features = rows of from (count x features); the rest of a last panel = 0. */
 static void pk__put_panels(size_t count, size_t features, const pk_real *from, size_t first, pk_real *panels)
@@ -16235,13 +16051,13 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
 
 /* places (positions x fan_in) and deltas (positions x copies x fan_out) of row row of a node that is used at several
  * places. */
-PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_t row, size_t copies,
+PK__PRIVATE void pk__node_places(const pk__tape *tape, const pk_node *node, size_t row, size_t copies,
                                  pk_real *places, pk_real *deltas)
 {
     const size_t positions = node->positions, out = node->fan_out;
     const pk_real *from = tape->cotangent[node - tape->graph->nodes] + row * copies * node->width;
     pk_call call;
-    pk__tape_call(tape, node, 1, copies, &call);
+    pk__pass_call(tape, node, 1, copies, &call);
     call.in[0] += row * call.in_width[0];
     call.out = places;
     if (node->unfolds)
@@ -16255,7 +16071,7 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
                     from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
 }
 
-PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
+PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
 {
     /* Changes have random sizes, not only random signs: else half of all pairs of weights would change by the same factor,
      * and their difference would seem exact. */
@@ -16264,13 +16080,13 @@ PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *p
         const uint64_t bits = pk_random_bits(&random);
         for (size_t k = 0; k < 4 && i + k < count; k++) {
             const double change = (double)(bits >> 16 * k & 0xffff) / 32768 - 1;
-            perturbed[i + k] = (pk_real)(weights[i + k] * (1 + PK_PERTURBATION * change));
+            perturbed[i + k] = (pk_real)(weights[i + k] * (1 + PK__PERTURBATION * change));
         }
     }
 }
 
 /* Twice the change that was seen: random changes are half as large as they may be. */
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
+PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to)
 {
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -16282,11 +16098,11 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < numbers[part]; i++)
                 targets[part][i] = (pk_real)(fabs(sources[part][i]) +
-                                             2 * fabs(targets[part][i] - sources[part][i]) / PK_PERTURBATION);
+                                             2 * fabs(targets[part][i] - sources[part][i]) / PK__PERTURBATION);
     }
 }
 
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
+PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum)
 {
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -16310,11 +16126,9 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
     }
 }
 
-PK__COLD_BEGIN
-
 /* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
-static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
-                            pk_examples *examples, size_t first)
+static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t count, pk_real *room,
+                            pk__examples *examples, size_t first)
 {
     const size_t ins = node->positions * node->fan_in;
     for (size_t b = 0; b < count; b++) {
@@ -16325,33 +16139,33 @@ static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t cou
 }
 
 /* Columns first .. first + count - 1, as many as the workspace holds. */
-static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
                           const pk_dataset *data, const pk_batch *batch, size_t first, size_t count,
-                          pk_example_workspace *workspace, pk_real *gradient)
+                          pk__example_workspace *workspace, pk_real *gradient)
 {
     const size_t outputs = graph->output_width;
-    pk_tape *tape = &workspace->tape;
-    const pk_line line = {weights, NULL, NULL};
+    pk__tape *tape = &workspace->tape;
+    const pk__line line = {weights, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
     pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
-    pk_tape_forward(tape, &line, count, workspace->inputs);
-    const pk_real *f = pk_tape_output(tape);
-    pk_real *seed = pk_tape_seed(tape);
+    pk__pass_forward(tape, &line, count, workspace->inputs);
+    const pk_real *f = pk__pass_output(tape);
+    pk_real *seed = pk__pass_seed(tape);
     for (size_t b = 0; b < count; b++) {
         pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
         double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
         for (size_t c = 0; c < outputs; c++)
             seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
     }
-    pk_tape_reverse(tape, &line, count, 1);
+    pk__pass_reverse(tape, &line, count, 1);
     if (gradient)
-        pk_tape_weight_gradient(tape, count, gradient);
+        pk__pass_weight_gradient(tape, count, gradient);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         const size_t n = (size_t)(node - graph->nodes);
         if (examples->rows[l]) {
             pk_call call;
-            pk__tape_call(tape, node, count, 1, &call);
+            pk__pass_call(tape, node, count, 1, &call);
             call.weights = weights + node->weight_offset;
             call.out_cotangent = tape->cotangent[n];
             call.gradient = workspace->row_gradients;
@@ -16370,17 +16184,17 @@ static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss 
     }
 }
 
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient)
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
+                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                    size_t first, pk__example_workspace *workspace, pk_real *gradient)
 {
-    const size_t last = first + pk__min(batch->count - first, PK_EXAMPLE_BLOCK), rows = workspace->tape.rows;
+    const size_t last = first + pk__min(batch->count - first, PK__EXAMPLE_BLOCK), rows = workspace->tape.rows;
     for (; first < last; first += rows)
         pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__min(rows, last - first),
                       workspace, gradient);
 }
 
-PK_API double pk_rounding_allowance(const pk_graph *graph)
+PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph)
 {
     double sum = 8 * (double)graph->node_count;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -16390,16 +16204,14 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
     return 2 * PK__EPSILON * sum;
 }
 
-PK__COLD_END
-
 PK__END_CODE
 
 /* pathkernel/features/features.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
-PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
+PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs)
 {
     /* What is in memory of them at one time stays in the second-level cache. Examples of wide layers do not, and are worth
      * fetching for more rows. */
@@ -16408,11 +16220,11 @@ PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
         const pk_node *node = pk_graph_layer(graph, l);
         widest = pk__max(widest, pk__max(node->fan_in, node->fan_out));
     }
-    return pk__max(1, pk__min(widest < 128 || widest >= 256 ? 32 : 16,
-                                 (widest < 256 ? 50 : 100) / pk__max(outputs, 1)));
+    return pk__max(
+        1, pk__min(widest < 128 || widest >= 256 ? 32 : 16, (widest < 256 ? 50 : 100) / pk__max(outputs, 1)));
 }
 
-PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
+PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters)
 {
     return pk__max(1, pk__min(outputs, ((size_t)1 << 17) / pk__max(parameters, 1)));
 }
@@ -16438,8 +16250,6 @@ enum {
     PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
 };
 
-PK__COLD_BEGIN
-
 /* The last layer where only an elementwise operation stands between it and node. */
 static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 {
@@ -16448,16 +16258,17 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
     return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
-static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
-                                    const pk_representation *representation)
+static pk__layer_kind pk__kind_of_layer(const pk_node *node, const pk_readout *readout, int bounds,
+                                        const pk__representation *representation)
 {
-    if (pk_layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
-        return PK_LAYER_ROWS;
+    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
+        return PK__LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
-        return PK_LAYER_POINTS;
+        return PK__LAYER_POINTS;
     if (node->input_constant)
-        return PK_LAYER_DATA;
-    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
+        return PK__LAYER_DATA;
+    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK__LAYER_LINEAR
+                                                                            : PK__LAYER_POINTS;
 }
 
 /* Points of a spread layer whose places are in memory at one time. */
@@ -16467,9 +16278,9 @@ PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 }
 
 /* A layer used at several places, where it is not by rows. */
-PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
+PK__PRIVATE int pk__is_spread(const pk__integral *tangent, size_t layer)
 {
-    return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
+    return tangent->kind[layer] == PK__LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
 
 /* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
@@ -16481,24 +16292,24 @@ PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
     return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
 }
 
-static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
+static pk_real *pk__take_reals(pk__arena *arena, size_t count, size_t numbers)
 {
-    return pk_arena_take(arena, count, numbers * sizeof(pk_real));
+    return pk__arena_take(arena, count, numbers * sizeof(pk_real));
 }
 
-static size_t *pk__take_indices(pk_arena *arena, size_t count)
+static size_t *pk__take_indices(pk__arena *arena, size_t count)
 {
-    return pk_arena_take(arena, count, sizeof(size_t));
+    return pk__arena_take(arena, count, sizeof(size_t));
 }
 
 /* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
-static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, size_t place_numbers,
-                                 int factored, pk_tangent *tangent)
+static void pk__contraction_take(pk__arena *arena, size_t points, size_t places, size_t place_numbers,
+                                 int factored, pk__integral *tangent)
 {
     const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
     const size_t items = pk__max(points, rows);
     size_t most = pk__max(pk__max(items * outputs, places), PK__HEAD_PART), widest = 0;
-    tangent->weighted_inputs = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->weighted_inputs = pk__arena_take(arena, layers, sizeof(pk_real *));
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(tangent->graph, l);
         const int used = factored && pk__is_outer(node);
@@ -16508,8 +16319,8 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
         widest = pk__max(widest, used ? node->width : 0);
         most = pk__max(most, node->fan_out);
     }
-    tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
-    tangent->left = pk__take_reals(arena, pk__max(items * PK_TILE_LD, places * PK__PAIR), 1);
+    tangent->tile = pk__take_reals(arena, rows * outputs, PK__TILE_LD);
+    tangent->left = pk__take_reals(arena, pk__max(items * PK__TILE_LD, places * PK__PAIR), 1);
     tangent->ones = pk__take_reals(arena, items, 1);
     tangent->point_to = pk__take_indices(arena, points * outputs);
     tangent->cell_left = pk__take_indices(arena, items * outputs);
@@ -16526,7 +16337,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->panel_row = pk__take_indices(arena, most);
     tangent->pair_row = pk__take_indices(arena, places);
     for (size_t i = 0; tangent->panel_row && i < most; i++) {
-        tangent->tile_row[i] = i * PK_TILE_LD;
+        tangent->tile_row[i] = i * PK__TILE_LD;
         tangent->panel_row[i] = i * PK_PANEL;
     }
     for (size_t i = 0; tangent->panel_row && i < places; i++)
@@ -16534,12 +16345,12 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     for (size_t i = 0; tangent->panel_row && i < items; i++)
         tangent->ones[i] = 1;
     for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)
-        tangent->cell_left[i] = i / outputs * PK_TILE_LD;
+        tangent->cell_left[i] = i / outputs * PK__TILE_LD;
 }
 
-PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            size_t materialise, size_t unit, int bounds,
-                            const pk_representation *representation, pk_tangent *tangent)
+PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
+                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    const pk__representation *representation, pk__integral *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), both = rows * outputs, widest = 0, deepest = 0, places = 0,
@@ -16550,45 +16361,44 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->row_capacity = rows;
     tangent->unit = unit;
     tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
-    tangent->allowance = pk_rounding_allowance(graph);
+    tangent->allowance = pk__rounding_allowance(graph);
     points = pk__max(points, PK_GAUSS_NODES + 2);
     tangent->reverse_points = pk__reverse_points(graph, points, outputs);
-    pk_integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
-                       &tangent->integrator);
+    pk__integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
+                        &tangent->integrator);
     tangent->integrator.readout = *readout;
     points = tangent->reverse_points;
-    tangent->kind = pk_arena_take(arena, layers, sizeof *tangent->kind);
-    tangent->node = pk_arena_take(arena, layers, sizeof *tangent->node);
-    tangent->integrated = pk_arena_take(arena, layers, sizeof *tangent->integrated);
-    tangent->headed = pk_arena_take(arena, layers, sizeof *tangent->headed);
-    tangent->head = pk_arena_take(arena, layers, sizeof *tangent->head);
-    tangent->delta = pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->input = pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->phi = pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->check = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
-    tangent->size = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->kind = pk__arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = pk__arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = pk__arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->headed = pk__arena_take(arena, layers, sizeof *tangent->headed);
+    tangent->head = pk__arena_take(arena, layers, sizeof *tangent->head);
+    tangent->delta = pk__arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = pk__arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = pk__arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? pk__arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? pk__arena_take(arena, layers, sizeof(pk_real *)) : NULL;
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
+        pk__layer_kind kind = pk__kind_of_layer(node, readout, bounds, representation);
         size_t fan_in = pk__layer_input(graph, node)->width;
         const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
-        int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
+        int hoisted = kind == PK__LAYER_DATA || kind == PK__LAYER_LINEAR;
         int phi_wanted =
-            kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
-        pk_real *delta = hoisted ? pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
-        pk_real *input =
-            kind == PK_LAYER_LINEAR ? pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !spread && (materialise || bounds));
+        pk_real *delta = hoisted ? pk__arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *input = kind == PK__LAYER_LINEAR ? pk__arena_take(arena, rows, fan_in * sizeof *input) : NULL;
         const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
-        pk_real *phi = phi_wanted ? pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *check = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *size = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *phi = phi_wanted ? pk__arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? pk__arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? pk__arena_take(arena, cells, bytes) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
             tangent->size[l] = size;
         }
         if (tangent->kind) {
             tangent->kind[l] = kind;
-            tangent->head[l] = kind == PK_LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
+            tangent->head[l] = kind == PK__LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
                                    ? pk__head_of(graph, node)
                                    : NULL;
             tangent->node[l] = node;
@@ -16604,29 +16414,27 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
             place_numbers = pk__max(place_numbers, together * (node->fan_in + outputs * node->fan_out));
         }
         widest = pk__max(widest, node->width);
-        by_rows = pk__max(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
+        by_rows = pk__max(by_rows, kind == PK__LAYER_ROWS ? node->weight_count : 0);
     }
-    for (int v = 0; v < PK_DIRECTIONS; v++)
-        tangent->along[v] = pk_arena_take(arena, both, sizeof(pk_real));
-    tangent->weight_sum = pk_arena_take(arena, rows, sizeof(pk_real));
-    tangent->begun = pk_arena_take(arena, rows, 1);
+    for (int v = 0; v < PK__DIRECTIONS; v++)
+        tangent->along[v] = pk__arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = pk__arena_take(arena, rows, sizeof(pk_real));
+    tangent->begun = pk__arena_take(arena, rows, 1);
     pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
     /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
      * layer by rows (outputs x weights). */
-    tangent->scratch = pk_arena_take(
-        arena,
-        pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
-                 outputs * by_rows),
-        sizeof(pk_real));
-    tangent->weighted = pk_arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->absolute = bounds ? pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    tangent->scratch =
+        pk__arena_take(arena,
+                       pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
+                               outputs * by_rows),
+                       sizeof(pk_real));
+    tangent->weighted = pk__arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->absolute = bounds ? pk__arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     points = tangent->integrator.segment.point_capacity;
-    pk_points_take(arena, points, bounds, &tangent->sorted);
+    pk__points_take(arena, points, bounds, &tangent->sorted);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/features/product.h: implementation */
 #include <string.h>
@@ -16672,7 +16480,7 @@ static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_
 PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 {
     for (size_t i = 0; i < cells; i++)
-        memset(tile + i * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+        memset(tile + i * PK__TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
 }
 
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
@@ -16697,7 +16505,7 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
 }
 
 /* left = start + inputs of rows (rows x in) times those of a block of examples. */
-static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, const pk_real *inputs,
+static void pk__multiply_inputs(pk__integral *tangent, size_t layer, size_t rows, const pk_real *inputs,
                                 const pk_real *start, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
@@ -16709,8 +16517,9 @@ static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, 
 }
 
 /* tile += left o (cotangents of cells (cells x out) times those of a block of examples). */
-static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t cells, const pk_real *cotangents,
-                                    const size_t *to, const size_t *left, size_t first, size_t block)
+static void pk__multiply_cotangents(pk__integral *tangent, size_t layer, size_t cells,
+                                    const pk_real *cotangents, const size_t *to, const size_t *left,
+                                    size_t first, size_t block)
 {
     const size_t out = tangent->node[layer]->width;
     pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left, PK_PANEL};
@@ -16723,11 +16532,11 @@ static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t ce
 
 /* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
-static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+static void pk__contract_places(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
                                 size_t block)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs);
     const pk_real *input_panels = pk__first_panel(examples->input[layer], positions * in, first);
@@ -16744,7 +16553,7 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
             for (size_t j = 0; j < in; j++)
                 places[i * in + j] *= start[i];
             for (size_t k = 0; k < outputs; k++) {
-                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK_TILE_LD;
+                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK__TILE_LD;
                 tangent->place_left[i * outputs + k] = i * PK__PAIR;
             }
         }
@@ -16768,17 +16577,17 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
 /* ---- the layer below the last one ------------------------------------------------------------------------ */
 
 /* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
-static int pk__is_readout(const pk_tangent *tangent, size_t layer)
+static int pk__is_readout(const pk__integral *tangent, size_t layer)
 {
-    return tangent->kind[layer] == PK_LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
+    return tangent->kind[layer] == PK__LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
            tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
 }
 
 /* W^T seed_k and D^T seed_k of the last layer side by side: seeds are its cotangents. For every row and output, a row's behind
  * those of all rows; where the seeds are unit vectors, those of all rows are the rows of W and D. */
-static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
+static void pk__head_weights(pk__integral *tangent, const pk_node *head)
 {
-    const pk_segment *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.segment;
     const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
     const int shared = pk__is_readout(tangent, head->layer);
     for (size_t part = 0; part < 2; part++) {
@@ -16793,7 +16602,7 @@ static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 }
 
 /* Where the weights of a row stand, of in units below the last layer. */
-static pk_real *pk__weights_of_row(const pk_tangent *tangent, const pk_node *head, size_t row)
+static pk_real *pk__weights_of_row(const pk__integral *tangent, const pk_node *head, size_t row)
 {
     const size_t all = tangent->outputs * 2 * head->fan_in;
     const int shared = pk__is_readout(tangent, head->layer) && tangent->unit_count[row] == head->fan_in;
@@ -16801,9 +16610,9 @@ static pk_real *pk__weights_of_row(const pk_tangent *tangent, const pk_node *hea
 }
 
 /* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
-static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__head_slopes(pk__integral *tangent, size_t layer, const pk__points *points)
 {
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     const pk_node *between = pk__layer_input(tangent->graph, tangent->head[layer]);
     const size_t out = between->width;
     pk_real *weights = tangent->slopes, *slopes = tangent->scratch;
@@ -16811,7 +16620,7 @@ static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++)
             weights[p * out + i] = points->weight[p];
-    pk__tape_call(tape, between, points->count, 1, &call);
+    pk__pass_call(tape, between, points->count, 1, &call);
     call.out_cotangent = weights;
     call.in_cotangent[0] = slopes;
     between->operation->reverse(&call);
@@ -16833,7 +16642,7 @@ static void pk__keep_units(size_t count, size_t out, size_t units, const size_t 
 
 /* What a headed layer is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
  * that of a ReLU is where it is off. */
-static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__prepare_head(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *head = tangent->head[layer];
     const size_t outputs = tangent->outputs, out = head->fan_in;
@@ -16864,7 +16673,7 @@ static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points 
 
 /* One layer below the last, one block of examples: tile += sum_j (W_kj Q_ji + D_kj R_ji) delta_ij with
  * Q = sum_p w_p slope_p (a_p . a_i + bias) and R the same with t_p: outputs cost once a row, not once a point. */
-static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+static void pk__contract_head(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
                               size_t block)
 {
     const pk_node *node = tangent->node[layer];
@@ -16881,9 +16690,10 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         last = pk__row_end(points, p);
         for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             const pk__panels b = pk__fetch_panels(cotangents, out, column, block);
-            const pk__panels left = {b.count, tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, PK_PANEL, 0};
+            const pk__panels left = {b.count, tangent->left + p * PK__TILE_LD + column, PK__TILE_LD, PK_PANEL,
+                                     0};
             const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
-            tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
+            tile.to = tangent->tile + row * outputs * PK__TILE_LD + column;
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__min(PK__HEAD_PART, units - j);
                 pk__panel_sums(count, last - p, slopes + j, 2 * out, &left, b.first, b.apart, unit_row + j,
@@ -16898,10 +16708,10 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
 /* ---- layers whose sum over points is taken first --------------------------------------------------------- */
 
 /* left = x . x_i + bias of a layer on data: from the Gram matrix of the inputs, where there is one. */
-static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+static void pk__multiply_data(pk__integral *tangent, size_t layer, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const pk_real bias = pk__has_bias(node);
     if (!tangent->gram || node->inputs[0] != 0) {
         pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.segment.base[node->inputs[0]],
@@ -16911,7 +16721,7 @@ static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, s
     const int64_t *items = examples->items + first;
     for (size_t r = 0; r < tangent->rows; r++) {
         const pk_real *gram = tangent->gram + r * tangent->gram_ld;
-        pk_real *left = tangent->left + r * PK_TILE_LD;
+        pk_real *left = tangent->left + r * PK__TILE_LD;
         if (examples->consecutive)
             for (size_t i = 0; i < block; i++)
                 left[i] = gram[(size_t)items[0] + i] + bias;
@@ -16924,13 +16734,13 @@ static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, s
 }
 
 /* tile = or, unless fresh, += left o cotangents of the examples, output by output. */
-static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block, int fresh)
+static void pk__add_readout(pk__integral *tangent, size_t layer, size_t first, size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs;
     const pk_real *panels = pk__first_panel(tangent->examples->cotangent[layer], outputs, first);
     for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
-        const pk_real *left = tangent->left + cell / outputs * PK_TILE_LD;
-        pk_real *tile = tangent->tile + cell * PK_TILE_LD;
+        const pk_real *left = tangent->left + cell / outputs * PK__TILE_LD;
+        pk_real *tile = tangent->tile + cell * PK__TILE_LD;
         for (size_t column = 0; column < block; column += PK_PANEL) {
             const pk_real *right = panels + column * outputs + cell % outputs * PK_PANEL;
             if (fresh)
@@ -16946,25 +16756,25 @@ static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, siz
 /* ---- a step ---------------------------------------------------------------------------------------------- */
 
 /* Where a layer has something to contract now. */
-static int pk__is_due(const pk_tangent *tangent, size_t layer, const pk_points *points)
+static int pk__is_due(const pk__integral *tangent, size_t layer, const pk__points *points)
 {
     return !tangent->integrated[layer] &&
-           (tangent->kind[layer] == PK_LAYER_POINTS ? points->count > 0 : points->last);
+           (tangent->kind[layer] == PK__LAYER_POINTS ? points->count > 0 : points->last);
 }
 
 /* What all blocks of examples are multiplied with, beside what stands in the tape: inputs of points times their weights, and
  * the cell of the tile and the row of left that each product belongs to. */
-static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
+static void pk__prepare_layers(pk__integral *tangent, const pk__points *points)
 {
     const size_t outputs = tangent->outputs;
     for (size_t p = 0; p < points->count; p++)
         for (size_t k = 0; k < outputs; k++)
-            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK_TILE_LD;
+            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK__TILE_LD;
     for (size_t l = 0; points->count && l < tangent->graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         const pk_real *inputs = tangent->integrator.segment.tape.value[node->inputs[0]];
         const size_t in = node->fan_in;
-        if (tangent->integrated[l] || tangent->kind[l] != PK_LAYER_POINTS || pk__is_spread(tangent, l))
+        if (tangent->integrated[l] || tangent->kind[l] != PK__LAYER_POINTS || pk__is_spread(tangent, l))
             continue;
         if (tangent->headed[l]) /* at most one layer stands below the last one */
             pk__prepare_head(tangent, l, points);
@@ -16975,10 +16785,8 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
     }
 }
 
-PK__COLD_BEGIN
-
 /* fresh: the tile holds nothing yet. */
-static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+static void pk__contract_layer(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
                                size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
@@ -16986,9 +16794,9 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
         pk__clear_tile(rows * outputs, block, tangent->tile);
     if (pk__is_spread(tangent, layer)) {
         pk__contract_places(tangent, layer, points, first, block);
-    } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {
+    } else if (tangent->kind[layer] == PK__LAYER_POINTS && tangent->headed[layer]) {
         pk__contract_head(tangent, layer, points, first, block);
-    } else if (tangent->kind[layer] == PK_LAYER_POINTS) {
+    } else if (tangent->kind[layer] == PK__LAYER_POINTS) {
         const pk_node *node = tangent->node[layer];
         pk__multiply_inputs(tangent, layer, count, tangent->weighted_inputs[layer], points->weight, first,
                             block);
@@ -16996,7 +16804,7 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
                                 tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes],
                                 tangent->point_to, tangent->cell_left, first, block);
     } else {
-        if (tangent->kind[layer] == PK_LAYER_DATA)
+        if (tangent->kind[layer] == PK__LAYER_DATA)
             pk__multiply_data(tangent, layer, first, block);
         else
             pk__multiply_inputs(tangent, layer, rows, tangent->input[layer], tangent->weight_sum, first, block);
@@ -17010,15 +16818,15 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
  * ones, of what was summed over the step. */
-PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
+PK__PRIVATE void pk__contract(pk__integral *tangent, const pk__points *points)
 {
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const size_t layers = tangent->graph->layers;
     double start = pk__seconds();
     if (examples && examples->count)
         pk__prepare_layers(tangent, points);
-    for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
-        const size_t block = pk__min(PK_EXAMPLE_BLOCK, examples->count - first);
+    for (size_t first = 0; examples && first < examples->count; first += PK__EXAMPLE_BLOCK) {
+        const size_t block = pk__min(PK__EXAMPLE_BLOCK, examples->count - first);
         int filled = 0;
         for (size_t i = 0; i < layers; i++) {
             const size_t l = (i + layers - 1) % layers; /* the last one first: it may set the tile */
@@ -17036,10 +16844,10 @@ PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
 }
 
 /* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
-PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
+PK__PRIVATE void pk__choose_contraction(pk__integral *tangent, size_t layer, pk_engine engine)
 {
     const pk_node *node = tangent->node[layer];
-    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
+    const int is_points = tangent->kind[layer] == PK__LAYER_POINTS && !pk__is_spread(tangent, layer);
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__max(tangent->rows, 1);
@@ -17051,22 +16859,20 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
     tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
                                                       (automatic && headed < factored && headed < integrated));
     tangent->integrated[layer] =
-        tangent->kind[layer] == PK_LAYER_ROWS ||
+        tangent->kind[layer] == PK__LAYER_ROWS ||
         (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-PK__COLD_END
-
 /* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
-static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+static void pk__contract_matrix(pk__integral *tangent, size_t layer, size_t outputs, const pk_real *e,
                                 size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
     const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
                  most = pk__part_rows(node->fan_out, node->fan_in);
     /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
-    const int together = tangent->kind[layer] == PK_LAYER_ROWS;
+    const int together = tangent->kind[layer] == PK__LAYER_ROWS;
     const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
     const pk_real *panels = pk__first_panel(tangent->examples->input[layer], places * in, first);
@@ -17076,7 +16882,7 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
         for (size_t j = 0; j < out; j += most)
             for (size_t column = 0; column < columns; column += pk__columns_at_once()) {
                 pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
-                target.to = tile + k * PK_TILE_LD + column;
+                target.to = tile + k * PK__TILE_LD + column;
                 for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
                     target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
                     pk__panel_product(pk__min(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
@@ -17086,17 +16892,17 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
     tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
 }
 
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile)
+PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer, size_t outputs,
+                                            const pk_real *e, size_t first, size_t columns, pk_real *tile)
 {
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const size_t weights = tangent->node[layer]->weight_count;
     double start = pk__seconds();
     if (!examples->rows[layer]) {
         pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
     } else {
         pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 1,
-                 tile, PK_TILE_LD);
+                 tile, PK__TILE_LD);
         tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
     }
     tangent->seconds_contraction += pk__seconds() - start;
@@ -17110,21 +16916,21 @@ PK__END_CODE
 PK__BEGIN_CODE
 
 /* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
-static const pk_real *pk__known_product(const pk_tangent *tangent, size_t layer, const pk_real *direction)
+static const pk_real *pk__known_product(const pk__integral *tangent, size_t layer, const pk_real *direction)
 {
-    const pk_segment *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.segment;
     const size_t node = (size_t)(tangent->node[layer] - tangent->graph->nodes);
-    if (tangent->kind[layer] != PK_LAYER_DATA)
+    if (tangent->kind[layer] != PK__LAYER_DATA)
         return NULL;
     return direction == segment->direction ? segment->slope[node]
            : direction == segment->weights ? segment->base[node]
                                            : NULL;
 }
 
-/* pk_tape_transpose of a direction where it is at hand. */
-static const pk_real *pk__known_transposed(const pk_tangent *tangent, const pk_real *direction)
+/* pk__pass_transpose of a direction where it is at hand. */
+static const pk_real *pk__known_transposed(const pk__integral *tangent, const pk_real *direction)
 {
-    const pk_segment *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.segment;
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
@@ -17133,13 +16939,13 @@ static const pk_real *pk__known_transposed(const pk_tangent *tangent, const pk_r
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
-static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
+static void pk__add_along(pk__integral *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
                           const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
     const size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
-    for (int v = 0; v < PK_DIRECTIONS; v++) {
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
         const pk_real *direction = tangent->directions[v] + node->weight_offset;
@@ -17160,7 +16966,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
 }
 
 /* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
-static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
+static void pk__add_outer(pk__integral *tangent, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
 {
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
@@ -17184,10 +16990,11 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
 }
 
 /* Phi of one row from its points first .. last - 1, and what bounds its error. */
-static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t last)
+static void pk__add_phi(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
+                        size_t last)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     const int fresh = !tangent->begun[points->row[first]];
@@ -17209,16 +17016,16 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
-static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_along_places(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     const size_t outputs = tangent->outputs, width = node->width;
     const pk_real *delta = tape->cotangent[node - tangent->graph->nodes];
     pk_call call;
-    pk__tape_call(tape, node, points->count, 1, &call);
+    pk__pass_call(tape, node, points->count, 1, &call);
     call.out = tangent->scratch;
-    for (int v = 0; v < PK_DIRECTIONS; v++) {
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
         call.weights = tangent->directions[v] + node->weight_offset;
@@ -17230,7 +17037,7 @@ static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_poi
 }
 
 /* Phi of a layer used at several places, point by point: products over many places of a few points each. */
-static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_rows_places(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
     const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
@@ -17258,10 +17065,10 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
 }
 
 /* Phi of a layer whose gradients are materialised point by point. */
-static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_rows(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     size_t outputs = tangent->outputs, weights = node->weight_count;
     if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
         pk__add_rows_places(tangent, layer, points);
@@ -17272,7 +17079,7 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         const pk_real weight = points->weight[p],
                       *gradient = tangent->scratch + tangent->first_output * weights;
         pk_call call;
-        pk__tape_call(tape, node, 1, outputs, &call);
+        pk__pass_call(tape, node, 1, outputs, &call);
         for (int j = 0; j < node->input_count; j++)
             call.in[j] += p * call.in_width[j];
         call.out += p * node->width;
@@ -17292,11 +17099,11 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
 }
 
 /* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
-static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
+static void pk__add_along_rows(pk__integral *tangent, size_t layer)
 {
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count, chosen = tangent->output_count;
-    for (int v = 0; v < PK_DIRECTIONS; v++)
+    for (int v = 0; v < PK__DIRECTIONS; v++)
         for (size_t row = 0; tangent->directions[v] && row < tangent->rows; row++)
             pk__dots(chosen, weights, tangent->phi[layer] + row * tangent->output_capacity * weights,
                      tangent->directions[v] + node->weight_offset, 1,
@@ -17304,7 +17111,7 @@ static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
 }
 
 /* Points of one row side by side: products over a row's points need them so. Stable. */
-static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *points)
+static const pk__points *pk__sort_points(pk__integral *tangent, const pk__points *points)
 {
     int sorted = 1;
     for (size_t p = 1; p < points->count; p++)
@@ -17312,7 +17119,7 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
             sorted &= points->row[q] != points->row[p];
     if (sorted)
         return points;
-    pk_points *to = &tangent->sorted;
+    pk__points *to = &tangent->sorted;
     to->count = 0;
     to->last = points->last;
     for (size_t r = 0; r < tangent->rows; r++)
@@ -17332,16 +17139,16 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
 }
 
 /* What the layers at either end keep of the points: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
-static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_ends(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     const size_t cotangents = tangent->outputs * node->width, in = node->fan_in;
     const pk_real *delta = tape->cotangent[node - tangent->graph->nodes], *a = tape->value[node->inputs[0]];
     for (size_t p = 0; p < points->count; p++) {
         const pk_real weight = points->weight[p];
         pk_real *to = tangent->delta[layer] + points->row[p] * cotangents;
-        if (tangent->kind[layer] == PK_LAYER_DATA) {
+        if (tangent->kind[layer] == PK__LAYER_DATA) {
             for (size_t j = 0; j < cotangents; j++)
                 to[j] += weight * delta[p * cotangents + j];
             continue;
@@ -17352,17 +17159,15 @@ static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *poi
     }
 }
 
-PK__COLD_BEGIN
-
 /* What a layer keeps of the points that are in memory: sums over the points, before any example is looked at. */
-static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_points(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const double start = pk__seconds();
-    if (tangent->kind[layer] == PK_LAYER_DATA || tangent->kind[layer] == PK_LAYER_LINEAR)
+    if (tangent->kind[layer] == PK__LAYER_DATA || tangent->kind[layer] == PK__LAYER_LINEAR)
         pk__add_ends(tangent, layer, points);
-    else if (tangent->kind[layer] == PK_LAYER_ROWS)
+    else if (tangent->kind[layer] == PK__LAYER_ROWS)
         pk__add_rows(tangent, layer, points);
-    for (size_t p = 0, last; tangent->kind[layer] == PK_LAYER_POINTS && p < points->count; p = last) {
+    for (size_t p = 0, last; tangent->kind[layer] == PK__LAYER_POINTS && p < points->count; p = last) {
         last = pk__row_end(points, p);
         pk__add_phi(tangent, layer, points, p, last);
     }
@@ -17370,24 +17175,24 @@ static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *p
 }
 
 /* As many points as can be reversed at one time. */
-static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
+static void pk__integral_part(pk__integral *tangent, const pk__points *points)
 {
-    pk_segment *segment = &tangent->integrator.segment;
+    pk__path *segment = &tangent->integrator.segment;
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
     const pk_real *weight = points->weight;
     if (count)
-        pk_segment_forward(segment, count, row, points->t);
+        pk__path_forward(segment, count, row, points->t);
     for (size_t p = 0; p < count; p++) {
-        pk_readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
-                         pk_tape_output(&segment->tape) + p * classes, tangent->integrator.h,
-                         pk_tape_seed(&segment->tape) + p * outputs * classes);
+        pk__readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
+                          pk__pass_output(&segment->tape) + p * classes, tangent->integrator.h,
+                          pk__pass_seed(&segment->tape) + p * outputs * classes);
         tangent->weight_sum[row[p]] += weight[p];
     }
     segment->tape.unit_seeds = tangent->integrator.readout.kind == PK_READOUT_ALL;
     if (count)
-        pk_segment_reverse(segment, count, points->t, outputs);
+        pk__path_reverse(segment, count, points->t, outputs);
     for (size_t l = 0; count && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
@@ -17395,34 +17200,34 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const int spread = pk__is_spread(tangent, l);
         if (spread)
             pk__add_along_places(tangent, l, points);
-        else if (tangent->kind[l] == PK_LAYER_POINTS)
+        else if (tangent->kind[l] == PK__LAYER_POINTS)
             pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
-        if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
+        if (tangent->kind[l] != PK__LAYER_POINTS || (tangent->integrated[l] && !spread))
             pk__add_points(tangent, l, points);
     }
     for (size_t p = 0; p < count; p++)
         tangent->begun[row[p]] = 1;
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
-        if (tangent->kind[l] == PK_LAYER_ROWS)
+        if (tangent->kind[l] == PK__LAYER_ROWS)
             pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK_LAYER_DATA)
+        else if (tangent->kind[l] == PK__LAYER_DATA)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
                           tangent->delta[l], NULL);
-        else if (tangent->kind[l] == PK_LAYER_LINEAR)
+        else if (tangent->kind[l] == PK__LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
                           tangent->weight_sum);
     }
     pk__contract(tangent, points);
 }
 
-static void pk__tangent_points(void *user, const pk_points *unsorted)
+static void pk__integral_points(void *user, const pk__points *unsorted)
 {
-    pk_tangent *tangent = user;
-    const pk_points *points = pk__sort_points(tangent, unsorted);
+    pk__integral *tangent = user;
+    const pk__points *points = pk__sort_points(tangent, unsorted);
     size_t first = 0;
     do {
-        pk_points part = *points;
+        pk__points part = *points;
         part.count = pk__min(tangent->reverse_points, points->count - first);
         part.row += first;
         part.t += first;
@@ -17433,23 +17238,23 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
         }
         first += part.count;
         part.last = points->last && first == points->count;
-        pk__tangent_part(tangent, &part);
+        pk__integral_part(tangent, &part);
     } while (first < points->count);
 }
 
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
-                            pk_engine engine)
+PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
+                                    const pk_real *transposed, size_t first_row, size_t rows,
+                                    const pk_real *inputs, pk_engine engine)
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
     const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
-    pk_segment_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
+    pk__path_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
     memset(tangent->begun, 0, rows);
-    for (int v = 0; v < PK_DIRECTIONS; v++)
+    for (int v = 0; v < PK__DIRECTIONS; v++)
         memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
@@ -17459,7 +17264,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
         /* Elsewhere Phi starts with the row's first points: every row has some. */
-        if (tangent->kind[l] != PK_LAYER_ROWS)
+        if (tangent->kind[l] != PK__LAYER_ROWS)
             continue;
         memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
@@ -17468,7 +17273,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         }
     }
     size_t before = tangent->integrator.points;
-    pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
+    pk__integrate(&tangent->integrator, pk__integral_points, tangent);
     tangent->integrator.points_last = tangent->integrator.points - before;
     for (size_t l = 0; tangent->check && l < graph->layers; l++)
         for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
@@ -17476,11 +17281,11 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
 }
 
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
-PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+PK__PRIVATE void pk__row_view(const pk__integral *tangent, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
 {
     const pk_node *node = tangent->node[layer];
-    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const int rows = tangent->kind[layer] == PK__LAYER_ROWS;
     const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = node->weight_count - bias;
     const pk_real *from = tangent->phi[layer] + row * tangent->output_capacity * node->weight_count;
     first -= tangent->first_output;
@@ -17490,12 +17295,12 @@ PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t ro
 
 /* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
  * outputs stand one behind the other. */
-static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+static void pk__row_outputs(const pk__integral *tangent, size_t layer, size_t row, size_t first, size_t count,
                             const pk_real *from, pk_real *to)
 {
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count;
-    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const int rows = tangent->kind[layer] == PK__LAYER_ROWS;
     const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = weights - bias;
     from += row * tangent->output_capacity * weights;
     first -= tangent->first_output;
@@ -17506,21 +17311,19 @@ static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row,
 
 /* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
  * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
-PK__PRIVATE pk_real pk__row_factors(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+PK__PRIVATE pk_real pk__row_factors(const pk__integral *tangent, size_t layer, size_t row, size_t first,
                                     const pk_real **cotangents, const pk_real **inputs)
 {
     const pk_node *node = tangent->node[layer];
-    const int data = tangent->kind[layer] == PK_LAYER_DATA;
+    const int data = tangent->kind[layer] == PK__LAYER_DATA;
     *inputs =
         (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
     *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
     return data ? 1 : tangent->weight_sum[row];
 }
 
-PK__COLD_END
-
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                               pk_real *phi)
+PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                       size_t count, pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
     const size_t out = node->width, in = node->fan_in;
@@ -17538,8 +17341,8 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
             phi[count * out * in + j] = delta[j] * bias;
 }
 
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
-                                 size_t count, pk_real *error)
+PK__INTERNAL void pk__integral_row_error(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                         size_t count, pk_real *error)
 {
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }
@@ -17549,9 +17352,7 @@ PK__END_CODE
 /* pathkernel/attribution/decomposition.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
-
-PK__COLD_BEGIN
+PK__BEGIN_COLD_CODE
 
 PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices)
 {
@@ -17692,9 +17493,7 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
     pk__name_tensors(part);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/attribution/steps.h: implementation */
 #include <math.h>
@@ -17707,9 +17506,7 @@ enum { PK__STATE_PART = 4096 };
 /* Numbers that are read or updated, at least, where several threads share that. */
 enum { PK__WINDOW_WORTH = 1 << 18 };
 
-PK__COLD_BEGIN
-
-PK_API void pk_window_begin(const pk_run *run, pk_window *window)
+PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
 {
     memset(window, 0, sizeof *window);
     window->run = run;
@@ -17719,7 +17516,7 @@ PK_API void pk_window_begin(const pk_run *run, pk_window *window)
         pk_run_batch(run, s, &batch);
         window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
-    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
+    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
     window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
@@ -17745,7 +17542,7 @@ static double pk__repeats(double windows, double states)
     return again;
 }
 
-PK_API double pk_window_again(size_t windows, size_t spare)
+PK__INTERNAL double pk__steps_again(size_t windows, size_t spare)
 {
     const double count = (double)windows, states = (double)spare + 1;
     if (!spare) /* the formula below, at once */
@@ -17762,13 +17559,13 @@ static size_t pk__next_state(size_t windows, size_t states)
     return (size_t)floor((most < left ? most : left) + 0.5);
 }
 
-static size_t pk__states_kept(const pk_window *window)
+static size_t pk__states_kept(const pk__window *window)
 {
     return window->stride ? (window->windows - 1) / window->stride : 0; /* that of window 0 is zero */
 }
 
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
-                           int bounds, pk_window *window)
+PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                                 int bounds, pk__window *window)
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
@@ -17783,49 +17580,47 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->spare = window->stride ? spare : 0;
     window->spare_used = window->advanced = 0;
     window->bounds = bounds;
-    window->weights = pk_arena_take(arena, capacity + 1, P * real);
-    window->direction = pk_arena_take(arena, all, real);
-    window->transposed = pk_tape_transposes(graph) ? pk_arena_take(arena, all, 2 * real) : NULL;
-    window->remainder = pk_arena_take(arena, all, real);
-    window->preconditioner = window->preconditioned ? pk_arena_take(arena, all, real) : NULL;
+    window->weights = pk__arena_take(arena, capacity + 1, P * real);
+    window->direction = pk__arena_take(arena, all, real);
+    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, all, 2 * real) : NULL;
+    window->remainder = pk__arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
     window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
-    window->preconditioner_error = window->states == 3 ? pk_arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? pk_arena_take(arena, 3 * P, real) : NULL;
-    window->perturbed_weights = pk_arena_take(arena, bounds ? all : 0, real);
-    window->gradient = pk_arena_take(arena, all, window->lanes * real);
+    window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? pk__arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = pk__arena_take(arena, bounds ? all : 0, real);
+    window->gradient = pk__arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
-    window->state = pk_arena_take(arena, states, P * real);
-    window->saved = pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
-    window->spare_at = pk_arena_take(arena, window->spare, sizeof *window->spare_at);
-    window->update = pk_arena_take(arena, threads, PK__STATE_PART * real);
-    window->forms = pk_arena_take(arena, capacity, sizeof *window->forms);
-    window->batches = pk_arena_take(arena, capacity, sizeof *window->batches);
-    window->examples = pk_arena_take(arena, capacity, sizeof(pk_examples));
-    window->magnitudes = bounds ? pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    window->state = pk__arena_take(arena, states, P * real);
+    window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
+    window->spare_at = pk__arena_take(arena, window->spare, sizeof *window->spare_at);
+    window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
+    window->forms = pk__arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
+    window->magnitudes = bounds ? pk__arena_take(arena, capacity, sizeof(pk__examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
-        pk_examples measured;
-        pk_examples_take(arena, graph, window->largest_batch, &window->representation,
-                         window->examples ? &window->examples[j] : &measured);
+        pk__examples measured;
+        pk__examples_take(arena, graph, window->largest_batch, &window->representation,
+                          window->examples ? &window->examples[j] : &measured);
         if (bounds)
-            pk_examples_take(arena, graph, window->largest_batch, &window->representation,
-                             window->magnitudes ? &window->magnitudes[j] : &measured);
+            pk__examples_take(arena, graph, window->largest_batch, &window->representation,
+                              window->magnitudes ? &window->magnitudes[j] : &measured);
     }
-    window->workspaces = pk_arena_take(arena, threads, sizeof *window->workspaces);
-    window->seconds = pk_arena_take(arena, threads, sizeof *window->seconds);
-    pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
+    window->workspaces = pk__arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = pk__arena_take(arena, threads, sizeof *window->seconds);
+    pk__replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
-        pk_example_workspace measured;
-        pk_example_workspace_take(arena, graph, pk__max(1, pk__min(window->largest_batch, PK_EXAMPLE_BLOCK)),
-                                  window->workspaces ? &window->workspaces[w] : &measured);
+        pk__example_workspace measured;
+        pk__example_workspace_take(arena, graph, pk__max(1, pk__min(window->largest_batch, PK__EXAMPLE_BLOCK)),
+                                   window->workspaces ? &window->workspaces[w] : &measured);
         if (window->seconds)
             window->seconds[w] = 0;
     }
 }
 
-PK__COLD_END
-
-static pk_status pk__load_window(pk_context *context, pk_window *window, int advance)
+static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
     const size_t P = window->parameters;
     for (size_t j = 0; j < window->count + !advance; j++) {
@@ -17844,24 +17639,22 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
             window->direction[j * P + i] = from[P + i] - from[i];
         if (!advance && window->transposed) {
             pk_real *to = window->transposed + j * 2 * P;
-            pk_tape_transpose(&window->run->graph, from, to);
-            pk_tape_transpose(&window->run->graph, window->direction + j * P, to + P);
+            pk__pass_transpose(&window->run->graph, from, to);
+            pk__pass_transpose(&window->run->graph, window->direction + j * P, to + P);
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
-        pk_examples_begin(&window->examples[j], &window->batches[j]);
+        pk__examples_begin(&window->examples[j], &window->batches[j]);
         if (window->magnitudes) {
-            pk_examples_begin(&window->magnitudes[j], &window->batches[j]);
-            pk_examples_perturb(P, from, window->perturbed_weights + j * P);
+            pk__examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk__examples_perturb(P, from, window->perturbed_weights + j * P);
         }
     }
     pk__team_end(&team);
     return PK_OK;
 }
 
-PK__COLD_BEGIN
-
 /* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
-static void pk__fill_window(pk_context *context, pk_window *window)
+static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, lanes = window->lanes;
@@ -17872,17 +17665,18 @@ static void pk__fill_window(pk_context *context, pk_window *window)
     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
         const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
         double start = pk__seconds();
-        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
+        size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
                each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
         for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
-            pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
-                             &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P,
+                              &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
+                              &window->workspaces[thread], gradient);
             if (window->magnitudes)
-                pk_examples_fill(&window->magnitudes[j], &run->graph, run->loss,
-                                 window->perturbed_weights + j * P, &run->train, &window->batches[j],
-                                 b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
+                pk__examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                                  window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                  b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
         window->seconds[thread] += pk__seconds() - start;
     }
@@ -17892,20 +17686,18 @@ static void pk__fill_window(pk_context *context, pk_window *window)
     team = pk__team_of(context, threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
-        pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+        pk__examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
     pk__team_end(&team);
 }
 
-static int pk__has_moments(const pk_window *window)
+static int pk__has_moments(const pk__window *window)
 {
     return window->preconditioned && window->run->second_moments.data;
 }
 
-PK__COLD_END
-
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
  * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
-static pk_status pk__read_moments(pk_context *context, pk_window *window, size_t j)
+static pk_status pk__read_moments(pk_context *context, pk__window *window, size_t j)
 {
     const size_t P = window->parameters, step = window->first + j;
     pk_real *moments = window->preconditioner + j * window->pitch;
@@ -17930,7 +17722,7 @@ static void pk__update_from_form(const pk_linear_form *form, double scale, size_
 
 /* The updates of the window's steps recomputed from their gradients, of count parameters from first on: u_s, and the
  * optimiser's linear form; or only its state. */
-static void pk__recompute_updates(pk_window *window, size_t first, size_t count, int advance, pk_real *update)
+static void pk__recompute_updates(pk__window *window, size_t first, size_t count, int advance, pk_real *update)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters;
@@ -17961,22 +17753,20 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
     }
 }
 
-PK__COLD_BEGIN
-
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
  * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
  * falls with the gradients' size, and the larger difference to their p is the error. */
-static void pk__perturb_update(pk_window *window, size_t j, int advance)
+static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
     const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
-    double allowance = pk_rounding_allowance(&run->graph);
+    double allowance = pk__rounding_allowance(&run->graph);
     pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
     memset(sizes, 0, P * sizeof *sizes);
-    pk_examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
         for (size_t i = 0; i < P; i++) {
@@ -17999,7 +17789,7 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     }
 }
 
-static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
+static pk_status pk__prepare_window(pk_context *context, pk__window *window, size_t first, size_t count,
                                     int advance)
 {
     const size_t P = window->parameters, parts = pk__blocks(P, PK__STATE_PART);
@@ -18024,9 +17814,8 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
     PK__PARALLEL(team)
     for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
-        pk__recompute_updates(window, part * PK__STATE_PART,
-                              pk__min(PK__STATE_PART, P - part * PK__STATE_PART), advance,
-                              window->update + (size_t)pk__thread() * PK__STATE_PART);
+        pk__recompute_updates(window, part * PK__STATE_PART, pk__min(PK__STATE_PART, P - part * PK__STATE_PART),
+                              advance, window->update + (size_t)pk__thread() * PK__STATE_PART);
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
@@ -18034,21 +17823,20 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     return PK_OK;
 }
 
-PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
+PK__INTERNAL pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first, size_t count)
 {
     return pk__prepare_window(context, window, first, count, 0);
 }
 
 /* From the state before window number index to the one behind it. */
-static pk_status pk__advance_window(pk_context *context, pk_window *window, size_t index)
+static pk_status pk__advance_window(pk_context *context, pk__window *window, size_t index)
 {
     const size_t first = index * window->capacity;
     window->advanced++;
-    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
-                              1);
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 1);
 }
 
-PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
+PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *window)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t last = pk__states_kept(window) * window->stride;
@@ -18067,7 +17855,7 @@ PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
 }
 
 /* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
-static pk_status pk__find_state(pk_context *context, pk_window *window, size_t index)
+static pk_status pk__find_state(pk_context *context, pk__window *window, size_t index)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t kept = index / window->stride;
@@ -18102,39 +17890,36 @@ static pk_status pk__find_state(pk_context *context, pk_window *window, size_t i
     return PK_OK;
 }
 
-PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index)
+PK__INTERNAL pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index)
 {
     pk_status status = window->stride ? pk__find_state(context, window, index) : PK_OK;
     const size_t first = index * window->capacity;
     if (status)
         return status;
-    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
-                              0);
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 0);
 }
-
-PK__COLD_END
 
 PK__END_CODE
 
 /* pathkernel/attribution/plan.h: implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- the job --------------------------------------------------------------------------------------- */
 
 /* One thread's memory. */
 typedef struct pk__worker {
     struct pk__job *job;
-    pk_tangent tangent;
+    pk__integral tangent;
     pk_real *phi,
         *effective;      /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;       /* of one row: blocks of examples x outputs x PK_TILE_LD; zero between rows */
-    pk_real *bound_tile; /* with bounds: outputs x PK_TILE_LD */
+    pk_real *tile;       /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
+    pk_real *bound_tile; /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
-    const pk_examples *batch;
+    const pk__examples *batch;
     double factor;
     double seconds_test;
 } pk__worker;
@@ -18156,7 +17941,7 @@ typedef struct pk__job {
     size_t outputs, block, unit;
     int reverse, decays;
     int direct; /* E has a part of its own beside R */
-    pk_window window;
+    pk__window window;
     pk_matrix inputs;
     const pk_array *input_array; /* in place of their data, or NULL */
     double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
@@ -18171,15 +17956,13 @@ typedef struct pk__job {
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
-    pk_row_state *row_state; /* plan.rows */
-    double *variation;       /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
+    pk__row_state *row_state; /* plan.rows */
+    double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
     double next_carry;                 /* carry of the step after the window */
     size_t first_output, output_count; /* of the pass */
     pk_decomposition *part;
 } pk__job;
-
-PK__COLD_BEGIN
 
 /* A layer's outputs come in parts of a unit that stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
@@ -18188,20 +17971,20 @@ PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 }
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
-PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
+PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
 {
     const pk_graph *graph = job->graph;
     const size_t real = sizeof(pk_real), threads = job->plan.threads, rows = job->plan.rows;
     size_t largest = 0;
-    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
+    pk__steps_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
-    job->rows = pk_arena_take(arena, rows, graph->input_width * real);
+    job->rows = pk__arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
-    job->gram = pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
+    job->gram = pk__arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0, numbers = 0;
-        job->state_at = pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
+        job->state_at = pk__arena_take(arena, graph->layers + 1, sizeof *job->state_at);
         for (size_t l = 0; l <= graph->layers; l++) {
             if (job->state_at)
                 job->state_at[l] = numbers;
@@ -18211,15 +17994,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         if (!pk__multiply(job->plan.outputs, numbers, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
-            job->reverse_state = pk_arena_take(arena, rows, per_row * real);
+            job->reverse_state = pk__arena_take(arena, rows, per_row * real);
         job->reverse_error = NULL;
         if (!arena->overflow && job->options->bounds)
-            job->reverse_error = pk_arena_take(arena, rows, per_row * real);
+            job->reverse_error = pk__arena_take(arena, rows, per_row * real);
     }
-    job->blocks = pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_state = pk_arena_take(arena, rows, sizeof *job->row_state);
-    job->variation = pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
-    job->workers = pk_arena_take(arena, threads, sizeof *job->workers);
+    job->blocks = pk__arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->row_state = pk__arena_take(arena, rows, sizeof *job->row_state);
+    job->variation = pk__arena_take(arena, rows, job->outputs * sizeof *job->variation);
+    job->workers = pk__arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         largest = pk__max(largest, pk__part_outputs(node, job->unit) * node->weight_count);
@@ -18228,19 +18011,19 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
         memset(worker, 0, sizeof *worker);
         worker->job = job;
-        pk_tangent_take(arena, graph, &job->options->readout, job->block,
-                        job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
-                        job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
-        worker->phi = pk_arena_take(arena, largest, real);
-        worker->effective =
-            pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
-        const size_t blocks = pk__blocks(job->window.largest_batch, PK_EXAMPLE_BLOCK), tile = PK_TILE_LD * real;
-        worker->tile = pk_arena_take(arena, blocks * job->outputs, tile);
+        pk__integral_take(arena, graph, &job->options->readout, job->block,
+                          job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
+                          job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
+        worker->phi = pk__arena_take(arena, largest, real);
+        worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
+        const size_t blocks = pk__blocks(job->window.largest_batch, PK__EXAMPLE_BLOCK),
+                     tile = PK__TILE_LD * real;
+        worker->tile = pk__arena_take(arena, blocks * job->outputs, tile);
         if (worker->tile)
             memset(worker->tile, 0, blocks * job->outputs * tile);
-        worker->bound_tile = pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
+        worker->bound_tile = pk__arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
-            pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
+            pk__arena_take(arena, job->reverse ? 0 : PK__EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
         worker->tangent.integrator.gauss_weights = job->gauss_weights;
         worker->tangent.integrator.quadrature = job->quadrature;
@@ -18262,7 +18045,7 @@ PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decomp
 /* Bytes that a plan needs with row_bytes of results per row, of all rows or of those of a pass; SIZE_MAX: overflow. */
 static size_t pk__plan_bytes(pk__job *job, const pk_plan *plan, size_t rows, size_t row_bytes, int by_pass)
 {
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     size_t results = 0;
     job->plan = *plan;
     pk__job_layout(job, &arena);
@@ -18278,7 +18061,7 @@ static const double pk__update_seconds =
     14e-9; /* a parameter and step: D_s, the update again, its linear form */
 static const double pk__advance_seconds = 2e-9; /* the same where only the optimiser's state is wanted */
 static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
-static const double pk__points = 5;             /* quadrature nodes per row and step, about */
+static const double pk__usual_points = 5;       /* quadrature nodes per row and step, about */
 
 /* How much longer a number of equal tasks takes than if they were spread evenly over the threads. */
 static double pk__idle(size_t tasks, size_t threads)
@@ -18305,7 +18088,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     if (plan->stride && job->window.state_vectors && windows) {
         const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
         again =
-            ((double)kept * pk_window_again(plan->stride, plan->spare) + pk_window_again(last, plan->spare)) /
+            ((double)kept * pk__steps_again(plan->stride, plan->spare) + pk__steps_again(last, plan->spare)) /
             (double)windows;
         saved = (double)(kept * plan->stride) / (double)windows;
     }
@@ -18321,10 +18104,10 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     plan->gradient_flops = plan->sweeps * 6 * P * items;
     plan->contraction_flops =
         job->reverse ? 2 * P * outputs * items * all_rows * factor
-                     : (double)slices * 2 * outputs * widths * items * all_rows * pk__points * factor;
+                     : (double)slices * 2 * outputs * widths * items * all_rows * pk__usual_points * factor;
     plan->seconds_examples = visit / threads;
     plan->seconds_again = ((passes - 1) * visit + (saved + passes * again) * advance) / threads;
-    plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__points) * pk__flop_seconds;
+    plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__usual_points) * pk__flop_seconds;
     if (job->reverse)
         plan->seconds_test += all_rows * steps * P * outputs * pk__state_seconds * factor;
     plan->seconds_test *= idle / threads;
@@ -18489,8 +18272,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->tolerance = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
-    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
-    pk_window_begin(run, &job->window);
+    pk__gauss_table(job->gauss_nodes, job->gauss_weights);
+    pk__steps_begin(run, &job->window);
     job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
@@ -18502,10 +18285,10 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
     job->direct = job->reverse && form.direct != 0;
-    job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
+    job->unit = pk__integral_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
-        pk__min(pk_tangent_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
+        pk__min(pk__integral_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block = pk__max(
@@ -18513,9 +18296,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 
 /* pathkernel/attribution/decompose.h: implementation */
 #include <math.h>
@@ -18538,7 +18319,7 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK_TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -18546,7 +18327,7 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
     pk_decomposition *part = job->part;
     const int64_t *items = worker->batch->items + first;
     const size_t outputs = job->outputs, level = layer < 0 ? 0 : (size_t)layer;
-    for (const pk_real *from = tile; from < tile + cells * PK_TILE_LD; from += PK_TILE_LD, cell++) {
+    for (const pk_real *from = tile; from < tile + cells * PK__TILE_LD; from += PK__TILE_LD, cell++) {
         const double sum = pk__sum(count, from);
         part->data[cell] += factor * sum;
         for (size_t k = 0; k < part->kept_count; k++) {
@@ -18585,7 +18366,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
     }
     for (size_t row = 0; row < worker->rows; row++)
         pk__add_cells(worker, layer, (worker->row + row) * outputs + job->first_output, job->output_count,
-                      worker->factor, first, count, tile + (row * outputs + job->first_output) * PK_TILE_LD);
+                      worker->factor, first, count, tile + (row * outputs + job->first_output) * PK__TILE_LD);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -18640,19 +18421,17 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
 /* The tile of a row, all outputs, with block number `block` of the examples. */
 static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
-    return worker->tile + block * worker->job->outputs * PK_TILE_LD;
+    return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
-
-PK__COLD_BEGIN
 
 /* The row's tiles += < e, g_b > of a part. */
 static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
     const size_t examples = worker->job->window.batches[j].count;
-    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK)
-        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first,
-                                pk__min(PK_EXAMPLE_BLOCK, examples - first),
-                                pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + part->first * PK_TILE_LD);
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK)
+        pk__integral_contract_row(&worker->tangent, part->layer, part->count, e, first,
+                                  pk__min(PK__EXAMPLE_BLOCK, examples - first),
+                                  pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
 }
 
 /* |factor| < error, |g_b| > of a part added to the bounds. */
@@ -18662,15 +18441,15 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     const size_t cell = (worker->row + part->row) * job->outputs + part->first;
     const pk_batch *batch = &job->window.batches[j];
     worker->tangent.examples = &job->window.magnitudes[j];
-    for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
-        const size_t count = pk__min(PK_EXAMPLE_BLOCK, batch->count - first);
+    for (size_t first = 0; first < batch->count; first += PK__EXAMPLE_BLOCK) {
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, batch->count - first);
         pk__clear_tile(part->count, count, worker->bound_tile);
-        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
-                                worker->bound_tile);
+        pk__integral_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
+                                  worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
             for (size_t b = 0; b < count; b++)
                 job->part->bounds[(cell + k) * job->part->examples + (size_t)batch->items[first + b]] +=
-                    fabs(worker->factor) * (double)worker->bound_tile[k * PK_TILE_LD + b];
+                    fabs(worker->factor) * (double)worker->bound_tile[k * PK__TILE_LD + b];
     }
     worker->tangent.examples = &job->window.examples[j];
 }
@@ -18680,7 +18459,7 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
 static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j, double carry)
 {
     pk__job *job = worker->job;
-    pk_window *window = &job->window;
+    pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j];
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
@@ -18695,7 +18474,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
     if (!job->reverse || job->part->bounds) {
-        pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
+        pk__integral_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
         phi.matrices = worker->phi;
         phi.biases = worker->phi + part->count * part->matrix;
     } else if (worker->tangent.phi[part->layer])
@@ -18719,7 +18498,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         return;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
-    pk_tangent_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
+    pk__integral_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
         if (window->preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
@@ -18764,9 +18543,9 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
     const pk__job *job = worker->job;
     const size_t examples = job->window.batches[j].count, first_output = job->first_output;
     const double start = pk__seconds();
-    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
-        pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
-        const size_t count = pk__min(PK_EXAMPLE_BLOCK, examples - first);
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, count, tile);
         pk__clear_tile(job->output_count, count, tile);
@@ -18778,7 +18557,7 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
 static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
 {
     const pk__job *job = worker->job;
-    const pk_tangent *tangent = &worker->tangent;
+    const pk__integral *tangent = &worker->tangent;
     const pk_linear_form *form = &job->window.forms[j];
     const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
     size_t layers = 0;
@@ -18803,7 +18582,7 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__job *job = worker->job;
     pk_decomposition *part = job->part;
     const pk_linear_form *form = &job->window.forms[j];
-    const pk_real *ends = pk_integrator_ends(&worker->tangent.integrator);
+    const pk_real *ends = pk__integrator_ends(&worker->tangent.integrator);
     double linear = form->decoupled;
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
@@ -18835,7 +18614,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
 {
     pk__job *job = worker->job;
     pk__block_state *block = &job->blocks[number];
-    pk_tangent *tangent = &worker->tangent;
+    pk__integral *tangent = &worker->tangent;
     const size_t P = job->graph->parameters;
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
@@ -18865,11 +18644,11 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->directions[0] = job->window.direction + j * P;
         tangent->directions[1] = job->window.remainder + j * P;
         tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
-        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
-                        job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
-                        job->part->first_row + worker->row, worker->rows,
-                        job->rows + worker->row * job->graph->input_width,
-                        job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
+        pk__integral_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
+                          job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
+                          job->part->first_row + worker->row, worker->rows,
+                          job->rows + worker->row * job->graph->input_width,
+                          job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
         pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
@@ -18890,13 +18669,13 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
 static void pk__fill_gram(pk__job *job)
 {
     const size_t in = job->graph->input_width, N = job->run->examples;
-    const size_t blocks = pk__blocks(N, PK_EXAMPLE_BLOCK);
+    const size_t blocks = pk__blocks(N, PK__EXAMPLE_BLOCK);
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk__worker *worker = &job->workers[pk__thread()];
-        size_t first = b * PK_EXAMPLE_BLOCK, count = pk__min(PK_EXAMPLE_BLOCK, N - first);
-        int64_t items[PK_EXAMPLE_BLOCK];
+        size_t first = b * PK__EXAMPLE_BLOCK, count = pk__min(PK__EXAMPLE_BLOCK, N - first);
+        int64_t items[PK__EXAMPLE_BLOCK];
         for (size_t i = 0; i < count; i++)
             items[i] = (int64_t)(first + i);
         pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
@@ -18916,17 +18695,17 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
-    const pk_line line = {job->window.weights, NULL, NULL};
+    const pk__line line = {job->window.weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
-        pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
-        pk_tape *tape = &integrator->segment.tape;
+        pk__integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
+        pk__tape *tape = &integrator->segment.tape;
         size_t first = b * job->block, count = pk__min(job->block, rows - first);
-        pk_tape_forward(tape, &line, count, job->rows + first * graph->input_width);
+        pk__pass_forward(tape, &line, count, job->rows + first * graph->input_width);
         for (size_t r = 0; r < count; r++) {
-            pk_readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
-                             pk_tape_output(tape) + r * classes, integrator->h, integrator->slope);
+            pk__readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
+                              pk__pass_output(tape) + r * classes, integrator->h, integrator->slope);
             for (size_t k = 0; k < outputs; k++)
                 h[(first + r) * outputs + k] = integrator->h[k];
         }
@@ -19058,9 +18837,9 @@ static void pk__begin_rows(pk__job *job)
 {
     const pk_decomposition *part = job->part;
     for (size_t row = 0; row < part->rows; row++) {
-        pk_row_state *state = &job->row_state[row];
+        pk__row_state *state = &job->row_state[row];
         memset(state, 0, sizeof *state);
-        state->order.nodes = PK_FIRST_NODES;
+        state->order.nodes = PK__FIRST_NODES;
         for (size_t i = row * part->outputs; i < (row + 1) * part->outputs; i++) {
             const double change = part->final[i] - part->initial[i];
             state->height = pk__largest(1, &part->initial[i], state->height);
@@ -19116,7 +18895,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
             return status;
-        status = pk_window_visit(job->context, &job->window, w);
+        status = pk__steps_visit(job->context, &job->window, w);
         if (status)
             return status;
         pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
@@ -19279,7 +19058,7 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     const size_t rows = whole->rows;
     double start = pk__seconds();
     pk_status status =
-        job->window.stride && job->run->steps ? pk_window_save_states(job->context, &job->window) : PK_OK;
+        job->window.stride && job->run->steps ? pk__steps_save_states(job->context, &job->window) : PK_OK;
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
         size_t count = pk__min(job->plan.rows, rows - first);
         pk_decomposition part;
@@ -19366,13 +19145,13 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
         return status;
     if (!callback)
         status = pk__allocate_results(context, options, whole);
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     if (!status) {
         pk__job_layout(job, &arena);
         status = pk_allocate(context, 1, arena.used, "the decomposition's work", &job->memory);
     }
     if (!status) {
-        pk_arena own = {job->memory, arena.used, 0, 0};
+        pk__arena own = {job->memory, arena.used, 0, 0};
         pk__job_layout(job, &own);
         status = pk__run_passes(job, whole, callback, user);
     }
@@ -19438,8 +19217,6 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
     return status;
 }
 
-PK__COLD_END
-
 PK__END_CODE
 
 /* pathkernel/kernels/kernel.h: implementation */
@@ -19504,40 +19281,38 @@ typedef struct pk__gram_rows {
 
 /* One thread's memory. */
 typedef struct pk__gram_lane {
-    pk_tape forward, back;
+    pk__tape forward, back;
     pk_real *inputs;
     pk_real *left, *right, *tile, *spread;
 } pk__gram_lane;
 
-PK__COLD_BEGIN
-
 /* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
-static void pk__gram_back_take(pk_arena *arena, const pk__gram *gram, pk_tape *back)
+static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape *back)
 {
-    pk_tape_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
+    pk__pass_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
 }
 
-static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
+static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
     pk__gram_back_take(arena, gram, &lane->back);
-    pk_tape_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
-    lane->inputs = pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
-    lane->left = pk_arena_take(arena, gram->left, sizeof(pk_real));
-    lane->right = pk_arena_take(arena, gram->right, sizeof(pk_real));
-    lane->tile = pk_arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = pk_arena_take(arena, width, sizeof(pk_real));
+    pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
+    lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
 }
 
-static pk_arena pk__gram_arena(const pk__gram *gram, int lane)
+static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
 {
-    const pk_arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    const pk__arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
     return arena;
 }
 
 static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
 {
-    pk_arena arena = pk__gram_arena(gram, number);
+    pk__arena arena = pk__gram_arena(gram, number);
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     return lane;
@@ -19564,7 +19339,7 @@ static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *
 /* ---- factors ------------------------------------------------------------------------------------------- */
 
 /* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
-static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__gram_side *side, size_t at,
+static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__gram_side *side, size_t at,
                           size_t rows)
 {
     const size_t outputs = gram->outputs;
@@ -19575,7 +19350,7 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
         pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
         if (layer->form == PK__GRAM_ROWS) {
             pk_call call;
-            pk__tape_call(tape, node, rows, outputs, &call);
+            pk__pass_call(tape, node, rows, outputs, &call);
             call.weights = gram->weights + node->weight_offset;
             call.out_cotangent = cotangent;
             call.gradient = right;
@@ -19596,7 +19371,7 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
 
 /* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
  * Cotangents that are kept are written where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides, size_t part,
+static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk__gram_rows *sides, size_t part,
                           int lane)
 {
     const size_t first = pk__blocks(sides[0].rows, gram->part);
@@ -19605,9 +19380,9 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const pk_line line = {gram->weights, NULL, NULL};
-    pk_arena arena = pk__gram_arena(gram, lane);
-    pk_tape back, *tape = &back;
+    const pk__line line = {gram->weights, NULL, NULL};
+    pk__arena arena = pk__gram_arena(gram, lane);
+    pk__tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
     for (size_t n = 0; n < graph->node_count; n++)
         tape->value[n] = values->value[n] + row * graph->nodes[n].width;
@@ -19615,8 +19390,8 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
                 pk__gram_right(from->side, &gram->layer[l], at);
-    pk_tape_seed_units(tape, rows);
-    pk_tape_reverse(tape, &line, rows, gram->outputs);
+    pk__pass_seed_units(tape, rows);
+    pk__pass_reverse(tape, &line, rows, gram->outputs);
     pk__gram_keep(gram, tape, from->side, at, rows);
 }
 
@@ -19630,7 +19405,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
     const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
-    const pk_line line = {gram->weights, NULL, NULL};
+    const pk__line line = {gram->weights, NULL, NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
     const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
@@ -19647,7 +19422,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     }
     room.forward.threads = threads;
     room.forward.context = gram->context;
-    pk_tape_forward(&room.forward, &line, rows, inputs);
+    pk__pass_forward(&room.forward, &line, rows, inputs);
     if (threads > 1) {
         pk__team team = pk__team_of(gram->context, threads, parts);
         PK__PARALLEL(team)
@@ -19680,8 +19455,6 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
         pk__team_end(&team);
     }
 }
-
-PK__COLD_END
 
 /* ---- tiles --------------------------------------------------------------------------------------------- */
 
@@ -19786,8 +19559,6 @@ static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size
     return bad;
 }
 
-PK__COLD_BEGIN
-
 /* All pairs of two sides, or of one with itself. */
 static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
 {
@@ -19812,8 +19583,7 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
                     j -= i + 1;
             }
             i *= gram->tile, j *= gram->tile;
-            const size_t rows = pk__min(gram->tile, x->rows - i),
-                         columns = pk__min(gram->tile, y->rows - j);
+            const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
             pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
             size_t *bad = &gram->bad[pk__thread()];
             *bad = pk__min(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
@@ -19900,7 +19670,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         gram->left = pk__max(gram->left, pairs);
         gram->right = pk__max(gram->right, pairs * kept * kept);
     }
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     gram->lane_bytes = arena.used;
@@ -20103,8 +19873,6 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 {
     return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
 }
-
-PK__COLD_END
 
 PK__END_CODE
 

@@ -30,7 +30,7 @@ enum { INPUTS = 64, NODES = 4, LAYERS = 3 };
 
 /* One thread's block of rows, and where its contributions go. */
 typedef struct block {
-    pk_tangent tangent;
+    pk__integral tangent;
     const pk_real *rows;
     size_t first_row, count;
     pk_real *phi, *result; /* result: count x outputs x batch */
@@ -46,8 +46,8 @@ typedef struct job {
     int64_t *items;
     double *nodes, *node_weights; /* Gauss tables */
     pk_dataset data;
-    pk_examples examples;
-    pk_example_workspace workspace;
+    pk__examples examples;
+    pk__example_workspace workspace;
     block *blocks;
     unsigned char *memory;
 } job;
@@ -60,7 +60,7 @@ static void add_tile(void *user, int layer, size_t first, size_t count, const pk
     (void)layer;
     for (size_t i = 0; i < b->count * b->outputs; i++)
         for (size_t j = 0; j < count; j++)
-            b->result[i * b->batch + first + j] += tile[i * PK_TILE_LD + j];
+            b->result[i * b->batch + first + j] += tile[i * PK__TILE_LD + j];
 }
 
 /* What of a step belongs to the layers whose Phi was materialised. */
@@ -68,15 +68,15 @@ static void add_materialised(const job *j, block *b)
 {
     for (size_t l = 0; l < j->graph.layers; l++)
         for (size_t r = 0; b->tangent.integrated[l] && r < b->count; r++) {
-            pk_tangent_row_phi(&b->tangent, l, r, 0, j->outputs, b->phi);
-            for (size_t first = 0; first < j->batch; first += PK_EXAMPLE_BLOCK) {
-                size_t count = pk__min(j->batch - first, PK_EXAMPLE_BLOCK);
+            pk__integral_row_phi(&b->tangent, l, r, 0, j->outputs, b->phi);
+            for (size_t first = 0; first < j->batch; first += PK__EXAMPLE_BLOCK) {
+                size_t count = pk__min(j->batch - first, PK__EXAMPLE_BLOCK);
                 pk_real *tile = b->tangent.tile;
-                memset(tile, 0, j->outputs * PK_TILE_LD * sizeof *tile);
-                pk_tangent_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
+                memset(tile, 0, j->outputs * PK__TILE_LD * sizeof *tile);
+                pk__integral_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
                 for (size_t k = 0; k < j->outputs; k++)
                     for (size_t i = 0; i < count; i++)
-                        b->result[(r * j->outputs + k) * j->batch + first + i] += tile[k * PK_TILE_LD + i];
+                        b->result[(r * j->outputs + k) * j->batch + first + i] += tile[k * PK__TILE_LD + i];
             }
         }
 }
@@ -92,8 +92,8 @@ static void take_step(void *data, size_t repeats)
         for (size_t r = 0; r < repeats; r++) {
             memset(b->result, 0, b->count * j->outputs * j->batch * sizeof *b->result);
             b->tangent.flops = 0;
-            pk_tangent_step(&b->tangent, j->weights, j->direction, NULL, b->first_row, b->count, b->rows,
-                            j->engine);
+            pk__integral_step(&b->tangent, j->weights, j->direction, NULL, b->first_row, b->count, b->rows,
+                              j->engine);
             add_materialised(j, b);
         }
     }
@@ -210,34 +210,34 @@ static double residual_of(const job *j)
 /* ---- a case ----------------------------------------------------------------------------------------- */
 
 /* Everything whose size depends on the case; measures and takes. */
-static void job_layout(job *j, pk_arena *arena)
+static void job_layout(job *j, pk__arena *arena)
 {
     const size_t real = sizeof(pk_real), P = j->graph.parameters, rows = j->block_rows * (size_t)j->threads;
     const size_t table = PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2;
     pk_readout readout;
     memset(&readout, 0, sizeof readout);
-    j->weights = (pk_real *)pk_arena_take(arena, P, real);
-    j->direction = (pk_real *)pk_arena_take(arena, P, real);
-    j->train = (pk_real *)pk_arena_take(arena, j->batch, INPUTS * real);
-    j->targets = (pk_real *)pk_arena_take(arena, j->batch, j->outputs * real);
-    j->test = (pk_real *)pk_arena_take(arena, rows, INPUTS * real);
-    j->gram = (pk_real *)pk_arena_take(arena, rows, j->batch * real);
-    j->items = (int64_t *)pk_arena_take(arena, j->batch, sizeof *j->items);
-    j->nodes = (double *)pk_arena_take(arena, table, sizeof(double));
-    j->node_weights = (double *)pk_arena_take(arena, table, sizeof(double));
-    const pk_representation representation = {j->outputs, j->batch, j->engine == PK_ENGINE_INTEGRATED,
-                                              j->engine == PK_ENGINE_FACTORED, 0};
-    pk_examples_take(arena, &j->graph, j->batch, &representation, &j->examples);
-    pk_example_workspace_take(arena, &j->graph, PK_EXAMPLE_BLOCK, &j->workspace);
-    j->blocks = (block *)pk_arena_take(arena, (size_t)j->threads, sizeof *j->blocks);
+    j->weights = (pk_real *)pk__arena_take(arena, P, real);
+    j->direction = (pk_real *)pk__arena_take(arena, P, real);
+    j->train = (pk_real *)pk__arena_take(arena, j->batch, INPUTS * real);
+    j->targets = (pk_real *)pk__arena_take(arena, j->batch, j->outputs * real);
+    j->test = (pk_real *)pk__arena_take(arena, rows, INPUTS * real);
+    j->gram = (pk_real *)pk__arena_take(arena, rows, j->batch * real);
+    j->items = (int64_t *)pk__arena_take(arena, j->batch, sizeof *j->items);
+    j->nodes = (double *)pk__arena_take(arena, table, sizeof(double));
+    j->node_weights = (double *)pk__arena_take(arena, table, sizeof(double));
+    const pk__representation representation = {j->outputs, j->batch, j->engine == PK_ENGINE_INTEGRATED,
+                                               j->engine == PK_ENGINE_FACTORED, 0};
+    pk__examples_take(arena, &j->graph, j->batch, &representation, &j->examples);
+    pk__example_workspace_take(arena, &j->graph, PK__EXAMPLE_BLOCK, &j->workspace);
+    j->blocks = (block *)pk__arena_take(arena, (size_t)j->threads, sizeof *j->blocks);
     for (size_t t = 0; t < (size_t)j->threads; t++) {
         block measured, *b = j->blocks ? &j->blocks[t] : &measured;
         memset(b, 0, sizeof *b);
-        pk_tangent_take(arena, &j->graph, &readout, j->block_rows,
-                        j->engine != PK_ENGINE_FACTORED ? j->outputs : 0, j->outputs, 0, &representation,
-                        &b->tangent);
-        b->phi = (pk_real *)pk_arena_take(arena, j->outputs, P * real);
-        b->result = (pk_real *)pk_arena_take(arena, j->block_rows * j->outputs, j->batch * real);
+        pk__integral_take(arena, &j->graph, &readout, j->block_rows,
+                          j->engine != PK_ENGINE_FACTORED ? j->outputs : 0, j->outputs, 0, &representation,
+                          &b->tangent);
+        b->phi = (pk_real *)pk__arena_take(arena, j->outputs, P * real);
+        b->result = (pk_real *)pk__arena_take(arena, j->block_rows * j->outputs, j->batch * real);
         b->rows = j->test ? j->test + t * j->block_rows * INPUTS : NULL;
         b->first_row = t * j->block_rows;
         b->count = j->block_rows;
@@ -261,19 +261,19 @@ static pk_status job_fill(pk_context *context, job *j)
     bench_fill(j->test, rows * INPUTS, 5);
     for (size_t i = 0; i < j->batch; i++)
         j->items[i] = (int64_t)i;
-    pk_gauss_table(j->nodes, j->node_weights);
+    pk__gauss_table(j->nodes, j->node_weights);
     j->data.inputs = pk_array_view(type, 2, inputs, j->train);
     j->data.targets = pk_array_view(type, 2, targets, j->targets);
-    pk_examples_begin(&j->examples, &batch);
-    for (size_t first = 0; first < j->batch; first += PK_EXAMPLE_BLOCK)
-        pk_examples_fill(&j->examples, &j->graph, PK_SQUARED, j->weights, &j->data, &batch, first,
-                         &j->workspace, NULL);
+    pk__examples_begin(&j->examples, &batch);
+    for (size_t first = 0; first < j->batch; first += PK__EXAMPLE_BLOCK)
+        pk__examples_fill(&j->examples, &j->graph, PK_SQUARED, j->weights, &j->data, &batch, first,
+                          &j->workspace, NULL);
     if (!status)
         status = pk_matrix_multiply(context, 1, pk_matrix_view(j->test, rows, INPUTS), 0,
                                     pk_matrix_view(j->train, j->batch, INPUTS), 1, 0,
                                     pk_matrix_view(j->gram, rows, j->batch));
     for (size_t t = 0; t < (size_t)j->threads; t++) {
-        pk_tangent *tangent = &j->blocks[t].tangent;
+        pk__integral *tangent = &j->blocks[t].tangent;
         tangent->integrator.quadrature.rule = PK_RULE_GAUSS;
         tangent->integrator.quadrature.nodes = NODES;
         tangent->integrator.gauss_nodes = j->nodes;
@@ -317,7 +317,7 @@ static int measure(bench_run *run, int threads, pk_engine engine, int whole, siz
     job j;
     pk_context context;
     char text[128];
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     memset(&j, 0, sizeof j);
     memset(&context, 0, sizeof context);
     j.threads = threads;
@@ -330,12 +330,12 @@ static int measure(bench_run *run, int threads, pk_engine engine, int whole, siz
              outputs);
     pk_status status = pk_network_parse(&context, text, &j.graph);
     if (!status) {
-        j.block_rows = pk_tangent_block(&j.graph, outputs);
+        j.block_rows = pk__integral_block(&j.graph, outputs);
         job_layout(&j, &arena);
         status = pk_allocate(&context, 1, arena.used, "the benchmark", &j.memory);
     }
     if (!status) {
-        pk_arena own = {j.memory, arena.used, 0, 0};
+        pk__arena own = {j.memory, arena.used, 0, 0};
         job_layout(&j, &own);
         status = job_fill(&context, &j);
     }

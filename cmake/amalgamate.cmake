@@ -70,6 +70,7 @@ endfunction()
 file(STRINGS "${ROOT}/cmake/modules.txt" modules REGEX "^[a-z]")
 set(folders "")
 set(declarations "")
+set(internals "")
 set(implementations "")
 set(prologue "")
 set(above "")
@@ -99,6 +100,7 @@ foreach(module IN LISTS modules)
     if(NOT in_file STREQUAL in_memory) # file(READ) drops these bytes
         message(FATAL_ERROR "${file}: holds a carriage return or a zero byte")
     endif()
+    set(internal "")
     split_region("${file}" declarations "${text}" before declared rest)
     split_region("${file}" implementation "${rest}" between implemented after)
 
@@ -132,6 +134,18 @@ foreach(module IN LISTS modules)
                                 "before the declarations, but there is:\n${head}")
         endif()
     endif()
+    string(FIND "${between}" "/* >>> internals */" at)
+    if(NOT at EQUAL -1)
+        split_region("${file}" internals "${between}" head internal tail)
+        set(frame "#endif\n\n#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \\\n    ")
+        string(APPEND frame "!defined(PATHKERNEL_${upper}_INTERNALS_KNOWN)\n#define PATHKERNEL_${upper}_INTERNALS_KNOWN\n")
+        if(NOT head STREQUAL frame)
+            message(FATAL_ERROR "${file}: between declarations and internals there must be exactly\n${frame}"
+                                "but there is\n${head}")
+        endif()
+        string(APPEND internals "\n/* pathkernel/${module}.h: internals */\n${internal}")
+        set(between "${tail}")
+    endif()
     set(frame "#endif\n\n#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_${upper}_IMPLEMENTED)\n")
     string(APPEND frame "#define PATHKERNEL_${upper}_IMPLEMENTED\n")
     if(NOT between STREQUAL frame)
@@ -142,7 +156,7 @@ foreach(module IN LISTS modules)
         message(FATAL_ERROR "${file}: after the implementation there must be exactly\n#endif\nbut there is\n"
                             "${after}")
     endif()
-    foreach(region IN ITEMS declared implemented)
+    foreach(region IN ITEMS declared internal implemented)
         if("\n${${region}}" MATCHES "\n[ \t]*#[ \t]*include[ \t]*(\"[^\"]*\")")
             message(FATAL_ERROR "${file}: #include ${CMAKE_MATCH_1} stands between markers")
         endif()
@@ -162,6 +176,10 @@ string(CONCAT header
     "#define PATHKERNEL_H\n"
     "${declarations}"
     "\n#endif /* PATHKERNEL_H */\n\n"
+    "#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && !defined(PATHKERNEL_INTERNALS_DECLARED)\n"
+    "#define PATHKERNEL_INTERNALS_DECLARED\n"
+    "${internals}"
+    "\n#endif /* internals */\n\n"
     "#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_IMPLEMENTED)\n"
     "#define PATHKERNEL_IMPLEMENTED\n"
     "${implementations}"

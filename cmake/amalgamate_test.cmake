@@ -32,6 +32,15 @@ function(write_module module name upper head declarations implementation)
         "/* >>> implementation */\n${implementation}/* <<< implementation */\n#endif\n")
 endfunction()
 
+set(internal_guard "#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \\\n    !defined(PATHKERNEL_ALPHA_INTERNALS_KNOWN)\n#define PATHKERNEL_ALPHA_INTERNALS_KNOWN\n")
+# Gives the second module a region of internals.
+function(add_internals guard)
+    file(READ "${WORK}/include/pathkernel/base/alpha.h" text)
+    string(REPLACE "/* <<< declarations */\n#endif\n\n"
+        "/* <<< declarations */\n#endif\n\n${guard}/* >>> internals */\nint inside;\n/* <<< internals */\n#endif\n\n" text "${text}")
+    file(WRITE "${WORK}/include/pathkernel/base/alpha.h" "${text}")
+endfunction()
+
 function(reset)
     file(REMOVE_RECURSE "${WORK}")
     file(WRITE "${WORK}/cmake/modules.txt" "# a comment; with [ signs\nbase/status\nbase/alpha\nover/gamma\n")
@@ -83,6 +92,9 @@ file(WRITE "${WORK}/expected.h"
     "\n/* alpha: top; [comment */\n${declared}"
     "\n/* gamma: top; [comment */\nint three;\n"
     "\n#endif /* PATHKERNEL_H */\n\n"
+    "#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && !defined(PATHKERNEL_INTERNALS_DECLARED)\n"
+    "#define PATHKERNEL_INTERNALS_DECLARED\n"
+    "\n#endif /* internals */\n\n"
     "#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_IMPLEMENTED)\n"
     "#define PATHKERNEL_IMPLEMENTED\n"
     "\n/* pathkernel/base/status.h: implementation */\n"
@@ -125,6 +137,16 @@ foreach(region IN ITEMS declarations implementation)
     edit("/* ??? ${region} */" "/* <<< ${region} */")
     expect_refusal("exchanged markers" "`<<< ${region}` stands before `>>> ${region}`")
 endforeach()
+reset()
+add_internals("${internal_guard}")
+generate(code text)
+file(READ "${WORK}/pathkernel.h" made)
+if(NOT code EQUAL 0 OR NOT made MATCHES "#define PATHKERNEL_INTERNALS_DECLARED\n\n/. pathkernel/base/alpha.h: internals ./\nint inside;\n\n#endif")
+    message(FATAL_ERROR "internals are not where they belong: ${text} ${made}")
+endif()
+reset()
+add_internals("#if 1\n")
+expect_refusal("internals under another guard" "between declarations and internals there must be exactly")
 reset()
 edit("#include \"status.h\"\n" "#include \"beta.h\"\n")
 expect_refusal("an include that is not above" "only includes of modules above it")

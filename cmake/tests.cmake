@@ -22,6 +22,7 @@ foreach(variant IN LISTS PATHKERNEL_TEST_VARIANTS)
     add_library(test_${variant} STATIC tests/implementation.c)
     target_include_directories(test_${variant} SYSTEM PUBLIC "${CMOCKA_INCLUDE_DIR}")
     target_include_directories(test_${variant} PUBLIC tests)
+    target_compile_definitions(test_${variant} PUBLIC PATHKERNEL_INTERNALS)
     target_link_libraries(test_${variant} PUBLIC pathkernel pathkernel_warnings "${CMOCKA_LIBRARY}"
                           PRIVATE pathkernel_frames)
     if(variant STREQUAL "amalgam")

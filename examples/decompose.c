@@ -1041,7 +1041,7 @@ static size_t choose_rows(const task *job)
     double row = outputs * (items * (stateful ? 2 * P : 2 * points * widths) + 6 * points * P * steps);
     row *= job->set->options.bounds ? 3 : 1;
     const double rate = 8e9 * threads, rows = (double)job->rows,
-                 block = (double)pk_tangent_block(&job->run.graph, job->outputs);
+                 block = (double)pk__integral_block(&job->run.graph, job->outputs);
     double wanted = (row * rows + example_side) / rate < 60
                         ? rows
                         : fmax(fmax(30 * rate / row, 10 * example_side / row), 4 * threads * block);

@@ -8,6 +8,7 @@
 #include "pathkernel.h"
 #else /* the program's own include finds everything there */
 #define PATHKERNEL_H
+#define PATHKERNEL_INTERNALS_DECLARED
 #define PATHKERNEL_IMPLEMENTED
 #endif
 /* It must not start another program in this one's place, nor end this one. */

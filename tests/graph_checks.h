@@ -9,19 +9,19 @@
 typedef struct holder {
     pk_context context;
     pk_graph graph;
-    pk_tape tape;
+    pk__tape tape;
     unsigned char *memory;
 } holder;
 
 FIXTURE void hold_graph(holder *h, size_t rows, size_t copies)
 {
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_tape_take(&arena, &h->graph, rows, copies, 1, &h->tape);
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__pass_take(&arena, &h->graph, rows, copies, 1, &h->tape);
     assert_false(arena.overflow);
     assert_ok(&h->context, pk_allocate(&h->context, arena.used, 1, "a tape", &h->memory));
     memset(h->memory, 0xff, arena.used); /* NaN */
-    pk_arena own = {h->memory, arena.used, 0, 0};
-    pk_tape_take(&own, &h->graph, rows, copies, 1, &h->tape);
+    pk__arena own = {h->memory, arena.used, 0, 0};
+    pk__pass_take(&own, &h->graph, rows, copies, 1, &h->tape);
     assert_false(own.overflow);
     assert_int_equal(own.used, arena.used);
 }
@@ -490,7 +490,7 @@ FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, 
 /* ---- whole graphs ---------------------------------------------------------------------------------------- */
 
 /* gradient (rows x copies x P) of the cotangents that stand in the tape, each row at its own t. */
-FIXTURE void checks_row_gradients(checks *c, const pk_tape *tape, const pk_line *line, pk_real *gradient)
+FIXTURE void checks_row_gradients(checks *c, const pk__tape *tape, const pk__line *line, pk_real *gradient)
 {
     const pk_graph *graph = tape->graph;
     const size_t keep = c->count;
@@ -550,16 +550,16 @@ FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t
     line.graph = plain.graph = *graph;
     hold_graph(&line, ROWS, COPIES);
     hold_graph(&plain, ROWS, COPIES);
-    const pk_line start = {w, NULL, NULL}, along = {w, d, t}, there = {at, NULL, NULL};
+    const pk__line start = {w, NULL, NULL}, along = {w, d, t}, there = {at, NULL, NULL};
 
-    pk_tape_forward(&plain.tape, &start, ROWS, x);
+    pk__pass_forward(&plain.tape, &start, ROWS, x);
     for (size_t n = 1; n <= last; n++)
         check_node(&c, &graph->nodes[n], w, plain.tape.value);
 
-    pk_tape_forward(&line.tape, &along, ROWS, x);
-    pk_tape_tangent(&line.tape, &along, ROWS);
-    memcpy(pk_tape_seed(&line.tape), u, ROWS * COPIES * C * sizeof *u);
-    pk_tape_reverse(&line.tape, &along, ROWS, COPIES);
+    pk__pass_forward(&line.tape, &along, ROWS, x);
+    pk__pass_tangent(&line.tape, &along, ROWS);
+    memcpy(pk__pass_seed(&line.tape), u, ROWS * COPIES * C * sizeof *u);
+    pk__pass_reverse(&line.tape, &along, ROWS, COPIES);
     checks_row_gradients(&c, &line.tape, &along, gradient);
     for (size_t row = 0; row < ROWS; row++) {
         const pk_real *tangent = line.tape.tangent[last] + row * C;
@@ -568,15 +568,15 @@ FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t
             const double moved = t[row] + (k < 4 ? checks_at[k] / CHECKS_STEP_INVERSE : 0);
             for (size_t p = 0; p < P; p++)
                 at[p] = w[p] + moved * d[p];
-            pk_tape_forward(&plain.tape, &there, 1, x + row * graph->input_width);
+            pk__pass_forward(&plain.tape, &there, 1, x + row * graph->input_width);
             for (size_t i = 0; k < 4 && i < C; i++)
-                difference[i] += checks_factor[k] * CHECKS_STEP_INVERSE * pk_tape_output(&plain.tape)[i];
+                difference[i] += checks_factor[k] * CHECKS_STEP_INVERSE * pk__pass_output(&plain.tape)[i];
         }
         if (checks_have_slopes(graph->switched, graph->surrogate))
             checks_slope("the graph's tangent and differences", &graph->nodes[last], C, tangent, difference,
                          1e-8);
-        memcpy(pk_tape_seed(&plain.tape), u + row * COPIES * C, COPIES * C * sizeof *u);
-        pk_tape_reverse(&plain.tape, &there, 1, COPIES);
+        memcpy(pk__pass_seed(&plain.tape), u + row * COPIES * C, COPIES * C * sizeof *u);
+        pk__pass_reverse(&plain.tape, &there, 1, COPIES);
         for (size_t n = 1; n <= last; n++) {
             const pk_node *node = &graph->nodes[n];
             checks_equal("value along a line", node, node->width, line.tape.value[n] + row * node->width,
@@ -595,11 +595,11 @@ FIXTURE void check_graph_at(pk_context *context, const pk_graph *graph, uint64_t
     }
     /* The sum over rows, each at its own t. */
     for (size_t row = 0; row < ROWS; row++)
-        memcpy(pk_tape_seed(&line.tape) + row * C, u + row * COPIES * C, C * sizeof *u);
-    pk_tape_reverse(&line.tape, &along, ROWS, 1);
+        memcpy(pk__pass_seed(&line.tape) + row * C, u + row * COPIES * C, C * sizeof *u);
+    pk__pass_reverse(&line.tape, &along, ROWS, 1);
     for (size_t p = 0; p < P; p++)
         at[p] = sum[p] = (double)p / (double)P;
-    pk_tape_weight_gradient(&line.tape, ROWS, at);
+    pk__pass_weight_gradient(&line.tape, ROWS, at);
     for (size_t row = 0; row < ROWS; row++)
         for (size_t p = 0; p < P; p++)
             sum[p] += gradient[row * COPIES * P + p];

@@ -619,28 +619,28 @@ JOB(job_quadrature)
 JOB(job_window)
 {
     WITH;
-    pk_window window;
+    pk__window window;
     pk_status status = PK_OK;
     void *memory = NULL;
     for (int take = 0; take < 2 && !status; take++) {
-        pk_arena arena = {(unsigned char *)memory, 0, 0, 0};
+        pk__arena arena = {(unsigned char *)memory, 0, 0, 0};
         if (take) { /* not of the context: this is about what the functions allocate */
             assert_int_equal(posix_memalign(&memory, 64, (size_t)1 << 20), 0);
             arena.base = (unsigned char *)memory;
             arena.capacity = (size_t)1 << 20;
         }
-        pk_window_begin(&m->kept, &window);
+        pk__steps_begin(&m->kept, &window);
         window.representation.outputs = 2;
         window.representation.batch = window.largest_batch;
         window.representation.materialised = 1;
-        pk_window_take(&arena, 2, 1, 0, 1, 0, &window);
+        pk__steps_take(&arena, 2, 1, 0, 1, 0, &window);
         assert_true(arena.used < (size_t)1 << 20);
     }
-    status = pk_window_prepare(context, &window, 0, 2);
+    status = pk__steps_prepare(context, &window, 0, 2);
     if (!status)
-        status = pk_window_save_states(context, &window);
+        status = pk__steps_save_states(context, &window);
     if (!status)
-        status = pk_window_visit(context, &window, 1);
+        status = pk__steps_visit(context, &window, 1);
     free(memory);
     return status;
 }
@@ -688,7 +688,7 @@ static const struct entry {
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
     {"pk_quadrature_check", job_quadrature, 0},
-    {"pk_window_prepare pk_window_save_states pk_window_visit", job_window, 0},
+    {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
 enum { ENTRIES = (int)(sizeof entries / sizeof *entries) };
 

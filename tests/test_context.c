@@ -146,33 +146,33 @@ static void test_allocator(void **state)
 static void test_arena(void **state)
 {
     (void)state;
-    pk_arena measure = {NULL, 0, 0, 0};
-    assert_null(pk_arena_take(&measure, 3, 5));
-    assert_null(pk_arena_take(&measure, 100, 8));
-    assert_null(pk_arena_take(&measure, 0, 8));
+    pk__arena measure = {NULL, 0, 0, 0};
+    assert_null(pk__arena_take(&measure, 3, 5));
+    assert_null(pk__arena_take(&measure, 100, 8));
+    assert_null(pk__arena_take(&measure, 0, 8));
     assert_int_equal(measure.used, 64 + 832);
     assert_false(measure.overflow);
     unsigned char *memory = NULL;
     assert_ok(NULL, pk_allocate(NULL, measure.used, 1, "an arena", &memory));
-    pk_arena arena = {memory, measure.used, 0, 0};
-    unsigned char *a = (unsigned char *)pk_arena_take(&arena, 3, 5),
-                  *b = (unsigned char *)pk_arena_take(&arena, 100, 8);
+    pk__arena arena = {memory, measure.used, 0, 0};
+    unsigned char *a = (unsigned char *)pk__arena_take(&arena, 3, 5),
+                  *b = (unsigned char *)pk__arena_take(&arena, 100, 8);
     assert_ptr_equal(a, memory);
     assert_ptr_equal(b, memory + 64);
-    assert_null(pk_arena_take(&arena, 0, 8));
+    assert_null(pk__arena_take(&arena, 0, 8));
     assert_false(arena.overflow);
-    assert_null(pk_arena_take(&arena, 1, 1)); /* full */
+    assert_null(pk__arena_take(&arena, 1, 1)); /* full */
     assert_true(arena.overflow);
     pk_release(NULL, memory);
     static const size_t big[] = {SIZE_MAX, SIZE_MAX / 2, SIZE_MAX / 8 + 1};
     for (int i = 0; i < 3; i++) {
-        pk_arena over = {NULL, 0, 0, 0};
-        assert_null(pk_arena_take(&over, big[i], 8));
+        pk__arena over = {NULL, 0, 0, 0};
+        assert_null(pk__arena_take(&over, big[i], 8));
         assert_true(over.overflow);
     }
-    pk_arena sum = {NULL, 0, 0, 0};
+    pk__arena sum = {NULL, 0, 0, 0};
     for (int i = 0; i < 5; i++)
-        (void)pk_arena_take(&sum, SIZE_MAX / 4, 1);
+        (void)pk__arena_take(&sum, SIZE_MAX / 4, 1);
     assert_true(sum.overflow);
 }
 

@@ -16,7 +16,7 @@ typedef struct subject {
 /* A network along one step, for one row. */
 typedef struct ruler {
     const pk_graph *graph;
-    pk_tape tape;
+    pk__tape tape;
     unsigned char *memory;
     pk_real *at; /* weights */
     const pk_real *start, *end, *row;
@@ -28,13 +28,13 @@ typedef struct ruler {
 
 static void ruler_take(const pk_graph *graph, ruler *r)
 {
-    pk_arena measure = {NULL, 0, 0, 0};
+    pk__arena measure = {NULL, 0, 0, 0};
     memset(r, 0, sizeof *r);
     r->graph = graph;
-    pk_tape_take(&measure, graph, 1, 1, 0, &r->tape);
+    pk__pass_take(&measure, graph, 1, 1, 0, &r->tape);
     r->memory = FIXTURE_NEW(unsigned char, measure.used);
-    pk_arena arena = {r->memory, measure.used, 0, 0};
-    pk_tape_take(&arena, graph, 1, 1, 0, &r->tape);
+    pk__arena arena = {r->memory, measure.used, 0, 0};
+    pk__pass_take(&arena, graph, 1, 1, 0, &r->tape);
     r->at = FIXTURE_NEW(pk_real, graph->parameters);
     for (size_t n = 1; n < graph->node_count; n++)
         if (graph->nodes[n].operation->switch_count)
@@ -52,10 +52,10 @@ static void ruler_release(ruler *r)
 
 static void forward_at(ruler *r, double t)
 {
-    const pk_line line = {r->at, NULL, NULL};
+    const pk__line line = {r->at, NULL, NULL};
     for (size_t p = 0; p < r->graph->parameters; p++)
         r->at[p] = (pk_real)(r->start[p] + t * (r->end[p] - r->start[p]));
-    pk_tape_forward(&r->tape, &line, 1, r->row);
+    pk__pass_forward(&r->tape, &line, 1, r->row);
 }
 
 static void switches_at(ruler *r, double t, pk_real *values)
@@ -125,11 +125,11 @@ static void find_kinks(ruler *r)
 /* gradient (P) = that of < seed, f > where the last forward was. */
 static void gradient_there(ruler *r, const pk_real *seed, pk_real *gradient)
 {
-    const pk_line line = {r->at, NULL, NULL};
-    memcpy(pk_tape_seed(&r->tape), seed, r->graph->output_width * sizeof *seed);
-    pk_tape_reverse(&r->tape, &line, 1, 1);
+    const pk__line line = {r->at, NULL, NULL};
+    memcpy(pk__pass_seed(&r->tape), seed, r->graph->output_width * sizeof *seed);
+    pk__pass_reverse(&r->tape, &line, 1, 1);
     memset(gradient, 0, r->graph->parameters * sizeof *gradient);
-    pk_tape_weight_gradient(&r->tape, 1, gradient);
+    pk__pass_weight_gradient(&r->tape, 1, gradient);
 }
 
 /* phi (outputs x P) = the integral of the gradients over the step. */
@@ -183,7 +183,7 @@ static void brute(pk_context *context, const pk_run *run, const pk_real *inputs,
             pk_loss_targets(run->loss, &run->train, &batch.items[b], 1, C, target);
             r.row = row;
             forward_at(&r, 0);
-            pk_loss_gradient(run->loss, C, pk_tape_output(&r.tape), target, seed);
+            pk_loss_gradient(run->loss, C, pk__pass_output(&r.tape), target, seed);
             gradient_there(&r, seed, gradient);
             for (size_t k = 0; k < ROWS * C; k++) {
                 double sum = 0;

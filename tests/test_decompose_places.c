@@ -15,18 +15,19 @@ static void gradient_at(const pk_graph *graph, const pk_real *weights, const pk_
                         const pk_real *target, unsigned char *memory, size_t bytes, pk_real *gradient)
 {
     const size_t outputs = graph->output_width;
-    const pk_line line = {weights, NULL, NULL};
-    pk_arena arena = {memory, bytes, 0, 0};
-    pk_tape tape;
-    pk_tape_take(&arena, graph, 1, 1, 0, &tape);
-    pk_tape_forward(&tape, &line, 1, x);
+    const pk__line line = {weights, NULL, NULL};
+    pk__arena arena = {memory, bytes, 0, 0};
+    pk__tape tape;
+    pk__pass_take(&arena, graph, 1, 1, 0, &tape);
+    pk__pass_forward(&tape, &line, 1, x);
     if (seed)
-        memcpy(pk_tape_seed(&tape), seed, outputs * sizeof *seed);
+        memcpy(pk__pass_seed(&tape), seed, outputs * sizeof *seed);
     else
-        pk_loss_gradient(PK_SOFTMAX_CROSS_ENTROPY, outputs, pk_tape_output(&tape), target, pk_tape_seed(&tape));
-    pk_tape_reverse(&tape, &line, 1, 1);
+        pk_loss_gradient(PK_SOFTMAX_CROSS_ENTROPY, outputs, pk__pass_output(&tape), target,
+                         pk__pass_seed(&tape));
+    pk__pass_reverse(&tape, &line, 1, 1);
     memset(gradient, 0, graph->parameters * sizeof *gradient);
-    pk_tape_weight_gradient(&tape, 1, gradient);
+    pk__pass_weight_gradient(&tape, 1, gradient);
 }
 
 /* A (rows x outputs x examples) of a plain SGD run by Gauss-Legendre with 32 nodes on 8 parts of each step. */
@@ -35,10 +36,10 @@ static void brute(pk_context *context, const pk_run *run, const pk_real *inputs,
     enum { NODES = 32, PARTS = 8 };
     const pk_graph *graph = &run->graph;
     const size_t P = graph->parameters, C = graph->output_width, D = graph->input_width;
-    pk_arena measure = {NULL, 0, 0, 0};
-    pk_tape tape;
+    pk__arena measure = {NULL, 0, 0, 0};
+    pk__tape tape;
     double x[NODES], w[NODES];
-    pk_tape_take(&measure, graph, 1, 1, 0, &tape);
+    pk__pass_take(&measure, graph, 1, 1, 0, &tape);
     unsigned char *memory = FIXTURE_NEW(unsigned char, measure.used);
     pk_real *start = FIXTURE_NEW(pk_real, P), *end = FIXTURE_NEW(pk_real, P), *at = FIXTURE_NEW(pk_real, P),
             *gradient = FIXTURE_NEW(pk_real, P), *phi = FIXTURE_NEW(pk_real, ROWS * C * P),

@@ -26,17 +26,17 @@ static void test_activations(void **state)
         hold(&h, network, COUNT, 1);
         const bf_network net = fixture_network(network);
         const pk_real one = 1;
-        const pk_line line = {&one, NULL, NULL};
-        pk_tape_forward(&h.tape, &line, COUNT, points);
+        const pk__line line = {&one, NULL, NULL};
+        pk__pass_forward(&h.tape, &line, COUNT, points);
         for (int i = 0; i < COUNT; i++) {
-            pk_tape_seed(&h.tape)[i] = 1;
+            pk__pass_seed(&h.tape)[i] = 1;
             h.tape.tangent[1][i] = 1;
         }
-        pk_tape_reverse(&h.tape, &line, COUNT, 1);
+        pk__pass_reverse(&h.tape, &line, COUNT, 1);
         for (int i = 0; i < COUNT; i++) {
             const double value = (double)bf_activate(&net.layer[0], (bf_real)points[i]);
             const double slope = (double)bf_slope(&net.layer[0], (bf_real)points[i]);
-            const double own = pk_tape_output(&h.tape)[i], own_slope = h.tape.cotangent[1][i];
+            const double own = pk__pass_output(&h.tape)[i], own_slope = h.tape.cotangent[1][i];
             if (!(fabs(own - value) <=
                   ROUNDING(4e-16) *
                       fmax(fabs(value), fabs(points[i]) < 1 ? fabs(points[i]) + (value > 0.1) : 1)))
@@ -63,20 +63,20 @@ static void check_network(const char *network, uint64_t seed)
     assert_int_equal(h.graph.layers, net.layers);
     for (size_t l = 0; l < net.layers; l++)
         assert_int_equal(pk_graph_layer(&h.graph, l)->weight_offset, bf_offset(&net, l));
-    const pk_line line = {w, d, NULL}, plain = {w, NULL, NULL};
+    const pk__line line = {w, d, NULL}, plain = {w, NULL, NULL};
     pk_real t[ROWS] = {0, 0, 0, 0, 0};
-    const pk_line along = {w, d, t};
+    const pk__line along = {w, d, t};
     (void)line;
-    pk_tape_forward(&h.tape, &along, ROWS, x);
-    pk_tape_tangent(&h.tape, &along, ROWS);
+    pk__pass_forward(&h.tape, &along, ROWS, x);
+    pk__pass_tangent(&h.tape, &along, ROWS);
     pk_real *tangent = FIXTURE_NEW(pk_real, ROWS * C);
     memcpy(tangent, h.tape.tangent[h.graph.node_count - 1], ROWS * C * sizeof *tangent);
-    pk_tape_forward(&h.tape, &plain, ROWS, x);
+    pk__pass_forward(&h.tape, &plain, ROWS, x);
     for (size_t r = 0; r < ROWS; r++)
         for (size_t k = 0; k < C; k++)
             for (size_t c = 0; c < C; c++)
-                pk_tape_seed(&h.tape)[(r * C + k) * C + c] = c == k;
-    pk_tape_reverse(&h.tape, &plain, ROWS, C);
+                pk__pass_seed(&h.tape)[(r * C + k) * C + c] = c == k;
+    pk__pass_reverse(&h.tape, &plain, ROWS, C);
     bf_real f[64], *jacobian = BF_NEW(bf_real, C * P);
     for (size_t r = 0; r < ROWS; r++) {
         bf_evaluate(&net, w, x + r * in, f, jacobian);
@@ -84,7 +84,7 @@ static void check_network(const char *network, uint64_t seed)
             bf_real push = 0;
             for (size_t p = 0; p < P; p++)
                 push += jacobian[c * P + p] * (bf_real)d[p];
-            assert_close(pk_tape_output(&h.tape)[r * C + c], (double)f[c],
+            assert_close(pk__pass_output(&h.tape)[r * C + c], (double)f[c],
                          ROUNDING(1e-14) * fmax(1, fabs((double)f[c])));
             assert_close(tangent[r * C + c], (double)push, ROUNDING(1e-13) * fmax(1, fabs((double)push)));
             for (size_t l = 0; l < net.layers;
@@ -107,9 +107,9 @@ static void check_network(const char *network, uint64_t seed)
     double left = 0, right = 0, size = 0;
     for (size_t p = 0; p < P; p++)
         gradient[p] = (pk_real)p;
-    memcpy(pk_tape_seed(&h.tape), u, ROWS * C * sizeof *u);
-    pk_tape_reverse(&h.tape, &plain, ROWS, 1);
-    pk_tape_weight_gradient(&h.tape, ROWS, gradient);
+    memcpy(pk__pass_seed(&h.tape), u, ROWS * C * sizeof *u);
+    pk__pass_reverse(&h.tape, &plain, ROWS, 1);
+    pk__pass_weight_gradient(&h.tape, ROWS, gradient);
     for (size_t r = 0; r < ROWS; r++) {
         bf_evaluate(&net, w, x + r * in, f, jacobian);
         for (size_t c = 0; c < C; c++) {
@@ -161,15 +161,15 @@ static double evaluate(holder *h, const pk_real *w, const pk_real *x, const pk_r
 }
 
 /* gradient (P) of sum u . f(w + t d), each row at its own t, from the cotangents of every layer. */
-static void full_gradient(holder *h, const pk_line *line, const pk_real *u, const pk_real *x, size_t rows,
+static void full_gradient(holder *h, const pk__line *line, const pk_real *u, const pk_real *x, size_t rows,
                           pk_real *gradient)
 {
     const size_t C = h->graph.output_width;
-    pk_tape_forward(&h->tape, line, rows, x);
-    memcpy(pk_tape_seed(&h->tape), u, rows * C * sizeof *u);
-    pk_tape_reverse(&h->tape, line, rows, 1);
+    pk__pass_forward(&h->tape, line, rows, x);
+    memcpy(pk__pass_seed(&h->tape), u, rows * C * sizeof *u);
+    pk__pass_reverse(&h->tape, line, rows, 1);
     memset(gradient, 0, h->graph.parameters * sizeof *gradient);
-    pk_tape_weight_gradient(&h->tape, rows, gradient);
+    pk__pass_weight_gradient(&h->tape, rows, gradient);
 }
 
 /* A residual network of operations from outside. */
@@ -220,7 +220,7 @@ static void test_unread_node(void **state)
     const size_t P = h.graph.parameters;
     pk_real *w = fixture_normals(1, P, 1), *x = fixture_normals(2, 6, 1), *u = fixture_normals(3, 6, 1);
     pk_real *gradient = FIXTURE_NEW(pk_real, P);
-    const pk_line plain = {w, NULL, NULL};
+    const pk__line plain = {w, NULL, NULL};
     full_gradient(&h, &plain, u, x, 3, gradient);
     for (size_t p = 0; p < P; p++) {
         const pk_real keep = w[p], step = (pk_real)(sizeof(pk_real) > sizeof(float) ? 1e-5 : 1e-2);
@@ -424,18 +424,18 @@ static void test_constant_outputs(void **state)
                 assert_close(gram[i * ROWS * 2 + j], sum, ROUNDING(1e-13));
             }
         /* The examples of a step. */
-        const pk_representation how = {0};
-        pk_examples examples;
-        pk_example_workspace room;
-        pk_arena measure = {NULL, 0, 0, 0};
-        pk_examples_take(&measure, &graph, ROWS, &how, &examples);
-        pk_example_workspace_take(&measure, &graph, ROWS, &room);
-        pk_arena arena = {FIXTURE_NEW(unsigned char, measure.used), measure.used, 0, 0};
-        pk_examples_take(&arena, &graph, ROWS, &how, &examples);
-        pk_example_workspace_take(&arena, &graph, ROWS, &room);
-        pk_examples_begin(&examples, &batch);
+        const pk__representation how = {0};
+        pk__examples examples;
+        pk__example_workspace room;
+        pk__arena measure = {NULL, 0, 0, 0};
+        pk__examples_take(&measure, &graph, ROWS, &how, &examples);
+        pk__example_workspace_take(&measure, &graph, ROWS, &room);
+        pk__arena arena = {FIXTURE_NEW(unsigned char, measure.used), measure.used, 0, 0};
+        pk__examples_take(&arena, &graph, ROWS, &how, &examples);
+        pk__example_workspace_take(&arena, &graph, ROWS, &room);
+        pk__examples_begin(&examples, &batch);
         memset(gradient, 0, sizeof gradient);
-        pk_examples_fill(&examples, &graph, PK_SQUARED, w, &data, &batch, 0, &room, gradient);
+        pk__examples_fill(&examples, &graph, PK_SQUARED, w, &data, &batch, 0, &room, gradient);
         for (size_t p = 0; p < own; p++)
             assert_true(gradient[p] == 0);
         free(arena.base);

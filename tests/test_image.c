@@ -332,12 +332,12 @@ static void pool_chain(size3 in, double (*pools)[PK_NODE_ATTRIBUTES], int count,
     pk_real *ones = FIXTURE_NEW(pk_real, h.graph.parameters);
     for (size_t i = 0; i < h.graph.parameters; i++)
         ones[i] = 1;
-    const pk_line line = {ones, NULL, NULL};
+    const pk__line line = {ones, NULL, NULL};
     *outputs = h.graph.output_width;
-    pk_tape_forward(&h.tape, &line, ROWS, x);
-    memcpy(out, pk_tape_output(&h.tape), ROWS * *outputs * sizeof *out);
-    memcpy(pk_tape_seed(&h.tape), delta, ROWS * COPIES * *outputs * sizeof *delta);
-    pk_tape_reverse(&h.tape, &line, ROWS, COPIES);
+    pk__pass_forward(&h.tape, &line, ROWS, x);
+    memcpy(out, pk__pass_output(&h.tape), ROWS * *outputs * sizeof *out);
+    memcpy(pk__pass_seed(&h.tape), delta, ROWS * COPIES * *outputs * sizeof *delta);
+    pk__pass_reverse(&h.tape, &line, ROWS, COPIES);
     memcpy(reverse, h.tape.cotangent[1], ROWS * COPIES * h.graph.input_width * sizeof *reverse);
     free(ones);
     drop(&h);

@@ -63,15 +63,15 @@ static void decompose(job *j, pk_engine engine, int reverse, pk_decomposition *o
 }
 
 /* gradient (P) of u . f at plain weights, by a tape. */
-static void gradient_at(const pk_graph *graph, pk_tape *tape, const pk_real *w, const pk_real *x,
+static void gradient_at(const pk_graph *graph, pk__tape *tape, const pk_real *w, const pk_real *x,
                         const pk_real *u, pk_real *gradient)
 {
-    const pk_line line = {w, NULL, NULL};
-    pk_tape_forward(tape, &line, 1, x);
-    memcpy(pk_tape_seed(tape), u, graph->output_width * sizeof *u);
-    pk_tape_reverse(tape, &line, 1, 1);
+    const pk__line line = {w, NULL, NULL};
+    pk__pass_forward(tape, &line, 1, x);
+    memcpy(pk__pass_seed(tape), u, graph->output_width * sizeof *u);
+    pk__pass_reverse(tape, &line, 1, 1);
     memset(gradient, 0, graph->parameters * sizeof *gradient);
-    pk_tape_weight_gradient(tape, 1, gradient);
+    pk__pass_weight_gradient(tape, 1, gradient);
 }
 
 /* by_example of a smooth graph under plain SGD, the direct way: whole gradients at 20 Gauss nodes on each of
@@ -85,15 +85,15 @@ static double *direct(job *j)
     pk_real *at = FIXTURE_NEW(pk_real, P), *own = FIXTURE_NEW(pk_real, P);
     pk_real *phi = FIXTURE_NEW(pk_real, P), *u = FIXTURE_NEW(pk_real, C);
     pk_gradient_workspace workspace;
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_tape tape;
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__tape tape;
     memset(&workspace, 0, sizeof workspace);
     pk_gauss_legendre(20, node, weight);
-    pk_tape_take(&arena, graph, 1, 1, 0, &tape);
+    pk__pass_take(&arena, graph, 1, 1, 0, &tape);
     unsigned char *memory = NULL;
     assert_ok(&j->context, pk_allocate(&j->context, arena.used, 1, "a tape", &memory));
-    pk_arena real = {memory, arena.used, 0, 0};
-    pk_tape_take(&real, graph, 1, 1, 0, &tape);
+    pk__arena real = {memory, arena.used, 0, 0};
+    pk__pass_take(&real, graph, 1, 1, 0, &tape);
     assert_ok(&j->context, pk_gradient_prepare(&j->context, graph, 1, &workspace));
     for (size_t s = 0; s < run->steps; s++) {
         const pk_real *w = j->weights + s * P;
@@ -237,8 +237,8 @@ static void test_examples(void **state)
     (void)state;
     pk_context context;
     pk_graph graph;
-    pk_examples examples;
-    pk_example_workspace workspace, *w = &workspace;
+    pk__examples examples;
+    pk__example_workspace workspace, *w = &workspace;
     pk_gradient_workspace single;
     enum { N = 7 };
     pk_real data[N * 3], targets[N * 2];
@@ -263,8 +263,8 @@ static void test_examples(void **state)
     for (int i = 0; i < 9; i++)
         batch_weights[i] = 0.1 * (i + 1);
     const pk_batch batch = {9, items, batch_weights};
-    const pk_representation representation = {2, 9, 0, 0, 0};
-    pk_arena arena = {NULL, 0, 0, 0};
+    const pk__representation representation = {2, 9, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     unsigned char *memory = NULL;
     for (int pass = 0; pass < 2; pass++) {
         if (pass) {
@@ -274,13 +274,13 @@ static void test_examples(void **state)
             arena.capacity = arena.used;
             arena.used = 0;
         }
-        pk_examples_take(&arena, &graph, 9, &representation, &examples);
-        pk_example_workspace_take(&arena, &graph, PK_EXAMPLE_BLOCK, w);
+        pk__examples_take(&arena, &graph, 9, &representation, &examples);
+        pk__example_workspace_take(&arena, &graph, PK__EXAMPLE_BLOCK, w);
     }
-    pk_examples_begin(&examples, &batch);
+    pk__examples_begin(&examples, &batch);
     assert_int_equal(examples.count, 9);
     assert_int_equal(examples.consecutive, 0);
-    pk_examples_fill(&examples, &graph, PK_SQUARED, at, &set, &batch, 0, w, gradient);
+    pk__examples_fill(&examples, &graph, PK_SQUARED, at, &set, &batch, 0, w, gradient);
     assert_ok(&context, pk_gradient_prepare(&context, &graph, 1, &single));
     for (size_t b = 0; b < 9; b++) {
         const pk_batch one = {1, items + b, batch_weights + b};
@@ -303,7 +303,7 @@ static void test_examples(void **state)
     }
     assert_true(fixture_largest(P, gradient) <= ROUNDING(1e-13));
     const pk_batch run = {4, items, NULL};
-    pk_examples_begin(&examples, &run);
+    pk__examples_begin(&examples, &run);
     assert_int_equal(examples.consecutive, 1);
     pk_gradient_release(&context, &single);
     pk_release(&context, memory);

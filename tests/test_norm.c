@@ -122,13 +122,13 @@ static void test_torch(void **state)
             w[p] =
                 sin(0.3 * (double)((p - 2 * in) % (own / (1 + (last->attributes[PK_AFFINE_BIAS] != 0)))) + 1);
         wave(0.7, in, x);
-        const pk_line line = {w, NULL, NULL};
-        pk_tape_forward(&h.tape, &line, 1, x);
+        const pk__line line = {w, NULL, NULL};
+        pk__pass_forward(&h.tape, &line, 1, x);
         for (size_t k = 0; k < in; k++)
-            assert_close(pk_tape_output(&h.tape)[k], torch_cases[i].outputs[k], ROUNDING(1e-13));
-        wave(1.3, in, pk_tape_seed(&h.tape));
-        pk_tape_reverse(&h.tape, &line, 1, 1);
-        pk_tape_weight_gradient(&h.tape, 1, gradient);
+            assert_close(pk__pass_output(&h.tape)[k], torch_cases[i].outputs[k], ROUNDING(1e-13));
+        wave(1.3, in, pk__pass_seed(&h.tape));
+        pk__pass_reverse(&h.tape, &line, 1, 1);
+        pk__pass_weight_gradient(&h.tape, 1, gradient);
         for (size_t p = in; p < P; p++)
             assert_close(gradient[p], torch_cases[i].gradient[p - in], ROUNDING(5e-13));
         drop(&h);

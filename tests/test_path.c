@@ -5,28 +5,28 @@
 typedef struct holder {
     pk_context context;
     pk_graph graph;
-    pk_segment segment;
-    pk_pieces from, to;
+    pk__path segment;
+    pk__pieces from, to;
     unsigned char *memory;
 } holder;
 
-static void layout(holder *h, pk_arena *arena, size_t rows, size_t points, size_t copies, size_t pieces)
+static void layout(holder *h, pk__arena *arena, size_t rows, size_t points, size_t copies, size_t pieces)
 {
-    pk_segment_take(arena, &h->graph, rows, points, points, copies, pieces, 1, &h->segment);
-    pk_pieces_take(arena, pieces, &h->from);
-    pk_pieces_take(arena, pieces, &h->to);
+    pk__path_take(arena, &h->graph, rows, points, points, copies, pieces, 1, &h->segment);
+    pk__pieces_take(arena, pieces, &h->from);
+    pk__pieces_take(arena, pieces, &h->to);
 }
 
 static void hold(holder *h, const char *network, size_t rows, size_t points, size_t copies, size_t pieces)
 {
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     memset(h, 0, sizeof *h);
     assert_ok(&h->context, pk_network_parse(&h->context, network, &h->graph));
     layout(h, &arena, rows, points, copies, pieces);
     assert_false(arena.overflow);
     assert_ok(&h->context, pk_allocate(&h->context, arena.used, 1, "a segment", &h->memory));
     memset(h->memory, 0xff, arena.used); /* NaN */
-    pk_arena own = {h->memory, arena.used, 0, 0};
+    pk__arena own = {h->memory, arena.used, 0, 0};
     layout(h, &own, rows, points, copies, pieces);
     assert_false(own.overflow);
     assert_true(own.used == arena.used);
@@ -68,7 +68,7 @@ static bf_real *oracle_kinks(const bf_network *net, const pk_real *w, const pk_r
 }
 
 /* Pieces tile [0, 1] for each row, in order. */
-static void check_tiling(const pk_pieces *pieces, size_t rows)
+static void check_tiling(const pk__pieces *pieces, size_t rows)
 {
     double *end = FIXTURE_NEW(double, rows);
     for (size_t i = 0; i < pieces->count; i++) {
@@ -91,10 +91,10 @@ static void check_kinks(const char *network, const pk_real *w, const pk_real *d,
     holder h;
     const bf_network net = fixture_network(network);
     hold(&h, network, rows, 64, 1, 4096);
-    pk_segment_begin(&h.segment, w, d, NULL, rows, x);
+    pk__path_begin(&h.segment, w, d, NULL, rows, x);
     for (size_t r = 0; r < rows; r++)
-        pk_pieces_push(&h.from, r, 0, 1);
-    assert_int_equal(pk_segment_split(&h.segment, &h.from, &h.to), 1);
+        pk__pieces_push(&h.from, r, 0, 1);
+    assert_int_equal(pk__path_split(&h.segment, &h.from, &h.to), 1);
     check_tiling(&h.to, rows);
     pieces_seen += h.to.count;
     for (size_t r = 0; r < rows; r++) {
@@ -169,9 +169,9 @@ static size_t borders(const char *network, const pk_real *w, const pk_real *d, c
     holder h;
     size_t count = 0;
     hold(&h, network, 1, 1, 1, 256); /* room for the samples of a piece is always taken */
-    pk_segment_begin(&h.segment, w, d, NULL, 1, x);
-    pk_pieces_push(&h.from, 0, 0, 1);
-    assert_int_equal(pk_segment_split(&h.segment, &h.from, &h.to), 1);
+    pk__path_begin(&h.segment, w, d, NULL, 1, x);
+    pk__pieces_push(&h.from, 0, 0, 1);
+    assert_int_equal(pk__path_split(&h.segment, &h.from, &h.to), 1);
     check_tiling(&h.to, 1);
     for (size_t i = 1; i < h.to.count; i++)
         where[count++] = h.to.piece[i].a;
@@ -285,9 +285,9 @@ static void test_capacity(void **state)
     for (size_t capacity = 1; capacity <= UNITS + 5; capacity += capacity < UNITS - 4 ? 37 : 1) {
         holder h;
         hold(&h, "input 1; dense 300; relu; dense 1", 1, 64, 1, capacity);
-        pk_segment_begin(&h.segment, w, d, NULL, 1, &x);
-        pk_pieces_push(&h.from, 0, 0, 1);
-        int fits = pk_segment_split(&h.segment, &h.from, &h.to);
+        pk__path_begin(&h.segment, w, d, NULL, 1, &x);
+        pk__pieces_push(&h.from, 0, 0, 1);
+        int fits = pk__path_split(&h.segment, &h.from, &h.to);
         assert_int_equal(fits, capacity >= UNITS + 1);
         if (fits) {
             assert_int_equal(h.to.count, UNITS + 1);
@@ -325,27 +325,27 @@ static void test_points(void **state)
         const size_t row[POINTS] = {2, 0, 0, 1, 2, 2, 1};
         const pk_real t[POINTS] = {0, 1, 0.3, 0.25, 0.9, 1e-3, 0.5};
         if (turn % 2) { /* once more with the matrices transposed */
-            assert_true(pk_tape_transposes(&h.graph));
+            assert_true(pk__pass_transposes(&h.graph));
             transposed = FIXTURE_NEW(pk_real, 2 * P);
-            pk_tape_transpose(&h.graph, w, transposed);
-            pk_tape_transpose(&h.graph, d, transposed + P);
+            pk__pass_transpose(&h.graph, w, transposed);
+            pk__pass_transpose(&h.graph, d, transposed + P);
         }
-        pk_segment_begin(&h.segment, w, d, transposed, R, x);
+        pk__path_begin(&h.segment, w, d, transposed, R, x);
         /* In two parts with others before them, as a rule that is tried again leaves its nodes; then moved together. */
         const pk_real other = (pk_real)0.7;
-        assert_int_equal(pk_segment_append(&h.segment, 1, row, &other), 0);
-        assert_int_equal(pk_segment_append(&h.segment, 3, row, t), 1);
-        assert_int_equal(pk_segment_append(&h.segment, 1, row, &other), 4);
-        assert_int_equal(pk_segment_append(&h.segment, POINTS - 3, row + 3, t + 3), 5);
-        pk_segment_forward(&h.segment, POINTS, row, t);
+        assert_int_equal(pk__path_append(&h.segment, 1, row, &other), 0);
+        assert_int_equal(pk__path_append(&h.segment, 3, row, t), 1);
+        assert_int_equal(pk__path_append(&h.segment, 1, row, &other), 4);
+        assert_int_equal(pk__path_append(&h.segment, POINTS - 3, row + 3, t + 3), 5);
+        pk__path_forward(&h.segment, POINTS, row, t);
         assert_int_equal(h.segment.held, POINTS);
-        pk_segment_tangent(&h.segment, 0, POINTS, row, t);
-        pk_real *seed = pk_tape_seed(&h.segment.tape);
+        pk__path_tangent(&h.segment, 0, POINTS, row, t);
+        pk_real *seed = pk__pass_seed(&h.segment.tape);
         for (size_t p = 0; p < POINTS; p++)
             for (size_t k = 0; k < 2; k++)
                 for (size_t c = 0; c < C; c++)
                     seed[(p * 2 + k) * C + c] = c == k;
-        pk_segment_reverse(&h.segment, POINTS, t, 2);
+        pk__path_reverse(&h.segment, POINTS, t, 2);
         for (size_t p = 0; p < POINTS; p++) {
             pk_real *at = FIXTURE_NEW(pk_real, P), data[3];
             bf_real *f = BF_NEW(bf_real, C), *jacobian = BF_NEW(bf_real, C * P);
@@ -358,7 +358,7 @@ static void test_points(void **state)
                 bf_real along = 0;
                 for (size_t i = 0; i < P; i++)
                     along += jacobian[c * P + i] * (bf_real)d[i];
-                assert_close(pk_tape_output(&h.segment.tape)[p * C + c], (double)f[c], ROUNDING(1e-14));
+                assert_close(pk__pass_output(&h.segment.tape)[p * C + c], (double)f[c], ROUNDING(1e-14));
                 assert_close(h.segment.tape.tangent[h.graph.node_count - 1][p * C + c], (double)along,
                              ROUNDING(1e-13));
                 /* d f_c / d bias of the last layer's input: the cotangent itself. */
@@ -388,21 +388,21 @@ static void test_in_place(void **state)
     pk_real *w = fixture_normals(1, P, 0.7), *d = fixture_normals(2, P, 0.7), *x = fixture_normals(3, R * 3, 1);
     const pk_real t[R] = {0, 0.25, 0.5, 0.75, 1};
     const size_t row[R] = {0, 1, 2, 3, 4};
-    const pk_line line = {w, d, t};
-    pk_arena measure = {NULL, 0, 0, 0};
-    pk_tape apart;
+    const pk__line line = {w, d, t};
+    pk__arena measure = {NULL, 0, 0, 0};
+    pk__tape apart;
     unsigned char *memory = NULL;
-    pk_tape_take(&measure, &h.graph, R, C, 0, &apart);
+    pk__pass_take(&measure, &h.graph, R, C, 0, &apart);
     assert_ok(&h.context, pk_allocate(&h.context, measure.used, 1, "a tape", &memory));
-    pk_arena arena = {memory, measure.used, 0, 0};
-    pk_tape_take(&arena, &h.graph, R, C, 0, &apart);
-    pk_segment_begin(&h.segment, w, d, NULL, R, x);
-    pk_segment_forward(&h.segment, R, row, t);
-    pk_tape_forward(&apart, &line, R, x);
+    pk__arena arena = {memory, measure.used, 0, 0};
+    pk__pass_take(&arena, &h.graph, R, C, 0, &apart);
+    pk__path_begin(&h.segment, w, d, NULL, R, x);
+    pk__path_forward(&h.segment, R, row, t);
+    pk__pass_forward(&apart, &line, R, x);
     for (size_t i = 0; i < R * C * C; i++)
-        pk_tape_seed(&apart)[i] = pk_tape_seed(&h.segment.tape)[i] = (pk_real)(i % 3) - (pk_real)0.5;
-    pk_segment_reverse(&h.segment, R, t, C);
-    pk_tape_reverse(&apart, &line, R, C);
+        pk__pass_seed(&apart)[i] = pk__pass_seed(&h.segment.tape)[i] = (pk_real)(i % 3) - (pk_real)0.5;
+    pk__path_reverse(&h.segment, R, t, C);
+    pk__pass_reverse(&apart, &line, R, C);
     size_t shared = 0;
     for (size_t n = 1; n < h.graph.node_count; n++) {
         const pk_node *node = &h.graph.nodes[n];
@@ -432,10 +432,10 @@ static void test_not_finite(void **state)
                 "input 3; dense 5; relu; dense 5; abs; dense 5; hard_tanh; dense 5; relu; dense 2";
             random_line(network, seed, sizes[k], 2, &w, &d, &x);
             hold(&h, network, 2, 64, 1, 512);
-            pk_segment_begin(&h.segment, w, d, NULL, 2, x);
+            pk__path_begin(&h.segment, w, d, NULL, 2, x);
             for (size_t r = 0; r < 2; r++)
-                pk_pieces_push(&h.from, r, 0, 1);
-            if (pk_segment_split(&h.segment, &h.from, &h.to))
+                pk__pieces_push(&h.from, r, 0, 1);
+            if (pk__path_split(&h.segment, &h.from, &h.to))
                 check_tiling(&h.to, 2);
             free(w), free(d), free(x);
             drop(&h);

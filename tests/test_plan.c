@@ -214,41 +214,41 @@ static void test_states(void **state)
     for (size_t capacity = 1; capacity <= 5; capacity += 2)
         for (size_t stride = 1; stride <= STEPS; stride = stride < 4 ? stride + 1 : 2 * stride + 1)
             for (size_t spare = 0; spare < 6; spare++) {
-                pk_window window;
-                pk_arena arena = {NULL, 0, 0, 0};
+                pk__window window;
+                pk__arena arena = {NULL, 0, 0, 0};
                 unsigned char *memory = NULL;
-                pk_window_begin(&run, &window);
-                pk_window_take(&arena, capacity, stride, spare, 1, 0, &window);
+                pk__steps_begin(&run, &window);
+                pk__steps_take(&arena, capacity, stride, spare, 1, 0, &window);
                 assert_ok(&context, pk_allocate(&context, arena.used, 1, "windows", &memory));
-                pk_arena own = {memory, arena.used, 0, 0};
-                pk_window_take(&own, capacity, stride, spare, 1, 0, &window);
+                pk__arena own = {memory, arena.used, 0, 0};
+                pk__steps_take(&own, capacity, stride, spare, 1, 0, &window);
                 if (capacity == 1 && stride == 1 && spare == 0)
                     for (size_t s = 0; s < STEPS; s++) {
-                        assert_ok(&context, pk_window_prepare(&context, &window, s, 1));
+                        assert_ok(&context, pk__steps_prepare(&context, &window, s, 1));
                         memcpy(forward + s * P, window.preconditioner, P * sizeof *forward);
                     }
-                assert_ok(&context, pk_window_save_states(&context, &window));
+                assert_ok(&context, pk__steps_save_states(&context, &window));
                 const size_t saved = window.advanced, windows = window.windows;
                 assert_int_equal(saved, (windows - 1) / stride * stride);
                 for (int pass = 1; pass <= 2; pass++) {
                     for (size_t w = windows; w-- > 0;) {
-                        assert_ok(&context, pk_window_visit(&context, &window, w));
+                        assert_ok(&context, pk__steps_visit(&context, &window, w));
                         for (size_t j = 0; j < window.count; j++)
                             assert_memory_equal(window.preconditioner + j * window.pitch,
                                                 forward + (w * capacity + j) * P, P * sizeof *forward);
                     }
                     double again = 0;
                     for (size_t first = 0; first < windows; first += stride)
-                        again += pk_window_again(stride < windows - first ? stride : windows - first, spare);
+                        again += pk__steps_again(stride < windows - first ? stride : windows - first, spare);
                     assert_close((double)(window.advanced - saved), pass * again, 0);
                 }
                 pk_release(&context, memory);
             }
     /* Griewank and Walther's table: 3 states more than the first reach 35 windows with three repeats at most. */
-    assert_close(pk_window_again(1, 0), 0, 0);
-    assert_close(pk_window_again(10, 0), 45, 0);
-    assert_close(pk_window_again(10, 9), 9, 0);
-    assert_close(pk_window_again(35, 3), 3 * 35 - 21, 0);
+    assert_close(pk__steps_again(1, 0), 0, 0);
+    assert_close(pk__steps_again(10, 0), 45, 0);
+    assert_close(pk__steps_again(10, 9), 9, 0);
+    assert_close(pk__steps_again(35, 3), 3 * 35 - 21, 0);
     free(forward);
     pk_run_release(&context, &run);
     bf_run_free(&brute);
@@ -316,7 +316,7 @@ static void check_bits(const pk_run *run, int bounds, const char *name)
     options.step_closure = 1;
     options.bounds = bounds;
     options.engine = PK_ENGINE_INTEGRATED; /* also without an optimiser's state there is Phi to cut */
-    assert_true(pk_tangent_unit(5, run->parameters) < 4);
+    assert_true(pk__integral_unit(5, run->parameters) < 4);
     context.threads = 1;
     (void)decompose(&context, run, inputs, &options, &first);
     for (int threads = 1; threads <= 2; threads++) {

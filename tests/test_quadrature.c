@@ -48,7 +48,7 @@ static void test_gauss_nodes(void **state)
     }
     double table_x[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
         table_w[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
-    pk_gauss_table(table_x, table_w);
+    pk__gauss_table(table_x, table_w);
     for (int n = 1; n <= PK_GAUSS_NODES; n++) {
         pk_gauss_legendre(n, x, w);
         assert_memory_equal(x, table_x + n * (n - 1) / 2, (size_t)n * sizeof *x);

@@ -131,14 +131,14 @@ static void test_torch(void **state)
         assert_int_equal(P, torch_cases[i].parameters);
         for (size_t p = 0; p < P; p++)
             w[p] = 0.8 * wave(0.3, p);
-        const pk_line line = {w, NULL, NULL};
-        pk_tape_forward(&h.tape, &line, 2, torch_tokens);
+        const pk__line line = {w, NULL, NULL};
+        pk__pass_forward(&h.tape, &line, 2, torch_tokens);
         for (size_t k = 0; k < 2 * C; k++) {
-            assert_close(pk_tape_output(&h.tape)[k], torch_cases[i].outputs[k], ROUNDING(1e-13));
-            pk_tape_seed(&h.tape)[k] = wave(1.3, k);
+            assert_close(pk__pass_output(&h.tape)[k], torch_cases[i].outputs[k], ROUNDING(1e-13));
+            pk__pass_seed(&h.tape)[k] = wave(1.3, k);
         }
-        pk_tape_reverse(&h.tape, &line, 2, 1);
-        pk_tape_weight_gradient(&h.tape, 2, gradient);
+        pk__pass_reverse(&h.tape, &line, 2, 1);
+        pk__pass_weight_gradient(&h.tape, 2, gradient);
         for (size_t l = 0; l < h.graph.layers; l++) {
             const pk_node *node = pk_graph_layer(&h.graph, l);
             size_t counts[2], offset = node->weight_offset;
@@ -403,13 +403,13 @@ static void test_arguments(void **state)
         assert_refused(
             &h.context, PK_ARGUMENT, words[i],
             pk_graph_evaluate(&h.context, &h.graph, w, pk_matrix_view(x, 2, 3), pk_matrix_view(y, 2, 6)));
-        const pk_line line = {w, NULL, NULL};
-        pk_tape_forward(&h.tape, &line, 2, x);
+        const pk__line line = {w, NULL, NULL};
+        pk__pass_forward(&h.tape, &line, 2, x);
         for (size_t k = 0; k < 3; k++) {
             const size_t token = wrong[i][k] >= 0 && wrong[i][k] < 5 ? (size_t)wrong[i][k] : 0;
             memcpy(expected + 2 * k, w + 2 * token, 2 * sizeof *w);
         }
-        assert_memory_equal(pk_tape_output(&h.tape) + 6, expected, sizeof expected);
+        assert_memory_equal(pk__pass_output(&h.tape) + 6, expected, sizeof expected);
         drop(&h);
     }
 }

@@ -80,7 +80,7 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK_TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -88,7 +88,7 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
     pk_decomposition *part = job->part;
     const int64_t *items = worker->batch->items + first;
     const size_t outputs = job->outputs, level = layer < 0 ? 0 : (size_t)layer;
-    for (const pk_real *from = tile; from < tile + cells * PK_TILE_LD; from += PK_TILE_LD, cell++) {
+    for (const pk_real *from = tile; from < tile + cells * PK__TILE_LD; from += PK__TILE_LD, cell++) {
         const double sum = pk__sum(count, from);
         part->data[cell] += factor * sum;
         for (size_t k = 0; k < part->kept_count; k++) {
@@ -127,7 +127,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
     }
     for (size_t row = 0; row < worker->rows; row++)
         pk__add_cells(worker, layer, (worker->row + row) * outputs + job->first_output, job->output_count,
-                      worker->factor, first, count, tile + (row * outputs + job->first_output) * PK_TILE_LD);
+                      worker->factor, first, count, tile + (row * outputs + job->first_output) * PK__TILE_LD);
 }
 
 /* Weights of a layer that Phi keeps apart from its matrix. */
@@ -182,19 +182,17 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
 /* The tile of a row, all outputs, with block number `block` of the examples. */
 static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
-    return worker->tile + block * worker->job->outputs * PK_TILE_LD;
+    return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
-
-PK__COLD_BEGIN
 
 /* The row's tiles += < e, g_b > of a part. */
 static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
     const size_t examples = worker->job->window.batches[j].count;
-    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK)
-        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, e, first,
-                                pk__min(PK_EXAMPLE_BLOCK, examples - first),
-                                pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + part->first * PK_TILE_LD);
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK)
+        pk__integral_contract_row(&worker->tangent, part->layer, part->count, e, first,
+                                  pk__min(PK__EXAMPLE_BLOCK, examples - first),
+                                  pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
 }
 
 /* |factor| < error, |g_b| > of a part added to the bounds. */
@@ -204,15 +202,15 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     const size_t cell = (worker->row + part->row) * job->outputs + part->first;
     const pk_batch *batch = &job->window.batches[j];
     worker->tangent.examples = &job->window.magnitudes[j];
-    for (size_t first = 0; first < batch->count; first += PK_EXAMPLE_BLOCK) {
-        const size_t count = pk__min(PK_EXAMPLE_BLOCK, batch->count - first);
+    for (size_t first = 0; first < batch->count; first += PK__EXAMPLE_BLOCK) {
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, batch->count - first);
         pk__clear_tile(part->count, count, worker->bound_tile);
-        pk_tangent_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
-                                worker->bound_tile);
+        pk__integral_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
+                                  worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
             for (size_t b = 0; b < count; b++)
                 job->part->bounds[(cell + k) * job->part->examples + (size_t)batch->items[first + b]] +=
-                    fabs(worker->factor) * (double)worker->bound_tile[k * PK_TILE_LD + b];
+                    fabs(worker->factor) * (double)worker->bound_tile[k * PK__TILE_LD + b];
     }
     worker->tangent.examples = &job->window.examples[j];
 }
@@ -222,7 +220,7 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
 static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j, double carry)
 {
     pk__job *job = worker->job;
-    pk_window *window = &job->window;
+    pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j];
     const size_t P = job->graph->parameters, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
@@ -237,7 +235,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
     if (!job->reverse || job->part->bounds) {
-        pk_tangent_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
+        pk__integral_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
         phi.matrices = worker->phi;
         phi.biases = worker->phi + part->count * part->matrix;
     } else if (worker->tangent.phi[part->layer])
@@ -261,7 +259,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         return;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
-    pk_tangent_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
+    pk__integral_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
         if (window->preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
@@ -306,9 +304,9 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
     const pk__job *job = worker->job;
     const size_t examples = job->window.batches[j].count, first_output = job->first_output;
     const double start = pk__seconds();
-    for (size_t first = 0; first < examples; first += PK_EXAMPLE_BLOCK) {
-        pk_real *tile = pk__row_tile(worker, first / PK_EXAMPLE_BLOCK) + first_output * PK_TILE_LD;
-        const size_t count = pk__min(PK_EXAMPLE_BLOCK, examples - first);
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
         pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
                       factor, first, count, tile);
         pk__clear_tile(job->output_count, count, tile);
@@ -320,7 +318,7 @@ static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, dou
 static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
 {
     const pk__job *job = worker->job;
-    const pk_tangent *tangent = &worker->tangent;
+    const pk__integral *tangent = &worker->tangent;
     const pk_linear_form *form = &job->window.forms[j];
     const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
     size_t layers = 0;
@@ -345,7 +343,7 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__job *job = worker->job;
     pk_decomposition *part = job->part;
     const pk_linear_form *form = &job->window.forms[j];
-    const pk_real *ends = pk_integrator_ends(&worker->tangent.integrator);
+    const pk_real *ends = pk__integrator_ends(&worker->tangent.integrator);
     double linear = form->decoupled;
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
@@ -377,7 +375,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
 {
     pk__job *job = worker->job;
     pk__block_state *block = &job->blocks[number];
-    pk_tangent *tangent = &worker->tangent;
+    pk__integral *tangent = &worker->tangent;
     const size_t P = job->graph->parameters;
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
@@ -407,11 +405,11 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->directions[0] = job->window.direction + j * P;
         tangent->directions[1] = job->window.remainder + j * P;
         tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
-        pk_tangent_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
-                        job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
-                        job->part->first_row + worker->row, worker->rows,
-                        job->rows + worker->row * job->graph->input_width,
-                        job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
+        pk__integral_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
+                          job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
+                          job->part->first_row + worker->row, worker->rows,
+                          job->rows + worker->row * job->graph->input_width,
+                          job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
         pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
@@ -432,13 +430,13 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
 static void pk__fill_gram(pk__job *job)
 {
     const size_t in = job->graph->input_width, N = job->run->examples;
-    const size_t blocks = pk__blocks(N, PK_EXAMPLE_BLOCK);
+    const size_t blocks = pk__blocks(N, PK__EXAMPLE_BLOCK);
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk__worker *worker = &job->workers[pk__thread()];
-        size_t first = b * PK_EXAMPLE_BLOCK, count = pk__min(PK_EXAMPLE_BLOCK, N - first);
-        int64_t items[PK_EXAMPLE_BLOCK];
+        size_t first = b * PK__EXAMPLE_BLOCK, count = pk__min(PK__EXAMPLE_BLOCK, N - first);
+        int64_t items[PK__EXAMPLE_BLOCK];
         for (size_t i = 0; i < count; i++)
             items[i] = (int64_t)(first + i);
         pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
@@ -458,17 +456,17 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
-    const pk_line line = {job->window.weights, NULL, NULL};
+    const pk__line line = {job->window.weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
-        pk_integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
-        pk_tape *tape = &integrator->segment.tape;
+        pk__integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
+        pk__tape *tape = &integrator->segment.tape;
         size_t first = b * job->block, count = pk__min(job->block, rows - first);
-        pk_tape_forward(tape, &line, count, job->rows + first * graph->input_width);
+        pk__pass_forward(tape, &line, count, job->rows + first * graph->input_width);
         for (size_t r = 0; r < count; r++) {
-            pk_readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
-                             pk_tape_output(tape) + r * classes, integrator->h, integrator->slope);
+            pk__readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
+                              pk__pass_output(tape) + r * classes, integrator->h, integrator->slope);
             for (size_t k = 0; k < outputs; k++)
                 h[(first + r) * outputs + k] = integrator->h[k];
         }
@@ -600,9 +598,9 @@ static void pk__begin_rows(pk__job *job)
 {
     const pk_decomposition *part = job->part;
     for (size_t row = 0; row < part->rows; row++) {
-        pk_row_state *state = &job->row_state[row];
+        pk__row_state *state = &job->row_state[row];
         memset(state, 0, sizeof *state);
-        state->order.nodes = PK_FIRST_NODES;
+        state->order.nodes = PK__FIRST_NODES;
         for (size_t i = row * part->outputs; i < (row + 1) * part->outputs; i++) {
             const double change = part->final[i] - part->initial[i];
             state->height = pk__largest(1, &part->initial[i], state->height);
@@ -658,7 +656,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (status)
             return status;
-        status = pk_window_visit(job->context, &job->window, w);
+        status = pk__steps_visit(job->context, &job->window, w);
         if (status)
             return status;
         pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
@@ -821,7 +819,7 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     const size_t rows = whole->rows;
     double start = pk__seconds();
     pk_status status =
-        job->window.stride && job->run->steps ? pk_window_save_states(job->context, &job->window) : PK_OK;
+        job->window.stride && job->run->steps ? pk__steps_save_states(job->context, &job->window) : PK_OK;
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
         size_t count = pk__min(job->plan.rows, rows - first);
         pk_decomposition part;
@@ -908,13 +906,13 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
         return status;
     if (!callback)
         status = pk__allocate_results(context, options, whole);
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     if (!status) {
         pk__job_layout(job, &arena);
         status = pk_allocate(context, 1, arena.used, "the decomposition's work", &job->memory);
     }
     if (!status) {
-        pk_arena own = {job->memory, arena.used, 0, 0};
+        pk__arena own = {job->memory, arena.used, 0, 0};
         pk__job_layout(job, &own);
         status = pk__run_passes(job, whole, callback, user);
     }
@@ -979,8 +977,6 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
         *plan = job.plan;
     return status;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

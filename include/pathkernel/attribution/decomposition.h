@@ -114,9 +114,7 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
-
-PK__COLD_BEGIN
+PK__BEGIN_COLD_CODE
 
 PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices)
 {
@@ -257,8 +255,6 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
     pk__name_tensors(part);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -44,22 +44,22 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- the job --------------------------------------------------------------------------------------- */
 
 /* One thread's memory. */
 typedef struct pk__worker {
     struct pk__job *job;
-    pk_tangent tangent;
+    pk__integral tangent;
     pk_real *phi,
         *effective;      /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;       /* of one row: blocks of examples x outputs x PK_TILE_LD; zero between rows */
-    pk_real *bound_tile; /* with bounds: outputs x PK_TILE_LD */
+    pk_real *tile;       /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
+    pk_real *bound_tile; /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
-    const pk_examples *batch;
+    const pk__examples *batch;
     double factor;
     double seconds_test;
 } pk__worker;
@@ -81,7 +81,7 @@ typedef struct pk__job {
     size_t outputs, block, unit;
     int reverse, decays;
     int direct; /* E has a part of its own beside R */
-    pk_window window;
+    pk__window window;
     pk_matrix inputs;
     const pk_array *input_array; /* in place of their data, or NULL */
     double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
@@ -96,15 +96,13 @@ typedef struct pk__job {
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     pk__block_state *blocks;
-    pk_row_state *row_state; /* plan.rows */
-    double *variation;       /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
+    pk__row_state *row_state; /* plan.rows */
+    double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
     double next_carry;                 /* carry of the step after the window */
     size_t first_output, output_count; /* of the pass */
     pk_decomposition *part;
 } pk__job;
-
-PK__COLD_BEGIN
 
 /* A layer's outputs come in parts of a unit that stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
@@ -113,20 +111,20 @@ PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 }
 
 /* Kinds of things in memory, in the order in which they are used. Measures and takes. */
-PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
+PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
 {
     const pk_graph *graph = job->graph;
     const size_t real = sizeof(pk_real), threads = job->plan.threads, rows = job->plan.rows;
     size_t largest = 0;
-    pk_window_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
+    pk__steps_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
-    job->rows = pk_arena_take(arena, rows, graph->input_width * real);
+    job->rows = pk__arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
-    job->gram = pk_arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
+    job->gram = pk__arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
     job->reverse_state = NULL;
     if (job->reverse) {
         size_t per_row = 0, numbers = 0;
-        job->state_at = pk_arena_take(arena, graph->layers + 1, sizeof *job->state_at);
+        job->state_at = pk__arena_take(arena, graph->layers + 1, sizeof *job->state_at);
         for (size_t l = 0; l <= graph->layers; l++) {
             if (job->state_at)
                 job->state_at[l] = numbers;
@@ -136,15 +134,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         if (!pk__multiply(job->plan.outputs, numbers, &per_row) || per_row > SIZE_MAX / real / 2)
             arena->overflow = 1;
         else
-            job->reverse_state = pk_arena_take(arena, rows, per_row * real);
+            job->reverse_state = pk__arena_take(arena, rows, per_row * real);
         job->reverse_error = NULL;
         if (!arena->overflow && job->options->bounds)
-            job->reverse_error = pk_arena_take(arena, rows, per_row * real);
+            job->reverse_error = pk__arena_take(arena, rows, per_row * real);
     }
-    job->blocks = pk_arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
-    job->row_state = pk_arena_take(arena, rows, sizeof *job->row_state);
-    job->variation = pk_arena_take(arena, rows, job->outputs * sizeof *job->variation);
-    job->workers = pk_arena_take(arena, threads, sizeof *job->workers);
+    job->blocks = pk__arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
+    job->row_state = pk__arena_take(arena, rows, sizeof *job->row_state);
+    job->variation = pk__arena_take(arena, rows, job->outputs * sizeof *job->variation);
+    job->workers = pk__arena_take(arena, threads, sizeof *job->workers);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         largest = pk__max(largest, pk__part_outputs(node, job->unit) * node->weight_count);
@@ -153,19 +151,19 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk_arena *arena)
         pk__worker measured, *worker = job->workers ? &job->workers[w] : &measured;
         memset(worker, 0, sizeof *worker);
         worker->job = job;
-        pk_tangent_take(arena, graph, &job->options->readout, job->block,
-                        job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
-                        job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
-        worker->phi = pk_arena_take(arena, largest, real);
-        worker->effective =
-            pk_arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
-        const size_t blocks = pk__blocks(job->window.largest_batch, PK_EXAMPLE_BLOCK), tile = PK_TILE_LD * real;
-        worker->tile = pk_arena_take(arena, blocks * job->outputs, tile);
+        pk__integral_take(arena, graph, &job->options->readout, job->block,
+                          job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
+                          job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
+        worker->phi = pk__arena_take(arena, largest, real);
+        worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
+        const size_t blocks = pk__blocks(job->window.largest_batch, PK__EXAMPLE_BLOCK),
+                     tile = PK__TILE_LD * real;
+        worker->tile = pk__arena_take(arena, blocks * job->outputs, tile);
         if (worker->tile)
             memset(worker->tile, 0, blocks * job->outputs * tile);
-        worker->bound_tile = pk_arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
+        worker->bound_tile = pk__arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
-            pk_arena_take(arena, job->reverse ? 0 : PK_EXAMPLE_BLOCK, graph->input_width * real);
+            pk__arena_take(arena, job->reverse ? 0 : PK__EXAMPLE_BLOCK, graph->input_width * real);
         worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
         worker->tangent.integrator.gauss_weights = job->gauss_weights;
         worker->tangent.integrator.quadrature = job->quadrature;
@@ -187,7 +185,7 @@ PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decomp
 /* Bytes that a plan needs with row_bytes of results per row, of all rows or of those of a pass; SIZE_MAX: overflow. */
 static size_t pk__plan_bytes(pk__job *job, const pk_plan *plan, size_t rows, size_t row_bytes, int by_pass)
 {
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     size_t results = 0;
     job->plan = *plan;
     pk__job_layout(job, &arena);
@@ -203,7 +201,7 @@ static const double pk__update_seconds =
     14e-9; /* a parameter and step: D_s, the update again, its linear form */
 static const double pk__advance_seconds = 2e-9; /* the same where only the optimiser's state is wanted */
 static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
-static const double pk__points = 5;             /* quadrature nodes per row and step, about */
+static const double pk__usual_points = 5;       /* quadrature nodes per row and step, about */
 
 /* How much longer a number of equal tasks takes than if they were spread evenly over the threads. */
 static double pk__idle(size_t tasks, size_t threads)
@@ -230,7 +228,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     if (plan->stride && job->window.state_vectors && windows) {
         const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
         again =
-            ((double)kept * pk_window_again(plan->stride, plan->spare) + pk_window_again(last, plan->spare)) /
+            ((double)kept * pk__steps_again(plan->stride, plan->spare) + pk__steps_again(last, plan->spare)) /
             (double)windows;
         saved = (double)(kept * plan->stride) / (double)windows;
     }
@@ -246,10 +244,10 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     plan->gradient_flops = plan->sweeps * 6 * P * items;
     plan->contraction_flops =
         job->reverse ? 2 * P * outputs * items * all_rows * factor
-                     : (double)slices * 2 * outputs * widths * items * all_rows * pk__points * factor;
+                     : (double)slices * 2 * outputs * widths * items * all_rows * pk__usual_points * factor;
     plan->seconds_examples = visit / threads;
     plan->seconds_again = ((passes - 1) * visit + (saved + passes * again) * advance) / threads;
-    plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__points) * pk__flop_seconds;
+    plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__usual_points) * pk__flop_seconds;
     if (job->reverse)
         plan->seconds_test += all_rows * steps * P * outputs * pk__state_seconds * factor;
     plan->seconds_test *= idle / threads;
@@ -414,8 +412,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->tolerance = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
-    pk_gauss_table(job->gauss_nodes, job->gauss_weights);
-    pk_window_begin(run, &job->window);
+    pk__gauss_table(job->gauss_nodes, job->gauss_weights);
+    pk__steps_begin(run, &job->window);
     job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
@@ -427,10 +425,10 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
     job->direct = job->reverse && form.direct != 0;
-    job->unit = pk_tangent_unit(job->outputs, run->graph.parameters);
+    job->unit = pk__integral_unit(job->outputs, run->graph.parameters);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
-        pk__min(pk_tangent_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
+        pk__min(pk__integral_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block = pk__max(
@@ -438,8 +436,6 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -12,15 +12,20 @@
 #include "../run/revisit.h"
 
 /* >>> declarations */
-PK__BEGIN_C
+/* <<< declarations */
+#endif
 
-typedef struct pk_window {
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_STEPS_INTERNALS_KNOWN)
+#define PATHKERNEL_STEPS_INTERNALS_KNOWN
+/* >>> internals */
+typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
     int preconditioned; /* the optimiser scales each parameter on its own */
-    /* The caller's, after pk_window_begin: */
-    pk_representation representation;
+    /* The caller's, after pk__steps_begin: */
+    pk__representation representation;
     /* Of the plan: */
     size_t capacity, windows, threads, lanes;
     size_t stride, spare;
@@ -29,7 +34,7 @@ typedef struct pk_window {
     size_t first, count;
     pk_real *weights;    /* (count + 1) x P */
     pk_real *direction;  /* count x P: D_s */
-    pk_real *transposed; /* count x 2 x P: pk_tape_transpose of weights and direction, or NULL */
+    pk_real *transposed; /* count x 2 x P: pk__pass_transpose of weights and direction, or NULL */
     pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
     size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
@@ -37,7 +42,7 @@ typedef struct pk_window {
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     pk_linear_form *forms;
     pk_batch *batches;
-    pk_examples *examples, *magnitudes; /* magnitudes: see pk_examples_magnitude, or NULL */
+    pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
     /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
@@ -47,34 +52,32 @@ typedef struct pk_window {
     size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
     size_t *spare_at;            /* the windows that the spare states stand before, ascending */
     size_t spare_used, advanced; /* windows gone through only for the state */
-    pk_example_workspace *workspaces;
+    pk__example_workspace *workspaces;
     double *seconds; /* a thread's on examples */
     double seconds_read;
     pk_replay replay; /* of runs that keep only every k-th step */
-} pk_window;
+} pk__window;
 
 /* What of a run matters here: reads the batches' sizes. */
-PK_API void pk_window_begin(const pk_run *run, pk_window *window);
+PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window);
 /* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
  * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
  * what bounds need. */
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
-                           int bounds, pk_window *window);
+PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                                 int bounds, pk__window *window);
 /* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
  * state before the first and room for spare more. */
-PK_API double pk_window_again(size_t windows, size_t spare);
+PK__INTERNAL double pk__steps_again(size_t windows, size_t spare);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
-PK_API PK__MUST_USE pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first,
-                                                size_t count);
+PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first,
+                                                      size_t count);
 /* Goes through the run once and keeps the states. */
-PK_API PK__MUST_USE pk_status pk_window_save_states(pk_context *context, pk_window *window);
-/* Prepares window number index (after pk_window_save_states where the optimiser has a state): going on from the nearest
- * state that was kept. Cheap for the window before the one that was visited last, see pk_window_again. */
-PK_API PK__MUST_USE pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, pk__window *window);
+/* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
+ * state that was kept. Cheap for the window before the one that was visited last, see pk__steps_again. */
+PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_STEPS_IMPLEMENTED)
@@ -90,9 +93,7 @@ enum { PK__STATE_PART = 4096 };
 /* Numbers that are read or updated, at least, where several threads share that. */
 enum { PK__WINDOW_WORTH = 1 << 18 };
 
-PK__COLD_BEGIN
-
-PK_API void pk_window_begin(const pk_run *run, pk_window *window)
+PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
 {
     memset(window, 0, sizeof *window);
     window->run = run;
@@ -102,7 +103,7 @@ PK_API void pk_window_begin(const pk_run *run, pk_window *window)
         pk_run_batch(run, s, &batch);
         window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
-    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK_EXAMPLE_BLOCK)));
+    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
     window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
@@ -128,7 +129,7 @@ static double pk__repeats(double windows, double states)
     return again;
 }
 
-PK_API double pk_window_again(size_t windows, size_t spare)
+PK__INTERNAL double pk__steps_again(size_t windows, size_t spare)
 {
     const double count = (double)windows, states = (double)spare + 1;
     if (!spare) /* the formula below, at once */
@@ -145,13 +146,13 @@ static size_t pk__next_state(size_t windows, size_t states)
     return (size_t)floor((most < left ? most : left) + 0.5);
 }
 
-static size_t pk__states_kept(const pk_window *window)
+static size_t pk__states_kept(const pk__window *window)
 {
     return window->stride ? (window->windows - 1) / window->stride : 0; /* that of window 0 is zero */
 }
 
-PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
-                           int bounds, pk_window *window)
+PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
+                                 int bounds, pk__window *window)
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
@@ -166,49 +167,47 @@ PK_API void pk_window_take(pk_arena *arena, size_t capacity, size_t stride, size
     window->spare = window->stride ? spare : 0;
     window->spare_used = window->advanced = 0;
     window->bounds = bounds;
-    window->weights = pk_arena_take(arena, capacity + 1, P * real);
-    window->direction = pk_arena_take(arena, all, real);
-    window->transposed = pk_tape_transposes(graph) ? pk_arena_take(arena, all, 2 * real) : NULL;
-    window->remainder = pk_arena_take(arena, all, real);
-    window->preconditioner = window->preconditioned ? pk_arena_take(arena, all, real) : NULL;
+    window->weights = pk__arena_take(arena, capacity + 1, P * real);
+    window->direction = pk__arena_take(arena, all, real);
+    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, all, 2 * real) : NULL;
+    window->remainder = pk__arena_take(arena, all, real);
+    window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
     window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
-    window->preconditioner_error = window->states == 3 ? pk_arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? pk_arena_take(arena, 3 * P, real) : NULL;
-    window->perturbed_weights = pk_arena_take(arena, bounds ? all : 0, real);
-    window->gradient = pk_arena_take(arena, all, window->lanes * real);
+    window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
+    window->perturbed = window->states == 3 ? pk__arena_take(arena, 3 * P, real) : NULL;
+    window->perturbed_weights = pk__arena_take(arena, bounds ? all : 0, real);
+    window->gradient = pk__arena_take(arena, all, window->lanes * real);
     const size_t states = window->states * window->state_vectors;
-    window->state = pk_arena_take(arena, states, P * real);
-    window->saved = pk_arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
-    window->spare_at = pk_arena_take(arena, window->spare, sizeof *window->spare_at);
-    window->update = pk_arena_take(arena, threads, PK__STATE_PART * real);
-    window->forms = pk_arena_take(arena, capacity, sizeof *window->forms);
-    window->batches = pk_arena_take(arena, capacity, sizeof *window->batches);
-    window->examples = pk_arena_take(arena, capacity, sizeof(pk_examples));
-    window->magnitudes = bounds ? pk_arena_take(arena, capacity, sizeof(pk_examples)) : NULL;
+    window->state = pk__arena_take(arena, states, P * real);
+    window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
+    window->spare_at = pk__arena_take(arena, window->spare, sizeof *window->spare_at);
+    window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
+    window->forms = pk__arena_take(arena, capacity, sizeof *window->forms);
+    window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
+    window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
+    window->magnitudes = bounds ? pk__arena_take(arena, capacity, sizeof(pk__examples)) : NULL;
     for (size_t j = 0; j < capacity && !arena->overflow; j++) {
-        pk_examples measured;
-        pk_examples_take(arena, graph, window->largest_batch, &window->representation,
-                         window->examples ? &window->examples[j] : &measured);
+        pk__examples measured;
+        pk__examples_take(arena, graph, window->largest_batch, &window->representation,
+                          window->examples ? &window->examples[j] : &measured);
         if (bounds)
-            pk_examples_take(arena, graph, window->largest_batch, &window->representation,
-                             window->magnitudes ? &window->magnitudes[j] : &measured);
+            pk__examples_take(arena, graph, window->largest_batch, &window->representation,
+                              window->magnitudes ? &window->magnitudes[j] : &measured);
     }
-    window->workspaces = pk_arena_take(arena, threads, sizeof *window->workspaces);
-    window->seconds = pk_arena_take(arena, threads, sizeof *window->seconds);
-    pk_replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
+    window->workspaces = pk__arena_take(arena, threads, sizeof *window->workspaces);
+    window->seconds = pk__arena_take(arena, threads, sizeof *window->seconds);
+    pk__replay_take(arena, window->run, window->largest_batch, (int)threads, capacity, &window->replay);
     for (size_t w = 0; w < threads && !arena->overflow; w++) {
-        pk_example_workspace measured;
-        pk_example_workspace_take(arena, graph, pk__max(1, pk__min(window->largest_batch, PK_EXAMPLE_BLOCK)),
-                                  window->workspaces ? &window->workspaces[w] : &measured);
+        pk__example_workspace measured;
+        pk__example_workspace_take(arena, graph, pk__max(1, pk__min(window->largest_batch, PK__EXAMPLE_BLOCK)),
+                                   window->workspaces ? &window->workspaces[w] : &measured);
         if (window->seconds)
             window->seconds[w] = 0;
     }
 }
 
-PK__COLD_END
-
-static pk_status pk__load_window(pk_context *context, pk_window *window, int advance)
+static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
     const size_t P = window->parameters;
     for (size_t j = 0; j < window->count + !advance; j++) {
@@ -227,24 +226,22 @@ static pk_status pk__load_window(pk_context *context, pk_window *window, int adv
             window->direction[j * P + i] = from[P + i] - from[i];
         if (!advance && window->transposed) {
             pk_real *to = window->transposed + j * 2 * P;
-            pk_tape_transpose(&window->run->graph, from, to);
-            pk_tape_transpose(&window->run->graph, window->direction + j * P, to + P);
+            pk__pass_transpose(&window->run->graph, from, to);
+            pk__pass_transpose(&window->run->graph, window->direction + j * P, to + P);
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
-        pk_examples_begin(&window->examples[j], &window->batches[j]);
+        pk__examples_begin(&window->examples[j], &window->batches[j]);
         if (window->magnitudes) {
-            pk_examples_begin(&window->magnitudes[j], &window->batches[j]);
-            pk_examples_perturb(P, from, window->perturbed_weights + j * P);
+            pk__examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk__examples_perturb(P, from, window->perturbed_weights + j * P);
         }
     }
     pk__team_end(&team);
     return PK_OK;
 }
 
-PK__COLD_BEGIN
-
 /* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
-static void pk__fill_window(pk_context *context, pk_window *window)
+static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, lanes = window->lanes;
@@ -255,17 +252,18 @@ static void pk__fill_window(pk_context *context, pk_window *window)
     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
         const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
         double start = pk__seconds();
-        size_t blocks = pk__blocks(window->batches[j].count, PK_EXAMPLE_BLOCK),
+        size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
                each = pk__blocks(blocks, lanes);
         pk_real *gradient = window->gradient + task * P;
         memset(gradient, 0, P * sizeof *gradient);
         for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
-            pk_examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P, &run->train,
-                             &window->batches[j], b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], gradient);
+            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P,
+                              &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
+                              &window->workspaces[thread], gradient);
             if (window->magnitudes)
-                pk_examples_fill(&window->magnitudes[j], &run->graph, run->loss,
-                                 window->perturbed_weights + j * P, &run->train, &window->batches[j],
-                                 b * PK_EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
+                pk__examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                                  window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                  b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
         window->seconds[thread] += pk__seconds() - start;
     }
@@ -275,20 +273,18 @@ static void pk__fill_window(pk_context *context, pk_window *window)
     team = pk__team_of(context, threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
-        pk_examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+        pk__examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
     pk__team_end(&team);
 }
 
-static int pk__has_moments(const pk_window *window)
+static int pk__has_moments(const pk__window *window)
 {
     return window->preconditioned && window->run->second_moments.data;
 }
 
-PK__COLD_END
-
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
  * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
-static pk_status pk__read_moments(pk_context *context, pk_window *window, size_t j)
+static pk_status pk__read_moments(pk_context *context, pk__window *window, size_t j)
 {
     const size_t P = window->parameters, step = window->first + j;
     pk_real *moments = window->preconditioner + j * window->pitch;
@@ -313,7 +309,7 @@ static void pk__update_from_form(const pk_linear_form *form, double scale, size_
 
 /* The updates of the window's steps recomputed from their gradients, of count parameters from first on: u_s, and the
  * optimiser's linear form; or only its state. */
-static void pk__recompute_updates(pk_window *window, size_t first, size_t count, int advance, pk_real *update)
+static void pk__recompute_updates(pk__window *window, size_t first, size_t count, int advance, pk_real *update)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters;
@@ -344,22 +340,20 @@ static void pk__recompute_updates(pk_window *window, size_t first, size_t count,
     }
 }
 
-PK__COLD_BEGIN
-
 /* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
  * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
  * falls with the gradients' size, and the larger difference to their p is the error. */
-static void pk__perturb_update(pk_window *window, size_t j, int advance)
+static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
     const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
-    double allowance = pk_rounding_allowance(&run->graph);
+    double allowance = pk__rounding_allowance(&run->graph);
     pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
     memset(sizes, 0, P * sizeof *sizes);
-    pk_examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
         for (size_t i = 0; i < P; i++) {
@@ -382,7 +376,7 @@ static void pk__perturb_update(pk_window *window, size_t j, int advance)
     }
 }
 
-static pk_status pk__prepare_window(pk_context *context, pk_window *window, size_t first, size_t count,
+static pk_status pk__prepare_window(pk_context *context, pk__window *window, size_t first, size_t count,
                                     int advance)
 {
     const size_t P = window->parameters, parts = pk__blocks(P, PK__STATE_PART);
@@ -407,9 +401,8 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
     PK__PARALLEL(team)
     for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
-        pk__recompute_updates(window, part * PK__STATE_PART,
-                              pk__min(PK__STATE_PART, P - part * PK__STATE_PART), advance,
-                              window->update + (size_t)pk__thread() * PK__STATE_PART);
+        pk__recompute_updates(window, part * PK__STATE_PART, pk__min(PK__STATE_PART, P - part * PK__STATE_PART),
+                              advance, window->update + (size_t)pk__thread() * PK__STATE_PART);
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
@@ -417,21 +410,20 @@ static pk_status pk__prepare_window(pk_context *context, pk_window *window, size
     return PK_OK;
 }
 
-PK_API pk_status pk_window_prepare(pk_context *context, pk_window *window, size_t first, size_t count)
+PK__INTERNAL pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first, size_t count)
 {
     return pk__prepare_window(context, window, first, count, 0);
 }
 
 /* From the state before window number index to the one behind it. */
-static pk_status pk__advance_window(pk_context *context, pk_window *window, size_t index)
+static pk_status pk__advance_window(pk_context *context, pk__window *window, size_t index)
 {
     const size_t first = index * window->capacity;
     window->advanced++;
-    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
-                              1);
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 1);
 }
 
-PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
+PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *window)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t last = pk__states_kept(window) * window->stride;
@@ -450,7 +442,7 @@ PK_API pk_status pk_window_save_states(pk_context *context, pk_window *window)
 }
 
 /* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
-static pk_status pk__find_state(pk_context *context, pk_window *window, size_t index)
+static pk_status pk__find_state(pk_context *context, pk__window *window, size_t index)
 {
     const size_t numbers = window->states * window->state_vectors * window->parameters;
     const size_t kept = index / window->stride;
@@ -485,17 +477,14 @@ static pk_status pk__find_state(pk_context *context, pk_window *window, size_t i
     return PK_OK;
 }
 
-PK_API pk_status pk_window_visit(pk_context *context, pk_window *window, size_t index)
+PK__INTERNAL pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index)
 {
     pk_status status = window->stride ? pk__find_state(context, window, index) : PK_OK;
     const size_t first = index * window->capacity;
     if (status)
         return status;
-    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
-                              0);
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 0);
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

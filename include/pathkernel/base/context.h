@@ -76,19 +76,25 @@ PK_API PK__MUST_USE pk_status pk_allocate(pk_context *context, size_t count, siz
 /* Gives back what pk_allocate gave, through the same context; NULL is allowed. */
 PK_API void pk_release(pk_context *context, void *pointer);
 
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_CONTEXT_INTERNALS_KNOWN)
+#define PATHKERNEL_CONTEXT_INTERNALS_KNOWN
+/* >>> internals */
 /* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes:
  * run the same code twice, once to measure and once to take. */
-typedef struct pk_arena {
+typedef struct pk__arena {
     unsigned char *base;
     size_t capacity, used; /* bytes */
     int overflow;          /* a size did not fit into size_t or into the capacity */
-} pk_arena;
+} pk__arena;
 
 /* count * size bytes (not zeroed), or NULL when measuring, when count * size == 0 or on overflow. */
-PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_CONTEXT_IMPLEMENTED)
@@ -110,20 +116,18 @@ PK__END_C
 #if defined(__GLIBC__) && !defined(__USE_XOPEN2K8)
 #error "pathkernel's implementation needs POSIX: compile it with -std=gnu11 or -D_POSIX_C_SOURCE=200809L"
 #endif
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
 
 /* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
-PK__PRIVATE int pk__finite(double value)
+PK__INLINE int pk__finite(double value)
 {
     uint64_t bits, exponent = (uint64_t)0x7ff << 52;
     memcpy(&bits, &value, sizeof bits);
     return (bits & exponent) != exponent;
 }
-
-PK__COLD_BEGIN
 
 PK__PRIVATE int pk__thread(void)
 {
@@ -264,8 +268,6 @@ PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
     return 1;
 }
 
-PK__COLD_END
-
 /* 1 and *product = a * b, or 0 on overflow. */
 PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
 {
@@ -281,7 +283,7 @@ PK__INLINE size_t pk__min(size_t a, size_t b)
     return a < b ? a : b;
 }
 
-PK__PRIVATE size_t pk__max(size_t a, size_t b)
+PK__INLINE size_t pk__max(size_t a, size_t b)
 {
     return a > b ? a : b;
 }
@@ -298,8 +300,6 @@ PK__PRIVATE double pk__seconds(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
-
-PK__COLD_BEGIN
 
 PK__PRIVATE pk_status pk__progress(pk_context *context, const char *phase, double fraction)
 {
@@ -395,7 +395,7 @@ PK_API void pk_release(pk_context *context, void *pointer)
     free(header.block);
 }
 
-PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
+PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size)
 {
     size_t bytes = 0;
     if (!pk__multiply(count, size, &bytes) || bytes > SIZE_MAX / 2 || arena->used > SIZE_MAX / 2 - bytes - 64) {
@@ -412,8 +412,6 @@ PK_API void *pk_arena_take(pk_arena *arena, size_t count, size_t size)
     return arena->base && bytes ? arena->base + start : NULL;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

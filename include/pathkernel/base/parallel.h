@@ -31,7 +31,7 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 #ifdef _OPENMP
 #define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
@@ -73,8 +73,6 @@ typedef struct pk__team {
     int started;         /* threads of the region */
     double begin, work;  /* its time; processor seconds of all threads */
 } pk__team;
-
-PK__COLD_BEGIN
 
 #ifdef _OPENMP
 static double pk__processor_seconds(void)
@@ -176,8 +174,6 @@ PK__PRIVATE void pk__team_end(pk__team *team)
 #endif
 }
 
-PK__COLD_END
-
 PK__PRIVATE size_t pk__next_task(pk__team *team)
 {
     size_t task;
@@ -207,6 +203,6 @@ PK__PRIVATE size_t pk__first_task(pk__team *team)
     return pk__next_task(team);
 }
 
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -47,9 +47,9 @@
 /* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
  * wants no or small code, that is what they are, too. Those of tile.h and elementary.h are as the caller asks.
  * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
- * COLD: inside of that, what runs once a call, a step, a layer or a row, not once a number: texts, files, checks, plans,
- * loops of calls. They are two thirds of the code. As with -Og, without those of its passes that cost more time than they
- * save in code; copies are propagated, for without that the fortified functions of glibc do not compile. */
+ * COLD: modules that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops of
+ * calls. As with -Og, without those of its passes that cost more time than they save in code; copies are propagated, for
+ * without that the fortified functions of glibc do not compile. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
 #define PK__WITH(options) PK__PRAGMA(GCC optimize(options))
 #define PK__WARM_BEGIN                                                                                       \
@@ -83,13 +83,21 @@
 #endif
 #define PK__BEGIN_CODE PK__WARM_BEGIN
 #define PK__END_CODE PK__WARM_END
+#define PK__BEGIN_COLD_CODE PK__WARM_BEGIN PK__COLD_BEGIN
+#define PK__END_COLD_CODE PK__COLD_END PK__WARM_END
 
 #ifdef PATHKERNEL_STATIC
 #define PK_API static PK__UNUSED
 #else
 #define PK_API
 #endif
-/* Shared between modules, invisible to users. */
+/* Shared between modules, invisible to users; INTERNAL: what the library's own tests and benchmarks call, too, which define
+ * PATHKERNEL_INTERNALS where they include it and where it is implemented. */
+#ifdef PATHKERNEL_INTERNALS
+#define PK__INTERNAL
+#else
+#define PK__INTERNAL static PK__UNUSED
+#endif
 #define PK__PRIVATE static PK__UNUSED
 
 PK__BEGIN_C
@@ -129,7 +137,8 @@ PK__END_C
 #define PATHKERNEL_STATUS_IMPLEMENTED
 /* >>> implementation */
 #ifdef __cplusplus
-#error "pathkernel's implementation is C11: define PATHKERNEL_IMPLEMENTATION in a C file. C++ includes the declarations."
+#error \
+    "pathkernel's implementation is C11: define PATHKERNEL_IMPLEMENTATION in a C file. C++ includes the declarations."
 #endif
 PK__BEGIN_CODE
 

@@ -161,11 +161,9 @@ PK__END_C
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "pathkernel maps little-endian files: it needs a little-endian machine"
 #endif
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- texts ---- */
-
-PK__COLD_BEGIN
 
 /* Names in messages are the ends of paths, so that a long path never hides the sentence. */
 PK__PRIVATE const char *pk__name(const char *path)
@@ -400,8 +398,6 @@ PK_API void pk_array_release(pk_context *context, pk_array *array)
     memset(array, 0, sizeof *array);
 }
 
-PK__COLD_END
-
 PK_API size_t pk_array_length(const pk_array *array)
 {
     return array->rank ? array->shape[0] : 1;
@@ -439,8 +435,6 @@ PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk
     }
 #undef PK__CONVERT
 }
-
-PK__COLD_BEGIN
 
 PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count,
                                pk_real *out)
@@ -541,8 +535,6 @@ PK_API pk_status pk_array_check_rows(pk_context *context, const pk_array *array,
                     name, rows, wanted);
 }
 
-PK__COLD_END
-
 /* ---- .npy headers: a Python dictionary of three entries ---- */
 
 typedef struct pk__npy {
@@ -556,8 +548,6 @@ typedef struct pk__npy {
 typedef struct pk__cursor {
     const char *at, *end;
 } pk__cursor;
-
-PK__COLD_BEGIN
 
 /* The next character that is no space, which stays; 0 at the end. */
 static char pk__peek(pk__cursor *text)
@@ -1090,8 +1080,6 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
     return status;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -123,8 +123,6 @@ static size_t pk__first_not_finite(const pk_array *array)
     return items;
 }
 
-PK__COLD_BEGIN
-
 static pk_status pk__check_finite(pk_context *context, const char *name, const pk_array *array)
 {
     size_t i = pk__first_not_finite(array);
@@ -436,8 +434,6 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
     pk__file_unmap(&file);
     return status;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

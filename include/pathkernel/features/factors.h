@@ -6,68 +6,71 @@
 #include "../training/loss.h"
 
 /* >>> declarations */
-PK__BEGIN_C
+/* <<< declarations */
+#endif
 
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_FACTORS_INTERNALS_KNOWN)
+#define PATHKERNEL_FACTORS_INTERNALS_KNOWN
+/* >>> internals */
 /* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
  * represented: as one outer product for each place, or by rows, materialised. */
-typedef struct pk_representation {
+typedef struct pk__representation {
     size_t outputs, batch; /* that a test row and a step have */
     int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
     int factored;     /* else: never materialise where that can be avoided */
     int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
-} pk_representation;
+} pk__representation;
 
 /* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
  * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
  * of one number counts as 8. */
-PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node);
+PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node);
 
 /* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
  * number (b / PK_PANEL * features + j) * PK_PANEL + b % PK_PANEL of input[l] (features: places x fan_in) and of cotangent[l]
  * (places x fan_out); a last panel is filled with zeros. input[l] is NULL for known data. rows[l] (weights x ld), for layers by
  * rows, is feature-major. */
-typedef struct pk_examples {
+typedef struct pk__examples {
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
     pk_real **input, **cotangent, **rows;
-} pk_examples;
+} pk__examples;
 
-enum { PK_EXAMPLE_BLOCK = 256 };
+enum { PK__EXAMPLE_BLOCK = 256 };
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
-                             const pk_representation *representation, pk_examples *examples);
-/* Weights (P) with a random relative change of up to PK_PERTURBATION each: see pk_examples_magnitude. */
+PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
+                                    const pk__representation *representation, pk__examples *examples);
+/* Weights (P) with a random relative change of up to PK__PERTURBATION each: see pk__examples_magnitude. */
 #ifdef PATHKERNEL_FLOAT
-#define PK_PERTURBATION 3e-5
+#define PK__PERTURBATION 3e-5
 #else
-#define PK_PERTURBATION 1e-9
+#define PK__PERTURBATION 1e-9
 #endif
-PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed);
+PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed);
 /* For bounds: to, which holds the gradients at perturbed weights, becomes the absolute values of from and how strongly
- * they depend on relative changes of the weights. pk_rounding_allowance times to then holds what rounding leaves of the
+ * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to);
+PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
 /* sum (P) += sum over the examples of their gradients. */
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum);
+PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
-PK_API double pk_rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples, at most rows <= PK_EXAMPLE_BLOCK at a time. */
-typedef struct pk_example_workspace {
-    pk_tape tape;
+PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
+/* Memory of one thread to fill examples, at most rows <= PK__EXAMPLE_BLOCK at a time. */
+typedef struct pk__example_workspace {
+    pk__tape tape;
     pk_real *inputs, *targets, *row_gradients;
-} pk_example_workspace;
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
-                                      pk_example_workspace *workspace);
-PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch);
-/* Fills the columns first .. first + PK_EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
+} pk__example_workspace;
+PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *graph, size_t rows,
+                                             pk__example_workspace *workspace);
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
+/* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
+                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                    size_t first, pk__example_workspace *workspace, pk_real *gradient);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_FACTORS_IMPLEMENTED)
@@ -78,14 +81,12 @@ PK__END_C
 #include <time.h>
 PK__BEGIN_CODE
 
-PK__COLD_BEGIN
-
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
 {
     return &graph->nodes[node->inputs[0]];
 }
 
-PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_node *node)
+PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node)
 {
     if (pk__is_outer(node))
         return 0;
@@ -100,26 +101,25 @@ PK_API int pk_layer_by_rows(const pk_representation *representation, const pk_no
     return !representation->factored && by_rows <= factored;
 }
 
-PK_API void pk_examples_take(pk_arena *arena, const pk_graph *graph, size_t capacity,
-                             const pk_representation *representation, pk_examples *examples)
+PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
+                                    const pk__representation *representation, pk__examples *examples)
 {
     memset(examples, 0, sizeof *examples);
     /* Whole cache lines, and no multiple of 4 KiB, which would map every feature to the same cache set. */
     const size_t columns = pk__blocks(capacity, PK_PANEL) * PK_PANEL;
     examples->ld = columns % 512 ? columns : columns + PK_PANEL;
-    examples->input = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->cotangent = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
-    examples->rows = pk_arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->input = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->cotangent = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
+    examples->rows = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        int rows = pk_layer_by_rows(representation, node);
+        int rows = pk__layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
         const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
-        pk_real *input =
-            rows || known ? NULL : pk_arena_take(arena, node->positions * node->fan_in, bytes);
-        pk_real *cotangent = rows ? NULL : pk_arena_take(arena, node->width, bytes);
+        pk_real *input = rows || known ? NULL : pk__arena_take(arena, node->positions * node->fan_in, bytes);
+        pk_real *cotangent = rows ? NULL : pk__arena_take(arena, node->width, bytes);
         pk_real *gradients =
-            rows ? pk_arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
+            rows ? pk__arena_take(arena, node->weight_count, examples->ld * sizeof(pk_real)) : NULL;
         if (examples->input) {
             examples->input[l] = input;
             examples->cotangent[l] = cotangent;
@@ -134,11 +134,11 @@ static size_t pk__example_rows(const pk_graph *graph)
     size_t numbers = 1;
     for (size_t n = 1; n < graph->node_count; n++)
         numbers += graph->nodes[n].width;
-    return pk__max(1, pk__min(PK_EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
+    return pk__max(1, pk__min(PK__EXAMPLE_BLOCK, ((size_t)1 << 20) / numbers));
 }
 
-PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, size_t rows,
-                                      pk_example_workspace *workspace)
+PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *graph, size_t rows,
+                                             pk__example_workspace *workspace)
 {
     size_t most = 0;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -150,13 +150,13 @@ PK_API void pk_example_workspace_take(pk_arena *arena, const pk_graph *graph, si
             most = pk__max(most, node->positions * node->fan_in + node->width);
     }
     rows = pk__min(rows, pk__example_rows(graph));
-    pk_tape_take(arena, graph, rows, 1, 0, &workspace->tape);
-    workspace->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    workspace->targets = pk_arena_take(arena, rows, graph->output_width * sizeof(pk_real));
-    workspace->row_gradients = pk_arena_take(arena, most, rows * sizeof(pk_real));
+    pk__pass_take(arena, graph, rows, 1, 0, &workspace->tape);
+    workspace->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    workspace->targets = pk__arena_take(arena, rows, graph->output_width * sizeof(pk_real));
+    workspace->row_gradients = pk__arena_take(arena, most, rows * sizeof(pk_real));
 }
 
-PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch)
 {
     examples->count = batch->count;
     examples->items = batch->items;
@@ -164,8 +164,6 @@ PK_API void pk_examples_begin(pk_examples *examples, const pk_batch *batch)
     for (size_t b = 1; b < batch->count; b++)
         examples->consecutive &= batch->items[b] == batch->items[0] + (int64_t)b;
 }
-
-PK__COLD_END
 
 /* Columns first .. first + count - 1 of panels of features = rows of from (count x features); the rest of a last panel = 0. */
 static void pk__put_panels(size_t count, size_t features, const pk_real *from, size_t first, pk_real *panels)
@@ -183,13 +181,13 @@ static void pk__put_panels(size_t count, size_t features, const pk_real *from, s
 
 /* places (positions x fan_in) and deltas (positions x copies x fan_out) of row row of a node that is used at several
  * places. */
-PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_t row, size_t copies,
+PK__PRIVATE void pk__node_places(const pk__tape *tape, const pk_node *node, size_t row, size_t copies,
                                  pk_real *places, pk_real *deltas)
 {
     const size_t positions = node->positions, out = node->fan_out;
     const pk_real *from = tape->cotangent[node - tape->graph->nodes] + row * copies * node->width;
     pk_call call;
-    pk__tape_call(tape, node, 1, copies, &call);
+    pk__pass_call(tape, node, 1, copies, &call);
     call.in[0] += row * call.in_width[0];
     call.out = places;
     if (node->unfolds)
@@ -203,7 +201,7 @@ PK__PRIVATE void pk__node_places(const pk_tape *tape, const pk_node *node, size_
                     from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
 }
 
-PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
+PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
 {
     /* Changes have random sizes, not only random signs: else half of all pairs of weights would change by the same factor,
      * and their difference would seem exact. */
@@ -212,13 +210,13 @@ PK_API void pk_examples_perturb(size_t count, const pk_real *weights, pk_real *p
         const uint64_t bits = pk_random_bits(&random);
         for (size_t k = 0; k < 4 && i + k < count; k++) {
             const double change = (double)(bits >> 16 * k & 0xffff) / 32768 - 1;
-            perturbed[i + k] = (pk_real)(weights[i + k] * (1 + PK_PERTURBATION * change));
+            perturbed[i + k] = (pk_real)(weights[i + k] * (1 + PK__PERTURBATION * change));
         }
     }
 }
 
 /* Twice the change that was seen: random changes are half as large as they may be. */
-PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph, pk_examples *to)
+PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to)
 {
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -230,11 +228,11 @@ PK_API void pk_examples_magnitude(const pk_examples *from, const pk_graph *graph
         for (int part = 0; part < 3; part++)
             for (size_t i = 0; sources[part] && i < numbers[part]; i++)
                 targets[part][i] = (pk_real)(fabs(sources[part][i]) +
-                                             2 * fabs(targets[part][i] - sources[part][i]) / PK_PERTURBATION);
+                                             2 * fabs(targets[part][i] - sources[part][i]) / PK__PERTURBATION);
     }
 }
 
-PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, pk_real *sum)
+PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum)
 {
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -258,11 +256,9 @@ PK_API void pk_examples_sum(const pk_examples *examples, const pk_graph *graph, 
     }
 }
 
-PK__COLD_BEGIN
-
 /* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
-static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t count, pk_real *room,
-                            pk_examples *examples, size_t first)
+static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t count, pk_real *room,
+                            pk__examples *examples, size_t first)
 {
     const size_t ins = node->positions * node->fan_in;
     for (size_t b = 0; b < count; b++) {
@@ -273,33 +269,33 @@ static void pk__fill_places(const pk_tape *tape, const pk_node *node, size_t cou
 }
 
 /* Columns first .. first + count - 1, as many as the workspace holds. */
-static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
+static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
                           const pk_dataset *data, const pk_batch *batch, size_t first, size_t count,
-                          pk_example_workspace *workspace, pk_real *gradient)
+                          pk__example_workspace *workspace, pk_real *gradient)
 {
     const size_t outputs = graph->output_width;
-    pk_tape *tape = &workspace->tape;
-    const pk_line line = {weights, NULL, NULL};
+    pk__tape *tape = &workspace->tape;
+    const pk__line line = {weights, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
     pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
-    pk_tape_forward(tape, &line, count, workspace->inputs);
-    const pk_real *f = pk_tape_output(tape);
-    pk_real *seed = pk_tape_seed(tape);
+    pk__pass_forward(tape, &line, count, workspace->inputs);
+    const pk_real *f = pk__pass_output(tape);
+    pk_real *seed = pk__pass_seed(tape);
     for (size_t b = 0; b < count; b++) {
         pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
         double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
         for (size_t c = 0; c < outputs; c++)
             seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
     }
-    pk_tape_reverse(tape, &line, count, 1);
+    pk__pass_reverse(tape, &line, count, 1);
     if (gradient)
-        pk_tape_weight_gradient(tape, count, gradient);
+        pk__pass_weight_gradient(tape, count, gradient);
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
         const size_t n = (size_t)(node - graph->nodes);
         if (examples->rows[l]) {
             pk_call call;
-            pk__tape_call(tape, node, count, 1, &call);
+            pk__pass_call(tape, node, count, 1, &call);
             call.weights = weights + node->weight_offset;
             call.out_cotangent = tape->cotangent[n];
             call.gradient = workspace->row_gradients;
@@ -318,17 +314,17 @@ static void pk__fill_rows(pk_examples *examples, const pk_graph *graph, pk_loss 
     }
 }
 
-PK_API void pk_examples_fill(pk_examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                             const pk_dataset *data, const pk_batch *batch, size_t first,
-                             pk_example_workspace *workspace, pk_real *gradient)
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
+                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                    size_t first, pk__example_workspace *workspace, pk_real *gradient)
 {
-    const size_t last = first + pk__min(batch->count - first, PK_EXAMPLE_BLOCK), rows = workspace->tape.rows;
+    const size_t last = first + pk__min(batch->count - first, PK__EXAMPLE_BLOCK), rows = workspace->tape.rows;
     for (; first < last; first += rows)
         pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__min(rows, last - first),
                       workspace, gradient);
 }
 
-PK_API double pk_rounding_allowance(const pk_graph *graph)
+PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph)
 {
     double sum = 8 * (double)graph->node_count;
     for (size_t l = 0; l < graph->layers; l++) {
@@ -337,8 +333,6 @@ PK_API double pk_rounding_allowance(const pk_graph *graph)
     }
     return 2 * PK__EPSILON * sum;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

@@ -7,42 +7,47 @@
 #include "../path/quadrature.h"
 
 /* >>> declarations */
-PK__BEGIN_C
-
+/* How layers are contracted: for tests and benchmarks. */
 typedef enum pk_engine {
     PK_ENGINE_AUTO,      /* the cheapest by the cost model */
     PK_ENGINE_FACTORED,  /* Hadamard products at each point */
     PK_ENGINE_HEAD,      /* the outputs taken out of the sum over points, where a layer allows it */
     PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
 } pk_engine;
+/* <<< declarations */
+#endif
 
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_FEATURES_INTERNALS_KNOWN)
+#define PATHKERNEL_FEATURES_INTERNALS_KNOWN
+/* >>> internals */
 /* What a layer needs per point. */
-typedef enum pk_layer_kind {
-    PK_LAYER_DATA,   /* input constant: sum_p w_p delta_p */
-    PK_LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
-    PK_LAYER_POINTS, /* both vary */
-    PK_LAYER_ROWS    /* materialised row by row */
-} pk_layer_kind;
+typedef enum pk__layer_kind {
+    PK__LAYER_DATA,   /* input constant: sum_p w_p delta_p */
+    PK__LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
+    PK__LAYER_POINTS, /* both vary */
+    PK__LAYER_ROWS    /* materialised row by row */
+} pk__layer_kind;
 
-enum { PK_DIRECTIONS = 3 };
+enum { PK__DIRECTIONS = 3 };
 
 /* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
-enum { PK_TILE_LD = PK_EXAMPLE_BLOCK + PK_PANEL };
+enum { PK__TILE_LD = PK__EXAMPLE_BLOCK + PK_PANEL };
 
-/* tile (row_count * outputs x count, ld PK_TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
+/* tile (row_count * outputs x count, ld PK__TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
  * from one layer, or from several at once (layer -1). */
-typedef void pk_tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
+typedef void pk__tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
 
 /* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
- * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK_LAYER_ROWS. */
-typedef struct pk_tangent {
+ * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK__LAYER_ROWS. */
+typedef struct pk__integral {
     const pk_graph *graph;
-    pk_integrator integrator;
+    pk__integrator integrator;
     size_t outputs, rows, row_capacity, reverse_points;
     /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
      * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
     size_t unit, first_output, output_count, output_capacity;
-    pk_layer_kind *kind;
+    pk__layer_kind *kind;
     const pk_node **node;
     int *integrated; /* this step: Phi of the layer is wanted */
     int *headed;     /* this step: the outputs are taken out of the sum over points */
@@ -55,18 +60,18 @@ typedef struct pk_tangent {
         **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
     double allowance; /* c eps of the rounding bound */
     int per_layer;    /* tiles layer by layer */
-    const pk_real *directions[PK_DIRECTIONS]; /* P each, NULL: unused */
-    pk_real *along[PK_DIRECTIONS];            /* rows x outputs: < Phi, direction > */
-    pk_real *weight_sum;                      /* rows */
-    unsigned char *begun;                     /* rows: whether the step has had points of it */
+    const pk_real *directions[PK__DIRECTIONS]; /* P each, NULL: unused */
+    pk_real *along[PK__DIRECTIONS];            /* rows x outputs: < Phi, direction > */
+    pk_real *weight_sum;                       /* rows */
+    unsigned char *begun;                      /* rows: whether the step has had points of it */
     /* The contraction: */
-    const pk_examples *examples;
+    const pk__examples *examples;
     const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
     size_t gram_ld;
-    pk_tile_sink *sink;
+    pk__tile_sink *sink;
     void *user;
-    pk_real *tile; /* rows x outputs x PK_TILE_LD */
-    pk_real *left; /* points or rows, x PK_TILE_LD */
+    pk_real *tile; /* rows x outputs x PK__TILE_LD */
+    pk_real *left; /* points or rows, x PK__TILE_LD */
     pk_real *scratch, *weighted, *absolute;
     pk_real *ones;             /* points or rows */
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
@@ -81,23 +86,21 @@ typedef struct pk_tangent {
     pk_real *sums;         /* PK__HEAD_PART x PK__PAIR */
     /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
     pk_real *places, *place_start;
-    pk_points sorted;
+    pk__points sorted;
     double flops;                             /* of the contraction, counted */
     double seconds_sums, seconds_contraction; /* of the sums over points; of all that follows them */
-} pk_tangent;
+} pk__integral;
 
 /* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
  * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
-PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            size_t materialise, size_t unit, int bounds,
-                            const pk_representation *representation, pk_tangent *tangent);
+PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
+                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    const pk__representation *representation, pk__integral *tangent);
 /* How many test rows make a block, from shapes alone. */
-PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs);
+PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs);
 /* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
-PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_FEATURES_IMPLEMENTED)
@@ -105,9 +108,9 @@ PK__END_C
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
-PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
+PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs)
 {
     /* What is in memory of them at one time stays in the second-level cache. Examples of wide layers do not, and are worth
      * fetching for more rows. */
@@ -116,11 +119,11 @@ PK_API size_t pk_tangent_block(const pk_graph *graph, size_t outputs)
         const pk_node *node = pk_graph_layer(graph, l);
         widest = pk__max(widest, pk__max(node->fan_in, node->fan_out));
     }
-    return pk__max(1, pk__min(widest < 128 || widest >= 256 ? 32 : 16,
-                                 (widest < 256 ? 50 : 100) / pk__max(outputs, 1)));
+    return pk__max(
+        1, pk__min(widest < 128 || widest >= 256 ? 32 : 16, (widest < 256 ? 50 : 100) / pk__max(outputs, 1)));
 }
 
-PK_API size_t pk_tangent_unit(size_t outputs, size_t parameters)
+PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters)
 {
     return pk__max(1, pk__min(outputs, ((size_t)1 << 17) / pk__max(parameters, 1)));
 }
@@ -146,8 +149,6 @@ enum {
     PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
 };
 
-PK__COLD_BEGIN
-
 /* The last layer where only an elementwise operation stands between it and node. */
 static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 {
@@ -156,16 +157,17 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
     return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
-static pk_layer_kind pk__layer_kind(const pk_node *node, const pk_readout *readout, int bounds,
-                                    const pk_representation *representation)
+static pk__layer_kind pk__kind_of_layer(const pk_node *node, const pk_readout *readout, int bounds,
+                                        const pk__representation *representation)
 {
-    if (pk_layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
-        return PK_LAYER_ROWS;
+    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
+        return PK__LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
-        return PK_LAYER_POINTS;
+        return PK__LAYER_POINTS;
     if (node->input_constant)
-        return PK_LAYER_DATA;
-    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK_LAYER_LINEAR : PK_LAYER_POINTS;
+        return PK__LAYER_DATA;
+    return node->cotangent_constant && readout->kind != PK_READOUT_FUNCTION ? PK__LAYER_LINEAR
+                                                                            : PK__LAYER_POINTS;
 }
 
 /* Points of a spread layer whose places are in memory at one time. */
@@ -175,9 +177,9 @@ PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 }
 
 /* A layer used at several places, where it is not by rows. */
-PK__PRIVATE int pk__is_spread(const pk_tangent *tangent, size_t layer)
+PK__PRIVATE int pk__is_spread(const pk__integral *tangent, size_t layer)
 {
-    return tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
+    return tangent->kind[layer] == PK__LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
 }
 
 /* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
@@ -189,24 +191,24 @@ PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
     return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
 }
 
-static pk_real *pk__take_reals(pk_arena *arena, size_t count, size_t numbers)
+static pk_real *pk__take_reals(pk__arena *arena, size_t count, size_t numbers)
 {
-    return pk_arena_take(arena, count, numbers * sizeof(pk_real));
+    return pk__arena_take(arena, count, numbers * sizeof(pk_real));
 }
 
-static size_t *pk__take_indices(pk_arena *arena, size_t count)
+static size_t *pk__take_indices(pk__arena *arena, size_t count)
 {
-    return pk_arena_take(arena, count, sizeof(size_t));
+    return pk__arena_take(arena, count, sizeof(size_t));
 }
 
 /* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
-static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, size_t place_numbers,
-                                 int factored, pk_tangent *tangent)
+static void pk__contraction_take(pk__arena *arena, size_t points, size_t places, size_t place_numbers,
+                                 int factored, pk__integral *tangent)
 {
     const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
     const size_t items = pk__max(points, rows);
     size_t most = pk__max(pk__max(items * outputs, places), PK__HEAD_PART), widest = 0;
-    tangent->weighted_inputs = pk_arena_take(arena, layers, sizeof(pk_real *));
+    tangent->weighted_inputs = pk__arena_take(arena, layers, sizeof(pk_real *));
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(tangent->graph, l);
         const int used = factored && pk__is_outer(node);
@@ -216,8 +218,8 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
         widest = pk__max(widest, used ? node->width : 0);
         most = pk__max(most, node->fan_out);
     }
-    tangent->tile = pk__take_reals(arena, rows * outputs, PK_TILE_LD);
-    tangent->left = pk__take_reals(arena, pk__max(items * PK_TILE_LD, places * PK__PAIR), 1);
+    tangent->tile = pk__take_reals(arena, rows * outputs, PK__TILE_LD);
+    tangent->left = pk__take_reals(arena, pk__max(items * PK__TILE_LD, places * PK__PAIR), 1);
     tangent->ones = pk__take_reals(arena, items, 1);
     tangent->point_to = pk__take_indices(arena, points * outputs);
     tangent->cell_left = pk__take_indices(arena, items * outputs);
@@ -234,7 +236,7 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     tangent->panel_row = pk__take_indices(arena, most);
     tangent->pair_row = pk__take_indices(arena, places);
     for (size_t i = 0; tangent->panel_row && i < most; i++) {
-        tangent->tile_row[i] = i * PK_TILE_LD;
+        tangent->tile_row[i] = i * PK__TILE_LD;
         tangent->panel_row[i] = i * PK_PANEL;
     }
     for (size_t i = 0; tangent->panel_row && i < places; i++)
@@ -242,12 +244,12 @@ static void pk__contraction_take(pk_arena *arena, size_t points, size_t places, 
     for (size_t i = 0; tangent->panel_row && i < items; i++)
         tangent->ones[i] = 1;
     for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)
-        tangent->cell_left[i] = i / outputs * PK_TILE_LD;
+        tangent->cell_left[i] = i / outputs * PK__TILE_LD;
 }
 
-PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_readout *readout, size_t rows,
-                            size_t materialise, size_t unit, int bounds,
-                            const pk_representation *representation, pk_tangent *tangent)
+PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
+                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    const pk__representation *representation, pk__integral *tangent)
 {
     size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
     size_t points = pk__point_capacity(outputs), both = rows * outputs, widest = 0, deepest = 0, places = 0,
@@ -258,45 +260,44 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
     tangent->row_capacity = rows;
     tangent->unit = unit;
     tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
-    tangent->allowance = pk_rounding_allowance(graph);
+    tangent->allowance = pk__rounding_allowance(graph);
     points = pk__max(points, PK_GAUSS_NODES + 2);
     tangent->reverse_points = pk__reverse_points(graph, points, outputs);
-    pk_integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
-                       &tangent->integrator);
+    pk__integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
+                        &tangent->integrator);
     tangent->integrator.readout = *readout;
     points = tangent->reverse_points;
-    tangent->kind = pk_arena_take(arena, layers, sizeof *tangent->kind);
-    tangent->node = pk_arena_take(arena, layers, sizeof *tangent->node);
-    tangent->integrated = pk_arena_take(arena, layers, sizeof *tangent->integrated);
-    tangent->headed = pk_arena_take(arena, layers, sizeof *tangent->headed);
-    tangent->head = pk_arena_take(arena, layers, sizeof *tangent->head);
-    tangent->delta = pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->input = pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->phi = pk_arena_take(arena, layers, sizeof(pk_real *));
-    tangent->check = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
-    tangent->size = bounds ? pk_arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->kind = pk__arena_take(arena, layers, sizeof *tangent->kind);
+    tangent->node = pk__arena_take(arena, layers, sizeof *tangent->node);
+    tangent->integrated = pk__arena_take(arena, layers, sizeof *tangent->integrated);
+    tangent->headed = pk__arena_take(arena, layers, sizeof *tangent->headed);
+    tangent->head = pk__arena_take(arena, layers, sizeof *tangent->head);
+    tangent->delta = pk__arena_take(arena, layers, sizeof(pk_real *));
+    tangent->input = pk__arena_take(arena, layers, sizeof(pk_real *));
+    tangent->phi = pk__arena_take(arena, layers, sizeof(pk_real *));
+    tangent->check = bounds ? pk__arena_take(arena, layers, sizeof(pk_real *)) : NULL;
+    tangent->size = bounds ? pk__arena_take(arena, layers, sizeof(pk_real *)) : NULL;
     for (size_t l = 0; l < layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        pk_layer_kind kind = pk__layer_kind(node, readout, bounds, representation);
+        pk__layer_kind kind = pk__kind_of_layer(node, readout, bounds, representation);
         size_t fan_in = pk__layer_input(graph, node)->width;
         const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
-        int hoisted = kind == PK_LAYER_DATA || kind == PK_LAYER_LINEAR;
+        int hoisted = kind == PK__LAYER_DATA || kind == PK__LAYER_LINEAR;
         int phi_wanted =
-            kind == PK_LAYER_ROWS || (kind == PK_LAYER_POINTS && !spread && (materialise || bounds));
-        pk_real *delta = hoisted ? pk_arena_take(arena, both, node->width * sizeof *delta) : NULL;
-        pk_real *input =
-            kind == PK_LAYER_LINEAR ? pk_arena_take(arena, rows, fan_in * sizeof *input) : NULL;
+            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !spread && (materialise || bounds));
+        pk_real *delta = hoisted ? pk__arena_take(arena, both, node->width * sizeof *delta) : NULL;
+        pk_real *input = kind == PK__LAYER_LINEAR ? pk__arena_take(arena, rows, fan_in * sizeof *input) : NULL;
         const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
-        pk_real *phi = phi_wanted ? pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *check = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
-        pk_real *size = bounds ? pk_arena_take(arena, cells, bytes) : NULL;
+        pk_real *phi = phi_wanted ? pk__arena_take(arena, cells, bytes) : NULL;
+        pk_real *check = bounds ? pk__arena_take(arena, cells, bytes) : NULL;
+        pk_real *size = bounds ? pk__arena_take(arena, cells, bytes) : NULL;
         if (tangent->check) {
             tangent->check[l] = check;
             tangent->size[l] = size;
         }
         if (tangent->kind) {
             tangent->kind[l] = kind;
-            tangent->head[l] = kind == PK_LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
+            tangent->head[l] = kind == PK__LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
                                    ? pk__head_of(graph, node)
                                    : NULL;
             tangent->node[l] = node;
@@ -312,28 +313,26 @@ PK_API void pk_tangent_take(pk_arena *arena, const pk_graph *graph, const pk_rea
             place_numbers = pk__max(place_numbers, together * (node->fan_in + outputs * node->fan_out));
         }
         widest = pk__max(widest, node->width);
-        by_rows = pk__max(by_rows, kind == PK_LAYER_ROWS ? node->weight_count : 0);
+        by_rows = pk__max(by_rows, kind == PK__LAYER_ROWS ? node->weight_count : 0);
     }
-    for (int v = 0; v < PK_DIRECTIONS; v++)
-        tangent->along[v] = pk_arena_take(arena, both, sizeof(pk_real));
-    tangent->weight_sum = pk_arena_take(arena, rows, sizeof(pk_real));
-    tangent->begun = pk_arena_take(arena, rows, 1);
+    for (int v = 0; v < PK__DIRECTIONS; v++)
+        tangent->along[v] = pk__arena_take(arena, both, sizeof(pk_real));
+    tangent->weight_sum = pk__arena_take(arena, rows, sizeof(pk_real));
+    tangent->begun = pk__arena_take(arena, rows, 1);
     pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
     /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
      * layer by rows (outputs x weights). */
-    tangent->scratch = pk_arena_take(
-        arena,
-        pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
-                 outputs * by_rows),
-        sizeof(pk_real));
-    tangent->weighted = pk_arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->absolute = bounds ? pk_arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
+    tangent->scratch =
+        pk__arena_take(arena,
+                       pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
+                               outputs * by_rows),
+                       sizeof(pk_real));
+    tangent->weighted = pk__arena_take(arena, points, deepest * sizeof(pk_real));
+    tangent->absolute = bounds ? pk__arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
     points = tangent->integrator.segment.point_capacity;
-    pk_points_take(arena, points, bounds, &tangent->sorted);
+    pk__points_take(arena, points, bounds, &tangent->sorted);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -6,25 +6,28 @@
 #include "product.h"
 
 /* >>> declarations */
-PK__BEGIN_C
-
-/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
- * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk_tangent_row_phi. transposed: as for
- * pk_segment_begin. */
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
-                            pk_engine engine);
-/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk_tangent_step: (count x layer outputs
- * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK_LAYER_ROWS. */
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                               pk_real *phi);
-/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
- * kinks times the gradients beside them, and pk_rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
-                                 size_t count, pk_real *error);
-
-PK__END_C
 /* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_INTEGRAL_INTERNALS_KNOWN)
+#define PATHKERNEL_INTEGRAL_INTERNALS_KNOWN
+/* >>> internals */
+/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
+ * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk__integral_row_phi. transposed: as for
+ * pk__path_begin. */
+PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
+                                    const pk_real *transposed, size_t first_row, size_t rows,
+                                    const pk_real *inputs, pk_engine engine);
+/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk__integral_step: (count x layer outputs
+ * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK__LAYER_ROWS. */
+PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                       size_t count, pk_real *phi);
+/* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
+ * kinks times the gradients beside them, and pk__rounding_allowance times sum_p w_p |delta_p| |a_p|. */
+PK__INTERNAL void pk__integral_row_error(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                         size_t count, pk_real *error);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_INTEGRAL_IMPLEMENTED)
@@ -35,21 +38,21 @@ PK__END_C
 PK__BEGIN_CODE
 
 /* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
-static const pk_real *pk__known_product(const pk_tangent *tangent, size_t layer, const pk_real *direction)
+static const pk_real *pk__known_product(const pk__integral *tangent, size_t layer, const pk_real *direction)
 {
-    const pk_segment *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.segment;
     const size_t node = (size_t)(tangent->node[layer] - tangent->graph->nodes);
-    if (tangent->kind[layer] != PK_LAYER_DATA)
+    if (tangent->kind[layer] != PK__LAYER_DATA)
         return NULL;
     return direction == segment->direction ? segment->slope[node]
            : direction == segment->weights ? segment->base[node]
                                            : NULL;
 }
 
-/* pk_tape_transpose of a direction where it is at hand. */
-static const pk_real *pk__known_transposed(const pk_tangent *tangent, const pk_real *direction)
+/* pk__pass_transpose of a direction where it is at hand. */
+static const pk_real *pk__known_transposed(const pk__integral *tangent, const pk_real *direction)
 {
-    const pk_segment *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.segment;
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
@@ -58,13 +61,13 @@ static const pk_real *pk__known_transposed(const pk_tangent *tangent, const pk_r
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
-static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const size_t *row,
+static void pk__add_along(pk__integral *tangent, size_t layer, size_t count, const size_t *row,
                           const pk_real *weight, const pk_real *input, const pk_real *delta,
                           const pk_real *bias_scale)
 {
     const pk_node *node = tangent->node[layer];
     const size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
-    for (int v = 0; v < PK_DIRECTIONS; v++) {
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
         const pk_real *direction = tangent->directions[v] + node->weight_offset;
@@ -85,7 +88,7 @@ static void pk__add_along(pk_tangent *tangent, size_t layer, size_t count, const
 }
 
 /* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
-static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count, const pk_real *weight,
+static void pk__add_outer(pk__integral *tangent, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
 {
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
@@ -109,10 +112,11 @@ static void pk__add_outer(pk_tangent *tangent, const pk_node *node, size_t count
 }
 
 /* Phi of one row from its points first .. last - 1, and what bounds its error. */
-static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first, size_t last)
+static void pk__add_phi(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
+                        size_t last)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     const int fresh = !tangent->begun[points->row[first]];
@@ -134,16 +138,16 @@ static void pk__add_phi(pk_tangent *tangent, size_t layer, const pk_points *poin
 }
 
 /* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
-static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_along_places(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     const size_t outputs = tangent->outputs, width = node->width;
     const pk_real *delta = tape->cotangent[node - tangent->graph->nodes];
     pk_call call;
-    pk__tape_call(tape, node, points->count, 1, &call);
+    pk__pass_call(tape, node, points->count, 1, &call);
     call.out = tangent->scratch;
-    for (int v = 0; v < PK_DIRECTIONS; v++) {
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
         if (!tangent->directions[v])
             continue;
         call.weights = tangent->directions[v] + node->weight_offset;
@@ -155,7 +159,7 @@ static void pk__add_along_places(pk_tangent *tangent, size_t layer, const pk_poi
 }
 
 /* Phi of a layer used at several places, point by point: products over many places of a few points each. */
-static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_rows_places(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
     const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
@@ -183,10 +187,10 @@ static void pk__add_rows_places(pk_tangent *tangent, size_t layer, const pk_poin
 }
 
 /* Phi of a layer whose gradients are materialised point by point. */
-static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_rows(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     size_t outputs = tangent->outputs, weights = node->weight_count;
     if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
         pk__add_rows_places(tangent, layer, points);
@@ -197,7 +201,7 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
         const pk_real weight = points->weight[p],
                       *gradient = tangent->scratch + tangent->first_output * weights;
         pk_call call;
-        pk__tape_call(tape, node, 1, outputs, &call);
+        pk__pass_call(tape, node, 1, outputs, &call);
         for (int j = 0; j < node->input_count; j++)
             call.in[j] += p * call.in_width[j];
         call.out += p * node->width;
@@ -217,11 +221,11 @@ static void pk__add_rows(pk_tangent *tangent, size_t layer, const pk_points *poi
 }
 
 /* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
-static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
+static void pk__add_along_rows(pk__integral *tangent, size_t layer)
 {
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count, chosen = tangent->output_count;
-    for (int v = 0; v < PK_DIRECTIONS; v++)
+    for (int v = 0; v < PK__DIRECTIONS; v++)
         for (size_t row = 0; tangent->directions[v] && row < tangent->rows; row++)
             pk__dots(chosen, weights, tangent->phi[layer] + row * tangent->output_capacity * weights,
                      tangent->directions[v] + node->weight_offset, 1,
@@ -229,7 +233,7 @@ static void pk__add_along_rows(pk_tangent *tangent, size_t layer)
 }
 
 /* Points of one row side by side: products over a row's points need them so. Stable. */
-static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *points)
+static const pk__points *pk__sort_points(pk__integral *tangent, const pk__points *points)
 {
     int sorted = 1;
     for (size_t p = 1; p < points->count; p++)
@@ -237,7 +241,7 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
             sorted &= points->row[q] != points->row[p];
     if (sorted)
         return points;
-    pk_points *to = &tangent->sorted;
+    pk__points *to = &tangent->sorted;
     to->count = 0;
     to->last = points->last;
     for (size_t r = 0; r < tangent->rows; r++)
@@ -257,16 +261,16 @@ static const pk_points *pk__sort_points(pk_tangent *tangent, const pk_points *po
 }
 
 /* What the layers at either end keep of the points: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
-static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_ends(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     const size_t cotangents = tangent->outputs * node->width, in = node->fan_in;
     const pk_real *delta = tape->cotangent[node - tangent->graph->nodes], *a = tape->value[node->inputs[0]];
     for (size_t p = 0; p < points->count; p++) {
         const pk_real weight = points->weight[p];
         pk_real *to = tangent->delta[layer] + points->row[p] * cotangents;
-        if (tangent->kind[layer] == PK_LAYER_DATA) {
+        if (tangent->kind[layer] == PK__LAYER_DATA) {
             for (size_t j = 0; j < cotangents; j++)
                 to[j] += weight * delta[p * cotangents + j];
             continue;
@@ -277,17 +281,15 @@ static void pk__add_ends(pk_tangent *tangent, size_t layer, const pk_points *poi
     }
 }
 
-PK__COLD_BEGIN
-
 /* What a layer keeps of the points that are in memory: sums over the points, before any example is looked at. */
-static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__add_points(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const double start = pk__seconds();
-    if (tangent->kind[layer] == PK_LAYER_DATA || tangent->kind[layer] == PK_LAYER_LINEAR)
+    if (tangent->kind[layer] == PK__LAYER_DATA || tangent->kind[layer] == PK__LAYER_LINEAR)
         pk__add_ends(tangent, layer, points);
-    else if (tangent->kind[layer] == PK_LAYER_ROWS)
+    else if (tangent->kind[layer] == PK__LAYER_ROWS)
         pk__add_rows(tangent, layer, points);
-    for (size_t p = 0, last; tangent->kind[layer] == PK_LAYER_POINTS && p < points->count; p = last) {
+    for (size_t p = 0, last; tangent->kind[layer] == PK__LAYER_POINTS && p < points->count; p = last) {
         last = pk__row_end(points, p);
         pk__add_phi(tangent, layer, points, p, last);
     }
@@ -295,24 +297,24 @@ static void pk__add_points(pk_tangent *tangent, size_t layer, const pk_points *p
 }
 
 /* As many points as can be reversed at one time. */
-static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
+static void pk__integral_part(pk__integral *tangent, const pk__points *points)
 {
-    pk_segment *segment = &tangent->integrator.segment;
+    pk__path *segment = &tangent->integrator.segment;
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
     const pk_real *weight = points->weight;
     if (count)
-        pk_segment_forward(segment, count, row, points->t);
+        pk__path_forward(segment, count, row, points->t);
     for (size_t p = 0; p < count; p++) {
-        pk_readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
-                         pk_tape_output(&segment->tape) + p * classes, tangent->integrator.h,
-                         pk_tape_seed(&segment->tape) + p * outputs * classes);
+        pk__readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
+                          pk__pass_output(&segment->tape) + p * classes, tangent->integrator.h,
+                          pk__pass_seed(&segment->tape) + p * outputs * classes);
         tangent->weight_sum[row[p]] += weight[p];
     }
     segment->tape.unit_seeds = tangent->integrator.readout.kind == PK_READOUT_ALL;
     if (count)
-        pk_segment_reverse(segment, count, points->t, outputs);
+        pk__path_reverse(segment, count, points->t, outputs);
     for (size_t l = 0; count && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
@@ -320,34 +322,34 @@ static void pk__tangent_part(pk_tangent *tangent, const pk_points *points)
         const int spread = pk__is_spread(tangent, l);
         if (spread)
             pk__add_along_places(tangent, l, points);
-        else if (tangent->kind[l] == PK_LAYER_POINTS)
+        else if (tangent->kind[l] == PK__LAYER_POINTS)
             pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
-        if (tangent->kind[l] != PK_LAYER_POINTS || (tangent->integrated[l] && !spread))
+        if (tangent->kind[l] != PK__LAYER_POINTS || (tangent->integrated[l] && !spread))
             pk__add_points(tangent, l, points);
     }
     for (size_t p = 0; p < count; p++)
         tangent->begun[row[p]] = 1;
     for (size_t l = 0; points->last && l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
-        if (tangent->kind[l] == PK_LAYER_ROWS)
+        if (tangent->kind[l] == PK__LAYER_ROWS)
             pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK_LAYER_DATA)
+        else if (tangent->kind[l] == PK__LAYER_DATA)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
                           tangent->delta[l], NULL);
-        else if (tangent->kind[l] == PK_LAYER_LINEAR)
+        else if (tangent->kind[l] == PK__LAYER_LINEAR)
             pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
                           tangent->weight_sum);
     }
     pk__contract(tangent, points);
 }
 
-static void pk__tangent_points(void *user, const pk_points *unsorted)
+static void pk__integral_points(void *user, const pk__points *unsorted)
 {
-    pk_tangent *tangent = user;
-    const pk_points *points = pk__sort_points(tangent, unsorted);
+    pk__integral *tangent = user;
+    const pk__points *points = pk__sort_points(tangent, unsorted);
     size_t first = 0;
     do {
-        pk_points part = *points;
+        pk__points part = *points;
         part.count = pk__min(tangent->reverse_points, points->count - first);
         part.row += first;
         part.t += first;
@@ -358,23 +360,23 @@ static void pk__tangent_points(void *user, const pk_points *unsorted)
         }
         first += part.count;
         part.last = points->last && first == points->count;
-        pk__tangent_part(tangent, &part);
+        pk__integral_part(tangent, &part);
     } while (first < points->count);
 }
 
-PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const pk_real *direction,
-                            const pk_real *transposed, size_t first_row, size_t rows, const pk_real *inputs,
-                            pk_engine engine)
+PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
+                                    const pk_real *transposed, size_t first_row, size_t rows,
+                                    const pk_real *inputs, pk_engine engine)
 {
     const pk_graph *graph = tangent->graph;
     size_t outputs = tangent->outputs;
     const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
-    pk_segment_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
+    pk__path_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
     memset(tangent->begun, 0, rows);
-    for (int v = 0; v < PK_DIRECTIONS; v++)
+    for (int v = 0; v < PK__DIRECTIONS; v++)
         memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = tangent->node[l];
@@ -384,7 +386,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         if (tangent->input[l])
             memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
         /* Elsewhere Phi starts with the row's first points: every row has some. */
-        if (tangent->kind[l] != PK_LAYER_ROWS)
+        if (tangent->kind[l] != PK__LAYER_ROWS)
             continue;
         memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
         if (tangent->check) {
@@ -393,7 +395,7 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
         }
     }
     size_t before = tangent->integrator.points;
-    pk_integrate(&tangent->integrator, pk__tangent_points, tangent);
+    pk__integrate(&tangent->integrator, pk__integral_points, tangent);
     tangent->integrator.points_last = tangent->integrator.points - before;
     for (size_t l = 0; tangent->check && l < graph->layers; l++)
         for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
@@ -401,11 +403,11 @@ PK_API void pk_tangent_step(pk_tangent *tangent, const pk_real *weights, const p
 }
 
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
-PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+PK__PRIVATE void pk__row_view(const pk__integral *tangent, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
 {
     const pk_node *node = tangent->node[layer];
-    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const int rows = tangent->kind[layer] == PK__LAYER_ROWS;
     const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = node->weight_count - bias;
     const pk_real *from = tangent->phi[layer] + row * tangent->output_capacity * node->weight_count;
     first -= tangent->first_output;
@@ -415,12 +417,12 @@ PK__PRIVATE void pk__row_view(const pk_tangent *tangent, size_t layer, size_t ro
 
 /* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
  * outputs stand one behind the other. */
-static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
+static void pk__row_outputs(const pk__integral *tangent, size_t layer, size_t row, size_t first, size_t count,
                             const pk_real *from, pk_real *to)
 {
     const pk_node *node = tangent->node[layer];
     const size_t weights = node->weight_count;
-    const int rows = tangent->kind[layer] == PK_LAYER_ROWS;
+    const int rows = tangent->kind[layer] == PK__LAYER_ROWS;
     const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = weights - bias;
     from += row * tangent->output_capacity * weights;
     first -= tangent->first_output;
@@ -431,21 +433,19 @@ static void pk__row_outputs(const pk_tangent *tangent, size_t layer, size_t row,
 
 /* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
  * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
-PK__PRIVATE pk_real pk__row_factors(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
+PK__PRIVATE pk_real pk__row_factors(const pk__integral *tangent, size_t layer, size_t row, size_t first,
                                     const pk_real **cotangents, const pk_real **inputs)
 {
     const pk_node *node = tangent->node[layer];
-    const int data = tangent->kind[layer] == PK_LAYER_DATA;
+    const int data = tangent->kind[layer] == PK__LAYER_DATA;
     *inputs =
         (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
     *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
     return data ? 1 : tangent->weight_sum[row];
 }
 
-PK__COLD_END
-
-PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t row, size_t first, size_t count,
-                               pk_real *phi)
+PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                       size_t count, pk_real *phi)
 {
     const pk_node *node = tangent->node[layer];
     const size_t out = node->width, in = node->fan_in;
@@ -463,8 +463,8 @@ PK_API void pk_tangent_row_phi(const pk_tangent *tangent, size_t layer, size_t r
             phi[count * out * in + j] = delta[j] * bias;
 }
 
-PK_API void pk_tangent_row_error(const pk_tangent *tangent, size_t layer, size_t row, size_t first,
-                                 size_t count, pk_real *error)
+PK__INTERNAL void pk__integral_row_error(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+                                         size_t count, pk_real *error)
 {
     pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
 }

@@ -13,23 +13,26 @@
  * Products are of rows of the test side and panels of examples, and the Hadamard product is taken while a tile of
  * them is in registers (tile.h): nothing that is as large as a layer times examples goes through memory.
  * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
- * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk_layer_by_rows).
+ * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk__layer_by_rows).
  */
 #ifndef PATHKERNEL_PRODUCT_H
 #define PATHKERNEL_PRODUCT_H
 #include "features.h"
 
 /* >>> declarations */
-PK__BEGIN_C
-
-/* tile (outputs x columns, ld PK_TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
- * of PK_PANEL, columns <= PK_EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
- * last panel are written, too. */
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile);
-
-PK__END_C
 /* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_PRODUCT_INTERNALS_KNOWN)
+#define PATHKERNEL_PRODUCT_INTERNALS_KNOWN
+/* >>> internals */
+/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+ * of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
+ * last panel are written, too. */
+PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer, size_t outputs,
+                                            const pk_real *e, size_t first, size_t columns, pk_real *tile);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_PRODUCT_IMPLEMENTED)
@@ -78,7 +81,7 @@ static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_
 PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 {
     for (size_t i = 0; i < cells; i++)
-        memset(tile + i * PK_TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+        memset(tile + i * PK__TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
 }
 
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
@@ -103,7 +106,7 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
 }
 
 /* left = start + inputs of rows (rows x in) times those of a block of examples. */
-static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, const pk_real *inputs,
+static void pk__multiply_inputs(pk__integral *tangent, size_t layer, size_t rows, const pk_real *inputs,
                                 const pk_real *start, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
@@ -115,8 +118,9 @@ static void pk__multiply_inputs(pk_tangent *tangent, size_t layer, size_t rows, 
 }
 
 /* tile += left o (cotangents of cells (cells x out) times those of a block of examples). */
-static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t cells, const pk_real *cotangents,
-                                    const size_t *to, const size_t *left, size_t first, size_t block)
+static void pk__multiply_cotangents(pk__integral *tangent, size_t layer, size_t cells,
+                                    const pk_real *cotangents, const size_t *to, const size_t *left,
+                                    size_t first, size_t block)
 {
     const size_t out = tangent->node[layer]->width;
     pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left, PK_PANEL};
@@ -129,11 +133,11 @@ static void pk__multiply_cotangents(pk_tangent *tangent, size_t layer, size_t ce
 
 /* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
-static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+static void pk__contract_places(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
                                 size_t block)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs);
     const pk_real *input_panels = pk__first_panel(examples->input[layer], positions * in, first);
@@ -150,7 +154,7 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
             for (size_t j = 0; j < in; j++)
                 places[i * in + j] *= start[i];
             for (size_t k = 0; k < outputs; k++) {
-                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK_TILE_LD;
+                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK__TILE_LD;
                 tangent->place_left[i * outputs + k] = i * PK__PAIR;
             }
         }
@@ -174,17 +178,17 @@ static void pk__contract_places(pk_tangent *tangent, size_t layer, const pk_poin
 /* ---- the layer below the last one ------------------------------------------------------------------------ */
 
 /* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
-static int pk__is_readout(const pk_tangent *tangent, size_t layer)
+static int pk__is_readout(const pk__integral *tangent, size_t layer)
 {
-    return tangent->kind[layer] == PK_LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
+    return tangent->kind[layer] == PK__LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
            tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
 }
 
 /* W^T seed_k and D^T seed_k of the last layer side by side: seeds are its cotangents. For every row and output, a row's behind
  * those of all rows; where the seeds are unit vectors, those of all rows are the rows of W and D. */
-static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
+static void pk__head_weights(pk__integral *tangent, const pk_node *head)
 {
-    const pk_segment *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.segment;
     const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
     const int shared = pk__is_readout(tangent, head->layer);
     for (size_t part = 0; part < 2; part++) {
@@ -199,7 +203,7 @@ static void pk__head_weights(pk_tangent *tangent, const pk_node *head)
 }
 
 /* Where the weights of a row stand, of in units below the last layer. */
-static pk_real *pk__weights_of_row(const pk_tangent *tangent, const pk_node *head, size_t row)
+static pk_real *pk__weights_of_row(const pk__integral *tangent, const pk_node *head, size_t row)
 {
     const size_t all = tangent->outputs * 2 * head->fan_in;
     const int shared = pk__is_readout(tangent, head->layer) && tangent->unit_count[row] == head->fan_in;
@@ -207,9 +211,9 @@ static pk_real *pk__weights_of_row(const pk_tangent *tangent, const pk_node *hea
 }
 
 /* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
-static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__head_slopes(pk__integral *tangent, size_t layer, const pk__points *points)
 {
-    const pk_tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.segment.tape;
     const pk_node *between = pk__layer_input(tangent->graph, tangent->head[layer]);
     const size_t out = between->width;
     pk_real *weights = tangent->slopes, *slopes = tangent->scratch;
@@ -217,7 +221,7 @@ static void pk__head_slopes(pk_tangent *tangent, size_t layer, const pk_points *
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++)
             weights[p * out + i] = points->weight[p];
-    pk__tape_call(tape, between, points->count, 1, &call);
+    pk__pass_call(tape, between, points->count, 1, &call);
     call.out_cotangent = weights;
     call.in_cotangent[0] = slopes;
     between->operation->reverse(&call);
@@ -239,7 +243,7 @@ static void pk__keep_units(size_t count, size_t out, size_t units, const size_t 
 
 /* What a headed layer is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
  * that of a ReLU is where it is off. */
-static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points *points)
+static void pk__prepare_head(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *head = tangent->head[layer];
     const size_t outputs = tangent->outputs, out = head->fan_in;
@@ -270,7 +274,7 @@ static void pk__prepare_head(pk_tangent *tangent, size_t layer, const pk_points 
 
 /* One layer below the last, one block of examples: tile += sum_j (W_kj Q_ji + D_kj R_ji) delta_ij with
  * Q = sum_p w_p slope_p (a_p . a_i + bias) and R the same with t_p: outputs cost once a row, not once a point. */
-static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+static void pk__contract_head(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
                               size_t block)
 {
     const pk_node *node = tangent->node[layer];
@@ -287,9 +291,10 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
         last = pk__row_end(points, p);
         for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             const pk__panels b = pk__fetch_panels(cotangents, out, column, block);
-            const pk__panels left = {b.count, tangent->left + p * PK_TILE_LD + column, PK_TILE_LD, PK_PANEL, 0};
+            const pk__panels left = {b.count, tangent->left + p * PK__TILE_LD + column, PK__TILE_LD, PK_PANEL,
+                                     0};
             const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
-            tile.to = tangent->tile + row * outputs * PK_TILE_LD + column;
+            tile.to = tangent->tile + row * outputs * PK__TILE_LD + column;
             for (size_t j = 0; j < units; j += PK__HEAD_PART) {
                 const size_t count = pk__min(PK__HEAD_PART, units - j);
                 pk__panel_sums(count, last - p, slopes + j, 2 * out, &left, b.first, b.apart, unit_row + j,
@@ -304,10 +309,10 @@ static void pk__contract_head(pk_tangent *tangent, size_t layer, const pk_points
 /* ---- layers whose sum over points is taken first --------------------------------------------------------- */
 
 /* left = x . x_i + bias of a layer on data: from the Gram matrix of the inputs, where there is one. */
-static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, size_t block)
+static void pk__multiply_data(pk__integral *tangent, size_t layer, size_t first, size_t block)
 {
     const pk_node *node = tangent->node[layer];
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const pk_real bias = pk__has_bias(node);
     if (!tangent->gram || node->inputs[0] != 0) {
         pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.segment.base[node->inputs[0]],
@@ -317,7 +322,7 @@ static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, s
     const int64_t *items = examples->items + first;
     for (size_t r = 0; r < tangent->rows; r++) {
         const pk_real *gram = tangent->gram + r * tangent->gram_ld;
-        pk_real *left = tangent->left + r * PK_TILE_LD;
+        pk_real *left = tangent->left + r * PK__TILE_LD;
         if (examples->consecutive)
             for (size_t i = 0; i < block; i++)
                 left[i] = gram[(size_t)items[0] + i] + bias;
@@ -330,13 +335,13 @@ static void pk__multiply_data(pk_tangent *tangent, size_t layer, size_t first, s
 }
 
 /* tile = or, unless fresh, += left o cotangents of the examples, output by output. */
-static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, size_t block, int fresh)
+static void pk__add_readout(pk__integral *tangent, size_t layer, size_t first, size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs;
     const pk_real *panels = pk__first_panel(tangent->examples->cotangent[layer], outputs, first);
     for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
-        const pk_real *left = tangent->left + cell / outputs * PK_TILE_LD;
-        pk_real *tile = tangent->tile + cell * PK_TILE_LD;
+        const pk_real *left = tangent->left + cell / outputs * PK__TILE_LD;
+        pk_real *tile = tangent->tile + cell * PK__TILE_LD;
         for (size_t column = 0; column < block; column += PK_PANEL) {
             const pk_real *right = panels + column * outputs + cell % outputs * PK_PANEL;
             if (fresh)
@@ -352,25 +357,25 @@ static void pk__add_readout(pk_tangent *tangent, size_t layer, size_t first, siz
 /* ---- a step ---------------------------------------------------------------------------------------------- */
 
 /* Where a layer has something to contract now. */
-static int pk__is_due(const pk_tangent *tangent, size_t layer, const pk_points *points)
+static int pk__is_due(const pk__integral *tangent, size_t layer, const pk__points *points)
 {
     return !tangent->integrated[layer] &&
-           (tangent->kind[layer] == PK_LAYER_POINTS ? points->count > 0 : points->last);
+           (tangent->kind[layer] == PK__LAYER_POINTS ? points->count > 0 : points->last);
 }
 
 /* What all blocks of examples are multiplied with, beside what stands in the tape: inputs of points times their weights, and
  * the cell of the tile and the row of left that each product belongs to. */
-static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
+static void pk__prepare_layers(pk__integral *tangent, const pk__points *points)
 {
     const size_t outputs = tangent->outputs;
     for (size_t p = 0; p < points->count; p++)
         for (size_t k = 0; k < outputs; k++)
-            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK_TILE_LD;
+            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK__TILE_LD;
     for (size_t l = 0; points->count && l < tangent->graph->layers; l++) {
         const pk_node *node = tangent->node[l];
         const pk_real *inputs = tangent->integrator.segment.tape.value[node->inputs[0]];
         const size_t in = node->fan_in;
-        if (tangent->integrated[l] || tangent->kind[l] != PK_LAYER_POINTS || pk__is_spread(tangent, l))
+        if (tangent->integrated[l] || tangent->kind[l] != PK__LAYER_POINTS || pk__is_spread(tangent, l))
             continue;
         if (tangent->headed[l]) /* at most one layer stands below the last one */
             pk__prepare_head(tangent, l, points);
@@ -381,10 +386,8 @@ static void pk__prepare_layers(pk_tangent *tangent, const pk_points *points)
     }
 }
 
-PK__COLD_BEGIN
-
 /* fresh: the tile holds nothing yet. */
-static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_points *points, size_t first,
+static void pk__contract_layer(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
                                size_t block, int fresh)
 {
     const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
@@ -392,9 +395,9 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
         pk__clear_tile(rows * outputs, block, tangent->tile);
     if (pk__is_spread(tangent, layer)) {
         pk__contract_places(tangent, layer, points, first, block);
-    } else if (tangent->kind[layer] == PK_LAYER_POINTS && tangent->headed[layer]) {
+    } else if (tangent->kind[layer] == PK__LAYER_POINTS && tangent->headed[layer]) {
         pk__contract_head(tangent, layer, points, first, block);
-    } else if (tangent->kind[layer] == PK_LAYER_POINTS) {
+    } else if (tangent->kind[layer] == PK__LAYER_POINTS) {
         const pk_node *node = tangent->node[layer];
         pk__multiply_inputs(tangent, layer, count, tangent->weighted_inputs[layer], points->weight, first,
                             block);
@@ -402,7 +405,7 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
                                 tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes],
                                 tangent->point_to, tangent->cell_left, first, block);
     } else {
-        if (tangent->kind[layer] == PK_LAYER_DATA)
+        if (tangent->kind[layer] == PK__LAYER_DATA)
             pk__multiply_data(tangent, layer, first, block);
         else
             pk__multiply_inputs(tangent, layer, rows, tangent->input[layer], tangent->weight_sum, first, block);
@@ -416,15 +419,15 @@ static void pk__contract_layer(pk_tangent *tangent, size_t layer, const pk_point
 
 /* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
  * ones, of what was summed over the step. */
-PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
+PK__PRIVATE void pk__contract(pk__integral *tangent, const pk__points *points)
 {
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const size_t layers = tangent->graph->layers;
     double start = pk__seconds();
     if (examples && examples->count)
         pk__prepare_layers(tangent, points);
-    for (size_t first = 0; examples && first < examples->count; first += PK_EXAMPLE_BLOCK) {
-        const size_t block = pk__min(PK_EXAMPLE_BLOCK, examples->count - first);
+    for (size_t first = 0; examples && first < examples->count; first += PK__EXAMPLE_BLOCK) {
+        const size_t block = pk__min(PK__EXAMPLE_BLOCK, examples->count - first);
         int filled = 0;
         for (size_t i = 0; i < layers; i++) {
             const size_t l = (i + layers - 1) % layers; /* the last one first: it may set the tile */
@@ -442,10 +445,10 @@ PK__PRIVATE void pk__contract(pk_tangent *tangent, const pk_points *points)
 }
 
 /* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
-PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_engine engine)
+PK__PRIVATE void pk__choose_contraction(pk__integral *tangent, size_t layer, pk_engine engine)
 {
     const pk_node *node = tangent->node[layer];
-    const int is_points = tangent->kind[layer] == PK_LAYER_POINTS && !pk__is_spread(tangent, layer);
+    const int is_points = tangent->kind[layer] == PK__LAYER_POINTS && !pk__is_spread(tangent, layer);
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
     double points = (double)tangent->integrator.points_last / (double)pk__max(tangent->rows, 1);
@@ -457,22 +460,20 @@ PK__PRIVATE void pk__choose_contraction(pk_tangent *tangent, size_t layer, pk_en
     tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
                                                       (automatic && headed < factored && headed < integrated));
     tangent->integrated[layer] =
-        tangent->kind[layer] == PK_LAYER_ROWS ||
+        tangent->kind[layer] == PK__LAYER_ROWS ||
         (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
         (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
 }
 
-PK__COLD_END
-
 /* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
-static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
+static void pk__contract_matrix(pk__integral *tangent, size_t layer, size_t outputs, const pk_real *e,
                                 size_t first, size_t columns, pk_real *tile)
 {
     const pk_node *node = tangent->node[layer];
     const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
                  most = pk__part_rows(node->fan_out, node->fan_in);
     /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
-    const int together = tangent->kind[layer] == PK_LAYER_ROWS;
+    const int together = tangent->kind[layer] == PK__LAYER_ROWS;
     const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
     const pk_real *panels = pk__first_panel(tangent->examples->input[layer], places * in, first);
@@ -482,7 +483,7 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
         for (size_t j = 0; j < out; j += most)
             for (size_t column = 0; column < columns; column += pk__columns_at_once()) {
                 pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
-                target.to = tile + k * PK_TILE_LD + column;
+                target.to = tile + k * PK__TILE_LD + column;
                 for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
                     target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
                     pk__panel_product(pk__min(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
@@ -492,17 +493,17 @@ static void pk__contract_matrix(pk_tangent *tangent, size_t layer, size_t output
     tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
 }
 
-PK_API void pk_tangent_contract_row(pk_tangent *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                    size_t first, size_t columns, pk_real *tile)
+PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer, size_t outputs,
+                                            const pk_real *e, size_t first, size_t columns, pk_real *tile)
 {
-    const pk_examples *examples = tangent->examples;
+    const pk__examples *examples = tangent->examples;
     const size_t weights = tangent->node[layer]->weight_count;
     double start = pk__seconds();
     if (!examples->rows[layer]) {
         pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
     } else {
         pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 1,
-                 tile, PK_TILE_LD);
+                 tile, PK__TILE_LD);
         tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
     }
     tangent->seconds_contraction += pk__seconds() - start;

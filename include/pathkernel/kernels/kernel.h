@@ -111,40 +111,38 @@ typedef struct pk__gram_rows {
 
 /* One thread's memory. */
 typedef struct pk__gram_lane {
-    pk_tape forward, back;
+    pk__tape forward, back;
     pk_real *inputs;
     pk_real *left, *right, *tile, *spread;
 } pk__gram_lane;
 
-PK__COLD_BEGIN
-
 /* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
-static void pk__gram_back_take(pk_arena *arena, const pk__gram *gram, pk_tape *back)
+static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape *back)
 {
-    pk_tape_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
+    pk__pass_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
 }
 
-static void pk__gram_lane_take(pk_arena *arena, const pk__gram *gram, pk__gram_lane *lane)
+static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
     pk__gram_back_take(arena, gram, &lane->back);
-    pk_tape_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
-    lane->inputs = pk_arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
-    lane->left = pk_arena_take(arena, gram->left, sizeof(pk_real));
-    lane->right = pk_arena_take(arena, gram->right, sizeof(pk_real));
-    lane->tile = pk_arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = pk_arena_take(arena, width, sizeof(pk_real));
+    pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
+    lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
 }
 
-static pk_arena pk__gram_arena(const pk__gram *gram, int lane)
+static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
 {
-    const pk_arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    const pk__arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
     return arena;
 }
 
 static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
 {
-    pk_arena arena = pk__gram_arena(gram, number);
+    pk__arena arena = pk__gram_arena(gram, number);
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     return lane;
@@ -171,7 +169,7 @@ static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *
 /* ---- factors ------------------------------------------------------------------------------------------- */
 
 /* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
-static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__gram_side *side, size_t at,
+static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__gram_side *side, size_t at,
                           size_t rows)
 {
     const size_t outputs = gram->outputs;
@@ -182,7 +180,7 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
         pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
         if (layer->form == PK__GRAM_ROWS) {
             pk_call call;
-            pk__tape_call(tape, node, rows, outputs, &call);
+            pk__pass_call(tape, node, rows, outputs, &call);
             call.weights = gram->weights + node->weight_offset;
             call.out_cotangent = cotangent;
             call.gradient = right;
@@ -203,7 +201,7 @@ static void pk__gram_keep(const pk__gram *gram, const pk_tape *tape, const pk__g
 
 /* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
  * Cotangents that are kept are written where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk__gram_rows *sides, size_t part,
+static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk__gram_rows *sides, size_t part,
                           int lane)
 {
     const size_t first = pk__blocks(sides[0].rows, gram->part);
@@ -212,9 +210,9 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const pk_line line = {gram->weights, NULL, NULL};
-    pk_arena arena = pk__gram_arena(gram, lane);
-    pk_tape back, *tape = &back;
+    const pk__line line = {gram->weights, NULL, NULL};
+    pk__arena arena = pk__gram_arena(gram, lane);
+    pk__tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
     for (size_t n = 0; n < graph->node_count; n++)
         tape->value[n] = values->value[n] + row * graph->nodes[n].width;
@@ -222,8 +220,8 @@ static void pk__gram_back(const pk__gram *gram, const pk_tape *values, const pk_
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
                 pk__gram_right(from->side, &gram->layer[l], at);
-    pk_tape_seed_units(tape, rows);
-    pk_tape_reverse(tape, &line, rows, gram->outputs);
+    pk__pass_seed_units(tape, rows);
+    pk__pass_reverse(tape, &line, rows, gram->outputs);
     pk__gram_keep(gram, tape, from->side, at, rows);
 }
 
@@ -237,7 +235,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
     const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
-    const pk_line line = {gram->weights, NULL, NULL};
+    const pk__line line = {gram->weights, NULL, NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
     const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
@@ -254,7 +252,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     }
     room.forward.threads = threads;
     room.forward.context = gram->context;
-    pk_tape_forward(&room.forward, &line, rows, inputs);
+    pk__pass_forward(&room.forward, &line, rows, inputs);
     if (threads > 1) {
         pk__team team = pk__team_of(gram->context, threads, parts);
         PK__PARALLEL(team)
@@ -287,8 +285,6 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
         pk__team_end(&team);
     }
 }
-
-PK__COLD_END
 
 /* ---- tiles --------------------------------------------------------------------------------------------- */
 
@@ -393,8 +389,6 @@ static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size
     return bad;
 }
 
-PK__COLD_BEGIN
-
 /* All pairs of two sides, or of one with itself. */
 static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
 {
@@ -419,8 +413,7 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
                     j -= i + 1;
             }
             i *= gram->tile, j *= gram->tile;
-            const size_t rows = pk__min(gram->tile, x->rows - i),
-                         columns = pk__min(gram->tile, y->rows - j);
+            const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
             pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
             size_t *bad = &gram->bad[pk__thread()];
             *bad = pk__min(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
@@ -507,7 +500,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         gram->left = pk__max(gram->left, pairs);
         gram->right = pk__max(gram->right, pairs * kept * kept);
     }
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     gram->lane_bytes = arena.used;
@@ -710,8 +703,6 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 {
     return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

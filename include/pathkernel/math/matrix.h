@@ -271,8 +271,7 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
 {
     const size_t most = pk__block_terms(k);
     for (size_t p = 0; p < k; p += most) {
-        const pk__block block = {n,     pk__min(k - p, most), b + p, ldb, 1,
-                                 alpha, overwrite && p == 0,    ldc,   NULL};
+        const pk__block block = {n, pk__min(k - p, most), b + p, ldb, 1, alpha, overwrite && p == 0, ldc, NULL};
         for (size_t top = 0; top < m; top += PK__PAIR) {
             const size_t count = pk__min(m - top, PK__PAIR);
             const pk_real *own = a + top * row_a + p * column_a;
@@ -511,8 +510,6 @@ PK__PRIVATE void pk__grouped_product(size_t m, size_t group, size_t n, size_t k,
         pk__tile_product(0, 0, m, n - whole, k, 1, a, lda, b + whole, ldb, overwrite ? 0 : 1, c + whole, ldc);
 }
 
-PK__COLD_BEGIN
-
 PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
 {
     pk_matrix view;
@@ -601,8 +598,6 @@ PK_API void pk_matrix_backend(char *text, size_t size)
     snprintf(text, size, "portable (%s)", pk__panel_name());
 #endif
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

@@ -235,7 +235,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         for (size_t tile = 0; tile < sixes + fours; tile++, first += count) {                                 \
             const pk_real *own = a + first * across, *begin = start ? start + first : NULL;                   \
             const size_t *to = to_at ? to_at + first : NULL, *other = other_at ? other_at + first : NULL;     \
-            count = pk__min(tile < sixes ? 6 : 4, rows - first);                                            \
+            count = pk__min(tile < sixes ? 6 : 4, rows - first);                                              \
             if (count == 6 && PK__KNOWN_##suffix) /* when this is compiled */                                 \
                 pk__tile_6_##suffix(6, depth, own, across, along, panel, step, begin, target, to, other);     \
             else if (tile < sixes && PK__KNOWN_##suffix)                                                      \
@@ -277,7 +277,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         const vector zero = {0};                                                                              \
         const pk_real *start = NULL;                                                                          \
         for (size_t first = 0; first < rows; first += 4, a += 4 * across, to += 4 * ld) {                     \
-            const size_t count = pk__min(4, rows - first);                                                  \
+            const size_t count = pk__min(4, rows - first);                                                    \
             PK__EACH_4(PK__TILE_ROW)                                                                          \
             for (size_t column = 0; column < panels->count * PK_PANEL; column += 2 * lanes) {                 \
                 const pk_real *panel = panels->first + column / PK_PANEL * panels->apart + column % PK_PANEL; \
@@ -346,7 +346,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         const size_t step = panels->step, columns = panels->count * PK_PANEL;                                  \
         const size_t apart = panels->count > 1 ? other_apart : 0;                                              \
         for (size_t p = 0; p < depth; p += PK__TALLEST) {                                                      \
-            const size_t count = pk__min(PK__TALLEST, depth - p);                                            \
+            const size_t count = pk__min(PK__TALLEST, depth - p);                                              \
             const pk_real *own = a + p * along, *b = panels->first + p * step;                                 \
             const int begin = p == 0, end = p + count == depth;                                                \
             PK__SUMS_CASES(PK__KNOWN_##suffix, pk__sums_of_##suffix)                                           \

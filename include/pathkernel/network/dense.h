@@ -53,8 +53,6 @@ PK__BEGIN_CODE
         "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
     }
 
-PK__COLD_BEGIN
-
 /* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
 PK__PRIVATE void pk__initialize_matrix(pk_initial kind, double gain, size_t fan_in, size_t fan_out,
                                        size_t count, pk_random *random, pk_real *weights)
@@ -237,8 +235,6 @@ static void pk__dense_reverse(const pk_call *call)
                                  0};
     pk__dense_multiply(&product, call);
 }
-
-PK__COLD_END
 
 static void pk__dense_weight_gradient(const pk_call *call)
 {

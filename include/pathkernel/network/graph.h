@@ -190,11 +190,9 @@ PK__END_C
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- graphs ---------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
 {
@@ -530,8 +528,6 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
     memset(graph, 0, sizeof *graph);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

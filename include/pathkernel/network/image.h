@@ -45,8 +45,6 @@ typedef struct pk__windows {
     size_t kernel[2], stride[2], pad[2], dilation[2];
 } pk__windows;
 
-PK__COLD_BEGIN
-
 /* How far a window reaches. */
 static size_t pk__reach(const pk__windows *windows, int side)
 {
@@ -197,8 +195,6 @@ static void pk__convolution_initialize(const pk_node *node, pk_random *random, p
     pk__initialize_matrix(kind, node->attributes[PK_CONVOLUTION_GAIN], c.patch, fan_out,
                           biases ? node->weight_count : own, random, weights);
 }
-
-PK__COLD_END
 
 /* How many steps of stride reach over count. */
 static size_t pk__steps(size_t count, size_t stride)
@@ -383,8 +379,6 @@ static void pk__convolution_unfold(const pk_call *call)
     }
 }
 
-PK__COLD_BEGIN
-
 /* out = W in + b for each row, or out (+)= W in. */
 static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, int add,
                          pk_real *out)
@@ -508,8 +502,6 @@ static pk_status pk__pool_shape(pk_context *context, const pk_graph *graph, pk_n
     return pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
 }
 
-PK__COLD_END
-
 /* max_pool K [stride=K] [pad=0]: PyTorch's MaxPool2d; padding is never the maximum. */
 
 /* The number in its plane of a window's first maximum, or of its last NaN, as PyTorch's. */
@@ -628,8 +620,6 @@ static void pk__average_reverse(const pk_call *call)
                     }
 }
 
-PK__COLD_BEGIN
-
 static void pk__max_pool_forward(const pk_call *call)
 {
     pk__pool_pick(call, call->in[0], call->out);
@@ -735,8 +725,6 @@ static pk_status pk__global_average_shape(pk_context *context, const pk_graph *g
     node->shape.rank = 1;
     return status;
 }
-
-PK__COLD_END
 
 static const pk_option pk__convolution_options[] = {
     {"channels", PK_OPTION_NUMBER, PK_CONVOLUTION_CHANNELS, 1, 1, 1, 1e9, 1, NULL},

@@ -50,7 +50,7 @@ PK__END_C
 #include <float.h>
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 enum { PK__LAYER_WORDS = 16, PK__LAYER_TEXT = 256, PK__NETWORK_LAYERS = 10000, PK__NETWORK_DEPTH = 32 };
 /* Characters of a network with single blanks: what a line of run.txt holds behind its key. */
@@ -80,8 +80,6 @@ typedef struct pk__parser {
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
-
-PK__COLD_BEGIN
 
 /* "64" or "1x28x28" as a shape. */
 static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape *shape)
@@ -1055,8 +1053,6 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

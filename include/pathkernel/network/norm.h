@@ -46,8 +46,6 @@ PK__PRIVATE double pk__sum_products(size_t count, const pk_real *a, const pk_rea
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-PK__COLD_BEGIN
-
 /* The numbers of the trailing dims dimensions of a node's values; 0 where it has fewer dimensions. */
 static size_t pk__trailing(const pk_shape *shape, double dims)
 {
@@ -93,8 +91,6 @@ static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
     norm->centred = centred;
     norm->shift = norm->rest = 0;
 }
-
-PK__COLD_END
 
 static double pk__norm_mean(const pk__norm *norm, const pk_real *a, const pk_real *b)
 {
@@ -199,8 +195,6 @@ static void pk__norm_curvature(const pk_call *call, int centred)
     }
 }
 
-PK__COLD_BEGIN
-
 static void pk__norm_tangent(const pk_call *call, int centred)
 {
     if (call->in_tangent[0])
@@ -252,8 +246,6 @@ static pk_status pk__standardize_shape(pk_context *context, const pk_graph *grap
     return PK_OK;
 }
 
-PK__COLD_END
-
 /* to (+)= (from - shift mean) / root, for each of count rows. */
 static void pk__standardize(const pk_node *node, size_t count, int shift, const pk_real *from, int accumulate,
                             pk_real *to)
@@ -269,8 +261,6 @@ static void pk__standardize(const pk_node *node, size_t count, int shift, const 
             }
         }
 }
-
-PK__COLD_BEGIN
 
 static void pk__standardize_forward(const pk_call *call)
 {
@@ -329,8 +319,6 @@ static pk__affine pk__affine_layout(const pk_node *node)
     return layout;
 }
 
-PK__COLD_END
-
 /* to (+)= gamma from (+ beta), for each of count rows. */
 static void pk__affine_apply(const pk_node *node, size_t count, const pk_real *weights, const pk_real *from,
                              int bias, int accumulate, pk_real *to)
@@ -366,8 +354,6 @@ static void pk__affine_gradient(const pk__affine *layout, const pk_real *x, cons
             gradient[count + j] += (pk_real)pk__sum_products(each, delta + j * each, NULL);
     }
 }
-
-PK__COLD_BEGIN
 
 static void pk__affine_forward(const pk_call *call)
 {
@@ -422,8 +408,6 @@ static size_t pk__softmax_scratch(const pk_node *node, size_t rows, size_t copie
     (void)rows, (void)copies;
     return pk__last_dimension(node);
 }
-
-PK__COLD_END
 
 static size_t pk__largest_at(size_t count, const pk_real *x)
 {
@@ -533,8 +517,6 @@ static void pk__softmax_cotangents(const pk_call *call, int logarithm, int secon
     }
 }
 
-PK__COLD_BEGIN
-
 static void pk__softmax_forward(const pk_call *call)
 {
     const size_t count = pk__last_dimension(call->node), all = call->rows * call->node->width;
@@ -558,8 +540,6 @@ static void pk__softmax_forward(const pk_call *call)
 PK__SOFTMAX(softmax, 0)
 PK__SOFTMAX(log_softmax, 1)
 #undef PK__SOFTMAX
-
-PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 

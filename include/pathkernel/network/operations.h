@@ -25,9 +25,7 @@ PK__END_C
 #define PATHKERNEL_OPERATIONS_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_CODE
-
-PK__COLD_BEGIN
+PK__BEGIN_COLD_CODE
 
 PK_API const pk_operation *pk_operation_at(size_t index)
 {
@@ -59,8 +57,6 @@ PK_API const pk_operation *pk_operation_find(const char *name)
     return NULL;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -1,6 +1,6 @@
 /* pathkernel/network/pass.h: autodiff. A tape is the memory of one batch going through a graph: forward, reverse, tangent.
  *
- * Everything here also works along a line w + t d with an own t for each row (pk_line): an operation that is linear in
+ * Everything here also works along a line w + t d with an own t for each row (pk__line): an operation that is linear in
  * its weights gives
  *     F(w + t d, a) = F(w, a) + t F(d, a),
  * so that rows with their own t need no own weights, only two calls for the whole batch.
@@ -12,15 +12,28 @@
 /* >>> declarations */
 PK__BEGIN_C
 
+/* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
+ * outputs must not overlap inputs. Cost 2 P rows flops. */
+PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph,
+                                                const pk_real *weights, pk_matrix inputs, pk_matrix outputs);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_PASS_INTERNALS_KNOWN)
+#define PATHKERNEL_PASS_INTERNALS_KNOWN
+/* >>> internals */
 /* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
-typedef struct pk_line {
+typedef struct pk__line {
     const pk_real *weights, *direction;
     const pk_real *t;
-} pk_line;
+} pk__line;
 
 /* The memory of one batch. value[n] is rows x width, cotangent[n] rows x copies x width, tangent[n]
  * rows x width; value[0] points to the caller's inputs. */
-typedef struct pk_tape {
+typedef struct pk__tape {
     const pk_graph *graph;
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
@@ -29,44 +42,37 @@ typedef struct pk_tape {
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
-        transposed; /* the caller's: pk_tape_transpose of the line's weights, and behind it of its direction; NULL */
-    pk_line line; /* of the last reverse */
-} pk_tape;
+        transposed; /* the caller's: pk__pass_transpose of the line's weights, and behind it of its direction; NULL */
+    pk__line line; /* of the last reverse */
+} pk__tape;
 
 /* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
-PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
-                         pk_tape *tape);
+PK__INTERNAL void pk__pass_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t copies,
+                                int tangents, pk__tape *tape);
 /* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
  * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
-PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                               size_t copies, int tangents, pk_tape *tape);
+PK__INTERNAL void pk__pass_take_parts(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                                      size_t copies, int tangents, pk__tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
-PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs);
+PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t rows, const pk_real *inputs);
 /* cotangent[n] = d (seed . output) / d value[n] for every node that depends on the weights, after a forward
- * on the same line; seeds (rows x copies x output width) stand in pk_tape_seed(). */
-PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies);
+ * on the same line; seeds (rows x copies x output width) stand in pk__pass_seed(). */
+PK__INTERNAL void pk__pass_reverse(pk__tape *tape, const pk__line *line, size_t rows, size_t copies);
 /* tangent[n] = d value[n] along the line's direction, at each row's t: a Jacobian-vector product. */
-PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows);
+PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t rows);
 /* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
-PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient);
-PK_API pk_real *pk_tape_output(const pk_tape *tape);
-PK_API pk_real *pk_tape_seed(const pk_tape *tape);
+PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient);
+PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape);
+PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape);
 /* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
  * what is behind a last dense layer its weights. */
-PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows);
+PK__INTERNAL void pk__pass_seed_units(pk__tape *tape, size_t rows);
 
 /* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
-PK_API int pk_tape_transposes(const pk_graph *graph);
+PK__INTERNAL int pk__pass_transposes(const pk_graph *graph);
 /* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
-PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
-
-/* outputs (rows x output_width) = f(weights, inputs (rows x input_width)), tiles of rows in parallel.
- * outputs must not overlap inputs. Cost 2 P rows flops. */
-PK_API PK__MUST_USE pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph,
-                                                const pk_real *weights, pk_matrix inputs, pk_matrix outputs);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_PASS_IMPLEMENTED)
@@ -81,8 +87,6 @@ enum {
     PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
     PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
 };
-
-PK__COLD_BEGIN
 
 /* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
  * them costs less than a second product. */
@@ -113,7 +117,7 @@ PK__PRIVATE int pk__has_bias(const pk_node *node)
     return node->weight_count > node->fan_out * node->fan_in;
 }
 
-PK_API int pk_tape_transposes(const pk_graph *graph)
+PK__INTERNAL int pk__pass_transposes(const pk_graph *graph)
 {
     int some = 0;
     for (size_t n = 1; n < graph->node_count; n++)
@@ -121,7 +125,7 @@ PK_API int pk_tape_transposes(const pk_graph *graph)
     return some && graph->parameters <= (size_t)PK__TRANSPOSED;
 }
 
-PK_API void pk_tape_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
+PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
 {
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
@@ -137,9 +141,9 @@ PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node 
     return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];
 }
 
-/* in_place: see pk_tape_take_parts. */
-static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                          size_t copies, int tangents, int in_place, pk_tape *tape)
+/* in_place: see pk__pass_take_parts. */
+static void pk__pass_layout(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                            size_t copies, int tangents, int in_place, pk__tape *tape)
 {
     size_t count = graph->node_count, scratch = 0, line = 0, weights = 0, both = reverse_rows, all = 0;
     memset(tape, 0, sizeof *tape);
@@ -149,14 +153,14 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
     if (!pk__multiply(reverse_rows, copies > 1 ? copies : 1, &both) ||
         !pk__multiply(pk__max(rows, both), graph->widest, &all))
         arena->overflow = 1;
-    tape->value = pk_arena_take(arena, count, sizeof *tape->value);
-    tape->cotangent = copies ? pk_arena_take(arena, count, sizeof *tape->cotangent) : NULL;
-    tape->tangent = tangents ? pk_arena_take(arena, count, sizeof *tape->tangent) : NULL;
+    tape->value = pk__arena_take(arena, count, sizeof *tape->value);
+    tape->cotangent = copies ? pk__arena_take(arena, count, sizeof *tape->cotangent) : NULL;
+    tape->tangent = tangents ? pk__arena_take(arena, count, sizeof *tape->tangent) : NULL;
     for (size_t n = 0; n < count && !arena->overflow; n++) {
         const pk_node *node = &graph->nodes[n];
         const size_t bytes = node->width * sizeof(pk_real);
         /* The input's value belongs to the caller: no room for it. */
-        pk_real *value = n ? pk_arena_take(arena, rows, bytes) : NULL;
+        pk_real *value = n ? pk__arena_take(arena, rows, bytes) : NULL;
         const pk_node *input = n ? &graph->nodes[node->inputs[0]] : NULL;
         const int shared = in_place && n && n + 1 < count && node->operation->elementwise &&
                            pk__only_reader(graph, input) == node;
@@ -164,8 +168,8 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (shared && tape->cotangent)
             cotangent = tape->cotangent[node->inputs[0]];
         else if (copies && (node->varies || n + 1 == count) && !shared) /* the output's is the seed, always */
-            cotangent = pk_arena_take(arena, both, bytes);
-        pk_real *tangent = tangents && node->varies ? pk_arena_take(arena, rows, bytes) : NULL;
+            cotangent = pk__arena_take(arena, both, bytes);
+        pk_real *tangent = tangents && node->varies ? pk__arena_take(arena, rows, bytes) : NULL;
         if (tape->value)
             tape->value[n] = value;
         if (tape->cotangent)
@@ -183,44 +187,44 @@ static void pk__tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, s
         if (pk__reverses_by_row(node, copies))
             weights = pk__max(weights, node->weight_count);
     }
-    tape->scratch = pk_arena_take(arena, scratch, sizeof(pk_real));
-    tape->line_scratch = pk_arena_take(arena, line, sizeof(pk_real));
-    tape->row_weights = pk_arena_take(arena, weights, sizeof(pk_real));
+    tape->scratch = pk__arena_take(arena, scratch, sizeof(pk_real));
+    tape->line_scratch = pk__arena_take(arena, line, sizeof(pk_real));
+    tape->row_weights = pk__arena_take(arena, weights, sizeof(pk_real));
 }
 
-PK_API void pk_tape_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t copies, int tangents,
-                         pk_tape *tape)
+PK__INTERNAL void pk__pass_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t copies,
+                                int tangents, pk__tape *tape)
 {
-    pk__tape_take(arena, graph, rows, rows, copies, tangents, 0, tape);
+    pk__pass_layout(arena, graph, rows, rows, copies, tangents, 0, tape);
 }
 
-PK_API void pk_tape_take_parts(pk_arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
-                               size_t copies, int tangents, pk_tape *tape)
+PK__INTERNAL void pk__pass_take_parts(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
+                                      size_t copies, int tangents, pk__tape *tape)
 {
-    pk__tape_take(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
+    pk__pass_layout(arena, graph, rows, reverse_rows, copies, tangents, 1, tape);
 }
 
-PK_API pk_real *pk_tape_output(const pk_tape *tape)
+PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape)
 {
     return tape->value[tape->graph->node_count - 1];
 }
 
-PK_API pk_real *pk_tape_seed(const pk_tape *tape)
+PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape)
 {
     return tape->cotangent[tape->graph->node_count - 1];
 }
 
-PK_API void pk_tape_seed_units(pk_tape *tape, size_t rows)
+PK__INTERNAL void pk__pass_seed_units(pk__tape *tape, size_t rows)
 {
     const size_t outputs = tape->graph->output_width;
-    pk_real *seed = pk_tape_seed(tape);
+    pk_real *seed = pk__pass_seed(tape);
     memset(seed, 0, rows * outputs * outputs * sizeof *seed);
     for (size_t i = 0; i < rows * outputs; i++)
         seed[i * outputs + i % outputs] = 1;
     tape->unit_seeds = 1;
 }
 
-PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t rows, size_t copies,
+PK__PRIVATE void pk__pass_call(const pk__tape *tape, const pk_node *node, size_t rows, size_t copies,
                                pk_call *call)
 {
     memset(call, 0, sizeof *call);
@@ -236,8 +240,6 @@ PK__PRIVATE void pk__tape_call(const pk_tape *tape, const pk_node *node, size_t 
         call->in_width[j] = tape->graph->nodes[node->inputs[j]].width;
     }
 }
-
-PK__COLD_END
 
 /* out[row] (+)= t[row] add[row]; each row has count numbers. */
 static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk_real *add, int accumulate,
@@ -256,8 +258,8 @@ static void pk__scale_rows(size_t rows, size_t count, const pk_real *t, const pk
 }
 
 #define PK__DEFINE_LINE(suffix, attributes, vectors)                                                   \
-    attributes static void pk__line_##suffix(size_t count, const pk_real *weights, pk_real t,          \
-                                             const pk_real *direction, pk_real *to)                    \
+    attributes static void pk__at_##suffix(size_t count, const pk_real *weights, pk_real t,            \
+                                           const pk_real *direction, pk_real *to)                      \
     {                                                                                                  \
         typedef vectors vector;                                                                        \
         enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)) };                                      \
@@ -278,11 +280,11 @@ PK__FOR_PROCESSORS(PK__DEFINE_LINE)
 static void pk__line_point(size_t count, const pk_real *weights, pk_real t, const pk_real *direction,
                            pk_real *to)
 {
-    PK__ON_PROCESSOR(pk__line, (count, weights, t, direction, to));
+    PK__ON_PROCESSOR(pk__at, (count, weights, t, direction, to));
 }
 
 /* to = the numbers offset ... of w + t d at row row of the line. */
-static void pk__line_weights(const pk_line *line, size_t row, size_t offset, size_t count, pk_real *to)
+static void pk__line_weights(const pk__line *line, size_t row, size_t offset, size_t count, pk_real *to)
 {
     const pk_real *weights = line->weights + offset;
     if (!line->direction) {
@@ -293,7 +295,7 @@ static void pk__line_weights(const pk_line *line, size_t row, size_t offset, siz
 }
 
 /* A node's weights at row row of the line; until the next call. */
-PK__PRIVATE const pk_real *pk__row_weights(const pk_tape *tape, const pk_line *line, const pk_node *node,
+PK__PRIVATE const pk_real *pk__row_weights(const pk__tape *tape, const pk__line *line, const pk_node *node,
                                            size_t row)
 {
     if (!line->direction)
@@ -355,7 +357,7 @@ PK__PRIVATE void pk__layer_product(const pk_node *node, size_t places, const pk_
 /* out = the values (or tangents) of a plain layer y = (w + t d) x + b + t c with the weights w, b along the direction d, c:
  *     y = w x + d (t x) + b + t c,    y. = w x. + d (x + t x.) + c,
  * so that one sum takes both products. */
-static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_call *call, int tangent)
+static void pk__line_layer(const pk__tape *tape, const pk__line *line, const pk_call *call, int tangent)
 {
     const pk_node *node = call->node;
     const size_t in = node->fan_in, out = node->fan_out, positions = node->positions,
@@ -379,17 +381,16 @@ static void pk__line_layer(const pk_tape *tape, const pk_line *line, const pk_ca
 }
 
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
-static void pk__reverse_unit_seeds(const pk_line *line, const pk_call *call)
+static void pk__reverse_unit_seeds(const pk__line *line, const pk_call *call)
 {
     const size_t numbers = call->node->fan_out * call->node->fan_in;
     for (size_t row = 0; row < call->rows; row++)
         pk__line_weights(line, row, call->node->weight_offset, numbers, call->in_cotangent[0] + row * numbers);
 }
 
-PK__COLD_BEGIN
-
 /* Row by row, each with its own weights. */
-static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole, void (*rule)(const pk_call *))
+static void pk__by_row(pk__tape *tape, const pk__line *line, const pk_call *whole,
+                       void (*rule)(const pk_call *))
 {
     const pk_node *node = whole->node;
     for (size_t row = 0; row < whole->rows; row++) {
@@ -412,10 +413,10 @@ static void pk__by_row(pk_tape *tape, const pk_line *line, const pk_call *whole,
     }
 }
 
-PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+PK__PRIVATE void pk__node_forward(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows)
 {
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     int along = line->direction && node->weight_count;
     if (along && pk__is_plain_layer(node) && !node->input_constant) {
@@ -436,7 +437,7 @@ PK__PRIVATE void pk__node_forward(pk_tape *tape, const pk_line *line, const pk_n
     }
 }
 
-PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, const pk_real *inputs)
+PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t rows, const pk_real *inputs)
 {
     const pk_graph *graph = tape->graph;
     tape->value[0] = (pk_real *)inputs; /* only read */
@@ -444,14 +445,14 @@ PK_API void pk_tape_forward(pk_tape *tape, const pk_line *line, size_t rows, con
         pk__node_forward(tape, line, &graph->nodes[n], rows);
 }
 
-PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows,
+PK__PRIVATE void pk__node_reverse(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows,
                                   size_t copies)
 {
     const pk_graph *graph = tape->graph;
     if (node->input_constant)
         return;
     pk_call call;
-    pk__tape_call(tape, node, rows, copies, &call);
+    pk__pass_call(tape, node, rows, copies, &call);
     call.weights = line->weights + node->weight_offset;
     call.out_cotangent = tape->cotangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++) {
@@ -482,7 +483,7 @@ PK__PRIVATE void pk__node_reverse(pk_tape *tape, const pk_line *line, const pk_n
     }
 }
 
-PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, size_t copies)
+PK__INTERNAL void pk__pass_reverse(pk__tape *tape, const pk__line *line, size_t rows, size_t copies)
 {
     tape->line = *line;
     for (size_t n = tape->graph->node_count - 1; n > 0; n--) {
@@ -493,13 +494,13 @@ PK_API void pk_tape_reverse(pk_tape *tape, const pk_line *line, size_t rows, siz
     }
 }
 
-PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_node *node, size_t rows)
+PK__PRIVATE void pk__node_tangent(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows)
 {
     const pk_graph *graph = tape->graph;
     if (!node->varies)
         return;
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = line->weights + node->weight_offset;
     call.direction = line->direction && node->weight_count ? line->direction + node->weight_offset : NULL;
     call.out_tangent = tape->tangent[node - graph->nodes];
@@ -525,13 +526,13 @@ PK__PRIVATE void pk__node_tangent(pk_tape *tape, const pk_line *line, const pk_n
     }
 }
 
-PK_API void pk_tape_tangent(pk_tape *tape, const pk_line *line, size_t rows)
+PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t rows)
 {
     for (size_t n = 1; n < tape->graph->node_count; n++)
         pk__node_tangent(tape, line, &tape->graph->nodes[n], rows);
 }
 
-PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradient)
+PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient)
 {
     const pk_graph *graph = tape->graph;
     for (size_t n = 1; n < graph->node_count; n++) {
@@ -539,7 +540,7 @@ PK_API void pk_tape_weight_gradient(pk_tape *tape, size_t rows, pk_real *gradien
         if (!node->weight_count)
             continue;
         pk_call call;
-        pk__tape_call(tape, node, rows, 1, &call);
+        pk__pass_call(tape, node, rows, 1, &call);
         call.weights = tape->line.weights + node->weight_offset;
         call.out_cotangent = tape->cotangent[n];
         call.gradient = gradient + node->weight_offset;
@@ -574,10 +575,10 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     }
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
     size_t threads = pk__min((size_t)pk_threads(context), blocks);
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_tape tape;
-    pk_tape_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
-    pk_arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__tape tape;
+    pk__pass_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
+    pk__arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
     const size_t bytes = arena.used;
@@ -585,30 +586,28 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
     if (status)
         return status;
-    const pk_line line = {weights, NULL, NULL};
+    const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
     PK__PARALLEL(team)
     for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
-        pk_arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
-        pk_tape batch;
-        pk_tape_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
-        pk_real *rows = pk_arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        pk__arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
+        pk__tape batch;
+        pk__pass_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
+        pk_real *rows = pk__arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
             memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
                    inputs.cols * sizeof *rows);
-        pk_tape_forward(&batch, &line, count, rows);
+        pk__pass_forward(&batch, &line, count, rows);
         for (size_t row = 0; row < count; row++)
-            memcpy(outputs.data + (first + row) * outputs.ld, pk_tape_output(&batch) + row * outputs.cols,
+            memcpy(outputs.data + (first + row) * outputs.ld, pk__pass_output(&batch) + row * outputs.cols,
                    outputs.cols * sizeof *rows);
     }
     pk__team_end(&team);
     pk_release(context, memory);
     return PK_OK;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

@@ -25,8 +25,6 @@ PK__BEGIN_CODE
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
 
-PK__COLD_BEGIN
-
 /* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
 static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -169,8 +167,6 @@ static void pk__token_reverse(const pk_call *call)
     }
 }
 
-PK__COLD_END
-
 /* mean_tokens: y = the mean of the tokens. */
 static void pk__mean_rows(const pk_call *call, const pk_real *from, pk_real *to)
 {
@@ -193,8 +189,6 @@ static void pk__mean_tokens_reverse(const pk_call *call)
                 to[j] =
                     (call->accumulate[0] ? to[j] : 0) + call->out_cotangent[copy * width + j] / (pk_real)tokens;
 }
-
-PK__COLD_BEGIN
 
 static void pk__mean_tokens_forward(const pk_call *call)
 {
@@ -266,8 +260,6 @@ static pk__heads pk__attend_heads(const pk_node *node)
     h.scale = (pk_real)(1 / sqrt((double)h.depth));
     return h;
 }
-
-PK__COLD_END
 
 /* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
  * small for a library's product. */
@@ -358,8 +350,6 @@ static void pk__attend_second(const pk__heads *h, const pk_real *p, const pk_rea
     }
 }
 
-PK__COLD_BEGIN
-
 /* P. = the tangent of P along v. */
 static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, const pk_real *v, const pk_real *p,
                                        pk_real *p_dot)
@@ -449,8 +439,6 @@ static void pk__attend_curvature(const pk_call *call)
             }
         }
 }
-
-PK__COLD_END
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 

@@ -33,8 +33,6 @@ PK__PRIVATE void pk__give(size_t count, const pk_real *from, int accumulate, pk_
             to[i] += from[i];
 }
 
-PK__COLD_BEGIN
-
 /* Whether number at of a row of data is a whole number below count. */
 PK__PRIVATE pk_status pk__check_token(pk_context *context, const char *name, size_t row, size_t at,
                                       double token, double count)
@@ -176,8 +174,6 @@ static pk_status pk__propagate_shape(pk_context *context, const pk_graph *graph,
     return PK_OK;
 }
 
-PK__COLD_END
-
 /* to += A from, or A^T from, for each of count matrices. */
 static void pk__propagate(const pk_node *node, size_t count, int transpose, const pk_real *from, pk_real *to)
 {
@@ -191,8 +187,6 @@ static void pk__propagate(const pk_node *node, size_t count, int transpose, cons
                 y[j] += value * x[j];
         }
 }
-
-PK__COLD_BEGIN
 
 static void pk__propagate_forward(const pk_call *call)
 {
@@ -255,8 +249,6 @@ static pk_status pk__fourier_shape(pk_context *context, const pk_graph *graph, p
     return PK_OK;
 }
 
-PK__COLD_END
-
 #define PK__TWO_PI 6.28318530717958647693
 
 static void pk__fourier_forward(const pk_call *call)
@@ -307,8 +299,6 @@ static void pk__fourier_reverse(const pk_call *call)
         }
     }
 }
-
-PK__COLD_BEGIN
 
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
 static pk_status pk__select_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -367,8 +357,6 @@ static void pk__select_reverse(const pk_call *call)
         pk__give(width, call->out_cotangent + copy * width, 1, to + pk__selected(call, copy / call->copies));
     }
 }
-
-PK__COLD_END
 
 static const pk_option pk__position_options[] = {
     {"tokens", PK_OPTION_NUMBER, PK_POSITION_TOKENS, 1, 1, 1, 1e9, 1, NULL},

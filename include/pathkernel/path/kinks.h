@@ -19,14 +19,17 @@
 #include "path.h"
 
 /* >>> declarations */
-PK__BEGIN_C
-
-/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
- * for graphs with 0 <= degree <= PK_SEGMENT_DEGREE. Cost 4 P flops a sample. */
-PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to);
-
-PK__END_C
 /* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_KINKS_INTERNALS_KNOWN)
+#define PATHKERNEL_KINKS_INTERNALS_KNOWN
+/* >>> internals */
+/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
+ * for graphs with 0 <= degree <= PK__PATH_DEGREE. Cost 4 P flops a sample. */
+PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__pieces *to);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_KINKS_IMPLEMENTED)
@@ -40,7 +43,7 @@ PK__BEGIN_CODE
 /* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
 static double pk__casteljau(int degree, const double *c, double x, double *left, double *right, double *slope)
 {
-    double work[PK_SEGMENT_DEGREE + 1];
+    double work[PK__PATH_DEGREE + 1];
     memcpy(work, c, (size_t)(degree + 1) * sizeof *work);
     if (slope)
         *slope = degree == 1 ? c[1] - c[0] : 0;
@@ -56,8 +59,6 @@ static double pk__casteljau(int degree, const double *c, double x, double *left,
     }
     return work[0];
 }
-
-PK__COLD_BEGIN
 
 /* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
 static double pk__bracketed_root(int degree, const double *c)
@@ -96,7 +97,7 @@ static double pk__bracketed_root(int degree, const double *c)
 typedef struct pk__root_sink {
     double a, b, rounding, error;
     size_t at;
-    pk_root *roots;
+    pk__root *roots;
     size_t count, capacity;
 } pk__root_sink;
 
@@ -104,7 +105,7 @@ typedef struct pk__root_sink {
  * first. At a double zero that is a square root, no division by a slope of zero. */
 static double pk__root_slack(int degree, const double *c, double x, double uncertain)
 {
-    double work[PK_SEGMENT_DEGREE + 1], least = 1, factor = 1;
+    double work[PK__PATH_DEGREE + 1], least = 1, factor = 1;
     memcpy(work, c, (size_t)(degree + 1) * sizeof *work);
     for (int k = 1; k <= degree; k++) {
         factor *= (double)(degree - k + 1) / k;
@@ -124,7 +125,7 @@ static void pk__push_root(pk__root_sink *sink, int degree, const double *c, doub
 {
     if (sink->count < sink->capacity) {
         const double length = (sink->b - sink->a) * (hi - lo);
-        pk_root *root = &sink->roots[sink->count];
+        pk__root *root = &sink->roots[sink->count];
         double slope = 0;
         pk__casteljau(degree, c, x, NULL, NULL, &slope);
         root->t = sink->a + (sink->b - sink->a) * (lo + (hi - lo) * x);
@@ -159,7 +160,7 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
         pk__push_root(sink, degree, c, pk__bracketed_root(degree, c), lo, hi);
         return;
     }
-    double middle = 0.5 * (lo + hi), left[PK_SEGMENT_DEGREE + 1], right[PK_SEGMENT_DEGREE + 1];
+    double middle = 0.5 * (lo + hi), left[PK__PATH_DEGREE + 1], right[PK__PATH_DEGREE + 1];
     if (hi - lo < 4 * DBL_EPSILON) {
         /* A cluster that touches zero: one split serves them all. */
         pk__push_root(sink, degree, c, 0.5, lo, hi);
@@ -171,11 +172,9 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
-PK__COLD_END
-
 /* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
  * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
-static int pk__is_dead(const pk_segment *segment, size_t switches, size_t j, const pk_real *values)
+static int pk__is_dead(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
     for (int k = 1; k < segment->degree; k++)
@@ -198,13 +197,12 @@ enum {
 #define PK__SHORTEST_SEARCH 1e-6
 
 /* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
-static double pk__interpolation_error(const pk_segment *segment, size_t switches, size_t j,
-                                      const pk_real *values)
+static double pk__interpolation_error(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
     for (int i = 0; i < 3; i++) {
         double sum = 0;
-        for (int k = 0; k <= PK_SEGMENT_DEGREE; k++)
+        for (int k = 0; k <= PK__PATH_DEGREE; k++)
             sum += segment->tail[i][k] * values[(size_t)k * switches + j];
         largest = fabs(sum) > largest ? fabs(sum) : largest;
     }
@@ -223,7 +221,7 @@ static double pk__largest_coefficient(const pk_real *coefficients, size_t count)
 /* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
  * degree 1 (samples 0 and the last suffice), at most of the samples' degree, or interpolated (exact == 0). Unless the
  * piece is the shortest: 1 where the interpolant's error leaves open how many there are. */
-static int pk__piece_roots(pk_segment *segment, int linear, int exact, int shortest, size_t switches,
+static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortest, size_t switches,
                            size_t first, pk__root_sink *sink)
 {
     const int degree = linear ? 1 : segment->degree;
@@ -245,7 +243,7 @@ static int pk__piece_roots(pk_segment *segment, int linear, int exact, int short
         }
     }
     for (size_t j = 0; j < switches; j++) {
-        double c[PK_SEGMENT_DEGREE + 1], low = coefficients[j], high = low, error = 0;
+        double c[PK__PATH_DEGREE + 1], low = coefficients[j], high = low, error = 0;
         for (int k = 0; k <= degree; k++) {
             c[k] = coefficients[(size_t)k * switches + j];
             low = c[k] < low ? c[k] : low;
@@ -274,18 +272,16 @@ static int pk__piece_roots(pk_segment *segment, int linear, int exact, int short
     return 0;
 }
 
-PK__COLD_BEGIN
-
 /* The switch functions of node n at points behind the samples of the batch, which end at point `used`. */
-static const pk_real *pk__switches_behind(pk_segment *segment, size_t n, size_t used, size_t count)
+static const pk_real *pk__switches_behind(pk__path *segment, size_t n, size_t used, size_t count)
 {
     const pk_node *node = &segment->graph->nodes[n];
     pk_real *out = segment->switch_values + used * node->operation->switch_count(node);
     pk_call call;
     pk__shift_tape(segment, used, 0);
     for (size_t m = 0; m < n; m++)
-        pk__segment_node(segment, m, count, segment->point_row + used, segment->point_t + used);
-    pk__tape_call(&segment->tape, node, count, 1, &call);
+        pk__path_node(segment, m, count, segment->point_row + used, segment->point_t + used);
+    pk__pass_call(&segment->tape, node, count, 1, &call);
     call.out = out;
     node->operation->switches(&call);
     pk__shift_tape(segment, used, 1);
@@ -294,8 +290,8 @@ static const pk_real *pk__switches_behind(pk_segment *segment, size_t n, size_t 
 
 /* Moves roots of interpolants of a piece of row onto the zeros of the switch functions of node n themselves: Newton steps
  * with the interpolants' slopes, as long as the values fall. */
-static void pk__refine_roots(pk_segment *segment, size_t n, size_t used, size_t row, double a, double b,
-                             size_t count, pk_root *roots)
+static void pk__refine_roots(pk__path *segment, size_t n, size_t used, size_t row, double a, double b,
+                             size_t count, pk__root *roots)
 {
     const pk_node *node = &segment->graph->nodes[n];
     const size_t switches = node->operation->switch_count(node);
@@ -334,10 +330,10 @@ static void pk__refine_roots(pk_segment *segment, size_t n, size_t used, size_t 
     }
 }
 
-static void pk__sort_roots(size_t count, pk_root *roots)
+static void pk__sort_roots(size_t count, pk__root *roots)
 {
     for (size_t i = 1; i < count; i++) { /* insertion sort: few */
-        const pk_root root = roots[i];
+        const pk__root root = roots[i];
         size_t k = i;
         for (; k > 0 && roots[k - 1].t > root.t; k--)
             roots[k] = roots[k - 1];
@@ -346,11 +342,11 @@ static void pk__sort_roots(size_t count, pk_root *roots)
 }
 
 /* Appends a piece of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
-static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__root_sink *sink)
+static size_t pk__append_split(pk__pieces *pieces, const pk__piece *piece, pk__root_sink *sink)
 {
     const size_t before = pieces->count;
     const double least = 4 * PK__EPSILON;
-    pk_piece rest = *piece;
+    pk__piece rest = *piece;
     if (sink->count > sink->capacity || pieces->count + sink->count + 1 > pieces->capacity)
         return 0;
     pk__sort_roots(sink->count, sink->roots);
@@ -362,7 +358,7 @@ static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__roo
         } else if (rest.b - t <= least) {
             rest.slack_b = slack > rest.slack_b ? slack : rest.slack_b;
         } else {
-            pk_piece part = rest;
+            pk__piece part = rest;
             part.b = t;
             part.slack_b = slack;
             pieces->piece[pieces->count++] = part;
@@ -376,15 +372,15 @@ static size_t pk__append_split(pk_pieces *pieces, const pk_piece *piece, pk__roo
 }
 
 /* The next pieces that wait, as many as there are points for, and their samples. */
-static void pk__begin_batch(pk_segment *segment)
+static void pk__begin_batch(pk__path *segment)
 {
-    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    pk__pieces *pending = &segment->pending, *batch = &segment->batch;
     const size_t samples = (size_t)segment->degree + 1;
     const size_t most = (segment->point_capacity - (segment->interpolates ? PK__NEWTON_POINTS : 0)) / samples;
     batch->count = 0;
     while (pending->count && batch->count < most) {
         const size_t top = --pending->count, i = batch->count++;
-        const pk_piece *piece = &pending->piece[top];
+        const pk__piece *piece = &pending->piece[top];
         segment->batch_start[i] = segment->pending_start[top];
         batch->piece[i] = *piece;
         for (size_t k = 0; k < samples; k++) {
@@ -396,10 +392,10 @@ static void pk__begin_batch(pk_segment *segment)
 }
 
 /* Moves piece `from` of the batch and all that is known of its samples, as far as nodes from n on need it. */
-static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to)
+static void pk__keep_piece(pk__path *segment, size_t n, size_t from, size_t to)
 {
     const size_t samples = (size_t)segment->degree + 1;
-    pk_pieces *batch = &segment->batch;
+    pk__pieces *batch = &segment->batch;
     if (from == to)
         return;
     batch->piece[to] = batch->piece[from];
@@ -418,13 +414,13 @@ static void pk__keep_piece(pk_segment *segment, size_t n, size_t from, size_t to
 }
 
 /* Both halves of a piece wait, to be joined again when all is found. 0: no room. */
-static int pk__halve_search(pk_segment *segment, const pk_piece *piece, size_t n)
+static int pk__halve_search(pk__path *segment, const pk__piece *piece, size_t n)
 {
-    pk_pieces *pending = &segment->pending;
+    pk__pieces *pending = &segment->pending;
     if (pending->count + 2 > pending->capacity)
         return 0;
     for (int half = 0; half < 2; half++) {
-        pk_piece part = *piece;
+        pk__piece part = *piece;
         const double middle = 0.5 * (piece->a + piece->b);
         if (half) {
             part.a = middle;
@@ -441,21 +437,21 @@ static int pk__halve_search(pk_segment *segment, const pk_piece *piece, size_t n
 }
 
 /* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
-static int pk__split_batch(pk_segment *segment, size_t n)
+static int pk__split_batch(pk__path *segment, size_t n)
 {
     const pk_node *node = &segment->graph->nodes[n];
     const size_t samples = (size_t)segment->degree + 1, switches = node->operation->switch_count(node);
     const size_t used = segment->batch.count * samples;
     const int exact = pk__is_polynomial(node);
-    pk_pieces *batch = &segment->batch, *pending = &segment->pending;
+    pk__pieces *batch = &segment->batch, *pending = &segment->pending;
     size_t kept = 0;
     pk_call call;
-    pk__tape_call(&segment->tape, node, used, 1, &call);
+    pk__pass_call(&segment->tape, node, used, 1, &call);
     call.out = segment->switch_values;
     node->operation->switches(&call);
     for (size_t i = 0; i < batch->count; i++) {
         if (segment->batch_start[i] <= n) {
-            const pk_piece piece = batch->piece[i];
+            const pk__piece piece = batch->piece[i];
             const int shortest = piece.b - piece.a <= PK__SHORTEST_SEARCH;
             pk__root_sink sink = {piece.a, piece.b, 0, 0, 0, segment->roots, 0, segment->root_capacity};
             if (pk__piece_roots(segment, node->degree == 1, exact, shortest, switches, i * samples, &sink)) {
@@ -483,23 +479,23 @@ static int pk__split_batch(pk_segment *segment, size_t n)
     return 1;
 }
 
-typedef int pk__piece_order(const pk_piece *piece, const pk_piece *other);
+typedef int pk__piece_order(const pk__piece *piece, const pk__piece *other);
 
 /* By row, then by t. */
-PK__PRIVATE int pk__precedes_by_place(const pk_piece *piece, const pk_piece *other)
+PK__PRIVATE int pk__precedes_by_place(const pk__piece *piece, const pk__piece *other)
 {
     return piece->row < other->row || (piece->row == other->row && piece->a < other->a);
 }
 
 /* Shell sort: in place. */
-PK__PRIVATE void pk__sort_pieces(pk_pieces *pieces, pk__piece_order *precedes)
+PK__PRIVATE void pk__sort_pieces(pk__pieces *pieces, pk__piece_order *precedes)
 {
     size_t gap = 1;
     while (gap < pieces->count / 3)
         gap = 3 * gap + 1;
     for (; gap > 0; gap /= 3)
         for (size_t i = gap; i < pieces->count; i++) {
-            const pk_piece piece = pieces->piece[i];
+            const pk__piece piece = pieces->piece[i];
             size_t k = i;
             for (; k >= gap && precedes(&piece, &pieces->piece[k - gap]); k -= gap)
                 pieces->piece[k] = pieces->piece[k - gap];
@@ -508,12 +504,12 @@ PK__PRIVATE void pk__sort_pieces(pk_pieces *pieces, pk__piece_order *precedes)
 }
 
 /* Joins what was halved for the search alone; the pieces are sorted. */
-static void pk__join_pieces(pk_pieces *pieces)
+static void pk__join_pieces(pk__pieces *pieces)
 {
     size_t kept = 0;
     for (size_t i = 0; i < pieces->count; i++) {
-        const pk_piece piece = pieces->piece[i];
-        pk_piece *last = kept ? &pieces->piece[kept - 1] : NULL;
+        const pk__piece piece = pieces->piece[i];
+        pk__piece *last = kept ? &pieces->piece[kept - 1] : NULL;
         if (last && piece.joined && last->row == piece.row && last->b == piece.a && last->slack_b == 0) {
             last->b = piece.b;
             last->slack_b = piece.slack_b;
@@ -524,15 +520,15 @@ static void pk__join_pieces(pk_pieces *pieces)
     pieces->count = kept;
 }
 
-PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_pieces *to)
+PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__pieces *to)
 {
-    pk_pieces *pending = &segment->pending, *batch = &segment->batch;
+    pk__pieces *pending = &segment->pending, *batch = &segment->batch;
     const size_t samples = (size_t)segment->degree + 1;
     to->count = pending->count = 0;
     if (from->count > to->capacity || from->count > pending->capacity)
         return 0;
     for (size_t i = 0; i < from->count; i++) {
-        pk_pieces *first = segment->last_switch ? pending : to;
+        pk__pieces *first = segment->last_switch ? pending : to;
         segment->pending_start[i] = 1;
         first->piece[first->count] = from->piece[i];
         first->piece[first->count++].joined = 0;
@@ -545,7 +541,7 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
             if (n && pk__is_switch(&segment->graph->nodes[n]) && !pk__split_batch(segment, n))
                 return 0;
             if (n < segment->last_switch && batch->count)
-                pk__segment_node(segment, n, batch->count * samples, segment->point_row, segment->point_t);
+                pk__path_node(segment, n, batch->count * samples, segment->point_row, segment->point_t);
         }
         for (size_t i = 0; i < batch->count; i++) {
             if (to->count == to->capacity)
@@ -557,8 +553,6 @@ PK_API int pk_segment_split(pk_segment *segment, const pk_pieces *from, pk_piece
     pk__join_pieces(to);
     return 1;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

@@ -6,14 +6,19 @@
 #include "../network/pass.h"
 
 /* >>> declarations */
-PK__BEGIN_C
+/* <<< declarations */
+#endif
 
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_PATH_INTERNALS_KNOWN)
+#define PATHKERNEL_PATH_INTERNALS_KNOWN
+/* >>> internals */
 /* Above this degree, or where a pre-activation is no polynomial, it is interpolated by a polynomial of this
  * degree on each piece, and the caller must judge the pieces by their closure. */
-enum { PK_SEGMENT_DEGREE = 12 };
+enum { PK__PATH_DEGREE = 12 };
 
 /* The piece [a, b] of a row's step. A slack is how far the kink at that end may lie from it, 0 where there is no kink. */
-typedef struct pk_piece {
+typedef struct pk__piece {
     size_t row;
     double a, b, slack_a, slack_b;
     /* Of a piece that the quadrature judges and halves, see quadrature.h: */
@@ -21,21 +26,21 @@ typedef struct pk_piece {
     double family, reference; /* of a piece it has come from by halving: its a and its error */
     int age;                  /* halvings since then */
     int joined;               /* there is no kink at a: the piece in front goes on smoothly */
-} pk_piece;
+} pk__piece;
 
-typedef struct pk_pieces {
+typedef struct pk__pieces {
     size_t count, capacity;
-    pk_piece *piece;
-} pk_pieces;
+    pk__piece *piece;
+} pk__pieces;
 
 /* A zero of switch function number `at`: its place, how far it may lie from there, the function's slope and rounding. */
-typedef struct pk_root {
+typedef struct pk__root {
     double t, slack, slope, rounding;
     size_t at;
-} pk_root;
+} pk__root;
 
 /* One block of rows along one step; memory from an arena, one segment a thread. */
-typedef struct pk_segment {
+typedef struct pk__path {
     const pk_graph *graph;
     size_t row_capacity, point_capacity;
     /* The step and the rows it is at: */
@@ -44,50 +49,48 @@ typedef struct pk_segment {
     /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
     pk_real **base, **slope;
     int *gathered;      /* a constant node that is needed at each point */
-    pk_tape tape;       /* of the points */
+    pk__tape tape;      /* of the points */
     int degree;         /* of the samples: the largest of a switch function */
     size_t last_switch; /* the last node with switch functions, 0: none */
     size_t *last_read;  /* of each node: the last node that takes it */
     int interpolates;   /* some switch function is no polynomial of that degree */
     pk_real *input_points, *switch_values, *coefficients, *conversion;
-    double tail[3][PK_SEGMENT_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
+    double tail[3][PK__PATH_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
     size_t *point_row;
     pk_real *point_t;
     size_t held; /* points whose values stand in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
-    pk_pieces pending, batch;            /* to be sampled */
+    pk__pieces pending, batch;           /* to be sampled */
     size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
-    pk_root *roots;
+    pk__root *roots;
     size_t root_capacity;
-} pk_segment;
+} pk__path;
 
 /* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
  * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                            size_t reverse_points, size_t copies, size_t pieces, int gather,
-                            pk_segment *segment);
-/* Moves it to a step and a block of rows (rows x input width). transposed: pk_tape_transpose of the weights, and behind it of
+PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                size_t reverse_points, size_t copies, size_t pieces, int gather,
+                                pk__path *segment);
+/* Moves it to a step and a block of rows (rows x input width). transposed: pk__pass_transpose of the weights, and behind it of
  * the direction; NULL: they are not there. */
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
-                             const pk_real *transposed, size_t rows, const pk_real *inputs);
+PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, const pk_real *direction,
+                                 const pk_real *transposed, size_t rows, const pk_real *inputs);
 /* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
  * where the tape holds all of them in this order, perhaps with others between. */
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
+PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
 /* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
-PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t);
+PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
 /* Tangents along the step's direction at points that the tape holds from number first on. */
-PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
-                               const pk_real *t);
-/* Cotangents at the points of the last forward from the seeds in pk_tape_seed(&segment->tape). */
-PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies);
+PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                   const pk_real *t);
+/* Cotangents at the points of the last forward from the seeds in pk__pass_seed(&segment->tape). */
+PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies);
 
-PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces);
+PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces);
 /* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
-PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a, double b);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_PATH_IMPLEMENTED)
@@ -98,18 +101,16 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_CODE
 
-PK__COLD_BEGIN
-
-PK_API void pk_pieces_take(pk_arena *arena, size_t capacity, pk_pieces *pieces)
+PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces)
 {
     pieces->count = 0;
     pieces->capacity = capacity;
-    pieces->piece = pk_arena_take(arena, capacity, sizeof *pieces->piece);
+    pieces->piece = pk__arena_take(arena, capacity, sizeof *pieces->piece);
 }
 
-PK_API pk_piece *pk_pieces_push(pk_pieces *pieces, size_t row, double a, double b)
+PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a, double b)
 {
-    pk_piece *piece = &pieces->piece[pieces->count++];
+    pk__piece *piece = &pieces->piece[pieces->count++];
     memset(piece, 0, sizeof *piece);
     piece->row = row;
     piece->a = a;
@@ -131,12 +132,12 @@ static int pk__is_switch(const pk_node *node)
 /* Its switch functions are polynomials in t that the samples determine. */
 static int pk__is_polynomial(const pk_node *node)
 {
-    return node->degree >= 0 && node->degree <= PK_SEGMENT_DEGREE;
+    return node->degree >= 0 && node->degree <= PK__PATH_DEGREE;
 }
 
 static int pk__sample_degree(const pk_node *node)
 {
-    return pk__is_polynomial(node) ? node->degree : (int)PK_SEGMENT_DEGREE;
+    return pk__is_polynomial(node) ? node->degree : (int)PK__PATH_DEGREE;
 }
 
 /* The sampling nodes: Chebyshev-Lobatto on [0, 1]. */
@@ -150,7 +151,7 @@ static double pk__sample_node(int degree, int k)
  * inverse of B[k][i] = binomial(degree, i) x_k^i (1 - x_k)^(degree - i), by Gauss-Jordan with pivoting. */
 static void pk__bernstein_conversion(int degree, pk_real *conversion)
 {
-    enum { N = PK_SEGMENT_DEGREE + 1 };
+    enum { N = PK__PATH_DEGREE + 1 };
     long double m[N][2 * N];
     int n = degree + 1;
     for (int k = 0; k < n; k++) {
@@ -186,10 +187,10 @@ static void pk__bernstein_conversion(int degree, pk_real *conversion)
             conversion[k * n + i] = (pk_real)m[k][n + i];
 }
 
-/* The Chebyshev coefficients number PK_SEGMENT_DEGREE - 2 and up of the interpolant, from its values at the sampling nodes. */
-static void pk__chebyshev_tail(double tail[3][PK_SEGMENT_DEGREE + 1])
+/* The Chebyshev coefficients number PK__PATH_DEGREE - 2 and up of the interpolant, from its values at the sampling nodes. */
+static void pk__chebyshev_tail(double tail[3][PK__PATH_DEGREE + 1])
 {
-    const int degree = PK_SEGMENT_DEGREE;
+    const int degree = PK__PATH_DEGREE;
     for (int i = 0; i < 3; i++)
         for (int k = 0; k <= degree; k++) {
             const int m = degree - 2 + i, end = k == 0 || k == degree;
@@ -198,27 +199,27 @@ static void pk__chebyshev_tail(double tail[3][PK_SEGMENT_DEGREE + 1])
         }
 }
 
-PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                            size_t reverse_points, size_t copies, size_t pieces, int gather,
-                            pk_segment *segment)
+PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                size_t reverse_points, size_t copies, size_t pieces, int gather,
+                                pk__path *segment)
 {
     size_t count = graph->node_count, switches = 0;
     memset(segment, 0, sizeof *segment);
-    points = pk__max(points, PK_SEGMENT_DEGREE + 1); /* the samples of one piece */
+    points = pk__max(points, PK__PATH_DEGREE + 1); /* the samples of one piece */
     segment->graph = graph;
     segment->row_capacity = rows;
     segment->point_capacity = points;
-    segment->base = pk_arena_take(arena, count, sizeof *segment->base);
-    segment->slope = pk_arena_take(arena, count, sizeof *segment->slope);
-    segment->gathered = pk_arena_take(arena, count, sizeof *segment->gathered);
-    segment->last_read = pk_arena_take(arena, count, sizeof *segment->last_read);
+    segment->base = pk__arena_take(arena, count, sizeof *segment->base);
+    segment->slope = pk__arena_take(arena, count, sizeof *segment->slope);
+    segment->gathered = pk__arena_take(arena, count, sizeof *segment->gathered);
+    segment->last_read = pk__arena_take(arena, count, sizeof *segment->last_read);
     for (size_t n = 0; n < count && segment->gathered; n++)
         segment->gathered[n] = 0;
     for (size_t n = 0; n < count; n++) {
         const pk_node *node = &graph->nodes[n];
         int affine = n && pk__is_affine(node), constant = n && !node->varies;
-        pk_real *base = affine || constant ? pk_arena_take(arena, rows, node->width * sizeof *base) : NULL;
-        pk_real *slope = affine ? pk_arena_take(arena, rows, node->width * sizeof *slope) : NULL;
+        pk_real *base = affine || constant ? pk__arena_take(arena, rows, node->width * sizeof *base) : NULL;
+        pk_real *slope = affine ? pk__arena_take(arena, rows, node->width * sizeof *slope) : NULL;
         if (segment->base) {
             segment->base[n] = base;
             segment->slope[n] = slope;
@@ -239,32 +240,32 @@ PK_API void pk_segment_take(pk_arena *arena, const pk_graph *graph, size_t rows,
         }
     }
     const size_t samples = (size_t)segment->degree + 1;
-    segment->conversion = pk_arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
+    segment->conversion = pk__arena_take(arena, segment->last_switch ? samples * samples : 0, sizeof(pk_real));
     if (segment->conversion && segment->last_switch)
         pk__bernstein_conversion(segment->degree, segment->conversion);
     pk__chebyshev_tail(segment->tail);
-    pk_tape_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
-    segment->input_points = pk_arena_take(arena, points, graph->input_width * sizeof(pk_real));
-    segment->switch_values = pk_arena_take(arena, points, switches * sizeof(pk_real));
-    segment->coefficients = pk_arena_take(arena, PK_SEGMENT_DEGREE + 1, switches * sizeof(pk_real));
-    segment->point_row = pk_arena_take(arena, points, sizeof *segment->point_row);
-    segment->point_t = pk_arena_take(arena, points, sizeof *segment->point_t);
-    segment->held_row = pk_arena_take(arena, points, sizeof *segment->held_row);
-    segment->held_t = pk_arena_take(arena, points, sizeof *segment->held_t);
-    pk_pieces_take(arena, pieces, &segment->pending);
-    segment->pending_start = pk_arena_take(arena, pieces, sizeof *segment->pending_start);
-    pk_pieces_take(arena, points, &segment->batch);
-    segment->batch_start = pk_arena_take(arena, points, sizeof *segment->batch_start);
+    pk__pass_take_parts(arena, graph, points, reverse_points, copies, 1, &segment->tape);
+    segment->input_points = pk__arena_take(arena, points, graph->input_width * sizeof(pk_real));
+    segment->switch_values = pk__arena_take(arena, points, switches * sizeof(pk_real));
+    segment->coefficients = pk__arena_take(arena, PK__PATH_DEGREE + 1, switches * sizeof(pk_real));
+    segment->point_row = pk__arena_take(arena, points, sizeof *segment->point_row);
+    segment->point_t = pk__arena_take(arena, points, sizeof *segment->point_t);
+    segment->held_row = pk__arena_take(arena, points, sizeof *segment->held_row);
+    segment->held_t = pk__arena_take(arena, points, sizeof *segment->held_t);
+    pk__pieces_take(arena, pieces, &segment->pending);
+    segment->pending_start = pk__arena_take(arena, pieces, sizeof *segment->pending_start);
+    pk__pieces_take(arena, points, &segment->batch);
+    segment->batch_start = pk__arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
-    segment->roots = pk_arena_take(arena, pieces, sizeof *segment->roots);
+    segment->roots = pk__arena_take(arena, pieces, sizeof *segment->roots);
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
-static void pk__segment_affine(pk_segment *segment, const pk_node *node, const pk_real *weights,
-                               const pk_real *transposed, pk_real *out)
+static void pk__path_affine(pk__path *segment, const pk_node *node, const pk_real *weights,
+                            const pk_real *transposed, pk_real *out)
 {
     pk_call call;
-    pk__tape_call(&segment->tape, node, segment->rows, 1, &call);
+    pk__pass_call(&segment->tape, node, segment->rows, 1, &call);
     for (int j = 0; j < node->input_count; j++)
         call.in[j] = segment->base[node->inputs[j]];
     call.weights = weights + node->weight_offset;
@@ -281,8 +282,8 @@ static void pk__segment_affine(pk_segment *segment, const pk_node *node, const p
     }
 }
 
-PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const pk_real *direction,
-                             const pk_real *transposed, size_t rows, const pk_real *inputs)
+PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, const pk_real *direction,
+                                 const pk_real *transposed, size_t rows, const pk_real *inputs)
 {
     const pk_graph *graph = segment->graph;
     segment->weights = weights;
@@ -295,19 +296,17 @@ PK_API void pk_segment_begin(pk_segment *segment, const pk_real *weights, const 
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (segment->base[n])
-            pk__segment_affine(segment, node, weights, transposed, segment->base[n]);
+            pk__path_affine(segment, node, weights, transposed, segment->base[n]);
         if (segment->slope[n])
-            pk__segment_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
-                               segment->slope[n]);
+            pk__path_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
+                            segment->slope[n]);
     }
 }
 
-PK__COLD_END
-
 /* The value of node n at points whose earlier nodes are there. */
-static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
+static void pk__path_node(pk__path *segment, size_t n, size_t count, const size_t *row, const pk_real *t)
 {
-    const pk_line line = {segment->weights, segment->direction, t};
+    const pk__line line = {segment->weights, segment->direction, t};
     const pk_node *node = &segment->graph->nodes[n];
     const size_t width = node->width;
     pk_real *value = segment->tape.value[n];
@@ -325,10 +324,8 @@ static void pk__segment_node(pk_segment *segment, size_t n, size_t count, const 
     }
 }
 
-PK__COLD_BEGIN
-
 /* Makes point number first of the tape, or again that in front of it, its first one. */
-static void pk__shift_tape(pk_segment *segment, size_t first, int again)
+static void pk__shift_tape(pk__path *segment, size_t first, int again)
 {
     for (size_t n = 0; n < segment->graph->node_count; n++) {
         const size_t numbers = first * segment->graph->nodes[n].width;
@@ -339,13 +336,13 @@ static void pk__shift_tape(pk_segment *segment, size_t first, int again)
     }
 }
 
-PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_t *row, const pk_real *t)
 {
     const size_t first = count <= segment->point_capacity - segment->held ? segment->held : 0;
     segment->tape.value[0] = segment->input_points;
     pk__shift_tape(segment, first, 0);
     for (size_t n = 0; n < segment->graph->node_count; n++)
-        pk__segment_node(segment, n, count, row, t);
+        pk__path_node(segment, n, count, row, t);
     pk__shift_tape(segment, first, 1);
     if (count)
         memcpy(segment->held_row + first, row, count * sizeof *row);
@@ -356,7 +353,7 @@ PK_API size_t pk_segment_append(pk_segment *segment, size_t count, const size_t 
 }
 
 /* Whether the tape holds the points in this order; with move, they go to its front. */
-static int pk__find_points(pk_segment *segment, size_t count, const size_t *row, const pk_real *t, int move)
+static int pk__find_points(pk__path *segment, size_t count, const size_t *row, const pk_real *t, int move)
 {
     for (size_t p = 0, at = 0, run; p < count; p += run, at += run) {
         while (at < segment->held && !(segment->held_row[at] == row[p] && segment->held_t[at] == t[p]))
@@ -375,11 +372,11 @@ static int pk__find_points(pk_segment *segment, size_t count, const size_t *row,
     return 1;
 }
 
-PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *row, const pk_real *t)
+PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t *row, const pk_real *t)
 {
     if (!pk__find_points(segment, count, row, t, 0)) {
         segment->held = 0;
-        pk_segment_append(segment, count, row, t);
+        pk__path_append(segment, count, row, t);
         return;
     }
     (void)pk__find_points(segment, count, row, t, 1);
@@ -390,11 +387,11 @@ PK_API void pk_segment_forward(pk_segment *segment, size_t count, const size_t *
     segment->held = count;
 }
 
-PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, const size_t *row,
-                               const pk_real *t)
+PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                   const pk_real *t)
 {
     const pk_graph *graph = segment->graph;
-    const pk_line line = {segment->weights, segment->direction, t};
+    const pk__line line = {segment->weights, segment->direction, t};
     pk__shift_tape(segment, first, 0);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
@@ -408,13 +405,11 @@ PK_API void pk_segment_tangent(pk_segment *segment, size_t first, size_t count, 
     pk__shift_tape(segment, first, 1);
 }
 
-PK_API void pk_segment_reverse(pk_segment *segment, size_t count, const pk_real *t, size_t copies)
+PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies)
 {
-    const pk_line line = {segment->weights, segment->direction, t};
-    pk_tape_reverse(&segment->tape, &line, count, copies);
+    const pk__line line = {segment->weights, segment->direction, t};
+    pk__pass_reverse(&segment->tape, &line, count, copies);
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

@@ -65,56 +65,69 @@ typedef struct pk_readout {
 
 /* The number of values of h for a network with outputs outputs. */
 PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
+
+/* PK_UNSUPPORTED where the rule does not fit the network or the readout, PK_ARGUMENT for a bad node count. */
+PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
+                                                  const pk_graph *graph, const pk_readout *readout);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_QUADRATURE_INTERNALS_KNOWN)
+#define PATHKERNEL_QUADRATURE_INTERNALS_KNOWN
+/* >>> internals */
 /* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
-                             pk_real *h, pk_real *slope);
+PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                                    pk_real *h, pk_real *slope);
 
 /* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the weights of (a
  * rule of higher order minus the rule), and slack[p] those with which the sizes of the gradients bound what no rule sees: how
  * far the kinks beside the point may lie from where they were found, and what a piece left of its closure; else both are
  * NULL. */
-typedef struct pk_points {
+typedef struct pk__points {
     size_t count;
     size_t *row;
     pk_real *t, *weight, *check, *slack;
     int last; /* no more points come in this step */
-} pk_points;
+} pk__points;
 
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
-typedef void pk_point_sink(void *user, const pk_points *points);
+typedef void pk__point_sink(void *user, const pk__points *points);
 
 /* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
-typedef struct pk_row_order {
+typedef struct pk__row_order {
     unsigned char nodes, wait;
-} pk_row_order;
+} pk__row_order;
 
-enum { PK_FIRST_NODES = 2 };
+enum { PK__FIRST_NODES = 2 };
 
 /* What is known of a row along the run, step after step. */
-typedef struct pk_row_state {
+typedef struct pk__row_state {
     double height;        /* the largest |h| that is known */
     double change;        /* the scale of errors: the most that h changed in one step */
     double step_change;   /* the same of this step, as far as it is known */
     size_t halvings;      /* of its pieces in this step */
-    pk_row_order order;   /* at first PK_FIRST_NODES */
+    pk__row_order order;  /* at first PK__FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
-} pk_row_state;
+} pk__row_state;
 
 /* The integration of one block of rows, step after step; one a thread. */
-typedef struct pk_integrator {
-    pk_segment segment;
+typedef struct pk__integrator {
+    pk__path segment;
     pk_quadrature quadrature;
     pk_readout readout;
     size_t first_row; /* of the block among the test rows */
     double target;    /* the error a piece may have, relative to the change of its row */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
-    pk_row_state *state;                       /* the caller's, one per row */
-    pk_pieces pending, failed, pieces;
+    pk__row_state *state;                      /* the caller's, one per row */
+    pk__pieces pending, failed, pieces;
     unsigned char *order, *passed, *nested; /* of the pieces; order: nodes */
-    pk_row_order *next_order;               /* of the rows */
+    pk__row_order *next_order;              /* of the rows */
     double *missed;                         /* of the pieces: the error of one order less; 0: not known */
     size_t *sequence, sequence_count;       /* the pieces that have passed, one after another */
-    pk_points buffer;                       /* points on their way to the sink */
+    pk__points buffer;                      /* points on their way to the sink */
     pk_real *slope, *h;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
@@ -122,25 +135,21 @@ typedef struct pk_integrator {
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
     size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
-} pk_integrator;
+} pk__integrator;
 
-/* points: of one call of the sink; reverse_points: of one pk_segment_reverse. bounds: also send what bounds on the error
+/* points: of one call of the sink; reverse_points: of one pk__path_reverse. bounds: also send what bounds on the error
  * of the integrals are made from. */
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator);
-PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points);
+PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                      size_t reverse_points, size_t copies, int bounds,
+                                      pk__integrator *integrator);
+PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points);
 /* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
-PK_API void pk_gauss_table(double *nodes, double *weights);
-/* PK_UNSUPPORTED where the rule does not fit the network or the readout, PK_ARGUMENT for a bad node count. */
-PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
-                                                  const pk_graph *graph, const pk_readout *readout);
-/* Sends points of the segment's step (after pk_segment_begin) to the sink. */
-PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user);
-/* h at both ends of the step of every row, after pk_integrate: rows x 2 x readouts numbers, until the next call. */
-PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator);
-
-PK__END_C
-/* <<< declarations */
+PK__INTERNAL void pk__gauss_table(double *nodes, double *weights);
+/* Sends points of the segment's step (after pk__path_begin) to the sink. */
+PK__INTERNAL void pk__integrate(pk__integrator *integrator, pk__point_sink *sink, void *user);
+/* h at both ends of the step of every row, after pk__integrate: rows x 2 x readouts numbers, until the next call. */
+PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_QUADRATURE_IMPLEMENTED)
@@ -176,7 +185,7 @@ PK_API void pk_gauss_legendre(int count, double *nodes, double *weights)
         nodes[count / 2] = 0.5;
 }
 
-PK_API void pk_gauss_table(double *nodes, double *weights)
+PK__INTERNAL void pk__gauss_table(double *nodes, double *weights)
 {
     for (int n = 1; n <= PK_GAUSS_NODES; n++)
         pk_gauss_legendre(n, nodes + n * (n - 1) / 2, weights + n * (n - 1) / 2);
@@ -193,8 +202,8 @@ PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
     }
 }
 
-PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
-                             pk_real *h, pk_real *slope)
+PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                                    pk_real *h, pk_real *slope)
 {
     size_t count = pk_readout_count(readout, outputs);
     if (readout->kind == PK_READOUT_FUNCTION) {
@@ -214,8 +223,6 @@ PK_API void pk_readout_apply(const pk_readout *readout, size_t outputs, size_t r
     }
 }
 
-PK__COLD_BEGIN
-
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
 static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
 {
@@ -223,7 +230,7 @@ static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
         (graph->degree + 1) / 2 > PK_GAUSS_NODES)
         return 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK_SEGMENT_DEGREE)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK__PATH_DEGREE)
             return 0;
     return 1;
 }
@@ -246,7 +253,7 @@ PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *q
             context, PK_UNSUPPORTED,
             "the exact rule needs a piecewise-linear network (degree at most %d at a kink) and a linear "
             "readout; use auto, which measures its closure",
-            (int)PK_SEGMENT_DEGREE);
+            (int)PK__PATH_DEGREE);
     return PK_OK;
 }
 
@@ -259,41 +266,42 @@ static size_t pk__piece_capacity(size_t rows)
 /* Halvings a row may cost in one step; an unreachable target or a NaN must end. Of these, at one time: */
 enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
 
-PK_API void pk_points_take(pk_arena *arena, size_t capacity, int bounds, pk_points *points)
+PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points)
 {
     points->count = 0;
-    points->row = pk_arena_take(arena, capacity, sizeof *points->row);
-    points->t = pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->weight = pk_arena_take(arena, capacity, sizeof(pk_real));
-    points->check = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
-    points->slack = bounds ? pk_arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->row = pk__arena_take(arena, capacity, sizeof *points->row);
+    points->t = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
 }
 
-PK_API void pk_integrator_take(pk_arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                               size_t reverse_points, size_t copies, int bounds, pk_integrator *integrator)
+PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                      size_t reverse_points, size_t copies, int bounds,
+                                      pk__integrator *integrator)
 {
     size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
     memset(integrator, 0, sizeof *integrator);
     points = pk__max(points, PK_GAUSS_NODES + 2);
-    pk_segment_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
-    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
-    pk_pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
-    pk_pieces_take(arena, pieces, &integrator->pieces);
-    integrator->order = pk_arena_take(arena, pieces, 1);
-    integrator->passed = pk_arena_take(arena, pieces, 1);
-    integrator->nested = pk_arena_take(arena, pieces, 1);
-    integrator->next_order = pk_arena_take(arena, rows, sizeof *integrator->next_order);
-    integrator->missed = pk_arena_take(arena, pieces, sizeof *integrator->missed);
-    integrator->sequence = pk_arena_take(arena, pieces, sizeof *integrator->sequence);
-    pk_points_take(arena, points, bounds, &integrator->buffer);
-    integrator->slope = pk_arena_take(arena, copies, outputs * sizeof *integrator->slope);
-    integrator->h = pk_arena_take(arena, copies, 5 * sizeof *integrator->h);
-    integrator->ends = pk_arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
-    integrator->has_ends = pk_arena_take(arena, rows, 1);
+    pk__path_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
+    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
+    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
+    pk__pieces_take(arena, pieces, &integrator->pieces);
+    integrator->order = pk__arena_take(arena, pieces, 1);
+    integrator->passed = pk__arena_take(arena, pieces, 1);
+    integrator->nested = pk__arena_take(arena, pieces, 1);
+    integrator->next_order = pk__arena_take(arena, rows, sizeof *integrator->next_order);
+    integrator->missed = pk__arena_take(arena, pieces, sizeof *integrator->missed);
+    integrator->sequence = pk__arena_take(arena, pieces, sizeof *integrator->sequence);
+    pk__points_take(arena, points, bounds, &integrator->buffer);
+    integrator->slope = pk__arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
+    integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = pk__arena_take(arena, rows, 1);
 }
 
 /* One behind the last of the points from p on that are of its row. */
-PK__PRIVATE size_t pk__row_end(const pk_points *points, size_t p)
+PK__PRIVATE size_t pk__row_end(const pk__points *points, size_t p)
 {
     size_t end = p + 1;
     while (end < points->count && points->row[end] == points->row[p])
@@ -301,7 +309,7 @@ PK__PRIVATE size_t pk__row_end(const pk_points *points, size_t p)
     return end;
 }
 
-static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user, int last)
+static void pk__flush(pk__integrator *integrator, pk__point_sink *sink, void *user, int last)
 {
     integrator->buffer.last = last;
     sink(user, &integrator->buffer);
@@ -309,10 +317,10 @@ static void pk__flush(pk_integrator *integrator, pk_point_sink *sink, void *user
     integrator->buffer.count = 0;
 }
 
-static void pk__emit(pk_integrator *integrator, pk_point_sink *sink, void *user, size_t row, double t,
+static void pk__emit(pk__integrator *integrator, pk__point_sink *sink, void *user, size_t row, double t,
                      double weight, double check, double slack)
 {
-    pk_points *buffer = &integrator->buffer;
+    pk__points *buffer = &integrator->buffer;
     if (buffer->count == integrator->segment.point_capacity)
         pk__flush(integrator, sink, user, 0);
     size_t at = buffer->count++;
@@ -344,7 +352,7 @@ static int pk__check_order(int n)
 
 /* checked: the rule is not exact, its error is to be estimated by one of more nodes; left is the part of the integral
  * that the piece's own judgement could not explain. */
-static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void *user, const pk_piece *piece,
+static void pk__emit_gauss(pk__integrator *integrator, pk__point_sink *sink, void *user, const pk__piece *piece,
                            int order, int checked, double left)
 {
     const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
@@ -371,7 +379,7 @@ static void pk__emit_gauss(pk_integrator *integrator, pk_point_sink *sink, void 
 }
 
 /* A rule that is the same for every row and step. */
-static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__emit_fixed(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
     pk_rule rule = integrator->quadrature.rule;
     int count = integrator->quadrature.nodes ? integrator->quadrature.nodes : rule == PK_RULE_TRAPEZOID ? 2 : 1;
@@ -395,8 +403,6 @@ static void pk__emit_fixed(pk_integrator *integrator, pk_point_sink *sink, void 
         }
 }
 
-PK__COLD_END
-
 /* Roundings of what is added: below a few nothing can be measured, and an error below many of them that another node
  * does not mend is rounding. In float no target is below the former, so that they are fewer. */
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
@@ -414,18 +420,18 @@ typedef struct pk__judgement {
 
 /* sum (+)= the integral of dh/dt, size += that of |dh/dt|, by the rule with `order` nodes, which are the points from first
  * on of the tape; *height: at least |h| there. value: room for h. */
-static void pk__sum_nodes(pk_integrator *integrator, size_t first, size_t row, double length, int order,
+static void pk__sum_nodes(pk__integrator *integrator, size_t first, size_t row, double length, int order,
                           pk_real *value, pk_real *sum, pk_real *size, double *height)
 {
-    const pk_tape *tape = &integrator->segment.tape;
+    const pk__tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
-    const pk_real *f = pk_tape_output(tape) + first * outputs;
+    const pk_real *f = pk__pass_output(tape) + first * outputs;
     const pk_real *tangent = tape->tangent[tape->graph->node_count - 1] + first * outputs;
     const double *w = integrator->gauss_weights + order * (order - 1) / 2;
     const pk_real *slope = integrator->slope;
     for (int q = 0; q < order; q++, f += outputs, tangent += outputs) {
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, value,
-                         integrator->slope);
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, value,
+                          integrator->slope);
         for (size_t k = 0; k < count; k++) {
             double along = 0;
             for (size_t c = 0; c < outputs; c++)
@@ -447,10 +453,10 @@ static double pk__larger(double a, double b)
 
 /* Judges a piece from the tape: its nodes are the points from first on; its ends the points `ends` and the next, or, nested,
  * the nodes of one order more follow its own. height: of the row, as far as it is known. */
-static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t ends, size_t row, double length,
+static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t ends, size_t row, double length,
                                int order, int nested, double height)
 {
-    const pk_tape *tape = &integrator->segment.tape;
+    const pk__tape *tape = &integrator->segment.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
     pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count,
             *better = size + count;
@@ -460,11 +466,11 @@ static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t e
     if (nested) {
         pk__sum_nodes(integrator, first + (size_t)order, row, length, order + 1, start, better, NULL, NULL);
     } else {
-        const pk_real *f = pk_tape_output(tape) + ends * outputs;
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
-                         integrator->slope);
-        pk_readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
-                         integrator->slope);
+        const pk_real *f = pk__pass_output(tape) + ends * outputs;
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
+                          integrator->slope);
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
+                          integrator->slope);
     }
     for (size_t k = 0; k < count; k++) {
         found.size = pk__larger(fabs((double)size[k]), found.size);
@@ -485,12 +491,10 @@ static pk__judgement pk__judge(pk_integrator *integrator, size_t first, size_t e
 
 enum { PK__LARGEST_ORDER = 16 };
 
-PK__COLD_BEGIN
-
 /* *next = what the row's next step starts with, where a piece of it took `nodes` nodes; missed: by how much one node less
  * missed its target, 0: not tried. A test costs little beside a node that is too many, so the next step starts one lower;
  * but steps change slowly, so after a miss by 16^k not for k steps. Of several pieces the largest counts. */
-static void pk__plan_next(pk_row_order *next, pk_row_order now, int nodes, double missed)
+static void pk__plan_next(pk__row_order *next, pk__row_order now, int nodes, double missed)
 {
     int wait = now.wait;
     if (missed > 1)
@@ -506,13 +510,13 @@ static void pk__plan_next(pk_row_order *next, pk_row_order now, int nodes, doubl
 }
 
 /* Whether a piece waits for a test of its order. */
-static int pk__is_open(const pk_integrator *integrator, size_t piece)
+static int pk__is_open(const pk__integrator *integrator, size_t piece)
 {
     return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
 }
 
 /* Of a piece that is the whole step, what pk__judge left in h. */
-static void pk__keep_ends(pk_integrator *integrator, size_t row)
+static void pk__keep_ends(pk__integrator *integrator, size_t row)
 {
     const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->segment.graph->output_width);
     memcpy(integrator->ends + row * both, integrator->h, both * sizeof *integrator->h);
@@ -520,10 +524,10 @@ static void pk__keep_ends(pk_integrator *integrator, size_t row)
 }
 
 /* What a judgement of piece number i decides: it passes, or it is tested again by another order or judge. 1: again. */
-static int pk__decide(pk_integrator *integrator, size_t i, const pk__judgement *found)
+static int pk__decide(pk__integrator *integrator, size_t i, const pk__judgement *found)
 {
-    pk_piece *piece = &integrator->pieces.piece[i];
-    pk_row_state *state = &integrator->state[piece->row];
+    pk__piece *piece = &integrator->pieces.piece[i];
+    pk__row_state *state = &integrator->state[piece->row];
     const double before = integrator->missed[i], eps = PK__EPSILON;
     const int nodes = integrator->order[i], nested = integrator->nested[i];
     if (piece->size < 0 && isfinite(found->size)) { /* its first test */
@@ -565,16 +569,16 @@ static int pk__decide(pk_integrator *integrator, size_t i, const pk__judgement *
 }
 
 /* Tests every piece that has not passed with its own order. Whether some piece is to be tested again. */
-static int pk__test_pieces(pk_integrator *integrator)
+static int pk__test_pieces(pk__integrator *integrator)
 {
-    pk_segment *segment = &integrator->segment;
-    const pk_pieces *pieces = &integrator->pieces;
+    pk__path *segment = &integrator->segment;
+    const pk__pieces *pieces = &integrator->pieces;
     const unsigned char *order = integrator->order, *nested = integrator->nested;
     int again = 0;
     for (size_t next = 0, last; next < pieces->count; next = last) {
         size_t points = 0, ends = 0;
         for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
-            const pk_piece *piece = &pieces->piece[last];
+            const pk__piece *piece = &pieces->piece[last];
             const size_t nodes = order[last], all = nested[last] ? 2 * nodes + 1 : nodes;
             if (!pk__is_open(integrator, last))
                 continue;
@@ -596,12 +600,12 @@ static int pk__test_pieces(pk_integrator *integrator)
                 segment->point_row[ends] = pieces->piece[i].row;
                 segment->point_t[ends] = (pk_real)(end ? pieces->piece[i].b : pieces->piece[i].a);
             }
-        const size_t first = pk_segment_append(segment, ends, segment->point_row, segment->point_t);
-        pk_segment_tangent(segment, first, points, segment->point_row, segment->point_t);
+        const size_t first = pk__path_append(segment, ends, segment->point_row, segment->point_t);
+        pk__path_tangent(segment, first, points, segment->point_row, segment->point_t);
         ends = first + points;
         points = first;
         for (size_t i = next; i < last; i++) {
-            const pk_piece *piece = &pieces->piece[i];
+            const pk__piece *piece = &pieces->piece[i];
             if (!pk__is_open(integrator, i))
                 continue;
             const size_t nodes = order[i];
@@ -628,7 +632,7 @@ enum { PK__GENERATIONS = 2, PK__FEW_PARTS = 1 };
 #define PK__LARGEST_ROUNDING (sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-8)
 
 /* Takes a piece as it is, although it missed. */
-static void pk__accept(pk_integrator *integrator, const pk_piece *piece, pk_point_sink *sink, void *user)
+static void pk__accept(pk__integrator *integrator, const pk__piece *piece, pk__point_sink *sink, void *user)
 {
     const double length = piece->b - piece->a;
     integrator->refused++;
@@ -642,9 +646,9 @@ static void pk__accept(pk_integrator *integrator, const pk_piece *piece, pk_poin
 
 /* A piece that has not passed, or whose kinks do not find room, waits for its halves; or is accepted where halving is of no
  * use. */
-static void pk__fail_piece(pk_integrator *integrator, const pk_piece *piece, pk_point_sink *sink, void *user)
+static void pk__fail_piece(pk__integrator *integrator, const pk__piece *piece, pk__point_sink *sink, void *user)
 {
-    pk_pieces *to = &integrator->failed;
+    pk__pieces *to = &integrator->failed;
     if (piece->b - piece->a < PK__SHORTEST || to->count == to->capacity)
         pk__accept(integrator, piece, sink, user);
     else
@@ -652,7 +656,7 @@ static void pk__fail_piece(pk_integrator *integrator, const pk_piece *piece, pk_
 }
 
 /* By row; of a row the largest error first, NaN in front of all, then by t. */
-static int pk__precedes_by_error(const pk_piece *piece, const pk_piece *other)
+static int pk__precedes_by_error(const pk__piece *piece, const pk__piece *other)
 {
     if (piece->row != other->row || piece->error == other->error)
         return pk__precedes_by_place(piece, other);
@@ -661,9 +665,9 @@ static int pk__precedes_by_error(const pk_piece *piece, const pk_piece *other)
 
 /* Of each family of failed pieces, the parts of one ancestor, those whose error has not fallen are taken as they are where
  * there are several. */
-static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__drop_stalled(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    pk_pieces *failed = &integrator->failed;
+    pk__pieces *failed = &integrator->failed;
     size_t kept = 0;
     pk__sort_pieces(failed, pk__precedes_by_place);
     for (size_t first = 0, last; first < failed->count; first = last) {
@@ -673,9 +677,9 @@ static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, voi
             if (failed->piece[last].row != row || failed->piece[last].family != family)
                 break;
         for (size_t i = first; i < last; i++) {
-            pk_piece piece = failed->piece[i];
+            pk__piece piece = failed->piece[i];
             if (piece.age == 0 || piece.age == PK__GENERATIONS) {
-                const pk_row_state *state = &integrator->state[row];
+                const pk__row_state *state = &integrator->state[row];
                 if (piece.age && last - first > PK__FEW_PARTS && piece.size >= 0 &&
                     !(piece.error < 0.5 * piece.reference) &&
                     !(piece.error > PK__LARGEST_ROUNDING * (state->height + state->change))) {
@@ -694,22 +698,22 @@ static void pk__drop_stalled(pk_integrator *integrator, pk_point_sink *sink, voi
 }
 
 /* The halves of what has failed, the worst first, as long as there are halvings; the rest is accepted. */
-static void pk__halve_failed(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__halve_failed(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    pk_pieces *pending = &integrator->pending, *failed = &integrator->failed;
+    pk__pieces *pending = &integrator->pending, *failed = &integrator->failed;
     pk__drop_stalled(integrator, sink, user);
     pk__sort_pieces(failed, pk__precedes_by_error);
     pending->count = 0;
     for (size_t i = 0; i < failed->count; i++) {
-        const pk_piece *piece = &failed->piece[i];
-        pk_row_state *state = &integrator->state[piece->row];
+        const pk__piece *piece = &failed->piece[i];
+        pk__row_state *state = &integrator->state[piece->row];
         if (state->halvings >= PK__HALVINGS || pending->count + 2 > pending->capacity) {
             pk__accept(integrator, piece, sink, user);
             continue;
         }
         state->halvings++;
         for (int half = 0; half < 2; half++) {
-            pk_piece *part = &pending->piece[pending->count++];
+            pk__piece *part = &pending->piece[pending->count++];
             *part = *piece;
             if (half) {
                 part->a = 0.5 * (piece->a + piece->b);
@@ -723,14 +727,14 @@ static void pk__halve_failed(pk_integrator *integrator, pk_point_sink *sink, voi
 }
 
 /* Raises the order of each piece until it passes or the largest order is reached; emits what passed. */
-static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user)
+static void pk__adapt(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    const pk_pieces *pieces = &integrator->pieces;
+    const pk__pieces *pieces = &integrator->pieces;
     memset(integrator->passed, 0, pieces->count);
     memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
     for (size_t i = 0; i < pieces->count; i++) {
-        pk_piece *piece = &pieces->piece[i];
-        const pk_row_state *state = &integrator->state[piece->row];
+        pk__piece *piece = &pieces->piece[i];
+        const pk__row_state *state = &integrator->state[piece->row];
         integrator->order[i] = state->order.nodes;
         integrator->nested[i] = state->nested;
         piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
@@ -750,9 +754,9 @@ static void pk__adapt(pk_integrator *integrator, pk_point_sink *sink, void *user
 
 enum { PK__SURROGATE_NODES = 8 };
 
-PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *user)
+PK__INTERNAL void pk__integrate(pk__integrator *integrator, pk__point_sink *sink, void *user)
 {
-    pk_segment *segment = &integrator->segment;
+    pk__path *segment = &integrator->segment;
     pk_rule rule = integrator->quadrature.rule;
     memset(integrator->has_ends, 0, segment->rows);
     if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
@@ -767,19 +771,19 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
     int order = segment->graph->surrogate    ? PK__SURROGATE_NODES
                 : segment->graph->degree < 2 ? 1
                                              : (segment->graph->degree + 1) / 2;
-    pk_pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
+    pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
     memset(integrator->next_order, 0, segment->rows * sizeof *integrator->next_order);
     pending->count = 0;
     for (size_t row = 0; row < segment->rows; row++) {
         integrator->state[row].halvings = 0;
         integrator->state[row].step_change = 0;
-        pk_pieces_push(pending, row, 0, 1);
+        pk__pieces_push(pending, row, 0, 1);
     }
     while (pending->count) {
         integrator->failed.count = 0;
         for (size_t first = 0; first < pending->count; first += segment->rows) {
-            pk_pieces batch = {pk__min(segment->rows, pending->count - first), 0, pending->piece + first};
-            if (!pk_segment_split(segment, &batch, pieces)) {
+            pk__pieces batch = {pk__min(segment->rows, pending->count - first), 0, pending->piece + first};
+            if (!pk__path_split(segment, &batch, pieces)) {
                 /* More kinks than there is room for: half as long pieces have fewer. */
                 for (size_t i = 0; i < batch.count; i++) {
                     batch.piece[i].size = -1;
@@ -797,14 +801,15 @@ PK_API void pk_integrate(pk_integrator *integrator, pk_point_sink *sink, void *u
         pk__halve_failed(integrator, sink, user);
     }
     for (size_t row = 0; !fixed && row < segment->rows; row++)
-        integrator->state[row].order = integrator->next_order[row].nodes ? integrator->next_order[row]
-                                                                         : (pk_row_order){PK__LARGEST_ORDER, 0};
+        integrator->state[row].order = integrator->next_order[row].nodes
+                                           ? integrator->next_order[row]
+                                           : (pk__row_order){PK__LARGEST_ORDER, 0};
     pk__flush(integrator, sink, user, 1);
 }
 
-PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
+PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator)
 {
-    pk_segment *segment = &integrator->segment;
+    pk__path *segment = &integrator->segment;
     const size_t classes = segment->graph->output_width,
                  outputs = pk_readout_count(&integrator->readout, classes);
     for (size_t row = 0, points = 0; row < segment->rows; row++) {
@@ -814,18 +819,16 @@ PK_API const pk_real *pk_integrator_ends(pk_integrator *integrator)
         }
         if (!points || (row + 1 < segment->rows && points + 2 <= segment->point_capacity))
             continue;
-        pk_segment_forward(segment, points, segment->point_row, segment->point_t);
+        pk__path_forward(segment, points, segment->point_row, segment->point_t);
         for (size_t p = 0; p < points; p++)
-            pk_readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
-                             pk_tape_output(&segment->tape) + p * classes,
-                             integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
-                             integrator->slope);
+            pk__readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
+                              pk__pass_output(&segment->tape) + p * classes,
+                              integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
+                              integrator->slope);
         points = 0;
     }
     return integrator->ends;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

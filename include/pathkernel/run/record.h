@@ -116,7 +116,7 @@ PK__END_C
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- recording ------------------------------------------------------------------------------------- */
 
@@ -131,8 +131,6 @@ typedef struct pk__recording {
     int exists; /* the directory holds a manifest */
     int made;   /* the directory is new */
 } pk__recording;
-
-PK__COLD_BEGIN
 
 static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
                                      const pk_dataset *train, pk__recording *recording)
@@ -178,8 +176,6 @@ static const void *pk__recorder_row(const pk_recorder *recorder, const pk_real *
     return recorder->row;
 }
 
-PK__COLD_END
-
 /* Whether P numbers are finite as the file's type. */
 static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *recorder, const char *what,
                                      const pk_real *numbers)
@@ -195,8 +191,6 @@ static pk_status pk__recorder_finite(pk_context *context, const pk_recorder *rec
                             recorder->float32 ? "float32" : "float64");
     return PK_OK;
 }
-
-PK__COLD_BEGIN
 
 /* train_inputs.npy or train_targets.npy, of the types that every reader of a run knows: bytes become numbers, labels and
  * other integers int64. */
@@ -845,8 +839,6 @@ PK_API pk_status pk_recorder_close(pk_context *context, pk_recorder *recorder)
     return recorder ? pk__recorder_end(context, context, recorder) : PK_OK;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

@@ -70,10 +70,6 @@ PK_API PK__MUST_USE pk_status pk_replay_prepare(pk_context *context, const pk_ru
                                                 pk_replay *replay);
 PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
 
-/* The same from an arena, for threads threads; nothing to release. */
-PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
-                           pk_replay *replay);
-
 /* weights (P) := w_step, step in [0, run->steps]. Consecutive steps cost one training step each, others up to k.
  * Every repeated step is compared with the checksum of the recording:
  * PK_NOT_REPRODUCED names the step whose bits differ (another build, BLIS or kind of processor, or damaged
@@ -86,26 +82,34 @@ PK__END_C
 /* <<< declarations */
 #endif
 
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_REVISIT_INTERNALS_KNOWN)
+#define PATHKERNEL_REVISIT_INTERNALS_KNOWN
+/* >>> internals */
+/* The same from an arena, for threads threads; nothing to release. */
+PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t largest_batch, int threads,
+                                  size_t reach, pk_replay *replay);
+/* <<< internals */
+#endif
+
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_REVISIT_IMPLEMENTED)
 #define PATHKERNEL_REVISIT_IMPLEMENTED
 /* >>> implementation */
 #include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- one step --------------------------------------------------------------------------------------- */
 
-PK__COLD_BEGIN
-
 /* graph, train, loss and optimizer are set. */
-static void pk__trainer_take(pk_arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
+static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads, pk_trainer *trainer)
 {
     const size_t P = trainer->graph->parameters, real = sizeof(pk_real);
     pk_gradient_workspace *workspace = &trainer->workspace;
     if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
         arena->overflow = 1;
-    trainer->gradient = pk_arena_take(arena, P, real);
-    trainer->state = pk_arena_take(arena, trainer->state_numbers, real);
+    trainer->gradient = pk__arena_take(arena, P, real);
+    trainer->state = pk__arena_take(arena, trainer->state_numbers, real);
     memset(workspace, 0, sizeof *workspace);
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
@@ -125,7 +129,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     taken.train = train;
     taken.loss = loss;
     taken.optimizer = *optimizer;
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "the memory for training steps on %zu examples overflows",
@@ -133,7 +137,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {taken.memory, arena.used, 0, 0};
+    pk__arena own = {taken.memory, arena.used, 0, 0};
     pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
     *trainer = taken;
     return PK_OK;
@@ -146,8 +150,6 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
     pk_release(context, trainer->memory);
     memset(trainer, 0, sizeof *trainer);
 }
-
-PK__COLD_END
 
 enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
 
@@ -170,8 +172,6 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
         next[p] += weights[p];
     return pk__all_finite(next, count);
 }
-
-PK__COLD_BEGIN
 
 /* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
 static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
@@ -266,8 +266,8 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
     return PK_OK;
 }
 
-PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_batch, int threads, size_t reach,
-                           pk_replay *replay)
+PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t largest_batch, int threads,
+                                  size_t reach, pk_replay *replay)
 {
     const size_t P = run->parameters, every = pk__min(run->keep_every, run->steps + 1);
     memset(replay, 0, sizeof *replay);
@@ -280,8 +280,8 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
-    replay->weights = pk_arena_take(arena, P, sizeof(pk_real));
-    replay->next = pk_arena_take(arena, P, sizeof(pk_real));
+    replay->weights = pk__arena_take(arena, P, sizeof(pk_real));
+    replay->next = pk__arena_take(arena, P, sizeof(pk_real));
     if (reach && every > 1) {
         replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
         replay->stops = (every - 1) / replay->spacing;
@@ -290,7 +290,7 @@ PK_API void pk_replay_take(pk_arena *arena, const pk_run *run, size_t largest_ba
     if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
         !pk__multiply(replay->stops, numbers, &numbers))
         arena->overflow = 1;
-    replay->stop_numbers = pk_arena_take(arena, numbers, sizeof(pk_real));
+    replay->stop_numbers = pk__arena_take(arena, numbers, sizeof(pk_real));
     for (int i = 0; i < PK_REPLAY_STOPS; i++)
         replay->stop[i] = SIZE_MAX;
 }
@@ -303,17 +303,17 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     size_t largest = 1;
     for (size_t s = 0; s < run->steps; s++)
         largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
-    pk_arena arena = {NULL, 0, 0, 0};
-    pk_replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "the memory of a replay overflows");
     void *memory = NULL;
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
     if (status != PK_OK)
         return status;
-    pk_arena own = {memory, arena.used, 0, 0};
+    pk__arena own = {memory, arena.used, 0, 0};
     if (memory)
-        pk_replay_take(&own, run, largest, pk_threads(context), reach, &taken);
+        pk__replay_take(&own, run, largest, pk_threads(context), reach, &taken);
     taken.memory = memory;
     *replay = taken;
     return PK_OK;
@@ -414,8 +414,6 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
     return status;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

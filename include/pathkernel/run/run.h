@@ -129,7 +129,7 @@ PK__END_C
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* The files that grow, in the order in which a step writes them: weights.npy commits the step; checksums.npy
  * does where the weights are not kept. */
@@ -252,8 +252,6 @@ typedef struct pk__run_path {
     char *text;
     size_t size;
 } pk__run_path;
-
-PK__COLD_BEGIN
 
 static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
 {
@@ -851,8 +849,6 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

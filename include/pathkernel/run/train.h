@@ -27,8 +27,7 @@ typedef struct pk_train_options {
     int resume;         /* 1: continue the run in `record`, if there is one */
     int replace;        /* 1: remove the run in `record` first, if there is one */
     int record_float32, record_second_moments;
-    size_t
-        keep_every; /* k > 1: record the weights of every k-th step only (record.h); 0 or 1: of every step */
+    size_t keep_every; /* k > 1: record the weights of every k-th step only (record.h); 0 or 1: of every step */
 
     /* Called after each step of this call (recorded already): the batch's objective at w_step, and
      * w_{step+1} (P); those of pk_train are not up to date meanwhile. Non-zero ends training with PK_CANCELLED. */
@@ -73,7 +72,7 @@ PK__END_C
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* What a training run holds between steps. */
 typedef struct pk__training {
@@ -93,8 +92,6 @@ typedef struct pk__step {
     pk_batch batch;
     double rate, scale, objective;
 } pk__step;
-
-PK__COLD_BEGIN
 
 /* The batch of any step, without the steps before it. */
 static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
@@ -364,8 +361,6 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     return status;
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

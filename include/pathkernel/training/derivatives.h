@@ -72,13 +72,13 @@ PK__END_C
 #define PATHKERNEL_DERIVATIVES_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
 /* ---- a pass over a batch ------------------------------------------------------------------------------- */
 
 /* One thread's memory. */
 typedef struct pk__sweep_lane {
-    pk_tape tape;
+    pk__tape tape;
     pk_real *inputs, *target; /* block x D, C */
     pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
     pk_real *zeros;           /* block x the widest input of a layer */
@@ -105,23 +105,20 @@ typedef struct pk__sweep {
     pk_real *sum; /* P, NULL: none */
 } pk__sweep;
 
-PK__COLD_BEGIN
-
-static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
+static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows, pk__sweep_lane *lane)
 {
     const pk_graph *graph = sweep->graph;
     size_t widest = 0, most = 0;
     memset(lane, 0, sizeof *lane);
-    pk_tape_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
-    lane->inputs = pk_arena_take(arena, rows, graph->input_width * sizeof(pk_real));
-    lane->target = pk_arena_take(arena, graph->output_width, sizeof(pk_real));
+    pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
+    lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
+    lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
     if (!sweep->second)
         return;
-    lane->second = pk_arena_take(arena, graph->node_count, sizeof *lane->second);
+    lane->second = pk__arena_take(arena, graph->node_count, sizeof *lane->second);
     for (size_t n = 0; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        pk_real *second =
-            node->varies ? pk_arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
+        pk_real *second = node->varies ? pk__arena_take(arena, rows, node->width * sizeof(pk_real)) : NULL;
         if (lane->second && !arena->overflow)
             lane->second[n] = second;
         if (!node->weight_count)
@@ -130,8 +127,8 @@ static void pk__sweep_take(pk_arena *arena, const pk__sweep *sweep, size_t rows,
         for (int j = 0; j < node->input_count; j++)
             widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
-    lane->zeros = pk_arena_take(arena, rows, widest * sizeof(pk_real));
-    lane->part = pk_arena_take(arena, most, 2 * sizeof(pk_real));
+    lane->zeros = pk__arena_take(arena, rows, widest * sizeof(pk_real));
+    lane->part = pk__arena_take(arena, most, 2 * sizeof(pk_real));
     if (lane->zeros && !arena->overflow)
         memset(lane->zeros, 0, rows * widest * sizeof(pk_real));
 }
@@ -153,7 +150,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
 {
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
     const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
-    pk_arena arena = {memory, bytes, 0, 0};
+    pk__arena arena = {memory, bytes, 0, 0};
     pk__sweep_lane lane;
     pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
@@ -186,7 +183,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     const double work = 6.0 * pk__graph_work(graph) * (double)sweep->rows * copies / 1048576.0;
     size_t threads = pk__min((size_t)pk_threads(context), plan.groups);
     threads = (double)threads <= work ? threads : work < 1 ? 1 : (size_t)work;
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__sweep_lane lane;
     pk__sweep_take(&arena, sweep, pk__min(plan.block, sweep->rows), &lane);
     if (arena.overflow)
@@ -248,7 +245,7 @@ static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t 
 }
 
 /* The gradients of one row and copy of the tape. */
-static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk_tape *tape, size_t row, size_t copy,
+static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk__tape *tape, size_t row, size_t copy,
                                    pk_real *gradient)
 {
     const pk_graph *graph = sweep->graph;
@@ -257,7 +254,7 @@ static void pk__sweep_row_gradient(const pk__sweep *sweep, const pk_tape *tape, 
         if (!node->weight_count)
             continue;
         pk_call call;
-        pk__tape_call(tape, node, 1, 1, &call);
+        pk__pass_call(tape, node, 1, 1, &call);
         for (int j = 0; j < node->input_count; j++)
             call.in[j] += row * call.in_width[j];
         call.out += row * node->width;
@@ -274,23 +271,23 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
 {
     const pk_graph *graph = sweep->graph;
     const size_t outputs = graph->output_width, inputs = graph->input_width, copies = sweep->copies;
-    const pk_line line = {sweep->weights, NULL, NULL};
-    pk_tape *tape = &lane->tape;
+    const pk__line line = {sweep->weights, NULL, NULL};
+    pk__tape *tape = &lane->tape;
     size_t bad = SIZE_MAX;
     const int units = !sweep->rule && !sweep->cotangents.data; /* a Jacobian */
-    pk_tape_forward(tape, &line, rows, lane->inputs);
+    pk__pass_forward(tape, &line, rows, lane->inputs);
     if (units)
-        pk_tape_seed_units(tape, rows);
+        pk__pass_seed_units(tape, rows);
     for (size_t r = 0; r < rows; r++) {
-        const pk_real *f = pk_tape_output(tape) + r * outputs;
+        const pk_real *f = pk__pass_output(tape) + r * outputs;
         if (!units)
-            pk__sweep_seed(sweep, lane, first + r, f, pk_tape_seed(tape) + r * outputs);
+            pk__sweep_seed(sweep, lane, first + r, f, pk__pass_seed(tape) + r * outputs);
         if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
             bad = first + r;
     }
-    pk_tape_reverse(tape, &line, rows, copies);
+    pk__pass_reverse(tape, &line, rows, copies);
     if (sum)
-        pk_tape_weight_gradient(tape, rows, sum);
+        pk__pass_weight_gradient(tape, rows, sum);
     for (size_t at = 0; at < rows * copies; at++) {
         const size_t to = first * copies + at;
         int finite = 1;
@@ -314,9 +311,9 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
 static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows)
 {
     const size_t inputs = sweep->graph->input_width, last = sweep->graph->node_count - 1;
-    const pk_line plain = {sweep->weights, NULL, NULL}, line = {sweep->weights, sweep->direction, NULL};
-    pk_tape *tape = &lane->tape;
-    pk_tape_forward(tape, &plain, rows, lane->inputs);
+    const pk__line plain = {sweep->weights, NULL, NULL}, line = {sweep->weights, sweep->direction, NULL};
+    pk__tape *tape = &lane->tape;
+    pk__pass_forward(tape, &plain, rows, lane->inputs);
     for (size_t r = 0; tape->tangent[0] && r < rows; r++) {
         pk_real *to = tape->tangent[0] + r * inputs;
         if (sweep->input_directions.data)
@@ -325,7 +322,7 @@ static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lan
         else
             memset(to, 0, inputs * sizeof *to);
     }
-    pk_tape_tangent(tape, &line, rows);
+    pk__pass_tangent(tape, &line, rows);
     return tape->tangent[last];
 }
 
@@ -351,10 +348,10 @@ static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *
                                   size_t rows)
 {
     const pk_graph *graph = sweep->graph;
-    const pk_tape *tape = &lane->tape;
+    const pk__tape *tape = &lane->tape;
     const size_t n = (size_t)(node - graph->nodes);
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = sweep->weights + node->weight_offset;
     call.out_cotangent = lane->second[n];
     for (int j = 0; j < node->input_count; j++) {
@@ -382,12 +379,12 @@ static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_la
                                       size_t rows, pk_real *sum)
 {
     const pk_graph *graph = sweep->graph;
-    const pk_tape *tape = &lane->tape;
+    const pk__tape *tape = &lane->tape;
     const int outer = node->tangent_form == PK_TANGENT_OUTER;
     const size_t n = (size_t)(node - graph->nodes), count = node->weight_count;
     pk_real *parts[2] = {lane->part, lane->part + count};
     pk_call call;
-    pk__tape_call(tape, node, rows, 1, &call);
+    pk__pass_call(tape, node, rows, 1, &call);
     call.weights = sweep->weights + node->weight_offset;
     call.out_cotangent = lane->second[n];
     call.gradient = sum + node->weight_offset;
@@ -415,14 +412,14 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
     const pk_graph *graph = sweep->graph;
     const pk_batch *batch = sweep->batch;
     const size_t outputs = graph->output_width, last = graph->node_count - 1;
-    const pk_line line = {sweep->weights, NULL, NULL};
+    const pk__line line = {sweep->weights, NULL, NULL};
     const pk_real *tangents = pk__sweep_push(sweep, lane, first, rows);
-    pk_tape *tape = &lane->tape;
-    pk_real *seeds = pk_tape_seed(tape), *bent = sweep->second ? lane->second[last] : seeds;
+    pk__tape *tape = &lane->tape;
+    pk_real *seeds = pk__pass_seed(tape), *bent = sweep->second ? lane->second[last] : seeds;
     size_t bad = SIZE_MAX;
     for (size_t at = 0; at < rows * outputs; at += outputs) {
         const size_t row = first + at / outputs;
-        const pk_real *f = pk_tape_output(tape) + at;
+        const pk_real *f = pk__pass_output(tape) + at;
         const double weight = batch->weights ? batch->weights[row] : 1.0 / (double)batch->count;
         pk__sweep_seed(sweep, lane, row, f, seeds + at);
         sweep->rule->curvature(outputs, f, lane->target, tangents + at, bent + at);
@@ -434,9 +431,9 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
         if (bad == SIZE_MAX && !pk__all_finite(f, outputs))
             bad = row;
     }
-    pk_tape_reverse(tape, &line, rows, 1);
+    pk__pass_reverse(tape, &line, rows, 1);
     if (!sweep->second) {
-        pk_tape_weight_gradient(tape, rows, sum);
+        pk__pass_weight_gradient(tape, rows, sum);
         return bad;
     }
     for (size_t n = last; n > 0; n--) {
@@ -750,8 +747,6 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
                                  product);
 }
 
-PK__COLD_END
-
-PK__END_CODE
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif

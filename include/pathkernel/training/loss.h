@@ -317,8 +317,6 @@ static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y
 
 /* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
 
-PK__COLD_BEGIN
-
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
 {
     (void)outputs, (void)y;
@@ -433,8 +431,6 @@ PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real 
             product[j] = (pk_real)NAN;
 }
 
-PK__COLD_END
-
 /* ---- targets ------------------------------------------------------------------------------------------ */
 
 /* The target of one row as outputs numbers. A class out of range gives zeros. */
@@ -452,8 +448,6 @@ PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targ
         for (size_t j = 0; j < outputs; j++)
             target[j] = label == (int64_t)j;
 }
-
-PK__COLD_BEGIN
 
 static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
                                      size_t outputs, pk_real *target)
@@ -505,7 +499,7 @@ PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64
 /* ---- the gradient of a batch -------------------------------------------------------------------------- */
 
 typedef struct pk__gradient_lane {
-    pk_tape tape;
+    pk__tape tape;
     pk_real *inputs, *targets; /* block x input width, block x outputs */
 } pk__gradient_lane;
 
@@ -540,16 +534,15 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 }
 
 /* workspace: graph, largest_batch and threads are set. */
-PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
+PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
     pk__gradient_plan plan = pk__gradient_cut(graph->parameters, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
     if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->parameters, &partial))
         arena->overflow = 1;
-    workspace->lanes =
-        pk_arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
-    workspace->groups = pk_arena_take(arena, plan.groups, sizeof *workspace->groups);
-    workspace->partial = pk_arena_take(arena, partial, sizeof *workspace->partial);
+    workspace->lanes = pk__arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
+    workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
+    workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -557,9 +550,9 @@ PK__PRIVATE void pk__gradient_take(pk_arena *arena, const pk_graph *graph, pk_gr
             !pk__multiply(rows, graph->output_width, &targets))
             arena->overflow = 1;
         memset(&lane, 0, sizeof lane);
-        pk_tape_take(arena, graph, rows, 1, 0, &lane.tape);
-        lane.inputs = pk_arena_take(arena, inputs, sizeof *lane.inputs);
-        lane.targets = pk_arena_take(arena, targets, sizeof *lane.targets);
+        pk__pass_take(arena, graph, rows, 1, 0, &lane.tape);
+        lane.inputs = pk__arena_take(arena, inputs, sizeof *lane.inputs);
+        lane.targets = pk__arena_take(arena, targets, sizeof *lane.targets);
         if (arena->base && !arena->overflow)
             workspace->lanes[thread] = lane;
     }
@@ -579,7 +572,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     taken.threads = pk_threads(context);
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
-    pk_arena arena = {NULL, 0, 0, 0};
+    pk__arena arena = {NULL, 0, 0, 0};
     pk__gradient_take(&arena, graph, &taken);
     if (arena.overflow)
         return pk__fail(context, PK_OVERFLOW, "gradient: the memory for batches of %zu overflows",
@@ -605,8 +598,6 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
     memset(workspace, 0, sizeof *workspace);
 }
 
-PK__COLD_END
-
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
@@ -622,8 +613,8 @@ static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *la
 {
     const pk_batch *batch = job->batch;
     const size_t outputs = lane->tape.graph->output_width;
-    const pk_real *output = pk_tape_output(&lane->tape);
-    pk_real *seed = pk_tape_seed(&lane->tape);
+    const pk_real *output = pk__pass_output(&lane->tape);
+    pk_real *seed = pk__pass_seed(&lane->tape);
     const int finite = pk__all_finite(output, rows * outputs);
     for (size_t row = 0; !finite && sum->not_finite == SIZE_MAX && row < rows; row++)
         if (!pk__all_finite(output + row * outputs, outputs))
@@ -652,10 +643,8 @@ static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, 
     return pk__all_finite(sum, count);
 }
 
-PK__COLD_BEGIN
-
 /* The rows of a block, by several threads where they are long. */
-static void pk__gradient_inputs(const pk__gradient_job *job, const pk_tape *tape, size_t first, size_t rows,
+static void pk__gradient_inputs(const pk__gradient_job *job, const pk__tape *tape, size_t first, size_t rows,
                                 pk_real *inputs)
 {
     const size_t width = pk_dataset_width(job->dataset), parts = rows * width >> 14;
@@ -679,7 +668,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
                                    pk__gradient_group *result, pk_real *gradient)
 {
     const pk_batch *batch = job->batch;
-    pk_tape *tape = &lane->tape;
+    pk__tape *tape = &lane->tape;
     size_t block = job->plan.block;
     size_t first = job->plan.blocks * group / job->plan.groups * block;
     size_t end = job->plan.blocks * (group + 1) / job->plan.groups * block;
@@ -689,12 +678,12 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     memset(gradient, 0, tape->graph->parameters * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
-        pk_line line = {job->weights, NULL, NULL};
+        pk__line line = {job->weights, NULL, NULL};
         pk__gradient_inputs(job, tape, first, rows, lane->inputs);
-        pk_tape_forward(tape, &line, rows, lane->inputs);
+        pk__pass_forward(tape, &line, rows, lane->inputs);
         pk__gradient_seed(job, lane, first, rows, &sum);
-        pk_tape_reverse(tape, &line, rows, 1);
-        pk_tape_weight_gradient(tape, rows, gradient);
+        pk__pass_reverse(tape, &line, rows, 1);
+        pk__pass_weight_gradient(tape, rows, gradient);
     }
     *result = sum;
 }
@@ -824,8 +813,6 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
                         isfinite(sum) ? "gradient" : "objective");
     return PK_OK;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */

@@ -366,8 +366,6 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
 #undef PK__KEY
 #undef PK__NO_KEY
 
-PK__COLD_BEGIN
-
 static const pk__optimizer_rule *pk__optimizer_find(pk_optimizer_kind kind)
 {
     for (size_t i = 0; i < sizeof pk__optimizer_rules / sizeof pk__optimizer_rules[0]; i++)
@@ -567,8 +565,6 @@ PK_API pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, 
     return PK_OK;
 }
 
-PK__COLD_END
-
 /* ---- clipping and schedules ---------------------------------------------------------------------------- */
 
 /* sum (factor x_i)^2 in eight chains, so that the additions do not wait for each other. */
@@ -606,8 +602,6 @@ PK_API double pk_clip_scale(const pk_real *gradient, size_t parameters, double m
     double scale = max_norm / (norm + 1e-6);
     return scale < 1 || scale != scale ? scale : 1;
 }
-
-PK__COLD_BEGIN
 
 PK_API double pk_schedule_rate(const pk_schedule *schedule, size_t step)
 {
@@ -665,8 +659,6 @@ PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *sched
     }
     return PK_OK;
 }
-
-PK__COLD_END
 
 PK__END_CODE
 /* <<< implementation */
