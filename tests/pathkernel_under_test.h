@@ -4,6 +4,7 @@
 #else
 #include "pathkernel/training/derivatives.h"
 #include "pathkernel/attribution/decompose.h"
+#include "pathkernel/attribution/reference.h"
 #include "pathkernel/kernels/kernel.h"
 #include "pathkernel/run/train.h"
 #endif

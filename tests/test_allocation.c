@@ -410,6 +410,15 @@ JOB(job_ntk_trace)
                                pk_matrix_view(m->many, NET_ROWS, NET_ROWS));
 }
 
+JOB(job_reference)
+{
+    WITH;
+    enum { CELLS = NET_ROWS * 2 };
+    static double numbers[5][CELLS], by_example[CELLS * NET_ROWS];
+    const pk_reference out = {numbers[0], numbers[1], by_example, numbers[2], numbers[3], numbers[4]};
+    return pk_decompose_reference(context, &m->kept, X(m), 2, 2, &out);
+}
+
 JOB(job_batch_gradient)
 {
     WITH;
@@ -688,6 +697,7 @@ static const struct entry {
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
     {"pk_quadrature_check", job_quadrature, 0},
+    {"pk_decompose_reference", job_reference, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
 enum { ENTRIES = (int)(sizeof entries / sizeof *entries) };

@@ -1,0 +1,82 @@
+/* trained.h: small runs of pk_train of any network line and optimiser, for tests that need a recorded run. */
+#ifndef TRAINED_H
+#define TRAINED_H
+#include "fixture.h"
+
+typedef struct trained {
+    pk_context context;
+    pk_graph graph;
+    pk_run run;
+    size_t rows;           /* of train, and of test */
+    pk_real *train, *test; /* rows x D */
+    pk_real *numbers;
+    int64_t *labels;
+    pk_real *weights;
+} trained;
+
+typedef struct recipe {
+    const char *network, *loss, *optimizer;
+    size_t tokens; /* inputs are whole numbers below this; 0: normal numbers */
+    double rate, clip;
+    size_t rows, batch, steps, keep_every;
+    uint64_t seed;
+    int moments; /* Adam's are recorded */
+} recipe;
+
+/* Trains and opens the run; its data stay in *to. Until fixture_leave or the next run in the same folder. */
+static void trained_make(const recipe *r, trained *to)
+{
+    memset(to, 0, sizeof *to);
+    pk_context *context = &to->context;
+    assert_ok(context, pk_network_parse(context, r->network, &to->graph));
+    const size_t D = to->graph.input_width, C = to->graph.output_width, rows = r->rows;
+    const size_t shape_x[2] = {rows, D}, shape_y[2] = {rows, C};
+    pk_train_options options;
+    pk_train_result result;
+    pk_dataset data;
+    to->rows = rows;
+    to->train = fixture_normals(r->seed, rows * D, 1);
+    to->test = fixture_normals(r->seed + 1, rows * D, 1);
+    to->numbers = fixture_normals(r->seed + 2, rows * C, 1);
+    to->labels = FIXTURE_NEW(int64_t, rows);
+    for (size_t i = 0; r->tokens && i < rows * D; i++) {
+        to->train[i] = (pk_real)((i * i + 3 * i + r->seed) % r->tokens);
+        to->test[i] = (pk_real)((5 * i + 2 + i / D) % r->tokens);
+    }
+    for (size_t i = 0; i < rows; i++)
+        to->labels[i] = (int64_t)(i % C);
+    memset(&options, 0, sizeof options);
+    assert_ok(context, pk_loss_parse(context, r->loss, &options.loss));
+    assert_ok(context, pk_optimizer_parse(context, r->optimizer, &options.optimizer));
+    data.inputs = pk_array_view(REAL_TYPE, 2, shape_x, to->train);
+    data.targets = options.loss == PK_SQUARED ? pk_array_view(REAL_TYPE, 2, shape_y, to->numbers)
+                                              : pk_array_view(PK_INT64, 1, shape_y, to->labels);
+    options.steps = r->steps;
+    options.batch_size = r->batch;
+    options.schedule.rate = r->rate;
+    options.clip_norm = r->clip;
+    options.keep_every = r->keep_every;
+    options.record_second_moments = r->moments;
+    options.seed = r->seed;
+    options.record = fixture_run_path;
+    options.replace = 1;
+    to->weights = FIXTURE_NEW(pk_real, to->graph.parameters);
+    assert_ok(context, pk_network_initialize(context, &to->graph, r->seed, to->weights));
+    assert_ok(context, pk_train(context, &to->graph, &data, &options, to->weights, &result));
+    assert_ok(context, pk_run_open(context, fixture_run_path, &to->run));
+}
+
+static pk_matrix trained_test(const trained *t, size_t rows)
+{
+    return pk_matrix_view(t->test, rows, t->graph.input_width);
+}
+
+static void trained_release(trained *t)
+{
+    pk_run_release(&t->context, &t->run);
+    pk_graph_release(&t->context, &t->graph);
+    assert_int_equal(t->context.memory_used, 0);
+    free(t->train), free(t->test), free(t->numbers), free(t->labels), free(t->weights);
+}
+
+#endif
