@@ -31,6 +31,7 @@
  * easy
  *   train               pk_train: the training loop, recorded
  *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
+ *   reference           pk_decompose_reference: the same by its definition, slow, to read and to test with
  *   trajectory          pk_run_open: a recorded run, from here or from PyTorch
  * medium
  *   status, context     status codes; what a call runs with: memory, threads, progress
@@ -1870,6 +1871,39 @@ PK_API PK__MUST_USE pk_status pk_decompose_array_parts(pk_context *context, cons
 PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
                                                 const pk_decompose_options *options, int in_parts,
                                                 pk_plan *plan);
+
+PK__END_C
+
+/* pathkernel/attribution/reference.h: the decomposition of a run by its definition, for readers and for tests. It uses
+ * derivatives alone (derivatives.h), none of what makes pk_decompose fast, and runs forward in time:
+ *
+ *     Phi_s(x) = integral_0^1 J(w_s + t D_s, x) dt,                      D_s = w_{s+1} - w_s
+ *     g_{s,i}' = scale_s c_{s,i} grad l_i(w_s),                          decay: coupled_s w_s
+ *     m_{s,i}  = carry_s m_{s-1,i} + gain_s g_{s,i}',                    one momentum for each example, and one for decay
+ *     D_{s,i}  = - p_s o (enter_s m_{s,i} + direct_s g_{s,i}'),          decay: - decoupled_s w_s besides
+ *     A(x, i)  = sum_s < Phi_s(x), D_{s,i} >
+ *     unattributed(x) = sum_s < Phi_s(x), D_s - sum_i D_{s,i} >          decay is one of the i here
+ *     closure(x) = f(w_S, x) - f(w_0, x) - sum_i A(x, i) - unattributed(x)
+ *
+ * pk_decompose carries the test side backward in time instead, and chooses the nodes of the integral itself.
+ */
+PK__BEGIN_C
+
+/* The caller's arrays; all are needed. M test rows, C outputs, N training examples. */
+typedef struct pk_reference {
+    double *initial, *final;                /* M x C */
+    double *by_example;                     /* M x C x N */
+    double *decay, *unattributed, *closure; /* M x C */
+} pk_reference;
+
+/* Decomposes all outputs f(w_S, inputs) of a run (inputs: M x D), under any optimizer. The integral along each step is taken by
+ * Gauss-Legendre with `nodes` nodes (1 to 1000) on each of `pieces` equal pieces. A smooth network needs one piece and
+ * 10 to 20 nodes; one with kinks, where the error falls like 1 / pieces, many pieces with one node, and the closure tells
+ * how far it is. Cost: pieces x nodes Jacobians a step, and 2 (M C + 1) N P flops. Memory: (2 N + 3 M C) P numbers.
+ * PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, and what reading the run gives; arrays hold
+ * parts of sums then, also after PK_CANCELLED. */
+PK_API PK__MUST_USE pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                                     size_t pieces, int nodes, const pk_reference *out);
 
 PK__END_C
 
@@ -19218,6 +19252,207 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
 }
 
 PK__END_CODE
+
+/* pathkernel/attribution/reference.h: implementation */
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+enum { PK__REFERENCE_NODES = 1000 };
+
+/* Sources of updates are the examples 0 .. N-1, and decay, which is number N. */
+typedef struct pk__reference_memory {
+    pk_replay replay;
+    double *node, *weight;                    /* nodes: the rule on [0, 1] */
+    pk_real *w, *next, *at, *one;             /* P each: w_s, w_{s+1}, w_s + t D_s, one gradient */
+    pk_real *sum, *state, *update;            /* P, V P, P: the optimiser's */
+    pk_real *p;                               /* P */
+    pk_real *jacobian, *f;                    /* M C x P, M C */
+    double *phi, *gradient, *momentum, *rest; /* M C x P, (N + 1) x P twice, P */
+} pk__reference_memory;
+
+/* phi = the integral of the Jacobian along the step from w to next. */
+static pk_status pk__reference_integral(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
+                                        int nodes, pk__reference_memory *m)
+{
+    const size_t P = run->parameters, cells = inputs.rows * run->outputs;
+    const pk_matrix none = {NULL, 0, 0, 0};
+    memset(m->phi, 0, cells * P * sizeof *m->phi);
+    for (size_t k = 0; k < pieces * (size_t)nodes; k++) {
+        const double t = ((double)(k / (size_t)nodes) + m->node[k % (size_t)nodes]) / (double)pieces;
+        const double weight = m->weight[k % (size_t)nodes] / (double)pieces;
+        for (size_t p = 0; p < P; p++)
+            m->at[p] = (pk_real)(m->w[p] + t * ((double)m->next[p] - m->w[p]));
+        pk_status status =
+            pk_jacobian(context, &run->graph, m->at, inputs, pk_matrix_view(m->jacobian, cells, P), none);
+        if (status)
+            return status;
+        for (size_t i = 0; i < cells * P; i++)
+            m->phi[i] += weight * m->jacobian[i];
+    }
+    return PK_OK;
+}
+
+/* gradient: row i the scaled and weighted gradient of example i, row N that of coupled decay; and the linear form of the step. */
+static pk_status pk__reference_step(pk_context *context, const pk_run *run, size_t s, pk__reference_memory *m,
+                                    pk_linear_form *form)
+{
+    const size_t P = run->parameters, N = run->examples;
+    const double scale = pk_run_gradient_scale(run, s), rate = run->learning_rates[s];
+    pk_batch batch;
+    pk_status status = PK_OK;
+    pk_run_batch(run, s, &batch);
+    memset(m->gradient, 0, (N + 1) * P * sizeof *m->gradient);
+    for (size_t b = 0; !status && b < batch.count; b++) {
+        const pk_batch item = {1, batch.items + b, NULL};
+        const double c = batch.weights ? batch.weights[b] : 1 / (double)batch.count;
+        status = pk_loss_gradients(context, &run->graph, run->loss, m->w, &run->train, &item, NULL,
+                                   pk_matrix_view(m->one, 1, P));
+        for (size_t p = 0; !status && p < P; p++)
+            m->gradient[(size_t)batch.items[b] * P + p] += scale * c * m->one[p];
+    }
+    for (size_t p = 0; p < P; p++) {
+        double sum = 0;
+        for (size_t i = 0; i < N; i++)
+            sum += m->gradient[i * P + p];
+        m->sum[p] = (pk_real)sum;
+    }
+    if (status)
+        return status;
+    pk_optimizer_update(&run->optimizer, s, rate, 1, P, m->w, m->sum, m->state, m->update);
+    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
+        status = pk_run_second_moments(context, run, s, m->state + P);
+    pk_optimizer_linear_form(&run->optimizer, s, rate, P, m->state, form, m->p);
+    for (size_t p = 0; p < P; p++) {
+        m->p[p] = form->preconditioned ? m->p[p] : (pk_real)form->rate;
+        m->gradient[N * P + p] = form->coupled * m->w[p];
+        m->rest[p] = (double)m->next[p] - m->w[p];
+    }
+    return status;
+}
+
+/* Adds a step: < Phi, D_i > for each source, and what is left of D. */
+static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_form *form,
+                              pk__reference_memory *m, const pk_reference *out)
+{
+    const size_t P = run->parameters, N = run->examples;
+    for (size_t i = 0; i <= N; i++) {
+        double *momentum = m->momentum + i * P, *share = m->gradient + i * P;
+        for (size_t p = 0; p < P; p++) {
+            momentum[p] = form->carry * momentum[p] + form->gain * share[p];
+            share[p] = -m->p[p] * (form->enter * momentum[p] + form->direct * share[p]) -
+                       (i == N ? form->decoupled * m->w[p] : 0);
+            m->rest[p] -= share[p];
+        }
+    }
+    for (size_t cell = 0; cell < cells; cell++)
+        for (size_t i = 0; i <= N + 1; i++) {
+            const double *share = i <= N ? m->gradient + i * P : m->rest;
+            double sum = 0;
+            for (size_t p = 0; p < P; p++)
+                sum += m->phi[cell * P + p] * share[p];
+            *(i < N    ? &out->by_example[cell * N + i]
+              : i == N ? &out->decay[cell]
+                       : &out->unattributed[cell]) += sum;
+        }
+}
+
+/* The definition, with its memory. */
+static pk_status pk__reference_run(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
+                                   int nodes, pk__reference_memory *m, const pk_reference *out)
+{
+    const size_t P = run->parameters, N = run->examples, cells = inputs.rows * run->outputs;
+    const pk_matrix f = pk_matrix_view(m->f, inputs.rows, run->outputs);
+    pk_linear_form form;
+    pk_gauss_legendre(nodes, m->node, m->weight);
+    memset(out->by_example, 0, cells * N * sizeof(double));
+    memset(out->decay, 0, cells * sizeof(double));
+    memset(out->unattributed, 0, cells * sizeof(double));
+    pk_status status = pk_replay_weights(context, &m->replay, 0, m->next);
+    if (!status)
+        status = pk_graph_evaluate(context, &run->graph, m->next, inputs, f);
+    for (size_t cell = 0; cell < cells; cell++)
+        out->initial[cell] = m->f[cell];
+    for (size_t s = 0; !status && s < run->steps; s++) {
+        memcpy(m->w, m->next, P * sizeof *m->w);
+        status = pk__progress(context, "reference", (double)s / (double)run->steps);
+        if (!status)
+            status = pk_replay_weights(context, &m->replay, s + 1, m->next);
+        if (!status)
+            status = pk__reference_integral(context, run, inputs, pieces, nodes, m);
+        if (!status)
+            status = pk__reference_step(context, run, s, m, &form);
+        if (!status)
+            pk__reference_add(run, cells, &form, m, out);
+    }
+    if (!status)
+        status = pk_graph_evaluate(context, &run->graph, m->next, inputs, f);
+    for (size_t cell = 0; cell < cells; cell++) {
+        out->final[cell] = m->f[cell];
+        out->closure[cell] = out->final[cell] - out->initial[cell] - out->decay[cell] - out->unattributed[cell];
+        for (size_t i = 0; i < N; i++)
+            out->closure[cell] -= out->by_example[cell * N + i];
+    }
+    return status;
+}
+
+static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells, int nodes,
+                               pk__reference_memory *m)
+{
+    const size_t P = run->parameters, real = sizeof(pk_real), number = sizeof(double);
+    const size_t vectors = pk_optimizer_state_vectors(&run->optimizer);
+    size_t sources = 0, results = 0;
+    if (!pk__multiply(run->examples + 1, P, &sources) || !pk__multiply(cells, P, &results))
+        arena->overflow = 1;
+    m->node = (double *)pk__arena_take(arena, (size_t)nodes, number);
+    m->weight = (double *)pk__arena_take(arena, (size_t)nodes, number);
+    pk_real **const vector[] = {&m->w, &m->next, &m->at, &m->one, &m->sum, &m->update, &m->p};
+    for (size_t i = 0; i < sizeof vector / sizeof *vector; i++)
+        *vector[i] = (pk_real *)pk__arena_take(arena, P, real);
+    m->state = (pk_real *)pk__arena_take(arena, P, vectors * real);
+    m->jacobian = (pk_real *)pk__arena_take(arena, results, real);
+    m->f = (pk_real *)pk__arena_take(arena, cells, real);
+    m->phi = (double *)pk__arena_take(arena, results, number);
+    m->gradient = (double *)pk__arena_take(arena, sources, number);
+    m->momentum = (double *)pk__arena_take(arena, sources, number);
+    m->rest = (double *)pk__arena_take(arena, P, number);
+}
+
+PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
+                                        int nodes, const pk_reference *out)
+{
+    if (!run || !run->weights.data || !out || !out->initial || !out->final || !out->by_example || !out->decay ||
+        !out->unattributed || !out->closure)
+        return pk__fail(context, PK_ARGUMENT, "reference: the run or an array of the result is missing");
+    if (nodes < 1 || nodes > PK__REFERENCE_NODES || !pieces || pieces > SIZE_MAX / PK__REFERENCE_NODES)
+        return pk__fail(context, PK_ARGUMENT,
+                        "reference: %zu pieces of %d nodes; there is at least 1 piece, with 1 to %d nodes",
+                        pieces, nodes, (int)PK__REFERENCE_NODES);
+    pk_status status =
+        pk__sweep_matrix(context, "reference", "inputs", inputs, inputs.rows, run->graph.input_width);
+    if (status)
+        return status;
+    size_t cells = 0;
+    pk__reference_memory memory;
+    memset(&memory, 0, sizeof memory);
+    pk__arena arena = {NULL, 0, 0, !pk__multiply(inputs.rows, run->outputs, &cells)};
+    pk__reference_take(&arena, run, cells, nodes, &memory);
+    if (arena.overflow)
+        return pk__fail(context, PK_OVERFLOW, "reference: the memory for %zu rows overflows", inputs.rows);
+    void *block = NULL;
+    status = pk_allocate(context, arena.used, 1, "the reference decomposition", &block);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &memory.replay);
+    if (!status) {
+        pk__arena own = {(unsigned char *)block, arena.used, 0, 0};
+        pk__reference_take(&own, run, cells, nodes, &memory);
+        status = pk__reference_run(context, run, inputs, pieces, nodes, &memory, out);
+    }
+    pk_replay_release(context, &memory.replay);
+    pk_release(context, block);
+    return status;
+}
+
+PK__END_COLD_CODE
 
 /* pathkernel/kernels/kernel.h: implementation */
 #include <string.h>
