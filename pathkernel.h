@@ -1,4 +1,5 @@
-/* pathkernel: a training run, recorded and decomposed exactly. C11, also C++17. MIT license.
+/* pathkernel: a training run, recorded and decomposed exactly. The implementation is C11, the declarations
+ * are for C++17, too. MIT license.
  *
  * PURPOSE
  * A network trained by gradient descent is a kernel machine: its output on any input is its initial output
@@ -27,25 +28,20 @@
  * Compile with: cc -O3 -fopenmp program.c -lm
  * With BLIS:    cc -O3 -fopenmp -DPATHKERNEL_BLIS program.c -lblis -lm
  *
- * CONTENTS
- * easy
- *   train               pk_train: the training loop, recorded
- *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
- *   reference           pk_decompose_reference: the same by its definition, slow, to read and to test with
- *   trajectory          pk_run_open: a recorded run, from here or from PyTorch
- * medium
- *   status, context     status codes; what a call runs with: memory, threads, progress
- *   array, dataset      .npy files; IDX, CSV, training data
- *   network, loss       the network language; losses and gradients of batches
- *   autodiff            products with Jacobians and Hessians, Jacobians, gradients by example
- *   optimizer           update rules, schedules, clipping, and their linear form
- *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
- * extended
- *   matrix, random      matrix products; counter-based random numbers
- *   graph, operation    the static graph behind a network; its operations, and how to add one
- *   segment, quadrature a network along one step; rules that integrate it, exactly where it is piecewise linear
- *   example, tangent    the train side and the test side of a kernel, and their inner products
- *   window              windows of steps with recomputed updates
+ * CONTENTS, by folders of include/pathkernel, each of which builds on those above it
+ * base         status codes; what a call runs with: memory, threads, progress; counter-based random numbers
+ * math         matrix products
+ * data         .npy files; IDX, CSV, training data
+ * network      the network language; the static graph behind a network, its operations, and how to add one; evaluation
+ * training     losses, gradients of batches; products with Jacobians and Hessians, Jacobians; update rules and their linear
+ *              form, schedules, clipping
+ * run          pk_run_open: a recorded run, from here or from PyTorch; recording from a loop of your own; the weights of any
+ *              step of a run that keeps every k-th one; pk_train: the training loop, recorded
+ * path         rules that integrate a network along one step, exactly where it is piecewise linear
+ * features     (internal) gradients of rows, their integrals along a step, and their inner products
+ * attribution  pk_decompose, pk_decompose_parts, pk_decompose_plan; pk_decompose_reference: the same by its definition, slow,
+ *              to read and to test with
+ * kernels      pk_kernel_ntk, pk_kernel_ntk_trace
  *
  * SWITCHES
  * PATHKERNEL_IMPLEMENTATION  compile the functions here; in exactly one source file of a program
