@@ -19,6 +19,9 @@
 PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
                                     const pk_real *transposed, size_t first_row, size_t rows,
                                     const pk_real *inputs, pk_engine engine);
+/* After pk__integral_step, of a graph with ties: Phi of each use of a shared tensor becomes the sum over all of its uses (so
+ * that its product with the gradients of the uses is that of the sums), its bounds likewise. */
+PK__INTERNAL void pk__integral_share(pk__integral *tangent);
 /* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk__integral_step: (count x layer outputs
  * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK__LAYER_ROWS. */
 PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,

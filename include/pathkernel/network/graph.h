@@ -1,5 +1,9 @@
 /* pathkernel/network/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
  * tangent rules. Weights are one flat vector w of P numbers.
+ *
+ * Where layers share a tensor, each node still works on its own numbers, one after the other in a spread vector E w of
+ * copies and transposes: f(w) = F(E w), and the gradient with respect to w is E^T that of F. Without ties E is the
+ * identity, and nothing is copied.
  */
 #ifndef PATHKERNEL_GRAPH_H
 #define PATHKERNEL_GRAPH_H
@@ -62,7 +66,14 @@ typedef struct pk_node {
     int inputs[PK_NODE_INPUTS]; /* earlier nodes */
     pk_shape shape;
     size_t width;
-    size_t weight_offset, weight_count;
+    size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
+    size_t
+        bias_count; /* of these, the last ones: a second tensor, the bias; set by the shape rule, if not PK_TANGENT_OUTER */
+    pk_shape weight_shape; /* of the first tensor; the shape rule's, or fan_out x fan_in, or their number */
+    int tied[2];           /* the node whose weight, bias this one's is; 0: its own */
+    int tied_transposed;   /* the weight is the transpose of that node's */
+    int shares;            /* some tensor is used by another node, too */
+    int column;            /* among the nodes that have tensors of their own in w; -1: it has none */
     double attributes[PK_NODE_ATTRIBUTES];
     pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
     int constants_shared;                    /* they are an earlier node's */
@@ -141,10 +152,22 @@ typedef struct pk_operation {
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
 } pk_operation;
 
+/* A tensor of a node: its place in the spread vector, and in w. */
+typedef struct pk_tensor_use {
+    size_t spread, flat, count;
+    size_t rows, cols; /* of the spread one, where it is the transpose of the flat one; else 0 */
+    int node, owner;   /* the node, and the one that brings the tensor into w */
+} pk_tensor_use;
+
 typedef struct pk_graph {
     size_t node_count, node_capacity;
-    pk_node *nodes; /* in topological order; nodes[0] is the input, the last one the output */
-    size_t parameters, layers, input_width, output_width, widest;
+    pk_node *nodes;    /* in topological order; nodes[0] is the input, the last one the output */
+    size_t parameters; /* P, of w */
+    size_t spread;     /* of the spread vector: the sum of the nodes' weight_count */
+    size_t columns;    /* nodes that have tensors of their own in w */
+    size_t piece_count;
+    pk_tensor_use *pieces; /* in the order of the spread vector; NULL: no tensor is shared; owned */
+    size_t layers, input_width, output_width, widest;
     pk_shape input_shape;
     int degree;    /* of the output in t along a line, -1: not polynomial */
     int switched;  /* some piecewise-linear node depends on the weights */
@@ -171,6 +194,14 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
                                                      const int *inputs, const double *attributes,
                                                      size_t constant_count, const pk_real *constants,
                                                      int *node);
+/* Lets a tensor (0: weight, 1: bias) of the node that was added last be that of an earlier node, of the same shape, or, for a
+ * transposed weight, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
+PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor,
+                                           int other, int transposed);
+/* spread (graph->spread) = E flat (graph->parameters). */
+PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread);
+/* flat = E^T spread: sums over the uses of each tensor; flat may be where spread is. */
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat);
 /* Whether a row of data (input width) may go in: tokens are whole numbers below the vocabulary's size. PK_ARGUMENT names
  * the row by its number. */
 PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -410,6 +441,25 @@ static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_nod
     return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
 }
 
+/* The tensors of a node, as far as its shape rule did not say. */
+static void pk__node_tensors(pk_node *node)
+{
+    if (node->tangent_form == PK_TANGENT_OUTER)
+        node->bias_count = node->weight_count - node->fan_in * node->fan_out;
+    if (node->weight_shape.rank)
+        return;
+    node->weight_shape.rank = node->tangent_form == PK_TANGENT_OUTER ? 2 : 1;
+    node->weight_shape.dims[0] =
+        node->tangent_form == PK_TANGENT_OUTER ? node->fan_out : node->weight_count - node->bias_count;
+    node->weight_shape.dims[1] = node->fan_in;
+}
+
+/* Numbers of the weight (0) or bias (1) of a node. */
+static size_t pk__tensor_count(const pk_node *node, int tensor)
+{
+    return tensor ? node->bias_count : node->weight_count - node->bias_count;
+}
+
 /* pk_graph_add_constants without pk__graph_analyse, which takes a time that grows with the graph. like: NULL, or an earlier
  * node that has the same constants, which are shared then. */
 PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -458,7 +508,7 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
         status = pk__check_node(context, graph, &node);
     if (!status)
         status = pk__graph_grow(context, graph);
-    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
+    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->spread)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
     if (!status && constant_count && !like) {
         status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
@@ -467,15 +517,73 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (status)
         return status;
+    node.column = -1;
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
-        node.weight_offset = graph->parameters;
+        node.weight_offset = graph->spread;
+        node.column = (int)graph->columns++;
+        graph->spread += node.weight_count;
         graph->parameters += node.weight_count;
+        pk__node_tensors(&node);
     }
     pk__node_analyse(graph, &node);
     if (number)
         *number = (int)graph->node_count;
     graph->nodes[graph->node_count++] = node;
+    return PK_OK;
+}
+
+/* What follows from the nodes' ties: the pieces, P and the columns. */
+PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
+{
+    size_t shared = 0, count = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        shared += (graph->nodes[n].tied[0] || graph->nodes[n].tied[1]);
+    if (!shared)
+        return PK_OK;
+    pk_tensor_use *pieces = NULL;
+    pk_status status = pk_allocate(context, 2 * graph->layers, sizeof *pieces, "the graph's tensors", &pieces);
+    if (status)
+        return status;
+    for (size_t n = 1; n < graph->node_count; n++)
+        graph->nodes[n].shares = 0;
+    graph->parameters = graph->columns = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        pk_node *node = &graph->nodes[n];
+        const size_t before = graph->parameters;
+        for (int tensor = 0; tensor < 2; tensor++) {
+            pk_tensor_use *piece = &pieces[count];
+            memset(piece, 0, sizeof *piece);
+            piece->count = pk__tensor_count(node, tensor);
+            if (!piece->count)
+                continue;
+            count++;
+            piece->spread = node->weight_offset + (tensor ? node->weight_count - node->bias_count : 0);
+            piece->node = piece->owner = (int)n;
+            piece->flat = graph->parameters;
+            if (!node->tied[tensor]) {
+                graph->parameters += piece->count;
+                continue;
+            }
+            piece->owner = node->tied[tensor];
+            node->shares = graph->nodes[piece->owner].shares = 1;
+            const pk_node *owner = &graph->nodes[piece->owner];
+            const size_t at = owner->weight_offset + (tensor ? owner->weight_count - owner->bias_count : 0);
+            size_t of = 0;
+            while (pieces[of].spread != at)
+                of++;
+            piece->flat = pieces[of].flat;
+            if (!tensor && node->tied_transposed) {
+                piece->rows = node->weight_shape.dims[0];
+                piece->cols = node->weight_shape.dims[1];
+            }
+        }
+        if (node->weight_count)
+            node->column = graph->parameters > before ? (int)graph->columns++ : -1;
+    }
+    pk_release(context, graph->pieces);
+    graph->pieces = pieces;
+    graph->piece_count = count;
     return PK_OK;
 }
 
@@ -486,6 +594,8 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     pk_status status = pk__graph_append(context, graph, operation, input_count, inputs, attributes,
                                         constant_count, constants, NULL, number);
     if (!status)
+        status = pk__graph_pieces(context, graph);
+    if (!status)
         pk__graph_analyse(graph);
     return status;
 }
@@ -494,6 +604,96 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
                               int input_count, const int *inputs, const double *attributes, int *number)
 {
     return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
+}
+
+/* pk_graph_tie without what follows from it; name is how messages call the node. */
+PK__PRIVATE pk_status pk__tie(pk_context *context, pk_graph *graph, int number, int tensor, int other,
+                              int transposed, const char *name)
+{
+    static const char *const tensors[2] = {"weight", "bias"};
+    char own[PK_SHAPE_TEXT], its[PK_SHAPE_TEXT];
+    if (tensor < 0 || tensor > 1 || other < 1 || other >= number || (size_t)number + 1 > graph->node_count)
+        return pk__fail(context, PK_ARGUMENT,
+                        "node %d of %zu cannot share tensor %d of node %d: an earlier node's "
+                        "weight (0) or bias (1) can be shared",
+                        number, graph->node_count, tensor, other);
+    pk_node *node = &graph->nodes[number];
+    const pk_node *owner = &graph->nodes[other];
+    const size_t count = pk__tensor_count(node, tensor);
+    if (!count || !pk__tensor_count(owner, tensor))
+        return pk__fail(context, PK_ARGUMENT, "%s: %s has no %s to share", name,
+                        count ? owner->operation->name : node->operation->name, tensors[tensor]);
+    pk_shape a = node->weight_shape, b = owner->weight_shape;
+    if (tensor) {
+        a.rank = b.rank = 1;
+        a.dims[0] = node->bias_count;
+        b.dims[0] = owner->bias_count;
+    }
+    if (transposed && (tensor || a.rank != 2 || b.rank != 2))
+        return pk__fail(context, PK_SHAPE, "%s: a %s of shape %s has no transpose: only matrices have", name,
+                        tensors[tensor], pk_shape_text(&b, its));
+    int same = a.rank == b.rank;
+    for (int i = 0; same && i < a.rank; i++)
+        same = a.dims[i] == b.dims[transposed ? 1 - i : i];
+    if (!same)
+        return pk__fail(context, PK_SHAPE,
+                        "%s: its %s has the shape %s, that of the %s which it shares is %s%s", name,
+                        tensors[tensor], pk_shape_text(&a, own), owner->operation->name, pk_shape_text(&b, its),
+                        transposed ? ", and transposed they must agree" : "");
+    node->tied[tensor] = owner->tied[tensor] ? owner->tied[tensor] : other;
+    if (!tensor)
+        node->tied_transposed = transposed ^ (owner->tied[0] ? owner->tied_transposed : 0);
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor, int other,
+                              int transposed)
+{
+    if (!graph || !graph->node_count || (size_t)node + 1 != graph->node_count || graph->nodes[node].layer < 0)
+        return pk__fail(context, PK_ARGUMENT, "only the node that was added last, with weights, can be tied");
+    if (tensor >= 0 && tensor < 2 && graph->nodes[node].tied[tensor])
+        return pk__fail(context, PK_ARGUMENT, "node %d is tied already", node);
+    const pk_node before = graph->nodes[node];
+    pk_status status = pk__tie(context, graph, node, tensor, other, transposed != 0, before.operation->name);
+    if (!status)
+        status = pk__graph_pieces(context, graph);
+    if (status)
+        graph->nodes[node] = before;
+    return status;
+}
+
+PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread)
+{
+    if (!graph->pieces && graph->spread)
+        memcpy(spread, flat, graph->spread * sizeof *spread);
+    for (size_t i = 0; i < graph->piece_count; i++) {
+        const pk_tensor_use *piece = &graph->pieces[i];
+        if (!piece->rows)
+            memcpy(spread + piece->spread, flat + piece->flat, piece->count * sizeof *spread);
+        for (size_t r = 0; r < piece->rows; r++)
+            for (size_t c = 0; c < piece->cols; c++)
+                spread[piece->spread + r * piece->cols + c] = flat[piece->flat + c * piece->rows + r];
+    }
+}
+
+/* A tensor stands in flat no later than in spread, so that nothing is overwritten that is still to be read. */
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
+{
+    if (!graph->pieces && graph->spread && flat != spread)
+        memcpy(flat, spread, graph->spread * sizeof *spread);
+    for (size_t i = 0; i < graph->piece_count; i++) {
+        const pk_tensor_use *piece = &graph->pieces[i];
+        const pk_real *from = spread + piece->spread;
+        pk_real *to = flat + piece->flat;
+        if (piece->owner == piece->node)
+            memmove(to, from, piece->count * sizeof *to);
+        else if (!piece->rows)
+            for (size_t k = 0; k < piece->count; k++)
+                to[k] += from[k];
+        for (size_t r = 0; r < piece->rows; r++)
+            for (size_t c = 0; c < piece->cols; c++)
+                to[c * piece->rows + r] += from[r * piece->cols + c];
+    }
 }
 
 PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -525,6 +725,7 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
             pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
+    pk_release(context, graph->pieces);
     memset(graph, 0, sizeof *graph);
 }
 

@@ -170,8 +170,13 @@ static pk_status pk__convolution_shape(pk_context *context, const pk_graph *grap
     /* One window that is the whole image is the input itself, in the same order. */
     node->unfolds = c.positions != 1 || c.patch != graph->nodes[node->inputs[0]].width ||
                     c.windows.pad[0] + c.windows.pad[1] != 0;
-    if (node->attributes[PK_CONVOLUTION_BIAS] != 0)
-        node->weight_count += node->fan_out;
+    node->bias_count = node->attributes[PK_CONVOLUTION_BIAS] != 0 ? node->fan_out : 0;
+    node->weight_count += node->bias_count;
+    node->weight_shape.rank = 4;
+    node->weight_shape.dims[0] = node->fan_out;
+    node->weight_shape.dims[1] = (size_t)(node->attributes[PK__IMAGE_CHANNELS] / groups);
+    node->weight_shape.dims[2] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL];
+    node->weight_shape.dims[3] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL + 1];
     if (c.groups > 1)
         node->tangent_form = PK_TANGENT_ROWS;
     return PK_OK;

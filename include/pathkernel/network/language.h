@@ -63,6 +63,12 @@ typedef struct pk__layer {
     char text[PK__LAYER_TEXT];
 } pk__layer;
 
+/* A layer that named itself, and the nodes it is made of. */
+typedef struct pk__named_layer {
+    char name[PK_CONSTANT_NAME];
+    size_t first, last; /* nodes first .. last - 1 */
+} pk__named_layer;
+
 typedef struct pk__parser {
     pk_context *context;
     pk_graph *graph;
@@ -75,8 +81,10 @@ typedef struct pk__parser {
     int failed;             /* the number of the layer that could not be made; 0: none */
     int full;               /* the canonical text has no room for what came */
     size_t room;            /* characters that the canonical text may still have */
-    size_t frequencies;     /* numbers drawn for fourier so far */
-    pk__layer layer;        /* the layer in hand: of all depths, so that the stack holds none */
+    pk__named_layer *named; /* the layers with names so far */
+    size_t named_count, named_capacity;
+    size_t frequencies; /* numbers drawn for fourier so far */
+    pk__layer layer;    /* the layer in hand: of all depths, so that the stack holds none */
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
@@ -757,10 +765,8 @@ static pk_status pk__unknown_layer(pk__parser *parser, const char *word)
                     word, name[0] ? " (is it '" : "", name, name[0] ? "'?)" : "");
 }
 
-static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+static pk_status pk__build_layer(pk__parser *parser, const pk__layer *layer)
 {
-    if (!parser->graph->node_count)
-        return pk__input_layer(parser, layer);
     for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
         if (strcmp(layer->words[0], pk__composites[i].name) == 0)
             return pk__composites[i].build(parser, layer);
@@ -770,6 +776,156 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
         return pk__unknown_layer(parser, layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+}
+
+/* ---- ties ------------------------------------------------------------------------------------------ */
+
+/* name=, tied= and transposed of a layer. */
+typedef struct pk__tie_words {
+    const char *name, *tied, *transposed; /* NULL: not there */
+} pk__tie_words;
+
+static pk_status pk__check_name(pk_context *context, const char *layer, const char *name, size_t length)
+{
+    if (length && length < PK_CONSTANT_NAME &&
+        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") >= length)
+        return PK_OK;
+    return pk__fail(context, PK_FORMAT,
+                    "%s: '%.40s' is not the name of a layer: up to %d letters, digits and _", layer, name,
+                    PK_CONSTANT_NAME - 1);
+}
+
+/* Takes the words of ties out of a layer. */
+static pk_status pk__take_tie_words(pk_context *context, const pk__layer *layer, pk__layer *rest,
+                                    pk__tie_words *words)
+{
+    memset(words, 0, sizeof *words);
+    *rest = *layer;
+    rest->count = 0;
+    for (int i = 0; i < layer->count; i++) {
+        const char *word = layer->words[i], *value = word;
+        const char **to = NULL;
+        if (i && strncmp(word, "name=", 5) == 0) {
+            to = &words->name;
+            value = word + 5;
+        } else if (i && strncmp(word, "tied=", 5) == 0) {
+            to = &words->tied;
+            value = word + 5;
+        } else if (i && strcmp(word, "transposed") == 0)
+            to = &words->transposed;
+        if (!to)
+            rest->words[rest->count++] = word;
+        else if (*to)
+            return pk__fail(context, PK_FORMAT, "%s: '%.40s' comes twice", layer->words[0], word);
+        else
+            *to = value;
+    }
+    if (words->transposed && !words->tied)
+        return pk__fail(context, PK_FORMAT, "%s: 'transposed' belongs to tied=", layer->words[0]);
+    return PK_OK;
+}
+
+/* The next node with weights from n on, before last; last where there is none. */
+static size_t pk__next_weights(const pk_graph *graph, size_t n, size_t last)
+{
+    while (n < last && !graph->nodes[n].weight_count)
+        n++;
+    return n;
+}
+
+/* Ties the nodes from first on to those of the layer that `tied` names. */
+static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__tie_words *words, size_t first)
+{
+    pk_graph *graph = parser->graph;
+    const size_t length = strcspn(words->tied, "."), last = graph->node_count;
+    const char *part = words->tied + length;
+    const pk__named_layer *named = NULL;
+    int tied = 0;
+    pk_status status = pk__check_name(parser->context, layer, words->tied, length);
+    if (status)
+        return status;
+    if (*part && strcmp(part, ".weight") != 0 && strcmp(part, ".bias") != 0)
+        return pk__fail(parser->context, PK_FORMAT,
+                        "%s: tied=%.40s: behind the name, '.weight' and '.bias' are possible", layer,
+                        words->tied);
+    for (size_t i = 0; i < parser->named_count; i++)
+        if (strncmp(parser->named[i].name, words->tied, length) == 0 && !parser->named[i].name[length])
+            named = &parser->named[i];
+    if (!named)
+        return pk__fail(parser->context, PK_FORMAT, "%s: tied=%.40s: no layer before it says name=%.*s", layer,
+                        words->tied, (int)length, words->tied);
+    size_t n = pk__next_weights(graph, first, last), o = pk__next_weights(graph, named->first, named->last);
+    for (; n < last && o < named->last;
+         n = pk__next_weights(graph, n + 1, last), o = pk__next_weights(graph, o + 1, named->last))
+        for (int tensor = 0; tensor < 2; tensor++) {
+            const int wanted = *part && (strcmp(part, ".bias") == 0) == tensor;
+            if (*part ? !wanted
+                      : !pk__tensor_count(&graph->nodes[n], tensor) ||
+                            !pk__tensor_count(&graph->nodes[o], tensor))
+                continue;
+            char name[PK__LAYER_TEXT];
+            snprintf(name, sizeof name, "%.60s tied=%.60s", layer, words->tied);
+            status = pk__tie(parser->context, graph, (int)n, tensor, (int)o,
+                             words->transposed != NULL && (!tensor || *part), name);
+            if (status)
+                return status;
+            tied++;
+        }
+    if (n < last || o < named->last || !tied)
+        return pk__fail(parser->context, PK_SHAPE,
+                        "%s: tied=%.40s: the two layers do not have the same weights", layer, words->tied);
+    return PK_OK;
+}
+
+/* Remembers a layer that names itself. */
+static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first)
+{
+    pk_status status = pk__check_name(parser->context, layer, name, strlen(name));
+    for (size_t i = 0; !status && i < parser->named_count; i++)
+        if (strcmp(parser->named[i].name, name) == 0)
+            status = pk__fail(parser->context, PK_FORMAT, "%s: a layer before it has the name '%.40s' already",
+                              layer, name);
+    if (!status && parser->named_count == parser->named_capacity) {
+        pk__named_layer *named = NULL;
+        const size_t capacity = parser->named_capacity ? 2 * parser->named_capacity : 8;
+        status = pk_allocate(parser->context, capacity, sizeof *named, "the names of layers", &named);
+        if (!status) {
+            if (parser->named_count)
+                memcpy(named, parser->named, parser->named_count * sizeof *named);
+            pk_release(parser->context, parser->named);
+            parser->named = named;
+            parser->named_capacity = capacity;
+        }
+    }
+    if (status)
+        return status;
+    pk__named_layer *to = &parser->named[parser->named_count++];
+    memcpy(to->name, name, strlen(name) + 1);
+    to->first = first;
+    to->last = parser->graph->node_count;
+    return PK_OK;
+}
+
+static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const size_t first = parser->graph->node_count;
+    pk__layer rest;
+    pk__tie_words words;
+    if (!first)
+        return pk__input_layer(parser, layer);
+    pk_status status = pk__take_tie_words(parser->context, layer, &rest, &words);
+    if (!status)
+        status = pk__build_layer(parser, &rest);
+    if (status || (!words.name && !words.tied))
+        return status;
+    if (pk__next_weights(parser->graph, first, parser->graph->node_count) == parser->graph->node_count)
+        return pk__fail(parser->context, PK_FORMAT,
+                        "%s: it has no weights that could be shared, so '%s' says "
+                        "nothing",
+                        rest.words[0], words.tied ? "tied=" : "name=");
+    if (words.tied)
+        status = pk__tie_layer(parser, rest.words[0], &words, first);
+    return status || !words.name ? status : pk__name_nodes(parser, rest.words[0], words.name, first);
 }
 
 /* ---- the language ---------------------------------------------------------------------------------- */
@@ -977,6 +1133,9 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         *parser.canonical = 0;
         if (status)
             status = pk__name_layer(context, status, parser.failed);
+        else
+            status = pk__graph_pieces(context, graph);
+        pk_release(context, parser.named);
     }
     if (!status) {
         pk__graph_analyse(graph);
@@ -1039,6 +1198,12 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
 {
     if (!graph->node_count || !weights)
         return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
+    pk_real *flat = weights;
+    if (graph->pieces) {
+        pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);
+        if (status)
+            return status;
+    }
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (!node->weight_count)
@@ -1050,6 +1215,12 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
             pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, graph->nodes[node->inputs[0]].width, 1,
                                   node->weight_count, &random, weights + node->weight_offset);
     }
+    for (size_t i = 0; i < graph->piece_count; i++) /* a shared tensor starts as where it first stands */
+        if (graph->pieces[i].owner == graph->pieces[i].node)
+            memcpy(flat + graph->pieces[i].flat, weights + graph->pieces[i].spread,
+                   graph->pieces[i].count * sizeof *flat);
+    if (graph->pieces)
+        pk_release(context, weights);
     return PK_OK;
 }
 

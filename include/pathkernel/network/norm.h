@@ -290,8 +290,16 @@ static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk
     const double dims = node->attributes[PK_AFFINE_DIMS];
     node->shape = graph->nodes[node->inputs[0]].shape;
     node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
-    if (node->attributes[PK_AFFINE_BIAS] != 0)
-        node->weight_count *= 2; /* at most twice the input's width, which is far from overflow */
+    if (dims == 0) {
+        node->weight_shape.rank = 1;
+        node->weight_shape.dims[0] = node->shape.dims[0];
+    } else if (dims <= node->shape.rank) {
+        node->weight_shape.rank = (int)dims;
+        for (int i = 0; i < (int)dims; i++)
+            node->weight_shape.dims[i] = node->shape.dims[node->shape.rank - (int)dims + i];
+    }
+    node->bias_count = node->attributes[PK_AFFINE_BIAS] != 0 ? node->weight_count : 0;
+    node->weight_count += node->bias_count; /* at most twice the input's width, which is far from overflow */
     return pk__check_trailing(context, "affine", &node->shape, dims);
 }
 

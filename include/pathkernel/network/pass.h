@@ -122,7 +122,7 @@ PK__INTERNAL int pk__pass_transposes(const pk_graph *graph)
     int some = 0;
     for (size_t n = 1; n < graph->node_count; n++)
         some |= pk__is_plain_layer(&graph->nodes[n]);
-    return some && graph->parameters <= (size_t)PK__TRANSPOSED;
+    return some && graph->spread <= (size_t)PK__TRANSPOSED;
 }
 
 PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
@@ -377,7 +377,7 @@ static void pk__line_layer(const pk__tape *tape, const pk__line *line, const pk_
     }
     pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
     pk__layer_product(node, places, second, line->direction,
-                      transposed ? transposed + tape->graph->parameters : NULL, 1, to);
+                      transposed ? transposed + tape->graph->spread : NULL, 1, to);
 }
 
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
@@ -583,9 +583,18 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
     const size_t bytes = arena.used;
     unsigned char *memory = NULL;
+    pk_real *spread = NULL;
     pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
-    if (status)
+    if (!status && graph->pieces)
+        status = pk_allocate(context, graph->spread, sizeof *spread, "evaluating the network", &spread);
+    if (status) {
+        pk_release(context, memory);
         return status;
+    }
+    if (spread) {
+        pk_graph_spread(graph, weights, spread);
+        weights = spread;
+    }
     const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
     PK__PARALLEL(team)
@@ -605,6 +614,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
                    outputs.cols * sizeof *rows);
     }
     pk__team_end(&team);
+    pk_release(context, spread);
     pk_release(context, memory);
     return PK_OK;
 }

@@ -41,6 +41,9 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
     node->shape.dims[1] = width;
     if (!pk__multiply(tokens, width, &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
+    node->weight_shape.rank = 2;
+    node->weight_shape.dims[0] = tokens;
+    node->weight_shape.dims[1] = width;
     return PK_OK;
 }
 

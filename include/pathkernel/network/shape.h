@@ -101,6 +101,7 @@ static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, 
         node->shape.dims[i] = (size_t)node->attributes[i];
     if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "position: its weights overflow");
+    node->weight_shape = node->shape;
     return PK_OK;
 }
 

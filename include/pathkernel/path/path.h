@@ -298,7 +298,7 @@ PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, cons
         if (segment->base[n])
             pk__path_affine(segment, node, weights, transposed, segment->base[n]);
         if (segment->slope[n])
-            pk__path_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
+            pk__path_affine(segment, node, direction, transposed ? transposed + graph->spread : NULL,
                             segment->slope[n]);
     }
 }

@@ -81,6 +81,7 @@ typedef struct pk__sweep_lane {
     pk__tape tape;
     pk_real *inputs, *target; /* block x D, C */
     pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
+    pk_real *spread;          /* with ties: the gradient of a row, of each use of a tensor */
     pk_real *zeros;           /* block x the widest input of a layer */
     pk_real *part;            /* 2 x the largest number of weights of a layer */
 } pk__sweep_lane;
@@ -113,6 +114,9 @@ static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows
     pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
     lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
+    lane->spread = graph->pieces && sweep->of_weights.data
+                       ? pk__arena_take(arena, graph->spread, sizeof *lane->spread)
+                       : NULL;
     if (!sweep->second)
         return;
     lane->second = pk__arena_take(arena, graph->node_count, sizeof *lane->second);
@@ -154,7 +158,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     pk__sweep_lane lane;
     pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
-        memset(sum, 0, sweep->graph->parameters * sizeof *sum);
+        memset(sum, 0, sweep->graph->spread * sizeof *sum);
     for (; first < end; first += plan->block) {
         const size_t rows = pk__min(end - first, plan->block);
         pk__sweep_inputs(sweep, first, rows, lane.inputs);
@@ -164,11 +168,11 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     return bad;
 }
 
-/* Checks the rows, takes the memory, runs the blocks. */
-static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
+/* Checks the rows, takes the memory, runs the blocks: at weights and to a sum in the spread vector's layout. */
+static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
-    const size_t parameters = graph->parameters;
+    const size_t parameters = graph->spread;
     pk__gradient_plan plan = pk__gradient_cut(parameters, sweep->rows);
     if (!sweep->sum) {
         plan.block = sweep->copies > 1 ? pk__max(64 / sweep->copies, 1) : 64;
@@ -223,6 +227,33 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     pk_release(context, partial);
     pk_release(context, bad);
     pk_release(context, memory);
+    return status;
+}
+
+static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
+{
+    const pk_graph *graph = sweep->graph;
+    const size_t spread = graph->spread;
+    if (!graph->pieces)
+        return pk__sweep_spread(context, sweep);
+    pk__sweep own = *sweep;
+    pk_real *numbers = NULL;
+    pk_status status = pk_allocate(context, 3, spread * sizeof *numbers, sweep->name, &numbers);
+    if (status)
+        return status;
+    pk_graph_spread(graph, sweep->weights, numbers);
+    own.weights = numbers;
+    if (sweep->direction) {
+        pk_graph_spread(graph, sweep->direction, numbers + spread);
+        own.direction = numbers + spread;
+    }
+    own.sum = sweep->sum ? numbers + 2 * spread : NULL;
+    status = pk__sweep_spread(context, &own);
+    if (sweep->sum && (!status || status == PK_NOT_FINITE)) {
+        pk_graph_gather(graph, own.sum, own.sum);
+        memcpy(sweep->sum, own.sum, graph->parameters * sizeof *own.sum);
+    }
+    pk_release(context, numbers);
     return status;
 }
 
@@ -293,7 +324,12 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
         int finite = 1;
         if (sweep->of_weights.data) {
             pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
-            pk__sweep_row_gradient(sweep, tape, at / copies, at % copies, gradient);
+            pk__sweep_row_gradient(sweep, tape, at / copies, at % copies,
+                                   graph->pieces ? lane->spread : gradient);
+            if (graph->pieces) {
+                pk_graph_gather(graph, lane->spread, lane->spread);
+                memcpy(gradient, lane->spread, graph->parameters * sizeof *gradient);
+            }
             finite = pk__all_finite(gradient, graph->parameters);
         }
         if (sweep->of_inputs.data) {
