@@ -557,7 +557,7 @@ static pk_status list_files(task *job)
     static const char *const always[] = {"initial.npy", "final.npy", "decay.npy", "unattributed.npy",
                                          "closure.npy"};
     const pk_decompose_options *options = &job->set->options;
-    const size_t examples = job->run.examples, steps = job->run.steps, layers = job->run.graph.layers;
+    const size_t examples = job->run.examples, steps = job->run.steps, layers = job->run.graph.columns;
     pk_status status = PK_OK;
     for (size_t i = 0; !status && i < PK_KEPT && options->keep[i]; i++) {
         size_t sizes[3], count = 0;

@@ -80,7 +80,7 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -120,6 +120,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
     const pk__worker *worker = user;
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
+    layer = layer < 0 ? layer : worker->tangent.node[layer]->column;
     if (job->output_count == outputs) {
         pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
                       count, tile);
@@ -133,7 +134,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 /* Weights of a layer that Phi keeps apart from its matrix. */
 static size_t pk__bias_count(const pk_node *node)
 {
-    return pk__is_outer(node) && pk__has_bias(node) ? node->width : 0;
+    return pk__is_outer(node) && !node->shares && pk__has_bias(node) ? node->width : 0;
 }
 
 /* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
@@ -179,6 +180,20 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
            (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
 }
 
+/* The same of what the node brings into w itself: e whole, weights of the whole graph. */
+static double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, const pk_real *weights)
+{
+    const pk_node *node = part->node;
+    double sum = 0;
+    for (int tensor = 0; tensor < 2; tensor++) {
+        const size_t at = tensor ? node->weight_count - node->bias_count : 0;
+        if (!node->tied[tensor])
+            sum += (double)pk__dot(pk__tensor_count(node, tensor), e + k * part->matrix + at,
+                                   weights + node->weight_offset + at);
+    }
+    return sum;
+}
+
 /* The tile of a row, all outputs, with block number `block` of the examples. */
 static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
@@ -193,6 +208,43 @@ static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j
         pk__integral_contract_row(&worker->tangent, part->layer, part->count, e, first,
                                   pk__min(PK__EXAMPLE_BLOCK, examples - first),
                                   pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
+}
+
+/* The row's tiles, of one column or of all, added to the results; then zero. */
+static void pk__add_row(pk__worker *worker, size_t row, int column, size_t j, double factor)
+{
+    const pk__job *job = worker->job;
+    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
+    const double start = pk__seconds();
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
+        pk__add_cells(worker, column, (worker->row + row) * job->outputs + first_output, job->output_count,
+                      factor, first, count, tile);
+        pk__clear_tile(job->output_count, count, tile);
+    }
+    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
+}
+
+/* The part's tiles, tensor by tensor, added to the columns of the nodes that bring these into w. */
+static void pk__contract_columns(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
+{
+    const pk__job *job = worker->job;
+    const pk_node *node = part->node;
+    const pk_linear_form *form = &job->window.forms[j];
+    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    const size_t weights = node->weight_count;
+    for (int tensor = 0; tensor < 2; tensor++) {
+        const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
+        if (!count)
+            continue;
+        memset(worker->tensor, 0, part->count * weights * sizeof *worker->tensor);
+        for (size_t k = 0; k < part->count; k++)
+            memcpy(worker->tensor + k * weights + at, e + k * weights + at, count * sizeof *e);
+        pk__contract_part(worker, part, j, worker->tensor);
+        const pk_node *owner = node->tied[tensor] ? &job->graph->nodes[node->tied[tensor]] : node;
+        pk__add_row(worker, part->row, owner->column, j, factor);
+    }
 }
 
 /* |factor| < error, |g_b| > of a part added to the bounds. */
@@ -222,7 +274,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     pk__job *job = worker->job;
     pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j];
-    const size_t P = job->graph->parameters, offset = part->node->weight_offset;
+    const size_t U = window->spread, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
     size_t at = 0;
@@ -231,7 +283,8 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         at = (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
              (part->first - job->first_output) * (before[1] - before[0]);
     }
-    const pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + offset : NULL;
+    const pk_real *p =
+        window->use_preconditioner ? window->use_preconditioner + j * window->uses_pitch + offset : NULL;
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
     if (!job->reverse || job->part->bounds) {
@@ -252,18 +305,22 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
             job->part->decay[cell + part->first + k] -=
                 form->coupled * (direct ? 1 : form->gain) *
-                pk__dot_part(part, k, e, window->weights + j * P + offset);
+                (part->node->shares ? pk__dot_own(part, k, e, window->use_weights + j * U)
+                                    : pk__dot_part(part, k, e, window->use_weights + j * U + offset));
     }
-    pk__contract_part(worker, part, j, e);
+    if (worker->tangent.per_layer && part->node->shares)
+        pk__contract_columns(worker, part, j, e);
+    else
+        pk__contract_part(worker, part, j, e);
     if (!job->part->bounds)
         return;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
     pk__integral_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
-        if (window->preconditioner_error) {
+        if (window->use_preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack = window->preconditioner_error + j * window->pitch + offset;
+            const pk_real *slack = window->use_preconditioner_error + j * window->uses_pitch + offset;
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
                 error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
@@ -298,22 +355,6 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
     }
 }
 
-/* The row's tiles, of one layer or of all, added to the results; then zero. */
-static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, double factor)
-{
-    const pk__job *job = worker->job;
-    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
-    const double start = pk__seconds();
-    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
-        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
-        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
-        pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
-                      factor, first, count, tile);
-        pk__clear_tile(job->output_count, count, tile);
-    }
-    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
-}
-
 /* The layers of a step whose Phi is materialised. */
 static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
 {
@@ -330,7 +371,8 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
                 continue;
             pk__materialised_layer(worker, row, l, j, carry);
             if (tangent->per_layer)
-                pk__add_row(worker, row, (int)l, j, factor);
+                if (!tangent->node[l]->shares) /* else each of its tensors went to its own column */
+                    pk__add_row(worker, row, tangent->node[l]->column, j, factor);
         }
         if (!tangent->per_layer)
             pk__add_row(worker, row, -1, j, factor);
@@ -376,7 +418,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     pk__job *job = worker->job;
     pk__block_state *block = &job->blocks[number];
     pk__integral *tangent = &worker->tangent;
-    const size_t P = job->graph->parameters;
+    const size_t U = job->window.spread;
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__min(job->block, job->part->rows - worker->row);
@@ -402,14 +444,16 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         worker->factor =
             job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
         tangent->examples = &job->window.examples[j];
-        tangent->directions[0] = job->window.direction + j * P;
-        tangent->directions[1] = job->window.remainder + j * P;
-        tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
-        pk__integral_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
-                          job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
+        tangent->directions[0] = job->window.use_direction + j * U;
+        tangent->directions[1] = job->window.use_remainder + j * U;
+        tangent->directions[2] = job->decays ? job->window.use_weights + j * U : NULL;
+        pk__integral_step(tangent, job->window.use_weights + j * U, job->window.use_direction + j * U,
+                          job->window.transposed ? job->window.transposed + j * 2 * U : NULL,
                           job->part->first_row + worker->row, worker->rows,
                           job->rows + worker->row * job->graph->input_width,
                           job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
+        if (job->graph->pieces)
+            pk__integral_share(tangent);
         pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
@@ -456,7 +500,9 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
-    const pk__line line = {job->window.weights, NULL, NULL};
+    if (graph->pieces)
+        pk_graph_spread(graph, job->window.weights, job->window.use_weights);
+    const pk__line line = {job->window.use_weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
@@ -870,7 +916,7 @@ static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *r
     whole->examples = run->examples;
     whole->groups = options->group_count;
     whole->steps = run->steps;
-    whole->layers = run->graph.layers;
+    whole->layers = run->graph.columns;
     status = pk__keep(context, options, whole);
     if (status)
         return status;

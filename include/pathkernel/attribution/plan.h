@@ -52,10 +52,10 @@ PK__BEGIN_COLD_CODE
 typedef struct pk__worker {
     struct pk__job *job;
     pk__integral tangent;
-    pk_real *phi,
-        *effective;      /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;       /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
-    pk_real *bound_tile; /* with bounds: outputs x PK__TILE_LD */
+    pk_real *phi, *tensor, /* the same as phi, of one tensor of a layer that shares some */
+        *effective;        /* outputs of a part x weights of its layer; effective where E is no multiple of R */
+    pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
+    pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -155,6 +155,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
                           job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
                           job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
         worker->phi = pk__arena_take(arena, largest, real);
+        worker->tensor = pk__arena_take(arena, graph->pieces ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         const size_t blocks = pk__blocks(job->window.largest_batch, PK__EXAMPLE_BLOCK),
                      tile = PK__TILE_LD * real;
@@ -425,14 +426,14 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
     job->direct = job->reverse && form.direct != 0;
-    job->unit = pk__integral_unit(job->outputs, run->graph.parameters);
+    job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
         pk__min(pk__integral_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
-        job->block = pk__max(
-            1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.parameters)));
+        job->block =
+            pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.spread)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 

@@ -34,21 +34,26 @@ typedef struct pk__window {
     size_t first, count;
     pk_real *weights;    /* (count + 1) x P */
     pk_real *direction;  /* count x P: D_s */
-    pk_real *transposed; /* count x 2 x P: pk__pass_transpose of weights and direction, or NULL */
+    size_t spread;       /* of the graph: P without ties */
+    pk_real *transposed; /* count x 2 x spread: pk__pass_transpose of weights and direction, or NULL */
     pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
     size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    /* What stands in w, for each use of a tensor (E w, E D, E u, E p and the error of that), as the layers read it. Without ties
+     * it is the same memory. */
+    size_t uses_pitch;
+    pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error;
     pk_linear_form *forms;
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    pk_real *gradient; /* count x lanes x spread; lane 0 becomes the sum */
     /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
     pk_real *state, *saved, *update;
-    pk_real *perturbed;          /* 3 P */
-    pk_real *perturbed_weights;  /* with bounds: count x P */
+    pk_real *perturbed;          /* spread + 2 P */
+    pk_real *perturbed_weights;  /* with bounds: count x spread */
     size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
     size_t *spare_at;            /* the windows that the spare states stand before, ascending */
     size_t spare_used, advanced; /* windows gone through only for the state */
@@ -98,6 +103,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     memset(window, 0, sizeof *window);
     window->run = run;
     window->parameters = run->graph.parameters;
+    window->spread = run->graph.spread;
     for (size_t s = 0; s < run->steps; s++) {
         pk_batch batch;
         pk_run_batch(run, s, &batch);
@@ -156,9 +162,10 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
-    size_t all = 0;
+    size_t all = 0, spread = 0;
     window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
-    if (!pk__multiply(capacity, window->pitch, &all))
+    window->uses_pitch = pk__blocks(window->spread, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all) || !pk__multiply(capacity, window->uses_pitch, &spread))
         arena->overflow = 1;
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
@@ -169,15 +176,27 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->bounds = bounds;
     window->weights = pk__arena_take(arena, capacity + 1, P * real);
     window->direction = pk__arena_take(arena, all, real);
-    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, all, 2 * real) : NULL;
+    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, spread, 2 * real) : NULL;
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
     window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? pk__arena_take(arena, 3 * P, real) : NULL;
-    window->perturbed_weights = pk__arena_take(arena, bounds ? all : 0, real);
-    window->gradient = pk__arena_take(arena, all, window->lanes * real);
+    window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
+    window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
+    window->gradient = pk__arena_take(arena, spread, window->lanes * real);
+    window->use_weights = window->weights;
+    window->use_direction = window->direction;
+    window->use_remainder = window->remainder;
+    window->use_preconditioner = window->preconditioner;
+    window->use_preconditioner_error = window->preconditioner_error;
+    if (graph->pieces) {
+        window->use_weights = pk__arena_take(arena, spread, real);
+        window->use_direction = pk__arena_take(arena, spread, real);
+        window->use_remainder = pk__arena_take(arena, spread, real);
+        window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, spread, real) : NULL;
+        window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, spread, real) : NULL;
+    }
     const size_t states = window->states * window->state_vectors;
     window->state = pk__arena_take(arena, states, P * real);
     window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
@@ -209,7 +228,8 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
 
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
-    const size_t P = window->parameters;
+    const size_t P = window->parameters, U = window->spread;
+    const pk_graph *graph = &window->run->graph;
     for (size_t j = 0; j < window->count + !advance; j++) {
         pk_status status =
             pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
@@ -224,16 +244,22 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
+        if (graph->pieces) {
+            pk_graph_spread(graph, from, window->use_weights + j * U);
+            if (!advance)
+                pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
+        }
+        from = window->use_weights + j * U;
         if (!advance && window->transposed) {
-            pk_real *to = window->transposed + j * 2 * P;
-            pk__pass_transpose(&window->run->graph, from, to);
-            pk__pass_transpose(&window->run->graph, window->direction + j * P, to + P);
+            pk_real *to = window->transposed + j * 2 * U;
+            pk__pass_transpose(graph, from, to);
+            pk__pass_transpose(graph, window->use_direction + j * U, to + U);
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk__examples_begin(&window->examples[j], &window->batches[j]);
         if (window->magnitudes) {
             pk__examples_begin(&window->magnitudes[j], &window->batches[j]);
-            pk__examples_perturb(P, from, window->perturbed_weights + j * P);
+            pk__examples_perturb(U, from, window->perturbed_weights + j * U);
         }
     }
     pk__team_end(&team);
@@ -244,7 +270,7 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
-    const size_t P = window->parameters, lanes = window->lanes;
+    const size_t U = window->spread, lanes = window->lanes;
     const size_t tasks = window->count * lanes;
     const int threads = (int)window->threads;
     pk__team team = pk__team_of(context, threads, tasks);
@@ -254,17 +280,19 @@ static void pk__fill_window(pk_context *context, pk__window *window)
         double start = pk__seconds();
         size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
                each = pk__blocks(blocks, lanes);
-        pk_real *gradient = window->gradient + task * P;
-        memset(gradient, 0, P * sizeof *gradient);
+        pk_real *gradient = window->gradient + task * U;
+        memset(gradient, 0, U * sizeof *gradient);
         for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
-            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P,
+            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->use_weights + j * U,
                               &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
                               &window->workspaces[thread], gradient);
             if (window->magnitudes)
                 pk__examples_fill(&window->magnitudes[j], &run->graph, run->loss,
-                                  window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                  window->perturbed_weights + j * U, &run->train, &window->batches[j],
                                   b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
+        if (run->graph.pieces)
+            pk_graph_gather(&run->graph, gradient, gradient);
         window->seconds[thread] += pk__seconds() - start;
     }
     pk__team_end(&team);
@@ -319,12 +347,12 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         const size_t step = window->first + j, at = j * P + first;
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
-        pk_real *gradient = window->gradient + j * window->lanes * P + first;
+        pk_real *gradient = window->gradient + j * window->lanes * window->spread + first;
         pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
         for (size_t lane = 1; lane < window->lanes; lane++)
             for (size_t i = 0; i < count; i++)
-                gradient[i] += gradient[lane * P + i];
+                gradient[i] += gradient[lane * window->spread + i];
         pk_optimizer_update(&run->optimizer, step, rate, scale, count, weights, gradient, state,
                             advance || recorded ? NULL : update);
         if (advance)
@@ -347,13 +375,16 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
-    const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
+    const pk_real *gradient = window->gradient + j * window->lanes * window->spread,
+                  *weights = window->weights + j * P;
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
     double allowance = pk__rounding_allowance(&run->graph);
-    pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
+    pk_real *sizes = window->perturbed, *perturbed = sizes + window->spread, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
-    memset(sizes, 0, P * sizeof *sizes);
+    memset(sizes, 0, window->spread * sizeof *sizes);
     pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    if (run->graph.pieces)
+        pk_graph_gather(&run->graph, sizes, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
         for (size_t i = 0; i < P; i++) {
@@ -373,6 +404,22 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
             const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
             error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
         }
+    }
+}
+
+/* What was found of the parameters, for each use of them. */
+static void pk__spread_updates(pk__window *window)
+{
+    const pk_graph *graph = &window->run->graph;
+    const size_t P = window->parameters, U = window->spread;
+    for (size_t j = 0; j < window->count; j++) {
+        pk_graph_spread(graph, window->remainder + j * P, window->use_remainder + j * U);
+        if (window->preconditioner)
+            pk_graph_spread(graph, window->preconditioner + j * window->pitch,
+                            window->use_preconditioner + j * window->uses_pitch);
+        if (window->preconditioner_error)
+            pk_graph_spread(graph, window->preconditioner_error + j * window->pitch,
+                            window->use_preconditioner_error + j * window->uses_pitch);
     }
 }
 
@@ -406,6 +453,8 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
+    if (!advance && window->run->graph.pieces)
+        pk__spread_updates(window);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
 }

@@ -42,7 +42,7 @@ enum { PK__EXAMPLE_BLOCK = 256 };
 
 PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
                                     const pk__representation *representation, pk__examples *examples);
-/* Weights (P) with a random relative change of up to PK__PERTURBATION each: see pk__examples_magnitude. */
+/* Weights (count) with a random relative change of up to PK__PERTURBATION each: see pk__examples_magnitude. */
 #ifdef PATHKERNEL_FLOAT
 #define PK__PERTURBATION 3e-5
 #else
@@ -53,7 +53,7 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
  * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
-/* sum (P) += sum over the examples of their gradients. */
+/* sum (graph->spread) += sum over the examples of their gradients, of each use of a tensor. */
 PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
@@ -66,7 +66,7 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
                                              pk__example_workspace *workspace);
 PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
- * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
+ * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
                                     const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
                                     size_t first, pk__example_workspace *workspace, pk_real *gradient);
@@ -115,7 +115,8 @@ PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, siz
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk__layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
-        const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
+        const int known =
+            representation->known_data && pk__is_outer(node) && node->inputs[0] == 0 && !node->shares;
         pk_real *input = rows || known ? NULL : pk__arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : pk__arena_take(arena, node->width, bytes);
         pk_real *gradients =

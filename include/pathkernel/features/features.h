@@ -160,7 +160,9 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 static pk__layer_kind pk__kind_of_layer(const pk_node *node, const pk_readout *readout, int bounds,
                                         const pk__representation *representation)
 {
-    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
+    /* Phi of a shared tensor is the sum over its uses, so it is needed as a whole. */
+    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)) ||
+        node->shares)
         return PK__LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
         return PK__LAYER_POINTS;
@@ -281,7 +283,8 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
         const pk_node *node = pk_graph_layer(graph, l);
         pk__layer_kind kind = pk__kind_of_layer(node, readout, bounds, representation);
         size_t fan_in = pk__layer_input(graph, node)->width;
-        const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
+        const int spread =
+            node->tangent_form == PK_TANGENT_OUTER && (!pk__is_outer(node) || kind == PK__LAYER_ROWS);
         int hoisted = kind == PK__LAYER_DATA || kind == PK__LAYER_LINEAR;
         int phi_wanted =
             kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !spread && (materialise || bounds));

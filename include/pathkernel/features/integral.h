@@ -59,7 +59,7 @@ static const pk_real *pk__known_transposed(const pk__integral *tangent, const pk
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
-           : direction == segment->direction ? transposed + tangent->graph->parameters
+           : direction == segment->direction ? transposed + tangent->graph->spread
                                              : NULL;
 }
 
@@ -403,6 +403,49 @@ PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weight
     for (size_t l = 0; tangent->check && l < graph->layers; l++)
         for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
+}
+
+/* Element i of a tensor, in the order in which it stands in w, is element pk__use_index of a use. */
+static size_t pk__use_index(const pk_tensor_use *use, size_t i)
+{
+    return use->rows ? i % use->rows * use->cols + i / use->rows : i;
+}
+
+/* Sums over the uses of the tensor that `owner` brings into w, in all of them, of one of phi, check and size. */
+static void pk__share_tensor(const pk__integral *tangent, const pk_tensor_use *owner, pk_real *const *features)
+{
+    const pk_graph *graph = tangent->graph;
+    const pk_tensor_use *end = graph->pieces + graph->piece_count;
+    const pk_node *own = &graph->nodes[owner->node];
+    const size_t cells = tangent->rows * tangent->output_capacity, own_at = owner->spread - own->weight_offset;
+    for (int back = 0; back < 2; back++)
+        for (const pk_tensor_use *use = owner + 1; use < end; use++) {
+            const pk_node *node = &graph->nodes[use->node];
+            const size_t at = use->spread - node->weight_offset;
+            if (use->flat != owner->flat)
+                continue;
+            for (size_t cell = 0; cell < cells; cell++) {
+                pk_real *sum = features[own->layer] + cell * own->weight_count + own_at;
+                pk_real *one = features[node->layer] + cell * node->weight_count + at;
+                for (size_t i = 0; i < use->count; i++)
+                    if (back)
+                        one[pk__use_index(use, i)] = sum[i];
+                    else
+                        sum[i] += one[pk__use_index(use, i)];
+            }
+        }
+}
+
+PK__INTERNAL void pk__integral_share(pk__integral *tangent)
+{
+    const pk_graph *graph = tangent->graph;
+    for (const pk_tensor_use *use = graph->pieces; use < graph->pieces + graph->piece_count; use++) {
+        if (use->owner != use->node || !graph->nodes[use->node].shares)
+            continue;
+        pk__share_tensor(tangent, use, tangent->phi);
+        if (tangent->size)
+            pk__share_tensor(tangent, use, tangent->size);
+    }
 }
 
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
