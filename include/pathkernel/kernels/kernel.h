@@ -649,6 +649,60 @@ static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
     return status;
 }
 
+static pk_matrix pk__some_rows(pk_matrix all, size_t first, size_t rows)
+{
+    all.data += first * all.ld;
+    all.rows = rows;
+    return all;
+}
+
+/* With ties the uses of a tensor meet each other in the kernel, so layers cannot be taken one by one: products of the
+ * gradients themselves, of up to `rows` rows of either side at one time. */
+static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
+{
+    const pk_graph *graph = gram->graph;
+    pk_context *context = gram->context;
+    const size_t C = gram->outputs, P = graph->parameters, kept = gram->kept;
+    size_t row = 0, bad = SIZE_MAX;
+    if (!pk__multiply(C, P, &row) || row > SIZE_MAX / 256)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
+    const size_t rows = pk__max(1, pk__min(64, ((size_t)1 << 21) / pk__max(row, 1)));
+    pk_real *numbers = NULL;
+    pk_status status = pk_allocate(context, 2 * rows, row * sizeof *numbers, gram->name, &numbers);
+    const pk_matrix none = {NULL, 0, 0, 0};
+    for (size_t i = 0; !status && i < x.rows; i += rows) {
+        const size_t left = pk__min(rows, x.rows - i);
+        status = pk__progress(context, "kernel", (double)i / (double)x.rows);
+        if (!status)
+            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(x, i, left),
+                                 pk_matrix_view(numbers, left * C, P), none);
+        for (size_t j = 0; !status && j < y.rows; j += rows) {
+            const size_t right = pk__min(rows, y.rows - j);
+            pk_real *others = numbers + rows * row;
+            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(y, j, right),
+                                 pk_matrix_view(others, right * C, P), none);
+            if (status)
+                break;
+            const size_t depth = C / kept * P;
+            pk_real *to = gram->result.data + i * kept * gram->result.ld + j * kept;
+            pk__gemm(0, 1, left * kept, right * kept, depth, 1, numbers, depth, others, depth, 0, to,
+                     gram->result.ld);
+            for (size_t r = 0; r < left * kept && bad == SIZE_MAX; r++)
+                for (size_t s = 0; s < right * kept && bad == SIZE_MAX; s++)
+                    if (!pk__finite(to[r * gram->result.ld + s]))
+                        bad = (i + r / kept) * y.rows + j + s / kept;
+        }
+    }
+    if (!status && bad != SIZE_MAX)
+        status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
+                          gram->name, bad / y.rows, bad % y.rows);
+    for (size_t r = 0; !status && gram->symmetric && r < gram->result.rows; r++)
+        for (size_t s = 0; s < r; s++)
+            gram->result.data[s * gram->result.ld + r] = gram->result.data[r * gram->result.ld + s];
+    pk_release(context, numbers);
+    return status;
+}
+
 static pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
                                const pk_real *weights, pk_matrix x, pk_matrix y, pk_matrix result, int trace)
 {
@@ -674,6 +728,8 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
             memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
         return PK_OK;
     }
+    if (graph->pieces)
+        return pk__gram_tied(&gram, x, y);
     status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
     if (!status)
         status =
