@@ -591,6 +591,10 @@ PK__END_C
 
 /* pathkernel/network/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
  * tangent rules. Weights are one flat vector w of P numbers.
+ *
+ * Where layers share a tensor, each node still works on its own numbers, one after the other in a spread vector E w of
+ * copies and transposes: f(w) = F(E w), and the gradient with respect to w is E^T that of F. Without ties E is the
+ * identity, and nothing is copied.
  */
 PK__BEGIN_C
 
@@ -646,7 +650,14 @@ typedef struct pk_node {
     int inputs[PK_NODE_INPUTS]; /* earlier nodes */
     pk_shape shape;
     size_t width;
-    size_t weight_offset, weight_count;
+    size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
+    size_t
+        bias_count; /* of these, the last ones: a second tensor, the bias; set by the shape rule, if not PK_TANGENT_OUTER */
+    pk_shape weight_shape; /* of the first tensor; the shape rule's, or fan_out x fan_in, or their number */
+    int tied[2];           /* the node whose weight, bias this one's is; 0: its own */
+    int tied_transposed;   /* the weight is the transpose of that node's */
+    int shares;            /* some tensor is used by another node, too */
+    int column;            /* among the nodes that have tensors of their own in w; -1: it has none */
     double attributes[PK_NODE_ATTRIBUTES];
     pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
     int constants_shared;                    /* they are an earlier node's */
@@ -725,10 +736,22 @@ typedef struct pk_operation {
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
 } pk_operation;
 
+/* A tensor of a node: its place in the spread vector, and in w. */
+typedef struct pk_tensor_use {
+    size_t spread, flat, count;
+    size_t rows, cols; /* of the spread one, where it is the transpose of the flat one; else 0 */
+    int node, owner;   /* the node, and the one that brings the tensor into w */
+} pk_tensor_use;
+
 typedef struct pk_graph {
     size_t node_count, node_capacity;
-    pk_node *nodes; /* in topological order; nodes[0] is the input, the last one the output */
-    size_t parameters, layers, input_width, output_width, widest;
+    pk_node *nodes;    /* in topological order; nodes[0] is the input, the last one the output */
+    size_t parameters; /* P, of w */
+    size_t spread;     /* of the spread vector: the sum of the nodes' weight_count */
+    size_t columns;    /* nodes that have tensors of their own in w */
+    size_t piece_count;
+    pk_tensor_use *pieces; /* in the order of the spread vector; NULL: no tensor is shared; owned */
+    size_t layers, input_width, output_width, widest;
     pk_shape input_shape;
     int degree;    /* of the output in t along a line, -1: not polynomial */
     int switched;  /* some piecewise-linear node depends on the weights */
@@ -755,6 +778,14 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
                                                      const int *inputs, const double *attributes,
                                                      size_t constant_count, const pk_real *constants,
                                                      int *node);
+/* Lets a tensor (0: weight, 1: bias) of the node that was added last be that of an earlier node, of the same shape, or, for a
+ * transposed weight, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
+PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor,
+                                           int other, int transposed);
+/* spread (graph->spread) = E flat (graph->parameters). */
+PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread);
+/* flat = E^T spread: sums over the uses of each tensor; flat may be where spread is. */
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat);
 /* Whether a row of data (input width) may go in: tokens are whole numbers below the vocabulary's size. PK_ARGUMENT names
  * the row by its number. */
 PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -1001,6 +1032,7 @@ typedef struct pk_gradient_workspace {
     struct pk__gradient_lane *lanes;   /* threads: a tape and the rows of one block */
     struct pk__gradient_group *groups; /* one result a group */
     pk_real *partial;                  /* (groups - 1) x P */
+    pk_real *spread;                   /* with ties: weights and gradient of each use; P is their number then */
     void *memory;
 } pk_gradient_workspace;
 
@@ -2202,7 +2234,7 @@ enum { PK__EXAMPLE_BLOCK = 256 };
 
 PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
                                     const pk__representation *representation, pk__examples *examples);
-/* Weights (P) with a random relative change of up to PK__PERTURBATION each: see pk__examples_magnitude. */
+/* Weights (count) with a random relative change of up to PK__PERTURBATION each: see pk__examples_magnitude. */
 #ifdef PATHKERNEL_FLOAT
 #define PK__PERTURBATION 3e-5
 #else
@@ -2213,7 +2245,7 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
  * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
-/* sum (P) += sum over the examples of their gradients. */
+/* sum (graph->spread) += sum over the examples of their gradients, of each use of a tensor. */
 PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
@@ -2226,7 +2258,7 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
                                              pk__example_workspace *workspace);
 PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
- * c_b l_b at the weights; gradient (P, may be NULL) += their sum. Cost about 6 P flops an example. */
+ * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
                                     const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
                                     size_t first, pk__example_workspace *workspace, pk_real *gradient);
@@ -2326,6 +2358,9 @@ PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer,
 PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
                                     const pk_real *transposed, size_t first_row, size_t rows,
                                     const pk_real *inputs, pk_engine engine);
+/* After pk__integral_step, of a graph with ties: Phi of each use of a shared tensor becomes the sum over all of its uses (so
+ * that its product with the gradients of the uses is that of the sums), its bounds likewise. */
+PK__INTERNAL void pk__integral_share(pk__integral *tangent);
 /* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk__integral_step: (count x layer outputs
  * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK__LAYER_ROWS. */
 PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
@@ -2351,21 +2386,26 @@ typedef struct pk__window {
     size_t first, count;
     pk_real *weights;    /* (count + 1) x P */
     pk_real *direction;  /* count x P: D_s */
-    pk_real *transposed; /* count x 2 x P: pk__pass_transpose of weights and direction, or NULL */
+    size_t spread;       /* of the graph: P without ties */
+    pk_real *transposed; /* count x 2 x spread: pk__pass_transpose of weights and direction, or NULL */
     pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
     size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
+    /* What stands in w, for each use of a tensor (E w, E D, E u, E p and the error of that), as the layers read it. Without ties
+     * it is the same memory. */
+    size_t uses_pitch;
+    pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error;
     pk_linear_form *forms;
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x lanes x P; lane 0 becomes the sum */
+    pk_real *gradient; /* count x lanes x spread; lane 0 becomes the sum */
     /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
     pk_real *state, *saved, *update;
-    pk_real *perturbed;          /* 3 P */
-    pk_real *perturbed_weights;  /* with bounds: count x P */
+    pk_real *perturbed;          /* spread + 2 P */
+    pk_real *perturbed_weights;  /* with bounds: count x spread */
     size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
     size_t *spare_at;            /* the windows that the spare states stand before, ascending */
     size_t spare_used, advanced; /* windows gone through only for the state */
@@ -6035,6 +6075,25 @@ static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_nod
     return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
 }
 
+/* The tensors of a node, as far as its shape rule did not say. */
+static void pk__node_tensors(pk_node *node)
+{
+    if (node->tangent_form == PK_TANGENT_OUTER)
+        node->bias_count = node->weight_count - node->fan_in * node->fan_out;
+    if (node->weight_shape.rank)
+        return;
+    node->weight_shape.rank = node->tangent_form == PK_TANGENT_OUTER ? 2 : 1;
+    node->weight_shape.dims[0] =
+        node->tangent_form == PK_TANGENT_OUTER ? node->fan_out : node->weight_count - node->bias_count;
+    node->weight_shape.dims[1] = node->fan_in;
+}
+
+/* Numbers of the weight (0) or bias (1) of a node. */
+static size_t pk__tensor_count(const pk_node *node, int tensor)
+{
+    return tensor ? node->bias_count : node->weight_count - node->bias_count;
+}
+
 /* pk_graph_add_constants without pk__graph_analyse, which takes a time that grows with the graph. like: NULL, or an earlier
  * node that has the same constants, which are shared then. */
 PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -6083,7 +6142,7 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
         status = pk__check_node(context, graph, &node);
     if (!status)
         status = pk__graph_grow(context, graph);
-    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->parameters)
+    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->spread)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
     if (!status && constant_count && !like) {
         status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
@@ -6092,15 +6151,73 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (status)
         return status;
+    node.column = -1;
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
-        node.weight_offset = graph->parameters;
+        node.weight_offset = graph->spread;
+        node.column = (int)graph->columns++;
+        graph->spread += node.weight_count;
         graph->parameters += node.weight_count;
+        pk__node_tensors(&node);
     }
     pk__node_analyse(graph, &node);
     if (number)
         *number = (int)graph->node_count;
     graph->nodes[graph->node_count++] = node;
+    return PK_OK;
+}
+
+/* What follows from the nodes' ties: the pieces, P and the columns. */
+PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
+{
+    size_t shared = 0, count = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        shared += (graph->nodes[n].tied[0] || graph->nodes[n].tied[1]);
+    if (!shared)
+        return PK_OK;
+    pk_tensor_use *pieces = NULL;
+    pk_status status = pk_allocate(context, 2 * graph->layers, sizeof *pieces, "the graph's tensors", &pieces);
+    if (status)
+        return status;
+    for (size_t n = 1; n < graph->node_count; n++)
+        graph->nodes[n].shares = 0;
+    graph->parameters = graph->columns = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        pk_node *node = &graph->nodes[n];
+        const size_t before = graph->parameters;
+        for (int tensor = 0; tensor < 2; tensor++) {
+            pk_tensor_use *piece = &pieces[count];
+            memset(piece, 0, sizeof *piece);
+            piece->count = pk__tensor_count(node, tensor);
+            if (!piece->count)
+                continue;
+            count++;
+            piece->spread = node->weight_offset + (tensor ? node->weight_count - node->bias_count : 0);
+            piece->node = piece->owner = (int)n;
+            piece->flat = graph->parameters;
+            if (!node->tied[tensor]) {
+                graph->parameters += piece->count;
+                continue;
+            }
+            piece->owner = node->tied[tensor];
+            node->shares = graph->nodes[piece->owner].shares = 1;
+            const pk_node *owner = &graph->nodes[piece->owner];
+            const size_t at = owner->weight_offset + (tensor ? owner->weight_count - owner->bias_count : 0);
+            size_t of = 0;
+            while (pieces[of].spread != at)
+                of++;
+            piece->flat = pieces[of].flat;
+            if (!tensor && node->tied_transposed) {
+                piece->rows = node->weight_shape.dims[0];
+                piece->cols = node->weight_shape.dims[1];
+            }
+        }
+        if (node->weight_count)
+            node->column = graph->parameters > before ? (int)graph->columns++ : -1;
+    }
+    pk_release(context, graph->pieces);
+    graph->pieces = pieces;
+    graph->piece_count = count;
     return PK_OK;
 }
 
@@ -6111,6 +6228,8 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
     pk_status status = pk__graph_append(context, graph, operation, input_count, inputs, attributes,
                                         constant_count, constants, NULL, number);
     if (!status)
+        status = pk__graph_pieces(context, graph);
+    if (!status)
         pk__graph_analyse(graph);
     return status;
 }
@@ -6119,6 +6238,96 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
                               int input_count, const int *inputs, const double *attributes, int *number)
 {
     return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
+}
+
+/* pk_graph_tie without what follows from it; name is how messages call the node. */
+PK__PRIVATE pk_status pk__tie(pk_context *context, pk_graph *graph, int number, int tensor, int other,
+                              int transposed, const char *name)
+{
+    static const char *const tensors[2] = {"weight", "bias"};
+    char own[PK_SHAPE_TEXT], its[PK_SHAPE_TEXT];
+    if (tensor < 0 || tensor > 1 || other < 1 || other >= number || (size_t)number + 1 > graph->node_count)
+        return pk__fail(context, PK_ARGUMENT,
+                        "node %d of %zu cannot share tensor %d of node %d: an earlier node's "
+                        "weight (0) or bias (1) can be shared",
+                        number, graph->node_count, tensor, other);
+    pk_node *node = &graph->nodes[number];
+    const pk_node *owner = &graph->nodes[other];
+    const size_t count = pk__tensor_count(node, tensor);
+    if (!count || !pk__tensor_count(owner, tensor))
+        return pk__fail(context, PK_ARGUMENT, "%s: %s has no %s to share", name,
+                        count ? owner->operation->name : node->operation->name, tensors[tensor]);
+    pk_shape a = node->weight_shape, b = owner->weight_shape;
+    if (tensor) {
+        a.rank = b.rank = 1;
+        a.dims[0] = node->bias_count;
+        b.dims[0] = owner->bias_count;
+    }
+    if (transposed && (tensor || a.rank != 2 || b.rank != 2))
+        return pk__fail(context, PK_SHAPE, "%s: a %s of shape %s has no transpose: only matrices have", name,
+                        tensors[tensor], pk_shape_text(&b, its));
+    int same = a.rank == b.rank;
+    for (int i = 0; same && i < a.rank; i++)
+        same = a.dims[i] == b.dims[transposed ? 1 - i : i];
+    if (!same)
+        return pk__fail(context, PK_SHAPE,
+                        "%s: its %s has the shape %s, that of the %s which it shares is %s%s", name,
+                        tensors[tensor], pk_shape_text(&a, own), owner->operation->name, pk_shape_text(&b, its),
+                        transposed ? ", and transposed they must agree" : "");
+    node->tied[tensor] = owner->tied[tensor] ? owner->tied[tensor] : other;
+    if (!tensor)
+        node->tied_transposed = transposed ^ (owner->tied[0] ? owner->tied_transposed : 0);
+    return PK_OK;
+}
+
+PK_API pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor, int other,
+                              int transposed)
+{
+    if (!graph || !graph->node_count || (size_t)node + 1 != graph->node_count || graph->nodes[node].layer < 0)
+        return pk__fail(context, PK_ARGUMENT, "only the node that was added last, with weights, can be tied");
+    if (tensor >= 0 && tensor < 2 && graph->nodes[node].tied[tensor])
+        return pk__fail(context, PK_ARGUMENT, "node %d is tied already", node);
+    const pk_node before = graph->nodes[node];
+    pk_status status = pk__tie(context, graph, node, tensor, other, transposed != 0, before.operation->name);
+    if (!status)
+        status = pk__graph_pieces(context, graph);
+    if (status)
+        graph->nodes[node] = before;
+    return status;
+}
+
+PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread)
+{
+    if (!graph->pieces && graph->spread)
+        memcpy(spread, flat, graph->spread * sizeof *spread);
+    for (size_t i = 0; i < graph->piece_count; i++) {
+        const pk_tensor_use *piece = &graph->pieces[i];
+        if (!piece->rows)
+            memcpy(spread + piece->spread, flat + piece->flat, piece->count * sizeof *spread);
+        for (size_t r = 0; r < piece->rows; r++)
+            for (size_t c = 0; c < piece->cols; c++)
+                spread[piece->spread + r * piece->cols + c] = flat[piece->flat + c * piece->rows + r];
+    }
+}
+
+/* A tensor stands in flat no later than in spread, so that nothing is overwritten that is still to be read. */
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
+{
+    if (!graph->pieces && graph->spread && flat != spread)
+        memcpy(flat, spread, graph->spread * sizeof *spread);
+    for (size_t i = 0; i < graph->piece_count; i++) {
+        const pk_tensor_use *piece = &graph->pieces[i];
+        const pk_real *from = spread + piece->spread;
+        pk_real *to = flat + piece->flat;
+        if (piece->owner == piece->node)
+            memmove(to, from, piece->count * sizeof *to);
+        else if (!piece->rows)
+            for (size_t k = 0; k < piece->count; k++)
+                to[k] += from[k];
+        for (size_t r = 0; r < piece->rows; r++)
+            for (size_t c = 0; c < piece->cols; c++)
+                to[c * piece->rows + r] += from[r * piece->cols + c];
+    }
 }
 
 PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -6150,6 +6359,7 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
             pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
+    pk_release(context, graph->pieces);
     memset(graph, 0, sizeof *graph);
 }
 
@@ -6200,7 +6410,7 @@ PK__INTERNAL int pk__pass_transposes(const pk_graph *graph)
     int some = 0;
     for (size_t n = 1; n < graph->node_count; n++)
         some |= pk__is_plain_layer(&graph->nodes[n]);
-    return some && graph->parameters <= (size_t)PK__TRANSPOSED;
+    return some && graph->spread <= (size_t)PK__TRANSPOSED;
 }
 
 PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
@@ -6455,7 +6665,7 @@ static void pk__line_layer(const pk__tape *tape, const pk__line *line, const pk_
     }
     pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
     pk__layer_product(node, places, second, line->direction,
-                      transposed ? transposed + tape->graph->parameters : NULL, 1, to);
+                      transposed ? transposed + tape->graph->spread : NULL, 1, to);
 }
 
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
@@ -6661,9 +6871,18 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
         return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
     const size_t bytes = arena.used;
     unsigned char *memory = NULL;
+    pk_real *spread = NULL;
     pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
-    if (status)
+    if (!status && graph->pieces)
+        status = pk_allocate(context, graph->spread, sizeof *spread, "evaluating the network", &spread);
+    if (status) {
+        pk_release(context, memory);
         return status;
+    }
+    if (spread) {
+        pk_graph_spread(graph, weights, spread);
+        weights = spread;
+    }
     const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
     PK__PARALLEL(team)
@@ -6683,6 +6902,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
                    outputs.cols * sizeof *rows);
     }
     pk__team_end(&team);
+    pk_release(context, spread);
     pk_release(context, memory);
     return PK_OK;
 }
@@ -7241,6 +7461,7 @@ static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, 
         node->shape.dims[i] = (size_t)node->attributes[i];
     if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "position: its weights overflow");
+    node->weight_shape = node->shape;
     return PK_OK;
 }
 
@@ -7731,8 +7952,13 @@ static pk_status pk__convolution_shape(pk_context *context, const pk_graph *grap
     /* One window that is the whole image is the input itself, in the same order. */
     node->unfolds = c.positions != 1 || c.patch != graph->nodes[node->inputs[0]].width ||
                     c.windows.pad[0] + c.windows.pad[1] != 0;
-    if (node->attributes[PK_CONVOLUTION_BIAS] != 0)
-        node->weight_count += node->fan_out;
+    node->bias_count = node->attributes[PK_CONVOLUTION_BIAS] != 0 ? node->fan_out : 0;
+    node->weight_count += node->bias_count;
+    node->weight_shape.rank = 4;
+    node->weight_shape.dims[0] = node->fan_out;
+    node->weight_shape.dims[1] = (size_t)(node->attributes[PK__IMAGE_CHANNELS] / groups);
+    node->weight_shape.dims[2] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL];
+    node->weight_shape.dims[3] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL + 1];
     if (c.groups > 1)
         node->tangent_form = PK_TANGENT_ROWS;
     return PK_OK;
@@ -8646,8 +8872,16 @@ static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk
     const double dims = node->attributes[PK_AFFINE_DIMS];
     node->shape = graph->nodes[node->inputs[0]].shape;
     node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
-    if (node->attributes[PK_AFFINE_BIAS] != 0)
-        node->weight_count *= 2; /* at most twice the input's width, which is far from overflow */
+    if (dims == 0) {
+        node->weight_shape.rank = 1;
+        node->weight_shape.dims[0] = node->shape.dims[0];
+    } else if (dims <= node->shape.rank) {
+        node->weight_shape.rank = (int)dims;
+        for (int i = 0; i < (int)dims; i++)
+            node->weight_shape.dims[i] = node->shape.dims[node->shape.rank - (int)dims + i];
+    }
+    node->bias_count = node->attributes[PK_AFFINE_BIAS] != 0 ? node->weight_count : 0;
+    node->weight_count += node->bias_count; /* at most twice the input's width, which is far from overflow */
     return pk__check_trailing(context, "affine", &node->shape, dims);
 }
 
@@ -8966,6 +9200,9 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
     node->shape.dims[1] = width;
     if (!pk__multiply(tokens, width, &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
+    node->weight_shape.rank = 2;
+    node->weight_shape.dims[0] = tokens;
+    node->weight_shape.dims[1] = width;
     return PK_OK;
 }
 
@@ -9460,6 +9697,12 @@ typedef struct pk__layer {
     char text[PK__LAYER_TEXT];
 } pk__layer;
 
+/* A layer that named itself, and the nodes it is made of. */
+typedef struct pk__named_layer {
+    char name[PK_CONSTANT_NAME];
+    size_t first, last; /* nodes first .. last - 1 */
+} pk__named_layer;
+
 typedef struct pk__parser {
     pk_context *context;
     pk_graph *graph;
@@ -9472,8 +9715,10 @@ typedef struct pk__parser {
     int failed;             /* the number of the layer that could not be made; 0: none */
     int full;               /* the canonical text has no room for what came */
     size_t room;            /* characters that the canonical text may still have */
-    size_t frequencies;     /* numbers drawn for fourier so far */
-    pk__layer layer;        /* the layer in hand: of all depths, so that the stack holds none */
+    pk__named_layer *named; /* the layers with names so far */
+    size_t named_count, named_capacity;
+    size_t frequencies; /* numbers drawn for fourier so far */
+    pk__layer layer;    /* the layer in hand: of all depths, so that the stack holds none */
 } pk__parser;
 
 /* ---- words ----------------------------------------------------------------------------------------- */
@@ -10154,10 +10399,8 @@ static pk_status pk__unknown_layer(pk__parser *parser, const char *word)
                     word, name[0] ? " (is it '" : "", name, name[0] ? "'?)" : "");
 }
 
-static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+static pk_status pk__build_layer(pk__parser *parser, const pk__layer *layer)
 {
-    if (!parser->graph->node_count)
-        return pk__input_layer(parser, layer);
     for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
         if (strcmp(layer->words[0], pk__composites[i].name) == 0)
             return pk__composites[i].build(parser, layer);
@@ -10167,6 +10410,156 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
         return pk__unknown_layer(parser, layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+}
+
+/* ---- ties ------------------------------------------------------------------------------------------ */
+
+/* name=, tied= and transposed of a layer. */
+typedef struct pk__tie_words {
+    const char *name, *tied, *transposed; /* NULL: not there */
+} pk__tie_words;
+
+static pk_status pk__check_name(pk_context *context, const char *layer, const char *name, size_t length)
+{
+    if (length && length < PK_CONSTANT_NAME &&
+        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") >= length)
+        return PK_OK;
+    return pk__fail(context, PK_FORMAT,
+                    "%s: '%.40s' is not the name of a layer: up to %d letters, digits and _", layer, name,
+                    PK_CONSTANT_NAME - 1);
+}
+
+/* Takes the words of ties out of a layer. */
+static pk_status pk__take_tie_words(pk_context *context, const pk__layer *layer, pk__layer *rest,
+                                    pk__tie_words *words)
+{
+    memset(words, 0, sizeof *words);
+    *rest = *layer;
+    rest->count = 0;
+    for (int i = 0; i < layer->count; i++) {
+        const char *word = layer->words[i], *value = word;
+        const char **to = NULL;
+        if (i && strncmp(word, "name=", 5) == 0) {
+            to = &words->name;
+            value = word + 5;
+        } else if (i && strncmp(word, "tied=", 5) == 0) {
+            to = &words->tied;
+            value = word + 5;
+        } else if (i && strcmp(word, "transposed") == 0)
+            to = &words->transposed;
+        if (!to)
+            rest->words[rest->count++] = word;
+        else if (*to)
+            return pk__fail(context, PK_FORMAT, "%s: '%.40s' comes twice", layer->words[0], word);
+        else
+            *to = value;
+    }
+    if (words->transposed && !words->tied)
+        return pk__fail(context, PK_FORMAT, "%s: 'transposed' belongs to tied=", layer->words[0]);
+    return PK_OK;
+}
+
+/* The next node with weights from n on, before last; last where there is none. */
+static size_t pk__next_weights(const pk_graph *graph, size_t n, size_t last)
+{
+    while (n < last && !graph->nodes[n].weight_count)
+        n++;
+    return n;
+}
+
+/* Ties the nodes from first on to those of the layer that `tied` names. */
+static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__tie_words *words, size_t first)
+{
+    pk_graph *graph = parser->graph;
+    const size_t length = strcspn(words->tied, "."), last = graph->node_count;
+    const char *part = words->tied + length;
+    const pk__named_layer *named = NULL;
+    int tied = 0;
+    pk_status status = pk__check_name(parser->context, layer, words->tied, length);
+    if (status)
+        return status;
+    if (*part && strcmp(part, ".weight") != 0 && strcmp(part, ".bias") != 0)
+        return pk__fail(parser->context, PK_FORMAT,
+                        "%s: tied=%.40s: behind the name, '.weight' and '.bias' are possible", layer,
+                        words->tied);
+    for (size_t i = 0; i < parser->named_count; i++)
+        if (strncmp(parser->named[i].name, words->tied, length) == 0 && !parser->named[i].name[length])
+            named = &parser->named[i];
+    if (!named)
+        return pk__fail(parser->context, PK_FORMAT, "%s: tied=%.40s: no layer before it says name=%.*s", layer,
+                        words->tied, (int)length, words->tied);
+    size_t n = pk__next_weights(graph, first, last), o = pk__next_weights(graph, named->first, named->last);
+    for (; n < last && o < named->last;
+         n = pk__next_weights(graph, n + 1, last), o = pk__next_weights(graph, o + 1, named->last))
+        for (int tensor = 0; tensor < 2; tensor++) {
+            const int wanted = *part && (strcmp(part, ".bias") == 0) == tensor;
+            if (*part ? !wanted
+                      : !pk__tensor_count(&graph->nodes[n], tensor) ||
+                            !pk__tensor_count(&graph->nodes[o], tensor))
+                continue;
+            char name[PK__LAYER_TEXT];
+            snprintf(name, sizeof name, "%.60s tied=%.60s", layer, words->tied);
+            status = pk__tie(parser->context, graph, (int)n, tensor, (int)o,
+                             words->transposed != NULL && (!tensor || *part), name);
+            if (status)
+                return status;
+            tied++;
+        }
+    if (n < last || o < named->last || !tied)
+        return pk__fail(parser->context, PK_SHAPE,
+                        "%s: tied=%.40s: the two layers do not have the same weights", layer, words->tied);
+    return PK_OK;
+}
+
+/* Remembers a layer that names itself. */
+static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first)
+{
+    pk_status status = pk__check_name(parser->context, layer, name, strlen(name));
+    for (size_t i = 0; !status && i < parser->named_count; i++)
+        if (strcmp(parser->named[i].name, name) == 0)
+            status = pk__fail(parser->context, PK_FORMAT, "%s: a layer before it has the name '%.40s' already",
+                              layer, name);
+    if (!status && parser->named_count == parser->named_capacity) {
+        pk__named_layer *named = NULL;
+        const size_t capacity = parser->named_capacity ? 2 * parser->named_capacity : 8;
+        status = pk_allocate(parser->context, capacity, sizeof *named, "the names of layers", &named);
+        if (!status) {
+            if (parser->named_count)
+                memcpy(named, parser->named, parser->named_count * sizeof *named);
+            pk_release(parser->context, parser->named);
+            parser->named = named;
+            parser->named_capacity = capacity;
+        }
+    }
+    if (status)
+        return status;
+    pk__named_layer *to = &parser->named[parser->named_count++];
+    memcpy(to->name, name, strlen(name) + 1);
+    to->first = first;
+    to->last = parser->graph->node_count;
+    return PK_OK;
+}
+
+static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const size_t first = parser->graph->node_count;
+    pk__layer rest;
+    pk__tie_words words;
+    if (!first)
+        return pk__input_layer(parser, layer);
+    pk_status status = pk__take_tie_words(parser->context, layer, &rest, &words);
+    if (!status)
+        status = pk__build_layer(parser, &rest);
+    if (status || (!words.name && !words.tied))
+        return status;
+    if (pk__next_weights(parser->graph, first, parser->graph->node_count) == parser->graph->node_count)
+        return pk__fail(parser->context, PK_FORMAT,
+                        "%s: it has no weights that could be shared, so '%s' says "
+                        "nothing",
+                        rest.words[0], words.tied ? "tied=" : "name=");
+    if (words.tied)
+        status = pk__tie_layer(parser, rest.words[0], &words, first);
+    return status || !words.name ? status : pk__name_nodes(parser, rest.words[0], words.name, first);
 }
 
 /* ---- the language ---------------------------------------------------------------------------------- */
@@ -10374,6 +10767,9 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         *parser.canonical = 0;
         if (status)
             status = pk__name_layer(context, status, parser.failed);
+        else
+            status = pk__graph_pieces(context, graph);
+        pk_release(context, parser.named);
     }
     if (!status) {
         pk__graph_analyse(graph);
@@ -10436,6 +10832,12 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
 {
     if (!graph->node_count || !weights)
         return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
+    pk_real *flat = weights;
+    if (graph->pieces) {
+        pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);
+        if (status)
+            return status;
+    }
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (!node->weight_count)
@@ -10447,6 +10849,12 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
             pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, graph->nodes[node->inputs[0]].width, 1,
                                   node->weight_count, &random, weights + node->weight_offset);
     }
+    for (size_t i = 0; i < graph->piece_count; i++) /* a shared tensor starts as where it first stands */
+        if (graph->pieces[i].owner == graph->pieces[i].node)
+            memcpy(flat + graph->pieces[i].flat, weights + graph->pieces[i].spread,
+                   graph->pieces[i].count * sizeof *flat);
+    if (graph->pieces)
+        pk_release(context, weights);
     return PK_OK;
 }
 
@@ -10869,13 +11277,15 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 /* workspace: graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
-    pk__gradient_plan plan = pk__gradient_cut(graph->parameters, workspace->largest_batch);
+    pk__gradient_plan plan = pk__gradient_cut(graph->spread, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
-    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->parameters, &partial))
+    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->spread, &partial))
         arena->overflow = 1;
     workspace->lanes = pk__arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
     workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
     workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
+    workspace->spread =
+        graph->pieces ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -10901,7 +11311,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     memset(&taken, 0, sizeof taken);
     taken.graph = graph;
     taken.largest_batch = largest_batch;
-    size_t groups = pk__gradient_cut(graph->parameters, largest_batch).groups;
+    size_t groups = pk__gradient_cut(graph->spread, largest_batch).groups;
     taken.threads = pk_threads(context);
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
@@ -11008,7 +11418,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     if (end > batch->count)
         end = batch->count;
     pk__gradient_group sum = {0, SIZE_MAX}; /* results of groups share cache lines: written once */
-    memset(gradient, 0, tape->graph->parameters * sizeof *gradient);
+    memset(gradient, 0, tape->graph->spread * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk__line line = {job->weights, NULL, NULL};
@@ -11096,7 +11506,13 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
         pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
     if (status != PK_OK)
         return status;
-    size_t parameters = graph->parameters;
+    const size_t parameters = graph->spread;
+    pk_real *flat = gradient;
+    if (graph->pieces) {
+        pk_graph_spread(graph, weights, workspace->spread);
+        job.weights = workspace->spread;
+        gradient = workspace->spread + parameters;
+    }
     job.plan = pk__gradient_cut(parameters, batch->count);
     size_t groups = job.plan.groups;
     pk__gradient_lane *lanes = workspace->lanes;
@@ -11127,6 +11543,10 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     }
     const int finite = pk__gradient_reduce(context, gradient, workspace->partial, groups, parameters,
                                            inside ? inside : threads);
+    if (graph->pieces) {
+        pk_graph_gather(graph, gradient, gradient);
+        memcpy(flat, gradient, graph->parameters * sizeof *flat);
+    }
     double sum = workspace->groups[0].objective;
     size_t not_finite = workspace->groups[0].not_finite;
     for (size_t group = 1; group < groups; group++) {
@@ -11160,6 +11580,7 @@ typedef struct pk__sweep_lane {
     pk__tape tape;
     pk_real *inputs, *target; /* block x D, C */
     pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
+    pk_real *spread;          /* with ties: the gradient of a row, of each use of a tensor */
     pk_real *zeros;           /* block x the widest input of a layer */
     pk_real *part;            /* 2 x the largest number of weights of a layer */
 } pk__sweep_lane;
@@ -11192,6 +11613,9 @@ static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows
     pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
     lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
+    lane->spread = graph->pieces && sweep->of_weights.data
+                       ? pk__arena_take(arena, graph->spread, sizeof *lane->spread)
+                       : NULL;
     if (!sweep->second)
         return;
     lane->second = pk__arena_take(arena, graph->node_count, sizeof *lane->second);
@@ -11233,7 +11657,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     pk__sweep_lane lane;
     pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
-        memset(sum, 0, sweep->graph->parameters * sizeof *sum);
+        memset(sum, 0, sweep->graph->spread * sizeof *sum);
     for (; first < end; first += plan->block) {
         const size_t rows = pk__min(end - first, plan->block);
         pk__sweep_inputs(sweep, first, rows, lane.inputs);
@@ -11243,11 +11667,11 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     return bad;
 }
 
-/* Checks the rows, takes the memory, runs the blocks. */
-static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
+/* Checks the rows, takes the memory, runs the blocks: at weights and to a sum in the spread vector's layout. */
+static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
-    const size_t parameters = graph->parameters;
+    const size_t parameters = graph->spread;
     pk__gradient_plan plan = pk__gradient_cut(parameters, sweep->rows);
     if (!sweep->sum) {
         plan.block = sweep->copies > 1 ? pk__max(64 / sweep->copies, 1) : 64;
@@ -11302,6 +11726,33 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     pk_release(context, partial);
     pk_release(context, bad);
     pk_release(context, memory);
+    return status;
+}
+
+static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
+{
+    const pk_graph *graph = sweep->graph;
+    const size_t spread = graph->spread;
+    if (!graph->pieces)
+        return pk__sweep_spread(context, sweep);
+    pk__sweep own = *sweep;
+    pk_real *numbers = NULL;
+    pk_status status = pk_allocate(context, 3, spread * sizeof *numbers, sweep->name, &numbers);
+    if (status)
+        return status;
+    pk_graph_spread(graph, sweep->weights, numbers);
+    own.weights = numbers;
+    if (sweep->direction) {
+        pk_graph_spread(graph, sweep->direction, numbers + spread);
+        own.direction = numbers + spread;
+    }
+    own.sum = sweep->sum ? numbers + 2 * spread : NULL;
+    status = pk__sweep_spread(context, &own);
+    if (sweep->sum && (!status || status == PK_NOT_FINITE)) {
+        pk_graph_gather(graph, own.sum, own.sum);
+        memcpy(sweep->sum, own.sum, graph->parameters * sizeof *own.sum);
+    }
+    pk_release(context, numbers);
     return status;
 }
 
@@ -11372,7 +11823,12 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
         int finite = 1;
         if (sweep->of_weights.data) {
             pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
-            pk__sweep_row_gradient(sweep, tape, at / copies, at % copies, gradient);
+            pk__sweep_row_gradient(sweep, tape, at / copies, at % copies,
+                                   graph->pieces ? lane->spread : gradient);
+            if (graph->pieces) {
+                pk_graph_gather(graph, lane->spread, lane->spread);
+                memcpy(gradient, lane->spread, graph->parameters * sizeof *gradient);
+            }
             finite = pk__all_finite(gradient, graph->parameters);
         }
         if (sweep->of_inputs.data) {
@@ -13859,7 +14315,8 @@ static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads
     memset(workspace, 0, sizeof *workspace);
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
-    workspace->threads = (int)pk__min((size_t)threads, pk__gradient_cut(P, largest_batch).groups);
+    workspace->threads =
+        (int)pk__min((size_t)threads, pk__gradient_cut(trainer->graph->spread, largest_batch).groups);
     pk__gradient_take(arena, trainer->graph, workspace);
 }
 
@@ -14660,7 +15117,7 @@ PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, cons
         if (segment->base[n])
             pk__path_affine(segment, node, weights, transposed, segment->base[n]);
         if (segment->slope[n])
-            pk__path_affine(segment, node, direction, transposed ? transposed + graph->parameters : NULL,
+            pk__path_affine(segment, node, direction, transposed ? transposed + graph->spread : NULL,
                             segment->slope[n]);
     }
 }
@@ -16015,7 +16472,8 @@ PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, siz
         const pk_node *node = pk_graph_layer(graph, l);
         int rows = pk__layer_by_rows(representation, node);
         const size_t bytes = columns * sizeof(pk_real);
-        const int known = representation->known_data && pk__is_outer(node) && node->inputs[0] == 0;
+        const int known =
+            representation->known_data && pk__is_outer(node) && node->inputs[0] == 0 && !node->shares;
         pk_real *input = rows || known ? NULL : pk__arena_take(arena, node->positions * node->fan_in, bytes);
         pk_real *cotangent = rows ? NULL : pk__arena_take(arena, node->width, bytes);
         pk_real *gradients =
@@ -16291,7 +16749,9 @@ static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
 static pk__layer_kind pk__kind_of_layer(const pk_node *node, const pk_readout *readout, int bounds,
                                         const pk__representation *representation)
 {
-    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)))
+    /* Phi of a shared tensor is the sum over its uses, so it is needed as a whole. */
+    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)) ||
+        node->shares)
         return PK__LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
         return PK__LAYER_POINTS;
@@ -16412,7 +16872,8 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
         const pk_node *node = pk_graph_layer(graph, l);
         pk__layer_kind kind = pk__kind_of_layer(node, readout, bounds, representation);
         size_t fan_in = pk__layer_input(graph, node)->width;
-        const int spread = node->tangent_form == PK_TANGENT_OUTER && !pk__is_outer(node);
+        const int spread =
+            node->tangent_form == PK_TANGENT_OUTER && (!pk__is_outer(node) || kind == PK__LAYER_ROWS);
         int hoisted = kind == PK__LAYER_DATA || kind == PK__LAYER_LINEAR;
         int phi_wanted =
             kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !spread && (materialise || bounds));
@@ -16964,7 +17425,7 @@ static const pk_real *pk__known_transposed(const pk__integral *tangent, const pk
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
-           : direction == segment->direction ? transposed + tangent->graph->parameters
+           : direction == segment->direction ? transposed + tangent->graph->spread
                                              : NULL;
 }
 
@@ -17310,6 +17771,49 @@ PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weight
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
 }
 
+/* Element i of a tensor, in the order in which it stands in w, is element pk__use_index of a use. */
+static size_t pk__use_index(const pk_tensor_use *use, size_t i)
+{
+    return use->rows ? i % use->rows * use->cols + i / use->rows : i;
+}
+
+/* Sums over the uses of the tensor that `owner` brings into w, in all of them, of one of phi, check and size. */
+static void pk__share_tensor(const pk__integral *tangent, const pk_tensor_use *owner, pk_real *const *features)
+{
+    const pk_graph *graph = tangent->graph;
+    const pk_tensor_use *end = graph->pieces + graph->piece_count;
+    const pk_node *own = &graph->nodes[owner->node];
+    const size_t cells = tangent->rows * tangent->output_capacity, own_at = owner->spread - own->weight_offset;
+    for (int back = 0; back < 2; back++)
+        for (const pk_tensor_use *use = owner + 1; use < end; use++) {
+            const pk_node *node = &graph->nodes[use->node];
+            const size_t at = use->spread - node->weight_offset;
+            if (use->flat != owner->flat)
+                continue;
+            for (size_t cell = 0; cell < cells; cell++) {
+                pk_real *sum = features[own->layer] + cell * own->weight_count + own_at;
+                pk_real *one = features[node->layer] + cell * node->weight_count + at;
+                for (size_t i = 0; i < use->count; i++)
+                    if (back)
+                        one[pk__use_index(use, i)] = sum[i];
+                    else
+                        sum[i] += one[pk__use_index(use, i)];
+            }
+        }
+}
+
+PK__INTERNAL void pk__integral_share(pk__integral *tangent)
+{
+    const pk_graph *graph = tangent->graph;
+    for (const pk_tensor_use *use = graph->pieces; use < graph->pieces + graph->piece_count; use++) {
+        if (use->owner != use->node || !graph->nodes[use->node].shares)
+            continue;
+        pk__share_tensor(tangent, use, tangent->phi);
+        if (tangent->size)
+            pk__share_tensor(tangent, use, tangent->size);
+    }
+}
+
 /* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
 PK__PRIVATE void pk__row_view(const pk__integral *tangent, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
@@ -17541,6 +18045,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     memset(window, 0, sizeof *window);
     window->run = run;
     window->parameters = run->graph.parameters;
+    window->spread = run->graph.spread;
     for (size_t s = 0; s < run->steps; s++) {
         pk_batch batch;
         pk_run_batch(run, s, &batch);
@@ -17599,9 +18104,10 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
-    size_t all = 0;
+    size_t all = 0, spread = 0;
     window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
-    if (!pk__multiply(capacity, window->pitch, &all))
+    window->uses_pitch = pk__blocks(window->spread, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all) || !pk__multiply(capacity, window->uses_pitch, &spread))
         arena->overflow = 1;
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
@@ -17612,15 +18118,27 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->bounds = bounds;
     window->weights = pk__arena_take(arena, capacity + 1, P * real);
     window->direction = pk__arena_take(arena, all, real);
-    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, all, 2 * real) : NULL;
+    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, spread, 2 * real) : NULL;
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
     window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? pk__arena_take(arena, 3 * P, real) : NULL;
-    window->perturbed_weights = pk__arena_take(arena, bounds ? all : 0, real);
-    window->gradient = pk__arena_take(arena, all, window->lanes * real);
+    window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
+    window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
+    window->gradient = pk__arena_take(arena, spread, window->lanes * real);
+    window->use_weights = window->weights;
+    window->use_direction = window->direction;
+    window->use_remainder = window->remainder;
+    window->use_preconditioner = window->preconditioner;
+    window->use_preconditioner_error = window->preconditioner_error;
+    if (graph->pieces) {
+        window->use_weights = pk__arena_take(arena, spread, real);
+        window->use_direction = pk__arena_take(arena, spread, real);
+        window->use_remainder = pk__arena_take(arena, spread, real);
+        window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, spread, real) : NULL;
+        window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, spread, real) : NULL;
+    }
     const size_t states = window->states * window->state_vectors;
     window->state = pk__arena_take(arena, states, P * real);
     window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
@@ -17652,7 +18170,8 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
 
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
-    const size_t P = window->parameters;
+    const size_t P = window->parameters, U = window->spread;
+    const pk_graph *graph = &window->run->graph;
     for (size_t j = 0; j < window->count + !advance; j++) {
         pk_status status =
             pk_replay_weights(context, &window->replay, window->first + j, window->weights + j * P);
@@ -17667,16 +18186,22 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
+        if (graph->pieces) {
+            pk_graph_spread(graph, from, window->use_weights + j * U);
+            if (!advance)
+                pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
+        }
+        from = window->use_weights + j * U;
         if (!advance && window->transposed) {
-            pk_real *to = window->transposed + j * 2 * P;
-            pk__pass_transpose(&window->run->graph, from, to);
-            pk__pass_transpose(&window->run->graph, window->direction + j * P, to + P);
+            pk_real *to = window->transposed + j * 2 * U;
+            pk__pass_transpose(graph, from, to);
+            pk__pass_transpose(graph, window->use_direction + j * U, to + U);
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk__examples_begin(&window->examples[j], &window->batches[j]);
         if (window->magnitudes) {
             pk__examples_begin(&window->magnitudes[j], &window->batches[j]);
-            pk__examples_perturb(P, from, window->perturbed_weights + j * P);
+            pk__examples_perturb(U, from, window->perturbed_weights + j * U);
         }
     }
     pk__team_end(&team);
@@ -17687,7 +18212,7 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
-    const size_t P = window->parameters, lanes = window->lanes;
+    const size_t U = window->spread, lanes = window->lanes;
     const size_t tasks = window->count * lanes;
     const int threads = (int)window->threads;
     pk__team team = pk__team_of(context, threads, tasks);
@@ -17697,17 +18222,19 @@ static void pk__fill_window(pk_context *context, pk__window *window)
         double start = pk__seconds();
         size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
                each = pk__blocks(blocks, lanes);
-        pk_real *gradient = window->gradient + task * P;
-        memset(gradient, 0, P * sizeof *gradient);
+        pk_real *gradient = window->gradient + task * U;
+        memset(gradient, 0, U * sizeof *gradient);
         for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
-            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->weights + j * P,
+            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->use_weights + j * U,
                               &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
                               &window->workspaces[thread], gradient);
             if (window->magnitudes)
                 pk__examples_fill(&window->magnitudes[j], &run->graph, run->loss,
-                                  window->perturbed_weights + j * P, &run->train, &window->batches[j],
+                                  window->perturbed_weights + j * U, &run->train, &window->batches[j],
                                   b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
+        if (run->graph.pieces)
+            pk_graph_gather(&run->graph, gradient, gradient);
         window->seconds[thread] += pk__seconds() - start;
     }
     pk__team_end(&team);
@@ -17762,12 +18289,12 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         const size_t step = window->first + j, at = j * P + first;
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
-        pk_real *gradient = window->gradient + j * window->lanes * P + first;
+        pk_real *gradient = window->gradient + j * window->lanes * window->spread + first;
         pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
         for (size_t lane = 1; lane < window->lanes; lane++)
             for (size_t i = 0; i < count; i++)
-                gradient[i] += gradient[lane * P + i];
+                gradient[i] += gradient[lane * window->spread + i];
         pk_optimizer_update(&run->optimizer, step, rate, scale, count, weights, gradient, state,
                             advance || recorded ? NULL : update);
         if (advance)
@@ -17790,13 +18317,16 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
-    const pk_real *gradient = window->gradient + j * window->lanes * P, *weights = window->weights + j * P;
+    const pk_real *gradient = window->gradient + j * window->lanes * window->spread,
+                  *weights = window->weights + j * P;
     double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
     double allowance = pk__rounding_allowance(&run->graph);
-    pk_real *sizes = window->perturbed, *perturbed = sizes + P, *p = perturbed + P;
+    pk_real *sizes = window->perturbed, *perturbed = sizes + window->spread, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
-    memset(sizes, 0, P * sizeof *sizes);
+    memset(sizes, 0, window->spread * sizeof *sizes);
     pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
+    if (run->graph.pieces)
+        pk_graph_gather(&run->graph, sizes, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
         for (size_t i = 0; i < P; i++) {
@@ -17816,6 +18346,22 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
             const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
             error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
         }
+    }
+}
+
+/* What was found of the parameters, for each use of them. */
+static void pk__spread_updates(pk__window *window)
+{
+    const pk_graph *graph = &window->run->graph;
+    const size_t P = window->parameters, U = window->spread;
+    for (size_t j = 0; j < window->count; j++) {
+        pk_graph_spread(graph, window->remainder + j * P, window->use_remainder + j * U);
+        if (window->preconditioner)
+            pk_graph_spread(graph, window->preconditioner + j * window->pitch,
+                            window->use_preconditioner + j * window->uses_pitch);
+        if (window->preconditioner_error)
+            pk_graph_spread(graph, window->preconditioner_error + j * window->pitch,
+                            window->use_preconditioner_error + j * window->uses_pitch);
     }
 }
 
@@ -17849,6 +18395,8 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
+    if (!advance && window->run->graph.pieces)
+        pk__spread_updates(window);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
 }
@@ -17942,10 +18490,10 @@ PK__BEGIN_COLD_CODE
 typedef struct pk__worker {
     struct pk__job *job;
     pk__integral tangent;
-    pk_real *phi,
-        *effective;      /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;       /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
-    pk_real *bound_tile; /* with bounds: outputs x PK__TILE_LD */
+    pk_real *phi, *tensor, /* the same as phi, of one tensor of a layer that shares some */
+        *effective;        /* outputs of a part x weights of its layer; effective where E is no multiple of R */
+    pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
+    pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
     /* Of the tile that is being added: */
     size_t row, rows, step;
@@ -18045,6 +18593,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
                           job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
                           job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
         worker->phi = pk__arena_take(arena, largest, real);
+        worker->tensor = pk__arena_take(arena, graph->pieces ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         const size_t blocks = pk__blocks(job->window.largest_batch, PK__EXAMPLE_BLOCK),
                      tile = PK__TILE_LD * real;
@@ -18315,14 +18864,14 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
     job->direct = job->reverse && form.direct != 0;
-    job->unit = pk__integral_unit(job->outputs, run->graph.parameters);
+    job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
         pk__min(pk__integral_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
-        job->block = pk__max(
-            1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.parameters)));
+        job->block =
+            pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.spread)));
     job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
@@ -18349,7 +18898,7 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one layer, or of all (-1), to the results of the cells from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -18389,6 +18938,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
     const pk__worker *worker = user;
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
+    layer = layer < 0 ? layer : worker->tangent.node[layer]->column;
     if (job->output_count == outputs) {
         pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
                       count, tile);
@@ -18402,7 +18952,7 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
 /* Weights of a layer that Phi keeps apart from its matrix. */
 static size_t pk__bias_count(const pk_node *node)
 {
-    return pk__is_outer(node) && pk__has_bias(node) ? node->width : 0;
+    return pk__is_outer(node) && !node->shares && pk__has_bias(node) ? node->width : 0;
 }
 
 /* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
@@ -18448,6 +18998,20 @@ static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, con
            (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
 }
 
+/* The same of what the node brings into w itself: e whole, weights of the whole graph. */
+static double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, const pk_real *weights)
+{
+    const pk_node *node = part->node;
+    double sum = 0;
+    for (int tensor = 0; tensor < 2; tensor++) {
+        const size_t at = tensor ? node->weight_count - node->bias_count : 0;
+        if (!node->tied[tensor])
+            sum += (double)pk__dot(pk__tensor_count(node, tensor), e + k * part->matrix + at,
+                                   weights + node->weight_offset + at);
+    }
+    return sum;
+}
+
 /* The tile of a row, all outputs, with block number `block` of the examples. */
 static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
@@ -18462,6 +19026,43 @@ static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j
         pk__integral_contract_row(&worker->tangent, part->layer, part->count, e, first,
                                   pk__min(PK__EXAMPLE_BLOCK, examples - first),
                                   pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
+}
+
+/* The row's tiles, of one column or of all, added to the results; then zero. */
+static void pk__add_row(pk__worker *worker, size_t row, int column, size_t j, double factor)
+{
+    const pk__job *job = worker->job;
+    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
+    const double start = pk__seconds();
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
+        pk__add_cells(worker, column, (worker->row + row) * job->outputs + first_output, job->output_count,
+                      factor, first, count, tile);
+        pk__clear_tile(job->output_count, count, tile);
+    }
+    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
+}
+
+/* The part's tiles, tensor by tensor, added to the columns of the nodes that bring these into w. */
+static void pk__contract_columns(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
+{
+    const pk__job *job = worker->job;
+    const pk_node *node = part->node;
+    const pk_linear_form *form = &job->window.forms[j];
+    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    const size_t weights = node->weight_count;
+    for (int tensor = 0; tensor < 2; tensor++) {
+        const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
+        if (!count)
+            continue;
+        memset(worker->tensor, 0, part->count * weights * sizeof *worker->tensor);
+        for (size_t k = 0; k < part->count; k++)
+            memcpy(worker->tensor + k * weights + at, e + k * weights + at, count * sizeof *e);
+        pk__contract_part(worker, part, j, worker->tensor);
+        const pk_node *owner = node->tied[tensor] ? &job->graph->nodes[node->tied[tensor]] : node;
+        pk__add_row(worker, part->row, owner->column, j, factor);
+    }
 }
 
 /* |factor| < error, |g_b| > of a part added to the bounds. */
@@ -18491,7 +19092,7 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
     pk__job *job = worker->job;
     pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j];
-    const size_t P = job->graph->parameters, offset = part->node->weight_offset;
+    const size_t U = window->spread, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
     size_t at = 0;
@@ -18500,7 +19101,8 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         at = (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
              (part->first - job->first_output) * (before[1] - before[0]);
     }
-    const pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + offset : NULL;
+    const pk_real *p =
+        window->use_preconditioner ? window->use_preconditioner + j * window->uses_pitch + offset : NULL;
     const pk_real *e = worker->phi;
     pk__phi phi = {NULL, NULL, NULL, NULL, 0};
     if (!job->reverse || job->part->bounds) {
@@ -18521,18 +19123,22 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
             job->part->decay[cell + part->first + k] -=
                 form->coupled * (direct ? 1 : form->gain) *
-                pk__dot_part(part, k, e, window->weights + j * P + offset);
+                (part->node->shares ? pk__dot_own(part, k, e, window->use_weights + j * U)
+                                    : pk__dot_part(part, k, e, window->use_weights + j * U + offset));
     }
-    pk__contract_part(worker, part, j, e);
+    if (worker->tangent.per_layer && part->node->shares)
+        pk__contract_columns(worker, part, j, e);
+    else
+        pk__contract_part(worker, part, j, e);
     if (!job->part->bounds)
         return;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
     pk__integral_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
-        if (window->preconditioner_error) {
+        if (window->use_preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack = window->preconditioner_error + j * window->pitch + offset;
+            const pk_real *slack = window->use_preconditioner_error + j * window->uses_pitch + offset;
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
                 error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
@@ -18567,22 +19173,6 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
     }
 }
 
-/* The row's tiles, of one layer or of all, added to the results; then zero. */
-static void pk__add_row(pk__worker *worker, size_t row, int layer, size_t j, double factor)
-{
-    const pk__job *job = worker->job;
-    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
-    const double start = pk__seconds();
-    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
-        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
-        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
-        pk__add_cells(worker, layer, (worker->row + row) * job->outputs + first_output, job->output_count,
-                      factor, first, count, tile);
-        pk__clear_tile(job->output_count, count, tile);
-    }
-    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
-}
-
 /* The layers of a step whose Phi is materialised. */
 static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
 {
@@ -18599,7 +19189,8 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
                 continue;
             pk__materialised_layer(worker, row, l, j, carry);
             if (tangent->per_layer)
-                pk__add_row(worker, row, (int)l, j, factor);
+                if (!tangent->node[l]->shares) /* else each of its tensors went to its own column */
+                    pk__add_row(worker, row, tangent->node[l]->column, j, factor);
         }
         if (!tangent->per_layer)
             pk__add_row(worker, row, -1, j, factor);
@@ -18645,7 +19236,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     pk__job *job = worker->job;
     pk__block_state *block = &job->blocks[number];
     pk__integral *tangent = &worker->tangent;
-    const size_t P = job->graph->parameters;
+    const size_t U = job->window.spread;
     const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
     worker->row = number * job->block;
     worker->rows = pk__min(job->block, job->part->rows - worker->row);
@@ -18671,14 +19262,16 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         worker->factor =
             job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
         tangent->examples = &job->window.examples[j];
-        tangent->directions[0] = job->window.direction + j * P;
-        tangent->directions[1] = job->window.remainder + j * P;
-        tangent->directions[2] = job->decays ? job->window.weights + j * P : NULL;
-        pk__integral_step(tangent, job->window.weights + j * P, job->window.direction + j * P,
-                          job->window.transposed ? job->window.transposed + j * 2 * P : NULL,
+        tangent->directions[0] = job->window.use_direction + j * U;
+        tangent->directions[1] = job->window.use_remainder + j * U;
+        tangent->directions[2] = job->decays ? job->window.use_weights + j * U : NULL;
+        pk__integral_step(tangent, job->window.use_weights + j * U, job->window.use_direction + j * U,
+                          job->window.transposed ? job->window.transposed + j * 2 * U : NULL,
                           job->part->first_row + worker->row, worker->rows,
                           job->rows + worker->row * job->graph->input_width,
                           job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
+        if (job->graph->pieces)
+            pk__integral_share(tangent);
         pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
         pk__close_step(worker, block, j, first + j);
     }
@@ -18725,7 +19318,9 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
-    const pk__line line = {job->window.weights, NULL, NULL};
+    if (graph->pieces)
+        pk_graph_spread(graph, job->window.weights, job->window.use_weights);
+    const pk__line line = {job->window.use_weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
@@ -19139,7 +19734,7 @@ static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *r
     whole->examples = run->examples;
     whole->groups = options->group_count;
     whole->steps = run->steps;
-    whole->layers = run->graph.layers;
+    whole->layers = run->graph.columns;
     status = pk__keep(context, options, whole);
     if (status)
         return status;
@@ -20050,6 +20645,60 @@ static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
     return status;
 }
 
+static pk_matrix pk__some_rows(pk_matrix all, size_t first, size_t rows)
+{
+    all.data += first * all.ld;
+    all.rows = rows;
+    return all;
+}
+
+/* With ties the uses of a tensor meet each other in the kernel, so layers cannot be taken one by one: products of the
+ * gradients themselves, of up to `rows` rows of either side at one time. */
+static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
+{
+    const pk_graph *graph = gram->graph;
+    pk_context *context = gram->context;
+    const size_t C = gram->outputs, P = graph->parameters, kept = gram->kept;
+    size_t row = 0, bad = SIZE_MAX;
+    if (!pk__multiply(C, P, &row) || row > SIZE_MAX / 256)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
+    const size_t rows = pk__max(1, pk__min(64, ((size_t)1 << 21) / pk__max(row, 1)));
+    pk_real *numbers = NULL;
+    pk_status status = pk_allocate(context, 2 * rows, row * sizeof *numbers, gram->name, &numbers);
+    const pk_matrix none = {NULL, 0, 0, 0};
+    for (size_t i = 0; !status && i < x.rows; i += rows) {
+        const size_t left = pk__min(rows, x.rows - i);
+        status = pk__progress(context, "kernel", (double)i / (double)x.rows);
+        if (!status)
+            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(x, i, left),
+                                 pk_matrix_view(numbers, left * C, P), none);
+        for (size_t j = 0; !status && j < y.rows; j += rows) {
+            const size_t right = pk__min(rows, y.rows - j);
+            pk_real *others = numbers + rows * row;
+            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(y, j, right),
+                                 pk_matrix_view(others, right * C, P), none);
+            if (status)
+                break;
+            const size_t depth = C / kept * P;
+            pk_real *to = gram->result.data + i * kept * gram->result.ld + j * kept;
+            pk__gemm(0, 1, left * kept, right * kept, depth, 1, numbers, depth, others, depth, 0, to,
+                     gram->result.ld);
+            for (size_t r = 0; r < left * kept && bad == SIZE_MAX; r++)
+                for (size_t s = 0; s < right * kept && bad == SIZE_MAX; s++)
+                    if (!pk__finite(to[r * gram->result.ld + s]))
+                        bad = (i + r / kept) * y.rows + j + s / kept;
+        }
+    }
+    if (!status && bad != SIZE_MAX)
+        status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
+                          gram->name, bad / y.rows, bad % y.rows);
+    for (size_t r = 0; !status && gram->symmetric && r < gram->result.rows; r++)
+        for (size_t s = 0; s < r; s++)
+            gram->result.data[s * gram->result.ld + r] = gram->result.data[r * gram->result.ld + s];
+    pk_release(context, numbers);
+    return status;
+}
+
 static pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
                                const pk_real *weights, pk_matrix x, pk_matrix y, pk_matrix result, int trace)
 {
@@ -20075,6 +20724,8 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
             memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
         return PK_OK;
     }
+    if (graph->pieces)
+        return pk__gram_tied(&gram, x, y);
     status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
     if (!status)
         status =
