@@ -552,13 +552,61 @@ static void test_evaluate_bits(void **state)
     pk_graph_release(&context, &graph);
 }
 
+/* PyTorch's list of parameters, with their shapes. */
+static void parameter_tensors_are_listed(void **state)
+{
+    static const struct {
+        const char *network;
+        size_t count;
+        size_t dims[8][PK_SHAPE_RANK];
+    } cases[] = {
+        {"input 5; dense 4; tanh; dense 3 nobias", 3, {{4, 5}, {4}, {3, 4}}},
+        {"input 2x4x4; conv 4 3x3; flatten; dense 2", 4, {{4, 18}, {4}, {2, 16}, {2}}},
+        {"input 2x4x4; conv 4 3x3 groups=2 nobias; flatten; dense 2", 3, {{4, 9}, {2, 16}, {2}}},
+        {"input 4; embedding 7 6; position; layer_norm; mean_tokens; dense 2",
+         6,
+         {{7, 6}, {4, 6}, {6}, {6}, {2, 6}, {2}}},
+        {"input 6; rms_norm; dense 2", 3, {{6}, {2, 6}, {2}}},
+        {"input 3x4; attention 2; flatten", 4, {{12, 4}, {12}, {4, 4}, {4}}},
+    };
+    (void)state;
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        pk_context context = {0};
+        pk_graph graph = {0};
+        pk_weight_block blocks[8];
+        size_t at = 0;
+        if (pk_network_parse(&context, cases[c].network, &graph))
+            fail_msg("%s", pk_message(&context));
+        assert_int_equal(pk_graph_blocks(&graph, NULL, 0), cases[c].count);
+        assert_int_equal(pk_graph_blocks(&graph, blocks, 8), cases[c].count);
+        for (size_t b = 0; b < cases[c].count; b++) {
+            size_t count = 1;
+            assert_int_equal(blocks[b].offset, at);
+            for (int i = 0; i < PK_SHAPE_RANK; i++) {
+                assert_int_equal(i < blocks[b].rank ? blocks[b].dims[i] : 0, cases[c].dims[b][i]);
+                count *= i < blocks[b].rank ? blocks[b].dims[i] : 1;
+            }
+            assert_int_equal(blocks[b].count, count);
+            assert_true(graph.nodes[blocks[b].node].weight_offset <= at);
+            at += count;
+        }
+        assert_int_equal(at, graph.parameters);
+        pk_graph_release(&context, &graph);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_activations),      cmocka_unit_test(test_networks),
-        cmocka_unit_test(test_residual),         cmocka_unit_test(test_rules),
-        cmocka_unit_test(test_unread_node),      cmocka_unit_test(test_arguments),
-        cmocka_unit_test(test_evaluate_bits),    cmocka_unit_test(test_false_operations),
+        cmocka_unit_test(parameter_tensors_are_listed),
+        cmocka_unit_test(test_activations),
+        cmocka_unit_test(test_networks),
+        cmocka_unit_test(test_residual),
+        cmocka_unit_test(test_rules),
+        cmocka_unit_test(test_unread_node),
+        cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_evaluate_bits),
+        cmocka_unit_test(test_false_operations),
         cmocka_unit_test(test_constant_outputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

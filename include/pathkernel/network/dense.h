@@ -283,7 +283,8 @@ static const pk_operation pk__dense_operations[] = {
      NULL,
      0,
      NULL,
-     pk__dense_initialize},
+     pk__dense_initialize,
+     NULL},
 };
 
 PK__END_CODE

@@ -14,7 +14,13 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16, PK_CONSTANT_NAME = 32 };
+enum {
+    PK_SHAPE_RANK = 4,
+    PK_NODE_INPUTS = 4,
+    PK_NODE_ATTRIBUTES = 16,
+    PK_NODE_BLOCKS = 4,
+    PK_CONSTANT_NAME = 32
+};
 
 /* The shape of one example at a node; width is the product of dims. */
 typedef struct pk_shape {
@@ -59,6 +65,14 @@ typedef struct pk_option {
 
 struct pk_operation;
 struct pk_graph;
+
+/* A parameter tensor, as PyTorch counts them (each weight and each bias is one): a range of w and its shape. */
+typedef struct pk_weight_block {
+    size_t offset, count;
+    int rank;
+    size_t dims[PK_SHAPE_RANK];
+    int node; /* whose weights it holds */
+} pk_weight_block;
 
 typedef struct pk_node {
     const struct pk_operation *operation; /* NULL for the input */
@@ -150,6 +164,9 @@ typedef struct pk_operation {
     pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
     /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
+    /* The parameter tensors of a node with weights, in their order: rank and dims of each, at most PK_NODE_BLOCKS; how many.
+     * NULL: a matrix (fan_out, fan_in) and perhaps a bias (fan_out) where these are set, else one tensor. */
+    size_t (*blocks)(const pk_node *node, pk_weight_block *blocks);
 } pk_operation;
 
 /* A tensor of a node: its place in the spread vector, and in w. */
@@ -208,6 +225,9 @@ PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const p
                                                     const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
+/* The parameter tensors, numbered in the order of w: the first `capacity` of them are written (blocks may be NULL where
+ * capacity is 0); how many there are. Together they are all of w. */
+PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
 
 PK__END_C
@@ -716,6 +736,54 @@ PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *grap
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
 {
     return layer < graph->layers ? &graph->nodes[graph->nodes[layer].layer_node] : NULL;
+}
+
+static size_t pk__block_count(const pk_weight_block *block)
+{
+    size_t count = 1;
+    for (int i = 0; i < block->rank; i++)
+        count *= block->dims[i];
+    return count;
+}
+
+/* The tensors of a node with weights, with their places in w. */
+static size_t pk__node_blocks(const pk_graph *graph, const pk_node *node, pk_weight_block *blocks)
+{
+    size_t count = 0, at = 0;
+    memset(blocks, 0, PK_NODE_BLOCKS * sizeof *blocks);
+    if (node->operation->blocks) {
+        count = node->operation->blocks(node, blocks);
+    } else {
+        size_t matrix = node->fan_out * node->fan_in;
+        if (node->weight_count != matrix && node->weight_count - matrix != node->fan_out)
+            matrix = 0;
+        blocks[0].rank = matrix ? 2 : 1;
+        blocks[0].dims[0] = matrix ? node->fan_out : node->weight_count;
+        blocks[0].dims[1] = node->fan_in;
+        blocks[1].rank = 1;
+        blocks[1].dims[0] = matrix ? node->weight_count - matrix : 0;
+        count = blocks[1].dims[0] ? 2 : 1;
+    }
+    for (size_t b = 0; b < count; b++) {
+        blocks[b].node = (int)(node - graph->nodes);
+        blocks[b].count = pk__block_count(&blocks[b]);
+        blocks[b].offset = node->weight_offset + at;
+        at += blocks[b].count;
+    }
+    return count;
+}
+
+PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity)
+{
+    size_t count = 0;
+    for (size_t layer = 0; layer < graph->layers; layer++) {
+        pk_weight_block own[PK_NODE_BLOCKS];
+        const size_t more = pk__node_blocks(graph, pk_graph_layer(graph, layer), own);
+        for (size_t b = 0; b < more; b++, count++)
+            if (count < capacity)
+                blocks[count] = own[b];
+    }
+    return count;
 }
 
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)

@@ -311,6 +311,18 @@ static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_rea
         weights[i] = !biased || i < node->weight_count / 2;
 }
 
+/* gamma and beta, of the shape of the trailing dimensions. */
+static size_t pk__affine_blocks(const pk_node *node, pk_weight_block *blocks)
+{
+    const int dims = (int)node->attributes[PK_AFFINE_DIMS], biased = node->attributes[PK_AFFINE_BIAS] != 0;
+    for (int b = 0; b <= biased; b++) {
+        blocks[b].rank = dims ? dims : 1;
+        for (int i = 0; i < blocks[b].rank; i++)
+            blocks[b].dims[i] = node->shape.dims[dims ? node->shape.rank - dims + i : 0];
+    }
+    return (size_t)biased + 1;
+}
+
 /* A row is outer x count x each numbers, of which each slice [o][j] has the gamma j. */
 typedef struct pk__affine {
     size_t outer, count, each;
@@ -567,28 +579,29 @@ static const pk_option pk__affine_options[] = {
 };
 
 #define PK__NORM_OPERATION(name, text, kind, form, options, first, second, shape, scratch, gradient, rows,   \
-                           curvature, initialize)                                                            \
+                           curvature, initialize, blocks)                                                    \
     {                                                                                                        \
         text, kind, form, 1, options, {first, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, shape,      \
             scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, gradient, rows, NULL, \
-            NULL, 0, curvature, NULL, 0, NULL, initialize                                                    \
+            NULL, 0, curvature, NULL, 0, NULL, initialize, blocks                                            \
     }
 
 /* rms_normalize: the epsilon of torch.nn.RMSNorm in double precision, torch.finfo(torch.float64).eps. */
 static const pk_operation pk__norm_operations[] = {
     PK__NORM_OPERATION(normalize, "normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options, 1e-5, 1,
-                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL),
+                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL, NULL),
     PK__NORM_OPERATION(rms_normalize, "rms_normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options,
                        2.220446049250313e-16, 1, pk__normalize_shape, NULL, NULL, NULL,
-                       pk__rms_normalize_curvature, NULL),
+                       pk__rms_normalize_curvature, NULL, NULL),
     PK__NORM_OPERATION(standardize, "standardize", PK_LINEAR, PK_TANGENT_NONE, pk__standardize_options, 1e-5, 0,
-                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL),
+                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL, NULL),
     PK__NORM_OPERATION(affine, "affine", PK_LINEAR, PK_TANGENT_ROWS, pk__affine_options, 1, 1, pk__affine_shape,
-                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize),
+                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize,
+                       pk__affine_blocks),
     PK__NORM_OPERATION(softmax, "softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL),
+                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL, NULL),
     PK__NORM_OPERATION(log_softmax, "log_softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL),
+                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL, NULL),
 };
 #undef PK__NORM_OPERATION
 

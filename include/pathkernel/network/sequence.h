@@ -462,23 +462,24 @@ static const pk_option pk__attend_options[] = {
 };
 
 #define PK__SEQUENCE_OPERATION(name, text, kind, form, options, shape, scratch, reverse, gradient, rows, \
-                               curvature, check, initialize)                                             \
+                               curvature, check, initialize, blocks)                                     \
     {                                                                                                    \
         text, kind, form, 1, options, PK__NO_NUMBERS, shape, scratch, pk__##name##_forward,              \
             pk__##name##_tangent, reverse, gradient, rows, NULL, NULL, 0, curvature, NULL, 0, check,     \
-            initialize                                                                                   \
+            initialize, blocks                                                                           \
     }
 
 static const pk_operation pk__sequence_operations[] = {
     PK__SEQUENCE_OPERATION(embedding, "embedding", PK_LINEAR, PK_TANGENT_ROWS, pk__embedding_options,
                            pk__embedding_shape, NULL, pk__position_reverse, pk__embedding_weight_gradient,
-                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize),
+                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize,
+                           pk__table_blocks),
     PK__SEQUENCE_OPERATION(token, "token", PK_LINEAR, PK_TANGENT_NONE, pk__token_options, pk__token_shape, NULL,
-                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL),
+                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
     PK__SEQUENCE_OPERATION(mean_tokens, "mean_tokens", PK_LINEAR, PK_TANGENT_NONE, NULL, pk__tokens_shape, NULL,
-                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL),
+                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
     PK__SEQUENCE_OPERATION(attend, "attend", PK_SMOOTH, PK_TANGENT_NONE, pk__attend_options, pk__attend_shape,
-                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL,
+                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL, NULL,
                            NULL),
 };
 #undef PK__SEQUENCE_OPERATION

@@ -105,6 +105,15 @@ static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, 
     return PK_OK;
 }
 
+/* One tensor (entries, width). */
+static size_t pk__table_blocks(const pk_node *node, pk_weight_block *blocks)
+{
+    blocks->rank = 2;
+    blocks->dims[0] = node->weight_count / node->shape.dims[1];
+    blocks->dims[1] = node->shape.dims[1];
+    return 1;
+}
+
 static void pk__repeat_rows(size_t rows, size_t width, const pk_real *from, pk_real *to)
 {
     for (size_t row = 0; row < rows; row++)
@@ -372,7 +381,7 @@ static const pk_option pk__position_options[] = {
 #define PK__LINEAR_OPERATION(name, shape, forward, tangent, reverse)                                       \
     {                                                                                                      \
         name, PK_LINEAR, PK_TANGENT_NONE, 1, NULL, PK__NO_NUMBERS, shape, NULL, forward, tangent, reverse, \
-            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL                                           \
+            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL, NULL                                     \
     }
 
 static const pk_operation pk__structure_operations[] = {
@@ -400,6 +409,7 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      pk__select_check,
+     NULL,
      NULL},
     PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__fourier_tangent,
                          pk__fourier_reverse),
@@ -423,6 +433,7 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      NULL,
+     NULL,
      NULL},
     {"position",
      PK_LINEAR,
@@ -444,7 +455,8 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      NULL,
-     pk__normal_initialize},
+     pk__normal_initialize,
+     pk__table_blocks},
 };
 
 PK__END_CODE
