@@ -153,8 +153,8 @@ typedef struct pk__phi {
 } pk__phi;
 
 /* R of a part a step back, and E where it is wanted. p: out x in, then out; state and e: matrices, then biases. */
-static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
-                              const pk__phi *phi, pk_real *state, pk_real *e)
+static void pk__advance_part(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
+                             const pk__phi *phi, pk_real *state, pk_real *e)
 {
     const pk_real *p_bias = p ? p + part->matrix : NULL;
     const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
@@ -170,6 +170,62 @@ static void pk__advance_state(const pk__part *part, const pk_linear_form *form, 
         pk__linear_form_back(1, part->bias, form, carry, p_bias, phi->inputs ? &phi->bias_input : NULL,
                              (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, 0, state + at,
                              e ? e + at : NULL);
+    }
+}
+
+/* The same for the layer's weights first .. first + count - 1 alone. */
+static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
+                              double carry, const pk_real *p, const pk__phi *phi, pk_real *state, pk_real *e)
+{
+    const size_t in = part->node->fan_in, out = part->node->fan_out, matrix = part->matrix;
+    const size_t last = first + count, matrices = part->count * matrix, end = pk__min(last, matrix);
+    const size_t bias = pk__max(first, matrix) - matrix;
+    for (size_t k = 0; k < part->count; k++) {
+        size_t at = k * matrix + first;
+        if (first < end && phi->inputs) /* the matrix is one tensor */
+            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
+                                 e ? e + at : NULL);
+        else if (first < end)
+            pk__linear_form_back(1, end - first, form, carry, p + first, NULL, phi->matrices + at, 0,
+                                 state + at, e ? e + at : NULL);
+        if (last <= matrix)
+            continue;
+        at = matrices + k * part->bias + bias;
+        pk__linear_form_back(1, last - matrix - bias, form, carry, p + matrix + bias,
+                             phi->inputs ? &phi->bias_input : NULL,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias + bias, 0,
+                             state + at, e ? e + at : NULL);
+    }
+}
+
+/* R of a part a step back, with the linear form of each range of its weights. next: forms of the step behind. */
+static void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
+                              const pk_linear_form *next, const pk_real *p, const pk__phi *phi, pk_real *state,
+                              pk_real *e)
+{
+    const pk_parameter_groups *groups = &job->run->groups;
+    if (!job->grouped) {
+        pk__advance_part(part, forms, next->carry, p, phi, state, e);
+        return;
+    }
+    for (size_t i = 0; i < job->graph->piece_count;
+         i++) { /* each tensor is in one group, wherever it is used */
+        const pk_tensor_use *piece = &job->graph->pieces[i];
+        const pk_parameter_range *range = groups->range;
+        if (&job->graph->nodes[piece->node] != part->node)
+            continue;
+        while (piece->flat >= range->first + range->count)
+            range++;
+        pk__advance_range(part, piece->spread - part->node->weight_offset, piece->count, &forms[range->group],
+                          next[range->group].carry, p, phi, state, e);
+    }
+    for (size_t r = 0; !job->graph->pieces && r < groups->range_count; r++) {
+        const pk_parameter_range *range = &groups->range[r];
+        size_t first;
+        const size_t count = pk__range_part(range, part->node->weight_offset, part->node->weight_count, &first);
+        if (count)
+            pk__advance_range(part, first, count, &forms[range->group], next[range->group].carry, p, phi, state,
+                              e);
     }
 }
 
@@ -269,11 +325,12 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
 
 /* One part whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction with the batch, and
  * the bounds by the same way with absolute values. */
-static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j, double carry)
+static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j,
+                                  const pk_linear_form *next)
 {
     pk__job *job = worker->job;
     pk__window *window = &job->window;
-    const pk_linear_form *form = &window->forms[j];
+    const pk_linear_form *form = &window->forms[j * window->form_count];
     const size_t U = window->spread, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
@@ -298,11 +355,15 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
                                          &phi.inputs);
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
-        const int direct = form->direct != 0;
+        const int direct = job->grouped || form->direct != 0;
         e = direct ? worker->effective : job->reverse_state + at;
-        pk__advance_state(part, form, carry, p, &phi, job->reverse_state + at,
+        pk__advance_state(job, part, form, next, p, &phi, job->reverse_state + at,
                           direct ? worker->effective : NULL);
-        for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
+        for (size_t k = 0; job->grouped && !window->decoupled && k < part->count; k++)
+            job->part->decay[cell + part->first + k] -=
+                (part->node->shares ? pk__dot_own(part, k, e, window->use_decayed + j * U)
+                                    : pk__dot_part(part, k, e, window->use_decayed + j * U + offset));
+        for (size_t k = 0; !job->grouped && form->coupled != 0 && k < part->count; k++)
             job->part->decay[cell + part->first + k] -=
                 form->coupled * (direct ? 1 : form->gain) *
                 (part->node->shares ? pk__dot_own(part, k, e, window->use_weights + j * U)
@@ -328,12 +389,13 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         }
         phi.matrices = error;
         phi.biases = error + matrix;
-        pk__advance_state(part, form, carry, p, &phi, job->reverse_error + at, error);
+        pk__advance_state(job, part, form, next, p, &phi, job->reverse_error + at, error);
     }
     pk__bound_part(worker, part, j, error);
 }
 
-static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j, double carry)
+static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j,
+                                   const pk_linear_form *next)
 {
     const pk__job *job = worker->job;
     pk__part part;
@@ -350,18 +412,19 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
         const size_t end = pk__min(unit + job->unit, last);
         for (part.first = unit; part.first < end; part.first += part.count) {
             part.count = pk__min(each, end - part.first);
-            pk__materialised_part(worker, &part, j, carry);
+            pk__materialised_part(worker, &part, j, next);
         }
     }
 }
 
 /* The layers of a step whose Phi is materialised. */
-static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
+static void pk__materialised_layers(pk__worker *worker, size_t j, const pk_linear_form *next)
 {
     const pk__job *job = worker->job;
     const pk__integral *tangent = &worker->tangent;
-    const pk_linear_form *form = &job->window.forms[j];
-    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
+    const double factor =
+        worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
     size_t layers = 0;
     for (size_t l = 0; l < job->graph->layers; l++)
         layers += tangent->integrated[l] != 0;
@@ -369,7 +432,7 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
         for (size_t l = 0; l < job->graph->layers; l++) {
             if (!tangent->integrated[l])
                 continue;
-            pk__materialised_layer(worker, row, l, j, carry);
+            pk__materialised_layer(worker, row, l, j, next);
             if (tangent->per_layer)
                 if (!tangent->node[l]->shares) /* else each of its tensors went to its own column */
                     pk__add_row(worker, row, tangent->node[l]->column, j, factor);
@@ -384,9 +447,9 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
 {
     pk__job *job = worker->job;
     pk_decomposition *part = job->part;
-    const pk_linear_form *form = &job->window.forms[j];
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
     const pk_real *ends = pk__integrator_ends(&worker->tangent.integrator);
-    double linear = form->decoupled;
+    double linear = job->grouped ? 1 : form->decoupled; /* with groups it is in the direction */
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
@@ -437,7 +500,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
     for (size_t i = 0; i < count; i++) {
         size_t j = job->reverse ? count - 1 - i : i;
-        const pk_linear_form *form = &job->window.forms[j];
+        const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
         double scale = pk_run_gradient_scale(job->run, first + j);
         worker->step = first + j;
         worker->batch = &job->window.examples[j];
@@ -446,7 +509,9 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->examples = &job->window.examples[j];
         tangent->directions[0] = job->window.use_direction + j * U;
         tangent->directions[1] = job->window.use_remainder + j * U;
-        tangent->directions[2] = job->decays ? job->window.use_weights + j * U : NULL;
+        tangent->directions[2] = !job->decays   ? NULL
+                                 : job->grouped ? job->window.use_decayed + j * U
+                                                : job->window.use_weights + j * U;
         pk__integral_step(tangent, job->window.use_weights + j * U, job->window.use_direction + j * U,
                           job->window.transposed ? job->window.transposed + j * 2 * U : NULL,
                           job->part->first_row + worker->row, worker->rows,
@@ -454,7 +519,8 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
                           job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
         if (job->graph->pieces)
             pk__integral_share(tangent);
-        pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+        pk__materialised_layers(
+            worker, j, j + 1 < count ? job->window.forms + (j + 1) * job->window.form_count : job->next_forms);
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
@@ -694,7 +760,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)
         memset(job->reverse_state, 0, numbers * sizeof(pk_real));
-    job->next_carry = 0;
+    memset(job->next_forms, 0, job->window.form_count * sizeof *job->next_forms);
     for (size_t i = 0; i < windows; i++) {
         size_t w = job->reverse ? windows - 1 - i : i;
         size_t first = w * window, count = pk__min(window, steps - first);
@@ -710,7 +776,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team))
             pk__block_window(&job->workers[pk__thread()], b, first, count);
         pk__team_end(&team);
-        job->next_carry = job->window.forms[0].carry;
+        memcpy(job->next_forms, job->window.forms, job->window.form_count * sizeof *job->next_forms);
     }
     return PK_OK;
 }

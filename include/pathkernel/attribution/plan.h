@@ -80,7 +80,8 @@ typedef struct pk__job {
     double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
-    int direct; /* E has a part of its own beside R */
+    int direct;  /* E has a part of its own beside R, or gains of its own by groups */
+    int grouped; /* the run has parameter groups: linear forms by range of w */
     pk__window window;
     pk_matrix inputs;
     const pk_array *input_array; /* in place of their data, or NULL */
@@ -99,7 +100,7 @@ typedef struct pk__job {
     pk__row_state *row_state; /* plan.rows */
     double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
-    double next_carry;                 /* carry of the step after the window */
+    pk_linear_form *next_forms;        /* of the step after the window */
     size_t first_output, output_count; /* of the pass */
     pk_decomposition *part;
 } pk__job;
@@ -118,6 +119,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
     size_t largest = 0;
     pk__steps_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
+    job->next_forms = pk__arena_take(arena, job->window.form_count, sizeof *job->next_forms);
     job->rows = pk__arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
     job->gram = pk__arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
@@ -415,7 +417,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
-    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
+    job->grouped = run->groups.count > 0;
+    job->reverse = options->reverse_time || job->window.state_vectors > 0 || job->grouped;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;
@@ -425,7 +428,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
-    job->direct = job->reverse && form.direct != 0;
+    job->direct = job->grouped || (job->reverse && form.direct != 0);
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
@@ -434,7 +437,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     if (job->reverse)
         job->block =
             pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.spread)));
-    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
+    job->decays =
+        job->grouped ? job->window.decoupled : form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
 PK__END_COLD_CODE

@@ -23,7 +23,10 @@ typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
-    int preconditioned; /* the optimiser scales each parameter on its own */
+    int preconditioned; /* each parameter is scaled on its own: by the optimiser, or since there are parameter groups */
+    int adaptive;  /* the optimiser's second moments scale it */
+    int decoupled; /* with groups: `decayed` is what their decoupled decay takes; else a part of the gradients */
+    size_t form_count; /* forms of a step: of tensors in no group, then of each group */
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
     /* Of the plan: */
@@ -44,8 +47,10 @@ typedef struct pk__window {
     /* What stands in w, for each use of a tensor (E w, E D, E u, E p and the error of that), as the layers read it. Without ties
      * it is the same memory. */
     size_t uses_pitch;
-    pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error;
-    pk_linear_form *forms;
+    pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
+        *use_decayed;
+    pk_linear_form *forms; /* count x form_count */
+    pk_real *decayed;      /* count x P, with groups: decay o w_s */
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
@@ -110,10 +115,13 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
         window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
     window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
-    window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
+    window->state_vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    window->form_count = 1 + run->groups.count;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
-    window->preconditioned = form.preconditioned;
+    window->adaptive = form.preconditioned;
+    window->preconditioned = form.preconditioned || run->groups.count;
+    window->decoupled = run->optimizer.kind == PK_ADAMW;
 }
 
 /* Windows that can be visited last to first with states states (the first one's among them) where none is gone
@@ -180,7 +188,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
-    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
+    window->states = bounds && window->adaptive && !window->run->second_moments.data ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
@@ -202,7 +210,11 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
     window->spare_at = pk__arena_take(arena, window->spare, sizeof *window->spare_at);
     window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
-    window->forms = pk__arena_take(arena, capacity, sizeof *window->forms);
+    window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
+    window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
+    window->use_decayed = window->decayed;
+    if (graph->pieces && window->form_count > 1)
+        window->use_decayed = pk__arena_take(arena, spread, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
     window->magnitudes = bounds ? pk__arena_take(arena, capacity, sizeof(pk__examples)) : NULL;
@@ -307,7 +319,7 @@ static void pk__fill_window(pk_context *context, pk__window *window)
 
 static int pk__has_moments(const pk__window *window)
 {
-    return window->preconditioned && window->run->second_moments.data;
+    return window->adaptive && window->run->second_moments.data;
 }
 
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
@@ -353,15 +365,32 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         for (size_t lane = 1; lane < window->lanes; lane++)
             for (size_t i = 0; i < count; i++)
                 gradient[i] += gradient[lane * window->spread + i];
-        pk_optimizer_update(&run->optimizer, step, rate, scale, count, weights, gradient, state,
-                            advance || recorded ? NULL : update);
+        const double *rates = pk_run_group_rates(run, step);
+        const pk__update whole = {
+            step, rate, scale, count, count, weights, gradient, state, advance || recorded ? NULL : update};
+        pk__groups_update(&run->optimizer, &run->groups, rates, first, &whole);
         if (advance)
             continue;
         if (recorded)
             memcpy(state + (window->state_vectors - 1) * count, p, count * sizeof *p);
-        if (p)
+        for (size_t r = 0; r < run->groups.range_count; r++) {
+            const pk_parameter_range *range = &run->groups.range[r];
+            size_t from;
+            const size_t numbers = pk__range_part(range, first, count, &from);
+            if (!numbers)
+                continue;
+            pk__group_form(&run->optimizer, &run->groups, range->group, step, rate, rates, numbers, count,
+                           state ? state + from : NULL, &form, p + from);
+            if (recorded)
+                pk__update_from_form(&form, scale, numbers, p + from, state + from, gradient + from,
+                                     weights + from, update + from);
+            const double decay = window->decoupled ? form.decoupled : form.coupled;
+            for (size_t i = from; i < from + numbers; i++)
+                window->decayed[at + i] = (pk_real)(decay * weights[i]);
+        }
+        if (p && window->form_count == 1)
             pk_optimizer_linear_form(&run->optimizer, step, rate, count, state, &form, p);
-        if (recorded)
+        if (recorded && window->form_count == 1)
             pk__update_from_form(&form, scale, count, p, state, gradient, weights, update);
         for (size_t i = 0; i < count; i++)
             window->remainder[at + i] = window->direction[at + i] - update[i];
@@ -377,7 +406,11 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     const size_t P = window->parameters, step = window->first + j;
     const pk_real *gradient = window->gradient + j * window->lanes * window->spread,
                   *weights = window->weights + j * P;
-    double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
+    const double *rates = pk_run_group_rates(run, step), rate = run->learning_rates[step];
+    const pk_parameter_range all = {0, P, 0};
+    const pk_parameter_range *ranges = run->groups.range_count ? run->groups.range : &all;
+    const size_t range_count = pk__max(run->groups.range_count, 1);
+    double scale = pk_run_gradient_scale(run, step);
     double allowance = pk__rounding_allowance(&run->graph);
     pk_real *sizes = window->perturbed, *perturbed = sizes + window->spread, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
@@ -387,19 +420,24 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
         pk_graph_gather(&run->graph, sizes, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
+        size_t r = 0;
         for (size_t i = 0; i < P; i++) {
+            r += i == ranges[r].first + ranges[r].count;
+            const double coupled = window->forms[j * window->form_count + ranges[r].group].coupled;
             const double whole = scale * gradient[i] + coupled * weights[i];
             double change = scale * allowance * sizes[i];
             if (!larger)
                 change = change < fabs(whole) ? -change : -fabs(whole);
             perturbed[i] = (pk_real)(gradient[i] + (scale != 0 ? (whole > 0 ? change : -change) / scale : 0));
         }
-        pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed,
-                            state, NULL);
+        const pk__update whole_update = {step, rate, scale, P, P, weights, perturbed, state, NULL};
+        pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole_update);
         if (advance)
             continue;
         pk_linear_form form;
-        pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, p);
+        for (r = 0; r < range_count; r++)
+            pk__group_form(&run->optimizer, &run->groups, ranges[r].group, step, rate, rates, ranges[r].count,
+                           P, state + ranges[r].first, &form, p + ranges[r].first);
         for (size_t i = 0; i < P; i++) {
             const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
             error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
@@ -420,7 +458,20 @@ static void pk__spread_updates(pk__window *window)
         if (window->preconditioner_error)
             pk_graph_spread(graph, window->preconditioner_error + j * window->pitch,
                             window->use_preconditioner_error + j * window->uses_pitch);
+        if (window->decayed)
+            pk_graph_spread(graph, window->decayed + j * P, window->use_decayed + j * U);
     }
+}
+
+/* The scalars of a step's linear forms. */
+static void pk__window_forms(const pk__window *window, size_t step, pk_linear_form *forms)
+{
+    const pk_run *run = window->run;
+    const double rate = run->learning_rates[step], *rates = pk_run_group_rates(run, step);
+    if (window->form_count == 1)
+        pk_optimizer_linear_form(&run->optimizer, step, rate, window->parameters, NULL, forms, NULL);
+    for (size_t g = 0; window->form_count > 1 && g < window->form_count; g++)
+        pk__group_form(&run->optimizer, &run->groups, g, step, rate, rates, 0, 0, NULL, &forms[g], NULL);
 }
 
 static pk_status pk__prepare_window(pk_context *context, pk__window *window, size_t first, size_t count,
@@ -437,8 +488,7 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__fill_window(context, window);
     start = pk__seconds();
     for (size_t j = 0; j < count; j++)
-        pk_optimizer_linear_form(&window->run->optimizer, first + j, window->run->learning_rates[first + j], P,
-                                 NULL, &window->forms[j], NULL);
+        pk__window_forms(window, first + j, window->forms + j * window->form_count);
     for (size_t j = 0; !advance && pk__has_moments(window) && j < count; j++) {
         status = pk__read_moments(context, window, j);
         if (status)

@@ -746,7 +746,18 @@ static size_t pk__block_count(const pk_weight_block *block)
     return count;
 }
 
-/* The tensors of a node with weights, with their places in w. */
+/* Where the number `at` of the spread vector stands in w; SIZE_MAX: an earlier node brings it. */
+static size_t pk__own_offset(const pk_graph *graph, size_t at)
+{
+    if (!graph->pieces)
+        return at;
+    const pk_tensor_use *piece = graph->pieces;
+    while (at >= piece->spread + piece->count)
+        piece++;
+    return piece->owner == piece->node ? piece->flat + (at - piece->spread) : SIZE_MAX;
+}
+
+/* The tensors that a node with weights brings into w, with their places there. */
 static size_t pk__node_blocks(const pk_graph *graph, const pk_node *node, pk_weight_block *blocks)
 {
     size_t count = 0, at = 0;
@@ -764,13 +775,17 @@ static size_t pk__node_blocks(const pk_graph *graph, const pk_node *node, pk_wei
         blocks[1].dims[0] = matrix ? node->weight_count - matrix : 0;
         count = blocks[1].dims[0] ? 2 : 1;
     }
+    size_t own = 0;
     for (size_t b = 0; b < count; b++) {
-        blocks[b].node = (int)(node - graph->nodes);
-        blocks[b].count = pk__block_count(&blocks[b]);
-        blocks[b].offset = node->weight_offset + at;
-        at += blocks[b].count;
+        pk_weight_block block = blocks[b];
+        block.node = (int)(node - graph->nodes);
+        block.count = pk__block_count(&block);
+        block.offset = pk__own_offset(graph, node->weight_offset + at);
+        at += block.count;
+        if (block.offset != SIZE_MAX)
+            blocks[own++] = block;
     }
-    return count;
+    return own;
 }
 
 PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity)

@@ -22,12 +22,15 @@ typedef struct pk_recorder_options {
     const pk_constants *constants; /* of a network that names arrays; they are copied into the run */
     const char *loss;              /* "softmax_cross_entropy" */
     const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
-    int float32;                   /* 1: weights (and second moments) as float32; default float64 */
-    int batch_weights;             /* 1: record batch_weights.npy */
-    int gradient_scales;           /* 1: record gradient_scales.npy */
-    int second_moments;            /* 1: record second_moments.npy */
-    int resume;                    /* 1: continue the run in the directory, if there is one */
-    int replace;                   /* 1: remove the run in the directory first, if there is one */
+    const char *const *groups;     /* group lines such as "1,3 weight_decay=0" (groups.h); NULL: none */
+    size_t group_count;
+    int group_rates;     /* 1: record group_rates.npy: pk_recorder_group_rates before each step */
+    int float32;         /* 1: weights (and second moments) as float32; default float64 */
+    int batch_weights;   /* 1: record batch_weights.npy */
+    int gradient_scales; /* 1: record gradient_scales.npy */
+    int second_moments;  /* 1: record second_moments.npy */
+    int resume;          /* 1: continue the run in the directory, if there is one */
+    int replace;         /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (revisit.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
@@ -39,8 +42,10 @@ typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
     size_t keep_every, state_numbers; /* k; numbers of the optimiser's state, V P */
-    pk_array_writer files[9];
-    int present[9];
+    pk_array_writer files[10];
+    int present[10];
+    double *group_rates; /* of the next step */
+    size_t group_count;
     int float32, failed, lock;
     int64_t items; /* rows of batch_items.npy */
     /* Of a run that keeps every step, whose optimiser has a state: a row of resume_state.npy; the step whose state it
@@ -80,6 +85,11 @@ PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *
 PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
                                                const pk_batch *batch, double gradient_scale,
                                                const pk_real *second_moments, const pk_real *weights_after);
+
+/* The rates of the groups at the next step, one a group line; of a recording with options->group_rates. PK_ARGUMENT,
+ * PK_NOT_FINITE. */
+PK_API PK__MUST_USE pk_status pk_recorder_group_rates(pk_context *context, pk_recorder *recorder,
+                                                      const double *rates);
 
 /* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimiser's vectors
  * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
@@ -126,6 +136,8 @@ typedef struct pk__recording {
     pk_loss loss;
     pk_optimizer optimizer;
     char optimizer_text[256];
+    pk_parameter_groups groups;
+    char *groups_text;
     size_t keep_every;
     int present[PK__RUN_FILES];
     int exists; /* the directory holds a manifest */
@@ -144,8 +156,25 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                                      sizeof recording->optimizer_text);
     if (status == PK_OK)
         status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
+    if (status == PK_OK)
+        status = pk_parameter_groups_parse(context, &recording->graph, &recording->optimizer,
+                                           options->group_count, options->groups, &recording->groups);
+    if (status == PK_OK)
+        status = pk_allocate(context, pk__groups_text_size(&recording->groups), 1, "the text of the groups",
+                             &recording->groups_text);
     if (status != PK_OK)
         return status;
+    pk__groups_text(&recording->optimizer, &recording->groups, recording->groups_text,
+                    pk__groups_text_size(&recording->groups));
+    if (options->group_rates && !recording->groups.count)
+        return pk__fail(context, PK_ARGUMENT, "group_rates without groups");
+    for (size_t g = 0; g < recording->groups.count; g++) {
+        const pk_parameter_group *group = &recording->groups.group[g];
+        if (options->group_rates ? group->rated : !group->keys && !group->frozen)
+            return pk__fail(context, PK_ARGUMENT, "group %zu: %s", g,
+                            options->group_rates ? "rate= beside group_rates, which are the rates themselves"
+                                                 : "it has no key, and no group_rates are recorded");
+    }
     recording->keep_every = options->keep_every ? options->keep_every : 1;
     if (recording->keep_every > PK_KEEP_EVERY_MOST)
         return pk__fail(context, PK_ARGUMENT, "keep_every %zu is more than %d", recording->keep_every,
@@ -155,8 +184,10 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
     if (recording->keep_every > 1 && options->second_moments)
         return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
     for (int f = 0; f < PK__RUN_FILES; f++)
-        recording->present[f] = pk__run_has(f, recording->keep_every, &recording->optimizer) > 0;
+        recording->present[f] =
+            pk__run_has(f, recording->keep_every, &recording->optimizer, &recording->groups) > 0;
     recording->present[PK__RUN_ITEM_WEIGHTS] = options->batch_weights != 0;
+    recording->present[PK__RUN_GROUP_RATES] = options->group_rates != 0;
     recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
     recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
     return pk__run_check_data(context, train, &recording->graph, recording->loss);
@@ -329,16 +360,18 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
                                        const pk__recording *recording)
 {
     char *text = NULL;
-    size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text + 256, at = 0;
+    size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text +
+                  strlen(recording->groups_text) + 256,
+           at = 0;
     char keep[40] = "";
     if (recording->keep_every > 1)
         snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
     if (status != PK_OK)
         return status;
-    size =
-        (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s",
-                         recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text, keep);
+    size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s%s",
+                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text,
+                            recording->groups_text, keep);
     const char *kind;
     int file = pk__open_regular(folder, "run.txt.tmp", O_WRONLY | O_CREAT, &kind);
     int failed = file < 0 || ftruncate(file, 0) != 0;
@@ -416,7 +449,9 @@ static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
 /* Numbers in a row of a file of rank 2. */
 static const size_t *pk__recorder_width(const pk_recorder *recorder, int file)
 {
-    return file == PK__RUN_STATES ? &recorder->state_numbers : &recorder->parameters;
+    return file == PK__RUN_STATES        ? &recorder->state_numbers
+           : file == PK__RUN_GROUP_RATES ? &recorder->group_count
+                                         : &recorder->parameters;
 }
 
 /* The optimiser's state as float64. */
@@ -524,6 +559,16 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
         if (strcmp(line[k][1], line[k][2]) != 0)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
                             directory, line[k][0], line[k][1], line[k][2]);
+    char *groups = NULL;
+    status = pk_allocate(context, pk__groups_text_size(&run->groups), 1, "the text of the groups", &groups);
+    if (status != PK_OK)
+        return status;
+    pk__groups_text(&run->optimizer, &run->groups, groups, pk__groups_text_size(&run->groups));
+    const int same_groups = strcmp(groups, recording->groups_text) == 0;
+    pk_release(context, groups);
+    if (!same_groups)
+        return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its parameter groups are others",
+                        directory);
     if (run->keep_every != recording->keep_every)
         return pk__fail(context, PK_ARGUMENT,
                         "%s cannot be resumed: it keeps every %zuth step, not every %zuth", directory,
@@ -605,6 +650,7 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
     if (recorder->resume_file)
         close(recorder->resume_file - 1);
     pk_release(context, recorder->uniform);
+    pk_release(context, recorder->group_rates);
     if (recorder->lock)
         close(recorder->lock - 1);
     memset(recorder, 0, sizeof *recorder);
@@ -637,14 +683,22 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     opened.examples = pk_dataset_examples(train);
     memcpy(opened.present, recording.present, sizeof opened.present);
     opened.keep_every = recording.keep_every;
-    if (status == PK_OK && !pk__multiply(pk_optimizer_state_vectors(&recording.optimizer), opened.parameters,
-                                         &opened.state_numbers))
+    if (status == PK_OK &&
+        !pk__multiply(pk_parameter_groups_state_vectors(&recording.optimizer, &recording.groups),
+                      opened.parameters, &opened.state_numbers))
         status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
     if (status == PK_OK && initial_weights)
         status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
     if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
         status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
                              "a row of weights", &opened.row);
+    opened.group_count = recording.groups.count;
+    if (status == PK_OK && opened.present[PK__RUN_GROUP_RATES]) {
+        status = pk_allocate(context, opened.group_count, sizeof *opened.group_rates, "the rates of groups",
+                             &opened.group_rates);
+        for (size_t g = 0; status == PK_OK && g < opened.group_count; g++)
+            opened.group_rates[g] = (double)NAN; /* until they are given */
+    }
     if (status == PK_OK && opened.present[PK__RUN_STATES])
         status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
                              &opened.states);
@@ -674,6 +728,8 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     if (status != PK_OK && recording.made)
         (void)rmdir(directory);
     pk_release(context, path.text);
+    pk_parameter_groups_release(context, &recording.groups);
+    pk_release(context, recording.groups_text);
     pk_graph_release(context, &recording.graph);
     if (status == PK_OK) {
         *recorder = opened;
@@ -703,6 +759,10 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
         return pk__fail(context, PK_ARGUMENT,
                         "step %zu: gradient scale %g, but gradient_scales are not recorded", step,
                         gradient_scale);
+    for (size_t g = 0; recorder->group_rates && g < recorder->group_count; g++)
+        if (!isfinite(recorder->group_rates[g]))
+            return pk__fail(context, PK_ARGUMENT,
+                            "step %zu: the rates of the groups are missing (pk_recorder_group_rates)", step);
     if (batch->weights && !recorder->present[PK__RUN_ITEM_WEIGHTS])
         return pk__fail(context, PK_ARGUMENT,
                         "step %zu: the batch has weights, but batch_weights are not recorded", step);
@@ -773,8 +833,9 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
         !recorder->present[PK__RUN_CHECKSUMS]
             ? 0
             : pk__checksum(weights_after, recorder->parameters, keeps ? state : NULL, recorder->state_numbers);
-    const void *rows[PK__RUN_FILES] = {&learning_rate, &end, batch->items, batch_weights, &gradient_scale,
-                                       &checksum,      NULL, NULL,         NULL};
+    const void *rows[PK__RUN_FILES] = {
+        &learning_rate,        &end,      batch->items, batch_weights, &gradient_scale,
+        recorder->group_rates, &checksum, NULL,         NULL,          NULL};
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
         if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
@@ -789,6 +850,8 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
         recorder->failed = 1; /* the files disagree now: readers see the step before */
         return status;
     }
+    for (size_t g = 0; recorder->group_rates && g < recorder->group_count; g++)
+        recorder->group_rates[g] = (double)NAN;
     recorder->items = end;
     recorder->steps++;
     pk__recorder_keep_state(recorder, recorder->steps, PK__RESUME_EVERY, state, weights_after);
@@ -807,6 +870,21 @@ PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, do
                         "pk_recorder_training_step");
     return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, second_moments, NULL,
                                weights_after);
+}
+
+PK_API pk_status pk_recorder_group_rates(pk_context *context, pk_recorder *recorder, const double *rates)
+{
+    if (!recorder || !rates || !recorder->group_rates)
+        return pk__fail(context, PK_ARGUMENT,
+                        "pk_recorder_group_rates: recorder or rates are missing, or rates "
+                        "of groups are not recorded");
+    for (size_t g = 0; g < recorder->group_count; g++)
+        if (!isfinite(rates[g]) || rates[g] < 0)
+            return pk__fail(context, isfinite(rates[g]) ? PK_ARGUMENT : PK_NOT_FINITE,
+                            "step %zu: the rate of group %zu is %g; it must be finite and >= 0",
+                            recorder->steps, g, rates[g]);
+    memcpy(recorder->group_rates, rates, recorder->group_count * sizeof *rates);
+    return PK_OK;
 }
 
 PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder, double learning_rate,

@@ -18,9 +18,11 @@ typedef struct pk_trainer {
     const pk_dataset *train;
     pk_loss loss;
     pk_optimizer optimizer;
-    size_t state_numbers; /* V P */
-    pk_real *gradient;    /* P: of the last step */
-    pk_real *state;       /* state_numbers: the optimiser's vectors; zero before step 0 */
+    const pk_parameter_groups *groups; /* NULL: none; must outlive it */
+    const double *group_rates;         /* of the groups at the next step; NULL: their factors */
+    size_t state_numbers;              /* V P */
+    pk_real *gradient;                 /* P: of the last step */
+    pk_real *state;                    /* state_numbers: the optimiser's vectors; zero before step 0 */
     pk_gradient_workspace workspace;
     void *memory; /* private */
 } pk_trainer;
@@ -32,6 +34,13 @@ PK_API PK__MUST_USE pk_status pk_trainer_prepare(pk_context *context, const pk_g
                                                  const pk_dataset *train, pk_loss loss,
                                                  const pk_optimizer *optimizer, size_t largest_batch,
                                                  pk_trainer *trainer);
+/* The same with parameter groups (NULL: none). Where these have rates of their own, trainer->group_rates points to them
+ * before each step. */
+PK_API PK__MUST_USE pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *graph,
+                                                        const pk_dataset *train, pk_loss loss,
+                                                        const pk_optimizer *optimizer,
+                                                        const pk_parameter_groups *groups, size_t largest_batch,
+                                                        pk_trainer *trainer);
 PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
 
 /* One step of training:
@@ -106,7 +115,8 @@ static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads
 {
     const size_t P = trainer->graph->parameters, real = sizeof(pk_real);
     pk_gradient_workspace *workspace = &trainer->workspace;
-    if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
+    if (!pk__multiply(pk_parameter_groups_state_vectors(&trainer->optimizer, trainer->groups), P,
+                      &trainer->state_numbers))
         arena->overflow = 1;
     trainer->gradient = pk__arena_take(arena, P, real);
     trainer->state = pk__arena_take(arena, trainer->state_numbers, real);
@@ -122,6 +132,14 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
                                     pk_loss loss, const pk_optimizer *optimizer, size_t largest_batch,
                                     pk_trainer *trainer)
 {
+    return pk_trainer_prepare_groups(context, graph, train, loss, optimizer, NULL, largest_batch, trainer);
+}
+
+PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                           pk_loss loss, const pk_optimizer *optimizer,
+                                           const pk_parameter_groups *groups, size_t largest_batch,
+                                           pk_trainer *trainer)
+{
     if (!graph || !graph->node_count || !train || !optimizer || !trainer || !largest_batch)
         return pk__fail(context, PK_ARGUMENT, "training steps: graph, data, optimizer or batches are missing");
     pk_trainer taken;
@@ -130,6 +148,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     taken.train = train;
     taken.loss = loss;
     taken.optimizer = *optimizer;
+    taken.groups = groups;
     pk__arena arena = {NULL, 0, 0, 0};
     pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
     if (arena.overflow)
@@ -155,7 +174,7 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
 enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
 
 /* next = weights + their update, for one range of the parameters; whether it is finite. */
-static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole, size_t range)
+static int pk__step_range(const pk_trainer *trainer, const pk__update *whole, size_t range)
 {
     const size_t first = range * PK__STEP_RANGE;
     pk__update part = *whole;
@@ -164,7 +183,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     part.gradient += part.gradient ? first : 0;
     part.state = part.state ? part.state + first : NULL;
     part.update += first;
-    pk__optimizer_part(optimizer, &part);
+    pk__groups_update(&trainer->optimizer, trainer->groups, trainer->group_rates, first, &part);
     const pk_real *weights = part.weights;
     pk_real *next = part.update;
     const size_t count = part.count;
@@ -175,7 +194,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
 }
 
 /* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
-static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
+static int pk__step_update(pk_context *context, const pk_trainer *trainer, const pk__update *whole)
 {
     const size_t ranges = pk__blocks(whole->count, PK__STEP_RANGE);
     const int threads = (int)pk__min((size_t)pk_threads(context), pk__max(ranges / 8, 1));
@@ -184,14 +203,14 @@ static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, c
         pk__team team = pk__team_of(context, threads, ranges);
         PK__PARALLEL(team)
         for (size_t range = pk__first_task(&team); range < ranges; range = pk__next_task(&team))
-            if (!pk__step_range(optimizer, whole, range)) {
+            if (!pk__step_range(trainer, whole, range)) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
         pk__team_end(&team);
     } else {
         for (size_t range = 0; range < ranges; range++)
-            finite &= pk__step_range(optimizer, whole, range);
+            finite &= pk__step_range(trainer, whole, range);
     }
     return finite;
 }
@@ -206,10 +225,11 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                          &trainer->workspace, objective, trainer->gradient);
     if (status != PK_OK)
         return pk__prefix(context, status, "step %zu: ", step);
+    pk__groups_forget_frozen(trainer->groups, trainer->gradient);
     if (clip_norm > 0)
         *scale = pk_clip_scale(trainer->gradient, P, clip_norm);
     const pk__update whole = {step, rate, *scale, P, P, weights, trainer->gradient, trainer->state, next};
-    if (!pk__step_update(context, &trainer->optimizer, &whole))
+    if (!pk__step_update(context, trainer, &whole))
         for (size_t p = 0; p < P; p++)
             if (!isfinite(next[p]))
                 return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
@@ -280,6 +300,7 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
     replay->trainer.train = &run->train;
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
+    replay->trainer.groups = &run->groups;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
     replay->weights = pk__arena_take(arena, P, sizeof(pk_real));
     replay->next = pk__arena_take(arena, P, sizeof(pk_real));
@@ -288,7 +309,7 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
         replay->stops = (every - 1) / replay->spacing;
     }
     size_t numbers = 0;
-    if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
+    if (!pk__multiply(P, 1 + pk_parameter_groups_state_vectors(&run->optimizer, &run->groups), &numbers) ||
         !pk__multiply(replay->stops, numbers, &numbers))
         arena->overflow = 1;
     replay->stop_numbers = pk__arena_take(arena, numbers, sizeof(pk_real));
@@ -373,6 +394,7 @@ static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
     double scale = pk_run_gradient_scale(run, step);
     pk_batch batch;
     pk_run_batch(run, step, &batch);
+    replay->trainer.group_rates = pk_run_group_rates(run, step);
     replay->step = SIZE_MAX; /* after an error, the state belongs to no step */
     pk_status status = pk__make_step(context, &replay->trainer, step, run->learning_rates[step], 0, &batch,
                                      replay->weights, replay->next, &scale, NULL);

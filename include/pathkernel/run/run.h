@@ -10,6 +10,7 @@
  *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
+ *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
  *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
@@ -34,7 +35,7 @@
 #define PATHKERNEL_RUN_H
 #include "../network/language.h"
 #include "../training/loss.h"
-#include "../training/optimizer.h"
+#include "../training/groups.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -48,6 +49,7 @@ typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
     pk_optimizer optimizer;
+    pk_parameter_groups groups;                  /* tensors with options of their own; zeroed: none */
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
     size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
     /* 1: the files hold more than the complete steps (recording was cut off inside a step, or pk_run_recover was
@@ -62,8 +64,9 @@ typedef struct pk_run {
     const int64_t *batch_items;    /* batch_offsets[steps] */
     const double *batch_weights;   /* batch_offsets[steps]; NULL: 1/|B_s| */
     const double *gradient_scales; /* steps; NULL: 1 */
+    const double *group_rates;     /* steps x groups.count; NULL: their factors times learning_rates */
     const int64_t *checksums;      /* steps + 1; NULL where k = 1 */
-    pk_array columns[6];           /* private: the arrays behind the six pointers above */
+    pk_array columns[7];           /* private: the arrays behind the seven pointers above */
 } pk_run;
 
 /* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
@@ -100,6 +103,9 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
 
 /* The factor that clipping applied at a step: 1 where none was recorded. */
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
+
+/* The rates of the groups at a step, one a group; NULL where their factors hold. */
+PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
 
 /* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
  * to double). Reads one row. PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not
@@ -139,6 +145,7 @@ enum {
     PK__RUN_ITEMS,
     PK__RUN_ITEM_WEIGHTS,
     PK__RUN_SCALES,
+    PK__RUN_GROUP_RATES,
     PK__RUN_CHECKSUMS,
     PK__RUN_MOMENTS,
     PK__RUN_STATES,
@@ -156,19 +163,22 @@ typedef struct pk__run_file {
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
-    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},  {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
-    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
-    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0}, {"checksums.npy", PK_INT64, 1, 0, 1, 0},
-    {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},  {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1},
-    {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
+    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},   {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
+    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},        {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
+    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0},  {"group_rates.npy", PK_FLOAT64, 2, 1, 0, 0},
+    {"checksums.npy", PK_INT64, 1, 0, 1, 0},          {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},
+    {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1}, {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
 
 /* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
-static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer)
+static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer,
+                       const pk_parameter_groups *groups)
 {
+    if (file == PK__RUN_GROUP_RATES)
+        return groups->count ? -1 : 0;
     if (file == PK__RUN_CHECKSUMS)
         return keep_every > 1;
     if (file == PK__RUN_STATES)
-        return keep_every > 1 && pk_optimizer_state_vectors(optimizer) > 0;
+        return keep_every > 1 && pk_parameter_groups_state_vectors(optimizer, groups) > 0;
     if (file == PK__RUN_MOMENTS && keep_every > 1)
         return 0;
     return pk__run_files[file].optional ? -1 : 1;
@@ -280,6 +290,8 @@ enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at m
 typedef struct pk__manifest {
     char *value[PK__MANIFEST_KEYS]; /* inside the text that was split */
     size_t line[PK__MANIFEST_KEYS]; /* counted from 1; 0: not there */
+    const char *group[PK_GROUPS_MOST];
+    size_t group_line[PK_GROUPS_MOST], groups;
 } pk__manifest;
 
 static int pk__blank(char c)
@@ -323,6 +335,16 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         *version = 1;
         return PK_OK;
     }
+    if (strcmp(begin, "group") == 0) {
+        if (!*value)
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: 'group' has no value", line);
+        if (manifest->groups == PK_GROUPS_MOST)
+            return pk__fail(context, PK_UNSUPPORTED, "run.txt line %zu: more than %d groups", line,
+                            (int)PK_GROUPS_MOST);
+        manifest->group[manifest->groups] = value;
+        manifest->group_line[manifest->groups++] = line;
+        return PK_OK;
+    }
     for (int k = 0; k < PK__MANIFEST_KEYS; k++) {
         if (strcmp(begin, pk__manifest_keys[k]) != 0)
             continue;
@@ -335,9 +357,10 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         manifest->value[k] = value;
         return PK_OK;
     }
-    return pk__fail(context, PK_FORMAT,
-                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, keep_every)", line,
-                    begin);
+    return pk__fail(
+        context, PK_FORMAT,
+        "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, group, keep_every)", line,
+        begin);
 }
 
 /* Splits text (size bytes and a NUL after them), which is changed. */
@@ -382,30 +405,51 @@ static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *mani
     return PK_OK;
 }
 
-/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
-PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
-                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
-                                         pk_optimizer *optimizer, size_t *keep_every)
+static pk_status pk__manifest_values(pk_context *context, const pk__manifest *manifest,
+                                     const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                     pk_optimizer *optimizer, pk_parameter_groups *groups, size_t *keep_every)
 {
-    pk__manifest manifest;
-    pk_status status = pk__manifest_split(context, text, size, &manifest);
-    if (status != PK_OK)
-        return status;
     int key = PK__MANIFEST_KEEP;
-    status = pk__manifest_keep(context, &manifest, keep_every);
+    pk_status status = pk__manifest_keep(context, manifest, keep_every);
     if (status == PK_OK) {
         key = PK__MANIFEST_LOSS;
-        status = pk_loss_parse(context, manifest.value[key], loss);
+        status = pk_loss_parse(context, manifest->value[key], loss);
     }
     if (status == PK_OK) {
         key = PK__MANIFEST_OPTIMIZER;
-        status = pk_optimizer_parse(context, manifest.value[key], optimizer);
+        status = pk_optimizer_parse(context, manifest->value[key], optimizer);
     }
     if (status == PK_OK) {
         key = PK__MANIFEST_NETWORK;
-        status = pk_network_parse_with(context, manifest.value[key], constants, graph);
+        status = pk_network_parse_with(context, manifest->value[key], constants, graph);
     }
-    return pk__prefix(context, status, "run.txt line %zu: ", manifest.line[key]);
+    size_t line = manifest->line[key], at = 0;
+    if (status == PK_OK) {
+        status = pk__groups_parse(context, graph, optimizer, manifest->groups, manifest->group, groups, &at);
+        if (status != PK_OK) {
+            line = at < manifest->groups ? manifest->group_line[at] : line;
+            pk_graph_release(context, graph);
+        }
+    }
+    for (size_t g = 0; status == PK_OK && g < groups->count; g++)
+        groups->group[g].line = manifest->group_line[g];
+    return pk__prefix(context, status, "run.txt line %zu: ", line);
+}
+
+/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
+PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
+                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                         pk_optimizer *optimizer, pk_parameter_groups *groups,
+                                         size_t *keep_every)
+{
+    pk__manifest *manifest = NULL; /* too large for a thread's stack */
+    pk_status status = pk_allocate(context, 1, sizeof *manifest, "the lines of run.txt", &manifest);
+    if (status == PK_OK)
+        status = pk__manifest_split(context, text, size, manifest);
+    if (status == PK_OK)
+        status = pk__manifest_values(context, manifest, constants, graph, loss, optimizer, groups, keep_every);
+    pk_release(context, manifest);
+    return status;
 }
 
 /* constant_NAME.npy */
@@ -459,7 +503,7 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
         const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
         status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
-                                    &run->keep_every);
+                                    &run->groups, &run->keep_every);
         if (status == PK_OK && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -526,16 +570,19 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     const pk__run_file *expected = &pk__run_files[file];
     pk_array *array = pk__run_array(run, file);
     pk__run_path_of(path, expected->name);
-    int has = pk__run_has(file, run->keep_every, &run->optimizer);
+    int has = pk__run_has(file, run->keep_every, &run->optimizer, &run->groups);
     struct stat about;
     if (has <= 0 && lstat(path->text, &about) != 0 && errno == ENOENT) /* a link to nowhere is no absent file */
         return PK_OK;
     if (!has && file == PK__RUN_MOMENTS)
         return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
                         path->text);
+    if (!has && file == PK__RUN_GROUP_RATES)
+        return pk__fail(context, PK_FORMAT, "%s: run.txt has no group line", path->text);
     if (!has) /* other programs may leave what they like */
         return PK_OK;
-    const unsigned flags = PK_ARRAY_PARTIAL | (expected->rank == 2 ? PK_ARRAY_KEEP_OPEN : 0);
+    const unsigned flags =
+        PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
     pk_status status = pk_array_map(context, path->text, flags, array);
     if (status != PK_OK)
         return status;
@@ -546,8 +593,13 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     if (array->rank != expected->rank)
         return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
                         expected->rank);
-    size_t vectors = file == PK__RUN_STATES ? pk_optimizer_state_vectors(&run->optimizer) : 1;
-    if (expected->rank == 2 && (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
+    if (file == PK__RUN_GROUP_RATES && array->shape[1] != run->groups.count)
+        return pk__fail(context, PK_SHAPE, "%s has %zu columns, run.txt has %zu group lines", path->text,
+                        array->shape[1], run->groups.count);
+    size_t vectors =
+        file == PK__RUN_STATES ? pk_parameter_groups_state_vectors(&run->optimizer, &run->groups) : 1;
+    if (expected->rank == 2 && file != PK__RUN_GROUP_RATES &&
+        (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
         return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters%s",
                         path->text, array->shape[1], run->parameters,
                         vectors > 1 ? " and the optimizer two vectors" : "");
@@ -608,7 +660,7 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
 static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
-    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0};
+    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0, 0};
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         rows[f] = array->data ? array->shape[0] : SIZE_MAX;
@@ -644,6 +696,13 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
         if (i < count)
             return pk__fail(context, PK_NOT_FINITE, "%s/%s holds %g at row %zu", directory,
                             pk__run_files[file[k]].name, finite[k][i], i);
+    }
+    for (size_t i = 0; run->group_rates && i < steps * run->groups.count; i++) {
+        const size_t group = i % run->groups.count;
+        if (!run->groups.group[group].frozen && !(isfinite(run->group_rates[i]) && run->group_rates[i] >= 0))
+            return pk__fail(context, isfinite(run->group_rates[i]) ? PK_ARGUMENT : PK_NOT_FINITE,
+                            "%s/group_rates.npy holds %g at row %zu, column %zu; a rate is finite and >= 0",
+                            directory, run->group_rates[i], i / run->groups.count, group);
     }
     run->steps = steps;
     for (int f = 0; f < PK__RUN_FILES; f++) {
@@ -720,6 +779,17 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
     run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
+    run->group_rates = (const double *)run->columns[PK__RUN_GROUP_RATES].data;
+    for (size_t g = 0; g < run->groups.count; g++) {
+        const pk_parameter_group *group = &run->groups.group[g];
+        if (run->group_rates ? group->rated : !group->keys && !group->frozen)
+            return pk__fail(context, PK_FORMAT,
+                            run->group_rates ? "run.txt line %zu: rate= beside group_rates.npy, which has the "
+                                               "rates of the groups"
+                                             : "run.txt line %zu: a group without a key, and there is no "
+                                               "group_rates.npy",
+                            group->line);
+    }
     return pk__run_count(context, path->directory, recover, run);
 }
 
@@ -807,6 +877,7 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
     for (int f = 0; f < PK__RUN_FILES; f++)
         pk_array_release(context, pk__run_array(run, f));
     pk_dataset_release(context, &run->train);
+    pk_parameter_groups_release(context, &run->groups);
     pk_graph_release(context, &run->graph);
     memset(run, 0, sizeof *run);
 }
@@ -822,6 +893,11 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
 {
     return run->gradient_scales ? run->gradient_scales[step] : 1;
+}
+
+PK_API const double *pk_run_group_rates(const pk_run *run, size_t step)
+{
+    return run->group_rates ? run->group_rates + step * run->groups.count : NULL;
 }
 
 PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)

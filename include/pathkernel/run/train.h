@@ -17,11 +17,16 @@ typedef struct pk_train_options {
     pk_loss loss;           /* required */
     pk_optimizer optimizer; /* zero: plain SGD */
     pk_schedule schedule;   /* schedule.rate alone: that rate at every step */
-    size_t steps;           /* S: the number of updates from w_0, those already recorded included */
-    size_t batch_size;      /* 0, or N and more: full batches in row order */
-    int shuffle_off;        /* 1: mini-batches in row order; default: a new permutation every epoch */
-    uint64_t seed;          /* of the permutations; epoch e is stream e */
-    double clip_norm;       /* the gradient's largest norm (torch's clip_grad_norm_); 0: no clipping */
+    /* Parameter groups: group_count lines such as "1,3,5-7 weight_decay=0 rate=0.1" (groups.h), or none; their schedules,
+     * one a group, of rates that are no factors, or NULL. */
+    const char *const *groups;
+    size_t group_count;
+    const pk_schedule *group_schedules;
+    size_t steps;      /* S: the number of updates from w_0, those already recorded included */
+    size_t batch_size; /* 0, or N and more: full batches in row order */
+    int shuffle_off;   /* 1: mini-batches in row order; default: a new permutation every epoch */
+    uint64_t seed;     /* of the permutations; epoch e is stream e */
+    double clip_norm;  /* the gradient's largest norm (torch's clip_grad_norm_); 0: no clipping */
 
     const char *record; /* a run directory to write; NULL: none */
     int resume;         /* 1: continue the run in `record`, if there is one */
@@ -83,6 +88,8 @@ typedef struct pk__training {
     size_t epoch;                           /* whose permutation order holds */
     int64_t *order;                         /* examples */
     pk_real *next;                          /* P: w_{s+1} */
+    pk_parameter_groups groups;
+    double *group_rates; /* of a step, or NULL */
     pk_trainer trainer;
     pk_recorder recorder;
 } pk__training;
@@ -114,13 +121,27 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
+/* The rate of a step, and of the groups at it. */
+static double pk__training_rate(pk__training *t, size_t step)
+{
+    for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+        t->group_rates[g] =
+            t->groups.group[g].frozen ? 0 : pk_schedule_rate(&t->options->group_schedules[g], step);
+    return pk_schedule_rate(&t->options->schedule, step);
+}
+
 /* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
 {
     const pk_train_options *options = t->options;
     pk__training_batch(t, step, &made->batch);
-    made->rate = pk_schedule_rate(&options->schedule, step);
+    made->rate = pk__training_rate(t, step);
+    t->trainer.group_rates = t->group_rates;
+    for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+        if (!isfinite(t->group_rates[g]) || t->group_rates[g] < 0)
+            return pk__fail(context, PK_ARGUMENT, "the learning rate of group %zu at step %zu is %g", g, step,
+                            t->group_rates[g]);
     return pk_training_step(context, &t->trainer, step, made->rate, options->clip_norm, &made->batch, weights,
                             t->next, &made->scale, &made->objective);
 }
@@ -149,7 +170,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
                         "%s was recorded as float32: training cannot go on to the same bits", folder);
     /* A rule without state needs no gradient of the past, nor does one whose state was kept; at least one step is
      * checked all the same. */
-    size_t last = run->steps - 1, from = pk_optimizer_stateless(&t->options->optimizer) ? last : 0;
+    size_t last = run->steps - 1, from = t->trainer.state_numbers ? 0 : last;
     if (run->keep_every > 1)
         from = last - last % run->keep_every;
     if (run->keep_every == 1 && t->trainer.state_numbers) {
@@ -168,7 +189,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         pk_batch there;
         pk_run_batch(run, s, &there);
         pk__training_batch(t, s, &made.batch);
-        made.rate = pk_schedule_rate(&t->options->schedule, s);
+        made.rate = pk__training_rate(t, s);
         if (there.count != made.batch.count || there.weights ||
             memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu used another batch",
@@ -177,6 +198,12 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
             return pk__fail(context, PK_ARGUMENT,
                             "%s cannot be resumed: the rate of its step %zu is %.17g, not %.17g", folder, s,
                             run->learning_rates[s], made.rate);
+        for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+            if (!t->groups.group[g].frozen && pk_run_group_rates(run, s)[g] != t->group_rates[g])
+                return pk__fail(
+                    context, PK_ARGUMENT,
+                    "%s cannot be resumed: the rate of group %zu at its step %zu is %.17g, not %.17g", folder,
+                    g, s, pk_run_group_rates(run, s)[g], t->group_rates[g]);
         if (s < from)
             continue;
         int same = 0;
@@ -229,6 +256,9 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.constants = &constants;
     recording.loss = pk_loss_name(options->loss);
     recording.optimizer = optimizer;
+    recording.groups = options->groups;
+    recording.group_count = options->group_count;
+    recording.group_rates = t->group_rates != NULL;
     recording.float32 = options->record_float32;
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
@@ -273,6 +303,8 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
         size_t step = result->steps;
         pk__step made;
         status = pk__training_next(context, t, step, now, &made);
+        if (status == PK_OK && options->record && t->group_rates)
+            status = pk_recorder_group_rates(context, &t->recorder, t->group_rates);
         if (status == PK_OK && options->record)
             status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
                                                t->trainer.state, t->next);
@@ -319,6 +351,9 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
     pk_status status = pk_optimizer_check(context, &options->optimizer);
     if (status == PK_OK)
         status = pk_schedule_check(context, &options->schedule, options->steps);
+    for (size_t g = 0; options->group_schedules && status == PK_OK && g < options->group_count; g++)
+        status = pk__prefix(context, pk_schedule_check(context, &options->group_schedules[g], options->steps),
+                            "group %zu: ", g);
     if (status == PK_OK)
         status = pk__run_check_data(context, train, graph, options->loss);
     return status;
@@ -346,14 +381,26 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     if (status == PK_OK)
         status = pk_allocate(context, graph->parameters, sizeof *t.next, "the next weights", &t.next);
     if (status == PK_OK)
-        status = pk_trainer_prepare(context, graph, train, options->loss, &options->optimizer, t.batch_size,
-                                    &t.trainer);
+        status = pk_parameter_groups_parse(context, graph, &options->optimizer, options->group_count,
+                                           options->groups, &t.groups);
+    if (status == PK_OK && options->group_schedules && t.groups.count)
+        status =
+            pk_allocate(context, t.groups.count, sizeof *t.group_rates, "the rates of groups", &t.group_rates);
+    for (size_t g = 0; status == PK_OK && t.group_rates && g < t.groups.count; g++)
+        if (t.groups.group[g].rated)
+            status = pk__fail(context, PK_ARGUMENT,
+                              "group %zu: rate= beside group_schedules, which have the rates", g);
+    if (status == PK_OK)
+        status = pk_trainer_prepare_groups(context, graph, train, options->loss, &options->optimizer, &t.groups,
+                                           t.batch_size, &t.trainer);
     if (status == PK_OK)
         status = pk__training_loop(context, &t, weights, &reached);
     pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
     if (status == PK_OK)
         status = closed;
     pk_trainer_release(context, &t.trainer);
+    pk_release(context, t.group_rates);
+    pk_parameter_groups_release(context, &t.groups);
     pk_release(context, t.next);
     pk_release(context, t.order);
     if (result)

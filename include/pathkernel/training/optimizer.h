@@ -173,10 +173,11 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
     }
 }
 
-static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
-                                const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
+static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                size_t apart, const pk_real *state, pk_linear_form *form,
+                                pk_real *preconditioner)
 {
-    (void)parameters, (void)state, (void)preconditioner;
+    (void)count, (void)apart, (void)state, (void)preconditioner;
     double momentum = optimizer->momentum;
     if (momentum != 0) {
         form->carry = step ? momentum : 0;
@@ -243,8 +244,9 @@ static void pk__adamw_update(const pk_optimizer *optimizer, const pk__update *ca
     pk__adam_step(optimizer, call, 0, call->rate * optimizer->weight_decay);
 }
 
-static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
-                                 const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
+static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                 size_t apart, const pk_real *state, pk_linear_form *form,
+                                 pk_real *preconditioner)
 {
     double spread;
     form->carry = optimizer->beta1;
@@ -255,9 +257,9 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
     form->decoupled = optimizer->kind == PK_ADAMW ? rate * optimizer->weight_decay : 0;
     pk__adam_corrections(optimizer, step, rate, &form->rate, &spread);
     if (preconditioner)
-        for (size_t i = 0; i < parameters; i++)
+        for (size_t i = 0; i < count; i++)
             preconditioner[i] =
-                (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
+                (pk_real)(form->rate / (sqrt((double)state[apart + i]) * spread + optimizer->epsilon));
 }
 
 /* At i, of as many numbers as a `number` is: one, or a vector of them. */
@@ -325,7 +327,7 @@ typedef struct pk__optimizer_rule {
     pk__optimizer_key keys[PK__OPTIMIZER_KEYS]; /* ends with a NULL name */
     size_t (*state_vectors)(const pk_optimizer *optimizer);
     void (*update)(const pk_optimizer *optimizer, const pk__update *call);
-    void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
+    void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t count, size_t apart,
                         const pk_real *state, pk_linear_form *form,
                         pk_real *preconditioner); /* form is zeroed */
 } pk__optimizer_rule;
@@ -478,17 +480,66 @@ PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, doub
     pk__optimizer_part(optimizer, &call);
 }
 
-PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
-                                     size_t parameters, const pk_real *state, pk_linear_form *form,
-                                     pk_real *preconditioner)
+/* Of count parameters, whose state vectors are `apart` numbers from each other. */
+PK__PRIVATE void pk__optimizer_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                    size_t apart, const pk_real *state, pk_linear_form *form,
+                                    pk_real *preconditioner)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
     memset(form, 0, sizeof *form);
     if (rule)
-        rule->linear_form(optimizer, step, learning_rate, parameters, state, form, preconditioner);
+        rule->linear_form(optimizer, step, rate, count, apart, state, form, preconditioner);
+}
+
+PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
+                                     size_t parameters, const pk_real *state, pk_linear_form *form,
+                                     pk_real *preconditioner)
+{
+    pk__optimizer_form(optimizer, step, learning_rate, parameters, parameters, state, form, preconditioner);
 }
 
 /* ---- text --------------------------------------------------------------------------------------------- */
+
+/* key=value: one word of `length` bytes. seen: a bit a key. */
+PK__PRIVATE pk_status pk__optimizer_word(pk_context *context, const pk__optimizer_rule *rule, const char *text,
+                                         size_t length, pk_optimizer *parsed, unsigned *seen)
+{
+    size_t name = strcspn(text, "= \t");
+    int shown = (int)(length < 40 ? length : 40), index = 0;
+    double value = 0;
+    while (rule->keys[index].name &&
+           (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
+        index++;
+    const pk__optimizer_key *key = &rule->keys[index];
+    if (!key->name)
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name, shown,
+                        text);
+    if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown, text,
+                        key->name);
+    if (*seen & (1u << index))
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' gives %s a second time", rule->name, shown,
+                        text, key->name);
+    if (pk__key_refuse(key, value)) /* before a switch becomes an int */
+        return pk__fail(context, PK_ARGUMENT, "optimizer %s: %s is %.17g; it must be %s", rule->name, key->name,
+                        value, pk__key_refuse(key, value));
+    *seen |= 1u << index;
+    pk__key_set(key, parsed, value);
+    return PK_OK;
+}
+
+/* " name=value", the shortest that gives the same bits back; its length. */
+PK__PRIVATE size_t pk__key_text(const char *name, double value, char *text, size_t size)
+{
+    char number[64];
+    double back;
+    for (int digits = 15; digits <= 17; digits++) {
+        pk__print(number, sizeof number, "%.*g", digits, value);
+        if (pk__number(number, strlen(number), &back) && back == value)
+            break;
+    }
+    return (size_t)snprintf(text, size, " %s=%s", name, number);
+}
 
 PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_optimizer *optimizer)
 {
@@ -509,27 +560,9 @@ PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_op
     unsigned seen = 0;
     for (text += length, text += strspn(text, space); *text; text += length, text += strspn(text, space)) {
         length = strcspn(text, space);
-        size_t name = strcspn(text, "= \t");
-        int shown = (int)(length < 40 ? length : 40), index = 0;
-        double value = 0;
-        while (rule->keys[index].name &&
-               (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
-            index++;
-        const pk__optimizer_key *key = &rule->keys[index];
-        if (!key->name)
-            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name,
-                            shown, text);
-        if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
-            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown,
-                            text, key->name);
-        if (seen & (1u << index))
-            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' gives %s a second time", rule->name,
-                            shown, text, key->name);
-        if (pk__key_refuse(key, value)) /* before a switch becomes an int */
-            return pk__fail(context, PK_ARGUMENT, "optimizer %s: %s is %.17g; it must be %s", rule->name,
-                            key->name, value, pk__key_refuse(key, value));
-        seen |= 1u << index;
-        pk__key_set(key, &parsed, value);
+        pk_status status = pk__optimizer_word(context, rule, text, length, &parsed, &seen);
+        if (status)
+            return status;
     }
     pk_status status = pk_optimizer_check(context, &parsed);
     if (status == PK_OK)
@@ -548,16 +581,10 @@ PK_API pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, 
     char whole[512];
     size_t used = (size_t)snprintf(whole, sizeof whole, "%s", rule->name);
     for (const pk__optimizer_key *key = rule->keys; key->name; key++) {
-        char number[64];
-        double value = pk__key_get(key, optimizer), back;
+        double value = pk__key_get(key, optimizer);
         if (value == 0 && key->standard == 0)
             continue;
-        for (int digits = 15; digits <= 17; digits++) { /* the shortest that gives the same bits back */
-            pk__print(number, sizeof number, "%.*g", digits, value);
-            if (pk__number(number, strlen(number), &back) && back == value)
-                break;
-        }
-        used += (size_t)snprintf(whole + used, sizeof whole - used, " %s=%s", key->name, number);
+        used += pk__key_text(key->name, value, whole + used, sizeof whole - used);
     }
     if (used + 1 > size)
         return PK_ARGUMENT;
