@@ -224,7 +224,8 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
             segment->base[n] = base;
             segment->slope[n] = slope;
         }
-        if (n && node->varies && (gather || !affine || !pk__is_outer(node)) && segment->gathered)
+        if (n && node->varies && (gather || !affine || !pk__is_outer(node) || node->shares) &&
+            segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
         for (int j = 0; j < node->input_count && segment->last_read; j++)
