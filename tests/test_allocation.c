@@ -309,6 +309,14 @@ JOB(job_graph)
     if (!status)
         status = pk_graph_add_constants(context, &graph, pk_operation_find("relu"), 1, first, attributes, 6,
                                         constants, NULL);
+    int nodes[2] = {0, 0};
+    const pk_operation *dense = pk_operation_find("dense");
+    memcpy(attributes, dense->defaults, sizeof attributes);
+    attributes[PK_DENSE_OUTPUTS] = 5;
+    for (int i = 0; !status && i < 2; i++)
+        status = pk_graph_add(context, &graph, dense, 1, first, attributes, &nodes[i]);
+    if (!status)
+        status = pk_graph_tie(context, &graph, nodes[1], 0, nodes[0], 1);
     pk_graph_release(context, &graph);
     return status;
 }
@@ -668,7 +676,7 @@ static const struct entry {
     {"pk_dataset_csv pk_dataset_release", job_csv, 1},
     {"pk_dataset_idx", job_idx, 1},
     {"pk_matrix_multiply", job_matrix, 0},
-    {"pk_graph_input pk_graph_add pk_graph_add_constants pk_graph_release", job_graph, 3},
+    {"pk_graph_input pk_graph_add pk_graph_add_constants pk_graph_tie pk_graph_release", job_graph, 4},
     {"pk_network_parse_with", job_parse_with, 5},
     {"pk_network_parse", job_parse, 2},
     {"pk_network_initialize", job_initialize, 0},
