@@ -1,0 +1,184 @@
+/* Parameter groups: lines and their errors, training against a plain loop, recording, resuming, replay, decomposition. */
+#include "fixture.h"
+
+enum { EXAMPLES = 10, STEPS = 9 };
+#define NETWORK "input 3; dense 4; layer_norm; tanh; dense 2"
+
+static pk_dataset some_data(pk_real *inputs, int64_t *targets)
+{
+    static const size_t shape[2] = {EXAMPLES, 3};
+    pk_dataset data = {0};
+    for (size_t i = 0; i < EXAMPLES * 3; i++)
+        inputs[i] = (pk_real)sin(1.7 * (double)i + 0.3);
+    for (size_t i = 0; i < EXAMPLES; i++)
+        targets[i] = (int64_t)(i * i % 3 == 1);
+    data.inputs = pk_array_view(sizeof(pk_real) == 4 ? PK_FLOAT32 : PK_FLOAT64, 2, shape, inputs);
+    data.targets = pk_array_view(PK_INT64, 1, shape, targets);
+    return data;
+}
+
+/* Tensors: 0: 4x3, 1: 4, 2: 4, 3: 4, 4: 2x4, 5: 2. */
+static const size_t offsets[7] = {0, 12, 16, 20, 24, 32, 34};
+
+static void lines_are_checked(void **state)
+{
+    static const struct {
+        const char *line[2], *message;
+    } cases[] = {
+        {{"6 rate=1", NULL}, "tensor 6: the network has 6"},
+        {{"0,0 rate=1", NULL}, "tensor 0 stands twice"},
+        {{"0-2 rate=1", "2 frozen"}, "tensor 2 is in a group already"},
+        {{"2-1 rate=1", NULL}, "the last comes before the first"},
+        {{"a rate=1", NULL}, "is not a list of tensors"},
+        {{"1, rate=1", NULL}, "is not a list of tensors"},
+        {{"1 warmth=1", NULL}, "is not one of its keys"},
+        {{"1 weight_decay=x", NULL}, "is not weight_decay=number"},
+        {{"1 weight_decay=-1", NULL}, "finite and >= 0"},
+        {{"1 rate=-1", NULL}, "finite and >= 0"},
+        {{"1 rate=x", NULL}, "is not rate=number"},
+        {{"1 rate=1 rate=2", NULL}, "a second time"},
+        {{"1 frozen rate=1", NULL}, "no other key"},
+        {{"1 frozen frozen", NULL}, "twice"},
+    };
+    (void)state;
+    pk_context context = {0};
+    pk_graph graph = {0};
+    const pk_optimizer sgd = pk_optimizer_default(PK_SGD);
+    assert_int_equal(pk_network_parse(&context, NETWORK, &graph), PK_OK);
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        pk_parameter_groups groups = {0};
+        assert_int_not_equal(
+            pk_parameter_groups_parse(&context, &graph, &sgd, cases[c].line[1] ? 2 : 1, cases[c].line, &groups),
+            PK_OK);
+        if (!strstr(pk_message(&context), cases[c].message))
+            fail_msg("%s: %s", cases[c].line[0], pk_message(&context));
+        assert_null(groups.group);
+    }
+    pk_graph_release(&context, &graph);
+    assert_int_equal(context.memory_used, 0);
+}
+
+static const char *const rules[] = {"sgd", "sgd momentum=0.9 weight_decay=0.1", "sgd momentum=0.9 nesterov=1",
+                                    "adam weight_decay=0.1", "adamw weight_decay=0.2"};
+static const char *const lines[] = {"1-3,5 weight_decay=0 rate=0.5", "4 frozen"};
+
+/* A step is that of each tensor's own optimizer; recorded, resumed and replayed runs have the same bits; the decomposition
+ * closes, leaves nothing unattributed, and a frozen matrix takes no part. */
+static void runs_with_groups(void **state)
+{
+    (void)state;
+    char root[] = "/tmp/pathkernel_groups_XXXXXX", remove[100];
+    assert_non_null(mkdtemp(root));
+    for (size_t c = 0; c < 2 * (sizeof rules / sizeof *rules); c++) {
+        pk_context context = {0};
+        pk_graph graph = {0};
+        pk_real inputs[EXAMPLES * 3], w[3][34], start[34];
+        int64_t targets[EXAMPLES];
+        const pk_dataset data = some_data(inputs, targets);
+        const pk_schedule rates[2] = {{.rate = 0.02, .kind = PK_SCHEDULE_COSINE, .period = STEPS}, {0}};
+        static const char *const keyless[] = {"1-3,5 weight_decay=0", "4 frozen"};
+        const int own = c % 2;
+        pk_train_options options = {0};
+        char folder[2][300];
+        assert_int_equal(pk_network_parse(&context, NETWORK, &graph), PK_OK);
+        assert_int_equal(pk_optimizer_parse(&context, rules[c / 2], &options.optimizer), PK_OK);
+        assert_int_equal(pk_loss_parse(&context, "softmax_cross_entropy", &options.loss), PK_OK);
+        options.schedule.rate = 0.05;
+        options.steps = STEPS;
+        options.batch_size = 4;
+        options.groups = own ? keyless : lines;
+        options.group_count = 2;
+        options.group_schedules = own ? rates : NULL;
+        for (size_t p = 0; p < 34; p++)
+            w[0][p] = w[1][p] = w[2][p] = start[p] = (pk_real)(0.5 * cos(1.3 * (double)p));
+        for (int k = 0; k < 2; k++) {
+            snprintf(folder[k], sizeof folder[k], "%s/%zu_%d", root, c, k);
+            options.record = folder[k];
+            options.replace = 1;
+            options.keep_every = k ? 4 : 1;
+            options.steps = STEPS - 4;
+            if (pk_train(&context, &graph, &data, &options, w[k], NULL))
+                fail_msg("%s", pk_message(&context));
+            options.replace = 0;
+            options.resume = 1;
+            options.steps = STEPS;
+            memcpy(w[k], start, sizeof start);
+            if (pk_train(&context, &graph, &data, &options, w[k], NULL))
+                fail_msg("%s", pk_message(&context));
+            options.resume = 0;
+        }
+        assert_memory_equal(w[0], w[1], sizeof w[0]);
+        assert_memory_equal(w[0] + offsets[4], start + offsets[4], (offsets[5] - offsets[4]) * sizeof(pk_real));
+        assert_true(w[0][offsets[5]] != start[offsets[5]]);
+        /* Other groups do not go on. */
+        options.record = folder[0];
+        options.resume = 1;
+        options.group_count = 1;
+        assert_int_equal(pk_train(&context, &graph, &data, &options, w[2], NULL), PK_ARGUMENT);
+        assert_non_null(strstr(pk_message(&context), "parameter groups"));
+        pk_decomposition out[2];
+        pk_run run;
+        for (int k = 0; k < 2; k++) {
+            pk_decompose_options asked = {0};
+            asked.keep[0] = PK_BY_LAYER;
+            assert_int_equal(pk_run_open(&context, folder[k], &run), PK_OK);
+            assert_int_equal(run.steps, STEPS);
+            assert_int_equal(run.group_rates != NULL, own);
+            if (k == 0) { /* a plain loop over tensors */
+                pk_trainer trainer;
+                pk_real state_of[6][2 * 12] = {{0}}, update[12], now[34], next[34], there[34];
+                assert_int_equal(
+                    pk_trainer_prepare(&context, &graph, &data, options.loss, &options.optimizer, 4, &trainer),
+                    PK_OK);
+                for (size_t s = 0; s < STEPS; s++) {
+                    pk_batch batch;
+                    pk_run_batch(&run, s, &batch);
+                    assert_int_equal(pk_run_weights(&context, &run, s, now), PK_OK);
+                    assert_int_equal(pk_run_weights(&context, &run, s + 1, there), PK_OK);
+                    assert_int_equal(
+                        pk_training_step(&context, &trainer, s, 0.05, 0, &batch, now, next, NULL, NULL), PK_OK);
+                    for (size_t t = 0; t < 6; t++) {
+                        pk_optimizer optimizer = options.optimizer;
+                        const size_t count = offsets[t + 1] - offsets[t];
+                        const int grouped = t && t != 4;
+                        const double rate = !grouped ? 0.05 : own ? pk_schedule_rate(&rates[0], s) : 0.025;
+                        optimizer.weight_decay = grouped ? 0 : optimizer.weight_decay;
+                        pk_optimizer_update(&optimizer, s, rate, 1, count, now + offsets[t],
+                                            trainer.gradient + offsets[t], state_of[t], update);
+                        for (size_t i = 0; i < count; i++)
+                            assert_true(
+                                there[offsets[t] + i] ==
+                                (t == 4 ? now[offsets[t] + i] : (pk_real)(now[offsets[t] + i] + update[i])));
+                    }
+                }
+                pk_trainer_release(&context, &trainer);
+            }
+            if (pk_decompose(&context, &run, pk_matrix_view(inputs, 5, 3), &asked, &out[k]))
+                fail_msg("%s: %s", rules[c / 2], pk_message(&context));
+            assert_true(out[k].worst_unattributed <= EITHER(1e-13, 1e-4));
+            for (size_t i = 0; i < 10; i++) {
+                assert_true(fabs(out[k].closure[i]) <= EITHER(1e-12, 1e-4));
+                assert_true(out[k].kept[0].data[3 * i] != 0);
+                assert_true(out[k].kept[0].data[3 * i + 1] != 0);
+                assert_memory_equal(&out[0].kept[0].data[3 * i], &out[k].kept[0].data[3 * i],
+                                    3 * sizeof(double));
+            }
+            pk_run_release(&context, &run);
+        }
+        pk_decomposition_release(&context, &out[0]);
+        pk_decomposition_release(&context, &out[1]);
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+    snprintf(remove, sizeof remove, "rm -rf '%s'", root);
+    assert_int_equal(system(remove), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(lines_are_checked),
+        cmocka_unit_test(runs_with_groups),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
