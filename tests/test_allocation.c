@@ -427,6 +427,19 @@ JOB(job_reference)
     return pk_decompose_reference(context, &m->kept, X(m), 2, 2, &out);
 }
 
+JOB(job_epk)
+{
+    WITH;
+    static double gram[NET_ROWS * NET_ROWS];
+    pk_epk_options options;
+    memset(&options, 0, sizeof options);
+    options.outputs = PK_EPK_TRACE;
+    options.y_train = 1;
+    options.quadrature.rule = PK_RULE_GAUSS;
+    options.quadrature.nodes = 2;
+    return pk_kernel_epk(context, &m->kept, X(m), none(), &options, gram, NULL);
+}
+
 JOB(job_batch_gradient)
 {
     WITH;
@@ -705,6 +718,7 @@ static const struct entry {
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
     {"pk_quadrature_check", job_quadrature, 0},
+    {"pk_kernel_epk", job_epk, 10},
     {"pk_decompose_reference", job_reference, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };

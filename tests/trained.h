@@ -24,7 +24,7 @@ typedef struct recipe {
 } recipe;
 
 /* Trains and opens the run; its data stay in *to. Until fixture_leave or the next run in the same folder. */
-static void trained_make(const recipe *r, trained *to)
+FIXTURE void trained_make(const recipe *r, trained *to)
 {
     memset(to, 0, sizeof *to);
     pk_context *context = &to->context;
@@ -66,12 +66,12 @@ static void trained_make(const recipe *r, trained *to)
     assert_ok(context, pk_run_open(context, fixture_run_path, &to->run));
 }
 
-static pk_matrix trained_test(const trained *t, size_t rows)
+FIXTURE pk_matrix trained_test(const trained *t, size_t rows)
 {
     return pk_matrix_view(t->test, rows, t->graph.input_width);
 }
 
-static void trained_release(trained *t)
+FIXTURE void trained_release(trained *t)
 {
     pk_run_release(&t->context, &t->run);
     pk_graph_release(&t->context, &t->graph);

@@ -76,6 +76,7 @@ typedef struct pk__gram_layer {
 /* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
 typedef struct pk__gram_side {
     pk_matrix inputs;
+    const pk_real *weights;
     int leads; /* the first of the two */
     size_t first, rows, capacity;
     pk_real *factors;
@@ -85,7 +86,7 @@ typedef struct pk__gram {
     const char *name; /* for messages */
     pk_context *context;
     const pk_graph *graph;
-    const pk_real *weights;
+    int two_weights;        /* the sides have different weights */
     size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
     size_t layers, numbers; /* numbers kept of a row */
     pk__gram_layer *layer;
@@ -181,7 +182,7 @@ static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__
         if (layer->form == PK__GRAM_ROWS) {
             pk_call call;
             pk__pass_call(tape, node, rows, outputs, &call);
-            call.weights = gram->weights + node->weight_offset;
+            call.weights = side->weights + node->weight_offset;
             call.out_cotangent = cotangent;
             call.gradient = right;
             pk__node_row_gradients(&call);
@@ -210,7 +211,7 @@ static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const pk__line line = {gram->weights, NULL, NULL};
+    const pk__line line = {from->side->weights, NULL, NULL};
     pk__arena arena = pk__gram_arena(gram, lane);
     pk__tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
@@ -235,7 +236,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
     const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
-    const pk__line line = {gram->weights, NULL, NULL};
+    const pk__line line = {to->weights, NULL, NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
     const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
@@ -484,7 +485,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->part = gram->sweep;
     while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
         gram->part /= 2;
-    gram->together = all <= gram->sweep;
+    gram->together = all <= gram->sweep && !gram->two_weights;
     gram->unit = pk__max(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
@@ -621,12 +622,13 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     return status;
 }
 
-static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
+static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y, const pk_real *weights,
+                                const pk_real *y_weights)
 {
     const pk_graph *graph = gram->graph;
     pk_context *context = gram->context;
     size_t rows = 0, columns = 0;
-    pk_status status = pk__sweep_graph(context, gram->name, graph, gram->weights);
+    pk_status status = pk__sweep_graph(context, gram->name, graph, weights);
     if (!status)
         status = pk__sweep_matrix(context, gram->name, "first inputs", x, x.rows, graph->input_width);
     if (!status)
@@ -639,9 +641,10 @@ static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
         return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
                         x.rows, y.rows, gram->outputs);
     status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
-    const pk_matrix read[3] = {x, y, pk__as_row(gram->weights, graph->parameters)};
+    const pk_matrix read[4] = {x, y, pk__as_row(weights, graph->parameters),
+                               pk__as_row(y_weights, graph->parameters)};
     if (!status)
-        status = pk__sweep_results(context, gram->name, 3, read, 1, &gram->result);
+        status = pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
     for (size_t r = 0; !status && graph->checked && r < x.rows; r++)
         status = pk_graph_check_inputs(context, graph, r, x.data + r * x.ld);
     for (size_t r = 0; !status && graph->checked && !gram->symmetric && r < y.rows; r++)
@@ -658,7 +661,8 @@ static pk_matrix pk__some_rows(pk_matrix all, size_t first, size_t rows)
 
 /* With ties the uses of a tensor meet each other in the kernel, so layers cannot be taken one by one: products of the
  * gradients themselves, of up to `rows` rows of either side at one time. */
-static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
+static pk_status pk__gram_tied(pk__gram *gram, const pk_real *weights, const pk_real *y_weights, pk_matrix x,
+                               pk_matrix y)
 {
     const pk_graph *graph = gram->graph;
     pk_context *context = gram->context;
@@ -674,12 +678,12 @@ static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
         const size_t left = pk__min(rows, x.rows - i);
         status = pk__progress(context, "kernel", (double)i / (double)x.rows);
         if (!status)
-            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(x, i, left),
+            status = pk_jacobian(context, graph, weights, pk__some_rows(x, i, left),
                                  pk_matrix_view(numbers, left * C, P), none);
         for (size_t j = 0; !status && j < y.rows; j += rows) {
             const size_t right = pk__min(rows, y.rows - j);
             pk_real *others = numbers + rows * row;
-            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(y, j, right),
+            status = pk_jacobian(context, graph, y_weights, pk__some_rows(y, j, right),
                                  pk_matrix_view(others, right * C, P), none);
             if (status)
                 break;
@@ -703,8 +707,10 @@ static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
     return status;
 }
 
-static pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
-                               const pk_real *weights, pk_matrix x, pk_matrix y, pk_matrix result, int trace)
+/* Of x at weights with y at y_weights. */
+PK__PRIVATE pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
+                                    const pk_real *weights, const pk_real *y_weights, pk_matrix x, pk_matrix y,
+                                    pk_matrix result, int trace)
 {
     pk__gram gram;
     pk__gram_side sides[2];
@@ -715,12 +721,12 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
     gram.name = name;
     gram.context = context;
     gram.graph = graph;
-    gram.weights = weights;
+    gram.two_weights = weights != y_weights;
     gram.result = result;
     gram.kept = (size_t)trace;
-    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld;
+    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld && !gram.two_weights;
     gram.all = (double)x.rows * (double)y.rows;
-    pk_status status = pk__gram_check(&gram, x, y);
+    pk_status status = pk__gram_check(&gram, x, y, weights, y_weights);
     if (status || !x.rows || !y.rows)
         return status;
     if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
@@ -729,7 +735,7 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
         return PK_OK;
     }
     if (graph->pieces)
-        return pk__gram_tied(&gram, x, y);
+        return pk__gram_tied(&gram, weights, y_weights, x, y);
     status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
     if (!status)
         status =
@@ -739,8 +745,10 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
     for (size_t l = 0; !status && l < graph->layers; l++)
         gram.layer[l].constant = constants + l * gram.kept * gram.kept;
     sides[0].inputs = x;
+    sides[0].weights = weights;
     sides[0].leads = 1;
     sides[1].inputs = y;
+    sides[1].weights = y_weights;
     if (!status)
         status = pk__gram_run(&gram, &sides[0], &sides[1]);
     pk_release(context, constants);
@@ -751,13 +759,13 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
 PK_API pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix x,
                                pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk", context, graph, weights, x, y, gram, 0);
+    return pk__gram_make("ntk", context, graph, weights, weights, x, y, gram, 0);
 }
 
 PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph, const pk_real *weights,
                                      pk_matrix x, pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
+    return pk__gram_make("ntk trace", context, graph, weights, weights, x, y, gram, 1);
 }
 
 PK__END_CODE
