@@ -135,7 +135,8 @@ static void test_definition(void **state)
                         sum += truth[(i / m * C + k) * m * C + i % m * C + k];
                     worst = fmax(worst, fabs(trace[i] - sum) / largest);
                 }
-                assert_true(report.error <= 1e-10 && report.refused == 0 && report.points >= t.run.steps);
+                assert_true(report.error <= EITHER(1e-10, 1e-4) && report.refused == 0 &&
+                            report.points >= t.run.steps);
                 free(full), free(trace);
             }
             free(truth);
@@ -237,7 +238,7 @@ static void test_machine(void **state)
     trained_release(&t);
 }
 
-/* Kinks are closed in on, those that nodes see: entries nearly as those of the decomposition. */
+/* Kinks are closed in on, also those beyond the outermost node of a piece: entries as those of the decomposition. */
 static void test_kinks(void **state)
 {
     (void)state;
@@ -263,7 +264,7 @@ static void test_kinks(void **state)
         }
     print_message("relu: %.2g of the largest, error %.2g, %zu points\n", worst / largest, report.error,
                   report.points);
-    assert_true(worst <= EITHER(1e-6, 1e-2) * largest && report.points > 40 * t.run.steps);
+    assert_true(worst <= options.tolerance * largest && report.points > EITHER(40, 20) * t.run.steps);
     pk_decomposition_release(&t.context, &d);
     free(gram);
     trained_release(&t);
