@@ -113,22 +113,25 @@ add_test(NAME amalgam_is_current COMMAND "${CMAKE_COMMAND}" -D CHECK=ON
 add_test(NAME amalgamate COMMAND "${CMAKE_COMMAND}" -D "WORK=${CMAKE_CURRENT_BINARY_DIR}/amalgamate"
     -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/amalgamate_test.cmake")
 
-# ---- What a user does: the tutorials, which check themselves; one header in an empty folder; an installed
+# ---- What a user does: the tutorials and the studies, which check themselves; one header in an empty folder; an installed
 # package. The scripts print what they leave out and why.
 if(PATHKERNEL_CHECK_USE)
     function(example_test name program)
         add_test(NAME example.${name} COMMAND ${program} ${ARGN} "${runs}" "${CMAKE_CURRENT_SOURCE_DIR}/examples/data")
         set_tests_properties(example.${name} PROPERTIES LABELS example TIMEOUT 600)
     endfunction()
+    example_test(00_by_hand 00_by_hand)
     example_test(01_quickstart 01_quickstart)
     example_test(02_digits_report_tanh 02_digits_report tanh)
     example_test(02_digits_report_relu 02_digits_report relu)
     example_test(03_quadrature 03_quadrature)
     example_test(04_own_loop 04_own_loop)
     example_test(05_convolution 05_convolution)
-    example_test(06_grokking 06_grokking steps=40)
-    example_test(07_own_operation 07_own_operation)
-    example_test(08_graph_network 08_graph_network)
+    example_test(06_reverse_time 06_reverse_time)
+    example_test(07_long_runs 07_long_runs)
+    example_test(08_own_operation 08_own_operation)
+    example_test(graph_network graph_network)
+    example_test(grokking grokking steps=40)
 
     add_test(NAME dropin COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/dropin/run.sh")
     add_test(NAME installed COMMAND bash "${CMAKE_CURRENT_SOURCE_DIR}/tests/installed/run.sh"

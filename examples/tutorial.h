@@ -1,4 +1,4 @@
-/* What tutorials 02 to 08 share and what is not about pathkernel: finding the digits, a folder for the
+/* What the tutorials and the studies share and what is not about pathkernel: finding the digits, a folder for the
  * outputs, calling gnuplot. Include it after pathkernel.h. */
 #ifndef TUTORIAL_H
 #define TUTORIAL_H

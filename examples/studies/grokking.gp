@@ -1,4 +1,4 @@
-# Draws grokking.png from accuracy.dat and curves.dat of `folder`; called by 06_grokking.c.
+# Draws grokking.png from accuracy.dat and curves.dat of `folder`; called by grokking.c.
 set terminal pngcairo size 1200, 1180 font "DejaVu Sans,12" background "#ffffff"
 set output folder."/grokking.png"
 set encoding utf8

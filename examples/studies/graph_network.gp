@@ -1,4 +1,4 @@
-# Draws distance.png from contributions.dat of `folder`; called by 08_graph_network.c.
+# Draws distance.png from contributions.dat of `folder`; called by graph_network.c.
 set terminal pngcairo size 1100, 640 font "DejaVu Sans,12" background "#ffffff"
 set output folder."/distance.png"
 set encoding utf8

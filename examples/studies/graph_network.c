@@ -1,4 +1,4 @@
-/* 08: a graph network. How far do labels reach?
+/* A study: a graph network. How far do labels reach?
  *
  * Documents cite each other; each has a subject and some words. Of a few the subject is known. A graph convolutional
  * network (Kipf & Welling 2017) guesses the others' from words and citations,
@@ -19,14 +19,14 @@
  *
  * Rows are independent of each other in the library, so each row computes the whole graph: keep it small.
  *
- * Written into 08_graph_network in the output folder (default pathkernel-out), beside the recorded run, which holds the
+ * Written into graph_network in the output folder (default pathkernel-out), beside the recorded run, which holds the
  * named arrays: by_example.npy (documents, 1, labelled), contributions.dat, distance.png.
  *
- *     cc -O3 -fopenmp -I. examples/08_graph_network.c -lm && ./a.out [OUTPUT FOLDER]
+ *     cc -O3 -fopenmp -I. examples/studies/graph_network.c -lm && ./a.out [OUTPUT FOLDER]
  */
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
-#include "tutorial.h"
+#include "../tutorial.h"
 
 #define NETWORK \
     "input 1; constant words; dense 16; propagate citations; relu; dense 4; propagate citations; select"
@@ -187,7 +187,7 @@ static int run(pk_context *context, const char *output, pk_graph *graph, pk_run 
     pk_constants constants = {load, &d};
     pk_decompose_options options;
     make_documents(&d);
-    if (tutorial_folder(output, "08_graph_network", folder))
+    if (tutorial_folder(output, "graph_network", folder))
         return 1;
     TRY(pk_network_parse_with(context, NETWORK, &constants, graph));
     if (train(context, &d, graph, folder, answers))
@@ -212,7 +212,7 @@ static int run(pk_context *context, const char *output, pk_graph *graph, pk_run 
     if (report(&d, answers, asked, parts, folder))
         return 1;
     printf("\nThe picture is distance.png in %s.\n", folder);
-    return tutorial_plot(__FILE__, "08_graph_network.gp", folder, "");
+    return tutorial_plot(__FILE__, "graph_network.gp", folder, "");
 }
 
 int main(int count, char **arguments)

@@ -1,4 +1,4 @@
-/* 07: an operation of one's own, checked, trained with, and decomposed.
+/* 08: an operation of one's own, checked, trained with, and decomposed.
  *
  * The library does not know the activation `snake` (Ziyin, Hartwig & Ueda 2020), for functions that repeat:
  *
@@ -11,7 +11,7 @@
  *     - the same network, now in words, learns y = sin(3 x) + x / 2 from 48 points, and is recorded;
  *     - its prediction for a point that it never saw is decomposed over these 48, and closes.
  *
- *     cc -O3 -fopenmp -I. examples/07_own_operation.c -lm && ./a.out [OUTPUT FOLDER]
+ *     cc -O3 -fopenmp -I. examples/08_own_operation.c -lm && ./a.out [OUTPUT FOLDER]
  */
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
@@ -193,7 +193,7 @@ static int run(pk_context *context, const char *output)
     const pk_dataset data = {pk_array_view(PK_FLOAT64, 2, shape, x), pk_array_view(PK_FLOAT64, 2, shape, y)};
     static pk_train_options options;
     static pk_train_result trained;
-    if (tutorial_folder(output, "07_own_operation", folder))
+    if (tutorial_folder(output, "08_own_operation", folder))
         return 1;
     options.loss = PK_MEAN_SQUARED;
     TRY(pk_optimizer_parse(context, "adam", &options.optimizer));

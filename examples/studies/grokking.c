@@ -1,4 +1,4 @@
-/* 06: grokking. A transformer learns to add modulo P: first by heart, much later by rule. What made it generalise?
+/* A study: grokking. A transformer learns to add modulo P: first by heart, much later by rule. What made it generalise?
  *
  * An example is the three tokens a, b, = (the number P), its answer (a + b) mod P; training sees some of the P x P
  * pairs. The network is one transformer layer without layer norm, whose heads share one projection for query, key and
@@ -21,10 +21,10 @@
  * prediction is about linear in a matrix, decay takes rate decay h through it at each step, and the gradients give it
  * back: the same for each such layer.)
  *
- * Written into 06_grokking in the output folder (default pathkernel-out), beside the recorded run: grokking.png,
+ * Written into grokking in the output folder (default pathkernel-out), beside the recorded run: grokking.png,
  * the .dat files it is drawn from, by_example.npy (pairs, 1, N), by_step_and_layer.npy (pairs, 1, S, 7).
  *
- *     cc -O3 -fopenmp -I. examples/06_grokking.c -o grokking -lm
+ *     cc -O3 -fopenmp -I. examples/studies/grokking.c -o grokking -lm
  *     ./grokking [NAME=NUMBER ...] [OUTPUT FOLDER]
  *     ./grokking p=113 train=4000 width=64 hidden=512 decay=4 rate=0.001 steps=2000
  *
@@ -32,7 +32,7 @@
  */
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel.h"
-#include "tutorial.h"
+#include "../tutorial.h"
 #include <time.h>
 
 enum { ASKED = 8, LAYERS = 7, CURVES = 50 };
@@ -333,7 +333,7 @@ static int run(pk_context *context, experiment *e, const char *output)
 {
     char network[300], settings[400], *to = settings;
     const double *s = e->settings;
-    if (tutorial_folder(output, "06_grokking", e->folder) || make_pairs(e))
+    if (tutorial_folder(output, "grokking", e->folder) || make_pairs(e))
         return 1;
     snprintf(network, sizeof network,
              "input 3; embedding %zu %g; position; residual( attention 4 nobias shared ); "
@@ -352,7 +352,7 @@ static int run(pk_context *context, experiment *e, const char *output)
         to += sprintf(to, "%s'%s'", l ? ", " : "", layer_names[l]);
     sprintf(to, "]");
     printf("The picture is grokking.png in %s.\n", e->folder);
-    return tutorial_plot(__FILE__, "06_grokking.gp", e->folder, settings);
+    return tutorial_plot(__FILE__, "grokking.gp", e->folder, settings);
 }
 
 int main(int count, char **arguments)
