@@ -42,6 +42,27 @@
  * attribution  pk_decompose, pk_decompose_parts, pk_decompose_plan; pk_decompose_reference: the same by its definition, slow,
  *              to read and to test with
  * kernels      pk_kernel_ntk, pk_kernel_ntk_trace
+ * CONTENTS
+ * easy
+ *   train               pk_train: the training loop, recorded
+ *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
+ *   reference           pk_decompose_reference: the same by its definition, slow, to read and to test with
+ *   kernel, epk         pk_kernel_ntk, pk_kernel_epk: Gram matrices of named kernels
+ *   trajectory          pk_run_open: a recorded run, from here or from PyTorch
+ * medium
+ *   status, context     status codes; what a call runs with: memory, threads, progress
+ *   array, dataset      .npy files; IDX, CSV, training data
+ *   network, loss       the network language; losses and gradients of batches
+ *   autodiff            products with Jacobians and Hessians, Jacobians, gradients by example
+ *   optimizer           update rules, schedules, clipping, and their linear form
+ *   groups              parameter groups: options and rates by tensor
+ *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
+ * extended
+ *   matrix, random      matrix products; counter-based random numbers
+ *   graph, operation    the static graph behind a network; its operations, and how to add one
+ *   segment, quadrature a network along one step; rules that integrate it, exactly where it is piecewise linear
+ *   example, tangent    the train side and the test side of a kernel, and their inner products
+ *   window              windows of steps with recomputed updates
  *
  * SWITCHES
  * PATHKERNEL_IMPLEMENTATION  compile the functions here; in exactly one source file of a program
@@ -598,7 +619,13 @@ PK__END_C
  */
 PK__BEGIN_C
 
-enum { PK_SHAPE_RANK = 4, PK_NODE_INPUTS = 4, PK_NODE_ATTRIBUTES = 16, PK_CONSTANT_NAME = 32 };
+enum {
+    PK_SHAPE_RANK = 4,
+    PK_NODE_INPUTS = 4,
+    PK_NODE_ATTRIBUTES = 16,
+    PK_NODE_BLOCKS = 4,
+    PK_CONSTANT_NAME = 32
+};
 
 /* The shape of one example at a node; width is the product of dims. */
 typedef struct pk_shape {
@@ -643,6 +670,14 @@ typedef struct pk_option {
 
 struct pk_operation;
 struct pk_graph;
+
+/* A parameter tensor, as PyTorch counts them (each weight and each bias is one): a range of w and its shape. */
+typedef struct pk_weight_block {
+    size_t offset, count;
+    int rank;
+    size_t dims[PK_SHAPE_RANK];
+    int node; /* whose weights it holds */
+} pk_weight_block;
 
 typedef struct pk_node {
     const struct pk_operation *operation; /* NULL for the input */
@@ -734,6 +769,9 @@ typedef struct pk_operation {
     pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
     /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
+    /* The parameter tensors of a node with weights, in their order: rank and dims of each, at most PK_NODE_BLOCKS; how many.
+     * NULL: a matrix (fan_out, fan_in) and perhaps a bias (fan_out) where these are set, else one tensor. */
+    size_t (*blocks)(const pk_node *node, pk_weight_block *blocks);
 } pk_operation;
 
 /* A tensor of a node: its place in the spread vector, and in w. */
@@ -792,6 +830,9 @@ PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const p
                                                     const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
+/* The parameter tensors, numbered in the order of w: the first `capacity` of them are written (blocks may be NULL where
+ * capacity is 0); how many there are. Together they are all of w. */
+PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
 
 PK__END_C
@@ -1234,6 +1275,52 @@ PK_API PK__MUST_USE pk_status pk_schedule_check(pk_context *context, const pk_sc
 
 PK__END_C
 
+/* pathkernel/training/groups.h: parameter groups: tensors of w with optimiser options and learning rates of their own, as
+ * PyTorch's optimisers have them.
+ *
+ *     const char *lines[] = {"1,3,5-7 weight_decay=0 rate=0.1", "0 frozen"};
+ *     pk_parameter_groups_parse(context, &graph, &optimizer, 2, lines, &groups);
+ *
+ * Tensors are numbered as pk_graph_blocks lists them. Tensors in no group take the optimizer and the step's rate.
+ */
+PK__BEGIN_C
+
+enum { PK_GROUPS_MOST = 1024 };
+
+typedef struct pk_parameter_group {
+    pk_optimizer optimizer; /* of the same rule as that of the tensors in no group */
+    double rate;            /* times the step's learning rate, where groups have no rates of their own */
+    int frozen;             /* never updated */
+    int keys, rated;        /* how many keys its line had; whether rate= was among them */
+    size_t line;            /* of run.txt, 0: of none */
+} pk_parameter_group;
+
+/* Consecutive parameters of one group: 0: of none, 1: of the first. */
+typedef struct pk_parameter_range {
+    size_t first, count, group;
+} pk_parameter_range;
+
+/* Zeroed = no groups. */
+typedef struct pk_parameter_groups {
+    size_t count, tensor_count, range_count;
+    pk_parameter_group *group;
+    pk_parameter_range *range; /* all of w, in order */
+    size_t *tensor;            /* the group of each tensor, counted as in a range */
+} pk_parameter_groups;
+
+/* Reads group lines "TENSORS key=value ..." (TENSORS: 1,3,5-7): keys of the optimizer that are other for these tensors,
+ * rate=F, or the word frozen alone. PK_FORMAT and PK_ARGUMENT name the group and the tensor or word; *groups is untouched
+ * then. No line: *groups is zeroed. */
+PK_API PK__MUST_USE pk_status pk_parameter_groups_parse(pk_context *context, const pk_graph *graph,
+                                                        const pk_optimizer *optimizer, size_t count,
+                                                        const char *const *lines, pk_parameter_groups *groups);
+PK_API void pk_parameter_groups_release(pk_context *context, pk_parameter_groups *groups);
+/* As pk_optimizer_state_vectors: the most that a group needs. groups may be NULL. */
+PK_API size_t pk_parameter_groups_state_vectors(const pk_optimizer *optimizer,
+                                                const pk_parameter_groups *groups);
+
+PK__END_C
+
 /* pathkernel/run/run.h: the run directory: a training run as plain NumPy arrays and one text file,
  * written while training, read back mapped.
  *
@@ -1246,6 +1333,7 @@ PK__END_C
  *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
+ *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
  *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
@@ -1277,6 +1365,7 @@ typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
     pk_optimizer optimizer;
+    pk_parameter_groups groups;                  /* tensors with options of their own; zeroed: none */
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
     size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
     /* 1: the files hold more than the complete steps (recording was cut off inside a step, or pk_run_recover was
@@ -1291,8 +1380,9 @@ typedef struct pk_run {
     const int64_t *batch_items;    /* batch_offsets[steps] */
     const double *batch_weights;   /* batch_offsets[steps]; NULL: 1/|B_s| */
     const double *gradient_scales; /* steps; NULL: 1 */
+    const double *group_rates;     /* steps x groups.count; NULL: their factors times learning_rates */
     const int64_t *checksums;      /* steps + 1; NULL where k = 1 */
-    pk_array columns[6];           /* private: the arrays behind the six pointers above */
+    pk_array columns[7];           /* private: the arrays behind the seven pointers above */
 } pk_run;
 
 /* Opens a run and checks everything that can be checked without reading the P-vectors: the manifest, every
@@ -1330,6 +1420,9 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
 /* The factor that clipping applied at a step: 1 where none was recorded. */
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 
+/* The rates of the groups at a step, one a group; NULL where their factors hold. */
+PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
+
 /* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
  * to double). Reads one row. PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not
  * there. May be called from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
@@ -1362,12 +1455,15 @@ typedef struct pk_recorder_options {
     const pk_constants *constants; /* of a network that names arrays; they are copied into the run */
     const char *loss;              /* "softmax_cross_entropy" */
     const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
-    int float32;                   /* 1: weights (and second moments) as float32; default float64 */
-    int batch_weights;             /* 1: record batch_weights.npy */
-    int gradient_scales;           /* 1: record gradient_scales.npy */
-    int second_moments;            /* 1: record second_moments.npy */
-    int resume;                    /* 1: continue the run in the directory, if there is one */
-    int replace;                   /* 1: remove the run in the directory first, if there is one */
+    const char *const *groups;     /* group lines such as "1,3 weight_decay=0" (groups.h); NULL: none */
+    size_t group_count;
+    int group_rates;     /* 1: record group_rates.npy: pk_recorder_group_rates before each step */
+    int float32;         /* 1: weights (and second moments) as float32; default float64 */
+    int batch_weights;   /* 1: record batch_weights.npy */
+    int gradient_scales; /* 1: record gradient_scales.npy */
+    int second_moments;  /* 1: record second_moments.npy */
+    int resume;          /* 1: continue the run in the directory, if there is one */
+    int replace;         /* 1: remove the run in the directory first, if there is one */
     /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (revisit.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
@@ -1379,8 +1475,10 @@ typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
     size_t keep_every, state_numbers; /* k; numbers of the optimiser's state, V P */
-    pk_array_writer files[9];
-    int present[9];
+    pk_array_writer files[10];
+    int present[10];
+    double *group_rates; /* of the next step */
+    size_t group_count;
     int float32, failed, lock;
     int64_t items; /* rows of batch_items.npy */
     /* Of a run that keeps every step, whose optimiser has a state: a row of resume_state.npy; the step whose state it
@@ -1421,6 +1519,11 @@ PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder 
                                                const pk_batch *batch, double gradient_scale,
                                                const pk_real *second_moments, const pk_real *weights_after);
 
+/* The rates of the groups at the next step, one a group line; of a recording with options->group_rates. PK_ARGUMENT,
+ * PK_NOT_FINITE. */
+PK_API PK__MUST_USE pk_status pk_recorder_group_rates(pk_context *context, pk_recorder *recorder,
+                                                      const double *rates);
+
 /* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimiser's vectors
  * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
  * step costs its small rows, a hash of the weights, and at every k-th step the two long rows. */
@@ -1456,9 +1559,11 @@ typedef struct pk_trainer {
     const pk_dataset *train;
     pk_loss loss;
     pk_optimizer optimizer;
-    size_t state_numbers; /* V P */
-    pk_real *gradient;    /* P: of the last step */
-    pk_real *state;       /* state_numbers: the optimiser's vectors; zero before step 0 */
+    const pk_parameter_groups *groups; /* NULL: none; must outlive it */
+    const double *group_rates;         /* of the groups at the next step; NULL: their factors */
+    size_t state_numbers;              /* V P */
+    pk_real *gradient;                 /* P: of the last step */
+    pk_real *state;                    /* state_numbers: the optimiser's vectors; zero before step 0 */
     pk_gradient_workspace workspace;
     void *memory; /* private */
 } pk_trainer;
@@ -1470,6 +1575,13 @@ PK_API PK__MUST_USE pk_status pk_trainer_prepare(pk_context *context, const pk_g
                                                  const pk_dataset *train, pk_loss loss,
                                                  const pk_optimizer *optimizer, size_t largest_batch,
                                                  pk_trainer *trainer);
+/* The same with parameter groups (NULL: none). Where these have rates of their own, trainer->group_rates points to them
+ * before each step. */
+PK_API PK__MUST_USE pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *graph,
+                                                        const pk_dataset *train, pk_loss loss,
+                                                        const pk_optimizer *optimizer,
+                                                        const pk_parameter_groups *groups, size_t largest_batch,
+                                                        pk_trainer *trainer);
 PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
 
 /* One step of training:
@@ -1530,11 +1642,16 @@ typedef struct pk_train_options {
     pk_loss loss;           /* required */
     pk_optimizer optimizer; /* zero: plain SGD */
     pk_schedule schedule;   /* schedule.rate alone: that rate at every step */
-    size_t steps;           /* S: the number of updates from w_0, those already recorded included */
-    size_t batch_size;      /* 0, or N and more: full batches in row order */
-    int shuffle_off;        /* 1: mini-batches in row order; default: a new permutation every epoch */
-    uint64_t seed;          /* of the permutations; epoch e is stream e */
-    double clip_norm;       /* the gradient's largest norm (torch's clip_grad_norm_); 0: no clipping */
+    /* Parameter groups: group_count lines such as "1,3,5-7 weight_decay=0 rate=0.1" (groups.h), or none; their schedules,
+     * one a group, of rates that are no factors, or NULL. */
+    const char *const *groups;
+    size_t group_count;
+    const pk_schedule *group_schedules;
+    size_t steps;      /* S: the number of updates from w_0, those already recorded included */
+    size_t batch_size; /* 0, or N and more: full batches in row order */
+    int shuffle_off;   /* 1: mini-batches in row order; default: a new permutation every epoch */
+    uint64_t seed;     /* of the permutations; epoch e is stream e */
+    double clip_norm;  /* the gradient's largest norm (torch's clip_grad_norm_); 0: no clipping */
 
     const char *record; /* a run directory to write; NULL: none */
     int resume;         /* 1: continue the run in `record`, if there is one */
@@ -1976,6 +2093,54 @@ PK_API PK__MUST_USE pk_status pk_kernel_ntk_trace(pk_context *context, const pk_
 
 PK__END_C
 
+/* pathkernel/kernels/epk.h: the symmetric exact path kernel of a recorded run (Bell et al. 2023).
+ *
+ *     K(x, x') = sum_s eta_s < L_s(x), R_s(x') >,        eta_s the learning rate times the factor of clipping
+ *     of a test row:           J(w_s + t D_s, x), and the product is integrated over t in [0, 1]
+ *     of training row i:       c_{s,i} J(w_s, x_i), which does not move
+ *
+ * Two test rows move together, at the same t; of a test and a training row the first moves alone; two training rows have
+ * c_{s,i} c_{s,j} J(w_s, x_i) J(w_s, x_j)'. It is one feature map, and so has no negative eigenvalue over test and training
+ * rows together; but a training row and a test row of the same numbers have different features: it is discontinuous there.
+ */
+PK__BEGIN_C
+
+enum { PK_EPK_TRACE = 1, PK_EPK_FULL = 2 };
+
+typedef struct pk_epk_options {
+    int outputs; /* required: PK_EPK_TRACE, the sum over equal outputs, or PK_EPK_FULL, all with all as in pk_kernel_ntk */
+    /* 1: this side is the N training rows of the run, in their order, and its matrix is not read. A side is never taken
+     * for training rows because of its numbers. */
+    int x_train, y_train;
+    int unweighted; /* 1: c = 1 for every training row in every step; 0: c_{s,i}, 0 outside of the batch */
+    pk_quadrature
+        quadrature; /* PK_RULE_AUTO, PK_RULE_GAUSS (up to 1000 nodes a step) or PK_RULE_LEFT (one node, t = 0) */
+    double tolerance;    /* auto: of the largest entry; 0: 1e-10 (PATHKERNEL_FLOAT: 1e-4) */
+    const size_t *steps; /* s: from w_s to w_{s+1}; one that is there twice counts twice. NULL: all */
+    size_t step_count;
+} pk_epk_options;
+
+typedef struct pk_epk_report {
+    double
+        error; /* auto: the sum of what the accepted pieces differ by when their nodes are doubled, of the largest entry */
+    size_t points;  /* values of t that were taken, over all steps */
+    size_t refused; /* pieces accepted although they missed */
+} pk_epk_report;
+
+/* gram: n1 x n2 numbers, or n1 C x n2 C (PK_EPK_FULL). y.data == NULL without y_train: x with itself, symmetric bit for bit.
+ * PK_RULE_AUTO doubles the nodes from 1 to 32 until the whole matrix agrees; where doubling helps too little, as at the
+ * kinks of a network, the piece is halved, up to 40 times. With kinks a piece passes only where the integral of df/dt
+ * also meets the change of f of every test row, since a kink beyond the outermost node changes the value at no node. What
+ * remains is measured, not bounded: the report's error.
+ * report may be NULL. Cost: a pk_kernel_ntk for each t, of the batch's rows where a side is the training rows. Memory: 3
+ * matrices like gram. Same bits for any number of threads.
+ * PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, PK_CANCELLED: gram holds parts of the sum.
+ * PK_NOT_CLOSED: gram is complete, but the error exceeds the tolerance. */
+PK_API PK__MUST_USE pk_status pk_kernel_epk(pk_context *context, const pk_run *run, pk_matrix x, pk_matrix y,
+                                            const pk_epk_options *options, double *gram, pk_epk_report *report);
+
+PK__END_C
+
 #endif /* PATHKERNEL_H */
 
 #if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && !defined(PATHKERNEL_INTERNALS_DECLARED)
@@ -2375,7 +2540,10 @@ typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
-    int preconditioned; /* the optimiser scales each parameter on its own */
+    int preconditioned; /* each parameter is scaled on its own: by the optimiser, or since there are parameter groups */
+    int adaptive;  /* the optimiser's second moments scale it */
+    int decoupled; /* with groups: `decayed` is what their decoupled decay takes; else a part of the gradients */
+    size_t form_count; /* forms of a step: of tensors in no group, then of each group */
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
     /* Of the plan: */
@@ -2396,8 +2564,10 @@ typedef struct pk__window {
     /* What stands in w, for each use of a tensor (E w, E D, E u, E p and the error of that), as the layers read it. Without ties
      * it is the same memory. */
     size_t uses_pitch;
-    pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error;
-    pk_linear_form *forms;
+    pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
+        *use_decayed;
+    pk_linear_form *forms; /* count x form_count */
+    pk_real *decayed;      /* count x P, with groups: decay o w_s */
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
@@ -6352,6 +6522,69 @@ PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
     return layer < graph->layers ? &graph->nodes[graph->nodes[layer].layer_node] : NULL;
 }
 
+static size_t pk__block_count(const pk_weight_block *block)
+{
+    size_t count = 1;
+    for (int i = 0; i < block->rank; i++)
+        count *= block->dims[i];
+    return count;
+}
+
+/* Where the number `at` of the spread vector stands in w; SIZE_MAX: an earlier node brings it. */
+static size_t pk__own_offset(const pk_graph *graph, size_t at)
+{
+    if (!graph->pieces)
+        return at;
+    const pk_tensor_use *piece = graph->pieces;
+    while (at >= piece->spread + piece->count)
+        piece++;
+    return piece->owner == piece->node ? piece->flat + (at - piece->spread) : SIZE_MAX;
+}
+
+/* The tensors that a node with weights brings into w, with their places there. */
+static size_t pk__node_blocks(const pk_graph *graph, const pk_node *node, pk_weight_block *blocks)
+{
+    size_t count = 0, at = 0;
+    memset(blocks, 0, PK_NODE_BLOCKS * sizeof *blocks);
+    if (node->operation->blocks) {
+        count = node->operation->blocks(node, blocks);
+    } else {
+        size_t matrix = node->fan_out * node->fan_in;
+        if (node->weight_count != matrix && node->weight_count - matrix != node->fan_out)
+            matrix = 0;
+        blocks[0].rank = matrix ? 2 : 1;
+        blocks[0].dims[0] = matrix ? node->fan_out : node->weight_count;
+        blocks[0].dims[1] = node->fan_in;
+        blocks[1].rank = 1;
+        blocks[1].dims[0] = matrix ? node->weight_count - matrix : 0;
+        count = blocks[1].dims[0] ? 2 : 1;
+    }
+    size_t own = 0;
+    for (size_t b = 0; b < count; b++) {
+        pk_weight_block block = blocks[b];
+        block.node = (int)(node - graph->nodes);
+        block.count = pk__block_count(&block);
+        block.offset = pk__own_offset(graph, node->weight_offset + at);
+        at += block.count;
+        if (block.offset != SIZE_MAX)
+            blocks[own++] = block;
+    }
+    return own;
+}
+
+PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity)
+{
+    size_t count = 0;
+    for (size_t layer = 0; layer < graph->layers; layer++) {
+        pk_weight_block own[PK_NODE_BLOCKS];
+        const size_t more = pk__node_blocks(graph, pk_graph_layer(graph, layer), own);
+        for (size_t b = 0; b < more; b++, count++)
+            if (count < capacity)
+                blocks[count] = own[b];
+    }
+    return count;
+}
+
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
     for (size_t n = 0; n < graph->node_count; n++)
@@ -7090,7 +7323,7 @@ static const pk_option pk__scale_option[] = {
 #name, kind, PK_TANGENT_NONE, 1, options,                                                              \
             {value, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, pk__same_shape, pk__one_row_scratch,        \
              pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1, \
-             curvature, NULL, 0, NULL, NULL                                                                    \
+             curvature, NULL, 0, NULL, NULL, NULL                                                              \
     }
 #define PK__SMOOTH_OPERATION(name, options, value) \
     PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)
@@ -7372,7 +7605,8 @@ static const pk_operation pk__dense_operations[] = {
      NULL,
      0,
      NULL,
-     pk__dense_initialize},
+     pk__dense_initialize,
+     NULL},
 };
 
 PK__END_CODE
@@ -7463,6 +7697,15 @@ static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, 
         return pk__fail(context, PK_OVERFLOW, "position: its weights overflow");
     node->weight_shape = node->shape;
     return PK_OK;
+}
+
+/* One tensor (entries, width). */
+static size_t pk__table_blocks(const pk_node *node, pk_weight_block *blocks)
+{
+    blocks->rank = 2;
+    blocks->dims[0] = node->weight_count / node->shape.dims[1];
+    blocks->dims[1] = node->shape.dims[1];
+    return 1;
 }
 
 static void pk__repeat_rows(size_t rows, size_t width, const pk_real *from, pk_real *to)
@@ -7732,7 +7975,7 @@ static const pk_option pk__position_options[] = {
 #define PK__LINEAR_OPERATION(name, shape, forward, tangent, reverse)                                       \
     {                                                                                                      \
         name, PK_LINEAR, PK_TANGENT_NONE, 1, NULL, PK__NO_NUMBERS, shape, NULL, forward, tangent, reverse, \
-            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL                                           \
+            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL, NULL                                     \
     }
 
 static const pk_operation pk__structure_operations[] = {
@@ -7760,6 +8003,7 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      pk__select_check,
+     NULL,
      NULL},
     PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__fourier_tangent,
                          pk__fourier_reverse),
@@ -7783,6 +8027,7 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      NULL,
+     NULL,
      NULL},
     {"position",
      PK_LINEAR,
@@ -7804,7 +8049,8 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      NULL,
-     pk__normal_initialize},
+     pk__normal_initialize,
+     pk__table_blocks},
 };
 
 PK__END_CODE
@@ -8552,7 +8798,8 @@ static const pk_operation pk__image_operations[] = {
      pk__convolution_unfold,
      1,
      NULL,
-     pk__convolution_initialize},
+     pk__convolution_initialize,
+     NULL},
     {"max_pool",
      PK_PIECEWISE_LINEAR,
      PK_TANGENT_NONE,
@@ -8572,6 +8819,7 @@ static const pk_operation pk__image_operations[] = {
      NULL,
      NULL,
      0,
+     NULL,
      NULL,
      NULL},
     {"avg_pool",
@@ -8593,6 +8841,7 @@ static const pk_operation pk__image_operations[] = {
      NULL,
      NULL,
      0,
+     NULL,
      NULL,
      NULL},
     PK__LINEAR_OPERATION("global_avg_pool", pk__global_average_shape, pk__average_forward, pk__average_tangent,
@@ -8893,6 +9142,18 @@ static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_rea
         weights[i] = !biased || i < node->weight_count / 2;
 }
 
+/* gamma and beta, of the shape of the trailing dimensions. */
+static size_t pk__affine_blocks(const pk_node *node, pk_weight_block *blocks)
+{
+    const int dims = (int)node->attributes[PK_AFFINE_DIMS], biased = node->attributes[PK_AFFINE_BIAS] != 0;
+    for (int b = 0; b <= biased; b++) {
+        blocks[b].rank = dims ? dims : 1;
+        for (int i = 0; i < blocks[b].rank; i++)
+            blocks[b].dims[i] = node->shape.dims[dims ? node->shape.rank - dims + i : 0];
+    }
+    return (size_t)biased + 1;
+}
+
 /* A row is outer x count x each numbers, of which each slice [o][j] has the gamma j. */
 typedef struct pk__affine {
     size_t outer, count, each;
@@ -9149,28 +9410,29 @@ static const pk_option pk__affine_options[] = {
 };
 
 #define PK__NORM_OPERATION(name, text, kind, form, options, first, second, shape, scratch, gradient, rows,   \
-                           curvature, initialize)                                                            \
+                           curvature, initialize, blocks)                                                    \
     {                                                                                                        \
         text, kind, form, 1, options, {first, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, shape,      \
             scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, gradient, rows, NULL, \
-            NULL, 0, curvature, NULL, 0, NULL, initialize                                                    \
+            NULL, 0, curvature, NULL, 0, NULL, initialize, blocks                                            \
     }
 
 /* rms_normalize: the epsilon of torch.nn.RMSNorm in double precision, torch.finfo(torch.float64).eps. */
 static const pk_operation pk__norm_operations[] = {
     PK__NORM_OPERATION(normalize, "normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options, 1e-5, 1,
-                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL),
+                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL, NULL),
     PK__NORM_OPERATION(rms_normalize, "rms_normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options,
                        2.220446049250313e-16, 1, pk__normalize_shape, NULL, NULL, NULL,
-                       pk__rms_normalize_curvature, NULL),
+                       pk__rms_normalize_curvature, NULL, NULL),
     PK__NORM_OPERATION(standardize, "standardize", PK_LINEAR, PK_TANGENT_NONE, pk__standardize_options, 1e-5, 0,
-                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL),
+                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL, NULL),
     PK__NORM_OPERATION(affine, "affine", PK_LINEAR, PK_TANGENT_ROWS, pk__affine_options, 1, 1, pk__affine_shape,
-                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize),
+                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize,
+                       pk__affine_blocks),
     PK__NORM_OPERATION(softmax, "softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL),
+                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL, NULL),
     PK__NORM_OPERATION(log_softmax, "log_softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL),
+                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL, NULL),
 };
 #undef PK__NORM_OPERATION
 
@@ -9621,23 +9883,24 @@ static const pk_option pk__attend_options[] = {
 };
 
 #define PK__SEQUENCE_OPERATION(name, text, kind, form, options, shape, scratch, reverse, gradient, rows, \
-                               curvature, check, initialize)                                             \
+                               curvature, check, initialize, blocks)                                     \
     {                                                                                                    \
         text, kind, form, 1, options, PK__NO_NUMBERS, shape, scratch, pk__##name##_forward,              \
             pk__##name##_tangent, reverse, gradient, rows, NULL, NULL, 0, curvature, NULL, 0, check,     \
-            initialize                                                                                   \
+            initialize, blocks                                                                           \
     }
 
 static const pk_operation pk__sequence_operations[] = {
     PK__SEQUENCE_OPERATION(embedding, "embedding", PK_LINEAR, PK_TANGENT_ROWS, pk__embedding_options,
                            pk__embedding_shape, NULL, pk__position_reverse, pk__embedding_weight_gradient,
-                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize),
+                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize,
+                           pk__table_blocks),
     PK__SEQUENCE_OPERATION(token, "token", PK_LINEAR, PK_TANGENT_NONE, pk__token_options, pk__token_shape, NULL,
-                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL),
+                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
     PK__SEQUENCE_OPERATION(mean_tokens, "mean_tokens", PK_LINEAR, PK_TANGENT_NONE, NULL, pk__tokens_shape, NULL,
-                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL),
+                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
     PK__SEQUENCE_OPERATION(attend, "attend", PK_SMOOTH, PK_TANGENT_NONE, pk__attend_options, pk__attend_shape,
-                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL,
+                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL, NULL,
                            NULL),
 };
 #undef PK__SEQUENCE_OPERATION
@@ -12338,10 +12601,11 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
     }
 }
 
-static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
-                                const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
+static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                size_t apart, const pk_real *state, pk_linear_form *form,
+                                pk_real *preconditioner)
 {
-    (void)parameters, (void)state, (void)preconditioner;
+    (void)count, (void)apart, (void)state, (void)preconditioner;
     double momentum = optimizer->momentum;
     if (momentum != 0) {
         form->carry = step ? momentum : 0;
@@ -12408,8 +12672,9 @@ static void pk__adamw_update(const pk_optimizer *optimizer, const pk__update *ca
     pk__adam_step(optimizer, call, 0, call->rate * optimizer->weight_decay);
 }
 
-static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
-                                 const pk_real *state, pk_linear_form *form, pk_real *preconditioner)
+static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                 size_t apart, const pk_real *state, pk_linear_form *form,
+                                 pk_real *preconditioner)
 {
     double spread;
     form->carry = optimizer->beta1;
@@ -12420,9 +12685,9 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
     form->decoupled = optimizer->kind == PK_ADAMW ? rate * optimizer->weight_decay : 0;
     pk__adam_corrections(optimizer, step, rate, &form->rate, &spread);
     if (preconditioner)
-        for (size_t i = 0; i < parameters; i++)
+        for (size_t i = 0; i < count; i++)
             preconditioner[i] =
-                (pk_real)(form->rate / (sqrt((double)state[parameters + i]) * spread + optimizer->epsilon));
+                (pk_real)(form->rate / (sqrt((double)state[apart + i]) * spread + optimizer->epsilon));
 }
 
 /* At i, of as many numbers as a `number` is: one, or a vector of them. */
@@ -12490,7 +12755,7 @@ typedef struct pk__optimizer_rule {
     pk__optimizer_key keys[PK__OPTIMIZER_KEYS]; /* ends with a NULL name */
     size_t (*state_vectors)(const pk_optimizer *optimizer);
     void (*update)(const pk_optimizer *optimizer, const pk__update *call);
-    void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t parameters,
+    void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t count, size_t apart,
                         const pk_real *state, pk_linear_form *form,
                         pk_real *preconditioner); /* form is zeroed */
 } pk__optimizer_rule;
@@ -12643,17 +12908,66 @@ PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, doub
     pk__optimizer_part(optimizer, &call);
 }
 
-PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
-                                     size_t parameters, const pk_real *state, pk_linear_form *form,
-                                     pk_real *preconditioner)
+/* Of count parameters, whose state vectors are `apart` numbers from each other. */
+PK__PRIVATE void pk__optimizer_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                    size_t apart, const pk_real *state, pk_linear_form *form,
+                                    pk_real *preconditioner)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
     memset(form, 0, sizeof *form);
     if (rule)
-        rule->linear_form(optimizer, step, learning_rate, parameters, state, form, preconditioner);
+        rule->linear_form(optimizer, step, rate, count, apart, state, form, preconditioner);
+}
+
+PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
+                                     size_t parameters, const pk_real *state, pk_linear_form *form,
+                                     pk_real *preconditioner)
+{
+    pk__optimizer_form(optimizer, step, learning_rate, parameters, parameters, state, form, preconditioner);
 }
 
 /* ---- text --------------------------------------------------------------------------------------------- */
+
+/* key=value: one word of `length` bytes. seen: a bit a key. */
+PK__PRIVATE pk_status pk__optimizer_word(pk_context *context, const pk__optimizer_rule *rule, const char *text,
+                                         size_t length, pk_optimizer *parsed, unsigned *seen)
+{
+    size_t name = strcspn(text, "= \t");
+    int shown = (int)(length < 40 ? length : 40), index = 0;
+    double value = 0;
+    while (rule->keys[index].name &&
+           (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
+        index++;
+    const pk__optimizer_key *key = &rule->keys[index];
+    if (!key->name)
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name, shown,
+                        text);
+    if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown, text,
+                        key->name);
+    if (*seen & (1u << index))
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' gives %s a second time", rule->name, shown,
+                        text, key->name);
+    if (pk__key_refuse(key, value)) /* before a switch becomes an int */
+        return pk__fail(context, PK_ARGUMENT, "optimizer %s: %s is %.17g; it must be %s", rule->name, key->name,
+                        value, pk__key_refuse(key, value));
+    *seen |= 1u << index;
+    pk__key_set(key, parsed, value);
+    return PK_OK;
+}
+
+/* " name=value", the shortest that gives the same bits back; its length. */
+PK__PRIVATE size_t pk__key_text(const char *name, double value, char *text, size_t size)
+{
+    char number[64];
+    double back;
+    for (int digits = 15; digits <= 17; digits++) {
+        pk__print(number, sizeof number, "%.*g", digits, value);
+        if (pk__number(number, strlen(number), &back) && back == value)
+            break;
+    }
+    return (size_t)snprintf(text, size, " %s=%s", name, number);
+}
 
 PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_optimizer *optimizer)
 {
@@ -12674,27 +12988,9 @@ PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_op
     unsigned seen = 0;
     for (text += length, text += strspn(text, space); *text; text += length, text += strspn(text, space)) {
         length = strcspn(text, space);
-        size_t name = strcspn(text, "= \t");
-        int shown = (int)(length < 40 ? length : 40), index = 0;
-        double value = 0;
-        while (rule->keys[index].name &&
-               (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
-            index++;
-        const pk__optimizer_key *key = &rule->keys[index];
-        if (!key->name)
-            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name,
-                            shown, text);
-        if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
-            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown,
-                            text, key->name);
-        if (seen & (1u << index))
-            return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' gives %s a second time", rule->name,
-                            shown, text, key->name);
-        if (pk__key_refuse(key, value)) /* before a switch becomes an int */
-            return pk__fail(context, PK_ARGUMENT, "optimizer %s: %s is %.17g; it must be %s", rule->name,
-                            key->name, value, pk__key_refuse(key, value));
-        seen |= 1u << index;
-        pk__key_set(key, &parsed, value);
+        pk_status status = pk__optimizer_word(context, rule, text, length, &parsed, &seen);
+        if (status)
+            return status;
     }
     pk_status status = pk_optimizer_check(context, &parsed);
     if (status == PK_OK)
@@ -12713,16 +13009,10 @@ PK_API pk_status pk_optimizer_format(const pk_optimizer *optimizer, char *text, 
     char whole[512];
     size_t used = (size_t)snprintf(whole, sizeof whole, "%s", rule->name);
     for (const pk__optimizer_key *key = rule->keys; key->name; key++) {
-        char number[64];
-        double value = pk__key_get(key, optimizer), back;
+        double value = pk__key_get(key, optimizer);
         if (value == 0 && key->standard == 0)
             continue;
-        for (int digits = 15; digits <= 17; digits++) { /* the shortest that gives the same bits back */
-            pk__print(number, sizeof number, "%.*g", digits, value);
-            if (pk__number(number, strlen(number), &back) && back == value)
-                break;
-        }
-        used += (size_t)snprintf(whole + used, sizeof whole - used, " %s=%s", key->name, number);
+        used += pk__key_text(key->name, value, whole + used, sizeof whole - used);
     }
     if (used + 1 > size)
         return PK_ARGUMENT;
@@ -12827,6 +13117,315 @@ PK_API pk_status pk_schedule_check(pk_context *context, const pk_schedule *sched
 
 PK__END_CODE
 
+/* pathkernel/training/groups.h: implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+static int pk__is_grouped(const pk_parameter_groups *groups)
+{
+    return groups && groups->count > 0;
+}
+
+static double pk__group_rate(const pk_parameter_groups *groups, size_t group, double rate, const double *rates)
+{
+    return !group ? rate : rates ? rates[group - 1] : groups->group[group - 1].rate * rate;
+}
+
+static const pk_optimizer *pk__group_optimizer(const pk_optimizer *optimizer, const pk_parameter_groups *groups,
+                                               size_t group)
+{
+    return group ? &groups->group[group - 1].optimizer : optimizer;
+}
+
+static int pk__group_frozen(const pk_parameter_groups *groups, size_t group)
+{
+    return group && groups->group[group - 1].frozen;
+}
+
+/* The part of a range within first .. first + count - 1: how many, and how far from first. */
+static size_t pk__range_part(const pk_parameter_range *range, size_t first, size_t count, size_t *at)
+{
+    const size_t from = pk__max(range->first, first), to = pk__min(range->first + range->count, first + count);
+    *at = from - first;
+    return to > from ? to - from : 0;
+}
+
+/* The update of parameters first .. first + count - 1, whose numbers `whole` points to. rates: of the groups at this step,
+ * or NULL. */
+PK__PRIVATE void pk__groups_update(const pk_optimizer *optimizer, const pk_parameter_groups *groups,
+                                   const double *rates, size_t first, const pk__update *whole)
+{
+    if (!pk__is_grouped(groups)) {
+        pk__optimizer_part(optimizer, whole);
+        return;
+    }
+    for (size_t r = 0; r < groups->range_count; r++) {
+        const pk_parameter_range *range = &groups->range[r];
+        size_t at;
+        pk__update part = *whole;
+        part.count = pk__range_part(range, first, whole->count, &at);
+        if (!part.count)
+            continue;
+        part.rate = pk__group_rate(groups, range->group, whole->rate, rates);
+        part.weights += at;
+        part.gradient += part.gradient ? at : 0;
+        part.state = part.state ? part.state + at : NULL;
+        part.update = part.update ? part.update + at : NULL;
+        if (!pk__group_frozen(groups, range->group))
+            pk__optimizer_part(pk__group_optimizer(optimizer, groups, range->group), &part);
+        else if (part.update)
+            memset(part.update, 0, part.count * sizeof *part.update);
+    }
+}
+
+/* The linear form of one group at a step, of count parameters with their state (or of none): p is a vector then, whatever
+ * the rule. Frozen: all zero. */
+PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_parameter_groups *groups, size_t group,
+                                size_t step, double rate, const double *rates, size_t count, size_t apart,
+                                const pk_real *state, pk_linear_form *form, pk_real *p)
+{
+    memset(form, 0, sizeof *form);
+    if (!pk__group_frozen(groups, group))
+        pk__optimizer_form(pk__group_optimizer(optimizer, groups, group), step,
+                           pk__group_rate(groups, group, rate, rates), count, apart, state, form, p);
+    for (size_t i = 0; p && !form->preconditioned && i < count; i++)
+        p[i] = (pk_real)form->rate;
+    form->preconditioned = 1;
+}
+
+/* Gradients of tensors that are never updated do not count where the norm is clipped. */
+PK__PRIVATE void pk__groups_forget_frozen(const pk_parameter_groups *groups, pk_real *gradient)
+{
+    for (size_t r = 0; pk__is_grouped(groups) && r < groups->range_count; r++)
+        if (pk__group_frozen(groups, groups->range[r].group))
+            memset(gradient + groups->range[r].first, 0, groups->range[r].count * sizeof *gradient);
+}
+
+PK_API size_t pk_parameter_groups_state_vectors(const pk_optimizer *optimizer,
+                                                const pk_parameter_groups *groups)
+{
+    size_t vectors = pk_optimizer_state_vectors(optimizer);
+    for (size_t g = 0; groups && g < groups->count; g++)
+        if (!groups->group[g].frozen)
+            vectors = pk__max(vectors, pk_optimizer_state_vectors(&groups->group[g].optimizer));
+    return vectors;
+}
+
+/* The number at *text, which moves behind it; 0 where there is none. */
+static int pk__tensor_number(const char **text, size_t *number)
+{
+    const char *from = *text;
+    *number = 0;
+    for (; **text >= '0' && **text <= '9' && *text - from < 10; (*text)++)
+        *number = 10 * *number + (size_t)(**text - '0');
+    return *text > from;
+}
+
+static pk_status pk__group_tensors(pk_context *context, const char **line, size_t number,
+                                   pk_parameter_groups *groups)
+{
+    const char *text = *line;
+    const int shown = (int)pk__min(strcspn(text, " \t"), 40);
+    for (int more = 1; more; text += more) {
+        size_t first, last;
+        int good = pk__tensor_number(&text, &first);
+        last = first;
+        if (good && *text == '-') {
+            text++;
+            good = pk__tensor_number(&text, &last);
+        }
+        more = *text == ',';
+        if (!good || (*text && !strchr(", \t", *text)))
+            return pk__fail(context, PK_FORMAT, "'%.*s' is not a list of tensors such as 1,3,5-7", shown,
+                            *line);
+        if (last < first)
+            return pk__fail(context, PK_FORMAT, "tensors %zu-%zu: the last comes before the first", first,
+                            last);
+        if (last >= groups->tensor_count)
+            return pk__fail(context, PK_ARGUMENT, "tensor %zu: the network has %zu, numbered from 0", last,
+                            groups->tensor_count);
+        for (size_t t = first; t <= last; t++) {
+            if (groups->tensor[t] == number)
+                return pk__fail(context, PK_FORMAT, "tensor %zu stands twice in this group", t);
+            if (groups->tensor[t])
+                return pk__fail(context, PK_FORMAT, "tensor %zu is in a group already, the %zuth", t,
+                                groups->tensor[t]);
+            groups->tensor[t] = number;
+        }
+    }
+    *line = text;
+    return PK_OK;
+}
+
+static pk_status pk__group_line(pk_context *context, const pk_optimizer *optimizer, const char *text,
+                                size_t number, pk_parameter_groups *groups)
+{
+    const char *space = " \t";
+    pk_parameter_group *group = &groups->group[number - 1];
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    unsigned seen = 0;
+    group->optimizer = *optimizer;
+    group->rate = 1;
+    text += strspn(text, space);
+    pk_status status = pk__group_tensors(context, &text, number, groups);
+    for (text += strspn(text, space); !status && *text; text += strspn(text, space)) {
+        const size_t length = strcspn(text, space);
+        if (length == 6 && memcmp(text, "frozen", 6) == 0) {
+            if (group->frozen)
+                return pk__fail(context, PK_FORMAT, "'frozen' stands twice");
+            group->frozen = 1;
+        } else if (length > 4 && memcmp(text, "rate=", 5) == 0) {
+            if (group->rated)
+                return pk__fail(context, PK_FORMAT, "'%.*s' gives rate a second time", (int)pk__min(length, 40),
+                                text);
+            if (!pk__number(text + 5, length - 5, &group->rate))
+                return pk__fail(context, PK_FORMAT, "'%.*s' is not rate=number", (int)pk__min(length, 40),
+                                text);
+            if (!isfinite(group->rate) || group->rate < 0)
+                return pk__fail(context, PK_ARGUMENT, "rate is %.17g; it must be finite and >= 0", group->rate);
+            group->rated = 1;
+            group->keys++;
+        } else {
+            status = pk__optimizer_word(context, rule, text, length, &group->optimizer, &seen);
+            group->keys++;
+        }
+        text += length;
+    }
+    if (!status && group->frozen && group->keys)
+        status = pk__fail(context, PK_FORMAT, "a frozen group has no other key");
+    return status;
+}
+
+/* Neighbouring tensors of one group are one range. */
+static void pk__group_ranges(const pk_weight_block *blocks, pk_parameter_groups *groups)
+{
+    for (size_t t = 0; t < groups->tensor_count; t++) {
+        pk_parameter_range *range = groups->range_count ? &groups->range[groups->range_count - 1] : NULL;
+        if (!range || range->group != groups->tensor[t]) {
+            range = &groups->range[groups->range_count++];
+            range->first = blocks[t].offset;
+            range->count = 0;
+            range->group = groups->tensor[t];
+        }
+        range->count += blocks[t].count;
+    }
+}
+
+PK_API void pk_parameter_groups_release(pk_context *context, pk_parameter_groups *groups)
+{
+    pk_release(context, groups->group);
+    pk_release(context, groups->range);
+    pk_release(context, groups->tensor);
+    memset(groups, 0, sizeof *groups);
+}
+
+/* *at: the line that is wrong. */
+PK__PRIVATE pk_status pk__groups_parse(pk_context *context, const pk_graph *graph,
+                                       const pk_optimizer *optimizer, size_t count, const char *const *lines,
+                                       pk_parameter_groups *groups, size_t *at)
+{
+    pk_parameter_groups parsed;
+    pk_weight_block *blocks = NULL;
+    memset(&parsed, 0, sizeof parsed);
+    *at = 0;
+    if (count) {
+        parsed.count = count;
+        parsed.tensor_count = pk_graph_blocks(graph, NULL, 0);
+        pk_status status = pk_allocate(context, count, sizeof *parsed.group, "parameter groups", &parsed.group);
+        if (!status)
+            status = pk_allocate(context, parsed.tensor_count, sizeof *parsed.range, "parameter ranges",
+                                 &parsed.range);
+        if (!status)
+            status = pk_allocate(context, parsed.tensor_count, sizeof *parsed.tensor, "the groups of tensors",
+                                 &parsed.tensor);
+        if (!status)
+            status = pk_allocate(context, parsed.tensor_count, sizeof *blocks, "the list of tensors", &blocks);
+        if (!status) {
+            memset(parsed.group, 0, count * sizeof *parsed.group);
+            memset(parsed.tensor, 0, parsed.tensor_count * sizeof *parsed.tensor);
+            (void)pk_graph_blocks(graph, blocks, parsed.tensor_count);
+        }
+        for (; !status && *at < count; *at += !status)
+            status = pk__group_line(context, optimizer, lines[*at], *at + 1, &parsed);
+        if (!status)
+            pk__group_ranges(blocks, &parsed);
+        pk_release(context, blocks);
+        if (status) {
+            pk_parameter_groups_release(context, &parsed);
+            return status;
+        }
+    }
+    *groups = parsed;
+    return PK_OK;
+}
+
+PK_API pk_status pk_parameter_groups_parse(pk_context *context, const pk_graph *graph,
+                                           const pk_optimizer *optimizer, size_t count,
+                                           const char *const *lines, pk_parameter_groups *groups)
+{
+    size_t at = 0;
+    if (!graph || !optimizer || (count && !lines) || !groups || count > PK_GROUPS_MOST)
+        return pk__fail(context, PK_ARGUMENT,
+                        "parameter groups: graph, optimizer or lines are missing, or more than %d",
+                        (int)PK_GROUPS_MOST);
+    for (size_t g = 0; g < count; g++)
+        if (!lines[g])
+            return pk__fail(context, PK_ARGUMENT, "parameter groups: line %zu is NULL", g);
+    pk_status status = pk__groups_parse(context, graph, optimizer, count, lines, groups, &at);
+    char message[PK_MESSAGE_SIZE];
+    if (!status || !context)
+        return status;
+    memcpy(message, context->message, sizeof message);
+    return pk__fail(context, status, "group %zu: %.*s", at, (int)sizeof message - 32, message);
+}
+
+/* The bytes that group lines take at most, all together. */
+PK__PRIVATE size_t pk__groups_text_size(const pk_parameter_groups *groups)
+{
+    return 24 * groups->tensor_count + 512 * groups->count + 1;
+}
+
+/* "group 1,3,5-7 weight_decay=0 rate=0.1\n" for each group, in canonical form: the same groups, the same text. */
+PK__PRIVATE void pk__groups_text(const pk_optimizer *optimizer, const pk_parameter_groups *groups, char *text,
+                                 size_t size)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    size_t used = 0;
+    text[0] = '\0';
+    for (size_t g = 0; g < groups->count; g++) {
+        const pk_parameter_group *group = &groups->group[g];
+        const char *before = "group     ";
+        for (size_t t = 0, last; t < groups->tensor_count; t = last + 1) {
+            last = t;
+            if (groups->tensor[t] != g + 1)
+                continue;
+            while (last + 1 < groups->tensor_count && groups->tensor[last + 1] == g + 1)
+                last++;
+            used +=
+                (size_t)snprintf(text + used, size - used, last > t ? "%s%zu-%zu" : "%s%zu", before, t, last);
+            before = ",";
+        }
+        if (group->frozen)
+            used += (size_t)snprintf(text + used, size - used, " frozen");
+        const size_t bare = used;
+        for (const pk__optimizer_key *key = rule->keys; !group->frozen && key->name; key++) {
+            const double value = pk__key_get(key, &group->optimizer);
+            if (value != pk__key_get(key, optimizer))
+                used += pk__key_text(key->name, value, text + used, size - used);
+        }
+        if (group->rated && (group->rate != 1 || used == bare))
+            used += pk__key_text("rate", group->rate, text + used, size - used);
+        else if (group->keys && used == bare) /* what it says is what holds anyway */
+            used += pk__key_text(rule->keys[0].name, pk__key_get(&rule->keys[0], &group->optimizer),
+                                 text + used, size - used);
+        used += (size_t)snprintf(text + used, size - used, "\n");
+    }
+}
+
+PK__END_CODE
+
 /* pathkernel/run/run.h: implementation */
 #include <errno.h>
 #include <fcntl.h>
@@ -12848,6 +13447,7 @@ enum {
     PK__RUN_ITEMS,
     PK__RUN_ITEM_WEIGHTS,
     PK__RUN_SCALES,
+    PK__RUN_GROUP_RATES,
     PK__RUN_CHECKSUMS,
     PK__RUN_MOMENTS,
     PK__RUN_STATES,
@@ -12865,19 +13465,22 @@ typedef struct pk__run_file {
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
-    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},  {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
-    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},       {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
-    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0}, {"checksums.npy", PK_INT64, 1, 0, 1, 0},
-    {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},  {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1},
-    {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
+    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},   {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
+    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},        {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
+    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0},  {"group_rates.npy", PK_FLOAT64, 2, 1, 0, 0},
+    {"checksums.npy", PK_INT64, 1, 0, 1, 0},          {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},
+    {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1}, {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
 
 /* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
-static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer)
+static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer,
+                       const pk_parameter_groups *groups)
 {
+    if (file == PK__RUN_GROUP_RATES)
+        return groups->count ? -1 : 0;
     if (file == PK__RUN_CHECKSUMS)
         return keep_every > 1;
     if (file == PK__RUN_STATES)
-        return keep_every > 1 && pk_optimizer_state_vectors(optimizer) > 0;
+        return keep_every > 1 && pk_parameter_groups_state_vectors(optimizer, groups) > 0;
     if (file == PK__RUN_MOMENTS && keep_every > 1)
         return 0;
     return pk__run_files[file].optional ? -1 : 1;
@@ -12989,6 +13592,8 @@ enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at m
 typedef struct pk__manifest {
     char *value[PK__MANIFEST_KEYS]; /* inside the text that was split */
     size_t line[PK__MANIFEST_KEYS]; /* counted from 1; 0: not there */
+    const char *group[PK_GROUPS_MOST];
+    size_t group_line[PK_GROUPS_MOST], groups;
 } pk__manifest;
 
 static int pk__blank(char c)
@@ -13032,6 +13637,16 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         *version = 1;
         return PK_OK;
     }
+    if (strcmp(begin, "group") == 0) {
+        if (!*value)
+            return pk__fail(context, PK_FORMAT, "run.txt line %zu: 'group' has no value", line);
+        if (manifest->groups == PK_GROUPS_MOST)
+            return pk__fail(context, PK_UNSUPPORTED, "run.txt line %zu: more than %d groups", line,
+                            (int)PK_GROUPS_MOST);
+        manifest->group[manifest->groups] = value;
+        manifest->group_line[manifest->groups++] = line;
+        return PK_OK;
+    }
     for (int k = 0; k < PK__MANIFEST_KEYS; k++) {
         if (strcmp(begin, pk__manifest_keys[k]) != 0)
             continue;
@@ -13044,9 +13659,10 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         manifest->value[k] = value;
         return PK_OK;
     }
-    return pk__fail(context, PK_FORMAT,
-                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, keep_every)", line,
-                    begin);
+    return pk__fail(
+        context, PK_FORMAT,
+        "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, group, keep_every)", line,
+        begin);
 }
 
 /* Splits text (size bytes and a NUL after them), which is changed. */
@@ -13091,30 +13707,51 @@ static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *mani
     return PK_OK;
 }
 
-/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
-PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
-                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
-                                         pk_optimizer *optimizer, size_t *keep_every)
+static pk_status pk__manifest_values(pk_context *context, const pk__manifest *manifest,
+                                     const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                     pk_optimizer *optimizer, pk_parameter_groups *groups, size_t *keep_every)
 {
-    pk__manifest manifest;
-    pk_status status = pk__manifest_split(context, text, size, &manifest);
-    if (status != PK_OK)
-        return status;
     int key = PK__MANIFEST_KEEP;
-    status = pk__manifest_keep(context, &manifest, keep_every);
+    pk_status status = pk__manifest_keep(context, manifest, keep_every);
     if (status == PK_OK) {
         key = PK__MANIFEST_LOSS;
-        status = pk_loss_parse(context, manifest.value[key], loss);
+        status = pk_loss_parse(context, manifest->value[key], loss);
     }
     if (status == PK_OK) {
         key = PK__MANIFEST_OPTIMIZER;
-        status = pk_optimizer_parse(context, manifest.value[key], optimizer);
+        status = pk_optimizer_parse(context, manifest->value[key], optimizer);
     }
     if (status == PK_OK) {
         key = PK__MANIFEST_NETWORK;
-        status = pk_network_parse_with(context, manifest.value[key], constants, graph);
+        status = pk_network_parse_with(context, manifest->value[key], constants, graph);
     }
-    return pk__prefix(context, status, "run.txt line %zu: ", manifest.line[key]);
+    size_t line = manifest->line[key], at = 0;
+    if (status == PK_OK) {
+        status = pk__groups_parse(context, graph, optimizer, manifest->groups, manifest->group, groups, &at);
+        if (status != PK_OK) {
+            line = at < manifest->groups ? manifest->group_line[at] : line;
+            pk_graph_release(context, graph);
+        }
+    }
+    for (size_t g = 0; status == PK_OK && g < groups->count; g++)
+        groups->group[g].line = manifest->group_line[g];
+    return pk__prefix(context, status, "run.txt line %zu: ", line);
+}
+
+/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
+PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
+                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                         pk_optimizer *optimizer, pk_parameter_groups *groups,
+                                         size_t *keep_every)
+{
+    pk__manifest *manifest = NULL; /* too large for a thread's stack */
+    pk_status status = pk_allocate(context, 1, sizeof *manifest, "the lines of run.txt", &manifest);
+    if (status == PK_OK)
+        status = pk__manifest_split(context, text, size, manifest);
+    if (status == PK_OK)
+        status = pk__manifest_values(context, manifest, constants, graph, loss, optimizer, groups, keep_every);
+    pk_release(context, manifest);
+    return status;
 }
 
 /* constant_NAME.npy */
@@ -13168,7 +13805,7 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
         const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
         status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
-                                    &run->keep_every);
+                                    &run->groups, &run->keep_every);
         if (status == PK_OK && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -13235,16 +13872,19 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     const pk__run_file *expected = &pk__run_files[file];
     pk_array *array = pk__run_array(run, file);
     pk__run_path_of(path, expected->name);
-    int has = pk__run_has(file, run->keep_every, &run->optimizer);
+    int has = pk__run_has(file, run->keep_every, &run->optimizer, &run->groups);
     struct stat about;
     if (has <= 0 && lstat(path->text, &about) != 0 && errno == ENOENT) /* a link to nowhere is no absent file */
         return PK_OK;
     if (!has && file == PK__RUN_MOMENTS)
         return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
                         path->text);
+    if (!has && file == PK__RUN_GROUP_RATES)
+        return pk__fail(context, PK_FORMAT, "%s: run.txt has no group line", path->text);
     if (!has) /* other programs may leave what they like */
         return PK_OK;
-    const unsigned flags = PK_ARRAY_PARTIAL | (expected->rank == 2 ? PK_ARRAY_KEEP_OPEN : 0);
+    const unsigned flags =
+        PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
     pk_status status = pk_array_map(context, path->text, flags, array);
     if (status != PK_OK)
         return status;
@@ -13255,8 +13895,13 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     if (array->rank != expected->rank)
         return pk__fail(context, PK_SHAPE, "%s has %d dimensions, it has to have %d", path->text, array->rank,
                         expected->rank);
-    size_t vectors = file == PK__RUN_STATES ? pk_optimizer_state_vectors(&run->optimizer) : 1;
-    if (expected->rank == 2 && (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
+    if (file == PK__RUN_GROUP_RATES && array->shape[1] != run->groups.count)
+        return pk__fail(context, PK_SHAPE, "%s has %zu columns, run.txt has %zu group lines", path->text,
+                        array->shape[1], run->groups.count);
+    size_t vectors =
+        file == PK__RUN_STATES ? pk_parameter_groups_state_vectors(&run->optimizer, &run->groups) : 1;
+    if (expected->rank == 2 && file != PK__RUN_GROUP_RATES &&
+        (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
         return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters%s",
                         path->text, array->shape[1], run->parameters,
                         vectors > 1 ? " and the optimizer two vectors" : "");
@@ -13317,7 +13962,7 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
 static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
-    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0};
+    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0, 0};
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         rows[f] = array->data ? array->shape[0] : SIZE_MAX;
@@ -13353,6 +13998,13 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
         if (i < count)
             return pk__fail(context, PK_NOT_FINITE, "%s/%s holds %g at row %zu", directory,
                             pk__run_files[file[k]].name, finite[k][i], i);
+    }
+    for (size_t i = 0; run->group_rates && i < steps * run->groups.count; i++) {
+        const size_t group = i % run->groups.count;
+        if (!run->groups.group[group].frozen && !(isfinite(run->group_rates[i]) && run->group_rates[i] >= 0))
+            return pk__fail(context, isfinite(run->group_rates[i]) ? PK_ARGUMENT : PK_NOT_FINITE,
+                            "%s/group_rates.npy holds %g at row %zu, column %zu; a rate is finite and >= 0",
+                            directory, run->group_rates[i], i / run->groups.count, group);
     }
     run->steps = steps;
     for (int f = 0; f < PK__RUN_FILES; f++) {
@@ -13429,6 +14081,17 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     run->batch_weights = (const double *)run->columns[PK__RUN_ITEM_WEIGHTS].data;
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
     run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
+    run->group_rates = (const double *)run->columns[PK__RUN_GROUP_RATES].data;
+    for (size_t g = 0; g < run->groups.count; g++) {
+        const pk_parameter_group *group = &run->groups.group[g];
+        if (run->group_rates ? group->rated : !group->keys && !group->frozen)
+            return pk__fail(context, PK_FORMAT,
+                            run->group_rates ? "run.txt line %zu: rate= beside group_rates.npy, which has the "
+                                               "rates of the groups"
+                                             : "run.txt line %zu: a group without a key, and there is no "
+                                               "group_rates.npy",
+                            group->line);
+    }
     return pk__run_count(context, path->directory, recover, run);
 }
 
@@ -13516,6 +14179,7 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
     for (int f = 0; f < PK__RUN_FILES; f++)
         pk_array_release(context, pk__run_array(run, f));
     pk_dataset_release(context, &run->train);
+    pk_parameter_groups_release(context, &run->groups);
     pk_graph_release(context, &run->graph);
     memset(run, 0, sizeof *run);
 }
@@ -13531,6 +14195,11 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch)
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
 {
     return run->gradient_scales ? run->gradient_scales[step] : 1;
+}
+
+PK_API const double *pk_run_group_rates(const pk_run *run, size_t step)
+{
+    return run->group_rates ? run->group_rates + step * run->groups.count : NULL;
 }
 
 PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)
@@ -13581,6 +14250,8 @@ typedef struct pk__recording {
     pk_loss loss;
     pk_optimizer optimizer;
     char optimizer_text[256];
+    pk_parameter_groups groups;
+    char *groups_text;
     size_t keep_every;
     int present[PK__RUN_FILES];
     int exists; /* the directory holds a manifest */
@@ -13599,8 +14270,25 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                                      sizeof recording->optimizer_text);
     if (status == PK_OK)
         status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
+    if (status == PK_OK)
+        status = pk_parameter_groups_parse(context, &recording->graph, &recording->optimizer,
+                                           options->group_count, options->groups, &recording->groups);
+    if (status == PK_OK)
+        status = pk_allocate(context, pk__groups_text_size(&recording->groups), 1, "the text of the groups",
+                             &recording->groups_text);
     if (status != PK_OK)
         return status;
+    pk__groups_text(&recording->optimizer, &recording->groups, recording->groups_text,
+                    pk__groups_text_size(&recording->groups));
+    if (options->group_rates && !recording->groups.count)
+        return pk__fail(context, PK_ARGUMENT, "group_rates without groups");
+    for (size_t g = 0; g < recording->groups.count; g++) {
+        const pk_parameter_group *group = &recording->groups.group[g];
+        if (options->group_rates ? group->rated : !group->keys && !group->frozen)
+            return pk__fail(context, PK_ARGUMENT, "group %zu: %s", g,
+                            options->group_rates ? "rate= beside group_rates, which are the rates themselves"
+                                                 : "it has no key, and no group_rates are recorded");
+    }
     recording->keep_every = options->keep_every ? options->keep_every : 1;
     if (recording->keep_every > PK_KEEP_EVERY_MOST)
         return pk__fail(context, PK_ARGUMENT, "keep_every %zu is more than %d", recording->keep_every,
@@ -13610,8 +14298,10 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
     if (recording->keep_every > 1 && options->second_moments)
         return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
     for (int f = 0; f < PK__RUN_FILES; f++)
-        recording->present[f] = pk__run_has(f, recording->keep_every, &recording->optimizer) > 0;
+        recording->present[f] =
+            pk__run_has(f, recording->keep_every, &recording->optimizer, &recording->groups) > 0;
     recording->present[PK__RUN_ITEM_WEIGHTS] = options->batch_weights != 0;
+    recording->present[PK__RUN_GROUP_RATES] = options->group_rates != 0;
     recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
     recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
     return pk__run_check_data(context, train, &recording->graph, recording->loss);
@@ -13784,16 +14474,18 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
                                        const pk__recording *recording)
 {
     char *text = NULL;
-    size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text + 256, at = 0;
+    size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text +
+                  strlen(recording->groups_text) + 256,
+           at = 0;
     char keep[40] = "";
     if (recording->keep_every > 1)
         snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
     if (status != PK_OK)
         return status;
-    size =
-        (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s",
-                         recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text, keep);
+    size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s%s",
+                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text,
+                            recording->groups_text, keep);
     const char *kind;
     int file = pk__open_regular(folder, "run.txt.tmp", O_WRONLY | O_CREAT, &kind);
     int failed = file < 0 || ftruncate(file, 0) != 0;
@@ -13871,7 +14563,9 @@ static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
 /* Numbers in a row of a file of rank 2. */
 static const size_t *pk__recorder_width(const pk_recorder *recorder, int file)
 {
-    return file == PK__RUN_STATES ? &recorder->state_numbers : &recorder->parameters;
+    return file == PK__RUN_STATES        ? &recorder->state_numbers
+           : file == PK__RUN_GROUP_RATES ? &recorder->group_count
+                                         : &recorder->parameters;
 }
 
 /* The optimiser's state as float64. */
@@ -13979,6 +14673,16 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
         if (strcmp(line[k][1], line[k][2]) != 0)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
                             directory, line[k][0], line[k][1], line[k][2]);
+    char *groups = NULL;
+    status = pk_allocate(context, pk__groups_text_size(&run->groups), 1, "the text of the groups", &groups);
+    if (status != PK_OK)
+        return status;
+    pk__groups_text(&run->optimizer, &run->groups, groups, pk__groups_text_size(&run->groups));
+    const int same_groups = strcmp(groups, recording->groups_text) == 0;
+    pk_release(context, groups);
+    if (!same_groups)
+        return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its parameter groups are others",
+                        directory);
     if (run->keep_every != recording->keep_every)
         return pk__fail(context, PK_ARGUMENT,
                         "%s cannot be resumed: it keeps every %zuth step, not every %zuth", directory,
@@ -14060,6 +14764,7 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
     if (recorder->resume_file)
         close(recorder->resume_file - 1);
     pk_release(context, recorder->uniform);
+    pk_release(context, recorder->group_rates);
     if (recorder->lock)
         close(recorder->lock - 1);
     memset(recorder, 0, sizeof *recorder);
@@ -14092,14 +14797,22 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     opened.examples = pk_dataset_examples(train);
     memcpy(opened.present, recording.present, sizeof opened.present);
     opened.keep_every = recording.keep_every;
-    if (status == PK_OK && !pk__multiply(pk_optimizer_state_vectors(&recording.optimizer), opened.parameters,
-                                         &opened.state_numbers))
+    if (status == PK_OK &&
+        !pk__multiply(pk_parameter_groups_state_vectors(&recording.optimizer, &recording.groups),
+                      opened.parameters, &opened.state_numbers))
         status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
     if (status == PK_OK && initial_weights)
         status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
     if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
         status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
                              "a row of weights", &opened.row);
+    opened.group_count = recording.groups.count;
+    if (status == PK_OK && opened.present[PK__RUN_GROUP_RATES]) {
+        status = pk_allocate(context, opened.group_count, sizeof *opened.group_rates, "the rates of groups",
+                             &opened.group_rates);
+        for (size_t g = 0; status == PK_OK && g < opened.group_count; g++)
+            opened.group_rates[g] = (double)NAN; /* until they are given */
+    }
     if (status == PK_OK && opened.present[PK__RUN_STATES])
         status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
                              &opened.states);
@@ -14129,6 +14842,8 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     if (status != PK_OK && recording.made)
         (void)rmdir(directory);
     pk_release(context, path.text);
+    pk_parameter_groups_release(context, &recording.groups);
+    pk_release(context, recording.groups_text);
     pk_graph_release(context, &recording.graph);
     if (status == PK_OK) {
         *recorder = opened;
@@ -14158,6 +14873,10 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
         return pk__fail(context, PK_ARGUMENT,
                         "step %zu: gradient scale %g, but gradient_scales are not recorded", step,
                         gradient_scale);
+    for (size_t g = 0; recorder->group_rates && g < recorder->group_count; g++)
+        if (!isfinite(recorder->group_rates[g]))
+            return pk__fail(context, PK_ARGUMENT,
+                            "step %zu: the rates of the groups are missing (pk_recorder_group_rates)", step);
     if (batch->weights && !recorder->present[PK__RUN_ITEM_WEIGHTS])
         return pk__fail(context, PK_ARGUMENT,
                         "step %zu: the batch has weights, but batch_weights are not recorded", step);
@@ -14228,8 +14947,9 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
         !recorder->present[PK__RUN_CHECKSUMS]
             ? 0
             : pk__checksum(weights_after, recorder->parameters, keeps ? state : NULL, recorder->state_numbers);
-    const void *rows[PK__RUN_FILES] = {&learning_rate, &end, batch->items, batch_weights, &gradient_scale,
-                                       &checksum,      NULL, NULL,         NULL};
+    const void *rows[PK__RUN_FILES] = {
+        &learning_rate,        &end,      batch->items, batch_weights, &gradient_scale,
+        recorder->group_rates, &checksum, NULL,         NULL,          NULL};
     for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
         if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
@@ -14244,6 +14964,8 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
         recorder->failed = 1; /* the files disagree now: readers see the step before */
         return status;
     }
+    for (size_t g = 0; recorder->group_rates && g < recorder->group_count; g++)
+        recorder->group_rates[g] = (double)NAN;
     recorder->items = end;
     recorder->steps++;
     pk__recorder_keep_state(recorder, recorder->steps, PK__RESUME_EVERY, state, weights_after);
@@ -14262,6 +14984,21 @@ PK_API pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, do
                         "pk_recorder_training_step");
     return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, second_moments, NULL,
                                weights_after);
+}
+
+PK_API pk_status pk_recorder_group_rates(pk_context *context, pk_recorder *recorder, const double *rates)
+{
+    if (!recorder || !rates || !recorder->group_rates)
+        return pk__fail(context, PK_ARGUMENT,
+                        "pk_recorder_group_rates: recorder or rates are missing, or rates "
+                        "of groups are not recorded");
+    for (size_t g = 0; g < recorder->group_count; g++)
+        if (!isfinite(rates[g]) || rates[g] < 0)
+            return pk__fail(context, isfinite(rates[g]) ? PK_ARGUMENT : PK_NOT_FINITE,
+                            "step %zu: the rate of group %zu is %g; it must be finite and >= 0",
+                            recorder->steps, g, rates[g]);
+    memcpy(recorder->group_rates, rates, recorder->group_count * sizeof *rates);
+    return PK_OK;
 }
 
 PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder, double learning_rate,
@@ -14308,7 +15045,8 @@ static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads
 {
     const size_t P = trainer->graph->parameters, real = sizeof(pk_real);
     pk_gradient_workspace *workspace = &trainer->workspace;
-    if (!pk__multiply(pk_optimizer_state_vectors(&trainer->optimizer), P, &trainer->state_numbers))
+    if (!pk__multiply(pk_parameter_groups_state_vectors(&trainer->optimizer, trainer->groups), P,
+                      &trainer->state_numbers))
         arena->overflow = 1;
     trainer->gradient = pk__arena_take(arena, P, real);
     trainer->state = pk__arena_take(arena, trainer->state_numbers, real);
@@ -14324,6 +15062,14 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
                                     pk_loss loss, const pk_optimizer *optimizer, size_t largest_batch,
                                     pk_trainer *trainer)
 {
+    return pk_trainer_prepare_groups(context, graph, train, loss, optimizer, NULL, largest_batch, trainer);
+}
+
+PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                           pk_loss loss, const pk_optimizer *optimizer,
+                                           const pk_parameter_groups *groups, size_t largest_batch,
+                                           pk_trainer *trainer)
+{
     if (!graph || !graph->node_count || !train || !optimizer || !trainer || !largest_batch)
         return pk__fail(context, PK_ARGUMENT, "training steps: graph, data, optimizer or batches are missing");
     pk_trainer taken;
@@ -14332,6 +15078,7 @@ PK_API pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph, 
     taken.train = train;
     taken.loss = loss;
     taken.optimizer = *optimizer;
+    taken.groups = groups;
     pk__arena arena = {NULL, 0, 0, 0};
     pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
     if (arena.overflow)
@@ -14357,7 +15104,7 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer)
 enum { PK__STEP_RANGE = 4096 }; /* parameters that go through a step together, while they are in the cache */
 
 /* next = weights + their update, for one range of the parameters; whether it is finite. */
-static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole, size_t range)
+static int pk__step_range(const pk_trainer *trainer, const pk__update *whole, size_t range)
 {
     const size_t first = range * PK__STEP_RANGE;
     pk__update part = *whole;
@@ -14366,7 +15113,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
     part.gradient += part.gradient ? first : 0;
     part.state = part.state ? part.state + first : NULL;
     part.update += first;
-    pk__optimizer_part(optimizer, &part);
+    pk__groups_update(&trainer->optimizer, trainer->groups, trainer->group_rates, first, &part);
     const pk_real *weights = part.weights;
     pk_real *next = part.update;
     const size_t count = part.count;
@@ -14377,7 +15124,7 @@ static int pk__step_range(const pk_optimizer *optimizer, const pk__update *whole
 }
 
 /* Whether all of next is finite. Ranges are independent: threads share them where that is worth their start. */
-static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, const pk__update *whole)
+static int pk__step_update(pk_context *context, const pk_trainer *trainer, const pk__update *whole)
 {
     const size_t ranges = pk__blocks(whole->count, PK__STEP_RANGE);
     const int threads = (int)pk__min((size_t)pk_threads(context), pk__max(ranges / 8, 1));
@@ -14386,14 +15133,14 @@ static int pk__step_update(pk_context *context, const pk_optimizer *optimizer, c
         pk__team team = pk__team_of(context, threads, ranges);
         PK__PARALLEL(team)
         for (size_t range = pk__first_task(&team); range < ranges; range = pk__next_task(&team))
-            if (!pk__step_range(optimizer, whole, range)) {
+            if (!pk__step_range(trainer, whole, range)) {
                 PK__ATOMIC_WRITE
                 finite = 0;
             }
         pk__team_end(&team);
     } else {
         for (size_t range = 0; range < ranges; range++)
-            finite &= pk__step_range(optimizer, whole, range);
+            finite &= pk__step_range(trainer, whole, range);
     }
     return finite;
 }
@@ -14408,10 +15155,11 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                          &trainer->workspace, objective, trainer->gradient);
     if (status != PK_OK)
         return pk__prefix(context, status, "step %zu: ", step);
+    pk__groups_forget_frozen(trainer->groups, trainer->gradient);
     if (clip_norm > 0)
         *scale = pk_clip_scale(trainer->gradient, P, clip_norm);
     const pk__update whole = {step, rate, *scale, P, P, weights, trainer->gradient, trainer->state, next};
-    if (!pk__step_update(context, &trainer->optimizer, &whole))
+    if (!pk__step_update(context, trainer, &whole))
         for (size_t p = 0; p < P; p++)
             if (!isfinite(next[p]))
                 return pk__fail(context, PK_NOT_FINITE, "step %zu: training diverged, parameter %zu becomes %g",
@@ -14482,6 +15230,7 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
     replay->trainer.train = &run->train;
     replay->trainer.loss = run->loss;
     replay->trainer.optimizer = run->optimizer;
+    replay->trainer.groups = &run->groups;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
     replay->weights = pk__arena_take(arena, P, sizeof(pk_real));
     replay->next = pk__arena_take(arena, P, sizeof(pk_real));
@@ -14490,7 +15239,7 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
         replay->stops = (every - 1) / replay->spacing;
     }
     size_t numbers = 0;
-    if (!pk__multiply(P, 1 + pk_optimizer_state_vectors(&run->optimizer), &numbers) ||
+    if (!pk__multiply(P, 1 + pk_parameter_groups_state_vectors(&run->optimizer, &run->groups), &numbers) ||
         !pk__multiply(replay->stops, numbers, &numbers))
         arena->overflow = 1;
     replay->stop_numbers = pk__arena_take(arena, numbers, sizeof(pk_real));
@@ -14575,6 +15324,7 @@ static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
     double scale = pk_run_gradient_scale(run, step);
     pk_batch batch;
     pk_run_batch(run, step, &batch);
+    replay->trainer.group_rates = pk_run_group_rates(run, step);
     replay->step = SIZE_MAX; /* after an error, the state belongs to no step */
     pk_status status = pk__make_step(context, &replay->trainer, step, run->learning_rates[step], 0, &batch,
                                      replay->weights, replay->next, &scale, NULL);
@@ -14634,6 +15384,8 @@ typedef struct pk__training {
     size_t epoch;                           /* whose permutation order holds */
     int64_t *order;                         /* examples */
     pk_real *next;                          /* P: w_{s+1} */
+    pk_parameter_groups groups;
+    double *group_rates; /* of a step, or NULL */
     pk_trainer trainer;
     pk_recorder recorder;
 } pk__training;
@@ -14665,13 +15417,27 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
+/* The rate of a step, and of the groups at it. */
+static double pk__training_rate(pk__training *t, size_t step)
+{
+    for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+        t->group_rates[g] =
+            t->groups.group[g].frozen ? 0 : pk_schedule_rate(&t->options->group_schedules[g], step);
+    return pk_schedule_rate(&t->options->schedule, step);
+}
+
 /* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
 {
     const pk_train_options *options = t->options;
     pk__training_batch(t, step, &made->batch);
-    made->rate = pk_schedule_rate(&options->schedule, step);
+    made->rate = pk__training_rate(t, step);
+    t->trainer.group_rates = t->group_rates;
+    for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+        if (!isfinite(t->group_rates[g]) || t->group_rates[g] < 0)
+            return pk__fail(context, PK_ARGUMENT, "the learning rate of group %zu at step %zu is %g", g, step,
+                            t->group_rates[g]);
     return pk_training_step(context, &t->trainer, step, made->rate, options->clip_norm, &made->batch, weights,
                             t->next, &made->scale, &made->objective);
 }
@@ -14700,7 +15466,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
                         "%s was recorded as float32: training cannot go on to the same bits", folder);
     /* A rule without state needs no gradient of the past, nor does one whose state was kept; at least one step is
      * checked all the same. */
-    size_t last = run->steps - 1, from = pk_optimizer_stateless(&t->options->optimizer) ? last : 0;
+    size_t last = run->steps - 1, from = t->trainer.state_numbers ? 0 : last;
     if (run->keep_every > 1)
         from = last - last % run->keep_every;
     if (run->keep_every == 1 && t->trainer.state_numbers) {
@@ -14719,7 +15485,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         pk_batch there;
         pk_run_batch(run, s, &there);
         pk__training_batch(t, s, &made.batch);
-        made.rate = pk_schedule_rate(&t->options->schedule, s);
+        made.rate = pk__training_rate(t, s);
         if (there.count != made.batch.count || there.weights ||
             memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0)
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu used another batch",
@@ -14728,6 +15494,12 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
             return pk__fail(context, PK_ARGUMENT,
                             "%s cannot be resumed: the rate of its step %zu is %.17g, not %.17g", folder, s,
                             run->learning_rates[s], made.rate);
+        for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+            if (!t->groups.group[g].frozen && pk_run_group_rates(run, s)[g] != t->group_rates[g])
+                return pk__fail(
+                    context, PK_ARGUMENT,
+                    "%s cannot be resumed: the rate of group %zu at its step %zu is %.17g, not %.17g", folder,
+                    g, s, pk_run_group_rates(run, s)[g], t->group_rates[g]);
         if (s < from)
             continue;
         int same = 0;
@@ -14780,6 +15552,9 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.constants = &constants;
     recording.loss = pk_loss_name(options->loss);
     recording.optimizer = optimizer;
+    recording.groups = options->groups;
+    recording.group_count = options->group_count;
+    recording.group_rates = t->group_rates != NULL;
     recording.float32 = options->record_float32;
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
@@ -14824,6 +15599,8 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
         size_t step = result->steps;
         pk__step made;
         status = pk__training_next(context, t, step, now, &made);
+        if (status == PK_OK && options->record && t->group_rates)
+            status = pk_recorder_group_rates(context, &t->recorder, t->group_rates);
         if (status == PK_OK && options->record)
             status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
                                                t->trainer.state, t->next);
@@ -14870,6 +15647,9 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
     pk_status status = pk_optimizer_check(context, &options->optimizer);
     if (status == PK_OK)
         status = pk_schedule_check(context, &options->schedule, options->steps);
+    for (size_t g = 0; options->group_schedules && status == PK_OK && g < options->group_count; g++)
+        status = pk__prefix(context, pk_schedule_check(context, &options->group_schedules[g], options->steps),
+                            "group %zu: ", g);
     if (status == PK_OK)
         status = pk__run_check_data(context, train, graph, options->loss);
     return status;
@@ -14897,14 +15677,26 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     if (status == PK_OK)
         status = pk_allocate(context, graph->parameters, sizeof *t.next, "the next weights", &t.next);
     if (status == PK_OK)
-        status = pk_trainer_prepare(context, graph, train, options->loss, &options->optimizer, t.batch_size,
-                                    &t.trainer);
+        status = pk_parameter_groups_parse(context, graph, &options->optimizer, options->group_count,
+                                           options->groups, &t.groups);
+    if (status == PK_OK && options->group_schedules && t.groups.count)
+        status =
+            pk_allocate(context, t.groups.count, sizeof *t.group_rates, "the rates of groups", &t.group_rates);
+    for (size_t g = 0; status == PK_OK && t.group_rates && g < t.groups.count; g++)
+        if (t.groups.group[g].rated)
+            status = pk__fail(context, PK_ARGUMENT,
+                              "group %zu: rate= beside group_schedules, which have the rates", g);
+    if (status == PK_OK)
+        status = pk_trainer_prepare_groups(context, graph, train, options->loss, &options->optimizer, &t.groups,
+                                           t.batch_size, &t.trainer);
     if (status == PK_OK)
         status = pk__training_loop(context, &t, weights, &reached);
     pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
     if (status == PK_OK)
         status = closed;
     pk_trainer_release(context, &t.trainer);
+    pk_release(context, t.group_rates);
+    pk_parameter_groups_release(context, &t.groups);
     pk_release(context, t.next);
     pk_release(context, t.order);
     if (result)
@@ -15043,7 +15835,8 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
             segment->base[n] = base;
             segment->slope[n] = slope;
         }
-        if (n && node->varies && (gather || !affine || !pk__is_outer(node)) && segment->gathered)
+        if (n && node->varies && (gather || !affine || !pk__is_outer(node) || node->shares) &&
+            segment->gathered)
             for (int j = 0; j < node->input_count; j++)
                 segment->gathered[node->inputs[j]] |= !graph->nodes[node->inputs[j]].varies;
         for (int j = 0; j < node->input_count && segment->last_read; j++)
@@ -18052,10 +18845,13 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
         window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
     window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
-    window->state_vectors = pk_optimizer_state_vectors(&run->optimizer);
+    window->state_vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    window->form_count = 1 + run->groups.count;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
-    window->preconditioned = form.preconditioned;
+    window->adaptive = form.preconditioned;
+    window->preconditioned = form.preconditioned || run->groups.count;
+    window->decoupled = run->optimizer.kind == PK_ADAMW;
 }
 
 /* Windows that can be visited last to first with states states (the first one's among them) where none is gone
@@ -18122,7 +18918,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
-    window->states = bounds && window->preconditioned && !window->run->second_moments.data ? 3 : 1;
+    window->states = bounds && window->adaptive && !window->run->second_moments.data ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
@@ -18144,7 +18940,11 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
     window->spare_at = pk__arena_take(arena, window->spare, sizeof *window->spare_at);
     window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
-    window->forms = pk__arena_take(arena, capacity, sizeof *window->forms);
+    window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
+    window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
+    window->use_decayed = window->decayed;
+    if (graph->pieces && window->form_count > 1)
+        window->use_decayed = pk__arena_take(arena, spread, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
     window->magnitudes = bounds ? pk__arena_take(arena, capacity, sizeof(pk__examples)) : NULL;
@@ -18249,7 +19049,7 @@ static void pk__fill_window(pk_context *context, pk__window *window)
 
 static int pk__has_moments(const pk__window *window)
 {
-    return window->preconditioned && window->run->second_moments.data;
+    return window->adaptive && window->run->second_moments.data;
 }
 
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
@@ -18295,15 +19095,32 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         for (size_t lane = 1; lane < window->lanes; lane++)
             for (size_t i = 0; i < count; i++)
                 gradient[i] += gradient[lane * window->spread + i];
-        pk_optimizer_update(&run->optimizer, step, rate, scale, count, weights, gradient, state,
-                            advance || recorded ? NULL : update);
+        const double *rates = pk_run_group_rates(run, step);
+        const pk__update whole = {
+            step, rate, scale, count, count, weights, gradient, state, advance || recorded ? NULL : update};
+        pk__groups_update(&run->optimizer, &run->groups, rates, first, &whole);
         if (advance)
             continue;
         if (recorded)
             memcpy(state + (window->state_vectors - 1) * count, p, count * sizeof *p);
-        if (p)
+        for (size_t r = 0; r < run->groups.range_count; r++) {
+            const pk_parameter_range *range = &run->groups.range[r];
+            size_t from;
+            const size_t numbers = pk__range_part(range, first, count, &from);
+            if (!numbers)
+                continue;
+            pk__group_form(&run->optimizer, &run->groups, range->group, step, rate, rates, numbers, count,
+                           state ? state + from : NULL, &form, p + from);
+            if (recorded)
+                pk__update_from_form(&form, scale, numbers, p + from, state + from, gradient + from,
+                                     weights + from, update + from);
+            const double decay = window->decoupled ? form.decoupled : form.coupled;
+            for (size_t i = from; i < from + numbers; i++)
+                window->decayed[at + i] = (pk_real)(decay * weights[i]);
+        }
+        if (p && window->form_count == 1)
             pk_optimizer_linear_form(&run->optimizer, step, rate, count, state, &form, p);
-        if (recorded)
+        if (recorded && window->form_count == 1)
             pk__update_from_form(&form, scale, count, p, state, gradient, weights, update);
         for (size_t i = 0; i < count; i++)
             window->remainder[at + i] = window->direction[at + i] - update[i];
@@ -18319,7 +19136,11 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     const size_t P = window->parameters, step = window->first + j;
     const pk_real *gradient = window->gradient + j * window->lanes * window->spread,
                   *weights = window->weights + j * P;
-    double scale = pk_run_gradient_scale(run, step), coupled = window->forms[j].coupled;
+    const double *rates = pk_run_group_rates(run, step), rate = run->learning_rates[step];
+    const pk_parameter_range all = {0, P, 0};
+    const pk_parameter_range *ranges = run->groups.range_count ? run->groups.range : &all;
+    const size_t range_count = pk__max(run->groups.range_count, 1);
+    double scale = pk_run_gradient_scale(run, step);
     double allowance = pk__rounding_allowance(&run->graph);
     pk_real *sizes = window->perturbed, *perturbed = sizes + window->spread, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
@@ -18329,19 +19150,24 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
         pk_graph_gather(&run->graph, sizes, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
+        size_t r = 0;
         for (size_t i = 0; i < P; i++) {
+            r += i == ranges[r].first + ranges[r].count;
+            const double coupled = window->forms[j * window->form_count + ranges[r].group].coupled;
             const double whole = scale * gradient[i] + coupled * weights[i];
             double change = scale * allowance * sizes[i];
             if (!larger)
                 change = change < fabs(whole) ? -change : -fabs(whole);
             perturbed[i] = (pk_real)(gradient[i] + (scale != 0 ? (whole > 0 ? change : -change) / scale : 0));
         }
-        pk_optimizer_update(&run->optimizer, step, run->learning_rates[step], scale, P, weights, perturbed,
-                            state, NULL);
+        const pk__update whole_update = {step, rate, scale, P, P, weights, perturbed, state, NULL};
+        pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole_update);
         if (advance)
             continue;
         pk_linear_form form;
-        pk_optimizer_linear_form(&run->optimizer, step, run->learning_rates[step], P, state, &form, p);
+        for (r = 0; r < range_count; r++)
+            pk__group_form(&run->optimizer, &run->groups, ranges[r].group, step, rate, rates, ranges[r].count,
+                           P, state + ranges[r].first, &form, p + ranges[r].first);
         for (size_t i = 0; i < P; i++) {
             const double off = fabs((double)p[i] - (double)window->preconditioner[j * window->pitch + i]);
             error[i] = (pk_real)(larger && off < error[i] ? error[i] : off);
@@ -18362,7 +19188,20 @@ static void pk__spread_updates(pk__window *window)
         if (window->preconditioner_error)
             pk_graph_spread(graph, window->preconditioner_error + j * window->pitch,
                             window->use_preconditioner_error + j * window->uses_pitch);
+        if (window->decayed)
+            pk_graph_spread(graph, window->decayed + j * P, window->use_decayed + j * U);
     }
+}
+
+/* The scalars of a step's linear forms. */
+static void pk__window_forms(const pk__window *window, size_t step, pk_linear_form *forms)
+{
+    const pk_run *run = window->run;
+    const double rate = run->learning_rates[step], *rates = pk_run_group_rates(run, step);
+    if (window->form_count == 1)
+        pk_optimizer_linear_form(&run->optimizer, step, rate, window->parameters, NULL, forms, NULL);
+    for (size_t g = 0; window->form_count > 1 && g < window->form_count; g++)
+        pk__group_form(&run->optimizer, &run->groups, g, step, rate, rates, 0, 0, NULL, &forms[g], NULL);
 }
 
 static pk_status pk__prepare_window(pk_context *context, pk__window *window, size_t first, size_t count,
@@ -18379,8 +19218,7 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__fill_window(context, window);
     start = pk__seconds();
     for (size_t j = 0; j < count; j++)
-        pk_optimizer_linear_form(&window->run->optimizer, first + j, window->run->learning_rates[first + j], P,
-                                 NULL, &window->forms[j], NULL);
+        pk__window_forms(window, first + j, window->forms + j * window->form_count);
     for (size_t j = 0; !advance && pk__has_moments(window) && j < count; j++) {
         status = pk__read_moments(context, window, j);
         if (status)
@@ -18518,7 +19356,8 @@ typedef struct pk__job {
     double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
-    int direct; /* E has a part of its own beside R */
+    int direct;  /* E has a part of its own beside R, or gains of its own by groups */
+    int grouped; /* the run has parameter groups: linear forms by range of w */
     pk__window window;
     pk_matrix inputs;
     const pk_array *input_array; /* in place of their data, or NULL */
@@ -18537,7 +19376,7 @@ typedef struct pk__job {
     pk__row_state *row_state; /* plan.rows */
     double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
-    double next_carry;                 /* carry of the step after the window */
+    pk_linear_form *next_forms;        /* of the step after the window */
     size_t first_output, output_count; /* of the pass */
     pk_decomposition *part;
 } pk__job;
@@ -18556,6 +19395,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
     size_t largest = 0;
     pk__steps_take(arena, job->plan.window, job->reverse ? job->plan.stride : 0, job->plan.spare, threads,
                    job->options->bounds, &job->window);
+    job->next_forms = pk__arena_take(arena, job->window.form_count, sizeof *job->next_forms);
     job->rows = pk__arena_take(arena, rows, graph->input_width * real);
     job->gram_ld = job->run->examples;
     job->gram = pk__arena_take(arena, job->reverse ? 0 : rows, job->gram_ld * real);
@@ -18853,7 +19693,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
-    job->reverse = options->reverse_time || !pk_optimizer_stateless(&run->optimizer);
+    job->grouped = run->groups.count > 0;
+    job->reverse = options->reverse_time || job->window.state_vectors > 0 || job->grouped;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;
@@ -18863,7 +19704,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
-    job->direct = job->reverse && form.direct != 0;
+    job->direct = job->grouped || (job->reverse && form.direct != 0);
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block =
@@ -18872,7 +19713,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     if (job->reverse)
         job->block =
             pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.spread)));
-    job->decays = form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
+    job->decays =
+        job->grouped ? job->window.decoupled : form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
 
 PK__END_COLD_CODE
@@ -18971,8 +19813,8 @@ typedef struct pk__phi {
 } pk__phi;
 
 /* R of a part a step back, and E where it is wanted. p: out x in, then out; state and e: matrices, then biases. */
-static void pk__advance_state(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
-                              const pk__phi *phi, pk_real *state, pk_real *e)
+static void pk__advance_part(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
+                             const pk__phi *phi, pk_real *state, pk_real *e)
 {
     const pk_real *p_bias = p ? p + part->matrix : NULL;
     const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
@@ -18988,6 +19830,62 @@ static void pk__advance_state(const pk__part *part, const pk_linear_form *form, 
         pk__linear_form_back(1, part->bias, form, carry, p_bias, phi->inputs ? &phi->bias_input : NULL,
                              (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, 0, state + at,
                              e ? e + at : NULL);
+    }
+}
+
+/* The same for the layer's weights first .. first + count - 1 alone. */
+static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
+                              double carry, const pk_real *p, const pk__phi *phi, pk_real *state, pk_real *e)
+{
+    const size_t in = part->node->fan_in, out = part->node->fan_out, matrix = part->matrix;
+    const size_t last = first + count, matrices = part->count * matrix, end = pk__min(last, matrix);
+    const size_t bias = pk__max(first, matrix) - matrix;
+    for (size_t k = 0; k < part->count; k++) {
+        size_t at = k * matrix + first;
+        if (first < end && phi->inputs) /* the matrix is one tensor */
+            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
+                                 e ? e + at : NULL);
+        else if (first < end)
+            pk__linear_form_back(1, end - first, form, carry, p + first, NULL, phi->matrices + at, 0,
+                                 state + at, e ? e + at : NULL);
+        if (last <= matrix)
+            continue;
+        at = matrices + k * part->bias + bias;
+        pk__linear_form_back(1, last - matrix - bias, form, carry, p + matrix + bias,
+                             phi->inputs ? &phi->bias_input : NULL,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias + bias, 0,
+                             state + at, e ? e + at : NULL);
+    }
+}
+
+/* R of a part a step back, with the linear form of each range of its weights. next: forms of the step behind. */
+static void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
+                              const pk_linear_form *next, const pk_real *p, const pk__phi *phi, pk_real *state,
+                              pk_real *e)
+{
+    const pk_parameter_groups *groups = &job->run->groups;
+    if (!job->grouped) {
+        pk__advance_part(part, forms, next->carry, p, phi, state, e);
+        return;
+    }
+    for (size_t i = 0; i < job->graph->piece_count;
+         i++) { /* each tensor is in one group, wherever it is used */
+        const pk_tensor_use *piece = &job->graph->pieces[i];
+        const pk_parameter_range *range = groups->range;
+        if (&job->graph->nodes[piece->node] != part->node)
+            continue;
+        while (piece->flat >= range->first + range->count)
+            range++;
+        pk__advance_range(part, piece->spread - part->node->weight_offset, piece->count, &forms[range->group],
+                          next[range->group].carry, p, phi, state, e);
+    }
+    for (size_t r = 0; !job->graph->pieces && r < groups->range_count; r++) {
+        const pk_parameter_range *range = &groups->range[r];
+        size_t first;
+        const size_t count = pk__range_part(range, part->node->weight_offset, part->node->weight_count, &first);
+        if (count)
+            pk__advance_range(part, first, count, &forms[range->group], next[range->group].carry, p, phi, state,
+                              e);
     }
 }
 
@@ -19016,6 +19914,14 @@ static double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, cons
 static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
     return worker->tile + block * worker->job->outputs * PK__TILE_LD;
+}
+
+/* What the inner products of a step are multiplied with: gain is in E where E is a copy of its own, and R alone stands for E
+ * elsewhere. */
+static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
+{
+    const pk__job *job = worker->job;
+    return worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
 }
 
 /* The row's tiles += < e, g_b > of a part. */
@@ -19049,8 +19955,8 @@ static void pk__contract_columns(pk__worker *worker, const pk__part *part, size_
 {
     const pk__job *job = worker->job;
     const pk_node *node = part->node;
-    const pk_linear_form *form = &job->window.forms[j];
-    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
+    const double factor = pk__entry_factor(worker, form);
     const size_t weights = node->weight_count;
     for (int tensor = 0; tensor < 2; tensor++) {
         const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
@@ -19087,11 +19993,12 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
 
 /* One part whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction with the batch, and
  * the bounds by the same way with absolute values. */
-static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j, double carry)
+static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j,
+                                  const pk_linear_form *next)
 {
     pk__job *job = worker->job;
     pk__window *window = &job->window;
-    const pk_linear_form *form = &window->forms[j];
+    const pk_linear_form *form = &window->forms[j * window->form_count];
     const size_t U = window->spread, offset = part->node->weight_offset;
     const size_t cell = (worker->row + part->row) * job->outputs;
     /* R: row after row, layer after layer, part after part. */
@@ -19116,11 +20023,15 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
                                          &phi.inputs);
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
-        const int direct = form->direct != 0;
+        const int direct = job->grouped || form->direct != 0;
         e = direct ? worker->effective : job->reverse_state + at;
-        pk__advance_state(part, form, carry, p, &phi, job->reverse_state + at,
+        pk__advance_state(job, part, form, next, p, &phi, job->reverse_state + at,
                           direct ? worker->effective : NULL);
-        for (size_t k = 0; form->coupled != 0 && k < part->count; k++)
+        for (size_t k = 0; job->grouped && !window->decoupled && k < part->count; k++)
+            job->part->decay[cell + part->first + k] -=
+                (part->node->shares ? pk__dot_own(part, k, e, window->use_decayed + j * U)
+                                    : pk__dot_part(part, k, e, window->use_decayed + j * U + offset));
+        for (size_t k = 0; !job->grouped && form->coupled != 0 && k < part->count; k++)
             job->part->decay[cell + part->first + k] -=
                 form->coupled * (direct ? 1 : form->gain) *
                 (part->node->shares ? pk__dot_own(part, k, e, window->use_weights + j * U)
@@ -19146,12 +20057,13 @@ static void pk__materialised_part(pk__worker *worker, const pk__part *part, size
         }
         phi.matrices = error;
         phi.biases = error + matrix;
-        pk__advance_state(part, form, carry, p, &phi, job->reverse_error + at, error);
+        pk__advance_state(job, part, form, next, p, &phi, job->reverse_error + at, error);
     }
     pk__bound_part(worker, part, j, error);
 }
 
-static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j, double carry)
+static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j,
+                                   const pk_linear_form *next)
 {
     const pk__job *job = worker->job;
     pk__part part;
@@ -19168,18 +20080,18 @@ static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer,
         const size_t end = pk__min(unit + job->unit, last);
         for (part.first = unit; part.first < end; part.first += part.count) {
             part.count = pk__min(each, end - part.first);
-            pk__materialised_part(worker, &part, j, carry);
+            pk__materialised_part(worker, &part, j, next);
         }
     }
 }
 
 /* The layers of a step whose Phi is materialised. */
-static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
+static void pk__materialised_layers(pk__worker *worker, size_t j, const pk_linear_form *next)
 {
     const pk__job *job = worker->job;
     const pk__integral *tangent = &worker->tangent;
-    const pk_linear_form *form = &job->window.forms[j];
-    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
+    const double factor = pk__entry_factor(worker, form);
     size_t layers = 0;
     for (size_t l = 0; l < job->graph->layers; l++)
         layers += tangent->integrated[l] != 0;
@@ -19187,7 +20099,7 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, double carry)
         for (size_t l = 0; l < job->graph->layers; l++) {
             if (!tangent->integrated[l])
                 continue;
-            pk__materialised_layer(worker, row, l, j, carry);
+            pk__materialised_layer(worker, row, l, j, next);
             if (tangent->per_layer)
                 if (!tangent->node[l]->shares) /* else each of its tensors went to its own column */
                     pk__add_row(worker, row, tangent->node[l]->column, j, factor);
@@ -19202,9 +20114,9 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j,
 {
     pk__job *job = worker->job;
     pk_decomposition *part = job->part;
-    const pk_linear_form *form = &job->window.forms[j];
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
     const pk_real *ends = pk__integrator_ends(&worker->tangent.integrator);
-    double linear = form->decoupled;
+    double linear = job->grouped ? 1 : form->decoupled; /* with groups it is in the direction */
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
@@ -19255,7 +20167,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
     for (size_t i = 0; i < count; i++) {
         size_t j = job->reverse ? count - 1 - i : i;
-        const pk_linear_form *form = &job->window.forms[j];
+        const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
         double scale = pk_run_gradient_scale(job->run, first + j);
         worker->step = first + j;
         worker->batch = &job->window.examples[j];
@@ -19264,7 +20176,9 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
         tangent->examples = &job->window.examples[j];
         tangent->directions[0] = job->window.use_direction + j * U;
         tangent->directions[1] = job->window.use_remainder + j * U;
-        tangent->directions[2] = job->decays ? job->window.use_weights + j * U : NULL;
+        tangent->directions[2] = !job->decays   ? NULL
+                                 : job->grouped ? job->window.use_decayed + j * U
+                                                : job->window.use_weights + j * U;
         pk__integral_step(tangent, job->window.use_weights + j * U, job->window.use_direction + j * U,
                           job->window.transposed ? job->window.transposed + j * 2 * U : NULL,
                           job->part->first_row + worker->row, worker->rows,
@@ -19272,7 +20186,8 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
                           job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
         if (job->graph->pieces)
             pk__integral_share(tangent);
-        pk__materialised_layers(worker, j, j + 1 < count ? job->window.forms[j + 1].carry : job->next_carry);
+        pk__materialised_layers(
+            worker, j, j + 1 < count ? job->window.forms + (j + 1) * job->window.form_count : job->next_forms);
         pk__close_step(worker, block, j, first + j);
     }
     block->points_last = tangent->integrator.points_last;
@@ -19512,7 +20427,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)
         memset(job->reverse_state, 0, numbers * sizeof(pk_real));
-    job->next_carry = 0;
+    memset(job->next_forms, 0, job->window.form_count * sizeof *job->next_forms);
     for (size_t i = 0; i < windows; i++) {
         size_t w = job->reverse ? windows - 1 - i : i;
         size_t first = w * window, count = pk__min(window, steps - first);
@@ -19528,7 +20443,7 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team))
             pk__block_window(&job->workers[pk__thread()], b, first, count);
         pk__team_end(&team);
-        job->next_carry = job->window.forms[0].carry;
+        memcpy(job->next_forms, job->window.forms, job->window.form_count * sizeof *job->next_forms);
     }
     return PK_OK;
 }
@@ -20072,6 +20987,7 @@ typedef struct pk__gram_layer {
 /* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
 typedef struct pk__gram_side {
     pk_matrix inputs;
+    const pk_real *weights;
     int leads; /* the first of the two */
     size_t first, rows, capacity;
     pk_real *factors;
@@ -20081,7 +20997,7 @@ typedef struct pk__gram {
     const char *name; /* for messages */
     pk_context *context;
     const pk_graph *graph;
-    const pk_real *weights;
+    int two_weights;        /* the sides have different weights */
     size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
     size_t layers, numbers; /* numbers kept of a row */
     pk__gram_layer *layer;
@@ -20177,7 +21093,7 @@ static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__
         if (layer->form == PK__GRAM_ROWS) {
             pk_call call;
             pk__pass_call(tape, node, rows, outputs, &call);
-            call.weights = gram->weights + node->weight_offset;
+            call.weights = side->weights + node->weight_offset;
             call.out_cotangent = cotangent;
             call.gradient = right;
             pk__node_row_gradients(&call);
@@ -20206,7 +21122,7 @@ static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const pk__line line = {gram->weights, NULL, NULL};
+    const pk__line line = {from->side->weights, NULL, NULL};
     pk__arena arena = pk__gram_arena(gram, lane);
     pk__tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
@@ -20231,7 +21147,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
     const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
-    const pk__line line = {gram->weights, NULL, NULL};
+    const pk__line line = {to->weights, NULL, NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
     const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
@@ -20480,7 +21396,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->part = gram->sweep;
     while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
         gram->part /= 2;
-    gram->together = all <= gram->sweep;
+    gram->together = all <= gram->sweep && !gram->two_weights;
     gram->unit = pk__max(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
@@ -20617,12 +21533,13 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     return status;
 }
 
-static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
+static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y, const pk_real *weights,
+                                const pk_real *y_weights)
 {
     const pk_graph *graph = gram->graph;
     pk_context *context = gram->context;
     size_t rows = 0, columns = 0;
-    pk_status status = pk__sweep_graph(context, gram->name, graph, gram->weights);
+    pk_status status = pk__sweep_graph(context, gram->name, graph, weights);
     if (!status)
         status = pk__sweep_matrix(context, gram->name, "first inputs", x, x.rows, graph->input_width);
     if (!status)
@@ -20635,9 +21552,10 @@ static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y)
         return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
                         x.rows, y.rows, gram->outputs);
     status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
-    const pk_matrix read[3] = {x, y, pk__as_row(gram->weights, graph->parameters)};
+    const pk_matrix read[4] = {x, y, pk__as_row(weights, graph->parameters),
+                               pk__as_row(y_weights, graph->parameters)};
     if (!status)
-        status = pk__sweep_results(context, gram->name, 3, read, 1, &gram->result);
+        status = pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
     for (size_t r = 0; !status && graph->checked && r < x.rows; r++)
         status = pk_graph_check_inputs(context, graph, r, x.data + r * x.ld);
     for (size_t r = 0; !status && graph->checked && !gram->symmetric && r < y.rows; r++)
@@ -20654,7 +21572,8 @@ static pk_matrix pk__some_rows(pk_matrix all, size_t first, size_t rows)
 
 /* With ties the uses of a tensor meet each other in the kernel, so layers cannot be taken one by one: products of the
  * gradients themselves, of up to `rows` rows of either side at one time. */
-static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
+static pk_status pk__gram_tied(pk__gram *gram, const pk_real *weights, const pk_real *y_weights, pk_matrix x,
+                               pk_matrix y)
 {
     const pk_graph *graph = gram->graph;
     pk_context *context = gram->context;
@@ -20670,12 +21589,12 @@ static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
         const size_t left = pk__min(rows, x.rows - i);
         status = pk__progress(context, "kernel", (double)i / (double)x.rows);
         if (!status)
-            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(x, i, left),
+            status = pk_jacobian(context, graph, weights, pk__some_rows(x, i, left),
                                  pk_matrix_view(numbers, left * C, P), none);
         for (size_t j = 0; !status && j < y.rows; j += rows) {
             const size_t right = pk__min(rows, y.rows - j);
             pk_real *others = numbers + rows * row;
-            status = pk_jacobian(context, graph, gram->weights, pk__some_rows(y, j, right),
+            status = pk_jacobian(context, graph, y_weights, pk__some_rows(y, j, right),
                                  pk_matrix_view(others, right * C, P), none);
             if (status)
                 break;
@@ -20699,8 +21618,10 @@ static pk_status pk__gram_tied(pk__gram *gram, pk_matrix x, pk_matrix y)
     return status;
 }
 
-static pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
-                               const pk_real *weights, pk_matrix x, pk_matrix y, pk_matrix result, int trace)
+/* Of x at weights with y at y_weights. */
+PK__PRIVATE pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
+                                    const pk_real *weights, const pk_real *y_weights, pk_matrix x, pk_matrix y,
+                                    pk_matrix result, int trace)
 {
     pk__gram gram;
     pk__gram_side sides[2];
@@ -20711,12 +21632,12 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
     gram.name = name;
     gram.context = context;
     gram.graph = graph;
-    gram.weights = weights;
+    gram.two_weights = weights != y_weights;
     gram.result = result;
     gram.kept = (size_t)trace;
-    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld;
+    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld && !gram.two_weights;
     gram.all = (double)x.rows * (double)y.rows;
-    pk_status status = pk__gram_check(&gram, x, y);
+    pk_status status = pk__gram_check(&gram, x, y, weights, y_weights);
     if (status || !x.rows || !y.rows)
         return status;
     if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
@@ -20725,7 +21646,7 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
         return PK_OK;
     }
     if (graph->pieces)
-        return pk__gram_tied(&gram, x, y);
+        return pk__gram_tied(&gram, weights, y_weights, x, y);
     status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
     if (!status)
         status =
@@ -20735,8 +21656,10 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
     for (size_t l = 0; !status && l < graph->layers; l++)
         gram.layer[l].constant = constants + l * gram.kept * gram.kept;
     sides[0].inputs = x;
+    sides[0].weights = weights;
     sides[0].leads = 1;
     sides[1].inputs = y;
+    sides[1].weights = y_weights;
     if (!status)
         status = pk__gram_run(&gram, &sides[0], &sides[1]);
     pk_release(context, constants);
@@ -20747,13 +21670,356 @@ static pk_status pk__gram_make(const char *name, pk_context *context, const pk_g
 PK_API pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix x,
                                pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk", context, graph, weights, x, y, gram, 0);
+    return pk__gram_make("ntk", context, graph, weights, weights, x, y, gram, 0);
 }
 
 PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph, const pk_real *weights,
                                      pk_matrix x, pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk trace", context, graph, weights, x, y, gram, 1);
+    return pk__gram_make("ntk trace", context, graph, weights, weights, x, y, gram, 1);
+}
+
+PK__END_CODE
+
+/* pathkernel/kernels/epk.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+enum { PK__EPK_NODES = 1000, PK__EPK_ORDER = 32, PK__EPK_DEPTH = 40 };
+
+typedef struct pk__epk_side {
+    int train;
+    pk_matrix rows; /* of the step: all test rows, or the training rows that count */
+    int64_t *item;  /* of each training row; NULL: test rows */
+    double *factor;
+    double largest; /* of the factors' sizes; 1: test rows */
+    /* Test rows of a network with kinks, rows x C each: outputs at the ends of a piece; df/dt; its integral. */
+    pk_real *start, *end, *tangent;
+    double *change;
+} pk__epk_side;
+
+typedef struct pk__epk {
+    pk_context *context;
+    const pk_run *run;
+    const pk_epk_options *options;
+    pk_epk_report report;
+    size_t kept, columns; /* numbers of a row of the result */
+    pk__epk_side x, y;
+    pk_real *w, *next, *at, *part;
+    pk_real *direction; /* D_s */
+    int kinks;
+    double slope;                                /* the largest |df/dt| of the step */
+    double *c, *coarse, *fine, *nodes, *weights; /* N; parts of an integral; the rule */
+    double scale;                                /* the largest entry of the step's first rule */
+    double eta, fraction, *gram;
+} pk__epk;
+
+/* The training rows that count in a step, with their c. */
+static void pk__epk_batch(pk__epk *epk, size_t s, pk__epk_side *side)
+{
+    const size_t N = epk->run->examples;
+    pk_batch batch;
+    pk_run_batch(epk->run, s, &batch);
+    for (size_t i = 0; i < N; i++)
+        epk->c[i] = epk->options->unweighted;
+    for (size_t b = 0; !epk->options->unweighted && b < batch.count; b++)
+        epk->c[batch.items[b]] += batch.weights ? batch.weights[b] : 1 / (double)batch.count;
+    side->rows.rows = 0;
+    side->largest = 0;
+    for (size_t i = 0; i < N; i++)
+        if (epk->c[i] != 0) {
+            side->item[side->rows.rows] = (int64_t)i;
+            side->factor[side->rows.rows++] = epk->c[i];
+            side->largest = fmax(side->largest, fabs(epk->c[i]));
+        }
+    pk_dataset_inputs(&epk->run->train, side->item, side->rows.rows, side->rows.data);
+}
+
+/* to += the rule of `nodes` nodes on [a, b], in the rows and columns that count. */
+static pk_status pk__epk_rule(pk__epk *epk, double a, double b, int nodes, double *to)
+{
+    const size_t rows = epk->x.rows.rows * epk->kept, columns = epk->y.rows.rows * epk->kept;
+    const size_t P = epk->run->parameters;
+    pk_gauss_legendre(nodes, epk->nodes, epk->weights);
+    for (int q = 0; q < nodes; q++) {
+        const int left = epk->options->quadrature.rule == PK_RULE_LEFT || (epk->x.train && epk->y.train);
+        const double t = left ? 0 : a + (b - a) * epk->nodes[q], weight = (b - a) * epk->weights[q];
+        for (size_t p = 0; p < P; p++)
+            epk->at[p] = (pk_real)(epk->w[p] + t * ((double)epk->next[p] - epk->w[p]));
+        /* Fractions of one kernel are none of the sum over the steps. */
+        int (*progress)(void *, const char *, double) = epk->context ? epk->context->progress : NULL;
+        pk_status status = pk__progress(epk->context, "path kernel", epk->fraction);
+        if (status)
+            return status;
+        if (epk->context)
+            epk->context->progress = NULL;
+        status = pk__gram_make("epk", epk->context, &epk->run->graph, epk->x.train ? epk->w : epk->at,
+                               epk->y.train ? epk->w : epk->at, epk->x.rows, epk->y.rows,
+                               pk_matrix_view(epk->part, rows, columns), epk->options->outputs == PK_EPK_TRACE);
+        if (epk->context)
+            epk->context->progress = progress;
+        if (status)
+            return status;
+        epk->report.points++;
+        for (size_t i = 0; i < rows * columns; i++)
+            to[i] += weight * epk->part[i];
+    }
+    return PK_OK;
+}
+
+/* gram += eta c_i c_j of a piece's integral. */
+static void pk__epk_add(pk__epk *epk, const double *piece)
+{
+    const pk__epk_side *x = &epk->x, *y = &epk->y;
+    const size_t kept = epk->kept, columns = y->rows.rows * kept;
+    for (size_t i = 0; i < x->rows.rows * kept; i++) {
+        const size_t row = (x->train ? (size_t)x->item[i / kept] : i / kept) * kept + i % kept;
+        for (size_t j = 0; j < columns; j++) {
+            const size_t column = (y->train ? (size_t)y->item[j / kept] : j / kept) * kept + j % kept;
+            const double c = (x->train ? x->factor[i / kept] : 1) * (y->train ? y->factor[j / kept] : 1);
+            epk->gram[row * epk->columns + column] += epk->eta * c * piece[i * columns + j];
+        }
+    }
+}
+
+static void pk__epk_at(pk__epk *epk, double t)
+{
+    for (size_t p = 0; p < epk->run->parameters; p++) {
+        epk->direction[p] = (pk_real)((double)epk->next[p] - epk->w[p]);
+        epk->at[p] = (pk_real)(epk->w[p] + t * ((double)epk->next[p] - epk->w[p]));
+    }
+}
+
+/* By how much the rule's integral of df/dt misses the change of f on [a, b], of the largest |df/dt|, for the worst of a side's
+ * test rows: this shows a kink that no node sees. What rounding of f explains is 0. */
+static pk_status pk__epk_closure(pk__epk *epk, const pk__epk_side *side, double a, double b, int nodes,
+                                 double *worst)
+{
+    const pk_graph *graph = &epk->run->graph;
+    const size_t rows = side->rows.rows, C = epk->run->outputs, count = rows * C;
+    const pk_matrix none = {NULL, 0, 0, 0};
+    memset(side->change, 0, count * sizeof *side->change);
+    pk__epk_at(epk, a);
+    pk_status status =
+        pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->start, rows, C));
+    pk__epk_at(epk, b);
+    if (!status)
+        status =
+            pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->end, rows, C));
+    pk_gauss_legendre(nodes, epk->nodes, epk->weights);
+    for (int q = 0; !status && q < nodes; q++) {
+        pk__epk_at(epk, a + (b - a) * epk->nodes[q]);
+        status = pk_jvp(epk->context, graph, epk->at, side->rows, epk->direction, none,
+                        pk_matrix_view(side->tangent, rows, C));
+        for (size_t i = 0; i < count; i++) {
+            side->change[i] += (b - a) * epk->weights[q] * side->tangent[i];
+            epk->slope = fmax(epk->slope, fabs((double)side->tangent[i]));
+        }
+    }
+    for (size_t i = 0; !status && i < count; i++) {
+        const double f = fmax(fabs((double)side->start[i]), fabs((double)side->end[i]));
+        const double miss = fabs((double)side->end[i] - (double)side->start[i] - side->change[i]);
+        if (miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 4e-15) * fmax(f, epk->slope) && epk->slope > 0)
+            *worst = fmax(*worst, miss / epk->slope);
+    }
+    return status;
+}
+
+/* Doubles the nodes on [a, b] until the matrix agrees; halves the piece where that helps too little. */
+static pk_status pk__epk_piece(pk__epk *epk, double a, double b, int depth)
+{
+    const size_t numbers = epk->x.rows.rows * epk->kept * epk->y.rows.rows * epk->kept;
+    const double eps = sizeof(pk_real) == sizeof(float) ? 1e-7 : 1e-15;
+    double before = INFINITY, apart = 0;
+    memset(epk->coarse, 0, numbers * sizeof *epk->coarse);
+    pk_status status = pk__epk_rule(epk, a, b, 1, epk->coarse);
+    for (int nodes = 2; !status && nodes <= PK__EPK_ORDER; nodes *= 2, before = apart) {
+        memset(epk->fine, 0, numbers * sizeof *epk->fine);
+        status = pk__epk_rule(epk, a, b, nodes, epk->fine);
+        apart = 0;
+        for (size_t i = 0; i < numbers; i++) {
+            apart = fmax(apart, fabs(epk->fine[i] - epk->coarse[i]));
+            epk->scale = fmax(epk->scale, fabs(epk->fine[i]));
+        }
+        const double allowed = fmax(0.01 * epk->options->tolerance, 4 * eps) * epk->scale;
+        double missed = 0;
+        pk__epk_side *const sides[] = {&epk->x, &epk->y};
+        for (int k = 0; epk->kinks && k < 2 && !status && apart <= allowed; k++)
+            if (!sides[k]->train && (k == 0 || epk->y.rows.data != epk->x.rows.data || epk->x.train))
+                status = pk__epk_closure(epk, sides[k], a, b, nodes, &missed);
+        apart = fmax(apart, missed * epk->scale);
+        const int last = depth == PK__EPK_DEPTH && nodes == PK__EPK_ORDER;
+        if (!status && (apart <= allowed || last)) {
+            epk->report.refused += apart > allowed;
+            epk->report.error += fabs(epk->eta) * epk->x.largest * epk->y.largest * apart;
+            pk__epk_add(epk, epk->fine);
+            return PK_OK;
+        }
+        if (depth < PK__EPK_DEPTH && nodes > 2 && apart > before / 8)
+            break;
+        double *spare = epk->coarse;
+        epk->coarse = epk->fine;
+        epk->fine = spare;
+    }
+    if (!status)
+        status = pk__epk_piece(epk, a, 0.5 * (a + b), depth + 1);
+    return status ? status : pk__epk_piece(epk, 0.5 * (a + b), b, depth + 1);
+}
+
+static pk_status pk__epk_steps(pk__epk *epk, pk_replay *replay)
+{
+    const pk_run *run = epk->run;
+    const pk_epk_options *options = epk->options;
+    const size_t count = options->steps ? options->step_count : run->steps;
+    const pk_rule rule = epk->x.train && epk->y.train ? PK_RULE_LEFT : options->quadrature.rule;
+    for (size_t k = 0; k < count; k++) {
+        const size_t s = options->steps ? options->steps[k] : k;
+        epk->fraction = (double)k / (double)count;
+        epk->eta = run->learning_rates[s] * pk_run_gradient_scale(run, s);
+        epk->scale = epk->slope = 0;
+        pk_status status = pk_replay_weights(epk->context, replay, s, epk->w);
+        if (!status)
+            status = pk_replay_weights(epk->context, replay, s + 1, epk->next);
+        if (status)
+            return status;
+        if (epk->x.train)
+            pk__epk_batch(epk, s, &epk->x);
+        if (epk->y.train && epk->x.train)
+            epk->y = epk->x; /* the same rows: half the work, and the same bits on both sides of the diagonal */
+        else if (epk->y.train)
+            pk__epk_batch(epk, s, &epk->y);
+        const size_t numbers = epk->x.rows.rows * epk->kept * epk->y.rows.rows * epk->kept;
+        if (numbers && rule == PK_RULE_AUTO) {
+            status = pk__epk_piece(epk, 0, 1, 0);
+        } else if (numbers) {
+            memset(epk->fine, 0, numbers * sizeof *epk->fine);
+            status = pk__epk_rule(epk, 0, 1, rule == PK_RULE_GAUSS ? pk__max(options->quadrature.nodes, 1) : 1,
+                                  epk->fine);
+            pk__epk_add(epk, epk->fine);
+        }
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+static void pk__epk_take(pk__arena *arena, pk__epk *epk, size_t numbers)
+{
+    const size_t P = epk->run->parameters, N = epk->run->examples, width = epk->run->graph.input_width;
+    pk_real **const vector[] = {&epk->w, &epk->next, &epk->at, &epk->direction};
+    for (size_t i = 0; i < 4; i++)
+        *vector[i] = pk__arena_take(arena, P, sizeof(pk_real));
+    epk->part = pk__arena_take(arena, numbers, sizeof(pk_real));
+    epk->coarse = pk__arena_take(arena, numbers, sizeof(double));
+    epk->fine = pk__arena_take(arena, numbers, sizeof(double));
+    epk->nodes = pk__arena_take(arena, PK__EPK_NODES, sizeof(double));
+    epk->weights = pk__arena_take(arena, PK__EPK_NODES, sizeof(double));
+    epk->c = pk__arena_take(arena, N, sizeof(double));
+    pk__epk_side *const sides[] = {&epk->x, &epk->y};
+    for (size_t i = 0; i < 2; i++) {
+        if (!sides[i]->train) {
+            size_t count = 0;
+            if (!epk->kinks)
+                continue;
+            if (!pk__multiply(sides[i]->rows.rows, epk->run->outputs, &count))
+                arena->overflow = 1;
+            sides[i]->start = pk__arena_take(arena, count, sizeof(pk_real));
+            sides[i]->end = pk__arena_take(arena, count, sizeof(pk_real));
+            sides[i]->tangent = pk__arena_take(arena, count, sizeof(pk_real));
+            sides[i]->change = pk__arena_take(arena, count, sizeof(double));
+            continue;
+        }
+        sides[i]->item = pk__arena_take(arena, N, sizeof(int64_t));
+        sides[i]->factor = pk__arena_take(arena, N, sizeof(double));
+        sides[i]->rows = pk_matrix_view(pk__arena_take(arena, N, width * sizeof(pk_real)), N, width);
+    }
+}
+
+static pk_status pk__epk_check(pk_context *context, const pk_run *run, const pk_epk_options *options,
+                               const double *gram)
+{
+    if (!run || !run->weights.data || !options || !gram)
+        return pk__fail(context, PK_ARGUMENT, "epk: the run, the options or the result are missing");
+    if (options->outputs != PK_EPK_TRACE && options->outputs != PK_EPK_FULL)
+        return pk__fail(context, PK_ARGUMENT, "epk: outputs is %d, neither PK_EPK_TRACE nor PK_EPK_FULL",
+                        options->outputs);
+    const pk_quadrature rule = options->quadrature;
+    if ((rule.rule != PK_RULE_AUTO && rule.rule != PK_RULE_GAUSS && rule.rule != PK_RULE_LEFT) ||
+        (rule.rule == PK_RULE_GAUSS && (rule.nodes < 0 || rule.nodes > PK__EPK_NODES)))
+        return pk__fail(context, PK_ARGUMENT,
+                        "epk: rule %d with %d nodes is none of auto, left, gauss with at most %d",
+                        (int)rule.rule, rule.nodes, (int)PK__EPK_NODES);
+    if (!(options->tolerance >= 0 && options->tolerance < 1))
+        return pk__fail(context, PK_ARGUMENT, "epk: the tolerance %g is not in [0, 1)", options->tolerance);
+    for (size_t k = 0; options->steps && k < options->step_count; k++)
+        if (options->steps[k] >= run->steps)
+            return pk__fail(context, PK_ARGUMENT, "epk: step %zu of a run of %zu steps", options->steps[k],
+                            run->steps);
+    return PK_OK;
+}
+
+PK_API pk_status pk_kernel_epk(pk_context *context, const pk_run *run, pk_matrix x, pk_matrix y,
+                               const pk_epk_options *options, double *gram, pk_epk_report *report)
+{
+    pk_status status = pk__epk_check(context, run, options, gram);
+    if (status)
+        return status;
+    pk_epk_options own = *options;
+    pk__epk epk;
+    pk_replay replay;
+    void *block = NULL;
+    memset(&epk, 0, sizeof epk);
+    memset(&replay, 0, sizeof replay);
+    if (!(own.tolerance > 0))
+        own.tolerance = sizeof(pk_real) == sizeof(float) ? 1e-4 : 1e-10;
+    epk.context = context, epk.run = run, epk.options = &own;
+    epk.kept = own.outputs == PK_EPK_FULL ? run->outputs : 1;
+    epk.x.train = own.x_train;
+    epk.y.train = own.y_train || (own.x_train && !y.data);
+    epk.x.largest = epk.y.largest = 1;
+    for (size_t n = 1; n < run->graph.node_count; n++)
+        epk.kinks |= run->graph.nodes[n].operation->switch_count != NULL;
+    epk.x.rows = x;
+    epk.y.rows = y.data ? y : x;
+    for (int side = 0; side < 2 && !status; side++)
+        if (!(side ? &epk.y : &epk.x)->train)
+            status =
+                pk__sweep_matrix(context, "epk", side ? "second inputs" : "first inputs", side ? epk.y.rows : x,
+                                 (side ? epk.y.rows : x).rows, run->graph.input_width);
+    if (status)
+        return status;
+    size_t rows = 0, numbers = 0;
+    const int fits = pk__multiply(epk.x.train ? run->examples : epk.x.rows.rows, epk.kept, &rows) &&
+                     pk__multiply(epk.y.train ? run->examples : epk.y.rows.rows, epk.kept, &epk.columns) &&
+                     pk__multiply(rows, epk.columns, &numbers) && numbers <= SIZE_MAX / sizeof(double);
+    pk__arena measured = {NULL, 0, 0, !fits};
+    pk__epk_take(&measured, &epk, numbers);
+    if (measured.overflow)
+        return pk__fail(context, PK_OVERFLOW, "epk: the memory of a kernel of so many rows overflows");
+    status = pk_allocate(context, measured.used, 1, "the path kernel", &block);
+    if (!status)
+        status = pk_replay_prepare(context, run, 1, &replay);
+    if (!status) {
+        pk__arena arena = {(unsigned char *)block, measured.used, 0, 0};
+        pk__epk_take(&arena, &epk, numbers);
+        epk.gram = gram;
+        memset(gram, 0, numbers * sizeof *gram);
+        status = pk__epk_steps(&epk, &replay);
+        double largest = 0;
+        for (size_t i = 0; i < numbers; i++)
+            largest = fmax(largest, fabs(gram[i]));
+        epk.report.error = largest > 0 ? epk.report.error / largest : 0;
+        if (report)
+            *report = epk.report;
+        if (!status && epk.report.error > own.tolerance)
+            status = pk__fail(context, PK_NOT_CLOSED,
+                              "epk: the integrals are off by %.3g of the largest entry, not %.3g",
+                              epk.report.error, own.tolerance);
+    }
+    pk_replay_release(context, &replay);
+    pk_release(context, block);
+    return status;
 }
 
 PK__END_CODE

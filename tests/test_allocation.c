@@ -518,18 +518,36 @@ static pk_status record_by_hand(pk_context *context, const material *m, size_t k
     memset(&recorder, 0, sizeof recorder);
     memset(&options, 0, sizeof options);
     memset(&trainer, 0, sizeof trainer);
+    const char *const lines[] = {"0 momentum=0.5", "1 frozen"};
+    const double rates[2] = {0.02, 0};
+    const int grouped = keep_every < 2;
+    pk_parameter_groups groups;
+    memset(&groups, 0, sizeof groups);
     options.network = m->graph.text;
     options.loss = "squared";
     options.optimizer = "sgd momentum=0.9";
+    options.groups = lines;
+    options.group_count = grouped ? 2 : 0;
+    options.group_rates = grouped;
     options.keep_every = keep_every;
     options.batch_weights = options.gradient_scales = keep_every < 2;
     options.replace = 1;
     pk_status status = pk_recorder_open(context, m->made, &options, &m->data, m->w, &recorder);
-    if (!status)
+    if (!status && grouped)
+        status = pk_parameter_groups_parse(context, &m->graph, &m->optimizer, 2, lines, &groups);
+    if (!status && grouped)
+        status = pk_trainer_prepare_groups(context, &m->graph, &m->data, PK_SQUARED, &m->optimizer, &groups,
+                                           NET_ROWS, &trainer);
+    else if (!status)
         status =
             pk_trainer_prepare(context, &m->graph, &m->data, PK_SQUARED, &m->optimizer, NET_ROWS, &trainer);
     for (size_t s = 0; !status && s < 3; s++) {
         double scale = 1;
+        trainer.group_rates = rates;
+        if (grouped)
+            status = pk_recorder_group_rates(context, &recorder, rates);
+        if (status)
+            break;
         status = pk_training_step(context, &trainer, s, 0.01, 0, &m->batch, m->w, m->many, &scale, NULL);
         if (!status)
             status = s == 2 && keep_every < 2
@@ -538,6 +556,7 @@ static pk_status record_by_hand(pk_context *context, const material *m, size_t k
                                                      m->many);
     }
     pk_trainer_release(context, &trainer);
+    pk_parameter_groups_release(context, &groups);
     pk_status closed = pk_recorder_close(context, &recorder);
     return status ? status : closed;
 }
@@ -709,7 +728,8 @@ static const struct entry {
     {"pk_run_recover pk_run_until pk_run_check_inputs", job_recover, 3},
     {"pk_replay_prepare pk_replay_weights pk_replay_release", job_replay, 1},
     {"pk_recorder_open pk_recorder_step pk_recorder_training_step pk_recorder_close pk_trainer_prepare "
-     "pk_training_step pk_trainer_release",
+     "pk_training_step pk_trainer_release pk_parameter_groups_parse pk_parameter_groups_release "
+     "pk_trainer_prepare_groups pk_recorder_group_rates",
      job_recorder, 3},
     {"pk_recorder_open pk_recorder_training_step", job_recorder_kept, 3},
     {"pk_train", job_train, 3},

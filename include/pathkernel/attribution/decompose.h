@@ -256,6 +256,14 @@ static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
     return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
 
+/* What the inner products of a step are multiplied with: gain is in E where E is a copy of its own, and R alone stands for E
+ * elsewhere. */
+static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
+{
+    const pk__job *job = worker->job;
+    return worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
+}
+
 /* The row's tiles += < e, g_b > of a part. */
 static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
@@ -287,8 +295,8 @@ static void pk__contract_columns(pk__worker *worker, const pk__part *part, size_
 {
     const pk__job *job = worker->job;
     const pk_node *node = part->node;
-    const pk_linear_form *form = &job->window.forms[j];
-    const double factor = worker->factor * (job->reverse && form->direct == 0 ? form->gain : 1);
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
+    const double factor = pk__entry_factor(worker, form);
     const size_t weights = node->weight_count;
     for (int tensor = 0; tensor < 2; tensor++) {
         const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
@@ -423,8 +431,7 @@ static void pk__materialised_layers(pk__worker *worker, size_t j, const pk_linea
     const pk__job *job = worker->job;
     const pk__integral *tangent = &worker->tangent;
     const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
-    const double factor =
-        worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
+    const double factor = pk__entry_factor(worker, form);
     size_t layers = 0;
     for (size_t l = 0; l < job->graph->layers; l++)
         layers += tangent->integrated[l] != 0;
