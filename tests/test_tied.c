@@ -331,7 +331,10 @@ static void test_decompositions(void **state)
                     pk_context none;
                     memset(&none, 0, sizeof none);
                     assert_ok(&none, pk_decompose_plan(&none, &run, TIED_ROWS, &options, 0, &plan));
-                    t.context.memory_limit = t.context.memory_used + plan.bytes * 2 / 3;
+                    t.context.memory_limit =
+                        t.context.memory_used +
+                        (size_t)((double)plan.bytes *
+                                 EITHER(0.67, 0.98)) /* float saves less by small windows */;
                 }
                 const pk_status status = pk_decompose(&t.context, way == 4 ? &sparse : &run, x, &options, &d);
                 if (status)
