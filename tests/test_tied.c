@@ -334,7 +334,7 @@ static void test_decompositions(void **state)
                     t.context.memory_limit =
                         t.context.memory_used +
                         (size_t)((double)plan.bytes *
-                                 EITHER(0.67, 0.98)) /* float saves less by small windows */;
+                                 EITHER(0.67, 1.0)) /* in float, whose runs are small, nothing can be saved */;
                 }
                 const pk_status status = pk_decompose(&t.context, way == 4 ? &sparse : &run, x, &options, &d);
                 if (status)
