@@ -15712,6 +15712,13 @@ PK__END_COLD_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
+/* at = w + t (next - w) of count weights; the difference is taken in double. */
+PK__PRIVATE void pk__step_point(size_t count, const pk_real *w, const pk_real *next, double t, pk_real *at)
+{
+    for (size_t p = 0; p < count; p++)
+        at[p] = (pk_real)(w[p] + t * ((double)next[p] - w[p]));
+}
+
 PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces)
 {
     pieces->count = 0;
@@ -19740,7 +19747,8 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells
+ * from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -19812,28 +19820,8 @@ typedef struct pk__phi {
     pk_real bias_input;
 } pk__phi;
 
-/* R of a part a step back, and E where it is wanted. p: out x in, then out; state and e: matrices, then biases. */
-static void pk__advance_part(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
-                             const pk__phi *phi, pk_real *state, pk_real *e)
-{
-    const pk_real *p_bias = p ? p + part->matrix : NULL;
-    const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
-    for (size_t k = 0; k < part->count; k++) {
-        size_t at = k * part->matrix;
-        if (phi->inputs)
-            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
-                                 e ? e + at : NULL);
-        else
-            pk__linear_form_back(1, part->matrix, form, carry, p, NULL, phi->matrices + at, 0, state + at,
-                                 e ? e + at : NULL);
-        at = matrices + k * part->bias;
-        pk__linear_form_back(1, part->bias, form, carry, p_bias, phi->inputs ? &phi->bias_input : NULL,
-                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, 0, state + at,
-                             e ? e + at : NULL);
-    }
-}
-
-/* The same for the layer's weights first .. first + count - 1 alone. */
+/* R of the weights first .. first + count - 1 of a part a step back, and E where it is wanted. p (out x in, then out): NULL where
+ * it is a scalar; state and e: matrices, then biases. */
 static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
                               double carry, const pk_real *p, const pk__phi *phi, pk_real *state, pk_real *e)
 {
@@ -19846,12 +19834,12 @@ static void pk__advance_range(const pk__part *part, size_t first, size_t count, 
             pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
                                  e ? e + at : NULL);
         else if (first < end)
-            pk__linear_form_back(1, end - first, form, carry, p + first, NULL, phi->matrices + at, 0,
+            pk__linear_form_back(1, end - first, form, carry, p ? p + first : NULL, NULL, phi->matrices + at, 0,
                                  state + at, e ? e + at : NULL);
         if (last <= matrix)
             continue;
         at = matrices + k * part->bias + bias;
-        pk__linear_form_back(1, last - matrix - bias, form, carry, p + matrix + bias,
+        pk__linear_form_back(1, last - matrix - bias, form, carry, p ? p + matrix + bias : NULL,
                              phi->inputs ? &phi->bias_input : NULL,
                              (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias + bias, 0,
                              state + at, e ? e + at : NULL);
@@ -19865,11 +19853,11 @@ static void pk__advance_state(const pk__job *job, const pk__part *part, const pk
 {
     const pk_parameter_groups *groups = &job->run->groups;
     if (!job->grouped) {
-        pk__advance_part(part, forms, next->carry, p, phi, state, e);
+        pk__advance_range(part, 0, part->matrix + part->bias, forms, next->carry, p, phi, state, e);
         return;
     }
-    for (size_t i = 0; i < job->graph->piece_count;
-         i++) { /* each tensor is in one group, wherever it is used */
+    /* With ties: each tensor is in one group, wherever it is used. */
+    for (size_t i = 0; i < job->graph->piece_count; i++) {
         const pk_tensor_use *piece = &job->graph->pieces[i];
         const pk_parameter_range *range = groups->range;
         if (&job->graph->nodes[piece->node] != part->node)
@@ -19916,8 +19904,8 @@ static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
     return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
 
-/* What the inner products of a step are multiplied with: gain is in E where E is a copy of its own, and R alone stands for E
- * elsewhere. */
+/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R is not copied: R is
+ * contracted in its place, and gain belongs to the factor. */
 static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
 {
     const pk__job *job = worker->job;
@@ -20786,8 +20774,7 @@ static pk_status pk__reference_integral(pk_context *context, const pk_run *run, 
     for (size_t k = 0; k < pieces * (size_t)nodes; k++) {
         const double t = ((double)(k / (size_t)nodes) + m->node[k % (size_t)nodes]) / (double)pieces;
         const double weight = m->weight[k % (size_t)nodes] / (double)pieces;
-        for (size_t p = 0; p < P; p++)
-            m->at[p] = (pk_real)(m->w[p] + t * ((double)m->next[p] - m->w[p]));
+        pk__step_point(P, m->w, m->next, t, m->at);
         pk_status status =
             pk_jacobian(context, &run->graph, m->at, inputs, pk_matrix_view(m->jacobian, cells, P), none);
         if (status)
@@ -20909,18 +20896,18 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
     size_t sources = 0, results = 0;
     if (!pk__multiply(run->examples + 1, P, &sources) || !pk__multiply(cells, P, &results))
         arena->overflow = 1;
-    m->node = (double *)pk__arena_take(arena, (size_t)nodes, number);
-    m->weight = (double *)pk__arena_take(arena, (size_t)nodes, number);
+    m->node = pk__arena_take(arena, (size_t)nodes, number);
+    m->weight = pk__arena_take(arena, (size_t)nodes, number);
     pk_real **const vector[] = {&m->w, &m->next, &m->at, &m->one, &m->sum, &m->update, &m->p};
     for (size_t i = 0; i < sizeof vector / sizeof *vector; i++)
-        *vector[i] = (pk_real *)pk__arena_take(arena, P, real);
-    m->state = (pk_real *)pk__arena_take(arena, P, vectors * real);
-    m->jacobian = (pk_real *)pk__arena_take(arena, results, real);
-    m->f = (pk_real *)pk__arena_take(arena, cells, real);
-    m->phi = (double *)pk__arena_take(arena, results, number);
-    m->gradient = (double *)pk__arena_take(arena, sources, number);
-    m->momentum = (double *)pk__arena_take(arena, sources, number);
-    m->rest = (double *)pk__arena_take(arena, P, number);
+        *vector[i] = pk__arena_take(arena, P, real);
+    m->state = pk__arena_take(arena, P, vectors * real);
+    m->jacobian = pk__arena_take(arena, results, real);
+    m->f = pk__arena_take(arena, cells, real);
+    m->phi = pk__arena_take(arena, results, number);
+    m->gradient = pk__arena_take(arena, sources, number);
+    m->momentum = pk__arena_take(arena, sources, number);
+    m->rest = pk__arena_take(arena, P, number);
 }
 
 PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
@@ -20949,7 +20936,7 @@ PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, 
     if (!status)
         status = pk_replay_prepare(context, run, 0, &memory.replay);
     if (!status) {
-        pk__arena own = {(unsigned char *)block, arena.used, 0, 0};
+        pk__arena own = {block, arena.used, 0, 0};
         pk__reference_take(&own, run, cells, nodes, &memory);
         status = pk__reference_run(context, run, inputs, pieces, nodes, &memory, out);
     }
@@ -21745,8 +21732,7 @@ static pk_status pk__epk_rule(pk__epk *epk, double a, double b, int nodes, doubl
     for (int q = 0; q < nodes; q++) {
         const int left = epk->options->quadrature.rule == PK_RULE_LEFT || (epk->x.train && epk->y.train);
         const double t = left ? 0 : a + (b - a) * epk->nodes[q], weight = (b - a) * epk->weights[q];
-        for (size_t p = 0; p < P; p++)
-            epk->at[p] = (pk_real)(epk->w[p] + t * ((double)epk->next[p] - epk->w[p]));
+        pk__step_point(P, epk->w, epk->next, t, epk->at);
         /* Fractions of one kernel are none of the sum over the steps. */
         int (*progress)(void *, const char *, double) = epk->context ? epk->context->progress : NULL;
         pk_status status = pk__progress(epk->context, "path kernel", epk->fraction);
@@ -21783,14 +21769,6 @@ static void pk__epk_add(pk__epk *epk, const double *piece)
     }
 }
 
-static void pk__epk_at(pk__epk *epk, double t)
-{
-    for (size_t p = 0; p < epk->run->parameters; p++) {
-        epk->direction[p] = (pk_real)((double)epk->next[p] - epk->w[p]);
-        epk->at[p] = (pk_real)(epk->w[p] + t * ((double)epk->next[p] - epk->w[p]));
-    }
-}
-
 /* By how much the rule's integral of df/dt misses the change of f on [a, b], of the largest |df/dt|, for the worst of a side's
  * test rows: this shows a kink that no node sees. What rounding of f explains is 0. */
 static pk_status pk__epk_closure(pk__epk *epk, const pk__epk_side *side, double a, double b, int nodes,
@@ -21799,17 +21777,20 @@ static pk_status pk__epk_closure(pk__epk *epk, const pk__epk_side *side, double 
     const pk_graph *graph = &epk->run->graph;
     const size_t rows = side->rows.rows, C = epk->run->outputs, count = rows * C;
     const pk_matrix none = {NULL, 0, 0, 0};
+    const size_t P = epk->run->parameters;
     memset(side->change, 0, count * sizeof *side->change);
-    pk__epk_at(epk, a);
+    for (size_t p = 0; p < P; p++)
+        epk->direction[p] = (pk_real)((double)epk->next[p] - epk->w[p]);
+    pk__step_point(P, epk->w, epk->next, a, epk->at);
     pk_status status =
         pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->start, rows, C));
-    pk__epk_at(epk, b);
+    pk__step_point(P, epk->w, epk->next, b, epk->at);
     if (!status)
         status =
             pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->end, rows, C));
     pk_gauss_legendre(nodes, epk->nodes, epk->weights);
     for (int q = 0; !status && q < nodes; q++) {
-        pk__epk_at(epk, a + (b - a) * epk->nodes[q]);
+        pk__step_point(P, epk->w, epk->next, a + (b - a) * epk->nodes[q], epk->at);
         status = pk_jvp(epk->context, graph, epk->at, side->rows, epk->direction, none,
                         pk_matrix_view(side->tangent, rows, C));
         for (size_t i = 0; i < count; i++) {
@@ -22001,7 +21982,7 @@ PK_API pk_status pk_kernel_epk(pk_context *context, const pk_run *run, pk_matrix
     if (!status)
         status = pk_replay_prepare(context, run, 1, &replay);
     if (!status) {
-        pk__arena arena = {(unsigned char *)block, measured.used, 0, 0};
+        pk__arena arena = {block, measured.used, 0, 0};
         pk__epk_take(&arena, &epk, numbers);
         epk.gram = gram;
         memset(gram, 0, numbers * sizeof *gram);

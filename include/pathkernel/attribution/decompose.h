@@ -80,7 +80,8 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells
+ * from cell on. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -152,28 +153,8 @@ typedef struct pk__phi {
     pk_real bias_input;
 } pk__phi;
 
-/* R of a part a step back, and E where it is wanted. p: out x in, then out; state and e: matrices, then biases. */
-static void pk__advance_part(const pk__part *part, const pk_linear_form *form, double carry, const pk_real *p,
-                             const pk__phi *phi, pk_real *state, pk_real *e)
-{
-    const pk_real *p_bias = p ? p + part->matrix : NULL;
-    const size_t in = part->node->fan_in, out = part->node->fan_out, matrices = part->count * part->matrix;
-    for (size_t k = 0; k < part->count; k++) {
-        size_t at = k * part->matrix;
-        if (phi->inputs)
-            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
-                                 e ? e + at : NULL);
-        else
-            pk__linear_form_back(1, part->matrix, form, carry, p, NULL, phi->matrices + at, 0, state + at,
-                                 e ? e + at : NULL);
-        at = matrices + k * part->bias;
-        pk__linear_form_back(1, part->bias, form, carry, p_bias, phi->inputs ? &phi->bias_input : NULL,
-                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias, 0, state + at,
-                             e ? e + at : NULL);
-    }
-}
-
-/* The same for the layer's weights first .. first + count - 1 alone. */
+/* R of the weights first .. first + count - 1 of a part a step back, and E where it is wanted. p (out x in, then out): NULL where
+ * it is a scalar; state and e: matrices, then biases. */
 static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
                               double carry, const pk_real *p, const pk__phi *phi, pk_real *state, pk_real *e)
 {
@@ -186,12 +167,12 @@ static void pk__advance_range(const pk__part *part, size_t first, size_t count, 
             pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
                                  e ? e + at : NULL);
         else if (first < end)
-            pk__linear_form_back(1, end - first, form, carry, p + first, NULL, phi->matrices + at, 0,
+            pk__linear_form_back(1, end - first, form, carry, p ? p + first : NULL, NULL, phi->matrices + at, 0,
                                  state + at, e ? e + at : NULL);
         if (last <= matrix)
             continue;
         at = matrices + k * part->bias + bias;
-        pk__linear_form_back(1, last - matrix - bias, form, carry, p + matrix + bias,
+        pk__linear_form_back(1, last - matrix - bias, form, carry, p ? p + matrix + bias : NULL,
                              phi->inputs ? &phi->bias_input : NULL,
                              (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias + bias, 0,
                              state + at, e ? e + at : NULL);
@@ -205,11 +186,11 @@ static void pk__advance_state(const pk__job *job, const pk__part *part, const pk
 {
     const pk_parameter_groups *groups = &job->run->groups;
     if (!job->grouped) {
-        pk__advance_part(part, forms, next->carry, p, phi, state, e);
+        pk__advance_range(part, 0, part->matrix + part->bias, forms, next->carry, p, phi, state, e);
         return;
     }
-    for (size_t i = 0; i < job->graph->piece_count;
-         i++) { /* each tensor is in one group, wherever it is used */
+    /* With ties: each tensor is in one group, wherever it is used. */
+    for (size_t i = 0; i < job->graph->piece_count; i++) {
         const pk_tensor_use *piece = &job->graph->pieces[i];
         const pk_parameter_range *range = groups->range;
         if (&job->graph->nodes[piece->node] != part->node)
@@ -256,8 +237,8 @@ static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
     return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
 
-/* What the inner products of a step are multiplied with: gain is in E where E is a copy of its own, and R alone stands for E
- * elsewhere. */
+/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R is not copied: R is
+ * contracted in its place, and gain belongs to the factor. */
 static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
 {
     const pk__job *job = worker->job;

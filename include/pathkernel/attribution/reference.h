@@ -69,8 +69,7 @@ static pk_status pk__reference_integral(pk_context *context, const pk_run *run, 
     for (size_t k = 0; k < pieces * (size_t)nodes; k++) {
         const double t = ((double)(k / (size_t)nodes) + m->node[k % (size_t)nodes]) / (double)pieces;
         const double weight = m->weight[k % (size_t)nodes] / (double)pieces;
-        for (size_t p = 0; p < P; p++)
-            m->at[p] = (pk_real)(m->w[p] + t * ((double)m->next[p] - m->w[p]));
+        pk__step_point(P, m->w, m->next, t, m->at);
         pk_status status =
             pk_jacobian(context, &run->graph, m->at, inputs, pk_matrix_view(m->jacobian, cells, P), none);
         if (status)
@@ -192,18 +191,18 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
     size_t sources = 0, results = 0;
     if (!pk__multiply(run->examples + 1, P, &sources) || !pk__multiply(cells, P, &results))
         arena->overflow = 1;
-    m->node = (double *)pk__arena_take(arena, (size_t)nodes, number);
-    m->weight = (double *)pk__arena_take(arena, (size_t)nodes, number);
+    m->node = pk__arena_take(arena, (size_t)nodes, number);
+    m->weight = pk__arena_take(arena, (size_t)nodes, number);
     pk_real **const vector[] = {&m->w, &m->next, &m->at, &m->one, &m->sum, &m->update, &m->p};
     for (size_t i = 0; i < sizeof vector / sizeof *vector; i++)
-        *vector[i] = (pk_real *)pk__arena_take(arena, P, real);
-    m->state = (pk_real *)pk__arena_take(arena, P, vectors * real);
-    m->jacobian = (pk_real *)pk__arena_take(arena, results, real);
-    m->f = (pk_real *)pk__arena_take(arena, cells, real);
-    m->phi = (double *)pk__arena_take(arena, results, number);
-    m->gradient = (double *)pk__arena_take(arena, sources, number);
-    m->momentum = (double *)pk__arena_take(arena, sources, number);
-    m->rest = (double *)pk__arena_take(arena, P, number);
+        *vector[i] = pk__arena_take(arena, P, real);
+    m->state = pk__arena_take(arena, P, vectors * real);
+    m->jacobian = pk__arena_take(arena, results, real);
+    m->f = pk__arena_take(arena, cells, real);
+    m->phi = pk__arena_take(arena, results, number);
+    m->gradient = pk__arena_take(arena, sources, number);
+    m->momentum = pk__arena_take(arena, sources, number);
+    m->rest = pk__arena_take(arena, P, number);
 }
 
 PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
@@ -232,7 +231,7 @@ PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, 
     if (!status)
         status = pk_replay_prepare(context, run, 0, &memory.replay);
     if (!status) {
-        pk__arena own = {(unsigned char *)block, arena.used, 0, 0};
+        pk__arena own = {block, arena.used, 0, 0};
         pk__reference_take(&own, run, cells, nodes, &memory);
         status = pk__reference_run(context, run, inputs, pieces, nodes, &memory, out);
     }

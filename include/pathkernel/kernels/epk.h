@@ -121,8 +121,7 @@ static pk_status pk__epk_rule(pk__epk *epk, double a, double b, int nodes, doubl
     for (int q = 0; q < nodes; q++) {
         const int left = epk->options->quadrature.rule == PK_RULE_LEFT || (epk->x.train && epk->y.train);
         const double t = left ? 0 : a + (b - a) * epk->nodes[q], weight = (b - a) * epk->weights[q];
-        for (size_t p = 0; p < P; p++)
-            epk->at[p] = (pk_real)(epk->w[p] + t * ((double)epk->next[p] - epk->w[p]));
+        pk__step_point(P, epk->w, epk->next, t, epk->at);
         /* Fractions of one kernel are none of the sum over the steps. */
         int (*progress)(void *, const char *, double) = epk->context ? epk->context->progress : NULL;
         pk_status status = pk__progress(epk->context, "path kernel", epk->fraction);
@@ -159,14 +158,6 @@ static void pk__epk_add(pk__epk *epk, const double *piece)
     }
 }
 
-static void pk__epk_at(pk__epk *epk, double t)
-{
-    for (size_t p = 0; p < epk->run->parameters; p++) {
-        epk->direction[p] = (pk_real)((double)epk->next[p] - epk->w[p]);
-        epk->at[p] = (pk_real)(epk->w[p] + t * ((double)epk->next[p] - epk->w[p]));
-    }
-}
-
 /* By how much the rule's integral of df/dt misses the change of f on [a, b], of the largest |df/dt|, for the worst of a side's
  * test rows: this shows a kink that no node sees. What rounding of f explains is 0. */
 static pk_status pk__epk_closure(pk__epk *epk, const pk__epk_side *side, double a, double b, int nodes,
@@ -175,17 +166,20 @@ static pk_status pk__epk_closure(pk__epk *epk, const pk__epk_side *side, double 
     const pk_graph *graph = &epk->run->graph;
     const size_t rows = side->rows.rows, C = epk->run->outputs, count = rows * C;
     const pk_matrix none = {NULL, 0, 0, 0};
+    const size_t P = epk->run->parameters;
     memset(side->change, 0, count * sizeof *side->change);
-    pk__epk_at(epk, a);
+    for (size_t p = 0; p < P; p++)
+        epk->direction[p] = (pk_real)((double)epk->next[p] - epk->w[p]);
+    pk__step_point(P, epk->w, epk->next, a, epk->at);
     pk_status status =
         pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->start, rows, C));
-    pk__epk_at(epk, b);
+    pk__step_point(P, epk->w, epk->next, b, epk->at);
     if (!status)
         status =
             pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->end, rows, C));
     pk_gauss_legendre(nodes, epk->nodes, epk->weights);
     for (int q = 0; !status && q < nodes; q++) {
-        pk__epk_at(epk, a + (b - a) * epk->nodes[q]);
+        pk__step_point(P, epk->w, epk->next, a + (b - a) * epk->nodes[q], epk->at);
         status = pk_jvp(epk->context, graph, epk->at, side->rows, epk->direction, none,
                         pk_matrix_view(side->tangent, rows, C));
         for (size_t i = 0; i < count; i++) {
@@ -377,7 +371,7 @@ PK_API pk_status pk_kernel_epk(pk_context *context, const pk_run *run, pk_matrix
     if (!status)
         status = pk_replay_prepare(context, run, 1, &replay);
     if (!status) {
-        pk__arena arena = {(unsigned char *)block, measured.used, 0, 0};
+        pk__arena arena = {block, measured.used, 0, 0};
         pk__epk_take(&arena, &epk, numbers);
         epk.gram = gram;
         memset(gram, 0, numbers * sizeof *gram);

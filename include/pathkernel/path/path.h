@@ -101,6 +101,13 @@ PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a
 #include <string.h>
 PK__BEGIN_CODE
 
+/* at = w + t (next - w) of count weights; the difference is taken in double. */
+PK__PRIVATE void pk__step_point(size_t count, const pk_real *w, const pk_real *next, double t, pk_real *at)
+{
+    for (size_t p = 0; p < count; p++)
+        at[p] = (pk_real)(w[p] + t * ((double)next[p] - w[p]));
+}
+
 PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces)
 {
     pieces->count = 0;
