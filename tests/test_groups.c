@@ -121,6 +121,8 @@ static void runs_with_groups(void **state)
         for (int k = 0; k < 2; k++) {
             pk_decompose_options asked = {0};
             asked.keep[0] = PK_BY_LAYER;
+            asked.keep[1] = PK_BY_EXAMPLE;
+            asked.bounds = 1;
             assert_int_equal(pk_run_open(&context, folder[k], &run), PK_OK);
             assert_int_equal(run.steps, STEPS);
             assert_int_equal(run.group_rates != NULL, own);
@@ -156,6 +158,22 @@ static void runs_with_groups(void **state)
             if (pk_decompose(&context, &run, pk_matrix_view(inputs, 5, 3), &asked, &out[k]))
                 fail_msg("%s: %s", rules[c / 2], pk_message(&context));
             assert_true(out[k].worst_unattributed <= EITHER(1e-13, 1e-4));
+            /* Entries, decay and bounds against the definition. */
+            double there[6][10], entries[10 * EXAMPLES], largest = 0;
+            const pk_reference reference = {there[0], there[1], entries, there[2], there[3], there[4]};
+            assert_int_equal(
+                pk_decompose_reference(&context, &run, pk_matrix_view(inputs, 5, 3), 4, 14, &reference), PK_OK);
+            for (size_t i = 0; i < 10 * EXAMPLES; i++)
+                largest = fmax(largest, fabs(entries[i]));
+            for (size_t i = 0; i < 10 * EXAMPLES; i++) {
+                const double error = fabs(out[k].by_example[i] - entries[i]);
+                assert_true(error <= EITHER(1e-10, 1e-3) * largest);
+                assert_true(error <= out[k].bounds[i] + EITHER(1e-12, 1e-3) * largest);
+            }
+            for (size_t i = 0; i < 10; i++) {
+                assert_true(fabs(out[k].decay[i] - there[2][i]) <= EITHER(1e-10, 1e-3) * largest);
+                assert_true(fabs(there[3][i]) <= EITHER(1e-13, 1e-4));
+            }
             for (size_t i = 0; i < 10; i++) {
                 assert_true(fabs(out[k].closure[i]) <= EITHER(1e-12, 1e-4));
                 assert_true(out[k].kept[0].data[3 * i] != 0);

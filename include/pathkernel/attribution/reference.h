@@ -57,6 +57,10 @@ typedef struct pk__reference_memory {
     pk_real *p;                               /* P */
     pk_real *jacobian, *f;                    /* M C x P, M C */
     double *phi, *gradient, *momentum, *rest; /* M C x P, (N + 1) x P twice, P */
+    const pk_parameter_range *range; /* of parameters in one group: all of them where there are no groups */
+    size_t range_count;
+    pk_parameter_range all;
+    pk_linear_form *forms; /* 1 + groups */
 } pk__reference_memory;
 
 /* phi = the integral of the Jacobian along the step from w to next. */
@@ -80,12 +84,15 @@ static pk_status pk__reference_integral(pk_context *context, const pk_run *run, 
     return PK_OK;
 }
 
-/* gradient: row i the scaled and weighted gradient of example i, row N that of coupled decay; and the linear form of the step. */
+/* gradient: row i the scaled and weighted gradient of example i, row N that of coupled decay; and the linear
+ * form of the step, for each parameter group: of the parameters in none, then of the first. */
 static pk_status pk__reference_step(pk_context *context, const pk_run *run, size_t s, pk__reference_memory *m,
-                                    pk_linear_form *form)
+                                    pk_linear_form *forms)
 {
     const size_t P = run->parameters, N = run->examples;
     const double scale = pk_run_gradient_scale(run, s), rate = run->learning_rates[s];
+    const double *rates = pk_run_group_rates(run, s);
+    const pk__update whole = {s, rate, 1, P, P, m->w, m->sum, m->state, m->update};
     pk_batch batch;
     pk_status status = PK_OK;
     pk_run_batch(run, s, &batch);
@@ -106,26 +113,34 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     }
     if (status)
         return status;
-    pk_optimizer_update(&run->optimizer, s, rate, 1, P, m->w, m->sum, m->state, m->update);
+    pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
     if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
         status = pk_run_second_moments(context, run, s, m->state + P);
-    pk_optimizer_linear_form(&run->optimizer, s, rate, P, m->state, form, m->p);
-    for (size_t p = 0; p < P; p++) {
-        m->p[p] = form->preconditioned ? m->p[p] : (pk_real)form->rate;
-        m->gradient[N * P + p] = form->coupled * m->w[p];
-        m->rest[p] = (double)m->next[p] - m->w[p];
+    for (size_t r = 0; r < m->range_count; r++) {
+        const pk_parameter_range *range = &m->range[r];
+        const size_t first = range->first;
+        pk_linear_form *form = &forms[range->group];
+        pk__group_form(&run->optimizer, &run->groups, range->group, s, rate, rates, range->count, P,
+                       m->state ? m->state + first : NULL, form, m->p + first);
+        for (size_t p = first; p < first + range->count; p++) {
+            m->gradient[N * P + p] = form->coupled * m->w[p];
+            m->rest[p] = (double)m->next[p] - m->w[p];
+        }
     }
     return status;
 }
 
 /* Adds a step: < Phi, D_i > for each source, and what is left of D. */
-static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_form *form,
+static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_form *forms,
                               pk__reference_memory *m, const pk_reference *out)
 {
     const size_t P = run->parameters, N = run->examples;
-    for (size_t i = 0; i <= N; i++) {
+    for (size_t k = 0; k < (N + 1) * m->range_count; k++) {
+        const size_t i = k / m->range_count;
+        const pk_parameter_range *range = &m->range[k % m->range_count];
+        const pk_linear_form *form = &forms[range->group];
         double *momentum = m->momentum + i * P, *share = m->gradient + i * P;
-        for (size_t p = 0; p < P; p++) {
+        for (size_t p = range->first; p < range->first + range->count; p++) {
             momentum[p] = form->carry * momentum[p] + form->gain * share[p];
             share[p] = -m->p[p] * (form->enter * momentum[p] + form->direct * share[p]) -
                        (i == N ? form->decoupled * m->w[p] : 0);
@@ -150,7 +165,6 @@ static pk_status pk__reference_run(pk_context *context, const pk_run *run, pk_ma
 {
     const size_t P = run->parameters, N = run->examples, cells = inputs.rows * run->outputs;
     const pk_matrix f = pk_matrix_view(m->f, inputs.rows, run->outputs);
-    pk_linear_form form;
     pk_gauss_legendre(nodes, m->node, m->weight);
     memset(out->by_example, 0, cells * N * sizeof(double));
     memset(out->decay, 0, cells * sizeof(double));
@@ -168,9 +182,9 @@ static pk_status pk__reference_run(pk_context *context, const pk_run *run, pk_ma
         if (!status)
             status = pk__reference_integral(context, run, inputs, pieces, nodes, m);
         if (!status)
-            status = pk__reference_step(context, run, s, m, &form);
+            status = pk__reference_step(context, run, s, m, m->forms);
         if (!status)
-            pk__reference_add(run, cells, &form, m, out);
+            pk__reference_add(run, cells, m->forms, m, out);
     }
     if (!status)
         status = pk_graph_evaluate(context, &run->graph, m->next, inputs, f);
@@ -187,7 +201,7 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
                                pk__reference_memory *m)
 {
     const size_t P = run->parameters, real = sizeof(pk_real), number = sizeof(double);
-    const size_t vectors = pk_optimizer_state_vectors(&run->optimizer);
+    const size_t vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
     size_t sources = 0, results = 0;
     if (!pk__multiply(run->examples + 1, P, &sources) || !pk__multiply(cells, P, &results))
         arena->overflow = 1;
@@ -203,6 +217,10 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
     m->gradient = pk__arena_take(arena, sources, number);
     m->momentum = pk__arena_take(arena, sources, number);
     m->rest = pk__arena_take(arena, P, number);
+    m->forms = pk__arena_take(arena, 1 + run->groups.count, sizeof *m->forms);
+    m->all.count = P;
+    m->range = run->groups.count ? run->groups.range : &m->all;
+    m->range_count = run->groups.count ? run->groups.range_count : 1;
 }
 
 PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
