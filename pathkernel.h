@@ -378,8 +378,8 @@ PK__END_C
 /* pathkernel/math/elementary.h: arithmetic on rows of numbers: whether they are finite, inner products, products number by
  * number, exp, tanh and their relatives. Nothing here is public.
  *
- * Of the latter, where the processor has AVX2 and FMA (chosen at run time as in tile.h) four numbers go through one computation
- * without branches, four to nine times as fast as the C library's functions; elsewhere those serve. A number's result
+ * Where the processor has AVX2 and FMA (chosen at run time as in tile.h), exp, tanh and their relatives compute four numbers at
+ * a time without branches, four to nine times as fast as the C library's functions; elsewhere the C library is called. A number's result
  * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
  * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
  * 2.7; the C library's here are 0.6, 2.1, 2.1 and 1.5. NaN stays NaN, infinities give the limits.
@@ -2221,7 +2221,7 @@ enum { PK__PATH_DEGREE = 12 };
 typedef struct pk__piece {
     size_t row;
     double a, b, slack_a, slack_b;
-    /* Of a piece that the quadrature judges and halves, see quadrature.h: */
+    /* Used by the adaptive rule (quadrature.h), which measures the error of a piece and halves it: */
     double error, size;       /* of its last test */
     double family, reference; /* of a piece it has come from by halving: its a and its error */
     int age;                  /* halvings since then */
@@ -2315,7 +2315,8 @@ typedef struct pk__points {
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
 typedef void pk__point_sink(void *user, const pk__points *points);
 
-/* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
+/* The order that a row's next step starts with: `nodes` for each of its pieces. For the next `wait` steps, fewer nodes are not
+ * tried. */
 typedef struct pk__row_order {
     unsigned char nodes, wait;
 } pk__row_order;
@@ -2561,8 +2562,8 @@ typedef struct pk__window {
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
-    /* What stands in w, for each use of a tensor (E w, E D, E u, E p and the error of that), as the layers read it. Without ties
-     * it is the same memory. */
+    /* Weights, direction, remainder, preconditioner and its error with one copy for each use of a tied tensor: E w, E D, E u, E p
+     * (graph.h, pk_graph_spread). Without ties there is nothing to copy, and these are the pointers above. */
     size_t uses_pitch;
     pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
         *use_decayed;
@@ -6337,7 +6338,7 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     return PK_OK;
 }
 
-/* What follows from the nodes' ties: the pieces, P and the columns. */
+/* Computes from the nodes' ties: the list of tensors, the number of parameters P, and the columns of by_layer. */
 PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
 {
     size_t shared = 0, count = 0;
@@ -15971,7 +15972,8 @@ PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_
     return first;
 }
 
-/* Whether the tape holds the points in this order; with move, they go to its front. */
+/* Returns 1 if the tape already holds the values at these points, in this order; with `move`, it also moves them to the front
+ * of the tape. */
 static int pk__find_points(pk__path *segment, size_t count, const size_t *row, const pk_real *t, int move)
 {
     for (size_t p = 0, at = 0, run; p < count; p += run, at += run) {
@@ -19182,7 +19184,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     }
 }
 
-/* What was found of the parameters, for each use of them. */
+/* Copies the remainder, the preconditioner and its error to each use of a tied tensor. */
 static void pk__spread_updates(pk__window *window)
 {
     const pk_graph *graph = &window->run->graph;
@@ -21623,7 +21625,8 @@ static pk_status pk__gram_tied(pk__gram *gram, const pk_real *weights, const pk_
     return status;
 }
 
-/* Of x at weights with y at y_weights. */
+/* Computes the kernel of the rows x, whose gradients are taken at weights, with the rows y, whose gradients are taken at
+ * y_weights. */
 PK__PRIVATE pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
                                     const pk_real *weights, const pk_real *y_weights, pk_matrix x, pk_matrix y,
                                     pk_matrix result, int trace)

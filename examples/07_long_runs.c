@@ -47,7 +47,7 @@ static int train(pk_context *context, const pk_graph *graph, const pk_dataset *d
     return 0;
 }
 
-/* What is done with the rows of a pass: here they are compared with the result that was computed at once. A program
+/* Receives the rows of one pass. This tutorial compares them with the result that was computed at once; a program
  * with more results than memory writes them to a file instead. */
 typedef struct comparison {
     const pk_decomposition *all;

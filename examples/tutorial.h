@@ -1,4 +1,4 @@
-/* What the tutorials and the studies share and what is not about pathkernel: finding the digits, a folder for the
+/* Helpers of the tutorials and studies that have nothing to do with pathkernel itself: finding the digits, a folder for the
  * outputs, calling gnuplot. Include it after pathkernel.h. */
 #ifndef TUTORIAL_H
 #define TUTORIAL_H

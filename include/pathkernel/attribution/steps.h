@@ -44,8 +44,8 @@ typedef struct pk__window {
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
-    /* What stands in w, for each use of a tensor (E w, E D, E u, E p and the error of that), as the layers read it. Without ties
-     * it is the same memory. */
+    /* Weights, direction, remainder, preconditioner and its error with one copy for each use of a tied tensor: E w, E D, E u, E p
+     * (graph.h, pk_graph_spread). Without ties there is nothing to copy, and these are the pointers above. */
     size_t uses_pitch;
     pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
         *use_decayed;
@@ -445,7 +445,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     }
 }
 
-/* What was found of the parameters, for each use of them. */
+/* Copies the remainder, the preconditioner and its error to each use of a tied tensor. */
 static void pk__spread_updates(pk__window *window)
 {
     const pk_graph *graph = &window->run->graph;

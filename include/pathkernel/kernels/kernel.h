@@ -707,7 +707,8 @@ static pk_status pk__gram_tied(pk__gram *gram, const pk_real *weights, const pk_
     return status;
 }
 
-/* Of x at weights with y at y_weights. */
+/* Computes the kernel of the rows x, whose gradients are taken at weights, with the rows y, whose gradients are taken at
+ * y_weights. */
 PK__PRIVATE pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
                                     const pk_real *weights, const pk_real *y_weights, pk_matrix x, pk_matrix y,
                                     pk_matrix result, int trace)

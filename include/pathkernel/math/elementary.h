@@ -1,8 +1,8 @@
 /* pathkernel/math/elementary.h: arithmetic on rows of numbers: whether they are finite, inner products, products number by
  * number, exp, tanh and their relatives. Nothing here is public.
  *
- * Of the latter, where the processor has AVX2 and FMA (chosen at run time as in tile.h) four numbers go through one computation
- * without branches, four to nine times as fast as the C library's functions; elsewhere those serve. A number's result
+ * Where the processor has AVX2 and FMA (chosen at run time as in tile.h), exp, tanh and their relatives compute four numbers at
+ * a time without branches, four to nine times as fast as the C library's functions; elsewhere the C library is called. A number's result
  * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
  * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
  * 2.7; the C library's here are 0.6, 2.1, 2.1 and 1.5. NaN stays NaN, infinities give the limits.

@@ -553,7 +553,7 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     return PK_OK;
 }
 
-/* What follows from the nodes' ties: the pieces, P and the columns. */
+/* Computes from the nodes' ties: the list of tensors, the number of parameters P, and the columns of by_layer. */
 PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
 {
     size_t shared = 0, count = 0;

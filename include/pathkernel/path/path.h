@@ -21,7 +21,7 @@ enum { PK__PATH_DEGREE = 12 };
 typedef struct pk__piece {
     size_t row;
     double a, b, slack_a, slack_b;
-    /* Of a piece that the quadrature judges and halves, see quadrature.h: */
+    /* Used by the adaptive rule (quadrature.h), which measures the error of a piece and halves it: */
     double error, size;       /* of its last test */
     double family, reference; /* of a piece it has come from by halving: its a and its error */
     int age;                  /* halvings since then */
@@ -360,7 +360,8 @@ PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_
     return first;
 }
 
-/* Whether the tape holds the points in this order; with move, they go to its front. */
+/* Returns 1 if the tape already holds the values at these points, in this order; with `move`, it also moves them to the front
+ * of the tape. */
 static int pk__find_points(pk__path *segment, size_t count, const size_t *row, const pk_real *t, int move)
 {
     for (size_t p = 0, at = 0, run; p < count; p += run, at += run) {

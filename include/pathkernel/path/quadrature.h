@@ -96,7 +96,8 @@ typedef struct pk__points {
 /* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
 typedef void pk__point_sink(void *user, const pk__points *points);
 
-/* What a row's next step starts with: the nodes of each of its pieces, and for how many steps fewer nodes are not tried. */
+/* The order that a row's next step starts with: `nodes` for each of its pieces. For the next `wait` steps, fewer nodes are not
+ * tried. */
 typedef struct pk__row_order {
     unsigned char nodes, wait;
 } pk__row_order;
