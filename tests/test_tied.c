@@ -327,14 +327,17 @@ static void test_decompositions(void **state)
                 t.context.threads = way == 4 ? 3 : 0;
                 const pk_matrix x = pk_matrix_view(t.rows, TIED_ROWS, s->width);
                 if (way == 4) {
-                    pk_plan plan;
-                    pk_context none;
-                    memset(&none, 0, sizeof none);
-                    assert_ok(&none, pk_decompose_plan(&none, &run, TIED_ROWS, &options, 0, &plan));
-                    t.context.memory_limit =
-                        t.context.memory_used +
-                        (size_t)((double)plan.bytes *
-                                 EITHER(0.67, 1.0)) /* in float, whose runs are small, nothing can be saved */;
+                    /* The least memory that will do, in sixteenths of what is taken where there is no limit. */
+                    const size_t used = t.context.memory_used;
+                    pk_plan plan, less;
+                    assert_ok(&t.context,
+                              pk_decompose_plan(&t.context, &sparse, TIED_ROWS, &options, 0, &plan));
+                    pk_status limited = PK_MEMORY_LIMIT;
+                    for (size_t part = 4; limited == PK_MEMORY_LIMIT && part <= 16; part++) {
+                        t.context.memory_limit = used + plan.bytes / 16 * part + 16;
+                        limited = pk_decompose_plan(&t.context, &sparse, TIED_ROWS, &options, 0, &less);
+                    }
+                    assert_ok(&t.context, limited);
                 }
                 const pk_status status = pk_decompose(&t.context, way == 4 ? &sparse : &run, x, &options, &d);
                 if (status)

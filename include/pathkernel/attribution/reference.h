@@ -69,6 +69,8 @@ static pk_status pk__reference_integral(pk_context *context, const pk_run *run, 
 {
     const size_t P = run->parameters, cells = inputs.rows * run->outputs;
     const pk_matrix none = {NULL, 0, 0, 0};
+    if (!cells) /* no test rows, no memory for them */
+        return PK_OK;
     memset(m->phi, 0, cells * P * sizeof *m->phi);
     for (size_t k = 0; k < pieces * (size_t)nodes; k++) {
         const double t = ((double)(k / (size_t)nodes) + m->node[k % (size_t)nodes]) / (double)pieces;
