@@ -1,10 +1,12 @@
 """neural-tangents (https://github.com/google/neural-tangents, Apache-2.0), torch.func and bench_kernel: the empirical NTK.
 
-    python3 run_ntk.py [--rows 16,128] [--threads 1,2] [--kernels full,full_own,trace,trace_own] [--program bench_kernel]
+    python3 run_ntk.py [--network dense|conv8|conv28|transformer] [--rows 16,128] [--threads 1,2]
+                       [--kernels full,full_own,trace,trace_own] [--program bench_kernel]
                        [--jax-python PYTHON] [--torch-python PYTHON] [--budget SECONDS]
 
-input 3072; dense 512; relu; dense 512; relu; dense 8 (or --widths) in float64, of rows x with other rows y (full, trace) or
-with themselves (full_own, trace_own: neural-tangents gets x2=None, as it advises). All get the same weights and inputs, made with NumPy. neural-tangents runs by its three algorithms, jitted, JAX on the CPU; torch.func
+input 3072; dense 512; relu; dense 512; relu; dense 8 (or --widths), or a network of the table below, in float64, of rows x
+with other rows y (full, trace) or with themselves (full_own, trace_own: neural-tangents gets x2=None, as it advises). All
+get the same weights and inputs, made with NumPy. neural-tangents runs by its three algorithms, jitted, JAX on the CPU; torch.func
 by the ways of its tutorial "Neural Tangent Kernels": Jacobian contraction, and NTK-vector products, eagerly, both for
 the full kernel and for the trace (its tutorial's compute='full' and 'trace'; 'diagonal' is another object).
 
@@ -16,6 +18,7 @@ for 16 x 16, take as many of them at one time as fit there (chunk_size of vmap).
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +32,51 @@ JAX_WAYS = ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIV
 TORCH_WAYS = ("jacobian_contraction", "ntk_vector_products")
 
 
+# Networks beside the dense one: our line, the shape of a row, and the layers as the peers see them. A layer is a name of
+# `functions` with the shapes of its weights, which stand in PyTorch's order.
+CONV8 = (
+    "input 1x8x8; conv 16 3x3 pad=1; relu; conv 16 3x3 pad=1; relu; flatten; dense 10",
+    (1, 8, 8),
+    [
+        ("conv", (16, 1, 3, 3), (16,)),
+        ("relu",),
+        ("conv", (16, 16, 3, 3), (16,)),
+        ("relu",),
+        ("flatten",),
+        ("dense", (10, 1024), (10,)),
+    ],
+)
+CONV28 = (
+    "input 1x28x28; conv 8 3x3 pad=1; relu; avg_pool 2; conv 16 3x3 pad=1; relu; avg_pool 2; flatten; dense 10",
+    (1, 28, 28),
+    [
+        ("conv", (8, 1, 3, 3), (8,)),
+        ("relu",),
+        ("halve",),
+        ("conv", (16, 8, 3, 3), (16,)),
+        ("relu",),
+        ("halve",),
+        ("flatten",),
+        ("dense", (10, 784), (10,)),
+    ],
+)
+TRANSFORMER = (
+    "input 16x8; dense 32; residual( layer_norm; attention 4 ); residual( layer_norm; dense 64; gelu; dense 32 ); "
+    "layer_norm; mean_tokens; dense 10",
+    (16, 8),
+    [
+        ("dense", (32, 8), (32,)),
+        ("attention_block", (32,), (32,), (96, 32), (96,), (32, 32), (32,)),
+        ("feed_forward_block", (32,), (32,), (64, 32), (64,), (32, 64), (32,)),
+        ("layer_norm", (32,), (32,)),
+        ("mean_tokens",),
+        ("dense", (10, 32), (10,)),
+    ],
+)
+NETWORKS = {"conv8": CONV8, "conv28": CONV28, "transformer": TRANSFORMER}
+HEADS = 4
+
+
 def settings():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -37,7 +85,8 @@ def settings():
     parser.add_argument("--jax-python", default=sys.executable, help="that has neural_tangents")
     parser.add_argument("--torch-python", default=sys.executable, help="that has torch")
     parser.add_argument("--out", default="pathkernel-out/peers/ntk", help="where inputs and kernels go")
-    parser.add_argument("--widths", default="3072,512,512,8")
+    parser.add_argument("--network", default="dense", choices=["dense", *NETWORKS])
+    parser.add_argument("--widths", default="3072,512,512,8", help="of the dense network")
     parser.add_argument("--rows", default="16,128")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--kernels", default="full,full_own,trace,trace_own")
@@ -50,7 +99,19 @@ def settings():
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     job = parser.parse_args()
     job.widths = [int(width) for width in job.widths.split(",")]
+    job.line, job.shape, job.layers = NETWORKS.get(job.network) or dense_network(job.widths)
+    shapes = [shape for _, *shapes in job.layers for shape in shapes]
+    job.weights, job.outputs = sum(map(math.prod, shapes)), shapes[-1][0]
     return job
+
+
+def dense_network(widths):
+    layers = []
+    for width, out in zip(widths, widths[1:]):
+        layers += [("relu",)] if layers else []
+        layers += [("dense", (out, width), (out,))]
+    line = f"input {widths[0]}; dense " + "; relu; dense ".join(map(str, widths[1:]))
+    return line, (widths[0],), layers
 
 
 # ---- the parts, each a process of its own
@@ -61,20 +122,69 @@ def make(job):
 
     random, rows = np.random.default_rng(0), int(job.rows)
     weights = []
-    for width, out in zip(job.widths, job.widths[1:]):
-        bound = width**-0.5
-        weights += [random.uniform(-bound, bound, out * width), random.uniform(-bound, bound, out)]
+    for name, *shapes in job.layers:
+        for shape in shapes:
+            bound = math.prod(shapes[0][1:]) ** -0.5 if len(shapes[0]) > 1 else 0.5
+            one = len(shape) == 1 and "norm" in name + "_norm" * ("block" in name) and shape is shapes[0]
+            weights += [one + random.uniform(-bound, bound, math.prod(shape))]
     np.save(os.path.join(job.folder, "weights.npy"), np.concatenate(weights)[None])
     for name in ("x", "y"):
-        np.save(os.path.join(job.folder, name + ".npy"), random.standard_normal((rows, job.widths[0])))
+        values = random.standard_normal((rows, math.prod(job.shape)))
+        np.save(os.path.join(job.folder, name + ".npy"), values)
 
 
-def layers(job, weights):
-    """(weight (out, in), bias) of each layer, from PyTorch's vector of parameters."""
-    at = 0
-    for width, out in zip(job.widths, job.widths[1:]):
-        yield weights[at : at + out * width].reshape(out, width), weights[at + out * width :][:out]
-        at += out * (width + 1)
+def parameters_of(job, weights):
+    """The weights of each layer, from PyTorch's vector of parameters."""
+    at, layers = 0, []
+    for _, *shapes in job.layers:
+        layer = []
+        for shape in shapes:
+            layer.append(weights[at : at + math.prod(shape)].reshape(shape))
+            at += math.prod(shape)
+        layers.append(layer)
+    return layers
+
+
+def network_of(job, functions, transpose):
+    """The network as a function of parameters and rows (rows, numbers), out of a library's functions."""
+
+    def attention(x, weight, bias, out, out_bias):
+        tokens, width = x.shape[-2:]
+        parts = (x @ weight.T + bias).reshape(-1, tokens, 3, HEADS, width // HEADS)
+        q, k, v = (transpose(parts[:, :, i], (0, 2, 1, 3)) for i in range(3))
+        scores = functions["softmax"](q @ transpose(k, (0, 1, 3, 2)) / (width // HEADS) ** 0.5)
+        return transpose(scores @ v, (0, 2, 1, 3)).reshape(-1, tokens, width) @ out.T + out_bias
+
+    def layer_norm(x, gain, shift):
+        mean = x.mean(-1)[..., None]
+        return (x - mean) / (((x - mean) ** 2).mean(-1)[..., None] + 1e-5) ** 0.5 * gain + shift
+
+    def feed_forward(x, a, b, c, d):
+        return functions["gelu"](x @ a.T + b) @ c.T + d
+
+    def halve(x):
+        n, c, h, w = x.shape
+        return x.reshape(n, c, h // 2, 2, w // 2, 2).mean(5).mean(3)
+
+    layers = {
+        "conv": lambda x, w, b: functions["conv"](x, w) + b[:, None, None],
+        "dense": lambda x, w, b: x @ w.T + b,
+        "relu": functions["relu"],
+        "halve": halve,
+        "flatten": lambda x: x.reshape(x.shape[0], -1),
+        "mean_tokens": lambda x: x.mean(1),
+        "layer_norm": layer_norm,
+        "attention_block": lambda x, g, s, *rest: x + attention(layer_norm(x, g, s), *rest),
+        "feed_forward_block": lambda x, g, s, *rest: x + feed_forward(layer_norm(x, g, s), *rest),
+    }
+
+    def network(parameters, rows):
+        values = rows.reshape(rows.shape[0], *job.shape)
+        for (name, *_), weights in zip(job.layers, parameters):
+            values = layers[name](values, *weights)
+        return values
+
+    return network
 
 
 def full(job):
@@ -121,13 +231,14 @@ def jax_part(job):
         return common.reply(missing=f"neural-tangents is not installed here ({error})")
     x, y, weights = rows_of(job)
     x, y = jnp.asarray(x), None if y is None else jnp.asarray(y)
-    parameters = [(jnp.asarray(w.T), jnp.asarray(b)) for w, b in layers(job, weights)]
-
-    def network(parameters, inputs):
-        for i, (weight, bias) in enumerate(parameters):
-            inputs = (jax.nn.relu(inputs) if i else inputs) @ weight + bias
-        return inputs
-
+    parameters = parameters_of(job, jnp.asarray(weights))
+    functions = {
+        "conv": lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME"),
+        "relu": jax.nn.relu,
+        "softmax": jax.nn.softmax,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    }
+    network = network_of(job, functions, jnp.transpose)
     kernel = jax.jit(
         nt.empirical_ntk_fn(
             network,
@@ -136,7 +247,7 @@ def jax_part(job):
             implementation=getattr(nt.NtkImplementation, job.way),
         )
     )
-    scale = 1 if full(job) else job.widths[-1]
+    scale = 1 if full(job) else job.outputs
     return reply(job, lambda: kernel(x, y, parameters), scale, jax.block_until_ready)
 
 
@@ -144,24 +255,29 @@ def torch_part(job):
     """As in https://docs.pytorch.org/tutorials/intermediate/neural_tangent_kernels.html."""
     try:
         import torch
-        from torch.func import functional_call, jacrev, jvp, vjp, vmap
+        from torch.func import jacrev, jvp, vjp, vmap
     except ImportError as error:
         return common.reply(missing=f"torch.func is not installed here ({error})")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     x, y, weights = rows_of(job)
     x, y = torch.tensor(x), torch.tensor(x if y is None else y)
-    nn, modules = torch.nn, []
-    for width, out in zip(job.widths, job.widths[1:]):
-        modules += [nn.Linear(width, out), nn.ReLU()]
-    model = nn.Sequential(*modules[:-1]).double()
-    nn.utils.vector_to_parameters(torch.tensor(weights), model.parameters())
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    parameters = parameters_of(job, torch.tensor(weights))
+    functions = {
+        "conv": lambda x, w: torch.nn.functional.conv2d(x, w, padding=1),
+        "relu": torch.relu,
+        "softmax": lambda x: torch.softmax(x, -1),
+        "gelu": torch.nn.functional.gelu,
+    }
+    whole = network_of(job, functions, torch.permute)
 
     def network(parameters, row):
-        return functional_call(model, parameters, (row.unsqueeze(0),)).squeeze(0)
+        return whole(parameters, row.unsqueeze(0)).squeeze(0)
 
     def contraction():
-        parts = [vmap(jacrev(network), (None, 0))(parameters, rows).values() for rows in (x, y)]
+        parts = [
+            [part for layer in vmap(jacrev(network), (None, 0))(parameters, rows) for part in layer]
+            for rows in (x, y)
+        ]
         indices = "Naf,Mbf->NMab" if full(job) else "Naf,Maf->NM"
         return sum(torch.einsum(indices, a.flatten(2), b.flatten(2)) for a, b in zip(*parts))
 
@@ -171,10 +287,10 @@ def torch_part(job):
                 _, back = vjp(lambda p: network(p, row), parameters)
                 return jvp(lambda p: network(p, other), (parameters,), back(vector))[1]
 
-            unit = torch.eye(job.widths[-1], dtype=x.dtype)
+            unit = torch.eye(job.outputs, dtype=x.dtype)
             return vmap(vector_product)(unit)
 
-        gradient = 3 * 8 * job.widths[-1] * weights.size  # three at one time
+        gradient = 3 * 8 * job.outputs * weights.size  # three at one time
         together = int(max(1, min(len(y), job.memory * 1e9 / gradient)))
         found = torch.stack([vmap(pair, (None, 0), chunk_size=together)(row, y) for row in x])
         return found if full(job) else torch.einsum("NMKK->NM", found)
@@ -220,8 +336,7 @@ def process(command, threads, patience=None):
 
 def ours(program, job, folder, kernel, threads):
     """(least seconds, error against gradients in long double); leaves the kernel in the folder."""
-    network = "input {}; dense ".format(job.widths[0]) + "; relu; dense ".join(map(str, job.widths[1:]))
-    command = [program, "--network", network, "--data", folder, "--kind", kernel]
+    command = [program, "--network", job.line, "--data", folder, "--kind", kernel]
     text, error = process(command, threads)
     if text is None:
         sys.exit(f"{' '.join(command)}: {error}")
@@ -231,34 +346,32 @@ def ours(program, job, folder, kernel, threads):
 
 def own_memory(program, job, folder, kernel, threads):
     """Peak MB of the benchmark, the matrices of its peak's measurement included."""
-    network = "input {}; dense ".format(job.widths[0]) + "; relu; dense ".join(map(str, job.widths[1:]))
-    options = "--quick", "--network", network, "--data", folder, "--kind", kernel
+    options = "--quick", "--network", job.line, "--data", folder, "--kind", kernel
     return common.measured([program, *options], threads)[1]
 
 
 def theirs(job, python, part, way, folder, kernel, threads):
     command = [python, os.path.abspath(__file__), "--part", part, "--way", way, "--folder", folder]
-    command += ["--kernels", kernel, "--widths", ",".join(map(str, job.widths))]
+    command += ["--kernels", kernel, "--network", job.network, "--widths", ",".join(map(str, job.widths))]
     command += ["--budget", str(job.budget), "--memory", str(job.memory)]
     text, error = process(command, threads, job.patience)
     return common.json.loads(text.splitlines()[-1]) if text else {"missing": error}
 
 
-COLUMNS = "{:52s} {:>2s} {:>9s} {:>9s} {:>7s} {:>9s} {:>9s} {:>8s}"
+COLUMNS = "{:64s} {:>2s} {:>9s} {:>9s} {:>7s} {:>9s} {:>9s} {:>8s}"
 
 
 def compare(job, program, rows, threads, kernel):
     """Prints a line for each way. The number of wrong results."""
-    folder = os.path.join(job.out, str(rows))
+    folder = os.path.join(job.out, job.network, str(rows))
     seconds, error = ours(program, job, folder, kernel, threads)
-    weights = sum(out * (width + 1) for width, out in zip(job.widths, job.widths[1:]))
-    gigabytes = 2 * rows * job.widths[-1] * weights * 8 / 1e9
+    gigabytes = 2 * rows * job.outputs * job.weights * 8 / 1e9
     ways = [("jax", job.jax_python, way) for way in JAX_WAYS]
     ways += [("torch", job.torch_python, way) for way in TORCH_WAYS]
     wrong, missing, memory = 0, set(), None
     for part, python, way in ways:
         name = (
-            f"ntk {kernel} {rows}x{rows} {'neural-tangents' if part == 'jax' else 'torch.func'} {way.lower()}"
+            f"ntk {job.network} {kernel} {rows}x{rows} {'neural-tangents' if part == 'jax' else 'torch.func'} {way.lower()}"
         )
         if part in missing or (job.ways and way.lower() not in job.ways.split(",")):
             continue
@@ -293,10 +406,10 @@ def main():
     titles = "ours, ms", "its, ms", "ratio", "our error", "apart", "its, MB"
     print(COLUMNS.format("job, peer, its way", "n", *titles), flush=True)
     for rows in map(int, job.rows.split(",")):
-        folder = os.path.join(job.out, str(rows))
+        folder = os.path.join(job.out, job.network, str(rows))
         os.makedirs(folder, exist_ok=True)
         command = ["--part", "make", "--folder", folder, "--rows", str(rows)]
-        command += ["--widths", ",".join(map(str, job.widths))]
+        command += ["--network", job.network, "--widths", ",".join(map(str, job.widths))]
         for python in dict.fromkeys([sys.executable, job.torch_python, job.jax_python]):
             text, error = process([python, os.path.abspath(__file__), *command], 1)
             if text is not None:
