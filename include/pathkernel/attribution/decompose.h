@@ -475,7 +475,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     worker->rows = pk__min(job->block, job->part->rows - worker->row);
     tangent->integrator.state = job->row_state + worker->row;
     tangent->integrator.points_last = block->points_last;
-    tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
+    tangent->integrator.point_count = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
     tangent->flops = 0;
     tangent->gram = job->gram ? job->gram + worker->row * job->gram_ld : NULL;
     tangent->gram_ld = job->gram_ld;
@@ -513,7 +513,7 @@ static void pk__block_window(pk__worker *worker, size_t number, size_t first, si
     }
     block->points_last = tangent->integrator.points_last;
     if (job->first_output == 0) { /* they are the same for every slice of the outputs */
-        block->points += tangent->integrator.points;
+        block->points += tangent->integrator.point_count;
         block->pieces += tangent->integrator.split_pieces;
         block->refused += tangent->integrator.refused;
     }
@@ -561,7 +561,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
         pk__integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
-        pk__tape *tape = &integrator->segment.tape;
+        pk__tape *tape = &integrator->path.tape;
         size_t first = b * job->block, count = pk__min(job->block, rows - first);
         pk__pass_forward(tape, &line, count, job->rows + first * graph->input_width);
         for (size_t r = 0; r < count; r++) {

@@ -4,7 +4,7 @@
 #ifndef PATHKERNEL_FEATURES_H
 #define PATHKERNEL_FEATURES_H
 #include "factors.h"
-#include "../path/quadrature.h"
+#include "../path/integrator.h"
 
 /* >>> declarations */
 /* How layers are contracted: for tests and benchmarks. */
@@ -332,7 +332,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
                        sizeof(pk_real));
     tangent->weighted = pk__arena_take(arena, points, deepest * sizeof(pk_real));
     tangent->absolute = bounds ? pk__arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
-    points = tangent->integrator.segment.point_capacity;
+    points = tangent->integrator.path.point_capacity;
     pk__points_take(arena, points, bounds, &tangent->sorted);
 }
 

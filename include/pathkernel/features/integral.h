@@ -43,7 +43,7 @@ PK__BEGIN_CODE
 /* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
 static const pk_real *pk__known_product(const pk__integral *tangent, size_t layer, const pk_real *direction)
 {
-    const pk__path *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.path;
     const size_t node = (size_t)(tangent->node[layer] - tangent->graph->nodes);
     if (tangent->kind[layer] != PK__LAYER_DATA)
         return NULL;
@@ -55,7 +55,7 @@ static const pk_real *pk__known_product(const pk__integral *tangent, size_t laye
 /* pk__pass_transpose of a direction where it is at hand. */
 static const pk_real *pk__known_transposed(const pk__integral *tangent, const pk_real *direction)
 {
-    const pk__path *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.path;
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
@@ -119,7 +119,7 @@ static void pk__add_phi(pk__integral *tangent, size_t layer, const pk__points *p
                         size_t last)
 {
     const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.path.tape;
     size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
     size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
     const int fresh = !tangent->begun[points->row[first]];
@@ -144,7 +144,7 @@ static void pk__add_phi(pk__integral *tangent, size_t layer, const pk__points *p
 static void pk__add_along_places(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.path.tape;
     const size_t outputs = tangent->outputs, width = node->width;
     const pk_real *delta = tape->cotangent[node - tangent->graph->nodes];
     pk_call call;
@@ -173,7 +173,7 @@ static void pk__add_rows_places(pk__integral *tangent, size_t layer, const pk__p
         pk_real *places = tangent->places, *deltas = places + pairs * in;
         for (size_t i = p; i < last; i++) {
             pk_real *own = places + (i - p) * positions * in;
-            pk__node_places(&tangent->integrator.segment.tape, node, i, outputs, own,
+            pk__node_places(&tangent->integrator.path.tape, node, i, outputs, own,
                             deltas + (i - p) * positions * outputs * out);
             for (size_t j = 0; j < positions * outputs * out; j++)
                 deltas[(i - p) * positions * outputs * out + j] *= points->weight[i];
@@ -193,7 +193,7 @@ static void pk__add_rows_places(pk__integral *tangent, size_t layer, const pk__p
 static void pk__add_rows(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.path.tape;
     size_t outputs = tangent->outputs, weights = node->weight_count;
     if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
         pk__add_rows_places(tangent, layer, points);
@@ -267,7 +267,7 @@ static const pk__points *pk__sort_points(pk__integral *tangent, const pk__points
 static void pk__add_ends(pk__integral *tangent, size_t layer, const pk__points *points)
 {
     const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.path.tape;
     const size_t cotangents = tangent->outputs * node->width, in = node->fan_in;
     const pk_real *delta = tape->cotangent[node - tangent->graph->nodes], *a = tape->value[node->inputs[0]];
     for (size_t p = 0; p < points->count; p++) {
@@ -302,7 +302,7 @@ static void pk__add_points(pk__integral *tangent, size_t layer, const pk__points
 /* As many points as can be reversed at one time. */
 static void pk__integral_part(pk__integral *tangent, const pk__points *points)
 {
-    pk__path *segment = &tangent->integrator.segment;
+    pk__path *segment = &tangent->integrator.path;
     const pk_graph *graph = tangent->graph;
     const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
     const size_t *row = points->row;
@@ -346,9 +346,8 @@ static void pk__integral_part(pk__integral *tangent, const pk__points *points)
     pk__contract(tangent, points);
 }
 
-static void pk__integral_points(void *user, const pk__points *unsorted)
+static void pk__integral_points(pk__integral *tangent, const pk__points *unsorted)
 {
-    pk__integral *tangent = user;
     const pk__points *points = pk__sort_points(tangent, unsorted);
     size_t first = 0;
     do {
@@ -376,7 +375,7 @@ PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weight
     const size_t chosen = rows * tangent->output_capacity;
     tangent->rows = rows;
     tangent->integrator.first_row = first_row;
-    pk__path_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
+    pk__path_begin(&tangent->integrator.path, weights, direction, transposed, rows, inputs);
     memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
     memset(tangent->begun, 0, rows);
     for (int v = 0; v < PK__DIRECTIONS; v++)
@@ -397,9 +396,12 @@ PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weight
             memset(tangent->size[l], 0, chosen * node->weight_count * sizeof(pk_real));
         }
     }
-    size_t before = tangent->integrator.points;
-    pk__integrate(&tangent->integrator, pk__integral_points, tangent);
-    tangent->integrator.points_last = tangent->integrator.points - before;
+    const size_t before = tangent->integrator.point_count;
+    const pk__points *batch;
+    pk__integrator_begin(&tangent->integrator);
+    while (pk__integrator_next(&tangent->integrator, &batch))
+        pk__integral_points(tangent, batch);
+    tangent->integrator.points_last = tangent->integrator.point_count - before;
     for (size_t l = 0; tangent->check && l < graph->layers; l++)
         for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
             tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
@@ -485,7 +487,7 @@ PK__PRIVATE pk_real pk__row_factors(const pk__integral *tangent, size_t layer, s
     const pk_node *node = tangent->node[layer];
     const int data = tangent->kind[layer] == PK__LAYER_DATA;
     *inputs =
-        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
+        (data ? tangent->integrator.path.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
     *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
     return data ? 1 : tangent->weight_sum[row];
 }

@@ -146,8 +146,8 @@ static void pk__contract_places(pk__integral *tangent, size_t layer, const pk__p
         const size_t count = pk__min(together, points->count - p), pairs = count * positions;
         pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
         for (size_t i = 0; i < count; i++)
-            pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
-                            places + i * positions * in, deltas + i * positions * outputs * out);
+            pk__node_places(&tangent->integrator.path.tape, node, p + i, outputs, places + i * positions * in,
+                            deltas + i * positions * outputs * out);
         for (size_t i = 0; i < pairs; i++) {
             const size_t point = p + i / positions;
             start[i] = points->weight[point];
@@ -188,7 +188,7 @@ static int pk__is_readout(const pk__integral *tangent, size_t layer)
  * those of all rows; where the seeds are unit vectors, those of all rows are the rows of W and D. */
 static void pk__head_weights(pk__integral *tangent, const pk_node *head)
 {
-    const pk__path *segment = &tangent->integrator.segment;
+    const pk__path *segment = &tangent->integrator.path;
     const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
     const int shared = pk__is_readout(tangent, head->layer);
     for (size_t part = 0; part < 2; part++) {
@@ -213,7 +213,7 @@ static pk_real *pk__weights_of_row(const pk__integral *tangent, const pk_node *h
 /* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
 static void pk__head_slopes(pk__integral *tangent, size_t layer, const pk__points *points)
 {
-    const pk__tape *tape = &tangent->integrator.segment.tape;
+    const pk__tape *tape = &tangent->integrator.path.tape;
     const pk_node *between = pk__layer_input(tangent->graph, tangent->head[layer]);
     const size_t out = between->width;
     pk_real *weights = tangent->slopes, *slopes = tangent->scratch;
@@ -280,7 +280,7 @@ static void pk__contract_head(pk__integral *tangent, size_t layer, const pk__poi
     const pk_node *node = tangent->node[layer];
     const size_t outputs = tangent->outputs, out = node->width;
     const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], out, first);
-    pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.segment.tape.value[node->inputs[0]],
+    pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.path.tape.value[node->inputs[0]],
                         tangent->ones, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
         const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
@@ -315,7 +315,7 @@ static void pk__multiply_data(pk__integral *tangent, size_t layer, size_t first,
     const pk__examples *examples = tangent->examples;
     const pk_real bias = pk__has_bias(node);
     if (!tangent->gram || node->inputs[0] != 0) {
-        pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.segment.base[node->inputs[0]],
+        pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.path.base[node->inputs[0]],
                             tangent->ones, first, block);
         return;
     }
@@ -373,7 +373,7 @@ static void pk__prepare_layers(pk__integral *tangent, const pk__points *points)
             tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK__TILE_LD;
     for (size_t l = 0; points->count && l < tangent->graph->layers; l++) {
         const pk_node *node = tangent->node[l];
-        const pk_real *inputs = tangent->integrator.segment.tape.value[node->inputs[0]];
+        const pk_real *inputs = tangent->integrator.path.tape.value[node->inputs[0]];
         const size_t in = node->fan_in;
         if (tangent->integrated[l] || tangent->kind[l] != PK__LAYER_POINTS || pk__is_spread(tangent, l))
             continue;
@@ -402,7 +402,7 @@ static void pk__contract_layer(pk__integral *tangent, size_t layer, const pk__po
         pk__multiply_inputs(tangent, layer, count, tangent->weighted_inputs[layer], points->weight, first,
                             block);
         pk__multiply_cotangents(tangent, layer, count * outputs,
-                                tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes],
+                                tangent->integrator.path.tape.cotangent[node - tangent->graph->nodes],
                                 tangent->point_to, tangent->cell_left, first, block);
     } else {
         if (tangent->kind[layer] == PK__LAYER_DATA)

@@ -24,8 +24,13 @@ typedef struct pk__piece {
     /* Used by the adaptive rule (quadrature.h), which measures the error of a piece and halves it: */
     double error, size;       /* of its last test */
     double family, reference; /* of a piece it has come from by halving: its a and its error */
-    int age;                  /* halvings since then */
-    int joined;               /* there is no kink at a: the piece in front goes on smoothly */
+    double
+        missed; /* by how much one node less missed the target, 0: not tried; once accepted, the part of its integral that
+                      its test could not explain */
+    unsigned char age;    /* halvings since then */
+    unsigned char joined; /* there is no kink at a: the piece in front goes on smoothly */
+    unsigned char order, nested,
+        accepted; /* its nodes; how they are judged; whether they are part of the result */
 } pk__piece;
 
 typedef struct pk__pieces {
