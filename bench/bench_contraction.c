@@ -22,7 +22,7 @@
 #endif
 #define PATHKERNEL_IMPLEMENTATION
 #include "pathkernel/network/language.h"
-#include "pathkernel/features/integral.h"
+#include "pathkernel/features/tiles.h"
 #include "bench.h"
 #include <float.h>
 
@@ -30,7 +30,8 @@ enum { INPUTS = 64, NODES = 4, LAYERS = 3 };
 
 /* One thread's block of rows, and where its contributions go. */
 typedef struct block {
-    pk__integral tangent;
+    pk__integral integral;
+    pk__product product;
     const pk_real *rows;
     size_t first_row, count;
     pk_real *phi, *result; /* result: count x outputs x batch */
@@ -54,26 +55,40 @@ typedef struct job {
 
 /* ---- the step --------------------------------------------------------------------------------------- */
 
-static void add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
+static void add_tile(block *b, size_t first, size_t count, const pk_real *tile)
 {
-    block *b = (block *)user;
-    (void)layer;
     for (size_t i = 0; i < b->count * b->outputs; i++)
         for (size_t j = 0; j < count; j++)
             b->result[i * b->batch + first + j] += tile[i * PK__TILE_LD + j];
+}
+
+/* The products of the points in hand with all examples. */
+static void add_products(block *b, const pk__points *points)
+{
+    pk__product *product = &b->product;
+    const double start = pk__seconds();
+    pk__tiles_begin(product, points);
+    for (size_t first = 0; first < b->batch; first += PK__EXAMPLE_BLOCK) {
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, b->batch - first);
+        for (size_t i = 0; i < product->due_count; i++)
+            pk__tiles_layer(product, product->due[i], points, first, count, i == 0);
+        if (product->due_count)
+            add_tile(b, first, count, product->tile);
+    }
+    product->seconds += pk__seconds() - start;
 }
 
 /* What of a step belongs to the layers whose Phi was materialised. */
 static void add_materialised(const job *j, block *b)
 {
     for (size_t l = 0; l < j->graph.layers; l++)
-        for (size_t r = 0; b->tangent.integrated[l] && r < b->count; r++) {
-            pk__integral_row_phi(&b->tangent, l, r, 0, j->outputs, b->phi);
+        for (size_t r = 0; b->integral.layer[l].integrated && r < b->count; r++) {
+            pk__integral_row_phi(&b->integral, l, r, 0, j->outputs, b->phi);
             for (size_t first = 0; first < j->batch; first += PK__EXAMPLE_BLOCK) {
                 size_t count = pk__min(j->batch - first, PK__EXAMPLE_BLOCK);
-                pk_real *tile = b->tangent.tile;
+                pk_real *tile = b->product.tile;
                 memset(tile, 0, j->outputs * PK__TILE_LD * sizeof *tile);
-                pk__integral_contract_row(&b->tangent, l, j->outputs, b->phi, first, count, tile);
+                pk__product_row(&b->product, l, j->outputs, b->phi, first, count, tile);
                 for (size_t k = 0; k < j->outputs; k++)
                     for (size_t i = 0; i < count; i++)
                         b->result[(r * j->outputs + k) * j->batch + first + i] += tile[k * PK__TILE_LD + i];
@@ -89,11 +104,21 @@ static void take_step(void *data, size_t repeats)
 #endif
     for (int t = 0; t < j->threads; t++) {
         block *b = &j->blocks[t];
+        const pk__points *points;
+        /* One direction, as a decomposition has it for its closure. */
+        const pk__integral_step step = {j->weights,   j->direction, NULL,    {j->direction, NULL, NULL},
+                                        b->first_row, b->count,     b->rows, j->engine,
+                                        j->batch};
         for (size_t r = 0; r < repeats; r++) {
             memset(b->result, 0, b->count * j->outputs * j->batch * sizeof *b->result);
-            b->tangent.flops = 0;
-            pk__integral_step(&b->tangent, j->weights, j->direction, NULL, b->first_row, b->count, b->rows,
-                              j->engine);
+            b->product.flops = 0;
+            pk__integral_begin(&b->integral, &step);
+            while (pk__integral_next(&b->integral, &points)) {
+                pk__integral_pass(&b->integral, points);
+                pk__integral_add(&b->integral, points);
+                add_products(b, points);
+            }
+            pk__integral_end(&b->integral);
             add_materialised(j, b);
         }
     }
@@ -105,7 +130,7 @@ static double contraction_clock(void *data)
     const job *j = (const job *)data;
     double seconds = 0;
     for (int t = 0; t < j->threads; t++)
-        seconds += j->blocks[t].tangent.seconds_contraction;
+        seconds += j->blocks[t].product.seconds;
     return seconds / j->threads;
 }
 
@@ -235,7 +260,8 @@ static void job_layout(job *j, pk__arena *arena)
         memset(b, 0, sizeof *b);
         pk__integral_take(arena, &j->graph, &readout, j->block_rows,
                           j->engine != PK_ENGINE_FACTORED ? j->outputs : 0, j->outputs, 0, &representation,
-                          &b->tangent);
+                          &b->integral);
+        pk__product_take(arena, &b->integral, !representation.materialised, &b->product);
         b->phi = (pk_real *)pk__arena_take(arena, j->outputs, P * real);
         b->result = (pk_real *)pk__arena_take(arena, j->block_rows * j->outputs, j->batch * real);
         b->rows = j->test ? j->test + t * j->block_rows * INPUTS : NULL;
@@ -273,18 +299,16 @@ static pk_status job_fill(pk_context *context, job *j)
                                     pk_matrix_view(j->train, j->batch, INPUTS), 1, 0,
                                     pk_matrix_view(j->gram, rows, j->batch));
     for (size_t t = 0; t < (size_t)j->threads; t++) {
-        pk__integral *tangent = &j->blocks[t].tangent;
-        tangent->integrator.quadrature.rule = PK_RULE_GAUSS;
-        tangent->integrator.quadrature.nodes = NODES;
-        tangent->integrator.gauss_nodes = j->nodes;
-        tangent->integrator.gauss_weights = j->node_weights;
-        tangent->integrator.points_last = NODES * j->block_rows;
-        tangent->examples = &j->examples;
-        tangent->gram = j->gram + t * j->block_rows * j->batch;
-        tangent->gram_ld = j->batch;
-        tangent->sink = add_tile;
-        tangent->user = &j->blocks[t];
-        tangent->directions[0] = j->direction; /* as a decomposition has it, for its closure */
+        pk__integral *integral = &j->blocks[t].integral;
+        pk__product *product = &j->blocks[t].product;
+        integral->integrator.quadrature.rule = PK_RULE_GAUSS;
+        integral->integrator.quadrature.nodes = NODES;
+        integral->integrator.gauss_nodes = j->nodes;
+        integral->integrator.gauss_weights = j->node_weights;
+        integral->integrator.points_last = NODES * j->block_rows;
+        product->examples = &j->examples;
+        product->gram = j->gram + t * j->block_rows * j->batch;
+        product->gram_ld = j->batch;
     }
     return status;
 }
@@ -298,7 +322,7 @@ static void job_report(bench_run *run, job *j)
     char size[64];
     bench_time(run, j->threads, take_step, j->whole ? NULL : contraction_clock, j, &timing);
     for (int t = 0; t < j->threads; t++)
-        flops += j->blocks[t].tangent.flops;
+        flops += j->blocks[t].product.flops;
     if (j->engine == PK_ENGINE_AUTO)
         flops = 2.0 * (double)j->batch * (NODES + 1) * (double)(j->block_rows * (size_t)j->threads) * cells;
     snprintf(size, sizeof size, "%zux%zux%zux%zu", j->outputs, j->width, j->width, j->batch);

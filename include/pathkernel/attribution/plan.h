@@ -1,8 +1,8 @@
 /* pathkernel/attribution/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
- * its memory, what a plan costs, the choice. decompose.h carries it out.
+ * its memory, what a plan costs, the choice. sweep.h carries it out.
  *
  * A pass goes through all steps with some of the test rows and some of the outputs; windows of steps are prepared
- * ahead of it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
+ * before it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
  * alone. What a cut costs:
  *   - each pass reads the run and computes the examples' gradients and the updates again;
  *   - states of the optimiser that were not kept are computed again from those that were (steps.h);
@@ -51,13 +51,14 @@ PK__BEGIN_COLD_CODE
 /* One thread's memory. */
 typedef struct pk__worker {
     struct pk__job *job;
-    pk__integral tangent;
+    pk__integral integral;
+    pk__product product;
     pk_real *phi, *tensor, /* the same as phi, of one tensor of a layer that shares some */
         *effective;        /* outputs of a part x weights of its layer; effective where E is no multiple of R */
     pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
     pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
-    /* Of the tile that is being added: */
+    /* The step of the block in hand: the first of its rows, their number; the step; what its products are multiplied with. */
     size_t row, rows, step;
     const pk__examples *batch;
     double factor;
@@ -102,6 +103,7 @@ typedef struct pk__job {
     pk__worker *workers;
     pk_linear_form *next_forms;        /* of the step after the window */
     size_t first_output, output_count; /* of the pass */
+    int by_layer;                      /* results are kept layer by layer */
     pk_decomposition *part;
 } pk__job;
 
@@ -155,7 +157,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         worker->job = job;
         pk__integral_take(arena, graph, &job->options->readout, job->block,
                           job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
-                          job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
+                          job->unit, job->options->bounds, &job->window.representation, &worker->integral);
+        pk__product_take(arena, &worker->integral, !job->window.representation.materialised, &worker->product);
         worker->phi = pk__arena_take(arena, largest, real);
         worker->tensor = pk__arena_take(arena, graph->pieces ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
@@ -167,10 +170,10 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         worker->bound_tile = pk__arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
             pk__arena_take(arena, job->reverse ? 0 : PK__EXAMPLE_BLOCK, graph->input_width * real);
-        worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
-        worker->tangent.integrator.gauss_weights = job->gauss_weights;
-        worker->tangent.integrator.quadrature = job->quadrature;
-        worker->tangent.integrator.target = job->target;
+        worker->integral.integrator.gauss_nodes = job->gauss_nodes;
+        worker->integral.integrator.gauss_weights = job->gauss_weights;
+        worker->integral.integrator.quadrature = job->quadrature;
+        worker->integral.integrator.target = job->target;
     }
 }
 

@@ -8,7 +8,7 @@
  */
 #ifndef PATHKERNEL_STEPS_H
 #define PATHKERNEL_STEPS_H
-#include "../features/integral.h"
+#include "../features/tiles.h"
 #include "../run/revisit.h"
 
 /* >>> declarations */

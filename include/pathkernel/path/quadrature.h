@@ -55,17 +55,17 @@ PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs);
 PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
                                                   const pk_graph *graph, const pk_readout *readout);
 
-PK__END_C /* <<< declarations */
+PK__END_C
+/* <<< declarations */
 #endif
 
 #if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
     !defined(PATHKERNEL_QUADRATURE_INTERNALS_KNOWN)
 #define PATHKERNEL_QUADRATURE_INTERNALS_KNOWN
-    /* >>> internals */
-    /* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
-    PK__INTERNAL void
-    pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f, pk_real *h,
-                      pk_real *slope);
+/* >>> internals */
+/* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
+PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
+                                    pk_real *h, pk_real *slope);
 /* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
 PK__INTERNAL void pk__gauss_table(double *nodes, double *weights);
 /* <<< internals */

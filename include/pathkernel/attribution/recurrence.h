@@ -1,0 +1,138 @@
+/* pathkernel/attribution/recurrence.h: the recurrence of reverse time, for a part of a layer at a time.
+ *
+ * An optimizer with a state makes the step D_s from all gradients up to s. Instead of carrying a vector for each training example
+ * forward, the test side goes from the last step to the first and carries, for each output of each test row,
+ *
+ *     R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,      R_S = 0,
+ *     E_s = gain_s R_s + direct_s p_s o Phi_s,
+ *
+ * so that the contribution of example i at step s is -scale_s < E_s, g_i > (decompose.h; training/optimizer.h has the linear
+ * form: carry, enter, gain, direct, p). Phi_s and R are large, so they go through the cache in parts: some outputs of one layer of
+ * one row. With parameter groups the linear form differs by ranges of the weights.
+ */
+#ifndef PATHKERNEL_RECURRENCE_H
+#define PATHKERNEL_RECURRENCE_H
+#include "cells.h"
+
+/* >>> declarations */
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_RECURRENCE_IMPLEMENTED)
+#define PATHKERNEL_RECURRENCE_IMPLEMENTED
+/* >>> implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
+/* Weights of a layer that Phi keeps apart from its matrix. */
+PK__PRIVATE size_t pk__bias_count(const pk_node *node)
+{
+    return pk__is_outer(node) && !node->shares && pk__has_bias(node) ? node->width : 0;
+}
+
+/* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
+typedef struct pk__part {
+    const pk_node *node;
+    size_t layer, row, first, count; /* row of the block */
+    size_t bias, matrix;             /* weights of each output */
+} pk__part;
+
+/* Phi of a part, as it is stored: matrices, and biases elsewhere (inputs == NULL); or as outer products of cotangents and
+ * one row of inputs, and the cotangents times bias_input. */
+typedef struct pk__phi_view {
+    const pk_real *matrices, *biases;
+    const pk_real *cotangents, *inputs;
+    pk_real bias_input;
+} pk__phi_view;
+
+/* R of the weights first .. first + count - 1 of a part a step back, and E where it is wanted. p (out x in, then out): NULL where
+ * it is a scalar; state and e: matrices, then biases. */
+static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
+                              double carry, const pk_real *p, const pk__phi_view *phi, pk_real *state,
+                              pk_real *e)
+{
+    const size_t in = part->node->fan_in, out = part->node->fan_out, matrix = part->matrix;
+    const size_t last = first + count, matrices = part->count * matrix, end = pk__min(last, matrix);
+    const size_t bias = pk__max(first, matrix) - matrix;
+    for (size_t k = 0; k < part->count; k++) {
+        size_t at = k * matrix + first;
+        if (first < end && phi->inputs) /* the matrix is one tensor */
+            pk__linear_form_back(out, in, form, carry, p, phi->cotangents + k * out, phi->inputs, 0, state + at,
+                                 e ? e + at : NULL);
+        else if (first < end)
+            pk__linear_form_back(1, end - first, form, carry, p ? p + first : NULL, NULL, phi->matrices + at, 0,
+                                 state + at, e ? e + at : NULL);
+        if (last <= matrix)
+            continue;
+        at = matrices + k * part->bias + bias;
+        pk__linear_form_back(1, last - matrix - bias, form, carry, p ? p + matrix + bias : NULL,
+                             phi->inputs ? &phi->bias_input : NULL,
+                             (phi->inputs ? phi->cotangents : phi->biases) + k * part->bias + bias, 0,
+                             state + at, e ? e + at : NULL);
+    }
+}
+
+/* R of a part a step back, with the linear form of each range of its weights. next: forms of the step behind. */
+PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
+                                   const pk_linear_form *next, const pk_real *p, const pk__phi_view *phi,
+                                   pk_real *state, pk_real *e)
+{
+    const pk_parameter_groups *groups = &job->run->groups;
+    if (!job->grouped) {
+        pk__advance_range(part, 0, part->matrix + part->bias, forms, next->carry, p, phi, state, e);
+        return;
+    }
+    /* With ties: each tensor is in one group, wherever it is used. */
+    for (size_t i = 0; i < job->graph->piece_count; i++) {
+        const pk_tensor_use *piece = &job->graph->pieces[i];
+        const pk_parameter_range *range = groups->range;
+        if (&job->graph->nodes[piece->node] != part->node)
+            continue;
+        while (piece->flat >= range->first + range->count)
+            range++;
+        pk__advance_range(part, piece->spread - part->node->weight_offset, piece->count, &forms[range->group],
+                          next[range->group].carry, p, phi, state, e);
+    }
+    for (size_t r = 0; !job->graph->pieces && r < groups->range_count; r++) {
+        const pk_parameter_range *range = &groups->range[r];
+        size_t first;
+        const size_t count = pk__range_part(range, part->node->weight_offset, part->node->weight_count, &first);
+        if (count)
+            pk__advance_range(part, first, count, &forms[range->group], next[range->group].carry, p, phi, state,
+                              e);
+    }
+}
+
+/* < e_k, v > for e laid out like Phi of a part and v like the layer's weights. */
+PK__PRIVATE double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, const pk_real *v)
+{
+    return (double)pk__dot(part->matrix, e + k * part->matrix, v) +
+           (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
+}
+
+/* The same of what the node brings into w itself: e whole, weights of the whole graph. */
+PK__PRIVATE double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, const pk_real *weights)
+{
+    const pk_node *node = part->node;
+    double sum = 0;
+    for (int tensor = 0; tensor < 2; tensor++) {
+        const size_t at = tensor ? node->weight_count - node->bias_count : 0;
+        if (!node->tied[tensor])
+            sum += (double)pk__dot(pk__tensor_count(node, tensor), e + k * part->matrix + at,
+                                   weights + node->weight_offset + at);
+    }
+    return sum;
+}
+
+/* Where R of a part stands: row after row, layer after layer, part after part. */
+PK__PRIVATE size_t pk__state_place(const pk__worker *worker, const pk__part *part)
+{
+    const pk__job *job = worker->job;
+    const size_t *before = job->state_at + part->layer, all = job->state_at[job->graph->layers];
+    return (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
+           (part->first - job->first_output) * (before[1] - before[0]);
+}
+
+PK__END_CODE
+/* <<< implementation */
+#endif
