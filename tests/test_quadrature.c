@@ -304,11 +304,122 @@ static void test_hopeless(void **state)
     }
 }
 
+/* ---- points that are pulled ---- */
+
+enum { PULLED_ROWS = 5, PULLED_POINTS = PK_GAUSS_NODES + 2 };
+
+/* All points of the step that the path is at; how many, and in how many batches of PULLED_POINTS. */
+static size_t pull_step(pk__integrator *integrator, size_t *batches)
+{
+    const pk__points *points;
+    double sum[PULLED_ROWS] = {0};
+    size_t count = 0;
+    int last = 0;
+    *batches = 0;
+    integrator->point_count = 0;
+    pk__integrator_begin(integrator);
+    while (pk__integrator_next(integrator, &points)) {
+        assert_false(last);
+        last = points->last;
+        assert_true(last ? points->count <= PULLED_POINTS : points->count == PULLED_POINTS);
+        for (size_t p = 0; p < points->count; p++) {
+            assert_true(points->row[p] < PULLED_ROWS);
+            assert_true(points->t[p] >= 0 && points->t[p] <= 1);
+            sum[points->row[p]] += (double)points->weight[p];
+        }
+        /* As the caller does it: the tape then holds these points, whatever it held before. */
+        if (points->count)
+            pk__path_forward(&integrator->path, points->count, points->row, points->t);
+        count += points->count;
+        ++*batches;
+    }
+    assert_true(last);
+    assert_false(pk__integrator_next(integrator, &points));
+    assert_int_equal(count, integrator->point_count);
+    for (size_t r = 0; r < PULLED_ROWS; r++)
+        assert_close(sum[r], 1, ROUNDING(1e-12));
+    return count;
+}
+
+static void pulled_layout(pk__arena *arena, const pk_graph *graph, pk__integrator *integrator)
+{
+    const size_t table = PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2;
+    double *nodes = pk__arena_take(arena, table, sizeof(double)),
+           *weights = pk__arena_take(arena, table, sizeof(double));
+    pk__integrator_take(arena, graph, PULLED_ROWS, PULLED_POINTS, PULLED_POINTS, graph->output_width, 0,
+                        integrator);
+    integrator->state = pk__arena_take(arena, PULLED_ROWS, sizeof *integrator->state);
+    integrator->gauss_nodes = nodes;
+    integrator->gauss_weights = weights;
+    if (nodes)
+        pk__gauss_table(nodes, weights);
+}
+
+/* Batches are full but for the last, which says so; the weights of each row sum to the length of the step. */
+static void test_pulled(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *network;
+        pk_quadrature quadrature;
+        double target;
+        size_t least, most; /* points */
+    } cases[] = {
+        {"input 3; dense 4; tanh; dense 2", {PK_RULE_LEFT, 0}, 0, PULLED_ROWS, PULLED_ROWS},
+        {"input 3; dense 4; tanh; dense 2", {PK_RULE_MIDPOINT, 100}, 0, 500, 500},
+        {"input 3; dense 4; tanh; dense 2", {PK_RULE_TRAPEZOID, 34}, 0, 170, 170},
+        {"input 3; dense 4; tanh; dense 2", {PK_RULE_GAUSS, 7}, 0, 35, 35},
+        {"input 3; dense 4; tanh; dense 2", {PK_RULE_AUTO, 0}, 1e-4, 10, 300},
+        {"input 3; dense 4; tanh; dense 2",
+         {PK_RULE_AUTO, 0},
+         0,
+         10,
+         100000}, /* unreachable: pieces are halved */
+        {"input 3; dense 40; relu; dense 40; relu; dense 2", {PK_RULE_EXACT, 0}, 0, 200, 2000},
+        {"input 3; dense 9; relu; dense 4; gelu; dense 2", {PK_RULE_AUTO, 0}, 1e-6, 30, 3000},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        pk_context context;
+        pk_graph graph;
+        pk__integrator integrator;
+        pk__arena arena = {NULL, 0, 0, 0};
+        void *memory = NULL;
+        size_t batches;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        assert_ok(&context, pk_network_parse(&context, cases[i].network, &graph));
+        pulled_layout(&arena, &graph, &integrator);
+        assert_ok(&context, pk_allocate(&context, arena.used, 1, "an integrator", &memory));
+        pk__arena own = {memory, arena.used, 0, 0};
+        pulled_layout(&own, &graph, &integrator);
+        integrator.quadrature = cases[i].quadrature;
+        integrator.target = cases[i].target;
+        memset(integrator.state, 0, PULLED_ROWS * sizeof *integrator.state);
+        for (size_t r = 0; r < PULLED_ROWS; r++)
+            integrator.state[r].order.nodes = PK__FIRST_NODES;
+        pk_real *w = fixture_normals(i + 1, graph.parameters, 1),
+                *d = fixture_normals(i + 2, graph.parameters, 1);
+        pk_real *x = fixture_normals(i + 3, PULLED_ROWS * 3, 1);
+        for (int again = 0; again < 2; again++) {
+            pk__path_begin(&integrator.path, w, d, NULL, PULLED_ROWS, x);
+            const size_t count = pull_step(&integrator, &batches);
+            assert_true(count >= cases[i].least && count <= cases[i].most);
+            const size_t full = count / PULLED_POINTS;
+            assert_in_range(batches, count % PULLED_POINTS ? full + 1 : full, full + 1);
+        }
+        free(w), free(d), free(x);
+        pk_release(&context, memory);
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gauss_nodes), cmocka_unit_test(test_orders),     cmocka_unit_test(test_exact),
         cmocka_unit_test(test_adaptive),    cmocka_unit_test(test_many_kinks), cmocka_unit_test(test_hopeless),
+        cmocka_unit_test(test_pulled),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

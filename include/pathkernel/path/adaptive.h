@@ -298,7 +298,8 @@ static size_t pk__test_points(pk__integrator *integrator, size_t next, size_t *l
         const size_t own = piece->order, all = piece->nested ? 2 * own + 1 : own;
         if (!pk__is_open(piece))
             continue;
-        if (points + all + ends + 2 > path->point_capacity)
+        /* The first one fits in any case: at most 33 nodes without ends, or 16 with two, where there is room for 34. */
+        if (points && points + all + ends + 2 > path->point_capacity)
             break;
         for (size_t i = 0; i < all; i++, points++) {
             const size_t n = own + (i >= own), q = i < own ? i : i - own;
