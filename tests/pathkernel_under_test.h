@@ -6,7 +6,6 @@
 #include "pathkernel/attribution/decompose.h"
 #include "pathkernel/attribution/reference.h"
 #include "pathkernel/kernels/kernel.h"
-#include "pathkernel/kernels/epk.h"
 #include "pathkernel/run/train.h"
 #endif
 

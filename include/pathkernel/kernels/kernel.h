@@ -1,26 +1,30 @@
-/* pathkernel/kernels/kernel.h: Gram matrices of the named kernels. Each is an inner product of tangent features; they are
- * different objects, and each has functions of its own.
+/* pathkernel/kernels/kernel.h: Gram matrices of the named kernels of a recorded run.
  *
- *     pk_kernel_ntk         the empirical neural tangent kernel at given weights, all outputs with all outputs
- *     pk_kernel_ntk_trace   its sum over equal outputs
+ * Every kernel is K(x, x') = sum_s omega_s integral < L_s(x; t), R_s(x'; t) > dt: two features, whether each moves along the
+ * step, and weights of the steps omega_s. pk__kernel_rows is the table of them; a new kernel is a row.
  *
- * No Jacobian is formed for dense layers. The gradient of output k for a dense layer's weight and bias is an outer product
- * of the layer's cotangent d_k = d f_k / d (W a + b) and (a, 1), so that the layer's part of the kernel is
- *     Theta[i,k,j,l] += (d_ik . d_jl) (a_i . a_j + 1):
- * the Gram matrix of the inputs a is had once for all outputs. Where the cotangent is the same for all inputs, as that of
- * the last layer, d_k . d_l is computed once (of the last layer it is 1 for k = l, else 0). A layer used at Q places has a
- * sum of Q outer products: pairs of places are taken one by one, or, where that costs fewer flops, the layer's gradients
- * are formed; those of normalisations and embeddings are.
+ *     ntk           J(w_s, x), both sides                              one matrix for each s that is asked for
+ *     conjugate     what is fed to the last matrix layer at w_s         the same
+ *     embedding     what is fed to every matrix layer                   the same
+ *     path          J(w_s + t D_s, x), both at the same t (Domingos 2020)                          sum of eta_s times it
+ *     path_average  J(w_s, x)                                           the mean over the weights that are asked for
+ *     epk           test rows: J along the step; training row i: c_{s,i} J(w_s, x_i) (Bell et al. 2023)  sum of eta_s
+ *     loss_path     grad l(w_s + t D_s, z), both (Chen et al. 2023)                                sum of eta_s
+ *     tracin        grad l(w_s, z); on the right, training row i times c_{s,i} (Pruthi et al. 2020)  sum of eta_s
  *
- * Inputs go through the network in blocks of rows, and their factors are kept: all rows' where the memory limit allows it
- * (without a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other.
- * Blocks and tiles are cut by shapes alone: the same bits for any number of threads and any memory limit. The bits of an
- * entry depend on how many rows are beside it.
+ * J = df/dw; eta_s is the learning rate times the factor of clipping, whatever the optimizer; c_{s,i} is the weight of example
+ * i's loss in step s, 0 where it is not in the batch. The training rows of the run are a side of their own (NULL): rows
+ * of a file with the same numbers are test rows. epk of a test and a training row moves the test row alone, of two test rows
+ * both at the same t, of two training rows neither. It is one feature map, hence without negative eigenvalues, and
+ * discontinuous in x at the training rows.
+ *
+ * pk_kernels walks over the run once for any number of kernels: weights are read once, and kernels, output modes and layers
+ * that need the same products share them (pk__kernel_term).
  */
 #ifndef PATHKERNEL_KERNEL_H
 #define PATHKERNEL_KERNEL_H
-#include "../training/derivatives.h"
-#include "../features/factors.h"
+#include "along.h"
+#include "../run/revisit.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -43,732 +47,1179 @@ PK_API PK__MUST_USE pk_status pk_kernel_ntk_trace(pk_context *context, const pk_
                                                   const pk_real *weights, pk_matrix x, pk_matrix y,
                                                   pk_matrix gram);
 
+typedef enum pk_kernel_kind {
+    PK_KERNEL_NTK = 1,
+    PK_KERNEL_CONJUGATE,
+    PK_KERNEL_EMBEDDING,
+    PK_KERNEL_PATH,
+    PK_KERNEL_PATH_AVERAGE,
+    PK_KERNEL_EPK,
+    PK_KERNEL_LOSS_PATH,
+    PK_KERNEL_TRACIN
+} pk_kernel_kind;
+
+/* What is made of the C x C numbers K_kl of two rows. */
+typedef enum pk_kernel_outputs {
+    PK_OUTPUTS_NONE,  /* kernels without outputs: conjugate, embedding, loss_path, tracin */
+    PK_OUTPUTS_FULL,  /* all of them */
+    PK_OUTPUTS_TRACE, /* sum_k K_kk */
+    PK_OUTPUTS_MEAN,  /* sum_k K_kk / C */
+    PK_OUTPUTS_SUM,   /* sum_kl K_kl: of the sum of the outputs */
+    PK_OUTPUTS_LABEL, /* K_kl of the labels k of one row, l of the other */
+    PK_OUTPUTS_ONE    /* K_kk of one output k */
+} pk_kernel_outputs;
+
+typedef enum pk_kernel_map {
+    PK_MAP_NONE,
+    PK_MAP_COSINE, /* K(x,x') / sqrt(K(x,x) K(x',x')), each row with itself on its own side; of a row of zeros: 0 */
+    PK_MAP_CENTER  /* H K H, H = 1 - 1/M: left and right are the same rows */
+} pk_kernel_map;
+
+/* kind, and outputs where the kernel has them, are required; zeros are defaults for the rest. */
+typedef struct pk_kernel_options {
+    pk_kernel_kind kind;
+    pk_kernel_outputs outputs;
+    size_t output; /* PK_OUTPUTS_ONE */
+    /* ntk, conjugate, embedding, path_average: numbers of weights, 0 .. S; NULL: the last, of path_average all. The others:
+     * steps s from w_s to w_{s+1}, 0 .. S - 1, one that is there twice counts twice; NULL: all. */
+    const size_t *steps;
+    size_t step_count;
+    pk_quadrature quadrature; /* path, epk, loss_path: along a step. auto, left, gauss, midpoint, trapezoid */
+    double tolerance; /* of auto, relative to the largest entry; 0: 1e-10 (PATHKERNEL_FLOAT: 1e-4) */
+    int unweighted;   /* epk, tracin: c = 1 for all rows in every step */
+    int by_layer;     /* columns of by_layer (attribution/decomposition.h); embedding: matrix layers in the order of w */
+    int append_one;   /* conjugate: a 1 behind what is fed */
+    pk_kernel_map map;
+    int left_train; /* the left side of this kernel is the training rows, whatever the call's is */
+} pk_kernel_options;
+
+typedef struct pk_kernel_report {
+    double error; /* auto: the sum of what the accepted integrals differ by from those with one node less, and of what
+                     the closure of the rows shows; of the largest entry, before the map */
+    size_t points;    /* points of rows or, where they are common to all rows, values of t that were taken */
+    size_t refused;   /* pieces accepted although they missed */
+    size_t zero_rows; /* cosine: rows of zeros, of all matrices */
+    double seconds;   /* of the whole call: the pass over the run is shared */
+} pk_kernel_report;
+
+/* The names of the table; NULL beyond its ends. The kind of that name, 0: there is none. */
+PK_API const char *pk_kernel_name(pk_kernel_kind kind);
+PK_API pk_kernel_kind pk_kernel_find(const char *name);
+/* full, trace, mean, sum, label; PK_OUTPUTS_ONE has a number for its name, PK_OUTPUTS_NONE none: NULL. */
+PK_API const char *pk_kernel_outputs_name(pk_kernel_outputs outputs);
+PK_API pk_kernel_outputs pk_kernel_outputs_find(const char *name);
+/* none, cosine, center. find: -1: there is none. */
+PK_API const char *pk_kernel_map_name(pk_kernel_map map);
+PK_API int pk_kernel_map_find(const char *name);
+
+/* left, right: rows with or without targets (targets.type == 0); NULL: the training rows of the run. left == right, also
+ * both NULL: the same rows, symmetric bit for bit (but tracin, whose right side is weighted). Targets are classes (N,)
+ * for PK_OUTPUTS_LABEL, what the run's loss takes for loss_path and tracin.
+ * shape (rank numbers): [steps,] [layers,] M, [C,] M' [, C]: steps for more than one of a kernel at a step, layers for by_layer,
+ * C for PK_OUTPUTS_FULL. Checks options, rows and targets: PK_ARGUMENT, PK_SHAPE, PK_UNSUPPORTED, PK_NOT_FINITE. */
+PK_API PK__MUST_USE pk_status pk_kernel_shape(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                              const pk_dataset *right, const pk_kernel_options *options,
+                                              size_t shape[6], int *rank);
+
+/* Several kernels, output modes and maps in one pass over the run: grams[k] has the product of shape numbers. reports
+ * (count of them) may be NULL. Each step costs a forward pass and as many reverse passes a row as the kernels have outputs, and
+ * the products of pk_kernel_ntk; of sums along steps, so for each node. Same bits for any number of threads and any memory
+ * limit; where kernels share products, other last bits than alone.
+ * Statuses of pk_kernel_shape, and PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_IO, PK_NOT_FINITE, PK_CANCELLED: grams hold
+ * parts. PK_NOT_CLOSED: grams are complete, but an error exceeds its tolerance. */
+PK_API PK__MUST_USE pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                         const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                         double *const *grams, pk_kernel_report *reports);
+
 PK__END_C
 /* <<< declarations */
+#endif
+
+#if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && \
+    !defined(PATHKERNEL_KERNEL_INTERNALS_KNOWN)
+#define PATHKERNEL_KERNEL_INTERNALS_KNOWN
+/* >>> internals */
+/* Part of a Gram matrix: rows and columns. */
+typedef struct pk__kernel_part {
+    size_t row, rows, column, columns;
+} pk__kernel_part;
+
+/* The rows and columns that are computed together: where a matrix may be cut without changing a bit. */
+PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options);
+/* pk_kernels of a part, without maps: grams[k] holds the part alone, errors are absolute. */
+PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                        const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                        const pk__kernel_part *part, double *const *grams,
+                                        pk_kernel_report *reports);
+/* Makes the error relative to the largest entry of the whole matrix, and applies the map. PK_NOT_CLOSED as pk_kernels. */
+PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                         const pk_dataset *right, const pk_kernel_options *options, double *gram,
+                                         pk_kernel_report *report);
+/* <<< internals */
 #endif
 
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_KERNEL_IMPLEMENTED)
 #define PATHKERNEL_KERNEL_IMPLEMENTED
 /* >>> implementation */
+#include <math.h>
 #include <string.h>
-PK__BEGIN_CODE
+PK__BEGIN_COLD_CODE
 
-/* How a layer's part is had. */
-typedef enum pk__gram_form {
-    PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
-    PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
-    PK__GRAM_PLACES,   /* a sum of that over pairs of places */
-    PK__GRAM_ROWS      /* the gradients' products */
-} pk__gram_form;
+/* ---- the tangent kernel at given weights --------------------------------------------------------------- */
 
-typedef struct pk__gram_layer {
-    const pk_node *node;
-    pk__gram_form form;
-    pk_real bias;             /* 1 or 0 */
-    int data;                 /* its inputs are the network's, and not kept */
-    size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
-    size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
-    size_t depth;             /* terms of a product of two cotangents or gradients */
-    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
-    pk_real *constant;        /* CONSTANT: kept x kept */
-} pk__gram_layer;
-
-/* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
-typedef struct pk__gram_side {
-    pk_matrix inputs;
-    const pk_real *weights;
-    int leads; /* the first of the two */
-    size_t first, rows, capacity;
-    pk_real *factors;
-} pk__gram_side;
-
-typedef struct pk__gram {
-    const char *name; /* for messages */
-    pk_context *context;
-    const pk_graph *graph;
-    int two_weights;        /* the sides have different weights */
-    size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
-    size_t layers, numbers; /* numbers kept of a row */
-    pk__gram_layer *layer;
-    size_t tile, sweep; /* rows of a tile, and of one pass through the network: powers of two */
-    size_t part;        /* rows of one pass back */
-    size_t unit;        /* the larger of tile and sweep: where sides are cut */
-    int together;       /* the rows of both sides go through the network as one */
-    size_t left, right; /* numbers of a lane's products */
-    int symmetric;
-    pk_matrix result;
-    int threads;
-    size_t lane_bytes;
-    unsigned char *lanes;
-    size_t *bad;      /* of each lane: the first pair of rows that is not finite */
-    double done, all; /* pairs of rows */
-} pk__gram;
-
-/* Rows at ... of a side. */
-typedef struct pk__gram_rows {
-    const pk__gram_side *side;
-    size_t at, rows;
-} pk__gram_rows;
-
-/* One thread's memory. */
-typedef struct pk__gram_lane {
-    pk__tape forward, back;
-    pk_real *inputs;
-    pk_real *left, *right, *tile, *spread;
-} pk__gram_lane;
-
-/* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
-static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape *back)
+static pk_status pk__ntk(const char *name, pk_context *context, const pk_graph *graph, const pk_real *weights,
+                         pk_matrix x, pk_matrix y, pk_matrix gram, int summed)
 {
-    pk__pass_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
-}
-
-static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
-{
-    const size_t width = gram->tile * gram->kept;
-    pk__gram_back_take(arena, gram, &lane->back);
-    pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
-    lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
-    lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
-    lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
-    lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
-}
-
-static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
-{
-    const pk__arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
-    return arena;
-}
-
-static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
-{
-    pk__arena arena = pk__gram_arena(gram, number);
-    pk__gram_lane lane;
-    pk__gram_lane_take(&arena, gram, &lane);
-    return lane;
-}
-
-/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
-static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
-{
-    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
-}
-
-/* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
-static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
-{
-    return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
-                       : pk__gram_factors(side, layer->left_at, row * layer->left);
-}
-
-static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
-{
-    return pk__gram_factors(side, layer->right_at, row * layer->right);
-}
-
-/* ---- factors ------------------------------------------------------------------------------------------- */
-
-/* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
-static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__gram_side *side, size_t at,
-                          size_t rows)
-{
-    const size_t outputs = gram->outputs;
-    for (size_t l = 0; l < gram->layers; l++) {
-        const pk__gram_layer *layer = &gram->layer[l];
-        const pk_node *node = layer->node;
-        const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
-        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
-        if (layer->form == PK__GRAM_ROWS) {
-            pk_call call;
-            pk__pass_call(tape, node, rows, outputs, &call);
-            call.weights = side->weights + node->weight_offset;
-            call.out_cotangent = cotangent;
-            call.gradient = right;
-            pk__node_row_gradients(&call);
-        } else if (layer->form == PK__GRAM_PLACES) {
-            for (size_t r = 0; r < rows; r++)
-                pk__node_places(tape, node, r, outputs, left + r * layer->left, right + r * layer->right);
-        } else {
-            if (!layer->data)
-                memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
-            if (layer->form == PK__GRAM_CONSTANT && side->leads && side->first + at == 0)
-                /* any row's will do; one thread has this one */
-                pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
-                         layer->depth, 0, layer->constant, gram->kept);
-        }
-    }
-}
-
-/* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
- * Cotangents that are kept are written where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk__gram_rows *sides, size_t part,
-                          int lane)
-{
-    const size_t first = pk__blocks(sides[0].rows, gram->part);
-    const pk__gram_rows *from = &sides[part >= first];
-    const size_t skipped = (part < first ? part : part - first) * gram->part;
-    const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
-                 rows = pk__min(gram->part, from->rows - skipped);
-    const pk_graph *graph = gram->graph;
-    const pk__line line = {from->side->weights, NULL, NULL};
-    pk__arena arena = pk__gram_arena(gram, lane);
-    pk__tape back, *tape = &back;
-    pk__gram_back_take(&arena, gram, tape);
-    for (size_t n = 0; n < graph->node_count; n++)
-        tape->value[n] = values->value[n] + row * graph->nodes[n].width;
-    for (size_t l = 0; l < gram->layers; l++)
-        if (gram->layer[l].form == PK__GRAM_OUTER)
-            tape->cotangent[gram->layer[l].node - graph->nodes] =
-                pk__gram_right(from->side, &gram->layer[l], at);
-    pk__pass_seed_units(tape, rows);
-    pk__pass_reverse(tape, &line, rows, gram->outputs);
-    pk__gram_keep(gram, tape, from->side, at, rows);
-}
-
-/* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
- * each operation, or one. lane: of the calling thread. */
-static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const pk__gram_side *other,
-                          size_t pass, int threads, int lane)
-{
-    const size_t width = gram->graph->input_width, own = pk__blocks(side->rows, gram->sweep);
-    const pk__gram_side *to = pass < own ? side : other;
-    const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
-    const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
-                                    {other, 0, gram->together && other ? other->rows : 0}};
-    const pk__line line = {to->weights, NULL, NULL};
-    pk__gram_lane room = pk__gram_lane_of(gram, lane);
-    const pk_real *inputs = room.inputs;
-    size_t rows = 0, parts = 0;
-    for (size_t s = 0; s < 2 && sides[s].rows; s++) {
-        const pk_matrix *from = &sides[s].side->inputs;
-        const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
-        if (!sides[1].rows && from->ld == width)
-            inputs = data;
-        else
-            for (size_t r = 0; r < sides[s].rows; r++)
-                memcpy(room.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
-        rows += sides[s].rows;
-        parts += pk__blocks(sides[s].rows, gram->part);
-    }
-    room.forward.threads = threads;
-    room.forward.context = gram->context;
-    pk__pass_forward(&room.forward, &line, rows, inputs);
-    if (threads > 1) {
-        pk__team team = pk__team_of(gram->context, threads, parts);
-        PK__PARALLEL(team)
-        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
-            pk__gram_back(gram, &room.forward, sides, part, pk__thread());
-        pk__team_end(&team);
-    } else { /* no region of one thread inside one of several: that would be its thread 0 */
-        for (size_t part = 0; part < parts; part++)
-            pk__gram_back(gram, &room.forward, sides, part, lane);
-    }
-}
-
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
- * some of them would wait, share the operations of each: in no region around those, which would start threads anew. */
-static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
-{
-    const size_t threads = (size_t)gram->threads;
-    const size_t passes = gram->together ? 1
-                                         : pk__blocks(side->rows, gram->sweep) +
-                                               (other ? pk__blocks(other->rows, gram->sweep) : 0);
-    const int workers = gram->threads;
-    if (passes % threads && passes < 4 * threads) {
-        for (size_t pass = 0; pass < passes; pass++)
-            pk__gram_pass(gram, side, other, pass, workers, 0);
-    } else {
-        pk__team team = pk__team_of(gram->context, workers, passes);
-        PK__PARALLEL(team)
-        for (size_t pass = pk__first_task(&team); pass < passes; pass = pk__next_task(&team))
-            pk__gram_pass(gram, side, other, pass, 1, pk__thread());
-        pk__team_end(&team);
-    }
-}
-
-/* ---- tiles --------------------------------------------------------------------------------------------- */
-
-/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
-static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
-                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
-                            const pk_real *y_right, size_t rows, size_t columns)
-{
-    const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
-                 depth = layer->depth, ld = columns * kept;
-    for (size_t p = 0, together; p < rows * positions; p += together) {
-        /* Places of one row. */
-        together = pk__min(layer->places, positions - p % positions);
-        for (size_t j = 0; j < columns; j += layer->examples) {
-            const size_t count = pk__min(layer->examples, columns - j), across = count * positions;
-            pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
-                     lane->left, across);
-            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
-                     y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
-            for (size_t q = 0; q < together; q++)
-                for (size_t k = 0; k < kept; k++) {
-                    const pk_real *left = lane->left + q * across;
-                    const pk_real *right = lane->right + (q * kept + k) * across * kept;
-                    pk_real *to = lane->tile + (p / positions * kept + k) * ld + j * kept;
-                    for (size_t r = 0; r < across; r++)
-                        for (size_t l = 0; l < kept; l++)
-                            to[r / positions * kept + l] += (left[r] + layer->bias) * right[r * kept + l];
-                }
-        }
-    }
-}
-
-/* tile = the kernel of rows at i ... of x and j ... of y. */
-static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
-                          size_t rows, const pk__gram_side *y, size_t j, size_t columns)
-{
-    const size_t kept = gram->kept, ld = columns * kept;
-    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
-    memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
-    for (size_t l = 0; l < gram->layers; l++) {
-        const pk__gram_layer *layer = &gram->layer[l];
-        const size_t in = layer->node->fan_in, depth = layer->depth;
-        const pk_real *x_left = pk__gram_left(x, layer, i), *x_right = pk__gram_right(x, layer, i);
-        const pk_real *y_left = pk__gram_left(y, layer, j), *y_right = pk__gram_right(y, layer, j);
-        if (layer->form == PK__GRAM_ROWS) {
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
-            continue;
-        }
-        if (layer->form == PK__GRAM_PLACES) {
-            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
-            input = NULL;
-            continue;
-        }
-        if (input != pk__layer_input(gram->graph, layer->node))
-            pk__gemm(0, 1, rows, columns, in, 1, x_left, layer->data ? x->inputs.ld : in, y_left,
-                     layer->data ? y->inputs.ld : in, 0, lane->left, columns);
-        input = pk__layer_input(gram->graph, layer->node);
-        if (layer->form == PK__GRAM_OUTER)
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t s = 0; s < ld; s++)
-                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
-            for (size_t k = 0; k < kept; k++) {
-                pk_real *to = lane->tile + (r * kept + k) * ld;
-                const pk_real *right = lane->right + (r * kept + k) * ld;
-                if (layer->form == PK__GRAM_OUTER)
-                    for (size_t s = 0; s < ld; s++)
-                        to[s] += lane->spread[s] * right[s];
-                else
-                    for (size_t s = 0; s < kept; s++)
-                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
-                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
-            }
-        }
-    }
-}
-
-/* Writes a tile whose first row is i of all x, whose first column j of all y; the first pair that is not finite, or
- * SIZE_MAX. */
-static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size_t rows, size_t j,
-                             size_t columns)
-{
-    const size_t kept = gram->kept, ld = columns * kept, to_ld = gram->result.ld;
-    pk_real *to = gram->result.data + i * kept * to_ld + j * kept;
-    size_t bad = SIZE_MAX;
-    if (gram->symmetric && i == j)
-        for (size_t r = 0; r < ld; r++)
-            for (size_t s = 0; s < r; s++)
-                tile[s * ld + r] = tile[r * ld + s];
-    else if (gram->symmetric)
-        pk__transpose(rows * kept, ld, tile, gram->result.data + j * kept * to_ld + i * kept, to_ld);
-    for (size_t r = 0; r < rows * kept; r++) {
-        const pk_real *from = tile + r * ld;
-        memcpy(to + r * to_ld, from, ld * sizeof *to);
-        if (bad == SIZE_MAX && !pk__all_finite(from, ld)) {
-            size_t s = 0;
-            while (pk__finite(from[s]))
-                s++;
-            bad = (i + r / kept) * (gram->result.cols / kept) + j + s / kept;
-        }
-    }
-    return bad;
-}
-
-/* All pairs of two sides, or of one with itself. */
-static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
-{
-    const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
-    const int half = x == y, workers = gram->threads;
-    const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
-    for (size_t start = 0; start < tiles; start += most) {
-        const size_t end = start + pk__min(most, tiles - start);
-        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
-        if (status)
-            return status;
-        const size_t count = end - start;
-        pk__team team = pk__team_of(gram->context, workers, count);
-        PK__PARALLEL(team)
-        for (size_t task = pk__first_task(&team); task < count; task = pk__next_task(&team)) {
-            pk__gram_lane lane = pk__gram_lane_of(gram, pk__thread());
-            const size_t t = start + task;
-            size_t i = t / across, j = t % across;
-            if (half) {
-                i = 0;
-                for (j = t; j > i; i++)
-                    j -= i + 1;
-            }
-            i *= gram->tile, j *= gram->tile;
-            const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
-            pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
-            size_t *bad = &gram->bad[pk__thread()];
-            *bad = pk__min(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
-        }
-        pk__team_end(&team);
-        gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
-                      (gram->symmetric && !half ? 2 : 1);
-    }
-    return PK_OK;
-}
-
-/* ---- how it is cut ------------------------------------------------------------------------------------- */
-
-/* The form of a layer, by flops a pair of rows. */
-static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
-{
-    const pk_node *node = layer->node;
-    const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
-    const int outer = pk__is_outer(node);
-    const double c = (double)kept, in = (double)node->fan_in,
-                 weights = (double)node->weight_count * (double)group;
-    const double all = c * (double)group, places = (double)node->positions;
-    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
-    const double factored =
-        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
-    layer->form = outer ? node->cotangent_constant ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
-                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
-                                                                                 : PK__GRAM_ROWS;
-    if (layer->form == PK__GRAM_ROWS) {
-        layer->right = node->weight_count * gram->outputs;
-        layer->depth = node->weight_count * group;
-        return;
-    }
-    layer->bias = (pk_real)pk__has_bias(node);
-    layer->data = outer && node->inputs[0] == 0;
-    layer->left = layer->data ? 0 : node->positions * node->fan_in;
-    layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
-    layer->depth = node->fan_out * group;
-    if (layer->form == PK__GRAM_PLACES) {
-        const size_t row = node->positions * kept;
-        layer->places = pk__max(1, pk__min(node->positions, room / row / kept));
-        layer->examples = pk__max(1, room / row / kept / layer->places);
-    }
-}
-
-/* Layers, tiles and the memory of a thread, from shapes alone. */
-static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
-{
-    const pk_graph *graph = gram->graph;
-    const size_t kept = gram->kept;
-    size_t values = graph->input_width, cotangents = 0;
-    for (size_t n = 1; n < graph->node_count; n++) {
-        values += graph->nodes[n].width;
-        cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
-    }
-    /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
-    gram->tile = 64;
-    while (gram->tile > 1 && gram->tile * kept > 128)
-        gram->tile /= 2;
-    while (gram->tile > (kept > 1 ? 8 : 16) && pk__max(rows, columns) < 2 * gram->tile)
-        gram->tile /= 2;
-    /* Every pass reads all weights: many rows. A pass back has as many rows of cotangents as there are outputs: fewer, which
-     * stay in the second-level cache. */
-    const size_t most = (size_t)1 << 22, all = gram->symmetric ? rows : rows + columns;
-    gram->sweep = 128;
-    while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
-        gram->sweep /= 2;
-    gram->part = gram->sweep;
-    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
-        gram->part /= 2;
-    gram->together = all <= gram->sweep && !gram->two_weights;
-    gram->unit = pk__max(gram->tile, gram->sweep);
-    gram->left = gram->tile * gram->tile;
-    gram->right = gram->left * kept * kept;
-    for (size_t l = 0; l < graph->layers; l++) {
-        pk__gram_layer *layer = &gram->layer[gram->layers];
-        layer->node = pk_graph_layer(graph, l);
-        pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
-        layer->left_at = gram->numbers;
-        layer->right_at = gram->numbers + layer->left;
-        gram->numbers = layer->right_at + layer->right;
-        gram->layers++;
-        const size_t pairs = layer->places * layer->examples * layer->node->positions;
-        gram->left = pk__max(gram->left, pairs);
-        gram->right = pk__max(gram->right, pairs * kept * kept);
-    }
-    pk__arena arena = {NULL, 0, 0, 0};
-    pk__gram_lane lane;
-    pk__gram_lane_take(&arena, gram, &lane);
-    gram->lane_bytes = arena.used;
-    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit)
-        return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
-    return PK_OK;
-}
-
-enum { PK__OPERATION_TILES = 8 };
-
-/* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
-static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
-{
-    pk_context *context = gram->context;
-    const size_t row = gram->numbers * sizeof(pk_real), unit = gram->unit,
-                 used = context ? context->memory_used : 0;
-    const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
-    const int whole = gram->symmetric && x <= unit;
-    const size_t least = pk__min(x, unit) + (whole ? 0 : pk__min(y, unit));
-    const size_t rows = least * row + other;
-    size_t room = limit ? limit - pk__min(used, limit) : rows + ((size_t)1 << 30);
-    const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
-                        2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
-    size_t threads = (size_t)pk_threads(context), bytes = 0;
-    threads = work / 1048576 < (double)threads ? pk__max(1, (size_t)(work / 1048576)) : threads;
-    /* No more than the tiles, the passes back, or what an operation is cut into. */
-    size_t tasks = 0;
-    if (!pk__multiply(pk__blocks(x, gram->tile), pk__blocks(y, gram->tile), &tasks))
-        tasks = threads;
-    tasks = pk__max(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
-    threads = pk__min(threads, pk__max(tasks, PK__OPERATION_TILES));
-    if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
-        return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
-    if (!limit)
-        room += bytes;
-    while (threads > 1 && threads * gram->lane_bytes + rows > room)
-        threads--;
-    if (threads * gram->lane_bytes + rows > room)
-        return pk__fail(
-            context, PK_MEMORY_LIMIT,
-            "%s: a kernel of this network within %zu bytes is not possible; the least that would do is %zu "
-            "bytes",
-            gram->name, limit, used + gram->lane_bytes + rows);
-    gram->threads = (int)threads;
-    const size_t left = room - threads * gram->lane_bytes - other, capacity = row ? left / row : SIZE_MAX;
-    *x_rows = x;
-    *y_rows = gram->symmetric ? 0 : y;
-    if (x <= capacity && *y_rows <= capacity - x)
-        return PK_OK;
-    /* One side as a whole, or most of the memory for x. */
-    *y_rows = y <= capacity - pk__min(x, unit) && !gram->symmetric
-                  ? y
-                  : pk__min(y, pk__max(unit, capacity / 4 / unit * unit));
-    *x_rows = pk__min(x, pk__max(unit, (capacity - *y_rows) / unit * unit));
-    return PK_OK;
-}
-
-/* ---- all of it ----------------------------------------------------------------------------------------- */
-
-static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
-{
-    const size_t rows = x->inputs.rows, columns = y->inputs.rows;
-    const int whole = !gram->symmetric && y->capacity == columns; /* y is filled once */
-    y->rows = columns;
-    for (x->first = 0; x->first < rows; x->first += x->capacity) {
-        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
-        if (status)
-            return status;
-        x->rows = pk__min(x->capacity, rows - x->first);
-        pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
-        if (gram->symmetric || whole)
-            status = pk__gram_pairs(gram, x, whole ? y : x);
-        /* Of a symmetric kernel the blocks below the diagonal. */
-        const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
-        for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
-            y->rows = pk__min(y->capacity, end - y->first);
-            pk__gram_fill(gram, y, NULL);
-            status = pk__gram_pairs(gram, x, y);
-        }
-        y->first = 0;
-        if (status)
-            return status;
-    }
-    return PK_OK;
-}
-
-/* With the layers' memory. */
-static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
-{
-    pk_context *context = gram->context;
-    const size_t row = gram->numbers;
-    size_t pair = SIZE_MAX;
-    pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
-    /* Both sides at once: glibc gives back to the system, and takes anew page by page at the next call, what is larger than
-     * twice the largest of the blocks that are freed. That cost a quarter of the time of 128 x 128 rows. */
-    if (!status)
-        status =
-            pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
-    if (!status && x->factors)
-        y->factors = x->factors + x->capacity * row;
-    if (!status)
-        status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
-    if (!status)
-        status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
-    if (!status) {
-        for (int t = 0; t < gram->threads; t++)
-            gram->bad[t] = SIZE_MAX;
-        status = pk__gram_blocks(gram, x, y);
-        for (int t = 0; t < gram->threads; t++)
-            pair = pk__min(pair, gram->bad[t]);
-        if (!status && pair != SIZE_MAX)
-            status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
-                              gram->name, pair / y->inputs.rows, pair % y->inputs.rows);
-    }
-    pk_release(context, gram->bad);
-    pk_release(context, gram->lanes);
-    pk_release(context, x->factors);
-    return status;
-}
-
-static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y, const pk_real *weights,
-                                const pk_real *y_weights)
-{
-    const pk_graph *graph = gram->graph;
-    pk_context *context = gram->context;
-    size_t rows = 0, columns = 0;
-    pk_status status = pk__sweep_graph(context, gram->name, graph, weights);
-    if (!status)
-        status = pk__sweep_matrix(context, gram->name, "first inputs", x, x.rows, graph->input_width);
-    if (!status)
-        status = pk__sweep_matrix(context, gram->name, "second inputs", y, y.rows, graph->input_width);
-    if (status)
-        return status;
-    gram->outputs = graph->output_width;
-    gram->kept = gram->kept ? 1 : gram->outputs;
-    if (!pk__multiply(x.rows, gram->kept, &rows) || !pk__multiply(y.rows, gram->kept, &columns))
-        return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
-                        x.rows, y.rows, gram->outputs);
-    status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
-    const pk_matrix read[4] = {x, y, pk__as_row(weights, graph->parameters),
-                               pk__as_row(y_weights, graph->parameters)};
-    if (!status)
-        status = pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
-    for (size_t r = 0; !status && graph->checked && r < x.rows; r++)
-        status = pk_graph_check_inputs(context, graph, r, x.data + r * x.ld);
-    for (size_t r = 0; !status && graph->checked && !gram->symmetric && r < y.rows; r++)
-        status = pk_graph_check_inputs(context, graph, r, y.data + r * y.ld);
-    return status;
-}
-
-static pk_matrix pk__some_rows(pk_matrix all, size_t first, size_t rows)
-{
-    all.data += first * all.ld;
-    all.rows = rows;
-    return all;
-}
-
-/* With ties the uses of a tensor meet each other in the kernel, so layers cannot be taken one by one: products of the
- * gradients themselves, of up to `rows` rows of either side at one time. */
-static pk_status pk__gram_tied(pk__gram *gram, const pk_real *weights, const pk_real *y_weights, pk_matrix x,
-                               pk_matrix y)
-{
-    const pk_graph *graph = gram->graph;
-    pk_context *context = gram->context;
-    const size_t C = gram->outputs, P = graph->parameters, kept = gram->kept;
-    size_t row = 0, bad = SIZE_MAX;
-    if (!pk__multiply(C, P, &row) || row > SIZE_MAX / 256)
-        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
-    const size_t rows = pk__max(1, pk__min(64, ((size_t)1 << 21) / pk__max(row, 1)));
-    pk_real *numbers = NULL;
-    pk_status status = pk_allocate(context, 2 * rows, row * sizeof *numbers, gram->name, &numbers);
-    const pk_matrix none = {NULL, 0, 0, 0};
-    for (size_t i = 0; !status && i < x.rows; i += rows) {
-        const size_t left = pk__min(rows, x.rows - i);
-        status = pk__progress(context, "kernel", (double)i / (double)x.rows);
-        if (!status)
-            status = pk_jacobian(context, graph, weights, pk__some_rows(x, i, left),
-                                 pk_matrix_view(numbers, left * C, P), none);
-        for (size_t j = 0; !status && j < y.rows; j += rows) {
-            const size_t right = pk__min(rows, y.rows - j);
-            pk_real *others = numbers + rows * row;
-            status = pk_jacobian(context, graph, y_weights, pk__some_rows(y, j, right),
-                                 pk_matrix_view(others, right * C, P), none);
-            if (status)
-                break;
-            const size_t depth = C / kept * P;
-            pk_real *to = gram->result.data + i * kept * gram->result.ld + j * kept;
-            pk__gemm(0, 1, left * kept, right * kept, depth, 1, numbers, depth, others, depth, 0, to,
-                     gram->result.ld);
-            for (size_t r = 0; r < left * kept && bad == SIZE_MAX; r++)
-                for (size_t s = 0; s < right * kept && bad == SIZE_MAX; s++)
-                    if (!pk__finite(to[r * gram->result.ld + s]))
-                        bad = (i + r / kept) * y.rows + j + s / kept;
-        }
-    }
-    if (!status && bad != SIZE_MAX)
-        status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
-                          gram->name, bad / y.rows, bad % y.rows);
-    for (size_t r = 0; !status && gram->symmetric && r < gram->result.rows; r++)
-        for (size_t s = 0; s < r; s++)
-            gram->result.data[s * gram->result.ld + r] = gram->result.data[r * gram->result.ld + s];
-    pk_release(context, numbers);
-    return status;
-}
-
-/* Computes the kernel of the rows x, whose gradients are taken at weights, with the rows y, whose gradients are taken at
- * y_weights. */
-PK__PRIVATE pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
-                                    const pk_real *weights, const pk_real *y_weights, pk_matrix x, pk_matrix y,
-                                    pk_matrix result, int trace)
-{
-    pk__gram gram;
-    pk__gram_side sides[2];
-    pk_real *constants = NULL;
-    memset(&gram, 0, sizeof gram);
-    memset(sides, 0, sizeof sides);
-    y = y.data ? y : x;
-    gram.name = name;
-    gram.context = context;
-    gram.graph = graph;
-    gram.two_weights = weights != y_weights;
-    gram.result = result;
-    gram.kept = (size_t)trace;
-    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld && !gram.two_weights;
-    gram.all = (double)x.rows * (double)y.rows;
-    pk_status status = pk__gram_check(&gram, x, y, weights, y_weights);
-    if (status || !x.rows || !y.rows)
-        return status;
-    if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
-        for (size_t r = 0; r < result.rows; r++)
-            memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
-        return PK_OK;
-    }
-    if (graph->pieces)
-        return pk__gram_tied(&gram, weights, y_weights, x, y);
-    status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
-    if (!status)
-        status =
-            pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, name, &constants);
-    if (!status)
-        status = pk__gram_plan(&gram, x.rows, y.rows);
-    for (size_t l = 0; !status && l < graph->layers; l++)
-        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
-    sides[0].inputs = x;
-    sides[0].weights = weights;
-    sides[0].leads = 1;
-    sides[1].inputs = y;
-    sides[1].weights = y_weights;
-    if (!status)
-        status = pk__gram_run(&gram, &sides[0], &sides[1]);
-    pk_release(context, constants);
-    pk_release(context, gram.layer);
-    return status;
+    const pk__gram_rows_of left = {.rows = x, .weights = weights}, right = {.rows = y, .weights = weights};
+    const pk__gram_request request = {.name = name, .graph = graph, .summed = summed, .result = gram};
+    const int same = !y.data || (x.data == y.data && x.rows == y.rows && x.ld == y.ld);
+    return pk__gram_compute(context, &request, &left, same ? NULL : &right);
 }
 
 PK_API pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix x,
                                pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk", context, graph, weights, weights, x, y, gram, 0);
+    return pk__ntk("ntk", context, graph, weights, x, y, gram, 0);
 }
 
 PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph, const pk_real *weights,
                                      pk_matrix x, pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk trace", context, graph, weights, weights, x, y, gram, 1);
+    return pk__ntk("ntk trace", context, graph, weights, x, y, gram, 1);
 }
 
-PK__END_CODE
+/* ---- the table ----------------------------------------------------------------------------------------- */
+
+enum { PK__LEFT = 1, PK__RIGHT = 2, PK__TEST_ROWS = 1, PK__ALL_ROWS = 2 };
+
+typedef enum pk__feature { PK__FEATURE_OUTPUTS, PK__FEATURE_LOSS, PK__FEATURE_LAST, PK__FEATURE_FED } pk__feature;
+typedef enum pk__step_weight {
+    PK__STEP_ALONE, /* one matrix a step */
+    PK__STEP_MEAN,  /* the mean over weights */
+    PK__STEP_RATE   /* the sum over steps, times eta_s */
+} pk__step_weight;
+
+typedef struct pk__kernel_row {
+    const char *name;
+    pk__feature feature;
+    pk__step_weight step;
+    int moves;    /* which rows go along the step: PK__TEST_ROWS, PK__ALL_ROWS; 0: none */
+    int weighted; /* on which sides training rows have c: PK__LEFT, PK__RIGHT */
+} pk__kernel_row;
+
+static const pk__kernel_row pk__kernel_rows[] = {
+    [PK_KERNEL_NTK] = {"ntk", PK__FEATURE_OUTPUTS, PK__STEP_ALONE, 0, 0},
+    [PK_KERNEL_CONJUGATE] = {"conjugate", PK__FEATURE_LAST, PK__STEP_ALONE, 0, 0},
+    [PK_KERNEL_EMBEDDING] = {"embedding", PK__FEATURE_FED, PK__STEP_ALONE, 0, 0},
+    [PK_KERNEL_PATH] = {"path", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__ALL_ROWS, 0},
+    [PK_KERNEL_PATH_AVERAGE] = {"path_average", PK__FEATURE_OUTPUTS, PK__STEP_MEAN, 0, 0},
+    [PK_KERNEL_EPK] = {"epk", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__TEST_ROWS, PK__LEFT | PK__RIGHT},
+    [PK_KERNEL_LOSS_PATH] = {"loss_path", PK__FEATURE_LOSS, PK__STEP_RATE, PK__ALL_ROWS, 0},
+    [PK_KERNEL_TRACIN] = {"tracin", PK__FEATURE_LOSS, PK__STEP_RATE, 0, PK__RIGHT},
+};
+enum { PK__KERNELS = (int)(sizeof pk__kernel_rows / sizeof *pk__kernel_rows) };
+
+PK_API const char *pk_kernel_name(pk_kernel_kind kind)
+{
+    return (int)kind >= 1 && (int)kind < PK__KERNELS ? pk__kernel_rows[kind].name : NULL;
+}
+
+PK_API pk_kernel_kind pk_kernel_find(const char *name)
+{
+    for (int kind = 1; name && kind < PK__KERNELS; kind++)
+        if (strcmp(name, pk__kernel_rows[kind].name) == 0)
+            return (pk_kernel_kind)kind;
+    return (pk_kernel_kind)0;
+}
+
+static const char *const pk__outputs_names[] = {[PK_OUTPUTS_FULL] = "full",
+                                                [PK_OUTPUTS_TRACE] = "trace",
+                                                [PK_OUTPUTS_MEAN] = "mean",
+                                                [PK_OUTPUTS_SUM] = "sum",
+                                                [PK_OUTPUTS_LABEL] = "label"};
+static const char *const pk__map_names[] = {
+    [PK_MAP_NONE] = "none", [PK_MAP_COSINE] = "cosine", [PK_MAP_CENTER] = "center"};
+
+PK_API const char *pk_kernel_outputs_name(pk_kernel_outputs outputs)
+{
+    return (int)outputs >= 0 && (int)outputs <= PK_OUTPUTS_LABEL ? pk__outputs_names[outputs] : NULL;
+}
+
+PK_API pk_kernel_outputs pk_kernel_outputs_find(const char *name)
+{
+    for (int i = 1; name && i <= PK_OUTPUTS_LABEL; i++)
+        if (strcmp(name, pk__outputs_names[i]) == 0)
+            return (pk_kernel_outputs)i;
+    return PK_OUTPUTS_NONE;
+}
+
+PK_API const char *pk_kernel_map_name(pk_kernel_map map)
+{
+    return (int)map >= 0 && (int)map <= PK_MAP_CENTER ? pk__map_names[map] : NULL;
+}
+
+PK_API int pk_kernel_map_find(const char *name)
+{
+    for (int i = 0; name && i <= PK_MAP_CENTER; i++)
+        if (strcmp(name, pk__map_names[i]) == 0)
+            return i;
+    return -1;
+}
+
+/* ---- layers that are fed ------------------------------------------------------------------------------- */
+
+static int pk__is_matrix_layer(const pk_node *node)
+{
+    return node->weight_count && (node->operation->tangent_form == PK_TANGENT_OUTER ||
+                                  strcmp(node->operation->name, "embedding") == 0);
+}
+
+/* Matrix layer number `number` in the order of the spread vector, which is that of w; NULL beyond the last. */
+static const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
+{
+    for (size_t l = 0; l < graph->node_count; l++) {
+        const pk_node *node = &graph->nodes[l];
+        size_t before = 0;
+        if (!l || !pk__is_matrix_layer(node))
+            continue;
+        for (size_t n = 1; n < graph->node_count; n++)
+            before += pk__is_matrix_layer(&graph->nodes[n]) && graph->nodes[n].weight_offset < node->weight_offset;
+        if (before == number)
+            return node;
+    }
+    return NULL;
+}
+
+static size_t pk__matrix_layers(const pk_graph *graph)
+{
+    size_t count = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        count += (size_t)pk__is_matrix_layer(&graph->nodes[n]);
+    return count;
+}
+
+/* ---- what is asked for --------------------------------------------------------------------------------- */
+
+/* left, right, and the training rows where a kernel has them on its left and the call has not */
+enum { PK__SIDE_LEFT, PK__SIDE_RIGHT, PK__SIDE_TRAIN, PK__SIDES };
+
+/* The rows first .. first + count - 1 of a data set. */
+typedef struct pk__kernel_side {
+    const pk_dataset *data;
+    int train;
+    size_t first, count;
+} pk__kernel_side;
+
+/* What is multiplied with what: kernels with equal terms share the products. */
+typedef struct pk__kernel_term {
+    pk__feature feature;
+    pk__seeds seeds;
+    size_t output;
+    int side[2], batch[2], moves[2]; /* batch: only rows whose c is not zero */
+    int append_one;
+    pk_quadrature rule;
+    double tolerance;
+} pk__kernel_term;
+
+typedef struct pk__kernel {
+    pk_kernel_options options;
+    const pk__kernel_row *row;
+    pk_kernel_report report;
+    int side[2];
+    size_t term;
+    size_t slots, layers, rows, columns, width; /* of the result; width: C or 1 */
+    double *gram, *diagonal[2];                 /* diagonal: slots x layers x rows of the side */
+} pk__kernel;
+
+typedef struct pk__kernel_pass {
+    pk_context *context;
+    const pk_run *run;
+    pk__kernel_side side[PK__SIDES];
+    size_t count, terms;
+    pk__kernel *kernel;
+    pk__kernel_term *term;
+    pk__along along;
+    size_t step;
+    double *c; /* N: of the step */
+    pk_real *w, *next;
+    unsigned char *order; /* of each term and pair of blocks */
+    size_t orders;        /* of a term */
+    /* Of one pair of blocks: the rows that count. */
+    struct pk__kernel_rows {
+        size_t count, *index; /* of the side's rows */
+        pk_real *rows, *targets;
+        int64_t *labels;
+        pk__gram_rows_of of;
+    } rows[2];
+    double *block;
+    size_t capacity;
+    void *memory;
+} pk__kernel_pass;
+
+static size_t pk__kernel_slots(const pk_run *run, const pk_kernel_options *options)
+{
+    (void)run;
+    return pk__kernel_rows[options->kind].step == PK__STEP_ALONE && options->steps ? options->step_count : 1;
+}
+
+static size_t pk__kernel_layers(const pk_run *run, const pk_kernel_options *options)
+{
+    return !options->by_layer                                                ? 1
+           : pk__kernel_rows[options->kind].feature == PK__FEATURE_FED ? pk__matrix_layers(&run->graph)
+                                                                       : run->graph.columns;
+}
+
+static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run, const pk_kernel_options *options)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const size_t end = row->step == PK__STEP_RATE ? run->steps : run->steps + 1;
+    if (options->steps && !options->step_count)
+        return pk__fail(context, PK_ARGUMENT, "%s: the list of steps is empty", row->name);
+    for (size_t k = 0; options->steps && k < options->step_count; k++)
+        if (options->steps[k] >= end)
+            return pk__fail(context, PK_ARGUMENT,
+                            row->step == PK__STEP_RATE
+                                ? "%s: step %zu of a run of %zu steps; they are numbered from 0"
+                                : "%s: the weights of step %zu of a run of %zu steps, which has those of 0 to %zu",
+                            row->name, options->steps[k], run->steps, run->steps);
+    return PK_OK;
+}
+
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const pk_quadrature *rule = &options->quadrature;
+    if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
+        return pk__fail(context, PK_ARGUMENT, "%s takes its features at the weights themselves: no rule but left",
+                        row->name);
+    if ((int)rule->rule < 0 || rule->rule > PK_RULE_LEFT || rule->rule == PK_RULE_EXACT)
+        return pk__fail(context, PK_ARGUMENT, "%s: rule %d is none of auto, left, gauss, midpoint, trapezoid",
+                        row->name, (int)rule->rule);
+    if (rule->nodes < 0 || rule->nodes > (rule->rule == PK_RULE_GAUSS ? PK__ALONG_NODES : PK_RULE_NODES) ||
+        (rule->rule == PK_RULE_TRAPEZOID && rule->nodes == 1))
+        return pk__fail(context, PK_ARGUMENT, "%s: the rule cannot have %d nodes", row->name, rule->nodes);
+    if (!(options->tolerance >= 0 && options->tolerance < 1))
+        return pk__fail(context, PK_ARGUMENT, "%s: the tolerance %g is not in [0, 1)", row->name,
+                        options->tolerance);
+    return PK_OK;
+}
+
+static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run,
+                                          const pk_kernel_options *options)
+{
+    if (!run || !run->weights.type || !options)
+        return pk__fail(context, PK_ARGUMENT, "kernels: the run or the options are missing");
+    if (!pk_kernel_name(options->kind))
+        return pk__fail(context, PK_ARGUMENT, "kernels: %d is not the kind of a kernel", (int)options->kind);
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    if (row->feature != PK__FEATURE_OUTPUTS && options->outputs != PK_OUTPUTS_NONE)
+        return pk__fail(context, PK_ARGUMENT, "%s has no outputs to choose from", row->name);
+    if (row->feature == PK__FEATURE_OUTPUTS &&
+        (options->outputs <= PK_OUTPUTS_NONE || options->outputs > PK_OUTPUTS_ONE))
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s: outputs must be named: full, trace, mean, sum, label or one of them", row->name);
+    if (options->outputs == PK_OUTPUTS_ONE && options->output >= run->outputs)
+        return pk__fail(context, PK_ARGUMENT, "%s: output %zu of a network with %zu outputs", row->name,
+                        options->output, run->outputs);
+    if (options->append_one && row->feature != PK__FEATURE_LAST)
+        return pk__fail(context, PK_ARGUMENT, "%s: a 1 is appended for conjugate alone", row->name);
+    if (options->unweighted && !row->weighted)
+        return pk__fail(context, PK_ARGUMENT, "%s does not weight its rows by the batch", row->name);
+    if (options->by_layer && row->feature == PK__FEATURE_LAST)
+        return pk__fail(context, PK_ARGUMENT, "%s is of one layer and has no layers to tell apart", row->name);
+    if ((int)options->map < 0 || options->map > PK_MAP_CENTER)
+        return pk__fail(context, PK_ARGUMENT, "%s: %d is not a map", row->name, (int)options->map);
+    if (options->map != PK_MAP_NONE && options->outputs == PK_OUTPUTS_FULL)
+        return pk__fail(context, PK_ARGUMENT, "%s: maps are for matrices of rows, not for all outputs with all",
+                        row->name);
+    if ((row->feature == PK__FEATURE_LAST || row->feature == PK__FEATURE_FED) && !pk__matrix_layers(&run->graph))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
+    pk_status status = pk__kernel_check_steps(context, run, options);
+    return status ? status : pk__kernel_check_rule(context, options);
+}
+
+/* Rows of a side: their width, numbers and, where the kernel needs them, targets. */
+static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, const pk_kernel_options *options,
+                                       const pk_dataset *data, const char *side)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const int train = !data;
+    char text[64];
+    data = data ? data : &run->train;
+    pk__print(text, sizeof text, "%s: %s rows", row->name, train ? "training" : side);
+    if (data->inputs.rank < 1 || !data->inputs.type || !data->inputs.data)
+        return pk__fail(context, PK_ARGUMENT, "%s are missing", text);
+    pk_status status = train ? PK_OK : pk_run_check_inputs(context, run, &data->inputs, text);
+    if (!status && !train)
+        status = pk__check_finite(context, text, &data->inputs);
+    const size_t count = pk_array_length(&data->inputs);
+    if (status || (row->feature != PK__FEATURE_LOSS && options->outputs != PK_OUTPUTS_LABEL))
+        return status;
+    if (!data->targets.type)
+        return pk__fail(context, PK_ARGUMENT, "%s need %s, which are missing", text,
+                        row->feature == PK__FEATURE_LOSS ? "the targets of the loss" : "labels");
+    if (data->targets.rank < 1 || pk_array_length(&data->targets) != count)
+        return pk__fail(context, PK_SHAPE, "%s: %zu rows of targets for %zu rows of inputs", text,
+                        data->targets.rank < 1 ? (size_t)0 : pk_array_length(&data->targets), count);
+    if (row->feature == PK__FEATURE_LOSS)
+        return train || !count ? PK_OK : pk_loss_check(context, run->loss, data, run->outputs);
+    if (!pk__is_labels(&data->targets))
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s: targets are not class labels, one whole number a row, which outputs by label need",
+                        text);
+    for (size_t r = 0; r < count; r++) {
+        const int64_t label = pk__label(&data->targets, r);
+        if (label < 0 || (uint64_t)label >= run->outputs)
+            return pk__fail(context, PK_ARGUMENT, "%s: row %zu has label %lld, the network has %zu outputs", text, r,
+                            (long long)label, run->outputs);
+    }
+    return PK_OK;
+}
+
+static size_t pk__kernel_count(const pk_run *run, const pk_dataset *data)
+{
+    return data ? pk_array_length(&data->inputs) : run->examples;
+}
+
+PK_API pk_status pk_kernel_shape(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                 const pk_dataset *right, const pk_kernel_options *options, size_t shape[6],
+                                 int *rank)
+{
+    pk_status status = pk__kernel_check_options(context, run, options);
+    if (!status && (!shape || !rank))
+        status = pk__fail(context, PK_ARGUMENT, "kernels: there is no place for the shape");
+    left = options && options->left_train ? NULL : left;
+    if (!status)
+        status = pk__kernel_check_side(context, run, options, left, "left");
+    if (!status && left != right)
+        status = pk__kernel_check_side(context, run, options, right, "right");
+    if (!status && options->map == PK_MAP_CENTER && left != right)
+        status = pk__fail(context, PK_ARGUMENT, "%s: to center needs the same rows on both sides",
+                          pk_kernel_name(options->kind));
+    if (status)
+        return status;
+    const size_t slots = pk__kernel_slots(run, options);
+    const int full = options->outputs == PK_OUTPUTS_FULL;
+    size_t numbers = sizeof(double);
+    int n = 0;
+    if (slots > 1)
+        shape[n++] = slots;
+    if (options->by_layer)
+        shape[n++] = pk__kernel_layers(run, options);
+    shape[n++] = pk__kernel_count(run, left);
+    if (full)
+        shape[n++] = run->outputs;
+    shape[n++] = pk__kernel_count(run, right);
+    if (full)
+        shape[n++] = run->outputs;
+    *rank = n;
+    for (int i = 0; i < n; i++)
+        if (!pk__multiply(numbers, shape[i], &numbers))
+            return pk__fail(context, PK_OVERFLOW, "%s: a Gram matrix of so many rows overflows",
+                            pk_kernel_name(options->kind));
+    return PK_OK;
+}
+
+/* ---- the pass: what it takes --------------------------------------------------------------------------- */
+
+enum { PK__KERNEL_ROWS = 256, PK__KERNEL_NUMBERS = 1 << 20 };
+
+PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options)
+{
+    const size_t width = options->outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+    const size_t layers = pk__kernel_layers(run, options);
+    size_t rows = PK__KERNEL_ROWS;
+    while (rows > 1 && rows * width * rows * width > PK__KERNEL_NUMBERS / pk__min(layers, PK__KERNEL_NUMBERS / 16))
+        rows /= 2;
+    return rows;
+}
+
+static pk__kernel_term pk__kernel_term_of(const pk__kernel_pass *pass, const pk__kernel *kernel, int left, int right)
+{
+    static const pk__seeds seeds[] = {[PK_OUTPUTS_NONE] = PK__SEEDS_LOSS,   [PK_OUTPUTS_FULL] = PK__SEEDS_UNITS,
+                                      [PK_OUTPUTS_TRACE] = PK__SEEDS_UNITS, [PK_OUTPUTS_MEAN] = PK__SEEDS_UNITS,
+                                      [PK_OUTPUTS_SUM] = PK__SEEDS_SUM,     [PK_OUTPUTS_LABEL] = PK__SEEDS_LABEL,
+                                      [PK_OUTPUTS_ONE] = PK__SEEDS_ONE};
+    const pk_kernel_options *options = &kernel->options;
+    const int which[2] = {left, right};
+    pk__kernel_term term;
+    memset(&term, 0, sizeof term);
+    term.feature = kernel->row->feature;
+    term.seeds = seeds[options->outputs];
+    term.output = options->outputs == PK_OUTPUTS_ONE ? options->output : 0;
+    term.append_one = options->append_one != 0;
+    for (int s = 0; s < 2; s++) {
+        const int side = kernel->side[which[s]], train = pass->side[side].train;
+        term.side[s] = side;
+        term.batch[s] =
+            train && !options->unweighted && (kernel->row->weighted & (which[s] ? PK__RIGHT : PK__LEFT)) != 0;
+        term.moves[s] = kernel->row->moves == PK__ALL_ROWS || (kernel->row->moves == PK__TEST_ROWS && !train);
+    }
+    if (options->quadrature.rule == PK_RULE_LEFT && options->quadrature.nodes <= 1)
+        term.moves[0] = term.moves[1] = 0;
+    if (term.moves[0] || term.moves[1]) {
+        term.rule = options->quadrature;
+        term.tolerance = options->quadrature.rule == PK_RULE_AUTO ? options->tolerance : 0;
+    }
+    return term;
+}
+
+/* Fields are compared one by one: there may be padding between them. */
+static int pk__same_term(const pk__kernel_term *a, const pk__kernel_term *b)
+{
+    int same = a->feature == b->feature && a->seeds == b->seeds && a->output == b->output &&
+               a->append_one == b->append_one && a->rule.rule == b->rule.rule &&
+               a->rule.nodes == b->rule.nodes && a->tolerance == b->tolerance;
+    for (int s = 0; s < 2; s++)
+        same &= a->side[s] == b->side[s] && a->batch[s] == b->batch[s] && a->moves[s] == b->moves[s];
+    return same;
+}
+
+static int pk__term_symmetric(const pk__kernel_term *term)
+{
+    return term->side[0] == term->side[1] && term->batch[0] == term->batch[1] && term->moves[0] == term->moves[1];
+}
+
+static size_t pk__pass_block(const pk__kernel_pass *pass)
+{
+    size_t rows = PK__KERNEL_ROWS;
+    for (size_t k = 0; k < pass->count; k++)
+        rows = pk__min(rows, pk__kernel_block(pass->run, &pass->kernel[k].options));
+    return rows;
+}
+
+static void pk__kernel_pass_take(pk__arena *arena, pk__kernel_pass *pass)
+{
+    const pk_run *run = pass->run;
+    const size_t P = run->parameters, D = run->graph.input_width, C = run->outputs, B = pk__pass_block(pass);
+    pass->w = pk__arena_take(arena, P, sizeof(pk_real));
+    pass->next = pk__arena_take(arena, P, sizeof(pk_real));
+    pass->order = pk__arena_take(arena, pass->terms, pk__max(pass->orders, 1));
+    pass->block = pk__arena_take(arena, pass->capacity, sizeof(double));
+    for (int s = 0; s < 2; s++) {
+        pass->rows[s].index = pk__arena_take(arena, B, sizeof(size_t));
+        pass->rows[s].rows = pk__arena_take(arena, B, D * sizeof(pk_real));
+        pass->rows[s].targets = pk__arena_take(arena, B, C * sizeof(pk_real));
+        pass->rows[s].labels = pk__arena_take(arena, B, sizeof(int64_t));
+    }
+    pass->c = pk__arena_take(arena, run->examples, sizeof(double));
+}
+
+/* Reads rows number first + index[..] of a side. */
+static void pk__kernel_gather(const pk__kernel_pass *pass, const pk__kernel_term *term, int s,
+                              struct pk__kernel_rows *rows)
+{
+    const pk__kernel_side *side = &pass->side[term->side[s]];
+    const size_t D = pass->run->graph.input_width, C = pass->run->outputs;
+    const pk_dataset *data = side->data;
+    for (size_t r = 0; r < rows->count; r++) {
+        const int64_t item = (int64_t)(side->first + rows->index[r]);
+        pk_dataset_inputs(data, &item, 1, rows->rows + r * D);
+        if (term->seeds == PK__SEEDS_LABEL)
+            rows->labels[r] = pk__label(&data->targets, (size_t)item);
+        if (term->feature == PK__FEATURE_LOSS)
+            pk_loss_targets(pass->run->loss, data, &item, 1, C, rows->targets + r * C);
+    }
+}
+
+/* ---- the pass: one step -------------------------------------------------------------------------------- */
+
+static void pk__kernel_batch(pk__kernel_pass *pass, size_t s)
+{
+    double *c = pass->c;
+    pk_batch batch;
+    memset(c, 0, pass->run->examples * sizeof *c);
+    pk_run_batch(pass->run, s, &batch);
+    for (size_t b = 0; b < batch.count; b++)
+        c[batch.items[b]] += batch.weights ? batch.weights[b] : 1 / (double)batch.count;
+}
+
+/* The rows of block number `block` that count. */
+static void pk__kernel_choose(pk__kernel_pass *pass, const pk__kernel_term *term, int s, size_t start, size_t end)
+{
+    struct pk__kernel_rows *rows = &pass->rows[s];
+    const pk__kernel_side *side = &pass->side[term->side[s]];
+    rows->count = 0;
+    for (size_t r = start; r < end; r++)
+        if (!term->batch[s] || pass->c[side->first + r] != 0)
+            rows->index[rows->count++] = r;
+    pk__kernel_gather(pass, term, s, rows);
+    memset(&rows->of, 0, sizeof rows->of);
+    rows->of.rows = pk_matrix_view(rows->rows, rows->count, pass->run->graph.input_width);
+    rows->of.seeds = term->seeds;
+    rows->of.output = term->output;
+    rows->of.labels = term->seeds == PK__SEEDS_LABEL ? rows->labels : NULL;
+    rows->of.targets = term->feature == PK__FEATURE_LOSS ? rows->targets : NULL;
+}
+
+enum { PK__FED_ROWS = 64 };
+
+/* to[plane][i][j] = products of what is fed, of rows i0 ... and j0 ... whose values are in the tapes. */
+static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term, int by_layer, pk__tape *const tape[2],
+                             const size_t at[2], const size_t count[2], const size_t size[2], pk_real *part,
+                             double *to)
+{
+    const size_t layers = pk__matrix_layers(graph);
+    for (size_t l = term->feature == PK__FEATURE_LAST ? layers - 1 : 0; l < layers; l++) {
+        const pk_node *node = pk__matrix_layer(graph, l);
+        const size_t input = (size_t)node->inputs[0], width = graph->nodes[input].width;
+        const pk_real *x = tape[0]->value[input], *y = tape[1]->value[input];
+        if (node->operation->tangent_form == PK_TANGENT_OUTER)
+            pk__gemm(0, 1, count[0], count[1], width, 1, x, width, y, width, 0, part, count[1]);
+        else /* tokens, as unit vectors */
+            for (size_t i = 0; i < count[0]; i++)
+                for (size_t j = 0; j < count[1]; j++) {
+                    part[i * count[1] + j] = 0;
+                    for (size_t k = 0; k < width; k++)
+                        part[i * count[1] + j] += x[i * width + k] == y[j * width + k];
+                }
+        double *plane = to + (by_layer ? l : 0) * size[0] * size[1];
+        for (size_t i = 0; i < count[0]; i++)
+            for (size_t j = 0; j < count[1]; j++)
+                plane[(at[0] + i) * size[1] + at[1] + j] += part[i * count[1] + j] + (term->append_one ? 1 : 0);
+    }
+}
+
+static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes[2], pk_real **part, pk_real **spread)
+{
+    pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
+    pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
+    *part = pk__arena_take(arena, PK__FED_ROWS, PK__FED_ROWS * sizeof(pk_real));
+    *spread = graph->pieces ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
+}
+
+/* block = the Gram matrix of what is fed to layers at w. */
+static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *term, int by_layer)
+{
+    const pk_graph *graph = &pass->run->graph;
+    const struct pk__kernel_rows *rows = pass->rows;
+    const size_t size[2] = {rows[0].count, rows[1].count}, D = graph->input_width;
+    const int symmetric = pk__term_symmetric(term) && rows[0].index[0] == rows[1].index[0];
+    pk__tape tapes[2];
+    pk_real *part = NULL, *spread = NULL;
+    void *memory = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__fed_take(&arena, graph, tapes, &part, &spread);
+    if (arena.overflow)
+        return pk__fail(pass->context, PK_OVERFLOW, "kernels: the memory for this network overflows");
+    const size_t bytes = arena.used;
+    pk_status status = pk_allocate(pass->context, bytes, 1, "kernels", &memory);
+    if (status)
+        return status;
+    arena = (pk__arena){memory, bytes, 0, 0};
+    pk__fed_take(&arena, graph, tapes, &part, &spread);
+    if (spread)
+        pk_graph_spread(graph, pass->w, spread);
+    const pk__line line = {spread ? spread : pass->w, NULL, NULL};
+    pk__tape *const tape[2] = {&tapes[0], &tapes[1]};
+    size_t at[2], count[2];
+    for (at[0] = 0; at[0] < size[0]; at[0] += PK__FED_ROWS) {
+        count[0] = pk__min(PK__FED_ROWS, size[0] - at[0]);
+        for (int s = 0; s < 2; s++)
+            tapes[s].threads = pk_threads(pass->context), tapes[s].context = pass->context;
+        pk__pass_forward(tape[0], &line, count[0], rows[0].rows + at[0] * D);
+        for (at[1] = symmetric ? at[0] : 0; at[1] < size[1]; at[1] += PK__FED_ROWS) {
+            count[1] = pk__min(PK__FED_ROWS, size[1] - at[1]);
+            pk__pass_forward(tape[1], &line, count[1], rows[1].rows + at[1] * D);
+            pk__fed_products(graph, term, by_layer, tape, at, count, size, part, pass->block);
+        }
+    }
+    const size_t planes = by_layer ? pk__matrix_layers(graph) : 1;
+    for (size_t plane = 0; plane < planes && symmetric; plane++)
+        for (size_t i = 0; i < size[0]; i++)
+            for (size_t j = 0; j < i; j++) {
+                double *own = pass->block + plane * size[0] * size[0];
+                own[i * size[0] + j] = own[j * size[0] + i];
+            }
+    for (size_t i = 0; !status && i < planes * size[0] * size[1]; i++)
+        if (!pk__finite(pass->block[i]))
+            status = pk__fail(pass->context, PK_NOT_FINITE, "kernels: what is fed to a layer at step %zu is not finite",
+                              pass->step);
+    pk_release(pass->context, memory);
+    return status;
+}
+
+/* block = the products of the rows that were chosen. */
+static pk_status pk__kernel_multiply(pk__kernel_pass *pass, const pk__kernel_term *term, int full, int by_layer,
+                                     unsigned char *order)
+{
+    const struct pk__kernel_rows *rows = pass->rows;
+    const size_t first[2] = {rows[0].count ? rows[0].index[0] : 0, rows[1].count ? rows[1].index[0] : 1};
+    pass->along.error = 0;
+    memset(pass->block, 0, pass->capacity * sizeof *pass->block);
+    if (!rows[0].count || !rows[1].count)
+        return PK_OK;
+    if (term->feature == PK__FEATURE_LAST || term->feature == PK__FEATURE_FED)
+        return pk__kernel_fed(pass, term, by_layer);
+    pass->along.summed = !full;
+    pass->along.by_layer = by_layer;
+    pass->along.rule = term->rule;
+    pass->along.tolerance =
+        term->tolerance > 0 ? term->tolerance : sizeof(pk_real) == sizeof(float) ? 1e-4 : 1e-10;
+    const int same = pk__term_symmetric(term) && first[0] == first[1] && rows[0].count == rows[1].count;
+    return pk__along_integrate(&pass->along, &rows[0].of, same ? NULL : &rows[1].of, term->moves, order,
+                               pass->block);
+}
+
+/* How many times, and in which slot, a kernel takes step s: the k-th time. */
+static int pk__kernel_takes(const pk__kernel_pass *pass, const pk__kernel *kernel, size_t s, size_t from, size_t *slot)
+{
+    const pk_kernel_options *options = &kernel->options;
+    const size_t steps = pass->run->steps;
+    const pk__step_weight kind = kernel->row->step;
+    *slot = 0;
+    if (!options->steps)
+        return from == 0 && (kind == PK__STEP_ALONE ? s == steps : kind == PK__STEP_MEAN ? s <= steps : s < steps);
+    for (size_t k = from; k < options->step_count; k++)
+        if (options->steps[k] == s) {
+            *slot = k;
+            return 1;
+        }
+    return 0;
+}
+
+/* The sum over the times that a kernel takes step s of omega, where it is a sum; 0: it does not take it. */
+static double pk__kernel_omega(const pk__kernel_pass *pass, const pk__kernel *kernel, size_t s)
+{
+    const pk_run *run = pass->run;
+    size_t slot = 0, times = 0;
+    for (size_t from = 0; pk__kernel_takes(pass, kernel, s, from, &slot); from = slot + 1)
+        times++;
+    const double all = kernel->options.steps ? (double)kernel->options.step_count : (double)run->steps + 1;
+    return kernel->row->step == PK__STEP_RATE
+               ? (double)times * run->learning_rates[s] * pk_run_gradient_scale(run, s)
+           : kernel->row->step == PK__STEP_MEAN ? (double)times / all
+                                                : 1;
+}
+
+/* The number that a kernel makes of the products of rows i and j in a plane. */
+static double pk__kernel_entry(const pk__kernel_pass *pass, const pk__kernel *kernel, const pk__kernel_term *term,
+                               int full, size_t plane, size_t i, size_t j, size_t k, size_t l)
+{
+    const size_t C = pass->run->outputs, kept = full ? C : 1, rows = pass->rows[0].count * kept,
+                 columns = pass->rows[1].count * kept;
+    const double *at = pass->block + (plane * rows + i * kept) * columns + j * kept;
+    const double scale = kernel->options.outputs == PK_OUTPUTS_MEAN ? 1 / (double)C : 1;
+    double sum = 0;
+    if (!full || term->seeds != PK__SEEDS_UNITS)
+        return scale * *at;
+    if (kernel->options.outputs == PK_OUTPUTS_FULL)
+        return at[k * columns + l];
+    for (size_t c = 0; c < C; c++)
+        sum += at[c * columns + c];
+    return scale * sum;
+}
+
+/* Adds the products of rows i0 ... and j0 ... to a kernel; mirrored: also to the other half. diagonal >= 0: only row with row,
+ * to that side's. planes of the block, which a kernel without layers sums. */
+static void pk__kernel_add(pk__kernel_pass *pass, pk__kernel *kernel, const pk__kernel_term *term, int full,
+                           size_t planes, int mirrored, int diagonal)
+{
+    const struct pk__kernel_rows *rows = pass->rows;
+    const size_t width = kernel->width, s = pass->step;
+    const double omega = pk__kernel_omega(pass, kernel, s);
+    size_t slot = 0;
+    for (size_t from = 0; pk__kernel_takes(pass, kernel, s, from, &slot); from = slot + 1) {
+        const int alone = kernel->row->step == PK__STEP_ALONE;
+        for (size_t plane = 0; plane < planes; plane++)
+            for (size_t i = 0; i < rows[0].count; i++)
+                for (size_t j = diagonal >= 0 ? i : 0; j < (diagonal >= 0 ? i + 1 : rows[1].count); j++) {
+                    const size_t row = rows[0].index[i], column = rows[1].index[j];
+                    const double *c = pass->c;
+                    const double x = term->batch[0] ? c[pass->side[term->side[0]].first + row] : 1;
+                    const double y = term->batch[1] ? c[pass->side[term->side[1]].first + column] : 1;
+                    const size_t to = (alone ? slot : 0) * kernel->layers + (kernel->options.by_layer ? plane : 0);
+                    if (diagonal >= 0) {
+                        kernel->diagonal[diagonal][to * (diagonal ? kernel->columns : kernel->rows) + row] +=
+                            omega * x * y * pk__kernel_entry(pass, kernel, term, full, plane, i, j, 0, 0);
+                        continue;
+                    }
+                    for (size_t k = 0; k < width; k++)
+                        for (size_t l = 0; l < width; l++) {
+                            const double value =
+                                omega * x * y * pk__kernel_entry(pass, kernel, term, full, plane, i, j, k, l);
+                            double *own = kernel->gram + to * kernel->rows * width * kernel->columns * width;
+                            own[(row * width + k) * kernel->columns * width + column * width + l] += value;
+                            if (mirrored)
+                                own[(column * width + l) * kernel->columns * width + row * width + k] += value;
+                        }
+                }
+        if (!alone) /* omega has counted them all */
+            break;
+    }
+}
+
+static double pk__kernel_largest(const pk__kernel_pass *pass, const pk__kernel_term *term, int s)
+{
+    double largest = term->batch[s] ? 0 : 1;
+    for (size_t r = 0; term->batch[s] && r < pass->rows[s].count; r++)
+        largest = fmax(largest, fabs(pass->c[pass->side[term->side[s]].first + pass->rows[s].index[r]]));
+    return largest;
+}
+
+/* One term at one step, all pairs of blocks. */
+static pk_status pk__kernel_blocks(pk__kernel_pass *pass, size_t t)
+{
+    const pk__kernel_term *term = &pass->term[t];
+    const size_t B = pk__pass_block(pass);
+    const pk__kernel_side *x = &pass->side[term->side[0]], *y = &pass->side[term->side[1]];
+    const int symmetric = pk__term_symmetric(term);
+    int full = 0, by_layer = 0, active = 0;
+    size_t slot = 0, planes = 1;
+    for (size_t k = 0; k < pass->count; k++) {
+        const pk__kernel *kernel = &pass->kernel[k];
+        if (kernel->term != t || !pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
+            continue;
+        active = 1;
+        full |= kernel->options.outputs == PK_OUTPUTS_FULL;
+        by_layer |= kernel->options.by_layer;
+        planes = pk__max(planes, kernel->layers);
+    }
+    for (size_t i = 0, pair = 0; active && i < x->count; i += B)
+        for (size_t j = 0; j < (symmetric ? i + 1 : y->count); j += B, pair++) {
+            pk__kernel_choose(pass, term, 0, i, pk__min(i + B, x->count));
+            pk__kernel_choose(pass, term, 1, j, pk__min(j + B, y->count));
+            const size_t points = pass->along.points, refused = pass->along.refused;
+            pk_status status = pk__kernel_multiply(pass, term, full, by_layer, &pass->order[t * pass->orders + pair]);
+            if (status)
+                return status;
+            for (size_t k = 0; k < pass->count; k++) {
+                pk__kernel *kernel = &pass->kernel[k];
+                if (kernel->term != t || !pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
+                    continue;
+                pk__kernel_add(pass, kernel, term, full, planes, symmetric && j < i, -1);
+                kernel->report.error += fabs(pk__kernel_omega(pass, kernel, pass->step)) * pk__kernel_largest(pass, term, 0) *
+                                 pk__kernel_largest(pass, term, 1) * pass->along.error;
+                kernel->report.points += pass->along.points - points;
+                kernel->report.refused += pass->along.refused - refused;
+            }
+        }
+    return PK_OK;
+}
+
+/* Each row of a side with itself, a few rows at a time. */
+static pk_status pk__kernel_diagonal(pk__kernel_pass *pass, pk__kernel *kernel, int s)
+{
+    const size_t some = pk__min(8, pk__pass_block(pass));
+    const pk__kernel_term term = pk__kernel_term_of(pass, kernel, s, s);
+    const pk__kernel_side *side = &pass->side[term.side[0]];
+    unsigned char order = 0;
+    size_t slot = 0;
+    if (!pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
+        return PK_OK;
+    for (size_t i = 0; i < side->count; i += some) {
+        pk__kernel_choose(pass, &term, 0, i, pk__min(i + some, side->count));
+        pk__kernel_choose(pass, &term, 1, i, pk__min(i + some, side->count));
+        const pk_status status = pk__kernel_multiply(pass, &term, 0, kernel->options.by_layer, &order);
+        if (status)
+            return status;
+        pk__kernel_add(pass, kernel, &term, 0, kernel->layers, 0, s);
+    }
+    return PK_OK;
+}
+
+/* Whether a kernel's matrix holds each row with itself. */
+static int pk__kernel_has_diagonal(const pk__kernel_pass *pass, const pk__kernel *kernel)
+{
+    const pk__kernel_term term = pk__kernel_term_of(pass, kernel, 0, 1);
+    return pk__term_symmetric(&term);
+}
+
+/* ---- the pass: all steps ------------------------------------------------------------------------------- */
+
+/* Goes over the steps that the kernels take; diagonals: for these alone. */
+static pk_status pk__kernel_steps(pk__kernel_pass *pass, pk_replay *replay, int diagonals)
+{
+    const pk_run *run = pass->run;
+    for (size_t s = 0; s <= run->steps; s++) {
+        int taken = 0, moves = 0;
+        size_t slot = 0;
+        pass->step = s;
+        for (size_t k = 0; k < pass->count; k++) {
+            const pk__kernel *kernel = &pass->kernel[k];
+            const int takes = pk__kernel_takes(pass, kernel, s, 0, &slot);
+            taken |= takes;
+            moves |= takes && kernel->row->moves;
+        }
+        if (!taken)
+            continue;
+        pk_status status = pk__progress(pass->context, "kernels", (double)s / ((double)run->steps + 1));
+        if (!status)
+            status = pk_replay_weights(pass->context, replay, s, pass->w);
+        if (!status && moves)
+            status = pk_replay_weights(pass->context, replay, s + 1, pass->next);
+        if (status)
+            return status;
+        pass->along.w = pass->w;
+        pass->along.next = pass->next;
+        if (moves)
+            pk__along_begin(&pass->along);
+        if (s < run->steps)
+            pk__kernel_batch(pass, s);
+        for (size_t t = 0; !status && !diagonals && t < pass->terms; t++)
+            status = pk__kernel_blocks(pass, t);
+        for (size_t k = 0; !status && diagonals && k < pass->count; k++)
+            for (int side = 0; side < 2 && !status; side++)
+                status = pk__kernel_diagonal(pass, &pass->kernel[k], side);
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* ---- maps ---------------------------------------------------------------------------------------------- */
+
+/* x, y: each row with itself on its side; own: gram's own diagonal. */
+static size_t pk__kernel_cosine(size_t rows, size_t columns, int own, double *x, double *y, double *gram)
+{
+    size_t zeros = 0;
+    for (size_t i = 0; own && i < rows; i++)
+        x[i] = y[i] = gram[i * columns + i];
+    for (size_t i = 0; i < rows; i++)
+        zeros += !(x[i] > 0);
+    for (size_t j = 0; !own && j < columns; j++)
+        zeros += !(y[j] > 0);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < columns; j++) {
+            double *at = &gram[i * columns + j];
+            *at = x[i] > 0 && y[j] > 0 ? (own && i == j ? 1 : *at / (sqrt(x[i]) * sqrt(y[j]))) : 0;
+        }
+    return zeros;
+}
+
+/* H K H: K minus the means of its rows and columns, plus that of all. means: 2 x rows. */
+static void pk__kernel_center(size_t rows, double *gram, double *means)
+{
+    const double n = (double)rows;
+    double all = 0;
+    int symmetric = 1;
+    memset(means, 0, 2 * rows * sizeof *means);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < rows; j++) {
+            means[i] += gram[i * rows + j] / n;
+            means[rows + j] += gram[i * rows + j] / n;
+            symmetric &= gram[i * rows + j] == gram[j * rows + i];
+        }
+    for (size_t i = 0; i < rows; i++)
+        all += means[i] / n;
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < rows; j++)
+            gram[i * rows + j] -= symmetric ? (means[i] + means[j]) - all : (means[i] + means[rows + j]) - all;
+}
+
+/* ---- the pass: its beginning and end ------------------------------------------------------------------- */
+
+/* The terms of the kernels. */
+static void pk__kernel_terms(pk__kernel_pass *pass)
+{
+    for (size_t k = 0; k < pass->count; k++) {
+        const pk__kernel_term term = pk__kernel_term_of(pass, &pass->kernel[k], 0, 1);
+        size_t t = 0;
+        while (t < pass->terms && !pk__same_term(&pass->term[t], &term))
+            t++;
+        if (t == pass->terms)
+            pass->term[pass->terms++] = term;
+        pass->kernel[k].term = t;
+    }
+}
+
+/* Sides and kernels of a part; all sizes have passed pk_kernel_shape. */
+static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, const pk_dataset *right,
+                                const pk_kernel_options *options, const pk__kernel_part *part, double *const *grams)
+{
+    const pk_run *run = pass->run;
+    const size_t rows = pk__kernel_count(run, left), columns = pk__kernel_count(run, right);
+    pass->side[PK__SIDE_LEFT] = (pk__kernel_side){left ? left : &run->train, !left, part ? part->row : 0,
+                                                  part ? part->rows : rows};
+    pass->side[PK__SIDE_RIGHT] = (pk__kernel_side){right ? right : &run->train, !right, part ? part->column : 0,
+                                                   part ? part->columns : columns};
+    pass->side[PK__SIDE_TRAIN] = (pk__kernel_side){&run->train, 1, 0, run->examples};
+    for (size_t k = 0; k < pass->count; k++) {
+        pk__kernel *kernel = &pass->kernel[k];
+        kernel->options = options[k];
+        kernel->row = &pk__kernel_rows[options[k].kind];
+        kernel->side[0] = options[k].left_train && left ? PK__SIDE_TRAIN : PK__SIDE_LEFT;
+        kernel->side[1] = PK__SIDE_RIGHT;
+        const pk__kernel_side *x = &pass->side[kernel->side[0]], *y = &pass->side[PK__SIDE_RIGHT];
+        if (x->data == y->data && x->train == y->train && x->first == y->first && x->count == y->count)
+            kernel->side[1] = kernel->side[0];
+        kernel->slots = pk__kernel_slots(run, &options[k]);
+        kernel->layers = pk__kernel_layers(run, &options[k]);
+        kernel->rows = x->count;
+        kernel->columns = y->count;
+        kernel->width = options[k].outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+        kernel->gram = grams ? grams[k] : NULL;
+    }
+    pk__kernel_terms(pass);
+    const size_t B = pk__pass_block(pass);
+    size_t width = 1, layers = 1, most = 1;
+    for (size_t k = 0; k < pass->count; k++) {
+        width = pk__max(width, pass->kernel[k].width);
+        layers = pk__max(layers, pass->kernel[k].layers);
+        most = pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
+    }
+    pass->orders = most * most;
+    pass->capacity = B * width * B * width * layers;
+}
+
+static void pk__kernel_pass_release(pk__kernel_pass *pass)
+{
+    pk__along_release(&pass->along);
+    pk_release(pass->context, pass->memory);
+    pk_release(pass->context, pass->kernel);
+    pk_release(pass->context, pass->term);
+}
+
+static pk_status pk__kernel_pass_begin(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                       const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                       const pk__kernel_part *part, double *const *grams, pk__kernel_pass *pass)
+{
+    memset(pass, 0, sizeof *pass);
+    pass->context = context;
+    pass->run = run;
+    pass->count = count;
+    pk_status status = pk_allocate(context, count, sizeof *pass->kernel, "kernels", &pass->kernel);
+    if (!status)
+        status = pk_allocate(context, count, sizeof *pass->term, "kernels", &pass->term);
+    if (status)
+        return status;
+    pk__kernel_pass_set(pass, left, right, options, part, grams);
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__kernel_pass_take(&measured, pass);
+    if (measured.overflow)
+        return pk__fail(context, PK_OVERFLOW, "kernels: the memory of a kernel of so many rows overflows");
+    status = pk_allocate(context, measured.used, 1, "kernels", &pass->memory);
+    if (!status)
+        status = pk__along_prepare(context, &run->graph, pass->capacity, &pass->along);
+    if (status)
+        return status;
+    pk__arena arena = {pass->memory, measured.used, 0, 0};
+    pk__kernel_pass_take(&arena, pass);
+    pass->along.loss = run->loss;
+    return PK_OK;
+}
+
+PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                        const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                        const pk__kernel_part *part, double *const *grams,
+                                        pk_kernel_report *reports)
+{
+    pk__kernel_pass pass;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk__kernel_pass_begin(context, run, left, right, count, options, part, grams, &pass);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &replay);
+    for (size_t k = 0; !status && k < count; k++) {
+        const pk__kernel *kernel = &pass.kernel[k];
+        memset(kernel->gram, 0, kernel->slots * kernel->layers * kernel->rows * kernel->width * kernel->columns *
+                                    kernel->width * sizeof *kernel->gram);
+    }
+    if (!status)
+        status = pk__kernel_steps(&pass, &replay, 0);
+    for (size_t k = 0; reports && pass.kernel && k < count; k++)
+        reports[k] = pass.kernel[k].report;
+    pk_replay_release(context, &replay);
+    pk__kernel_pass_release(&pass);
+    return status;
+}
+
+/* The diagonals of one kernel whose matrix does not hold them, by a pass of their own: slots x layers x rows, then columns. */
+static pk_status pk__kernel_diagonals(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                      const pk_dataset *right, const pk_kernel_options *options, double *x, double *y)
+{
+    pk__kernel_pass pass;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk__kernel_pass_begin(context, run, left, right, 1, options, NULL, NULL, &pass);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &replay);
+    if (!status) {
+        pass.kernel->diagonal[0] = x;
+        pass.kernel->diagonal[1] = y;
+        if (!pk__kernel_has_diagonal(&pass, pass.kernel))
+            status = pk__kernel_steps(&pass, &replay, 1);
+    }
+    pk_replay_release(context, &replay);
+    pk__kernel_pass_release(&pass);
+    return status;
+}
+
+PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                         const pk_dataset *right, const pk_kernel_options *options, double *gram,
+                                         pk_kernel_report *report)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const int full = options->outputs == PK_OUTPUTS_FULL, train = !right;
+    left = options->left_train ? NULL : left;
+    const size_t rows = pk__kernel_count(run, left), columns = pk__kernel_count(run, right);
+    const size_t planes = pk__kernel_slots(run, options) * pk__kernel_layers(run, options);
+    const size_t plane = rows * columns, numbers = planes * plane * (full ? run->outputs * run->outputs : 1);
+    const double tolerance =
+        options->tolerance > 0 ? options->tolerance : sizeof(pk_real) == sizeof(float) ? 1e-4 : 1e-10;
+    double largest = 0, *memory = NULL;
+    pk_status status = PK_OK;
+    for (size_t i = 0; i < numbers; i++)
+        largest = fmax(largest, fabs(gram[i]));
+    report->error = largest > 0 ? report->error / largest : 0;
+    if (options->map != PK_MAP_NONE && numbers)
+        status = pk_allocate(context, planes, (2 * rows + columns) * sizeof *memory, "kernels", &memory);
+    if (!status && options->map == PK_MAP_COSINE && numbers) {
+        double *x = memory, *y = memory + planes * rows;
+        /* The same rows on both sides, and the same factors: the matrix has them already. */
+        const int same = left == right && !(train && row->weighted == PK__RIGHT && !options->unweighted);
+        status = same ? PK_OK : pk__kernel_diagonals(context, run, left, right, options, x, y);
+        for (size_t p = 0; !status && p < planes; p++)
+            report->zero_rows +=
+                pk__kernel_cosine(rows, columns, same, x + p * rows, y + p * columns, gram + p * plane);
+    }
+    for (size_t p = 0; !status && options->map == PK_MAP_CENTER && numbers && p < planes; p++)
+        pk__kernel_center(rows, gram + p * plane, memory);
+    pk_release(context, memory);
+    if (!status && row->moves && options->quadrature.rule == PK_RULE_AUTO && report->error > tolerance)
+        status = pk__fail(context, PK_NOT_CLOSED,
+                          "%s: the integrals along the steps are off by %.3g of the largest entry, not %.3g",
+                          row->name, report->error, tolerance);
+    return status;
+}
+
+PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left, const pk_dataset *right,
+                            size_t count, const pk_kernel_options *options, double *const *grams,
+                            pk_kernel_report *reports)
+{
+    const double start = pk__seconds();
+    pk_kernel_report *own = NULL;
+    pk_status status = PK_OK, missed = PK_OK;
+    if (count && (!options || !grams))
+        return pk__fail(context, PK_ARGUMENT, "kernels: the options or the results are missing");
+    for (size_t k = 0; k < count && !status; k++) {
+        size_t shape[6];
+        int rank = 0;
+        status = pk_kernel_shape(context, run, left, right, &options[k], shape, &rank);
+        if (!status && !grams[k])
+            status = pk__fail(context, PK_ARGUMENT, "kernels: there is no place for result %zu", k);
+    }
+    if (status || !count)
+        return status;
+    status = pk_allocate(context, count, sizeof *own, "kernels", &own);
+    if (!status)
+        status = pk__kernels_part(context, run, left, right, count, options, NULL, grams, own);
+    for (size_t k = 0; k < count && !status; k++) {
+        status = pk__kernel_finish(context, run, left, right, &options[k], grams[k], &own[k]);
+        if (status == PK_NOT_CLOSED) {
+            missed = status;
+            status = PK_OK;
+        }
+    }
+    for (size_t k = 0; k < count && reports && own; k++) {
+        reports[k] = own[k];
+        reports[k].seconds = pk__seconds() - start;
+    }
+    pk_release(context, own);
+    return status ? status : missed;
+}
+
+PK__END_COLD_CODE
 /* <<< implementation */
 #endif
