@@ -6,6 +6,7 @@
 #include "pathkernel/attribution/decompose.h"
 #include "pathkernel/attribution/reference.h"
 #include "pathkernel/kernels/kernel.h"
+#include "pathkernel/kernels/file.h"
 #include "pathkernel/run/train.h"
 #endif
 

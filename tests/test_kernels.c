@@ -396,10 +396,700 @@ static void test_definition(void **state)
     assert_true(all <= ROUNDING(1e-11));
 }
 
+/* ---- what is fed to layers ----------------------------------------------------------------------------- */
+
+/* The values in front of the matrix layers of a graph that ends there: the network cut off, by its line. */
+static void fed(trained *t, const char *line, const pk_real *w, const pk_real *x, size_t n, pk_real *out)
+{
+    pk_graph part;
+    memset(&part, 0, sizeof part);
+    assert_ok(&t->context, pk_network_parse(&t->context, line, &part));
+    assert_ok(&t->context, pk_graph_evaluate(&t->context, &part, w, pk_matrix_view((pk_real *)x, n, part.input_width),
+                                             pk_matrix_view(out, n, part.output_width)));
+    pk_graph_release(&t->context, &part);
+}
+
+static const struct feed {
+    recipe recipe;
+    int layers;
+    const char *before[4]; /* the network in front of each matrix layer; NULL: the input itself */
+    size_t widths[4];
+    int tokens; /* the first layer is fed unit vectors of so many tokens */
+} feeds[] = {
+    {RUN("input 3; dense 5; tanh; dense 3; log_softmax", "nll", "sgd", 0, 0.1, 2),
+     2,
+     {NULL, "input 3; dense 5; tanh"},
+     {3, 5},
+     0},
+    {RUN("input 1x4x4; conv 2 3x3; tanh; flatten; layer_norm; dense 2", "squared", "adam", 0, 0.02, 0),
+     2,
+     {NULL, "input 1x4x4; conv 2 3x3; tanh; flatten; layer_norm"},
+     {16, 8},
+     0},
+    {RUN("input 3; embedding 6 4; position; dense 2; mean_tokens", "squared", "sgd", 6, 0.1, 0),
+     2,
+     {NULL, "input 3; embedding 6 4; position; flatten"},
+     {3, 12},
+     6},
+    {RUN("input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh; dense 2", "squared", "sgd", 0, 0.1, 0),
+     3,
+     {NULL, "input 3; dense 3; tanh", "input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh"},
+     {3, 3, 3},
+     0},
+};
+
+static void test_fed(void **state)
+{
+    (void)state;
+    for (size_t f = 0; f < sizeof feeds / sizeof *feeds; f++) {
+        const struct feed *feed = &feeds[f];
+        trained t;
+        trained_make(&feed->recipe, &t);
+        rows r = test_rows(&t);
+        static const size_t steps[] = {4, 0};
+        const size_t P = t.run.parameters, layers = (size_t)feed->layers;
+        pk_kernel_options options[3] = {plain(PK_KERNEL_EMBEDDING, PK_OUTPUTS_NONE),
+                                        plain(PK_KERNEL_EMBEDDING, PK_OUTPUTS_NONE),
+                                        plain(PK_KERNEL_CONJUGATE, PK_OUTPUTS_NONE)};
+        double whole[2 * M * N], by_layer[2 * 4 * M * N], last[2 * M * N];
+        double *const grams[3] = {whole, by_layer, last};
+        for (int k = 0; k < 3; k++)
+            options[k].steps = steps, options[k].step_count = 2;
+        options[1].by_layer = 1;
+        options[2].append_one = 1;
+        size_t shape[6];
+        int rank;
+        assert_int_equal(numbers_of(&t, &r.labels, NULL, &options[1], shape, &rank), 2 * layers * M * N);
+        assert_true(rank == 4 && shape[0] == 2 && shape[1] == layers && shape[2] == M && shape[3] == N);
+        assert_ok(&t.context, pk_kernels(&t.context, &t.run, &r.labels, NULL, 3, options, grams, NULL));
+        pk_real *w = FIXTURE_NEW(pk_real, P), x[2][N * 16];
+        pk_replay replay;
+        assert_ok(&t.context, pk_replay_prepare(&t.context, &t.run, 0, &replay));
+        for (size_t k = 0; k < 2; k++) {
+            assert_ok(&t.context, pk_replay_weights(&t.context, &replay, steps[k], w));
+            double sum[M * N] = {0};
+            for (size_t l = 0; l < layers; l++) {
+                for (int s = 0; s < 2; s++) {
+                    const pk_real *from = s ? t.train : t.test;
+                    if (feed->before[l])
+                        fed(&t, feed->before[l], w, from, s ? N : M, x[s]);
+                    else
+                        memcpy(x[s], from, (s ? N : M) * feed->widths[0] * sizeof *from);
+                }
+                for (size_t i = 0; i < M; i++)
+                    for (size_t j = 0; j < N; j++) {
+                        double dot = 0;
+                        for (size_t d = 0; d < feed->widths[l]; d++) {
+                            const double a = (double)x[0][i * feed->widths[l] + d],
+                                         b = (double)x[1][j * feed->widths[l] + d];
+                            dot += feed->tokens && l == 0 ? a == b : a * b;
+                        }
+                        sum[i * N + j] += dot;
+                        assert_close(by_layer[((k * layers + l) * M + i) * N + j], dot,
+                                     ROUNDING(1e-13) * (1 + fabs(dot)));
+                        if (l + 1 == layers)
+                            assert_close(last[(k * M + i) * N + j], dot + 1, ROUNDING(1e-13) * (1 + fabs(dot)));
+                    }
+            }
+            for (size_t i = 0; i < M * N; i++)
+                assert_close(whole[k * M * N + i], sum[i], ROUNDING(1e-13) * (1 + fabs(sum[i])));
+        }
+        pk_replay_release(&t.context, &replay);
+        free(w), free(r.label);
+        trained_release(&t);
+    }
+}
+
+/* ---- maps ---------------------------------------------------------------------------------------------- */
+
+static void test_maps(void **state)
+{
+    (void)state;
+    static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK,  PK_KERNEL_CONJUGATE, PK_KERNEL_EMBEDDING, PK_KERNEL_PATH,
+                                           PK_KERNEL_EPK,  PK_KERNEL_LOSS_PATH, PK_KERNEL_TRACIN};
+    static const size_t steps[] = {0, 2};
+    trained t;
+    trained_make(&jobs[1].recipe, &t);
+    rows r = test_rows(&t);
+    for (int kind = 0; kind < 7; kind++)
+        for (int by_layer = 0; by_layer < (kinds[kind] == PK_KERNEL_CONJUGATE ? 1 : 2); by_layer++) {
+            pk_kernel_options o = plain(kinds[kind], kind < 1 || kind == 3 || kind == 4 ? PK_OUTPUTS_TRACE : PK_OUTPUTS_NONE);
+            const pk_dataset *x = &r.targets;
+            size_t shape[6];
+            int rank;
+            o.steps = steps, o.step_count = 2;
+            o.by_layer = by_layer;
+            const size_t planes = numbers_of(&t, x, NULL, &o, shape, &rank) / (M * N);
+            /* A side with itself: training rows of tracin have c on both. */
+            double *own[2], *both = compute(&t, x, NULL, &o, NULL), *square;
+            own[0] = compute(&t, x, x, &o, NULL);
+            own[1] = compute(&t, NULL, NULL, &o, NULL);
+            square = compute(&t, NULL, NULL, &o, NULL);
+            pk_replay replay;
+            o.map = PK_MAP_COSINE;
+            pk_kernel_report report;
+            double *cosine = compute(&t, x, NULL, &o, &report), *same = compute(&t, x, x, &o, NULL);
+            assert_int_equal(report.zero_rows, 0);
+            (void)replay;
+            for (size_t p = 0; p < planes; p++)
+                for (size_t i = 0; i < M; i++) {
+                    for (size_t j = 0; j < N; j++) {
+                        double y = own[1][p * N * N + j * N + j];
+                        if (kinds[kind] == PK_KERNEL_TRACIN) { /* sum_s eta c^2 |g|^2, from steps alone */
+                            y = 0;
+                            for (int k = 0; k < 2; k++) {
+                                pk_kernel_options one = o;
+                                pk_batch batch;
+                                double c = 0;
+                                one.map = PK_MAP_NONE;
+                                one.unweighted = 1;
+                                one.steps = &steps[k], one.step_count = 1;
+                                double *g = compute(&t, NULL, NULL, &one, NULL);
+                                pk_run_batch(&t.run, steps[k], &batch);
+                                for (size_t b = 0; b < batch.count; b++)
+                                    c += batch.items[b] == (int64_t)j ? 1.0 / (double)batch.count : 0;
+                                y += c * c * g[p * N * N + j * N + j];
+                                free(g);
+                            }
+                        }
+                        const double expected = both[(p * M + i) * N + j] / sqrt(own[0][(p * M + i) * M + i] * y);
+                        if (y > 0)
+                            assert_close(cosine[(p * M + i) * N + j], expected, ROUNDING(1e-12));
+                        else
+                            assert_true(cosine[(p * M + i) * N + j] == 0);
+                    }
+                    assert_true(same[(p * M + i) * M + i] == 1);
+                }
+            o.map = PK_MAP_CENTER;
+            double *center = compute(&t, NULL, NULL, &o, NULL);
+            const double largest = fixture_largest(planes * N * N, square);
+            for (size_t p = 0; p < planes; p++)
+                for (size_t i = 0; i < N; i++)
+                    for (size_t j = 0; j < N; j++) {
+                        double expected = 0;
+                        for (size_t a = 0; a < N; a++)
+                            for (size_t b = 0; b < N; b++)
+                                expected += ((double)(a == i) - 1.0 / N) * square[(p * N + a) * N + b] *
+                                            ((double)(b == j) - 1.0 / N);
+                        assert_close(center[(p * N + i) * N + j], expected, ROUNDING(1e-13) * largest);
+                    }
+            free(both), free(own[0]), free(own[1]), free(square), free(cosine), free(same), free(center);
+        }
+    /* A row of zeros into a network without biases. */
+    free(r.label);
+    trained_release(&t);
+    static const recipe bare = RUN("input 3; dense 4 nobias; tanh; dense 2 nobias", "squared", "sgd", 0, 0.1, 0);
+    trained_make(&bare, &t);
+    r = test_rows(&t);
+    memset(t.test + 3, 0, 3 * sizeof *t.test);
+    pk_kernel_options o = plain(PK_KERNEL_NTK, PK_OUTPUTS_TRACE);
+    pk_kernel_report report;
+    o.map = PK_MAP_COSINE;
+    double *same = compute(&t, &r.labels, &r.labels, &o, &report);
+    assert_int_equal(report.zero_rows, 1);
+    double *cosine = compute(&t, &r.labels, NULL, &o, &report);
+    assert_int_equal(report.zero_rows, 1);
+    for (size_t j = 0; j < N; j++)
+        assert_true(cosine[N + j] == 0 && cosine[j] != 0 && (j >= M || same[M + j] == 0));
+    free(same), free(cosine), free(r.label);
+    trained_release(&t);
+}
+
+/* ---- several kernels in a pass ------------------------------------------------------------------------- */
+
+/* Test rows and training rows with the training rows, and kernels of all kinds, in one pass: as alone. */
+static void test_together(void **state)
+{
+    (void)state;
+    trained t;
+    trained_make(&jobs[1].recipe, &t);
+    rows r = test_rows(&t);
+    pk_kernel_options all[11];
+    double *grams[11];
+    pk_kernel_report reports[11];
+    size_t n = 0;
+    for (int kind = 1; pk_kernel_name((pk_kernel_kind)kind); kind++) {
+        const int loss = is_loss((pk_kernel_kind)kind),
+                  none = loss || kind == PK_KERNEL_CONJUGATE || kind == PK_KERNEL_EMBEDDING;
+        all[n++] = plain((pk_kernel_kind)kind, none ? PK_OUTPUTS_NONE : PK_OUTPUTS_TRACE);
+        assert_int_equal(pk_kernel_find(pk_kernel_name((pk_kernel_kind)kind)), kind);
+    }
+    assert_int_equal(n, 8);
+    all[n] = all[0], all[n++].left_train = 1;
+    all[n] = plain(PK_KERNEL_EPK, PK_OUTPUTS_LABEL), all[n++].left_train = 1;
+    all[n] = plain(PK_KERNEL_PATH, PK_OUTPUTS_FULL), all[n++].by_layer = 1;
+    for (size_t k = 0; k < n; k++) {
+        size_t shape[6];
+        int rank;
+        grams[k] = FIXTURE_NEW(double, numbers_of(&t, &r.targets, NULL, &all[k], shape, &rank));
+    }
+    assert_ok(&t.context, pk_kernels(&t.context, &t.run, &r.targets, NULL, n, all, grams, reports));
+    for (size_t k = 0; k < n; k++) {
+        size_t shape[6];
+        int rank;
+        const size_t numbers = numbers_of(&t, &r.targets, NULL, &all[k], shape, &rank);
+        pk_kernel_options alone = all[k];
+        alone.left_train = 0;
+        double *own = compute(&t, all[k].left_train ? NULL : &r.targets, NULL, &alone, NULL);
+        assert_true(fixture_apart(numbers, own, grams[k]) <= ROUNDING(1e-13) * fixture_largest(numbers, own));
+        free(own), free(grams[k]);
+    }
+    assert_true(pk_kernel_name((pk_kernel_kind)9) == NULL && pk_kernel_name((pk_kernel_kind)0) == NULL);
+    assert_int_equal(pk_kernel_find("ntks"), 0);
+    for (int m = 0; m < PK_OUTPUTS_ONE; m++)
+        if (pk_kernel_outputs_name((pk_kernel_outputs)m))
+            assert_int_equal(pk_kernel_outputs_find(pk_kernel_outputs_name((pk_kernel_outputs)m)), m);
+    for (int m = 0; m <= PK_MAP_CENTER; m++)
+        assert_int_equal(pk_kernel_map_find(pk_kernel_map_name((pk_kernel_map)m)), m);
+    free(r.label);
+    trained_release(&t);
+}
+
+/* Rules with nodes of their own, by the definition. */
+static void test_rules(void **state)
+{
+    (void)state;
+    static const pk_quadrature rules[] = {
+        {PK_RULE_LEFT, 0}, {PK_RULE_GAUSS, 3}, {PK_RULE_MIDPOINT, 2}, {PK_RULE_TRAPEZOID, 2}, {PK_RULE_TRAPEZOID, 5}};
+    static const pk_kernel_kind kinds[] = {PK_KERNEL_PATH, PK_KERNEL_EPK, PK_KERNEL_LOSS_PATH};
+    double worst = 0;
+    for (int j = 0; j < JOBS; j += 7) {
+        trained t;
+        trained_make(&jobs[j].recipe, &t);
+        for (int rule = 0; rule < 5; rule++)
+            for (int kind = 0; kind < 3; kind++)
+                for (int sides = 0; sides < 4; sides++) {
+                    pk_kernel_options o = plain(kinds[kind], PK_OUTPUTS_NONE);
+                    o.quadrature = rules[rule];
+                    worst = fmax(worst, check_kernel(&t, &jobs[j], o, sides & 1, sides >> 1));
+                }
+        trained_release(&t);
+    }
+    print_message("%.2g\n", worst);
+    assert_true(worst <= ROUNDING(1e-12));
+}
+
+/* Rows with kinks at places of their own in two layers: fine common nodes come near, to second order. */
+static void test_deep_kinks(void **state)
+{
+    (void)state;
+    static const recipe deep = RUN("input 3; dense 6; relu; dense 5; relu; dense 2", "squared", "sgd", 0, 0.4, 0);
+    static const recipe mixed = RUN("input 3; dense 5; tanh; dense 5; relu; dense 2", "squared", "adam", 0, 0.1, 0);
+    static const size_t step[] = {0};
+    for (int k = 0; k < 2; k++) {
+        trained t;
+        trained_make(k ? &mixed : &deep, &t);
+        rows r = test_rows(&t);
+        for (int sides = 0; sides < 3; sides++) {
+            pk_kernel_options o = plain(sides == 1 ? PK_KERNEL_EPK : PK_KERNEL_PATH, PK_OUTPUTS_FULL);
+            pk_kernel_report report;
+            o.steps = step, o.step_count = 1;
+            double *exact = compute(&t, &r.labels, sides == 2 ? &r.labels : NULL, &o, &report);
+            o.quadrature.rule = PK_RULE_MIDPOINT;
+            o.quadrature.nodes = 20000;
+            double *fine = compute(&t, &r.labels, sides == 2 ? &r.labels : NULL, &o, NULL);
+            const size_t numbers = M * (sides == 2 ? M : N) * 4;
+            const double apart = fixture_apart(numbers, exact, fine) / fixture_largest(numbers, exact);
+            print_message("%.2g, error %.2g, %zu points\n", apart, report.error, report.points);
+            /* The midpoints of an interval with a jump miss by up to half of it. */
+            assert_true(apart <= EITHER(2e-5, 1e-3) && report.error <= EITHER(1e-10, 1e-4));
+            free(exact), free(fine);
+        }
+        free(r.label);
+        trained_release(&t);
+    }
+}
+
+/* ---- the exact path kernel ---------------------------------------------------------------------------- */
+
+/* The least eigenvalue of a symmetric matrix, by Jacobi's rotations. */
+static double least_eigenvalue(size_t n, double *a)
+{
+    for (int sweep = 0; sweep < 50; sweep++)
+        for (size_t p = 0; p < n; p++)
+            for (size_t q = p + 1; q < n; q++) {
+                if (a[p * n + q] == 0)
+                    continue;
+                const double theta = (a[q * n + q] - a[p * n + p]) / (2 * a[p * n + q]);
+                const double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
+                const double c = 1 / sqrt(t * t + 1), s = t * c;
+                for (size_t k = 0; k < n; k++) {
+                    const double x = a[k * n + p], y = a[k * n + q];
+                    a[k * n + p] = c * x - s * y, a[k * n + q] = s * x + c * y;
+                }
+                for (size_t k = 0; k < n; k++) {
+                    const double x = a[p * n + k], y = a[q * n + k];
+                    a[p * n + k] = c * x - s * y, a[q * n + k] = s * x + c * y;
+                }
+            }
+    double least = a[0];
+    for (size_t i = 1; i < n; i++)
+        least = fmin(least, a[i * n + i]);
+    return least;
+}
+
+/* Over test and training rows together; test row 0 is training row 0 by its numbers, and has another feature. */
+static void test_symmetric(void **state)
+{
+    (void)state;
+    enum { ALL = M + N };
+    for (int j = 1; j < JOBS; j += 6) {
+        trained t;
+        trained_make(&jobs[j].recipe, &t);
+        rows r = test_rows(&t);
+        memcpy(t.test, t.train, t.graph.input_width * sizeof *t.test);
+        double all[ALL * ALL], trace = 0;
+        for (int kind = 0; kind < 4; kind++) {
+            const int x = kind & 1, y = kind >> 1;
+            const pk_kernel_options o = plain(PK_KERNEL_EPK, PK_OUTPUTS_TRACE);
+            const size_t n = x ? N : M, m = y ? N : M;
+            double *gram = compute(&t, x ? NULL : &r.labels, y ? NULL : &r.labels, &o, NULL);
+            for (size_t i = 0; i < n * m; i++)
+                all[((x ? M : 0) + i / m) * ALL + (y ? M : 0) + i % m] = gram[i];
+            free(gram);
+        }
+        for (size_t i = 0; i < ALL * ALL; i++)
+            assert_close(all[i], all[i % ALL * ALL + i / ALL], ROUNDING(1e-12) * fixture_largest(ALL * ALL, all));
+        /* The discontinuity. */
+        assert_true(fabs(all[0] - all[M]) > 0.01 * fabs(all[0]) &&
+                    fabs(all[M] - all[M * ALL + M]) > 0.01 * all[M]);
+        for (size_t i = 0; i < ALL; i++)
+            trace += all[i * ALL + i];
+        const double least = least_eigenvalue(ALL, all);
+        print_message("%s: least eigenvalue %.3g, trace %.3g\n", jobs[j].recipe.network, least, trace);
+        assert_true(least >= -ROUNDING(1e-12) * trace / ALL && trace > 0);
+        free(r.label);
+        trained_release(&t);
+    }
+}
+
+/* The single machine where dl/df is constant: nll of log-softmax outputs, dl/df = -e_y, and hinge while it is active,
+ * dl/df = -y. The kernel alone gives the change, and each contribution; with kinks, too. */
+static void test_machine(void **state)
+{
+    (void)state;
+    static const recipe machines[] = {
+        {"input 3; dense 5; tanh; dense 3; log_softmax", "nll", "sgd", 0, 0.3, 0.5, N, 4, 40, 2, 7, 0},
+        {"input 3; dense 24; relu; dense 3; log_softmax", "nll", "sgd", 0, 1, 0.5, N, 4, 5, 0, 7, 0},
+        {"input 3; dense 12; relu; dense 8; relu; dense 3; log_softmax", "nll", "sgd", 0, 0.2, 0, N, 4, 10, 0, 7, 0},
+        {"input 3; dense 5; tanh; dense 3", "nll", "sgd", 0, 0.1, 0.5, N, 4, 20, 0, 3, 0}};
+    for (int k = 0; k < 4; k++) {
+        trained t;
+        trained_make(&machines[k], &t);
+        rows r = test_rows(&t);
+        const size_t C = t.run.outputs;
+        const pk_kernel_options o = plain(PK_KERNEL_EPK, PK_OUTPUTS_FULL);
+        pk_kernel_report report;
+        double *gram = compute(&t, &r.labels, NULL, &o, &report), worst = 0, residual = 0, largest = 0;
+        pk_decompose_options options;
+        pk_decomposition d;
+        memset(&options, 0, sizeof options);
+        assert_ok(&t.context, pk_decompose(&t.context, &t.run, trained_test(&t, M), &options, &d));
+        for (size_t cell = 0; cell < M * C; cell++) {
+            double left = d.final[cell] - d.initial[cell];
+            for (size_t i = 0; i < N; i++) {
+                const double entry = gram[cell * N * C + i * C + (size_t)t.labels[i]];
+                worst = fmax(worst, fabs(entry - d.by_example[cell * N + i]));
+                largest = fmax(largest, fabs(entry));
+                left -= entry;
+            }
+            residual = fmax(residual, fabs(left));
+        }
+        print_message("entries differ by %.2g, residual %.2g, largest %.2g, %zu points, error %.2g\n", worst, residual,
+                      largest, report.points, report.error);
+        assert_true(worst <= ROUNDING(1e-12) * largest && residual <= ROUNDING(1e-12) * fmax(largest, 1) &&
+                    largest > 0.1);
+        pk_decomposition_release(&t.context, &d);
+        free(gram), free(r.label);
+        trained_release(&t);
+    }
+}
+
+/* ---- calls --------------------------------------------------------------------------------------------- */
+
+static int cancel(void *user, const char *phase, double fraction)
+{
+    (void)phase;
+    *(double *)user = fraction;
+    return fraction > 0.3;
+}
+
+static void test_calls(void **state)
+{
+    (void)state;
+    trained t;
+    trained_make(&jobs[7].recipe, &t);
+    pk_context *context = &t.context;
+    rows r = test_rows(&t);
+    for (int kind = 1; pk_kernel_name((pk_kernel_kind)kind); kind++) {
+        const int outputs = kind == PK_KERNEL_NTK || kind >= PK_KERNEL_PATH;
+        pk_kernel_options o = plain((pk_kernel_kind)kind, outputs && !is_loss((pk_kernel_kind)kind) ? PK_OUTPUTS_FULL
+                                                                                                    : PK_OUTPUTS_NONE);
+        size_t shape[6];
+        int rank;
+        const size_t numbers = numbers_of(&t, &r.targets, NULL, &o, shape, &rank);
+        double *gram = compute(&t, &r.targets, NULL, &o, NULL), *other, reached = 0;
+        context->threads = 3;
+        other = compute(&t, &r.targets, NULL, &o, NULL);
+        assert_memory_equal(gram, other, numbers * sizeof *gram);
+        free(other);
+        context->threads = 1;
+        context->memory_limit = 40000000;
+        other = compute(&t, &r.targets, NULL, &o, NULL);
+        assert_memory_equal(gram, other, numbers * sizeof *gram);
+        context->memory_limit = 3000;
+        assert_refused(context, PK_MEMORY_LIMIT, "bytes",
+                       pk_kernels(context, &t.run, &r.targets, NULL, 1, &o, &other, NULL));
+        context->memory_limit = 0;
+        if (kind > PK_KERNEL_EMBEDDING) {
+            context->progress = cancel;
+            context->progress_user = &reached;
+            assert_int_equal(pk_kernels(context, &t.run, &r.targets, NULL, 1, &o, &other, NULL), PK_CANCELLED);
+            assert_close(reached, 0.4, 0.01);
+            assert_true(context->progress == cancel);
+            context->progress = NULL;
+        }
+        free(gram), free(other);
+    }
+    free(r.label);
+    trained_release(&t);
+}
+
+#define REFUSED(status, words, x, y)                                                                     \
+    do {                                                                                                 \
+        size_t shape[6];                                                                                 \
+        int rank;                                                                                        \
+        assert_refused(context, status, words, pk_kernel_shape(context, &t.run, x, y, &o, shape, &rank)); \
+        assert_refused(context, status, words, pk_kernels(context, &t.run, x, y, 1, &o, &gram, NULL));   \
+        assert_refused(context, status, words, pk_kernel_file(context, &t.run, x, y, &o, path, NULL));   \
+        assert_int_not_equal(access(path, F_OK), 0);                                                     \
+    } while (0)
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    trained t;
+    trained_make(&jobs[1].recipe, &t);
+    pk_context *context = &t.context;
+    rows r = test_rows(&t);
+    char path[300];
+    snprintf(path, sizeof path, "%s/refused.npy", fixture_folder);
+    double numbers[400] = {0}, *gram = numbers;
+    static const size_t beyond[] = {0, 5}, last[] = {4};
+    pk_kernel_options o = plain(PK_KERNEL_NTK, PK_OUTPUTS_TRACE);
+    o.steps = beyond, o.step_count = 2;
+    REFUSED(PK_ARGUMENT, "ntk: the weights of step 5 of a run of 4 steps", &r.labels, NULL);
+    o.steps = last, o.step_count = 1;
+    free(compute(&t, &r.labels, NULL, &o, NULL));
+    o.step_count = 0;
+    REFUSED(PK_ARGUMENT, "empty", &r.labels, NULL);
+    o.step_count = 1;
+    for (int kind = PK_KERNEL_PATH; kind <= PK_KERNEL_TRACIN; kind++) {
+        if (kind == PK_KERNEL_PATH_AVERAGE)
+            continue;
+        o.kind = (pk_kernel_kind)kind;
+        o.outputs = is_loss(o.kind) ? PK_OUTPUTS_NONE : PK_OUTPUTS_SUM;
+        REFUSED(PK_ARGUMENT, "step 4 of a run of 4 steps", &r.targets, NULL);
+    }
+    o = plain((pk_kernel_kind)9, PK_OUTPUTS_TRACE);
+    REFUSED(PK_ARGUMENT, "9 is not the kind", &r.labels, NULL);
+    o = plain(PK_KERNEL_PATH, PK_OUTPUTS_NONE);
+    REFUSED(PK_ARGUMENT, "must be named", &r.labels, NULL);
+    o.outputs = PK_OUTPUTS_ONE, o.output = 3;
+    REFUSED(PK_ARGUMENT, "output 3 of a network with 3", &r.labels, NULL);
+    o = plain(PK_KERNEL_CONJUGATE, PK_OUTPUTS_TRACE);
+    REFUSED(PK_ARGUMENT, "has no outputs", &r.labels, NULL);
+    o = plain(PK_KERNEL_TRACIN, PK_OUTPUTS_SUM);
+    REFUSED(PK_ARGUMENT, "has no outputs", &r.targets, NULL);
+    o = plain(PK_KERNEL_TRACIN, PK_OUTPUTS_NONE);
+    o.quadrature.rule = PK_RULE_GAUSS;
+    REFUSED(PK_ARGUMENT, "no rule but left", &r.targets, NULL);
+    o = plain(PK_KERNEL_EPK, PK_OUTPUTS_TRACE);
+    o.quadrature.rule = PK_RULE_GAUSS, o.quadrature.nodes = 1001;
+    REFUSED(PK_ARGUMENT, "1001 nodes", &r.labels, NULL);
+    o.quadrature.rule = PK_RULE_EXACT, o.quadrature.nodes = 0;
+    REFUSED(PK_ARGUMENT, "none of auto", &r.labels, NULL);
+    o.quadrature.rule = PK_RULE_AUTO, o.tolerance = -1;
+    REFUSED(PK_ARGUMENT, "tolerance -1", &r.labels, NULL);
+    o = plain(PK_KERNEL_NTK, PK_OUTPUTS_FULL);
+    o.map = PK_MAP_COSINE;
+    REFUSED(PK_ARGUMENT, "not for all outputs with all", &r.labels, NULL);
+    o.outputs = PK_OUTPUTS_TRACE, o.map = PK_MAP_CENTER;
+    REFUSED(PK_ARGUMENT, "the same rows on both sides", &r.labels, NULL);
+    o.map = PK_MAP_NONE, o.unweighted = 1;
+    REFUSED(PK_ARGUMENT, "does not weight", &r.labels, NULL);
+    o.unweighted = 0, o.append_one = 1;
+    REFUSED(PK_ARGUMENT, "a 1 is appended for conjugate", &r.labels, NULL);
+    o = plain(PK_KERNEL_CONJUGATE, PK_OUTPUTS_NONE);
+    o.by_layer = 1;
+    REFUSED(PK_ARGUMENT, "of one layer", &r.labels, NULL);
+    /* Rows and their targets. */
+    pk_dataset bad = r.labels;
+    const size_t wide[2] = {2, 6}, few[1] = {3};
+    o = plain(PK_KERNEL_LOSS_PATH, PK_OUTPUTS_NONE);
+    memset(&bad.targets, 0, sizeof bad.targets);
+    REFUSED(PK_ARGUMENT, "left rows need the targets of the loss", &bad, NULL);
+    bad.targets = pk_array_view(PK_INT64, 1, few, r.label);
+    REFUSED(PK_SHAPE, "right rows: 3 rows of targets for 4", NULL, &bad);
+    o = plain(PK_KERNEL_NTK, PK_OUTPUTS_LABEL);
+    REFUSED(PK_SHAPE, "3 rows of targets for 4", &bad, NULL);
+    memset(&bad.targets, 0, sizeof bad.targets);
+    REFUSED(PK_ARGUMENT, "left rows need labels", &bad, NULL);
+    bad = r.labels;
+    r.label[2] = 3;
+    REFUSED(PK_ARGUMENT, "row 2 has label 3, the network has 3 outputs", &bad, NULL);
+    o = plain(PK_KERNEL_TRACIN, PK_OUTPUTS_NONE);
+    REFUSED(PK_ARGUMENT, "3", NULL, &bad);
+    r.label[2] = -1;
+    REFUSED(PK_ARGUMENT, "-1", NULL, &bad);
+    o = plain(PK_KERNEL_NTK, PK_OUTPUTS_LABEL);
+    REFUSED(PK_ARGUMENT, "label -1", NULL, &bad);
+    o = plain(PK_KERNEL_NTK, PK_OUTPUTS_TRACE);
+    bad.inputs = pk_array_view(REAL_TYPE, 2, wide, t.test);
+    REFUSED(PK_SHAPE, "right rows", NULL, &bad);
+    bad = r.labels;
+    const pk_real was = t.test[4];
+    t.test[4] = (pk_real)NAN;
+    REFUSED(PK_NOT_FINITE, "left rows: row 1", &bad, NULL);
+    t.test[4] = was;
+    assert_refused(context, PK_ARGUMENT, "missing", pk_kernels(context, &t.run, NULL, NULL, 1, NULL, &gram, NULL));
+    assert_refused(context, PK_ARGUMENT, "missing", pk_kernels(context, NULL, NULL, NULL, 1, &o, &gram, NULL));
+    gram = NULL;
+    assert_refused(context, PK_ARGUMENT, "no place", pk_kernels(context, &t.run, NULL, NULL, 1, &o, &gram, NULL));
+    /* A tolerance that rounding does not meet. */
+    gram = numbers;
+    o = plain(PK_KERNEL_PATH, PK_OUTPUTS_TRACE);
+    o.tolerance = 1e-18;
+    pk_kernel_report report;
+    assert_refused(context, PK_NOT_CLOSED, "not 1e-18",
+                   pk_kernels(context, &t.run, &r.labels, NULL, 1, &o, &gram, &report));
+    assert_true(report.error > 1e-18 && gram[0] != 0);
+    free(r.label);
+    trained_release(&t);
+    /* Targets that are vectors have no label. */
+    trained_make(&jobs[0].recipe, &t);
+    o = plain(PK_KERNEL_NTK, PK_OUTPUTS_LABEL);
+    REFUSED(PK_ARGUMENT, "training rows: targets are not class labels", NULL, NULL);
+    trained_release(&t);
+    static const recipe bare = RUN("input 3; affine; tanh", "squared", "sgd", 0, 0.1, 0);
+    trained_make(&bare, &t);
+    o = plain(PK_KERNEL_CONJUGATE, PK_OUTPUTS_NONE);
+    REFUSED(PK_UNSUPPORTED, "conjugate: the network has no matrix layer", NULL, NULL);
+    o = plain(PK_KERNEL_EMBEDDING, PK_OUTPUTS_NONE);
+    REFUSED(PK_UNSUPPORTED, "no matrix layer", NULL, NULL);
+    trained_release(&t);
+}
+
+/* ---- into a file --------------------------------------------------------------------------------------- */
+
+typedef struct watch {
+    double first, stop;
+    int said;
+} watch;
+
+static int stop_at(void *user, const char *phase, double fraction)
+{
+    watch *w = user;
+    w->said |= strstr(phase, "kernel file, ") == phase && strstr(phase, " bytes") != NULL;
+    w->first = w->first < 0 ? fraction : w->first;
+    return fraction > w->stop;
+}
+
+/* More rows than a block: interrupted after some parts, finished by another call, the bits of pk_kernels. */
+static void test_file(void **state)
+{
+    (void)state;
+    enum { MANY = 600 };
+    trained t;
+    trained_make(&jobs[1].recipe, &t);
+    pk_context *context = &t.context;
+    const size_t shape[2] = {MANY, 3}, label[1] = {MANY};
+    pk_real *x = fixture_normals(5, MANY * 3, 1);
+    int64_t *labels = FIXTURE_NEW(int64_t, MANY);
+    pk_dataset many = {pk_array_view(REAL_TYPE, 2, shape, x), pk_array_view(PK_INT64, 1, label, labels)};
+    char path[300], part[310];
+    snprintf(path, sizeof path, "%s/gram.npy", fixture_folder);
+    snprintf(part, sizeof part, "%s.part", path);
+    static const size_t steps[] = {3, 1};
+    for (int k = 0; k < 7; k++) {
+        static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK,       PK_KERNEL_PATH,      PK_KERNEL_CONJUGATE,
+                                               PK_KERNEL_TRACIN,    PK_KERNEL_EPK,       PK_KERNEL_NTK,
+                                               PK_KERNEL_EMBEDDING};
+        pk_kernel_options o =
+            plain(kinds[k], k == 2 || k == 3 || k == 6 ? PK_OUTPUTS_NONE : k == 1 ? PK_OUTPUTS_FULL : PK_OUTPUTS_TRACE);
+        const pk_dataset *right = k == 3 || k == 4 ? NULL : &many;
+        o.steps = steps, o.step_count = 2;
+        o.by_layer = k == 0;
+        o.map = k == 5 ? PK_MAP_COSINE : k == 6 ? PK_MAP_CENTER : k == 4 ? PK_MAP_COSINE : PK_MAP_NONE;
+        size_t found[6];
+        int rank;
+        const size_t numbers = numbers_of(&t, &many, right, &o, found, &rank);
+        pk_kernel_report report, own;
+        double *gram = compute(&t, &many, right, &o, &own);
+        watch w = {-1, k == 1 ? 0.1 : 0.4, 0};
+        const size_t limit = 50000000;
+        context->memory_limit = k == 3 ? 0 : limit;
+        context->progress = stop_at;
+        context->progress_user = &w;
+        assert_int_equal(pk_kernel_file(context, &t.run, &many, right, &o, path, &report), PK_CANCELLED);
+        assert_true(w.said && w.first == 0);
+        const int parts = access(part, F_OK) == 0;
+        w.first = -1, w.stop = 2;
+        assert_ok(context, pk_kernel_file(context, &t.run, &many, right, &o, path, &report));
+        assert_true(parts ? w.first > 0 : w.first == 0);
+        assert_true(access(part, F_OK) != 0);
+        assert_true(context->memory_peak <= limit || k == 3);
+        context->progress = NULL;
+        context->memory_limit = 0;
+        pk_array array;
+        memset(&array, 0, sizeof array);
+        assert_ok(context, pk_array_map(context, path, 0, &array));
+        assert_true(array.type == PK_FLOAT64 && array.rank == rank);
+        for (int i = 0; i < rank; i++)
+            assert_int_equal(array.shape[i], found[i]);
+        assert_memory_equal(array.data, gram, numbers * sizeof *gram);
+        assert_true(report.zero_rows == own.zero_rows && fabs(report.error - own.error) <= 1e-15);
+        pk_array_release(context, &array);
+        free(gram);
+        print_message("%s: %s\n", pk_kernel_name(kinds[k]), parts ? "resumed" : "began again");
+    }
+    /* Another kernel does not go on with the parts of the first. */
+    pk_kernel_options o = plain(PK_KERNEL_NTK, PK_OUTPUTS_TRACE);
+    watch w = {-1, 0.4, 0};
+    o.by_layer = 1;
+    context->memory_limit = 25000000;
+    context->progress = stop_at;
+    context->progress_user = &w;
+    assert_int_equal(pk_kernel_file(context, &t.run, &many, &many, &o, path, NULL), PK_CANCELLED);
+    assert_int_equal(access(part, F_OK), 0);
+    w.first = -1;
+    o.outputs = PK_OUTPUTS_SUM;
+    assert_int_equal(pk_kernel_file(context, &t.run, &many, &many, &o, path, NULL), PK_CANCELLED);
+    assert_true(w.first == 0);
+    context->progress = NULL;
+    context->memory_limit = 0;
+    /* A folder that is not there; a matrix larger than any disk. */
+    o.by_layer = 0;
+    assert_refused(context, PK_IO, "cannot be made",
+                   pk_kernel_file(context, &t.run, &many, &many, &o, "/nowhere/gram.npy", NULL));
+    const size_t huge[2] = {(size_t)1 << 22, 3};
+    many.inputs = pk_array_view(REAL_TYPE, 2, huge, x);
+    pk_array zeros = pk_array_view(REAL_TYPE, 2, huge, FIXTURE_NEW(pk_real, huge[0] * 3));
+    many.inputs = zeros;
+    assert_refused(context, PK_IO, "the disk has room for",
+                   pk_kernel_file(context, &t.run, &many, &many, &o, path, NULL));
+    free((void *)(uintptr_t)zeros.data), free(x), free(labels);
+    (void)remove(path), (void)remove(part);
+    trained_release(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_definition),
+        cmocka_unit_test(test_definition), cmocka_unit_test(test_fed),       cmocka_unit_test(test_maps),
+        cmocka_unit_test(test_together),   cmocka_unit_test(test_rules),     cmocka_unit_test(test_deep_kinks),
+        cmocka_unit_test(test_symmetric),  cmocka_unit_test(test_machine),   cmocka_unit_test(test_calls),
+        cmocka_unit_test(test_refusals),   cmocka_unit_test(test_file),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
