@@ -427,17 +427,46 @@ JOB(job_reference)
     return pk_decompose_reference(context, &m->kept, X(m), 2, 2, &out);
 }
 
-JOB(job_epk)
+JOB(job_kernels)
 {
     WITH;
-    static double gram[NET_ROWS * NET_ROWS];
-    pk_epk_options options;
+    static double numbers[6][2 * NET_ROWS * NET_ROWS];
+    double *const grams[6] = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+    pk_kernel_options options[6];
+    memset(options, 0, sizeof options);
+    options[0].kind = PK_KERNEL_EPK;
+    options[1].kind = PK_KERNEL_NTK;
+    options[2].kind = PK_KERNEL_CONJUGATE;
+    options[3].kind = PK_KERNEL_TRACIN;
+    options[4].kind = PK_KERNEL_LOSS_PATH;
+    options[5].kind = PK_KERNEL_PATH;
+    options[0].outputs = options[5].outputs = PK_OUTPUTS_TRACE;
+    options[1].outputs = PK_OUTPUTS_SUM;
+    options[0].map = PK_MAP_COSINE;
+    options[2].map = PK_MAP_CENTER;
+    options[2].left_train = 1;
+    return pk_kernels(context, &m->kept, &m->data, NULL, 6, options, grams, NULL);
+}
+
+JOB(job_kernel_file)
+{
+    WITH;
+    char path[300];
+    size_t shape[6];
+    int rank;
+    pk_kernel_options options;
     memset(&options, 0, sizeof options);
-    options.outputs = PK_EPK_TRACE;
-    options.y_train = 1;
-    options.quadrature.rule = PK_RULE_GAUSS;
-    options.quadrature.nodes = 2;
-    return pk_kernel_epk(context, &m->kept, X(m), none(), &options, gram, NULL);
+    options.kind = PK_KERNEL_PATH_AVERAGE;
+    options.outputs = PK_OUTPUTS_TRACE;
+    options.map = PK_MAP_COSINE;
+    snprintf(path, sizeof path, "%s/gram.npy", fixture_folder);
+    pk_status status = pk_kernel_shape(context, &m->kept, &m->data, NULL, &options, shape, &rank);
+    if (!status)
+        status = pk_kernel_file(context, &m->kept, &m->data, NULL, &options, path, NULL);
+    (void)remove(path);
+    strcat(path, ".part");
+    (void)remove(path);
+    return status;
 }
 
 JOB(job_batch_gradient)
@@ -738,7 +767,8 @@ static const struct entry {
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
     {"pk_quadrature_check", job_quadrature, 0},
-    {"pk_kernel_epk", job_epk, 10},
+    {"pk_kernels", job_kernels, 20},
+    {"pk_kernel_shape pk_kernel_file", job_kernel_file, 10},
     {"pk_decompose_reference", job_reference, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
