@@ -341,13 +341,16 @@ typedef struct fixture_memory {
     size_t allocations, held, fail_at;
 } fixture_memory;
 
+enum { FIXTURE_GUARD = 256 }; /* bytes behind each block that nobody may write */
+
 FIXTURE void *fixture_allocate(void *user, size_t bytes, size_t alignment)
 {
     fixture_memory *memory = (fixture_memory *)user;
     void *block = NULL;
-    if (++memory->allocations == memory->fail_at || posix_memalign(&block, alignment, bytes) != 0)
+    if (++memory->allocations == memory->fail_at || posix_memalign(&block, alignment, bytes + FIXTURE_GUARD) != 0)
         return NULL;
     memset(block, 0xff, bytes); /* NaN: nobody may count on zeros from here */
+    memset((unsigned char *)block + bytes, 0xa5, FIXTURE_GUARD);
     memory->held += bytes;
     return block;
 }
@@ -355,6 +358,9 @@ FIXTURE void *fixture_allocate(void *user, size_t bytes, size_t alignment)
 FIXTURE void fixture_release(void *user, void *pointer, size_t bytes)
 {
     ((fixture_memory *)user)->held -= bytes;
+    for (size_t i = 0; i < FIXTURE_GUARD; i++)
+        if (((unsigned char *)pointer)[bytes + i] != 0xa5)
+            fail_msg("byte %zu behind a block of %zu bytes was written", i, bytes);
     free(pointer);
 }
 

@@ -412,9 +412,26 @@ static void test_refusals(void **state)
     }
 }
 
+/* Layers that each have a weight and a bias fill the list of tensors; what follows them has none. */
+static void test_last_tensor(void **state)
+{
+    (void)state;
+    pk_context context;
+    fixture_memory memory;
+    pk_graph graph;
+    memset(&context, 0, sizeof context);
+    memset(&graph, 0, sizeof graph);
+    fixture_use(&context, &memory);
+    assert_ok(&context, pk_network_parse(&context, "input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh", &graph));
+    assert_int_equal(graph.parameters, 12);
+    pk_graph_release(&context, &graph);
+    assert_int_equal(memory.held, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_last_tensor),
         cmocka_unit_test(test_values_and_gradients),
         cmocka_unit_test(test_decompositions),
         cmocka_unit_test(test_refusals),

@@ -572,12 +572,12 @@ PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
         pk_node *node = &graph->nodes[n];
         const size_t before = graph->parameters;
         for (int tensor = 0; tensor < 2; tensor++) {
-            pk_tensor_use *piece = &pieces[count];
-            memset(piece, 0, sizeof *piece);
-            piece->count = pk__tensor_count(node, tensor);
-            if (!piece->count)
+            const size_t numbers = pk__tensor_count(node, tensor);
+            if (!numbers) /* behind the last tensor there may be no room */
                 continue;
-            count++;
+            pk_tensor_use *piece = &pieces[count++];
+            memset(piece, 0, sizeof *piece);
+            piece->count = numbers;
             piece->spread = node->weight_offset + (tensor ? node->weight_count - node->bias_count : 0);
             piece->node = piece->owner = (int)n;
             piece->flat = graph->parameters;
