@@ -130,6 +130,8 @@ if(PATHKERNEL_CHECK_USE)
     example_test(06_reverse_time 06_reverse_time)
     example_test(07_long_runs 07_long_runs)
     example_test(08_own_operation 08_own_operation)
+    example_test(09_kernels_on_a_run 09_kernels_on_a_run)
+    example_test(11_single_machine 11_single_machine)
     example_test(graph_network graph_network)
     example_test(grokking grokking steps=40)
 

@@ -7,6 +7,7 @@
 #include "pathkernel/attribution/reference.h"
 #include "pathkernel/kernels/kernel.h"
 #include "pathkernel/kernels/file.h"
+#include "pathkernel/kernels/domingos.h"
 #include "pathkernel/run/train.h"
 #endif
 

@@ -448,6 +448,15 @@ JOB(job_kernels)
     return pk_kernels(context, &m->kept, &m->data, NULL, 6, options, grams, NULL);
 }
 
+JOB(job_domingos)
+{
+    WITH;
+    static double contributions[NET_ROWS * 2 * NET_ROWS], intercept[NET_ROWS * 2];
+    const pk_quadrature left = {PK_RULE_LEFT, 1};
+    pk_domingos result = {contributions, NULL, intercept, 0, 0};
+    return pk_kernel_domingos(context, &m->kept, &m->data, left, 0, &result);
+}
+
 JOB(job_kernel_file)
 {
     WITH;
@@ -769,6 +778,7 @@ static const struct entry {
     {"pk_quadrature_check", job_quadrature, 0},
     {"pk_kernels", job_kernels, 20},
     {"pk_kernel_shape pk_kernel_file", job_kernel_file, 10},
+    {"pk_kernel_domingos", job_domingos, 10},
     {"pk_decompose_reference", job_reference, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };

@@ -18,8 +18,8 @@ typedef struct truth {
     trained *t;
     side side[2];
     pk_kernel_options options;
-    size_t layer;      /* by layer: only the weights of this column */
-    double *gram;      /* slots x rows C x columns C, or slots x rows x columns for kernels without outputs */
+    size_t layer; /* by layer: only the weights of this column */
+    double *gram; /* slots x rows C x columns C, or slots x rows x columns for kernels without outputs */
     pk_real *w, *next, *at, *feature[2];
 } truth;
 
@@ -48,8 +48,8 @@ static void gradients(truth *a, int s, const pk_real *at)
         for (size_t i = 0; i < n; i++)
             items[i] = (int64_t)i;
         const pk_batch batch = {n, items, NULL};
-        assert_ok(&t->context, pk_loss_gradients(&t->context, &t->graph, t->run.loss, at, &a->side[s].data, &batch,
-                                                 NULL, pk_matrix_view(a->feature[s], n, P)));
+        assert_ok(&t->context, pk_loss_gradients(&t->context, &t->graph, t->run.loss, at, &a->side[s].data,
+                                                 &batch, NULL, pk_matrix_view(a->feature[s], n, P)));
     }
     if (!a->options.by_layer)
         return;
@@ -74,7 +74,8 @@ static void add_products(truth *a, size_t slot, double omega, const double *c)
                 sum += (double)a->feature[0][i * P + p] * (double)a->feature[1][j * P + p];
             if (kind == PK_KERNEL_EPK && a->side[0].train && !a->options.unweighted)
                 sum *= c[i / k];
-            if ((kind == PK_KERNEL_EPK || kind == PK_KERNEL_TRACIN) && a->side[1].train && !a->options.unweighted)
+            if ((kind == PK_KERNEL_EPK || kind == PK_KERNEL_TRACIN) && a->side[1].train &&
+                !a->options.unweighted)
                 sum *= c[j / k];
             a->gram[(slot * rows + i) * columns + j] += omega * sum;
         }
@@ -156,8 +157,7 @@ static void define(truth *a, int units)
     a->w = FIXTURE_NEW(pk_real, P), a->next = FIXTURE_NEW(pk_real, P), a->at = FIXTURE_NEW(pk_real, P);
     for (int s = 0; s < 2; s++)
         a->feature[s] = FIXTURE_NEW(pk_real, a->side[s].count * copies_of(a) * P);
-    a->gram =
-        FIXTURE_NEW(double, slots * a->side[0].count * copies_of(a) * a->side[1].count * copies_of(a));
+    a->gram = FIXTURE_NEW(double, slots * a->side[0].count * copies_of(a) * a->side[1].count * copies_of(a));
     for (size_t k = 0; k < count; k++) {
         const size_t s = o->steps ? o->steps[k] : alone ? S : k;
         double c[N] = {0};
@@ -266,7 +266,7 @@ static size_t numbers_of(trained *t, const pk_dataset *left, const pk_dataset *r
 }
 
 FIXTURE double *compute(trained *t, const pk_dataset *left, const pk_dataset *right,
-                       const pk_kernel_options *options, pk_kernel_report *report)
+                        const pk_kernel_options *options, pk_kernel_report *report)
 {
     size_t shape[6];
     int rank;
@@ -288,12 +288,14 @@ static const struct job {
     {RUN("input 3; dense 5; tanh; dense 3", "squared", "sgd", 0, 0.1, 0), 0},
     {RUN("input 3; dense 5; tanh; dense 3; log_softmax", "nll", "sgd momentum=0.9 nesterov=1", 0, 0.1, 3), 0},
     {RUN("input 3; dense 4; gelu; dense 3; silu; dense 2", "softmax_cross_entropy", "adam", 0, 0.02, 0), 0},
-    {RUN("input 3; dense 4 nobias; sigmoid; layer_norm; dense 2", "squared", "adamw weight_decay=0.1", 0, 0.02, 2),
+    {RUN("input 3; dense 4 nobias; sigmoid; layer_norm; dense 2", "squared", "adamw weight_decay=0.1", 0, 0.02,
+         2),
      0},
-    {RUN("input 1x4x4; conv 2 3x3; tanh; flatten; residual( dense 8; tanh ); dense 2", "squared", "sgd", 0, 0.1, 0),
+    {RUN("input 1x4x4; conv 2 3x3; tanh; flatten; residual( dense 8; tanh ); dense 2", "squared", "sgd", 0, 0.1,
+         0),
      0},
-    {RUN("input 3; embedding 6 4; residual( attention 2 ); mean_tokens; dense 2", "squared", "sgd momentum=0.9", 6,
-         0.1, 0),
+    {RUN("input 3; embedding 6 4; residual( attention 2 ); mean_tokens; dense 2", "squared", "sgd momentum=0.9",
+         6, 0.1, 0),
      0},
     {RUN("input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh; dense 2", "squared", "adam", 0, 0.02, 0), 0},
     {RUN("input 3; dense 6; relu; dense 3", "softmax_cross_entropy", "sgd", 0, 0.7, 0), 6},
@@ -331,8 +333,7 @@ static double check_kernel(trained *t, const struct job *job, pk_kernel_options 
             grams[count] = FIXTURE_NEW(double, numbers_of(t, x, y, &all[count], shape, &rank));
             count++;
         }
-    assert_ok(&t->context,
-              pk_kernels(&t->context, &t->run, x, y, (size_t)count, all, grams, reports));
+    assert_ok(&t->context, pk_kernels(&t->context, &t->run, x, y, (size_t)count, all, grams, reports));
     const size_t slots = options.kind == PK_KERNEL_NTK && options.steps ? options.step_count : 1;
     const size_t layers = options.by_layer ? t->graph.columns : 1, n = a.side[0].count, m = a.side[1].count;
     for (size_t layer = 0; layer < layers; layer++) {
@@ -343,7 +344,8 @@ static double check_kernel(trained *t, const struct job *job, pk_kernel_options 
             for (size_t slot = 0; slot < slots; slot++)
                 for (size_t i = 0; i < n; i++)
                     for (size_t j = 0; j < m; j++) {
-                        const double *from = grams[g] + (slot * layers + layer) * n * m * (all[g].outputs == PK_OUTPUTS_FULL ? C * C : 1);
+                        const double *from = grams[g] + (slot * layers + layer) * n * m *
+                                                            (all[g].outputs == PK_OUTPUTS_FULL ? C * C : 1);
                         if (all[g].outputs != PK_OUTPUTS_FULL) {
                             worst = fmax(worst, fabs(from[i * m + j] - reduce(&a, slot, i, j, all[g].outputs)));
                             continue;
@@ -386,7 +388,8 @@ static void test_definition(void **state)
                     options.by_layer = how == 1;
                     if (how == 2)
                         options.steps = kinds[kind] == PK_KERNEL_NTK ? some : twice, options.step_count = 3;
-                    options.unweighted = how == 3 && (kinds[kind] == PK_KERNEL_EPK || kinds[kind] == PK_KERNEL_TRACIN);
+                    options.unweighted =
+                        how == 3 && (kinds[kind] == PK_KERNEL_EPK || kinds[kind] == PK_KERNEL_TRACIN);
                     worst = fmax(worst, check_kernel(&t, &jobs[j], options, sides & 1, sides >> 1));
                 }
         print_message("%-75s %.2g\n", jobs[j].recipe.network, worst);
@@ -404,8 +407,9 @@ static void fed(trained *t, const char *line, const pk_real *w, const pk_real *x
     pk_graph part;
     memset(&part, 0, sizeof part);
     assert_ok(&t->context, pk_network_parse(&t->context, line, &part));
-    assert_ok(&t->context, pk_graph_evaluate(&t->context, &part, w, pk_matrix_view((pk_real *)x, n, part.input_width),
-                                             pk_matrix_view(out, n, part.output_width)));
+    assert_ok(&t->context,
+              pk_graph_evaluate(&t->context, &part, w, pk_matrix_view((pk_real *)x, n, part.input_width),
+                                pk_matrix_view(out, n, part.output_width)));
     pk_graph_release(&t->context, &part);
 }
 
@@ -505,15 +509,17 @@ static void test_fed(void **state)
 static void test_maps(void **state)
 {
     (void)state;
-    static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK,  PK_KERNEL_CONJUGATE, PK_KERNEL_EMBEDDING, PK_KERNEL_PATH,
-                                           PK_KERNEL_EPK,  PK_KERNEL_LOSS_PATH, PK_KERNEL_TRACIN};
+    static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK,   PK_KERNEL_CONJUGATE, PK_KERNEL_EMBEDDING,
+                                           PK_KERNEL_PATH,  PK_KERNEL_EPK,       PK_KERNEL_LOSS_PATH,
+                                           PK_KERNEL_TRACIN};
     static const size_t steps[] = {0, 2};
     trained t;
     trained_make(&jobs[1].recipe, &t);
     rows r = test_rows(&t);
     for (int kind = 0; kind < 7; kind++)
         for (int by_layer = 0; by_layer < (kinds[kind] == PK_KERNEL_CONJUGATE ? 1 : 2); by_layer++) {
-            pk_kernel_options o = plain(kinds[kind], kind < 1 || kind == 3 || kind == 4 ? PK_OUTPUTS_TRACE : PK_OUTPUTS_NONE);
+            pk_kernel_options o =
+                plain(kinds[kind], kind < 1 || kind == 3 || kind == 4 ? PK_OUTPUTS_TRACE : PK_OUTPUTS_NONE);
             const pk_dataset *x = &r.targets;
             size_t shape[6];
             int rank;
@@ -552,7 +558,8 @@ static void test_maps(void **state)
                                 free(g);
                             }
                         }
-                        const double expected = both[(p * M + i) * N + j] / sqrt(own[0][(p * M + i) * M + i] * y);
+                        const double expected =
+                            both[(p * M + i) * N + j] / sqrt(own[0][(p * M + i) * M + i] * y);
                         if (y > 0)
                             assert_close(cosine[(p * M + i) * N + j], expected, ROUNDING(1e-12));
                         else
@@ -578,7 +585,8 @@ static void test_maps(void **state)
     /* A row of zeros into a network without biases. */
     free(r.label);
     trained_release(&t);
-    static const recipe bare = RUN("input 3; dense 4 nobias; tanh; dense 2 nobias", "squared", "sgd", 0, 0.1, 0);
+    static const recipe bare =
+        RUN("input 3; dense 4 nobias; tanh; dense 2 nobias", "squared", "sgd", 0, 0.1, 0);
     trained_make(&bare, &t);
     r = test_rows(&t);
     memset(t.test + 3, 0, 3 * sizeof *t.test);
@@ -649,8 +657,11 @@ static void test_together(void **state)
 static void test_rules(void **state)
 {
     (void)state;
-    static const pk_quadrature rules[] = {
-        {PK_RULE_LEFT, 0}, {PK_RULE_GAUSS, 3}, {PK_RULE_MIDPOINT, 2}, {PK_RULE_TRAPEZOID, 2}, {PK_RULE_TRAPEZOID, 5}};
+    static const pk_quadrature rules[] = {{PK_RULE_LEFT, 0},
+                                          {PK_RULE_GAUSS, 3},
+                                          {PK_RULE_MIDPOINT, 2},
+                                          {PK_RULE_TRAPEZOID, 2},
+                                          {PK_RULE_TRAPEZOID, 5}};
     static const pk_kernel_kind kinds[] = {PK_KERNEL_PATH, PK_KERNEL_EPK, PK_KERNEL_LOSS_PATH};
     double worst = 0;
     for (int j = 0; j < JOBS; j += 7) {
@@ -673,8 +684,10 @@ static void test_rules(void **state)
 static void test_deep_kinks(void **state)
 {
     (void)state;
-    static const recipe deep = RUN("input 3; dense 6; relu; dense 5; relu; dense 2", "squared", "sgd", 0, 0.4, 0);
-    static const recipe mixed = RUN("input 3; dense 5; tanh; dense 5; relu; dense 2", "squared", "adam", 0, 0.1, 0);
+    static const recipe deep =
+        RUN("input 3; dense 6; relu; dense 5; relu; dense 2", "squared", "sgd", 0, 0.4, 0);
+    static const recipe mixed =
+        RUN("input 3; dense 5; tanh; dense 5; relu; dense 2", "squared", "adam", 0, 0.1, 0);
     static const size_t step[] = {0};
     for (int k = 0; k < 2; k++) {
         trained t;
@@ -749,7 +762,8 @@ static void test_symmetric(void **state)
             free(gram);
         }
         for (size_t i = 0; i < ALL * ALL; i++)
-            assert_close(all[i], all[i % ALL * ALL + i / ALL], ROUNDING(1e-12) * fixture_largest(ALL * ALL, all));
+            assert_close(all[i], all[i % ALL * ALL + i / ALL],
+                         ROUNDING(1e-12) * fixture_largest(ALL * ALL, all));
         /* The discontinuity. */
         assert_true(fabs(all[0] - all[M]) > 0.01 * fabs(all[0]) &&
                     fabs(all[M] - all[M * ALL + M]) > 0.01 * all[M]);
@@ -771,7 +785,8 @@ static void test_machine(void **state)
     static const recipe machines[] = {
         {"input 3; dense 5; tanh; dense 3; log_softmax", "nll", "sgd", 0, 0.3, 0.5, N, 4, 40, 2, 7, 0},
         {"input 3; dense 24; relu; dense 3; log_softmax", "nll", "sgd", 0, 1, 0.5, N, 4, 5, 0, 7, 0},
-        {"input 3; dense 12; relu; dense 8; relu; dense 3; log_softmax", "nll", "sgd", 0, 0.2, 0, N, 4, 10, 0, 7, 0},
+        {"input 3; dense 12; relu; dense 8; relu; dense 3; log_softmax", "nll", "sgd", 0, 0.2, 0, N, 4, 10, 0,
+         7, 0},
         {"input 3; dense 5; tanh; dense 3", "nll", "sgd", 0, 0.1, 0.5, N, 4, 20, 0, 3, 0}};
     for (int k = 0; k < 4; k++) {
         trained t;
@@ -795,14 +810,121 @@ static void test_machine(void **state)
             }
             residual = fmax(residual, fabs(left));
         }
-        print_message("entries differ by %.2g, residual %.2g, largest %.2g, %zu points, error %.2g\n", worst, residual,
-                      largest, report.points, report.error);
+        print_message("entries differ by %.2g, residual %.2g, largest %.2g, %zu points, error %.2g\n", worst,
+                      residual, largest, report.points, report.error);
         assert_true(worst <= ROUNDING(1e-12) * largest && residual <= ROUNDING(1e-12) * fmax(largest, 1) &&
                     largest > 0.1);
         pk_decomposition_release(&t.context, &d);
         free(gram), free(r.label);
         trained_release(&t);
     }
+}
+
+/* Contributions by the definition; their sum is a K + b. */
+static void test_domingos(void **state)
+{
+    (void)state;
+    static const int which[] = {1, 7};
+    for (int k = 0; k < 2; k++) {
+        const struct job *job = &jobs[which[k]];
+        trained t;
+        trained_make(&job->recipe, &t);
+        rows r = test_rows(&t);
+        const size_t C = t.run.outputs, P = t.run.parameters, D = t.graph.input_width;
+        double *numbers[3], expected[M * 3 * N] = {0};
+        numbers[0] = FIXTURE_NEW(double, M *C *N), numbers[1] = FIXTURE_NEW(double, M *C *N);
+        numbers[2] = FIXTURE_NEW(double, M *C);
+        pk_domingos d = {numbers[0], numbers[1], numbers[2], 0, 0};
+        const pk_quadrature zero = {PK_RULE_AUTO, 0};
+        assert_ok(&t.context, pk_kernel_domingos(&t.context, &t.run, &r.labels, zero, 0, &d));
+        assert_true(d.undefined == 0 && d.error <= EITHER(1e-10, 1e-4));
+        /* By 2000 (without kinks 24) nodes a step. */
+        pk_real *w[3], *j = FIXTURE_NEW(pk_real, M * C * P), *g = FIXTURE_NEW(pk_real, N * P);
+        pk_replay replay;
+        static double node[2000], weight[2000];
+        truth a;
+        memset(&a, 0, sizeof a);
+        a.t = &t;
+        a.options = plain(PK_KERNEL_PATH, PK_OUTPUTS_FULL);
+        a.side[0] = side_of(&t, &r, 0), a.side[1] = side_of(&t, &r, 1);
+        for (int i = 0; i < 3; i++)
+            w[i] = FIXTURE_NEW(pk_real, P);
+        assert_ok(&t.context, pk_replay_prepare(&t.context, &t.run, 0, &replay));
+        for (size_t s = 0; s < t.run.steps; s++) {
+            double c[N] = {0};
+            pk_batch batch;
+            int64_t items[N] = {0, 1, 2, 3, 4, 5};
+            const pk_batch all = {N, items, NULL};
+            pk_run_batch(&t.run, s, &batch);
+            for (size_t b = 0; b < batch.count; b++)
+                c[batch.items[b]] += batch.weights ? batch.weights[b] : 1.0 / (double)batch.count;
+            for (size_t e = 0; e < 2; e++)
+                assert_ok(&t.context, pk_replay_weights(&t.context, &replay, s + e, w[e]));
+            a.w = w[0], a.next = w[1];
+            const size_t nodes = nodes_of(&a, job->units, node, weight);
+            for (size_t q = 0; q < nodes; q++) {
+                for (size_t p = 0; p < P; p++)
+                    w[2][p] = (pk_real)((double)w[0][p] + node[q] * ((double)w[1][p] - (double)w[0][p]));
+                assert_ok(&t.context, pk_jacobian(&t.context, &t.graph, w[2], pk_matrix_view(t.test, M, D),
+                                                  pk_matrix_view(j, M * C, P), pk_matrix_view(NULL, 0, 0)));
+                assert_ok(&t.context, pk_loss_gradients(&t.context, &t.graph, t.run.loss, w[2], &t.run.train,
+                                                        &all, NULL, pk_matrix_view(g, N, P)));
+                for (size_t m = 0; m < M * C; m++)
+                    for (size_t i = 0; i < N; i++)
+                        for (size_t p = 0; p < P; p++)
+                            expected[m * N + i] -= weight[q] * t.run.learning_rates[s] *
+                                                   pk_run_gradient_scale(&t.run, s) * c[i] *
+                                                   (double)j[m * P + p] * (double)g[i * P + p];
+            }
+        }
+        pk_replay_release(&t.context, &replay);
+        const double largest = fixture_largest(M * C * N, expected);
+        print_message("%.2g, error %.2g\n", fixture_apart(M * C * N, expected, numbers[0]) / largest, d.error);
+        assert_true(fixture_apart(M * C * N, expected, numbers[0]) <= ROUNDING(1e-11) * largest);
+        for (size_t c = 0; c < C; c++) {
+            pk_kernel_options o = plain(PK_KERNEL_PATH, PK_OUTPUTS_ONE);
+            o.output = c;
+            double *gram = compute(&t, &r.labels, NULL, &o, NULL);
+            for (size_t m = 0; m < M; m++)
+                for (size_t i = 0; i < N; i++)
+                    assert_close(numbers[1][(m * C + c) * N + i] * gram[m * N + i],
+                                 expected[(m * C + c) * N + i], ROUNDING(1e-10) * largest);
+            free(gram);
+        }
+        assert_ok(&t.context, pk_run_weights(&t.context, &t.run, 0, w[0]));
+        pk_real f[M * 3];
+        assert_ok(&t.context, pk_graph_evaluate(&t.context, &t.graph, w[0], pk_matrix_view(t.test, M, D),
+                                                pk_matrix_view(f, M, C)));
+        for (size_t m = 0; m < M * C; m++)
+            assert_true(numbers[2][m] == (double)f[m]);
+        for (int i = 0; i < 3; i++)
+            free(w[i]), free(numbers[i]);
+        free(j), free(g), free(r.label);
+        trained_release(&t);
+    }
+    /* A test row of zeros, and no bias: the path kernel vanishes. */
+    static const recipe bare =
+        RUN("input 3; dense 4 nobias; tanh; dense 2 nobias", "squared", "sgd", 0, 0.1, 0);
+    trained t;
+    trained_make(&bare, &t);
+    rows r = test_rows(&t);
+    memset(t.test + 3, 0, 3 * sizeof *t.test);
+    double contributions[M * 2 * N], coefficients[M * 2 * N];
+    pk_domingos d = {contributions, coefficients, NULL, 0, 0};
+    const pk_quadrature left = {PK_RULE_LEFT, 1};
+    assert_refused(&t.context, PK_UNSUPPORTED,
+                   "12 coefficients are undefined, where the path kernel is 0, the first "
+                   "that of test row 1, output 0, training row 0",
+                   pk_kernel_domingos(&t.context, &t.run, &r.labels, left, 0, &d));
+    assert_true(d.undefined == 12 && contributions[2 * N] == 0 && isnan(coefficients[2 * N]) &&
+                coefficients[0] != 0);
+    d.coefficients = NULL;
+    assert_ok(&t.context, pk_kernel_domingos(&t.context, &t.run, &r.labels, left, 0, &d));
+    d.contributions = NULL;
+    assert_refused(&t.context, PK_ARGUMENT, "missing",
+                   pk_kernel_domingos(&t.context, &t.run, &r.labels, left, 0, &d));
+    free(r.label);
+    trained_release(&t);
 }
 
 /* ---- calls --------------------------------------------------------------------------------------------- */
@@ -823,8 +945,9 @@ static void test_calls(void **state)
     rows r = test_rows(&t);
     for (int kind = 1; pk_kernel_name((pk_kernel_kind)kind); kind++) {
         const int outputs = kind == PK_KERNEL_NTK || kind >= PK_KERNEL_PATH;
-        pk_kernel_options o = plain((pk_kernel_kind)kind, outputs && !is_loss((pk_kernel_kind)kind) ? PK_OUTPUTS_FULL
-                                                                                                    : PK_OUTPUTS_NONE);
+        pk_kernel_options o =
+            plain((pk_kernel_kind)kind,
+                  outputs && !is_loss((pk_kernel_kind)kind) ? PK_OUTPUTS_FULL : PK_OUTPUTS_NONE);
         size_t shape[6];
         int rank;
         const size_t numbers = numbers_of(&t, &r.targets, NULL, &o, shape, &rank);
@@ -855,14 +978,14 @@ static void test_calls(void **state)
     trained_release(&t);
 }
 
-#define REFUSED(status, words, x, y)                                                                     \
-    do {                                                                                                 \
-        size_t shape[6];                                                                                 \
-        int rank;                                                                                        \
+#define REFUSED(status, words, x, y)                                                                      \
+    do {                                                                                                  \
+        size_t shape[6];                                                                                  \
+        int rank;                                                                                         \
         assert_refused(context, status, words, pk_kernel_shape(context, &t.run, x, y, &o, shape, &rank)); \
-        assert_refused(context, status, words, pk_kernels(context, &t.run, x, y, 1, &o, &gram, NULL));   \
-        assert_refused(context, status, words, pk_kernel_file(context, &t.run, x, y, &o, path, NULL));   \
-        assert_int_not_equal(access(path, F_OK), 0);                                                     \
+        assert_refused(context, status, words, pk_kernels(context, &t.run, x, y, 1, &o, &gram, NULL));    \
+        assert_refused(context, status, words, pk_kernel_file(context, &t.run, x, y, &o, path, NULL));    \
+        assert_int_not_equal(access(path, F_OK), 0);                                                      \
     } while (0)
 
 static void test_refusals(void **state)
@@ -952,10 +1075,12 @@ static void test_refusals(void **state)
     t.test[4] = (pk_real)NAN;
     REFUSED(PK_NOT_FINITE, "left rows: row 1", &bad, NULL);
     t.test[4] = was;
-    assert_refused(context, PK_ARGUMENT, "missing", pk_kernels(context, &t.run, NULL, NULL, 1, NULL, &gram, NULL));
+    assert_refused(context, PK_ARGUMENT, "missing",
+                   pk_kernels(context, &t.run, NULL, NULL, 1, NULL, &gram, NULL));
     assert_refused(context, PK_ARGUMENT, "missing", pk_kernels(context, NULL, NULL, NULL, 1, &o, &gram, NULL));
     gram = NULL;
-    assert_refused(context, PK_ARGUMENT, "no place", pk_kernels(context, &t.run, NULL, NULL, 1, &o, &gram, NULL));
+    assert_refused(context, PK_ARGUMENT, "no place",
+                   pk_kernels(context, &t.run, NULL, NULL, 1, &o, &gram, NULL));
     /* A tolerance that rounding does not meet. */
     gram = numbers;
     o = plain(PK_KERNEL_PATH, PK_OUTPUTS_TRACE);
@@ -1012,11 +1137,12 @@ static void test_file(void **state)
     snprintf(part, sizeof part, "%s.part", path);
     static const size_t steps[] = {3, 1};
     for (int k = 0; k < 7; k++) {
-        static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK,       PK_KERNEL_PATH,      PK_KERNEL_CONJUGATE,
-                                               PK_KERNEL_TRACIN,    PK_KERNEL_EPK,       PK_KERNEL_NTK,
+        static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK,      PK_KERNEL_PATH, PK_KERNEL_CONJUGATE,
+                                               PK_KERNEL_TRACIN,   PK_KERNEL_EPK,  PK_KERNEL_NTK,
                                                PK_KERNEL_EMBEDDING};
-        pk_kernel_options o =
-            plain(kinds[k], k == 2 || k == 3 || k == 6 ? PK_OUTPUTS_NONE : k == 1 ? PK_OUTPUTS_FULL : PK_OUTPUTS_TRACE);
+        pk_kernel_options o = plain(kinds[k], k == 2 || k == 3 || k == 6 ? PK_OUTPUTS_NONE
+                                              : k == 1                   ? PK_OUTPUTS_FULL
+                                                                         : PK_OUTPUTS_TRACE);
         const pk_dataset *right = k == 3 || k == 4 ? NULL : &many;
         o.steps = steps, o.step_count = 2;
         o.by_layer = k == 0;
@@ -1086,10 +1212,10 @@ static void test_file(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_definition), cmocka_unit_test(test_fed),       cmocka_unit_test(test_maps),
-        cmocka_unit_test(test_together),   cmocka_unit_test(test_rules),     cmocka_unit_test(test_deep_kinks),
-        cmocka_unit_test(test_symmetric),  cmocka_unit_test(test_machine),   cmocka_unit_test(test_calls),
-        cmocka_unit_test(test_refusals),   cmocka_unit_test(test_file),
+        cmocka_unit_test(test_definition), cmocka_unit_test(test_fed),     cmocka_unit_test(test_maps),
+        cmocka_unit_test(test_together),   cmocka_unit_test(test_rules),   cmocka_unit_test(test_deep_kinks),
+        cmocka_unit_test(test_symmetric),  cmocka_unit_test(test_machine), cmocka_unit_test(test_calls),
+        cmocka_unit_test(test_refusals),   cmocka_unit_test(test_file),    cmocka_unit_test(test_domingos),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

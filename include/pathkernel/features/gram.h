@@ -47,17 +47,17 @@ typedef struct pk__gram_rows_of {
     const pk_real *direction; /* P: row r is at weights + t[r] direction; NULL: all at the weights */
     const pk_real *t;
     pk__seeds seeds;
-    size_t output;         /* PK__SEEDS_ONE */
-    const int64_t *labels; /* PK__SEEDS_LABEL: one a row */
+    size_t output;          /* PK__SEEDS_ONE */
+    const int64_t *labels;  /* PK__SEEDS_LABEL: one a row */
     const pk_real *targets; /* PK__SEEDS_LOSS: C a row, as pk_loss_targets gives them */
 } pk__gram_rows_of;
 
 typedef struct pk__gram_request {
     const char *name; /* for messages */
     const pk_graph *graph;
-    pk_loss loss; /* PK__SEEDS_LOSS */
-    int summed;   /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
-    int by_layer; /* result holds a matrix for each of graph->columns layers, one behind the other */
+    pk_loss loss;     /* PK__SEEDS_LOSS */
+    int summed;       /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
+    int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
 
@@ -101,7 +101,7 @@ typedef struct pk__gram_side {
     const pk__gram_rows_of *of;
     pk_matrix inputs;
     const pk_real *weights, *direction; /* in the spread layout */
-    int leads; /* the first of the two */
+    int leads;                          /* the first of the two */
     size_t first, rows, capacity;
     pk_real *factors;
 } pk__gram_side;
@@ -111,9 +111,9 @@ typedef struct pk__gram {
     pk_context *context;
     const pk_graph *graph;
     pk_loss loss;
-    int two_points;         /* the sides' gradients are taken at different weights */
-    int uniform;            /* all rows have the same seeds */
-    size_t outputs, kept;   /* cotangents of a row; of these, how many the result has: all or 1 */
+    int two_points;       /* the sides' gradients are taken at different weights */
+    int uniform;          /* all rows have the same seeds */
+    size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
     int by_layer;
     size_t plane;           /* by_layer: numbers of a layer's matrix */
     size_t layers, numbers; /* numbers kept of a row */
@@ -299,7 +299,8 @@ static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__
 }
 
 /* The seeds of rows `at` ... of a side, whose outputs are in the tape. */
-static void pk__gram_seed(const pk__gram *gram, pk__tape *tape, const pk__gram_side *side, size_t at, size_t rows)
+static void pk__gram_seed(const pk__gram *gram, pk__tape *tape, const pk__gram_side *side, size_t at,
+                          size_t rows)
 {
     const size_t C = gram->graph->output_width;
     const pk__gram_rows_of *of = side->of;

@@ -88,7 +88,8 @@ static void pk__along_take(pk__arena *arena, pk__along *along)
     const size_t P = along->graph->parameters;
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
     along->at = pk__arena_take(arena, P, sizeof(pk_real));
-    along->spread = along->graph->pieces ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
+    along->spread =
+        along->graph->pieces ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
@@ -155,8 +156,7 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
         .loss = along->loss,
         .summed = along->summed,
         .by_layer = along->by_layer,
-        .result =
-            pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};
+        .result = pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};
     int (*progress)(void *, const char *, double) = along->context ? along->context->progress : NULL;
     if (along->context)
         along->context->progress = NULL;
@@ -171,8 +171,7 @@ static pk_status pk__along_add(pk__along *along, const pk__gram_rows_of *left, c
                                const int moves[2], double t, double weight, double *to)
 {
     const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
-    const size_t numbers =
-        planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
     const pk_real *at = along->w;
     pk__gram_rows_of sides[2] = {*left, right ? *right : *left};
     if (t > 0 && (moves[0] || moves[1])) {
@@ -330,8 +329,9 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
     if (!pk__path_split(&rows->path, &from, &rows->found)) {
         if (count > 1) {
             status = pk__along_split(along, rows, side, first, count / 2, a, b, depth);
-            return status ? status
-                          : pk__along_split(along, rows, side, first + count / 2, count - count / 2, a, b, depth);
+            return status
+                       ? status
+                       : pk__along_split(along, rows, side, first + count / 2, count - count / 2, a, b, depth);
         }
         if (depth < 8) {
             status = pk__along_split(along, rows, side, first, 1, a, 0.5 * (a + b), depth + 1);
@@ -394,8 +394,8 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
 
 /* How far the rule's integral of df/dt misses the change of f of a side's rows, of the largest |df/dt|; what rounding of f
  * explains is 0. */
-static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side, int nodes,
-                                   double *worst)
+static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side,
+                                   int nodes, double *worst)
 {
     const pk_graph *graph = along->graph;
     const pk_matrix *inputs = &side->of->rows;
@@ -480,8 +480,7 @@ static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t
 static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__along_side *side)
 {
     pk__gram_rows_of of = *side->of;
-    pk_real *const block =
-        side->inputs + (side->labels ? side->points * sizeof(int64_t) / sizeof(pk_real) : 0);
+    pk_real *const block = side->inputs + (side->labels ? side->points * sizeof(int64_t) / sizeof(pk_real) : 0);
     of.rows = pk_matrix_view(block, side->points, side->of->rows.cols);
     of.weights = along->w;
     of.direction = side->moves ? along->direction : NULL;
@@ -555,8 +554,8 @@ static void pk__along_reduce(const pk__along *along, const pk__along_side *x, co
 }
 
 /* to = the integral with n nodes a piece. */
-static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int nodes, size_t numbers,
-                                double *to)
+static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int nodes,
+                                size_t numbers, double *to)
 {
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along);
     const size_t columns = y->of->rows.rows * kept;
@@ -611,7 +610,8 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
     pk__along_rows_take(&arena, along, &rows);
     const int degree = graph->degree, both = moves[0] && moves[1];
     const int exact = degree >= 0 && degree <= PK__PATH_DEGREE && !rows.path.interpolates &&
-                      left->seeds != PK__SEEDS_LOSS && !graph->surrogate;
+                      left->seeds != PK__SEEDS_LOSS && sides[1].of->seeds != PK__SEEDS_LOSS &&
+                      !graph->surrogate;
     int nodes = exact ? (int)pk__max(1, both ? degree : (degree + 1) / 2) : *order ? *order : 3, done = 0;
     double missed = 0;
     for (int halved = 0; !status && !done && halved <= PK__ALONG_REFINED; halved++) {
@@ -619,7 +619,8 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
         for (int s = 0; !status && s < 2; s++)
             status = pk__along_find(along, &rows, &sides[s], halved);
         if (!status)
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers, exact ? along->fine : along->coarse);
+            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
+                                    exact ? along->fine : along->coarse);
         if (!status && exact) {
             memcpy(along->coarse, along->fine, numbers * sizeof *along->fine);
             pk__along_apart(along, numbers);
@@ -646,7 +647,8 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
     }
     for (int s = 0; s < (right ? 2 : 1) && !status && !graph->surrogate; s++)
         if (moves[s])
-            status = pk__along_closure(along, &rows, &sides[s], (int)pk__min(nodes + 1, PK__ALONG_ORDER), &missed);
+            status =
+                pk__along_closure(along, &rows, &sides[s], (int)pk__min(nodes + 1, PK__ALONG_ORDER), &missed);
     if (!status) {
         along->error += missed * along->scale;
         along->refused += missed * along->scale > pk__along_allowed(along);

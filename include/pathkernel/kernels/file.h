@@ -82,7 +82,8 @@ static uint64_t pk__hash_array(uint64_t hash, const pk_array *array)
     hash = pk__hash_number(hash, (uint64_t)array->type);
     for (int i = 0; i < array->rank; i++)
         hash = pk__hash_number(hash, array->shape[i]);
-    return array->data ? pk__hash_bytes(hash, array->data, pk_array_items(array) * pk_type_size(array->type)) : hash;
+    return array->data ? pk__hash_bytes(hash, array->data, pk_array_items(array) * pk_type_size(array->type))
+                       : hash;
 }
 
 /* Kernel, rows and run as one number. */
@@ -90,11 +91,21 @@ static pk_status pk__file_identity(pk__kernel_file *f)
 {
     const pk_kernel_options *o = f->options;
     const pk_run *run = f->run;
-    const uint64_t numbers[] = {(uint64_t)o->kind,     (uint64_t)o->outputs,         o->output,
-                                o->step_count,         (uint64_t)o->quadrature.rule, (uint64_t)o->quadrature.nodes,
-                                (uint64_t)o->map,      (uint64_t)!!o->unweighted,    (uint64_t)!!o->by_layer,
-                                (uint64_t)!!o->append_one, (uint64_t)!!o->left_train, sizeof(pk_real),
-                                (uint64_t)run->loss,   run->steps,                   run->parameters};
+    const uint64_t numbers[] = {(uint64_t)o->kind,
+                                (uint64_t)o->outputs,
+                                o->output,
+                                o->step_count,
+                                (uint64_t)o->quadrature.rule,
+                                (uint64_t)o->quadrature.nodes,
+                                (uint64_t)o->map,
+                                (uint64_t) !!o->unweighted,
+                                (uint64_t) !!o->by_layer,
+                                (uint64_t) !!o->append_one,
+                                (uint64_t) !!o->left_train,
+                                sizeof(pk_real),
+                                (uint64_t)run->loss,
+                                run->steps,
+                                run->parameters};
     pk_real *w = NULL;
     pk_replay replay;
     memset(&replay, 0, sizeof replay);
@@ -160,8 +171,8 @@ static void pk__file_resume(pk__kernel_file *f)
     FILE *file = fopen(f->names, "r");
     if (!file)
         return;
-    const int read = fscanf(file, "pathkernel-kernel-file 1 %" SCNx64 " %zu %zu %" SCNx64 " %zu %zu", &identity, &cut,
-                            &done, &error, &points, &refused);
+    const int read = fscanf(file, "pathkernel-kernel-file 1 %" SCNx64 " %zu %zu %" SCNx64 " %zu %zu", &identity,
+                            &cut, &done, &error, &points, &refused);
     fclose(file);
     if (read != 6 || identity != f->identity || cut > f->cut || !cut ||
         cut % pk__kernel_block(f->run, f->options))
@@ -188,8 +199,8 @@ static pk_status pk__file_remember(pk__kernel_file *f, size_t done)
     FILE *file = fopen(aside, "w");
     int good = file != NULL;
     if (file) {
-        good = fprintf(file, "pathkernel-kernel-file 1 %" PRIx64 " %zu %zu %" PRIx64 " %zu %zu\n", f->identity, f->cut,
-                       done, error, f->report.points, f->report.refused) > 0;
+        good = fprintf(file, "pathkernel-kernel-file 1 %" PRIx64 " %zu %zu %" PRIx64 " %zu %zu\n", f->identity,
+                       f->cut, done, error, f->report.points, f->report.refused) > 0;
         good &= fclose(file) == 0;
     }
     if (good && rename(aside, f->names) == 0)
@@ -212,11 +223,13 @@ static pk_status pk__file_map_result(pk__kernel_file *f)
     if (status)
         return status;
     if (fstat(f->file, &about) != 0 || fstatvfs(f->file, &disk) != 0)
-        return pk__fail(f->context, PK_IO, "%s: the disk cannot be asked: %s", pk__name(f->path), strerror(errno));
-    const double has = (double)about.st_blocks * 512, free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
+        return pk__fail(f->context, PK_IO, "%s: the disk cannot be asked: %s", pk__name(f->path),
+                        strerror(errno));
+    const double has = (double)about.st_blocks * 512,
+                 free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
     if ((double)size - has > free_bytes)
-        return pk__fail(f->context, PK_IO, "%s: takes %zu bytes, the disk has room for %.0f", pk__name(f->path), size,
-                        free_bytes + has);
+        return pk__fail(f->context, PK_IO, "%s: takes %zu bytes, the disk has room for %.0f", pk__name(f->path),
+                        size, free_bytes + has);
     const ssize_t read = pread(f->file, found, f->header, 0);
     if ((size_t)about.st_size != size || read != (ssize_t)f->header || memcmp(found, header, f->header) != 0) {
         f->done = 0; /* of another shape, or not there */
@@ -269,12 +282,14 @@ static pk_status pk__file_parts(pk__kernel_file *f)
 {
     double *numbers = NULL;
     const size_t rows = pk__min(f->cut, f->rows), columns = pk__min(f->cut, f->columns);
-    pk_status status = pk_allocate(f->context, rows * columns, f->planes * f->width * f->width * sizeof *numbers,
-                                   "a part of a kernel", &numbers);
+    pk_status status =
+        pk_allocate(f->context, rows * columns, f->planes * f->width * f->width * sizeof *numbers,
+                    "a part of a kernel", &numbers);
     for (; !status && f->done < f->parts; f->done++) {
         const pk__kernel_part part = pk__file_part(f, f->done);
         pk_kernel_report report;
-        status = pk__kernels_part(f->context, f->run, f->left, f->right, 1, f->options, &part, &numbers, &report);
+        status =
+            pk__kernels_part(f->context, f->run, f->left, f->right, 1, f->options, &part, &numbers, &report);
         if (status)
             break;
         pk__file_put(f, &part, numbers);
@@ -305,8 +320,7 @@ static pk_status pk__file_run(pk__kernel_file *f)
         status = pk__file_remember(f, 0);
     if (!status) {
         double *gram = (double *)(void *)(f->mapping + f->header);
-        status =
-            pk__kernel_finish(f->context, f->run, f->left, f->right, f->options, gram, &f->report);
+        status = pk__kernel_finish(f->context, f->run, f->left, f->right, f->options, gram, &f->report);
     }
     if (!status || status == PK_NOT_CLOSED)
         unlink(f->names);

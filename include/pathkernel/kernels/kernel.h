@@ -72,7 +72,7 @@ typedef enum pk_kernel_outputs {
 typedef enum pk_kernel_map {
     PK_MAP_NONE,
     PK_MAP_COSINE, /* K(x,x') / sqrt(K(x,x) K(x',x')), each row with itself on its own side; of a row of zeros: 0 */
-    PK_MAP_CENTER  /* H K H, H = 1 - 1/M: left and right are the same rows */
+    PK_MAP_CENTER /* H K H, H = 1 - 1/M: left and right are the same rows */
 } pk_kernel_map;
 
 /* kind, and outputs where the kernel has them, are required; zeros are defaults for the rest. */
@@ -85,16 +85,17 @@ typedef struct pk_kernel_options {
     const size_t *steps;
     size_t step_count;
     pk_quadrature quadrature; /* path, epk, loss_path: along a step. auto, left, gauss, midpoint, trapezoid */
-    double tolerance; /* of auto, relative to the largest entry; 0: 1e-10 (PATHKERNEL_FLOAT: 1e-4) */
-    int unweighted;   /* epk, tracin: c = 1 for all rows in every step */
-    int by_layer;     /* columns of by_layer (attribution/decomposition.h); embedding: matrix layers in the order of w */
-    int append_one;   /* conjugate: a 1 behind what is fed */
+    double tolerance;         /* of auto, relative to the largest entry; 0: 1e-10 (PATHKERNEL_FLOAT: 1e-4) */
+    int unweighted;           /* epk, tracin: c = 1 for all rows in every step */
+    int by_layer; /* columns of by_layer (attribution/decomposition.h); embedding: matrix layers in the order of w */
+    int append_one; /* conjugate: a 1 behind what is fed */
     pk_kernel_map map;
     int left_train; /* the left side of this kernel is the training rows, whatever the call's is */
 } pk_kernel_options;
 
 typedef struct pk_kernel_report {
-    double error; /* auto: the sum of what the accepted integrals differ by from those with one node less, and of what
+    double
+        error; /* auto: the sum of what the accepted integrals differ by from those with one node less, and of what
                      the closure of the rows shows; of the largest entry, before the map */
     size_t points;    /* points of rows or, where they are common to all rows, values of t that were taken */
     size_t refused;   /* pieces accepted although they missed */
@@ -128,8 +129,9 @@ PK_API PK__MUST_USE pk_status pk_kernel_shape(pk_context *context, const pk_run 
  * Statuses of pk_kernel_shape, and PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_IO, PK_NOT_FINITE, PK_CANCELLED: grams hold
  * parts. PK_NOT_CLOSED: grams are complete, but an error exceeds its tolerance. */
 PK_API PK__MUST_USE pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
-                                         const pk_dataset *right, size_t count, const pk_kernel_options *options,
-                                         double *const *grams, pk_kernel_report *reports);
+                                         const pk_dataset *right, size_t count,
+                                         const pk_kernel_options *options, double *const *grams,
+                                         pk_kernel_report *reports);
 
 PK__END_C
 /* <<< declarations */
@@ -144,6 +146,10 @@ typedef struct pk__kernel_part {
     size_t row, rows, column, columns;
 } pk__kernel_part;
 
+/* A kernel without a public name: an output on the left, c times the losses on the right, all along the step (domingos.h).
+ * Outputs are PK_OUTPUTS_ONE; only for pk__kernels_part. */
+enum { PK__KERNEL_LOSS_WEIGHTED = PK_KERNEL_TRACIN + 1 };
+
 /* The rows and columns that are computed together: where a matrix may be cut without changing a bit. */
 PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options);
 /* pk_kernels of a part, without maps: grams[k] holds the part alone, errors are absolute. */
@@ -153,8 +159,8 @@ PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, 
                                         pk_kernel_report *reports);
 /* Makes the error relative to the largest entry of the whole matrix, and applies the map. PK_NOT_CLOSED as pk_kernels. */
 PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
-                                         const pk_dataset *right, const pk_kernel_options *options, double *gram,
-                                         pk_kernel_report *report);
+                                         const pk_dataset *right, const pk_kernel_options *options,
+                                         double *gram, pk_kernel_report *report);
 /* <<< internals */
 #endif
 
@@ -192,7 +198,12 @@ PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph,
 
 enum { PK__LEFT = 1, PK__RIGHT = 2, PK__TEST_ROWS = 1, PK__ALL_ROWS = 2 };
 
-typedef enum pk__feature { PK__FEATURE_OUTPUTS, PK__FEATURE_LOSS, PK__FEATURE_LAST, PK__FEATURE_FED } pk__feature;
+typedef enum pk__feature {
+    PK__FEATURE_OUTPUTS,
+    PK__FEATURE_LOSS,
+    PK__FEATURE_LAST,
+    PK__FEATURE_FED
+} pk__feature;
 typedef enum pk__step_weight {
     PK__STEP_ALONE, /* one matrix a step */
     PK__STEP_MEAN,  /* the mean over weights */
@@ -203,21 +214,24 @@ typedef struct pk__kernel_row {
     const char *name;
     pk__feature feature;
     pk__step_weight step;
-    int moves;    /* which rows go along the step: PK__TEST_ROWS, PK__ALL_ROWS; 0: none */
-    int weighted; /* on which sides training rows have c: PK__LEFT, PK__RIGHT */
+    int moves;      /* which rows go along the step: PK__TEST_ROWS, PK__ALL_ROWS; 0: none */
+    int weighted;   /* on which sides training rows have c: PK__LEFT, PK__RIGHT */
+    int right_loss; /* outputs on the left, losses on the right */
 } pk__kernel_row;
 
 static const pk__kernel_row pk__kernel_rows[] = {
-    [PK_KERNEL_NTK] = {"ntk", PK__FEATURE_OUTPUTS, PK__STEP_ALONE, 0, 0},
-    [PK_KERNEL_CONJUGATE] = {"conjugate", PK__FEATURE_LAST, PK__STEP_ALONE, 0, 0},
-    [PK_KERNEL_EMBEDDING] = {"embedding", PK__FEATURE_FED, PK__STEP_ALONE, 0, 0},
-    [PK_KERNEL_PATH] = {"path", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__ALL_ROWS, 0},
-    [PK_KERNEL_PATH_AVERAGE] = {"path_average", PK__FEATURE_OUTPUTS, PK__STEP_MEAN, 0, 0},
-    [PK_KERNEL_EPK] = {"epk", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__TEST_ROWS, PK__LEFT | PK__RIGHT},
-    [PK_KERNEL_LOSS_PATH] = {"loss_path", PK__FEATURE_LOSS, PK__STEP_RATE, PK__ALL_ROWS, 0},
-    [PK_KERNEL_TRACIN] = {"tracin", PK__FEATURE_LOSS, PK__STEP_RATE, 0, PK__RIGHT},
+    [PK_KERNEL_NTK] = {"ntk", PK__FEATURE_OUTPUTS, PK__STEP_ALONE, 0, 0, 0},
+    [PK_KERNEL_CONJUGATE] = {"conjugate", PK__FEATURE_LAST, PK__STEP_ALONE, 0, 0, 0},
+    [PK_KERNEL_EMBEDDING] = {"embedding", PK__FEATURE_FED, PK__STEP_ALONE, 0, 0, 0},
+    [PK_KERNEL_PATH] = {"path", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__ALL_ROWS, 0, 0},
+    [PK_KERNEL_PATH_AVERAGE] = {"path_average", PK__FEATURE_OUTPUTS, PK__STEP_MEAN, 0, 0, 0},
+    [PK_KERNEL_EPK] = {"epk", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__TEST_ROWS, PK__LEFT | PK__RIGHT, 0},
+    [PK_KERNEL_LOSS_PATH] = {"loss_path", PK__FEATURE_LOSS, PK__STEP_RATE, PK__ALL_ROWS, 0, 0},
+    [PK_KERNEL_TRACIN] = {"tracin", PK__FEATURE_LOSS, PK__STEP_RATE, 0, PK__RIGHT, 0},
+    [PK__KERNEL_LOSS_WEIGHTED] = {"loss_weighted", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__ALL_ROWS, PK__RIGHT,
+                                  1},
 };
-enum { PK__KERNELS = (int)(sizeof pk__kernel_rows / sizeof *pk__kernel_rows) };
+enum { PK__KERNELS = PK__KERNEL_LOSS_WEIGHTED }; /* behind those with a public name */
 
 PK_API const char *pk_kernel_name(pk_kernel_kind kind)
 {
@@ -283,7 +297,8 @@ static const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
         if (!l || !pk__is_matrix_layer(node))
             continue;
         for (size_t n = 1; n < graph->node_count; n++)
-            before += pk__is_matrix_layer(&graph->nodes[n]) && graph->nodes[n].weight_offset < node->weight_offset;
+            before +=
+                pk__is_matrix_layer(&graph->nodes[n]) && graph->nodes[n].weight_offset < node->weight_offset;
         if (before == number)
             return node;
     }
@@ -313,7 +328,7 @@ typedef struct pk__kernel_side {
 /* What is multiplied with what: kernels with equal terms share the products. */
 typedef struct pk__kernel_term {
     pk__feature feature;
-    pk__seeds seeds;
+    pk__seeds seeds[2];
     size_t output;
     int side[2], batch[2], moves[2]; /* batch: only rows whose c is not zero */
     int append_one;
@@ -364,12 +379,13 @@ static size_t pk__kernel_slots(const pk_run *run, const pk_kernel_options *optio
 
 static size_t pk__kernel_layers(const pk_run *run, const pk_kernel_options *options)
 {
-    return !options->by_layer                                                ? 1
+    return !options->by_layer                                          ? 1
            : pk__kernel_rows[options->kind].feature == PK__FEATURE_FED ? pk__matrix_layers(&run->graph)
                                                                        : run->graph.columns;
 }
 
-static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run, const pk_kernel_options *options)
+static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
+                                        const pk_kernel_options *options)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const size_t end = row->step == PK__STEP_RATE ? run->steps : run->steps + 1;
@@ -377,11 +393,12 @@ static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run, 
         return pk__fail(context, PK_ARGUMENT, "%s: the list of steps is empty", row->name);
     for (size_t k = 0; options->steps && k < options->step_count; k++)
         if (options->steps[k] >= end)
-            return pk__fail(context, PK_ARGUMENT,
-                            row->step == PK__STEP_RATE
-                                ? "%s: step %zu of a run of %zu steps; they are numbered from 0"
-                                : "%s: the weights of step %zu of a run of %zu steps, which has those of 0 to %zu",
-                            row->name, options->steps[k], run->steps, run->steps);
+            return pk__fail(
+                context, PK_ARGUMENT,
+                row->step == PK__STEP_RATE
+                    ? "%s: step %zu of a run of %zu steps; they are numbered from 0"
+                    : "%s: the weights of step %zu of a run of %zu steps, which has those of 0 to %zu",
+                row->name, options->steps[k], run->steps, run->steps);
     return PK_OK;
 }
 
@@ -390,8 +407,8 @@ static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_opti
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
-        return pk__fail(context, PK_ARGUMENT, "%s takes its features at the weights themselves: no rule but left",
-                        row->name);
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s takes its features at the weights themselves: no rule but left", row->name);
     if ((int)rule->rule < 0 || rule->rule > PK_RULE_LEFT || rule->rule == PK_RULE_EXACT)
         return pk__fail(context, PK_ARGUMENT, "%s: rule %d is none of auto, left, gauss, midpoint, trapezoid",
                         row->name, (int)rule->rule);
@@ -432,7 +449,8 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
     if (options->map != PK_MAP_NONE && options->outputs == PK_OUTPUTS_FULL)
         return pk__fail(context, PK_ARGUMENT, "%s: maps are for matrices of rows, not for all outputs with all",
                         row->name);
-    if ((row->feature == PK__FEATURE_LAST || row->feature == PK__FEATURE_FED) && !pk__matrix_layers(&run->graph))
+    if ((row->feature == PK__FEATURE_LAST || row->feature == PK__FEATURE_FED) &&
+        !pk__matrix_layers(&run->graph))
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
     pk_status status = pk__kernel_check_steps(context, run, options);
@@ -471,8 +489,8 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
     for (size_t r = 0; r < count; r++) {
         const int64_t label = pk__label(&data->targets, r);
         if (label < 0 || (uint64_t)label >= run->outputs)
-            return pk__fail(context, PK_ARGUMENT, "%s: row %zu has label %lld, the network has %zu outputs", text, r,
-                            (long long)label, run->outputs);
+            return pk__fail(context, PK_ARGUMENT, "%s: row %zu has label %lld, the network has %zu outputs",
+                            text, r, (long long)label, run->outputs);
     }
     return PK_OK;
 }
@@ -530,27 +548,30 @@ PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options 
     const size_t width = options->outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
     const size_t layers = pk__kernel_layers(run, options);
     size_t rows = PK__KERNEL_ROWS;
-    while (rows > 1 && rows * width * rows * width > PK__KERNEL_NUMBERS / pk__min(layers, PK__KERNEL_NUMBERS / 16))
+    while (rows > 1 &&
+           rows * width * rows * width > PK__KERNEL_NUMBERS / pk__min(layers, PK__KERNEL_NUMBERS / 16))
         rows /= 2;
     return rows;
 }
 
-static pk__kernel_term pk__kernel_term_of(const pk__kernel_pass *pass, const pk__kernel *kernel, int left, int right)
+static pk__kernel_term pk__kernel_term_of(const pk__kernel_pass *pass, const pk__kernel *kernel, int left,
+                                          int right)
 {
-    static const pk__seeds seeds[] = {[PK_OUTPUTS_NONE] = PK__SEEDS_LOSS,   [PK_OUTPUTS_FULL] = PK__SEEDS_UNITS,
-                                      [PK_OUTPUTS_TRACE] = PK__SEEDS_UNITS, [PK_OUTPUTS_MEAN] = PK__SEEDS_UNITS,
-                                      [PK_OUTPUTS_SUM] = PK__SEEDS_SUM,     [PK_OUTPUTS_LABEL] = PK__SEEDS_LABEL,
-                                      [PK_OUTPUTS_ONE] = PK__SEEDS_ONE};
+    static const pk__seeds seeds[] = {
+        [PK_OUTPUTS_NONE] = PK__SEEDS_LOSS,   [PK_OUTPUTS_FULL] = PK__SEEDS_UNITS,
+        [PK_OUTPUTS_TRACE] = PK__SEEDS_UNITS, [PK_OUTPUTS_MEAN] = PK__SEEDS_UNITS,
+        [PK_OUTPUTS_SUM] = PK__SEEDS_SUM,     [PK_OUTPUTS_LABEL] = PK__SEEDS_LABEL,
+        [PK_OUTPUTS_ONE] = PK__SEEDS_ONE};
     const pk_kernel_options *options = &kernel->options;
     const int which[2] = {left, right};
     pk__kernel_term term;
     memset(&term, 0, sizeof term);
     term.feature = kernel->row->feature;
-    term.seeds = seeds[options->outputs];
     term.output = options->outputs == PK_OUTPUTS_ONE ? options->output : 0;
     term.append_one = options->append_one != 0;
     for (int s = 0; s < 2; s++) {
         const int side = kernel->side[which[s]], train = pass->side[side].train;
+        term.seeds[s] = which[s] && kernel->row->right_loss ? PK__SEEDS_LOSS : seeds[options->outputs];
         term.side[s] = side;
         term.batch[s] =
             train && !options->unweighted && (kernel->row->weighted & (which[s] ? PK__RIGHT : PK__LEFT)) != 0;
@@ -568,17 +589,18 @@ static pk__kernel_term pk__kernel_term_of(const pk__kernel_pass *pass, const pk_
 /* Fields are compared one by one: there may be padding between them. */
 static int pk__same_term(const pk__kernel_term *a, const pk__kernel_term *b)
 {
-    int same = a->feature == b->feature && a->seeds == b->seeds && a->output == b->output &&
-               a->append_one == b->append_one && a->rule.rule == b->rule.rule &&
-               a->rule.nodes == b->rule.nodes && a->tolerance == b->tolerance;
+    int same = a->feature == b->feature && a->output == b->output && a->append_one == b->append_one &&
+               a->rule.rule == b->rule.rule && a->rule.nodes == b->rule.nodes && a->tolerance == b->tolerance;
     for (int s = 0; s < 2; s++)
-        same &= a->side[s] == b->side[s] && a->batch[s] == b->batch[s] && a->moves[s] == b->moves[s];
+        same &= a->seeds[s] == b->seeds[s] && a->side[s] == b->side[s] && a->batch[s] == b->batch[s] &&
+                a->moves[s] == b->moves[s];
     return same;
 }
 
 static int pk__term_symmetric(const pk__kernel_term *term)
 {
-    return term->side[0] == term->side[1] && term->batch[0] == term->batch[1] && term->moves[0] == term->moves[1];
+    return term->seeds[0] == term->seeds[1] && term->side[0] == term->side[1] &&
+           term->batch[0] == term->batch[1] && term->moves[0] == term->moves[1];
 }
 
 static size_t pk__pass_block(const pk__kernel_pass *pass)
@@ -616,9 +638,9 @@ static void pk__kernel_gather(const pk__kernel_pass *pass, const pk__kernel_term
     for (size_t r = 0; r < rows->count; r++) {
         const int64_t item = (int64_t)(side->first + rows->index[r]);
         pk_dataset_inputs(data, &item, 1, rows->rows + r * D);
-        if (term->seeds == PK__SEEDS_LABEL)
+        if (term->seeds[s] == PK__SEEDS_LABEL)
             rows->labels[r] = pk__label(&data->targets, (size_t)item);
-        if (term->feature == PK__FEATURE_LOSS)
+        if (term->seeds[s] == PK__SEEDS_LOSS && term->feature <= PK__FEATURE_LOSS)
             pk_loss_targets(pass->run->loss, data, &item, 1, C, rows->targets + r * C);
     }
 }
@@ -636,7 +658,8 @@ static void pk__kernel_batch(pk__kernel_pass *pass, size_t s)
 }
 
 /* The rows of block number `block` that count. */
-static void pk__kernel_choose(pk__kernel_pass *pass, const pk__kernel_term *term, int s, size_t start, size_t end)
+static void pk__kernel_choose(pk__kernel_pass *pass, const pk__kernel_term *term, int s, size_t start,
+                              size_t end)
 {
     struct pk__kernel_rows *rows = &pass->rows[s];
     const pk__kernel_side *side = &pass->side[term->side[s]];
@@ -647,18 +670,19 @@ static void pk__kernel_choose(pk__kernel_pass *pass, const pk__kernel_term *term
     pk__kernel_gather(pass, term, s, rows);
     memset(&rows->of, 0, sizeof rows->of);
     rows->of.rows = pk_matrix_view(rows->rows, rows->count, pass->run->graph.input_width);
-    rows->of.seeds = term->seeds;
+    rows->of.seeds = term->seeds[s];
     rows->of.output = term->output;
-    rows->of.labels = term->seeds == PK__SEEDS_LABEL ? rows->labels : NULL;
-    rows->of.targets = term->feature == PK__FEATURE_LOSS ? rows->targets : NULL;
+    rows->of.labels = term->seeds[s] == PK__SEEDS_LABEL ? rows->labels : NULL;
+    rows->of.targets =
+        term->seeds[s] == PK__SEEDS_LOSS && term->feature <= PK__FEATURE_LOSS ? rows->targets : NULL;
 }
 
 enum { PK__FED_ROWS = 64 };
 
 /* to[plane][i][j] = products of what is fed, of rows i0 ... and j0 ... whose values are in the tapes. */
-static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term, int by_layer, pk__tape *const tape[2],
-                             const size_t at[2], const size_t count[2], const size_t size[2], pk_real *part,
-                             double *to)
+static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term, int by_layer,
+                             pk__tape *const tape[2], const size_t at[2], const size_t count[2],
+                             const size_t size[2], pk_real *part, double *to)
 {
     const size_t layers = pk__matrix_layers(graph);
     for (size_t l = term->feature == PK__FEATURE_LAST ? layers - 1 : 0; l < layers; l++) {
@@ -681,7 +705,8 @@ static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term,
     }
 }
 
-static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes[2], pk_real **part, pk_real **spread)
+static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes[2], pk_real **part,
+                         pk_real **spread)
 {
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
@@ -734,8 +759,8 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
             }
     for (size_t i = 0; !status && i < planes * size[0] * size[1]; i++)
         if (!pk__finite(pass->block[i]))
-            status = pk__fail(pass->context, PK_NOT_FINITE, "kernels: what is fed to a layer at step %zu is not finite",
-                              pass->step);
+            status = pk__fail(pass->context, PK_NOT_FINITE,
+                              "kernels: what is fed to a layer at step %zu is not finite", pass->step);
     pk_release(pass->context, memory);
     return status;
 }
@@ -755,22 +780,26 @@ static pk_status pk__kernel_multiply(pk__kernel_pass *pass, const pk__kernel_ter
     pass->along.summed = !full;
     pass->along.by_layer = by_layer;
     pass->along.rule = term->rule;
-    pass->along.tolerance =
-        term->tolerance > 0 ? term->tolerance : sizeof(pk_real) == sizeof(float) ? 1e-4 : 1e-10;
+    pass->along.tolerance = term->tolerance > 0                ? term->tolerance
+                            : sizeof(pk_real) == sizeof(float) ? 1e-4
+                                                               : 1e-10;
     const int same = pk__term_symmetric(term) && first[0] == first[1] && rows[0].count == rows[1].count;
     return pk__along_integrate(&pass->along, &rows[0].of, same ? NULL : &rows[1].of, term->moves, order,
                                pass->block);
 }
 
 /* How many times, and in which slot, a kernel takes step s: the k-th time. */
-static int pk__kernel_takes(const pk__kernel_pass *pass, const pk__kernel *kernel, size_t s, size_t from, size_t *slot)
+static int pk__kernel_takes(const pk__kernel_pass *pass, const pk__kernel *kernel, size_t s, size_t from,
+                            size_t *slot)
 {
     const pk_kernel_options *options = &kernel->options;
     const size_t steps = pass->run->steps;
     const pk__step_weight kind = kernel->row->step;
     *slot = 0;
     if (!options->steps)
-        return from == 0 && (kind == PK__STEP_ALONE ? s == steps : kind == PK__STEP_MEAN ? s <= steps : s < steps);
+        return from == 0 && (kind == PK__STEP_ALONE  ? s == steps
+                             : kind == PK__STEP_MEAN ? s <= steps
+                                                     : s < steps);
     for (size_t k = from; k < options->step_count; k++)
         if (options->steps[k] == s) {
             *slot = k;
@@ -794,15 +823,16 @@ static double pk__kernel_omega(const pk__kernel_pass *pass, const pk__kernel *ke
 }
 
 /* The number that a kernel makes of the products of rows i and j in a plane. */
-static double pk__kernel_entry(const pk__kernel_pass *pass, const pk__kernel *kernel, const pk__kernel_term *term,
-                               int full, size_t plane, size_t i, size_t j, size_t k, size_t l)
+static double pk__kernel_entry(const pk__kernel_pass *pass, const pk__kernel *kernel,
+                               const pk__kernel_term *term, int full, size_t plane, size_t i, size_t j,
+                               size_t k, size_t l)
 {
     const size_t C = pass->run->outputs, kept = full ? C : 1, rows = pass->rows[0].count * kept,
                  columns = pass->rows[1].count * kept;
     const double *at = pass->block + (plane * rows + i * kept) * columns + j * kept;
     const double scale = kernel->options.outputs == PK_OUTPUTS_MEAN ? 1 / (double)C : 1;
     double sum = 0;
-    if (!full || term->seeds != PK__SEEDS_UNITS)
+    if (!full || term->seeds[0] != PK__SEEDS_UNITS)
         return scale * *at;
     if (kernel->options.outputs == PK_OUTPUTS_FULL)
         return at[k * columns + l];
@@ -829,7 +859,8 @@ static void pk__kernel_add(pk__kernel_pass *pass, pk__kernel *kernel, const pk__
                     const double *c = pass->c;
                     const double x = term->batch[0] ? c[pass->side[term->side[0]].first + row] : 1;
                     const double y = term->batch[1] ? c[pass->side[term->side[1]].first + column] : 1;
-                    const size_t to = (alone ? slot : 0) * kernel->layers + (kernel->options.by_layer ? plane : 0);
+                    const size_t to =
+                        (alone ? slot : 0) * kernel->layers + (kernel->options.by_layer ? plane : 0);
                     if (diagonal >= 0) {
                         kernel->diagonal[diagonal][to * (diagonal ? kernel->columns : kernel->rows) + row] +=
                             omega * x * y * pk__kernel_entry(pass, kernel, term, full, plane, i, j, 0, 0);
@@ -881,7 +912,8 @@ static pk_status pk__kernel_blocks(pk__kernel_pass *pass, size_t t)
             pk__kernel_choose(pass, term, 0, i, pk__min(i + B, x->count));
             pk__kernel_choose(pass, term, 1, j, pk__min(j + B, y->count));
             const size_t points = pass->along.points, refused = pass->along.refused;
-            pk_status status = pk__kernel_multiply(pass, term, full, by_layer, &pass->order[t * pass->orders + pair]);
+            pk_status status =
+                pk__kernel_multiply(pass, term, full, by_layer, &pass->order[t * pass->orders + pair]);
             if (status)
                 return status;
             for (size_t k = 0; k < pass->count; k++) {
@@ -889,8 +921,9 @@ static pk_status pk__kernel_blocks(pk__kernel_pass *pass, size_t t)
                 if (kernel->term != t || !pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
                     continue;
                 pk__kernel_add(pass, kernel, term, full, planes, symmetric && j < i, -1);
-                kernel->report.error += fabs(pk__kernel_omega(pass, kernel, pass->step)) * pk__kernel_largest(pass, term, 0) *
-                                 pk__kernel_largest(pass, term, 1) * pass->along.error;
+                kernel->report.error += fabs(pk__kernel_omega(pass, kernel, pass->step)) *
+                                        pk__kernel_largest(pass, term, 0) * pk__kernel_largest(pass, term, 1) *
+                                        pass->along.error;
                 kernel->report.points += pass->along.points - points;
                 kernel->report.refused += pass->along.refused - refused;
             }
@@ -1026,12 +1059,13 @@ static void pk__kernel_terms(pk__kernel_pass *pass)
 
 /* Sides and kernels of a part; all sizes have passed pk_kernel_shape. */
 static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, const pk_dataset *right,
-                                const pk_kernel_options *options, const pk__kernel_part *part, double *const *grams)
+                                const pk_kernel_options *options, const pk__kernel_part *part,
+                                double *const *grams)
 {
     const pk_run *run = pass->run;
     const size_t rows = pk__kernel_count(run, left), columns = pk__kernel_count(run, right);
-    pass->side[PK__SIDE_LEFT] = (pk__kernel_side){left ? left : &run->train, !left, part ? part->row : 0,
-                                                  part ? part->rows : rows};
+    pass->side[PK__SIDE_LEFT] =
+        (pk__kernel_side){left ? left : &run->train, !left, part ? part->row : 0, part ? part->rows : rows};
     pass->side[PK__SIDE_RIGHT] = (pk__kernel_side){right ? right : &run->train, !right, part ? part->column : 0,
                                                    part ? part->columns : columns};
     pass->side[PK__SIDE_TRAIN] = (pk__kernel_side){&run->train, 1, 0, run->examples};
@@ -1057,7 +1091,8 @@ static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, c
     for (size_t k = 0; k < pass->count; k++) {
         width = pk__max(width, pass->kernel[k].width);
         layers = pk__max(layers, pass->kernel[k].layers);
-        most = pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
+        most =
+            pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
     }
     pass->orders = most * most;
     pass->capacity = B * width * B * width * layers;
@@ -1113,8 +1148,9 @@ PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, 
         status = pk_replay_prepare(context, run, 0, &replay);
     for (size_t k = 0; !status && k < count; k++) {
         const pk__kernel *kernel = &pass.kernel[k];
-        memset(kernel->gram, 0, kernel->slots * kernel->layers * kernel->rows * kernel->width * kernel->columns *
-                                    kernel->width * sizeof *kernel->gram);
+        memset(kernel->gram, 0,
+               kernel->slots * kernel->layers * kernel->rows * kernel->width * kernel->columns * kernel->width *
+                   sizeof *kernel->gram);
     }
     if (!status)
         status = pk__kernel_steps(&pass, &replay, 0);
@@ -1127,7 +1163,8 @@ PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, 
 
 /* The diagonals of one kernel whose matrix does not hold them, by a pass of their own: slots x layers x rows, then columns. */
 static pk_status pk__kernel_diagonals(pk_context *context, const pk_run *run, const pk_dataset *left,
-                                      const pk_dataset *right, const pk_kernel_options *options, double *x, double *y)
+                                      const pk_dataset *right, const pk_kernel_options *options, double *x,
+                                      double *y)
 {
     pk__kernel_pass pass;
     pk_replay replay;
@@ -1147,8 +1184,8 @@ static pk_status pk__kernel_diagonals(pk_context *context, const pk_run *run, co
 }
 
 PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
-                                         const pk_dataset *right, const pk_kernel_options *options, double *gram,
-                                         pk_kernel_report *report)
+                                         const pk_dataset *right, const pk_kernel_options *options,
+                                         double *gram, pk_kernel_report *report)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const int full = options->outputs == PK_OUTPUTS_FULL, train = !right;
@@ -1156,8 +1193,9 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
     const size_t rows = pk__kernel_count(run, left), columns = pk__kernel_count(run, right);
     const size_t planes = pk__kernel_slots(run, options) * pk__kernel_layers(run, options);
     const size_t plane = rows * columns, numbers = planes * plane * (full ? run->outputs * run->outputs : 1);
-    const double tolerance =
-        options->tolerance > 0 ? options->tolerance : sizeof(pk_real) == sizeof(float) ? 1e-4 : 1e-10;
+    const double tolerance = options->tolerance > 0             ? options->tolerance
+                             : sizeof(pk_real) == sizeof(float) ? 1e-4
+                                                                : 1e-10;
     double largest = 0, *memory = NULL;
     pk_status status = PK_OK;
     for (size_t i = 0; i < numbers; i++)
@@ -1184,9 +1222,9 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
     return status;
 }
 
-PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left, const pk_dataset *right,
-                            size_t count, const pk_kernel_options *options, double *const *grams,
-                            pk_kernel_report *reports)
+PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
+                            const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                            double *const *grams, pk_kernel_report *reports)
 {
     const double start = pk__seconds();
     pk_kernel_report *own = NULL;

@@ -1,0 +1,153 @@
+/* pathkernel/kernels/domingos.h: Domingos' kernel machine of a recorded run (2020, theorem 1), and its loss-weighted form.
+ *
+ * Under gradient flow, f(x) = sum_i a_i(x) K^p(x, x_i) + b(x) with the path kernel K^p and
+ *     a_i(x) = - integral L'_i K^g dt / integral K^g dt,        b(x) = f(w_0, x):
+ * both depend on x, and a_i is undefined where the integral of K^g is 0. What needs no division is
+ *     contribution_c(x, i) = - integral sum_c' K^g_cc'(x, x_i) dl_i/df_c' dt,
+ * which for networks with several outputs is the only form; then a_i,c is contribution_c / K^p_cc. A recorded run takes finite
+ * steps, so that dt is eta_s along each step, and l_i has the weight c_{s,i}: the sum misses f(w_S, x) at first order in the
+ * rate. The exact decomposition (pk_decompose) does not.
+ */
+#ifndef PATHKERNEL_DOMINGOS_H
+#define PATHKERNEL_DOMINGOS_H
+#include "kernel.h"
+
+/* >>> declarations */
+PK__BEGIN_C
+
+typedef struct pk_domingos {
+    double *contributions; /* M x C x N */
+    double *coefficients;  /* a: M x C x N, NaN where undefined; NULL: not wanted */
+    double *intercept;     /* b: M x C; NULL: not wanted */
+    size_t undefined;      /* coefficients that are not defined */
+    double error;          /* of the integrals, of the largest entry, see pk_kernel_report */
+} pk_domingos;
+
+/* For the test rows `inputs` (M of them) and all N training rows; quadrature as in pk_kernel_options (zeroed: auto), tolerance 0:
+ * 1e-10. The caller has set the pointers of *result.
+ * Statuses of pk_kernels; PK_UNSUPPORTED: the result is complete, but some a_i are undefined, since the path kernel vanishes there
+ * (within 1e-12 of its largest entry); the message names the first. */
+PK_API PK__MUST_USE pk_status pk_kernel_domingos(pk_context *context, const pk_run *run,
+                                                 const pk_dataset *inputs, pk_quadrature quadrature,
+                                                 double tolerance, pk_domingos *result);
+
+PK__END_C
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_DOMINGOS_IMPLEMENTED)
+#define PATHKERNEL_DOMINGOS_IMPLEMENTED
+/* >>> implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+/* b: the outputs before training. */
+static pk_status pk__domingos_intercept(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                        size_t rows, double *intercept)
+{
+    const size_t D = run->graph.input_width, C = run->outputs;
+    pk_real *w = NULL, *x = NULL;
+    pk_status status = pk_allocate(context, run->parameters, sizeof *w, "domingos", &w);
+    if (!status)
+        status = pk_allocate(context, rows, (D + C) * sizeof *x, "domingos", &x);
+    if (!status)
+        status = pk_run_weights(context, run, 0, w);
+    if (!status) {
+        pk_real *f = x + rows * D;
+        pk_array_reals(&inputs->inputs, 0, rows * D, x);
+        status =
+            pk_graph_evaluate(context, &run->graph, w, pk_matrix_view(x, rows, D), pk_matrix_view(f, rows, C));
+        for (size_t i = 0; !status && i < rows * C; i++)
+            intercept[i] = f[i];
+    }
+    pk_release(context, x);
+    pk_release(context, w);
+    return status;
+}
+
+/* From C matrices M x N of the path kernel, and behind them C of the contributions, which the sign turns. */
+static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_t rows, const double *grams,
+                                   pk_domingos *result)
+{
+    const size_t C = run->outputs, N = run->examples, plane = rows * N;
+    double largest = 0;
+    size_t first = SIZE_MAX;
+    for (size_t i = 0; i < C * plane; i++)
+        largest = fmax(largest, fabs(grams[i]));
+    for (size_t m = 0; m < rows; m++)
+        for (size_t c = 0; c < C; c++)
+            for (size_t i = 0; i < N; i++) {
+                const double kernel = grams[c * plane + m * N + i];
+                const size_t at = (m * C + c) * N + i;
+                const int defined = fabs(kernel) > 1e-12 * largest;
+                result->contributions[at] = -grams[(C + c) * plane + m * N + i];
+                if (!result->coefficients)
+                    continue;
+                result->coefficients[at] = defined ? result->contributions[at] / kernel : NAN;
+                result->undefined += !defined;
+                first = defined ? first : pk__min(first, at);
+            }
+    return result->undefined
+               ? pk__fail(
+                     context, PK_UNSUPPORTED,
+                     "domingos: %zu coefficients are undefined, where the path kernel is 0, the first that of "
+                     "test row %zu, output %zu, training row %zu; the contributions are complete",
+                     result->undefined, first / N / C, first / N % C, first % N)
+               : PK_OK;
+}
+
+PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                    pk_quadrature quadrature, double tolerance, pk_domingos *result)
+{
+    pk_kernel_options first = {
+        .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
+    pk_kernel_options *options = NULL;
+    pk_kernel_report *reports = NULL;
+    double *numbers = NULL, **grams = NULL;
+    size_t shape[6];
+    int rank;
+    if (!inputs || !result || !result->contributions)
+        return pk__fail(context, PK_ARGUMENT,
+                        "domingos: the test rows or the place for the result are missing");
+    pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
+    if (status)
+        return status;
+    const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
+    result->undefined = 0;
+    result->error = 0;
+    status = pk_allocate(context, 2 * C, sizeof *options, "domingos", &options);
+    if (!status)
+        status = pk_allocate(context, 2 * C, sizeof *reports, "domingos", &reports);
+    if (!status)
+        status = pk_allocate(context, 2 * C, sizeof *grams, "domingos", &grams);
+    if (!status)
+        status = pk_allocate(context, 2 * C, plane * sizeof *numbers, "domingos", &numbers);
+    for (size_t k = 0; !status && k < 2 * C; k++) {
+        options[k] = first;
+        options[k].kind = k < C ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
+        options[k].output = k % C;
+        grams[k] = numbers ? numbers + k * plane : NULL;
+    }
+    if (!status && plane)
+        status = pk__kernels_part(context, run, inputs, NULL, 2 * C, options, NULL, grams, reports);
+    if (!status && result->intercept)
+        status = pk__domingos_intercept(context, run, inputs, rows, result->intercept);
+    for (size_t k = 0; !status && plane && k < 2 * C; k++) {
+        double largest = 0;
+        for (size_t i = 0; i < plane; i++)
+            largest = fmax(largest, fabs(grams[k][i]));
+        result->error = fmax(result->error, largest > 0 ? reports[k].error / largest : 0);
+    }
+    if (!status && plane)
+        status = pk__domingos_fill(context, run, rows, numbers, result);
+    pk_release(context, numbers);
+    pk_release(context, grams);
+    pk_release(context, reports);
+    pk_release(context, options);
+    return status;
+}
+
+PK__END_COLD_CODE
+/* <<< implementation */
+#endif
