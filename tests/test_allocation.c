@@ -392,6 +392,13 @@ JOB(job_loss_gradients)
                              pk_matrix_view(m->many, NET_ROWS, m->P));
 }
 
+JOB(job_mixed)
+{
+    WITH;
+    return pk_mixed_product(context, &m->graph, m->w, X(m), U(m), m->v, X(m),
+                            pk_matrix_view(m->many, NET_ROWS, m->P), none());
+}
+
 JOB(job_hessian)
 {
     WITH;
@@ -757,6 +764,7 @@ static const struct entry {
     {"pk_jacobian", job_jacobian, 1},
     {"pk_loss_gradients", job_loss_gradients, 1},
     {"pk_hessian_product", job_hessian, 1},
+    {"pk_mixed_product", job_mixed, 1},
     {"pk_gauss_newton_product", job_gauss_newton, 1},
     {"pk_kernel_ntk", job_ntk, 1},
     {"pk_kernel_ntk_trace", job_ntk_trace, 1},

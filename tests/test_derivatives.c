@@ -429,6 +429,106 @@ static void test_second(void **state)
         }
 }
 
+/* pk_mixed_product against differences of pk_vjp, along weights, inputs and both; between kinks the second derivative
+ * of a piecewise-linear network is compared, too, where no step of the differences crosses one. */
+static void check_mixed(problem *p, int inputs, int kind)
+{
+    const size_t rows = p->rows, P = p->P, C = p->C, D = p->D;
+    const pk_matrix x = pk_matrix_view(p->x, rows, D), u = pk_matrix_view(p->u, rows, C);
+    const size_t keep = p->c.count;
+    const pk_real *v = kind & 1 ? p->v : NULL;
+    const pk_matrix z = kind & 2 ? pk_matrix_view(p->z, rows, D) : none();
+    pk_real *of_w = checks_take(&p->c, rows * P), *of_x = checks_take(&p->c, rows * D),
+            *again = checks_take(&p->c, rows * (P > D ? P : D)), *slope_w = checks_take(&p->c, rows * P),
+            *slope_x = checks_take(&p->c, rows * D), *w = checks_take(&p->c, P),
+            *at = checks_take(&p->c, rows * D), *g = checks_take(&p->c, rows * P),
+            *gx = checks_take(&p->c, rows * D);
+    const pk_matrix wanted_x = inputs ? pk_matrix_view(of_x, rows, D) : none();
+    if (p->graph.surrogate) {
+        assert_refused(&p->context, PK_UNSUPPORTED, "surrogate",
+                       pk_mixed_product(&p->context, &p->graph, p->w, x, u, v, z, pk_matrix_view(of_w, rows, P),
+                                        wanted_x));
+        checks_release(&p->c, keep);
+        return;
+    }
+    assert_ok(&p->context, pk_mixed_product(&p->context, &p->graph, p->w, x, u, v, z,
+                                            pk_matrix_view(of_w, rows, P), wanted_x));
+    /* One result alone is the same. */
+    assert_ok(&p->context, pk_mixed_product(&p->context, &p->graph, p->w, x, u, v, z,
+                                            pk_matrix_view(again, rows, P), none()));
+    checks_equal("weight products alone", output_of(p), rows * P, again, of_w, 1e-14);
+    if (inputs) {
+        assert_ok(&p->context, pk_mixed_product(&p->context, &p->graph, p->w, x, u, v, z, none(),
+                                                pk_matrix_view(again, rows, D)));
+        checks_equal("input products alone", output_of(p), rows * D, again, of_x, 1e-14);
+    }
+    if (!checks_have_slopes(p->graph.switched, 0)) {
+        checks_release(&p->c, keep);
+        return;
+    }
+    memset(slope_w, 0, rows * P * sizeof *slope_w);
+    memset(slope_x, 0, rows * D * sizeof *slope_x);
+    for (int k = 0; k < 4; k++) {
+        for (size_t i = 0; i < P; i++)
+            w[i] = p->w[i] + (v ? checks_at[k] / CHECKS_STEP_INVERSE * v[i] : 0);
+        for (size_t i = 0; i < rows * D; i++)
+            at[i] = p->x[i] + (z.data ? checks_at[k] / CHECKS_STEP_INVERSE * p->z[i] : 0);
+        assert_ok(&p->context,
+                  pk_vjp(&p->context, &p->graph, w, pk_matrix_view(at, rows, D), u, pk_matrix_view(g, rows, P),
+                         inputs ? pk_matrix_view(gx, rows, D) : none()));
+        for (size_t i = 0; i < rows * P; i++)
+            slope_w[i] += checks_factor[k] * CHECKS_STEP_INVERSE * g[i];
+        for (size_t i = 0; inputs && i < rows * D; i++)
+            slope_x[i] += checks_factor[k] * CHECKS_STEP_INVERSE * gx[i];
+    }
+    checks_slope("weight products and differences", output_of(p), rows * P, of_w, slope_w, 1e-7);
+    if (inputs)
+        checks_slope("input products and differences", output_of(p), rows * D, of_x, slope_x, 1e-7);
+    checks_release(&p->c, keep);
+}
+
+static void test_mixed(void **state)
+{
+    (void)state;
+    for (int network = 0; network < NETWORKS; network++) {
+        problem p;
+        setup(&p, network, ROWS);
+        const int inputs = networks[network].tokens == 0;
+        for (int kind = 0; kind <= (inputs ? 3 : 1); kind++)
+            check_mixed(&p, inputs, kind);
+        if (!inputs && !p.graph.surrogate) {
+            pk_real *out = checks_take(&p.c, ROWS * p.D);
+            assert_refused(&p.context, PK_UNSUPPORTED, "takes whole numbers",
+                           pk_mixed_product(&p.context, &p.graph, p.w, pk_matrix_view(p.x, ROWS, p.D),
+                                            pk_matrix_view(p.u, ROWS, p.C), p.v, none(), none(),
+                                            pk_matrix_view(out, ROWS, p.D)));
+        }
+        teardown(&p);
+    }
+    /* Shared tensors: the products are those of w, not of its uses. */
+    problem p;
+    memset(&p, 0, sizeof p);
+    assert_ok(&p.context,
+              pk_network_parse(&p.context,
+                               "input 4; dense 4 name=a; tanh; dense 4 tied=a transposed; tanh; dense 2",
+                               &p.graph));
+    fill(&p, 77, ROWS, 0);
+    for (int kind = 1; kind <= 3; kind++)
+        check_mixed(&p, 1, kind);
+    /* Bad shapes, overlap, nothing wanted. */
+    const pk_matrix x = pk_matrix_view(p.x, ROWS, p.D), u = pk_matrix_view(p.u, ROWS, p.C);
+    assert_refused(
+        &p.context, PK_SHAPE, "mixed product: the cotangents",
+        pk_mixed_product(&p.context, &p.graph, p.w, x, x, p.v, none(), none(), pk_matrix_view(p.z, ROWS, p.D)));
+    assert_refused(
+        &p.context, PK_SHAPE, "directions of the inputs",
+        pk_mixed_product(&p.context, &p.graph, p.w, x, u, p.v, u, none(), pk_matrix_view(p.z, ROWS, p.D)));
+    assert_refused(&p.context, PK_ARGUMENT, "overlaps",
+                   pk_mixed_product(&p.context, &p.graph, p.w, x, u, p.v, none(), none(), x));
+    assert_ok(&p.context, pk_mixed_product(&p.context, &p.graph, p.w, x, u, p.v, none(), none(), none()));
+    teardown(&p);
+}
+
 /* ---- operations from outside ------------------------------------------------------------------------------- */
 
 static void product_curvature(const pk_call *call)
@@ -783,6 +883,7 @@ int main(void)
         cmocka_unit_test(test_language),       cmocka_unit_test(test_threads),
         cmocka_unit_test(test_memory),         cmocka_unit_test(test_errors),
         cmocka_unit_test(test_unread),         cmocka_unit_test(test_units_off),
+        cmocka_unit_test(test_mixed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -310,6 +310,25 @@ static void pk__fourier_reverse(const pk_call *call)
     }
 }
 
+/* With a = 2 pi B x, along x': the slope c_s cos a - c_c sin a of a moves by -(c_s sin a + c_c cos a) a'. */
+static void pk__fourier_curvature(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        const size_t row = copy / call->copies;
+        const pk_real *y = call->out + row * 2 * count, *c = call->out_cotangent + copy * 2 * count;
+        for (size_t j = 0; call->in_tangent[0] && j < count; j++) {
+            const pk_real *frequency = call->node->constants + j * in;
+            double moved = 0;
+            for (size_t i = 0; i < in; i++)
+                moved += PK__TWO_PI * frequency[i] * call->in_tangent[0][row * in + i];
+            moved *= -PK__TWO_PI * (c[count + j] * y[count + j] + c[j] * y[j]);
+            for (size_t i = 0; i < in; i++)
+                call->in_cotangent[0][copy * in + i] += (pk_real)(moved * frequency[i]);
+        }
+    }
+}
+
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
 static pk_status pk__select_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -411,8 +430,28 @@ static const pk_operation pk__structure_operations[] = {
      pk__select_check,
      NULL,
      NULL},
-    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__fourier_tangent,
-                         pk__fourier_reverse),
+    {"fourier",
+     PK_SMOOTH,
+     PK_TANGENT_NONE,
+     1,
+     NULL,
+     PK__NO_NUMBERS,
+     pk__fourier_shape,
+     NULL,
+     pk__fourier_forward,
+     pk__fourier_tangent,
+     pk__fourier_reverse,
+     NULL,
+     NULL,
+     NULL,
+     NULL,
+     0,
+     pk__fourier_curvature,
+     NULL,
+     0,
+     NULL,
+     NULL,
+     NULL},
     {"constant",
      PK_LINEAR,
      PK_TANGENT_NONE,
