@@ -5,6 +5,7 @@
 #include "pathkernel/training/derivatives.h"
 #include "pathkernel/attribution/decompose.h"
 #include "pathkernel/attribution/reference.h"
+#include "pathkernel/attribution/smoother.h"
 #include "pathkernel/kernels/kernel.h"
 #include "pathkernel/kernels/file.h"
 #include "pathkernel/kernels/domingos.h"

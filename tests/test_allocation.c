@@ -485,6 +485,23 @@ JOB(job_kernel_file)
     return status;
 }
 
+JOB(job_smooth)
+{
+    WITH;
+    pk_smoother smoother;
+    pk_status status = pk_smooth(context, &m->kept, pk_matrix_view(m->x, 2, 3), NULL, &smoother);
+    assert_true(!status == !!smoother.matrix);
+    pk_smoother_release(context, &smoother);
+    return status;
+}
+
+JOB(job_telescope)
+{
+    WITH;
+    static double predictions[(NET_STEPS + 1) * NET_ROWS * 2];
+    return pk_telescope(context, &m->kept, X(m), predictions);
+}
+
 JOB(job_batch_gradient)
 {
     WITH;
@@ -788,6 +805,8 @@ static const struct entry {
     {"pk_kernel_shape pk_kernel_file", job_kernel_file, 10},
     {"pk_kernel_domingos", job_domingos, 10},
     {"pk_decompose_reference", job_reference, 10},
+    {"pk_smooth pk_smoother_release", job_smooth, 10},
+    {"pk_telescope", job_telescope, 3},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
 enum { ENTRIES = (int)(sizeof entries / sizeof *entries) };

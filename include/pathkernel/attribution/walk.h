@@ -1,0 +1,73 @@
+/* pathkernel/attribution/walk.h: a run's optimiser followed step by step from the start: the linear form of each step, for
+ * analyses that go forward through a run and hold one step at a time.
+ */
+#ifndef PATHKERNEL_WALK_H
+#define PATHKERNEL_WALK_H
+#include "../run/revisit.h"
+
+/* >>> declarations */
+/* <<< declarations */
+#endif
+
+#if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_WALK_IMPLEMENTED)
+#define PATHKERNEL_WALK_IMPLEMENTED
+/* >>> implementation */
+PK__BEGIN_COLD_CODE
+
+typedef struct pk__walk {
+    const pk_run *run;
+    const pk_parameter_range *range; /* of parameters in one group: all of them where there are no groups */
+    size_t range_count;
+    pk_parameter_range all;
+    pk_linear_form *forms; /* of the step: of parameters in no group, then of each group */
+    pk_real *gradient;     /* P: the caller's, scaled as the step's was */
+    pk_real *state, *p;    /* V P, P: the optimiser's vectors, the preconditioner of the step */
+} pk__walk;
+
+/* The arena's memory is zero where the walk starts. */
+PK__PRIVATE void pk__walk_take(pk__arena *arena, const pk_run *run, pk__walk *walk)
+{
+    const size_t P = run->parameters,
+                 vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    walk->run = run;
+    walk->forms = pk__arena_take(arena, 1 + run->groups.count, sizeof *walk->forms);
+    walk->gradient = pk__arena_take(arena, P, sizeof(pk_real));
+    walk->state = pk__arena_take(arena, P, vectors * sizeof(pk_real));
+    walk->p = pk__arena_take(arena, P, sizeof(pk_real));
+    walk->all.first = walk->all.group = 0;
+    walk->all.count = P;
+    walk->range = run->groups.count ? run->groups.range : &walk->all;
+    walk->range_count = run->groups.count ? run->groups.range_count : 1;
+}
+
+/* The next step, s, whose gradient stands in walk->gradient: its forms and p. w: w_s. */
+PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t s, const pk_real *w)
+{
+    const pk_run *run = walk->run;
+    const size_t P = run->parameters;
+    const double rate = run->learning_rates[s], *rates = pk_run_group_rates(run, s);
+    const pk__update whole = {s, rate, 1, P, P, w, walk->gradient, walk->state, NULL};
+    pk_status status = PK_OK;
+    pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
+    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
+        status = pk_run_second_moments(context, run, s, walk->state + P);
+    for (size_t r = 0; r < walk->range_count && !status; r++) {
+        const pk_parameter_range *range = &walk->range[r];
+        pk__group_form(&run->optimizer, &run->groups, range->group, s, rate, rates, range->count, P,
+                       walk->state ? walk->state + range->first : NULL, &walk->forms[range->group],
+                       walk->p + range->first);
+    }
+    return status;
+}
+
+/* The form of parameter number p; p grows from call to call, *range starts at 0. */
+PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, size_t *range)
+{
+    while (p >= walk->range[*range].first + walk->range[*range].count)
+        ++*range;
+    return &walk->forms[walk->range[*range].group];
+}
+
+PK__END_COLD_CODE
+/* <<< implementation */
+#endif
