@@ -495,6 +495,18 @@ JOB(job_smooth)
     return status;
 }
 
+JOB(job_sensitivity)
+{
+    WITH;
+    pk_sensitivity sensitivity;
+    const pk_sensitivity_options options = {1, 1, 1, 0};
+    pk_status status =
+        pk_sensitivity_at(context, &m->kept, pk_matrix_view(m->x, 1, 3), &options, &sensitivity);
+    assert_true(!status == !!sensitivity.by_example);
+    pk_sensitivity_release(context, &sensitivity);
+    return status;
+}
+
 JOB(job_telescope)
 {
     WITH;
@@ -807,6 +819,7 @@ static const struct entry {
     {"pk_decompose_reference", job_reference, 10},
     {"pk_smooth pk_smoother_release", job_smooth, 10},
     {"pk_telescope", job_telescope, 3},
+    {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
 enum { ENTRIES = (int)(sizeof entries / sizeof *entries) };

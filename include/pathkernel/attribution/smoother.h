@@ -165,14 +165,6 @@ typedef struct pk__smooth {
     double scale;         /* the largest |f| */
 } pk__smooth;
 
-static size_t pk__largest_batch(const pk_run *run)
-{
-    size_t largest = 0;
-    for (size_t s = 0; s < run->steps; s++)
-        largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
-    return largest;
-}
-
 static void pk__smooth_take(pk__arena *arena, pk__smooth *m)
 {
     const pk_run *run = m->run;

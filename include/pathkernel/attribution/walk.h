@@ -68,6 +68,15 @@ PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, 
     return &walk->forms[walk->range[*range].group];
 }
 
+/* Examples of the largest batch of a run. */
+PK__PRIVATE size_t pk__largest_batch(const pk_run *run)
+{
+    size_t largest = 0;
+    for (size_t s = 0; s < run->steps; s++)
+        largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
+    return largest;
+}
+
 PK__END_COLD_CODE
 /* <<< implementation */
 #endif

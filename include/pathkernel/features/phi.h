@@ -102,7 +102,7 @@ static pk_status pk__step_integral_begin(pk_context *context, const pk_graph *gr
     if (!mixed)
         return PK_OK;
     pk_status status =
-        pk_allocate(context, graph->node_count, sizeof *graph->nodes, "a graph", &phi->varied.nodes);
+        pk_allocate(context, graph->node_count, sizeof *graph->nodes, "the sensitivity", &phi->varied.nodes);
     if (status)
         return status;
     memcpy(phi->varied.nodes, graph->nodes, graph->node_count * sizeof *graph->nodes);
