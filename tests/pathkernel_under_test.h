@@ -10,6 +10,8 @@
 #include "pathkernel/kernels/kernel.h"
 #include "pathkernel/kernels/file.h"
 #include "pathkernel/kernels/domingos.h"
+#include "pathkernel/kernels/epk.h"
+#include "pathkernel/kernels/novelty.h"
 #include "pathkernel/run/train.h"
 #endif
 

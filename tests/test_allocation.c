@@ -507,6 +507,21 @@ JOB(job_sensitivity)
     return status;
 }
 
+JOB(job_novelty)
+{
+    (void)user;
+    const double gram[4] = {2, 1, 1, 2}, diagonal[2] = {2, 3};
+    double values[2], vectors[4], energies[2], number;
+    pk_status status = pk_symmetric_eigenvalues(context, 2, gram, values, vectors);
+    if (!status)
+        status = pk_singular_values(context, 2, 2, gram, values, NULL, vectors);
+    if (!status)
+        status = pk_novelty(context, 2, gram, 2, gram, diagonal, NULL, energies, NULL);
+    if (!status)
+        status = pk_auroc(context, 2, gram, 2, diagonal, &number);
+    return status ? status : pk_false_positives(context, 2, gram, 2, diagonal, 0.95, &number);
+}
+
 JOB(job_telescope)
 {
     WITH;
@@ -819,6 +834,7 @@ static const struct entry {
     {"pk_decompose_reference", job_reference, 10},
     {"pk_smooth pk_smoother_release", job_smooth, 10},
     {"pk_telescope", job_telescope, 3},
+    {"pk_symmetric_eigenvalues pk_singular_values pk_novelty pk_auroc pk_false_positives", job_novelty, 5},
     {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
