@@ -12,6 +12,8 @@
 #include "pathkernel/kernels/domingos.h"
 #include "pathkernel/kernels/epk.h"
 #include "pathkernel/kernels/novelty.h"
+#include "pathkernel/kernels/sketch.h"
+#include "pathkernel/kernels/nodes.h"
 #include "pathkernel/run/train.h"
 #endif
 

@@ -500,8 +500,7 @@ JOB(job_sensitivity)
     WITH;
     pk_sensitivity sensitivity;
     const pk_sensitivity_options options = {1, 1, 1, 0};
-    pk_status status =
-        pk_sensitivity_at(context, &m->kept, pk_matrix_view(m->x, 1, 3), &options, &sensitivity);
+    pk_status status = pk_sensitivity_at(context, &m->kept, pk_matrix_view(m->x, 1, 3), &options, &sensitivity);
     assert_true(!status == !!sensitivity.by_example);
     pk_sensitivity_release(context, &sensitivity);
     return status;
@@ -520,6 +519,28 @@ JOB(job_novelty)
     if (!status)
         status = pk_auroc(context, 2, gram, 2, diagonal, &number);
     return status ? status : pk_false_positives(context, 2, gram, 2, diagonal, 0.95, &number);
+}
+
+JOB(job_sketch)
+{
+    WITH;
+    static pk_real gram[NET_ROWS * NET_ROWS], features[NET_ROWS * 2 * 16];
+    const pk_sketch sketch = {PK_SKETCH_SRHT, 8, 1};
+    const pk_relu_features how = {2, 8, 8, 0, 1};
+    pk_sketch_report report;
+    pk_status status =
+        pk_sketch_gradients(context, &m->graph, m->w, X(m), &sketch, pk_matrix_view(features, NET_ROWS * 2, 8));
+    if (!status)
+        status = pk_sketch_vectors(context, &sketch, pk_matrix_view(features, NET_ROWS, 8),
+                                   pk_matrix_view(gram, NET_ROWS, 8));
+    if (!status)
+        status = pk_relu_ntk_features(context, X(m), &how, pk_matrix_view(features, NET_ROWS, 16));
+    if (!status)
+        status = pk_kernel_ntk_nodes(context, &m->graph, m->w, pk_matrix_view(m->x, 2, 3), 2,
+                                     pk_matrix_view(gram, 4, 4));
+    return status ? status
+                  : pk_kernel_sketched(context, &m->graph, m->w, X(m), none(), &sketch, 1,
+                                       pk_matrix_view(gram, NET_ROWS, NET_ROWS), &report);
 }
 
 JOB(job_telescope)
@@ -834,6 +855,8 @@ static const struct entry {
     {"pk_decompose_reference", job_reference, 10},
     {"pk_smooth pk_smoother_release", job_smooth, 10},
     {"pk_telescope", job_telescope, 3},
+    {"pk_sketch_vectors pk_sketch_gradients pk_kernel_sketched pk_relu_ntk_features pk_kernel_ntk_nodes",
+     job_sketch, 10},
     {"pk_symmetric_eigenvalues pk_singular_values pk_novelty pk_auroc pk_false_positives", job_novelty, 5},
     {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
