@@ -90,8 +90,8 @@ static size_t pk__step_integral_rows(const pk_graph *graph, size_t rows)
 }
 
 /* Starts a zeroed phi; mixed: with the graph whose inputs vary, whose constants are the original's. */
-static pk_status pk__step_integral_begin(pk_context *context, const pk_graph *graph, int mixed,
-                                         pk__step_integral *phi)
+PK__PRIVATE pk_status pk__step_integral_begin(pk_context *context, const pk_graph *graph, int mixed,
+                                              pk__step_integral *phi)
 {
     memset(phi, 0, sizeof *phi);
     phi->context = context;
@@ -113,14 +113,14 @@ static pk_status pk__step_integral_begin(pk_context *context, const pk_graph *gr
     return PK_OK;
 }
 
-static void pk__step_integral_end(pk__step_integral *phi)
+PK__PRIVATE void pk__step_integral_end(pk__step_integral *phi)
 {
     pk_release(phi->context, phi->varied.nodes);
     phi->varied.nodes = NULL;
 }
 
 /* The memory of everything but the step. */
-static void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_integral *phi)
+PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_integral *phi)
 {
     const pk_graph *graph = phi->graph;
     const int mixed = phi->mixed;
@@ -186,7 +186,7 @@ static void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_integ
 
 /* ---- integrands ---------------------------------------------------------------------------------------- */
 
-static pk_matrix pk__no_matrix(void)
+PK__PRIVATE pk_matrix pk__no_matrix(void)
 {
     return pk_matrix_view(NULL, 0, 0);
 }
@@ -447,8 +447,8 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
 
 /* to (rows C x P, or D x P and behind it P of scratch) = the integral along the step from w to next of a block of rows, at most
  * phi->rows, or of one. mixed: of output phi->output. */
-static pk_status pk__step_integral_run(pk__step_integral *phi, const pk_real *w, const pk_real *next,
-                                       pk_matrix inputs, double *to)
+PK__PRIVATE pk_status pk__step_integral_run(pk__step_integral *phi, const pk_real *w, const pk_real *next,
+                                            pk_matrix inputs, double *to)
 {
     const pk_graph *graph = phi->graph;
     const size_t P = graph->parameters, C = graph->output_width, D = graph->input_width;
