@@ -398,9 +398,6 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     pk__step_integral_switches(phi, 0, 0, phi->before);
     pk__step_integral_forward(phi, b, 1, inputs.data);
     pk__step_integral_switches(phi, 0, 0, phi->after);
-    size_t changed = 0;
-    for (size_t i = 0; i < phi->switches; i++)
-        changed += (phi->before[i] > 0) != (phi->after[i] > 0);
     pk__step_integral_forward(phi, t, D, phi->copies);
     const pk_real *weights = phi->at, *direction = phi->direction;
     if (graph->pieces) {
@@ -417,8 +414,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     pk__pass_tangent(&phi->tape, &still, D);
     size_t used = 0;
     int agree = 1;
-    for (size_t d = 0; d < D; d++)
-        phi->slopes[d] = 0;
+    memset(phi->slopes, 0, D * sizeof *phi->slopes);
     /* Of several functions that change sign here, as units that are copies of each other: all must move alike. */
     for (size_t d = 0; d < D; d++) {
         pk__step_integral_switches(phi, d, 1, phi->across);
