@@ -23,6 +23,10 @@ typedef struct recipe {
     int moments; /* Adam's are recorded */
 } recipe;
 
+/* Group lines of the runs that are made from now on. */
+static const char *const *trained_groups;
+static size_t trained_group_count;
+
 /* Trains and opens the run; its data stay in *to. Until fixture_leave or the next run in the same folder. */
 FIXTURE void trained_make(const recipe *r, trained *to)
 {
@@ -60,6 +64,8 @@ FIXTURE void trained_make(const recipe *r, trained *to)
     options.seed = r->seed;
     options.record = fixture_run_path;
     options.replace = 1;
+    options.groups = trained_groups;
+    options.group_count = trained_group_count;
     to->weights = FIXTURE_NEW(pk_real, to->graph.parameters);
     assert_ok(context, pk_network_initialize(context, &to->graph, r->seed, to->weights));
     assert_ok(context, pk_train(context, &to->graph, &data, &options, to->weights, &result));
