@@ -37,7 +37,7 @@ enum {
     PK__STEP_ORDERS = 32,       /* nodes of the largest rule */
     PK__STEP_DEPTH = 14,        /* halvings of a piece */
     PK__STEP_NUMBERS = 1 << 18, /* of a block of rows, or those of one row */
-    PK__STEP_PIECES = 1024      /* between kinks of one row */
+    PK__STEP_PIECES = 1024      /* between kinks of one row, and some more for each switch function */
 };
 
 typedef struct pk__step_integral {
@@ -62,7 +62,7 @@ typedef struct pk__step_integral {
     /* Switch functions beside a kink: */
     pk_graph varied; /* the graph whose inputs vary, too */
     pk__tape tape;   /* D + 1 rows */
-    size_t switches;
+    size_t switches, piece_capacity;
     pk_real *before, *after, *here, *moved, *across,
         *zero;      /* switches each; zero: the widest input of a switch node */
     double *slopes; /* D */
@@ -145,11 +145,17 @@ PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_
     phi->coarse = pk__arena_take(arena, numbers, sizeof(double));
     phi->fine = pk__arena_take(arena, numbers, sizeof(double));
     phi->order = 4;
+    phi->switches = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        phi->switches +=
+            pk__is_switch(&graph->nodes[n]) ? graph->nodes[n].operation->switch_count(&graph->nodes[n]) : 0;
+    /* Few functions change sign more often than a few times in one step. */
+    phi->piece_capacity = PK__STEP_PIECES + 4 * phi->switches;
     if (phi->kinked) {
-        pk__path_take(arena, graph, 1, 4 * (PK__PATH_DEGREE + 1 + PK__NEWTON_POINTS), 1, 0, PK__STEP_PIECES, 0,
-                      &phi->segment);
+        pk__path_take(arena, graph, 1, 4 * (PK__PATH_DEGREE + 1 + PK__NEWTON_POINTS), 1, 0, phi->piece_capacity,
+                      0, &phi->segment);
         pk__pieces_take(arena, 1, &phi->from);
-        pk__pieces_take(arena, PK__STEP_PIECES, &phi->pieces);
+        pk__pieces_take(arena, phi->piece_capacity, &phi->pieces);
         phi->use_weights = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
         phi->use_direction = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
     }
@@ -166,12 +172,10 @@ PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_
     phi->slopes = pk__arena_take(arena, D, sizeof(double));
     if (!phi->kinked)
         return;
-    phi->switches = 0;
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
         if (!pk__is_switch(node))
             continue;
-        phi->switches += node->operation->switch_count(node);
         for (int j = 0; j < node->input_count; j++)
             widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
@@ -315,7 +319,7 @@ static pk_status pk__step_integral_piece(pk__step_integral *phi, pk_matrix input
 
 /* ---- kinks --------------------------------------------------------------------------------------------- */
 
-/* The pieces of row number row; where there are too many, those of each half. */
+/* The pieces of a row. */
 static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix inputs, double a, double b)
 {
     const pk_graph *graph = phi->graph;
@@ -331,8 +335,8 @@ static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix input
     if (pk__path_split(&phi->segment, &phi->from, &phi->pieces))
         return PK_OK;
     return pk__fail(phi->context, PK_UNSUPPORTED,
-                    "a step has more than %d kinks of one row, too many for this analysis",
-                    (int)PK__STEP_PIECES);
+                    "a step has more than %zu kinks of one row, too many for this analysis",
+                    phi->piece_capacity);
 }
 
 /* values = the switch functions of one row of the tape; tangents: their derivatives along its tangents. */
