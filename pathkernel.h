@@ -30,10 +30,10 @@
  *
  * CONTENTS, by folders of include/pathkernel, each of which builds on those above it
  * base         status codes; what a call runs with: memory, threads, progress; counter-based random numbers
- * math         matrix products
+ * math         matrix products; eigenvalues and singular values
  * data         .npy files; IDX, CSV, training data
  * network      the network language; the static graph behind a network, its operations, and how to add one; evaluation
- * training     losses, gradients of batches; products with Jacobians and Hessians, Jacobians; update rules and their linear
+ * training     losses, gradients of batches; products with Jacobians and second derivatives, Jacobians; update rules and their linear
  *              form, schedules, clipping
  * run          pk_run_open: a recorded run, from here or from PyTorch; recording from a loop of your own; the weights of any
  *              step of a run that keeps every k-th one; pk_train: the training loop, recorded
@@ -41,13 +41,19 @@
  * features     (internal) gradients of rows, their integrals along a step, and their inner products
  * attribution  pk_decompose, pk_decompose_parts, pk_decompose_plan; pk_decompose_reference: the same by its definition, slow,
  *              to read and to test with
- * kernels      pk_kernel_ntk, pk_kernel_ntk_trace
+ * kernels      pk_kernels, pk_kernel_file: Gram matrices of the named kernels of a run, in one pass; pk_kernel_ntk,
+ *              pk_kernel_ntk_trace; pk_kernel_domingos
+ *              to read and to test with; pk_smooth, pk_telescope: predictions along training; pk_sensitivity_at: how an
+ *              attribution moves with the input
+ * kernels      pk_kernel_ntk, pk_kernel_ntk_trace; pk_kernel_sketched: the same from few numbers a row; pk_kernel_ntk_nodes:
+ *              between the nodes of a graph; pk_novelty: is a row like the training rows
  * CONTENTS
  * easy
  *   train               pk_train: the training loop, recorded
  *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
  *   reference           pk_decompose_reference: the same by its definition, slow, to read and to test with
- *   kernel, epk         pk_kernel_ntk, pk_kernel_epk: Gram matrices of named kernels
+ *   kernel, file        pk_kernels, pk_kernel_file, pk_kernel_ntk: Gram matrices of named kernels
+ *   domingos            pk_kernel_domingos: his coefficients, and the form weighted by the loss
  *   trajectory          pk_run_open: a recorded run, from here or from PyTorch
  * medium
  *   status, context     status codes; what a call runs with: memory, threads, progress
@@ -421,6 +427,36 @@ PK_API PK__MUST_USE pk_status pk_matrix_multiply(pk_context *context, pk_real al
 /* The name of what multiplies: "BLIS 0.9.0 (zen3), small products AVX2", "portable (AVX2)" or, where BLIS has no kernels for
  * what the processor can do, "portable (AVX-512), not BLIS 0.9.0 (generic)". Writes at most size bytes, NUL included. */
 PK_API void pk_matrix_backend(char *text, size_t size);
+
+PK__END_C
+
+/* pathkernel/math/factorize.h: eigenvalues of symmetric matrices, and singular values, in double.
+ *
+ * Symmetric: Householder's reduction to a tridiagonal matrix, then QL with implicit shifts (Martin, Reinsch and Wilkinson 1968;
+ * EISPACK's tred2 and tql2): backward stable, 3 n^3 flops or so with all vectors. Singular values: one-sided Jacobi
+ * rotations (Hestenes 1958), which give small ones to more digits than a Gram matrix could (Demmel and Veselic 1992).
+ * One thread; the same bits whatever the context says.
+ */
+PK__BEGIN_C
+
+/* values (n), ascending, and vectors (n x n, row k: that of values[k], of length 1) of a symmetric matrix (n x n, of which the
+ * lower triangle is read): matrix = sum_k values[k] v_k v_k^T, to a few roundings of its largest value. vectors may be the
+ * matrix itself, or NULL. PK_ARGUMENT: NULL, or not symmetric to 1e-6 of its largest number; PK_NOT_FINITE names the first
+ * number; PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT. Memory: n^2 numbers where vectors is NULL, and n. */
+PK_API PK__MUST_USE pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const double *matrix,
+                                                       double *values, double *vectors);
+
+/* The r = min(rows, cols) singular values of a matrix (rows x cols), descending, with the left vectors (r x rows) and the right
+ * ones (r x cols), either may be NULL: matrix = sum_k values[k] left_k right_k^T. Vectors of values that are 0 are 0 on the
+ * longer side. Cost: about 10 sweeps of 3 r^2 max(rows, cols) flops. Memory: 2 rows cols numbers at most, and r^2.
+ * Statuses as above. */
+PK_API PK__MUST_USE pk_status pk_singular_values(pk_context *context, size_t rows, size_t cols,
+                                                 const double *matrix, double *values, double *left,
+                                                 double *right);
+
+/* The smallest r for which the r largest squares of the values, which are in descending order, are at least `fraction` of their
+ * sum; 0 where all are 0. With the singular values of a sensitivity and 0.95: its signal dimension. */
+PK_API size_t pk_signal_dimension(size_t count, const double *values, double fraction);
 
 PK__END_C
 
@@ -1161,6 +1197,19 @@ PK_API PK__MUST_USE pk_status pk_gauss_newton_product(pk_context *context, const
                                                       const pk_batch *batch, const pk_real *direction,
                                                       pk_real *product);
 
+/* Second derivatives of the outputs themselves, along a direction (v, z_r) of weights and inputs together: with the scalar
+ * s_r(w, x) = u_r . f(w, x), u_r row r of the cotangents,
+ *     weight_products (rows x P), row r:  d/de grad_w s_r(w + e v, x_r + e z_r)
+ *     input_products (rows x D), row r:   d/de grad_x s_r(w + e v, x_r + e z_r)          at e = 0.
+ * So with z = 0 the input products are d/dx <u_r, J(w, x_r) v>, and with v = 0 the weight products are how grad_w s_r moves with
+ * x: both are the mixed derivative. weight_direction: P numbers or NULL, zero; input_directions: rows x D, or zero.
+ * Forward over reverse, exact between kinks. Cost: about 14 P flops a row. PK_UNSUPPORTED as pk_hessian_product, and for
+ * inputs that are tokens where directions or products of the inputs are wanted. */
+PK_API PK__MUST_USE pk_status pk_mixed_product(pk_context *context, const pk_graph *graph,
+                                               const pk_real *weights, pk_matrix inputs, pk_matrix cotangents,
+                                               const pk_real *weight_direction, pk_matrix input_directions,
+                                               pk_matrix weight_products, pk_matrix input_products);
+
 PK__END_C
 
 /* pathkernel/training/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
@@ -1715,24 +1764,9 @@ PK__END_C
  * its own rounding and the remaining error of step 5.
  */
 
-/* pathkernel/path/quadrature.h: which points (row, t) with which weights integrate a step: the literature's
- * rules, adaptive Gauss-Legendre for smooth networks, and the rule that is exact for piecewise-linear ones.
- *
- * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. The adaptive rule:
- *   1. split the step at the kinks that can be found (kinks.h);
- *   2. test each piece with n nodes. Its error is the difference between the sum over the nodes of dh/dt, and h at the
- *      end minus h at the start, which forward passes give: the closure of the piece. It may be `target` times the
- *      most that h has changed in a step of this row: contributions are parts of such changes, whatever the size of h;
- *   3. the closure has a floor, the rounding of h. Where the changes are so small that the floor hides what matters, as
- *      in tiny steps of a trained network, the difference to the rule with n + 1 nodes is the error instead: its
- *      rounding is relative to the changes (a nested judgement);
- *   4. a piece that misses gets one node more, up to 16; then it is halved. All pieces of a row are tested before any
- *      is halved, and those that miss by most are halved first, since the number of halvings is limited;
- *   5. an error that neither more nodes nor two halvings lower, in several of the four parts, is rounding: these pieces
- *      are accepted as they are, counted, and their errors go into the bounds. (In one part only, it is a place where h
- *      changes within a short part of the step. It is halved until that is resolved.)
- * Depth first (one piece after the other, to its end) was rejected: where rounding makes the target unreachable, it
- * spends all halvings at the first place where this happens.
+/* pathkernel/path/quadrature.h: the rules that integrate the gradient of a readout h(f(w + t d, x)) with respect to the weights
+ * over a step, t from 0 to 1: the literature's rules, adaptive Gauss-Legendre for smooth networks, and the rule that is
+ * exact for piecewise-linear ones. integrator.h applies them.
  */
 PK__BEGIN_C
 
@@ -1784,12 +1818,85 @@ PK_API PK__MUST_USE pk_status pk_quadrature_check(pk_context *context, const pk_
 
 PK__END_C
 
+/* pathkernel/path/adaptive.h: the adaptive rule: how many nodes each piece of a step takes, and whether that is enough.
+ *
+ * What is integrated is the gradient of a readout h(f(w + t d, x)) with respect to the weights. The adaptive rule:
+ *   1. split the step at the kinks that can be found (kinks.h);
+ *   2. test each piece with n nodes. Its error is the difference between the sum over the nodes of dh/dt, and h at the
+ *      end minus h at the start, which forward passes give: the closure of the piece. It may be `target` times the
+ *      most that h has changed in a step of this row: contributions are parts of such changes, whatever the size of h;
+ *   3. the closure has a floor, the rounding of h. Where the changes are so small that the floor hides what matters, as
+ *      in tiny steps of a trained network, the difference to the rule with n + 1 nodes is the error instead: its
+ *      rounding is relative to the changes (a nested judgement);
+ *   4. a piece that misses gets one node more, up to 16; then it is halved (integrator.h). All pieces of a row are tested
+ *      before any is halved, and those that miss by most are halved first, since the number of halvings is limited;
+ *   5. an error that neither more nodes nor two halvings lower, in several of the four parts, is rounding: these pieces
+ *      are accepted as they are, counted, and their errors go into the bounds. (In one part only, it is a place where h
+ *      changes within a short part of the step. It is halved until that is resolved.)
+ * Depth first (one piece after the other, to its end) was rejected: where rounding makes the target unreachable, it
+ * spends all halvings at the first place where this happens.
+ *
+ * A test takes the network's values at the nodes, and the tape keeps them: the pieces that pass are handed over in the
+ * order in which they passed, so that the reverse pass finds most of its values there.
+ */
+
+/* pathkernel/path/integrator.h: the points (row, t) that integrate a step of a block of rows, with their weights, batch after
+ * batch:
+ *
+ *     pk__integrator_begin(&integrator, ...);
+ *     while (pk__integrator_next(&integrator, &points))
+ *         ... values, cotangents and sums at the points ...
+ *
+ * Between two calls the integrator only remembers where it stands (pk__stage): which points are known and not yet handed over,
+ * and what is to be found out when these are gone. A fixed rule knows all points at once. Else pieces go round:
+ *
+ *     waiting --split at kinks, tested--> accepted ............................... handed over
+ *                                    `--> failed --halving does not help--> accepted, handed over
+ *                                              `--halved--> waiting
+ *
+ * until none waits. A batch is full before it is handed over, whatever stage its points come from, and pieces are tested only
+ * when all earlier points stand in a batch: batches depend on shapes alone, and the tape still has the values of the last
+ * test at the points that are handed over (path.h finds them there).
+ */
+
 /* pathkernel/features/factors.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
  * layer and stored in panels, as the products with the test side want them.
  */
 
-/* pathkernel/features/features.h: the memory of tangent features, the gradients of a block of test rows' outputs with respect to
- * the weights along a step, and which of its forms each layer takes.
+/* pathkernel/features/gram.h: every pair product of the gradients of two sets of rows, as a Gram matrix.
+ *
+ *     G[i,k,j,l] = < sum_c s_ikc grad f_c(w, x_i), sum_c s'_jlc grad f_c(w', y_j) >
+ *
+ * The seeds s choose what is differentiated: each output (as many gradients a row as there are outputs), their sum, one of
+ * them, the output of a row's label, or the loss of a row.
+ *
+ * No Jacobian is formed for dense layers. The gradient for a dense layer's weight and bias is an outer product of the
+ * layer's cotangent d and (a, 1), so that the layer's term of G is
+ *     (d_ik . d_jl) (a_i . a_j + 1):
+ * the Gram matrix of the inputs a is computed once for all outputs. Where the cotangent is the same for all rows, as that
+ * of the last layer, d_k . d_l is computed once. A layer used at Q places has a sum of Q outer products: pairs of places
+ * are taken one by one, or, where that costs fewer flops, the layer's gradients are formed; those of normalizations and
+ * embeddings are. Where layers share tensors, the gradients of the parameters themselves are formed, since the uses of
+ * a tensor meet each other in the product.
+ *
+ * Rows go through the network in blocks, and their factors are kept: all rows' where the memory limit allows it (without
+ * a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other. Blocks and
+ * tiles are cut by shapes alone: the same bits for any number of threads and any memory limit. The bits of an entry
+ * depend on how many rows are beside it.
+ */
+
+/* pathkernel/features/layers.h: what is kept of each layer while the gradients of a block of test rows' outputs are
+ * integrated along a step, and the memory for it.
+ *
+ * A layer whose weights are W and whose input is a has the gradient delta (x) a, delta being the cotangent of what it computes;
+ * its integral is Phi = sum_p w_p delta_p (x) a_p over the points p of the quadrature. Phi itself is large. What is kept depends
+ * on what changes along the step (pk__layer_kind):
+ *   - the input does not (the layer is on data): sum_p w_p delta_p, and the input;
+ *   - the cotangent does not (everything behind the layer is linear): sum_p w_p a_p, and the cotangent;
+ *   - both do: nothing, where each point is multiplied with the examples' factors while it is in memory (product.h); or Phi,
+ *     where that costs less, or where it is needed as a whole: by optimizers with a state and by bounds;
+ *   - the layer's gradient is no outer product: Phi, number by number.
+ * pk__choose_form decides, step by step, by the flops that each way takes.
  */
 /* How layers are contracted: for tests and benchmarks. */
 typedef enum pk_engine {
@@ -1799,26 +1906,77 @@ typedef enum pk_engine {
     PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
 } pk_engine;
 
-/* pathkernel/features/product.h: inner products of tangent features with the gradients of examples: the hot loop.
+/* pathkernel/features/sums.h: the sums over the points of a step, layer by layer: cotangents, inputs or Phi, whichever a layer
+ * keeps (layers.h), and the products of Phi with given directions.
+ *
+ * All points of a part are in memory together, with the values and the cotangents of every layer (integral.h). The products
+ * < Phi, direction > that a step's closure, unattributed part and decay are made of need no Phi: of a layer at points they are
+ * the sum over the points of w_p delta_p . F(direction, a_p), F being what the layer computes with the direction in the place
+ * of its weights.
+ */
+
+/* pathkernel/features/integral.h: the gradients of a block of test rows' outputs, integrated along a step:
+ *
+ *     pk__integral_begin(&integral, &step);
+ *     while (pk__integral_next(&integral, &points)) {
+ *         pk__integral_pass(&integral, points);      values and cotangents at the points
+ *         pk__integral_add(&integral, points);       sums over the points
+ *         ...                                        what else needs these: see tiles.h
+ *     }
+ *     pk__integral_end(&integral);
+ *
+ * Points come from the quadrature (path/integrator.h) in batches, and of a batch as many at a time as can be reversed together.
+ * After the last ones, `along` holds the products with the step's directions, and Phi can be read, row by row, of the layers of
+ * which it is kept or is an outer product.
+ */
+
+/* pathkernel/features/product.h: inner products of the integrated gradients with the gradients of examples: the memory, and the
+ * products of rows with panels that all of them consist of. tiles.h puts them together.
  *
  * For a dense layer the gradient is an outer product, grad_W = delta (x) a, so that
  *     < grad f(x), g_i > = sum over layers (delta_x . delta_i) (a_x . a_i + 1):
- * two small Gram matrices and a Hadamard product per layer, and no vector of P numbers. What does not
- * change along a step is taken out of the sum over its points:
+ * two small Gram matrices and a Hadamard product per layer, and no vector of P numbers. Products are of rows of the test side
+ * and panels of examples, and the Hadamard product is taken while a tile of them is in registers (math/tile.h): nothing that is
+ * as large as a layer times examples goes through memory.
+ */
+
+/* pathkernel/features/tiles.h: the inner products of a block of rows with a block of examples, layer by layer, as a tile: the
+ * hot loop.
+ *
+ *     pk__tiles_begin(&product, points);                       for the points in hand, after pk__integral_add
+ *     for each block of examples, for each layer that is due:
+ *         pk__tiles_layer(&product, layer, points, first, count, fresh);
+ *
+ * What does not change along a step is taken out of the sum over its points:
  *   - a layer whose input is data: sum the cotangents first, and its a_x . a_i is one Gram matrix for all steps;
  *   - a layer behind which everything is linear: its cotangent is constant, sum the inputs first;
  *   - the layer below that one: its cotangents are delta_k = slope o (W + t D)^T seed_k, W the last layer's weight;
  *     sum slope (a_x . a_i + 1) and t slope (a_x . a_i + 1) over the points, then multiply with W and D once;
  *   - any other layer: one Hadamard product per point and output, or, where many points or few examples make it
- *     cheaper, the integrated gradient Phi is materialised and multiplied with the examples' factors.
- * Products are of rows of the test side and panels of examples, and the Hadamard product is taken while a tile of
- * them is in registers (tile.h): nothing that is as large as a layer times examples goes through memory.
+ *     cheaper, the integrated gradient Phi is materialized and multiplied with the examples' factors (pk__product_row).
+ * The first two are due after the last points of the step, the others with each part of the points.
  * A layer that is used at Q places (a convolution, a dense layer on tokens) has a sum of Q outer products: its points
- * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialised (pk__layer_by_rows).
+ * count Q times and its examples Q times, so Q^2 products of pairs, or both sides are materialized (pk__layer_by_rows).
  */
 
-/* pathkernel/features/integral.h: tangent features integrated over a step: sums over the points of the quadrature, layer by
- * layer, and the integrated gradient Phi where it is wanted.
+/* pathkernel/features/phi.h: gradients and mixed derivatives integrated along one step, as arrays of numbers, for analyses
+ * that need them whole:
+ *
+ *     Phi (C x P)     = integral_0^1 J(w + t D, x) dt,                                     J = df/dw
+ *     dPhi/dx (D x P) = d/dx of row c of Phi
+ *                     = integral_0^1 d/dx J_c(w + t D, x) dt + sum_k (dt_k/dx) (x) (J_c(t_k -) - J_c(t_k +)) ,
+ *
+ * the sum over the kinks t_k inside the step: where a switch function z_k of the network is 0, J jumps, and that place moves with
+ * x by dt_k/dx = -(dz_k/dx) / (dz_k/dt). The sum belongs to the derivative: without it, the derivative of an integral over
+ * pieces whose ends move is wrong.
+ *
+ *   1. split the step at the kinks (kinks.h), one row after the other; a network without kinks has one piece, and all rows of a
+ *      block share its nodes;
+ *   2. where the network is a piecewise polynomial in t, Gauss-Legendre with as many nodes as its degree integrates each piece
+ *      exactly, and the polynomial through the nodes gives J at both ends of the piece exactly, from the inside;
+ *   3. elsewhere the number of nodes is doubled until all numbers agree, and then the piece is halved;
+ *   4. at each kink: the switch functions with different signs in the two pieces beside it are those that are 0 there;
+ *      forward tangents give their derivatives by t and by x.
  */
 
 /* pathkernel/attribution/decomposition.h: what is asked of a decomposition and what it returns: sums of contributions over
@@ -1935,10 +2093,10 @@ PK__END_C
  */
 
 /* pathkernel/attribution/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
- * its memory, what a plan costs, the choice. decompose.h carries it out.
+ * its memory, what a plan costs, the choice. sweep.h carries it out.
  *
  * A pass goes through all steps with some of the test rows and some of the outputs; windows of steps are prepared
- * ahead of it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
+ * before it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
  * alone. What a cut costs:
  *   - each pass reads the run and computes the examples' gradients and the updates again;
  *   - states of the optimiser that were not kept are computed again from those that were (steps.h);
@@ -1966,6 +2124,63 @@ typedef struct pk_plan {
 } pk_plan;
 
 PK__END_C
+
+/* pathkernel/attribution/cells.h: tiles of inner products, added to the results.
+ *
+ * A cell is an output of a test row. For each cell the results keep sums over any of examples (or their groups), steps and layers
+ * (decomposition.h); a tile has a row of inner products with a block of examples for each cell. Tiles of several layers are
+ * added as one, unless some result is kept by layer. Sums are taken in an order that depends on shapes alone.
+ */
+
+/* pathkernel/attribution/recurrence.h: the recurrence of reverse time, for a part of a layer at a time.
+ *
+ * An optimizer with a state makes the step D_s from all gradients up to s. Instead of carrying a vector for each training example
+ * forward, the test side goes from the last step to the first and carries, for each output of each test row,
+ *
+ *     R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,      R_S = 0,
+ *     E_s = gain_s R_s + direct_s p_s o Phi_s,
+ *
+ * so that the contribution of example i at step s is -scale_s < E_s, g_i > (decompose.h; training/optimizer.h has the linear
+ * form: carry, enter, gain, direct, p). Phi_s and R are large, so they go through the cache in parts: some outputs of one layer of
+ * one row. With parameter groups the linear form differs by ranges of the weights.
+ */
+
+/* pathkernel/attribution/bounds.h: how far a result may be off: bounds on single entries, and the certificate of the whole.
+ *
+ * Every row of every output has a closure, final - initial - everything that was attributed: what the decomposition misses.
+ * It is measured against what the row is made of, and the worst one is the certificate (pk__certify). A closure says nothing
+ * of single entries, whose errors may cancel. Their bounds go the way of the entries with absolute values:
+ *
+ *     |error of an entry| <= sum over steps of |factor| < error of E_s, |g_i| + rounding of g_i >,
+ *
+ * where the error of E_s comes from that of Phi (features/integral.h), of p_s (steps.h), and through the same recurrence as R. They
+ * are first-order estimates. Where those of a cell do not add up to its closure, all of them are raised until they do.
+ */
+
+/* pathkernel/attribution/materialized.h: what a step contributes through the layers whose Phi is formed: in reverse time all of
+ * them, else those where that costs less than the products point by point.
+ *
+ * Row after row, layer after layer, part after part: Phi, or in reverse time E (recurrence.h), times the factors of the step's
+ * examples, added to the row's tiles; these go to the results when a row, or a layer of it, is complete.
+ */
+
+/* pathkernel/attribution/sweep.h: the loop. One sweep goes through all steps of the run with some of the test rows and some of the
+ * outputs, and adds what each step contributes to their results:
+ *
+ *     for each window of steps (in reverse time, the last first)          pk__sweep_windows
+ *         the window's weights, examples' gradients and updates             pk__steps_visit      steps.h
+ *         for each block of rows, in parallel                             pk__sweep_block
+ *             for each step                                               pk__sweep_step
+ *                 while there are points                                    pk__integral_next    path/integrator.h
+ *                     values and cotangents there                           pk__integral_pass    path/path.h
+ *                     sums over the points                                  pk__integral_add     features/sums.h
+ *                     products with the examples' factors, added            pk__add_products     features/tiles.h, cells.h
+ *                 the same of layers whose gradient is formed               pk__materialized_layers
+ *                 decay, unattributed part and closure of the step          pk__close_step
+ *
+ * Everything else in this file is what comes before the first window: the rows, their outputs at both ends of the run, and
+ * the Gram matrix of the inputs.
+ */
 
 /* pathkernel/attribution/decompose.h: the predictions of a recorded run, decomposed over its training examples to
  * rounding error, and certified.
@@ -2052,24 +2267,257 @@ PK_API PK__MUST_USE pk_status pk_decompose_reference(pk_context *context, const 
 
 PK__END_C
 
-/* pathkernel/kernels/kernel.h: Gram matrices of the named kernels. Each is an inner product of tangent features; they are
- * different objects, and each has functions of its own.
+/* pathkernel/attribution/walk.h: a run's optimiser followed step by step from the start: the linear form of each step, for
+ * analyses that go forward through a run and hold one step at a time.
+ */
+
+/* pathkernel/attribution/smoother.h: predictions along training: telescoped, and as a smoother of the targets.
  *
- *     pk_kernel_ntk         the empirical neural tangent kernel at given weights, all outputs with all outputs
- *     pk_kernel_ntk_trace   its sum over equal outputs
+ * Telescoping (Jeffares, Curth and van der Schaar 2024, arXiv 2411.00247), to first order in each step:
+ *     f_S(x) ~ f_0(x) + sum_s J(w_s, x) D_s.
  *
- * No Jacobian is formed for dense layers. The gradient of output k for a dense layer's weight and bias is an outer product
- * of the layer's cotangent d_k = d f_k / d (W a + b) and (a, 1), so that the layer's part of the kernel is
- *     Theta[i,k,j,l] += (d_ik . d_jl) (a_i . a_j + 1):
- * the Gram matrix of the inputs a is had once for all outputs. Where the cotangent is the same for all inputs, as that of
- * the last layer, d_k . d_l is computed once (of the last layer it is 1 for k = l, else 0). A layer used at Q places has a
- * sum of Q outer products: pairs of places are taken one by one, or, where that costs fewer flops, the layer's gradients
- * are formed; those of normalisations and embeddings are.
+ * The smoother. Where the loss is squared, the gradient of example i is J_i^T kappa (f(w_s, x_i) - y_i), linear in the targets
+ * once the path of the weights is given. With y all N C targets behind each other,
+ *     f(w_s, x) = s_s(x) y + c_s(x),      s_s(x): C x N C,
+ *     [s | c]_{s+1}(x) = [s | c]_s(x) - sum_i eta_s c_{s,i} kappa K_s(x, x_i) ([s | c]_s(x_i) - [e_i | 0]),
+ *     K_s(x, x_i) = integral_0^1 J(w_s + t D_s, x) dt  J(w_s, x_i)^T:
+ * the test side is integrated along the step, as in the exact path kernel, so that this is the network and no
+ * approximation of it, at every step and for every row. (With J(w_s, x) in place of the integral it is that of the paper.)
  *
- * Inputs go through the network in blocks of rows, and their factors are kept: all rows' where the memory limit allows it
- * (without a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other.
- * Blocks and tiles are cut by shapes alone: the same bits for any number of threads and any memory limit. The bits of an
- * entry depend on how many rows are beside it.
+ * An optimiser with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
+ * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, and what steps differ
+ * by from the declared training, do not depend on y: they go into c.
+ */
+PK__BEGIN_C
+
+/* predictions ((S + 1) x M x C): at [s, m, c] the telescoped f_c(w_s, x_m), f_0 + sum_{u < s} J(w_u, x_m) D_u. inputs: M x D.
+ * Cost: a forward product a step and row. PK_ARGUMENT, PK_SHAPE, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE,
+ * PK_CANCELLED, and what reading the run gives; predictions hold what was done. */
+PK_API PK__MUST_USE pk_status pk_telescope(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                           double *predictions);
+
+typedef struct pk_smoother_options {
+    int first_order; /* 1: J(w_s, x) in place of its integral along the step: the paper's; the residual says how far it is */
+    double tolerance; /* of the residual; 0: 1e-10, in float 1e-3 */
+} pk_smoother_options;
+
+/* Rows are the N training examples in their order, then the M test rows. */
+typedef struct pk_smoother {
+    size_t rows, examples, outputs, steps; /* N + M, N, C, S */
+    double *matrix;                        /* rows C x N C: s_S(x), output by output */
+    double *constant;                      /* rows C: c_S(x) */
+    double *targets;                       /* N C: y, as the loss takes them */
+    double *predictions;                   /* (S + 1) x rows x C: s_s(x) y + c_s(x) */
+    double *
+        effective; /* (S + 1) x 2: effective parameters of the training rows, of the test rows (0 where there are none) */
+    /* The largest |s y + c - f| / max(1, the largest |f|) of all steps, and where it is: f is the network's output. */
+    double residual;
+    size_t worst_step, worst_row, worst_output;
+    double
+        unattributed; /* the largest |sum_s Phi_s u_s| / max(1, |f|), u_s: D_s - the update of the declared training */
+    size_t points;  /* quadrature nodes, over rows and steps */
+    size_t refused; /* pieces that were accepted although more nodes still changed them */
+    double seconds;
+} pk_smoother;
+
+/* The smoother of a run with the loss squared or mean_squared, under any optimiser. inputs: M x D test rows, or no data: M = 0.
+ * *out is zeroed first; release it also after PK_NOT_CLOSED (computed, but the residual exceeds the tolerance; not where
+ * first_order is set) and PK_UNATTRIBUTED (computed, but the recorded weights are not those of the declared training).
+ * Cost a step: the Jacobians of the batch, those of all rows at the quadrature's nodes, and about
+ * 2 rows C (B C P + B C N C) flops for a batch of B; with a state 2 N C P (B C + rows C). Memory: the results, B C P numbers,
+ * a block of about 2^18 numbers, and with a state 2 N C P. PK_UNSUPPORTED: another loss, whose gradients are not linear in
+ * the targets. PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, PK_CANCELLED; *out has no arrays
+ * then. */
+PK_API PK__MUST_USE pk_status pk_smooth(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                        const pk_smoother_options *options, pk_smoother *out);
+PK_API void pk_smoother_release(pk_context *context, pk_smoother *smoother);
+
+/* Effective parameters of some rows I (Curth, Jeffares and van der Schaar 2023, arXiv 2310.18988):
+ *     p(I) = (N / |I|) sum_{j in I} |s_S(x_j)|^2 ,
+ * the sum over the C outputs of each row included. rows: count numbers below smoother->rows. 0 where count is 0. */
+PK_API double pk_effective_parameters(const pk_smoother *smoother, size_t count, const size_t *rows);
+
+PK__END_C
+
+/* pathkernel/attribution/sensitivity.h: how the attribution of a prediction moves with its input.
+ *
+ *     S(x) = dA(x, i)/dx   (N x D),       A(x, i): the contribution of example i to output c, as in decompose.h.
+ *
+ * A is linear in Phi_s(x), the gradient integrated along each step, and the examples' gradients do not depend on x:
+ * S is A with dPhi_s/dx in place of Phi_s, and closes as it does:
+ *     sum_i S_i + d decay/dx + d unattributed/dx + closure = grad_x f_c(w_S, x) - grad_x f_c(w_0, x).
+ *
+ * dPhi_s/dx (phi.h) is the integral of the mixed derivative d2 f / dx dw, plus a term for each kink inside the step,
+ * where the gradient jumps at a place that itself moves with x. What is exact where:
+ *   - smooth networks: to rounding, by Gauss-Legendre of as many nodes as it takes;
+ *   - piecewise-linear networks: to rounding, for every x that is on no kink of w_0 .. w_S. A itself is continuous in x, but S
+ *     jumps where a kink enters or leaves the path at w_0 or w_S. A kink that touches a step without crossing it (dz/dt = 0)
+ *     moves infinitely fast; it is counted in `unresolved`, as are several kinks at one place that move differently, and
+ *     the closure says what that costs;
+ *   - networks with smooth parts below kinks: as well as the kinks are found, which the closure measures.
+ * An optimiser with a state runs in reverse time, as in decompose.h, with D rows in place of the outputs.
+ *
+ * The singular values of S say in how many directions of the input the attribution moves. (A published signal dimension,
+ * OpenReview gZRfDWLlGY, leaves out the derivative of Phi.)
+ */
+PK__BEGIN_C
+
+typedef struct pk_sensitivity_options {
+    size_t output;         /* c */
+    int by_step, by_layer; /* 1: keep these sums, too */
+    double
+        tolerance; /* of the closure, relative to the largest number of S and of the gradients; 0: 1e-9, in float 1e-2 */
+} pk_sensitivity_options;
+
+typedef struct pk_sensitivity {
+    size_t examples, inputs, steps, layers; /* N, D, S, L */
+    double *by_example;                     /* N x D: S(x) */
+    double *by_step;  /* S x N x D: by the step at which the example's gradient was taken, or NULL */
+    double *by_layer; /* L x N x D, or NULL */
+    /* D each: the gradients at w_0 and w_S, the sum over the examples, and what else there is: */
+    double *initial, *final, *data, *decay, *unattributed, *closure;
+    double worst_closure; /* the largest |closure| / scale */
+    double scale;         /* the largest of |S|, |initial|, |final| */
+    size_t points;        /* quadrature nodes */
+    size_t kinks,
+        unresolved; /* inside the steps; of these, where the jump's place is not known to move in one way */
+    size_t refused; /* pieces accepted although more nodes still changed them */
+} pk_sensitivity;
+
+/* Of one row x (1 x D) of inputs. *out is zeroed first; release it also after PK_NOT_CLOSED: computed, but the closure exceeds
+ * the tolerance. Cost a step: D products of second order at each node, and 2 D P flops an example of the batch. Memory: the
+ * results, about 6 D P numbers, B P for a batch of B (at most 64 at a time), and, for adam and adamw, P a step for their
+ * preconditioners. PK_UNSUPPORTED: inputs that are tokens; operations without second derivatives, as pk_hessian_product;
+ * surrogate gradients. PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, PK_CANCELLED; *out has no
+ * arrays then. */
+PK_API PK__MUST_USE pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_matrix input,
+                                                const pk_sensitivity_options *options, pk_sensitivity *out);
+PK_API void pk_sensitivity_release(pk_context *context, pk_sensitivity *sensitivity);
+
+PK__END_C
+
+/* pathkernel/kernels/family.h: the kernels of a recorded run: their table, what may be asked of them, and the shape of the answer.
+ *
+ * Every kernel is K(x, x') = sum_s omega_s integral < L_s(x; t), R_s(x'; t) > dt: two features, whether each moves along the
+ * step, and weights of the steps omega_s. pk__kernel_rows is the table of them; a new kernel is a row.
+ *
+ *     ntk           J(w_s, x), both sides                              one matrix for each s that is asked for
+ *     conjugate     what is fed to the last matrix layer at w_s         the same
+ *     embedding     what is fed to every matrix layer                   the same
+ *     path          J(w_s + t D_s, x), both at the same t (Domingos 2020)                          sum of eta_s times it
+ *     path_average  J(w_s, x)                                           the mean over the weights that are asked for
+ *     epk           test rows: J along the step; training row i: c_{s,i} J(w_s, x_i) (Bell et al. 2023)  sum of eta_s
+ *     loss_path     grad l(w_s + t D_s, z), both (Chen et al. 2023)                                sum of eta_s
+ *     tracin        grad l(w_s, z); on the right, training row i times c_{s,i} (Pruthi et al. 2020)  sum of eta_s
+ *
+ * J = df/dw; eta_s is the learning rate times the factor of clipping, whatever the optimizer; c_{s,i} is the weight of example
+ * i's loss in step s, 0 where it is not in the batch. The training rows of the run are a side of their own (NULL): rows
+ * of a file with the same numbers are test rows. epk of a test and a training row moves the test row alone, of two test rows
+ * both at the same t, of two training rows neither. It is one feature map, hence without negative eigenvalues, and
+ * discontinuous in x at the training rows.
+ */
+PK__BEGIN_C
+
+typedef enum pk_kernel_kind {
+    PK_KERNEL_NTK = 1,
+    PK_KERNEL_CONJUGATE,
+    PK_KERNEL_EMBEDDING,
+    PK_KERNEL_PATH,
+    PK_KERNEL_PATH_AVERAGE,
+    PK_KERNEL_EPK,
+    PK_KERNEL_LOSS_PATH,
+    PK_KERNEL_TRACIN
+} pk_kernel_kind;
+
+/* What is made of the C x C numbers K_kl of two rows. */
+typedef enum pk_kernel_outputs {
+    PK_OUTPUTS_NONE,  /* kernels without outputs: conjugate, embedding, loss_path, tracin */
+    PK_OUTPUTS_FULL,  /* all of them */
+    PK_OUTPUTS_TRACE, /* sum_k K_kk */
+    PK_OUTPUTS_MEAN,  /* sum_k K_kk / C */
+    PK_OUTPUTS_SUM,   /* sum_kl K_kl: of the sum of the outputs */
+    PK_OUTPUTS_LABEL, /* K_kl of the labels k of one row, l of the other */
+    PK_OUTPUTS_ONE    /* K_kk of one output k */
+} pk_kernel_outputs;
+
+typedef enum pk_kernel_map {
+    PK_MAP_NONE,
+    PK_MAP_COSINE, /* K(x,x') / sqrt(K(x,x) K(x',x')), each row with itself on its own side; of a row of zeros: 0 */
+    PK_MAP_CENTER /* H K H, H = 1 - 1/M: left and right are the same rows */
+} pk_kernel_map;
+
+/* kind, and outputs where the kernel has them, are required; zeros are defaults for the rest. */
+typedef struct pk_kernel_options {
+    pk_kernel_kind kind;
+    pk_kernel_outputs outputs;
+    size_t output; /* PK_OUTPUTS_ONE */
+    /* ntk, conjugate, embedding, path_average: numbers of weights, 0 .. S; NULL: the last, of path_average all. The others:
+     * steps s from w_s to w_{s+1}, 0 .. S - 1, one that is there twice counts twice; NULL: all. */
+    const size_t *steps;
+    size_t step_count;
+    pk_quadrature quadrature; /* path, epk, loss_path: along a step. auto, left, gauss, midpoint, trapezoid */
+    double tolerance;         /* of auto, relative to the largest entry; 0: 1e-10 (PATHKERNEL_FLOAT: 1e-4) */
+    int unweighted;           /* epk, tracin: c = 1 for all rows in every step */
+    int by_layer; /* columns of by_layer (attribution/decomposition.h); embedding: matrix layers in the order of w */
+    int append_one; /* conjugate: a 1 behind what is fed */
+    pk_kernel_map map;
+    int left_train; /* the left side of this kernel is the training rows, whatever the call's is */
+} pk_kernel_options;
+
+typedef struct pk_kernel_report {
+    double
+        error; /* auto: the sum of what the accepted integrals differ by from those with one node less, and of what
+                     the closure of the rows shows; of the largest entry, before the map */
+    size_t points;    /* points of rows or, where they are common to all rows, values of t that were taken */
+    size_t refused;   /* pieces accepted although they missed */
+    size_t zero_rows; /* cosine: rows of zeros, of all matrices */
+    double seconds;   /* of the whole call: the pass over the run is shared */
+} pk_kernel_report;
+
+/* The names of the table; NULL beyond its ends. The kind of that name, 0: there is none. */
+PK_API const char *pk_kernel_name(pk_kernel_kind kind);
+PK_API pk_kernel_kind pk_kernel_find(const char *name);
+/* full, trace, mean, sum, label; PK_OUTPUTS_ONE has a number for its name, PK_OUTPUTS_NONE none: NULL. */
+PK_API const char *pk_kernel_outputs_name(pk_kernel_outputs outputs);
+PK_API pk_kernel_outputs pk_kernel_outputs_find(const char *name);
+/* none, cosine, center. find: -1: there is none. */
+PK_API const char *pk_kernel_map_name(pk_kernel_map map);
+PK_API int pk_kernel_map_find(const char *name);
+
+/* left, right: rows with or without targets (targets.type == 0); NULL: the training rows of the run. left == right, also
+ * both NULL: the same rows, symmetric bit for bit (but tracin, whose right side is weighted). Targets are classes (N,)
+ * for PK_OUTPUTS_LABEL, what the run's loss takes for loss_path and tracin.
+ * shape (rank numbers): [steps,] [layers,] M, [C,] M' [, C]: steps for more than one of a kernel at a step, layers for by_layer,
+ * C for PK_OUTPUTS_FULL. Checks options, rows and targets: PK_ARGUMENT, PK_SHAPE, PK_UNSUPPORTED, PK_NOT_FINITE. */
+PK_API PK__MUST_USE pk_status pk_kernel_shape(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                              const pk_dataset *right, const pk_kernel_options *options,
+                                              size_t shape[6], int *rank);
+
+PK__END_C
+
+/* pathkernel/kernels/along.h: Gram matrices of gradients, integrated along one step w + t D, 0 <= t <= 1.
+ *
+ *     G = integral_0^1 < L(t), R(t) > dt,        each side at w + t D (it moves) or at w
+ *
+ * Fixed rules take common values of t. The rule auto is
+ * 1. where no kink depends on the weights: Gauss-Legendre with n and n + 1 nodes, common to all rows, until the whole
+ *    matrix agrees; n begins with that of the step before. Where more nodes help too little, the piece is halved.
+ * 2. where there are kinks: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
+ *    On a piece the gradients are polynomials in t of known degree, so that their values at n nodes determine them:
+ *        integral < L, R > dt = sum_{u, v} W_uv < L(t_u), R(t_v) >,   W_uv = integral over both pieces of the Lagrange
+ *                                                                    polynomials of u and v.
+ *    So rows with different kinks meet exactly, and each row goes through the network at its own nodes alone. n follows from
+ *    the degree where the network is piecewise linear; else n and n + 1 are compared, and all pieces are halved where
+ *    more nodes help too little. The integral of df/dt of each row against the change of f shows a kink that was missed.
+ * Rejected: the union of all rows' kinks as common pieces costs each row the kinks of all others; halving until a kink is
+ * closed in on costs about 33 matrices a kink.
+ */
+
+/* pathkernel/kernels/kernel.h: Gram matrices of the named kernels (family.h) of a recorded run, and of the tangent kernel at given
+ * weights.
+ *
+ * pk_kernels walks over the run once for any number of kernels: weights are read once, and kernels, output modes and layers
+ * that need the same products share them (pk__kernel_term).
  */
 PK__BEGIN_C
 
@@ -2091,53 +2539,208 @@ PK_API PK__MUST_USE pk_status pk_kernel_ntk_trace(pk_context *context, const pk_
                                                   const pk_real *weights, pk_matrix x, pk_matrix y,
                                                   pk_matrix gram);
 
+/* Several kernels, output modes and maps in one pass over the run: grams[k] has the product of shape numbers. reports
+ * (count of them) may be NULL. Each step costs a forward pass and as many reverse passes a row as the kernels have outputs, and
+ * the products of pk_kernel_ntk; of sums along steps, so for each node. Same bits for any number of threads and any memory
+ * limit; where kernels share products, other last bits than alone.
+ * Statuses of pk_kernel_shape, and PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_IO, PK_NOT_FINITE, PK_CANCELLED: grams hold
+ * parts. PK_NOT_CLOSED: grams are complete, but an error exceeds its tolerance. */
+PK_API PK__MUST_USE pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                         const pk_dataset *right, size_t count,
+                                         const pk_kernel_options *options, double *const *grams,
+                                         pk_kernel_report *reports);
+
 PK__END_C
 
-/* pathkernel/kernels/epk.h: the symmetric exact path kernel of a recorded run (Bell et al. 2023).
+/* pathkernel/kernels/file.h: a Gram matrix straight into a .npy file, part by part: larger than memory, and finished where it
+ * was interrupted.
  *
- *     K(x, x') = sum_s eta_s < L_s(x), R_s(x') >,        eta_s the learning rate times the factor of clipping
- *     of a test row:           J(w_s + t D_s, x), and the product is integrated over t in [0, 1]
- *     of training row i:       c_{s,i} J(w_s, x_i), which does not move
- *
- * Two test rows move together, at the same t; of a test and a training row the first moves alone; two training rows have
- * c_{s,i} c_{s,j} J(w_s, x_i) J(w_s, x_j)'. It is one feature map, and so has no negative eigenvalue over test and training
- * rows together; but a training row and a test row of the same numbers have different features: it is discontinuous there.
+ * The matrix is cut where pk_kernels cuts it (pk__kernel_block), so that the bits are the same; a part is as many of
+ * these blocks as the memory limit allows, and costs a pass over the run. `path`.part remembers which parts stand in the
+ * file already, of which kernel, rows and run; it is gone when the file is complete.
  */
 PK__BEGIN_C
 
-enum { PK_EPK_TRACE = 1, PK_EPK_FULL = 2 };
+/* What pk_kernels gives for one kernel, as the array of pk_kernel_shape in the file path. Before it starts, the disk must have
+ * room for the whole file, and the progress callback is told how many bytes it takes ("kernel file, 8000128 bytes"). After a kill
+ * the same call goes on behind the last part that was written; the file holds zeros where it is not complete. A map is applied
+ * when all parts are there. report may be NULL; its error, points and refused include the parts of earlier calls.
+ * Statuses of pk_kernels; PK_IO also where the disk is too small. PK_NOT_CLOSED: the file is complete. */
+PK_API PK__MUST_USE pk_status pk_kernel_file(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                             const pk_dataset *right, const pk_kernel_options *options,
+                                             const char *path, pk_kernel_report *report);
 
-typedef struct pk_epk_options {
-    int outputs; /* required: PK_EPK_TRACE, the sum over equal outputs, or PK_EPK_FULL, all with all as in pk_kernel_ntk */
-    /* 1: this side is the N training rows of the run, in their order, and its matrix is not read. A side is never taken
-     * for training rows because of its numbers. */
-    int x_train, y_train;
-    int unweighted; /* 1: c = 1 for every training row in every step; 0: c_{s,i}, 0 outside of the batch */
-    pk_quadrature
-        quadrature; /* PK_RULE_AUTO, PK_RULE_GAUSS (up to 1000 nodes a step) or PK_RULE_LEFT (one node, t = 0) */
-    double tolerance;    /* auto: of the largest entry; 0: 1e-10 (PATHKERNEL_FLOAT: 1e-4) */
-    const size_t *steps; /* s: from w_s to w_{s+1}; one that is there twice counts twice. NULL: all */
-    size_t step_count;
-} pk_epk_options;
+PK__END_C
 
-typedef struct pk_epk_report {
-    double
-        error; /* auto: the sum of what the accepted pieces differ by when their nodes are doubled, of the largest entry */
-    size_t points;  /* values of t that were taken, over all steps */
-    size_t refused; /* pieces accepted although they missed */
-} pk_epk_report;
+/* pathkernel/kernels/domingos.h: Domingos' kernel machine of a recorded run (2020, theorem 1), and its loss-weighted form.
+ *
+ * Under gradient flow, f(x) = sum_i a_i(x) K^p(x, x_i) + b(x) with the path kernel K^p and
+ *     a_i(x) = - integral L'_i K^g dt / integral K^g dt,        b(x) = f(w_0, x):
+ * both depend on x, and a_i is undefined where the integral of K^g is 0. What needs no division is
+ *     contribution_c(x, i) = - integral sum_c' K^g_cc'(x, x_i) dl_i/df_c' dt,
+ * which for networks with several outputs is the only form; then a_i,c is contribution_c / K^p_cc. A recorded run takes finite
+ * steps, so that dt is eta_s along each step, and l_i has the weight c_{s,i}: the sum misses f(w_S, x) at first order in the
+ * rate. The exact decomposition (pk_decompose) does not.
+ */
+PK__BEGIN_C
 
-/* gram: n1 x n2 numbers, or n1 C x n2 C (PK_EPK_FULL). y.data == NULL without y_train: x with itself, symmetric bit for bit.
- * PK_RULE_AUTO doubles the nodes from 1 to 32 until the whole matrix agrees; where doubling helps too little, as at the
- * kinks of a network, the piece is halved, up to 40 times. With kinks a piece passes only where the integral of df/dt
- * also meets the change of f of every test row, since a kink beyond the outermost node changes the value at no node. What
- * remains is measured, not bounded: the report's error.
- * report may be NULL. Cost: a pk_kernel_ntk for each t, of the batch's rows where a side is the training rows. Memory: 3
- * matrices like gram. Same bits for any number of threads.
- * PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, PK_CANCELLED: gram holds parts of the sum.
- * PK_NOT_CLOSED: gram is complete, but the error exceeds the tolerance. */
-PK_API PK__MUST_USE pk_status pk_kernel_epk(pk_context *context, const pk_run *run, pk_matrix x, pk_matrix y,
-                                            const pk_epk_options *options, double *gram, pk_epk_report *report);
+typedef struct pk_domingos {
+    double *contributions; /* M x C x N */
+    double *coefficients;  /* a: M x C x N, NaN where undefined; NULL: not wanted */
+    double *intercept;     /* b: M x C; NULL: not wanted */
+    size_t undefined;      /* coefficients that are not defined */
+    double error;          /* of the integrals, of the largest entry, see pk_kernel_report */
+} pk_domingos;
+
+/* For the test rows `inputs` (M of them) and all N training rows; quadrature as in pk_kernel_options (zeroed: auto), tolerance 0:
+ * 1e-10. The caller has set the pointers of *result.
+ * Statuses of pk_kernels; PK_UNSUPPORTED: the result is complete, but some a_i are undefined, since the path kernel vanishes there
+ * (within 1e-12 of its largest entry); the message names the first. */
+PK_API PK__MUST_USE pk_status pk_kernel_domingos(pk_context *context, const pk_run *run,
+                                                 const pk_dataset *inputs, pk_quadrature quadrature,
+                                                 double tolerance, pk_domingos *result);
+
+PK__END_C
+
+/* pathkernel/kernels/novelty.h: is a row like the training rows, as a kernel sees them?
+ *
+ * The part of a row's feature that lies in the span of the training features' first r principal directions, from Gram matrices
+ * alone: with K = V Lambda V^T the Gram of the training rows, k(x) the row's products with them,
+ *     e_r(x) = k(x)^T V_r Lambda_r^-1 V_r^T k(x) / K(x, x),
+ * 1 for a row inside the span, 0 for one across it. A low energy is novelty. What a step of training changes of an output at
+ * x lies in that span for the tangent kernel of that step (OpenReview gZRfDWLlGY).
+ *
+ * Any kernel serves: its Gram at one step, summed over steps, of one layer, by pk_kernel_ntk_trace or read from a file.
+ */
+PK__BEGIN_C
+
+typedef struct pk_novelty_options {
+    size_t rank;     /* r; 0: by energy */
+    double fraction; /* the smallest r whose eigenvalues are this part of the trace; 0: 0.95 */
+} pk_novelty_options;
+
+typedef struct pk_novelty_report {
+    size_t rank;       /* r that was taken: never more than the numerical rank */
+    size_t whole_rank; /* eigenvalues above n roundings of the largest */
+    size_t zero_rows;  /* rows with K(x, x) = 0, whose energy is 0 */
+    double share;      /* of the trace that the r directions have */
+    double least;      /* the smallest eigenvalue / the largest: below 0 by rounding, at most */
+} pk_novelty_report;
+
+/* energies (m): e_r of m rows. gram (n x n): of the training rows; cross (m x n): of the rows with them; diagonal (m): of the
+ * rows with themselves. options, report may be NULL. Cost: 5 n^3 + 2 m n r flops; memory n (n + 1) numbers.
+ * PK_ARGUMENT: a Gram that is not symmetric, or with an eigenvalue below -1e-6 of the largest: no Gram; a negative diagonal;
+ * a fraction outside of [0, 1]. PK_NOT_FINITE names the number; PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT. */
+PK_API PK__MUST_USE pk_status pk_novelty(pk_context *context, size_t n, const double *gram, size_t m,
+                                         const double *cross, const double *diagonal,
+                                         const pk_novelty_options *options, double *energies,
+                                         pk_novelty_report *report);
+
+/* The area under the ROC curve: the probability that a number of `high` is above one of `low`, ties counting half. NAN where
+ * either is empty or holds a NaN. Cost O(n log n). PK_MEMORY, PK_MEMORY_LIMIT, PK_OVERFLOW; PK_ARGUMENT for NULL. */
+PK_API PK__MUST_USE pk_status pk_auroc(pk_context *context, size_t high_count, const double *high,
+                                       size_t low_count, const double *low, double *area);
+/* The false positive rate where the true positive rate is at least `rate` (0.95), at the highest threshold that has it: which
+ * part of `low` is not below that threshold. rate in (0, 1]. Else as pk_auroc. */
+PK_API PK__MUST_USE pk_status pk_false_positives(pk_context *context, size_t high_count, const double *high,
+                                                 size_t low_count, const double *low, double rate,
+                                                 double *false_positives);
+
+PK__END_C
+
+/* pathkernel/kernels/sketch.h: tangent kernels from few numbers a row, with the error that this makes.
+ *
+ * Gradients of P numbers are mapped to m numbers by a random linear map R with E R^T R = 1, so that products are kept on
+ * average (Johnson and Lindenstrauss 1984), with a spread of about sqrt(2 / m) of |g| |g'|:
+ *     Rademacher   R_ip = +-1 / sqrt(m)                                                                       m P a row
+ *     SRHT         R = sqrt(1/m) (m rows of H, drawn without replacement) D, D signs, H Walsh and Hadamard's matrix of
+ *                  n = 2^k >= P numbers (Ailon and Chazelle 2006; Tropp 2011)                                n log n a row
+ * R is a function of the seed (random.h) and is never stored. With m = n the SRHT is an isometry: the kernel is exact.
+ *
+ * Features of the infinite ReLU network's tangent kernel (Zandieh et al. 2021, arXiv 2106.07880), layer by layer:
+ *     z <- sqrt(2/m) relu(W z),    t <- [z, Sketch(t (x) sqrt(2/m) 1(W z > 0))],     W standard normal:
+ * < t(x), t(y) > tends to the kernel, with an error like 1 / sqrt(m). The tensor product is never formed: its sketch multiplies
+ * random numbers of the two transforms (Ahle et al. 2020).
+ */
+PK__BEGIN_C
+
+typedef enum pk_sketch_kind { PK_SKETCH_RADEMACHER = 0, PK_SKETCH_SRHT } pk_sketch_kind;
+
+typedef struct pk_sketch {
+    pk_sketch_kind kind;
+    size_t size;   /* m */
+    uint64_t seed; /* equal seeds, sizes and kinds: the same map */
+} pk_sketch;
+
+/* sketched (rows x m) = R v of each row v of vectors (rows x P). One thread. Cost: m P a row and a random number for 64 signs, or
+ * n log2 n a row. PK_ARGUMENT: an unknown kind, m = 0, an SRHT with m > n; PK_SHAPE; PK_MEMORY, PK_MEMORY_LIMIT, PK_OVERFLOW. */
+PK_API PK__MUST_USE pk_status pk_sketch_vectors(pk_context *context, const pk_sketch *sketch, pk_matrix vectors,
+                                                pk_matrix sketched);
+/* features (rows C x m): the sketched gradients of all outputs, row r C + c that of output c for inputs r. Jacobians are formed
+ * for a few rows at a time. PK_CANCELLED and the statuses of pk_jacobian besides. */
+PK_API PK__MUST_USE pk_status pk_sketch_gradients(pk_context *context, const pk_graph *graph,
+                                                  const pk_real *weights, pk_matrix inputs,
+                                                  const pk_sketch *sketch, pk_matrix features);
+
+typedef struct pk_sketch_report {
+    double error; /* |estimate - kernel| / |kernel|, Frobenius norms, on the sampled block; 0 where that is 0 */
+    size_t rows, columns; /* of the block that was computed exactly: sampled by the seed, at most 16 x 16 */
+} pk_sketch_report;
+
+/* The tangent kernel of pk_kernel_ntk (trace = 0) or pk_kernel_ntk_trace (trace = 1), estimated from the sketched gradients, with
+ * its error measured on a sample beside it: not a bound. gram, y as there. report may be NULL: nothing is measured.
+ * Memory: m numbers for each output of each row. Of a network with surrogate gradients it is the kernel of these
+ * (nodes.h). */
+PK_API PK__MUST_USE pk_status pk_kernel_sketched(pk_context *context, const pk_graph *graph,
+                                                 const pk_real *weights, pk_matrix x, pk_matrix y,
+                                                 const pk_sketch *sketch, int trace, pk_matrix gram,
+                                                 pk_sketch_report *report);
+
+typedef struct pk_relu_features {
+    size_t layers;     /* hidden layers, 1 or more */
+    size_t width;      /* m: random units of each layer */
+    size_t sketch;     /* numbers of the sketched tensor product */
+    double weight_std; /* 0: sqrt(2) */
+    uint64_t seed;
+} pk_relu_features;
+
+/* features (rows x (width + sketch)): products of rows tend to the infinite-width tangent kernel of
+ * `dense; relu; ...; dense` in NTK parametrization without biases, of one output, inputs scaled by 1 / sqrt(D). Rows of zeros
+ * have features of zeros. Cost a layer: width^2 normal numbers, 2 width^2 flops a row. PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW,
+ * PK_MEMORY, PK_MEMORY_LIMIT, PK_CANCELLED. */
+PK_API PK__MUST_USE pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs,
+                                                   const pk_relu_features *options, pk_matrix features);
+
+PK__END_C
+
+/* pathkernel/kernels/nodes.h: tangent kernels of networks that are not a function of one row alone, and of networks whose
+ * gradients are not derivatives: what they are, by name.
+ *
+ * A graph network takes all nodes of a graph as one row (`input NODESxFEATURES; propagate S; dense ...`) and gives outputs for
+ * all of them: one row of pk_kernel_ntk with itself holds every pair of nodes.
+ */
+PK__BEGIN_C
+
+/* The tangent kernel between the n nodes (tokens) of the rows of x, through what joins them, `propagate` or attention, in one
+ * pass: the network's outputs are n x K, K outputs of each node behind each other (a last `flatten` keeps that order), and
+ *     gram[r n + i, q n + j] = sum_k < d f_ik(w, x_r)/dw, d f_jk(w, x_q)/dw >,      (rows n) x (rows n).
+ * Memory: the kernel of all outputs, (rows n K)^2 numbers, and that of pk_kernel_ntk. PK_SHAPE: the outputs
+ * are not those of n nodes; the statuses of pk_kernel_ntk. */
+PK_API PK__MUST_USE pk_status pk_kernel_ntk_nodes(pk_context *context, const pk_graph *graph,
+                                                  const pk_real *weights, pk_matrix x, size_t nodes,
+                                                  pk_matrix gram);
+
+/* What the functions of kernel.h compute for a network: "ntk", J J^T with the Jacobian J of the outputs; or "surrogate kernel",
+ * S S^T, where an operation that depends on the weights has a surrogate S of the derivative (sign, step). The
+ * Jacobian of such a network is 0 almost everywhere, and so is its tangent kernel: S S^T is neither that nor the limit below. */
+PK_API const char *pk_tangent_kernel_name(const pk_graph *graph);
+
+/* The slope factor of the surrogate gradient kernel of infinitely wide networks, true derivative on one side and surrogate on
+ * the other (Eilers, Memmesheimer and Goedeke 2024, arXiv 2405.15539), for the activation erf(m x), which tends to sign, and
+ * the surrogate erf(x): with (u, v) normal of variances p and q and covariance s,
+ *     E[erf'(m u) erf'(v)] = (4 m / pi) / sqrt((1 + 2 m^2 p)(1 + 2 q) - 4 m^2 s^2);
+ * m = INFINITY: that of sign. NAN unless p, q >= 0, s^2 <= p q and m > 0 (and p > 0 for sign). */
+PK_API double pk_surrogate_slope(double m, double p, double s, double q);
 
 PK__END_C
 
@@ -2224,8 +2827,13 @@ typedef struct pk__piece {
     /* Used by the adaptive rule (quadrature.h), which measures the error of a piece and halves it: */
     double error, size;       /* of its last test */
     double family, reference; /* of a piece it has come from by halving: its a and its error */
-    int age;                  /* halvings since then */
-    int joined;               /* there is no kink at a: the piece in front goes on smoothly */
+    double
+        missed; /* by how much one node less missed the target, 0: not tried; once accepted, the part of its integral that
+                      its test could not explain */
+    unsigned char age;    /* halvings since then */
+    unsigned char joined; /* there is no kink at a: the piece in front goes on smoothly */
+    unsigned char order, nested,
+        accepted; /* its nodes; how they are judged; whether they are part of the result */
 } pk__piece;
 
 typedef struct pk__pieces {
@@ -2300,7 +2908,10 @@ PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__p
 /* h (count) and, unless NULL, slope (count x outputs) of one row. h may be NULL for the built-in kinds. */
 PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, size_t row, const pk_real *f,
                                     pk_real *h, pk_real *slope);
+/* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
+PK__INTERNAL void pk__gauss_table(double *nodes, double *weights);
 
+/* pathkernel/path/adaptive.h: internals */
 /* Points of a block: t[p] in [0, 1] of row row[p] with weight[p]. Where bounds are asked for, check[p] are the weights of (a
  * rule of higher order minus the rule), and slack[p] those with which the sizes of the gradients bound what no rule sees: how
  * far the kinks beside the point may lie from where they were found, and what a piece left of its closure; else both are
@@ -2311,9 +2922,6 @@ typedef struct pk__points {
     pk_real *t, *weight, *check, *slack;
     int last; /* no more points come in this step */
 } pk__points;
-
-/* Receives points, at most the segment's point capacity at a time; once with `last` in a step, perhaps with none. */
-typedef void pk__point_sink(void *user, const pk__points *points);
 
 /* The order that a row's next step starts with: `nodes` for each of its pieces. For the next `wait` steps, fewer nodes are not
  * tried. */
@@ -2333,41 +2941,64 @@ typedef struct pk__row_state {
     unsigned char nested; /* pieces are judged by a nested rule at first */
 } pk__row_state;
 
+/* Where the integration of a step stands: what is found out next, when all points that are known have been handed over. */
+typedef enum pk__stage {
+    PK__STAGE_RULE,    /* a rule that is the same for every row: nothing more is to be found out */
+    PK__STAGE_PIECES,  /* the next pieces that wait are split at their kinks and tested */
+    PK__STAGE_STALLED, /* of those that failed, the pieces that halving does not help are accepted */
+    PK__STAGE_HALVE,   /* the rest of them is halved; the halves wait */
+    PK__STAGE_END
+} pk__stage;
+
+/* Pieces on their way to the caller, node by node: those of the list that are accepted. */
+typedef struct pk__handover {
+    const pk__piece *pieces;
+    const size_t *sequence; /* their order; NULL: as they stand */
+    size_t count, next;     /* next: the first that is not complete */
+    int node;               /* its next node */
+} pk__handover;
+
 /* The integration of one block of rows, step after step; one a thread. */
 typedef struct pk__integrator {
-    pk__path segment;
+    pk__path path;
     pk_quadrature quadrature;
     pk_readout readout;
     size_t first_row; /* of the block among the test rows */
     double target;    /* the error a piece may have, relative to the change of its row */
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk__row_state *state;                      /* the caller's, one per row */
-    pk__pieces pending, failed, pieces;
-    unsigned char *order, *passed, *nested; /* of the pieces; order: nodes */
-    pk__row_order *next_order;              /* of the rows */
-    double *missed;                         /* of the pieces: the error of one order less; 0: not known */
-    size_t *sequence, sequence_count;       /* the pieces that have passed, one after another */
-    pk__points buffer;                      /* points on their way to the sink */
-    pk_real *slope, *h;
+    /* This step: */
+    pk__stage stage;
+    int fixed_order;                  /* nodes of every piece; 0: adaptive */
+    size_t waiting;                   /* the first of `pending` that has not been looked at */
+    pk__pieces pending, failed;       /* to be tested; to be halved */
+    pk__pieces pieces;                /* under test, between their kinks */
+    size_t *sequence, sequence_count; /* of those, the ones that are accepted, in the order of the tape */
+    pk__row_order *next_order;        /* of the rows */
+    pk__handover handover;
+    pk__points points;
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
     unsigned char *has_ends;
+    pk_real *slope, *h; /* room for one readout, and five h */
     /* Counted over the steps since the caller zeroed them: */
-    size_t points_last;                   /* points of the last step: the cost model's guess for the next one */
-    size_t points, split_pieces, refused; /* refused: pieces accepted although they missed the target */
+    size_t points_last; /* points of the last step: the cost model's guess for the next one */
+    size_t point_count, split_pieces, refused; /* refused: pieces accepted although they missed the target */
 } pk__integrator;
 
-/* points: of one call of the sink; reverse_points: of one pk__path_reverse. bounds: also send what bounds on the error
- * of the integrals are made from. */
+/* pathkernel/path/integrator.h: internals */
+/* points: of one batch; reverse_points: of one pk__path_reverse. bounds: also give what bounds on the error of the integrals
+ * are made from. */
 PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
                                       size_t reverse_points, size_t copies, int bounds,
                                       pk__integrator *integrator);
 PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points);
-/* Fills a table of the rules 1 .. PK_GAUSS_NODES, PK_GAUSS_NODES (PK_GAUSS_NODES + 1) / 2 numbers each. */
-PK__INTERNAL void pk__gauss_table(double *nodes, double *weights);
-/* Sends points of the segment's step (after pk__path_begin) to the sink. */
-PK__INTERNAL void pk__integrate(pk__integrator *integrator, pk__point_sink *sink, void *user);
-/* h at both ends of the step of every row, after pk__integrate: rows x 2 x readouts numbers, until the next call. */
+/* Starts with the step that the integrator's path is at (after pk__path_begin). */
+PK__INTERNAL void pk__integrator_begin(pk__integrator *integrator);
+/* The next points of the step, valid until the next call; 0 where there are no more. There is at least one batch, and the last
+ * one, perhaps without points, has `last` set. */
+PK__INTERNAL int pk__integrator_next(pk__integrator *integrator, const pk__points **points);
+/* h at both ends of the step of every row, after its last batch: rows x 2 x readouts numbers, until the next step. */
 PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator);
 
 /* pathkernel/features/factors.h: internals */
@@ -2429,112 +3060,180 @@ PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *grap
                                     const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
                                     size_t first, pk__example_workspace *workspace, pk_real *gradient);
 
-/* pathkernel/features/features.h: internals */
-/* What a layer needs per point. */
+/* pathkernel/features/gram.h: internals */
+typedef enum pk__seeds {
+    PK__SEEDS_UNITS, /* each output: C gradients a row */
+    PK__SEEDS_SUM,   /* the sum of the outputs */
+    PK__SEEDS_ONE,   /* one output */
+    PK__SEEDS_LABEL, /* the output of the row's label */
+    PK__SEEDS_LOSS   /* the row's loss */
+} pk__seeds;
+
+/* Rows, where in the space of weights their gradients are taken, and of what. */
+typedef struct pk__gram_rows_of {
+    pk_matrix rows;
+    const pk_real *weights;   /* P; or: */
+    const pk_real *direction; /* P: row r is at weights + t[r] direction; NULL: all at the weights */
+    const pk_real *t;
+    pk__seeds seeds;
+    size_t output;          /* PK__SEEDS_ONE */
+    const int64_t *labels;  /* PK__SEEDS_LABEL: one a row */
+    const pk_real *targets; /* PK__SEEDS_LOSS: C a row, as pk_loss_targets gives them */
+} pk__gram_rows_of;
+
+typedef struct pk__gram_request {
+    const char *name; /* for messages */
+    const pk_graph *graph;
+    pk_loss loss;     /* PK__SEEDS_LOSS */
+    int summed;       /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
+    int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
+    pk_matrix result; /* rows x columns, each times C where all outputs are there */
+} pk__gram_request;
+
+/* right == NULL: left with itself, half the work, symmetric bit for bit. Both sides have as many gradients a row. Statuses
+ * as pk_kernel_ntk. */
+PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_request *request,
+                                        const pk__gram_rows_of *left, const pk__gram_rows_of *right);
+
+/* pathkernel/features/layers.h: internals */
+/* What changes along a step. */
 typedef enum pk__layer_kind {
-    PK__LAYER_DATA,   /* input constant: sum_p w_p delta_p */
-    PK__LAYER_LINEAR, /* cotangent constant: sum_p w_p a_p */
-    PK__LAYER_POINTS, /* both vary */
-    PK__LAYER_ROWS    /* materialised row by row */
+    PK__LAYER_DATA,   /* the cotangent alone */
+    PK__LAYER_LINEAR, /* the input alone */
+    PK__LAYER_POINTS, /* both */
+    PK__LAYER_ROWS    /* both, and Phi is materialized number by number */
 } pk__layer_kind;
+
+/* One layer. A row's Phi is stored as a matrix (outputs x layer outputs x layer inputs) and then a bias (outputs x layer
+ * outputs); or as outputs x weights for PK__LAYER_ROWS. */
+typedef struct pk__layer_integral {
+    const pk_node *node;
+    const pk_node *
+        last; /* of a layer that only an elementwise operation separates from the last one: that one; else NULL */
+    pk__layer_kind kind;
+    unsigned char integrated;      /* this step: Phi is wanted */
+    unsigned char outputs_outside; /* this step: the outputs are taken out of the sum over points */
+    pk_real *delta;                /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
+    pk_real *input;                /* LINEAR: rows x in, integrated */
+    pk_real *phi;                  /* POINTS and ROWS: rows x output_capacity x weights */
+    pk_real *check, *size; /* with bounds, like phi: the difference to a better rule; after a step, the error */
+} pk__layer_integral;
 
 enum { PK__DIRECTIONS = 3 };
 
-/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
-enum { PK__TILE_LD = PK__EXAMPLE_BLOCK + PK_PANEL };
+/* The step that is integrated, and how. */
+typedef struct pk__integral_step {
+    const pk_real *weights, *direction;        /* spread */
+    const pk_real *transposed;                 /* as for pk__path_begin */
+    const pk_real *directions[PK__DIRECTIONS]; /* the products < Phi, direction > are wanted; NULL: unused */
+    size_t first_row, rows;                    /* of the block, among the test rows */
+    const pk_real *inputs;                     /* of the rows */
+    pk_engine engine;
+    size_t examples; /* that Phi will be multiplied with, for the cost model; 0: not known */
+} pk__integral_step;
 
-/* tile (row_count * outputs x count, ld PK__TILE_LD) of inner products <Phi, g_b>, b = first .. first + count - 1,
- * from one layer, or from several at once (layer -1). */
-typedef void pk__tile_sink(void *user, int layer, size_t first, size_t count, const pk_real *tile);
-
-/* One thread's memory. A row's Phi is stored layer by layer: (outputs x layer outputs x layer inputs) of the weight,
- * then (outputs x layer outputs) of the bias; or (outputs x weights) for PK__LAYER_ROWS. */
+/* The integral of one block of rows along one step; one a thread. */
 typedef struct pk__integral {
     const pk_graph *graph;
     pk__integrator integrator;
     size_t outputs, rows, row_capacity, reverse_points;
-    /* Phi can be had of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
-     * the caller's choice before a step: whole groups of `unit`, which are materialised together whatever is chosen. */
+    /* Phi can be read of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
+     * the caller's choice before a step: whole groups of `unit`, which are materialized together whatever is chosen. */
     size_t unit, first_output, output_count, output_capacity;
-    pk__layer_kind *kind;
-    const pk_node **node;
-    int *integrated; /* this step: Phi of the layer is wanted */
-    int *headed;     /* this step: the outputs are taken out of the sum over points */
-    const pk_node *
-        *head;       /* POINTS below an elementwise operation below the last layer: that layer; else NULL */
-    pk_real **delta; /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
-    pk_real **input; /* LINEAR: rows x in, integrated; DATA: points into the segment's base */
-    pk_real **phi;   /* POINTS and ROWS: rows x output_capacity x weights */
-    pk_real **check,
-        **size;       /* with bounds, like phi: the difference to a better rule; after a step, the error */
-    double allowance; /* c eps of the rounding bound */
-    int per_layer;    /* tiles layer by layer */
-    const pk_real *directions[PK__DIRECTIONS]; /* P each, NULL: unused */
+    int bounds;
+    pk__layer_integral *layer;                 /* of each layer */
+    double allowance;                          /* c eps of the rounding bound */
+    const pk_real *directions[PK__DIRECTIONS]; /* of the step */
     pk_real *along[PK__DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                       /* rows */
     unsigned char *begun;                      /* rows: whether the step has had points of it */
-    /* The contraction: */
-    const pk__examples *examples;
-    const pk_real *gram; /* rows x gram_ld: inputs times the training inputs, or NULL */
-    size_t gram_ld;
-    pk__tile_sink *sink;
-    void *user;
-    pk_real *tile; /* rows x outputs x PK__TILE_LD */
-    pk_real *left; /* points or rows, x PK__TILE_LD */
+    pk__points sorted, part; /* points of the quadrature, row by row; those that are reversed together */
+    const pk__points *batch; /* what part is of; NULL: the next batch comes first */
+    size_t taken;            /* points of the batch that have been in a part */
     pk_real *scratch, *weighted, *absolute;
-    pk_real *ones;             /* points or rows */
-    pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
-    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
-     * the places of a layer that is used at several; one after another in a tile or a panel. */
-    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
-    /* The headed layer: */
-    pk_real *head_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
-    pk_real *slopes;       /* points x 2 out: w slope, w t slope */
-    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
-    size_t *unit_count;    /* rows */
-    pk_real *sums;         /* PK__HEAD_PART x PK__PAIR */
-    /* Of some points of a layer used at several places: inputs times weights, then cotangents; weights */
-    pk_real *places, *place_start;
-    pk__points sorted;
-    double flops;                             /* of the contraction, counted */
-    double seconds_sums, seconds_contraction; /* of the sums over points; of all that follows them */
+    size_t place_points; /* layers used at several places: factors that are in memory together */
+    pk_real *places;     /* room for them: inputs, then cotangents */
+    double seconds;      /* of the sums over points */
 } pk__integral;
 
 /* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
  * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
                                     size_t rows, size_t materialise, size_t unit, int bounds,
-                                    const pk__representation *representation, pk__integral *tangent);
+                                    const pk__representation *representation, pk__integral *integral);
 /* How many test rows make a block, from shapes alone. */
 PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs);
-/* How many outputs are materialised together, from shapes alone: their Phi is about a megabyte, or one output's. */
+/* How many outputs are materialized together, from shapes alone: their Phi is about a megabyte, or one output's. */
 PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters);
 
-/* pathkernel/features/product.h: internals */
-/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
- * of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
- * last panel are written, too. */
-PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer, size_t outputs,
-                                            const pk_real *e, size_t first, size_t columns, pk_real *tile);
-
 /* pathkernel/features/integral.h: internals */
-/* Integrates the step of the rows and sends the tiles of the factored layers. Phi of the layers for which
- * `engine` (and the cost model) chose to materialise stands in phi afterwards, see pk__integral_row_phi. transposed: as for
- * pk__path_begin. */
-PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
-                                    const pk_real *transposed, size_t first_row, size_t rows,
-                                    const pk_real *inputs, pk_engine engine);
-/* After pk__integral_step, of a graph with ties: Phi of each use of a shared tensor becomes the sum over all of its uses (so
- * that its product with the gradients of the uses is that of the sums), its bounds likewise. */
-PK__INTERNAL void pk__integral_share(pk__integral *tangent);
-/* phi of the outputs first .. first + count - 1 (of those chosen) of one row after pk__integral_step: (count x layer outputs
+/* Starts with a step. */
+PK__INTERNAL void pk__integral_begin(pk__integral *integral, const pk__integral_step *step);
+/* The next points, those of a row side by side, valid until the next call; 0 where there are no more. The last ones, perhaps
+ * none, have `last` set. */
+PK__INTERNAL int pk__integral_next(pk__integral *integral, const pk__points **points);
+/* Values and cotangents of the network at the points. */
+PK__INTERNAL void pk__integral_pass(pk__integral *integral, const pk__points *points);
+/* Adds the points to the sums of every layer; after the last ones, the products with the directions of what was summed. */
+PK__INTERNAL void pk__integral_add(pk__integral *integral, const pk__points *points);
+/* Completes the step: the error of Phi, and Phi of shared tensors. */
+PK__INTERNAL void pk__integral_end(pk__integral *integral);
+/* After pk__integral_end: phi of the outputs first .. first + count - 1 (of those chosen) of one row: (count x layer outputs
  * x layer inputs) of the weight, then (count x layer outputs) of the bias; count x weights for PK__LAYER_ROWS. */
-PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+PK__INTERNAL void pk__integral_row_phi(const pk__integral *integral, size_t layer, size_t row, size_t first,
                                        size_t count, pk_real *phi);
 /* error >= |computed - true Phi|, same layout: twice the difference to a rule of higher order, the uncertainty of the
  * kinks times the gradients beside them, and pk__rounding_allowance times sum_p w_p |delta_p| |a_p|. */
-PK__INTERNAL void pk__integral_row_error(const pk__integral *tangent, size_t layer, size_t row, size_t first,
+PK__INTERNAL void pk__integral_row_error(const pk__integral *integral, size_t layer, size_t row, size_t first,
                                          size_t count, pk_real *error);
+
+/* pathkernel/features/product.h: internals */
+/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
+enum { PK__TILE_LD = PK__EXAMPLE_BLOCK + PK_PANEL };
+
+/* The products of one block of rows; one a thread. */
+typedef struct pk__product {
+    const pk__integral *integral; /* the test side */
+    const pk__examples *examples; /* the train side: the caller's, before a step */
+    const pk_real *gram;          /* rows x gram_ld: inputs times the training inputs, or NULL; the caller's */
+    size_t gram_ld;
+    size_t *due,
+        due_count; /* the layers whose products are taken with the points in hand, the last layer first */
+    pk_real *tile; /* rows x outputs x PK__TILE_LD */
+    pk_real *
+        left; /* points or rows, x PK__TILE_LD: products of inputs, to be multiplied with those of cotangents */
+    pk_real *ones;             /* points or rows */
+    pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
+    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
+     * the places of a layer that is used at several; one after another in a tile or a panel. */
+    size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
+    pk_real *place_start; /* the points' weights, place by place */
+    /* The layer below the last one, where its outputs are taken out of the sum over points: */
+    pk_real *last_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
+    pk_real *slopes;       /* points x 2 out: w slope, w t slope */
+    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
+    size_t *unit_count;    /* rows */
+    pk_real *sums;         /* PK__SUMS_IN_HAND x PK__PAIR */
+    double flops;          /* counted */
+    double seconds;        /* counted by the caller */
+} pk__product;
+
+/* factored: some layers are multiplied point by point. integral has its memory, or has been measured. */
+PK__INTERNAL void pk__product_take(pk__arena *arena, const pk__integral *integral, int factored,
+                                   pk__product *product);
+/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
+ * of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
+ * last panel are written, too. */
+PK__INTERNAL void pk__product_row(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
+                                  size_t first, size_t columns, pk_real *tile);
+
+/* pathkernel/features/tiles.h: internals */
+/* Prepares the products with the points in hand, and lists the layers that are due in product->due. */
+PK__INTERNAL void pk__tiles_begin(pk__product *product, const pk__points *points);
+/* product->tile (rows x outputs x count, ld PK__TILE_LD) = or, unless fresh, += the inner products of a layer that is due with
+ * the examples first .. first + count - 1, first a multiple of PK__EXAMPLE_BLOCK, count <= PK__EXAMPLE_BLOCK. */
+PK__INTERNAL void pk__tiles_layer(pk__product *product, size_t layer, const pk__points *points, size_t first,
+                                  size_t count, int fresh);
 
 /* pathkernel/attribution/steps.h: internals */
 typedef struct pk__window {
@@ -2605,6 +3304,61 @@ PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, p
 /* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
  * state that was kept. Cheap for the window before the one that was visited last, see pk__steps_again. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
+
+/* pathkernel/kernels/along.h: internals */
+/* What integrates; prepared once, for blocks of up to so many numbers and rows. */
+typedef struct pk__along {
+    pk_context *context;
+    const char *name;
+    const pk_graph *graph;
+    pk_loss loss;
+    const pk_real *w, *next; /* P: the ends of the step, the caller's */
+    pk_real *direction;      /* P: next - w; pk__along_begin */
+    /* Of the call: */
+    int summed, by_layer;
+    pk_quadrature rule;
+    double tolerance;
+    double error;           /* of the last integral: the largest difference of an entry */
+    size_t points, refused; /* counted: values of t, or points of rows; pieces accepted although they missed */
+    /* Private: */
+    size_t numbers;
+    pk_real *at, *part, *spread;
+    double *coarse, *fine, *nodes, *weights;
+    double scale;
+    size_t halvings;
+    void *memory;
+} pk__along;
+
+enum { PK__ALONG_NODES = 1000 };
+
+PK__INTERNAL pk_status pk__along_prepare(pk_context *context, const pk_graph *graph, size_t numbers,
+                                         pk__along *along);
+PK__INTERNAL void pk__along_release(pk__along *along);
+/* Computes the direction of a step, after w and next are set. */
+PK__INTERNAL void pk__along_begin(pk__along *along);
+/* result = G of the rows; right == NULL: left with itself. Rows have their seeds, labels and targets, no weights. moves:
+ * whether left and right move. *order (0 at first) is that of the last step of these rows. */
+PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows_of *left,
+                                           const pk__gram_rows_of *right, const int moves[2],
+                                           unsigned char *order, double *result);
+
+/* pathkernel/kernels/kernel.h: internals */
+/* Part of a Gram matrix: rows and columns. */
+typedef struct pk__kernel_part {
+    size_t row, rows, column, columns;
+} pk__kernel_part;
+
+/* The rows and columns that are computed together: where a matrix may be cut without changing a bit. */
+PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options);
+/* pk_kernels of a part, without maps: grams[k] holds the part alone, errors are absolute. */
+PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                        const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                        const pk__kernel_part *part, double *const *grams,
+                                        pk_kernel_report *reports);
+/* Makes the error relative to the largest entry of the whole matrix, and applies the map. PK_NOT_CLOSED as pk_kernels. */
+PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                         const pk_dataset *right, const pk_kernel_options *options,
+                                         double *gram, pk_kernel_report *report);
 
 #endif /* internals */
 
@@ -4702,6 +5456,320 @@ PK_API void pk_matrix_backend(char *text, size_t size)
 
 PK__END_CODE
 
+/* pathkernel/math/factorize.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+enum { PK__FACTORIZE_SWEEPS = 60 };
+
+/* v (n x n), symmetric, becomes Q^T with Q^T A Q tridiagonal: diagonal d, and e[1 ...] beside it. */
+static void pk__tridiagonalize(size_t n, double *v, double *d, double *e)
+{
+    for (size_t j = 0; j < n; j++) /* number (i, j) is v[j n + i]: rows are what others call columns */
+        d[j] = v[j * n + n - 1];
+    for (size_t i = n - 1; i > 0; i--) {
+        double scale = 0, h = 0;
+        for (size_t k = 0; k < i; k++)
+            scale += fabs(d[k]);
+        if (scale == 0) {
+            e[i] = d[i - 1];
+            for (size_t j = 0; j < i; j++) {
+                d[j] = v[j * n + i - 1];
+                v[j * n + i] = v[i * n + j] = 0;
+            }
+            d[i] = 0;
+            continue;
+        }
+        for (size_t k = 0; k < i; k++) {
+            d[k] /= scale;
+            h += d[k] * d[k];
+        }
+        double f = d[i - 1], g = f > 0 ? -sqrt(h) : sqrt(h);
+        e[i] = scale * g;
+        h -= f * g;
+        d[i - 1] = f - g;
+        memset(e, 0, i * sizeof *e);
+        for (size_t j = 0; j < i; j++) {
+            const double *column = v + j * n;
+            f = d[j];
+            v[i * n + j] = f;
+            g = e[j] + column[j] * f;
+            for (size_t k = j + 1; k < i; k++) {
+                g += column[k] * d[k];
+                e[k] += column[k] * f;
+            }
+            e[j] = g;
+        }
+        f = 0;
+        for (size_t j = 0; j < i; j++) {
+            e[j] /= h;
+            f += e[j] * d[j];
+        }
+        for (size_t j = 0; j < i; j++)
+            e[j] -= f / (h + h) * d[j];
+        for (size_t j = 0; j < i; j++) {
+            double *column = v + j * n;
+            f = d[j];
+            g = e[j];
+            for (size_t k = j; k < i; k++)
+                column[k] -= f * e[k] + g * d[k];
+            d[j] = column[i - 1];
+            column[i] = 0;
+        }
+        d[i] = h;
+    }
+    for (size_t i = 0; i + 1 < n; i++) {
+        double *next = v + (i + 1) * n;
+        v[i * n + n - 1] = v[i * n + i];
+        v[i * n + i] = 1;
+        if (d[i + 1] != 0) {
+            for (size_t k = 0; k <= i; k++)
+                d[k] = next[k] / d[i + 1];
+            for (size_t j = 0; j <= i; j++) {
+                double g = 0, *column = v + j * n;
+                for (size_t k = 0; k <= i; k++)
+                    g += next[k] * column[k];
+                for (size_t k = 0; k <= i; k++)
+                    column[k] -= g * d[k];
+            }
+        }
+        memset(next, 0, (i + 1) * sizeof *next);
+    }
+    for (size_t j = 0; j < n; j++) {
+        d[j] = v[j * n + n - 1];
+        v[j * n + n - 1] = 0;
+    }
+    v[n * n - 1] = 1;
+    e[0] = 0;
+}
+
+/* Rotates rows of v so that d holds the eigenvalues. 0: no end in sight. */
+static int pk__diagonalize(size_t n, double *v, double *d, double *e)
+{
+    double f = 0, largest = 0;
+    const double eps = 2.220446049250313e-16;
+    for (size_t i = 1; i < n; i++)
+        e[i - 1] = e[i];
+    e[n - 1] = 0;
+    for (size_t l = 0; l < n; l++) {
+        size_t m = l;
+        largest = fmax(largest, fabs(d[l]) + fabs(e[l]));
+        while (m + 1 < n && !(fabs(e[m]) <= eps * largest))
+            m++;
+        for (int sweep = 0; m > l && fabs(e[l]) > eps * largest; sweep++) {
+            if (sweep == PK__FACTORIZE_SWEEPS)
+                return 0;
+            double g = d[l], p = (d[l + 1] - g) / (2 * e[l]), r = p < 0 ? -hypot(p, 1) : hypot(p, 1);
+            d[l] = e[l] / (p + r);
+            d[l + 1] = e[l] * (p + r);
+            const double below = d[l + 1], beside = e[l + 1];
+            double h = g - d[l], c = 1, c2 = 1, c3 = 1, s = 0, s2 = 0;
+            for (size_t i = l + 2; i < n; i++)
+                d[i] -= h;
+            f += h;
+            p = d[m];
+            for (size_t i = m; i-- > l;) {
+                double *here = v + i * n, *after = here + n;
+                c3 = c2, c2 = c, s2 = s;
+                g = c * e[i];
+                h = c * p;
+                r = hypot(p, e[i]);
+                e[i + 1] = s * r;
+                s = e[i] / r;
+                c = p / r;
+                p = c * d[i] - s * g;
+                d[i + 1] = h + s * (c * g + s * d[i]);
+                for (size_t k = 0; k < n; k++) {
+                    h = after[k];
+                    after[k] = s * here[k] + c * h;
+                    here[k] = c * here[k] - s * h;
+                }
+            }
+            p = -s * s2 * c3 * beside * e[l] / below;
+            e[l] = s * p;
+            d[l] = c * p;
+        }
+        d[l] += f;
+        e[l] = 0;
+    }
+    return 1;
+}
+
+/* Sorts values with the rows of vectors, ascending; NULL: none. By selection: at most n exchanges of rows. */
+static void pk__sort_values(size_t count, double *values, double sign, double *a, size_t a_width, double *b,
+                            size_t b_width)
+{
+    double *const vectors[2] = {a, b};
+    const size_t widths[2] = {a_width, b_width};
+    for (size_t i = 0; i < count; i++) {
+        size_t least = i;
+        for (size_t k = i + 1; k < count; k++)
+            least = sign * values[k] < sign * values[least] ? k : least;
+        if (least == i)
+            continue;
+        const double value = values[i];
+        values[i] = values[least];
+        values[least] = value;
+        for (int side = 0; side < 2; side++)
+            for (size_t k = 0; vectors[side] && k < widths[side]; k++) {
+                double *x = vectors[side] + i * widths[side] + k, *y = vectors[side] + least * widths[side] + k;
+                const double number = *x;
+                *x = *y;
+                *y = number;
+            }
+    }
+}
+
+/* The largest |number|, or a failure. */
+static pk_status pk__factorize_check(pk_context *context, const char *name, size_t rows, size_t cols,
+                                     const double *matrix, double *largest)
+{
+    *largest = 0;
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) {
+            if (!pk__finite(matrix[i * cols + j]))
+                return pk__fail(context, PK_NOT_FINITE, "%s: the number (%zu, %zu) of the matrix is not finite",
+                                name, i, j);
+            *largest = fmax(*largest, fabs(matrix[i * cols + j]));
+        }
+    return PK_OK;
+}
+
+PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const double *matrix, double *values,
+                                          double *vectors)
+{
+    static const char name[] = "eigenvalues";
+    double largest = 0, *memory = NULL;
+    size_t numbers = 0;
+    if (!n)
+        return PK_OK;
+    if (!matrix || !values)
+        return pk__fail(context, PK_ARGUMENT, "%s: the matrix or the place for the values is NULL", name);
+    if (!pk__multiply(n, n, &numbers) || numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu rows and columns overflows", name, n);
+    pk_status status = pk__factorize_check(context, name, n, n, matrix, &largest);
+    for (size_t i = 0; i < n && !status; i++)
+        for (size_t j = 0; j < i; j++)
+            if (fabs(matrix[i * n + j] - matrix[j * n + i]) > 1e-6 * largest)
+                return pk__fail(context, PK_ARGUMENT,
+                                "%s: the matrix is not symmetric: (%zu, %zu) is %g and (%zu, %zu) %g", name, i,
+                                j, matrix[i * n + j], j, i, matrix[j * n + i]);
+    if (!status)
+        status = pk_allocate(context, n + (vectors ? 0 : numbers), sizeof *memory, name, &memory);
+    if (status)
+        return status;
+    double *v = vectors ? vectors : memory + n;
+    const double scale = largest > 0 ? largest : 1; /* so that no square overflows */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j <= i; j++)
+            v[i * n + j] = matrix[i * n + j] / scale;
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < i; j++)
+            v[j * n + i] = v[i * n + j];
+    pk__tridiagonalize(n, v, values, memory);
+    if (!pk__diagonalize(n, v, values, memory))
+        status = pk__fail(context, PK_NOT_FINITE, "%s: the iteration does not converge", name);
+    for (size_t i = 0; i < n; i++)
+        values[i] *= scale;
+    pk__sort_values(n, values, 1, v, n, NULL, 0);
+    pk_release(context, memory);
+    return status;
+}
+
+/* Rotates pairs of the `count` rows of w (each `width`), and with them rows of v (each `count`), until all are orthogonal. */
+static int pk__orthogonalize(size_t count, size_t width, double *w, double *v)
+{
+    for (int sweep = 0; sweep < PK__FACTORIZE_SWEEPS; sweep++) {
+        int turned = 0;
+        for (size_t i = 0; i < count; i++)
+            for (size_t j = i + 1; j < count; j++) {
+                double *a = w + i * width, *b = w + j * width, aa = 0, bb = 0, ab = 0;
+                for (size_t k = 0; k < width; k++) {
+                    aa += a[k] * a[k];
+                    bb += b[k] * b[k];
+                    ab += a[k] * b[k];
+                }
+                if (!(fabs(ab) > 4e-16 * sqrt(aa) * sqrt(bb)) || aa < 1e-300 || bb < 1e-300)
+                    continue;
+                turned = 1;
+                const double zeta = (bb - aa) / (2 * ab);
+                const double t = (zeta < 0 ? -1 : 1) / (fabs(zeta) + hypot(zeta, 1));
+                const double c = 1 / hypot(t, 1), s = c * t;
+                for (int side = 0; side < 2; side++) {
+                    double *x = side ? v + i * count : a, *y = side ? v + j * count : b;
+                    for (size_t k = 0; k < (side ? count : width); k++) {
+                        const double before = x[k];
+                        x[k] = c * before - s * y[k];
+                        y[k] = s * before + c * y[k];
+                    }
+                }
+            }
+        if (!turned)
+            return 1;
+    }
+    return 0;
+}
+
+PK_API pk_status pk_singular_values(pk_context *context, size_t rows, size_t cols, const double *matrix,
+                                    double *values, double *left, double *right)
+{
+    static const char name[] = "singular values";
+    const size_t few = pk__min(rows, cols), many = pk__max(rows, cols);
+    double largest = 0, *memory = NULL;
+    size_t numbers = 0;
+    if (!few)
+        return PK_OK;
+    if (!matrix || !values)
+        return pk__fail(context, PK_ARGUMENT, "%s: the matrix or the place for the values is NULL", name);
+    if (!pk__multiply(few, many, &numbers) || numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu x %zu overflows", name, rows, cols);
+    pk_status status = pk__factorize_check(context, name, rows, cols, matrix, &largest);
+    if (!status)
+        status = pk_allocate(context, numbers + few * few, sizeof *memory, name, &memory);
+    if (status)
+        return status;
+    double *w = memory, *v = memory + numbers;
+    const double scale = largest > 0 ? largest : 1;
+    for (size_t i = 0; i < few; i++) {
+        for (size_t k = 0; k < many; k++)
+            w[i * many + k] = (rows >= cols ? matrix[k * cols + i] : matrix[i * cols + k]) / scale;
+        v[i * few + i] = 1;
+    }
+    if (!pk__orthogonalize(few, many, w, v))
+        status = pk__fail(context, PK_NOT_FINITE, "%s: the iteration does not converge", name);
+    for (size_t i = 0; i < few; i++) {
+        double norm = 0;
+        for (size_t k = 0; k < many; k++)
+            norm += w[i * many + k] * w[i * many + k];
+        norm = sqrt(norm);
+        values[i] = norm * scale;
+        for (size_t k = 0; k < many; k++)
+            w[i * many + k] /= norm > 0 ? norm : 1;
+    }
+    pk__sort_values(few, values, -1, w, many, v, few);
+    double *wide = rows >= cols ? left : right, *narrow = rows >= cols ? right : left;
+    if (wide)
+        memcpy(wide, w, numbers * sizeof *wide);
+    if (narrow)
+        memcpy(narrow, v, few * few * sizeof *narrow);
+    pk_release(context, memory);
+    return status;
+}
+
+PK_API size_t pk_signal_dimension(size_t count, const double *values, double fraction)
+{
+    double sum = 0, so_far = 0;
+    size_t r = 0;
+    for (size_t i = 0; i < count; i++)
+        sum += values[i] * values[i];
+    while (r < count && sum > 0 && so_far < fraction * sum)
+        so_far += values[r] * values[r], r++;
+    return r;
+}
+
+PK__END_CODE
+
 /* pathkernel/data/array.h: implementation */
 #include <errno.h>
 #include <fcntl.h>
@@ -6357,12 +7425,12 @@ PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
         pk_node *node = &graph->nodes[n];
         const size_t before = graph->parameters;
         for (int tensor = 0; tensor < 2; tensor++) {
-            pk_tensor_use *piece = &pieces[count];
-            memset(piece, 0, sizeof *piece);
-            piece->count = pk__tensor_count(node, tensor);
-            if (!piece->count)
+            const size_t numbers = pk__tensor_count(node, tensor);
+            if (!numbers) /* behind the last tensor there may be no room */
                 continue;
-            count++;
+            pk_tensor_use *piece = &pieces[count++];
+            memset(piece, 0, sizeof *piece);
+            piece->count = numbers;
             piece->spread = node->weight_offset + (tensor ? node->weight_count - node->bias_count : 0);
             piece->node = piece->owner = (int)n;
             piece->flat = graph->parameters;
@@ -7905,6 +8973,25 @@ static void pk__fourier_reverse(const pk_call *call)
     }
 }
 
+/* With a = 2 pi B x, along x': the slope c_s cos a - c_c sin a of a moves by -(c_s sin a + c_c cos a) a'. */
+static void pk__fourier_curvature(const pk_call *call)
+{
+    const size_t in = call->in_width[0], count = call->node->width / 2;
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        const size_t row = copy / call->copies;
+        const pk_real *y = call->out + row * 2 * count, *c = call->out_cotangent + copy * 2 * count;
+        for (size_t j = 0; call->in_tangent[0] && j < count; j++) {
+            const pk_real *frequency = call->node->constants + j * in;
+            double moved = 0;
+            for (size_t i = 0; i < in; i++)
+                moved += PK__TWO_PI * frequency[i] * call->in_tangent[0][row * in + i];
+            moved *= -PK__TWO_PI * (c[count + j] * y[count + j] + c[j] * y[j]);
+            for (size_t i = 0; i < in; i++)
+                call->in_cotangent[0][copy * in + i] += (pk_real)(moved * frequency[i]);
+        }
+    }
+}
+
 /* select: y = the token of the first input (tokens x width) that the row's data, the second input, name. */
 static pk_status pk__select_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
@@ -8006,8 +9093,28 @@ static const pk_operation pk__structure_operations[] = {
      pk__select_check,
      NULL,
      NULL},
-    PK__LINEAR_OPERATION("fourier", pk__fourier_shape, pk__fourier_forward, pk__fourier_tangent,
-                         pk__fourier_reverse),
+    {"fourier",
+     PK_SMOOTH,
+     PK_TANGENT_NONE,
+     1,
+     NULL,
+     PK__NO_NUMBERS,
+     pk__fourier_shape,
+     NULL,
+     pk__fourier_forward,
+     pk__fourier_tangent,
+     pk__fourier_reverse,
+     NULL,
+     NULL,
+     NULL,
+     NULL,
+     0,
+     pk__fourier_curvature,
+     NULL,
+     0,
+     NULL,
+     NULL,
+     NULL},
     {"constant",
      PK_LINEAR,
      PK_TANGENT_NONE,
@@ -12166,16 +13273,16 @@ static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *
     call.out_cotangent = tape->cotangent[n];
     if (node->operation->smoothness == PK_SMOOTH)
         node->operation->curvature(&call);
-    if (node->weight_count) {
+    if (node->weight_count && sweep->direction) {
         call.weights = sweep->direction + node->weight_offset;
         node->operation->reverse(&call);
     }
 }
 
-/* sum += the tangent of a layer's gradient, which is linear in the cotangent and affine in the inputs: its part of
- * degree 0 in these is taken off; of outer products that is the biases. */
+/* sum += the tangent of a layer's gradient, of rows of the block from `first` on. The gradient is linear in the cotangent and
+ * affine in the inputs: its part of degree 0 in these is taken off; of outer products that is the biases. */
 static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_lane *lane, const pk_node *node,
-                                      size_t rows, pk_real *sum)
+                                      size_t first, size_t rows, pk_real *sum)
 {
     const pk_graph *graph = sweep->graph;
     const pk__tape *tape = &lane->tape;
@@ -12184,18 +13291,22 @@ static void pk__sweep_second_gradient(const pk__sweep *sweep, const pk__sweep_la
     pk_real *parts[2] = {lane->part, lane->part + count};
     pk_call call;
     pk__pass_call(tape, node, rows, 1, &call);
+    for (int j = 0; j < node->input_count; j++)
+        call.in[j] += first * call.in_width[j];
+    call.out += first * node->width;
     call.weights = sweep->weights + node->weight_offset;
-    call.out_cotangent = lane->second[n];
+    call.out_cotangent = lane->second[n] + first * node->width;
     call.gradient = sum + node->weight_offset;
     node->operation->weight_gradient(&call);
     if (node->input_constant)
         return;
-    call.out_cotangent = tape->cotangent[n];
+    call.out_cotangent = tape->cotangent[n] + first * node->width;
     memset(lane->part, 0, 2 * count * sizeof *lane->part);
     for (int part = 0; part < 2 - outer; part++) {
         for (int j = 0; j < node->input_count; j++) {
             const size_t from = (size_t)node->inputs[j];
-            call.in[j] = part || !graph->nodes[from].varies ? lane->zeros : tape->tangent[from];
+            call.in[j] = part || !graph->nodes[from].varies ? lane->zeros
+                                                            : tape->tangent[from] + first * call.in_width[j];
         }
         call.gradient = parts[part];
         node->operation->weight_gradient(&call);
@@ -12242,12 +13353,83 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
         if (!node->input_constant)
             pk__sweep_second_node(sweep, lane, node, rows);
         if (node->weight_count)
-            pk__sweep_second_gradient(sweep, lane, node, rows, sum);
+            pk__sweep_second_gradient(sweep, lane, node, 0, rows, sum);
+    }
+    return bad;
+}
+
+/* Products with the second derivatives of the outputs, row by row. */
+static size_t pk__sweep_mixed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
+                              pk_real *sum)
+{
+    const pk_graph *graph = sweep->graph;
+    const size_t outputs = graph->output_width, inputs = graph->input_width, last = graph->node_count - 1;
+    const pk__line line = {sweep->weights, NULL, NULL};
+    pk__tape *tape = &lane->tape;
+    size_t bad = SIZE_MAX;
+    (void)sum;
+    (void)pk__sweep_push(sweep, lane, first, rows);
+    for (size_t r = 0; r < rows; r++)
+        pk__sweep_seed(sweep, lane, first + r, NULL, pk__pass_seed(tape) + r * outputs);
+    pk__pass_reverse(tape, &line, rows, 1);
+    memset(lane->second[last], 0, rows * outputs * sizeof(pk_real)); /* the seeds do not move */
+    for (size_t n = 0; n < last; n++)
+        if (graph->nodes[n].unread && graph->nodes[n].varies)
+            memset(lane->second[n], 0, rows * graph->nodes[n].width * sizeof(pk_real));
+    for (size_t n = last; n > 0; n--)
+        if (!graph->nodes[n].input_constant)
+            pk__sweep_second_node(sweep, lane, &graph->nodes[n], rows);
+    for (size_t r = 0; r < rows; r++) {
+        int finite = 1;
+        if (sweep->of_weights.data) {
+            pk_real *to = sweep->of_weights.data + (first + r) * sweep->of_weights.ld;
+            pk_real *gradient = graph->pieces ? lane->spread : to;
+            memset(gradient, 0, graph->spread * sizeof *gradient);
+            for (size_t n = 1; n < graph->node_count; n++)
+                if (graph->nodes[n].weight_count)
+                    pk__sweep_second_gradient(sweep, lane, &graph->nodes[n], r, 1, gradient);
+            if (graph->pieces) {
+                pk_graph_gather(graph, lane->spread, lane->spread);
+                memcpy(to, lane->spread, graph->parameters * sizeof *to);
+            }
+            finite = pk__all_finite(to, graph->parameters);
+        }
+        if (sweep->of_inputs.data) {
+            pk_real *to = sweep->of_inputs.data + (first + r) * sweep->of_inputs.ld;
+            memcpy(to, lane->second[0] + r * inputs, inputs * sizeof *to);
+            finite &= pk__all_finite(to, inputs);
+        }
+        if (!finite)
+            bad = pk__min(bad, first + r);
     }
     return bad;
 }
 
 /* ---- arguments ----------------------------------------------------------------------------------------- */
+
+/* Whether the second reverse is right for every node: see pk_hessian_product. */
+static pk_status pk__check_second(pk_context *context, const char *name, const pk_graph *graph)
+{
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        const pk_operation *operation = node->operation;
+        const char *why = NULL;
+        if (node->weight_count && !operation->linear_in_weights)
+            why = "is not linear in its weights";
+        else if (node->input_constant)
+            why = NULL;
+        else if (operation->smoothness == PK_SURROGATE)
+            why = "has a surrogate for a derivative";
+        else if (node->weight_count && operation->smoothness != PK_LINEAR)
+            why = "has weights and is not linear in its inputs";
+        else if (operation->smoothness == PK_SMOOTH && !operation->curvature)
+            why = "has no curvature rule";
+        if (why)
+            return pk__fail(context, PK_UNSUPPORTED, "%s: node %zu, %s, %s: no second derivatives", name, n,
+                            operation->name, why);
+    }
+    return PK_OK;
+}
 
 /* Runs a sweep whose inputs vary as well where wanted, on a copy of the graph that says so. The copy shares the
  * original's constants. */
@@ -12274,7 +13456,10 @@ static pk_status pk__sweep_vary(pk_context *context, pk__sweep *sweep, int vary)
         pk__node_analyse(&copy, &copy.nodes[n]);
     pk__graph_analyse(&copy);
     sweep->graph = &copy;
-    status = pk__sweep_run(context, sweep);
+    if (sweep->second)
+        status = pk__check_second(context, sweep->name, &copy);
+    if (!status)
+        status = pk__sweep_run(context, sweep);
     sweep->graph = graph;
     pk_release(context, copy.nodes);
     return status;
@@ -12468,30 +13653,6 @@ PK_API pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, p
 
 /* ---- second derivatives -------------------------------------------------------------------------------- */
 
-/* Whether the second reverse is right for every node: see pk_hessian_product. */
-static pk_status pk__check_second(pk_context *context, const pk_graph *graph)
-{
-    for (size_t n = 1; n < graph->node_count; n++) {
-        const pk_node *node = &graph->nodes[n];
-        const pk_operation *operation = node->operation;
-        const char *why = NULL;
-        if (node->weight_count && !operation->linear_in_weights)
-            why = "is not linear in its weights";
-        else if (node->input_constant)
-            why = NULL;
-        else if (operation->smoothness == PK_SURROGATE)
-            why = "has a surrogate for a derivative";
-        else if (node->weight_count && operation->smoothness != PK_LINEAR)
-            why = "has weights and is not linear in its inputs";
-        else if (operation->smoothness == PK_SMOOTH && !operation->curvature)
-            why = "has no curvature rule";
-        if (why)
-            return pk__fail(context, PK_UNSUPPORTED, "hessian: node %zu, %s, %s: no second derivatives", n,
-                            operation->name, why);
-    }
-    return PK_OK;
-}
-
 static pk_status pk__curvature_product(pk_context *context, const char *name, const pk_graph *graph,
                                        pk_loss loss, const pk_real *weights, const pk_dataset *dataset,
                                        const pk_batch *batch, const pk_real *direction, int second,
@@ -12513,7 +13674,7 @@ static pk_status pk__curvature_product(pk_context *context, const char *name, co
                     written = pk__as_row(product, graph->parameters);
     status = pk__sweep_results(context, name, 2, read, 1, &written);
     if (!status && second)
-        status = pk__check_second(context, graph);
+        status = pk__check_second(context, name, graph);
     if (status || !graph->parameters)
         return status;
     sweep.graph = graph;
@@ -12544,6 +13705,49 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
 {
     return pk__curvature_product(context, "gauss_newton", graph, loss, weights, dataset, batch, direction, 0,
                                  product);
+}
+
+PK_API pk_status pk_mixed_product(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                  pk_matrix inputs, pk_matrix cotangents, const pk_real *weight_direction,
+                                  pk_matrix input_directions, pk_matrix weight_products,
+                                  pk_matrix input_products)
+{
+    static const char name[] = "mixed product";
+    pk__sweep sweep;
+    pk_status status = pk__sweep_begin(context, name, graph, weights, inputs, &sweep);
+    if (!status)
+        status = pk__sweep_matrix(context, name, "cotangents", cotangents, inputs.rows, graph->output_width);
+    if (!status && input_directions.data)
+        status = pk__sweep_matrix(context, name, "directions of the inputs", input_directions, inputs.rows,
+                                  graph->input_width);
+    if (!status && weight_products.data)
+        status = pk__sweep_matrix(context, name, "products for the weights", weight_products, inputs.rows,
+                                  graph->parameters);
+    if (!status && input_products.data)
+        status = pk__sweep_matrix(context, name, "products for the inputs", input_products, inputs.rows,
+                                  graph->input_width);
+    if (status)
+        return status;
+    const pk_matrix read[5] = {inputs, cotangents, input_directions, pk__as_row(weights, graph->parameters),
+                               pk__as_row(weight_direction, graph->parameters)},
+                    written[2] = {weight_products, input_products};
+    status = pk__sweep_results(context, name, 5, read, 2, written);
+    const int vary = input_directions.data || input_products.data;
+    if (!status && !vary)
+        status = pk__check_second(context, name, graph);
+    if (status || (!weight_products.data && !input_products.data))
+        return status;
+    sweep.direction = weight_direction;
+    sweep.cotangents = cotangents;
+    sweep.input_directions = input_directions;
+    sweep.of_weights = weight_products;
+    sweep.of_inputs = input_products;
+    sweep.copies = 1;
+    sweep.tangents = 1;
+    sweep.second = 1;
+    sweep.rows = inputs.rows;
+    sweep.block = pk__sweep_mixed;
+    return pk__sweep_vary(context, &sweep, vary);
 }
 
 PK__END_COLD_CODE
@@ -16626,7 +17830,7 @@ PK__INTERNAL void pk__readout_apply(const pk_readout *readout, size_t outputs, s
 }
 
 /* The integrand is a piecewise polynomial whose pieces can all be found. */
-static int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
+PK__PRIVATE int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
 {
     if (graph->degree < 0 || graph->surrogate || readout->kind == PK_READOUT_FUNCTION ||
         (graph->degree + 1) / 2 > PK_GAUSS_NODES)
@@ -16659,154 +17863,15 @@ PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *q
     return PK_OK;
 }
 
-/* Pieces in one batch: room for the kinks of a block; more of them are met by halving the batch. */
-static size_t pk__piece_capacity(size_t rows)
-{
-    return 64 * rows + 1024;
-}
+PK__END_CODE
 
-/* Halvings a row may cost in one step; an unreachable target or a NaN must end. Of these, at one time: */
-enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
+/* pathkernel/path/adaptive.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
 
-PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points)
-{
-    points->count = 0;
-    points->row = pk__arena_take(arena, capacity, sizeof *points->row);
-    points->t = pk__arena_take(arena, capacity, sizeof(pk_real));
-    points->weight = pk__arena_take(arena, capacity, sizeof(pk_real));
-    points->check = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
-    points->slack = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
-}
-
-PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
-                                      size_t reverse_points, size_t copies, int bounds,
-                                      pk__integrator *integrator)
-{
-    size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
-    memset(integrator, 0, sizeof *integrator);
-    points = pk__max(points, PK_GAUSS_NODES + 2);
-    pk__path_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->segment);
-    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
-    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
-    pk__pieces_take(arena, pieces, &integrator->pieces);
-    integrator->order = pk__arena_take(arena, pieces, 1);
-    integrator->passed = pk__arena_take(arena, pieces, 1);
-    integrator->nested = pk__arena_take(arena, pieces, 1);
-    integrator->next_order = pk__arena_take(arena, rows, sizeof *integrator->next_order);
-    integrator->missed = pk__arena_take(arena, pieces, sizeof *integrator->missed);
-    integrator->sequence = pk__arena_take(arena, pieces, sizeof *integrator->sequence);
-    pk__points_take(arena, points, bounds, &integrator->buffer);
-    integrator->slope = pk__arena_take(arena, copies, outputs * sizeof *integrator->slope);
-    integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
-    integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
-    integrator->has_ends = pk__arena_take(arena, rows, 1);
-}
-
-/* One behind the last of the points from p on that are of its row. */
-PK__PRIVATE size_t pk__row_end(const pk__points *points, size_t p)
-{
-    size_t end = p + 1;
-    while (end < points->count && points->row[end] == points->row[p])
-        end++;
-    return end;
-}
-
-static void pk__flush(pk__integrator *integrator, pk__point_sink *sink, void *user, int last)
-{
-    integrator->buffer.last = last;
-    sink(user, &integrator->buffer);
-    integrator->points += integrator->buffer.count;
-    integrator->buffer.count = 0;
-}
-
-static void pk__emit(pk__integrator *integrator, pk__point_sink *sink, void *user, size_t row, double t,
-                     double weight, double check, double slack)
-{
-    pk__points *buffer = &integrator->buffer;
-    if (buffer->count == integrator->segment.point_capacity)
-        pk__flush(integrator, sink, user, 0);
-    size_t at = buffer->count++;
-    buffer->row[at] = row;
-    buffer->t[at] = (pk_real)t;
-    buffer->weight[at] = (pk_real)weight;
-    if (buffer->check) {
-        buffer->check[at] = (pk_real)check;
-        buffer->slack[at] = (pk_real)slack;
-    }
-}
-
-/* How large the polynomial through the values at n nodes can be at the start of [0, 1], for values of size 1 at node q
- * alone; at its end for node n - 1 - q. */
-static double pk__edge_weight(int n, const double *x, int q)
-{
-    double weight = 1;
-    for (int r = 0; r < n; r++)
-        if (r != q)
-            weight *= x[r] / (x[q] - x[r]);
-    return fabs(weight);
-}
-
-/* The nodes of the rule that shows the error of the rule with n: so many that its own error is far smaller. */
-static int pk__check_order(int n)
-{
-    return n + 4 + n / 4 < PK_GAUSS_NODES ? n + 4 + n / 4 : (int)PK_GAUSS_NODES;
-}
-
-/* checked: the rule is not exact, its error is to be estimated by one of more nodes; left is the part of the integral
- * that the piece's own judgement could not explain. */
-static void pk__emit_gauss(pk__integrator *integrator, pk__point_sink *sink, void *user, const pk__piece *piece,
-                           int order, int checked, double left)
-{
-    const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
-    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
-    const double a = piece->a, length = piece->b - a;
-    checked = checked && integrator->buffer.check;
-    for (int q = 0; q < order; q++) {
-        double slack = length * w[q] * left;
-        /* A kink that lies elsewhere takes the gradients on its wrong side along: those beside it on both sides. */
-        if (integrator->buffer.check && piece->slack_a > 0)
-            slack += piece->slack_a * pk__edge_weight(order, x, q);
-        if (integrator->buffer.check && piece->slack_b > 0)
-            slack += piece->slack_b * pk__edge_weight(order, x, order - 1 - q);
-        pk__emit(integrator, sink, user, piece->row, a + length * x[q], length * w[q],
-                 checked ? -length * w[q] : 0, slack);
-    }
-    if (!checked)
-        return;
-    order = pk__check_order(order);
-    x = integrator->gauss_nodes + order * (order - 1) / 2;
-    w = integrator->gauss_weights + order * (order - 1) / 2;
-    for (int q = 0; q < order; q++)
-        pk__emit(integrator, sink, user, piece->row, a + length * x[q], 0, length * w[q], 0);
-}
-
-/* A rule that is the same for every row and step. */
-static void pk__emit_fixed(pk__integrator *integrator, pk__point_sink *sink, void *user)
-{
-    pk_rule rule = integrator->quadrature.rule;
-    int count = integrator->quadrature.nodes ? integrator->quadrature.nodes : rule == PK_RULE_TRAPEZOID ? 2 : 1;
-    const double *x = integrator->gauss_nodes + count * (count - 1) / 2;
-    const double *w = integrator->gauss_weights + count * (count - 1) / 2;
-    for (size_t row = 0; row < integrator->segment.rows; row++)
-        for (int q = 0; q < count; q++) {
-            double t = 0, weight = 1.0 / count;
-            if (rule == PK_RULE_GAUSS) {
-                t = x[q];
-                weight = w[q];
-            } else if (rule == PK_RULE_MIDPOINT) {
-                t = (q + 0.5) / count;
-            } else if (rule == PK_RULE_LEFT) {
-                t = (double)q / count;
-            } else {
-                t = (double)q / (count - 1);
-                weight = (q == 0 || q == count - 1 ? 0.5 : 1.0) / (count - 1);
-            }
-            pk__emit(integrator, sink, user, row, t, weight, 0, 0);
-        }
-}
-
-/* Roundings of what is added: below a few nothing can be measured, and an error below many of them that another node
- * does not mend is rounding. In float no target is below the former, so that they are fewer. */
+/* Multiples of the rounding of what is added. Below the first, nothing can be measured; an error below the second that another
+ * node does not lower is rounding. In float, where no target is below the first, it is smaller. */
 #define PK__MEASURABLE (sizeof(pk_real) == sizeof(float) ? 4 : 16)
 enum { PK__NOISE = 128 };
 /* The closure judges a piece while its rounding is at most so many targets. */
@@ -16825,7 +17890,7 @@ typedef struct pk__judgement {
 static void pk__sum_nodes(pk__integrator *integrator, size_t first, size_t row, double length, int order,
                           pk_real *value, pk_real *sum, pk_real *size, double *height)
 {
-    const pk__tape *tape = &integrator->segment.tape;
+    const pk__tape *tape = &integrator->path.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
     const pk_real *f = pk__pass_output(tape) + first * outputs;
     const pk_real *tangent = tape->tangent[tape->graph->node_count - 1] + first * outputs;
@@ -16858,7 +17923,7 @@ static double pk__larger(double a, double b)
 static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t ends, size_t row, double length,
                                int order, int nested, double height)
 {
-    const pk__tape *tape = &integrator->segment.tape;
+    const pk__tape *tape = &integrator->path.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
     pk_real *start = integrator->h, *end = start + count, *sum = end + count, *size = sum + count,
             *better = size + count;
@@ -16912,26 +17977,34 @@ static void pk__plan_next(pk__row_order *next, pk__row_order now, int nodes, dou
 }
 
 /* Whether a piece waits for a test of its order. */
-static int pk__is_open(const pk__integrator *integrator, size_t piece)
+static int pk__is_open(const pk__piece *piece)
 {
-    return !integrator->passed[piece] && integrator->order[piece] <= PK__LARGEST_ORDER;
+    return !piece->accepted && piece->order <= PK__LARGEST_ORDER;
 }
 
 /* Of a piece that is the whole step, what pk__judge left in h. */
 static void pk__keep_ends(pk__integrator *integrator, size_t row)
 {
-    const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->segment.graph->output_width);
+    const size_t both = 2 * pk_readout_count(&integrator->readout, integrator->path.graph->output_width);
     memcpy(integrator->ends + row * both, integrator->h, both * sizeof *integrator->h);
     integrator->has_ends[row] = 1;
 }
 
-/* What a judgement of piece number i decides: it passes, or it is tested again by another order or judge. 1: again. */
-static int pk__decide(pk__integrator *integrator, size_t i, const pk__judgement *found)
+/* A piece becomes part of the result, behind those that are it already. left: the part of its integral that its test could not
+ * explain, for the bounds. */
+static void pk__accept_in_sequence(pk__integrator *integrator, pk__piece *piece, double left)
 {
-    pk__piece *piece = &integrator->pieces.piece[i];
+    piece->accepted = 1;
+    piece->missed = left;
+    integrator->sequence[integrator->sequence_count++] = (size_t)(piece - integrator->pieces.piece);
+}
+
+/* What a judgement of a piece decides: it passes, or it is tested again by another order or judge. 1: again. */
+static int pk__decide(pk__integrator *integrator, pk__piece *piece, const pk__judgement *found)
+{
     pk__row_state *state = &integrator->state[piece->row];
-    const double before = integrator->missed[i], eps = PK__EPSILON;
-    const int nodes = integrator->order[i], nested = integrator->nested[i];
+    const double before = piece->missed, eps = PK__EPSILON;
+    const int nodes = piece->order, nested = piece->nested;
     if (piece->size < 0 && isfinite(found->size)) { /* its first test */
         state->step_change += found->size;
         state->change = pk__larger(state->step_change, state->change);
@@ -16943,7 +18016,7 @@ static int pk__decide(pk__integrator *integrator, size_t i, const pk__judgement 
     const double allowed = integrator->target * state->change;
     const double closure_floor = PK__MEASURABLE * eps * (state->height + found->size);
     if (!nested && closure_floor > PK__JUDGE * allowed && found->error <= closure_floor) {
-        integrator->nested[i] = state->nested = 1;
+        piece->nested = state->nested = 1;
         return 1;
     }
     if (nested && 2 * closure_floor < PK__JUDGE * allowed)
@@ -16956,74 +18029,283 @@ static int pk__decide(pk__integrator *integrator, size_t i, const pk__judgement 
         const double most = PK__NESTED_NOISE * found->size;
         noise = pk__larger(noise, closure_floor < most ? closure_floor : most);
     }
-    integrator->missed[i] = error;
+    piece->missed = error;
     if (error > 1 && before > 0 && error >= 0.5 * before && found->error <= noise) {
-        integrator->order[i]--;
+        piece->order--;
     } else if (!(error <= 1)) {
-        integrator->order[i] = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
-        return integrator->order[i] <= PK__LARGEST_ORDER;
+        piece->order = (unsigned char)(nodes < 12 ? nodes + 1 : nodes + 2);
+        return piece->order <= PK__LARGEST_ORDER;
     }
-    integrator->passed[i] = 1;
-    integrator->missed[i] = found->left; /* the rest of its use: for the bounds */
-    integrator->sequence[integrator->sequence_count++] = i;
-    pk__plan_next(&integrator->next_order[piece->row], state->order, integrator->order[i], before);
+    pk__accept_in_sequence(integrator, piece, found->left);
+    pk__plan_next(&integrator->next_order[piece->row], state->order, piece->order, before);
     return 0;
 }
 
-/* Tests every piece that has not passed with its own order. Whether some piece is to be tested again. */
+/* The points of the tests of the pieces from `next` on, as many pieces as find room: first the nodes of all, *nodes of them;
+ * then the ends of those that are judged by their closure. Returns how many points there are; *last: one behind the last
+ * piece. */
+static size_t pk__test_points(pk__integrator *integrator, size_t next, size_t *last, size_t *nodes)
+{
+    pk__path *path = &integrator->path;
+    const pk__pieces *pieces = &integrator->pieces;
+    size_t points = 0, ends = 0;
+    for (*last = next; *last < pieces->count; ++*last) {
+        const pk__piece *piece = &pieces->piece[*last];
+        const size_t own = piece->order, all = piece->nested ? 2 * own + 1 : own;
+        if (!pk__is_open(piece))
+            continue;
+        /* The first one fits in any case: at most 33 nodes without ends, or 16 with two, where there is room for 34. */
+        if (points && points + all + ends + 2 > path->point_capacity)
+            break;
+        for (size_t i = 0; i < all; i++, points++) {
+            const size_t n = own + (i >= own), q = i < own ? i : i - own;
+            path->point_row[points] = piece->row;
+            path->point_t[points] =
+                (pk_real)(piece->a + (piece->b - piece->a) * integrator->gauss_nodes[n * (n - 1) / 2 + q]);
+        }
+        ends += piece->nested ? 0 : 2;
+    }
+    *nodes = points;
+    for (size_t i = next; points && i < *last; i++)
+        for (int end = 0; end < 2 && pk__is_open(&pieces->piece[i]) && !pieces->piece[i].nested;
+             end++, points++) {
+            path->point_row[points] = pieces->piece[i].row;
+            path->point_t[points] = (pk_real)(end ? pieces->piece[i].b : pieces->piece[i].a);
+        }
+    return points;
+}
+
+/* Tests every piece that is open with its own order. Whether some piece is to be tested again. */
 static int pk__test_pieces(pk__integrator *integrator)
 {
-    pk__path *segment = &integrator->segment;
+    pk__path *path = &integrator->path;
     const pk__pieces *pieces = &integrator->pieces;
-    const unsigned char *order = integrator->order, *nested = integrator->nested;
     int again = 0;
     for (size_t next = 0, last; next < pieces->count; next = last) {
-        size_t points = 0, ends = 0;
-        for (last = next; last < pieces->count; last++) { /* the nodes of all pieces; slopes are wanted here */
-            const pk__piece *piece = &pieces->piece[last];
-            const size_t nodes = order[last], all = nested[last] ? 2 * nodes + 1 : nodes;
-            if (!pk__is_open(integrator, last))
-                continue;
-            if (points + all + ends + 2 > segment->point_capacity)
-                break;
-            for (size_t i = 0; i < all; i++, points++) {
-                const size_t n = nodes + (i >= nodes), q = i < nodes ? i : i - nodes;
-                segment->point_row[points] = piece->row;
-                segment->point_t[points] =
-                    (pk_real)(piece->a + (piece->b - piece->a) * integrator->gauss_nodes[n * (n - 1) / 2 + q]);
-            }
-            ends += nested[last] ? 0 : 2;
-        }
-        if (!points)
+        size_t nodes;
+        const size_t count = pk__test_points(integrator, next, &last, &nodes);
+        if (!count)
             continue;
-        ends = points;
-        for (size_t i = next; i < last; i++) /* then their ends; only values are */
-            for (int end = 0; end < 2 && pk__is_open(integrator, i) && !nested[i]; end++, ends++) {
-                segment->point_row[ends] = pieces->piece[i].row;
-                segment->point_t[ends] = (pk_real)(end ? pieces->piece[i].b : pieces->piece[i].a);
-            }
-        const size_t first = pk__path_append(segment, ends, segment->point_row, segment->point_t);
-        pk__path_tangent(segment, first, points, segment->point_row, segment->point_t);
-        ends = first + points;
-        points = first;
+        /* Values at all points; the slopes along the step at the nodes alone. */
+        size_t point = pk__path_append(path, count, path->point_row, path->point_t), end = point + nodes;
+        pk__path_tangent(path, point, nodes, path->point_row, path->point_t);
         for (size_t i = next; i < last; i++) {
-            const pk__piece *piece = &pieces->piece[i];
-            if (!pk__is_open(integrator, i))
+            pk__piece *piece = &pieces->piece[i];
+            if (!pk__is_open(piece))
                 continue;
-            const size_t nodes = order[i];
-            const int closed = !nested[i];
+            const size_t own = piece->order;
+            const int closed = !piece->nested;
             /* The values at the ends are those at the ends' t, rounded. */
             const double length = (double)(pk_real)piece->b - (double)(pk_real)piece->a;
-            const pk__judgement found = pk__judge(integrator, points, ends, piece->row, length, (int)nodes,
-                                                  !closed, integrator->state[piece->row].height);
+            const pk__judgement found = pk__judge(integrator, point, end, piece->row, length, (int)own, !closed,
+                                                  integrator->state[piece->row].height);
             if (closed && piece->a == 0 && piece->b == 1)
                 pk__keep_ends(integrator, piece->row);
-            points += closed ? nodes : 2 * nodes + 1;
-            ends += closed ? 2 : 0;
-            again |= pk__decide(integrator, i, &found);
+            point += closed ? own : 2 * own + 1;
+            end += closed ? 2 : 0;
+            again |= pk__decide(integrator, piece, &found);
         }
     }
     return again;
+}
+
+/* Tests the pieces in hand: each gets more nodes until it passes or has the most. Those that pass are accepted. */
+PK__PRIVATE void pk__adapt(pk__integrator *integrator)
+{
+    for (size_t i = 0; i < integrator->pieces.count; i++) {
+        pk__piece *piece = &integrator->pieces.piece[i];
+        const pk__row_state *state = &integrator->state[piece->row];
+        piece->order = state->order.nodes;
+        piece->nested = state->nested;
+        piece->missed = 0;
+        piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
+    }
+    while (pk__test_pieces(integrator))
+        ;
+}
+
+PK__END_CODE
+
+/* pathkernel/path/integrator.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+/* Pieces in one batch: room for the kinks of a block; more of them are met by halving the batch. */
+static size_t pk__piece_capacity(size_t rows)
+{
+    return 64 * rows + 1024;
+}
+
+/* Halvings a row may cost in one step; an unreachable target or a NaN must end. Of these, at one time: */
+enum { PK__HALVINGS = 512, PK__HALVED_TOGETHER = 128 };
+
+PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds, pk__points *points)
+{
+    points->count = 0;
+    points->row = pk__arena_take(arena, capacity, sizeof *points->row);
+    points->t = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->weight = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->check = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->slack = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+}
+
+PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
+                                      size_t reverse_points, size_t copies, int bounds,
+                                      pk__integrator *integrator)
+{
+    size_t pieces = pk__piece_capacity(rows), outputs = graph->output_width;
+    memset(integrator, 0, sizeof *integrator);
+    points = pk__max(points, PK_GAUSS_NODES + 2);
+    pk__path_take(arena, graph, rows, points, reverse_points, copies, pieces, bounds, &integrator->path);
+    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->pending);
+    pk__pieces_take(arena, 2 * PK__HALVED_TOGETHER * rows, &integrator->failed);
+    pk__pieces_take(arena, pieces, &integrator->pieces);
+    integrator->next_order = pk__arena_take(arena, rows, sizeof *integrator->next_order);
+    integrator->sequence = pk__arena_take(arena, pieces, sizeof *integrator->sequence);
+    pk__points_take(arena, points, bounds, &integrator->points);
+    integrator->slope = pk__arena_take(arena, copies, outputs * sizeof *integrator->slope);
+    integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
+    integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
+    integrator->has_ends = pk__arena_take(arena, rows, 1);
+}
+
+/* One behind the last of the points from p on that are of its row. */
+PK__PRIVATE size_t pk__row_end(const pk__points *points, size_t p)
+{
+    size_t end = p + 1;
+    while (end < points->count && points->row[end] == points->row[p])
+        end++;
+    return end;
+}
+
+/* ---- points of what is known ------------------------------------------------------------------------------ */
+
+/* Puts a point into the batch, where the caller knows that there is room. */
+static void pk__put_point(pk__integrator *integrator, size_t row, double t, double weight, double check,
+                          double slack)
+{
+    pk__points *points = &integrator->points;
+    const size_t at = points->count++;
+    points->row[at] = row;
+    points->t[at] = (pk_real)t;
+    points->weight[at] = (pk_real)weight;
+    if (points->check) {
+        points->check[at] = (pk_real)check;
+        points->slack[at] = (pk_real)slack;
+    }
+}
+
+/* How large the polynomial through the values at n nodes can be at the start of [0, 1], for values of size 1 at node q
+ * alone; at its end for node n - 1 - q. */
+static double pk__edge_weight(int n, const double *x, int q)
+{
+    double weight = 1;
+    for (int r = 0; r < n; r++)
+        if (r != q)
+            weight *= x[r] / (x[q] - x[r]);
+    return fabs(weight);
+}
+
+/* The nodes of the rule that shows the error of the rule with n: so many that its own error is far smaller. */
+static int pk__check_order(int n)
+{
+    return n + 4 + n / 4 < PK_GAUSS_NODES ? n + 4 + n / 4 : (int)PK_GAUSS_NODES;
+}
+/* How many points a piece has: its nodes or, of a piece that nothing is known of, its middle; then, with bounds, the nodes of a
+ * rule that shows the error. */
+static int pk__piece_points(const pk__integrator *integrator, const pk__piece *piece)
+{
+    const int order = piece->order;
+    return order == 0                                                 ? 1
+           : integrator->fixed_order == 0 && integrator->points.check ? order + pk__check_order(order)
+                                                                      : order;
+}
+
+/* Point number `node` of a piece. A fixed order is exact; the error of any other is to be estimated. */
+static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int node)
+{
+    const int bounds = integrator->points.check != NULL, checked = bounds && integrator->fixed_order == 0;
+    const double a = piece->a, length = piece->b - a;
+    int order = piece->order;
+    if (order == 0) {
+        pk__put_point(integrator, piece->row, 0.5 * (piece->a + piece->b), length, 0, length);
+        return;
+    }
+    const int checking = node >= order;
+    if (checking) {
+        node -= order;
+        order = pk__check_order(order);
+    }
+    const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
+    const double weight = length * integrator->gauss_weights[order * (order - 1) / 2 + node];
+    if (checking) {
+        pk__put_point(integrator, piece->row, a + length * x[node], 0, weight, 0);
+        return;
+    }
+    double slack = weight * piece->missed;
+    /* A kink that lies elsewhere takes the gradients on its wrong side along: those beside it on both sides. */
+    if (bounds && piece->slack_a > 0)
+        slack += piece->slack_a * pk__edge_weight(order, x, node);
+    if (bounds && piece->slack_b > 0)
+        slack += piece->slack_b * pk__edge_weight(order, x, order - 1 - node);
+    pk__put_point(integrator, piece->row, a + length * x[node], weight, checked ? -weight : 0, slack);
+}
+
+/* Puts points of the pieces that are handed over into the batch. 0: it is full, and there are more. */
+static int pk__put_pieces(pk__integrator *integrator)
+{
+    pk__handover *handover = &integrator->handover;
+    for (; handover->next < handover->count; handover->next++, handover->node = 0) {
+        const size_t at = handover->sequence ? handover->sequence[handover->next] : handover->next;
+        const pk__piece *piece = &handover->pieces[at];
+        const int count = piece->accepted ? pk__piece_points(integrator, piece) : 0;
+        for (; handover->node < count; handover->node++) {
+            if (integrator->points.count == integrator->path.point_capacity)
+                return 0;
+            pk__put_node(integrator, piece, handover->node);
+        }
+    }
+    return 1;
+}
+
+/* The same of a rule that is the same for every row and step: handover.next is a row. */
+static int pk__put_rule(pk__integrator *integrator)
+{
+    pk__handover *handover = &integrator->handover;
+    const pk_rule rule = integrator->quadrature.rule;
+    const int given = integrator->quadrature.nodes, count = given ? given : rule == PK_RULE_TRAPEZOID ? 2 : 1;
+    const double *x = integrator->gauss_nodes + count * (count - 1) / 2;
+    const double *w = integrator->gauss_weights + count * (count - 1) / 2;
+    for (; handover->next < integrator->path.rows; handover->next++, handover->node = 0)
+        for (; handover->node < count; handover->node++) {
+            const int q = handover->node;
+            double t = 0, weight = 1.0 / count;
+            if (integrator->points.count == integrator->path.point_capacity)
+                return 0;
+            if (rule == PK_RULE_GAUSS) {
+                t = x[q];
+                weight = w[q];
+            } else if (rule == PK_RULE_MIDPOINT) {
+                t = (q + 0.5) / count;
+            } else if (rule == PK_RULE_LEFT) {
+                t = (double)q / count;
+            } else {
+                t = (double)q / (count - 1);
+                weight = (q == 0 || q == count - 1 ? 0.5 : 1.0) / (count - 1);
+            }
+            pk__put_point(integrator, handover->next, t, weight, 0, 0);
+        }
+    return 1;
+}
+
+/* ---- what is known next ----------------------------------------------------------------------------------- */
+
+/* Pieces, as they stand or in a sequence of their indices, wait to be handed over. */
+static void pk__hand_over(pk__integrator *integrator, const pk__piece *pieces, const size_t *sequence,
+                          size_t count)
+{
+    integrator->handover = (pk__handover){pieces, sequence, count, 0, 0};
 }
 
 /* Shorter pieces have nodes that pk_real hardly tells apart. */
@@ -17033,28 +18315,68 @@ enum { PK__GENERATIONS = 2, PK__FEW_PARTS = 1 };
 /* Errors that are a larger part of |h| are no rounding. */
 #define PK__LARGEST_ROUNDING (sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-8)
 
-/* Takes a piece as it is, although it missed. */
-static void pk__accept(pk__integrator *integrator, const pk__piece *piece, pk__point_sink *sink, void *user)
+/* Takes a piece as it is, although it missed: with the most nodes, or by its middle where its kinks have not been found. */
+static void pk__accept(pk__integrator *integrator, pk__piece *piece)
 {
-    const double length = piece->b - piece->a;
     integrator->refused++;
-    if (piece->size < 0) { /* its kinks have not been found */
-        pk__emit(integrator, sink, user, piece->row, 0.5 * (piece->a + piece->b), length, 0, length);
-        return;
-    }
-    const double left = piece->error < piece->size ? piece->error / piece->size : 1;
-    pk__emit_gauss(integrator, sink, user, piece, PK__LARGEST_ORDER, 1, left);
+    piece->accepted = 1;
+    piece->order = piece->size < 0 ? 0 : PK__LARGEST_ORDER;
+    piece->missed = piece->error < piece->size ? piece->error / piece->size : 1;
 }
 
 /* A piece that has not passed, or whose kinks do not find room, waits for its halves; or is accepted where halving is of no
- * use. */
-static void pk__fail_piece(pk__integrator *integrator, const pk__piece *piece, pk__point_sink *sink, void *user)
+ * use: 1. */
+static int pk__fail_piece(pk__integrator *integrator, pk__piece *piece)
 {
     pk__pieces *to = &integrator->failed;
-    if (piece->b - piece->a < PK__SHORTEST || to->count == to->capacity)
-        pk__accept(integrator, piece, sink, user);
-    else
-        to->piece[to->count++] = *piece;
+    if (piece->b - piece->a < PK__SHORTEST || to->count == to->capacity) {
+        pk__accept(integrator, piece);
+        return 1;
+    }
+    to->piece[to->count++] = *piece;
+    return 0;
+}
+
+/* The pieces in hand, between kinks: a fixed order is enough for each, or they are tested. */
+static void pk__measure_pieces(pk__integrator *integrator)
+{
+    const pk__pieces *pieces = &integrator->pieces;
+    integrator->split_pieces += pieces->count;
+    integrator->sequence_count = 0;
+    for (size_t i = 0; i < pieces->count; i++)
+        pieces->piece[i].accepted = 0;
+    if (!integrator->fixed_order)
+        pk__adapt(integrator);
+    for (size_t i = 0; i < pieces->count; i++) {
+        pk__piece *piece = &pieces->piece[i];
+        if (integrator->fixed_order) {
+            piece->order = (unsigned char)integrator->fixed_order;
+            pk__accept_in_sequence(integrator, piece, 0);
+        } else if (!piece->accepted && pk__fail_piece(integrator, piece)) {
+            pk__accept_in_sequence(integrator, piece, piece->missed);
+        }
+    }
+    pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
+}
+
+/* Stage PIECES: as many of the pieces that wait as there are rows. */
+static void pk__take_waiting(pk__integrator *integrator)
+{
+    pk__pieces *pending = &integrator->pending;
+    const size_t first = integrator->waiting, rows = integrator->path.rows;
+    pk__pieces batch = {pk__min(rows, pending->count - first), 0, pending->piece + first};
+    integrator->waiting += rows;
+    if (pk__path_split(&integrator->path, &batch, &integrator->pieces)) {
+        pk__measure_pieces(integrator);
+        return;
+    }
+    /* More kinks than there is room for: half as long pieces have fewer. */
+    for (size_t i = 0; i < batch.count; i++) {
+        batch.piece[i].size = -1;
+        batch.piece[i].error = INFINITY;
+        (void)pk__fail_piece(integrator, &batch.piece[i]);
+    }
+    pk__hand_over(integrator, batch.piece, NULL, batch.count);
 }
 
 /* By row; of a row the largest error first, NaN in front of all, then by t. */
@@ -17065,52 +18387,56 @@ static int pk__precedes_by_error(const pk__piece *piece, const pk__piece *other)
     return isnan(piece->error) ? !isnan(other->error) || piece->a < other->a : piece->error > other->error;
 }
 
-/* Of each family of failed pieces, the parts of one ancestor, those whose error has not fallen are taken as they are where
- * there are several. */
-static void pk__drop_stalled(pk__integrator *integrator, pk__point_sink *sink, void *user)
+/* Stage STALLED: of each family of failed pieces, the parts of one ancestor, those whose error has not fallen are accepted as
+ * they are where there are several. */
+static void pk__accept_stalled(pk__integrator *integrator)
 {
     pk__pieces *failed = &integrator->failed;
-    size_t kept = 0;
     pk__sort_pieces(failed, pk__precedes_by_place);
     for (size_t first = 0, last; first < failed->count; first = last) {
         const size_t row = failed->piece[first].row;
         const double family = failed->piece[first].family;
+        const pk__row_state *state = &integrator->state[row];
         for (last = first; last < failed->count; last++)
             if (failed->piece[last].row != row || failed->piece[last].family != family)
                 break;
+        const int several = last - first > PK__FEW_PARTS;
         for (size_t i = first; i < last; i++) {
-            pk__piece piece = failed->piece[i];
-            if (piece.age == 0 || piece.age == PK__GENERATIONS) {
-                const pk__row_state *state = &integrator->state[row];
-                if (piece.age && last - first > PK__FEW_PARTS && piece.size >= 0 &&
-                    !(piece.error < 0.5 * piece.reference) &&
-                    !(piece.error > PK__LARGEST_ROUNDING * (state->height + state->change))) {
-                    pk__accept(integrator, &piece, sink, user);
-                    continue;
-                }
-                piece.family = piece.a;
-                piece.reference = piece.error;
-                piece.age = 0;
+            pk__piece *piece = &failed->piece[i];
+            const int judged = piece->age == 0 || piece->age == PK__GENERATIONS;
+            if (judged && piece->age && several && piece->size >= 0 &&
+                !(piece->error < 0.5 * piece->reference) &&
+                !(piece->error > PK__LARGEST_ROUNDING * (state->height + state->change))) {
+                pk__accept(integrator, piece);
+                continue;
             }
-            piece.age++;
-            failed->piece[kept++] = piece;
+            if (judged) { /* an ancestor of its own from now on */
+                piece->family = piece->a;
+                piece->reference = piece->error;
+                piece->age = 0;
+            }
+            piece->age++;
         }
     }
-    failed->count = kept;
+    pk__hand_over(integrator, failed->piece, NULL, failed->count);
 }
 
-/* The halves of what has failed, the worst first, as long as there are halvings; the rest is accepted. */
-static void pk__halve_failed(pk__integrator *integrator, pk__point_sink *sink, void *user)
+/* Stage HALVE: the halves of what has failed wait, the worst first, as long as there are halvings; the rest is accepted. */
+static void pk__halve_failed(pk__integrator *integrator)
 {
     pk__pieces *pending = &integrator->pending, *failed = &integrator->failed;
-    pk__drop_stalled(integrator, sink, user);
+    size_t left = 0;
+    for (size_t i = 0; i < failed->count; i++)
+        if (!failed->piece[i].accepted)
+            failed->piece[left++] = failed->piece[i];
+    failed->count = left;
     pk__sort_pieces(failed, pk__precedes_by_error);
-    pending->count = 0;
+    pending->count = integrator->waiting = 0;
     for (size_t i = 0; i < failed->count; i++) {
-        const pk__piece *piece = &failed->piece[i];
+        pk__piece *piece = &failed->piece[i];
         pk__row_state *state = &integrator->state[piece->row];
         if (state->halvings >= PK__HALVINGS || pending->count + 2 > pending->capacity) {
-            pk__accept(integrator, piece, sink, user);
+            pk__accept(integrator, piece);
             continue;
         }
         state->halvings++;
@@ -17126,107 +18452,116 @@ static void pk__halve_failed(pk__integrator *integrator, pk__point_sink *sink, v
             }
         }
     }
+    pk__hand_over(integrator, failed->piece, NULL, failed->count);
 }
 
-/* Raises the order of each piece until it passes or the largest order is reached; emits what passed. */
-static void pk__adapt(pk__integrator *integrator, pk__point_sink *sink, void *user)
+/* The orders that the rows' next steps start with. */
+static void pk__plan_rows(pk__integrator *integrator)
 {
-    const pk__pieces *pieces = &integrator->pieces;
-    memset(integrator->passed, 0, pieces->count);
-    memset(integrator->missed, 0, pieces->count * sizeof *integrator->missed);
-    for (size_t i = 0; i < pieces->count; i++) {
-        pk__piece *piece = &pieces->piece[i];
-        const pk__row_state *state = &integrator->state[piece->row];
-        integrator->order[i] = state->order.nodes;
-        integrator->nested[i] = state->nested;
-        piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
-    }
-    integrator->sequence_count = 0;
-    while (pk__test_pieces(integrator))
-        ;
-    for (size_t i = 0; i < integrator->sequence_count; i++) { /* as the tape holds their nodes */
-        const size_t at = integrator->sequence[i];
-        pk__emit_gauss(integrator, sink, user, &pieces->piece[at], integrator->order[at], 1,
-                       integrator->missed[at]);
-    }
-    for (size_t i = 0; i < pieces->count; i++)
-        if (!integrator->passed[i])
-            pk__fail_piece(integrator, &pieces->piece[i], sink, user);
-}
-
-enum { PK__SURROGATE_NODES = 8 };
-
-PK__INTERNAL void pk__integrate(pk__integrator *integrator, pk__point_sink *sink, void *user)
-{
-    pk__path *segment = &integrator->segment;
-    pk_rule rule = integrator->quadrature.rule;
-    memset(integrator->has_ends, 0, segment->rows);
-    if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT) {
-        pk__emit_fixed(integrator, sink, user);
-        pk__flush(integrator, sink, user, 1);
-        return;
-    }
-    int exact = pk__is_exact(segment->graph, &integrator->readout);
-    /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
-     * the jumps of its values. */
-    int fixed = exact || segment->graph->surrogate;
-    int order = segment->graph->surrogate    ? PK__SURROGATE_NODES
-                : segment->graph->degree < 2 ? 1
-                                             : (segment->graph->degree + 1) / 2;
-    pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
-    memset(integrator->next_order, 0, segment->rows * sizeof *integrator->next_order);
-    pending->count = 0;
-    for (size_t row = 0; row < segment->rows; row++) {
-        integrator->state[row].halvings = 0;
-        integrator->state[row].step_change = 0;
-        pk__pieces_push(pending, row, 0, 1);
-    }
-    while (pending->count) {
-        integrator->failed.count = 0;
-        for (size_t first = 0; first < pending->count; first += segment->rows) {
-            pk__pieces batch = {pk__min(segment->rows, pending->count - first), 0, pending->piece + first};
-            if (!pk__path_split(segment, &batch, pieces)) {
-                /* More kinks than there is room for: half as long pieces have fewer. */
-                for (size_t i = 0; i < batch.count; i++) {
-                    batch.piece[i].size = -1;
-                    batch.piece[i].error = INFINITY;
-                    pk__fail_piece(integrator, &batch.piece[i], sink, user);
-                }
-                continue;
-            }
-            integrator->split_pieces += pieces->count;
-            for (size_t i = 0; fixed && i < pieces->count; i++)
-                pk__emit_gauss(integrator, sink, user, &pieces->piece[i], order, 0, 0);
-            if (!fixed)
-                pk__adapt(integrator, sink, user);
-        }
-        pk__halve_failed(integrator, sink, user);
-    }
-    for (size_t row = 0; !fixed && row < segment->rows; row++)
+    for (size_t row = 0; !integrator->fixed_order && row < integrator->path.rows; row++)
         integrator->state[row].order = integrator->next_order[row].nodes
                                            ? integrator->next_order[row]
                                            : (pk__row_order){PK__LARGEST_ORDER, 0};
-    pk__flush(integrator, sink, user, 1);
+}
+
+/* Finds out which points come next, all that were known before having been put into batches. 0: there are none. */
+static int pk__find_more(pk__integrator *integrator)
+{
+    switch (integrator->stage) {
+    case PK__STAGE_PIECES:
+        if (integrator->waiting == 0)
+            integrator->failed.count = 0;
+        pk__take_waiting(integrator);
+        if (integrator->waiting >= integrator->pending.count)
+            integrator->stage = PK__STAGE_STALLED;
+        return 1;
+    case PK__STAGE_STALLED:
+        pk__accept_stalled(integrator);
+        integrator->stage = PK__STAGE_HALVE;
+        return 1;
+    case PK__STAGE_HALVE:
+        pk__halve_failed(integrator);
+        if (integrator->pending.count) {
+            integrator->stage = PK__STAGE_PIECES;
+            return 1;
+        }
+        pk__plan_rows(integrator);
+        integrator->stage = PK__STAGE_END;
+        return 1;
+    case PK__STAGE_RULE:
+    case PK__STAGE_END:
+    default: return 0;
+    }
+}
+
+/* ---- the calls -------------------------------------------------------------------------------------------- */
+
+enum { PK__SURROGATE_NODES = 8 };
+
+PK__INTERNAL void pk__integrator_begin(pk__integrator *integrator)
+{
+    const pk__path *path = &integrator->path;
+    const pk_graph *graph = path->graph;
+    const pk_rule rule = integrator->quadrature.rule;
+    memset(integrator->has_ends, 0, path->rows);
+    integrator->points.last = 0;
+    pk__hand_over(integrator, NULL, NULL, 0);
+    integrator->stage = PK__STAGE_RULE;
+    if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT)
+        return;
+    integrator->stage = PK__STAGE_PIECES;
+    /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
+     * the jumps of its values. */
+    integrator->fixed_order = graph->surrogate                             ? (int)PK__SURROGATE_NODES
+                              : !pk__is_exact(graph, &integrator->readout) ? 0
+                              : graph->degree < 2                          ? 1
+                                                                           : (graph->degree + 1) / 2;
+    memset(integrator->next_order, 0, path->rows * sizeof *integrator->next_order);
+    integrator->pending.count = integrator->waiting = 0;
+    for (size_t row = 0; row < path->rows; row++) {
+        integrator->state[row].halvings = 0;
+        integrator->state[row].step_change = 0;
+        pk__pieces_push(&integrator->pending, row, 0, 1);
+    }
+}
+
+PK__INTERNAL int pk__integrator_next(pk__integrator *integrator, const pk__points **points)
+{
+    pk__points *batch = &integrator->points;
+    if (batch->last)
+        return 0;
+    batch->count = 0;
+    *points = batch;
+    if (integrator->stage == PK__STAGE_RULE) {
+        batch->last = pk__put_rule(integrator);
+    } else {
+        int full = 0, more = 1;
+        while (!full && more) {
+            full = !pk__put_pieces(integrator);
+            more = full || pk__find_more(integrator);
+        }
+        batch->last = !more;
+    }
+    integrator->point_count += batch->count;
+    return 1;
 }
 
 PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator)
 {
-    pk__path *segment = &integrator->segment;
-    const size_t classes = segment->graph->output_width,
-                 outputs = pk_readout_count(&integrator->readout, classes);
-    for (size_t row = 0, points = 0; row < segment->rows; row++) {
+    pk__path *path = &integrator->path;
+    const size_t classes = path->graph->output_width, outputs = pk_readout_count(&integrator->readout, classes);
+    for (size_t row = 0, points = 0; row < path->rows; row++) {
         for (int end = 0; end < 2 && !integrator->has_ends[row]; end++, points++) {
-            segment->point_row[points] = row;
-            segment->point_t[points] = (pk_real)end;
+            path->point_row[points] = row;
+            path->point_t[points] = (pk_real)end;
         }
-        if (!points || (row + 1 < segment->rows && points + 2 <= segment->point_capacity))
+        if (!points || (row + 1 < path->rows && points + 2 <= path->point_capacity))
             continue;
-        pk__path_forward(segment, points, segment->point_row, segment->point_t);
+        pk__path_forward(path, points, path->point_row, path->point_t);
         for (size_t p = 0; p < points; p++)
-            pk__readout_apply(&integrator->readout, classes, integrator->first_row + segment->point_row[p],
-                              pk__pass_output(&segment->tape) + p * classes,
-                              integrator->ends + (2 * segment->point_row[p] + p % 2) * outputs,
-                              integrator->slope);
+            pk__readout_apply(&integrator->readout, classes, integrator->first_row + path->point_row[p],
+                              pk__pass_output(&path->tape) + p * classes,
+                              integrator->ends + (2 * path->point_row[p] + p % 2) * outputs, integrator->slope);
         points = 0;
     }
     return integrator->ends;
@@ -17496,7 +18831,831 @@ PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph)
 
 PK__END_CODE
 
-/* pathkernel/features/features.h: implementation */
+/* pathkernel/features/gram.h: implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
+/* How a layer's part is had. */
+typedef enum pk__gram_form {
+    PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
+    PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
+    PK__GRAM_PLACES,   /* a sum of that over pairs of places */
+    PK__GRAM_ROWS      /* the gradients' products */
+} pk__gram_form;
+
+typedef struct pk__gram_layer {
+    const pk_node *node; /* NULL: with ties, the parameters of a column */
+    size_t offset;       /* then: where they stand in w */
+    int column;
+    pk__gram_form form;
+    pk_real bias;             /* 1 or 0 */
+    int data;                 /* its inputs are the network's, and not kept */
+    size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
+    size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
+    size_t depth;             /* terms of a product of two cotangents or gradients */
+    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
+    pk_real *constant;        /* CONSTANT: kept x kept */
+} pk__gram_layer;
+
+/* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
+typedef struct pk__gram_side {
+    const pk__gram_rows_of *of;
+    pk_matrix inputs;
+    const pk_real *weights, *direction; /* in the spread layout */
+    int leads;                          /* the first of the two */
+    size_t first, rows, capacity;
+    pk_real *factors;
+} pk__gram_side;
+
+typedef struct pk__gram {
+    const char *name; /* for messages */
+    pk_context *context;
+    const pk_graph *graph;
+    pk_loss loss;
+    int two_points;       /* the sides' gradients are taken at different weights */
+    int uniform;          /* all rows have the same seeds */
+    size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
+    int by_layer;
+    size_t plane;           /* by_layer: numbers of a layer's matrix */
+    size_t layers, numbers; /* numbers kept of a row */
+    pk__gram_layer *layer;
+    size_t tile, sweep; /* rows of a tile, and of one pass through the network: powers of two */
+    size_t part;        /* rows of one pass back */
+    size_t unit;        /* the larger of tile and sweep: where sides are cut */
+    int together;       /* the rows of both sides go through the network as one */
+    size_t left, right; /* numbers of a lane's products */
+    int symmetric;
+    pk_matrix result;
+    int threads;
+    size_t lane_bytes;
+    unsigned char *lanes;
+    size_t *bad;      /* of each lane: the first pair of rows that is not finite */
+    double done, all; /* pairs of rows */
+} pk__gram;
+
+/* Rows at ... of a side. */
+typedef struct pk__gram_rows {
+    const pk__gram_side *side;
+    size_t at, rows;
+} pk__gram_rows;
+
+/* One thread's memory. */
+typedef struct pk__gram_lane {
+    pk__tape forward, back;
+    pk_real *inputs;
+    pk_real *left, *right, *tile, *spread;
+    pk_real *gradients; /* with ties: of a row, in the spread layout */
+} pk__gram_lane;
+
+/* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
+static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape *back)
+{
+    pk__pass_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
+}
+
+/* With ties: room for the gradients of a row, and for one of them. */
+static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
+{
+    size_t numbers = 0;
+    if (!gram->graph->pieces)
+        return NULL;
+    if (!pk__multiply(gram->outputs + 1, gram->graph->spread, &numbers))
+        arena->overflow = 1;
+    return pk__arena_take(arena, numbers, sizeof(pk_real));
+}
+
+static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
+{
+    const size_t width = gram->tile * gram->kept;
+    pk__gram_back_take(arena, gram, &lane->back);
+    lane->gradients = pk__gram_gradients_take(arena, gram);
+    pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
+    lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
+    lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
+    lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
+    lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
+    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
+}
+
+static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
+{
+    const pk__arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
+    return arena;
+}
+
+static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
+{
+    pk__arena arena = pk__gram_arena(gram, number);
+    pk__gram_lane lane;
+    pk__gram_lane_take(&arena, gram, &lane);
+    return lane;
+}
+
+/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
+static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
+{
+    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
+}
+
+/* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
+static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+{
+    return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
+                       : pk__gram_factors(side, layer->left_at, row * layer->left);
+}
+
+static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+{
+    return pk__gram_factors(side, layer->right_at, row * layer->right);
+}
+
+/* ---- factors ------------------------------------------------------------------------------------------- */
+
+/* gradient (rows x outputs x weight_count) of a node after the pass back of `rows` rows from row number `first` on. */
+static void pk__gram_node_gradients(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
+                                    const pk_node *node, size_t first, size_t rows, pk_real *gradient)
+{
+    const size_t outputs = gram->outputs;
+    pk_call call;
+    pk__pass_call(tape, node, rows, outputs, &call);
+    for (int j = 0; j < node->input_count; j++)
+        call.in[j] += first * call.in_width[j];
+    call.out += first * node->width;
+    call.out_cotangent = tape->cotangent[node - gram->graph->nodes] + first * outputs * node->width;
+    call.gradient = gradient;
+    call.weights = line->weights + node->weight_offset;
+    if (!line->direction || !pk__has_row_weights(node)) {
+        pk__node_row_gradients(&call);
+        return;
+    }
+    call.rows = 1;
+    for (size_t r = 0; r < rows; r++) {
+        call.weights = pk__row_weights(tape, line, node, first + r);
+        pk__node_row_gradients(&call);
+        for (int j = 0; j < node->input_count; j++)
+            call.in[j] += call.in_width[j];
+        call.out += node->width;
+        call.out_cotangent += outputs * node->width;
+        call.gradient += outputs * node->weight_count;
+    }
+}
+
+/* With ties: the gradients of the parameters, row by row. gradients: node by node outputs x weights, then one of w. */
+static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
+                               const pk__gram_side *side, size_t at, size_t rows, pk_real *gradients)
+{
+    const pk_graph *graph = gram->graph;
+    const size_t outputs = gram->outputs, spread = graph->spread;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t n = 1; n < graph->node_count; n++) {
+            const pk_node *node = &graph->nodes[n];
+            if (!node->weight_count)
+                continue;
+            pk__gram_node_gradients(gram, tape, line, node, r, 1, gradients + outputs * node->weight_offset);
+        }
+        for (size_t k = 0; k < outputs; k++) {
+            pk_real *flat = gradients + outputs * spread;
+            for (size_t n = 1; n < graph->node_count; n++) {
+                const pk_node *node = &graph->nodes[n];
+                if (node->weight_count)
+                    memcpy(flat + node->weight_offset,
+                           gradients + outputs * node->weight_offset + k * node->weight_count,
+                           node->weight_count * sizeof *flat);
+            }
+            pk_graph_gather(graph, flat, flat);
+            for (size_t l = 0; l < gram->layers; l++) {
+                const pk__gram_layer *layer = &gram->layer[l];
+                const size_t count = layer->right / outputs;
+                memcpy(pk__gram_right(side, layer, at + r) + k * count, flat + layer->offset,
+                       count * sizeof *flat);
+            }
+        }
+    }
+}
+
+/* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
+static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
+                          const pk__gram_side *side, size_t at, size_t rows)
+{
+    const size_t outputs = gram->outputs;
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const pk_node *node = layer->node;
+        const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
+        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
+        if (layer->form == PK__GRAM_ROWS) {
+            pk__gram_node_gradients(gram, tape, line, node, 0, rows, right);
+        } else if (layer->form == PK__GRAM_PLACES) {
+            for (size_t r = 0; r < rows; r++)
+                pk__node_places(tape, node, r, outputs, left + r * layer->left, right + r * layer->right);
+        } else {
+            if (!layer->data)
+                memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
+            if (layer->form == PK__GRAM_CONSTANT && side->leads && side->first + at == 0)
+                /* any row's will do; one thread has this one */
+                pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
+                         layer->depth, 0, layer->constant, gram->kept);
+        }
+    }
+}
+
+/* The seeds of rows `at` ... of a side, whose outputs are in the tape. */
+static void pk__gram_seed(const pk__gram *gram, pk__tape *tape, const pk__gram_side *side, size_t at,
+                          size_t rows)
+{
+    const size_t C = gram->graph->output_width;
+    const pk__gram_rows_of *of = side->of;
+    pk_real *seed = pk__pass_seed(tape);
+    if (of->seeds == PK__SEEDS_UNITS) {
+        pk__pass_seed_units(tape, rows);
+        return;
+    }
+    for (size_t r = 0; r < rows; r++, seed += C) {
+        const size_t row = side->first + at + r;
+        for (size_t c = 0; c < C; c++)
+            seed[c] = of->seeds == PK__SEEDS_SUM || (of->seeds == PK__SEEDS_ONE && c == of->output) ||
+                      (of->seeds == PK__SEEDS_LABEL && c == (size_t)of->labels[row]);
+        if (of->seeds == PK__SEEDS_LOSS)
+            pk_loss_gradient(gram->loss, C, pk__pass_output(tape) + r * C, of->targets + row * C, seed);
+    }
+}
+
+/* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
+ * Cotangents that are kept are written where they are kept. */
+static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk__gram_rows *sides, size_t part,
+                          int lane)
+{
+    const size_t first = pk__blocks(sides[0].rows, gram->part);
+    const pk__gram_rows *from = &sides[part >= first];
+    const size_t skipped = (part < first ? part : part - first) * gram->part;
+    const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
+                 rows = pk__min(gram->part, from->rows - skipped);
+    const pk_graph *graph = gram->graph;
+    const pk__line line = {from->side->weights, from->side->direction,
+                           from->side->direction ? from->side->of->t + from->side->first + at : NULL};
+    pk__arena arena = pk__gram_arena(gram, lane);
+    pk__tape back, *tape = &back;
+    pk__gram_back_take(&arena, gram, tape);
+    pk_real *gradients = pk__gram_gradients_take(&arena, gram);
+    for (size_t n = 0; n < graph->node_count; n++)
+        tape->value[n] = values->value[n] + row * graph->nodes[n].width;
+    for (size_t l = 0; l < gram->layers; l++)
+        if (gram->layer[l].form == PK__GRAM_OUTER)
+            tape->cotangent[gram->layer[l].node - graph->nodes] =
+                pk__gram_right(from->side, &gram->layer[l], at);
+    pk__gram_seed(gram, tape, from->side, at, rows);
+    pk__pass_reverse(tape, &line, rows, gram->outputs);
+    if (gradients)
+        pk__gram_keep_tied(gram, tape, &line, from->side, at, rows, gradients);
+    else
+        pk__gram_keep(gram, tape, &line, from->side, at, rows);
+}
+
+/* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
+ * each operation, or one. lane: of the calling thread. */
+static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const pk__gram_side *other,
+                          size_t pass, int threads, int lane)
+{
+    const size_t width = gram->graph->input_width, own = pk__blocks(side->rows, gram->sweep);
+    const pk__gram_side *to = pass < own ? side : other;
+    const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
+    const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
+                                    {other, 0, gram->together && other ? other->rows : 0}};
+    const pk__line line = {to->weights, to->direction, to->direction ? to->of->t + to->first + at : NULL};
+    pk__gram_lane room = pk__gram_lane_of(gram, lane);
+    const pk_real *inputs = room.inputs;
+    size_t rows = 0, parts = 0;
+    for (size_t s = 0; s < 2 && sides[s].rows; s++) {
+        const pk_matrix *from = &sides[s].side->inputs;
+        const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
+        if (!sides[1].rows && from->ld == width)
+            inputs = data;
+        else
+            for (size_t r = 0; r < sides[s].rows; r++)
+                memcpy(room.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
+        rows += sides[s].rows;
+        parts += pk__blocks(sides[s].rows, gram->part);
+    }
+    room.forward.threads = threads;
+    room.forward.context = gram->context;
+    pk__pass_forward(&room.forward, &line, rows, inputs);
+    if (threads > 1) {
+        pk__team team = pk__team_of(gram->context, threads, parts);
+        PK__PARALLEL(team)
+        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
+            pk__gram_back(gram, &room.forward, sides, part, pk__thread());
+        pk__team_end(&team);
+    } else { /* no region of one thread inside one of several: that would be its thread 0 */
+        for (size_t part = 0; part < parts; part++)
+            pk__gram_back(gram, &room.forward, sides, part, lane);
+    }
+}
+
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
+ * some of them would wait, share the operations of each: in no region around those, which would start threads anew. */
+static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
+{
+    const size_t threads = (size_t)gram->threads;
+    const size_t passes = gram->together ? 1
+                                         : pk__blocks(side->rows, gram->sweep) +
+                                               (other ? pk__blocks(other->rows, gram->sweep) : 0);
+    const int workers = gram->threads;
+    if (passes % threads && passes < 4 * threads) {
+        for (size_t pass = 0; pass < passes; pass++)
+            pk__gram_pass(gram, side, other, pass, workers, 0);
+    } else {
+        pk__team team = pk__team_of(gram->context, workers, passes);
+        PK__PARALLEL(team)
+        for (size_t pass = pk__first_task(&team); pass < passes; pass = pk__next_task(&team))
+            pk__gram_pass(gram, side, other, pass, 1, pk__thread());
+        pk__team_end(&team);
+    }
+}
+
+/* ---- tiles --------------------------------------------------------------------------------------------- */
+
+/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
+static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
+                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
+                            const pk_real *y_right, size_t rows, size_t columns)
+{
+    const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
+                 depth = layer->depth, ld = columns * kept;
+    for (size_t p = 0, together; p < rows * positions; p += together) {
+        /* Places of one row. */
+        together = pk__min(layer->places, positions - p % positions);
+        for (size_t j = 0; j < columns; j += layer->examples) {
+            const size_t count = pk__min(layer->examples, columns - j), across = count * positions;
+            pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
+                     lane->left, across);
+            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
+                     y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
+            for (size_t q = 0; q < together; q++)
+                for (size_t k = 0; k < kept; k++) {
+                    const pk_real *left = lane->left + q * across;
+                    const pk_real *right = lane->right + (q * kept + k) * across * kept;
+                    pk_real *to = lane->tile + (p / positions * kept + k) * ld + j * kept;
+                    for (size_t r = 0; r < across; r++)
+                        for (size_t l = 0; l < kept; l++)
+                            to[r / positions * kept + l] += (left[r] + layer->bias) * right[r * kept + l];
+                }
+        }
+    }
+}
+
+/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one. */
+static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
+                          size_t rows, const pk__gram_side *y, size_t j, size_t columns, int column)
+{
+    const size_t kept = gram->kept, ld = columns * kept;
+    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
+    memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const size_t depth = layer->depth;
+        if (column >= 0 && layer->column != column)
+            continue;
+        const pk_real *x_right = pk__gram_right(x, layer, i), *y_right = pk__gram_right(y, layer, j);
+        if (layer->form == PK__GRAM_ROWS) {
+            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
+            continue;
+        }
+        const size_t in = layer->node->fan_in;
+        const pk_real *x_left = pk__gram_left(x, layer, i), *y_left = pk__gram_left(y, layer, j);
+        if (layer->form == PK__GRAM_PLACES) {
+            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
+            input = NULL;
+            continue;
+        }
+        if (input != pk__layer_input(gram->graph, layer->node))
+            pk__gemm(0, 1, rows, columns, in, 1, x_left, layer->data ? x->inputs.ld : in, y_left,
+                     layer->data ? y->inputs.ld : in, 0, lane->left, columns);
+        input = pk__layer_input(gram->graph, layer->node);
+        if (layer->form == PK__GRAM_OUTER)
+            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t s = 0; s < ld; s++)
+                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
+            for (size_t k = 0; k < kept; k++) {
+                pk_real *to = lane->tile + (r * kept + k) * ld;
+                const pk_real *right = lane->right + (r * kept + k) * ld;
+                if (layer->form == PK__GRAM_OUTER)
+                    for (size_t s = 0; s < ld; s++)
+                        to[s] += lane->spread[s] * right[s];
+                else
+                    for (size_t s = 0; s < kept; s++)
+                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
+                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
+            }
+        }
+    }
+}
+
+/* Writes a tile whose first row is i of all x, whose first column j of all y; the first pair that is not finite, or
+ * SIZE_MAX. */
+static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t plane, size_t i, size_t rows, size_t j,
+                             size_t columns)
+{
+    const size_t kept = gram->kept, ld = columns * kept, to_ld = gram->result.ld;
+    pk_real *result = gram->result.data + plane * gram->plane, *to = result + i * kept * to_ld + j * kept;
+    size_t bad = SIZE_MAX;
+    if (gram->symmetric && i == j)
+        for (size_t r = 0; r < ld; r++)
+            for (size_t s = 0; s < r; s++)
+                tile[s * ld + r] = tile[r * ld + s];
+    else if (gram->symmetric)
+        pk__transpose(rows * kept, ld, tile, result + j * kept * to_ld + i * kept, to_ld);
+    for (size_t r = 0; r < rows * kept; r++) {
+        const pk_real *from = tile + r * ld;
+        memcpy(to + r * to_ld, from, ld * sizeof *to);
+        if (bad == SIZE_MAX && !pk__all_finite(from, ld)) {
+            size_t s = 0;
+            while (pk__finite(from[s]))
+                s++;
+            bad = (i + r / kept) * (gram->result.cols / kept) + j + s / kept;
+        }
+    }
+    return bad;
+}
+
+/* All pairs of two sides, or of one with itself. */
+static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
+{
+    const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
+    const int half = x == y, workers = gram->threads;
+    const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
+    for (size_t start = 0; start < tiles; start += most) {
+        const size_t end = start + pk__min(most, tiles - start);
+        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
+        if (status)
+            return status;
+        const size_t count = end - start;
+        pk__team team = pk__team_of(gram->context, workers, count);
+        PK__PARALLEL(team)
+        for (size_t task = pk__first_task(&team); task < count; task = pk__next_task(&team)) {
+            pk__gram_lane lane = pk__gram_lane_of(gram, pk__thread());
+            const size_t t = start + task;
+            size_t i = t / across, j = t % across;
+            if (half) {
+                i = 0;
+                for (j = t; j > i; i++)
+                    j -= i + 1;
+            }
+            i *= gram->tile, j *= gram->tile;
+            const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
+            size_t *bad = &gram->bad[pk__thread()];
+            for (size_t c = 0; c < (gram->by_layer ? gram->graph->columns : 1); c++) {
+                pk__gram_tile(gram, &lane, x, i, rows, y, j, columns, gram->by_layer ? (int)c : -1);
+                const size_t found =
+                    pk__gram_write(gram, lane.tile, c, x->first + i, rows, y->first + j, columns);
+                *bad = pk__min(*bad, found);
+            }
+        }
+        pk__team_end(&team);
+        gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
+                      (gram->symmetric && !half ? 2 : 1);
+    }
+    return PK_OK;
+}
+
+/* ---- how it is cut ------------------------------------------------------------------------------------- */
+
+/* The form of a layer, by flops a pair of rows. */
+static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
+{
+    const pk_node *node = layer->node;
+    const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
+    const int outer = pk__is_outer(node);
+    const double c = (double)kept, in = (double)node->fan_in,
+                 weights = (double)node->weight_count * (double)group;
+    const double all = c * (double)group, places = (double)node->positions;
+    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
+    const double factored =
+        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
+    layer->column = node->column;
+    layer->form = outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
+                                                                                 : PK__GRAM_ROWS;
+    if (layer->form == PK__GRAM_ROWS) {
+        layer->right = node->weight_count * gram->outputs;
+        layer->depth = node->weight_count * group;
+        return;
+    }
+    layer->bias = (pk_real)pk__has_bias(node);
+    layer->data = outer && node->inputs[0] == 0;
+    layer->left = layer->data ? 0 : node->positions * node->fan_in;
+    layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
+    layer->depth = node->fan_out * group;
+    if (layer->form == PK__GRAM_PLACES) {
+        const size_t row = node->positions * kept;
+        layer->places = pk__max(1, pk__min(node->positions, room / row / kept));
+        layer->examples = pk__max(1, room / row / kept / layer->places);
+    }
+}
+
+/* With ties: the tensors that a layer brings into w stand side by side there. */
+static void pk__gram_plan_column(const pk__gram *gram, pk__gram_layer *layer)
+{
+    const pk_graph *graph = gram->graph;
+    const size_t group = gram->outputs / gram->kept;
+    size_t count = 0;
+    layer->offset = SIZE_MAX;
+    for (size_t i = 0; i < graph->piece_count; i++) {
+        const pk_tensor_use *piece = &graph->pieces[i];
+        if (piece->node != piece->owner || &graph->nodes[piece->node] != layer->node)
+            continue;
+        layer->offset = pk__min(layer->offset, piece->flat);
+        count += piece->count;
+    }
+    layer->column = layer->node->column;
+    layer->node = NULL;
+    layer->form = PK__GRAM_ROWS;
+    layer->right = count * gram->outputs;
+    layer->depth = count * group;
+}
+
+/* Layers, tiles and the memory of a thread, from shapes alone. */
+static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
+{
+    const pk_graph *graph = gram->graph;
+    const size_t kept = gram->kept;
+    size_t values = graph->input_width, cotangents = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        values += graph->nodes[n].width;
+        cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
+    }
+    /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
+    gram->tile = 64;
+    while (gram->tile > 1 && gram->tile * kept > 128)
+        gram->tile /= 2;
+    while (gram->tile > (kept > 1 ? 8 : 16) && pk__max(rows, columns) < 2 * gram->tile)
+        gram->tile /= 2;
+    /* Every pass reads all weights: many rows. A pass back has as many rows of cotangents as there are outputs: fewer, which
+     * stay in the second-level cache. */
+    const size_t most = (size_t)1 << 22, all = gram->symmetric ? rows : rows + columns;
+    gram->sweep = 128;
+    while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
+        gram->sweep /= 2;
+    gram->part = gram->sweep;
+    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
+        gram->part /= 2;
+    gram->together = all <= gram->sweep && !gram->two_points;
+    gram->unit = pk__max(gram->tile, gram->sweep);
+    gram->left = gram->tile * gram->tile;
+    gram->right = gram->left * kept * kept;
+    for (size_t l = 0; l < graph->layers; l++) {
+        pk__gram_layer *layer = &gram->layer[gram->layers];
+        layer->node = pk_graph_layer(graph, l);
+        if (graph->pieces && layer->node->column < 0)
+            continue;
+        if (graph->pieces)
+            pk__gram_plan_column(gram, layer);
+        else
+            pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
+        layer->left_at = gram->numbers;
+        layer->right_at = gram->numbers + layer->left;
+        gram->numbers = layer->right_at + layer->right;
+        gram->layers++;
+        if (graph->pieces)
+            continue;
+        const size_t pairs = layer->places * layer->examples * layer->node->positions;
+        gram->left = pk__max(gram->left, pairs);
+        gram->right = pk__max(gram->right, pairs * kept * kept);
+    }
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__gram_lane lane;
+    pk__gram_lane_take(&arena, gram, &lane);
+    gram->lane_bytes = arena.used;
+    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit)
+        return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
+    return PK_OK;
+}
+
+enum { PK__OPERATION_TILES = 8 };
+
+/* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
+static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
+{
+    pk_context *context = gram->context;
+    const size_t row = gram->numbers * sizeof(pk_real), unit = gram->unit,
+                 used = context ? context->memory_used : 0;
+    const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
+    const int whole = gram->symmetric && x <= unit;
+    const size_t least = pk__min(x, unit) + (whole ? 0 : pk__min(y, unit));
+    const size_t rows = least * row + other;
+    size_t room = limit ? limit - pk__min(used, limit) : rows + ((size_t)1 << 30);
+    const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
+                        2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
+    size_t threads = (size_t)pk_threads(context), bytes = 0;
+    threads = work / 1048576 < (double)threads ? pk__max(1, (size_t)(work / 1048576)) : threads;
+    /* No more than the tiles, the passes back, or what an operation is cut into. */
+    size_t tasks = 0;
+    if (!pk__multiply(pk__blocks(x, gram->tile), pk__blocks(y, gram->tile), &tasks))
+        tasks = threads;
+    tasks = pk__max(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
+    threads = pk__min(threads, pk__max(tasks, PK__OPERATION_TILES));
+    if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
+    if (!limit)
+        room += bytes;
+    while (threads > 1 && threads * gram->lane_bytes + rows > room)
+        threads--;
+    if (threads * gram->lane_bytes + rows > room)
+        return pk__fail(
+            context, PK_MEMORY_LIMIT,
+            "%s: a kernel of this network within %zu bytes is not possible; the least that would do is %zu "
+            "bytes",
+            gram->name, limit, used + gram->lane_bytes + rows);
+    gram->threads = (int)threads;
+    const size_t left = room - threads * gram->lane_bytes - other, capacity = row ? left / row : SIZE_MAX;
+    *x_rows = x;
+    *y_rows = gram->symmetric ? 0 : y;
+    if (x <= capacity && *y_rows <= capacity - x)
+        return PK_OK;
+    /* One side as a whole, or most of the memory for x. */
+    *y_rows = y <= capacity - pk__min(x, unit) && !gram->symmetric
+                  ? y
+                  : pk__min(y, pk__max(unit, capacity / 4 / unit * unit));
+    *x_rows = pk__min(x, pk__max(unit, (capacity - *y_rows) / unit * unit));
+    return PK_OK;
+}
+
+/* ---- all of it ----------------------------------------------------------------------------------------- */
+
+static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
+{
+    const size_t rows = x->inputs.rows, columns = y->inputs.rows;
+    const int whole = !gram->symmetric && y->capacity == columns; /* y is filled once */
+    y->rows = columns;
+    for (x->first = 0; x->first < rows; x->first += x->capacity) {
+        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
+        if (status)
+            return status;
+        x->rows = pk__min(x->capacity, rows - x->first);
+        pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
+        if (gram->symmetric || whole)
+            status = pk__gram_pairs(gram, x, whole ? y : x);
+        /* Of a symmetric kernel the blocks below the diagonal. */
+        const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
+        for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
+            y->rows = pk__min(y->capacity, end - y->first);
+            pk__gram_fill(gram, y, NULL);
+            status = pk__gram_pairs(gram, x, y);
+        }
+        y->first = 0;
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* With the layers' memory. */
+static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
+{
+    pk_context *context = gram->context;
+    const size_t row = gram->numbers;
+    size_t pair = SIZE_MAX;
+    pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
+    /* Both sides at once: glibc gives back to the system, and takes anew page by page at the next call, what is larger than
+     * twice the largest of the blocks that are freed. That cost a quarter of the time of 128 x 128 rows. */
+    if (!status)
+        status =
+            pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
+    if (!status && x->factors)
+        y->factors = x->factors + x->capacity * row;
+    if (!status)
+        status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
+    if (!status)
+        status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
+    if (!status) {
+        for (int t = 0; t < gram->threads; t++)
+            gram->bad[t] = SIZE_MAX;
+        status = pk__gram_blocks(gram, x, y);
+        for (int t = 0; t < gram->threads; t++)
+            pair = pk__min(pair, gram->bad[t]);
+        if (!status && pair != SIZE_MAX)
+            status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
+                              gram->name, pair / y->inputs.rows, pair % y->inputs.rows);
+    }
+    pk_release(context, gram->bad);
+    pk_release(context, gram->lanes);
+    pk_release(context, x->factors);
+    return status;
+}
+
+static pk_status pk__gram_check_side(pk_context *context, const pk__gram *gram, const char *what,
+                                     const pk__gram_rows_of *of)
+{
+    const pk_graph *graph = gram->graph;
+    pk_status status = pk__sweep_matrix(context, gram->name, what, of->rows, of->rows.rows, graph->input_width);
+    for (size_t r = 0; !status && graph->checked && r < of->rows.rows; r++)
+        status = pk_graph_check_inputs(context, graph, r, of->rows.data + r * of->rows.ld);
+    return status;
+}
+
+static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const pk__gram_rows_of *y)
+{
+    const pk_graph *graph = gram->graph;
+    pk_context *context = gram->context;
+    size_t rows = 0, columns = 0;
+    pk_status status = pk__sweep_graph(context, gram->name, graph, x->weights);
+    if (!status)
+        status = pk__gram_check_side(context, gram, "first inputs", x);
+    if (!status && !gram->symmetric)
+        status = pk__gram_check_side(context, gram, "second inputs", y);
+    if (status)
+        return status;
+    gram->outputs = x->seeds == PK__SEEDS_UNITS ? graph->output_width : 1;
+    gram->kept = gram->kept ? 1 : gram->outputs;
+    if (!pk__multiply(x->rows.rows, gram->kept, &rows) || !pk__multiply(y->rows.rows, gram->kept, &columns))
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
+                        x->rows.rows, y->rows.rows, gram->outputs);
+    status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
+    const pk_matrix read[4] = {x->rows, y->rows, pk__as_row(x->weights, graph->parameters),
+                               pk__as_row(y->weights, graph->parameters)};
+    return status ? status : pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
+}
+
+/* The weights and directions of the sides in the spread layout; *memory is released by the caller. */
+static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
+{
+    const pk_graph *graph = gram->graph;
+    pk_status status = PK_OK;
+    for (int s = 0; s < 2; s++) {
+        sides[s].weights = sides[s].of->weights;
+        sides[s].direction = sides[s].of->direction;
+    }
+    if (graph->pieces)
+        status = pk_allocate(gram->context, graph->spread, 4 * sizeof **memory, gram->name, memory);
+    for (int s = 0; !status && graph->pieces && s < 2; s++) {
+        pk_real *own = *memory + (size_t)(2 * s) * graph->spread;
+        pk_graph_spread(graph, sides[s].weights, own);
+        sides[s].weights = own;
+        if (sides[s].direction) {
+            pk_graph_spread(graph, sides[s].direction, own + graph->spread);
+            sides[s].direction = own + graph->spread;
+        }
+    }
+    return status;
+}
+
+PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_request *request,
+                                        const pk__gram_rows_of *left, const pk__gram_rows_of *right)
+{
+    const pk_graph *graph = request->graph;
+    const pk_matrix result = request->result;
+    pk__gram gram;
+    pk__gram_side sides[2];
+    pk_real *constants = NULL, *spread = NULL;
+    memset(&gram, 0, sizeof gram);
+    memset(sides, 0, sizeof sides);
+    gram.symmetric = !right;
+    right = right ? right : left;
+    gram.name = request->name;
+    gram.context = context;
+    gram.graph = graph;
+    gram.loss = request->loss;
+    gram.two_points = left->weights != right->weights || left->direction || right->direction;
+    gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
+    gram.result = result;
+    gram.kept = (size_t)request->summed;
+    gram.by_layer = request->by_layer;
+    gram.plane = result.rows * result.ld;
+    gram.all = (double)left->rows.rows * (double)right->rows.rows;
+    pk_status status = pk__gram_check(&gram, left, right);
+    if (status || !left->rows.rows || !right->rows.rows)
+        return status;
+    if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
+        for (size_t r = 0; r < result.rows * (gram.by_layer ? graph->columns : 1); r++)
+            memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
+        return PK_OK;
+    }
+    status = pk_allocate(context, graph->layers, sizeof *gram.layer, gram.name, &gram.layer);
+    if (!status)
+        status = pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, gram.name,
+                             &constants);
+    if (!status)
+        status = pk__gram_plan(&gram, left->rows.rows, right->rows.rows);
+    for (size_t l = 0; !status && l < graph->layers; l++)
+        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
+    sides[0].of = left;
+    sides[0].inputs = left->rows;
+    sides[0].leads = 1;
+    sides[1].of = right;
+    sides[1].inputs = right->rows;
+    if (!status)
+        status = pk__gram_spread(&gram, sides, &spread);
+    if (!status)
+        status = pk__gram_run(&gram, &sides[0], &sides[1]);
+    pk_release(context, spread);
+    pk_release(context, constants);
+    pk_release(context, gram.layer);
+    return status;
+}
+
+PK__END_CODE
+
+/* pathkernel/features/layers.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_COLD_CODE
@@ -17519,7 +19678,7 @@ PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters)
     return pk__max(1, pk__min(outputs, ((size_t)1 << 17) / pk__max(parameters, 1)));
 }
 
-/* Points of one call of the sink: enough rows for the products to run at speed, few enough for the cache. */
+/* Points of one batch: enough rows for the products to run at speed, few enough for the cache. */
 static size_t pk__point_capacity(size_t outputs)
 {
     return pk__max(PK_GAUSS_NODES + 2, pk__min(256, 640 / pk__max(outputs, 1)));
@@ -17535,20 +19694,15 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
     return pk__max(1, pk__min(points, ((size_t)1 << 21) / numbers / pk__max(outputs, 1)));
 }
 
-enum {
-    PK__PART_NUMBERS = 1 << 14, /* of rows, which stay in a second-level cache of 512 KB beside the panels */
-    PK__HEAD_PART = 96          /* sums of a headed layer in hand: they stay in the first-level cache */
-};
-
 /* The last layer where only an elementwise operation stands between it and node. */
-static const pk_node *pk__head_of(const pk_graph *graph, const pk_node *node)
+static const pk_node *pk__last_behind(const pk_graph *graph, const pk_node *node)
 {
     const pk_node *between = pk__only_reader(graph, node);
     const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
     return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
-static pk__layer_kind pk__kind_of_layer(const pk_node *node, const pk_readout *readout, int bounds,
+static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *readout, int bounds,
                                         const pk__representation *representation)
 {
     /* Phi of a shared tensor is the sum over its uses, so it is needed as a whole. */
@@ -17563,26 +19717,657 @@ static pk__layer_kind pk__kind_of_layer(const pk_node *node, const pk_readout *r
                                                                             : PK__LAYER_POINTS;
 }
 
-/* Points of a spread layer whose places are in memory at one time. */
+/* Points of a layer used at several places, whose factors are in memory at one time. */
 PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
     return pk__max(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
 /* A layer used at several places, where it is not by rows. */
-PK__PRIVATE int pk__is_spread(const pk__integral *tangent, size_t layer)
+PK__PRIVATE int pk__is_used_at_places(const pk__integral *integral, size_t layer)
 {
-    return tangent->kind[layer] == PK__LAYER_POINTS && !pk__is_outer(tangent->node[layer]);
+    return integral->layer[layer].kind == PK__LAYER_POINTS && !pk__is_outer(integral->layer[layer].node);
 }
 
-/* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
-PK__PRIVATE size_t pk__part_rows(size_t rows, size_t depth)
+/* Memory of one layer; measures where the integral has no layers yet. */
+static void pk__layer_take(pk__arena *arena, const pk__integral *integral, pk__layer_kind kind, int phi_wanted,
+                           pk__layer_integral *layer)
 {
-    const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
-    const size_t tiles = 2 * PK__TALLEST, most = pk__max(1, numbers / tiles / pk__max(depth, 1)) * tiles;
-    const size_t all = pk__max(rows, 1), parts = pk__blocks(all, most);
-    return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
+    const pk_node *node = layer->node;
+    const size_t rows = integral->row_capacity, both = rows * integral->outputs, real = sizeof(pk_real);
+    const size_t cells = rows * integral->output_capacity, bytes = node->weight_count * real;
+    const int summed_first = kind == PK__LAYER_DATA || kind == PK__LAYER_LINEAR;
+    layer->kind = kind;
+    layer->delta = summed_first ? pk__arena_take(arena, both, node->width * real) : NULL;
+    layer->input = kind == PK__LAYER_LINEAR
+                       ? pk__arena_take(arena, rows, pk__layer_input(integral->graph, node)->width * real)
+                       : NULL;
+    layer->phi = phi_wanted ? pk__arena_take(arena, cells, bytes) : NULL;
+    layer->check = integral->bounds ? pk__arena_take(arena, cells, bytes) : NULL;
+    layer->size = integral->bounds ? pk__arena_take(arena, cells, bytes) : NULL;
 }
+
+PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
+                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    const pk__representation *representation, pk__integral *integral)
+{
+    const size_t outputs = pk_readout_count(readout, graph->output_width), real = sizeof(pk_real);
+    const size_t points = pk__max(pk__point_capacity(outputs), PK_GAUSS_NODES + 2);
+    size_t widest = 0, deepest = 0, place_numbers = 0, by_rows = 0;
+    memset(integral, 0, sizeof *integral);
+    integral->graph = graph;
+    integral->outputs = outputs;
+    integral->row_capacity = rows;
+    integral->unit = unit;
+    integral->output_capacity = integral->output_count = materialise ? materialise : outputs;
+    integral->bounds = bounds;
+    integral->allowance = pk__rounding_allowance(graph);
+    integral->reverse_points = pk__reverse_points(graph, points, outputs);
+    pk__integrator_take(arena, graph, rows, points, integral->reverse_points, outputs, bounds,
+                        &integral->integrator);
+    integral->integrator.readout = *readout;
+    integral->layer = pk__arena_take(arena, graph->layers, sizeof *integral->layer);
+    for (size_t l = 0; l < graph->layers; l++) {
+        pk__layer_integral measured, *layer = integral->layer ? &integral->layer[l] : &measured;
+        const pk_node *node = pk_graph_layer(graph, l);
+        const pk__layer_kind kind = pk__layer_kind_of(node, readout, bounds, representation);
+        const int at_places =
+            node->tangent_form == PK_TANGENT_OUTER && (!pk__is_outer(node) || kind == PK__LAYER_ROWS);
+        const int phi_wanted =
+            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !at_places && (materialise || bounds));
+        memset(layer, 0, sizeof *layer);
+        layer->node = node;
+        if (kind == PK__LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION)
+            layer->last = pk__last_behind(graph, node);
+        pk__layer_take(arena, integral, kind, phi_wanted, layer);
+        if (phi_wanted)
+            deepest = pk__max(deepest, pk__layer_input(graph, node)->width);
+        if (at_places) {
+            const size_t together = pk__place_points(node, outputs) * node->positions;
+            integral->place_points = pk__max(integral->place_points, together);
+            place_numbers = pk__max(place_numbers, together * (node->fan_in + outputs * node->fan_out));
+        }
+        widest = pk__max(widest, node->width);
+        by_rows = pk__max(by_rows, kind == PK__LAYER_ROWS ? node->weight_count : 0);
+    }
+    for (int v = 0; v < PK__DIRECTIONS; v++)
+        integral->along[v] = pk__arena_take(arena, rows * outputs, real);
+    integral->weight_sum = pk__arena_take(arena, rows, real);
+    integral->begun = pk__arena_take(arena, rows, 1);
+    integral->places = pk__arena_take(arena, place_numbers, real);
+    /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
+     * layer by rows (outputs x weights). */
+    const size_t reversed = integral->reverse_points;
+    const size_t items = pk__max(pk__max(reversed * (bounds ? outputs : 2), rows), 2 * outputs);
+    integral->scratch = pk__arena_take(arena, pk__max(items * widest, outputs * by_rows), real);
+    integral->weighted = pk__arena_take(arena, reversed, deepest * real);
+    integral->absolute = bounds ? pk__arena_take(arena, reversed, deepest * real) : NULL;
+    pk__points_take(arena, integral->integrator.path.point_capacity, bounds, &integral->sorted);
+}
+
+/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
+PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk__integral_step *step)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const int is_points =
+        integral->layer[layer].kind == PK__LAYER_POINTS && !pk__is_used_at_places(integral, layer);
+    double in = (double)node->fan_in, out = (double)node->width;
+    double outputs = (double)integral->outputs, batch = step->examples ? (double)step->examples : 1;
+    double points = (double)integral->integrator.points_last / (double)pk__max(integral->rows, 1);
+    /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
+    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
+    double outside = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
+    double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
+    const pk_engine engine = step->engine;
+    const int automatic = engine == PK_ENGINE_AUTO && is_points;
+    integral->layer[layer].outputs_outside =
+        integral->layer[layer].last &&
+        (engine == PK_ENGINE_HEAD || (automatic && outside < factored && outside < integrated));
+    integral->layer[layer].integrated =
+        integral->layer[layer].kind == PK__LAYER_ROWS ||
+        (!pk__is_used_at_places(integral, layer) && (engine == PK_ENGINE_INTEGRATED || integral->bounds)) ||
+        (automatic && integral->layer[layer].phi && !integral->layer[layer].outputs_outside &&
+         integrated < factored);
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/features/sums.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+/* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
+static const pk_real *pk__known_product(const pk__integral *integral, size_t layer, const pk_real *direction)
+{
+    const pk__path *segment = &integral->integrator.path;
+    const size_t node = (size_t)(integral->layer[layer].node - integral->graph->nodes);
+    if (integral->layer[layer].kind != PK__LAYER_DATA)
+        return NULL;
+    return direction == segment->direction ? segment->slope[node]
+           : direction == segment->weights ? segment->base[node]
+                                           : NULL;
+}
+
+/* pk__pass_transpose of a direction where it is at hand. */
+static const pk_real *pk__known_transposed(const pk__integral *integral, const pk_real *direction)
+{
+    const pk__path *segment = &integral->integrator.path;
+    const pk_real *transposed = segment->tape.transposed;
+    return !transposed                       ? NULL
+           : direction == segment->weights   ? transposed
+           : direction == segment->direction ? transposed + integral->graph->spread
+                                             : NULL;
+}
+
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+PK__PRIVATE void pk__add_along(pk__integral *integral, size_t layer, size_t count, const size_t *row,
+                               const pk_real *weight, const pk_real *input, const pk_real *delta,
+                               const pk_real *bias_scale)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const size_t out = node->width, in = node->fan_in, outputs = integral->outputs;
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
+        if (!integral->directions[v])
+            continue;
+        const pk_real *direction = integral->directions[v] + node->weight_offset;
+        const pk_real *product = pk__known_product(integral, layer, integral->directions[v]);
+        if (!product) {
+            pk_real *to = integral->scratch;
+            pk__layer_product(node, count, input, integral->directions[v],
+                              pk__known_transposed(integral, integral->directions[v]), 0, to);
+            for (size_t p = 0; pk__has_bias(node) && p < count; p++)
+                for (size_t j = 0; j < out; j++)
+                    to[p * out + j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
+            product = to;
+        }
+        for (size_t p = 0; p < count; p++)
+            pk__dots(outputs, out, delta + p * outputs * out, product + p * out, weight ? weight[p] : 1,
+                     integral->along[v] + (row ? row[p] : p) * outputs);
+    }
+}
+
+/* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
+static void pk__add_outer(pk__integral *integral, const pk_node *node, size_t count, const pk_real *weight,
+                          const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
+{
+    size_t out = node->width, in = node->fan_in, outputs = integral->outputs;
+    const size_t chosen = integral->output_count;
+    delta += integral->first_output * out;
+    /* Weighted inputs, so that one product serves a unit of outputs. */
+    for (size_t p = 0; p < count; p++)
+        for (size_t j = 0; j < in; j++)
+            integral->weighted[p * in + j] = weight[p] * a[p * in + j];
+    for (size_t k = 0; k < chosen; k += integral->unit)
+        pk__gemm(1, 0, pk__min(integral->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
+                 integral->weighted, in, !fresh, phi + k * out * in, in);
+    if (pk__has_bias(node)) {
+        pk_real *bias = phi + chosen * out * in;
+        if (fresh)
+            memset(bias, 0, chosen * out * sizeof *bias);
+        for (size_t p = 0; p < count; p++)
+            for (size_t j = 0; j < chosen * out; j++)
+                bias[j] += weight[p] * delta[p * outputs * out + j];
+    }
+}
+
+/* Phi of one row from its points first .. last - 1, and what bounds its error. */
+static void pk__add_phi(pk__integral *integral, size_t layer, const pk__points *points, size_t first,
+                        size_t last)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const pk__tape *tape = &integral->integrator.path.tape;
+    size_t out = node->width, in = node->fan_in, outputs = integral->outputs;
+    size_t count = last - first, at = points->row[first] * integral->output_capacity * node->weight_count;
+    const int fresh = !integral->begun[points->row[first]];
+    pk_real *a = tape->value[node->inputs[0]] + first * in;
+    pk_real *delta = tape->cotangent[node - integral->graph->nodes] + first * outputs * out;
+    pk__add_outer(integral, node, count, points->weight + first, a, delta, fresh,
+                  integral->layer[layer].phi + at);
+    if (!integral->bounds)
+        return;
+    pk__add_outer(integral, node, count, points->check + first, a, delta, fresh,
+                  integral->layer[layer].check + at);
+    /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
+    pk_real *sizes = integral->scratch, *weight = integral->sorted.slack;
+    for (size_t p = 0; p < count; p++)
+        weight[p] = (pk_real)(integral->allowance * fabs(points->weight[first + p]) + points->slack[first + p]);
+    for (size_t i = 0; i < count * outputs * out; i++)
+        sizes[i] = (pk_real)fabs(delta[i]);
+    for (size_t i = 0; i < count * in; i++)
+        integral->absolute[i] = (pk_real)fabs(a[i]);
+    pk__add_outer(integral, node, count, weight, integral->absolute, sizes, fresh,
+                  integral->layer[layer].size + at);
+}
+
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
+PK__PRIVATE void pk__add_along_places(pk__integral *integral, size_t layer, const pk__points *points)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const pk__tape *tape = &integral->integrator.path.tape;
+    const size_t outputs = integral->outputs, width = node->width;
+    const pk_real *delta = tape->cotangent[node - integral->graph->nodes];
+    pk_call call;
+    pk__pass_call(tape, node, points->count, 1, &call);
+    call.out = integral->scratch;
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
+        if (!integral->directions[v])
+            continue;
+        call.weights = integral->directions[v] + node->weight_offset;
+        node->operation->forward(&call);
+        for (size_t p = 0; p < points->count; p++)
+            pk__dots(outputs, width, delta + p * outputs * width, call.out + p * width, points->weight[p],
+                     integral->along[v] + points->row[p] * outputs);
+    }
+}
+
+/* Phi of a layer used at several places, point by point: products over many places of a few points each. */
+static void pk__add_rows_places(pk__integral *integral, size_t layer, const pk__points *points)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const size_t outputs = integral->outputs, weights = node->weight_count, in = node->fan_in,
+                 out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
+    for (size_t p = 0, last; p < points->count; p = last) {
+        last = pk__min(pk__row_end(points, p), p + most);
+        const size_t pairs = (last - p) * positions;
+        pk_real *places = integral->places, *deltas = places + pairs * in;
+        for (size_t i = p; i < last; i++) {
+            pk_real *own = places + (i - p) * positions * in;
+            pk__node_places(&integral->integrator.path.tape, node, i, outputs, own,
+                            deltas + (i - p) * positions * outputs * out);
+            for (size_t j = 0; j < positions * outputs * out; j++)
+                deltas[(i - p) * positions * outputs * out + j] *= points->weight[i];
+        }
+        for (size_t chosen = 0; chosen < integral->output_count; chosen++) {
+            const pk_real *delta = deltas + (integral->first_output + chosen) * out;
+            pk_real *phi =
+                integral->layer[layer].phi + (points->row[p] * integral->output_capacity + chosen) * weights;
+            pk__gemm(1, 0, out, in, pairs, 1, delta, outputs * out, places, in, 1, phi, in);
+            for (size_t i = 0; weights > out * in && i < pairs; i++)
+                for (size_t j = 0; j < out; j++)
+                    phi[out * in + j] += delta[i * outputs * out + j];
+        }
+    }
+}
+
+/* Phi of a layer whose gradients are materialised point by point. */
+static void pk__add_rows(pk__integral *integral, size_t layer, const pk__points *points)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const pk__tape *tape = &integral->integrator.path.tape;
+    size_t outputs = integral->outputs, weights = node->weight_count;
+    if (node->tangent_form == PK_TANGENT_OUTER && !integral->bounds) {
+        pk__add_rows_places(integral, layer, points);
+        return;
+    }
+    for (size_t p = 0; p < points->count; p++) {
+        const size_t at = points->row[p] * integral->output_capacity * weights;
+        const pk_real weight = points->weight[p],
+                      *gradient = integral->scratch + integral->first_output * weights;
+        pk_call call;
+        pk__pass_call(tape, node, 1, outputs, &call);
+        for (int j = 0; j < node->input_count; j++)
+            call.in[j] += p * call.in_width[j];
+        call.out += p * node->width;
+        call.out_cotangent = tape->cotangent[node - integral->graph->nodes] + p * outputs * node->width;
+        call.weights = pk__has_row_weights(node) ? pk__row_weights(tape, &tape->line, node, p)
+                                                 : tape->line.weights + node->weight_offset;
+        call.gradient = integral->scratch;
+        pk__node_row_gradients(&call);
+        for (size_t i = 0; i < integral->output_count * weights; i++)
+            integral->layer[layer].phi[at + i] += weight * gradient[i];
+        for (size_t i = 0; integral->bounds && i < integral->output_count * weights; i++) {
+            integral->layer[layer].check[at + i] += points->check[p] * gradient[i];
+            integral->layer[layer].size[at + i] +=
+                (pk_real)((integral->allowance * fabs(weight) + points->slack[p]) * fabs(gradient[i]));
+        }
+    }
+}
+
+/* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
+PK__PRIVATE void pk__add_along_rows(pk__integral *integral, size_t layer)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const size_t weights = node->weight_count, chosen = integral->output_count;
+    for (int v = 0; v < PK__DIRECTIONS; v++)
+        for (size_t row = 0; integral->directions[v] && row < integral->rows; row++)
+            pk__dots(chosen, weights, integral->layer[layer].phi + row * integral->output_capacity * weights,
+                     integral->directions[v] + node->weight_offset, 1,
+                     integral->along[v] + row * integral->outputs + integral->first_output);
+}
+
+/* Points of one row side by side: products over a row's points need them so. Stable. */
+PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__points *points)
+{
+    int sorted = 1;
+    for (size_t p = 1; p < points->count; p++)
+        for (size_t q = 0; points->row[p] != points->row[p - 1] && q < p; q++)
+            sorted &= points->row[q] != points->row[p];
+    if (sorted)
+        return points;
+    pk__points *to = &integral->sorted;
+    to->count = 0;
+    to->last = points->last;
+    for (size_t r = 0; r < integral->rows; r++)
+        for (size_t p = 0; p < points->count; p++) {
+            if (points->row[p] != r)
+                continue;
+            size_t at = to->count++;
+            to->row[at] = r;
+            to->t[at] = points->t[p];
+            to->weight[at] = points->weight[p];
+            if (points->check) {
+                to->check[at] = points->check[p];
+                to->slack[at] = points->slack[p];
+            }
+        }
+    return to;
+}
+
+/* Sums of layers whose input or cotangent does not change: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
+static void pk__add_ends(pk__integral *integral, size_t layer, const pk__points *points)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const pk__tape *tape = &integral->integrator.path.tape;
+    const size_t cotangents = integral->outputs * node->width, in = node->fan_in;
+    const pk_real *delta = tape->cotangent[node - integral->graph->nodes], *a = tape->value[node->inputs[0]];
+    for (size_t p = 0; p < points->count; p++) {
+        const pk_real weight = points->weight[p];
+        pk_real *to = integral->layer[layer].delta + points->row[p] * cotangents;
+        if (integral->layer[layer].kind == PK__LAYER_DATA) {
+            for (size_t j = 0; j < cotangents; j++)
+                to[j] += weight * delta[p * cotangents + j];
+            continue;
+        }
+        memcpy(to, delta + p * cotangents, cotangents * sizeof *to);
+        for (size_t j = 0; j < in; j++)
+            integral->layer[layer].input[points->row[p] * in + j] += weight * a[p * in + j];
+    }
+}
+
+/* The sums of one layer over the points in memory. */
+PK__PRIVATE void pk__add_points(pk__integral *integral, size_t layer, const pk__points *points)
+{
+    const double start = pk__seconds();
+    if (integral->layer[layer].kind == PK__LAYER_DATA || integral->layer[layer].kind == PK__LAYER_LINEAR)
+        pk__add_ends(integral, layer, points);
+    else if (integral->layer[layer].kind == PK__LAYER_ROWS)
+        pk__add_rows(integral, layer, points);
+    for (size_t p = 0, last; integral->layer[layer].kind == PK__LAYER_POINTS && p < points->count; p = last) {
+        last = pk__row_end(points, p);
+        pk__add_phi(integral, layer, points, p, last);
+    }
+    integral->seconds += pk__seconds() - start;
+}
+
+PK__END_CODE
+
+/* pathkernel/features/integral.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+/* ---- the points of a step --------------------------------------------------------------------------------- */
+
+/* Element i of a tensor, in the order in which it stands in w, is element pk__use_index of a use. */
+static size_t pk__use_index(const pk_tensor_use *use, size_t i)
+{
+    return use->rows ? i % use->rows * use->cols + i / use->rows : i;
+}
+
+/* Sums over the uses of the tensor that `owner` brings into w, in all of them: of Phi, or of its error. */
+static void pk__share_tensor(const pk__integral *integral, const pk_tensor_use *owner, int error)
+{
+    const pk_graph *graph = integral->graph;
+    const pk_tensor_use *end = graph->pieces + graph->piece_count;
+    const pk_node *own = &graph->nodes[owner->node];
+    const size_t cells = integral->rows * integral->output_capacity,
+                 own_at = owner->spread - own->weight_offset;
+    for (int back = 0; back < 2; back++)
+        for (const pk_tensor_use *use = owner + 1; use < end; use++) {
+            const pk_node *node = &graph->nodes[use->node];
+            const size_t at = use->spread - node->weight_offset;
+            pk_real *sums = error ? integral->layer[own->layer].size : integral->layer[own->layer].phi;
+            pk_real *ones = error ? integral->layer[node->layer].size : integral->layer[node->layer].phi;
+            if (use->flat != owner->flat)
+                continue;
+            for (size_t cell = 0; cell < cells; cell++) {
+                pk_real *sum = sums + cell * own->weight_count + own_at;
+                pk_real *one = ones + cell * node->weight_count + at;
+                for (size_t i = 0; i < use->count; i++)
+                    if (back)
+                        one[pk__use_index(use, i)] = sum[i];
+                    else
+                        sum[i] += one[pk__use_index(use, i)];
+            }
+        }
+}
+
+/* Of a graph with ties: Phi of each use of a shared tensor becomes the sum over all of its uses, so that its product with the
+ * gradients of the uses is that of the sums; its error likewise. */
+static void pk__share_tensors(pk__integral *integral)
+{
+    const pk_graph *graph = integral->graph;
+    for (const pk_tensor_use *use = graph->pieces; use < graph->pieces + graph->piece_count; use++) {
+        if (use->owner != use->node || !graph->nodes[use->node].shares)
+            continue;
+        pk__share_tensor(integral, use, 0);
+        if (integral->bounds)
+            pk__share_tensor(integral, use, 1);
+    }
+}
+
+PK__INTERNAL void pk__integral_begin(pk__integral *integral, const pk__integral_step *step)
+{
+    const pk_graph *graph = integral->graph;
+    const size_t outputs = integral->outputs, rows = step->rows, real = sizeof(pk_real);
+    const size_t chosen = rows * integral->output_capacity;
+    integral->rows = rows;
+    integral->integrator.first_row = step->first_row;
+    pk__path_begin(&integral->integrator.path, step->weights, step->direction, step->transposed, rows,
+                   step->inputs);
+    memset(integral->weight_sum, 0, rows * real);
+    memset(integral->begun, 0, rows);
+    for (int v = 0; v < PK__DIRECTIONS; v++) {
+        integral->directions[v] = step->directions[v];
+        memset(integral->along[v], 0, rows * outputs * real);
+    }
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk__layer_integral *layer = &integral->layer[l];
+        const size_t numbers = chosen * layer->node->weight_count;
+        pk__choose_form(integral, l, step);
+        if (layer->delta)
+            memset(layer->delta, 0, rows * outputs * layer->node->width * real);
+        if (layer->input)
+            memset(layer->input, 0, rows * layer->node->fan_in * real);
+        /* Elsewhere Phi starts with the row's first points: every row has some. */
+        if (layer->kind != PK__LAYER_ROWS)
+            continue;
+        memset(layer->phi, 0, numbers * real);
+        if (integral->bounds) {
+            memset(layer->check, 0, numbers * real);
+            memset(layer->size, 0, numbers * real);
+        }
+    }
+    integral->batch = NULL;
+    integral->integrator.points_last = 0;
+    pk__integrator_begin(&integral->integrator);
+}
+
+PK__INTERNAL int pk__integral_next(pk__integral *integral, const pk__points **points)
+{
+    pk__points *part = &integral->part;
+    if (!integral->batch) {
+        const pk__points *batch;
+        if (!pk__integrator_next(&integral->integrator, &batch))
+            return 0;
+        integral->integrator.points_last += batch->count;
+        integral->batch = pk__sort_points(integral, batch);
+        integral->taken = 0;
+    }
+    const size_t first = integral->taken, left = integral->batch->count - first;
+    *part = *integral->batch;
+    part->count = pk__min(integral->reverse_points, left);
+    part->row += first;
+    part->t += first;
+    part->weight += first;
+    if (part->check) {
+        part->check += first;
+        part->slack += first;
+    }
+    integral->taken += part->count;
+    if (part->count == left)
+        integral->batch = NULL;
+    part->last = part->last && part->count == left;
+    *points = part;
+    return 1;
+}
+
+PK__INTERNAL void pk__integral_pass(pk__integral *integral, const pk__points *points)
+{
+    pk__path *path = &integral->integrator.path;
+    const pk_readout *readout = &integral->integrator.readout;
+    const size_t outputs = integral->outputs, classes = integral->graph->output_width;
+    if (!points->count)
+        return;
+    pk__path_forward(path, points->count, points->row, points->t);
+    for (size_t p = 0; p < points->count; p++)
+        pk__readout_apply(readout, classes, integral->integrator.first_row + points->row[p],
+                          pk__pass_output(&path->tape) + p * classes, integral->integrator.h,
+                          pk__pass_seed(&path->tape) + p * outputs * classes);
+    path->tape.unit_seeds = readout->kind == PK_READOUT_ALL;
+    pk__path_reverse(path, points->count, points->t, outputs);
+}
+
+/* The products with the directions of what was summed over all points of the step. */
+static void pk__add_along_sums(pk__integral *integral, size_t l)
+{
+    const pk__layer_integral *layer = &integral->layer[l];
+    const size_t rows = integral->rows;
+    if (layer->kind == PK__LAYER_ROWS)
+        pk__add_along_rows(integral, l);
+    else if (layer->kind == PK__LAYER_DATA)
+        pk__add_along(integral, l, rows, NULL, NULL, integral->integrator.path.base[layer->node->inputs[0]],
+                      layer->delta, NULL);
+    else if (layer->kind == PK__LAYER_LINEAR)
+        pk__add_along(integral, l, rows, NULL, NULL, layer->input, layer->delta, integral->weight_sum);
+}
+
+PK__INTERNAL void pk__integral_add(pk__integral *integral, const pk__points *points)
+{
+    const pk__tape *tape = &integral->integrator.path.tape;
+    const size_t count = points->count, layers = integral->graph->layers;
+    for (size_t p = 0; p < count; p++)
+        integral->weight_sum[points->row[p]] += points->weight[p];
+    for (size_t l = 0; count && l < layers; l++) {
+        const pk__layer_integral *layer = &integral->layer[l];
+        const pk_node *node = layer->node;
+        const int at_places = pk__is_used_at_places(integral, l);
+        if (at_places)
+            pk__add_along_places(integral, l, points);
+        else if (layer->kind == PK__LAYER_POINTS)
+            pk__add_along(integral, l, count, points->row, points->weight, tape->value[node->inputs[0]],
+                          tape->cotangent[node - integral->graph->nodes], NULL);
+        if (layer->kind != PK__LAYER_POINTS || (layer->integrated && !at_places))
+            pk__add_points(integral, l, points);
+    }
+    for (size_t p = 0; p < count; p++)
+        integral->begun[points->row[p]] = 1;
+    for (size_t l = 0; points->last && l < layers; l++)
+        pk__add_along_sums(integral, l);
+}
+
+PK__INTERNAL void pk__integral_end(pk__integral *integral)
+{
+    const size_t chosen = integral->rows * integral->output_capacity;
+    for (size_t l = 0; integral->bounds && l < integral->graph->layers; l++) {
+        const pk__layer_integral *layer = &integral->layer[l];
+        for (size_t i = 0; i < chosen * layer->node->weight_count; i++)
+            layer->size[i] += (pk_real)(2 * fabs(layer->check[i]));
+    }
+    if (integral->graph->pieces)
+        pk__share_tensors(integral);
+}
+
+/* ---- Phi of a row ------------------------------------------------------------------------------------------ */
+
+/* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
+PK__PRIVATE void pk__row_view(const pk__integral *integral, size_t layer, size_t row, size_t first,
+                              const pk_real **matrices, const pk_real **biases)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const int rows = integral->layer[layer].kind == PK__LAYER_ROWS;
+    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = node->weight_count - bias;
+    const pk_real *from = integral->layer[layer].phi + row * integral->output_capacity * node->weight_count;
+    first -= integral->first_output;
+    *matrices = from + first * matrix;
+    *biases = from + integral->output_count * matrix + first * bias;
+}
+
+/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
+ * outputs stand one behind the other. */
+static void pk__row_outputs(const pk__integral *integral, size_t layer, size_t row, size_t first, size_t count,
+                            const pk_real *from, pk_real *to)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const size_t weights = node->weight_count;
+    const int rows = integral->layer[layer].kind == PK__LAYER_ROWS;
+    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = weights - bias;
+    from += row * integral->output_capacity * weights;
+    first -= integral->first_output;
+    memcpy(to, from + first * matrix, count * matrix * sizeof *to);
+    memcpy(to + count * matrix, from + integral->output_count * matrix + first * bias,
+           count * bias * sizeof *to);
+}
+
+/* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
+ * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
+PK__PRIVATE pk_real pk__row_factors(const pk__integral *integral, size_t layer, size_t row, size_t first,
+                                    const pk_real **cotangents, const pk_real **inputs)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const int data = integral->layer[layer].kind == PK__LAYER_DATA;
+    *inputs = (data ? integral->integrator.path.base[node->inputs[0]] : integral->layer[layer].input) +
+              row * node->fan_in;
+    *cotangents = integral->layer[layer].delta + (row * integral->outputs + first) * node->width;
+    return data ? 1 : integral->weight_sum[row];
+}
+
+PK__INTERNAL void pk__integral_row_phi(const pk__integral *integral, size_t layer, size_t row, size_t first,
+                                       size_t count, pk_real *phi)
+{
+    const pk_node *node = integral->layer[layer].node;
+    const size_t out = node->width, in = node->fan_in;
+    if (integral->layer[layer].phi) {
+        pk__row_outputs(integral, layer, row, first, count, integral->layer[layer].phi, phi);
+        return;
+    }
+    const pk_real *delta, *a;
+    const pk_real bias = pk__row_factors(integral, layer, row, first, &delta, &a);
+    for (size_t j = 0; j < count * out; j++)
+        for (size_t i = 0; i < in; i++)
+            phi[j * in + i] = delta[j] * a[i];
+    if (pk__has_bias(node))
+        for (size_t j = 0; j < count * out; j++)
+            phi[count * out * in + j] = delta[j] * bias;
+}
+
+PK__INTERNAL void pk__integral_row_error(const pk__integral *integral, size_t layer, size_t row, size_t first,
+                                         size_t count, pk_real *error)
+{
+    pk__row_outputs(integral, layer, row, first, count, integral->layer[layer].size, error);
+}
+
+PK__END_CODE
+
+/* pathkernel/features/product.h: implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
+enum {
+    PK__PART_NUMBERS = 1 << 14, /* of rows, which stay in a second-level cache of 512 KB beside the panels */
+    PK__SUMS_IN_HAND = 96       /* sums of the layer below the last one: they stay in the first-level cache */
+};
 
 static pk_real *pk__take_reals(pk__arena *arena, size_t count, size_t numbers)
 {
@@ -17594,159 +20379,72 @@ static size_t *pk__take_indices(pk__arena *arena, size_t count)
     return pk__arena_take(arena, count, sizeof(size_t));
 }
 
-/* What the contraction needs: points in hand at one time, places of a layer that is used at several, and their numbers. */
-static void pk__contraction_take(pk__arena *arena, size_t points, size_t places, size_t place_numbers,
-                                 int factored, pk__integral *tangent)
+/* index = 0, step, 2 step, ... */
+static void pk__fill_indices(size_t count, size_t step, size_t *index)
 {
-    const size_t outputs = tangent->outputs, rows = tangent->row_capacity, layers = tangent->graph->layers;
-    const size_t items = pk__max(points, rows);
-    size_t most = pk__max(pk__max(items * outputs, places), PK__HEAD_PART), widest = 0;
-    tangent->weighted_inputs = pk__arena_take(arena, layers, sizeof(pk_real *));
-    for (size_t l = 0; l < layers; l++) {
-        const pk_node *node = pk_graph_layer(tangent->graph, l);
+    for (size_t i = 0; index && i < count; i++)
+        index[i] = i * step;
+}
+
+PK__INTERNAL void pk__product_take(pk__arena *arena, const pk__integral *integral, int factored,
+                                   pk__product *product)
+{
+    const pk_graph *graph = integral->graph;
+    const size_t outputs = integral->outputs, rows = integral->row_capacity, points = integral->reverse_points;
+    const size_t places = integral->place_points, items = pk__max(points, rows);
+    size_t most = pk__max(pk__max(items * outputs, places), PK__SUMS_IN_HAND), widest = 0;
+    memset(product, 0, sizeof *product);
+    product->integral = integral;
+    product->due = pk__take_indices(arena, graph->layers);
+    product->weighted_inputs = pk__arena_take(arena, graph->layers, sizeof(pk_real *));
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
         const int used = factored && pk__is_outer(node);
         pk_real *inputs = pk__take_reals(arena, used ? points : 0, node->fan_in);
-        if (tangent->weighted_inputs)
-            tangent->weighted_inputs[l] = inputs;
+        if (product->weighted_inputs)
+            product->weighted_inputs[l] = inputs;
         widest = pk__max(widest, used ? node->width : 0);
         most = pk__max(most, node->fan_out);
     }
-    tangent->tile = pk__take_reals(arena, rows * outputs, PK__TILE_LD);
-    tangent->left = pk__take_reals(arena, pk__max(items * PK__TILE_LD, places * PK__PAIR), 1);
-    tangent->ones = pk__take_reals(arena, items, 1);
-    tangent->point_to = pk__take_indices(arena, points * outputs);
-    tangent->cell_left = pk__take_indices(arena, items * outputs);
-    tangent->place_to = pk__take_indices(arena, places * outputs);
-    tangent->place_left = pk__take_indices(arena, places * outputs);
-    tangent->places = pk__take_reals(arena, place_numbers, 1);
-    tangent->place_start = pk__take_reals(arena, places, 1);
-    tangent->head_weights = pk__take_reals(arena, (1 + rows) * outputs, 2 * widest);
-    tangent->slopes = pk__take_reals(arena, points, 2 * widest);
-    tangent->unit_row = pk__take_indices(arena, rows * 2 * widest);
-    tangent->unit_count = pk__take_indices(arena, rows);
-    tangent->sums = pk__take_reals(arena, PK__HEAD_PART, PK__PAIR);
-    tangent->tile_row = pk__take_indices(arena, most);
-    tangent->panel_row = pk__take_indices(arena, most);
-    tangent->pair_row = pk__take_indices(arena, places);
-    for (size_t i = 0; tangent->panel_row && i < most; i++) {
-        tangent->tile_row[i] = i * PK__TILE_LD;
-        tangent->panel_row[i] = i * PK_PANEL;
-    }
-    for (size_t i = 0; tangent->panel_row && i < places; i++)
-        tangent->pair_row[i] = i * PK__PAIR;
-    for (size_t i = 0; tangent->panel_row && i < items; i++)
-        tangent->ones[i] = 1;
-    for (size_t i = 0; tangent->panel_row && i < items * outputs; i++)
-        tangent->cell_left[i] = i / outputs * PK__TILE_LD;
+    product->tile = pk__take_reals(arena, rows * outputs, PK__TILE_LD);
+    product->left = pk__take_reals(arena, pk__max(items * PK__TILE_LD, places * PK__PAIR), 1);
+    product->ones = pk__take_reals(arena, items, 1);
+    product->point_to = pk__take_indices(arena, points * outputs);
+    product->cell_left = pk__take_indices(arena, items * outputs);
+    product->place_to = pk__take_indices(arena, places * outputs);
+    product->place_left = pk__take_indices(arena, places * outputs);
+    product->place_start = pk__take_reals(arena, places, 1);
+    product->last_weights = pk__take_reals(arena, (1 + rows) * outputs, 2 * widest);
+    product->slopes = pk__take_reals(arena, points, 2 * widest);
+    product->unit_row = pk__take_indices(arena, rows * 2 * widest);
+    product->unit_count = pk__take_indices(arena, rows);
+    product->sums = pk__take_reals(arena, PK__SUMS_IN_HAND, PK__PAIR);
+    product->tile_row = pk__take_indices(arena, most);
+    product->panel_row = pk__take_indices(arena, most);
+    product->pair_row = pk__take_indices(arena, places);
+    pk__fill_indices(most, PK__TILE_LD, product->tile_row);
+    pk__fill_indices(most, PK_PANEL, product->panel_row);
+    pk__fill_indices(places, PK__PAIR, product->pair_row);
+    for (size_t i = 0; product->ones && i < items; i++)
+        product->ones[i] = 1;
+    for (size_t i = 0; product->cell_left && i < items * outputs; i++)
+        product->cell_left[i] = i / outputs * PK__TILE_LD;
 }
-
-PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
-                                    size_t rows, size_t materialise, size_t unit, int bounds,
-                                    const pk__representation *representation, pk__integral *tangent)
-{
-    size_t outputs = pk_readout_count(readout, graph->output_width), layers = graph->layers;
-    size_t points = pk__point_capacity(outputs), both = rows * outputs, widest = 0, deepest = 0, places = 0,
-           place_numbers = 0, by_rows = 0;
-    memset(tangent, 0, sizeof *tangent);
-    tangent->graph = graph;
-    tangent->outputs = outputs;
-    tangent->row_capacity = rows;
-    tangent->unit = unit;
-    tangent->output_capacity = tangent->output_count = materialise ? materialise : outputs;
-    tangent->allowance = pk__rounding_allowance(graph);
-    points = pk__max(points, PK_GAUSS_NODES + 2);
-    tangent->reverse_points = pk__reverse_points(graph, points, outputs);
-    pk__integrator_take(arena, graph, rows, points, tangent->reverse_points, outputs, bounds,
-                        &tangent->integrator);
-    tangent->integrator.readout = *readout;
-    points = tangent->reverse_points;
-    tangent->kind = pk__arena_take(arena, layers, sizeof *tangent->kind);
-    tangent->node = pk__arena_take(arena, layers, sizeof *tangent->node);
-    tangent->integrated = pk__arena_take(arena, layers, sizeof *tangent->integrated);
-    tangent->headed = pk__arena_take(arena, layers, sizeof *tangent->headed);
-    tangent->head = pk__arena_take(arena, layers, sizeof *tangent->head);
-    tangent->delta = pk__arena_take(arena, layers, sizeof(pk_real *));
-    tangent->input = pk__arena_take(arena, layers, sizeof(pk_real *));
-    tangent->phi = pk__arena_take(arena, layers, sizeof(pk_real *));
-    tangent->check = bounds ? pk__arena_take(arena, layers, sizeof(pk_real *)) : NULL;
-    tangent->size = bounds ? pk__arena_take(arena, layers, sizeof(pk_real *)) : NULL;
-    for (size_t l = 0; l < layers; l++) {
-        const pk_node *node = pk_graph_layer(graph, l);
-        pk__layer_kind kind = pk__kind_of_layer(node, readout, bounds, representation);
-        size_t fan_in = pk__layer_input(graph, node)->width;
-        const int spread =
-            node->tangent_form == PK_TANGENT_OUTER && (!pk__is_outer(node) || kind == PK__LAYER_ROWS);
-        int hoisted = kind == PK__LAYER_DATA || kind == PK__LAYER_LINEAR;
-        int phi_wanted =
-            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !spread && (materialise || bounds));
-        pk_real *delta = hoisted ? pk__arena_take(arena, both, node->width * sizeof *delta) : NULL;
-        pk_real *input = kind == PK__LAYER_LINEAR ? pk__arena_take(arena, rows, fan_in * sizeof *input) : NULL;
-        const size_t cells = rows * tangent->output_capacity, bytes = node->weight_count * sizeof(pk_real);
-        pk_real *phi = phi_wanted ? pk__arena_take(arena, cells, bytes) : NULL;
-        pk_real *check = bounds ? pk__arena_take(arena, cells, bytes) : NULL;
-        pk_real *size = bounds ? pk__arena_take(arena, cells, bytes) : NULL;
-        if (tangent->check) {
-            tangent->check[l] = check;
-            tangent->size[l] = size;
-        }
-        if (tangent->kind) {
-            tangent->kind[l] = kind;
-            tangent->head[l] = kind == PK__LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION
-                                   ? pk__head_of(graph, node)
-                                   : NULL;
-            tangent->node[l] = node;
-            tangent->delta[l] = delta;
-            tangent->input[l] = input;
-            tangent->phi[l] = phi;
-        }
-        if (phi_wanted)
-            deepest = pk__max(deepest, fan_in);
-        if (spread) {
-            const size_t together = pk__place_points(node, outputs) * node->positions;
-            places = pk__max(places, together);
-            place_numbers = pk__max(place_numbers, together * (node->fan_in + outputs * node->fan_out));
-        }
-        widest = pk__max(widest, node->width);
-        by_rows = pk__max(by_rows, kind == PK__LAYER_ROWS ? node->weight_count : 0);
-    }
-    for (int v = 0; v < PK__DIRECTIONS; v++)
-        tangent->along[v] = pk__arena_take(arena, both, sizeof(pk_real));
-    tangent->weight_sum = pk__arena_take(arena, rows, sizeof(pk_real));
-    tangent->begun = pk__arena_take(arena, rows, 1);
-    pk__contraction_take(arena, points, places, place_numbers, !representation->materialised, tangent);
-    /* Products with a direction (points x widest), slopes of the units of a row or its outputs, or a point's gradients of a
-     * layer by rows (outputs x weights). */
-    tangent->scratch =
-        pk__arena_take(arena,
-                       pk__max(pk__max(pk__max(points * (bounds ? outputs : 2), rows), 2 * outputs) * widest,
-                               outputs * by_rows),
-                       sizeof(pk_real));
-    tangent->weighted = pk__arena_take(arena, points, deepest * sizeof(pk_real));
-    tangent->absolute = bounds ? pk__arena_take(arena, points, deepest * sizeof(pk_real)) : NULL;
-    points = tangent->integrator.segment.point_capacity;
-    pk__points_take(arena, points, bounds, &tangent->sorted);
-}
-
-PK__END_COLD_CODE
-
-/* pathkernel/features/product.h: implementation */
-#include <string.h>
-PK__BEGIN_CODE
 
 /* The first panel of a block of examples, of features a number each. */
-static const pk_real *pk__first_panel(const pk_real *all, size_t features, size_t first)
+PK__PRIVATE const pk_real *pk__first_panel(const pk_real *all, size_t features, size_t first)
 {
     return all + first * features; /* first is a multiple of PK_PANEL */
 }
 
 /* Columns of the panels that are multiplied together: with AVX-512 tiles are as wide as two. */
-static size_t pk__columns_at_once(void)
+PK__PRIVATE size_t pk__columns_at_once(void)
 {
     return PK__HAS_AVX512 ? (size_t)PK__PAIR : (size_t)PK_PANEL;
 }
 
 /* Of the panels of a block, those from column on. */
-static pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
+PK__PRIVATE pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
 {
     const pk__panels own = {pk__blocks(pk__min(pk__columns_at_once(), block - column), PK_PANEL),
                             pk__first_panel(panels, features, column), PK_PANEL, features * PK_PANEL, 0};
@@ -17756,7 +20454,7 @@ static pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t c
 /* The same, with those behind them, where there are some, fetched in the meantime: tiles are short, so that the processor
  * would see too late that they go on there. Tiles of AVX-512 fetch as they go; else the first-level cache, which is small,
  * takes the beginning of a deep panel, which leaves the room to what is multiplied. */
-static pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
+PK__PRIVATE pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
 {
     const size_t next = column + pk__columns_at_once();
     pk__panels own = pk__panels_at(panels, features, column, block);
@@ -17774,6 +20472,15 @@ PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 {
     for (size_t i = 0; i < cells; i++)
         memset(tile + i * PK__TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
+}
+
+/* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
+static size_t pk__part_rows(size_t rows, size_t depth)
+{
+    const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
+    const size_t tiles = 2 * PK__TALLEST, most = pk__max(1, numbers / tiles / pk__max(depth, 1)) * tiles;
+    const size_t all = pk__max(rows, 1), parts = pk__blocks(all, most);
+    return pk__blocks(pk__blocks(all, parts), tiles) * tiles;
 }
 
 /* For a block of examples: target form= start + A (rows x depth, rows one behind the other) times a panel, panel after panel,
@@ -17798,64 +20505,118 @@ static void pk__block_product(size_t rows, size_t depth, const pk_real *a, const
 }
 
 /* left = start + inputs of rows (rows x in) times those of a block of examples. */
-static void pk__multiply_inputs(pk__integral *tangent, size_t layer, size_t rows, const pk_real *inputs,
-                                const pk_real *start, size_t first, size_t block)
+PK__PRIVATE void pk__multiply_inputs(pk__product *product, size_t layer, size_t rows, const pk_real *inputs,
+                                     const pk_real *start, size_t first, size_t block)
 {
-    const pk_node *node = tangent->node[layer];
+    const pk__integral *integral = product->integral;
+    const pk_node *node = integral->layer[layer].node;
     const size_t in = node->fan_in;
-    pk__tile_target target = {PK__TILE_SET, tangent->left, tangent->tile_row, NULL, NULL, 0};
-    pk__block_product(rows, in, inputs, pk__first_panel(tangent->examples->input[layer], in, first), block,
+    pk__tile_target target = {PK__TILE_SET, product->left, product->tile_row, NULL, NULL, 0};
+    pk__block_product(rows, in, inputs, pk__first_panel(product->examples->input[layer], in, first), block,
                       pk__has_bias(node) ? start : NULL, &target);
-    tangent->flops += 2.0 * (double)block * (double)(rows * in);
+    product->flops += 2.0 * (double)block * (double)(rows * in);
 }
 
 /* tile += left o (cotangents of cells (cells x out) times those of a block of examples). */
-static void pk__multiply_cotangents(pk__integral *tangent, size_t layer, size_t cells,
-                                    const pk_real *cotangents, const size_t *to, const size_t *left,
-                                    size_t first, size_t block)
+PK__PRIVATE void pk__multiply_cotangents(pk__product *product, size_t layer, size_t cells,
+                                         const pk_real *cotangents, const size_t *to, const size_t *left,
+                                         size_t first, size_t block)
 {
-    const size_t out = tangent->node[layer]->width;
-    pk__tile_target target = {PK__TILE_HADAMARD, tangent->tile, to, tangent->left, left, PK_PANEL};
-    pk__block_product(cells, out, cotangents, pk__first_panel(tangent->examples->cotangent[layer], out, first),
+    const pk__integral *integral = product->integral;
+    const size_t out = integral->layer[layer].node->width;
+    pk__tile_target target = {PK__TILE_HADAMARD, product->tile, to, product->left, left, PK_PANEL};
+    pk__block_product(cells, out, cotangents, pk__first_panel(product->examples->cotangent[layer], out, first),
                       block, NULL, &target);
-    tangent->flops += 2.0 * (double)block * (double)(cells * out);
+    product->flops += 2.0 * (double)block * (double)(cells * out);
 }
 
-/* ---- layers used at several places ----------------------------------------------------------------------- */
+/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+static void pk__product_matrix(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
+                               size_t first, size_t columns, pk_real *tile)
+{
+    const pk__integral *integral = product->integral;
+    const pk_node *node = integral->layer[layer].node;
+    const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
+                 most = pk__part_rows(node->fan_out, node->fan_in);
+    /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
+    const int together = integral->layer[layer].kind == PK__LAYER_ROWS;
+    const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
+    const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
+    const pk_real *panels = pk__first_panel(product->examples->input[layer], places * in, first);
+    const pk_real *cotangents = pk__first_panel(product->examples->cotangent[layer], places * out, first);
+    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, product->panel_row, places * out * PK_PANEL};
+    for (size_t k = 0; k < outputs; k++)
+        for (size_t j = 0; j < out; j += most)
+            for (size_t column = 0; column < columns; column += pk__columns_at_once()) {
+                pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
+                target.to = tile + k * PK__TILE_LD + column;
+                for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
+                    target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
+                    pk__panel_product(pk__min(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
+                                      biases ? biases + k * bias_stride + j : NULL, &target);
+                }
+            }
+    product->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
+}
+
+PK__INTERNAL void pk__product_row(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
+                                  size_t first, size_t columns, pk_real *tile)
+{
+    const pk__examples *examples = product->examples;
+    const size_t weights = product->integral->layer[layer].node->weight_count;
+    double start = pk__seconds();
+    if (!examples->rows[layer]) {
+        pk__product_matrix(product, layer, outputs, e, first, columns, tile);
+    } else {
+        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 1,
+                 tile, PK__TILE_LD);
+        product->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
+    }
+    product->seconds += pk__seconds() - start;
+}
+
+PK__END_CODE
+
+/* pathkernel/features/tiles.h: implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
+/* ---- layers used at several places -------------------------------------------------------------------- */
 
 /* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
-static void pk__contract_places(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
-                                size_t block)
+static void pk__product_places(pk__product *product, size_t layer, const pk__points *points, size_t first,
+                               size_t block)
 {
-    const pk_node *node = tangent->node[layer];
-    const pk__examples *examples = tangent->examples;
-    const size_t outputs = tangent->outputs, positions = node->positions, in = node->fan_in,
+    const pk__integral *integral = product->integral;
+    const pk_node *node = integral->layer[layer].node;
+    const pk__examples *examples = product->examples;
+    const size_t outputs = integral->outputs, positions = node->positions, in = node->fan_in,
                  out = node->fan_out, together = pk__place_points(node, outputs);
     const pk_real *input_panels = pk__first_panel(examples->input[layer], positions * in, first);
     const pk_real *cotangent_panels = pk__first_panel(examples->cotangent[layer], positions * out, first);
     for (size_t p = 0; p < points->count; p += together) {
         const size_t count = pk__min(together, points->count - p), pairs = count * positions;
-        pk_real *places = tangent->places, *deltas = places + pairs * in, *start = tangent->place_start;
+        pk_real *places = integral->places, *deltas = places + pairs * in, *start = product->place_start;
         for (size_t i = 0; i < count; i++)
-            pk__node_places(&tangent->integrator.segment.tape, node, p + i, outputs,
-                            places + i * positions * in, deltas + i * positions * outputs * out);
+            pk__node_places(&integral->integrator.path.tape, node, p + i, outputs, places + i * positions * in,
+                            deltas + i * positions * outputs * out);
         for (size_t i = 0; i < pairs; i++) {
             const size_t point = p + i / positions;
             start[i] = points->weight[point];
             for (size_t j = 0; j < in; j++)
                 places[i * in + j] *= start[i];
             for (size_t k = 0; k < outputs; k++) {
-                tangent->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK__TILE_LD;
-                tangent->place_left[i * outputs + k] = i * PK__PAIR;
+                product->place_to[i * outputs + k] = (points->row[point] * outputs + k) * PK__TILE_LD;
+                product->place_left[i * outputs + k] = i * PK__PAIR;
             }
         }
         for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             pk__panels inputs = pk__panels_at(input_panels, positions * in, column, block);
             pk__panels cotangents = pk__panels_at(cotangent_panels, positions * out, column, block);
-            pk__tile_target left = {PK__TILE_SET, tangent->left, tangent->pair_row, NULL, NULL, 0};
-            pk__tile_target tile = {PK__TILE_HADAMARD, tangent->tile + column, tangent->place_to,
-                                    tangent->left,     tangent->place_left,    PK_PANEL};
+            pk__tile_target left = {PK__TILE_SET, product->left, product->pair_row, NULL, NULL, 0};
+            pk__tile_target tile = {PK__TILE_HADAMARD, product->tile + column, product->place_to,
+                                    product->left,     product->place_left,    PK_PANEL};
             for (size_t r = 0; r < positions; r++) {
                 pk__panel_product(pairs, in, places, in, 1, &inputs, pk__has_bias(node) ? start : NULL, &left);
                 pk__panel_product(pairs * outputs, out, deltas, out, 1, &cotangents, NULL, &tile);
@@ -17863,52 +20624,57 @@ static void pk__contract_places(pk__integral *tangent, size_t layer, const pk__p
                 cotangents.first += out * PK_PANEL;
             }
         }
-        tangent->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
+        product->flops += 2.0 * (double)(block * pairs * positions) * (double)(in + outputs * out);
     }
 }
 
-/* ---- the layer below the last one ------------------------------------------------------------------------ */
+/* ---- the layer below the last one --------------------------------------------------------------------- */
 
 /* 1 where the layer's cotangents are the unit matrix: the last layer of all outputs. */
-static int pk__is_readout(const pk__integral *tangent, size_t layer)
+static int pk__has_unit_cotangents(const pk__integral *integral, size_t layer)
 {
-    return tangent->kind[layer] == PK__LAYER_LINEAR && tangent->integrator.readout.kind == PK_READOUT_ALL &&
-           tangent->node[layer] == &tangent->graph->nodes[tangent->graph->node_count - 1];
+    return integral->layer[layer].kind == PK__LAYER_LINEAR &&
+           integral->integrator.readout.kind == PK_READOUT_ALL &&
+           integral->layer[layer].node == &integral->graph->nodes[integral->graph->node_count - 1];
 }
 
 /* W^T seed_k and D^T seed_k of the last layer side by side: seeds are its cotangents. For every row and output, a row's behind
  * those of all rows; where the seeds are unit vectors, those of all rows are the rows of W and D. */
-static void pk__head_weights(pk__integral *tangent, const pk_node *head)
+static void pk__last_weights(pk__product *product, const pk_node *head)
 {
-    const pk__path *segment = &tangent->integrator.segment;
-    const size_t outputs = tangent->outputs, out = head->width, in = head->fan_in;
-    const int shared = pk__is_readout(tangent, head->layer);
+    const pk__integral *integral = product->integral;
+    const pk__path *segment = &integral->integrator.path;
+    const size_t outputs = integral->outputs, out = head->width, in = head->fan_in;
+    const int shared = pk__has_unit_cotangents(integral, head->layer);
     for (size_t part = 0; part < 2; part++) {
         const pk_real *matrix = (part ? segment->direction : segment->weights) + head->weight_offset;
-        pk_real *to = tangent->head_weights + part * in;
+        pk_real *to = product->last_weights + part * in;
         if (!shared)
-            pk__gemm(0, 0, tangent->rows * outputs, in, out, 1, tangent->delta[head->layer], out, matrix, in, 0,
-                     to + outputs * 2 * in, 2 * in);
+            pk__gemm(0, 0, integral->rows * outputs, in, out, 1, integral->layer[head->layer].delta, out,
+                     matrix, in, 0, to + outputs * 2 * in, 2 * in);
         for (size_t k = 0; k < outputs && shared; k++)
             memcpy(to + k * 2 * in, matrix + k * in, in * sizeof *to);
     }
 }
 
 /* Where the weights of a row stand, of in units below the last layer. */
-static pk_real *pk__weights_of_row(const pk__integral *tangent, const pk_node *head, size_t row)
+static pk_real *pk__last_weights_of_row(const pk__product *product, const pk_node *head, size_t row)
 {
-    const size_t all = tangent->outputs * 2 * head->fan_in;
-    const int shared = pk__is_readout(tangent, head->layer) && tangent->unit_count[row] == head->fan_in;
-    return tangent->head_weights + (shared ? 0 : (row + 1) * all);
+    const pk__integral *integral = product->integral;
+    const size_t all = integral->outputs * 2 * head->fan_in;
+    const int shared =
+        pk__has_unit_cotangents(integral, head->layer) && product->unit_count[row] == head->fan_in;
+    return product->last_weights + (shared ? 0 : (row + 1) * all);
 }
 
 /* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
-static void pk__head_slopes(pk__integral *tangent, size_t layer, const pk__points *points)
+static void pk__slopes_between(pk__product *product, size_t layer, const pk__points *points)
 {
-    const pk__tape *tape = &tangent->integrator.segment.tape;
-    const pk_node *between = pk__layer_input(tangent->graph, tangent->head[layer]);
+    const pk__integral *integral = product->integral;
+    const pk__tape *tape = &integral->integrator.path.tape;
+    const pk_node *between = pk__layer_input(integral->graph, integral->layer[layer].last);
     const size_t out = between->width;
-    pk_real *weights = tangent->slopes, *slopes = tangent->scratch;
+    pk_real *weights = product->slopes, *slopes = integral->scratch;
     pk_call call;
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++)
@@ -17919,8 +20685,8 @@ static void pk__head_slopes(pk__integral *tangent, size_t layer, const pk__point
     between->operation->reverse(&call);
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++) {
-            tangent->slopes[p * 2 * out + i] = slopes[p * out + i];
-            tangent->slopes[p * 2 * out + out + i] = points->t[p] * slopes[p * out + i];
+            product->slopes[p * 2 * out + i] = slopes[p * out + i];
+            product->slopes[p * 2 * out + out + i] = points->t[p] * slopes[p * out + i];
         }
 }
 
@@ -17933,18 +20699,19 @@ static void pk__keep_units(size_t count, size_t out, size_t units, const size_t 
             to[j] = from[unit_row[j] / PK_PANEL + (j < units ? 0 : out)];
 }
 
-/* What a headed layer is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
+/* What the layer below the last one is multiplied with: slopes and weights of the units whose slope is not 0 at all points of their row, as
  * that of a ReLU is where it is off. */
-static void pk__prepare_head(pk__integral *tangent, size_t layer, const pk__points *points)
+static void pk__below_last_prepare(pk__product *product, size_t layer, const pk__points *points)
 {
-    const pk_node *head = tangent->head[layer];
-    const size_t outputs = tangent->outputs, out = head->fan_in;
-    pk__head_weights(tangent, head);
-    pk__head_slopes(tangent, layer, points);
+    const pk__integral *integral = product->integral;
+    const pk_node *head = integral->layer[layer].last;
+    const size_t outputs = integral->outputs, out = head->fan_in;
+    pk__last_weights(product, head);
+    pk__slopes_between(product, layer, points);
     for (size_t p = 0, last; p < points->count; p = last) {
         const size_t row = points->row[p];
-        size_t *unit_row = tangent->unit_row + row * 2 * out, units = 0;
-        pk_real *slopes = tangent->slopes + p * 2 * out;
+        size_t *unit_row = product->unit_row + row * 2 * out, units = 0;
+        pk_real *slopes = product->slopes + p * 2 * out;
         last = pk__row_end(points, p);
         for (size_t j = 0; j < out; j++) {
             int on = 0;
@@ -17954,67 +20721,70 @@ static void pk__prepare_head(pk__integral *tangent, size_t layer, const pk__poin
                 unit_row[units++] = j * PK_PANEL;
         }
         memcpy(unit_row + units, unit_row, units * sizeof *unit_row);
-        tangent->unit_count[row] = units;
+        product->unit_count[row] = units;
         if (units < out) {
-            pk_real *weights = pk__weights_of_row(tangent, head, row);
+            pk_real *weights = pk__last_weights_of_row(product, head, row);
             pk__keep_units(last - p, out, units, unit_row, slopes, slopes);
             pk__keep_units(outputs, out, units, unit_row,
-                           pk__is_readout(tangent, head->layer) ? tangent->head_weights : weights, weights);
+                           pk__has_unit_cotangents(integral, head->layer) ? product->last_weights : weights,
+                           weights);
         }
     }
 }
 
 /* One layer below the last, one block of examples: tile += sum_j (W_kj Q_ji + D_kj R_ji) delta_ij with
  * Q = sum_p w_p slope_p (a_p . a_i + bias) and R the same with t_p: outputs cost once a row, not once a point. */
-static void pk__contract_head(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
-                              size_t block)
+static void pk__below_last_product(pk__product *product, size_t layer, const pk__points *points, size_t first,
+                                   size_t block)
 {
-    const pk_node *node = tangent->node[layer];
-    const size_t outputs = tangent->outputs, out = node->width;
-    const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], out, first);
-    pk__multiply_inputs(tangent, layer, points->count, tangent->integrator.segment.tape.value[node->inputs[0]],
-                        tangent->ones, first, block);
+    const pk__integral *integral = product->integral;
+    const pk_node *node = integral->layer[layer].node;
+    const size_t outputs = integral->outputs, out = node->width;
+    const pk_real *cotangents = pk__first_panel(product->examples->cotangent[layer], out, first);
+    pk__multiply_inputs(product, layer, points->count, integral->integrator.path.tape.value[node->inputs[0]],
+                        product->ones, first, block);
     for (size_t p = 0, last; p < points->count; p = last) {
-        const size_t row = points->row[p], units = 2 * tangent->unit_count[row];
-        const pk_real *slopes = tangent->slopes + p * 2 * out;
-        const pk_real *weights = pk__weights_of_row(tangent, tangent->head[layer], row);
-        const size_t *unit_row = tangent->unit_row + row * 2 * out;
-        pk__tile_target tile = {PK__TILE_ADD, NULL, tangent->tile_row, NULL, NULL, 0};
+        const size_t row = points->row[p], units = 2 * product->unit_count[row];
+        const pk_real *slopes = product->slopes + p * 2 * out;
+        const pk_real *weights = pk__last_weights_of_row(product, integral->layer[layer].last, row);
+        const size_t *unit_row = product->unit_row + row * 2 * out;
+        pk__tile_target tile = {PK__TILE_ADD, NULL, product->tile_row, NULL, NULL, 0};
         last = pk__row_end(points, p);
         for (size_t column = 0; column < block; column += pk__columns_at_once()) {
             const pk__panels b = pk__fetch_panels(cotangents, out, column, block);
-            const pk__panels left = {b.count, tangent->left + p * PK__TILE_LD + column, PK__TILE_LD, PK_PANEL,
+            const pk__panels left = {b.count, product->left + p * PK__TILE_LD + column, PK__TILE_LD, PK_PANEL,
                                      0};
-            const pk__panels sums = {b.count, tangent->sums, PK__PAIR, PK_PANEL, 0};
-            tile.to = tangent->tile + row * outputs * PK__TILE_LD + column;
-            for (size_t j = 0; j < units; j += PK__HEAD_PART) {
-                const size_t count = pk__min(PK__HEAD_PART, units - j);
+            const pk__panels sums = {b.count, product->sums, PK__PAIR, PK_PANEL, 0};
+            tile.to = product->tile + row * outputs * PK__TILE_LD + column;
+            for (size_t j = 0; j < units; j += PK__SUMS_IN_HAND) {
+                const size_t count = pk__min(PK__SUMS_IN_HAND, units - j);
                 pk__panel_sums(count, last - p, slopes + j, 2 * out, &left, b.first, b.apart, unit_row + j,
-                               tangent->sums);
+                               product->sums);
                 pk__panel_product(outputs, count, weights + j, 2 * out, 1, &sums, NULL, &tile);
             }
         }
-        tangent->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
+        product->flops += 4.0 * (double)block * (double)(out * (last - p + outputs));
     }
 }
 
-/* ---- layers whose sum over points is taken first --------------------------------------------------------- */
+/* ---- layers whose sum over points is taken first ------------------------------------------------------ */
 
 /* left = x . x_i + bias of a layer on data: from the Gram matrix of the inputs, where there is one. */
-static void pk__multiply_data(pk__integral *tangent, size_t layer, size_t first, size_t block)
+static void pk__multiply_data(pk__product *product, size_t layer, size_t first, size_t block)
 {
-    const pk_node *node = tangent->node[layer];
-    const pk__examples *examples = tangent->examples;
+    const pk__integral *integral = product->integral;
+    const pk_node *node = integral->layer[layer].node;
+    const pk__examples *examples = product->examples;
     const pk_real bias = pk__has_bias(node);
-    if (!tangent->gram || node->inputs[0] != 0) {
-        pk__multiply_inputs(tangent, layer, tangent->rows, tangent->integrator.segment.base[node->inputs[0]],
-                            tangent->ones, first, block);
+    if (!product->gram || node->inputs[0] != 0) {
+        pk__multiply_inputs(product, layer, integral->rows, integral->integrator.path.base[node->inputs[0]],
+                            product->ones, first, block);
         return;
     }
     const int64_t *items = examples->items + first;
-    for (size_t r = 0; r < tangent->rows; r++) {
-        const pk_real *gram = tangent->gram + r * tangent->gram_ld;
-        pk_real *left = tangent->left + r * PK__TILE_LD;
+    for (size_t r = 0; r < integral->rows; r++) {
+        const pk_real *gram = product->gram + r * product->gram_ld;
+        pk_real *left = product->left + r * PK__TILE_LD;
         if (examples->consecutive)
             for (size_t i = 0; i < block; i++)
                 left[i] = gram[(size_t)items[0] + i] + bias;
@@ -18027,13 +20797,14 @@ static void pk__multiply_data(pk__integral *tangent, size_t layer, size_t first,
 }
 
 /* tile = or, unless fresh, += left o cotangents of the examples, output by output. */
-static void pk__add_readout(pk__integral *tangent, size_t layer, size_t first, size_t block, int fresh)
+static void pk__add_readout(pk__product *product, size_t layer, size_t first, size_t block, int fresh)
 {
-    const size_t outputs = tangent->outputs;
-    const pk_real *panels = pk__first_panel(tangent->examples->cotangent[layer], outputs, first);
-    for (size_t cell = 0; cell < tangent->rows * outputs; cell++) {
-        const pk_real *left = tangent->left + cell / outputs * PK__TILE_LD;
-        pk_real *tile = tangent->tile + cell * PK__TILE_LD;
+    const pk__integral *integral = product->integral;
+    const size_t outputs = integral->outputs;
+    const pk_real *panels = pk__first_panel(product->examples->cotangent[layer], outputs, first);
+    for (size_t cell = 0; cell < integral->rows * outputs; cell++) {
+        const pk_real *left = product->left + cell / outputs * PK__TILE_LD;
+        pk_real *tile = product->tile + cell * PK__TILE_LD;
         for (size_t column = 0; column < block; column += PK_PANEL) {
             const pk_real *right = panels + column * outputs + cell % outputs * PK_PANEL;
             if (fresh)
@@ -18046,641 +20817,536 @@ static void pk__add_readout(pk__integral *tangent, size_t layer, size_t first, s
     }
 }
 
-/* ---- a step ---------------------------------------------------------------------------------------------- */
+/* ---- any layer ---------------------------------------------------------------------------------------- */
 
-/* Where a layer has something to contract now. */
-static int pk__is_due(const pk__integral *tangent, size_t layer, const pk__points *points)
+/* Whether there are products of a layer to be taken with the points in hand. */
+static int pk__is_due(const pk__integral *integral, size_t layer, const pk__points *points)
 {
-    return !tangent->integrated[layer] &&
-           (tangent->kind[layer] == PK__LAYER_POINTS ? points->count > 0 : points->last);
+    return !integral->layer[layer].integrated &&
+           (integral->layer[layer].kind == PK__LAYER_POINTS ? points->count > 0 : points->last);
 }
 
-/* What all blocks of examples are multiplied with, beside what stands in the tape: inputs of points times their weights, and
- * the cell of the tile and the row of left that each product belongs to. */
-static void pk__prepare_layers(pk__integral *tangent, const pk__points *points)
+PK__INTERNAL void pk__tiles_begin(pk__product *product, const pk__points *points)
 {
-    const size_t outputs = tangent->outputs;
+    const pk__integral *integral = product->integral;
+    const size_t outputs = integral->outputs, layers = integral->graph->layers;
+    product->due_count = 0;
+    if (!product->examples || !product->examples->count)
+        return;
+    for (size_t i = 0; i < layers; i++) {
+        const size_t l = (i + layers - 1) % layers; /* the last one first: it may set the tile */
+        if (pk__is_due(integral, l, points))
+            product->due[product->due_count++] = l;
+    }
+    /* Inputs of points times their weights, and the cell of the tile that each product belongs to. */
     for (size_t p = 0; p < points->count; p++)
         for (size_t k = 0; k < outputs; k++)
-            tangent->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK__TILE_LD;
-    for (size_t l = 0; points->count && l < tangent->graph->layers; l++) {
-        const pk_node *node = tangent->node[l];
-        const pk_real *inputs = tangent->integrator.segment.tape.value[node->inputs[0]];
+            product->point_to[p * outputs + k] = (points->row[p] * outputs + k) * PK__TILE_LD;
+    for (size_t l = 0; points->count && l < layers; l++) {
+        const pk_node *node = integral->layer[l].node;
+        const pk_real *inputs = integral->integrator.path.tape.value[node->inputs[0]];
         const size_t in = node->fan_in;
-        if (tangent->integrated[l] || tangent->kind[l] != PK__LAYER_POINTS || pk__is_spread(tangent, l))
+        if (integral->layer[l].integrated || integral->layer[l].kind != PK__LAYER_POINTS ||
+            pk__is_used_at_places(integral, l))
             continue;
-        if (tangent->headed[l]) /* at most one layer stands below the last one */
-            pk__prepare_head(tangent, l, points);
+        if (integral->layer[l].outputs_outside) /* at most one layer stands below the last one */
+            pk__below_last_prepare(product, l, points);
         else
             for (size_t p = 0; p < points->count; p++)
                 for (size_t i = p * in; i < (p + 1) * in; i++)
-                    tangent->weighted_inputs[l][i] = points->weight[p] * inputs[i];
+                    product->weighted_inputs[l][i] = points->weight[p] * inputs[i];
     }
 }
 
-/* fresh: the tile holds nothing yet. */
-static void pk__contract_layer(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
-                               size_t block, int fresh)
+PK__INTERNAL void pk__tiles_layer(pk__product *product, size_t layer, const pk__points *points, size_t first,
+                                  size_t block, int fresh)
 {
-    const size_t outputs = tangent->outputs, rows = tangent->rows, count = points->count;
-    if (fresh && !pk__is_readout(tangent, layer))
-        pk__clear_tile(rows * outputs, block, tangent->tile);
-    if (pk__is_spread(tangent, layer)) {
-        pk__contract_places(tangent, layer, points, first, block);
-    } else if (tangent->kind[layer] == PK__LAYER_POINTS && tangent->headed[layer]) {
-        pk__contract_head(tangent, layer, points, first, block);
-    } else if (tangent->kind[layer] == PK__LAYER_POINTS) {
-        const pk_node *node = tangent->node[layer];
-        pk__multiply_inputs(tangent, layer, count, tangent->weighted_inputs[layer], points->weight, first,
+    const pk__integral *integral = product->integral;
+    const size_t outputs = integral->outputs, rows = integral->rows, count = points->count;
+    if (fresh && !pk__has_unit_cotangents(integral, layer))
+        pk__clear_tile(rows * outputs, block, product->tile);
+    if (pk__is_used_at_places(integral, layer)) {
+        pk__product_places(product, layer, points, first, block);
+    } else if (integral->layer[layer].kind == PK__LAYER_POINTS && integral->layer[layer].outputs_outside) {
+        pk__below_last_product(product, layer, points, first, block);
+    } else if (integral->layer[layer].kind == PK__LAYER_POINTS) {
+        const pk_node *node = integral->layer[layer].node;
+        pk__multiply_inputs(product, layer, count, product->weighted_inputs[layer], points->weight, first,
                             block);
-        pk__multiply_cotangents(tangent, layer, count * outputs,
-                                tangent->integrator.segment.tape.cotangent[node - tangent->graph->nodes],
-                                tangent->point_to, tangent->cell_left, first, block);
+        pk__multiply_cotangents(product, layer, count * outputs,
+                                integral->integrator.path.tape.cotangent[node - integral->graph->nodes],
+                                product->point_to, product->cell_left, first, block);
     } else {
-        if (tangent->kind[layer] == PK__LAYER_DATA)
-            pk__multiply_data(tangent, layer, first, block);
+        if (integral->layer[layer].kind == PK__LAYER_DATA)
+            pk__multiply_data(product, layer, first, block);
         else
-            pk__multiply_inputs(tangent, layer, rows, tangent->input[layer], tangent->weight_sum, first, block);
-        if (pk__is_readout(tangent, layer))
-            pk__add_readout(tangent, layer, first, block, fresh);
+            pk__multiply_inputs(product, layer, rows, integral->layer[layer].input, integral->weight_sum, first,
+                                block);
+        if (pk__has_unit_cotangents(integral, layer))
+            pk__add_readout(product, layer, first, block, fresh);
         else
-            pk__multiply_cotangents(tangent, layer, rows * outputs, tangent->delta[layer], tangent->tile_row,
-                                    tangent->cell_left, first, block);
+            pk__multiply_cotangents(product, layer, rows * outputs, integral->layer[layer].delta,
+                                    product->tile_row, product->cell_left, first, block);
     }
-}
-
-/* The tiles of the factored layers, block after block of examples: of the points in hand and, after the last
- * ones, of what was summed over the step. */
-PK__PRIVATE void pk__contract(pk__integral *tangent, const pk__points *points)
-{
-    const pk__examples *examples = tangent->examples;
-    const size_t layers = tangent->graph->layers;
-    double start = pk__seconds();
-    if (examples && examples->count)
-        pk__prepare_layers(tangent, points);
-    for (size_t first = 0; examples && first < examples->count; first += PK__EXAMPLE_BLOCK) {
-        const size_t block = pk__min(PK__EXAMPLE_BLOCK, examples->count - first);
-        int filled = 0;
-        for (size_t i = 0; i < layers; i++) {
-            const size_t l = (i + layers - 1) % layers; /* the last one first: it may set the tile */
-            if (!pk__is_due(tangent, l, points))
-                continue;
-            pk__contract_layer(tangent, l, points, first, block, !filled || tangent->per_layer);
-            filled = 1;
-            if (tangent->per_layer)
-                tangent->sink(tangent->user, (int)l, first, block, tangent->tile);
-        }
-        if (filled && !tangent->per_layer)
-            tangent->sink(tangent->user, -1, first, block, tangent->tile);
-    }
-    tangent->seconds_contraction += pk__seconds() - start;
-}
-
-/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
-PK__PRIVATE void pk__choose_contraction(pk__integral *tangent, size_t layer, pk_engine engine)
-{
-    const pk_node *node = tangent->node[layer];
-    const int is_points = tangent->kind[layer] == PK__LAYER_POINTS && !pk__is_spread(tangent, layer);
-    double in = (double)node->fan_in, out = (double)node->width;
-    double outputs = (double)tangent->outputs, batch = tangent->examples ? (double)tangent->examples->count : 1;
-    double points = (double)tangent->integrator.points_last / (double)pk__max(tangent->rows, 1);
-    /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
-    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
-    double headed = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
-    double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
-    const int automatic = engine == PK_ENGINE_AUTO && is_points;
-    tangent->headed[layer] = tangent->head[layer] && (engine == PK_ENGINE_HEAD ||
-                                                      (automatic && headed < factored && headed < integrated));
-    tangent->integrated[layer] =
-        tangent->kind[layer] == PK__LAYER_ROWS ||
-        (!pk__is_spread(tangent, layer) && (engine == PK_ENGINE_INTEGRATED || tangent->check)) ||
-        (automatic && tangent->phi[layer] && !tangent->headed[layer] && integrated < factored);
-}
-
-/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
-static void pk__contract_matrix(pk__integral *tangent, size_t layer, size_t outputs, const pk_real *e,
-                                size_t first, size_t columns, pk_real *tile)
-{
-    const pk_node *node = tangent->node[layer];
-    const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
-                 most = pk__part_rows(node->fan_out, node->fan_in);
-    /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
-    const int together = tangent->kind[layer] == PK__LAYER_ROWS;
-    const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
-    const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
-    const pk_real *panels = pk__first_panel(tangent->examples->input[layer], places * in, first);
-    const pk_real *cotangents = pk__first_panel(tangent->examples->cotangent[layer], places * out, first);
-    pk__tile_target target = {PK__TILE_DOT, NULL, NULL, NULL, tangent->panel_row, places * out * PK_PANEL};
-    for (size_t k = 0; k < outputs; k++)
-        for (size_t j = 0; j < out; j += most)
-            for (size_t column = 0; column < columns; column += pk__columns_at_once()) {
-                pk__panels inputs = pk__panels_at(panels, places * in, column, columns);
-                target.to = tile + k * PK__TILE_LD + column;
-                for (size_t q = 0; q < places; q++, inputs.first += in * PK_PANEL) {
-                    target.other = cotangents + column * places * out + (q * out + j) * PK_PANEL;
-                    pk__panel_product(pk__min(most, out - j), in, e + k * stride + j * in, in, 1, &inputs,
-                                      biases ? biases + k * bias_stride + j : NULL, &target);
-                }
-            }
-    tangent->flops += 2.0 * (double)(outputs * out * places) * (double)columns * (double)in;
-}
-
-PK__INTERNAL void pk__integral_contract_row(pk__integral *tangent, size_t layer, size_t outputs,
-                                            const pk_real *e, size_t first, size_t columns, pk_real *tile)
-{
-    const pk__examples *examples = tangent->examples;
-    const size_t weights = tangent->node[layer]->weight_count;
-    double start = pk__seconds();
-    if (!examples->rows[layer]) {
-        pk__contract_matrix(tangent, layer, outputs, e, first, columns, tile);
-    } else {
-        pk__gemm(0, 0, outputs, columns, weights, 1, e, weights, examples->rows[layer] + first, examples->ld, 1,
-                 tile, PK__TILE_LD);
-        tangent->flops += 2.0 * (double)outputs * (double)columns * (double)weights;
-    }
-    tangent->seconds_contraction += pk__seconds() - start;
 }
 
 PK__END_CODE
 
-/* pathkernel/features/integral.h: implementation */
+/* pathkernel/features/phi.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
 
-/* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
-static const pk_real *pk__known_product(const pk__integral *tangent, size_t layer, const pk_real *direction)
+enum {
+    PK__STEP_ORDERS = 32,       /* nodes of the largest rule */
+    PK__STEP_DEPTH = 14,        /* halvings of a piece */
+    PK__STEP_NUMBERS = 1 << 18, /* of a block of rows, or those of one row */
+    PK__STEP_PIECES = 1024      /* between kinks of one row, and some more for each switch function */
+};
+
+typedef struct pk__step_integral {
+    pk_context *context;
+    const pk_graph *graph;
+    int kinked, exact, mixed; /* it has switch functions; it is a piecewise polynomial; dPhi/dx, not Phi */
+    size_t rows, numbers;     /* of a block; of the integrand of the most rows */
+    size_t output;            /* mixed */
+    /* The step and the rows: */
+    const pk_real *w, *next;
+    pk_matrix inputs;
+    /* Memory: */
+    double *node, *weight; /* rules 1 .. PK__STEP_ORDERS, as pk__gauss_table has them */
+    pk_real *at, *direction, *value;
+    double *coarse, *fine;           /* numbers */
+    double *ends[4];                 /* mixed: J at the start and the end of a piece, of two rules; P each */
+    double *start, *end, *previous;  /* mixed: of the whole piece between kinks; of the one in front of it */
+    pk_real *seeds, *units, *copies; /* mixed: D x C, D x D, D x D: cotangents, directions, the input D times */
+    pk__path segment;
+    pk__pieces from, pieces;
+    pk_real *use_weights, *use_direction; /* of each use of a tensor, see pk_graph_spread */
+    /* Switch functions beside a kink: */
+    pk_graph varied; /* the graph whose inputs vary, too */
+    pk__tape tape;   /* D + 1 rows */
+    size_t switches, piece_capacity;
+    pk_real *before, *after, *here, *moved, *across,
+        *zero;      /* switches each; zero: the widest input of a switch node */
+    double *slopes; /* D */
+    int order;      /* nodes of the rule that the last smooth piece took */
+    /* Counted: */
+    size_t points, kinks, unresolved, refused;
+} pk__step_integral;
+
+/* Whether every derivative is a polynomial in t on each piece, and all kinks can be found. */
+static int pk__step_integral_is_exact(const pk_graph *graph)
 {
-    const pk__path *segment = &tangent->integrator.segment;
-    const size_t node = (size_t)(tangent->node[layer] - tangent->graph->nodes);
-    if (tangent->kind[layer] != PK__LAYER_DATA)
-        return NULL;
-    return direction == segment->direction ? segment->slope[node]
-           : direction == segment->weights ? segment->base[node]
-                                           : NULL;
+    if (graph->degree < 0 || graph->surrogate || graph->degree > PK__STEP_ORDERS)
+        return 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK__PATH_DEGREE)
+            return 0;
+    return 1;
 }
 
-/* pk__pass_transpose of a direction where it is at hand. */
-static const pk_real *pk__known_transposed(const pk__integral *tangent, const pk_real *direction)
+/* Rows of a block, from shapes alone. */
+static size_t pk__step_integral_rows(const pk_graph *graph, size_t rows)
 {
-    const pk__path *segment = &tangent->integrator.segment;
-    const pk_real *transposed = segment->tape.transposed;
-    return !transposed                       ? NULL
-           : direction == segment->weights   ? transposed
-           : direction == segment->direction ? transposed + tangent->graph->spread
-                                             : NULL;
+    const size_t one = pk__max(graph->output_width * pk__max(graph->parameters, 1), 1);
+    return pk__max(1, pk__min(rows, (size_t)PK__STEP_NUMBERS / one));
 }
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
-static void pk__add_along(pk__integral *tangent, size_t layer, size_t count, const size_t *row,
-                          const pk_real *weight, const pk_real *input, const pk_real *delta,
-                          const pk_real *bias_scale)
+/* Starts a zeroed phi; mixed: with the graph whose inputs vary, whose constants are the original's. */
+PK__PRIVATE pk_status pk__step_integral_begin(pk_context *context, const pk_graph *graph, int mixed,
+                                              pk__step_integral *phi)
 {
-    const pk_node *node = tangent->node[layer];
-    const size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
-    for (int v = 0; v < PK__DIRECTIONS; v++) {
-        if (!tangent->directions[v])
-            continue;
-        const pk_real *direction = tangent->directions[v] + node->weight_offset;
-        const pk_real *product = pk__known_product(tangent, layer, tangent->directions[v]);
-        if (!product) {
-            pk_real *to = tangent->scratch;
-            pk__layer_product(node, count, input, tangent->directions[v],
-                              pk__known_transposed(tangent, tangent->directions[v]), 0, to);
-            for (size_t p = 0; pk__has_bias(node) && p < count; p++)
-                for (size_t j = 0; j < out; j++)
-                    to[p * out + j] += (bias_scale ? bias_scale[p] : 1) * direction[out * in + j];
-            product = to;
-        }
-        for (size_t p = 0; p < count; p++)
-            pk__dots(outputs, out, delta + p * outputs * out, product + p * out, weight ? weight[p] : 1,
-                     tangent->along[v] + (row ? row[p] : p) * outputs);
+    memset(phi, 0, sizeof *phi);
+    phi->context = context;
+    phi->graph = graph;
+    phi->mixed = mixed;
+    phi->varied = *graph;
+    phi->varied.nodes = NULL;
+    if (!mixed)
+        return PK_OK;
+    pk_status status =
+        pk_allocate(context, graph->node_count, sizeof *graph->nodes, "the sensitivity", &phi->varied.nodes);
+    if (status)
+        return status;
+    memcpy(phi->varied.nodes, graph->nodes, graph->node_count * sizeof *graph->nodes);
+    phi->varied.nodes[0].varies = 1;
+    for (size_t n = 1; n < graph->node_count; n++)
+        pk__node_analyse(&phi->varied, &phi->varied.nodes[n]);
+    pk__graph_analyse(&phi->varied);
+    return PK_OK;
+}
+
+PK__PRIVATE void pk__step_integral_end(pk__step_integral *phi)
+{
+    pk_release(phi->context, phi->varied.nodes);
+    phi->varied.nodes = NULL;
+}
+
+/* The memory of everything but the step. */
+PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_integral *phi)
+{
+    const pk_graph *graph = phi->graph;
+    const int mixed = phi->mixed;
+    const size_t P = graph->parameters, C = graph->output_width, D = graph->input_width, real = sizeof(pk_real);
+    const size_t rules = (size_t)PK__STEP_ORDERS * (PK__STEP_ORDERS + 1) / 2;
+    size_t numbers = 0, widest = 0;
+    phi->exact = pk__step_integral_is_exact(graph);
+    phi->kinked = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        phi->kinked |= pk__is_switch(&graph->nodes[n]);
+    phi->rows = mixed ? 1 : pk__step_integral_rows(graph, rows);
+    if (!pk__multiply(mixed ? D + 1 : phi->rows * C, P, &numbers) || numbers > SIZE_MAX / 64)
+        arena->overflow = 1;
+    phi->numbers = numbers;
+    phi->node = pk__arena_take(arena, rules, sizeof(double));
+    phi->weight = pk__arena_take(arena, rules, sizeof(double));
+    if (phi->node && phi->weight)
+        pk__gauss_table(phi->node, phi->weight);
+    phi->at = pk__arena_take(arena, P, real);
+    phi->direction = pk__arena_take(arena, P, real);
+    phi->value = pk__arena_take(arena, numbers, real);
+    phi->coarse = pk__arena_take(arena, numbers, sizeof(double));
+    phi->fine = pk__arena_take(arena, numbers, sizeof(double));
+    phi->order = 4;
+    phi->switches = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        phi->switches +=
+            pk__is_switch(&graph->nodes[n]) ? graph->nodes[n].operation->switch_count(&graph->nodes[n]) : 0;
+    /* Few functions change sign more often than a few times in one step. */
+    phi->piece_capacity = PK__STEP_PIECES + 4 * phi->switches;
+    if (phi->kinked) {
+        pk__path_take(arena, graph, 1, 4 * (PK__PATH_DEGREE + 1 + PK__NEWTON_POINTS), 1, 0, phi->piece_capacity,
+                      0, &phi->segment);
+        pk__pieces_take(arena, 1, &phi->from);
+        pk__pieces_take(arena, phi->piece_capacity, &phi->pieces);
+        phi->use_weights = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
+        phi->use_direction = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
     }
-}
-
-/* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
-static void pk__add_outer(pk__integral *tangent, const pk_node *node, size_t count, const pk_real *weight,
-                          const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
-{
-    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
-    const size_t chosen = tangent->output_count;
-    delta += tangent->first_output * out;
-    /* Weighted inputs, so that one product serves a unit of outputs. */
-    for (size_t p = 0; p < count; p++)
-        for (size_t j = 0; j < in; j++)
-            tangent->weighted[p * in + j] = weight[p] * a[p * in + j];
-    for (size_t k = 0; k < chosen; k += tangent->unit)
-        pk__gemm(1, 0, pk__min(tangent->unit, chosen - k) * out, in, count, 1, delta + k * out, outputs * out,
-                 tangent->weighted, in, !fresh, phi + k * out * in, in);
-    if (pk__has_bias(node)) {
-        pk_real *bias = phi + chosen * out * in;
-        if (fresh)
-            memset(bias, 0, chosen * out * sizeof *bias);
-        for (size_t p = 0; p < count; p++)
-            for (size_t j = 0; j < chosen * out; j++)
-                bias[j] += weight[p] * delta[p * outputs * out + j];
-    }
-}
-
-/* Phi of one row from its points first .. last - 1, and what bounds its error. */
-static void pk__add_phi(pk__integral *tangent, size_t layer, const pk__points *points, size_t first,
-                        size_t last)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
-    size_t out = node->width, in = node->fan_in, outputs = tangent->outputs;
-    size_t count = last - first, at = points->row[first] * tangent->output_capacity * node->weight_count;
-    const int fresh = !tangent->begun[points->row[first]];
-    pk_real *a = tape->value[node->inputs[0]] + first * in;
-    pk_real *delta = tape->cotangent[node - tangent->graph->nodes] + first * outputs * out;
-    pk__add_outer(tangent, node, count, points->weight + first, a, delta, fresh, tangent->phi[layer] + at);
-    if (!tangent->check)
+    if (!mixed)
         return;
-    pk__add_outer(tangent, node, count, points->check + first, a, delta, fresh, tangent->check[layer] + at);
-    /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
-    pk_real *sizes = tangent->scratch, *weight = tangent->sorted.slack;
-    for (size_t p = 0; p < count; p++)
-        weight[p] = (pk_real)(tangent->allowance * fabs(points->weight[first + p]) + points->slack[first + p]);
-    for (size_t i = 0; i < count * outputs * out; i++)
-        sizes[i] = (pk_real)fabs(delta[i]);
-    for (size_t i = 0; i < count * in; i++)
-        tangent->absolute[i] = (pk_real)fabs(a[i]);
-    pk__add_outer(tangent, node, count, weight, tangent->absolute, sizes, fresh, tangent->size[layer] + at);
-}
-
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p), for any layer that is linear in its weights. */
-static void pk__add_along_places(pk__integral *tangent, size_t layer, const pk__points *points)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
-    const size_t outputs = tangent->outputs, width = node->width;
-    const pk_real *delta = tape->cotangent[node - tangent->graph->nodes];
-    pk_call call;
-    pk__pass_call(tape, node, points->count, 1, &call);
-    call.out = tangent->scratch;
-    for (int v = 0; v < PK__DIRECTIONS; v++) {
-        if (!tangent->directions[v])
-            continue;
-        call.weights = tangent->directions[v] + node->weight_offset;
-        node->operation->forward(&call);
-        for (size_t p = 0; p < points->count; p++)
-            pk__dots(outputs, width, delta + p * outputs * width, call.out + p * width, points->weight[p],
-                     tangent->along[v] + points->row[p] * outputs);
-    }
-}
-
-/* Phi of a layer used at several places, point by point: products over many places of a few points each. */
-static void pk__add_rows_places(pk__integral *tangent, size_t layer, const pk__points *points)
-{
-    const pk_node *node = tangent->node[layer];
-    const size_t outputs = tangent->outputs, weights = node->weight_count, in = node->fan_in,
-                 out = node->fan_out, positions = node->positions, most = pk__place_points(node, outputs);
-    for (size_t p = 0, last; p < points->count; p = last) {
-        last = pk__min(pk__row_end(points, p), p + most);
-        const size_t pairs = (last - p) * positions;
-        pk_real *places = tangent->places, *deltas = places + pairs * in;
-        for (size_t i = p; i < last; i++) {
-            pk_real *own = places + (i - p) * positions * in;
-            pk__node_places(&tangent->integrator.segment.tape, node, i, outputs, own,
-                            deltas + (i - p) * positions * outputs * out);
-            for (size_t j = 0; j < positions * outputs * out; j++)
-                deltas[(i - p) * positions * outputs * out + j] *= points->weight[i];
-        }
-        for (size_t chosen = 0; chosen < tangent->output_count; chosen++) {
-            const pk_real *delta = deltas + (tangent->first_output + chosen) * out;
-            pk_real *phi = tangent->phi[layer] + (points->row[p] * tangent->output_capacity + chosen) * weights;
-            pk__gemm(1, 0, out, in, pairs, 1, delta, outputs * out, places, in, 1, phi, in);
-            for (size_t i = 0; weights > out * in && i < pairs; i++)
-                for (size_t j = 0; j < out; j++)
-                    phi[out * in + j] += delta[i * outputs * out + j];
-        }
-    }
-}
-
-/* Phi of a layer whose gradients are materialised point by point. */
-static void pk__add_rows(pk__integral *tangent, size_t layer, const pk__points *points)
-{
-    const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
-    size_t outputs = tangent->outputs, weights = node->weight_count;
-    if (node->tangent_form == PK_TANGENT_OUTER && !tangent->check) {
-        pk__add_rows_places(tangent, layer, points);
+    for (int i = 0; i < 4; i++)
+        phi->ends[i] = pk__arena_take(arena, P, sizeof(double));
+    phi->start = pk__arena_take(arena, P, sizeof(double));
+    phi->end = pk__arena_take(arena, P, sizeof(double));
+    phi->previous = pk__arena_take(arena, P, sizeof(double));
+    phi->seeds = pk__arena_take(arena, D, C * real);
+    phi->units = pk__arena_take(arena, D, D * real);
+    phi->copies = pk__arena_take(arena, D, D * real);
+    phi->slopes = pk__arena_take(arena, D, sizeof(double));
+    if (!phi->kinked)
         return;
-    }
-    for (size_t p = 0; p < points->count; p++) {
-        const size_t at = points->row[p] * tangent->output_capacity * weights;
-        const pk_real weight = points->weight[p],
-                      *gradient = tangent->scratch + tangent->first_output * weights;
-        pk_call call;
-        pk__pass_call(tape, node, 1, outputs, &call);
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!pk__is_switch(node))
+            continue;
         for (int j = 0; j < node->input_count; j++)
-            call.in[j] += p * call.in_width[j];
-        call.out += p * node->width;
-        call.out_cotangent = tape->cotangent[node - tangent->graph->nodes] + p * outputs * node->width;
-        call.weights = pk__has_row_weights(node) ? pk__row_weights(tape, &tape->line, node, p)
-                                                 : tape->line.weights + node->weight_offset;
-        call.gradient = tangent->scratch;
-        pk__node_row_gradients(&call);
-        for (size_t i = 0; i < tangent->output_count * weights; i++)
-            tangent->phi[layer][at + i] += weight * gradient[i];
-        for (size_t i = 0; tangent->check && i < tangent->output_count * weights; i++) {
-            tangent->check[layer][at + i] += points->check[p] * gradient[i];
-            tangent->size[layer][at + i] +=
-                (pk_real)((tangent->allowance * fabs(weight) + points->slack[p]) * fabs(gradient[i]));
-        }
+            widest = pk__max(widest, graph->nodes[node->inputs[j]].width);
     }
+    pk_real **const list[] = {&phi->before, &phi->after, &phi->here, &phi->moved, &phi->across};
+    for (size_t i = 0; i < 5; i++)
+        *list[i] = pk__arena_take(arena, phi->switches, real);
+    phi->zero = pk__arena_take(arena, widest, real);
+    if (phi->zero)
+        memset(phi->zero, 0, widest * real);
+    pk__pass_take(arena, &phi->varied, D, 0, 1, &phi->tape);
 }
 
-/* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
-static void pk__add_along_rows(pk__integral *tangent, size_t layer)
+/* ---- integrands ---------------------------------------------------------------------------------------- */
+
+PK__PRIVATE pk_matrix pk__no_matrix(void)
 {
-    const pk_node *node = tangent->node[layer];
-    const size_t weights = node->weight_count, chosen = tangent->output_count;
-    for (int v = 0; v < PK__DIRECTIONS; v++)
-        for (size_t row = 0; tangent->directions[v] && row < tangent->rows; row++)
-            pk__dots(chosen, weights, tangent->phi[layer] + row * tangent->output_capacity * weights,
-                     tangent->directions[v] + node->weight_offset, 1,
-                     tangent->along[v] + row * tangent->outputs + tangent->first_output);
+    return pk_matrix_view(NULL, 0, 0);
 }
 
-/* Points of one row side by side: products over a row's points need them so. Stable. */
-static const pk__points *pk__sort_points(pk__integral *tangent, const pk__points *points)
+/* phi->value = the integrand at t: the Jacobians of the rows, or D rows of d/dx_d J_c and then J_c. */
+static pk_status pk__step_integral_value(pk__step_integral *phi, pk_matrix inputs, double t)
 {
-    int sorted = 1;
-    for (size_t p = 1; p < points->count; p++)
-        for (size_t q = 0; points->row[p] != points->row[p - 1] && q < p; q++)
-            sorted &= points->row[q] != points->row[p];
-    if (sorted)
-        return points;
-    pk__points *to = &tangent->sorted;
-    to->count = 0;
-    to->last = points->last;
-    for (size_t r = 0; r < tangent->rows; r++)
-        for (size_t p = 0; p < points->count; p++) {
-            if (points->row[p] != r)
-                continue;
-            size_t at = to->count++;
-            to->row[at] = r;
-            to->t[at] = points->t[p];
-            to->weight[at] = points->weight[p];
-            if (points->check) {
-                to->check[at] = points->check[p];
-                to->slack[at] = points->slack[p];
-            }
-        }
-    return to;
+    const pk_graph *graph = phi->graph;
+    const size_t P = graph->parameters, C = graph->output_width, D = graph->input_width;
+    pk__step_point(P, phi->w, phi->next, t, phi->at);
+    phi->points += inputs.rows;
+    if (!phi->mixed)
+        return pk_jacobian(phi->context, graph, phi->at, inputs, pk_matrix_view(phi->value, inputs.rows * C, P),
+                           pk__no_matrix());
+    pk_status status = pk_mixed_product(
+        phi->context, graph, phi->at, pk_matrix_view(phi->copies, D, D), pk_matrix_view(phi->seeds, D, C), NULL,
+        pk_matrix_view(phi->units, D, D), pk_matrix_view(phi->value, D, P), pk__no_matrix());
+    if (status)
+        return status;
+    return pk_vjp(phi->context, graph, phi->at, inputs, pk_matrix_view(phi->seeds, 1, C),
+                  pk_matrix_view(phi->value + D * P, 1, P), pk__no_matrix());
 }
 
-/* What the layers at either end keep of the points: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
-static void pk__add_ends(pk__integral *tangent, size_t layer, const pk__points *points)
+/* How large the polynomial through n nodes in [0, 1] that is 1 at node q and 0 at the others is at x. */
+static double pk__lagrange(int n, const double *node, int q, double x)
 {
-    const pk_node *node = tangent->node[layer];
-    const pk__tape *tape = &tangent->integrator.segment.tape;
-    const size_t cotangents = tangent->outputs * node->width, in = node->fan_in;
-    const pk_real *delta = tape->cotangent[node - tangent->graph->nodes], *a = tape->value[node->inputs[0]];
-    for (size_t p = 0; p < points->count; p++) {
-        const pk_real weight = points->weight[p];
-        pk_real *to = tangent->delta[layer] + points->row[p] * cotangents;
-        if (tangent->kind[layer] == PK__LAYER_DATA) {
-            for (size_t j = 0; j < cotangents; j++)
-                to[j] += weight * delta[p * cotangents + j];
+    double product = 1;
+    for (int r = 0; r < n; r++)
+        if (r != q)
+            product *= (x - node[r]) / (node[q] - node[r]);
+    return product;
+}
+
+/* to = the rule of n nodes on [a, b]; mixed: start and end = J there, from the inside. */
+static pk_status pk__step_integral_rule(pk__step_integral *phi, pk_matrix inputs, double a, double b, int n,
+                                        size_t numbers, double *to, double *start, double *end)
+{
+    const double *node = phi->node + n * (n - 1) / 2, *weight = phi->weight + n * (n - 1) / 2;
+    const size_t P = phi->graph->parameters;
+    memset(to, 0, numbers * sizeof *to);
+    if (phi->mixed) {
+        memset(start, 0, P * sizeof *start);
+        memset(end, 0, P * sizeof *end);
+    }
+    for (int q = 0; q < n; q++) {
+        pk_status status = pk__step_integral_value(phi, inputs, a + (b - a) * node[q]);
+        if (status)
+            return status;
+        const double w = (b - a) * weight[q];
+        for (size_t i = 0; i < numbers; i++)
+            to[i] += w * phi->value[i];
+        if (!phi->mixed)
             continue;
+        const pk_real *j = phi->value + phi->graph->input_width * P;
+        const double first = pk__lagrange(n, node, q, 0), last = pk__lagrange(n, node, q, 1);
+        for (size_t p = 0; p < P; p++) {
+            start[p] += first * j[p];
+            end[p] += last * j[p];
         }
-        memcpy(to, delta + p * cotangents, cotangents * sizeof *to);
-        for (size_t j = 0; j < in; j++)
-            tangent->input[layer][points->row[p] * in + j] += weight * a[p * in + j];
     }
+    return PK_OK;
 }
 
-/* What a layer keeps of the points that are in memory: sums over the points, before any example is looked at. */
-static void pk__add_points(pk__integral *tangent, size_t layer, const pk__points *points)
+/* The largest difference of two vectors, as a part of the largest number of the second; 0 where that is 0. */
+static double pk__step_integral_apart(size_t count, const double *a, const double *b)
 {
-    const double start = pk__seconds();
-    if (tangent->kind[layer] == PK__LAYER_DATA || tangent->kind[layer] == PK__LAYER_LINEAR)
-        pk__add_ends(tangent, layer, points);
-    else if (tangent->kind[layer] == PK__LAYER_ROWS)
-        pk__add_rows(tangent, layer, points);
-    for (size_t p = 0, last; tangent->kind[layer] == PK__LAYER_POINTS && p < points->count; p = last) {
-        last = pk__row_end(points, p);
-        pk__add_phi(tangent, layer, points, p, last);
+    double apart = 0, largest = 0;
+    for (size_t i = 0; i < count; i++) {
+        apart = fmax(apart, fabs(a[i] - b[i]));
+        largest = fmax(largest, fabs(b[i]));
     }
-    tangent->seconds_sums += pk__seconds() - start;
+    return largest > 0 ? apart / largest : 0;
 }
 
-/* As many points as can be reversed at one time. */
-static void pk__integral_part(pk__integral *tangent, const pk__points *points)
+/* sum += the integral over [a, b]; mixed: phi->start (where first) and phi->end = J at its ends. */
+static pk_status pk__step_integral_piece(pk__step_integral *phi, pk_matrix inputs, double a, double b,
+                                         int depth, int first, size_t numbers, double *sum)
 {
-    pk__path *segment = &tangent->integrator.segment;
-    const pk_graph *graph = tangent->graph;
-    const size_t outputs = tangent->outputs, classes = graph->output_width, count = points->count;
-    const size_t *row = points->row;
-    const pk_real *weight = points->weight;
-    if (count)
-        pk__path_forward(segment, count, row, points->t);
-    for (size_t p = 0; p < count; p++) {
-        pk__readout_apply(&tangent->integrator.readout, classes, tangent->integrator.first_row + row[p],
-                          pk__pass_output(&segment->tape) + p * classes, tangent->integrator.h,
-                          pk__pass_seed(&segment->tape) + p * outputs * classes);
-        tangent->weight_sum[row[p]] += weight[p];
-    }
-    segment->tape.unit_seeds = tangent->integrator.readout.kind == PK_READOUT_ALL;
-    if (count)
-        pk__path_reverse(segment, count, points->t, outputs);
-    for (size_t l = 0; count && l < graph->layers; l++) {
-        const pk_node *node = tangent->node[l];
-        const pk_real *delta = segment->tape.cotangent[node - graph->nodes];
-        const pk_real *a = segment->tape.value[node->inputs[0]];
-        const int spread = pk__is_spread(tangent, l);
-        if (spread)
-            pk__add_along_places(tangent, l, points);
-        else if (tangent->kind[l] == PK__LAYER_POINTS)
-            pk__add_along(tangent, l, count, row, weight, a, delta, NULL);
-        if (tangent->kind[l] != PK__LAYER_POINTS || (tangent->integrated[l] && !spread))
-            pk__add_points(tangent, l, points);
-    }
-    for (size_t p = 0; p < count; p++)
-        tangent->begun[row[p]] = 1;
-    for (size_t l = 0; points->last && l < graph->layers; l++) {
-        const pk_node *node = tangent->node[l];
-        if (tangent->kind[l] == PK__LAYER_ROWS)
-            pk__add_along_rows(tangent, l);
-        else if (tangent->kind[l] == PK__LAYER_DATA)
-            pk__add_along(tangent, l, tangent->rows, NULL, NULL, segment->base[node->inputs[0]],
-                          tangent->delta[l], NULL);
-        else if (tangent->kind[l] == PK__LAYER_LINEAR)
-            pk__add_along(tangent, l, tangent->rows, NULL, NULL, tangent->input[l], tangent->delta[l],
-                          tangent->weight_sum);
-    }
-    pk__contract(tangent, points);
-}
-
-static void pk__integral_points(void *user, const pk__points *unsorted)
-{
-    pk__integral *tangent = user;
-    const pk__points *points = pk__sort_points(tangent, unsorted);
-    size_t first = 0;
-    do {
-        pk__points part = *points;
-        part.count = pk__min(tangent->reverse_points, points->count - first);
-        part.row += first;
-        part.t += first;
-        part.weight += first;
-        if (part.check) {
-            part.check += first;
-            part.slack += first;
+    const size_t P = phi->graph->parameters;
+    const int exact = phi->exact ? pk__max((size_t)phi->graph->degree, 1) : 0;
+    int n = exact ? exact : phi->order > 4 ? phi->order / 2 : 2;
+    /* The error of a rule with twice the nodes is about the square of the difference. */
+    const double enough = sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10;
+    pk_status status =
+        pk__step_integral_rule(phi, inputs, a, b, n, numbers, phi->fine, phi->ends[0], phi->ends[1]);
+    for (double before = INFINITY; !status && !exact;) {
+        double *swap = phi->coarse;
+        phi->coarse = phi->fine, phi->fine = swap;
+        for (int i = 0; i < 2; i++)
+            swap = phi->ends[i], phi->ends[i] = phi->ends[i + 2], phi->ends[i + 2] = swap;
+        n *= 2;
+        status = pk__step_integral_rule(phi, inputs, a, b, n, numbers, phi->fine, phi->ends[0], phi->ends[1]);
+        if (status)
+            break;
+        double apart = pk__step_integral_apart(numbers, phi->coarse, phi->fine);
+        for (int i = 0; i < 2 && phi->mixed && phi->kinked; i++)
+            apart = fmax(apart, pk__step_integral_apart(P, phi->ends[i + 2], phi->ends[i]));
+        if (apart <= enough) {
+            phi->order = n;
+            break;
         }
-        first += part.count;
-        part.last = points->last && first == points->count;
-        pk__integral_part(tangent, &part);
-    } while (first < points->count);
-}
-
-PK__INTERNAL void pk__integral_step(pk__integral *tangent, const pk_real *weights, const pk_real *direction,
-                                    const pk_real *transposed, size_t first_row, size_t rows,
-                                    const pk_real *inputs, pk_engine engine)
-{
-    const pk_graph *graph = tangent->graph;
-    size_t outputs = tangent->outputs;
-    const size_t chosen = rows * tangent->output_capacity;
-    tangent->rows = rows;
-    tangent->integrator.first_row = first_row;
-    pk__path_begin(&tangent->integrator.segment, weights, direction, transposed, rows, inputs);
-    memset(tangent->weight_sum, 0, rows * sizeof(pk_real));
-    memset(tangent->begun, 0, rows);
-    for (int v = 0; v < PK__DIRECTIONS; v++)
-        memset(tangent->along[v], 0, rows * outputs * sizeof(pk_real));
-    for (size_t l = 0; l < graph->layers; l++) {
-        const pk_node *node = tangent->node[l];
-        pk__choose_contraction(tangent, l, engine);
-        if (tangent->delta[l])
-            memset(tangent->delta[l], 0, rows * outputs * node->width * sizeof(pk_real));
-        if (tangent->input[l])
-            memset(tangent->input[l], 0, rows * node->fan_in * sizeof(pk_real));
-        /* Elsewhere Phi starts with the row's first points: every row has some. */
-        if (tangent->kind[l] != PK__LAYER_ROWS)
+        const int last = 2 * n > PK__STEP_ORDERS || (n > 8 && apart > 0.1 * before);
+        before = apart;
+        if (!last)
             continue;
-        memset(tangent->phi[l], 0, chosen * node->weight_count * sizeof(pk_real));
-        if (tangent->check) {
-            memset(tangent->check[l], 0, chosen * node->weight_count * sizeof(pk_real));
-            memset(tangent->size[l], 0, chosen * node->weight_count * sizeof(pk_real));
+        if (depth < PK__STEP_DEPTH) {
+            const double middle = 0.5 * (a + b);
+            status = pk__step_integral_piece(phi, inputs, a, middle, depth + 1, first, numbers, sum);
+            return status ? status
+                          : pk__step_integral_piece(phi, inputs, middle, b, depth + 1, 0, numbers, sum);
         }
+        phi->refused++;
+        break;
     }
-    size_t before = tangent->integrator.points;
-    pk__integrate(&tangent->integrator, pk__integral_points, tangent);
-    tangent->integrator.points_last = tangent->integrator.points - before;
-    for (size_t l = 0; tangent->check && l < graph->layers; l++)
-        for (size_t i = 0; i < chosen * tangent->node[l]->weight_count; i++)
-            tangent->size[l][i] += (pk_real)(2 * fabs(tangent->check[l][i]));
+    if (status)
+        return status;
+    for (size_t i = 0; i < numbers; i++)
+        sum[i] += phi->fine[i];
+    if (phi->mixed) {
+        if (first)
+            memcpy(phi->start, phi->ends[0], P * sizeof *phi->start);
+        memcpy(phi->end, phi->ends[1], P * sizeof *phi->end);
+    }
+    return PK_OK;
 }
 
-/* Element i of a tensor, in the order in which it stands in w, is element pk__use_index of a use. */
-static size_t pk__use_index(const pk_tensor_use *use, size_t i)
+/* ---- kinks --------------------------------------------------------------------------------------------- */
+
+/* The pieces of a row. */
+static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix inputs, double a, double b)
 {
-    return use->rows ? i % use->rows * use->cols + i / use->rows : i;
+    const pk_graph *graph = phi->graph;
+    const pk_real *weights = phi->w, *direction = phi->direction;
+    if (graph->pieces) {
+        pk_graph_spread(graph, phi->w, phi->use_weights);
+        pk_graph_spread(graph, phi->direction, phi->use_direction);
+        weights = phi->use_weights, direction = phi->use_direction;
+    }
+    pk__path_begin(&phi->segment, weights, direction, NULL, 1, inputs.data);
+    phi->from.count = 0;
+    (void)pk__pieces_push(&phi->from, 0, a, b);
+    if (pk__path_split(&phi->segment, &phi->from, &phi->pieces))
+        return PK_OK;
+    return pk__fail(phi->context, PK_UNSUPPORTED,
+                    "a step has more than %zu kinks of one row, too many for this analysis",
+                    phi->piece_capacity);
 }
 
-/* Sums over the uses of the tensor that `owner` brings into w, in all of them, of one of phi, check and size. */
-static void pk__share_tensor(const pk__integral *tangent, const pk_tensor_use *owner, pk_real *const *features)
+/* values = the switch functions of one row of the tape; tangents: their derivatives along its tangents. */
+static void pk__step_integral_switches(const pk__step_integral *phi, size_t row, int tangents, pk_real *values)
 {
-    const pk_graph *graph = tangent->graph;
-    const pk_tensor_use *end = graph->pieces + graph->piece_count;
-    const pk_node *own = &graph->nodes[owner->node];
-    const size_t cells = tangent->rows * tangent->output_capacity, own_at = owner->spread - own->weight_offset;
-    for (int back = 0; back < 2; back++)
-        for (const pk_tensor_use *use = owner + 1; use < end; use++) {
-            const pk_node *node = &graph->nodes[use->node];
-            const size_t at = use->spread - node->weight_offset;
-            if (use->flat != owner->flat)
-                continue;
-            for (size_t cell = 0; cell < cells; cell++) {
-                pk_real *sum = features[own->layer] + cell * own->weight_count + own_at;
-                pk_real *one = features[node->layer] + cell * node->weight_count + at;
-                for (size_t i = 0; i < use->count; i++)
-                    if (back)
-                        one[pk__use_index(use, i)] = sum[i];
-                    else
-                        sum[i] += one[pk__use_index(use, i)];
-            }
-        }
-}
-
-PK__INTERNAL void pk__integral_share(pk__integral *tangent)
-{
-    const pk_graph *graph = tangent->graph;
-    for (const pk_tensor_use *use = graph->pieces; use < graph->pieces + graph->piece_count; use++) {
-        if (use->owner != use->node || !graph->nodes[use->node].shares)
+    const pk_graph *graph = &phi->varied;
+    const pk__tape *tape = &phi->tape;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        if (!pk__is_switch(&phi->graph->nodes[n]))
             continue;
-        pk__share_tensor(tangent, use, tangent->phi);
-        if (tangent->size)
-            pk__share_tensor(tangent, use, tangent->size);
+        const size_t count = node->operation->switch_count(node);
+        pk_call call;
+        pk__pass_call(tape, node, 1, 1, &call);
+        call.out = values;
+        if (tangents) { /* affine in the inputs: what is constant is taken off */
+            for (int j = 0; j < node->input_count; j++)
+                call.in[j] = phi->zero;
+            node->operation->switches(&call);
+            call.out = phi->here;
+        }
+        for (int j = 0; j < node->input_count; j++) {
+            const size_t from = (size_t)node->inputs[j];
+            const pk_real *base = tangents ? tape->tangent[from] : tape->value[from];
+            call.in[j] = base ? base + row * call.in_width[j] : phi->zero;
+        }
+        node->operation->switches(&call);
+        for (size_t i = 0; tangents && i < count; i++)
+            values[i] = phi->here[i] - values[i];
+        values += count;
     }
 }
 
-/* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
-PK__PRIVATE void pk__row_view(const pk__integral *tangent, size_t layer, size_t row, size_t first,
-                              const pk_real **matrices, const pk_real **biases)
+/* The network at t, for `rows` copies of the input. */
+static void pk__step_integral_forward(pk__step_integral *phi, double t, size_t rows, const pk_real *inputs)
 {
-    const pk_node *node = tangent->node[layer];
-    const int rows = tangent->kind[layer] == PK__LAYER_ROWS;
-    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = node->weight_count - bias;
-    const pk_real *from = tangent->phi[layer] + row * tangent->output_capacity * node->weight_count;
-    first -= tangent->first_output;
-    *matrices = from + first * matrix;
-    *biases = from + tangent->output_count * matrix + first * bias;
+    const pk_graph *graph = phi->graph;
+    pk__step_point(graph->parameters, phi->w, phi->next, t, phi->at);
+    const pk_real *weights = phi->at;
+    if (graph->pieces) {
+        pk_graph_spread(graph, phi->at, phi->use_weights);
+        weights = phi->use_weights;
+    }
+    const pk__line line = {weights, NULL, NULL};
+    pk__pass_forward(&phi->tape, &line, rows, inputs);
 }
 
-/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
- * outputs stand one behind the other. */
-static void pk__row_outputs(const pk__integral *tangent, size_t layer, size_t row, size_t first, size_t count,
-                            const pk_real *from, pk_real *to)
+/* to (D + 1 rows of P) += (dt/dx) (x) (J before - J after) at the kink t between pieces with middles a and b. */
+static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, double a, double t, double b,
+                                   double *to)
 {
-    const pk_node *node = tangent->node[layer];
-    const size_t weights = node->weight_count;
-    const int rows = tangent->kind[layer] == PK__LAYER_ROWS;
-    const size_t bias = !rows && pk__has_bias(node) ? node->width : 0, matrix = weights - bias;
-    from += row * tangent->output_capacity * weights;
-    first -= tangent->first_output;
-    memcpy(to, from + first * matrix, count * matrix * sizeof *to);
-    memcpy(to + count * matrix, from + tangent->output_count * matrix + first * bias,
-           count * bias * sizeof *to);
-}
-
-/* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
- * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
-PK__PRIVATE pk_real pk__row_factors(const pk__integral *tangent, size_t layer, size_t row, size_t first,
-                                    const pk_real **cotangents, const pk_real **inputs)
-{
-    const pk_node *node = tangent->node[layer];
-    const int data = tangent->kind[layer] == PK__LAYER_DATA;
-    *inputs =
-        (data ? tangent->integrator.segment.base[node->inputs[0]] : tangent->input[layer]) + row * node->fan_in;
-    *cotangents = tangent->delta[layer] + (row * tangent->outputs + first) * node->width;
-    return data ? 1 : tangent->weight_sum[row];
-}
-
-PK__INTERNAL void pk__integral_row_phi(const pk__integral *tangent, size_t layer, size_t row, size_t first,
-                                       size_t count, pk_real *phi)
-{
-    const pk_node *node = tangent->node[layer];
-    const size_t out = node->width, in = node->fan_in;
-    if (tangent->phi[layer]) {
-        pk__row_outputs(tangent, layer, row, first, count, tangent->phi[layer], phi);
+    const pk_graph *graph = phi->graph;
+    const size_t P = graph->parameters, D = graph->input_width;
+    double jump = 0, size = 0;
+    for (size_t p = 0; p < P; p++) {
+        jump = fmax(jump, fabs(phi->previous[p] - phi->start[p]));
+        size = fmax(size, fmax(fabs(phi->previous[p]), fabs(phi->start[p])));
+    }
+    if (!(jump > 64 * PK__EPSILON * size)) /* a switch that nothing depends on */
         return;
+    phi->kinks++;
+    pk__step_integral_forward(phi, a, 1, inputs.data);
+    pk__step_integral_switches(phi, 0, 0, phi->before);
+    pk__step_integral_forward(phi, b, 1, inputs.data);
+    pk__step_integral_switches(phi, 0, 0, phi->after);
+    pk__step_integral_forward(phi, t, D, phi->copies);
+    const pk_real *weights = phi->at, *direction = phi->direction;
+    if (graph->pieces) {
+        pk_graph_spread(graph, phi->direction, phi->use_direction);
+        weights = phi->use_weights, direction = phi->use_direction;
     }
-    const pk_real *delta, *a;
-    const pk_real bias = pk__row_factors(tangent, layer, row, first, &delta, &a);
-    for (size_t j = 0; j < count * out; j++)
-        for (size_t i = 0; i < in; i++)
-            phi[j * in + i] = delta[j] * a[i];
-    if (pk__has_bias(node))
-        for (size_t j = 0; j < count * out; j++)
-            phi[count * out * in + j] = delta[j] * bias;
+    /* dz/dt: along the step, of one row. */
+    const pk__line step = {weights, direction, NULL}, still = {weights, NULL, NULL};
+    memset(phi->tape.tangent[0], 0, D * D * sizeof(pk_real));
+    pk__pass_tangent(&phi->tape, &step, 1);
+    pk__step_integral_switches(phi, 0, 1, phi->moved);
+    /* dz/dx: rows are directions. */
+    memcpy(phi->tape.tangent[0], phi->units, D * D * sizeof(pk_real));
+    pk__pass_tangent(&phi->tape, &still, D);
+    size_t used = 0;
+    int agree = 1;
+    memset(phi->slopes, 0, D * sizeof *phi->slopes);
+    /* Of several functions that change sign here, as units that are copies of each other: all must move alike. */
+    for (size_t d = 0; d < D; d++) {
+        pk__step_integral_switches(phi, d, 1, phi->across);
+        used = 0;
+        for (size_t i = 0; i < phi->switches; i++) {
+            if ((phi->before[i] > 0) == (phi->after[i] > 0) || phi->moved[i] == 0)
+                continue;
+            const double slope = -(double)phi->across[i] / (double)phi->moved[i];
+            if (!used++)
+                phi->slopes[d] = slope;
+            else if (!(fabs(slope - phi->slopes[d]) <= 1e-7 * (fabs(slope) + fabs(phi->slopes[d]))))
+                agree = 0;
+        }
+    }
+    if (!used || !agree) {
+        phi->unresolved++;
+        if (!used)
+            return;
+    }
+    for (size_t d = 0; d < D; d++)
+        for (size_t p = 0; p < P; p++)
+            to[d * P + p] += phi->slopes[d] * (phi->previous[p] - phi->start[p]);
 }
 
-PK__INTERNAL void pk__integral_row_error(const pk__integral *tangent, size_t layer, size_t row, size_t first,
-                                         size_t count, pk_real *error)
+/* ---- a step -------------------------------------------------------------------------------------------- */
+
+/* to (rows C x P, or D x P and behind it P of scratch) = the integral along the step from w to next of a block of rows, at most
+ * phi->rows, or of one. mixed: of output phi->output. */
+PK__PRIVATE pk_status pk__step_integral_run(pk__step_integral *phi, const pk_real *w, const pk_real *next,
+                                            pk_matrix inputs, double *to)
 {
-    pk__row_outputs(tangent, layer, row, first, count, tangent->size[layer], error);
+    const pk_graph *graph = phi->graph;
+    const size_t P = graph->parameters, C = graph->output_width, D = graph->input_width;
+    const size_t one = phi->mixed ? (D + 1) * P : C * P;
+    pk_status status = PK_OK;
+    phi->w = w, phi->next = next;
+    memset(to, 0, (phi->mixed ? 1 : inputs.rows) * one * sizeof *to);
+    if (phi->mixed) {
+        memset(phi->seeds, 0, D * C * sizeof *phi->seeds);
+        memset(phi->units, 0, D * D * sizeof *phi->units);
+        for (size_t d = 0; d < D; d++) {
+            phi->seeds[d * C + phi->output] = 1;
+            phi->units[d * D + d] = 1;
+            memcpy(phi->copies + d * D, inputs.data, D * sizeof *phi->copies);
+        }
+    }
+    if (!phi->kinked)
+        return pk__step_integral_piece(phi, inputs, 0, 1, 0, 1, inputs.rows * one, to);
+    for (size_t p = 0; p < P; p++)
+        phi->direction[p] = (pk_real)((double)next[p] - w[p]);
+    for (size_t r = 0; r < inputs.rows && !status; r++) {
+        const pk_matrix row = pk_matrix_view(inputs.data + r * inputs.ld, 1, D);
+        status = pk__step_integral_split(phi, row, 0, 1);
+        for (size_t k = 0; k < phi->pieces.count && !status; k++) {
+            const pk__piece *piece = &phi->pieces.piece[k];
+            status = pk__step_integral_piece(phi, row, piece->a, piece->b, 0, 1, one, to + r * one);
+            if (!status && phi->mixed && k)
+                pk__step_integral_kink(phi, row, 0.5 * (piece[-1].a + piece[-1].b), piece->a,
+                                       0.5 * (piece->a + piece->b), to);
+            if (phi->mixed)
+                memcpy(phi->previous, phi->end, P * sizeof *phi->previous);
+        }
+    }
+    return status;
 }
 
 PK__END_CODE
@@ -19336,13 +22002,14 @@ PK__BEGIN_COLD_CODE
 /* One thread's memory. */
 typedef struct pk__worker {
     struct pk__job *job;
-    pk__integral tangent;
+    pk__integral integral;
+    pk__product product;
     pk_real *phi, *tensor, /* the same as phi, of one tensor of a layer that shares some */
         *effective;        /* outputs of a part x weights of its layer; effective where E is no multiple of R */
     pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
     pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
-    /* Of the tile that is being added: */
+    /* The step of the block in hand: the first of its rows, their number; the step; what its products are multiplied with. */
     size_t row, rows, step;
     const pk__examples *batch;
     double factor;
@@ -19387,6 +22054,7 @@ typedef struct pk__job {
     pk__worker *workers;
     pk_linear_form *next_forms;        /* of the step after the window */
     size_t first_output, output_count; /* of the pass */
+    int by_layer;                      /* results are kept layer by layer */
     pk_decomposition *part;
 } pk__job;
 
@@ -19440,7 +22108,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         worker->job = job;
         pk__integral_take(arena, graph, &job->options->readout, job->block,
                           job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
-                          job->unit, job->options->bounds, &job->window.representation, &worker->tangent);
+                          job->unit, job->options->bounds, &job->window.representation, &worker->integral);
+        pk__product_take(arena, &worker->integral, !job->window.representation.materialised, &worker->product);
         worker->phi = pk__arena_take(arena, largest, real);
         worker->tensor = pk__arena_take(arena, graph->pieces ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
@@ -19452,10 +22121,10 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         worker->bound_tile = pk__arena_take(arena, job->options->bounds ? job->outputs : 0, tile);
         worker->left_inputs =
             pk__arena_take(arena, job->reverse ? 0 : PK__EXAMPLE_BLOCK, graph->input_width * real);
-        worker->tangent.integrator.gauss_nodes = job->gauss_nodes;
-        worker->tangent.integrator.gauss_weights = job->gauss_weights;
-        worker->tangent.integrator.quadrature = job->quadrature;
-        worker->tangent.integrator.target = job->target;
+        worker->integral.integrator.gauss_nodes = job->gauss_nodes;
+        worker->integral.integrator.gauss_weights = job->gauss_weights;
+        worker->integral.integrator.quadrature = job->quadrature;
+        worker->integral.integrator.target = job->target;
     }
 }
 
@@ -19728,13 +22397,9 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
 
 PK__END_COLD_CODE
 
-/* pathkernel/attribution/decompose.h: implementation */
-#include <math.h>
-#include <stdio.h>
+/* pathkernel/attribution/cells.h: implementation */
 #include <string.h>
 PK__BEGIN_CODE
-
-/* ---- the test side of one block over one window ------------------------------------------------------ */
 
 /* In eight sums, so that a vector of them is added at a time. */
 static double pk__sum(size_t count, const pk_real *x)
@@ -19784,13 +22449,14 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
     }
 }
 
-/* The tile of a block of rows from the factored layers. */
-static void pk__add_tile(void *user, int layer, size_t first, size_t count, const pk_real *tile)
+/* The tile of a block of rows with the examples first .. first + count - 1, of one layer or, with layer -1, of all of
+ * worker->product.due. */
+PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first, size_t count,
+                              const pk_real *tile)
 {
-    const pk__worker *worker = user;
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
-    layer = layer < 0 ? layer : worker->tangent.node[layer]->column;
+    layer = layer < 0 ? layer : worker->integral.layer[layer].node->column;
     if (job->output_count == outputs) {
         pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
                       count, tile);
@@ -19801,8 +22467,36 @@ static void pk__add_tile(void *user, int layer, size_t first, size_t count, cons
                       worker->factor, first, count, tile + (row * outputs + job->first_output) * PK__TILE_LD);
 }
 
+/* The tile of a row, all outputs, with block number `block` of the examples. */
+PK__PRIVATE pk_real *pk__row_tile(const pk__worker *worker, size_t block)
+{
+    return worker->tile + block * worker->job->outputs * PK__TILE_LD;
+}
+
+/* The row's tiles, of one column or of all, added to the results; then zero. */
+PK__PRIVATE void pk__add_row(pk__worker *worker, size_t row, int column, size_t j, double factor)
+{
+    const pk__job *job = worker->job;
+    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
+    const double start = pk__seconds();
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
+        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
+        pk__add_cells(worker, column, (worker->row + row) * job->outputs + first_output, job->output_count,
+                      factor, first, count, tile);
+        pk__clear_tile(job->output_count, count, tile);
+    }
+    worker->product.seconds += pk__seconds() - start; /* as the factored layers' tiles count */
+}
+
+PK__END_CODE
+
+/* pathkernel/attribution/recurrence.h: implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
 /* Weights of a layer that Phi keeps apart from its matrix. */
-static size_t pk__bias_count(const pk_node *node)
+PK__PRIVATE size_t pk__bias_count(const pk_node *node)
 {
     return pk__is_outer(node) && !node->shares && pk__has_bias(node) ? node->width : 0;
 }
@@ -19816,16 +22510,17 @@ typedef struct pk__part {
 
 /* Phi of a part, as it is stored: matrices, and biases elsewhere (inputs == NULL); or as outer products of cotangents and
  * one row of inputs, and the cotangents times bias_input. */
-typedef struct pk__phi {
+typedef struct pk__phi_view {
     const pk_real *matrices, *biases;
     const pk_real *cotangents, *inputs;
     pk_real bias_input;
-} pk__phi;
+} pk__phi_view;
 
 /* R of the weights first .. first + count - 1 of a part a step back, and E where it is wanted. p (out x in, then out): NULL where
  * it is a scalar; state and e: matrices, then biases. */
 static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
-                              double carry, const pk_real *p, const pk__phi *phi, pk_real *state, pk_real *e)
+                              double carry, const pk_real *p, const pk__phi_view *phi, pk_real *state,
+                              pk_real *e)
 {
     const size_t in = part->node->fan_in, out = part->node->fan_out, matrix = part->matrix;
     const size_t last = first + count, matrices = part->count * matrix, end = pk__min(last, matrix);
@@ -19849,9 +22544,9 @@ static void pk__advance_range(const pk__part *part, size_t first, size_t count, 
 }
 
 /* R of a part a step back, with the linear form of each range of its weights. next: forms of the step behind. */
-static void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
-                              const pk_linear_form *next, const pk_real *p, const pk__phi *phi, pk_real *state,
-                              pk_real *e)
+PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
+                                   const pk_linear_form *next, const pk_real *p, const pk__phi_view *phi,
+                                   pk_real *state, pk_real *e)
 {
     const pk_parameter_groups *groups = &job->run->groups;
     if (!job->grouped) {
@@ -19880,14 +22575,14 @@ static void pk__advance_state(const pk__job *job, const pk__part *part, const pk
 }
 
 /* < e_k, v > for e laid out like Phi of a part and v like the layer's weights. */
-static double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, const pk_real *v)
+PK__PRIVATE double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, const pk_real *v)
 {
     return (double)pk__dot(part->matrix, e + k * part->matrix, v) +
            (double)pk__dot(part->bias, e + part->count * part->matrix + k * part->bias, v + part->matrix);
 }
 
 /* The same of what the node brings into w itself: e whole, weights of the whole graph. */
-static double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, const pk_real *weights)
+PK__PRIVATE double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, const pk_real *weights)
 {
     const pk_node *node = part->node;
     double sum = 0;
@@ -19900,66 +22595,24 @@ static double pk__dot_own(const pk__part *part, size_t k, const pk_real *e, cons
     return sum;
 }
 
-/* The tile of a row, all outputs, with block number `block` of the examples. */
-static pk_real *pk__row_tile(const pk__worker *worker, size_t block)
-{
-    return worker->tile + block * worker->job->outputs * PK__TILE_LD;
-}
-
-/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R is not copied: R is
- * contracted in its place, and gain belongs to the factor. */
-static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
+/* Where R of a part stands: row after row, layer after layer, part after part. */
+PK__PRIVATE size_t pk__state_place(const pk__worker *worker, const pk__part *part)
 {
     const pk__job *job = worker->job;
-    return worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
+    const size_t *before = job->state_at + part->layer, all = job->state_at[job->graph->layers];
+    return (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
+           (part->first - job->first_output) * (before[1] - before[0]);
 }
 
-/* The row's tiles += < e, g_b > of a part. */
-static void pk__contract_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
-{
-    const size_t examples = worker->job->window.batches[j].count;
-    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK)
-        pk__integral_contract_row(&worker->tangent, part->layer, part->count, e, first,
-                                  pk__min(PK__EXAMPLE_BLOCK, examples - first),
-                                  pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
-}
+PK__END_CODE
 
-/* The row's tiles, of one column or of all, added to the results; then zero. */
-static void pk__add_row(pk__worker *worker, size_t row, int column, size_t j, double factor)
-{
-    const pk__job *job = worker->job;
-    const size_t examples = job->window.batches[j].count, first_output = job->first_output;
-    const double start = pk__seconds();
-    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK) {
-        pk_real *tile = pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + first_output * PK__TILE_LD;
-        const size_t count = pk__min(PK__EXAMPLE_BLOCK, examples - first);
-        pk__add_cells(worker, column, (worker->row + row) * job->outputs + first_output, job->output_count,
-                      factor, first, count, tile);
-        pk__clear_tile(job->output_count, count, tile);
-    }
-    worker->tangent.seconds_contraction += pk__seconds() - start; /* as the factored layers' tiles count */
-}
+/* pathkernel/attribution/bounds.h: implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_CODE
 
-/* The part's tiles, tensor by tensor, added to the columns of the nodes that bring these into w. */
-static void pk__contract_columns(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
-{
-    const pk__job *job = worker->job;
-    const pk_node *node = part->node;
-    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
-    const double factor = pk__entry_factor(worker, form);
-    const size_t weights = node->weight_count;
-    for (int tensor = 0; tensor < 2; tensor++) {
-        const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
-        if (!count)
-            continue;
-        memset(worker->tensor, 0, part->count * weights * sizeof *worker->tensor);
-        for (size_t k = 0; k < part->count; k++)
-            memcpy(worker->tensor + k * weights + at, e + k * weights + at, count * sizeof *e);
-        pk__contract_part(worker, part, j, worker->tensor);
-        const pk_node *owner = node->tied[tensor] ? &job->graph->nodes[node->tied[tensor]] : node;
-        pk__add_row(worker, part->row, owner->column, j, factor);
-    }
-}
+/* ---- bounds on entries -------------------------------------------------------------------------------- */
 
 /* |factor| < error, |g_b| > of a part added to the bounds. */
 static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *error)
@@ -19967,299 +22620,48 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     pk__job *job = worker->job;
     const size_t cell = (worker->row + part->row) * job->outputs + part->first;
     const pk_batch *batch = &job->window.batches[j];
-    worker->tangent.examples = &job->window.magnitudes[j];
+    worker->product.examples = &job->window.magnitudes[j];
     for (size_t first = 0; first < batch->count; first += PK__EXAMPLE_BLOCK) {
         const size_t count = pk__min(PK__EXAMPLE_BLOCK, batch->count - first);
         pk__clear_tile(part->count, count, worker->bound_tile);
-        pk__integral_contract_row(&worker->tangent, part->layer, part->count, error, first, count,
-                                  worker->bound_tile);
+        pk__product_row(&worker->product, part->layer, part->count, error, first, count, worker->bound_tile);
         for (size_t k = 0; k < part->count; k++)
             for (size_t b = 0; b < count; b++)
                 job->part->bounds[(cell + k) * job->part->examples + (size_t)batch->items[first + b]] +=
                     fabs(worker->factor) * (double)worker->bound_tile[k * PK__TILE_LD + b];
     }
-    worker->tangent.examples = &job->window.examples[j];
+    worker->product.examples = &job->window.examples[j];
 }
 
-/* One part whose Phi is materialised: E (through R in reverse time), coupled decay, the contraction with the batch, and
- * the bounds by the same way with absolute values. */
-static void pk__materialised_part(pk__worker *worker, const pk__part *part, size_t j,
-                                  const pk_linear_form *next)
+/* The bounds of a part whose phi stands in the worker's memory; next: forms of the step behind; p: as for
+ * pk__advance_state. */
+PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part, size_t j,
+                                        const pk_linear_form *next, const pk_real *p)
 {
     pk__job *job = worker->job;
-    pk__window *window = &job->window;
-    const pk_linear_form *form = &window->forms[j * window->form_count];
-    const size_t U = window->spread, offset = part->node->weight_offset;
-    const size_t cell = (worker->row + part->row) * job->outputs;
-    /* R: row after row, layer after layer, part after part. */
-    size_t at = 0;
-    if (job->reverse) {
-        const size_t *before = job->state_at + part->layer, all = job->state_at[job->graph->layers];
-        at = (worker->row + part->row) * job->plan.outputs * all + job->output_count * before[0] +
-             (part->first - job->first_output) * (before[1] - before[0]);
-    }
-    const pk_real *p =
-        window->use_preconditioner ? window->use_preconditioner + j * window->uses_pitch + offset : NULL;
-    const pk_real *e = worker->phi;
-    pk__phi phi = {NULL, NULL, NULL, NULL, 0};
-    if (!job->reverse || job->part->bounds) {
-        pk__integral_row_phi(&worker->tangent, part->layer, part->row, part->first, part->count, worker->phi);
-        phi.matrices = worker->phi;
-        phi.biases = worker->phi + part->count * part->matrix;
-    } else if (worker->tangent.phi[part->layer])
-        pk__row_view(&worker->tangent, part->layer, part->row, part->first, &phi.matrices, &phi.biases);
-    else
-        phi.bias_input = pk__row_factors(&worker->tangent, part->layer, part->row, part->first, &phi.cotangents,
-                                         &phi.inputs);
-    if (job->reverse) {
-        /* Without a direct part E is gain R: no copy is needed. */
-        const int direct = job->grouped || form->direct != 0;
-        e = direct ? worker->effective : job->reverse_state + at;
-        pk__advance_state(job, part, form, next, p, &phi, job->reverse_state + at,
-                          direct ? worker->effective : NULL);
-        for (size_t k = 0; job->grouped && !window->decoupled && k < part->count; k++)
-            job->part->decay[cell + part->first + k] -=
-                (part->node->shares ? pk__dot_own(part, k, e, window->use_decayed + j * U)
-                                    : pk__dot_part(part, k, e, window->use_decayed + j * U + offset));
-        for (size_t k = 0; !job->grouped && form->coupled != 0 && k < part->count; k++)
-            job->part->decay[cell + part->first + k] -=
-                form->coupled * (direct ? 1 : form->gain) *
-                (part->node->shares ? pk__dot_own(part, k, e, window->use_weights + j * U)
-                                    : pk__dot_part(part, k, e, window->use_weights + j * U + offset));
-    }
-    if (worker->tangent.per_layer && part->node->shares)
-        pk__contract_columns(worker, part, j, e);
-    else
-        pk__contract_part(worker, part, j, e);
-    if (!job->part->bounds)
-        return;
+    const pk__window *window = &job->window;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
     pk_real *error = worker->effective;
-    pk__integral_row_error(&worker->tangent, part->layer, part->row, part->first, part->count, error);
+    pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
         if (window->use_preconditioner_error) {
             /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack = window->use_preconditioner_error + j * window->uses_pitch + offset;
+            const pk_real *slack =
+                window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset;
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
                 error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
             }
         }
-        phi.matrices = error;
-        phi.biases = error + matrix;
-        pk__advance_state(job, part, form, next, p, &phi, job->reverse_error + at, error);
+        const pk__phi_view phi = {error, error + matrix, NULL, NULL, 0};
+        pk__advance_state(job, part, &window->forms[j * window->form_count], next, p, &phi,
+                          job->reverse_error + pk__state_place(worker, part), error);
     }
     pk__bound_part(worker, part, j, error);
 }
 
-static void pk__materialised_layer(pk__worker *worker, size_t row, size_t layer, size_t j,
-                                   const pk_linear_form *next)
-{
-    const pk__job *job = worker->job;
-    pk__part part;
-    part.node = worker->tangent.node[layer];
-    part.layer = layer;
-    part.row = row;
-    part.bias = pk__bias_count(part.node);
-    part.matrix = part.node->weight_count - part.bias;
-    const size_t last = job->first_output + job->output_count;
-    /* Copies of a part should stay in the cache; where R is used as it stands there are none. */
-    const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
-    const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
-    for (size_t unit = job->first_output; unit < last; unit += job->unit) {
-        const size_t end = pk__min(unit + job->unit, last);
-        for (part.first = unit; part.first < end; part.first += part.count) {
-            part.count = pk__min(each, end - part.first);
-            pk__materialised_part(worker, &part, j, next);
-        }
-    }
-}
-
-/* The layers of a step whose Phi is materialised. */
-static void pk__materialised_layers(pk__worker *worker, size_t j, const pk_linear_form *next)
-{
-    const pk__job *job = worker->job;
-    const pk__integral *tangent = &worker->tangent;
-    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
-    const double factor = pk__entry_factor(worker, form);
-    size_t layers = 0;
-    for (size_t l = 0; l < job->graph->layers; l++)
-        layers += tangent->integrated[l] != 0;
-    for (size_t row = 0; layers && row < worker->rows; row++) {
-        for (size_t l = 0; l < job->graph->layers; l++) {
-            if (!tangent->integrated[l])
-                continue;
-            pk__materialised_layer(worker, row, l, j, next);
-            if (tangent->per_layer)
-                if (!tangent->node[l]->shares) /* else each of its tensors went to its own column */
-                    pk__add_row(worker, row, tangent->node[l]->column, j, factor);
-        }
-        if (!tangent->per_layer)
-            pk__add_row(worker, row, -1, j, factor);
-    }
-}
-
-/* What a step adds beside its examples, and its own closure. */
-static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j, size_t step)
-{
-    pk__job *job = worker->job;
-    pk_decomposition *part = job->part;
-    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
-    const pk_real *ends = pk__integrator_ends(&worker->tangent.integrator);
-    double linear = job->grouped ? 1 : form->decoupled; /* with groups it is in the direction */
-    if (!job->reverse)
-        linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
-    for (size_t i = 0; i < worker->rows * job->outputs; i++) {
-        const size_t cell = worker->row * job->outputs + i, output = i % job->outputs;
-        if (output < job->first_output || output >= job->first_output + job->output_count)
-            continue;
-        const pk_real *start = ends + (2 * (i / job->outputs) * job->outputs + output),
-                      *end = start + job->outputs;
-        double closure = (double)(*end - *start) - (double)worker->tangent.along[0][i];
-        job->variation[cell] += fabs((double)worker->tangent.along[0][i]);
-        part->unattributed[cell] += worker->tangent.along[1][i];
-        if (worker->tangent.directions[2])
-            part->decay[cell] -= linear * worker->tangent.along[2][i];
-        if (part->step_closure)
-            part->step_closure[cell * part->steps + step] = closure;
-        /* Of equals the first step, then the first row, in whatever order they are met. */
-        const size_t row = part->first_row + worker->row + i / job->outputs;
-        const int before = step < block->worst_step || (step == block->worst_step && row < block->worst_row);
-        if (pk__worse(fabs(closure), block->worst) || (fabs(closure) == block->worst && before)) {
-            block->worst = fabs(closure);
-            block->worst_step = step;
-            block->worst_row = row;
-        }
-    }
-}
-
-static void pk__block_window(pk__worker *worker, size_t number, size_t first, size_t count)
-{
-    pk__job *job = worker->job;
-    pk__block_state *block = &job->blocks[number];
-    pk__integral *tangent = &worker->tangent;
-    const size_t U = job->window.spread;
-    const double begin = pk__seconds(), before = tangent->seconds_sums + tangent->seconds_contraction;
-    worker->row = number * job->block;
-    worker->rows = pk__min(job->block, job->part->rows - worker->row);
-    tangent->integrator.state = job->row_state + worker->row;
-    tangent->integrator.points_last = block->points_last;
-    tangent->integrator.points = tangent->integrator.split_pieces = tangent->integrator.refused = 0;
-    tangent->flops = 0;
-    tangent->gram = job->gram ? job->gram + worker->row * job->gram_ld : NULL;
-    tangent->gram_ld = job->gram_ld;
-    tangent->sink = pk__add_tile;
-    tangent->user = worker;
-    tangent->first_output = job->first_output;
-    tangent->output_count = job->output_count;
-    tangent->per_layer = 0;
-    for (size_t k = 0; k < job->part->kept_count; k++)
-        tangent->per_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
-    for (size_t i = 0; i < count; i++) {
-        size_t j = job->reverse ? count - 1 - i : i;
-        const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
-        double scale = pk_run_gradient_scale(job->run, first + j);
-        worker->step = first + j;
-        worker->batch = &job->window.examples[j];
-        worker->factor =
-            job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
-        tangent->examples = &job->window.examples[j];
-        tangent->directions[0] = job->window.use_direction + j * U;
-        tangent->directions[1] = job->window.use_remainder + j * U;
-        tangent->directions[2] = !job->decays   ? NULL
-                                 : job->grouped ? job->window.use_decayed + j * U
-                                                : job->window.use_weights + j * U;
-        pk__integral_step(tangent, job->window.use_weights + j * U, job->window.use_direction + j * U,
-                          job->window.transposed ? job->window.transposed + j * 2 * U : NULL,
-                          job->part->first_row + worker->row, worker->rows,
-                          job->rows + worker->row * job->graph->input_width,
-                          job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine);
-        if (job->graph->pieces)
-            pk__integral_share(tangent);
-        pk__materialised_layers(
-            worker, j, j + 1 < count ? job->window.forms + (j + 1) * job->window.form_count : job->next_forms);
-        pk__close_step(worker, block, j, first + j);
-    }
-    block->points_last = tangent->integrator.points_last;
-    if (job->first_output == 0) { /* they are the same for every slice of the outputs */
-        block->points += tangent->integrator.points;
-        block->pieces += tangent->integrator.split_pieces;
-        block->refused += tangent->integrator.refused;
-    }
-    block->flops += tangent->flops;
-    worker->seconds_test +=
-        pk__seconds() - begin - (tangent->seconds_sums + tangent->seconds_contraction - before);
-}
-
-/* ---- one pass over the run ----------------------------------------------------------------------------- */
-
-/* Gram matrix of the pass's rows and the training inputs: the first layer's share, the same at every step. */
-static void pk__fill_gram(pk__job *job)
-{
-    const size_t in = job->graph->input_width, N = job->run->examples;
-    const size_t blocks = pk__blocks(N, PK__EXAMPLE_BLOCK);
-    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
-    PK__PARALLEL(team)
-    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
-        pk__worker *worker = &job->workers[pk__thread()];
-        size_t first = b * PK__EXAMPLE_BLOCK, count = pk__min(PK__EXAMPLE_BLOCK, N - first);
-        int64_t items[PK__EXAMPLE_BLOCK];
-        for (size_t i = 0; i < count; i++)
-            items[i] = (int64_t)(first + i);
-        pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
-        for (size_t row = 0; row < job->part->rows; row += job->block)
-            pk__gemm(0, 1, pk__min(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
-                     worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
-    }
-    pk__team_end(&team);
-}
-
-/* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
-static pk_status pk__predict(pk__job *job, size_t step, double *h)
-{
-    const pk_graph *graph = job->graph;
-    const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
-    const size_t blocks = pk__blocks(rows, job->block);
-    pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
-    if (status)
-        return status;
-    if (graph->pieces)
-        pk_graph_spread(graph, job->window.weights, job->window.use_weights);
-    const pk__line line = {job->window.use_weights, NULL, NULL};
-    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
-    PK__PARALLEL(team)
-    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
-        pk__integrator *integrator = &job->workers[pk__thread()].tangent.integrator;
-        pk__tape *tape = &integrator->segment.tape;
-        size_t first = b * job->block, count = pk__min(job->block, rows - first);
-        pk__pass_forward(tape, &line, count, job->rows + first * graph->input_width);
-        for (size_t r = 0; r < count; r++) {
-            pk__readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
-                              pk__pass_output(tape) + r * classes, integrator->h, integrator->slope);
-            for (size_t k = 0; k < outputs; k++)
-                h[(first + r) * outputs + k] = integrator->h[k];
-        }
-    }
-    pk__team_end(&team);
-    return PK_OK;
-}
-
-/* The largest unattributed term that is taken for rounding, from the precision of the run's last weights. */
-static double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
-{
-    const double given = job->options->unattributed;
-    if (given > 0)
-        return given;
-    int coarse = 1;
-    for (size_t p = 0; coarse && p < job->graph->parameters; p++)
-        coarse = weights[p] == (pk_real)(float)weights[p];
-    const double epsilon = coarse ? 1.1920929e-7 : 2.220446049250313e-16;
-    return fmax(PK_UNATTRIBUTED_LEAST,
-                PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__max(job->run->steps, 1)));
-}
-
 /* The largest |x|, at least `largest`; numbers that are not finite do not count. */
-static double pk__largest(size_t count, const double *x, double largest)
+PK__PRIVATE double pk__largest(size_t count, const double *x, double largest)
 {
     for (size_t i = 0; i < count; i++)
         largest = isfinite(x[i]) && fabs(x[i]) > largest ? fabs(x[i]) : largest;
@@ -20290,13 +22692,33 @@ static void pk__raise_bounds(pk__job *job, size_t cell, double height, double la
     part->raised++;
 }
 
-static void pk__certify_row(pk__job *job, size_t row)
+/* ---- the certificate ---------------------------------------------------------------------------------- */
+
+/* The largest unattributed term that is taken for rounding, from the precision of the run's last weights. */
+PK__PRIVATE double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
 {
-    pk_decomposition *part = job->part;
+    const double given = job->options->unattributed;
+    if (given > 0)
+        return given;
+    int coarse = 1;
+    for (size_t p = 0; coarse && p < job->graph->parameters; p++)
+        coarse = weights[p] == (pk_real)(float)weights[p];
+    const double epsilon = coarse ? 1.1920929e-7 : 2.220446049250313e-16;
+    return fmax(PK_UNATTRIBUTED_LEAST,
+                PK_UNATTRIBUTED_EPSILONS * epsilon * sqrt((double)pk__max(job->run->steps, 1)));
+}
+
+/* What the rows of a result are measured against. */
+typedef struct pk__row_scale {
+    double height;  /* the largest output of the row, at either end of the run */
+    double largest; /* the largest contribution of any kind */
+    double allowed; /* for its closures */
+} pk__row_scale;
+
+static pk__row_scale pk__scale_of_row(const pk__job *job, size_t row)
+{
+    const pk_decomposition *part = job->part;
     const size_t outputs = part->outputs, first = row * outputs;
-    for (size_t i = first; i < first + outputs; i++)
-        part->closure[i] =
-            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
     double height = pk__largest(outputs, part->initial + first, 0);
     height = pk__largest(outputs, part->final + first, height);
     double largest = pk__largest(outputs, job->variation + first, 0);
@@ -20307,19 +22729,29 @@ static void pk__certify_row(pk__job *job, size_t row)
         const size_t items = part->kept[k].row_items;
         largest = items ? pk__largest(items, part->kept[k].data + row * items, largest) : largest;
     }
-    const double scale = height > largest ? height : largest;
     const double floor = (job->tolerance < PK_CLOSURE_ROUNDING ? job->tolerance : PK_CLOSURE_ROUNDING) * height;
     const double allowed = job->tolerance * largest > floor ? job->tolerance * largest : floor;
+    return (pk__row_scale){height, largest, allowed};
+}
+
+static void pk__certify_row(pk__job *job, size_t row)
+{
+    pk_decomposition *part = job->part;
+    const size_t outputs = part->outputs, first = row * outputs, entries = outputs * part->examples;
+    for (size_t i = first; i < first + outputs; i++)
+        part->closure[i] =
+            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+    const pk__row_scale of = pk__scale_of_row(job, row);
+    const double scale = of.height > of.largest ? of.height : of.largest;
     part->scale = scale > part->scale ? scale : part->scale;
-    const size_t entries = outputs * part->examples;
     const double entry =
         part->bounds && part->by_example ? pk__largest(entries, part->by_example + row * entries, 0) : 0;
     for (size_t i = first; i < first + outputs; i++) {
-        const double closure = fabs(part->closure[i]), excess = pk__part_of(closure, allowed);
+        const double closure = fabs(part->closure[i]), excess = pk__part_of(closure, of.allowed);
         if (pk__worse(pk__part_of(closure, scale), part->worst_closure))
             part->worst_closure = pk__part_of(closure, scale);
-        if (pk__worse(pk__part_of(closure, largest), part->worst_relative))
-            part->worst_relative = pk__part_of(closure, largest);
+        if (pk__worse(pk__part_of(closure, of.largest), part->worst_relative))
+            part->worst_relative = pk__part_of(closure, of.largest);
         if (pk__worse(excess, part->worst_excess)) {
             part->worst_excess = excess;
             part->worst_row = part->first_row + row;
@@ -20332,11 +22764,11 @@ static void pk__certify_row(pk__job *job, size_t row)
             part->worst_unattributed_output = i - first;
         }
         if (part->bounds)
-            pk__raise_bounds(job, i, height, entry);
+            pk__raise_bounds(job, i, of.height, entry);
     }
 }
 
-static void pk__certify(pk__job *job)
+PK__PRIVATE void pk__certify(pk__job *job)
 {
     pk_decomposition *part = job->part;
     size_t blocks = pk__blocks(part->rows, job->block);
@@ -20362,6 +22794,278 @@ static void pk__certify(pk__job *job)
     }
 }
 
+PK__PRIVATE void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
+{
+    if (!whole->passes || pk__worse(part->worst_excess, whole->worst_excess)) {
+        whole->worst_excess = part->worst_excess;
+        whole->worst_row = part->worst_row;
+        whole->worst_output = part->worst_output;
+    }
+    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure))
+        whole->worst_closure = part->worst_closure;
+    if (!whole->passes || pk__worse(part->worst_relative, whole->worst_relative))
+        whole->worst_relative = part->worst_relative;
+    whole->raised += part->raised;
+    whole->scale = part->scale > whole->scale ? part->scale : whole->scale;
+    if (!whole->passes || pk__worse(part->worst_step_closure, whole->worst_step_closure)) {
+        whole->worst_step_closure = part->worst_step_closure;
+        whole->worst_step = part->worst_step;
+        whole->worst_step_row = part->worst_step_row;
+    }
+    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed)) {
+        whole->worst_unattributed = part->worst_unattributed;
+        whole->worst_unattributed_row = part->worst_unattributed_row;
+        whole->worst_unattributed_output = part->worst_unattributed_output;
+    }
+    whole->points += part->points;
+    whole->pieces += part->pieces;
+    whole->refused += part->refused;
+    whole->flops += part->flops;
+    whole->passes += part->passes;
+}
+
+/* The status of a decomposition that was computed. The closure is judged first: where it is open, nothing else holds. */
+PK__PRIVATE pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
+{
+    const int closed = whole->worst_excess <= 1;
+    const int explained = whole->worst_unattributed <= whole->unattributed_limit;
+    char text[400] = "";
+    if (!explained)
+        snprintf(
+            text, sizeof text,
+            "unattributed %.3g of max(1, |f|) at row %zu, output %zu exceeds %.3g, far more than rounding: the "
+            "loss, optimizer, rates, batches or gradient scales that are declared did not train these weights, "
+            "and "
+            "contributions are those of the declared training",
+            whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
+            whole->unattributed_limit);
+    if (!closed)
+        return pk__fail(
+            job->context, PK_NOT_CLOSED,
+            "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
+            "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
+            "step is %zu (closure %.3g at row %zu)%s%s",
+            whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output, whole->worst_closure,
+            whole->worst_relative, whole->worst_step, whole->worst_step_closure, whole->worst_step_row,
+            explained ? "" : "; and ", text);
+    return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
+}
+
+PK__END_CODE
+
+/* pathkernel/attribution/materialized.h: implementation */
+#include <string.h>
+PK__BEGIN_CODE
+
+/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R is not copied: R is
+ * contracted in its place, and gain belongs to the factor. */
+static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
+{
+    const pk__job *job = worker->job;
+    return worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
+}
+
+/* The row's tiles += < e, g_b > of a part. */
+static void pk__multiply_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
+{
+    const size_t examples = worker->job->window.batches[j].count;
+    for (size_t first = 0; first < examples; first += PK__EXAMPLE_BLOCK)
+        pk__product_row(&worker->product, part->layer, part->count, e, first,
+                        pk__min(PK__EXAMPLE_BLOCK, examples - first),
+                        pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
+}
+
+/* The part's tiles, tensor by tensor, added to the columns of the nodes that bring these into w. */
+static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
+{
+    const pk__job *job = worker->job;
+    const pk_node *node = part->node;
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
+    const double factor = pk__entry_factor(worker, form);
+    const size_t weights = node->weight_count;
+    for (int tensor = 0; tensor < 2; tensor++) {
+        const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
+        if (!count)
+            continue;
+        memset(worker->tensor, 0, part->count * weights * sizeof *worker->tensor);
+        for (size_t k = 0; k < part->count; k++)
+            memcpy(worker->tensor + k * weights + at, e + k * weights + at, count * sizeof *e);
+        pk__multiply_part(worker, part, j, worker->tensor);
+        const pk_node *owner = node->tied[tensor] ? &job->graph->nodes[node->tied[tensor]] : node;
+        pk__add_row(worker, part->row, owner->column, j, factor);
+    }
+}
+
+/* Phi of a part, where it stands or, where it is to be changed, as a copy. */
+static pk__phi_view pk__view_phi(pk__worker *worker, const pk__part *part)
+{
+    const pk__job *job = worker->job;
+    pk__phi_view phi = {NULL, NULL, NULL, NULL, 0};
+    if (!job->reverse || job->part->bounds) {
+        pk__integral_row_phi(&worker->integral, part->layer, part->row, part->first, part->count, worker->phi);
+        phi.matrices = worker->phi;
+        phi.biases = worker->phi + part->count * part->matrix;
+    } else if (worker->integral.layer[part->layer].phi) {
+        pk__row_view(&worker->integral, part->layer, part->row, part->first, &phi.matrices, &phi.biases);
+    } else {
+        phi.bias_input = pk__row_factors(&worker->integral, part->layer, part->row, part->first,
+                                         &phi.cotangents, &phi.inputs);
+    }
+    return phi;
+}
+
+/* The part of the decay that belongs to the gradients, < E, decay o w >. e: E, or R where it has no gain yet. */
+static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part, size_t j, const pk_real *e,
+                                  double gain)
+{
+    const pk__job *job = worker->job;
+    const pk__window *window = &job->window;
+    const pk_linear_form *form = &window->forms[j * window->form_count];
+    const pk_real *weights = (job->grouped ? window->use_decayed : window->use_weights) + j * window->spread;
+    double *decay = job->part->decay + (worker->row + part->row) * job->outputs + part->first;
+    if (job->grouped ? window->decoupled : form->coupled == 0)
+        return;
+    for (size_t k = 0; k < part->count; k++) {
+        const double product = part->node->shares
+                                   ? pk__dot_own(part, k, e, weights)
+                                   : pk__dot_part(part, k, e, weights + part->node->weight_offset);
+        decay[k] -= job->grouped ? product : form->coupled * gain * product;
+    }
+}
+
+/* One part whose Phi is materialized: E (through R in reverse time), coupled decay, the products with the batch, and
+ * the bounds by the same way with absolute values. */
+static void pk__materialized_part(pk__worker *worker, const pk__part *part, size_t j,
+                                  const pk_linear_form *next)
+{
+    pk__job *job = worker->job;
+    const pk__window *window = &job->window;
+    const pk_linear_form *form = &window->forms[j * window->form_count];
+    const pk_real *p = NULL, *e = worker->phi;
+    if (window->use_preconditioner)
+        p = window->use_preconditioner + j * window->uses_pitch + part->node->weight_offset;
+    const pk__phi_view phi = pk__view_phi(worker, part);
+    if (job->reverse) {
+        /* Without a direct part E is gain R: no copy is needed. */
+        const int direct = job->grouped || form->direct != 0;
+        pk_real *state = job->reverse_state + pk__state_place(worker, part);
+        pk__advance_state(job, part, form, next, p, &phi, state, direct ? worker->effective : NULL);
+        e = direct ? worker->effective : state;
+        pk__add_coupled_decay(worker, part, j, e, direct ? 1 : form->gain);
+    }
+    if (job->by_layer && part->node->shares)
+        pk__multiply_columns(worker, part, j, e);
+    else
+        pk__multiply_part(worker, part, j, e);
+    if (job->part->bounds)
+        pk__bound_materialized(worker, part, j, next, p);
+}
+
+static void pk__materialized_layer(pk__worker *worker, size_t row, size_t layer, size_t j,
+                                   const pk_linear_form *next)
+{
+    const pk__job *job = worker->job;
+    pk__part part;
+    part.node = worker->integral.layer[layer].node;
+    part.layer = layer;
+    part.row = row;
+    part.bias = pk__bias_count(part.node);
+    part.matrix = part.node->weight_count - part.bias;
+    const size_t last = job->first_output + job->output_count;
+    /* Copies of a part should stay in the cache; where R is used as it stands there are none. */
+    const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
+    const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
+    for (size_t unit = job->first_output; unit < last; unit += job->unit) {
+        const size_t end = pk__min(unit + job->unit, last);
+        for (part.first = unit; part.first < end; part.first += part.count) {
+            part.count = pk__min(each, end - part.first);
+            pk__materialized_part(worker, &part, j, next);
+        }
+    }
+}
+
+/* The layers of a step whose Phi is materialized. */
+PK__PRIVATE void pk__materialized_layers(pk__worker *worker, size_t j, const pk_linear_form *next)
+{
+    const pk__job *job = worker->job;
+    const pk__layer_integral *layer = worker->integral.layer;
+    const double factor = pk__entry_factor(worker, &job->window.forms[j * job->window.form_count]);
+    size_t layers = 0;
+    for (size_t l = 0; l < job->graph->layers; l++)
+        layers += layer[l].integrated != 0;
+    for (size_t row = 0; layers && row < worker->rows; row++) {
+        for (size_t l = 0; l < job->graph->layers; l++) {
+            if (!layer[l].integrated)
+                continue;
+            pk__materialized_layer(worker, row, l, j, next);
+            if (job->by_layer && !layer[l].node->shares) /* else each of its tensors went to its own column */
+                pk__add_row(worker, row, layer[l].node->column, j, factor);
+        }
+        if (!job->by_layer)
+            pk__add_row(worker, row, -1, j, factor);
+    }
+}
+
+PK__END_CODE
+
+/* pathkernel/attribution/sweep.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+/* ---- before the first window -------------------------------------------------------------------------- */
+
+/* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
+static pk_status pk__predict(pk__job *job, size_t step, double *h)
+{
+    const pk_graph *graph = job->graph;
+    const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
+    const size_t blocks = pk__blocks(rows, job->block);
+    pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
+    if (status)
+        return status;
+    if (graph->pieces)
+        pk_graph_spread(graph, job->window.weights, job->window.use_weights);
+    const pk__line line = {job->window.use_weights, NULL, NULL};
+    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
+        pk__integrator *integrator = &job->workers[pk__thread()].integral.integrator;
+        pk__tape *tape = &integrator->path.tape;
+        size_t first = b * job->block, count = pk__min(job->block, rows - first);
+        pk__pass_forward(tape, &line, count, job->rows + first * graph->input_width);
+        for (size_t r = 0; r < count; r++) {
+            pk__readout_apply(&job->options->readout, classes, job->part->first_row + first + r,
+                              pk__pass_output(tape) + r * classes, integrator->h, integrator->slope);
+            for (size_t k = 0; k < outputs; k++)
+                h[(first + r) * outputs + k] = integrator->h[k];
+        }
+    }
+    pk__team_end(&team);
+    return PK_OK;
+}
+
+/* Gram matrix of the pass's rows and the training inputs: the first layer's share, the same at every step. */
+static void pk__fill_gram(pk__job *job)
+{
+    const size_t in = job->graph->input_width, N = job->run->examples;
+    const size_t blocks = pk__blocks(N, PK__EXAMPLE_BLOCK);
+    pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+    PK__PARALLEL(team)
+    for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
+        pk__worker *worker = &job->workers[pk__thread()];
+        size_t first = b * PK__EXAMPLE_BLOCK, count = pk__min(PK__EXAMPLE_BLOCK, N - first);
+        int64_t items[PK__EXAMPLE_BLOCK];
+        for (size_t i = 0; i < count; i++)
+            items[i] = (int64_t)(first + i);
+        pk_dataset_inputs(&job->run->train, items, count, worker->left_inputs);
+        for (size_t row = 0; row < job->part->rows; row += job->block)
+            pk__gemm(0, 1, pk__min(job->block, job->part->rows - row), count, in, 1, job->rows + row * in, in,
+                     worker->left_inputs, in, 0, job->gram + row * job->gram_ld + first, job->gram_ld);
+    }
+    pk__team_end(&team);
+}
+
 /* Sets the state of each row before the first step from its outputs at both ends of the run. */
 static void pk__begin_rows(pk__job *job)
 {
@@ -20380,12 +23084,10 @@ static void pk__begin_rows(pk__job *job)
     }
 }
 
-/* A pass over the run with the outputs first_output .. first_output + output_count - 1 of the part's rows. */
-static pk_status pk__pass(pk__job *job, double done, double share)
+/* Reads the pass's rows. */
+static pk_status pk__read_rows(pk__job *job)
 {
-    const size_t in = job->graph->input_width, steps = job->run->steps;
-    const size_t window = job->plan.window, windows = job->window.windows;
-    const size_t blocks = pk__blocks(job->part->rows, job->block);
+    const size_t in = job->graph->input_width;
     for (size_t r = 0; r < job->part->rows; r++) {
         const size_t row = job->part->first_row + r;
         if (job->input_array) {
@@ -20396,10 +23098,18 @@ static pk_status pk__pass(pk__job *job, double done, double share)
             memcpy(job->rows + r * in, job->inputs.data + row * job->inputs.ld, in * sizeof(pk_real));
         }
     }
-    if (job->first_output == 0) {
-        pk_status status = pk__predict(job, 0, job->part->initial);
+    return PK_OK;
+}
+
+/* Everything that a sweep starts with. What does not depend on the outputs of the pass is done with the first of them. */
+static pk_status pk__sweep_prepare(pk__job *job)
+{
+    const size_t blocks = pk__blocks(job->part->rows, job->block);
+    pk_status status = pk__read_rows(job);
+    if (!status && job->first_output == 0) {
+        status = pk__predict(job, 0, job->part->initial);
         if (!status)
-            status = pk__predict(job, steps, job->part->final);
+            status = pk__predict(job, job->run->steps, job->part->final);
         if (status)
             return status;
         job->unattributed = pk__unattributed_limit(job, job->window.weights);
@@ -20408,6 +23118,8 @@ static pk_status pk__pass(pk__job *job, double done, double share)
         if (job->gram)
             pk__fill_gram(job);
     }
+    if (status)
+        return status;
     for (size_t b = 0; b < blocks; b++)
         job->blocks[b].points_last = 0;
     pk__begin_rows(job);
@@ -20418,41 +23130,208 @@ static pk_status pk__pass(pk__job *job, double done, double share)
     if (job->reverse)
         memset(job->reverse_state, 0, numbers * sizeof(pk_real));
     memset(job->next_forms, 0, job->window.form_count * sizeof *job->next_forms);
-    for (size_t i = 0; i < windows; i++) {
-        size_t w = job->reverse ? windows - 1 - i : i;
-        size_t first = w * window, count = pk__min(window, steps - first);
-        pk_status status =
-            pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
-        if (status)
-            return status;
-        status = pk__steps_visit(job->context, &job->window, w);
-        if (status)
-            return status;
-        pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
-        PK__PARALLEL(team)
-        for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team))
-            pk__block_window(&job->workers[pk__thread()], b, first, count);
-        pk__team_end(&team);
-        memcpy(job->next_forms, job->window.forms, job->window.form_count * sizeof *job->next_forms);
-    }
+    job->by_layer = 0;
+    for (size_t k = 0; k < job->part->kept_count; k++)
+        job->by_layer |= (job->part->kept[k].axes & PK_BY_LAYER) != 0;
     return PK_OK;
 }
 
-/* Pass after pass, all outputs of the part's rows: done and share of the whole are theirs. */
-static pk_status pk__passes(pk__job *job, double done, double share)
+/* ---- after a step ------------------------------------------------------------------------------------- */
+
+/* What a step adds beside its examples, and its own closure. */
+static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
+{
+    pk__job *job = worker->job;
+    const size_t step = worker->step;
+    pk_decomposition *part = job->part;
+    const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
+    const pk_real *ends = pk__integrator_ends(&worker->integral.integrator);
+    double linear = job->grouped ? 1 : form->decoupled; /* with groups it is in the direction */
+    if (!job->reverse)
+        linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
+    for (size_t i = 0; i < worker->rows * job->outputs; i++) {
+        const size_t cell = worker->row * job->outputs + i, output = i % job->outputs;
+        if (output < job->first_output || output >= job->first_output + job->output_count)
+            continue;
+        const pk_real *start = ends + (2 * (i / job->outputs) * job->outputs + output),
+                      *end = start + job->outputs;
+        double closure = (double)(*end - *start) - (double)worker->integral.along[0][i];
+        job->variation[cell] += fabs((double)worker->integral.along[0][i]);
+        part->unattributed[cell] += worker->integral.along[1][i];
+        if (worker->integral.directions[2])
+            part->decay[cell] -= linear * worker->integral.along[2][i];
+        if (part->step_closure)
+            part->step_closure[cell * part->steps + step] = closure;
+        /* Of equals the first step, then the first row, in whatever order they are met. */
+        const size_t row = part->first_row + worker->row + i / job->outputs;
+        const int before = step < block->worst_step || (step == block->worst_step && row < block->worst_row);
+        if (pk__worse(fabs(closure), block->worst) || (fabs(closure) == block->worst && before)) {
+            block->worst = fabs(closure);
+            block->worst_step = step;
+            block->worst_row = row;
+        }
+    }
+}
+
+/* ---- the loop ----------------------------------------------------------------------------------------- */
+
+/* The products of the points in hand with the examples of the step, layer by layer, added to the results; tiles of several
+ * layers as one, where no result is kept by layer. */
+static void pk__add_products(pk__worker *worker, const pk__points *points)
+{
+    pk__product *product = &worker->product;
+    const int by_layer = worker->job->by_layer;
+    const double start = pk__seconds();
+    pk__tiles_begin(product, points);
+    for (size_t first = 0; first < worker->batch->count; first += PK__EXAMPLE_BLOCK) {
+        const size_t count = pk__min(PK__EXAMPLE_BLOCK, worker->batch->count - first);
+        for (size_t i = 0; i < product->due_count; i++) {
+            const size_t layer = product->due[i];
+            pk__tiles_layer(product, layer, points, first, count, by_layer || i == 0);
+            if (by_layer || i + 1 == product->due_count)
+                pk__add_tile(worker, by_layer ? (int)layer : -1, first, count, product->tile);
+        }
+    }
+    product->seconds += pk__seconds() - start;
+}
+
+/* Moves the worker to step number j of the window. */
+static pk__integral_step pk__begin_step(pk__worker *worker, size_t j)
+{
+    const pk__job *job = worker->job;
+    const pk__window *window = &job->window;
+    const pk_linear_form *form = &window->forms[j * window->form_count];
+    const size_t at = j * window->spread;
+    const double scale = pk_run_gradient_scale(job->run, window->first + j);
+    worker->step = window->first + j;
+    worker->batch = worker->product.examples = &window->examples[j];
+    worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
+    return (pk__integral_step){
+        .weights = window->use_weights + at,
+        .direction = window->use_direction + at,
+        .transposed = window->transposed ? window->transposed + 2 * at : NULL,
+        .directions = {window->use_direction + at, window->use_remainder + at,
+                       !job->decays   ? NULL
+                       : job->grouped ? window->use_decayed + at
+                                      : window->use_weights + at},
+        .first_row = job->part->first_row + worker->row,
+        .rows = worker->rows,
+        .inputs = job->rows + worker->row * job->graph->input_width,
+        .engine = job->reverse ? PK_ENGINE_INTEGRATED : job->options->engine,
+        .examples = window->examples[j].count,
+    };
+}
+
+/* Moves the worker to a block of rows. */
+static void pk__begin_block(pk__worker *worker, size_t number)
+{
+    const pk__job *job = worker->job;
+    pk__integral *integral = &worker->integral;
+    pk__integrator *integrator = &integral->integrator;
+    worker->row = number * job->block;
+    worker->rows = pk__min(job->block, job->part->rows - worker->row);
+    worker->product.gram = job->gram ? job->gram + worker->row * job->gram_ld : NULL;
+    worker->product.gram_ld = job->gram_ld;
+    worker->product.flops = 0;
+    integral->first_output = job->first_output;
+    integral->output_count = job->output_count;
+    integrator->state = job->row_state + worker->row;
+    integrator->points_last = job->blocks[number].points_last;
+    integrator->point_count = integrator->split_pieces = integrator->refused = 0;
+}
+
+/* What a block of rows has cost. The points are the same for every slice of the outputs. */
+static void pk__end_block(const pk__worker *worker, pk__block_state *block)
+{
+    const pk__integrator *integrator = &worker->integral.integrator;
+    block->points_last = integrator->points_last;
+    if (worker->job->first_output == 0) {
+        block->points += integrator->point_count;
+        block->pieces += integrator->split_pieces;
+        block->refused += integrator->refused;
+    }
+    block->flops += worker->product.flops;
+}
+
+/* One step of one block of rows. */
+static void pk__sweep_step(pk__worker *worker, pk__block_state *block, size_t j, const pk_linear_form *next)
+{
+    pk__integral *integral = &worker->integral;
+    const pk__integral_step step = pk__begin_step(worker, j);
+    const pk__points *points;
+    pk__integral_begin(integral, &step);
+    while (pk__integral_next(integral, &points)) {
+        pk__integral_pass(integral, points);
+        pk__integral_add(integral, points);
+        pk__add_products(worker, points);
+    }
+    pk__integral_end(integral);
+    pk__materialized_layers(worker, j, next);
+    pk__close_step(worker, block, j);
+}
+
+/* The steps of the window, for one block of rows. */
+static void pk__sweep_block(pk__worker *worker, size_t number)
+{
+    const pk__job *job = worker->job;
+    const pk__window *window = &job->window;
+    const double begin = pk__seconds(), before = worker->integral.seconds + worker->product.seconds;
+    pk__begin_block(worker, number);
+    for (size_t i = 0; i < window->count; i++) {
+        const size_t j = job->reverse ? window->count - 1 - i : i;
+        const pk_linear_form *next =
+            j + 1 < window->count ? window->forms + (j + 1) * window->form_count : job->next_forms;
+        pk__sweep_step(worker, &job->blocks[number], j, next);
+    }
+    pk__end_block(worker, &job->blocks[number]);
+    worker->seconds_test +=
+        pk__seconds() - begin - (worker->integral.seconds + worker->product.seconds - before);
+}
+
+/* The whole run, for the outputs first_output .. first_output + output_count - 1 of the part's rows. done and share: where in the
+ * whole this is, for the progress. */
+static pk_status pk__sweep_windows(pk__job *job, double done, double share)
+{
+    const size_t windows = job->window.windows, blocks = pk__blocks(job->part->rows, job->block);
+    pk_status status = pk__sweep_prepare(job);
+    for (size_t i = 0; !status && i < windows; i++) {
+        status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
+        if (!status)
+            status = pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
+        if (status)
+            break;
+        pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
+        PK__PARALLEL(team)
+        for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team))
+            pk__sweep_block(&job->workers[pk__thread()], b);
+        pk__team_end(&team);
+        memcpy(job->next_forms, job->window.forms, job->window.form_count * sizeof *job->next_forms);
+    }
+    return status;
+}
+
+/* Sweep after sweep, all outputs of the part's rows: done and share of the whole are theirs. */
+PK__PRIVATE pk_status pk__sweep_outputs(pk__job *job, double done, double share)
 {
     const size_t outputs = job->outputs;
     for (size_t first = 0; first < outputs; first += job->plan.outputs) {
         job->first_output = first;
         job->output_count = pk__min(job->plan.outputs, outputs - first);
-        pk_status status = pk__pass(job, done + share * (double)first / (double)outputs,
-                                    share * (double)job->output_count / (double)outputs);
+        pk_status status = pk__sweep_windows(job, done + share * (double)first / (double)outputs,
+                                             share * (double)job->output_count / (double)outputs);
         if (status)
             return status;
     }
     pk__certify(job);
     return PK_OK;
 }
+
+PK__END_CODE
+
+/* pathkernel/attribution/decompose.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
 
 /* ---- the calls ------------------------------------------------------------------------------------------- */
 
@@ -20524,63 +23403,6 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
 
-static void pk__add_summary(const pk_decomposition *part, pk_decomposition *whole)
-{
-    if (!whole->passes || pk__worse(part->worst_excess, whole->worst_excess)) {
-        whole->worst_excess = part->worst_excess;
-        whole->worst_row = part->worst_row;
-        whole->worst_output = part->worst_output;
-    }
-    if (!whole->passes || pk__worse(part->worst_closure, whole->worst_closure))
-        whole->worst_closure = part->worst_closure;
-    if (!whole->passes || pk__worse(part->worst_relative, whole->worst_relative))
-        whole->worst_relative = part->worst_relative;
-    whole->raised += part->raised;
-    whole->scale = part->scale > whole->scale ? part->scale : whole->scale;
-    if (!whole->passes || pk__worse(part->worst_step_closure, whole->worst_step_closure)) {
-        whole->worst_step_closure = part->worst_step_closure;
-        whole->worst_step = part->worst_step;
-        whole->worst_step_row = part->worst_step_row;
-    }
-    if (!whole->passes || pk__worse(part->worst_unattributed, whole->worst_unattributed)) {
-        whole->worst_unattributed = part->worst_unattributed;
-        whole->worst_unattributed_row = part->worst_unattributed_row;
-        whole->worst_unattributed_output = part->worst_unattributed_output;
-    }
-    whole->points += part->points;
-    whole->pieces += part->pieces;
-    whole->refused += part->refused;
-    whole->flops += part->flops;
-    whole->passes += part->passes;
-}
-
-/* The status of a decomposition that was computed. The closure is judged first: where it is open, nothing else holds. */
-static pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
-{
-    const int closed = whole->worst_excess <= 1;
-    const int explained = whole->worst_unattributed <= whole->unattributed_limit;
-    char text[400] = "";
-    if (!explained)
-        snprintf(
-            text, sizeof text,
-            "unattributed %.3g of max(1, |f|) at row %zu, output %zu exceeds %.3g, far more than rounding: the "
-            "loss, optimizer, rates, batches or gradient scales that are declared did not train these weights, "
-            "and "
-            "contributions are those of the declared training",
-            whole->worst_unattributed, whole->worst_unattributed_row, whole->worst_unattributed_output,
-            whole->unattributed_limit);
-    if (!closed)
-        return pk__fail(
-            job->context, PK_NOT_CLOSED,
-            "closure is %.3g times what the tolerance %.3g allows at row %zu, output %zu; at worst it is "
-            "%.3g of a row's largest output or contribution, %.3g of its largest contribution; the worst "
-            "step is %zu (closure %.3g at row %zu)%s%s",
-            whole->worst_excess, job->tolerance, whole->worst_row, whole->worst_output, whole->worst_closure,
-            whole->worst_relative, whole->worst_step, whole->worst_step_closure, whole->worst_step_row,
-            explained ? "" : "; and ", text);
-    return explained ? PK_OK : pk__fail(job->context, PK_UNATTRIBUTED, "%s", text);
-}
-
 /* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
 static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback,
                                 void *user)
@@ -20602,7 +23424,7 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
         }
         job->part = &part;
         if (!status)
-            status = pk__passes(job, (double)first / (double)rows, (double)count / (double)rows);
+            status = pk__sweep_outputs(job, (double)first / (double)rows, (double)count / (double)rows);
         if (!status) {
             part.passes = pk__blocks(job->outputs, job->plan.outputs);
             pk__add_summary(&part, whole);
@@ -20615,8 +23437,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     for (size_t w = 0; w < job->plan.threads; w++) {
         whole->seconds_examples += job->window.seconds[w];
         whole->seconds_test += job->workers[w].seconds_test;
-        whole->seconds_sums += job->workers[w].tangent.seconds_sums;
-        whole->seconds_contraction += job->workers[w].tangent.seconds_contraction;
+        whole->seconds_sums += job->workers[w].integral.seconds;
+        whole->seconds_contraction += job->workers[w].product.seconds;
     }
     whole->seconds_read = job->window.seconds_read;
     whole->seconds = pk__seconds() - start;
@@ -20969,1063 +23791,3648 @@ PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, 
 
 PK__END_COLD_CODE
 
-/* pathkernel/kernels/kernel.h: implementation */
+/* pathkernel/attribution/walk.h: implementation */
+PK__BEGIN_COLD_CODE
+
+typedef struct pk__walk {
+    const pk_run *run;
+    const pk_parameter_range *range; /* of parameters in one group: all of them where there are no groups */
+    size_t range_count;
+    pk_parameter_range all;
+    pk_linear_form *forms; /* of the step: of parameters in no group, then of each group */
+    pk_real *gradient;     /* P: the caller's, scaled as the step's was */
+    pk_real *state, *p;    /* V P, P: the optimiser's vectors, the preconditioner of the step */
+} pk__walk;
+
+/* The arena's memory is zero where the walk starts. */
+PK__PRIVATE void pk__walk_take(pk__arena *arena, const pk_run *run, pk__walk *walk)
+{
+    const size_t P = run->parameters,
+                 vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    walk->run = run;
+    walk->forms = pk__arena_take(arena, 1 + run->groups.count, sizeof *walk->forms);
+    walk->gradient = pk__arena_take(arena, P, sizeof(pk_real));
+    walk->state = pk__arena_take(arena, P, vectors * sizeof(pk_real));
+    walk->p = pk__arena_take(arena, P, sizeof(pk_real));
+    walk->all.first = walk->all.group = 0;
+    walk->all.count = P;
+    walk->range = run->groups.count ? run->groups.range : &walk->all;
+    walk->range_count = run->groups.count ? run->groups.range_count : 1;
+}
+
+/* The next step, s, whose gradient stands in walk->gradient: its forms and p. w: w_s. */
+PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t s, const pk_real *w)
+{
+    const pk_run *run = walk->run;
+    const size_t P = run->parameters;
+    const double rate = run->learning_rates[s], *rates = pk_run_group_rates(run, s);
+    const pk__update whole = {s, rate, 1, P, P, w, walk->gradient, walk->state, NULL};
+    pk_status status = PK_OK;
+    pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
+    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
+        status = pk_run_second_moments(context, run, s, walk->state + P);
+    for (size_t r = 0; r < walk->range_count && !status; r++) {
+        const pk_parameter_range *range = &walk->range[r];
+        pk__group_form(&run->optimizer, &run->groups, range->group, s, rate, rates, range->count, P,
+                       walk->state ? walk->state + range->first : NULL, &walk->forms[range->group],
+                       walk->p + range->first);
+    }
+    return status;
+}
+
+/* The form of parameter number p; p grows from call to call, *range starts at 0. */
+PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, size_t *range)
+{
+    while (p >= walk->range[*range].first + walk->range[*range].count)
+        ++*range;
+    return &walk->forms[walk->range[*range].group];
+}
+
+/* Examples of the largest batch of a run. */
+PK__PRIVATE size_t pk__largest_batch(const pk_run *run)
+{
+    size_t largest = 0;
+    for (size_t s = 0; s < run->steps; s++)
+        largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
+    return largest;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/attribution/smoother.h: implementation */
+#include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
 
-/* How a layer's part is had. */
-typedef enum pk__gram_form {
-    PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
-    PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
-    PK__GRAM_PLACES,   /* a sum of that over pairs of places */
-    PK__GRAM_ROWS      /* the gradients' products */
-} pk__gram_form;
+/* ---- telescoping --------------------------------------------------------------------------------------- */
 
-typedef struct pk__gram_layer {
-    const pk_node *node;
-    pk__gram_form form;
-    pk_real bias;             /* 1 or 0 */
-    int data;                 /* its inputs are the network's, and not kept */
-    size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
-    size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
-    size_t depth;             /* terms of a product of two cotangents or gradients */
-    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
-    pk_real *constant;        /* CONSTANT: kept x kept */
-} pk__gram_layer;
+static pk_status pk__telescope_steps(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                     pk_replay *replay, pk_real *w, pk_real *next, pk_real *direction,
+                                     pk_real *f, double *predictions)
+{
+    const size_t P = run->parameters, cells = inputs.rows * run->outputs;
+    const pk_matrix out = pk_matrix_view(f, inputs.rows, run->outputs);
+    pk_status status = pk_replay_weights(context, replay, 0, next);
+    if (!status)
+        status = pk_graph_evaluate(context, &run->graph, next, inputs, out);
+    for (size_t i = 0; !status && i < cells; i++)
+        predictions[i] = f[i];
+    for (size_t s = 0; s < run->steps && !status; s++) {
+        status = pk__progress(context, "telescoping", (double)s / (double)run->steps);
+        memcpy(w, next, P * sizeof *w);
+        if (!status)
+            status = pk_replay_weights(context, replay, s + 1, next);
+        if (status)
+            return status;
+        for (size_t p = 0; p < P; p++)
+            direction[p] = (pk_real)((double)next[p] - w[p]);
+        status = pk_jvp(context, &run->graph, w, inputs, direction, pk__no_matrix(), out);
+        for (size_t i = 0; !status && i < cells; i++)
+            predictions[(s + 1) * cells + i] = predictions[s * cells + i] + f[i];
+    }
+    return status;
+}
 
-/* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
-typedef struct pk__gram_side {
-    pk_matrix inputs;
-    const pk_real *weights;
-    int leads; /* the first of the two */
-    size_t first, rows, capacity;
-    pk_real *factors;
-} pk__gram_side;
+PK_API pk_status pk_telescope(pk_context *context, const pk_run *run, pk_matrix inputs, double *predictions)
+{
+    if (!run || !run->weights.data || (!predictions && inputs.rows))
+        return pk__fail(context, PK_ARGUMENT,
+                        "telescoping: the run or the place for the predictions is missing");
+    pk_status status =
+        pk__sweep_matrix(context, "telescoping", "inputs", inputs, inputs.rows, run->graph.input_width);
+    size_t cells = 0, numbers = 0;
+    if (!status && (!pk__multiply(inputs.rows, run->outputs, &cells) || cells > SIZE_MAX / 64 ||
+                    run->parameters > SIZE_MAX / 64))
+        status = pk__fail(context, PK_OVERFLOW, "telescoping: the memory for %zu rows overflows", inputs.rows);
+    if (status || !inputs.rows)
+        return status;
+    numbers = 3 * run->parameters + cells;
+    pk_real *memory = NULL;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    status = pk_allocate(context, numbers, sizeof *memory, "telescoping", &memory);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &replay);
+    if (!status)
+        status = pk__telescope_steps(context, run, inputs, &replay, memory, memory + run->parameters,
+                                     memory + 2 * run->parameters, memory + 3 * run->parameters, predictions);
+    pk_replay_release(context, &replay);
+    pk_release(context, memory);
+    return status;
+}
 
-typedef struct pk__gram {
-    const char *name; /* for messages */
+/* ---- the smoother -------------------------------------------------------------------------------------- */
+
+typedef struct pk__smooth {
     pk_context *context;
-    const pk_graph *graph;
-    int two_weights;        /* the sides have different weights */
-    size_t outputs, kept;   /* kept: outputs that the result has, all or 1 */
-    size_t layers, numbers; /* numbers kept of a row */
-    pk__gram_layer *layer;
-    size_t tile, sweep; /* rows of a tile, and of one pass through the network: powers of two */
-    size_t part;        /* rows of one pass back */
-    size_t unit;        /* the larger of tile and sweep: where sides are cut */
-    int together;       /* the rows of both sides go through the network as one */
-    size_t left, right; /* numbers of a lane's products */
-    int symmetric;
-    pk_matrix result;
-    int threads;
-    size_t lane_bytes;
-    unsigned char *lanes;
-    size_t *bad;      /* of each lane: the first pair of rows that is not finite */
-    double done, all; /* pairs of rows */
-} pk__gram;
+    const pk_run *run;
+    pk_smoother *out;
+    int first_order;
+    size_t columns; /* N C + 1: the constants stand behind the targets */
+    double kappa;   /* dl/df = kappa (f - y) */
+    pk__walk walk;
+    pk__step_integral phi;
+    pk_replay replay;
+    pk_real *w, *next;               /* P */
+    pk_real *inputs;                 /* rows x D */
+    pk_real *f, *batch, *jacobian;   /* rows C; B x D; B C x P */
+    pk_real *sources;                /* B C x columns: weights times ([s | c] - [e | 0]) of the batch */
+    pk_real *left, *kernel, *change; /* of a block of rows: C x P, C x B C, C x columns each */
+    pk_real *gradients, *momenta;    /* with a state: columns x P */
+    double *integral;                /* of a block: C x P each */
+    double *sum, *mean, *all;        /* P: the step's gradient; its momentum, without and with weight decay */
+    double *other, *rest; /* P: of D_s what is not of the gradients; what the declared training leaves */
+    double *table;        /* rows C x columns: [s | c] */
+    double *unattributed; /* rows C */
+    double scale;         /* the largest |f| */
+} pk__smooth;
 
-/* Rows at ... of a side. */
-typedef struct pk__gram_rows {
-    const pk__gram_side *side;
-    size_t at, rows;
-} pk__gram_rows;
-
-/* One thread's memory. */
-typedef struct pk__gram_lane {
-    pk__tape forward, back;
-    pk_real *inputs;
-    pk_real *left, *right, *tile, *spread;
-} pk__gram_lane;
-
-/* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
-static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape *back)
+static void pk__smooth_take(pk__arena *arena, pk__smooth *m)
 {
-    pk__pass_take(arena, gram->graph, gram->part, gram->outputs, 0, back);
+    const pk_run *run = m->run;
+    const size_t P = run->parameters, C = run->outputs, D = run->graph.input_width, real = sizeof(pk_real);
+    const size_t rows = m->out->rows, batch = pk__largest_batch(run);
+    const int state = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups) > 0;
+    size_t cells = 0, terms = 0, block = 0;
+    if (!pk__multiply(run->examples, C, &m->columns) || !pk__multiply(rows, C, &cells) ||
+        !pk__multiply(batch, C, &terms))
+        arena->overflow = 1;
+    m->columns++;
+    pk__walk_take(arena, run, &m->walk);
+    pk__step_integral_take(arena, rows, &m->phi);
+    block = m->phi.rows * C;
+    m->w = pk__arena_take(arena, P, real);
+    m->next = pk__arena_take(arena, P, real);
+    m->inputs = pk__arena_take(arena, rows, D * real);
+    m->f = pk__arena_take(arena, cells, real);
+    m->batch = pk__arena_take(arena, batch, D * real);
+    m->jacobian = pk__arena_take(arena, terms, P * real);
+    m->sources = pk__arena_take(arena, terms, m->columns * real);
+    m->left = pk__arena_take(arena, block, P * real);
+    m->kernel = pk__arena_take(arena, block, terms * real);
+    m->change = pk__arena_take(arena, block, m->columns * real);
+    m->gradients = pk__arena_take(arena, state ? m->columns : 0, P * real);
+    m->momenta = pk__arena_take(arena, state ? m->columns : 0, P * real);
+    m->integral = pk__arena_take(arena, block, P * sizeof(double));
+    double **const vectors[] = {&m->sum, &m->mean, &m->all, &m->other, &m->rest};
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
+        *vectors[i] = pk__arena_take(arena, P, sizeof(double));
+    m->table = pk__arena_take(arena, cells, m->columns * sizeof(double));
+    m->unattributed = pk__arena_take(arena, cells, sizeof(double));
 }
 
-static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
+/* Predictions and effective parameters at w, which is w_s, and the residual. */
+static pk_status pk__smooth_look(pk__smooth *m, size_t s, const pk_real *w)
 {
-    const size_t width = gram->tile * gram->kept;
-    pk__gram_back_take(arena, gram, &lane->back);
-    pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
-    lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
-    lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
-    lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
-    lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
+    pk_smoother *out = m->out;
+    const size_t C = out->outputs, cells = out->rows * C, targets = m->columns - 1, train = out->examples * C;
+    pk_status status = pk_graph_evaluate(m->context, &m->run->graph, w,
+                                         pk_matrix_view(m->inputs, out->rows, m->run->graph.input_width),
+                                         pk_matrix_view(m->f, out->rows, C));
+    if (status)
+        return status;
+    double sums[2] = {0, 0};
+    for (size_t i = 0; i < cells; i++) {
+        double *row = m->table + i * m->columns;
+        if (s == 0)
+            row[targets] = m->f[i];
+        double value = row[targets], norm = 0;
+        for (size_t j = 0; j < targets; j++) {
+            value += row[j] * out->targets[j];
+            norm += row[j] * row[j];
+        }
+        sums[i >= train] += norm;
+        out->predictions[s * cells + i] = value;
+        m->scale = fmax(m->scale, fabs((double)m->f[i]));
+        const double miss = fabs(value - (double)m->f[i]);
+        if (!(miss <= out->residual)) {
+            out->residual = miss;
+            out->worst_step = s, out->worst_row = i / C, out->worst_output = i % C;
+        }
+    }
+    out->effective[2 * s] = sums[0];
+    if (out->rows > out->examples)
+        out->effective[2 * s + 1] = sums[1] * (double)out->examples / (double)(out->rows - out->examples);
+    return PK_OK;
 }
 
-static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
+/* The batch's Jacobian, its sources, the sum of its gradients. */
+static pk_status pk__smooth_batch(pk__smooth *m, size_t s, size_t *terms)
 {
-    const pk__arena arena = {gram->lanes + (size_t)lane * gram->lane_bytes, gram->lane_bytes, 0, 0};
-    return arena;
+    const pk_run *run = m->run;
+    const pk_smoother *out = m->out;
+    const size_t P = run->parameters, C = out->outputs, D = run->graph.input_width;
+    const double scale = pk_run_gradient_scale(run, s);
+    pk_batch batch;
+    pk_run_batch(run, s, &batch);
+    *terms = batch.count * C;
+    memset(m->sum, 0, P * sizeof *m->sum);
+    for (size_t b = 0; b < batch.count; b++)
+        memcpy(m->batch + b * D, m->inputs + (size_t)batch.items[b] * D, D * sizeof *m->batch);
+    pk_status status = PK_OK;
+    if (batch.count)
+        status = pk_jacobian(m->context, &run->graph, m->w, pk_matrix_view(m->batch, batch.count, D),
+                             pk_matrix_view(m->jacobian, *terms, P), pk__no_matrix());
+    for (size_t i = 0; i < *terms && !status; i++) {
+        const size_t at = (size_t)batch.items[i / C] * C + i % C;
+        const double c = batch.weights ? batch.weights[i / C] : 1 / (double)batch.count;
+        const double weight = scale * c * m->kappa, *row = m->table + at * m->columns;
+        pk_real *to = m->sources + i * m->columns;
+        for (size_t j = 0; j < m->columns; j++)
+            to[j] = (pk_real)(weight * (row[j] - (j == at)));
+        const double slope = weight * ((double)m->f[at] - out->targets[at]);
+        for (size_t p = 0; p < P; p++)
+            m->sum[p] += slope * m->jacobian[i * P + p];
+    }
+    for (size_t p = 0; p < P; p++)
+        m->walk.gradient[p] = (pk_real)m->sum[p];
+    return status;
 }
 
-static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
+/* What the step's form makes of the gradients: momenta; what is left of D_s without them, and without decay. */
+static void pk__smooth_form(pk__smooth *m, size_t terms)
 {
-    pk__arena arena = pk__gram_arena(gram, number);
-    pk__gram_lane lane;
-    pk__gram_lane_take(&arena, gram, &lane);
-    return lane;
-}
-
-/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
-static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
-{
-    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
-}
-
-/* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
-static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
-{
-    return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
-                       : pk__gram_factors(side, layer->left_at, row * layer->left);
-}
-
-static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
-{
-    return pk__gram_factors(side, layer->right_at, row * layer->right);
-}
-
-/* ---- factors ------------------------------------------------------------------------------------------- */
-
-/* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
-static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__gram_side *side, size_t at,
-                          size_t rows)
-{
-    const size_t outputs = gram->outputs;
-    for (size_t l = 0; l < gram->layers; l++) {
-        const pk__gram_layer *layer = &gram->layer[l];
-        const pk_node *node = layer->node;
-        const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
-        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
-        if (layer->form == PK__GRAM_ROWS) {
-            pk_call call;
-            pk__pass_call(tape, node, rows, outputs, &call);
-            call.weights = side->weights + node->weight_offset;
-            call.out_cotangent = cotangent;
-            call.gradient = right;
-            pk__node_row_gradients(&call);
-        } else if (layer->form == PK__GRAM_PLACES) {
-            for (size_t r = 0; r < rows; r++)
-                pk__node_places(tape, node, r, outputs, left + r * layer->left, right + r * layer->right);
-        } else {
-            if (!layer->data)
-                memcpy(left, tape->value[node->inputs[0]], rows * layer->left * sizeof *left);
-            if (layer->form == PK__GRAM_CONSTANT && side->leads && side->first + at == 0)
-                /* any row's will do; one thread has this one */
-                pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
-                         layer->depth, 0, layer->constant, gram->kept);
+    const size_t P = m->run->parameters;
+    size_t range = 0;
+    if (m->momenta)
+        pk__gemm(1, 0, m->columns, P, terms, 1, m->sources, m->columns, m->jacobian, P, 0, m->gradients, P);
+    for (size_t p = 0; p < P; p++) {
+        const pk_linear_form *form = pk__walk_form(&m->walk, p, &range);
+        const double step = (double)m->next[p] - m->w[p], rate = m->walk.p[p];
+        const double decayed = m->sum[p] + form->coupled * m->w[p];
+        m->mean[p] = form->carry * m->mean[p] + form->gain * m->sum[p];
+        m->all[p] = form->carry * m->all[p] + form->gain * decayed;
+        m->other[p] = step + rate * (form->enter * m->mean[p] + form->direct * m->sum[p]);
+        m->rest[p] =
+            step + rate * (form->enter * m->all[p] + form->direct * decayed) + form->decoupled * m->w[p];
+        for (size_t j = 0; m->momenta && j < m->columns; j++) {
+            pk_real *gradient = m->gradients + j * P + p, *momentum = m->momenta + j * P + p;
+            *momentum = (pk_real)(form->carry * *momentum + form->gain * *gradient);
+            *gradient = (pk_real)(rate * (form->enter * *momentum + form->direct * *gradient));
         }
     }
 }
 
-/* The pass back of part number `part` of the rows of one or two sides, whose values stand one behind the other in a tape.
- * Cotangents that are kept are written where they are kept. */
-static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk__gram_rows *sides, size_t part,
-                          int lane)
+/* [s | c] of a block of rows, from first on, whose integral is there. */
+static void pk__smooth_rows(pk__smooth *m, size_t first, size_t rows, size_t terms)
 {
-    const size_t first = pk__blocks(sides[0].rows, gram->part);
-    const pk__gram_rows *from = &sides[part >= first];
-    const size_t skipped = (part < first ? part : part - first) * gram->part;
-    const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
-                 rows = pk__min(gram->part, from->rows - skipped);
-    const pk_graph *graph = gram->graph;
-    const pk__line line = {from->side->weights, NULL, NULL};
-    pk__arena arena = pk__gram_arena(gram, lane);
-    pk__tape back, *tape = &back;
-    pk__gram_back_take(&arena, gram, tape);
-    for (size_t n = 0; n < graph->node_count; n++)
-        tape->value[n] = values->value[n] + row * graph->nodes[n].width;
-    for (size_t l = 0; l < gram->layers; l++)
-        if (gram->layer[l].form == PK__GRAM_OUTER)
-            tape->cotangent[gram->layer[l].node - graph->nodes] =
-                pk__gram_right(from->side, &gram->layer[l], at);
-    pk__pass_seed_units(tape, rows);
-    pk__pass_reverse(tape, &line, rows, gram->outputs);
-    pk__gram_keep(gram, tape, from->side, at, rows);
-}
-
-/* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
- * each operation, or one. lane: of the calling thread. */
-static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const pk__gram_side *other,
-                          size_t pass, int threads, int lane)
-{
-    const size_t width = gram->graph->input_width, own = pk__blocks(side->rows, gram->sweep);
-    const pk__gram_side *to = pass < own ? side : other;
-    const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
-    const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
-                                    {other, 0, gram->together && other ? other->rows : 0}};
-    const pk__line line = {to->weights, NULL, NULL};
-    pk__gram_lane room = pk__gram_lane_of(gram, lane);
-    const pk_real *inputs = room.inputs;
-    size_t rows = 0, parts = 0;
-    for (size_t s = 0; s < 2 && sides[s].rows; s++) {
-        const pk_matrix *from = &sides[s].side->inputs;
-        const pk_real *data = from->data + (sides[s].side->first + sides[s].at) * from->ld;
-        if (!sides[1].rows && from->ld == width)
-            inputs = data;
-        else
-            for (size_t r = 0; r < sides[s].rows; r++)
-                memcpy(room.inputs + (rows + r) * width, data + r * from->ld, width * sizeof *data);
-        rows += sides[s].rows;
-        parts += pk__blocks(sides[s].rows, gram->part);
+    const size_t P = m->run->parameters, C = m->out->outputs, cells = rows * C, columns = m->columns;
+    for (size_t i = 0; i < cells; i++) {
+        const double *phi = m->integral + i * P;
+        double other = 0, rest = 0;
+        size_t range = 0;
+        for (size_t p = 0; p < P; p++) {
+            const pk_linear_form *form = pk__walk_form(&m->walk, p, &range);
+            const double factor = m->momenta ? 1 : m->walk.p[p] * (form->enter * form->gain + form->direct);
+            m->left[i * P + p] = (pk_real)(factor * phi[p]);
+            other += phi[p] * m->other[p];
+            rest += phi[p] * m->rest[p];
+        }
+        m->table[(first * C + i + 1) * columns - 1] += other;
+        m->unattributed[first * C + i] += rest;
     }
-    room.forward.threads = threads;
-    room.forward.context = gram->context;
-    pk__pass_forward(&room.forward, &line, rows, inputs);
-    if (threads > 1) {
-        pk__team team = pk__team_of(gram->context, threads, parts);
-        PK__PARALLEL(team)
-        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
-            pk__gram_back(gram, &room.forward, sides, part, pk__thread());
-        pk__team_end(&team);
-    } else { /* no region of one thread inside one of several: that would be its thread 0 */
-        for (size_t part = 0; part < parts; part++)
-            pk__gram_back(gram, &room.forward, sides, part, lane);
-    }
-}
-
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
- * some of them would wait, share the operations of each: in no region around those, which would start threads anew. */
-static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
-{
-    const size_t threads = (size_t)gram->threads;
-    const size_t passes = gram->together ? 1
-                                         : pk__blocks(side->rows, gram->sweep) +
-                                               (other ? pk__blocks(other->rows, gram->sweep) : 0);
-    const int workers = gram->threads;
-    if (passes % threads && passes < 4 * threads) {
-        for (size_t pass = 0; pass < passes; pass++)
-            pk__gram_pass(gram, side, other, pass, workers, 0);
+    if (!terms && !m->momenta)
+        return;
+    if (m->momenta) {
+        pk__gemm(0, 1, cells, columns, P, 1, m->left, P, m->gradients, P, 0, m->change, columns);
     } else {
-        pk__team team = pk__team_of(gram->context, workers, passes);
-        PK__PARALLEL(team)
-        for (size_t pass = pk__first_task(&team); pass < passes; pass = pk__next_task(&team))
-            pk__gram_pass(gram, side, other, pass, 1, pk__thread());
-        pk__team_end(&team);
+        pk__gemm(0, 1, cells, terms, P, 1, m->left, P, m->jacobian, P, 0, m->kernel, terms);
+        pk__gemm(0, 0, cells, columns, terms, 1, m->kernel, terms, m->sources, columns, 0, m->change, columns);
+    }
+    for (size_t i = 0; i < cells * columns; i++)
+        m->table[first * C * columns + i] -= m->change[i];
+}
+
+/* The integral of a block of rows along the step, or J at its start. */
+static pk_status pk__smooth_integral(pk__smooth *m, pk_matrix inputs)
+{
+    if (!m->first_order)
+        return pk__step_integral_run(&m->phi, m->w, m->next, inputs, m->integral);
+    const size_t P = m->run->parameters, cells = inputs.rows * m->out->outputs;
+    pk_status status = pk_jacobian(m->context, &m->run->graph, m->w, inputs, pk_matrix_view(m->left, cells, P),
+                                   pk__no_matrix());
+    for (size_t i = 0; i < cells * P && !status; i++)
+        m->integral[i] = m->left[i];
+    return status;
+}
+
+static pk_status pk__smooth_run(pk__smooth *m)
+{
+    const pk_run *run = m->run;
+    const size_t P = run->parameters, D = run->graph.input_width, rows = m->out->rows;
+    pk_status status = pk_replay_weights(m->context, &m->replay, 0, m->next);
+    for (size_t s = 0; s < run->steps && !status; s++) {
+        size_t terms = 0;
+        status = pk__progress(m->context, "smoother", (double)s / (double)run->steps);
+        memcpy(m->w, m->next, P * sizeof *m->w);
+        if (!status)
+            status = pk_replay_weights(m->context, &m->replay, s + 1, m->next);
+        if (!status)
+            status = pk__smooth_look(m, s, m->w);
+        if (!status)
+            status = pk__smooth_batch(m, s, &terms);
+        if (!status)
+            status = pk__walk_step(m->context, &m->walk, s, m->w);
+        if (status)
+            return status;
+        pk__smooth_form(m, terms);
+        for (size_t first = 0; first < rows && !status; first += m->phi.rows) {
+            const size_t count = pk__min(m->phi.rows, rows - first);
+            status = pk__smooth_integral(m, pk_matrix_view(m->inputs + first * D, count, D));
+            if (!status)
+                pk__smooth_rows(m, first, count, terms);
+        }
+    }
+    return status ? status : pk__smooth_look(m, run->steps, m->next);
+}
+
+/* Splits the table, and judges. */
+static pk_status pk__smooth_finish(pk__smooth *m, double tolerance)
+{
+    pk_smoother *out = m->out;
+    const size_t cells = out->rows * out->outputs, targets = m->columns - 1;
+    for (size_t i = 0; i < cells; i++) {
+        memcpy(out->matrix + i * targets, m->table + i * m->columns, targets * sizeof *out->matrix);
+        out->constant[i] = m->table[i * m->columns + targets];
+        out->unattributed = fmax(out->unattributed, fabs(m->unattributed[i]));
+    }
+    out->residual /= fmax(1, m->scale);
+    out->unattributed /= fmax(1, m->scale);
+    out->points = m->phi.points;
+    out->refused = m->phi.refused;
+    int coarse = 1; /* float32 numbers */
+    for (size_t p = 0; p < m->run->parameters; p++)
+        coarse &= m->next[p] == (pk_real)(float)m->next[p];
+    const double limit =
+        fmax(PK_UNATTRIBUTED_LEAST, PK_UNATTRIBUTED_EPSILONS * (coarse ? 1.1920929e-7 : 2.220446049250313e-16) *
+                                        sqrt((double)pk__max(out->steps, 1)));
+    if (!m->first_order && !(out->residual <= tolerance))
+        return pk__fail(
+            m->context, PK_NOT_CLOSED,
+            "smoother: row %zu, output %zu misses the network by %.3g of the largest output at step "
+            "%zu; the tolerance is %.3g",
+            out->worst_row, out->worst_output, out->residual, out->worst_step, tolerance);
+    if (!(out->unattributed <= limit))
+        return pk__fail(
+            m->context, PK_UNATTRIBUTED,
+            "smoother: steps that differ from the declared training account for %.3g of the outputs, "
+            "more than the %.3g that rounding explains",
+            out->unattributed, limit);
+    return PK_OK;
+}
+
+/* The results: one piece of memory. */
+static pk_status pk__smooth_results(pk_context *context, pk_smoother *out)
+{
+    size_t cells = 0, targets = 0, matrix = 0, trajectory = 0;
+    if (!pk__multiply(out->rows, out->outputs, &cells) ||
+        !pk__multiply(out->examples, out->outputs, &targets) || !pk__multiply(cells, targets, &matrix) ||
+        !pk__multiply(cells, out->steps + 1, &trajectory) || matrix > SIZE_MAX / 64 ||
+        trajectory > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "smoother: the memory for %zu rows overflows", out->rows);
+    double *memory = NULL;
+    pk_status status = pk_allocate(context, matrix + cells + targets + trajectory + 2 * (out->steps + 1),
+                                   sizeof *memory, "the smoother's results", &memory);
+    if (status)
+        return status;
+    out->matrix = memory;
+    out->constant = out->matrix + matrix;
+    out->targets = out->constant + cells;
+    out->predictions = out->targets + targets;
+    out->effective = out->predictions + trajectory;
+    return PK_OK;
+}
+
+/* The targets and the rows of both kinds. */
+static void pk__smooth_data(pk__smooth *m, pk_matrix inputs)
+{
+    const pk_run *run = m->run;
+    const size_t N = run->examples, D = run->graph.input_width, C = run->outputs;
+    for (size_t i = 0; i < N; i++) {
+        const int64_t item = (int64_t)i;
+        pk_dataset_inputs(&run->train, &item, 1, m->inputs + i * D);
+        pk_loss_targets(run->loss, &run->train, &item, 1, C, m->f);
+        for (size_t c = 0; c < C; c++)
+            m->out->targets[i * C + c] = m->f[c];
+    }
+    for (size_t i = 0; i < inputs.rows; i++)
+        memcpy(m->inputs + (N + i) * D, inputs.data + i * inputs.ld, D * sizeof *m->inputs);
+}
+
+PK_API void pk_smoother_release(pk_context *context, pk_smoother *smoother)
+{
+    pk_release(context, smoother->matrix);
+    memset(smoother, 0, sizeof *smoother);
+}
+
+PK_API pk_status pk_smooth(pk_context *context, const pk_run *run, pk_matrix inputs,
+                           const pk_smoother_options *options, pk_smoother *out)
+{
+    if (out)
+        memset(out, 0, sizeof *out);
+    if (!run || !run->weights.data || !out)
+        return pk__fail(context, PK_ARGUMENT, "smoother: the run or the place for the result is missing");
+    if (run->loss != PK_SQUARED && run->loss != PK_MEAN_SQUARED)
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            "smoother: the gradients of the loss %s are not linear in the targets; those of squared "
+            "and mean_squared are",
+            pk_loss_name(run->loss));
+    if (run->graph.surrogate && !(options && options->first_order))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "smoother: the network has an operation with a surrogate for a derivative, so that no "
+                        "integral of gradients is a change of its outputs");
+    if (options && !(options->tolerance >= 0 && options->tolerance < INFINITY))
+        return pk__fail(context, PK_ARGUMENT, "smoother: the tolerance is %g", options->tolerance);
+    if (!inputs.data)
+        inputs.rows = 0, inputs.cols = inputs.ld = run->graph.input_width;
+    pk_status status =
+        pk__sweep_matrix(context, "smoother", "inputs", inputs, inputs.rows, run->graph.input_width);
+    if (status)
+        return status;
+    const double start = pk__seconds();
+    pk__smooth m;
+    void *block = NULL;
+    memset(&m, 0, sizeof m);
+    m.context = context, m.run = run, m.out = out;
+    m.first_order = options && options->first_order;
+    m.kappa = run->loss == PK_SQUARED ? 1 : 2 / (double)run->outputs;
+    out->examples = run->examples, out->outputs = run->outputs, out->steps = run->steps;
+    out->rows = run->examples + inputs.rows;
+    status = pk__step_integral_begin(context, &run->graph, 0, &m.phi);
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__smooth_take(&measured, &m);
+    if (!status && measured.overflow)
+        status = pk__fail(context, PK_OVERFLOW, "smoother: the memory for %zu rows overflows", out->rows);
+    if (!status)
+        status = pk__smooth_results(context, out);
+    if (!status)
+        status = pk_allocate(context, measured.used, 1, "the smoother", &block);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &m.replay);
+    for (size_t r = 0; r < inputs.rows && !status && run->graph.checked; r++)
+        status = pk_graph_check_inputs(context, &run->graph, r, inputs.data + r * inputs.ld);
+    if (!status) {
+        pk__arena arena = {block, measured.used, 0, 0};
+        pk__smooth_take(&arena, &m);
+        pk__smooth_data(&m, inputs);
+        status = pk__smooth_run(&m);
+        if (!status)
+            status = pk__smooth_finish(&m, options && options->tolerance > 0  ? options->tolerance
+                                           : sizeof(pk_real) == sizeof(float) ? 1e-3
+                                                                              : 1e-10);
+    }
+    pk__step_integral_end(&m.phi);
+    pk_replay_release(context, &m.replay);
+    pk_release(context, block);
+    if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
+        pk_smoother_release(context, out);
+    else
+        out->seconds = pk__seconds() - start;
+    return status;
+}
+
+PK_API double pk_effective_parameters(const pk_smoother *smoother, size_t count, const size_t *rows)
+{
+    const size_t C = smoother->outputs, targets = smoother->examples * C;
+    double sum = 0;
+    for (size_t i = 0; i < count; i++)
+        for (size_t k = 0; k < C * targets; k++) {
+            const double value = smoother->matrix[rows[i] * C * targets + k];
+            sum += value * value;
+        }
+    return count ? sum * (double)smoother->examples / (double)count : 0;
+}
+
+PK__END_CODE
+
+/* pathkernel/attribution/sensitivity.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+enum { PK__SENSITIVITY_ROWS = 64 }; /* examples whose gradients are in memory at one time */
+
+typedef struct pk__sensing {
+    pk_context *context;
+    const pk_run *run;
+    const pk_sensitivity_options *options;
+    pk_sensitivity *out;
+    pk__walk walk;
+    pk__step_integral phi;
+    pk_replay replay;
+    pk_gradient_workspace workspace;
+    pk_matrix input;
+    pk_real *w, *next;        /* P */
+    double *integral;         /* (D + 1) x P: dPhi_s/dx, and behind it Phi_s */
+    double *state;            /* D x P: R_s */
+    pk_real *left;            /* D x P: E_s */
+    pk_real *gradients;       /* PK__SENSITIVITY_ROWS x P */
+    pk_real *products;        /* D x PK__SENSITIVITY_ROWS */
+    pk_real *preconditioners; /* S x P, or NULL: p is the rate */
+    pk_linear_form *forms;    /* (S + 1) x (1 + groups) */
+    int64_t *items;           /* of a block of the batch */
+    size_t *column;           /* of each tensor */
+    pk_weight_block *blocks;
+    size_t block_count;
+    double *total; /* D: sum_s dPhi_s/dx D_s */
+} pk__sensing;
+
+static int pk__sensing_adapts(const pk_run *run)
+{
+    return pk_optimizer_state_vectors(&run->optimizer) == 2;
+}
+
+static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
+{
+    const pk_run *run = m->run;
+    const size_t P = run->parameters, D = run->graph.input_width, S = run->steps, real = sizeof(pk_real);
+    size_t all = 0, wide = 0;
+    if (!pk__multiply(D + 1, P, &all) || all > SIZE_MAX / 64 || !pk__multiply(S, P, &wide))
+        arena->overflow = 1;
+    pk__walk_take(arena, run, &m->walk);
+    pk__step_integral_take(arena, 1, &m->phi);
+    m->w = pk__arena_take(arena, P, real);
+    m->next = pk__arena_take(arena, P, real);
+    m->integral = pk__arena_take(arena, all, sizeof(double));
+    m->state = pk__arena_take(arena, D * P, sizeof(double));
+    m->left = pk__arena_take(arena, D * P, real);
+    m->gradients = pk__arena_take(arena, PK__SENSITIVITY_ROWS, P * real);
+    m->products = pk__arena_take(arena, PK__SENSITIVITY_ROWS, D * real);
+    m->preconditioners = pk__arena_take(arena, pk__sensing_adapts(run) ? wide : 0, real);
+    m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
+    m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
+    m->blocks = pk__arena_take(arena, m->block_count, sizeof *m->blocks);
+    m->total = pk__arena_take(arena, D, sizeof(double));
+}
+
+/* Forward: the linear forms of all steps, and, where the optimiser is adaptive, their preconditioners. */
+static pk_status pk__sensing_forms(pk__sensing *m)
+{
+    const pk_run *run = m->run;
+    const size_t P = run->parameters, count = 1 + run->groups.count;
+    pk_status status = PK_OK;
+    for (size_t s = 0; s < run->steps && !status; s++) {
+        if (pk__sensing_adapts(run)) {
+            pk_batch batch;
+            pk_run_batch(run, s, &batch);
+            status = pk__progress(m->context, "sensitivity", 0.3 * (double)s / (double)run->steps);
+            if (!status)
+                status = pk_replay_weights(m->context, &m->replay, s, m->w);
+            if (!status)
+                status = pk_batch_gradient(m->context, &run->graph, run->loss, m->w, &run->train, &batch,
+                                           &m->workspace, NULL, m->walk.gradient);
+            for (size_t p = 0; p < P; p++)
+                m->walk.gradient[p] *= (pk_real)pk_run_gradient_scale(run, s);
+        }
+        if (!status)
+            status = pk__walk_step(m->context, &m->walk, s, m->w);
+        memcpy(m->forms + s * count, m->walk.forms, count * sizeof *m->forms);
+        if (!status && pk__sensing_adapts(run))
+            memcpy(m->preconditioners + s * P, m->walk.p, P * sizeof *m->preconditioners);
+    }
+    return status;
+}
+
+/* R_s and E_s of step s, and what decay and D_s take of them. */
+static void pk__sensing_back(pk__sensing *m, size_t s)
+{
+    const pk_run *run = m->run;
+    const size_t P = run->parameters, D = m->out->inputs, count = 1 + run->groups.count;
+    const pk_linear_form *here = m->forms + s * count, *after = here + count;
+    for (size_t r = 0; r < m->walk.range_count; r++) {
+        const pk_parameter_range *range = &m->walk.range[r];
+        const pk_linear_form *form = &here[range->group];
+        /* Step S has no form: R_S = 0, whatever carries it. */
+        const double carry = s + 1 < run->steps ? after[range->group].carry : 0;
+        for (size_t d = 0; d < D; d++)
+            for (size_t p = range->first; p < range->first + range->count; p++) {
+                const double scale = m->preconditioners ? (double)m->preconditioners[s * P + p] : form->rate;
+                const double moved = m->integral[d * P + p], step = (double)m->next[p] - m->w[p];
+                double *state = &m->state[d * P + p];
+                *state = carry * *state + form->enter * scale * moved;
+                const double effective = form->gain * *state + form->direct * scale * moved;
+                m->left[d * P + p] = (pk_real)effective;
+                m->out->decay[d] -= (form->coupled * effective + form->decoupled * moved) * m->w[p];
+                m->total[d] += moved * step;
+            }
     }
 }
 
-/* ---- tiles --------------------------------------------------------------------------------------------- */
-
-/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
-static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
-                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
-                            const pk_real *y_right, size_t rows, size_t columns)
+/* The examples of a step. */
+static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
 {
-    const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
-                 depth = layer->depth, ld = columns * kept;
-    for (size_t p = 0, together; p < rows * positions; p += together) {
-        /* Places of one row. */
-        together = pk__min(layer->places, positions - p % positions);
-        for (size_t j = 0; j < columns; j += layer->examples) {
-            const size_t count = pk__min(layer->examples, columns - j), across = count * positions;
-            pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
-                     lane->left, across);
-            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
-                     y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
-            for (size_t q = 0; q < together; q++)
-                for (size_t k = 0; k < kept; k++) {
-                    const pk_real *left = lane->left + q * across;
-                    const pk_real *right = lane->right + (q * kept + k) * across * kept;
-                    pk_real *to = lane->tile + (p / positions * kept + k) * ld + j * kept;
-                    for (size_t r = 0; r < across; r++)
-                        for (size_t l = 0; l < kept; l++)
-                            to[r / positions * kept + l] += (left[r] + layer->bias) * right[r * kept + l];
+    const pk_run *run = m->run;
+    pk_sensitivity *out = m->out;
+    const size_t P = run->parameters, D = out->inputs, N = out->examples;
+    const double clip = pk_run_gradient_scale(run, s);
+    pk_batch batch;
+    pk_run_batch(run, s, &batch);
+    for (size_t first = 0; first < batch.count; first += PK__SENSITIVITY_ROWS) {
+        const size_t count = pk__min(batch.count - first, PK__SENSITIVITY_ROWS);
+        const pk_batch part = {count, batch.items + first, NULL};
+        pk_status status = pk_loss_gradients(m->context, &run->graph, run->loss, m->w, &run->train, &part, NULL,
+                                             pk_matrix_view(m->gradients, count, P));
+        if (status)
+            return status;
+        /* Without layers all tensors at once, else one after the other. */
+        for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
+            const size_t offset = m->options->by_layer ? m->blocks[b].offset : 0;
+            const size_t width = m->options->by_layer ? m->blocks[b].count : P;
+            double *layer = m->options->by_layer
+                                ? out->by_layer + (size_t)run->graph.nodes[m->blocks[b].node].column * N * D
+                                : NULL;
+            pk__gemm(0, 1, D, count, width, 1, m->left + offset, P, m->gradients + offset, P, 0, m->products,
+                     count);
+            for (size_t i = 0; i < count; i++) {
+                const size_t item = (size_t)batch.items[first + i];
+                const double c = batch.weights ? batch.weights[first + i] : 1 / (double)batch.count;
+                for (size_t d = 0; d < D; d++) {
+                    const double part_of = -clip * c * m->products[d * count + i];
+                    out->by_example[item * D + d] += part_of;
+                    if (out->by_step)
+                        out->by_step[(s * N + item) * D + d] += part_of;
+                    if (layer)
+                        layer[item * D + d] += part_of;
+                }
+            }
+        }
+    }
+    return PK_OK;
+}
+
+/* grad_x f_c at weights. */
+static pk_status pk__sensing_gradient(pk__sensing *m, const pk_real *w, double *to)
+{
+    const pk_graph *graph = &m->run->graph;
+    const size_t D = m->out->inputs;
+    /* The cotangents and the place are memory that is used for other things later. */
+    pk_status status =
+        pk_vjp(m->context, graph, w, m->input, pk_matrix_view(m->phi.seeds, 1, graph->output_width),
+               pk__no_matrix(), pk_matrix_view(m->products, 1, D));
+    for (size_t d = 0; d < D && !status; d++)
+        to[d] = m->products[d];
+    return status;
+}
+
+static pk_status pk__sensing_run(pk__sensing *m)
+{
+    const pk_run *run = m->run;
+    const size_t P = run->parameters;
+    pk_status status = pk__sensing_forms(m);
+    if (!status)
+        status = pk_replay_weights(m->context, &m->replay, run->steps, m->next);
+    m->phi.output = m->options->output;
+    m->phi.seeds[m->phi.output] = 1;
+    if (!status)
+        status = pk__sensing_gradient(m, m->next, m->out->final);
+    for (size_t s = run->steps; s-- > 0 && !status;) {
+        status = pk__progress(m->context, "sensitivity", 1 - 0.7 * (double)(s + 1) / (double)run->steps);
+        if (!status)
+            status = pk_replay_weights(m->context, &m->replay, s, m->w);
+        if (!status)
+            status = pk__step_integral_run(&m->phi, m->w, m->next, m->input, m->integral);
+        if (status)
+            break;
+        pk__sensing_back(m, s);
+        status = pk__sensing_batch(m, s);
+        memcpy(m->next, m->w, P * sizeof *m->next);
+    }
+    return status ? status : pk__sensing_gradient(m, m->next, m->out->initial);
+}
+
+/* What is left, and the judgement. */
+static pk_status pk__sensing_finish(pk__sensing *m)
+{
+    pk_sensitivity *out = m->out;
+    const double given = m->options->tolerance;
+    const double tolerance = given > 0 ? given : sizeof(pk_real) == sizeof(float) ? 1e-2 : 1e-9;
+    for (size_t i = 0; i < out->examples * out->inputs; i++) {
+        out->data[i % out->inputs] += out->by_example[i];
+        out->scale = fmax(out->scale, fabs(out->by_example[i]));
+    }
+    double worst = 0;
+    for (size_t d = 0; d < out->inputs; d++) {
+        out->unattributed[d] = m->total[d] - out->data[d] - out->decay[d];
+        out->closure[d] = out->final[d] - out->initial[d] - m->total[d];
+        worst = pk__worse(fabs(out->closure[d]), worst) ? fabs(out->closure[d]) : worst;
+        out->scale = fmax(out->scale, fmax(fabs(out->initial[d]), fabs(out->final[d])));
+    }
+    out->worst_closure = worst > 0 ? worst / out->scale : worst;
+    out->points = m->phi.points;
+    out->kinks = m->phi.kinks;
+    out->unresolved = m->phi.unresolved;
+    out->refused = m->phi.refused;
+    if (!(out->worst_closure <= tolerance))
+        return pk__fail(
+            m->context, PK_NOT_CLOSED,
+            "sensitivity: the derivatives miss that of the output by %.3g of the largest of them, more "
+            "than %.3g; %zu of %zu kinks are not resolved",
+            out->worst_closure, tolerance, out->unresolved, out->kinks);
+    return PK_OK;
+}
+
+static pk_status pk__sensing_results(pk_context *context, const pk_sensitivity_options *options,
+                                     pk_sensitivity *out)
+{
+    const size_t D = out->inputs;
+    size_t matrix = 0, steps = 0, layers = 0;
+    if (!pk__multiply(out->examples, D, &matrix) ||
+        !pk__multiply(matrix, options->by_step ? out->steps : 0, &steps) ||
+        !pk__multiply(matrix, options->by_layer ? out->layers : 0, &layers) || matrix > SIZE_MAX / 64 ||
+        steps > SIZE_MAX / 64 || layers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "sensitivity: the memory of its results overflows");
+    double *memory = NULL;
+    pk_status status = pk_allocate(context, matrix + steps + layers + 6 * D, sizeof *memory,
+                                   "the sensitivity's results", &memory);
+    if (status)
+        return status;
+    double **const vectors[] = {&out->initial, &out->final,        &out->data,
+                                &out->decay,   &out->unattributed, &out->closure};
+    out->by_example = memory;
+    memory += matrix;
+    for (size_t i = 0; i < 6; i++, memory += D)
+        *vectors[i] = memory;
+    out->by_step = options->by_step ? memory : NULL;
+    out->by_layer = options->by_layer ? memory + steps : NULL;
+    return PK_OK;
+}
+
+PK_API void pk_sensitivity_release(pk_context *context, pk_sensitivity *sensitivity)
+{
+    pk_release(context, sensitivity->by_example);
+    memset(sensitivity, 0, sizeof *sensitivity);
+}
+
+static pk_status pk__sensing_check(pk_context *context, const pk_run *run, pk_matrix input,
+                                   const pk_sensitivity_options *options, const pk_sensitivity *out)
+{
+    if (!run || !run->weights.data || !options || !out)
+        return pk__fail(context, PK_ARGUMENT,
+                        "sensitivity: the run, the options or the place for the result is missing");
+    if (options->output >= run->outputs)
+        return pk__fail(context, PK_ARGUMENT, "sensitivity: output %zu of a network with %zu outputs",
+                        options->output, run->outputs);
+    if (!(options->tolerance >= 0 && options->tolerance < INFINITY))
+        return pk__fail(context, PK_ARGUMENT, "sensitivity: the tolerance is %g", options->tolerance);
+    if (run->graph.surrogate)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "sensitivity: the network has an operation with a surrogate for a derivative");
+    return pk__sweep_matrix(context, "sensitivity", "inputs", input, 1, run->graph.input_width);
+}
+
+PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_matrix input,
+                                   const pk_sensitivity_options *options, pk_sensitivity *out)
+{
+    if (out)
+        memset(out, 0, sizeof *out);
+    pk_status status = pk__sensing_check(context, run, input, options, out);
+    if (status)
+        return status;
+    pk__sensing m;
+    void *block = NULL;
+    memset(&m, 0, sizeof m);
+    m.context = context, m.run = run, m.options = options, m.out = out, m.input = input;
+    m.block_count = pk_graph_blocks(&run->graph, NULL, 0);
+    out->examples = run->examples, out->inputs = run->graph.input_width, out->steps = run->steps;
+    out->layers = run->graph.columns;
+    status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
+    if (!status) {
+        pk__arena measured = {NULL, 0, 0, 0};
+        pk__sensing_take(&measured, &m);
+        status = measured.overflow ? pk__fail(context, PK_OVERFLOW, "sensitivity: its memory overflows")
+                                   : pk__sensing_results(context, options, out);
+        if (!status)
+            status = pk_allocate(context, measured.used, 1, "the sensitivity", &block);
+        if (!status)
+            status = pk_replay_prepare(context, run, run->steps, &m.replay);
+        if (!status && pk__sensing_adapts(run))
+            status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
+        if (!status) {
+            pk__arena arena = {block, measured.used, 0, 0};
+            pk__sensing_take(&arena, &m);
+            (void)pk_graph_blocks(&run->graph, m.blocks, m.block_count);
+            status = pk__sensing_run(&m);
+        }
+        if (!status)
+            status = pk__sensing_finish(&m);
+    }
+    pk_gradient_release(context, &m.workspace);
+    pk__step_integral_end(&m.phi);
+    pk_replay_release(context, &m.replay);
+    pk_release(context, block);
+    if (status && status != PK_NOT_CLOSED)
+        pk_sensitivity_release(context, out);
+    return status;
+}
+
+PK__END_CODE
+
+/* pathkernel/kernels/family.h: implementation */
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+/* A kernel without a public name: an output on the left, c times the losses on the right, all along the step (domingos.h).
+ * Outputs are PK_OUTPUTS_ONE; only for pk__kernels_part. */
+enum { PK__KERNEL_LOSS_WEIGHTED = PK_KERNEL_TRACIN + 1 };
+
+/* ---- the table ----------------------------------------------------------------------------------------- */
+
+enum { PK__LEFT = 1, PK__RIGHT = 2, PK__TEST_ROWS = 1, PK__ALL_ROWS = 2 };
+
+typedef enum pk__feature {
+    PK__FEATURE_OUTPUTS,
+    PK__FEATURE_LOSS,
+    PK__FEATURE_LAST,
+    PK__FEATURE_FED
+} pk__feature;
+typedef enum pk__step_weight {
+    PK__STEP_ALONE, /* one matrix a step */
+    PK__STEP_MEAN,  /* the mean over weights */
+    PK__STEP_RATE   /* the sum over steps, times eta_s */
+} pk__step_weight;
+
+typedef struct pk__kernel_row {
+    const char *name;
+    pk__feature feature;
+    pk__step_weight step;
+    int moves;      /* which rows go along the step: PK__TEST_ROWS, PK__ALL_ROWS; 0: none */
+    int weighted;   /* on which sides training rows have c: PK__LEFT, PK__RIGHT */
+    int right_loss; /* outputs on the left, losses on the right */
+} pk__kernel_row;
+
+static const pk__kernel_row pk__kernel_rows[] = {
+    [PK_KERNEL_NTK] = {"ntk", PK__FEATURE_OUTPUTS, PK__STEP_ALONE, 0, 0, 0},
+    [PK_KERNEL_CONJUGATE] = {"conjugate", PK__FEATURE_LAST, PK__STEP_ALONE, 0, 0, 0},
+    [PK_KERNEL_EMBEDDING] = {"embedding", PK__FEATURE_FED, PK__STEP_ALONE, 0, 0, 0},
+    [PK_KERNEL_PATH] = {"path", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__ALL_ROWS, 0, 0},
+    [PK_KERNEL_PATH_AVERAGE] = {"path_average", PK__FEATURE_OUTPUTS, PK__STEP_MEAN, 0, 0, 0},
+    [PK_KERNEL_EPK] = {"epk", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__TEST_ROWS, PK__LEFT | PK__RIGHT, 0},
+    [PK_KERNEL_LOSS_PATH] = {"loss_path", PK__FEATURE_LOSS, PK__STEP_RATE, PK__ALL_ROWS, 0, 0},
+    [PK_KERNEL_TRACIN] = {"tracin", PK__FEATURE_LOSS, PK__STEP_RATE, 0, PK__RIGHT, 0},
+    [PK__KERNEL_LOSS_WEIGHTED] = {"loss_weighted", PK__FEATURE_OUTPUTS, PK__STEP_RATE, PK__ALL_ROWS, PK__RIGHT,
+                                  1},
+};
+enum { PK__KERNELS = PK__KERNEL_LOSS_WEIGHTED }; /* behind those with a public name */
+
+PK_API const char *pk_kernel_name(pk_kernel_kind kind)
+{
+    return (int)kind >= 1 && (int)kind < PK__KERNELS ? pk__kernel_rows[kind].name : NULL;
+}
+
+PK_API pk_kernel_kind pk_kernel_find(const char *name)
+{
+    for (int kind = 1; name && kind < PK__KERNELS; kind++)
+        if (strcmp(name, pk__kernel_rows[kind].name) == 0)
+            return (pk_kernel_kind)kind;
+    return (pk_kernel_kind)0;
+}
+
+static const char *const pk__outputs_names[] = {[PK_OUTPUTS_FULL] = "full",
+                                                [PK_OUTPUTS_TRACE] = "trace",
+                                                [PK_OUTPUTS_MEAN] = "mean",
+                                                [PK_OUTPUTS_SUM] = "sum",
+                                                [PK_OUTPUTS_LABEL] = "label"};
+static const char *const pk__map_names[] = {
+    [PK_MAP_NONE] = "none", [PK_MAP_COSINE] = "cosine", [PK_MAP_CENTER] = "center"};
+
+PK_API const char *pk_kernel_outputs_name(pk_kernel_outputs outputs)
+{
+    return (int)outputs >= 0 && (int)outputs <= PK_OUTPUTS_LABEL ? pk__outputs_names[outputs] : NULL;
+}
+
+PK_API pk_kernel_outputs pk_kernel_outputs_find(const char *name)
+{
+    for (int i = 1; name && i <= PK_OUTPUTS_LABEL; i++)
+        if (strcmp(name, pk__outputs_names[i]) == 0)
+            return (pk_kernel_outputs)i;
+    return PK_OUTPUTS_NONE;
+}
+
+PK_API const char *pk_kernel_map_name(pk_kernel_map map)
+{
+    return (int)map >= 0 && (int)map <= PK_MAP_CENTER ? pk__map_names[map] : NULL;
+}
+
+PK_API int pk_kernel_map_find(const char *name)
+{
+    for (int i = 0; name && i <= PK_MAP_CENTER; i++)
+        if (strcmp(name, pk__map_names[i]) == 0)
+            return i;
+    return -1;
+}
+
+/* ---- layers that are fed ------------------------------------------------------------------------------- */
+
+static int pk__is_matrix_layer(const pk_node *node)
+{
+    return node->weight_count && (node->operation->tangent_form == PK_TANGENT_OUTER ||
+                                  strcmp(node->operation->name, "embedding") == 0);
+}
+
+/* Matrix layer number `number` in the order of the spread vector, which is that of w; NULL beyond the last. */
+static const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
+{
+    for (size_t l = 0; l < graph->node_count; l++) {
+        const pk_node *node = &graph->nodes[l];
+        size_t before = 0;
+        if (!l || !pk__is_matrix_layer(node))
+            continue;
+        for (size_t n = 1; n < graph->node_count; n++)
+            before +=
+                pk__is_matrix_layer(&graph->nodes[n]) && graph->nodes[n].weight_offset < node->weight_offset;
+        if (before == number)
+            return node;
+    }
+    return NULL;
+}
+
+static size_t pk__matrix_layers(const pk_graph *graph)
+{
+    size_t count = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        count += (size_t)pk__is_matrix_layer(&graph->nodes[n]);
+    return count;
+}
+
+/* ---- what is asked for --------------------------------------------------------------------------------- */
+
+static size_t pk__kernel_slots(const pk_run *run, const pk_kernel_options *options)
+{
+    (void)run;
+    return pk__kernel_rows[options->kind].step == PK__STEP_ALONE && options->steps ? options->step_count : 1;
+}
+
+static size_t pk__kernel_layers(const pk_run *run, const pk_kernel_options *options)
+{
+    return !options->by_layer                                          ? 1
+           : pk__kernel_rows[options->kind].feature == PK__FEATURE_FED ? pk__matrix_layers(&run->graph)
+                                                                       : run->graph.columns;
+}
+
+static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
+                                        const pk_kernel_options *options)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const size_t end = row->step == PK__STEP_RATE ? run->steps : run->steps + 1;
+    if (options->steps && !options->step_count)
+        return pk__fail(context, PK_ARGUMENT, "%s: the list of steps is empty", row->name);
+    for (size_t k = 0; options->steps && k < options->step_count; k++)
+        if (options->steps[k] >= end)
+            return pk__fail(
+                context, PK_ARGUMENT,
+                row->step == PK__STEP_RATE
+                    ? "%s: step %zu of a run of %zu steps; they are numbered from 0"
+                    : "%s: the weights of step %zu of a run of %zu steps, which has those of 0 to %zu",
+                row->name, options->steps[k], run->steps, run->steps);
+    return PK_OK;
+}
+
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const pk_quadrature *rule = &options->quadrature;
+    if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s takes its features at the weights themselves: no rule but left", row->name);
+    if ((int)rule->rule < 0 || rule->rule > PK_RULE_LEFT || rule->rule == PK_RULE_EXACT)
+        return pk__fail(context, PK_ARGUMENT, "%s: rule %d is none of auto, left, gauss, midpoint, trapezoid",
+                        row->name, (int)rule->rule);
+    if (rule->nodes < 0 || rule->nodes > (rule->rule == PK_RULE_GAUSS ? 1000 : PK_RULE_NODES) ||
+        (rule->rule == PK_RULE_TRAPEZOID && rule->nodes == 1))
+        return pk__fail(context, PK_ARGUMENT, "%s: the rule cannot have %d nodes", row->name, rule->nodes);
+    if (!(options->tolerance >= 0 && options->tolerance < 1))
+        return pk__fail(context, PK_ARGUMENT, "%s: the tolerance %g is not in [0, 1)", row->name,
+                        options->tolerance);
+    return PK_OK;
+}
+
+static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run,
+                                          const pk_kernel_options *options)
+{
+    if (!run || !run->weights.type || !options)
+        return pk__fail(context, PK_ARGUMENT, "kernels: the run or the options are missing");
+    if (!pk_kernel_name(options->kind))
+        return pk__fail(context, PK_ARGUMENT, "kernels: %d is not the kind of a kernel", (int)options->kind);
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    if (row->feature != PK__FEATURE_OUTPUTS && options->outputs != PK_OUTPUTS_NONE)
+        return pk__fail(context, PK_ARGUMENT, "%s has no outputs to choose from", row->name);
+    if (row->feature == PK__FEATURE_OUTPUTS &&
+        (options->outputs <= PK_OUTPUTS_NONE || options->outputs > PK_OUTPUTS_ONE))
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s: outputs must be named: full, trace, mean, sum, label or one of them", row->name);
+    if (options->outputs == PK_OUTPUTS_ONE && options->output >= run->outputs)
+        return pk__fail(context, PK_ARGUMENT, "%s: output %zu of a network with %zu outputs", row->name,
+                        options->output, run->outputs);
+    if (options->append_one && row->feature != PK__FEATURE_LAST)
+        return pk__fail(context, PK_ARGUMENT, "%s: a 1 is appended for conjugate alone", row->name);
+    if (options->unweighted && !row->weighted)
+        return pk__fail(context, PK_ARGUMENT, "%s does not weight its rows by the batch", row->name);
+    if (options->by_layer && row->feature == PK__FEATURE_LAST)
+        return pk__fail(context, PK_ARGUMENT, "%s is of one layer and has no layers to tell apart", row->name);
+    if ((int)options->map < 0 || options->map > PK_MAP_CENTER)
+        return pk__fail(context, PK_ARGUMENT, "%s: %d is not a map", row->name, (int)options->map);
+    if (options->map != PK_MAP_NONE && options->outputs == PK_OUTPUTS_FULL)
+        return pk__fail(context, PK_ARGUMENT, "%s: maps are for matrices of rows, not for all outputs with all",
+                        row->name);
+    if ((row->feature == PK__FEATURE_LAST || row->feature == PK__FEATURE_FED) &&
+        !pk__matrix_layers(&run->graph))
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
+    pk_status status = pk__kernel_check_steps(context, run, options);
+    return status ? status : pk__kernel_check_rule(context, options);
+}
+
+/* Rows of a side: their width, numbers and, where the kernel needs them, targets. */
+static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, const pk_kernel_options *options,
+                                       const pk_dataset *data, const char *side)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const int train = !data;
+    char text[64];
+    data = data ? data : &run->train;
+    pk__print(text, sizeof text, "%s: %s rows", row->name, train ? "training" : side);
+    if (data->inputs.rank < 1 || !data->inputs.type || !data->inputs.data)
+        return pk__fail(context, PK_ARGUMENT, "%s are missing", text);
+    pk_status status = train ? PK_OK : pk_run_check_inputs(context, run, &data->inputs, text);
+    if (!status && !train)
+        status = pk__check_finite(context, text, &data->inputs);
+    const size_t count = pk_array_length(&data->inputs);
+    if (status || (row->feature != PK__FEATURE_LOSS && options->outputs != PK_OUTPUTS_LABEL))
+        return status;
+    if (!data->targets.type)
+        return pk__fail(context, PK_ARGUMENT, "%s need %s, which are missing", text,
+                        row->feature == PK__FEATURE_LOSS ? "the targets of the loss" : "labels");
+    if (data->targets.rank < 1 || pk_array_length(&data->targets) != count)
+        return pk__fail(context, PK_SHAPE, "%s: %zu rows of targets for %zu rows of inputs", text,
+                        data->targets.rank < 1 ? (size_t)0 : pk_array_length(&data->targets), count);
+    if (row->feature == PK__FEATURE_LOSS)
+        return train || !count ? PK_OK : pk_loss_check(context, run->loss, data, run->outputs);
+    if (!pk__is_labels(&data->targets))
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s: targets are not class labels, one whole number a row, which outputs by label need",
+                        text);
+    for (size_t r = 0; r < count; r++) {
+        const int64_t label = pk__label(&data->targets, r);
+        if (label < 0 || (uint64_t)label >= run->outputs)
+            return pk__fail(context, PK_ARGUMENT, "%s: row %zu has label %lld, the network has %zu outputs",
+                            text, r, (long long)label, run->outputs);
+    }
+    return PK_OK;
+}
+
+static size_t pk__kernel_count(const pk_run *run, const pk_dataset *data)
+{
+    return data ? pk_array_length(&data->inputs) : run->examples;
+}
+
+PK_API pk_status pk_kernel_shape(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                 const pk_dataset *right, const pk_kernel_options *options, size_t shape[6],
+                                 int *rank)
+{
+    pk_status status = pk__kernel_check_options(context, run, options);
+    if (!status && (!shape || !rank))
+        status = pk__fail(context, PK_ARGUMENT, "kernels: there is no place for the shape");
+    left = options && options->left_train ? NULL : left;
+    if (!status)
+        status = pk__kernel_check_side(context, run, options, left, "left");
+    if (!status && left != right)
+        status = pk__kernel_check_side(context, run, options, right, "right");
+    if (!status && options->map == PK_MAP_CENTER && left != right)
+        status = pk__fail(context, PK_ARGUMENT, "%s: to center needs the same rows on both sides",
+                          pk_kernel_name(options->kind));
+    if (status)
+        return status;
+    const size_t slots = pk__kernel_slots(run, options);
+    const int full = options->outputs == PK_OUTPUTS_FULL;
+    size_t numbers = sizeof(double);
+    int n = 0;
+    if (slots > 1)
+        shape[n++] = slots;
+    if (options->by_layer)
+        shape[n++] = pk__kernel_layers(run, options);
+    shape[n++] = pk__kernel_count(run, left);
+    if (full)
+        shape[n++] = run->outputs;
+    shape[n++] = pk__kernel_count(run, right);
+    if (full)
+        shape[n++] = run->outputs;
+    *rank = n;
+    for (int i = 0; i < n; i++)
+        if (!pk__multiply(numbers, shape[i], &numbers))
+            return pk__fail(context, PK_OVERFLOW, "%s: a Gram matrix of so many rows overflows",
+                            pk_kernel_name(options->kind));
+    return PK_OK;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/along.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+enum {
+    PK__ALONG_ORDER = 16,     /* nodes of a piece, at most */
+    PK__ALONG_DEPTH = 40,     /* halvings of a piece, */
+    PK__ALONG_HALVINGS = 512, /* of a step */
+    PK__ALONG_REFINED = 4,    /* halvings of all pieces of rows with kinks */
+    PK__ALONG_ROWS = 16,      /* rows whose kinks are found together */
+    PK__ALONG_POINTS = 256,   /* of the left side at one time; more where one row has more */
+    PK__ALONG_TILE = 1 << 21  /* numbers of a product of points */
+};
+
+static void pk__along_take(pk__arena *arena, pk__along *along)
+{
+    const size_t P = along->graph->parameters;
+    along->direction = pk__arena_take(arena, P, sizeof(pk_real));
+    along->at = pk__arena_take(arena, P, sizeof(pk_real));
+    along->spread =
+        along->graph->pieces ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
+    along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
+    along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
+    along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
+    along->nodes = pk__arena_take(arena, PK__ALONG_NODES, sizeof(double));
+    along->weights = pk__arena_take(arena, PK__ALONG_NODES, sizeof(double));
+}
+
+PK__INTERNAL pk_status pk__along_prepare(pk_context *context, const pk_graph *graph, size_t numbers,
+                                         pk__along *along)
+{
+    memset(along, 0, sizeof *along);
+    along->context = context;
+    along->graph = graph;
+    along->numbers = numbers;
+    along->name = "kernels";
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__along_take(&measured, along);
+    if (measured.overflow)
+        return pk__fail(context, PK_OVERFLOW, "kernels: the memory of a kernel of so many rows overflows");
+    pk_status status = pk_allocate(context, measured.used, 1, "kernels", &along->memory);
+    pk__arena arena = {along->memory, measured.used, 0, 0};
+    if (!status)
+        pk__along_take(&arena, along);
+    return status;
+}
+
+PK__INTERNAL void pk__along_release(pk__along *along)
+{
+    pk_release(along->context, along->memory);
+    memset(along, 0, sizeof *along);
+}
+
+PK__INTERNAL void pk__along_begin(pk__along *along)
+{
+    const pk_graph *graph = along->graph;
+    for (size_t p = 0; p < graph->parameters; p++)
+        along->direction[p] = (pk_real)((double)along->next[p] - along->w[p]);
+    if (graph->pieces) {
+        pk_graph_spread(graph, along->w, along->spread);
+        pk_graph_spread(graph, along->direction, along->spread + graph->spread);
+    }
+}
+
+/* ---- common values of t -------------------------------------------------------------------------------- */
+
+static size_t pk__along_kept(const pk__along *along, const pk__gram_rows_of *side)
+{
+    return side->seeds == PK__SEEDS_UNITS && !along->summed ? along->graph->output_width : 1;
+}
+
+static size_t pk__along_planes(const pk__along *along)
+{
+    return along->by_layer ? along->graph->columns : 1;
+}
+
+/* part = the matrix of rows whose sides stand where they say. The library's fractions of one matrix are none of all. */
+static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                pk_real *part)
+{
+    const size_t kept = pk__along_kept(along, left);
+    const pk__gram_request request = {
+        .name = along->name,
+        .graph = along->graph,
+        .loss = along->loss,
+        .summed = along->summed,
+        .by_layer = along->by_layer,
+        .result = pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};
+    int (*progress)(void *, const char *, double) = along->context ? along->context->progress : NULL;
+    if (along->context)
+        along->context->progress = NULL;
+    const pk_status status = pk__gram_compute(along->context, &request, left, right);
+    if (along->context)
+        along->context->progress = progress;
+    return status;
+}
+
+/* to += weight times the matrix at t. */
+static pk_status pk__along_add(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                               const int moves[2], double t, double weight, double *to)
+{
+    const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
+    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+    const pk_real *at = along->w;
+    pk__gram_rows_of sides[2] = {*left, right ? *right : *left};
+    if (t > 0 && (moves[0] || moves[1])) {
+        pk__step_point(along->graph->parameters, along->w, along->next, t, along->at);
+        at = along->at;
+    }
+    for (int s = 0; s < 2; s++)
+        sides[s].weights = moves[s] ? at : along->w;
+    const pk_status status = pk__along_gram(along, &sides[0], right ? &sides[1] : NULL, along->part);
+    for (size_t i = 0; !status && i < numbers; i++)
+        to[i] += weight * along->part[i];
+    along->points++;
+    return status;
+}
+
+/* to = the Gauss rule of so many nodes on [a, b]. */
+static pk_status pk__along_gauss(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                 const int moves[2], double a, double b, int nodes, size_t numbers, double *to)
+{
+    pk_status status = PK_OK;
+    pk_gauss_legendre(nodes, along->nodes, along->weights);
+    memset(to, 0, numbers * sizeof *to);
+    for (int q = 0; !status && q < nodes; q++)
+        status = pk__along_add(along, left, right, moves, a + (b - a) * along->nodes[q],
+                               (b - a) * along->weights[q], to);
+    return status;
+}
+
+/* The largest difference; scale becomes the largest entry. */
+static double pk__along_apart(pk__along *along, size_t numbers)
+{
+    double apart = 0;
+    for (size_t i = 0; i < numbers; i++) {
+        apart = fmax(apart, fabs(along->fine[i] - along->coarse[i]));
+        along->scale = fmax(along->scale, fabs(along->fine[i]));
+    }
+    return apart;
+}
+
+static double pk__along_allowed(const pk__along *along)
+{
+    return fmax(0.01 * along->tolerance, 64 * PK__EPSILON) * along->scale;
+}
+
+static void pk__along_swap(pk__along *along)
+{
+    double *spare = along->coarse;
+    along->coarse = along->fine;
+    along->fine = spare;
+}
+
+/* result += the integral over [a, b], by common nodes. */
+static pk_status pk__along_piece(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                 const int moves[2], double a, double b, int depth, unsigned char *order,
+                                 size_t numbers, double *result)
+{
+    int nodes = *order ? *order : 2;
+    double before = INFINITY;
+    pk_status status = pk__along_gauss(along, left, right, moves, a, b, nodes, numbers, along->coarse);
+    for (int tried = 0; !status; nodes++, tried++) {
+        status = pk__along_gauss(along, left, right, moves, a, b, nodes + 1, numbers, along->fine);
+        if (status)
+            break;
+        const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+        const int last = depth == PK__ALONG_DEPTH || along->halvings >= PK__ALONG_HALVINGS;
+        if (apart <= allowed || (last && nodes >= PK__ALONG_ORDER)) {
+            along->refused += apart > allowed;
+            along->error += apart;
+            for (size_t i = 0; i < numbers; i++)
+                result[i] += along->fine[i];
+            *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+            return PK_OK;
+        }
+        if (!last && (nodes >= PK__ALONG_ORDER || (tried >= 3 && apart > before / 2)))
+            break;
+        before = apart;
+        pk__along_swap(along);
+    }
+    if (status)
+        return status;
+    along->halvings++;
+    *order = 4;
+    status = pk__along_piece(along, left, right, moves, a, 0.5 * (a + b), depth + 1, order, numbers, result);
+    return status ? status
+                  : pk__along_piece(along, left, right, moves, 0.5 * (a + b), b, depth + 1, order, numbers,
+                                    result);
+}
+
+/* ---- rows with kinks of their own ---------------------------------------------------------------------- */
+
+/* The points of a side: of each row its pieces, of each piece n nodes. */
+typedef struct pk__along_side {
+    const pk__gram_rows_of *of;
+    int moves;
+    pk__pieces pieces; /* by row and place */
+    size_t *first;     /* of each row: its first piece; one more at the end */
+    /* Of the tile: */
+    size_t start, rows, points;
+    pk_real *inputs, *t, *targets;
+    int64_t *labels;
+} pk__along_side;
+
+typedef struct pk__along_rows {
+    pk__path path;
+    pk__pieces found;
+    void *memory;
+} pk__along_rows;
+
+static size_t pk__along_pieces(void)
+{
+    return 64 * PK__ALONG_ROWS + 1024;
+}
+
+static void pk__along_rows_take(pk__arena *arena, const pk__along *along, pk__along_rows *rows)
+{
+    const size_t points = 64;
+    pk__path_take(arena, along->graph, PK__ALONG_ROWS, points, 1, 1, pk__along_pieces(), 0, &rows->path);
+    pk__pieces_take(arena, pk__along_pieces(), &rows->found);
+}
+
+/* Appends a piece; its memory grows. */
+static pk_status pk__along_push(pk__along *along, pk__along_side *side, const pk__piece *piece)
+{
+    pk__pieces *to = &side->pieces;
+    if (to->count == to->capacity) {
+        const size_t capacity = 2 * pk__max(to->capacity, 128);
+        pk__piece *more = NULL;
+        const pk_status status = pk_allocate(along->context, capacity, sizeof *more, along->name, &more);
+        if (status)
+            return status;
+        if (to->count)
+            memcpy(more, to->piece, to->count * sizeof *more);
+        pk_release(along->context, to->piece);
+        to->piece = more;
+        to->capacity = capacity;
+    }
+    to->piece[to->count++] = *piece;
+    return PK_OK;
+}
+
+/* The pieces of some rows between a and b; of half the rows, then of half as long pieces, where there is no room. */
+static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__along_side *side, size_t first,
+                                 size_t count, double a, double b, int depth)
+{
+    const pk_matrix *inputs = &side->of->rows;
+    const pk_graph *graph = along->graph;
+    pk__piece start[PK__ALONG_ROWS];
+    pk__pieces from = {0, PK__ALONG_ROWS, start};
+    pk_status status = PK_OK;
+    for (size_t r = 0; r < count; r++)
+        pk__pieces_push(&from, r, a, b);
+    pk__path_begin(&rows->path, graph->pieces ? along->spread : along->w,
+                   graph->pieces ? along->spread + graph->spread : along->direction, NULL, count,
+                   inputs->data + first * inputs->ld);
+    if (!pk__path_split(&rows->path, &from, &rows->found)) {
+        if (count > 1) {
+            status = pk__along_split(along, rows, side, first, count / 2, a, b, depth);
+            return status
+                       ? status
+                       : pk__along_split(along, rows, side, first + count / 2, count - count / 2, a, b, depth);
+        }
+        if (depth < 8) {
+            status = pk__along_split(along, rows, side, first, 1, a, 0.5 * (a + b), depth + 1);
+            return status ? status : pk__along_split(along, rows, side, first, 1, 0.5 * (a + b), b, depth + 1);
+        }
+        return pk__fail(along->context, PK_UNSUPPORTED,
+                        "%s: row %zu has more kinks in one step than there is room for", along->name, first);
+    }
+    for (size_t i = 0; !status && i < rows->found.count; i++) {
+        pk__piece piece = rows->found.piece[i];
+        piece.row += first;
+        if (piece.b > piece.a)
+            status = pk__along_push(along, side, &piece);
+    }
+    return status;
+}
+
+/* All pieces of a side, cut into 2^halved parts. */
+static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__along_side *side, int halved)
+{
+    const size_t count = side->of->rows.rows, parts = (size_t)1 << halved;
+    pk_status status = PK_OK;
+    if (!side->first)
+        status = pk_allocate(along->context, count + 1, sizeof *side->first, along->name, &side->first);
+    side->pieces.count = 0;
+    for (size_t r = 0; !status && r < count; r += PK__ALONG_ROWS)
+        for (size_t part = 0; !status && part < (side->moves ? 1 : 0); part++)
+            status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), 0, 1, 0);
+    for (size_t r = 0; !status && r < count && !side->moves; r++) {
+        pk__piece piece;
+        memset(&piece, 0, sizeof piece);
+        piece.row = r;
+        piece.b = 1;
+        status = pk__along_push(along, side, &piece);
+    }
+    if (status)
+        return status;
+    pk__sort_pieces(&side->pieces, pk__precedes_by_place);
+    const size_t found = side->pieces.count;
+    for (size_t i = 0; side->moves && parts > 1 && !status && i < found; i++) {
+        const pk__piece whole = side->pieces.piece[i];
+        const double length = (whole.b - whole.a) / (double)parts;
+        side->pieces.piece[i].b = whole.a + length;
+        for (size_t k = 1; !status && k < parts; k++) {
+            pk__piece piece = whole;
+            piece.a = whole.a + (double)k * length;
+            piece.b = k + 1 < parts ? whole.a + (double)(k + 1) * length : whole.b;
+            status = pk__along_push(along, side, &piece);
+        }
+    }
+    pk__sort_pieces(&side->pieces, pk__precedes_by_place);
+    size_t i = 0;
+    for (size_t r = 0; r <= count; r++) {
+        while (i < side->pieces.count && side->pieces.piece[i].row < r)
+            i++;
+        side->first[r] = i;
+    }
+    return status;
+}
+
+/* How far the rule's integral of df/dt misses the change of f of a side's rows, of the largest |df/dt|; what rounding of f
+ * explains is 0. */
+static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side,
+                                   int nodes, double *worst)
+{
+    const pk_graph *graph = along->graph;
+    const pk_matrix *inputs = &side->of->rows;
+    const size_t C = graph->output_width, last = graph->node_count - 1, count = inputs->rows;
+    double *change = NULL, node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1], largest = 0;
+    pk_status status = pk_allocate(along->context, count, 3 * C * sizeof *change, along->name, &change);
+    double *start = change ? change + count * C : NULL, *end = start ? start + count * C : NULL;
+    pk_gauss_legendre(nodes, node, weight);
+    for (size_t r = 0; !status && r < count; r++) {
+        pk_real t[PK__ALONG_ORDER + 1];
+        size_t zero[PK__ALONG_ORDER + 1] = {0};
+        pk__path_begin(&rows->path, graph->pieces ? along->spread : along->w,
+                       graph->pieces ? along->spread + graph->spread : along->direction, NULL, 1,
+                       inputs->data + r * inputs->ld);
+        t[0] = 0, t[1] = 1;
+        pk__path_forward(&rows->path, 2, zero, t);
+        for (size_t c = 0; c < C; c++) {
+            start[r * C + c] = pk__pass_output(&rows->path.tape)[c];
+            end[r * C + c] = pk__pass_output(&rows->path.tape)[C + c];
+        }
+        for (size_t i = side->first[r]; i < side->first[r + 1]; i++) {
+            const pk__piece *piece = &side->pieces.piece[i];
+            for (int q = 0; q < nodes; q++)
+                t[q] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
+            pk__path_forward(&rows->path, (size_t)nodes, zero, t);
+            pk__path_tangent(&rows->path, 0, (size_t)nodes, zero, t);
+            for (int q = 0; q < nodes && graph->nodes[last].varies; q++)
+                for (size_t c = 0; c < C; c++) {
+                    const double slope = rows->path.tape.tangent[last][(size_t)q * C + c];
+                    change[r * C + c] += (piece->b - piece->a) * weight[q] * slope;
+                    largest = fmax(largest, fabs(slope));
                 }
         }
     }
-}
-
-/* tile = the kernel of rows at i ... of x and j ... of y. */
-static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
-                          size_t rows, const pk__gram_side *y, size_t j, size_t columns)
-{
-    const size_t kept = gram->kept, ld = columns * kept;
-    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
-    memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
-    for (size_t l = 0; l < gram->layers; l++) {
-        const pk__gram_layer *layer = &gram->layer[l];
-        const size_t in = layer->node->fan_in, depth = layer->depth;
-        const pk_real *x_left = pk__gram_left(x, layer, i), *x_right = pk__gram_right(x, layer, i);
-        const pk_real *y_left = pk__gram_left(y, layer, j), *y_right = pk__gram_right(y, layer, j);
-        if (layer->form == PK__GRAM_ROWS) {
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
-            continue;
-        }
-        if (layer->form == PK__GRAM_PLACES) {
-            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
-            input = NULL;
-            continue;
-        }
-        if (input != pk__layer_input(gram->graph, layer->node))
-            pk__gemm(0, 1, rows, columns, in, 1, x_left, layer->data ? x->inputs.ld : in, y_left,
-                     layer->data ? y->inputs.ld : in, 0, lane->left, columns);
-        input = pk__layer_input(gram->graph, layer->node);
-        if (layer->form == PK__GRAM_OUTER)
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t s = 0; s < ld; s++)
-                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
-            for (size_t k = 0; k < kept; k++) {
-                pk_real *to = lane->tile + (r * kept + k) * ld;
-                const pk_real *right = lane->right + (r * kept + k) * ld;
-                if (layer->form == PK__GRAM_OUTER)
-                    for (size_t s = 0; s < ld; s++)
-                        to[s] += lane->spread[s] * right[s];
-                else
-                    for (size_t s = 0; s < kept; s++)
-                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
-                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
-            }
-        }
+    for (size_t i = 0; !status && i < count * C; i++) {
+        const double f = fmax(fabs(start[i]), fabs(end[i])), miss = fabs(end[i] - start[i] - change[i]);
+        if (largest > 0 && miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 1e-14) * fmax(f, largest))
+            *worst = fmax(*worst, miss / largest);
     }
-}
-
-/* Writes a tile whose first row is i of all x, whose first column j of all y; the first pair that is not finite, or
- * SIZE_MAX. */
-static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t i, size_t rows, size_t j,
-                             size_t columns)
-{
-    const size_t kept = gram->kept, ld = columns * kept, to_ld = gram->result.ld;
-    pk_real *to = gram->result.data + i * kept * to_ld + j * kept;
-    size_t bad = SIZE_MAX;
-    if (gram->symmetric && i == j)
-        for (size_t r = 0; r < ld; r++)
-            for (size_t s = 0; s < r; s++)
-                tile[s * ld + r] = tile[r * ld + s];
-    else if (gram->symmetric)
-        pk__transpose(rows * kept, ld, tile, gram->result.data + j * kept * to_ld + i * kept, to_ld);
-    for (size_t r = 0; r < rows * kept; r++) {
-        const pk_real *from = tile + r * ld;
-        memcpy(to + r * to_ld, from, ld * sizeof *to);
-        if (bad == SIZE_MAX && !pk__all_finite(from, ld)) {
-            size_t s = 0;
-            while (pk__finite(from[s]))
-                s++;
-            bad = (i + r / kept) * (gram->result.cols / kept) + j + s / kept;
-        }
-    }
-    return bad;
-}
-
-/* All pairs of two sides, or of one with itself. */
-static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
-{
-    const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
-    const int half = x == y, workers = gram->threads;
-    const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
-    for (size_t start = 0; start < tiles; start += most) {
-        const size_t end = start + pk__min(most, tiles - start);
-        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
-        if (status)
-            return status;
-        const size_t count = end - start;
-        pk__team team = pk__team_of(gram->context, workers, count);
-        PK__PARALLEL(team)
-        for (size_t task = pk__first_task(&team); task < count; task = pk__next_task(&team)) {
-            pk__gram_lane lane = pk__gram_lane_of(gram, pk__thread());
-            const size_t t = start + task;
-            size_t i = t / across, j = t % across;
-            if (half) {
-                i = 0;
-                for (j = t; j > i; i++)
-                    j -= i + 1;
-            }
-            i *= gram->tile, j *= gram->tile;
-            const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
-            pk__gram_tile(gram, &lane, x, i, rows, y, j, columns);
-            size_t *bad = &gram->bad[pk__thread()];
-            *bad = pk__min(*bad, pk__gram_write(gram, lane.tile, x->first + i, rows, y->first + j, columns));
-        }
-        pk__team_end(&team);
-        gram->done += (double)(end - start) / (double)tiles * (double)x->rows * (double)y->rows *
-                      (gram->symmetric && !half ? 2 : 1);
-    }
-    return PK_OK;
-}
-
-/* ---- how it is cut ------------------------------------------------------------------------------------- */
-
-/* The form of a layer, by flops a pair of rows. */
-static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
-{
-    const pk_node *node = layer->node;
-    const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
-    const int outer = pk__is_outer(node);
-    const double c = (double)kept, in = (double)node->fan_in,
-                 weights = (double)node->weight_count * (double)group;
-    const double all = c * (double)group, places = (double)node->positions;
-    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
-    const double factored =
-        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
-    layer->form = outer ? node->cotangent_constant ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
-                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
-                                                                                 : PK__GRAM_ROWS;
-    if (layer->form == PK__GRAM_ROWS) {
-        layer->right = node->weight_count * gram->outputs;
-        layer->depth = node->weight_count * group;
-        return;
-    }
-    layer->bias = (pk_real)pk__has_bias(node);
-    layer->data = outer && node->inputs[0] == 0;
-    layer->left = layer->data ? 0 : node->positions * node->fan_in;
-    layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
-    layer->depth = node->fan_out * group;
-    if (layer->form == PK__GRAM_PLACES) {
-        const size_t row = node->positions * kept;
-        layer->places = pk__max(1, pk__min(node->positions, room / row / kept));
-        layer->examples = pk__max(1, room / row / kept / layer->places);
-    }
-}
-
-/* Layers, tiles and the memory of a thread, from shapes alone. */
-static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
-{
-    const pk_graph *graph = gram->graph;
-    const size_t kept = gram->kept;
-    size_t values = graph->input_width, cotangents = 0;
-    for (size_t n = 1; n < graph->node_count; n++) {
-        values += graph->nodes[n].width;
-        cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
-    }
-    /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
-    gram->tile = 64;
-    while (gram->tile > 1 && gram->tile * kept > 128)
-        gram->tile /= 2;
-    while (gram->tile > (kept > 1 ? 8 : 16) && pk__max(rows, columns) < 2 * gram->tile)
-        gram->tile /= 2;
-    /* Every pass reads all weights: many rows. A pass back has as many rows of cotangents as there are outputs: fewer, which
-     * stay in the second-level cache. */
-    const size_t most = (size_t)1 << 22, all = gram->symmetric ? rows : rows + columns;
-    gram->sweep = 128;
-    while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
-        gram->sweep /= 2;
-    gram->part = gram->sweep;
-    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
-        gram->part /= 2;
-    gram->together = all <= gram->sweep && !gram->two_weights;
-    gram->unit = pk__max(gram->tile, gram->sweep);
-    gram->left = gram->tile * gram->tile;
-    gram->right = gram->left * kept * kept;
-    for (size_t l = 0; l < graph->layers; l++) {
-        pk__gram_layer *layer = &gram->layer[gram->layers];
-        layer->node = pk_graph_layer(graph, l);
-        pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
-        layer->left_at = gram->numbers;
-        layer->right_at = gram->numbers + layer->left;
-        gram->numbers = layer->right_at + layer->right;
-        gram->layers++;
-        const size_t pairs = layer->places * layer->examples * layer->node->positions;
-        gram->left = pk__max(gram->left, pairs);
-        gram->right = pk__max(gram->right, pairs * kept * kept);
-    }
-    pk__arena arena = {NULL, 0, 0, 0};
-    pk__gram_lane lane;
-    pk__gram_lane_take(&arena, gram, &lane);
-    gram->lane_bytes = arena.used;
-    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit)
-        return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
-    return PK_OK;
-}
-
-enum { PK__OPERATION_TILES = 8 };
-
-/* How many rows of either side are in memory at one time, and how many threads run, within the memory there is. */
-static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
-{
-    pk_context *context = gram->context;
-    const size_t row = gram->numbers * sizeof(pk_real), unit = gram->unit,
-                 used = context ? context->memory_used : 0;
-    const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
-    const int whole = gram->symmetric && x <= unit;
-    const size_t least = pk__min(x, unit) + (whole ? 0 : pk__min(y, unit));
-    const size_t rows = least * row + other;
-    size_t room = limit ? limit - pk__min(used, limit) : rows + ((size_t)1 << 30);
-    const double work = 6 * pk__graph_work(gram->graph) * (double)gram->outputs * ((double)x + (double)y) +
-                        2 * (double)x * (double)y * (double)gram->numbers * (double)gram->kept;
-    size_t threads = (size_t)pk_threads(context), bytes = 0;
-    threads = work / 1048576 < (double)threads ? pk__max(1, (size_t)(work / 1048576)) : threads;
-    /* No more than the tiles, the passes back, or what an operation is cut into. */
-    size_t tasks = 0;
-    if (!pk__multiply(pk__blocks(x, gram->tile), pk__blocks(y, gram->tile), &tasks))
-        tasks = threads;
-    tasks = pk__max(tasks, pk__blocks(x, gram->part) + pk__blocks(y, gram->part));
-    threads = pk__min(threads, pk__max(tasks, PK__OPERATION_TILES));
-    if (!pk__multiply(threads, gram->lane_bytes, &bytes) || bytes > SIZE_MAX / 2 - room)
-        return pk__fail(context, PK_OVERFLOW, "%s: the memory of %zu threads overflows", gram->name, threads);
-    if (!limit)
-        room += bytes;
-    while (threads > 1 && threads * gram->lane_bytes + rows > room)
-        threads--;
-    if (threads * gram->lane_bytes + rows > room)
-        return pk__fail(
-            context, PK_MEMORY_LIMIT,
-            "%s: a kernel of this network within %zu bytes is not possible; the least that would do is %zu "
-            "bytes",
-            gram->name, limit, used + gram->lane_bytes + rows);
-    gram->threads = (int)threads;
-    const size_t left = room - threads * gram->lane_bytes - other, capacity = row ? left / row : SIZE_MAX;
-    *x_rows = x;
-    *y_rows = gram->symmetric ? 0 : y;
-    if (x <= capacity && *y_rows <= capacity - x)
-        return PK_OK;
-    /* One side as a whole, or most of the memory for x. */
-    *y_rows = y <= capacity - pk__min(x, unit) && !gram->symmetric
-                  ? y
-                  : pk__min(y, pk__max(unit, capacity / 4 / unit * unit));
-    *x_rows = pk__min(x, pk__max(unit, (capacity - *y_rows) / unit * unit));
-    return PK_OK;
-}
-
-/* ---- all of it ----------------------------------------------------------------------------------------- */
-
-static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
-{
-    const size_t rows = x->inputs.rows, columns = y->inputs.rows;
-    const int whole = !gram->symmetric && y->capacity == columns; /* y is filled once */
-    y->rows = columns;
-    for (x->first = 0; x->first < rows; x->first += x->capacity) {
-        pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
-        if (status)
-            return status;
-        x->rows = pk__min(x->capacity, rows - x->first);
-        pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
-        if (gram->symmetric || whole)
-            status = pk__gram_pairs(gram, x, whole ? y : x);
-        /* Of a symmetric kernel the blocks below the diagonal. */
-        const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
-        for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
-            y->rows = pk__min(y->capacity, end - y->first);
-            pk__gram_fill(gram, y, NULL);
-            status = pk__gram_pairs(gram, x, y);
-        }
-        y->first = 0;
-        if (status)
-            return status;
-    }
-    return PK_OK;
-}
-
-/* With the layers' memory. */
-static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
-{
-    pk_context *context = gram->context;
-    const size_t row = gram->numbers;
-    size_t pair = SIZE_MAX;
-    pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
-    /* Both sides at once: glibc gives back to the system, and takes anew page by page at the next call, what is larger than
-     * twice the largest of the blocks that are freed. That cost a quarter of the time of 128 x 128 rows. */
-    if (!status)
-        status =
-            pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
-    if (!status && x->factors)
-        y->factors = x->factors + x->capacity * row;
-    if (!status)
-        status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
-    if (!status)
-        status = pk_allocate(context, (size_t)gram->threads, sizeof *gram->bad, gram->name, &gram->bad);
-    if (!status) {
-        for (int t = 0; t < gram->threads; t++)
-            gram->bad[t] = SIZE_MAX;
-        status = pk__gram_blocks(gram, x, y);
-        for (int t = 0; t < gram->threads; t++)
-            pair = pk__min(pair, gram->bad[t]);
-        if (!status && pair != SIZE_MAX)
-            status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
-                              gram->name, pair / y->inputs.rows, pair % y->inputs.rows);
-    }
-    pk_release(context, gram->bad);
-    pk_release(context, gram->lanes);
-    pk_release(context, x->factors);
+    pk_release(along->context, change);
     return status;
 }
 
-static pk_status pk__gram_check(pk__gram *gram, pk_matrix x, pk_matrix y, const pk_real *weights,
-                                const pk_real *y_weights)
+/* The rows `start` ... of a side with at most `most` points, at least one row. */
+static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t start, int nodes, size_t most)
 {
-    const pk_graph *graph = gram->graph;
-    pk_context *context = gram->context;
-    size_t rows = 0, columns = 0;
-    pk_status status = pk__sweep_graph(context, gram->name, graph, weights);
-    if (!status)
-        status = pk__sweep_matrix(context, gram->name, "first inputs", x, x.rows, graph->input_width);
-    if (!status)
-        status = pk__sweep_matrix(context, gram->name, "second inputs", y, y.rows, graph->input_width);
+    const pk__gram_rows_of *of = side->of;
+    const size_t D = of->rows.cols, C = along->graph->output_width, n = side->moves ? (size_t)nodes : 1;
+    double node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1];
+    size_t end = start + 1;
+    while (end < of->rows.rows && (side->first[end + 1] - side->first[start]) * n <= most)
+        end++;
+    side->start = start;
+    side->rows = end - start;
+    side->points = (side->first[end] - side->first[start]) * n;
+    pk_release(along->context, side->inputs);
+    side->inputs = NULL;
+    const size_t numbers = D + 1 + (of->targets ? C : 0);
+    pk_status status = pk_allocate(along->context, side->points,
+                                   numbers * sizeof(pk_real) + (of->labels ? sizeof(int64_t) : 0) + 8,
+                                   along->name, &side->inputs);
     if (status)
         return status;
-    gram->outputs = graph->output_width;
-    gram->kept = gram->kept ? 1 : gram->outputs;
-    if (!pk__multiply(x.rows, gram->kept, &rows) || !pk__multiply(y.rows, gram->kept, &columns))
-        return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
-                        x.rows, y.rows, gram->outputs);
-    status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
-    const pk_matrix read[4] = {x, y, pk__as_row(weights, graph->parameters),
-                               pk__as_row(y_weights, graph->parameters)};
-    if (!status)
-        status = pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
-    for (size_t r = 0; !status && graph->checked && r < x.rows; r++)
-        status = pk_graph_check_inputs(context, graph, r, x.data + r * x.ld);
-    for (size_t r = 0; !status && graph->checked && !gram->symmetric && r < y.rows; r++)
-        status = pk_graph_check_inputs(context, graph, r, y.data + r * y.ld);
-    return status;
+    side->labels = of->labels ? (int64_t *)(void *)side->inputs : NULL;
+    pk_real *const block = side->inputs + (of->labels ? side->points * sizeof(int64_t) / sizeof(pk_real) : 0);
+    side->t = block + side->points * D;
+    side->targets = of->targets ? side->t + side->points : NULL;
+    pk_gauss_legendre((int)n, node, weight);
+    for (size_t p = 0; p < side->points; p++) {
+        const pk__piece *piece = &side->pieces.piece[side->first[start] + p / n];
+        memcpy(block + p * D, of->rows.data + piece->row * of->rows.ld, D * sizeof *block);
+        side->t[p] = (pk_real)(piece->a + (piece->b - piece->a) * node[p % n]);
+        if (side->labels)
+            side->labels[p] = of->labels[piece->row];
+        if (side->targets)
+            memcpy(side->targets + p * C, of->targets + piece->row * C, C * sizeof *side->targets);
+    }
+    along->points += side->moves ? side->points : 0;
+    return PK_OK;
 }
 
-static pk_matrix pk__some_rows(pk_matrix all, size_t first, size_t rows)
+static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__along_side *side)
 {
-    all.data += first * all.ld;
-    all.rows = rows;
-    return all;
+    pk__gram_rows_of of = *side->of;
+    pk_real *const block = side->inputs + (side->labels ? side->points * sizeof(int64_t) / sizeof(pk_real) : 0);
+    of.rows = pk_matrix_view(block, side->points, side->of->rows.cols);
+    of.weights = along->w;
+    of.direction = side->moves ? along->direction : NULL;
+    of.t = side->moves ? side->t : NULL;
+    of.labels = side->labels;
+    of.targets = side->targets;
+    return of;
 }
 
-/* With ties the uses of a tensor meet each other in the kernel, so layers cannot be taken one by one: products of the
- * gradients themselves, of up to `rows` rows of either side at one time. */
-static pk_status pk__gram_tied(pk__gram *gram, const pk_real *weights, const pk_real *y_weights, pk_matrix x,
-                               pk_matrix y)
+/* basis[u] = the Lagrange polynomial of node u at x in [0, 1]. */
+static void pk__lagrange(int nodes, const double *node, double x, double *basis)
 {
-    const pk_graph *graph = gram->graph;
-    pk_context *context = gram->context;
-    const size_t C = gram->outputs, P = graph->parameters, kept = gram->kept;
-    size_t row = 0, bad = SIZE_MAX;
-    if (!pk__multiply(C, P, &row) || row > SIZE_MAX / 256)
-        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
-    const size_t rows = pk__max(1, pk__min(64, ((size_t)1 << 21) / pk__max(row, 1)));
-    pk_real *numbers = NULL;
-    pk_status status = pk_allocate(context, 2 * rows, row * sizeof *numbers, gram->name, &numbers);
-    const pk_matrix none = {NULL, 0, 0, 0};
-    for (size_t i = 0; !status && i < x.rows; i += rows) {
-        const size_t left = pk__min(rows, x.rows - i);
-        status = pk__progress(context, "kernel", (double)i / (double)x.rows);
-        if (!status)
-            status = pk_jacobian(context, graph, weights, pk__some_rows(x, i, left),
-                                 pk_matrix_view(numbers, left * C, P), none);
-        for (size_t j = 0; !status && j < y.rows; j += rows) {
-            const size_t right = pk__min(rows, y.rows - j);
-            pk_real *others = numbers + rows * row;
-            status = pk_jacobian(context, graph, y_weights, pk__some_rows(y, j, right),
-                                 pk_matrix_view(others, right * C, P), none);
-            if (status)
-                break;
-            const size_t depth = C / kept * P;
-            pk_real *to = gram->result.data + i * kept * gram->result.ld + j * kept;
-            pk__gemm(0, 1, left * kept, right * kept, depth, 1, numbers, depth, others, depth, 0, to,
-                     gram->result.ld);
-            for (size_t r = 0; r < left * kept && bad == SIZE_MAX; r++)
-                for (size_t s = 0; s < right * kept && bad == SIZE_MAX; s++)
-                    if (!pk__finite(to[r * gram->result.ld + s]))
-                        bad = (i + r / kept) * y.rows + j + s / kept;
+    for (int u = 0; u < nodes; u++) {
+        basis[u] = 1;
+        for (int v = 0; v < nodes; v++)
+            basis[u] *= v == u ? 1 : (x - node[v]) / (node[u] - node[v]);
+    }
+}
+
+/* W (left nodes x right nodes) of two pieces; 0: they do not meet. */
+static int pk__along_weights(const pk__piece *left, int left_nodes, const pk__piece *right, int right_nodes,
+                             const double *left_node, const double *right_node, double *W)
+{
+    enum { N = PK__ALONG_ORDER + 1 };
+    const double a = fmax(left->a, right->a), b = fmin(left->b, right->b);
+    double node[N], weight[N], l[N], r[N];
+    const int nodes = (int)pk__max(left_nodes, right_nodes);
+    if (!(b > a))
+        return 0;
+    pk_gauss_legendre(nodes, node, weight);
+    memset(W, 0, (size_t)(left_nodes * right_nodes) * sizeof *W);
+    for (int q = 0; q < nodes; q++) {
+        const double t = a + (b - a) * node[q];
+        pk__lagrange(left_nodes, left_node, (t - left->a) / (left->b - left->a), l);
+        pk__lagrange(right_nodes, right_node, (t - right->a) / (right->b - right->a), r);
+        for (int u = 0; u < left_nodes; u++)
+            for (int v = 0; v < right_nodes; v++)
+                W[u * right_nodes + v] += (b - a) * weight[q] * l[u] * r[v];
+    }
+    return 1;
+}
+
+/* to += what the points of two rows give, in each plane. */
+static void pk__along_reduce(const pk__along *along, const pk__along_side *x, const pk__along_side *y, size_t i,
+                             size_t j, int nodes, const pk_real *gram, size_t columns, double *to)
+{
+    enum { N = PK__ALONG_ORDER + 1 };
+    const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along), ld = y->points * kept;
+    const size_t rows = x->of->rows.rows * kept;
+    const int nx = x->moves ? nodes : 1, ny = y->moves ? nodes : 1;
+    double x_node[N], y_node[N], weight[N], W[N * N];
+    pk_gauss_legendre(nx, x_node, weight);
+    pk_gauss_legendre(ny, y_node, weight);
+    for (size_t p = x->first[i]; p < x->first[i + 1]; p++)
+        for (size_t q = y->first[j]; q < y->first[j + 1]; q++) {
+            if (!pk__along_weights(&x->pieces.piece[p], nx, &y->pieces.piece[q], ny, x_node, y_node, W))
+                continue;
+            const size_t px = (p - x->first[x->start]) * (size_t)nx, py = (q - y->first[y->start]) * (size_t)ny;
+            for (size_t plane = 0; plane < planes; plane++)
+                for (size_t k = 0; k < kept; k++)
+                    for (size_t l = 0; l < kept; l++) {
+                        double sum = 0;
+                        for (int u = 0; u < nx; u++)
+                            for (int v = 0; v < ny; v++)
+                                sum += W[u * ny + v] *
+                                       gram[(plane * x->points * kept + (px + (size_t)u) * kept + k) * ld +
+                                            (py + (size_t)v) * kept + l];
+                        to[(plane * rows + i * kept + k) * columns + j * kept + l] += sum;
+                    }
+        }
+}
+
+/* to = the integral with n nodes a piece. */
+static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int nodes,
+                                size_t numbers, double *to)
+{
+    const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along);
+    const size_t columns = y->of->rows.rows * kept;
+    pk_status status = PK_OK;
+    memset(to, 0, numbers * sizeof *to);
+    for (size_t i = 0; !status && i < x->of->rows.rows; i += x->rows) {
+        status = pk__along_points(along, x, i, nodes, PK__ALONG_POINTS);
+        const size_t left = x->points * kept * kept * planes;
+        for (size_t j = 0; !status && j < y->of->rows.rows; j += y->rows) {
+            pk_real *gram = NULL;
+            status = pk__along_points(along, y, j, nodes, pk__max(1, PK__ALONG_TILE / pk__max(left, 1)));
+            if (!status)
+                status = pk_allocate(along->context, left, y->points * sizeof *gram, along->name, &gram);
+            const pk__gram_rows_of sides[2] = {pk__along_rows_of(along, x), pk__along_rows_of(along, y)};
+            if (!status)
+                status = pk__along_gram(along, &sides[0], &sides[1], gram);
+            for (size_t r = 0; !status && r < x->rows; r++)
+                for (size_t s = 0; s < y->rows; s++)
+                    pk__along_reduce(along, x, y, i + r, j + s, nodes, gram, columns, to);
+            pk_release(along->context, gram);
         }
     }
-    if (!status && bad != SIZE_MAX)
-        status = pk__fail(context, PK_NOT_FINITE, "%s: the kernel of row %zu with row %zu is not finite",
-                          gram->name, bad / y.rows, bad % y.rows);
-    for (size_t r = 0; !status && gram->symmetric && r < gram->result.rows; r++)
-        for (size_t s = 0; s < r; s++)
-            gram->result.data[s * gram->result.ld + r] = gram->result.data[r * gram->result.ld + s];
-    pk_release(context, numbers);
     return status;
 }
 
-/* Computes the kernel of the rows x, whose gradients are taken at weights, with the rows y, whose gradients are taken at
- * y_weights. */
-PK__PRIVATE pk_status pk__gram_make(const char *name, pk_context *context, const pk_graph *graph,
-                                    const pk_real *weights, const pk_real *y_weights, pk_matrix x, pk_matrix y,
-                                    pk_matrix result, int trace)
+static void pk__along_side_release(const pk__along *along, pk__along_side *side)
 {
-    pk__gram gram;
-    pk__gram_side sides[2];
-    pk_real *constants = NULL;
-    memset(&gram, 0, sizeof gram);
+    pk_release(along->context, side->inputs);
+    pk_release(along->context, side->pieces.piece);
+    pk_release(along->context, side->first);
+}
+
+/* result = the integral where rows have kinks of their own. */
+static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                  const int moves[2], unsigned char *order, size_t numbers, double *result)
+{
+    const pk_graph *graph = along->graph;
+    pk__along_side sides[2];
+    pk__along_rows rows;
     memset(sides, 0, sizeof sides);
-    y = y.data ? y : x;
-    gram.name = name;
-    gram.context = context;
-    gram.graph = graph;
-    gram.two_weights = weights != y_weights;
-    gram.result = result;
-    gram.kept = (size_t)trace;
-    gram.symmetric = x.data == y.data && x.rows == y.rows && x.ld == y.ld && !gram.two_weights;
-    gram.all = (double)x.rows * (double)y.rows;
-    pk_status status = pk__gram_check(&gram, x, y, weights, y_weights);
-    if (status || !x.rows || !y.rows)
+    memset(&rows, 0, sizeof rows);
+    sides[0].of = left, sides[0].moves = moves[0];
+    sides[1].of = right ? right : left, sides[1].moves = moves[1];
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__along_rows_take(&measured, along, &rows);
+    if (measured.overflow)
+        return pk__fail(along->context, PK_OVERFLOW, "%s: the memory for this network overflows", along->name);
+    pk_status status = pk_allocate(along->context, measured.used, 1, along->name, &rows.memory);
+    if (status)
         return status;
-    if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
-        for (size_t r = 0; r < result.rows; r++)
-            memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
-        return PK_OK;
+    pk__arena arena = {rows.memory, measured.used, 0, 0};
+    pk__along_rows_take(&arena, along, &rows);
+    const int degree = graph->degree, both = moves[0] && moves[1];
+    const int exact = degree >= 0 && degree <= PK__PATH_DEGREE && !rows.path.interpolates &&
+                      left->seeds != PK__SEEDS_LOSS && sides[1].of->seeds != PK__SEEDS_LOSS &&
+                      !graph->surrogate;
+    int nodes = exact ? (int)pk__max(1, both ? degree : (degree + 1) / 2) : *order ? *order : 3, done = 0;
+    double missed = 0;
+    for (int halved = 0; !status && !done && halved <= PK__ALONG_REFINED; halved++) {
+        double before = INFINITY;
+        for (int s = 0; !status && s < 2; s++)
+            status = pk__along_find(along, &rows, &sides[s], halved);
+        if (!status)
+            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
+                                    exact ? along->fine : along->coarse);
+        if (!status && exact) {
+            memcpy(along->coarse, along->fine, numbers * sizeof *along->fine);
+            pk__along_apart(along, numbers);
+            done = 1;
+        }
+        for (int tried = 0; !status && !done; nodes++, tried++) {
+            status = pk__along_meet(along, &sides[0], &sides[1], nodes + 1, numbers, along->fine);
+            const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+            const int last = halved == PK__ALONG_REFINED || graph->surrogate;
+            done = !status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER));
+            if (done) {
+                along->error += apart;
+                along->refused += apart > allowed;
+                *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+                break;
+            }
+            if (nodes + 1 >= PK__ALONG_ORDER || (!last && tried >= 4 && apart > before / 2))
+                break;
+            before = apart;
+            pk__along_swap(along);
+        }
+        if (!done)
+            nodes = 4;
     }
-    if (graph->pieces)
-        return pk__gram_tied(&gram, weights, y_weights, x, y);
-    status = pk_allocate(context, graph->layers, sizeof *gram.layer, name, &gram.layer);
-    if (!status)
-        status =
-            pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, name, &constants);
-    if (!status)
-        status = pk__gram_plan(&gram, x.rows, y.rows);
-    for (size_t l = 0; !status && l < graph->layers; l++)
-        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
-    sides[0].inputs = x;
-    sides[0].weights = weights;
-    sides[0].leads = 1;
-    sides[1].inputs = y;
-    sides[1].weights = y_weights;
-    if (!status)
-        status = pk__gram_run(&gram, &sides[0], &sides[1]);
-    pk_release(context, constants);
-    pk_release(context, gram.layer);
+    for (int s = 0; s < (right ? 2 : 1) && !status && !graph->surrogate; s++)
+        if (moves[s])
+            status =
+                pk__along_closure(along, &rows, &sides[s], (int)pk__min(nodes + 1, PK__ALONG_ORDER), &missed);
+    if (!status) {
+        along->error += missed * along->scale;
+        along->refused += missed * along->scale > pk__along_allowed(along);
+        memcpy(result, along->fine, numbers * sizeof *result);
+    }
+    /* Both halves are computed, each from its own products: one is the other's mirror image. */
+    const size_t kept = pk__along_kept(along, left), n = left->rows.rows * kept;
+    for (size_t plane = 0; !status && !right && plane < pk__along_planes(along); plane++)
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < i; j++)
+                result[(plane * n + i) * n + j] = result[(plane * n + j) * n + i];
+    for (int s = 0; s < 2; s++)
+        pk__along_side_release(along, &sides[s]);
+    pk_release(along->context, rows.memory);
     return status;
+}
+
+/* ---- all rules ----------------------------------------------------------------------------------------- */
+
+PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows_of *left,
+                                           const pk__gram_rows_of *right, const int moves[2],
+                                           unsigned char *order, double *result)
+{
+    const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
+    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+    const pk_rule rule = moves[0] || moves[1] ? along->rule.rule : PK_RULE_LEFT;
+    const int nodes = pk__max(along->rule.nodes, rule == PK_RULE_TRAPEZOID ? 2 : 1);
+    pk_status status = PK_OK;
+    along->error = along->scale = 0;
+    along->halvings = 0;
+    memset(result, 0, numbers * sizeof *result);
+    if (!numbers)
+        return PK_OK;
+    if (rule == PK_RULE_AUTO && (along->graph->switched || along->graph->surrogate))
+        return pk__along_kinked(along, left, right, moves, order, numbers, result);
+    if (rule == PK_RULE_AUTO)
+        return pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+    if (rule == PK_RULE_GAUSS)
+        return pk__along_gauss(along, left, right, moves, 0, 1, nodes, numbers, result);
+    if (!moves[0] && !moves[1])
+        return pk__along_add(along, left, right, moves, 0, 1, result);
+    for (int q = 0; !status && q < nodes; q++) {
+        const int ends = rule == PK_RULE_TRAPEZOID;
+        const double t = ends ? q / (double)(nodes - 1) : (q + (rule == PK_RULE_MIDPOINT ? 0.5 : 0)) / nodes;
+        const double weight = ends ? (q == 0 || q == nodes - 1 ? 0.5 : 1) / (nodes - 1) : 1.0 / nodes;
+        status = pk__along_add(along, left, right, moves, t, weight, result);
+    }
+    return status;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/kernel.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+/* ---- the tangent kernel at given weights --------------------------------------------------------------- */
+
+static pk_status pk__ntk(const char *name, pk_context *context, const pk_graph *graph, const pk_real *weights,
+                         pk_matrix x, pk_matrix y, pk_matrix gram, int summed)
+{
+    const pk__gram_rows_of left = {.rows = x, .weights = weights}, right = {.rows = y, .weights = weights};
+    const pk__gram_request request = {.name = name, .graph = graph, .summed = summed, .result = gram};
+    const int same = !y.data || (x.data == y.data && x.rows == y.rows && x.ld == y.ld);
+    return pk__gram_compute(context, &request, &left, same ? NULL : &right);
 }
 
 PK_API pk_status pk_kernel_ntk(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_matrix x,
                                pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk", context, graph, weights, weights, x, y, gram, 0);
+    return pk__ntk("ntk", context, graph, weights, x, y, gram, 0);
 }
 
 PK_API pk_status pk_kernel_ntk_trace(pk_context *context, const pk_graph *graph, const pk_real *weights,
                                      pk_matrix x, pk_matrix y, pk_matrix gram)
 {
-    return pk__gram_make("ntk trace", context, graph, weights, weights, x, y, gram, 1);
+    return pk__ntk("ntk trace", context, graph, weights, x, y, gram, 1);
 }
 
-PK__END_CODE
+/* ---- what is asked for --------------------------------------------------------------------------------- */
 
-/* pathkernel/kernels/epk.h: implementation */
+/* left, right, and the training rows where a kernel has them on its left and the call has not */
+enum { PK__SIDE_LEFT, PK__SIDE_RIGHT, PK__SIDE_TRAIN, PK__SIDES };
+
+/* The rows first .. first + count - 1 of a data set. */
+typedef struct pk__kernel_side {
+    const pk_dataset *data;
+    int train;
+    size_t first, count;
+} pk__kernel_side;
+
+/* What is multiplied with what: kernels with equal terms share the products. */
+typedef struct pk__kernel_term {
+    pk__feature feature;
+    pk__seeds seeds[2];
+    size_t output;
+    int side[2], batch[2], moves[2]; /* batch: only rows whose c is not zero */
+    int append_one;
+    pk_quadrature rule;
+    double tolerance;
+} pk__kernel_term;
+
+typedef struct pk__kernel {
+    pk_kernel_options options;
+    const pk__kernel_row *row;
+    pk_kernel_report report;
+    int side[2];
+    size_t term;
+    size_t slots, layers, rows, columns, width; /* of the result; width: C or 1 */
+    double *gram, *diagonal[2];                 /* diagonal: slots x layers x rows of the side */
+} pk__kernel;
+
+typedef struct pk__kernel_pass {
+    pk_context *context;
+    const pk_run *run;
+    pk__kernel_side side[PK__SIDES];
+    size_t count, terms;
+    pk__kernel *kernel;
+    pk__kernel_term *term;
+    pk__along along;
+    size_t step;
+    double *c; /* N: of the step */
+    pk_real *w, *next;
+    unsigned char *order; /* of each term and pair of blocks */
+    size_t orders;        /* of a term */
+    /* Of one pair of blocks: the rows that count. */
+    struct pk__kernel_rows {
+        size_t count, *index; /* of the side's rows */
+        pk_real *rows, *targets;
+        int64_t *labels;
+        pk__gram_rows_of of;
+    } rows[2];
+    double *block;
+    size_t capacity;
+    void *memory;
+} pk__kernel_pass;
+
+/* ---- the pass: what it takes --------------------------------------------------------------------------- */
+
+enum { PK__KERNEL_ROWS = 256, PK__KERNEL_NUMBERS = 1 << 20 };
+
+PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options)
+{
+    const size_t width = options->outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+    const size_t layers = pk__kernel_layers(run, options);
+    size_t rows = PK__KERNEL_ROWS;
+    while (rows > 1 &&
+           rows * width * rows * width > PK__KERNEL_NUMBERS / pk__min(layers, PK__KERNEL_NUMBERS / 16))
+        rows /= 2;
+    return rows;
+}
+
+static pk__kernel_term pk__kernel_term_of(const pk__kernel_pass *pass, const pk__kernel *kernel, int left,
+                                          int right)
+{
+    static const pk__seeds seeds[] = {
+        [PK_OUTPUTS_NONE] = PK__SEEDS_LOSS,   [PK_OUTPUTS_FULL] = PK__SEEDS_UNITS,
+        [PK_OUTPUTS_TRACE] = PK__SEEDS_UNITS, [PK_OUTPUTS_MEAN] = PK__SEEDS_UNITS,
+        [PK_OUTPUTS_SUM] = PK__SEEDS_SUM,     [PK_OUTPUTS_LABEL] = PK__SEEDS_LABEL,
+        [PK_OUTPUTS_ONE] = PK__SEEDS_ONE};
+    const pk_kernel_options *options = &kernel->options;
+    const int which[2] = {left, right};
+    pk__kernel_term term;
+    memset(&term, 0, sizeof term);
+    term.feature = kernel->row->feature;
+    term.output = options->outputs == PK_OUTPUTS_ONE ? options->output : 0;
+    term.append_one = options->append_one != 0;
+    for (int s = 0; s < 2; s++) {
+        const int side = kernel->side[which[s]], train = pass->side[side].train;
+        term.seeds[s] = which[s] && kernel->row->right_loss ? PK__SEEDS_LOSS : seeds[options->outputs];
+        term.side[s] = side;
+        term.batch[s] =
+            train && !options->unweighted && (kernel->row->weighted & (which[s] ? PK__RIGHT : PK__LEFT)) != 0;
+        term.moves[s] = kernel->row->moves == PK__ALL_ROWS || (kernel->row->moves == PK__TEST_ROWS && !train);
+    }
+    if (options->quadrature.rule == PK_RULE_LEFT && options->quadrature.nodes <= 1)
+        term.moves[0] = term.moves[1] = 0;
+    if (term.moves[0] || term.moves[1]) {
+        term.rule = options->quadrature;
+        term.tolerance = options->quadrature.rule == PK_RULE_AUTO ? options->tolerance : 0;
+    }
+    return term;
+}
+
+/* Fields are compared one by one: there may be padding between them. */
+static int pk__same_term(const pk__kernel_term *a, const pk__kernel_term *b)
+{
+    int same = a->feature == b->feature && a->output == b->output && a->append_one == b->append_one &&
+               a->rule.rule == b->rule.rule && a->rule.nodes == b->rule.nodes && a->tolerance == b->tolerance;
+    for (int s = 0; s < 2; s++)
+        same &= a->seeds[s] == b->seeds[s] && a->side[s] == b->side[s] && a->batch[s] == b->batch[s] &&
+                a->moves[s] == b->moves[s];
+    return same;
+}
+
+static int pk__term_symmetric(const pk__kernel_term *term)
+{
+    return term->seeds[0] == term->seeds[1] && term->side[0] == term->side[1] &&
+           term->batch[0] == term->batch[1] && term->moves[0] == term->moves[1];
+}
+
+static size_t pk__pass_block(const pk__kernel_pass *pass)
+{
+    size_t rows = PK__KERNEL_ROWS;
+    for (size_t k = 0; k < pass->count; k++)
+        rows = pk__min(rows, pk__kernel_block(pass->run, &pass->kernel[k].options));
+    return rows;
+}
+
+static void pk__kernel_pass_take(pk__arena *arena, pk__kernel_pass *pass)
+{
+    const pk_run *run = pass->run;
+    const size_t P = run->parameters, D = run->graph.input_width, C = run->outputs, B = pk__pass_block(pass);
+    pass->w = pk__arena_take(arena, P, sizeof(pk_real));
+    pass->next = pk__arena_take(arena, P, sizeof(pk_real));
+    pass->order = pk__arena_take(arena, pass->terms, pk__max(pass->orders, 1));
+    pass->block = pk__arena_take(arena, pass->capacity, sizeof(double));
+    for (int s = 0; s < 2; s++) {
+        pass->rows[s].index = pk__arena_take(arena, B, sizeof(size_t));
+        pass->rows[s].rows = pk__arena_take(arena, B, D * sizeof(pk_real));
+        pass->rows[s].targets = pk__arena_take(arena, B, C * sizeof(pk_real));
+        pass->rows[s].labels = pk__arena_take(arena, B, sizeof(int64_t));
+    }
+    pass->c = pk__arena_take(arena, run->examples, sizeof(double));
+}
+
+/* Reads rows number first + index[..] of a side. */
+static void pk__kernel_gather(const pk__kernel_pass *pass, const pk__kernel_term *term, int s,
+                              struct pk__kernel_rows *rows)
+{
+    const pk__kernel_side *side = &pass->side[term->side[s]];
+    const size_t D = pass->run->graph.input_width, C = pass->run->outputs;
+    const pk_dataset *data = side->data;
+    for (size_t r = 0; r < rows->count; r++) {
+        const int64_t item = (int64_t)(side->first + rows->index[r]);
+        pk_dataset_inputs(data, &item, 1, rows->rows + r * D);
+        if (term->seeds[s] == PK__SEEDS_LABEL)
+            rows->labels[r] = pk__label(&data->targets, (size_t)item);
+        if (term->seeds[s] == PK__SEEDS_LOSS && term->feature <= PK__FEATURE_LOSS)
+            pk_loss_targets(pass->run->loss, data, &item, 1, C, rows->targets + r * C);
+    }
+}
+
+/* ---- the pass: one step -------------------------------------------------------------------------------- */
+
+static void pk__kernel_batch(pk__kernel_pass *pass, size_t s)
+{
+    double *c = pass->c;
+    pk_batch batch;
+    memset(c, 0, pass->run->examples * sizeof *c);
+    pk_run_batch(pass->run, s, &batch);
+    for (size_t b = 0; b < batch.count; b++)
+        c[batch.items[b]] += batch.weights ? batch.weights[b] : 1 / (double)batch.count;
+}
+
+/* The rows of block number `block` that count. */
+static void pk__kernel_choose(pk__kernel_pass *pass, const pk__kernel_term *term, int s, size_t start,
+                              size_t end)
+{
+    struct pk__kernel_rows *rows = &pass->rows[s];
+    const pk__kernel_side *side = &pass->side[term->side[s]];
+    rows->count = 0;
+    for (size_t r = start; r < end; r++)
+        if (!term->batch[s] || pass->c[side->first + r] != 0)
+            rows->index[rows->count++] = r;
+    pk__kernel_gather(pass, term, s, rows);
+    memset(&rows->of, 0, sizeof rows->of);
+    rows->of.rows = pk_matrix_view(rows->rows, rows->count, pass->run->graph.input_width);
+    rows->of.seeds = term->seeds[s];
+    rows->of.output = term->output;
+    rows->of.labels = term->seeds[s] == PK__SEEDS_LABEL ? rows->labels : NULL;
+    rows->of.targets =
+        term->seeds[s] == PK__SEEDS_LOSS && term->feature <= PK__FEATURE_LOSS ? rows->targets : NULL;
+}
+
+enum { PK__FED_ROWS = 64 };
+
+/* to[plane][i][j] = products of what is fed, of rows i0 ... and j0 ... whose values are in the tapes. */
+static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term, int by_layer,
+                             pk__tape *const tape[2], const size_t at[2], const size_t count[2],
+                             const size_t size[2], pk_real *part, double *to)
+{
+    const size_t layers = pk__matrix_layers(graph);
+    for (size_t l = term->feature == PK__FEATURE_LAST ? layers - 1 : 0; l < layers; l++) {
+        const pk_node *node = pk__matrix_layer(graph, l);
+        const size_t input = (size_t)node->inputs[0], width = graph->nodes[input].width;
+        const pk_real *x = tape[0]->value[input], *y = tape[1]->value[input];
+        if (node->operation->tangent_form == PK_TANGENT_OUTER)
+            pk__gemm(0, 1, count[0], count[1], width, 1, x, width, y, width, 0, part, count[1]);
+        else /* tokens, as unit vectors */
+            for (size_t i = 0; i < count[0]; i++)
+                for (size_t j = 0; j < count[1]; j++) {
+                    part[i * count[1] + j] = 0;
+                    for (size_t k = 0; k < width; k++)
+                        part[i * count[1] + j] += x[i * width + k] == y[j * width + k];
+                }
+        double *plane = to + (by_layer ? l : 0) * size[0] * size[1];
+        for (size_t i = 0; i < count[0]; i++)
+            for (size_t j = 0; j < count[1]; j++)
+                plane[(at[0] + i) * size[1] + at[1] + j] += part[i * count[1] + j] + (term->append_one ? 1 : 0);
+    }
+}
+
+static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes[2], pk_real **part,
+                         pk_real **spread)
+{
+    pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
+    pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
+    *part = pk__arena_take(arena, PK__FED_ROWS, PK__FED_ROWS * sizeof(pk_real));
+    *spread = graph->pieces ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
+}
+
+/* block = the Gram matrix of what is fed to layers at w. */
+static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *term, int by_layer)
+{
+    const pk_graph *graph = &pass->run->graph;
+    const struct pk__kernel_rows *rows = pass->rows;
+    const size_t size[2] = {rows[0].count, rows[1].count}, D = graph->input_width;
+    const int symmetric = pk__term_symmetric(term) && rows[0].index[0] == rows[1].index[0];
+    pk__tape tapes[2];
+    pk_real *part = NULL, *spread = NULL;
+    void *memory = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk__fed_take(&arena, graph, tapes, &part, &spread);
+    if (arena.overflow)
+        return pk__fail(pass->context, PK_OVERFLOW, "kernels: the memory for this network overflows");
+    const size_t bytes = arena.used;
+    pk_status status = pk_allocate(pass->context, bytes, 1, "kernels", &memory);
+    if (status)
+        return status;
+    arena = (pk__arena){memory, bytes, 0, 0};
+    pk__fed_take(&arena, graph, tapes, &part, &spread);
+    if (spread)
+        pk_graph_spread(graph, pass->w, spread);
+    const pk__line line = {spread ? spread : pass->w, NULL, NULL};
+    pk__tape *const tape[2] = {&tapes[0], &tapes[1]};
+    size_t at[2], count[2];
+    for (at[0] = 0; at[0] < size[0]; at[0] += PK__FED_ROWS) {
+        count[0] = pk__min(PK__FED_ROWS, size[0] - at[0]);
+        for (int s = 0; s < 2; s++)
+            tapes[s].threads = pk_threads(pass->context), tapes[s].context = pass->context;
+        pk__pass_forward(tape[0], &line, count[0], rows[0].rows + at[0] * D);
+        for (at[1] = symmetric ? at[0] : 0; at[1] < size[1]; at[1] += PK__FED_ROWS) {
+            count[1] = pk__min(PK__FED_ROWS, size[1] - at[1]);
+            pk__pass_forward(tape[1], &line, count[1], rows[1].rows + at[1] * D);
+            pk__fed_products(graph, term, by_layer, tape, at, count, size, part, pass->block);
+        }
+    }
+    const size_t planes = by_layer ? pk__matrix_layers(graph) : 1;
+    for (size_t plane = 0; plane < planes && symmetric; plane++)
+        for (size_t i = 0; i < size[0]; i++)
+            for (size_t j = 0; j < i; j++) {
+                double *own = pass->block + plane * size[0] * size[0];
+                own[i * size[0] + j] = own[j * size[0] + i];
+            }
+    for (size_t i = 0; !status && i < planes * size[0] * size[1]; i++)
+        if (!pk__finite(pass->block[i]))
+            status = pk__fail(pass->context, PK_NOT_FINITE,
+                              "kernels: what is fed to a layer at step %zu is not finite", pass->step);
+    pk_release(pass->context, memory);
+    return status;
+}
+
+/* block = the products of the rows that were chosen. */
+static pk_status pk__kernel_multiply(pk__kernel_pass *pass, const pk__kernel_term *term, int full, int by_layer,
+                                     unsigned char *order)
+{
+    const struct pk__kernel_rows *rows = pass->rows;
+    const size_t first[2] = {rows[0].count ? rows[0].index[0] : 0, rows[1].count ? rows[1].index[0] : 1};
+    pass->along.error = 0;
+    memset(pass->block, 0, pass->capacity * sizeof *pass->block);
+    if (!rows[0].count || !rows[1].count)
+        return PK_OK;
+    if (term->feature == PK__FEATURE_LAST || term->feature == PK__FEATURE_FED)
+        return pk__kernel_fed(pass, term, by_layer);
+    pass->along.summed = !full;
+    pass->along.by_layer = by_layer;
+    pass->along.rule = term->rule;
+    pass->along.tolerance = term->tolerance > 0                ? term->tolerance
+                            : sizeof(pk_real) == sizeof(float) ? 1e-4
+                                                               : 1e-10;
+    const int same = pk__term_symmetric(term) && first[0] == first[1] && rows[0].count == rows[1].count;
+    return pk__along_integrate(&pass->along, &rows[0].of, same ? NULL : &rows[1].of, term->moves, order,
+                               pass->block);
+}
+
+/* How many times, and in which slot, a kernel takes step s: the k-th time. */
+static int pk__kernel_takes(const pk__kernel_pass *pass, const pk__kernel *kernel, size_t s, size_t from,
+                            size_t *slot)
+{
+    const pk_kernel_options *options = &kernel->options;
+    const size_t steps = pass->run->steps;
+    const pk__step_weight kind = kernel->row->step;
+    *slot = 0;
+    if (!options->steps)
+        return from == 0 && (kind == PK__STEP_ALONE  ? s == steps
+                             : kind == PK__STEP_MEAN ? s <= steps
+                                                     : s < steps);
+    for (size_t k = from; k < options->step_count; k++)
+        if (options->steps[k] == s) {
+            *slot = k;
+            return 1;
+        }
+    return 0;
+}
+
+/* The sum over the times that a kernel takes step s of omega, where it is a sum; 0: it does not take it. */
+static double pk__kernel_omega(const pk__kernel_pass *pass, const pk__kernel *kernel, size_t s)
+{
+    const pk_run *run = pass->run;
+    size_t slot = 0, times = 0;
+    for (size_t from = 0; pk__kernel_takes(pass, kernel, s, from, &slot); from = slot + 1)
+        times++;
+    const double all = kernel->options.steps ? (double)kernel->options.step_count : (double)run->steps + 1;
+    return kernel->row->step == PK__STEP_RATE
+               ? (double)times * run->learning_rates[s] * pk_run_gradient_scale(run, s)
+           : kernel->row->step == PK__STEP_MEAN ? (double)times / all
+                                                : 1;
+}
+
+/* The number that a kernel makes of the products of rows i and j in a plane. */
+static double pk__kernel_entry(const pk__kernel_pass *pass, const pk__kernel *kernel,
+                               const pk__kernel_term *term, int full, size_t plane, size_t i, size_t j,
+                               size_t k, size_t l)
+{
+    const size_t C = pass->run->outputs, kept = full ? C : 1, rows = pass->rows[0].count * kept,
+                 columns = pass->rows[1].count * kept;
+    const double *at = pass->block + (plane * rows + i * kept) * columns + j * kept;
+    const double scale = kernel->options.outputs == PK_OUTPUTS_MEAN ? 1 / (double)C : 1;
+    double sum = 0;
+    if (!full || term->seeds[0] != PK__SEEDS_UNITS)
+        return scale * *at;
+    if (kernel->options.outputs == PK_OUTPUTS_FULL)
+        return at[k * columns + l];
+    for (size_t c = 0; c < C; c++)
+        sum += at[c * columns + c];
+    return scale * sum;
+}
+
+/* Adds the products of rows i0 ... and j0 ... to a kernel; mirrored: also to the other half. diagonal >= 0: only row with row,
+ * to that side's. planes of the block, which a kernel without layers sums. */
+static void pk__kernel_add(pk__kernel_pass *pass, pk__kernel *kernel, const pk__kernel_term *term, int full,
+                           size_t planes, int mirrored, int diagonal)
+{
+    const struct pk__kernel_rows *rows = pass->rows;
+    const size_t width = kernel->width, s = pass->step;
+    const double omega = pk__kernel_omega(pass, kernel, s);
+    size_t slot = 0;
+    for (size_t from = 0; pk__kernel_takes(pass, kernel, s, from, &slot); from = slot + 1) {
+        const int alone = kernel->row->step == PK__STEP_ALONE;
+        for (size_t plane = 0; plane < planes; plane++)
+            for (size_t i = 0; i < rows[0].count; i++)
+                for (size_t j = diagonal >= 0 ? i : 0; j < (diagonal >= 0 ? i + 1 : rows[1].count); j++) {
+                    const size_t row = rows[0].index[i], column = rows[1].index[j];
+                    const double *c = pass->c;
+                    const double x = term->batch[0] ? c[pass->side[term->side[0]].first + row] : 1;
+                    const double y = term->batch[1] ? c[pass->side[term->side[1]].first + column] : 1;
+                    const size_t to =
+                        (alone ? slot : 0) * kernel->layers + (kernel->options.by_layer ? plane : 0);
+                    if (diagonal >= 0) {
+                        kernel->diagonal[diagonal][to * (diagonal ? kernel->columns : kernel->rows) + row] +=
+                            omega * x * y * pk__kernel_entry(pass, kernel, term, full, plane, i, j, 0, 0);
+                        continue;
+                    }
+                    for (size_t k = 0; k < width; k++)
+                        for (size_t l = 0; l < width; l++) {
+                            const double value =
+                                omega * x * y * pk__kernel_entry(pass, kernel, term, full, plane, i, j, k, l);
+                            double *own = kernel->gram + to * kernel->rows * width * kernel->columns * width;
+                            own[(row * width + k) * kernel->columns * width + column * width + l] += value;
+                            if (mirrored)
+                                own[(column * width + l) * kernel->columns * width + row * width + k] += value;
+                        }
+                }
+        if (!alone) /* omega has counted them all */
+            break;
+    }
+}
+
+static double pk__kernel_largest(const pk__kernel_pass *pass, const pk__kernel_term *term, int s)
+{
+    double largest = term->batch[s] ? 0 : 1;
+    for (size_t r = 0; term->batch[s] && r < pass->rows[s].count; r++)
+        largest = fmax(largest, fabs(pass->c[pass->side[term->side[s]].first + pass->rows[s].index[r]]));
+    return largest;
+}
+
+/* One term at one step, all pairs of blocks. */
+static pk_status pk__kernel_blocks(pk__kernel_pass *pass, size_t t)
+{
+    const pk__kernel_term *term = &pass->term[t];
+    const size_t B = pk__pass_block(pass);
+    const pk__kernel_side *x = &pass->side[term->side[0]], *y = &pass->side[term->side[1]];
+    const int symmetric = pk__term_symmetric(term);
+    int full = 0, by_layer = 0, active = 0;
+    size_t slot = 0, planes = 1;
+    for (size_t k = 0; k < pass->count; k++) {
+        const pk__kernel *kernel = &pass->kernel[k];
+        if (kernel->term != t || !pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
+            continue;
+        active = 1;
+        full |= kernel->options.outputs == PK_OUTPUTS_FULL;
+        by_layer |= kernel->options.by_layer;
+        planes = pk__max(planes, kernel->layers);
+    }
+    for (size_t i = 0, pair = 0; active && i < x->count; i += B)
+        for (size_t j = 0; j < (symmetric ? i + 1 : y->count); j += B, pair++) {
+            pk__kernel_choose(pass, term, 0, i, pk__min(i + B, x->count));
+            pk__kernel_choose(pass, term, 1, j, pk__min(j + B, y->count));
+            const size_t points = pass->along.points, refused = pass->along.refused;
+            pk_status status =
+                pk__kernel_multiply(pass, term, full, by_layer, &pass->order[t * pass->orders + pair]);
+            if (status)
+                return status;
+            for (size_t k = 0; k < pass->count; k++) {
+                pk__kernel *kernel = &pass->kernel[k];
+                if (kernel->term != t || !pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
+                    continue;
+                pk__kernel_add(pass, kernel, term, full, planes, symmetric && j < i, -1);
+                kernel->report.error += fabs(pk__kernel_omega(pass, kernel, pass->step)) *
+                                        pk__kernel_largest(pass, term, 0) * pk__kernel_largest(pass, term, 1) *
+                                        pass->along.error;
+                kernel->report.points += pass->along.points - points;
+                kernel->report.refused += pass->along.refused - refused;
+            }
+        }
+    return PK_OK;
+}
+
+/* Each row of a side with itself, a few rows at a time. */
+static pk_status pk__kernel_diagonal(pk__kernel_pass *pass, pk__kernel *kernel, int s)
+{
+    const size_t some = pk__min(8, pk__pass_block(pass));
+    const pk__kernel_term term = pk__kernel_term_of(pass, kernel, s, s);
+    const pk__kernel_side *side = &pass->side[term.side[0]];
+    unsigned char order = 0;
+    size_t slot = 0;
+    if (!pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
+        return PK_OK;
+    for (size_t i = 0; i < side->count; i += some) {
+        pk__kernel_choose(pass, &term, 0, i, pk__min(i + some, side->count));
+        pk__kernel_choose(pass, &term, 1, i, pk__min(i + some, side->count));
+        const pk_status status = pk__kernel_multiply(pass, &term, 0, kernel->options.by_layer, &order);
+        if (status)
+            return status;
+        pk__kernel_add(pass, kernel, &term, 0, kernel->layers, 0, s);
+    }
+    return PK_OK;
+}
+
+/* Whether a kernel's matrix holds each row with itself. */
+static int pk__kernel_has_diagonal(const pk__kernel_pass *pass, const pk__kernel *kernel)
+{
+    const pk__kernel_term term = pk__kernel_term_of(pass, kernel, 0, 1);
+    return pk__term_symmetric(&term);
+}
+
+/* ---- the pass: all steps ------------------------------------------------------------------------------- */
+
+/* Goes over the steps that the kernels take; diagonals: for these alone. */
+static pk_status pk__kernel_steps(pk__kernel_pass *pass, pk_replay *replay, int diagonals)
+{
+    const pk_run *run = pass->run;
+    for (size_t s = 0; s <= run->steps; s++) {
+        int taken = 0, moves = 0;
+        size_t slot = 0;
+        pass->step = s;
+        for (size_t k = 0; k < pass->count; k++) {
+            const pk__kernel *kernel = &pass->kernel[k];
+            const int takes = pk__kernel_takes(pass, kernel, s, 0, &slot);
+            taken |= takes;
+            moves |= takes && kernel->row->moves;
+        }
+        if (!taken)
+            continue;
+        pk_status status = pk__progress(pass->context, "kernels", (double)s / ((double)run->steps + 1));
+        if (!status)
+            status = pk_replay_weights(pass->context, replay, s, pass->w);
+        if (!status && moves)
+            status = pk_replay_weights(pass->context, replay, s + 1, pass->next);
+        if (status)
+            return status;
+        pass->along.w = pass->w;
+        pass->along.next = pass->next;
+        if (moves)
+            pk__along_begin(&pass->along);
+        if (s < run->steps)
+            pk__kernel_batch(pass, s);
+        for (size_t t = 0; !status && !diagonals && t < pass->terms; t++)
+            status = pk__kernel_blocks(pass, t);
+        for (size_t k = 0; !status && diagonals && k < pass->count; k++)
+            for (int side = 0; side < 2 && !status; side++)
+                status = pk__kernel_diagonal(pass, &pass->kernel[k], side);
+        if (status)
+            return status;
+    }
+    return PK_OK;
+}
+
+/* ---- maps ---------------------------------------------------------------------------------------------- */
+
+/* x, y: each row with itself on its side; own: gram's own diagonal. */
+static size_t pk__kernel_cosine(size_t rows, size_t columns, int own, double *x, double *y, double *gram)
+{
+    size_t zeros = 0;
+    for (size_t i = 0; own && i < rows; i++)
+        x[i] = y[i] = gram[i * columns + i];
+    for (size_t i = 0; i < rows; i++)
+        zeros += !(x[i] > 0);
+    for (size_t j = 0; !own && j < columns; j++)
+        zeros += !(y[j] > 0);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < columns; j++) {
+            double *at = &gram[i * columns + j];
+            *at = x[i] > 0 && y[j] > 0 ? (own && i == j ? 1 : *at / (sqrt(x[i]) * sqrt(y[j]))) : 0;
+        }
+    return zeros;
+}
+
+/* H K H: K minus the means of its rows and columns, plus that of all. means: 2 x rows. */
+static void pk__kernel_center(size_t rows, double *gram, double *means)
+{
+    const double n = (double)rows;
+    double all = 0;
+    int symmetric = 1;
+    memset(means, 0, 2 * rows * sizeof *means);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < rows; j++) {
+            means[i] += gram[i * rows + j] / n;
+            means[rows + j] += gram[i * rows + j] / n;
+            symmetric &= gram[i * rows + j] == gram[j * rows + i];
+        }
+    for (size_t i = 0; i < rows; i++)
+        all += means[i] / n;
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < rows; j++)
+            gram[i * rows + j] -= symmetric ? (means[i] + means[j]) - all : (means[i] + means[rows + j]) - all;
+}
+
+/* ---- the pass: its beginning and end ------------------------------------------------------------------- */
+
+/* The terms of the kernels. */
+static void pk__kernel_terms(pk__kernel_pass *pass)
+{
+    for (size_t k = 0; k < pass->count; k++) {
+        const pk__kernel_term term = pk__kernel_term_of(pass, &pass->kernel[k], 0, 1);
+        size_t t = 0;
+        while (t < pass->terms && !pk__same_term(&pass->term[t], &term))
+            t++;
+        if (t == pass->terms)
+            pass->term[pass->terms++] = term;
+        pass->kernel[k].term = t;
+    }
+}
+
+/* Sides and kernels of a part; all sizes have passed pk_kernel_shape. */
+static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, const pk_dataset *right,
+                                const pk_kernel_options *options, const pk__kernel_part *part,
+                                double *const *grams)
+{
+    const pk_run *run = pass->run;
+    const size_t rows = pk__kernel_count(run, left), columns = pk__kernel_count(run, right);
+    pass->side[PK__SIDE_LEFT] =
+        (pk__kernel_side){left ? left : &run->train, !left, part ? part->row : 0, part ? part->rows : rows};
+    pass->side[PK__SIDE_RIGHT] = (pk__kernel_side){right ? right : &run->train, !right, part ? part->column : 0,
+                                                   part ? part->columns : columns};
+    pass->side[PK__SIDE_TRAIN] = (pk__kernel_side){&run->train, 1, 0, run->examples};
+    for (size_t k = 0; k < pass->count; k++) {
+        pk__kernel *kernel = &pass->kernel[k];
+        kernel->options = options[k];
+        kernel->row = &pk__kernel_rows[options[k].kind];
+        kernel->side[0] = options[k].left_train && left ? PK__SIDE_TRAIN : PK__SIDE_LEFT;
+        kernel->side[1] = PK__SIDE_RIGHT;
+        const pk__kernel_side *x = &pass->side[kernel->side[0]], *y = &pass->side[PK__SIDE_RIGHT];
+        if (x->data == y->data && x->train == y->train && x->first == y->first && x->count == y->count)
+            kernel->side[1] = kernel->side[0];
+        kernel->slots = pk__kernel_slots(run, &options[k]);
+        kernel->layers = pk__kernel_layers(run, &options[k]);
+        kernel->rows = x->count;
+        kernel->columns = y->count;
+        kernel->width = options[k].outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+        kernel->gram = grams ? grams[k] : NULL;
+    }
+    pk__kernel_terms(pass);
+    const size_t B = pk__pass_block(pass);
+    size_t width = 1, layers = 1, most = 1;
+    for (size_t k = 0; k < pass->count; k++) {
+        width = pk__max(width, pass->kernel[k].width);
+        layers = pk__max(layers, pass->kernel[k].layers);
+        most =
+            pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
+    }
+    pass->orders = most * most;
+    pass->capacity = B * width * B * width * layers;
+}
+
+static void pk__kernel_pass_release(pk__kernel_pass *pass)
+{
+    pk__along_release(&pass->along);
+    pk_release(pass->context, pass->memory);
+    pk_release(pass->context, pass->kernel);
+    pk_release(pass->context, pass->term);
+}
+
+static pk_status pk__kernel_pass_begin(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                       const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                       const pk__kernel_part *part, double *const *grams, pk__kernel_pass *pass)
+{
+    memset(pass, 0, sizeof *pass);
+    pass->context = context;
+    pass->run = run;
+    pass->count = count;
+    pk_status status = pk_allocate(context, count, sizeof *pass->kernel, "kernels", &pass->kernel);
+    if (!status)
+        status = pk_allocate(context, count, sizeof *pass->term, "kernels", &pass->term);
+    if (status)
+        return status;
+    pk__kernel_pass_set(pass, left, right, options, part, grams);
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__kernel_pass_take(&measured, pass);
+    if (measured.overflow)
+        return pk__fail(context, PK_OVERFLOW, "kernels: the memory of a kernel of so many rows overflows");
+    status = pk_allocate(context, measured.used, 1, "kernels", &pass->memory);
+    if (!status)
+        status = pk__along_prepare(context, &run->graph, pass->capacity, &pass->along);
+    if (status)
+        return status;
+    pk__arena arena = {pass->memory, measured.used, 0, 0};
+    pk__kernel_pass_take(&arena, pass);
+    pass->along.loss = run->loss;
+    return PK_OK;
+}
+
+PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                        const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                                        const pk__kernel_part *part, double *const *grams,
+                                        pk_kernel_report *reports)
+{
+    pk__kernel_pass pass;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk__kernel_pass_begin(context, run, left, right, count, options, part, grams, &pass);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &replay);
+    for (size_t k = 0; !status && k < count; k++) {
+        const pk__kernel *kernel = &pass.kernel[k];
+        memset(kernel->gram, 0,
+               kernel->slots * kernel->layers * kernel->rows * kernel->width * kernel->columns * kernel->width *
+                   sizeof *kernel->gram);
+    }
+    if (!status)
+        status = pk__kernel_steps(&pass, &replay, 0);
+    for (size_t k = 0; reports && pass.kernel && k < count; k++)
+        reports[k] = pass.kernel[k].report;
+    pk_replay_release(context, &replay);
+    pk__kernel_pass_release(&pass);
+    return status;
+}
+
+/* The diagonals of one kernel whose matrix does not hold them, by a pass of their own: slots x layers x rows, then columns. */
+static pk_status pk__kernel_diagonals(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                      const pk_dataset *right, const pk_kernel_options *options, double *x,
+                                      double *y)
+{
+    pk__kernel_pass pass;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk__kernel_pass_begin(context, run, left, right, 1, options, NULL, NULL, &pass);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &replay);
+    if (!status) {
+        pass.kernel->diagonal[0] = x;
+        pass.kernel->diagonal[1] = y;
+        if (!pk__kernel_has_diagonal(&pass, pass.kernel))
+            status = pk__kernel_steps(&pass, &replay, 1);
+    }
+    pk_replay_release(context, &replay);
+    pk__kernel_pass_release(&pass);
+    return status;
+}
+
+PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                         const pk_dataset *right, const pk_kernel_options *options,
+                                         double *gram, pk_kernel_report *report)
+{
+    const pk__kernel_row *row = &pk__kernel_rows[options->kind];
+    const int full = options->outputs == PK_OUTPUTS_FULL, train = !right;
+    left = options->left_train ? NULL : left;
+    const size_t rows = pk__kernel_count(run, left), columns = pk__kernel_count(run, right);
+    const size_t planes = pk__kernel_slots(run, options) * pk__kernel_layers(run, options);
+    const size_t plane = rows * columns, numbers = planes * plane * (full ? run->outputs * run->outputs : 1);
+    const double tolerance = options->tolerance > 0             ? options->tolerance
+                             : sizeof(pk_real) == sizeof(float) ? 1e-4
+                                                                : 1e-10;
+    double largest = 0, *memory = NULL;
+    pk_status status = PK_OK;
+    for (size_t i = 0; i < numbers; i++)
+        largest = fmax(largest, fabs(gram[i]));
+    report->error = largest > 0 ? report->error / largest : 0;
+    if (options->map != PK_MAP_NONE && numbers)
+        status = pk_allocate(context, planes, (2 * rows + columns) * sizeof *memory, "kernels", &memory);
+    if (!status && options->map == PK_MAP_COSINE && numbers) {
+        double *x = memory, *y = memory + planes * rows;
+        /* The same rows on both sides, and the same factors: the matrix has them already. */
+        const int same = left == right && !(train && row->weighted == PK__RIGHT && !options->unweighted);
+        status = same ? PK_OK : pk__kernel_diagonals(context, run, left, right, options, x, y);
+        for (size_t p = 0; !status && p < planes; p++)
+            report->zero_rows +=
+                pk__kernel_cosine(rows, columns, same, x + p * rows, y + p * columns, gram + p * plane);
+    }
+    for (size_t p = 0; !status && options->map == PK_MAP_CENTER && numbers && p < planes; p++)
+        pk__kernel_center(rows, gram + p * plane, memory);
+    pk_release(context, memory);
+    if (!status && row->moves && options->quadrature.rule == PK_RULE_AUTO && report->error > tolerance)
+        status = pk__fail(context, PK_NOT_CLOSED,
+                          "%s: the integrals along the steps are off by %.3g of the largest entry, not %.3g",
+                          row->name, report->error, tolerance);
+    return status;
+}
+
+PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
+                            const pk_dataset *right, size_t count, const pk_kernel_options *options,
+                            double *const *grams, pk_kernel_report *reports)
+{
+    const double start = pk__seconds();
+    pk_kernel_report *own = NULL;
+    pk_status status = PK_OK, missed = PK_OK;
+    if (count && (!options || !grams))
+        return pk__fail(context, PK_ARGUMENT, "kernels: the options or the results are missing");
+    for (size_t k = 0; k < count && !status; k++) {
+        size_t shape[6];
+        int rank = 0;
+        status = pk_kernel_shape(context, run, left, right, &options[k], shape, &rank);
+        if (!status && !grams[k])
+            status = pk__fail(context, PK_ARGUMENT, "kernels: there is no place for result %zu", k);
+    }
+    if (status || !count)
+        return status;
+    status = pk_allocate(context, count, sizeof *own, "kernels", &own);
+    if (!status)
+        status = pk__kernels_part(context, run, left, right, count, options, NULL, grams, own);
+    for (size_t k = 0; k < count && !status; k++) {
+        status = pk__kernel_finish(context, run, left, right, &options[k], grams[k], &own[k]);
+        if (status == PK_NOT_CLOSED) {
+            missed = status;
+            status = PK_OK;
+        }
+    }
+    for (size_t k = 0; k < count && reports && own; k++) {
+        reports[k] = own[k];
+        reports[k].seconds = pk__seconds() - start;
+    }
+    pk_release(context, own);
+    return status ? status : missed;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/file.h: implementation */
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+PK__BEGIN_COLD_CODE
+
+typedef struct pk__kernel_file {
+    pk_context *context;
+    const pk_run *run;
+    const pk_dataset *left, *right;
+    const pk_kernel_options *options;
+    const char *path;
+    size_t shape[6];
+    int rank;
+    size_t planes, rows, columns, width; /* width: C or 1 */
+    int symmetric;
+    size_t cut, parts, done; /* rows and columns of a part */
+    uint64_t identity;
+    pk_kernel_report report; /* of the parts that are done */
+    char *names;             /* path.part, path.part.tmp */
+    size_t bytes, header;
+    unsigned char *mapping;
+    int file; /* descriptor, -1: none */
+    /* Progress of all parts. */
+    int (*progress)(void *, const char *, double);
+    void *progress_user;
+    char phase[64];
+} pk__kernel_file;
+
+static uint64_t pk__hash_bytes(uint64_t hash, const void *data, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) {
+        uint64_t word = 0;
+        memcpy(&word, (const unsigned char *)data + i, pk__min(bytes - i, sizeof word));
+        hash = pk__checksum_mix(hash, word);
+    }
+    return hash;
+}
+
+static uint64_t pk__hash_number(uint64_t hash, uint64_t number)
+{
+    return pk__checksum_mix(hash, number);
+}
+
+static uint64_t pk__hash_array(uint64_t hash, const pk_array *array)
+{
+    hash = pk__hash_number(hash, (uint64_t)array->type);
+    for (int i = 0; i < array->rank; i++)
+        hash = pk__hash_number(hash, array->shape[i]);
+    return array->data ? pk__hash_bytes(hash, array->data, pk_array_items(array) * pk_type_size(array->type))
+                       : hash;
+}
+
+/* Kernel, rows and run as one number. */
+static pk_status pk__file_identity(pk__kernel_file *f)
+{
+    const pk_kernel_options *o = f->options;
+    const pk_run *run = f->run;
+    const uint64_t numbers[] = {(uint64_t)o->kind,
+                                (uint64_t)o->outputs,
+                                o->output,
+                                o->step_count,
+                                (uint64_t)o->quadrature.rule,
+                                (uint64_t)o->quadrature.nodes,
+                                (uint64_t)o->map,
+                                (uint64_t) !!o->unweighted,
+                                (uint64_t) !!o->by_layer,
+                                (uint64_t) !!o->append_one,
+                                (uint64_t) !!o->left_train,
+                                sizeof(pk_real),
+                                (uint64_t)run->loss,
+                                run->steps,
+                                run->parameters};
+    pk_real *w = NULL;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk_allocate(f->context, run->parameters, sizeof *w, "kernels", &w);
+    if (!status)
+        status = pk_replay_prepare(f->context, run, 0, &replay);
+    if (!status)
+        status = pk_replay_weights(f->context, &replay, run->steps, w);
+    uint64_t hash = pk__hash_bytes(1, numbers, sizeof numbers);
+    hash = pk__hash_bytes(hash, &o->tolerance, sizeof o->tolerance);
+    if (o->steps)
+        hash = pk__hash_bytes(hash, o->steps, o->step_count * sizeof *o->steps);
+    hash = pk__hash_bytes(hash, run->learning_rates, run->steps * sizeof *run->learning_rates);
+    hash = pk__hash_array(pk__hash_array(hash, &run->train.inputs), &run->train.targets);
+    for (int s = 0; s < 2; s++) {
+        const pk_dataset *side = s ? f->right : f->left;
+        hash = pk__hash_number(hash, side != NULL);
+        if (side)
+            hash = pk__hash_array(pk__hash_array(hash, &side->inputs), &side->targets);
+    }
+    if (!status)
+        hash = pk__hash_number(hash, (uint64_t)pk__checksum(w, run->parameters, NULL, 0));
+    f->identity = hash;
+    pk_replay_release(f->context, &replay);
+    pk_release(f->context, w);
+    return status;
+}
+
+/* Rows and columns of a part: blocks of pk_kernels, as many as fit. */
+static void pk__file_cut(pk__kernel_file *f)
+{
+    const size_t B = pk__kernel_block(f->run, f->options), limit = f->context ? f->context->memory_limit : 0;
+    const size_t used = f->context ? f->context->memory_used : 0;
+    const double room = limit ? (double)(limit - pk__min(limit, used)) / 4 : (double)((size_t)1 << 30);
+    const double entry = (double)(f->planes * f->width * f->width * sizeof(double));
+    f->cut = B;
+    while ((f->cut < f->rows || f->cut < f->columns) && 4 * (double)f->cut * (double)f->cut * entry <= room)
+        f->cut *= 2;
+}
+
+static void pk__file_count(pk__kernel_file *f)
+{
+    const size_t down = pk__blocks(f->rows, f->cut), across = pk__blocks(f->columns, f->cut);
+    f->parts = f->symmetric ? down * (down + 1) / 2 : down * across;
+}
+
+/* Number `part`: a symmetric matrix has those on and below the diagonal. */
+static pk__kernel_part pk__file_part(const pk__kernel_file *f, size_t part)
+{
+    const size_t across = pk__blocks(f->columns, f->cut);
+    size_t i = f->symmetric ? 0 : part / across, j = f->symmetric ? part : part % across;
+    while (f->symmetric && j > i)
+        j -= ++i;
+    const size_t row = i * f->cut, column = j * f->cut;
+    return (pk__kernel_part){row, pk__min(f->cut, f->rows - row), column, pk__min(f->cut, f->columns - column)};
+}
+
+/* The line of path.part. Reads what is done, where it is of the same kernel and its parts are not too large. */
+static void pk__file_resume(pk__kernel_file *f)
+{
+    uint64_t identity = 0, error = 0;
+    size_t cut = 0, done = 0, points = 0, refused = 0;
+    FILE *file = fopen(f->names, "r");
+    if (!file)
+        return;
+    const int read = fscanf(file, "pathkernel-kernel-file 1 %" SCNx64 " %zu %zu %" SCNx64 " %zu %zu", &identity,
+                            &cut, &done, &error, &points, &refused);
+    fclose(file);
+    if (read != 6 || identity != f->identity || cut > f->cut || !cut ||
+        cut % pk__kernel_block(f->run, f->options))
+        return;
+    const size_t own = f->cut;
+    f->cut = cut;
+    pk__file_count(f);
+    if (done > f->parts) {
+        f->cut = own;
+        pk__file_count(f);
+        return;
+    }
+    f->done = done;
+    memcpy(&f->report.error, &error, sizeof error);
+    f->report.points = points;
+    f->report.refused = refused;
+}
+
+static pk_status pk__file_remember(pk__kernel_file *f, size_t done)
+{
+    const char *aside = f->names + strlen(f->names) + 1;
+    uint64_t error;
+    memcpy(&error, &f->report.error, sizeof error);
+    FILE *file = fopen(aside, "w");
+    int good = file != NULL;
+    if (file) {
+        good = fprintf(file, "pathkernel-kernel-file 1 %" PRIx64 " %zu %zu %" PRIx64 " %zu %zu\n", f->identity,
+                       f->cut, done, error, f->report.points, f->report.refused) > 0;
+        good &= fclose(file) == 0;
+    }
+    if (good && rename(aside, f->names) == 0)
+        return PK_OK;
+    return pk__fail(f->context, PK_IO, "%s: cannot be written: %s", pk__name(f->names), strerror(errno));
+}
+
+/* Opens or makes the file, checks the disk, and maps it. */
+static pk_status pk__file_map_result(pk__kernel_file *f)
+{
+    unsigned char header[PK__NPY_ROOM], found[PK__NPY_ROOM];
+    const pk_array array = pk_array_view(PK_FLOAT64, f->rank, f->shape, NULL);
+    struct stat about;
+    struct statvfs disk;
+    f->header = pk__npy_header(&array, 0, 0, header);
+    if (!array.type || !f->header || f->bytes > SIZE_MAX / 2 - f->header)
+        return pk__fail(f->context, PK_OVERFLOW, "%s: the shape overflows", pk__name(f->path));
+    const size_t size = f->header + f->bytes;
+    pk_status status = pk__open_named(f->context, f->path, O_RDWR | O_CREAT, "cannot be made", &f->file);
+    if (status)
+        return status;
+    if (fstat(f->file, &about) != 0 || fstatvfs(f->file, &disk) != 0)
+        return pk__fail(f->context, PK_IO, "%s: the disk cannot be asked: %s", pk__name(f->path),
+                        strerror(errno));
+    const double has = (double)about.st_blocks * 512,
+                 free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
+    if ((double)size - has > free_bytes)
+        return pk__fail(f->context, PK_IO, "%s: takes %zu bytes, the disk has room for %.0f", pk__name(f->path),
+                        size, free_bytes + has);
+    const ssize_t read = pread(f->file, found, f->header, 0);
+    if ((size_t)about.st_size != size || read != (ssize_t)f->header || memcmp(found, header, f->header) != 0) {
+        f->done = 0; /* of another shape, or not there */
+        memset(&f->report, 0, sizeof f->report);
+    }
+    int reason = 0;
+    if (!f->done && (ftruncate(f->file, 0) != 0 || !pk__write_at(f->file, header, f->header, 0) ||
+                     ftruncate(f->file, (off_t)size) != 0))
+        reason = errno;
+#ifdef __linux__
+    /* Without room behind the mapping, to write there would be a signal and no status. */
+    if (!reason)
+        reason = posix_fallocate(f->file, 0, (off_t)size);
+#endif
+    if (!reason) {
+        void *mapping = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, f->file, 0);
+        if (mapping == MAP_FAILED)
+            reason = errno;
+        else
+            f->mapping = mapping;
+    }
+    return reason ? pk__fail(f->context, PK_IO, "%s: %zu bytes cannot be written: %s", pk__name(f->path), size,
+                             strerror(reason))
+                  : PK_OK;
+}
+
+static int pk__file_progress(void *user, const char *phase, double fraction)
+{
+    const pk__kernel_file *f = user;
+    (void)phase;
+    return f->progress(f->progress_user, f->phase, ((double)f->done + fraction) / (double)pk__max(f->parts, 1));
+}
+
+/* Puts a part, planes x rows width x columns width, into the file; and its mirror image. */
+static void pk__file_put(const pk__kernel_file *f, const pk__kernel_part *part, const double *numbers)
+{
+    const size_t W = f->width, ld = f->columns * W, rows = part->rows * W, columns = part->columns * W;
+    const int mirrored = f->symmetric && part->row != part->column;
+    double *gram = (double *)(void *)(f->mapping + f->header);
+    for (size_t plane = 0; plane < f->planes; plane++, gram += f->rows * W * ld)
+        for (size_t i = 0; i < rows; i++) {
+            const double *from = numbers + (plane * rows + i) * columns;
+            memcpy(gram + (part->row * W + i) * ld + part->column * W, from, columns * sizeof *from);
+            for (size_t j = 0; mirrored && j < columns; j++)
+                gram[(part->column * W + j) * ld + part->row * W + i] = from[j];
+        }
+}
+
+static pk_status pk__file_parts(pk__kernel_file *f)
+{
+    double *numbers = NULL;
+    const size_t rows = pk__min(f->cut, f->rows), columns = pk__min(f->cut, f->columns);
+    pk_status status =
+        pk_allocate(f->context, rows * columns, f->planes * f->width * f->width * sizeof *numbers,
+                    "a part of a kernel", &numbers);
+    for (; !status && f->done < f->parts; f->done++) {
+        const pk__kernel_part part = pk__file_part(f, f->done);
+        pk_kernel_report report;
+        status =
+            pk__kernels_part(f->context, f->run, f->left, f->right, 1, f->options, &part, &numbers, &report);
+        if (status)
+            break;
+        pk__file_put(f, &part, numbers);
+        f->report.error += report.error;
+        f->report.points += report.points;
+        f->report.refused += report.refused;
+        status = pk__file_remember(f, f->done + 1);
+    }
+    pk_release(f->context, numbers);
+    return status;
+}
+
+static pk_status pk__file_run(pk__kernel_file *f)
+{
+    pk_status status = pk__file_identity(f);
+    if (status)
+        return status;
+    pk__file_cut(f);
+    pk__file_count(f);
+    pk__file_resume(f);
+    status = pk__file_map_result(f);
+    if (!status)
+        status = pk__progress(f->context, f->phase, (double)f->done / (double)pk__max(f->parts, 1));
+    if (!status)
+        status = pk__file_parts(f);
+    /* A map is not applied twice: after a kill in the middle of it all begins again. */
+    if (!status && f->options->map != PK_MAP_NONE)
+        status = pk__file_remember(f, 0);
+    if (!status) {
+        double *gram = (double *)(void *)(f->mapping + f->header);
+        status = pk__kernel_finish(f->context, f->run, f->left, f->right, f->options, gram, &f->report);
+    }
+    if (!status || status == PK_NOT_CLOSED)
+        unlink(f->names);
+    return status;
+}
+
+PK_API pk_status pk_kernel_file(pk_context *context, const pk_run *run, const pk_dataset *left,
+                                const pk_dataset *right, const pk_kernel_options *options, const char *path,
+                                pk_kernel_report *report)
+{
+    const double start = pk__seconds();
+    pk__kernel_file f;
+    memset(&f, 0, sizeof f);
+    f.file = -1;
+    if (!path)
+        return pk__fail(context, PK_ARGUMENT, "kernels: the file has no name");
+    pk_status status = pk_kernel_shape(context, run, left, right, options, f.shape, &f.rank);
+    if (status)
+        return status;
+    pk_kernel_options own = *options;
+    left = own.left_train ? NULL : left;
+    own.left_train = 0;
+    f.context = context, f.run = run, f.left = left, f.right = right, f.options = &own, f.path = path;
+    f.planes = pk__kernel_slots(run, options) * pk__kernel_layers(run, options);
+    f.rows = pk__kernel_count(run, left);
+    f.columns = pk__kernel_count(run, right);
+    f.width = options->outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+    /* tracin weights one side of the same rows. */
+    f.symmetric =
+        left == right && !(!left && pk__kernel_rows[own.kind].weighted == PK__RIGHT && !own.unweighted);
+    f.bytes = f.planes * f.rows * f.columns * f.width * f.width * sizeof(double);
+    pk__print(f.phase, sizeof f.phase, "kernel file, %zu bytes", f.bytes + 128);
+    if (!f.bytes)
+        return pk_array_write(context, path, PK_FLOAT64, f.rank, f.shape, "");
+    const size_t length = strlen(path);
+    status = pk_allocate(context, 2 * length + 24, 1, "the name of a file", &f.names);
+    if (status)
+        return status;
+    memcpy(f.names, path, length);
+    memcpy(f.names + length, ".part", 6);
+    memcpy(f.names + length + 6, path, length);
+    memcpy(f.names + 2 * length + 6, ".part.tmp", 10);
+    if (context && context->progress) {
+        f.progress = context->progress;
+        f.progress_user = context->progress_user;
+        context->progress = pk__file_progress;
+        context->progress_user = &f;
+    }
+    status = pk__file_run(&f);
+    if (f.progress) {
+        context->progress = f.progress;
+        context->progress_user = f.progress_user;
+    }
+    if (f.mapping)
+        munmap(f.mapping, f.header + f.bytes);
+    if (f.file >= 0)
+        (void)close(f.file);
+    pk_release(context, f.names);
+    if (report && (!status || status == PK_NOT_CLOSED)) {
+        *report = f.report;
+        report->seconds = pk__seconds() - start;
+    }
+    return status;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/domingos.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+/* b: the outputs before training. */
+static pk_status pk__domingos_intercept(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                        size_t rows, double *intercept)
+{
+    const size_t D = run->graph.input_width, C = run->outputs;
+    pk_real *w = NULL, *x = NULL;
+    pk_status status = pk_allocate(context, run->parameters, sizeof *w, "domingos", &w);
+    if (!status)
+        status = pk_allocate(context, rows, (D + C) * sizeof *x, "domingos", &x);
+    if (!status)
+        status = pk_run_weights(context, run, 0, w);
+    if (!status) {
+        pk_real *f = x + rows * D;
+        pk_array_reals(&inputs->inputs, 0, rows * D, x);
+        status =
+            pk_graph_evaluate(context, &run->graph, w, pk_matrix_view(x, rows, D), pk_matrix_view(f, rows, C));
+        for (size_t i = 0; !status && i < rows * C; i++)
+            intercept[i] = f[i];
+    }
+    pk_release(context, x);
+    pk_release(context, w);
+    return status;
+}
+
+/* From C matrices M x N of the path kernel, and behind them C of the contributions, which the sign turns. */
+static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_t rows, const double *grams,
+                                   pk_domingos *result)
+{
+    const size_t C = run->outputs, N = run->examples, plane = rows * N;
+    double largest = 0;
+    size_t first = SIZE_MAX;
+    for (size_t i = 0; i < C * plane; i++)
+        largest = fmax(largest, fabs(grams[i]));
+    for (size_t m = 0; m < rows; m++)
+        for (size_t c = 0; c < C; c++)
+            for (size_t i = 0; i < N; i++) {
+                const double kernel = grams[c * plane + m * N + i];
+                const size_t at = (m * C + c) * N + i;
+                const int defined = fabs(kernel) > 1e-12 * largest;
+                result->contributions[at] = -grams[(C + c) * plane + m * N + i];
+                if (!result->coefficients)
+                    continue;
+                result->coefficients[at] = defined ? result->contributions[at] / kernel : NAN;
+                result->undefined += !defined;
+                first = defined ? first : pk__min(first, at);
+            }
+    return result->undefined
+               ? pk__fail(
+                     context, PK_UNSUPPORTED,
+                     "domingos: %zu coefficients are undefined, where the path kernel is 0, the first that of "
+                     "test row %zu, output %zu, training row %zu; the contributions are complete",
+                     result->undefined, first / N / C, first / N % C, first % N)
+               : PK_OK;
+}
+
+PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                    pk_quadrature quadrature, double tolerance, pk_domingos *result)
+{
+    pk_kernel_options first = {
+        .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
+    pk_kernel_options *options = NULL;
+    pk_kernel_report *reports = NULL;
+    double *numbers = NULL, **grams = NULL;
+    size_t shape[6];
+    int rank;
+    if (!inputs || !result || !result->contributions)
+        return pk__fail(context, PK_ARGUMENT,
+                        "domingos: the test rows or the place for the result are missing");
+    pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
+    if (status)
+        return status;
+    const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
+    result->undefined = 0;
+    result->error = 0;
+    status = pk_allocate(context, 2 * C, sizeof *options, "domingos", &options);
+    if (!status)
+        status = pk_allocate(context, 2 * C, sizeof *reports, "domingos", &reports);
+    if (!status)
+        status = pk_allocate(context, 2 * C, sizeof *grams, "domingos", &grams);
+    if (!status)
+        status = pk_allocate(context, 2 * C, plane * sizeof *numbers, "domingos", &numbers);
+    for (size_t k = 0; !status && k < 2 * C; k++) {
+        options[k] = first;
+        options[k].kind = k < C ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
+        options[k].output = k % C;
+        grams[k] = numbers ? numbers + k * plane : NULL;
+    }
+    if (!status && plane)
+        status = pk__kernels_part(context, run, inputs, NULL, 2 * C, options, NULL, grams, reports);
+    if (!status && result->intercept)
+        status = pk__domingos_intercept(context, run, inputs, rows, result->intercept);
+    for (size_t k = 0; !status && plane && k < 2 * C; k++) {
+        double largest = 0;
+        for (size_t i = 0; i < plane; i++)
+            largest = fmax(largest, fabs(grams[k][i]));
+        result->error = fmax(result->error, largest > 0 ? reports[k].error / largest : 0);
+    }
+    if (!status && plane)
+        status = pk__domingos_fill(context, run, rows, numbers, result);
+    pk_release(context, numbers);
+    pk_release(context, grams);
+    pk_release(context, reports);
+    pk_release(context, options);
+    return status;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/novelty.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+static pk_status pk__novelty_check(pk_context *context, size_t n, const double *gram, size_t m,
+                                   const double *cross, const double *diagonal, double fraction,
+                                   const double *energies)
+{
+    if ((n && !gram) || (m && (!diagonal || !energies)) || (n && m && !cross))
+        return pk__fail(context, PK_ARGUMENT,
+                        "novelty: a Gram, the diagonal or the place for the energies is NULL");
+    if (!(fraction >= 0 && fraction <= 1))
+        return pk__fail(context, PK_ARGUMENT, "novelty: the fraction %g is not in [0, 1]", fraction);
+    for (size_t i = 0; i < m; i++) {
+        if (!pk__finite(diagonal[i]))
+            return pk__fail(context, PK_NOT_FINITE, "novelty: the diagonal of row %zu is not finite", i);
+        if (diagonal[i] < 0)
+            return pk__fail(context, PK_ARGUMENT, "novelty: the diagonal of row %zu is %g, below 0", i,
+                            diagonal[i]);
+        for (size_t j = 0; j < n; j++)
+            if (!pk__finite(cross[i * n + j]))
+                return pk__fail(context, PK_NOT_FINITE,
+                                "novelty: the product of row %zu with row %zu is not finite", i, j);
+    }
+    return PK_OK;
+}
+
+PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, size_t m, const double *cross,
+                            const double *diagonal, const pk_novelty_options *options, double *energies,
+                            pk_novelty_report *report)
+{
+    const double fraction = options ? options->fraction : 0;
+    pk_novelty_report own = {0, 0, 0, 0, 0};
+    size_t numbers = 0;
+    double *memory = NULL, trace = 0, kept = 0;
+    pk_status status = pk__novelty_check(context, n, gram, m, cross, diagonal, fraction, energies);
+    if (!status && (!pk__multiply(n, n + 1, &numbers) || numbers > SIZE_MAX / 64))
+        status = pk__fail(context, PK_OVERFLOW, "novelty: a Gram of %zu rows overflows", n);
+    if (!status)
+        status = pk_allocate(context, numbers, sizeof *memory, "novelty", &memory);
+    double *values = memory, *vectors = memory ? memory + n : NULL;
+    if (!status && n)
+        status = pk_symmetric_eigenvalues(context, n, gram, values, vectors);
+    const double largest = status || !n ? 0 : fmax(fabs(values[n - 1]), fabs(values[0]));
+    if (!status && n && values[0] < -1e-6 * largest)
+        status = pk__fail(context, PK_ARGUMENT,
+                          "novelty: the matrix has the eigenvalue %g beside %g: it is no Gram matrix",
+                          values[0], values[n - 1]);
+    if (status) {
+        pk_release(context, memory);
+        return status;
+    }
+    for (size_t k = 0; k < n; k++) {
+        trace += fmax(values[k], 0);
+        own.whole_rank += values[k] > (double)n * DBL_EPSILON * largest;
+    }
+    own.least = largest > 0 ? values[0] / largest : 0;
+    const double wanted = (fraction > 0 ? fraction : 0.95) * trace;
+    while (own.rank < own.whole_rank && (options && options->rank ? own.rank < options->rank : kept < wanted))
+        kept += values[n - ++own.rank];
+    own.share = trace > 0 ? kept / trace : 0;
+    for (size_t i = 0; i < m; i++) {
+        double sum = 0;
+        for (size_t k = n - own.rank; k < n; k++) {
+            double dot = 0;
+            for (size_t j = 0; j < n; j++)
+                dot += vectors[k * n + j] * cross[i * n + j];
+            sum += dot / values[k] * dot;
+        }
+        own.zero_rows += diagonal[i] == 0;
+        energies[i] = diagonal[i] > 0 ? sum / diagonal[i] : 0;
+    }
+    if (report)
+        *report = own;
+    pk_release(context, memory);
+    return PK_OK;
+}
+
+static int pk__compare_numbers(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Both lists sorted, in *memory. *bad: one is empty, or holds a NaN. */
+static pk_status pk__two_sorted(pk_context *context, const char *name, size_t high_count, const double *high,
+                                size_t low_count, const double *low, const double *out, double **memory,
+                                int *bad)
+{
+    *memory = NULL;
+    *bad = !high_count || !low_count;
+    if ((high_count && !high) || (low_count && !low) || !out)
+        return pk__fail(context, PK_ARGUMENT, "%s: a list or the place for the result is NULL", name);
+    if (high_count > SIZE_MAX / 64 || low_count > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu numbers overflow", name, high_count, low_count);
+    for (size_t i = 0; i < high_count; i++)
+        *bad |= isnan(high[i]) != 0;
+    for (size_t i = 0; i < low_count; i++)
+        *bad |= isnan(low[i]) != 0;
+    if (*bad)
+        return PK_OK;
+    pk_status status = pk_allocate(context, high_count + low_count, sizeof **memory, name, memory);
+    if (status)
+        return status;
+    memcpy(*memory, high, high_count * sizeof *high);
+    memcpy(*memory + high_count, low, low_count * sizeof *low);
+    qsort(*memory, high_count, sizeof **memory, pk__compare_numbers);
+    qsort(*memory + high_count, low_count, sizeof **memory, pk__compare_numbers);
+    return PK_OK;
+}
+
+PK_API pk_status pk_auroc(pk_context *context, size_t high_count, const double *high, size_t low_count,
+                          const double *low, double *area)
+{
+    double *sorted, pairs = 0;
+    int bad = 0;
+    pk_status status = pk__two_sorted(context, "auroc", high_count, high, low_count, low, area, &sorted, &bad);
+    if (status)
+        return status;
+    *area = NAN;
+    if (bad)
+        return PK_OK;
+    const double *below = sorted + high_count;
+    size_t under = 0, upto = 0;
+    for (size_t i = 0; i < high_count; i++) {
+        while (under < low_count && below[under] < sorted[i])
+            under++;
+        while (upto < low_count && below[upto] <= sorted[i])
+            upto++;
+        pairs += 0.5 * ((double)under + (double)upto);
+    }
+    *area = pairs / ((double)high_count * (double)low_count);
+    pk_release(context, sorted);
+    return PK_OK;
+}
+
+PK_API pk_status pk_false_positives(pk_context *context, size_t high_count, const double *high,
+                                    size_t low_count, const double *low, double rate, double *false_positives)
+{
+    double *sorted;
+    int bad = 0;
+    if (!(rate > 0 && rate <= 1))
+        return pk__fail(context, PK_ARGUMENT, "false positives: the rate %g is not in (0, 1]", rate);
+    pk_status status = pk__two_sorted(context, "false positives", high_count, high, low_count, low,
+                                      false_positives, &sorted, &bad);
+    if (status)
+        return status;
+    *false_positives = NAN;
+    if (bad)
+        return PK_OK;
+    size_t wanted = (size_t)ceil(rate * (double)high_count * (1 - 4 * DBL_EPSILON)), above = 0;
+    wanted = pk__max(1, pk__min(wanted, high_count));
+    const double threshold = sorted[high_count - wanted];
+    for (size_t i = 0; i < low_count; i++)
+        above += sorted[high_count + i] >= threshold;
+    *false_positives = (double)above / (double)low_count;
+    pk_release(context, sorted);
+    return PK_OK;
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/sketch.h: implementation */
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
 
-enum { PK__EPK_NODES = 1000, PK__EPK_ORDER = 32, PK__EPK_DEPTH = 40 };
+enum {
+    PK__SKETCH_SAMPLE = 16,       /* rows of the sampled block */
+    PK__SKETCH_NUMBERS = 1 << 20, /* of the Jacobians of a block, or of one row */
+    PK__SKETCH_ROWS = 1 << 8      /* of a block, at most */
+};
 
-typedef struct pk__epk_side {
-    int train;
-    pk_matrix rows; /* of the step: all test rows, or the training rows that count */
-    int64_t *item;  /* of each training row; NULL: test rows */
-    double *factor;
-    double largest; /* of the factors' sizes; 1: test rows */
-    /* Test rows of a network with kinks, rows x C each: outputs at the ends of a piece; df/dt; its integral. */
-    pk_real *start, *end, *tangent;
-    double *change;
-} pk__epk_side;
+/* Streams of the generator under one seed. */
+enum { PK__STREAM_SIGNS = 1, PK__STREAM_PLACES, PK__STREAM_SAMPLE, PK__STREAM_LAYERS };
 
-typedef struct pk__epk {
-    pk_context *context;
-    const pk_run *run;
-    const pk_epk_options *options;
-    pk_epk_report report;
-    size_t kept, columns; /* numbers of a row of the result */
-    pk__epk_side x, y;
-    pk_real *w, *next, *at, *part;
-    pk_real *direction; /* D_s */
-    int kinks;
-    double slope;                                /* the largest |df/dt| of the step */
-    double *c, *coarse, *fine, *nodes, *weights; /* N; parts of an integral; the rule */
-    double scale;                                /* the largest entry of the step's first rule */
-    double eta, fraction, *gram;
-} pk__epk;
-
-/* The training rows that count in a step, with their c. */
-static void pk__epk_batch(pk__epk *epk, size_t s, pk__epk_side *side)
+/* The smallest power of two that is at least count; 0 where there is none. */
+static size_t pk__power_of_two(size_t count)
 {
-    const size_t N = epk->run->examples;
-    pk_batch batch;
-    pk_run_batch(epk->run, s, &batch);
-    for (size_t i = 0; i < N; i++)
-        epk->c[i] = epk->options->unweighted;
-    for (size_t b = 0; !epk->options->unweighted && b < batch.count; b++)
-        epk->c[batch.items[b]] += batch.weights ? batch.weights[b] : 1 / (double)batch.count;
-    side->rows.rows = 0;
-    side->largest = 0;
-    for (size_t i = 0; i < N; i++)
-        if (epk->c[i] != 0) {
-            side->item[side->rows.rows] = (int64_t)i;
-            side->factor[side->rows.rows++] = epk->c[i];
-            side->largest = fmax(side->largest, fabs(epk->c[i]));
-        }
-    pk_dataset_inputs(&epk->run->train, side->item, side->rows.rows, side->rows.data);
+    size_t n = 1;
+    while (n < count && n <= SIZE_MAX / 4)
+        n *= 2;
+    return n < count ? 0 : n;
 }
 
-/* to += the rule of `nodes` nodes on [a, b], in the rows and columns that count. */
-static pk_status pk__epk_rule(pk__epk *epk, double a, double b, int nodes, double *to)
+/* x = H x, without a factor, n a power of two. */
+static void pk__walsh_hadamard(size_t n, double *x)
 {
-    const size_t rows = epk->x.rows.rows * epk->kept, columns = epk->y.rows.rows * epk->kept;
-    const size_t P = epk->run->parameters;
-    pk_gauss_legendre(nodes, epk->nodes, epk->weights);
-    for (int q = 0; q < nodes; q++) {
-        const int left = epk->options->quadrature.rule == PK_RULE_LEFT || (epk->x.train && epk->y.train);
-        const double t = left ? 0 : a + (b - a) * epk->nodes[q], weight = (b - a) * epk->weights[q];
-        pk__step_point(P, epk->w, epk->next, t, epk->at);
-        /* Fractions of one kernel are none of the sum over the steps. */
-        int (*progress)(void *, const char *, double) = epk->context ? epk->context->progress : NULL;
-        pk_status status = pk__progress(epk->context, "path kernel", epk->fraction);
-        if (status)
-            return status;
-        if (epk->context)
-            epk->context->progress = NULL;
-        status = pk__gram_make("epk", epk->context, &epk->run->graph, epk->x.train ? epk->w : epk->at,
-                               epk->y.train ? epk->w : epk->at, epk->x.rows, epk->y.rows,
-                               pk_matrix_view(epk->part, rows, columns), epk->options->outputs == PK_EPK_TRACE);
-        if (epk->context)
-            epk->context->progress = progress;
-        if (status)
-            return status;
-        epk->report.points++;
-        for (size_t i = 0; i < rows * columns; i++)
-            to[i] += weight * epk->part[i];
+    for (size_t half = 1; half < n; half *= 2)
+        for (size_t at = 0; at < n; at += 2 * half)
+            for (size_t i = at; i < at + half; i++) {
+                const double a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+}
+
+/* The signs 64 k ... 64 k + 63 of a sequence, a bit each. */
+static uint64_t pk__signs(uint64_t seed, uint64_t stream, uint64_t k)
+{
+    pk_random random = {seed, stream, k};
+    return pk_random_bits(&random);
+}
+
+/* x (n) = H D v; v has count numbers. */
+static void pk__signed_transform(uint64_t seed, uint64_t stream, size_t count, const pk_real *v, size_t n,
+                                 double *x)
+{
+    uint64_t bits = 0;
+    for (size_t p = 0; p < count; p++) {
+        bits = p % 64 ? bits >> 1 : pk__signs(seed, stream, p / 64);
+        x[p] = bits & 1 ? (double)v[p] : -(double)v[p];
     }
+    memset(x + count, 0, (n - count) * sizeof *x);
+    pk__walsh_hadamard(n, x);
+}
+
+static pk_status pk__sketch_check(pk_context *context, const pk_sketch *sketch, size_t numbers)
+{
+    if (!sketch || !sketch->size)
+        return pk__fail(context, PK_ARGUMENT, "sketch: there is none, or its size is 0");
+    if (sketch->kind != PK_SKETCH_RADEMACHER && sketch->kind != PK_SKETCH_SRHT)
+        return pk__fail(context, PK_ARGUMENT,
+                        "sketch: kind %d is neither PK_SKETCH_RADEMACHER nor PK_SKETCH_SRHT",
+                        (int)sketch->kind);
+    const size_t n = pk__power_of_two(numbers);
+    if (!n || n > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "sketch: %zu numbers are too many", numbers);
+    if (sketch->kind == PK_SKETCH_SRHT && sketch->size > n)
+        return pk__fail(
+            context, PK_ARGUMENT,
+            "sketch: size %zu of an SRHT of %zu numbers, which has %zu rows; sketches larger than the "
+            "gradient save nothing",
+            sketch->size, numbers, n);
     return PK_OK;
 }
 
-/* gram += eta c_i c_j of a piece's integral. */
-static void pk__epk_add(pk__epk *epk, const double *piece)
+/* Random signs: one after the other number of the rows. sums: rows x m. */
+static void pk__rademacher(const pk_sketch *sketch, pk_matrix vectors, double *sums)
 {
-    const pk__epk_side *x = &epk->x, *y = &epk->y;
-    const size_t kept = epk->kept, columns = y->rows.rows * kept;
-    for (size_t i = 0; i < x->rows.rows * kept; i++) {
-        const size_t row = (x->train ? (size_t)x->item[i / kept] : i / kept) * kept + i % kept;
-        for (size_t j = 0; j < columns; j++) {
-            const size_t column = (y->train ? (size_t)y->item[j / kept] : j / kept) * kept + j % kept;
-            const double c = (x->train ? x->factor[i / kept] : 1) * (y->train ? y->factor[j / kept] : 1);
-            epk->gram[row * epk->columns + column] += epk->eta * c * piece[i * columns + j];
+    const size_t m = sketch->size, words = pk__blocks(m, 64);
+    memset(sums, 0, vectors.rows * m * sizeof *sums);
+    for (size_t p = 0; p < vectors.cols; p++)
+        for (size_t k = 0; k < words; k++) {
+            const uint64_t bits = pk__signs(sketch->seed, PK__STREAM_SIGNS, p * words + k);
+            const size_t first = 64 * k, count = pk__min(m - first, 64);
+            double sign[64];
+            for (size_t i = 0; i < count; i++)
+                sign[i] = bits >> i & 1 ? 1 : -1;
+            for (size_t r = 0; r < vectors.rows; r++) {
+                const double value = vectors.data[r * vectors.ld + p];
+                double *to = sums + r * m + first;
+                for (size_t i = 0; i < count; i++)
+                    to[i] += sign[i] * value;
+            }
         }
-    }
 }
 
-/* By how much the rule's integral of df/dt misses the change of f on [a, b], of the largest |df/dt|, for the worst of a side's
- * test rows: this shows a kink that no node sees. What rounding of f explains is 0. */
-static pk_status pk__epk_closure(pk__epk *epk, const pk__epk_side *side, double a, double b, int nodes,
-                                 double *worst)
+PK_API pk_status pk_sketch_vectors(pk_context *context, const pk_sketch *sketch, pk_matrix vectors,
+                                   pk_matrix sketched)
 {
-    const pk_graph *graph = &epk->run->graph;
-    const size_t rows = side->rows.rows, C = epk->run->outputs, count = rows * C;
-    const pk_matrix none = {NULL, 0, 0, 0};
-    const size_t P = epk->run->parameters;
-    memset(side->change, 0, count * sizeof *side->change);
-    for (size_t p = 0; p < P; p++)
-        epk->direction[p] = (pk_real)((double)epk->next[p] - epk->w[p]);
-    pk__step_point(P, epk->w, epk->next, a, epk->at);
-    pk_status status =
-        pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->start, rows, C));
-    pk__step_point(P, epk->w, epk->next, b, epk->at);
+    pk_status status = pk__sketch_check(context, sketch, vectors.cols);
     if (!status)
-        status =
-            pk_graph_evaluate(epk->context, graph, epk->at, side->rows, pk_matrix_view(side->end, rows, C));
-    pk_gauss_legendre(nodes, epk->nodes, epk->weights);
-    for (int q = 0; !status && q < nodes; q++) {
-        pk__step_point(P, epk->w, epk->next, a + (b - a) * epk->nodes[q], epk->at);
-        status = pk_jvp(epk->context, graph, epk->at, side->rows, epk->direction, none,
-                        pk_matrix_view(side->tangent, rows, C));
-        for (size_t i = 0; i < count; i++) {
-            side->change[i] += (b - a) * epk->weights[q] * side->tangent[i];
-            epk->slope = fmax(epk->slope, fabs((double)side->tangent[i]));
-        }
+        status = pk__sweep_matrix(context, "sketch", "vectors", vectors, vectors.rows, vectors.cols);
+    if (!status)
+        status = pk__sweep_matrix(context, "sketch", "sketched vectors", sketched, vectors.rows, sketch->size);
+    if (!status && pk__matrices_overlap(vectors, sketched))
+        status = pk__fail(context, PK_ARGUMENT, "sketch: the result overlaps the vectors");
+    if (status || !vectors.rows)
+        return status;
+    const size_t m = sketch->size, n = pk__power_of_two(vectors.cols);
+    const int hadamard = sketch->kind == PK_SKETCH_SRHT;
+    const size_t block = hadamard ? 1 : pk__min(vectors.rows, PK__SKETCH_ROWS);
+    double *numbers = NULL;
+    int64_t *place = NULL;
+    if (!hadamard && m > SIZE_MAX / 64 / PK__SKETCH_ROWS)
+        return pk__fail(context, PK_OVERFLOW, "sketch: the size %zu is too large", m);
+    status = pk_allocate(context, hadamard ? n : block * m, sizeof *numbers, "a sketch", &numbers);
+    if (!status && hadamard)
+        status = pk_allocate(context, n, sizeof *place, "a sketch", &place);
+    /* The first m of a shuffled 0 ... n - 1. */
+    for (size_t i = 0; !status && hadamard && i < n; i++)
+        place[i] = (int64_t)i;
+    pk_random random = {status ? 0 : sketch->seed, PK__STREAM_PLACES, 0};
+    for (size_t i = 0; !status && hadamard && i < m; i++) {
+        const size_t other = i + (size_t)pk_random_below(&random, n - i);
+        const int64_t swap = place[i];
+        place[i] = place[other];
+        place[other] = swap;
     }
-    for (size_t i = 0; !status && i < count; i++) {
-        const double f = fmax(fabs((double)side->start[i]), fabs((double)side->end[i]));
-        const double miss = fabs((double)side->end[i] - (double)side->start[i] - side->change[i]);
-        if (miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 4e-15) * fmax(f, epk->slope) && epk->slope > 0)
-            *worst = fmax(*worst, miss / epk->slope);
+    const double scale = status ? 0 : 1 / sqrt((double)m);
+    for (size_t first = 0; !status && first < vectors.rows; first += block) {
+        pk_matrix part = vectors;
+        part.rows = pk__min(block, vectors.rows - first);
+        part.data += first * vectors.ld;
+        if (hadamard)
+            pk__signed_transform(sketch->seed, PK__STREAM_SIGNS, vectors.cols, part.data, n, numbers);
+        else
+            pk__rademacher(sketch, part, numbers);
+        for (size_t r = 0; r < part.rows; r++)
+            for (size_t i = 0; i < m; i++)
+                sketched.data[(first + r) * sketched.ld + i] =
+                    (pk_real)(scale * (hadamard ? numbers[place[i]] : numbers[r * m + i]));
     }
+    pk_release(context, place);
+    pk_release(context, numbers);
     return status;
 }
 
-/* Doubles the nodes on [a, b] until the matrix agrees; halves the piece where that helps too little. */
-static pk_status pk__epk_piece(pk__epk *epk, double a, double b, int depth)
+PK_API pk_status pk_sketch_gradients(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                     pk_matrix inputs, const pk_sketch *sketch, pk_matrix features)
 {
-    const size_t numbers = epk->x.rows.rows * epk->kept * epk->y.rows.rows * epk->kept;
-    const double eps = sizeof(pk_real) == sizeof(float) ? 1e-7 : 1e-15;
-    double before = INFINITY, apart = 0;
-    memset(epk->coarse, 0, numbers * sizeof *epk->coarse);
-    pk_status status = pk__epk_rule(epk, a, b, 1, epk->coarse);
-    for (int nodes = 2; !status && nodes <= PK__EPK_ORDER; nodes *= 2, before = apart) {
-        memset(epk->fine, 0, numbers * sizeof *epk->fine);
-        status = pk__epk_rule(epk, a, b, nodes, epk->fine);
-        apart = 0;
-        for (size_t i = 0; i < numbers; i++) {
-            apart = fmax(apart, fabs(epk->fine[i] - epk->coarse[i]));
-            epk->scale = fmax(epk->scale, fabs(epk->fine[i]));
-        }
-        const double allowed = fmax(0.01 * epk->options->tolerance, 4 * eps) * epk->scale;
-        double missed = 0;
-        pk__epk_side *const sides[] = {&epk->x, &epk->y};
-        for (int k = 0; epk->kinks && k < 2 && !status && apart <= allowed; k++)
-            if (!sides[k]->train && (k == 0 || epk->y.rows.data != epk->x.rows.data || epk->x.train))
-                status = pk__epk_closure(epk, sides[k], a, b, nodes, &missed);
-        apart = fmax(apart, missed * epk->scale);
-        const int last = depth == PK__EPK_DEPTH && nodes == PK__EPK_ORDER;
-        if (!status && (apart <= allowed || last)) {
-            epk->report.refused += apart > allowed;
-            epk->report.error += fabs(epk->eta) * epk->x.largest * epk->y.largest * apart;
-            pk__epk_add(epk, epk->fine);
-            return PK_OK;
-        }
-        if (depth < PK__EPK_DEPTH && nodes > 2 && apart > before / 8)
-            break;
-        double *spare = epk->coarse;
-        epk->coarse = epk->fine;
-        epk->fine = spare;
-    }
+    pk_status status = pk__sweep_graph(context, "sketch", graph, weights);
+    if (status)
+        return status;
+    const size_t P = graph->parameters, C = graph->output_width;
+    size_t one = 0, all = 0;
+    status = pk__sketch_check(context, sketch, P);
     if (!status)
-        status = pk__epk_piece(epk, a, 0.5 * (a + b), depth + 1);
-    return status ? status : pk__epk_piece(epk, 0.5 * (a + b), b, depth + 1);
-}
-
-static pk_status pk__epk_steps(pk__epk *epk, pk_replay *replay)
-{
-    const pk_run *run = epk->run;
-    const pk_epk_options *options = epk->options;
-    const size_t count = options->steps ? options->step_count : run->steps;
-    const pk_rule rule = epk->x.train && epk->y.train ? PK_RULE_LEFT : options->quadrature.rule;
-    for (size_t k = 0; k < count; k++) {
-        const size_t s = options->steps ? options->steps[k] : k;
-        epk->fraction = (double)k / (double)count;
-        epk->eta = run->learning_rates[s] * pk_run_gradient_scale(run, s);
-        epk->scale = epk->slope = 0;
-        pk_status status = pk_replay_weights(epk->context, replay, s, epk->w);
+        status = pk__sweep_matrix(context, "sketch", "inputs", inputs, inputs.rows, graph->input_width);
+    if (!status && (!pk__multiply(C, P, &one) || one > SIZE_MAX / 64 || !pk__multiply(inputs.rows, C, &all)))
+        status = pk__fail(context, PK_OVERFLOW, "sketch: the gradients of one row overflow");
+    if (!status)
+        status = pk__sweep_matrix(context, "sketch", "features", features, all, sketch->size);
+    if (status || !inputs.rows)
+        return status;
+    const size_t block =
+        pk__max(1, pk__min(pk__min(inputs.rows, PK__SKETCH_ROWS), PK__SKETCH_NUMBERS / pk__max(one, 1)));
+    pk_real *jacobian = NULL;
+    status = pk_allocate(context, block, one * sizeof *jacobian, "a sketch", &jacobian);
+    for (size_t first = 0; !status && first < inputs.rows; first += block) {
+        const size_t rows = pk__min(block, inputs.rows - first);
+        const pk_matrix part = {inputs.data + first * inputs.ld, rows, inputs.cols, inputs.ld},
+                        to = {features.data + first * C * features.ld, rows * C, features.cols, features.ld};
+        status = pk__progress(context, "sketch", (double)first / (double)inputs.rows);
         if (!status)
-            status = pk_replay_weights(epk->context, replay, s + 1, epk->next);
-        if (status)
-            return status;
-        if (epk->x.train)
-            pk__epk_batch(epk, s, &epk->x);
-        if (epk->y.train && epk->x.train)
-            epk->y = epk->x; /* the same rows: half the work, and the same bits on both sides of the diagonal */
-        else if (epk->y.train)
-            pk__epk_batch(epk, s, &epk->y);
-        const size_t numbers = epk->x.rows.rows * epk->kept * epk->y.rows.rows * epk->kept;
-        if (numbers && rule == PK_RULE_AUTO) {
-            status = pk__epk_piece(epk, 0, 1, 0);
-        } else if (numbers) {
-            memset(epk->fine, 0, numbers * sizeof *epk->fine);
-            status = pk__epk_rule(epk, 0, 1, rule == PK_RULE_GAUSS ? pk__max(options->quadrature.nodes, 1) : 1,
-                                  epk->fine);
-            pk__epk_add(epk, epk->fine);
-        }
-        if (status)
-            return status;
+            status = pk_jacobian(context, graph, weights, part, pk_matrix_view(jacobian, rows * C, P),
+                                 pk_matrix_view(NULL, 0, 0));
+        if (!status)
+            status = pk_sketch_vectors(context, sketch, pk_matrix_view(jacobian, rows * C, P), to);
     }
-    return PK_OK;
+    pk_release(context, jacobian);
+    return status;
 }
 
-static void pk__epk_take(pk__arena *arena, pk__epk *epk, size_t numbers)
+/* ---- kernels ------------------------------------------------------------------------------------------- */
+
+/* Which rows of `count` are in the sample: at most PK__SKETCH_SAMPLE, ascending draws of a random order. */
+static size_t pk__sketch_sample(uint64_t seed, uint64_t stream, size_t count, size_t *rows)
 {
-    const size_t P = epk->run->parameters, N = epk->run->examples, width = epk->run->graph.input_width;
-    pk_real **const vector[] = {&epk->w, &epk->next, &epk->at, &epk->direction};
-    for (size_t i = 0; i < 4; i++)
-        *vector[i] = pk__arena_take(arena, P, sizeof(pk_real));
-    epk->part = pk__arena_take(arena, numbers, sizeof(pk_real));
-    epk->coarse = pk__arena_take(arena, numbers, sizeof(double));
-    epk->fine = pk__arena_take(arena, numbers, sizeof(double));
-    epk->nodes = pk__arena_take(arena, PK__EPK_NODES, sizeof(double));
-    epk->weights = pk__arena_take(arena, PK__EPK_NODES, sizeof(double));
-    epk->c = pk__arena_take(arena, N, sizeof(double));
-    pk__epk_side *const sides[] = {&epk->x, &epk->y};
-    for (size_t i = 0; i < 2; i++) {
-        if (!sides[i]->train) {
-            size_t count = 0;
-            if (!epk->kinks)
-                continue;
-            if (!pk__multiply(sides[i]->rows.rows, epk->run->outputs, &count))
-                arena->overflow = 1;
-            sides[i]->start = pk__arena_take(arena, count, sizeof(pk_real));
-            sides[i]->end = pk__arena_take(arena, count, sizeof(pk_real));
-            sides[i]->tangent = pk__arena_take(arena, count, sizeof(pk_real));
-            sides[i]->change = pk__arena_take(arena, count, sizeof(double));
-            continue;
-        }
-        sides[i]->item = pk__arena_take(arena, N, sizeof(int64_t));
-        sides[i]->factor = pk__arena_take(arena, N, sizeof(double));
-        sides[i]->rows = pk_matrix_view(pk__arena_take(arena, N, width * sizeof(pk_real)), N, width);
-    }
+    const size_t wanted = pk__min(count, PK__SKETCH_SAMPLE);
+    pk_random random = {seed, stream, 0};
+    size_t taken = 0;
+    for (size_t i = 0; i < count && taken < wanted; i++) /* Knuth's algorithm S */
+        if (pk_random_below(&random, count - i) < wanted - taken)
+            rows[taken++] = i;
+    return taken;
 }
 
-static pk_status pk__epk_check(pk_context *context, const pk_run *run, const pk_epk_options *options,
-                               const double *gram)
+static pk_status pk__sketch_measure(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                    pk_matrix x, pk_matrix y, uint64_t seed, size_t kept, pk_matrix gram,
+                                    pk_sketch_report *report)
 {
-    if (!run || !run->weights.data || !options || !gram)
-        return pk__fail(context, PK_ARGUMENT, "epk: the run, the options or the result are missing");
-    if (options->outputs != PK_EPK_TRACE && options->outputs != PK_EPK_FULL)
-        return pk__fail(context, PK_ARGUMENT, "epk: outputs is %d, neither PK_EPK_TRACE nor PK_EPK_FULL",
-                        options->outputs);
-    const pk_quadrature rule = options->quadrature;
-    if ((rule.rule != PK_RULE_AUTO && rule.rule != PK_RULE_GAUSS && rule.rule != PK_RULE_LEFT) ||
-        (rule.rule == PK_RULE_GAUSS && (rule.nodes < 0 || rule.nodes > PK__EPK_NODES)))
-        return pk__fail(context, PK_ARGUMENT,
-                        "epk: rule %d with %d nodes is none of auto, left, gauss with at most %d",
-                        (int)rule.rule, rule.nodes, (int)PK__EPK_NODES);
-    if (!(options->tolerance >= 0 && options->tolerance < 1))
-        return pk__fail(context, PK_ARGUMENT, "epk: the tolerance %g is not in [0, 1)", options->tolerance);
-    for (size_t k = 0; options->steps && k < options->step_count; k++)
-        if (options->steps[k] >= run->steps)
-            return pk__fail(context, PK_ARGUMENT, "epk: step %zu of a run of %zu steps", options->steps[k],
-                            run->steps);
-    return PK_OK;
-}
-
-PK_API pk_status pk_kernel_epk(pk_context *context, const pk_run *run, pk_matrix x, pk_matrix y,
-                               const pk_epk_options *options, double *gram, pk_epk_report *report)
-{
-    pk_status status = pk__epk_check(context, run, options, gram);
+    size_t rows[2][PK__SKETCH_SAMPLE];
+    const size_t D = graph->input_width, a = pk__sketch_sample(seed, PK__STREAM_SAMPLE, x.rows, rows[0]),
+                 b = pk__sketch_sample(seed, PK__STREAM_SAMPLE + 100, y.rows, rows[1]);
+    const size_t inputs = (a + b) * D, entries = a * kept * b * kept;
+    pk_real *numbers = NULL;
+    report->rows = a, report->columns = b, report->error = 0;
+    pk_status status = pk_allocate(context, inputs + entries, sizeof *numbers, "a sketch's sample", &numbers);
     if (status)
         return status;
-    pk_epk_options own = *options;
-    pk__epk epk;
-    pk_replay replay;
-    void *block = NULL;
-    memset(&epk, 0, sizeof epk);
-    memset(&replay, 0, sizeof replay);
-    if (!(own.tolerance > 0))
-        own.tolerance = sizeof(pk_real) == sizeof(float) ? 1e-4 : 1e-10;
-    epk.context = context, epk.run = run, epk.options = &own;
-    epk.kept = own.outputs == PK_EPK_FULL ? run->outputs : 1;
-    epk.x.train = own.x_train;
-    epk.y.train = own.y_train || (own.x_train && !y.data);
-    epk.x.largest = epk.y.largest = 1;
-    for (size_t n = 1; n < run->graph.node_count; n++)
-        epk.kinks |= run->graph.nodes[n].operation->switch_count != NULL;
-    epk.x.rows = x;
-    epk.y.rows = y.data ? y : x;
-    for (int side = 0; side < 2 && !status; side++)
-        if (!(side ? &epk.y : &epk.x)->train)
-            status =
-                pk__sweep_matrix(context, "epk", side ? "second inputs" : "first inputs", side ? epk.y.rows : x,
-                                 (side ? epk.y.rows : x).rows, run->graph.input_width);
-    if (status)
-        return status;
-    size_t rows = 0, numbers = 0;
-    const int fits = pk__multiply(epk.x.train ? run->examples : epk.x.rows.rows, epk.kept, &rows) &&
-                     pk__multiply(epk.y.train ? run->examples : epk.y.rows.rows, epk.kept, &epk.columns) &&
-                     pk__multiply(rows, epk.columns, &numbers) && numbers <= SIZE_MAX / sizeof(double);
-    pk__arena measured = {NULL, 0, 0, !fits};
-    pk__epk_take(&measured, &epk, numbers);
-    if (measured.overflow)
-        return pk__fail(context, PK_OVERFLOW, "epk: the memory of a kernel of so many rows overflows");
-    status = pk_allocate(context, measured.used, 1, "the path kernel", &block);
+    for (size_t i = 0; i < a + b; i++) {
+        const pk_matrix *from = i < a ? &x : &y;
+        memcpy(numbers + i * D, from->data + (i < a ? rows[0][i] : rows[1][i - a]) * from->ld,
+               D * sizeof *numbers);
+    }
+    pk_real *exact = numbers + inputs;
+    const pk_matrix left = pk_matrix_view(numbers, a, D), right = pk_matrix_view(numbers + a * D, b, D),
+                    to = pk_matrix_view(exact, a * kept, b * kept);
+    status = kept == 1 && graph->output_width > 1
+                 ? pk_kernel_ntk_trace(context, graph, weights, left, right, to)
+                 : pk_kernel_ntk(context, graph, weights, left, right, to);
+    double apart = 0, size = 0;
+    for (size_t i = 0; !status && i < entries; i++) {
+        const size_t r = i / (b * kept), c = i % (b * kept);
+        const double estimate =
+            gram.data[(rows[0][r / kept] * kept + r % kept) * gram.ld + rows[1][c / kept] * kept + c % kept];
+        apart += (estimate - exact[i]) * (estimate - exact[i]);
+        size += (double)exact[i] * exact[i];
+    }
+    report->error = size > 0 ? sqrt(apart / size) : 0;
+    pk_release(context, numbers);
+    return status;
+}
+
+PK_API pk_status pk_kernel_sketched(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                    pk_matrix x, pk_matrix y, const pk_sketch *sketch, int trace,
+                                    pk_matrix gram, pk_sketch_report *report)
+{
+    pk_status status = pk__sweep_graph(context, "sketched kernel", graph, weights);
     if (!status)
-        status = pk_replay_prepare(context, run, 1, &replay);
-    if (!status) {
-        pk__arena arena = {block, measured.used, 0, 0};
-        pk__epk_take(&arena, &epk, numbers);
-        epk.gram = gram;
-        memset(gram, 0, numbers * sizeof *gram);
-        status = pk__epk_steps(&epk, &replay);
-        double largest = 0;
-        for (size_t i = 0; i < numbers; i++)
-            largest = fmax(largest, fabs(gram[i]));
-        epk.report.error = largest > 0 ? epk.report.error / largest : 0;
-        if (report)
-            *report = epk.report;
-        if (!status && epk.report.error > own.tolerance)
-            status = pk__fail(context, PK_NOT_CLOSED,
-                              "epk: the integrals are off by %.3g of the largest entry, not %.3g",
-                              epk.report.error, own.tolerance);
+        status = pk__sketch_check(context, sketch, graph->parameters);
+    if (status)
+        return status;
+    const int same = !y.data || (y.data == x.data && y.rows == x.rows && y.ld == x.ld);
+    y = same ? x : y;
+    const size_t C = graph->output_width, kept = trace ? 1 : C, m = sketch->size;
+    size_t rows = 0, columns = 0, left = 0, right = 0;
+    if (!pk__multiply(x.rows, C, &rows) || !pk__multiply(y.rows, C, &columns) ||
+        !pk__multiply(rows, m, &left) || !pk__multiply(columns, m, &right) || left > SIZE_MAX / 64 ||
+        right > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "sketched kernel: %zu and %zu rows overflow", x.rows, y.rows);
+    status = pk__sweep_matrix(context, "sketched kernel", "entries of the result", gram, x.rows * kept,
+                              y.rows * kept);
+    pk_real *features = NULL;
+    if (!status)
+        status =
+            pk_allocate(context, left + (same ? 0 : right), sizeof *features, "a sketched kernel", &features);
+    pk_real *other = same ? features : features + left;
+    if (!status)
+        status = pk_sketch_gradients(context, graph, weights, x, sketch, pk_matrix_view(features, rows, m));
+    if (!status && !same)
+        status = pk_sketch_gradients(context, graph, weights, y, sketch, pk_matrix_view(other, columns, m));
+    /* The trace is one product of rows of C m numbers. */
+    if (!status && x.rows && y.rows)
+        pk__gemm(0, 1, x.rows * kept, y.rows * kept, m * (C / kept), 1, features, m * (C / kept), other,
+                 m * (C / kept), 0, gram.data, gram.ld);
+    if (!status && report)
+        status = pk__sketch_measure(context, graph, weights, x, y, sketch->seed, kept, gram, report);
+    pk_release(context, features);
+    return status;
+}
+
+/* ---- features of the infinite network ------------------------------------------------------------------ */
+
+/* to (count) = products of random numbers of H D t and H D psi: E < to, to' > = < t, t' > < psi, psi' >. a, b: the transforms. */
+static void pk__tensor_sketch(uint64_t seed, uint64_t stream, size_t count, size_t first_count,
+                              const pk_real *t, size_t second_count, const pk_real *psi, double *a, double *b,
+                              pk_real *to)
+{
+    const size_t n = pk__power_of_two(first_count), k = pk__power_of_two(second_count);
+    const double scale = 1 / sqrt((double)count);
+    pk__signed_transform(seed, stream, first_count, t, n, a);
+    pk__signed_transform(seed, stream + 1, second_count, psi, k, b);
+    for (size_t i = 0; i < count; i++) {
+        const uint64_t bits = pk__signs(seed, stream + 2, i); /* n and k are powers of two */
+        to[i] = (pk_real)(scale * a[bits & (n - 1)] * b[bits >> 32 & (k - 1)]);
     }
-    pk_replay_release(context, &replay);
-    pk_release(context, block);
+}
+
+/* One hidden layer, number l: z (rows x z_width) and t (rows x t_width) become those behind it. */
+static void pk__relu_layer(const pk_relu_features *options, double std, size_t l, size_t rows, size_t z_width,
+                           const pk_real *z, size_t t_width, const pk_real *t, pk_real *normals, pk_real *units,
+                           double *a, double *b, pk_matrix to)
+{
+    const size_t m = options->width;
+    const uint64_t stream = PK__STREAM_LAYERS + 8 * l;
+    const double scale = 1 / sqrt((double)m);
+    for (size_t i = 0; i < m; i++) {
+        pk_random random = {options->seed, stream, i * z_width};
+        for (size_t k = 0; k < z_width; k++)
+            normals[k] = (pk_real)pk_random_normal(&random);
+        for (size_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (size_t k = 0; k < z_width; k++)
+                sum += (double)normals[k] * z[r * z_width + k];
+            to.data[r * to.ld + i] = (pk_real)(sum > 0 ? std * std * scale * sum : 0);
+            units[r * m + i] = (pk_real)(sum > 0 ? scale : 0);
+        }
+    }
+    for (size_t r = 0; r < rows; r++) {
+        pk_real *row = to.data + r * to.ld;
+        pk__tensor_sketch(options->seed, stream + 1, options->sketch, t_width, t + r * t_width, m,
+                          units + r * m, a, b, row + m);
+        for (size_t i = 0; i < options->sketch; i++)
+            row[m + i] *= (pk_real)std;
+    }
+}
+
+PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, const pk_relu_features *options,
+                                      pk_matrix features)
+{
+    static const char name[] = "relu features";
+    if (!options || !options->layers || !options->width || !options->sketch)
+        return pk__fail(context, PK_ARGUMENT, "%s: the layers, the width or the sketch are 0", name);
+    if (!(options->weight_std >= 0 && options->weight_std < INFINITY) || !inputs.cols)
+        return pk__fail(context, PK_ARGUMENT, "%s: the standard deviation is %g, and rows have %zu numbers",
+                        name, options->weight_std, inputs.cols);
+    if (options->width > (size_t)1 << 31 || options->sketch > (size_t)1 << 31 || inputs.cols > (size_t)1 << 31)
+        return pk__fail(context, PK_OVERFLOW, "%s: more than 2^31 numbers of a row", name);
+    const size_t D = inputs.cols, m = options->width, all = m + options->sketch, widest = pk__max(D, all);
+    pk_status status = pk__sweep_matrix(context, name, "inputs", inputs, inputs.rows, D);
+    if (!status)
+        status = pk__sweep_matrix(context, name, "features", features, inputs.rows, all);
+    if (!status && pk__matrices_overlap(inputs, features))
+        status = pk__fail(context, PK_ARGUMENT, "%s: the result overlaps the inputs", name);
+    size_t numbers = 0;
+    if (!status && (!pk__multiply(inputs.rows, 2 * widest + m, &numbers) || numbers > SIZE_MAX / 64))
+        status = pk__fail(context, PK_OVERFLOW, "%s: %zu rows overflow", name, inputs.rows);
+    pk_real *memory = NULL;
+    double *transforms = NULL;
+    const size_t n = pk__power_of_two(widest);
+    if (!status)
+        status = pk_allocate(context, numbers + widest, sizeof *memory, name, &memory);
+    if (!status)
+        status = pk_allocate(context, 2 * n, sizeof *transforms, name, &transforms);
+    const double std = options->weight_std > 0 ? options->weight_std : sqrt(2);
+    const size_t rows = inputs.rows;
+    pk_real *z = memory, *t = status ? NULL : memory + rows * widest,
+            *units = status ? NULL : t + rows * widest, *normals = status ? NULL : units + rows * m;
+    for (size_t i = 0; !status && i < rows * D; i++) {
+        z[i] = (pk_real)(inputs.data[i / D * inputs.ld + i % D] / sqrt((double)D));
+        t[i] = (pk_real)(std * z[i]);
+    }
+    for (size_t l = 0; l < options->layers && !status; l++) {
+        status = pk__progress(context, name, (double)l / (double)options->layers);
+        if (!status)
+            pk__relu_layer(options, std, l, rows, l ? m : D, z, l ? all : D, t, normals, units, transforms,
+                           transforms + n, features);
+        for (size_t r = 0; !status && r < rows; r++) {
+            const pk_real *row = features.data + r * features.ld;
+            memcpy(t + r * all, row, all * sizeof *t);
+            for (size_t i = 0; i < m; i++) /* the next layer's inputs, without its standard deviation */
+                z[r * m + i] = (pk_real)(row[i] / std);
+        }
+    }
+    pk_release(context, transforms);
+    pk_release(context, memory);
     return status;
 }
 
 PK__END_CODE
+
+/* pathkernel/kernels/nodes.h: implementation */
+#include <math.h>
+PK__BEGIN_COLD_CODE
+
+PK_API pk_status pk_kernel_ntk_nodes(pk_context *context, const pk_graph *graph, const pk_real *weights,
+                                     pk_matrix x, size_t nodes, pk_matrix gram)
+{
+    static const char name[] = "nodes";
+    pk_status status = pk__sweep_graph(context, name, graph, weights);
+    if (!status)
+        status = pk__sweep_matrix(context, name, "inputs", x, x.rows, graph->input_width);
+    if (status)
+        return status;
+    if (!nodes || graph->output_width % nodes)
+        return pk__fail(context, PK_SHAPE,
+                        "nodes: a network with %zu outputs has not as many for each of %zu nodes",
+                        graph->output_width, nodes);
+    const size_t K = graph->output_width / nodes;
+    size_t rows = 0, all = 0, numbers = 0;
+    if (!pk__multiply(x.rows, nodes, &rows) || !pk__multiply(rows, K, &all) ||
+        !pk__multiply(all, all, &numbers))
+        return pk__fail(context, PK_OVERFLOW, "nodes: %zu rows of %zu nodes overflow", x.rows, nodes);
+    status = pk__sweep_matrix(context, name, "entries of the result", gram, rows, rows);
+    pk_real *whole = NULL;
+    if (!status)
+        status = pk_allocate(context, numbers, sizeof *whole, "the kernel of the nodes", &whole);
+    if (!status)
+        status = pk_kernel_ntk(context, graph, weights, x, pk_matrix_view(NULL, 0, 0),
+                               pk_matrix_view(whole, all, all));
+    for (size_t i = 0; i < rows && (!status || status == PK_NOT_FINITE); i++)
+        for (size_t j = 0; j < rows; j++) {
+            double sum = 0;
+            for (size_t k = 0; k < K; k++)
+                sum += whole[(i * K + k) * all + j * K + k];
+            gram.data[i * gram.ld + j] = (pk_real)sum;
+        }
+    pk_release(context, whole);
+    return status;
+}
+
+PK_API const char *pk_tangent_kernel_name(const pk_graph *graph)
+{
+    return graph->surrogate ? "surrogate kernel" : "ntk";
+}
+
+PK_API double pk_surrogate_slope(double m, double p, double s, double q)
+{
+    if (!(m > 0 && p >= 0 && q >= 0 && s * s <= p * q * (1 + 1e-14)))
+        return NAN;
+    const double factor = 1.27323954473516268615; /* 4 / pi */
+    if (m > 1e100)
+        return p > 0 ? factor / sqrt(2 * p * (1 + 2 * q) - 4 * s * s) : NAN;
+    return factor / sqrt((1 / (m * m) + 2 * p) * (1 + 2 * q) - 4 * s * s);
+}
+
+PK__END_COLD_CODE
 
 #endif /* PATHKERNEL_IMPLEMENTATION */

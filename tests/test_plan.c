@@ -239,16 +239,16 @@ static void test_states(void **state)
                     }
                     double again = 0;
                     for (size_t first = 0; first < windows; first += stride)
-                        again += pk__steps_again(stride < windows - first ? stride : windows - first, spare);
+                        again += pk__checkpoints_again(stride < windows - first ? stride : windows - first, spare);
                     assert_close((double)(window.advanced - saved), pass * again, 0);
                 }
                 pk_release(&context, memory);
             }
     /* Griewank and Walther's table: 3 states more than the first reach 35 windows with three repeats at most. */
-    assert_close(pk__steps_again(1, 0), 0, 0);
-    assert_close(pk__steps_again(10, 0), 45, 0);
-    assert_close(pk__steps_again(10, 9), 9, 0);
-    assert_close(pk__steps_again(35, 3), 3 * 35 - 21, 0);
+    assert_close(pk__checkpoints_again(1, 0), 0, 0);
+    assert_close(pk__checkpoints_again(10, 0), 45, 0);
+    assert_close(pk__checkpoints_again(10, 9), 9, 0);
+    assert_close(pk__checkpoints_again(35, 3), 3 * 35 - 21, 0);
     free(forward);
     pk_run_release(&context, &run);
     bf_run_free(&brute);

@@ -275,6 +275,33 @@ static void test_killed_at_any_moment(void **state)
 
 /* ---- the same bits ---------------------------------------------------------------------------------- */
 
+/* Going back window by window costs what few snapshots make of it (Griewank and Walther 2000), not the square of the steps. */
+static void test_backwards(void **state)
+{
+    pk_context context;
+    pk_run run;
+    pk_real row[P];
+    memset(&context, 0, sizeof context);
+    const pk_train_options options = make_options(&recipes[0], STEPS);
+    record(options, kept_path, 1000, 1);
+    assert_ok(&context, pk_run_open(&context, kept_path, &run));
+    for (size_t reach = 1; reach <= 27; reach *= 3) {
+        pk_replay replay;
+        const size_t windows = (STEPS + reach - 1) / reach;
+        assert_ok(&context, pk_replay_prepare(&context, &run, reach, &replay));
+        for (size_t w = windows; w-- > 0;)
+            for (size_t s = w * reach; s <= (w + 1) * reach && s <= STEPS; s++)
+                assert_ok(&context, pk_replay_weights(&context, &replay, s, row));
+        /* Each window once, and what leads to its first step. */
+        const double again = pk__checkpoints_again(windows, PK_REPLAY_STOPS);
+        assert_true((double)replay.repeated <= STEPS + (again + 1) * (double)reach);
+        pk_replay_release(&context, &replay);
+    }
+    pk_run_release(&context, &run);
+    assert_int_equal(context.memory_used, 0);
+    start_clean(state);
+}
+
 static void test_every_step(void **state)
 {
     static const size_t every[] = {2, 7, 50, 1000};
@@ -910,6 +937,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_killed_at_any_moment),
+        TEST(test_backwards),
         TEST(test_every_step),
         TEST(test_threads),
         TEST(test_decomposed),

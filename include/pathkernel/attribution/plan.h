@@ -233,9 +233,9 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     }
     if (plan->stride && job->window.state_vectors && windows) {
         const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
-        again =
-            ((double)kept * pk__steps_again(plan->stride, plan->spare) + pk__steps_again(last, plan->spare)) /
-            (double)windows;
+        again = ((double)kept * pk__checkpoints_again(plan->stride, plan->spare) +
+                 pk__checkpoints_again(last, plan->spare)) /
+                (double)windows;
         saved = (double)(kept * plan->stride) / (double)windows;
     }
     const double passes = (double)plan->passes;

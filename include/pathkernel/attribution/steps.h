@@ -3,8 +3,8 @@
  *
  * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
  * the results. An optimiser with state is followed forward once, its state kept at the start of every stride-th
- * window; on the way back to a window between, spare more states are kept where they save most (Griewank and
- * Walther 2000), so that any number of steps can be visited in reverse with few states.
+ * window; on the way back to a window between, spare more states are kept where they save most (run/revisit.h), so that any
+ * number of steps can be visited in reverse with few states.
  */
 #ifndef PATHKERNEL_STEPS_H
 #define PATHKERNEL_STEPS_H
@@ -56,12 +56,12 @@ typedef struct pk__window {
     /* Private: */
     pk_real *gradient; /* count x lanes x spread; lane 0 becomes the sum */
     /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
-    pk_real *state, *saved, *update;
+    pk_real *state, *update;
+    pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
     pk_real *perturbed_weights;  /* with bounds: count x spread */
     size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
-    size_t *spare_at;            /* the windows that the spare states stand before, ascending */
-    size_t spare_used, advanced; /* windows gone through only for the state */
+    size_t advanced;             /* windows gone through only for the state */
     pk__example_workspace *workspaces;
     double *seconds; /* a thread's on examples */
     double seconds_read;
@@ -75,9 +75,6 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window);
  * what bounds need. */
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
                                  int bounds, pk__window *window);
-/* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
- * state before the first and room for spare more. */
-PK__INTERNAL double pk__steps_again(size_t windows, size_t spare);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first,
@@ -85,7 +82,7 @@ PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__w
 /* Goes through the run once and keeps the states. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, pk__window *window);
 /* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
- * state that was kept. Cheap for the window before the one that was visited last, see pk__steps_again. */
+ * state that was kept. Cheap for the window before the one that was visited last, see pk__checkpoints_again. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
 /* <<< internals */
 #endif
@@ -124,47 +121,6 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     window->decoupled = run->optimizer.kind == PK_ADAMW;
 }
 
-/* Windows that can be visited last to first with states states (the first one's among them) where none is gone
- * through more than again times: binomial(states + again, again). */
-static double pk__binomial(double states, double again)
-{
-    double reach = again >= 0;
-    for (double k = 1; k <= again; k++)
-        reach = reach * (states + k) / k;
-    return reach;
-}
-
-/* The fewest times that will do: pk__binomial(states, again) >= windows. */
-static double pk__repeats(double windows, double states)
-{
-    double again = 0;
-    for (double reach = 1; reach < windows; reach = reach * (states + again) / again)
-        again++;
-    return again;
-}
-
-PK__INTERNAL double pk__steps_again(size_t windows, size_t spare)
-{
-    const double count = (double)windows, states = (double)spare + 1;
-    if (!spare) /* the formula below, at once */
-        return windows ? count * (count - 1) / 2 : 0;
-    const double again = pk__repeats(count, states);
-    return again * count - pk__binomial(states + 1, again - 1);
-}
-
-/* How far ahead of a state the next one belongs, of windows >= 2 to be visited with states >= 2. */
-static size_t pk__next_state(size_t windows, size_t states)
-{
-    const double count = (double)windows, all = (double)states, again = pk__repeats(count, all);
-    const double most = pk__binomial(all, again - 1), left = count - pk__binomial(all - 1, again - 1);
-    return (size_t)floor((most < left ? most : left) + 0.5);
-}
-
-static size_t pk__states_kept(const pk__window *window)
-{
-    return window->stride ? (window->windows - 1) / window->stride : 0; /* that of window 0 is zero */
-}
-
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
                                  int bounds, pk__window *window)
 {
@@ -180,7 +136,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->threads = threads;
     window->stride = window->state_vectors && window->windows ? stride : 0;
     window->spare = window->stride ? spare : 0;
-    window->spare_used = window->advanced = 0;
+    window->advanced = 0;
     window->bounds = bounds;
     window->weights = pk__arena_take(arena, capacity + 1, P * real);
     window->direction = pk__arena_take(arena, all, real);
@@ -207,8 +163,8 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     }
     const size_t states = window->states * window->state_vectors;
     window->state = pk__arena_take(arena, states, P * real);
-    window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
-    window->spare_at = pk__arena_take(arena, window->spare, sizeof *window->spare_at);
+    pk__checkpoints_take(arena, window->windows, window->stride, window->spare, states * P,
+                         &window->checkpoints);
     window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
     window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
     window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
@@ -522,20 +478,24 @@ static pk_status pk__advance_window(pk_context *context, pk__window *window, siz
     return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 1);
 }
 
+static size_t pk__state_bytes(const pk__window *window)
+{
+    return window->states * window->state_vectors * window->parameters * sizeof(pk_real);
+}
+
 PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *window)
 {
-    const size_t numbers = window->states * window->state_vectors * window->parameters;
-    const size_t last = pk__states_kept(window) * window->stride;
-    memset(window->state, 0, numbers * sizeof(pk_real));
+    const size_t last = window->checkpoints.fixed * window->stride;
+    memset(window->state, 0, pk__state_bytes(window));
     for (size_t w = 0; w < last; w++) {
         pk_status status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
         if (!status)
             status = pk__advance_window(context, window, w);
         if (status)
             return status;
-        if ((w + 1) % window->stride == 0)
-            memcpy(window->saved + ((w + 1) / window->stride - 1) * numbers, window->state,
-                   numbers * sizeof(pk_real));
+        pk_real *kept = pk__checkpoints_fixed(&window->checkpoints, w + 1);
+        if (kept)
+            memcpy(kept, window->state, pk__state_bytes(window));
     }
     return PK_OK;
 }
@@ -543,35 +503,23 @@ PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *wi
 /* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
 static pk_status pk__find_state(pk_context *context, pk__window *window, size_t index)
 {
-    const size_t numbers = window->states * window->state_vectors * window->parameters;
-    const size_t kept = index / window->stride;
-    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
-    size_t from = kept * window->stride;
-    while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
-        window->spare_used--;
-    if (window->spare_used && window->spare_at[0] < from)
-        window->spare_used = 0; /* of another part of the run */
-    const pk_real *nearest = kept ? window->saved + (kept - 1) * numbers : NULL;
-    if (window->spare_used) {
-        from = window->spare_at[window->spare_used - 1];
-        nearest = spare + (window->spare_used - 1) * numbers;
-    }
+    pk__checkpoints *checkpoints = &window->checkpoints;
+    const pk_real *nearest;
+    size_t from = pk__checkpoints_find(checkpoints, 0, index, &nearest);
     if (nearest)
-        memcpy(window->state, nearest, numbers * sizeof(pk_real));
+        memcpy(window->state, nearest, pk__state_bytes(window));
     else
-        memset(window->state, 0, numbers * sizeof(pk_real));
+        memset(window->state, 0, pk__state_bytes(window));
     while (from < index) {
-        const size_t room = window->spare - window->spare_used;
-        const size_t next = room ? from + pk__next_state(index + 1 - from, room + 1) : index;
+        const size_t next = pk__checkpoints_next(checkpoints, from, index, 1);
         for (; from < next; from++) {
             pk_status status = pk__advance_window(context, window, from);
             if (status)
                 return status;
         }
-        if (room) {
-            memcpy(spare + window->spare_used * numbers, window->state, numbers * sizeof(pk_real));
-            window->spare_at[window->spare_used++] = from;
-        }
+        pk_real *spare = pk__checkpoints_add(checkpoints, from);
+        if (spare)
+            memcpy(spare, window->state, pk__state_bytes(window));
     }
     return PK_OK;
 }

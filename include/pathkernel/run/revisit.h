@@ -1,9 +1,18 @@
-/* pathkernel/run/revisit.h: one step of training, and its repetition: the weights of any step of a run that keeps
- * only every k-th one, bit for bit.
+/* pathkernel/run/revisit.h: going back in a run: one step of training and its repetition, the weights of any step of a run that
+ * keeps only every k-th one, and snapshots of whatever can only be computed forwards.
  *
- * pk_train and pk_replay make a step by the same function, from the same weights, state, batch, rate and scale;
- * with the same build, BLIS and kind of processor its bits are the same, for any number of threads. The
- * checksum that was recorded with every step proves it.
+ * pk_train and pk_replay make a step by the same function, from the same weights, state, batch, rate and scale; with the
+ * same build, BLIS and kind of processor its bits are the same, for any number of threads. The checksum that was recorded with
+ * every step proves it.
+ *
+ * A decomposition in reverse time visits the steps last to first, but weights between kept steps and states of an
+ * optimizer come from those before them. With a snapshot of every step that is cheap and large, with none it takes n^2 / 2
+ * steps. Snapshots at few places, moved as the visits go back, do nearly as well as many (Griewank and Walther 2000): with s of
+ * them, binomial(s + r, r) positions are visited with none gone through more than r times. pk__checkpoints is that schedule, and
+ * all that goes back in a run uses it: pk_replay for weights with the state that training had, and the steps of an
+ * attribution for the state of the optimizer that is computed again from the recorded weights (attribution/steps.h). These
+ * two states differ by rounding: the second one belongs to the update whose difference to the recorded step is reported as
+ * unattributed, is there for runs that other programs have recorded, and has variants with changed gradients for the bounds.
  */
 #ifndef PATHKERNEL_REVISIT_H
 #define PATHKERNEL_REVISIT_H
@@ -56,25 +65,35 @@ PK_API PK__MUST_USE pk_status pk_training_step(pk_context *context, pk_trainer *
                                                const pk_real *weights, pk_real *next, double *scale,
                                                double *objective);
 
+/* Private: snapshots, see pk__checkpoints_take. */
+typedef struct pk__checkpoints {
+    size_t numbers;       /* of a snapshot */
+    size_t stride, fixed; /* kept for good before the positions stride, 2 stride ..., fixed of them */
+    size_t spare, used;   /* room for others; how many there are */
+    size_t base;          /* of the position that was asked for last: the nearest that is kept for good */
+    size_t *at;           /* their positions, ascending */
+    pk_real *saved;       /* (fixed + spare) x numbers */
+} pk__checkpoints;
+
 /* The weights of a run, in any order. Zeroed = none. Of a run with keep_every = k it repeats the steps from the
- * nearest earlier ones that it holds: its own position, a kept step, or one of at most PK_REPLAY_STOPS stops that
+ * nearest earlier ones that it holds: its own position, a kept step, or one of at most PK_REPLAY_STOPS snapshots that
  * it made itself. */
 enum { PK_REPLAY_STOPS = 16 };
 typedef struct pk_replay {
     const pk_run *run;
     size_t step, repeated; /* read only: the position, SIZE_MAX: none; how many steps were repeated */
     /* private: */
-    size_t spacing, stops;        /* steps between stops; how many there is room for */
-    size_t stop[PK_REPLAY_STOPS]; /* their steps */
-    pk_real *stop_numbers;        /* stops x (1 + V) P */
-    pk_real *weights, *next;      /* P */
+    size_t reach;   /* steps that are asked for in a row, going on backwards from there; 0: not known */
+    size_t spacing; /* of snapshots while the steps are asked for one after another */
+    pk__checkpoints checkpoints; /* of weights and state, by step */
+    pk_real *weights, *next;     /* P */
     pk_trainer trainer;
     void *memory;
 } pk_replay;
 
 /* Takes the memory for a run: none for one that keeps every step; otherwise (3 + V) P numbers and the workspace
- * of pk_gradient_prepare, and (1 + V) P for each stop. reach: steps that are asked for in a row, going on
- * backwards from there; stops make that cheap: 0: none. */
+ * of pk_gradient_prepare, and (1 + V) P for each snapshot. reach: steps that are asked for in a row, going on
+ * backwards from there; snapshots make that cheap: 0: none. */
 PK_API PK__MUST_USE pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach,
                                                 pk_replay *replay);
 PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
@@ -95,7 +114,27 @@ PK__END_C
     !defined(PATHKERNEL_REVISIT_INTERNALS_KNOWN)
 #define PATHKERNEL_REVISIT_INTERNALS_KNOWN
 /* >>> internals */
-/* The same from an arena, for threads threads; nothing to release. */
+/* Snapshots of a state with that many numbers, which is computed forwards, position after position, so that `positions` of them
+ * can be visited in any order, cheaply from the last to the first. stride: one is kept for good before every stride-th
+ * position; 0: none. spare: others are made and moved on the way. */
+PK__INTERNAL void pk__checkpoints_take(pk__arena *arena, size_t positions, size_t stride, size_t spare,
+                                       size_t numbers, pk__checkpoints *checkpoints);
+/* How many of `positions` consecutive ones are gone through again when all are visited, last to first, with the state
+ * before the first and room for spare more. */
+PK__INTERNAL double pk__checkpoints_again(size_t positions, size_t spare);
+/* Where the snapshot that is kept for good before a position is to be written, or NULL where none is. */
+PK__INTERNAL pk_real *pk__checkpoints_fixed(const pk__checkpoints *checkpoints, size_t position);
+/* The nearest position up to `position` with a snapshot, or `base`, the caller's own one, where *snapshot is NULL. Those behind
+ * `position` are given up; those before `base` when others need their room. */
+PK__INTERNAL size_t pk__checkpoints_find(pk__checkpoints *checkpoints, size_t base, size_t position,
+                                         const pk_real **snapshot);
+/* On the way from a position to a later one, which is visited next and then those before it at distances of `unit`: how far
+ * to go before a snapshot is due. */
+PK__INTERNAL size_t pk__checkpoints_next(pk__checkpoints *checkpoints, size_t from, size_t position,
+                                         size_t unit);
+/* Where the snapshot of a position that pk__checkpoints_next named is to be written, or NULL where there is no room. */
+PK__INTERNAL pk_real *pk__checkpoints_add(pk__checkpoints *checkpoints, size_t position);
+/* pk_replay_prepare from an arena, for threads threads; nothing to release. */
 PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t largest_batch, int threads,
                                   size_t reach, pk_replay *replay);
 /* <<< internals */
@@ -255,6 +294,111 @@ PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size
     return status;
 }
 
+/* ---- snapshots -------------------------------------------------------------------------------------- */
+
+/* Positions that can be visited last to first with states states (the first one's among them) where none is gone
+ * through more than again times: binomial(states + again, again). */
+static double pk__binomial(double states, double again)
+{
+    double reach = again >= 0;
+    for (double k = 1; k <= again; k++)
+        reach = reach * (states + k) / k;
+    return reach;
+}
+
+/* The fewest times that will do: pk__binomial(states, again) >= positions. */
+static double pk__repeats(double positions, double states)
+{
+    double again = 0;
+    for (double reach = 1; reach < positions; reach = reach * (states + again) / again)
+        again++;
+    return again;
+}
+
+PK__INTERNAL double pk__checkpoints_again(size_t positions, size_t spare)
+{
+    const double count = (double)positions, states = (double)spare + 1;
+    if (!spare) /* the formula below, at once */
+        return positions ? count * (count - 1) / 2 : 0;
+    const double again = pk__repeats(count, states);
+    return again * count - pk__binomial(states + 1, again - 1);
+}
+
+/* How far ahead of a state the next one belongs, of positions >= 2 to be visited with states >= 2. */
+static size_t pk__next_state(size_t positions, size_t states)
+{
+    const double count = (double)positions, all = (double)states, again = pk__repeats(count, all);
+    const double most = pk__binomial(all, again - 1), left = count - pk__binomial(all - 1, again - 1);
+    return (size_t)floor((most < left ? most : left) + 0.5);
+}
+
+PK__INTERNAL void pk__checkpoints_take(pk__arena *arena, size_t positions, size_t stride, size_t spare,
+                                       size_t numbers, pk__checkpoints *checkpoints)
+{
+    checkpoints->numbers = numbers;
+    checkpoints->stride = stride;
+    checkpoints->fixed = stride && positions ? (positions - 1) / stride : 0;
+    checkpoints->spare = spare;
+    checkpoints->used = checkpoints->base = 0;
+    checkpoints->saved = NULL;
+    if (numbers > SIZE_MAX / sizeof(pk_real))
+        arena->overflow = 1;
+    else
+        checkpoints->saved = pk__arena_take(arena, checkpoints->fixed + spare, numbers * sizeof(pk_real));
+    checkpoints->at = pk__arena_take(arena, spare, sizeof *checkpoints->at);
+}
+
+PK__INTERNAL pk_real *pk__checkpoints_fixed(const pk__checkpoints *checkpoints, size_t position)
+{
+    const size_t stride = checkpoints->stride;
+    if (!stride || !position || position % stride || position / stride > checkpoints->fixed)
+        return NULL;
+    return checkpoints->saved + (position / stride - 1) * checkpoints->numbers;
+}
+
+PK__INTERNAL size_t pk__checkpoints_find(pk__checkpoints *checkpoints, size_t base, size_t position,
+                                         const pk_real **snapshot)
+{
+    const size_t stride = checkpoints->stride, kept = stride ? position - position % stride : 0;
+    *snapshot = NULL;
+    if (kept > base) {
+        *snapshot = pk__checkpoints_fixed(checkpoints, kept);
+        base = kept;
+    }
+    while (checkpoints->used && checkpoints->at[checkpoints->used - 1] > position)
+        checkpoints->used--;
+    checkpoints->base = base;
+    if (!checkpoints->used || checkpoints->at[checkpoints->used - 1] < base)
+        return base;
+    *snapshot = checkpoints->saved + (checkpoints->fixed + checkpoints->used - 1) * checkpoints->numbers;
+    return checkpoints->at[checkpoints->used - 1];
+}
+
+/* Room for one more, or for as many as there may be. Those before the base are of another part of the run. */
+static size_t pk__checkpoints_room(pk__checkpoints *checkpoints)
+{
+    if (checkpoints->used && checkpoints->at[0] < checkpoints->base)
+        checkpoints->used = 0;
+    return checkpoints->spare - checkpoints->used;
+}
+
+PK__INTERNAL size_t pk__checkpoints_next(pk__checkpoints *checkpoints, size_t from, size_t position,
+                                         size_t unit)
+{
+    if (!unit || position - from <= unit) /* nothing between is visited */
+        return position;
+    const size_t units = (position - from) / unit, room = pk__checkpoints_room(checkpoints);
+    return room ? position - (units - pk__next_state(units + 1, room + 1)) * unit : position;
+}
+
+PK__INTERNAL pk_real *pk__checkpoints_add(pk__checkpoints *checkpoints, size_t position)
+{
+    if (!pk__checkpoints_room(checkpoints))
+        return NULL;
+    checkpoints->at[checkpoints->used] = position;
+    return checkpoints->saved + (checkpoints->fixed + checkpoints->used++) * checkpoints->numbers;
+}
+
 /* ---- replay ----------------------------------------------------------------------------------------- */
 
 /* Whether weights and state are those that the run had at a step. */
@@ -304,17 +448,13 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
     replay->weights = pk__arena_take(arena, P, sizeof(pk_real));
     replay->next = pk__arena_take(arena, P, sizeof(pk_real));
-    if (reach && every > 1) {
-        replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
-        replay->stops = (every - 1) / replay->spacing;
-    }
+    const size_t spare = reach ? pk__min(PK_REPLAY_STOPS, (every - 1) / reach) : 0;
     size_t numbers = 0;
-    if (!pk__multiply(P, 1 + pk_parameter_groups_state_vectors(&run->optimizer, &run->groups), &numbers) ||
-        !pk__multiply(replay->stops, numbers, &numbers))
+    if (!pk__multiply(P, 1 + pk_parameter_groups_state_vectors(&run->optimizer, &run->groups), &numbers))
         arena->overflow = 1;
-    replay->stop_numbers = pk__arena_take(arena, numbers, sizeof(pk_real));
-    for (int i = 0; i < PK_REPLAY_STOPS; i++)
-        replay->stop[i] = SIZE_MAX;
+    replay->reach = reach;
+    replay->spacing = pk__max(reach, pk__blocks(every, spare + 1));
+    pk__checkpoints_take(arena, 0, 0, spare, numbers, &replay->checkpoints);
 }
 
 PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach, pk_replay *replay)
@@ -349,33 +489,21 @@ PK_API void pk_replay_release(pk_context *context, pk_replay *replay)
     memset(replay, 0, sizeof *replay);
 }
 
-/* The room of the stop at replay->step, or NULL where none belongs. */
-static pk_real *pk__replay_stop(const pk_replay *replay, size_t step, size_t *index)
-{
-    size_t within = step % replay->run->keep_every;
-    if (!replay->stops || !within || within % replay->spacing)
-        return NULL;
-    *index = within / replay->spacing - 1;
-    return replay->stop_numbers + *index * (replay->run->parameters + replay->trainer.state_numbers);
-}
-
 /* Goes to the latest step up to `step` whose weights and state are at hand. */
 static pk_status pk__replay_start(pk_context *context, pk_replay *replay, size_t step)
 {
     const size_t P = replay->run->parameters, state = replay->trainer.state_numbers;
-    size_t kept = step - step % replay->run->keep_every, best = kept, index = 0, found = 0;
-    for (size_t i = 0; i < replay->stops; i++)
-        if (replay->stop[i] != SIZE_MAX && replay->stop[i] <= step && replay->stop[i] > best)
-            best = replay->stop[i], found = i + 1;
-    /* Also from just before: it proves the step into a kept one. */
-    if (replay->step != SIZE_MAX && replay->step <= step && replay->step + 1 >= best)
+    const size_t kept = step - step % replay->run->keep_every;
+    const pk_real *snapshot;
+    const size_t best = pk__checkpoints_find(&replay->checkpoints, kept, step, &snapshot);
+    /* The own position, where that is not farther; also from just before a kept step: it proves the step into that. */
+    if (replay->step != SIZE_MAX && replay->step <= step && replay->step + (best == kept) >= best)
         return PK_OK;
     replay->step = SIZE_MAX; /* until it is there */
-    if (found) {
-        const pk_real *stop = pk__replay_stop(replay, best, &index);
-        memcpy(replay->weights, stop, P * sizeof *stop);
+    if (snapshot) {
+        memcpy(replay->weights, snapshot, P * sizeof *snapshot);
         if (state)
-            memcpy(replay->trainer.state, stop + P, state * sizeof *stop);
+            memcpy(replay->trainer.state, snapshot + P, state * sizeof *snapshot);
     } else {
         pk_status status =
             pk__replay_load(context, replay->run, kept, replay->weights, replay->trainer.state, state);
@@ -386,11 +514,34 @@ static pk_status pk__replay_start(pk_context *context, pk_replay *replay, size_t
     return PK_OK;
 }
 
+/* Whether the position is so far from what is kept before it that whoever goes on backwards from here would miss it; of
+ * those that will be asked for, which are `reach` apart. */
+static int pk__replay_is_spaced(const pk_replay *replay)
+{
+    const pk__checkpoints *checkpoints = &replay->checkpoints;
+    const size_t kept = replay->step - replay->step % replay->run->keep_every;
+    const size_t last = checkpoints->used ? checkpoints->at[checkpoints->used - 1] : kept;
+    return replay->reach && replay->step % replay->reach == 0 &&
+           replay->step >= pk__max(last, kept) + replay->spacing;
+}
+
+/* Keeps weights and state of the position, where there is room. */
+static void pk__replay_remember(pk_replay *replay)
+{
+    const size_t P = replay->run->parameters, state = replay->trainer.state_numbers;
+    pk_real *snapshot = pk__checkpoints_add(&replay->checkpoints, replay->step);
+    if (!snapshot)
+        return;
+    memcpy(snapshot, replay->weights, P * sizeof *snapshot);
+    if (state)
+        memcpy(snapshot + P, replay->trainer.state, state * sizeof *snapshot);
+}
+
 /* One step on. */
 static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
 {
     const pk_run *run = replay->run;
-    const size_t P = run->parameters, state = replay->trainer.state_numbers, step = replay->step;
+    const size_t state = replay->trainer.state_numbers, step = replay->step;
     double scale = pk_run_gradient_scale(run, step);
     pk_batch batch;
     pk_run_batch(run, step, &batch);
@@ -411,14 +562,6 @@ static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
     replay->weights = weights;
     replay->step = step + 1;
     replay->repeated++;
-    size_t index = 0;
-    pk_real *stop = pk__replay_stop(replay, step + 1, &index);
-    if (stop) {
-        memcpy(stop, weights, P * sizeof *stop);
-        if (state)
-            memcpy(stop + P, replay->trainer.state, state * sizeof *stop);
-        replay->stop[index] = step + 1;
-    }
     return PK_OK;
 }
 
@@ -430,8 +573,13 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
     if (run->keep_every == 1 || step > run->steps)
         return pk_run_weights(context, run, step, weights);
     pk_status status = pk__replay_start(context, replay, step);
-    while (status == PK_OK && replay->step < step)
-        status = pk__replay_advance(context, replay);
+    while (status == PK_OK && replay->step < step) {
+        const size_t next = pk__checkpoints_next(&replay->checkpoints, replay->step, step, replay->reach);
+        while (status == PK_OK && replay->step < next)
+            status = pk__replay_advance(context, replay);
+        if (status == PK_OK && (next < step || pk__replay_is_spaced(replay)))
+            pk__replay_remember(replay);
+    }
     if (status == PK_OK)
         memcpy(weights, replay->weights, run->parameters * sizeof *weights);
     return status;
