@@ -214,16 +214,6 @@ static pk_status pk__step_integral_value(pk__step_integral *phi, pk_matrix input
                   pk_matrix_view(phi->value + D * P, 1, P), pk__no_matrix());
 }
 
-/* How large the polynomial through n nodes in [0, 1] that is 1 at node q and 0 at the others is at x. */
-static double pk__lagrange(int n, const double *node, int q, double x)
-{
-    double product = 1;
-    for (int r = 0; r < n; r++)
-        if (r != q)
-            product *= (x - node[r]) / (node[q] - node[r]);
-    return product;
-}
-
 /* to = the rule of n nodes on [a, b]; mixed: start and end = J there, from the inside. */
 static pk_status pk__step_integral_rule(pk__step_integral *phi, pk_matrix inputs, double a, double b, int n,
                                         size_t numbers, double *to, double *start, double *end)

@@ -490,16 +490,6 @@ static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__alon
     return of;
 }
 
-/* basis[u] = the Lagrange polynomial of node u at x in [0, 1]. */
-static void pk__lagrange(int nodes, const double *node, double x, double *basis)
-{
-    for (int u = 0; u < nodes; u++) {
-        basis[u] = 1;
-        for (int v = 0; v < nodes; v++)
-            basis[u] *= v == u ? 1 : (x - node[v]) / (node[u] - node[v]);
-    }
-}
-
 /* W (left nodes x right nodes) of two pieces; 0: they do not meet. */
 static int pk__along_weights(const pk__piece *left, int left_nodes, const pk__piece *right, int right_nodes,
                              const double *left_node, const double *right_node, double *W)
@@ -514,8 +504,10 @@ static int pk__along_weights(const pk__piece *left, int left_nodes, const pk__pi
     memset(W, 0, (size_t)(left_nodes * right_nodes) * sizeof *W);
     for (int q = 0; q < nodes; q++) {
         const double t = a + (b - a) * node[q];
-        pk__lagrange(left_nodes, left_node, (t - left->a) / (left->b - left->a), l);
-        pk__lagrange(right_nodes, right_node, (t - right->a) / (right->b - right->a), r);
+        for (int u = 0; u < left_nodes; u++)
+            l[u] = pk__lagrange(left_nodes, left_node, u, (t - left->a) / (left->b - left->a));
+        for (int v = 0; v < right_nodes; v++)
+            r[v] = pk__lagrange(right_nodes, right_node, v, (t - right->a) / (right->b - right->a));
         for (int u = 0; u < left_nodes; u++)
             for (int v = 0; v < right_nodes; v++)
                 W[u * right_nodes + v] += (b - a) * weight[q] * l[u] * r[v];

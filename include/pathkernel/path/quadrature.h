@@ -110,6 +110,16 @@ PK__INTERNAL void pk__gauss_table(double *nodes, double *weights)
         pk_gauss_legendre(n, nodes + n * (n - 1) / 2, weights + n * (n - 1) / 2);
 }
 
+/* How large the polynomial through n nodes in [0, 1] that is 1 at node q and 0 at the others is at x. */
+PK__PRIVATE double pk__lagrange(int n, const double *node, int q, double x)
+{
+    double product = 1;
+    for (int r = 0; r < n; r++)
+        if (r != q)
+            product *= (x - node[r]) / (node[q] - node[r]);
+    return product;
+}
+
 PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
 {
     switch (readout->kind) {
