@@ -176,7 +176,10 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     whole->unattributed_limit = job->unattributed;
     if (!(job->options->unattributed > 0) && whole->scale < 1)
         whole->unattributed_limit *= whole->scale;
-    return status ? status : pk__verdict(job, whole);
+    const pk__approximation *how = job->options->approximation;
+    const int exact =
+        !how || (!how->at_one_point && !how->examples_move); /* what others leave open is their result */
+    return status || !exact ? status : pk__verdict(job, whole);
 }
 
 /* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */

@@ -51,6 +51,8 @@ typedef struct pk_decompose_options {
     pk_engine engine;    /* for tests and benchmarks */
     int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
     size_t rows_at_once; /* test rows in one pass over the run; 0: as many as the memory allows */
+    const struct pk__approximation
+        *approximation; /* private: another rule in place of the exact one (steps.h) */
 } pk_decompose_options;
 
 /* rows x outputs x (examples or groups) x steps x layers, those that axes names, C order. */

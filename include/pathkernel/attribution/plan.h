@@ -420,6 +420,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
+    job->window.approximation = options->approximation;
+    const size_t rows = options->approximation ? options->approximation->rows : 0;
     job->grouped = run->groups.count > 0;
     job->reverse = options->reverse_time || job->window.state_vectors > 0 || job->grouped;
     pk_linear_form form;
@@ -434,8 +436,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->direct = job->grouped || (job->reverse && form.direct != 0);
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
-    job->block =
-        pk__min(pk__integral_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
+    job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
+                         pk__blocks(pk__max(rows ? rows : inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block =

@@ -19,6 +19,25 @@
     !defined(PATHKERNEL_STEPS_INTERNALS_KNOWN)
 #define PATHKERNEL_STEPS_INTERNALS_KNOWN
 /* >>> internals */
+/* A rule that is decomposed by in place of the exact one, for comparing them (compare.h): one point of each step, for the test
+ * rows and for the examples. Zeroed: exact. The optimiser's linear form is that of the run, and so is what is unattributed,
+ * D_s - its update. */
+typedef struct pk__approximation {
+    /* J of the test rows is taken at w_s(at) = w_s + at D_s only, or at weights of their own, instead of along the step: */
+    int at_one_point;
+    double at;
+    const pk_real *weights; /* graph->spread numbers, or NULL */
+    size_t chosen; /* in so many equally spaced steps, times steps / chosen; in the others it is 0. 0: all */
+    /* df/dw of the examples is taken at w_s(examples_at) instead of w_s, dl/df too or at w_s: */
+    int examples_move, seeds_stay;
+    double examples_at;
+    size_t rows; /* the rows are some of so many, and are cut into blocks as those are; 0: they are all */
+} pk__approximation;
+
+/* Step number k of those that are chosen, and whether a step is one of them. */
+PK__INTERNAL size_t pk__chosen_step(size_t steps, size_t chosen, size_t k);
+PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step);
+
 typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
@@ -29,6 +48,7 @@ typedef struct pk__window {
     size_t form_count; /* forms of a step: of tensors in no group, then of each group */
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
+    const pk__approximation *approximation; /* or NULL */
     /* Of the plan: */
     size_t capacity, windows, threads, lanes;
     size_t stride, spare;
@@ -60,6 +80,7 @@ typedef struct pk__window {
     pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
     pk_real *perturbed_weights;  /* with bounds: count x spread */
+    pk_real *moved_weights;      /* where the examples of an approximation move: count x spread */
     size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
     size_t advanced;             /* windows gone through only for the state */
     pk__example_workspace *workspaces;
@@ -148,6 +169,8 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
+    const int moves = window->approximation && window->approximation->examples_move;
+    window->moved_weights = moves ? pk__arena_take(arena, spread, real) : NULL;
     window->gradient = pk__arena_take(arena, spread, window->lanes * real);
     window->use_weights = window->weights;
     window->use_direction = window->direction;
@@ -194,6 +217,20 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     }
 }
 
+PK__INTERNAL size_t pk__chosen_step(size_t steps, size_t chosen, size_t k)
+{
+    /* floor(k steps / chosen) without a large product */
+    return k * (steps / chosen) + k * (steps % chosen) / chosen;
+}
+
+PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step)
+{
+    for (size_t k = 0; k < chosen; k++)
+        if (pk__chosen_step(steps, chosen, k) == step)
+            return 1;
+    return 0;
+}
+
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
     const size_t P = window->parameters, U = window->spread;
@@ -220,7 +257,8 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         from = window->use_weights + j * U;
         if (!advance && window->transposed) {
             pk_real *to = window->transposed + j * 2 * U;
-            pk__pass_transpose(graph, from, to);
+            const pk__approximation *own = window->approximation;
+            pk__pass_transpose(graph, own && own->weights ? own->weights : from, to);
             pk__pass_transpose(graph, window->use_direction + j * U, to + U);
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
@@ -270,6 +308,37 @@ static void pk__fill_window(pk_context *context, pk__window *window)
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
         pk__examples_magnitude(&window->examples[j], &run->graph, &window->magnitudes[j]);
+    pk__team_end(&team);
+}
+
+/* The gradients of the examples where an approximation wants them, after the update was computed again from those at w_s. */
+static void pk__move_examples(pk_context *context, pk__window *window)
+{
+    const pk_run *run = window->run;
+    const pk__approximation *how = window->approximation;
+    const size_t U = window->spread, lanes = window->lanes, tasks = window->count * lanes;
+    pk__team team = pk__team_of(context, (int)window->threads, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
+        for (size_t i = j * U; i < (j + 1) * U; i++)
+            window->moved_weights[i] =
+                (pk_real)(window->use_weights[i] + how->examples_at * window->use_direction[i]);
+    pk__team_end(&team);
+    team = pk__team_of(context, (int)window->threads, tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        const double start = pk__seconds();
+        const size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
+                     each = pk__blocks(blocks, lanes);
+        const pk_real *at = window->moved_weights + j * U;
+        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++)
+            pk__examples_fill_apart(&window->examples[j], &run->graph, run->loss,
+                                    how->seeds_stay ? window->use_weights + j * U : at, at, &run->train,
+                                    &window->batches[j], b * PK__EXAMPLE_BLOCK, &window->workspaces[thread],
+                                    NULL);
+        window->seconds[thread] += pk__seconds() - start;
+    }
     pk__team_end(&team);
 }
 
@@ -461,6 +530,8 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
         pk__perturb_update(window, j, advance);
     if (!advance && window->run->graph.pieces)
         pk__spread_updates(window);
+    if (!advance && window->moved_weights)
+        pk__move_examples(context, window);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
 }

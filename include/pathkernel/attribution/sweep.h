@@ -212,6 +212,24 @@ static void pk__add_products(pk__worker *worker, const pk__points *points)
     product->seconds += pk__seconds() - start;
 }
 
+/* Takes the test rows' derivatives where an approximation wants them. */
+static void pk__approximate_step(pk__worker *worker, pk__integral_step *step)
+{
+    const pk__job *job = worker->job;
+    const pk__approximation *how = job->options->approximation;
+    pk__integrator *integrator = &worker->integral.integrator;
+    if (how && how->weights)
+        step->weights = how->weights;
+    if (!how || !how->at_one_point)
+        return;
+    const size_t steps = job->run->steps, chosen = how->chosen ? how->chosen : steps;
+    integrator->at_one_point = 1;
+    integrator->point = how->at;
+    integrator->point_weight = !how->chosen                                 ? 1
+                               : pk__is_chosen(steps, chosen, worker->step) ? (double)steps / (double)chosen
+                                                                            : 0;
+}
+
 /* Moves the worker to step number j of the window. */
 static pk__integral_step pk__begin_step(pk__worker *worker, size_t j)
 {
@@ -274,7 +292,8 @@ static void pk__end_block(const pk__worker *worker, pk__block_state *block)
 static void pk__sweep_step(pk__worker *worker, pk__block_state *block, size_t j, const pk_linear_form *next)
 {
     pk__integral *integral = &worker->integral;
-    const pk__integral_step step = pk__begin_step(worker, j);
+    pk__integral_step step = pk__begin_step(worker, j);
+    pk__approximate_step(worker, &step);
     const pk__points *points;
     pk__integral_begin(integral, &step);
     while (pk__integral_next(integral, &points)) {
@@ -309,12 +328,17 @@ static void pk__sweep_block(pk__worker *worker, size_t number)
  * whole this is, for the progress. */
 static pk_status pk__sweep_windows(pk__job *job, double done, double share)
 {
-    const size_t windows = job->window.windows, blocks = pk__blocks(job->part->rows, job->block);
+    const size_t blocks = pk__blocks(job->part->rows, job->block), steps = job->run->steps;
+    /* Without a state, steps that an approximation does not choose matter to nothing. */
+    const pk__approximation *how = job->options->approximation;
+    const size_t chosen = how && !job->reverse && steps ? how->chosen : 0;
+    const size_t windows = chosen ? chosen : job->window.windows;
     pk_status status = pk__sweep_prepare(job);
     for (size_t i = 0; !status && i < windows; i++) {
         status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (!status)
-            status = pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
+            status = chosen ? pk__steps_prepare(job->context, &job->window, pk__chosen_step(steps, chosen, i), 1)
+                            : pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
         if (status)
             break;
         pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);

@@ -84,6 +84,8 @@ typedef struct pk__integrator {
     pk_readout readout;
     size_t first_row; /* of the block among the test rows */
     double target;    /* the error a piece may have, relative to the change of its row */
+    int at_one_point; /* instead of a rule: one point a row, at `point` with point_weight */
+    double point, point_weight;
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk__row_state *state;                      /* the caller's, one per row */
     /* This step: */

@@ -203,7 +203,10 @@ static int pk__put_rule(pk__integrator *integrator)
             double t = 0, weight = 1.0 / count;
             if (integrator->points.count == integrator->path.point_capacity)
                 return 0;
-            if (rule == PK_RULE_GAUSS) {
+            if (integrator->at_one_point) {
+                t = integrator->point;
+                weight = integrator->point_weight;
+            } else if (rule == PK_RULE_GAUSS) {
                 t = x[q];
                 weight = w[q];
             } else if (rule == PK_RULE_MIDPOINT) {
@@ -427,7 +430,7 @@ PK__INTERNAL void pk__integrator_begin(pk__integrator *integrator)
     integrator->points.last = 0;
     pk__hand_over(integrator, NULL, NULL, 0);
     integrator->stage = PK__STAGE_RULE;
-    if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT)
+    if (integrator->at_one_point || (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT))
         return;
     integrator->stage = PK__STAGE_PIECES;
     /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
