@@ -3,7 +3,7 @@
 #include "pathkernel.h"
 #else
 #include "pathkernel/training/derivatives.h"
-#include "pathkernel/attribution/decompose.h"
+#include "pathkernel/attribution/compare.h"
 #include "pathkernel/attribution/reference.h"
 #include "pathkernel/attribution/smoother.h"
 #include "pathkernel/attribution/sensitivity.h"

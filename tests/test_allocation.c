@@ -435,6 +435,14 @@ JOB(job_reference)
 }
 
 JOB(job_kernels)
+JOB(job_compare)
+{
+    WITH;
+    pk_comparison rules[PK_COMPARE_RULES];
+    return pk_compare(context, &m->kept, X(m), rules);
+}
+
+JOB(job_epk)
 {
     WITH;
     static double numbers[6][2 * NET_ROWS * NET_ROWS];
@@ -859,6 +867,7 @@ static const struct entry {
      job_sketch, 10},
     {"pk_symmetric_eigenvalues pk_singular_values pk_novelty pk_auroc pk_false_positives", job_novelty, 5},
     {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
+    {"pk_compare", job_compare, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},
 };
 enum { ENTRIES = (int)(sizeof entries / sizeof *entries) };
