@@ -13,7 +13,7 @@ enum {
     LINEAR_END,
     TELESCOPING,
     EXACT,
-    POINTS = 33, /* of the integrals of networks with kinks */
+    PARTS = 512, /* of the integrals of networks with kinks, by the trapezoid rule */
     GAUSS = 24   /* of those of smooth ones */
 };
 static const char *const names[PK_COMPARE_RULES] = {"left",        "segment",     "path_integral", "trapezoid",
@@ -359,19 +359,6 @@ static double spearman(size_t cells, size_t N, const double *exact, const double
     return ordered ? sum / (double)ordered : (double)NAN;
 }
 
-/* Clenshaw-Curtis with n intervals, by the integrals of the Chebyshev polynomials. */
-static void clenshaw_curtis(int n, double *t, double *weights)
-{
-    const double pi = acos(-1);
-    for (int j = 0; j <= n; j++) {
-        t[j] = (1 - cos(pi * j / n)) / 2;
-        weights[j] = 0;
-        for (int k = 0; k <= n; k += 2) /* integral of T_k over [-1, 1] is 2 / (1 - k^2) */
-            weights[j] += (k == 0 || k == n ? 0.5 : 1) * 2 / (1.0 - k * k) * cos(pi * k * j / n);
-        weights[j] *= (j == 0 || j == n ? 0.5 : 1) * 2 / n / 2;
-    }
-}
-
 static void test_rules(void **state)
 {
     (void)state;
@@ -423,9 +410,9 @@ static void test_rules(void **state)
          0,
          0,
          0},
-        {relu_network, "squared", "sgd", {NULL}, 7, 0, 13, 0, 0.1, 0, 0, 0, 0},
-        {relu_network, "softmax_cross_entropy", "sgd momentum=0.8", {NULL}, 7, 3, 12, 0, 0.1, 0, 0, 0, 0},
-        {relu_network, "softmax_cross_entropy", "adam", {NULL}, 7, 3, 12, 0, 0.02, 0, 0, 0, 0},
+        {relu_network, "squared", "sgd", {NULL}, 5, 0, 11, 0, 0.1, 0, 0, 0, 0},
+        {relu_network, "softmax_cross_entropy", "sgd momentum=0.8", {NULL}, 5, 2, 11, 0, 0.1, 0, 0, 0, 0},
+        {relu_network, "softmax_cross_entropy", "adam", {NULL}, 5, 2, 6, 0, 0.02, 0, 0, 0, 0},
         {tanh_network,
          "squared",
          "sgd momentum=0.5",
@@ -440,9 +427,12 @@ static void test_rules(void **state)
          0,
          0}, /* fewer steps than checkpoints */
     };
-    double gauss[2][GAUSS], curtis[2][POINTS];
+    double gauss[2][GAUSS], parts[2][PARTS + 1];
     pk_gauss_legendre(GAUSS, gauss[0], gauss[1]);
-    clenshaw_curtis(POINTS - 1, curtis[0], curtis[1]);
+    for (int j = 0; j <= PARTS; j++) {
+        parts[0][j] = (double)j / PARTS;
+        parts[1][j] = (j == 0 || j == PARTS ? 0.5 : 1.0) / PARTS;
+    }
     for (size_t k = 0; k < sizeof recipes / sizeof *recipes; k++) {
         pk_comparison rules[PK_COMPARE_RULES];
         pk_decomposition exact;
@@ -463,11 +453,14 @@ static void test_rules(void **state)
                 assert_close(rules[rule].spearman, 1, 0);
                 continue;
             }
-            brute_rule(&b, rule, kinks ? POINTS : GAUSS, kinks ? curtis[0] : gauss[0],
-                       kinks ? curtis[1] : gauss[1]);
+            brute_rule(&b, rule, kinks ? PARTS + 1 : GAUSS, kinks ? parts[0] : gauss[0],
+                       kinks ? parts[1] : gauss[1]);
             residuals(&b, &largest, &median);
-            assert_close(rules[rule].residual_max, largest, ROUNDING(2e-10) * (1 + largest));
-            assert_close(rules[rule].residual_median, median, ROUNDING(2e-10) * (1 + median));
+            /* Rows that meet no kinks are integrated better. */
+            const int jumps = kinks && (rule == SEGMENT || rule == PATH_INTEGRAL);
+            const double tolerance = jumps ? EITHER(1e-6, 5e-4) : ROUNDING(2e-10);
+            assert_close(rules[rule].residual_max, largest, tolerance * (1 + largest));
+            assert_close(rules[rule].residual_median, median, tolerance * (1 + median));
             if (rule == TELESCOPING)
                 assert_true(isnan(rules[rule].spearman));
             else if (sizeof(pk_real) == sizeof(double)) /* in float, rounding exchanges neighbours */
@@ -736,11 +729,42 @@ static int same_rules(const pk_comparison *a, const pk_comparison *b)
     return same;
 }
 
+/* The same bits for any threads and limits of a run with kinks, whose steps are cut finely. */
+static void test_bits(void **state)
+{
+    (void)state;
+    const recipe r = {"input 3; dense 6; relu; dense 2",
+                      "squared",
+                      "sgd momentum=0.5",
+                      {NULL},
+                      90,
+                      40,
+                      3,
+                      0,
+                      0.3,
+                      0,
+                      0,
+                      0,
+                      0};
+    pk_comparison plain[PK_COMPARE_RULES], rules[PK_COMPARE_RULES];
+    trained t;
+    make(&r, &t);
+    pk_context *context = &t.context;
+    context->threads = 1;
+    assert_ok(context, pk_compare(context, &t.run, tests(&t, 24), plain));
+    context->memory_limit = context->memory_peak * 9 / 10;
+    context->threads = 3;
+    assert_ok(context, pk_compare(context, &t.run, tests(&t, 24), rules));
+    assert_true(same_rules(plain, rules));
+    context->memory_limit = 0;
+    release(&t);
+}
+
 static void test_calls(void **state)
 {
     (void)state;
     static const recipe recipes[] = {
-        {"input 3; dense 6; relu; dense 2", "squared", "sgd", {NULL}, 300, 40, 12, 0, 0.1, 0, 0, 0, 0},
+        {"input 3; dense 6; gelu; dense 2", "squared", "sgd", {NULL}, 300, 40, 12, 0, 0.1, 0, 0, 0, 0},
         {"input 3; dense 6; tanh; dense 2", "squared", "adam", {NULL}, 300, 40, 12, 0, 0.02, 0, 0, 0, 0}};
     for (size_t k = 0; k < 2; k++) {
         pk_comparison plain[PK_COMPARE_RULES], rules[PK_COMPARE_RULES];
@@ -819,6 +843,7 @@ int main(void)
     const struct CMUnitTest all[] = {
         cmocka_unit_test(test_rules),  cmocka_unit_test(test_table), cmocka_unit_test(test_identities),
         cmocka_unit_test(test_linear), cmocka_unit_test(test_ranks), cmocka_unit_test(test_calls),
+        cmocka_unit_test(test_bits),
     };
     return cmocka_run_group_tests(all, fixture_enter, fixture_leave);
 }

@@ -19,6 +19,7 @@
  */
 #ifndef PATHKERNEL_COMPARE_H
 #define PATHKERNEL_COMPARE_H
+#include "../training/derivatives.h"
 #include "decompose.h"
 
 /* >>> declarations */
@@ -49,14 +50,16 @@ typedef struct pk_comparison {
  * .. 9, only (in all of them where there are at most ten); the gradients of all steps that these steps' momenta hold count.
  *
  * The two integrals over t are Clenshaw-Curtis sums with 3, 5, 9, 17, 33 points, of each row until the contributions to it differ
- * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. The contributions of networks with kinks jump in t:
- * there 33 points leave an error of at most about a twentieth of each jump, and what the steps leave cancels in part.
+ * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks with kinks jump in t, where
+ * no number of points brings that about: small runs (where it takes at most 4e10 flops) then have a trapezoid sum of up to 512 equal
+ * parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off by at most a
+ * twentieth of each. Errors of the steps cancel in part.
  *
  * PK_NOT_CLOSED and PK_UNATTRIBUTED as pk_decompose, for the exact rule; the rules are filled in then. After all others they are
- * not. Same bits for any number of threads and any memory limit, but for the seconds. Cost: about 8 decompositions, and 3 to 31 more
- * for each of the two integrals. Memory: eight times rows x outputs x examples doubles for as many rows as the limit allows, 1 GiB of
- * them without a limit, beside that of one decomposition; under a limit the rows are taken in several parts, each of which goes
- * through the run again. */
+ * not. Same bits for any number of threads and any memory limit, but for the seconds. Cost: about 8 decompositions, and for each
+ * of the two integrals 3 to 31 more, in small runs with kinks up to 542. Memory: beside that of one decomposition eight times rows
+ * x outputs x examples doubles, for as many rows as the limit allows, or as 1 GiB holds; where that is not all of them, each part
+ * goes through the run again. */
 PK_API PK__MUST_USE pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix inputs,
                                          pk_comparison rules[PK_COMPARE_RULES]);
 
@@ -93,11 +96,14 @@ static const char *const pk__compare_names[PK_COMPARE_RULES] = {
 enum {
     PK__COMPARE_LEVELS = 5,
     PK__COMPARE_INTERVALS = 1 << PK__COMPARE_LEVELS,
+    PK__COMPARE_FINE = 512, /* the most equal parts of a step with kinks, and the least that are worth it */
+    PK__COMPARE_COARSE = 64,
     PK__CHECKPOINTS = 10,
     PK__COMPARE_TABLES = 2 + PK__COMPARE_LEVELS
 };
 #define PK__COMPARE_AGREEMENT (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10)
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
+#define PK__COMPARE_FLOPS 4e10 /* of all equal parts, at most */
 
 typedef struct pk__ranked {
     double value;
@@ -112,6 +118,7 @@ typedef struct pk__comparing {
     pk_decompose_options options;
     pk__approximation how;
     size_t outputs, examples, cells;       /* cells: rows x outputs */
+    size_t fine;                           /* equal parts of a step where there are kinks; 0: none */
     double *residual, *correlation;        /* rules x cells */
     unsigned char *unordered;              /* cells: the exact contributions are all equal */
     pk_real *first_weights, *last_weights; /* graph->spread: w_0, w_S */
@@ -276,20 +283,33 @@ static double pk__clenshaw_curtis(size_t count, size_t j, double *weight)
     return j == count ? 1 : sine * sine;
 }
 
+static void pk__add_weighted(pk__comparing *c, int level, double weight, const double *contributions,
+                             const double *missed)
+{
+    const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
+    for (size_t i = 0; i < numbers; i++)
+        c->sum[level][i] += weight * contributions[i];
+    for (size_t i = 0; i < cells; i++)
+        c->missed[level][i] += weight * missed[i];
+}
+
+static void pk__clear_sum(pk__comparing *c, int level)
+{
+    const size_t cells = c->rows * c->outputs;
+    memset(c->sum[level], 0, cells * c->examples * sizeof(double));
+    memset(c->missed[level], 0, cells * sizeof(double));
+}
+
 /* Adds the contributions at point j of PK__COMPARE_INTERVALS to the sums of all levels that have it. */
 static void pk__add_point(pk__comparing *c, size_t j, const double *contributions, const double *missed)
 {
-    const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
     for (int level = 0; level < PK__COMPARE_LEVELS; level++) {
         const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
         double weight;
         if (j % apart)
             continue;
         (void)pk__clenshaw_curtis(intervals, j / apart, &weight);
-        for (size_t i = 0; i < numbers; i++)
-            c->sum[level][i] += weight * contributions[i];
-        for (size_t i = 0; i < cells; i++)
-            c->missed[level][i] += weight * missed[i];
+        pk__add_weighted(c, level, weight, contributions, missed);
     }
 }
 
@@ -305,61 +325,74 @@ static size_t pk__settle(pk__comparing *c, int level)
             largest = fmax(largest, fabs(now[i]));
             difference = fmax(difference, fabs(now[i] - before[i]));
         }
-        if (!c->settled[row] &&
-            (difference <= PK__COMPARE_AGREEMENT * largest || level == PK__COMPARE_LEVELS - 1))
+        if (!c->settled[row] && difference <= PK__COMPARE_AGREEMENT * largest)
             c->settled[row] = (unsigned char)level;
         left += !c->settled[row];
     }
     return left;
 }
 
+/* The contributions of one point, added by pk__add_point, or with a weight to the sum of one level. */
+static pk_status pk__take_point(pk__comparing *c, int rule, double t, size_t j, double weight)
+{
+    pk_decomposition point;
+    memset(&c->how, 0, sizeof c->how);
+    c->how.at_one_point = c->how.examples_move = 1;
+    c->how.seeds_stay = rule == PK__COMPARE_SEGMENT;
+    c->how.at = c->how.examples_at = t;
+    pk_status status = pk__compare_decompose(c, &point);
+    if (!status) {
+        c->rules[rule].seconds += point.seconds;
+        if (weight != 0)
+            pk__add_weighted(c, 0, weight, point.by_example, point.closure);
+        else
+            pk__add_point(c, j, point.by_example, point.closure);
+    }
+    pk_decomposition_release(c->context, &point);
+    c->done += c->share;
+    return status;
+}
+
 /* The integral over t of the contributions whose examples move, too: segment, or with what is known of its end (its
  * contributions at t = 1) path_integral. left is its start. */
 static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decomposition *end)
 {
-    const size_t cells = c->rows * c->outputs, N = c->examples;
-    const double done = c->done, share = c->share;
-    size_t points = 0;
+    const size_t numbers = c->outputs * c->examples, fine = c->fine;
+    const int last = PK__COMPARE_LEVELS - 1;
+    size_t left = c->rows;
     pk_status status = PK_OK;
     memset(c->settled, 0, c->rows);
-    for (int level = 0; level < PK__COMPARE_LEVELS; level++) {
-        memset(c->sum[level], 0, cells * N * sizeof(double));
-        memset(c->missed[level], 0, cells * sizeof(double));
-    }
+    for (int level = 0; level <= last; level++)
+        pk__clear_sum(c, level);
     pk__add_point(c, 0, c->left, c->left_missed);
     if (end)
         pk__add_point(c, PK__COMPARE_INTERVALS, end->by_example, end->closure);
-    for (int level = 0; !status && level < PK__COMPARE_LEVELS; level++) {
+    c->share /= (double)(PK__COMPARE_INTERVALS + fine);
+    for (int level = 0; !status && left && level <= last; level++) {
         const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
         /* New are the odd points; at first also the last one. */
         for (size_t j = 1; !status && j <= intervals; j++) {
-            pk_decomposition point;
             double weight;
-            if (j % 2 == 0 && (level > 0 || j < intervals || end))
-                continue;
-            memset(&c->how, 0, sizeof c->how);
-            c->how.at_one_point = c->how.examples_move = 1;
-            c->how.seeds_stay = rule == PK__COMPARE_SEGMENT;
-            c->how.at = c->how.examples_at = pk__clenshaw_curtis(intervals, j, &weight);
-            c->share = share / PK__COMPARE_INTERVALS;
-            c->done = done + (double)points++ * c->share;
-            status = pk__compare_decompose(c, &point);
-            if (!status) {
-                c->rules[rule].seconds += point.seconds;
-                pk__add_point(c, j * apart, point.by_example, point.closure);
-            }
-            pk_decomposition_release(c->context, &point);
+            if (j % 2 == 1 || (level == 0 && j == intervals && !end))
+                status = pk__take_point(c, rule, pk__clenshaw_curtis(intervals, j, &weight), j * apart, 0);
         }
-        if (!status && level > 0 && !pk__settle(c, level))
-            break;
+        left = level > 0 && !status ? pk__settle(c, level) : left;
     }
-    const int last = PK__COMPARE_LEVELS - 1;
+    /* Between jumps no rule is better than equal parts. */
+    if (!status && left && fine) {
+        const double part = 1 / (double)fine;
+        pk__clear_sum(c, 0);
+        pk__add_weighted(c, 0, part / 2, c->left, c->left_missed);
+        if (end)
+            pk__add_weighted(c, 0, part / 2, end->by_example, end->closure);
+        for (size_t j = 1; !status && j < fine + !end; j++)
+            status = pk__take_point(c, rule, (double)j * part, 0, j < fine ? part : part / 2);
+    }
     for (size_t row = 0; !status && row < c->rows; row++) {
-        const int level = c->settled[row];
+        const int level = c->settled[row] ? c->settled[row] : fine ? 0 : last;
         if (level == last)
             continue;
-        memcpy(c->sum[last] + row * c->outputs * N, c->sum[level] + row * c->outputs * N,
-               c->outputs * N * sizeof(double));
+        memcpy(c->sum[last] + row * numbers, c->sum[level] + row * numbers, numbers * sizeof(double));
         memcpy(c->missed[last] + row * c->outputs, c->missed[level] + row * c->outputs,
                c->outputs * sizeof(double));
     }
@@ -572,6 +605,29 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     }
 }
 
+/* Into how many equal parts steps are cut whose kinks keep the sums from agreeing, from shapes alone. */
+static size_t pk__compare_parts(const pk__job *job)
+{
+    const pk_run *run = job->run;
+    const pk_graph *graph = job->graph;
+    const double P = (double)graph->spread, C = (double)run->outputs, M = (double)job->inputs.rows;
+    const double S = (double)run->steps, items = S > 0 ? (double)run->batch_offsets[run->steps] : 0;
+    double widths = 0;
+    int kinks = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        kinks |= pk__is_switch(&graph->nodes[n]);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        widths += (double)node->width + (double)pk__layer_input(graph, node)->width;
+    }
+    const double work =
+        18 * P * items + (4 + 6 * C) * P * S * M + 2 * (job->reverse ? P : widths) * C * items * M;
+    size_t parts = kinks ? PK__COMPARE_FINE : 0;
+    while (parts >= PK__COMPARE_COARSE && (double)parts * work > PK__COMPARE_FLOPS)
+        parts /= 2;
+    return parts >= PK__COMPARE_COARSE ? parts : 0;
+}
+
 /* Largest, median and mean of what the rows have. */
 static void pk__compare_summarize(pk__comparing *c, int rule)
 {
@@ -603,6 +659,7 @@ static pk_status pk__compare_all(pk__comparing *c)
     if (!status) {
         pk__job_begin(job, c->context, c->run, c->inputs, &c->options);
         const size_t block = job->block;
+        c->fine = pk__compare_parts(job);
         pk_release(c->context, job);
         status = pk__compare_tables(c, block, &tables);
     }
