@@ -434,7 +434,6 @@ JOB(job_reference)
     return pk_decompose_reference(context, &m->kept, X(m), 2, 2, &out);
 }
 
-JOB(job_kernels)
 JOB(job_compare)
 {
     WITH;
@@ -442,7 +441,7 @@ JOB(job_compare)
     return pk_compare(context, &m->kept, X(m), rules);
 }
 
-JOB(job_epk)
+JOB(job_kernels)
 {
     WITH;
     static double numbers[6][2 * NET_ROWS * NET_ROWS];

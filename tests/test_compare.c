@@ -644,7 +644,7 @@ static void test_identities(void **state)
             pk_decomposition_release(&t.context, &d);
         }
         assert_close(rules[EXACT].spearman, 1, 0);
-        assert_true(rules[EXACT].residual_max < 1e-3 * rules[LEFT].residual_max);
+        assert_true(rules[EXACT].residual_max < EITHER(1e-3, 1e-1) * rules[LEFT].residual_max);
         release(&t);
     }
 }

@@ -51,7 +51,7 @@ typedef struct pk_comparison {
  *
  * The two integrals over t are Clenshaw-Curtis sums with 3, 5, 9, 17, 33 points, of each row until the contributions to it differ
  * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks with kinks jump in t, where
- * no number of points brings that about: small runs (where it takes at most 4e10 flops) then have a trapezoid sum of up to 512 equal
+ * no number of points brings that about: small runs (where it takes at most 1e10 flops) then have a trapezoid sum of up to 512 equal
  * parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off by at most a
  * twentieth of each. Errors of the steps cancel in part.
  *
@@ -103,7 +103,7 @@ enum {
 };
 #define PK__COMPARE_AGREEMENT (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10)
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
-#define PK__COMPARE_FLOPS 4e10 /* of all equal parts, at most */
+#define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
 
 typedef struct pk__ranked {
     double value;
