@@ -438,7 +438,10 @@ JOB(job_compare)
 {
     WITH;
     pk_comparison rules[PK_COMPARE_RULES];
-    return pk_compare(context, &m->kept, X(m), rules);
+    pk_run first =
+        m->kept; /* one step, in which no unit is switched: else a thousand decompositions, each several times */
+    first.steps = 1;
+    return pk_compare(context, &first, X(m), rules);
 }
 
 JOB(job_kernels)
