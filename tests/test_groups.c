@@ -192,11 +192,125 @@ static void runs_with_groups(void **state)
     assert_int_equal(system(remove), 0);
 }
 
+/* The decomposition of a run and its definition; by_example counts. */
+static double against_definition(pk_context *context, const pk_run *run, pk_real *inputs,
+                                 double entries[10 * EXAMPLES])
+{
+    double there[5][10], expected[10 * EXAMPLES], largest = 0;
+    const pk_reference reference = {there[0], there[1], expected, there[2], there[3], there[4]};
+    pk_decompose_options asked = {0};
+    pk_decomposition out;
+    asked.keep[0] = PK_BY_EXAMPLE;
+    asked.unattributed = (double)INFINITY;
+    assert_ok(context, pk_decompose(context, run, pk_matrix_view(inputs, 5, 3), &asked, &out));
+    assert_ok(context, pk_decompose_reference(context, run, pk_matrix_view(inputs, 5, 3), 4, 14, &reference));
+    memcpy(entries, out.by_example, sizeof expected);
+    for (size_t i = 0; i < 10 * EXAMPLES; i++)
+        largest = fmax(largest, fabs(expected[i]));
+    for (size_t i = 0; i < 10 * EXAMPLES; i++)
+        assert_close(entries[i], expected[i], EITHER(1e-10, 1e-3) * largest);
+    double unattributed = 0;
+    for (size_t i = 0; i < 10; i++) {
+        assert_close(out.decay[i], there[2][i], EITHER(1e-10, 1e-3) * largest);
+        assert_close(out.unattributed[i], there[3][i], EITHER(1e-10, 1e-3) * largest);
+        assert_true(fabs(out.closure[i]) <= EITHER(1e-12, 1e-4));
+        unattributed = fmax(unattributed, fabs(out.unattributed[i]) / largest);
+    }
+    pk_decomposition_release(context, &out);
+    return unattributed;
+}
+
+/* Recorded second moments are those of each tensor's own optimizer, also in a resumed run, and give the entries that recomputed
+ * ones give; others in their place are what the decomposition divides by. */
+static void recorded_second_moments(void **state)
+{
+    static const char *const adams[] = {"adam weight_decay=0.1", "adamw beta2=0.99 weight_decay=0.2"};
+    static const char *const own[] = {"1-3,5 weight_decay=0 beta2=0.9 epsilon=1e-3 rate=0.5", "4 frozen"};
+    (void)state;
+    for (size_t c = 0; c < 2; c++) {
+        pk_context context = {0};
+        pk_graph graph = {0};
+        pk_run run;
+        pk_real inputs[EXAMPLES * 3], w[34], start[34], now[34], next[34], moments[34],
+            state_of[6][2 * 12] = {{0}};
+        double entries[2][10 * EXAMPLES], *all = FIXTURE_NEW(double, STEPS * 34);
+        int64_t targets[EXAMPLES];
+        char path[300];
+        const pk_dataset data = some_data(inputs, targets);
+        pk_train_options options = {0};
+        pk_trainer trainer;
+        assert_ok(&context, pk_network_parse(&context, NETWORK, &graph));
+        assert_ok(&context, pk_optimizer_parse(&context, adams[c], &options.optimizer));
+        options.loss = PK_SOFTMAX_CROSS_ENTROPY;
+        options.schedule.rate = 0.05;
+        options.batch_size = 4;
+        options.groups = own;
+        options.group_count = 2;
+        options.record = fixture_run_path;
+        options.record_second_moments = 1;
+        for (size_t p = 0; p < 34; p++)
+            start[p] = (pk_real)(0.5 * cos(1.3 * (double)p));
+        for (int part = 0; part < 2; part++) {
+            options.replace = !part;
+            options.resume = part;
+            options.steps = part ? STEPS : STEPS - 4;
+            memcpy(w, start, sizeof w);
+            assert_ok(&context, pk_train(&context, &graph, &data, &options, w, NULL));
+        }
+        assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
+        assert_ok(&context,
+                  pk_trainer_prepare(&context, &graph, &data, options.loss, &options.optimizer, 4, &trainer));
+        for (size_t s = 0; s < STEPS; s++) {
+            pk_batch batch;
+            pk_run_batch(&run, s, &batch);
+            assert_ok(&context, pk_run_weights(&context, &run, s, now));
+            assert_ok(&context, pk_run_second_moments(&context, &run, s, moments));
+            assert_ok(&context,
+                      pk_training_step(&context, &trainer, s, 0.05, 0, &batch, now, next, NULL, NULL));
+            for (size_t t = 0; t < 6; t++) {
+                pk_optimizer optimizer = options.optimizer;
+                const size_t count = offsets[t + 1] - offsets[t];
+                if (t && t != 4)
+                    optimizer.weight_decay = 0, optimizer.beta2 = 0.9, optimizer.epsilon = 1e-3;
+                if (t != 4)
+                    pk_optimizer_update(&optimizer, s, 0.05, 1, count, now + offsets[t],
+                                        trainer.gradient + offsets[t], state_of[t], next);
+                for (size_t i = 0; i < count; i++) {
+                    assert_true(moments[offsets[t] + i] == state_of[t][count + i]);
+                    /* Of a frozen tensor they are not read. */
+                    all[s * 34 + offsets[t] + i] =
+                        t == 4 ? 5 : moments[offsets[t] + i] * (1 + 0.5 * (double)(i % 3));
+                }
+            }
+        }
+        pk_trainer_release(&context, &trainer);
+        assert_true(against_definition(&context, &run, inputs, entries[0]) <= EITHER(1e-12, 1e-4));
+        pk_run_release(&context, &run);
+        snprintf(path, sizeof path, "%s/second_moments.npy", fixture_run_path);
+        assert_int_equal(remove(path), 0);
+        assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
+        assert_true(against_definition(&context, &run, inputs, entries[1]) <= EITHER(1e-12, 1e-4));
+        for (size_t i = 0; i < 10 * EXAMPLES; i++)
+            assert_close(entries[0][i], entries[1][i], EITHER(1e-11, 1e-3));
+        pk_run_release(&context, &run);
+        const size_t shape[2] = {STEPS, 34};
+        assert_ok(&context, pk_array_write(&context, path, PK_FLOAT64, 2, shape, all));
+        assert_ok(&context, pk_run_open(&context, fixture_run_path, &run));
+        assert_true(against_definition(&context, &run, inputs, entries[1]) > 1e-3);
+        pk_run_release(&context, &run);
+        pk_graph_release(&context, &graph);
+        free(all);
+        fixture_clear(fixture_run_path);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lines_are_checked),
         cmocka_unit_test(runs_with_groups),
+        cmocka_unit_test(recorded_second_moments),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
