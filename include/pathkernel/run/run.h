@@ -114,7 +114,7 @@ PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *
                                              pk_real *weights);
 
 /* moments (P) := Adam's uncorrected v after step `step` < run->steps; like pk_run_weights.
- * PK_ARGUMENT where the run has no second_moments.npy. */
+ * PK_ARGUMENT where the run has no second_moments.npy, PK_FORMAT where one of them is negative. */
 PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
                                                     pk_real *moments);
 
@@ -922,7 +922,14 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     if (step >= run->steps)
         return pk__fail(context, PK_ARGUMENT, "second moments of step %zu: the run has %zu steps", step,
                         run->steps);
-    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
+    pk_status status =
+        pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
+    for (size_t i = 0; status == PK_OK && i < run->parameters; i++)
+        if (moments[i] < 0)
+            status = pk__fail(context, PK_FORMAT,
+                              "second_moments.npy: parameter %zu at step %zu is %g; it must be >= 0", i, step,
+                              (double)moments[i]);
+    return status;
 }
 
 PK__END_COLD_CODE

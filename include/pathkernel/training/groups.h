@@ -187,8 +187,9 @@ static pk_status pk__group_tensors(pk_context *context, const char **line, size_
             if (groups->tensor[t] == number)
                 return pk__fail(context, PK_FORMAT, "tensor %zu stands twice in this group", t);
             if (groups->tensor[t])
-                return pk__fail(context, PK_FORMAT, "tensor %zu is in a group already, the %zuth", t,
-                                groups->tensor[t]);
+                return pk__fail(context, PK_FORMAT,
+                                "tensor %zu is in group %zu already; groups are numbered from 0", t,
+                                groups->tensor[t] - 1);
             groups->tensor[t] = number;
         }
     }
