@@ -289,6 +289,50 @@ static void test_written_is_read(void **state)
 }
 
 /* Batches without weights are recorded as 1/count where weights are recorded. */
+/* An edge from node 0 to itself, of a weight that tells the names apart. */
+static pk_status load_named(void *user, pk_context *context, const char *name, pk_array *array)
+{
+    static const double edges[2][3] = {{0, 0, 0.5}, {0, 0, 0.25}};
+    static const size_t shape[2] = {1, 3};
+    (void)user, (void)context;
+    *array = pk_array_view(PK_FLOAT64, 2, shape, edges[name[strlen(name) - 1] == 'b']);
+    return PK_OK;
+}
+
+/* Constants whose names have all the characters that a name can have, and differ in the last. */
+static void test_long_names(void **state)
+{
+    (void)state;
+    static const char named[] = "input 1x3; propagate abcdefghijklmnopqrstuvwxyz_123a; "
+                                "propagate abcdefghijklmnopqrstuvwxyz_123b; flatten; dense 2";
+    const pk_constants constants = {load_named, NULL};
+    char directory[PATH];
+    run_data data;
+    make_data(&data);
+    pk_recorder_options options = plain_options();
+    const size_t shape[3] = {N, 1, D};
+    data.train.inputs = pk_array_view(PK_FLOAT64, 3, shape, data.inputs);
+    options.network = named;
+    options.constants = &constants;
+    record(in(root, "run", directory), &options, &data);
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    pk_run run;
+    if (pk_run_open(&context, directory, &run))
+        fail_msg("%s", pk_message(&context));
+    pk_array found;
+    const pk_node *node = pk_graph_named(&run.graph, NULL, &found);
+    assert_non_null(node);
+    assert_string_equal(node->constant_name, "abcdefghijklmnopqrstuvwxyz_123a");
+    assert_true(((const pk_real *)found.data)[2] == 0.5);
+    node = pk_graph_named(&run.graph, node, &found);
+    assert_non_null(node);
+    assert_string_equal(node->constant_name, "abcdefghijklmnopqrstuvwxyz_123b");
+    assert_true(((const pk_real *)found.data)[2] == 0.25);
+    pk_run_release(&context, &run);
+    assert_int_equal(context.memory_used, 0);
+}
+
 static void test_uniform_weights(void **state)
 {
     (void)state;
@@ -1424,6 +1468,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_written_is_read),
+        TEST(test_long_names),
         TEST(test_uniform_weights),
         TEST(test_bytes_become_numbers),
         TEST(test_manifests),

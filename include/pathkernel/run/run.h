@@ -256,6 +256,8 @@ static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "tr
 #define PK__REAL_TYPE PK_FLOAT64
 #endif
 
+enum { PK__CONSTANT_FILE = PK_CONSTANT_NAME + 16 }; /* the bytes of constant_NAME.npy */
+
 /* directory/name in one buffer that fits every file of a run. */
 typedef struct pk__run_path {
     const char *directory;
@@ -266,7 +268,7 @@ typedef struct pk__run_path {
 static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
 {
     path->directory = directory;
-    path->size = strlen(directory) + 32;
+    path->size = strlen(directory) + 1 + PK__CONSTANT_FILE; /* the longest name */
     return pk_allocate(context, path->size, 1, "the path of a run", &path->text);
 }
 
@@ -451,9 +453,6 @@ PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t
     pk_release(context, manifest);
     return status;
 }
-
-/* constant_NAME.npy */
-enum { PK__CONSTANT_FILE = PK_CONSTANT_NAME + 16 };
 
 static const char *pk__constant_file(const char *name, char *text)
 {
