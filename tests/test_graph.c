@@ -456,7 +456,7 @@ static void test_constant_outputs(void **state)
 }
 
 static size_t wrong_positions, wrong_fan_in, wrong_weights;
-static int wrong_unfolds;
+static int wrong_unfolds, wrong_tensors; /* 1: too small, 2: too many, 3: empty */
 
 /* dense, with one number that is not its own. */
 static pk_status wrong_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -466,6 +466,11 @@ static pk_status wrong_shape(pk_context *context, const pk_graph *graph, pk_node
     node->fan_in += wrong_fan_in;
     node->weight_count += wrong_weights;
     node->unfolds |= wrong_unfolds;
+    node->tensor_count = wrong_tensors == 2 ? PK_NODE_TENSORS + 1 : wrong_tensors != 0;
+    for (int t = 0; t < PK_NODE_TENSORS; t++) {
+        node->tensors[t].shape.rank = 1;
+        node->tensors[t].shape.dims[0] = wrong_tensors == 1 ? node->weight_count - 1 : 0;
+    }
     return status;
 }
 
@@ -482,12 +487,17 @@ static void test_false_operations(void **state)
     memset(&graph, 0, sizeof graph);
     assert_ok(&context, pk_graph_input(&context, &graph, &shape));
     const pk_operation dense = *pk_operation_find("dense"), relu = *pk_operation_find("relu");
-    for (int k = 0; k < 14; k++) {
-        pk_operation own = k < 11 ? dense : relu;
+    for (int k = 0; k < 17; k++) {
+        pk_operation own = k < 11 || k > 13 ? dense : relu;
         const char *words = "fit its 3 inputs, 4 outputs";
         own.name = "own";
-        if (k < 11)
+        if (k < 11 || k > 13)
             own.shape = wrong_shape;
+        wrong_tensors = k > 13 ? k - 13 : 0;
+        if (k > 13)
+            words = k == 14   ? "its parameter tensors have 15 numbers, it has 16 weights"
+                    : k == 15 ? "5 parameter tensors; 1 to 4 are possible"
+                              : "a dimension of zero";
         wrong_positions = k == 0, wrong_fan_in = k == 1, wrong_weights = k == 2, wrong_unfolds = k == 3;
         if (k == 3)
             words = "unfold is missing";
@@ -511,8 +521,11 @@ static void test_false_operations(void **state)
             own.forward = NULL, words = "forward";
         if (k == 13)
             words = "elementwise";
-        assert_refused(&context, k < 3 ? PK_SHAPE : PK_ARGUMENT, words,
-                       pk_graph_add(&context, &graph, &own, k == 13 ? 2 : 1, inputs, attributes, NULL));
+        assert_refused(&context,
+                       k < 3 || k == 14 ? PK_SHAPE
+                       : k == 16        ? PK_OVERFLOW
+                                        : PK_ARGUMENT,
+                       words, pk_graph_add(&context, &graph, &own, k == 13 ? 2 : 1, inputs, attributes, NULL));
         assert_int_equal(graph.node_count, 1);
     }
     pk_graph_release(&context, &graph);
@@ -561,8 +574,8 @@ static void parameter_tensors_are_listed(void **state)
         size_t dims[8][PK_SHAPE_RANK];
     } cases[] = {
         {"input 5; dense 4; tanh; dense 3 nobias", 3, {{4, 5}, {4}, {3, 4}}},
-        {"input 2x4x4; conv 4 3x3; flatten; dense 2", 4, {{4, 18}, {4}, {2, 16}, {2}}},
-        {"input 2x4x4; conv 4 3x3 groups=2 nobias; flatten; dense 2", 3, {{4, 9}, {2, 16}, {2}}},
+        {"input 2x4x4; conv 4 3x3; flatten; dense 2", 4, {{4, 2, 3, 3}, {4}, {2, 16}, {2}}},
+        {"input 2x4x4; conv 4 3x3 groups=2 nobias; flatten; dense 2", 3, {{4, 1, 3, 3}, {2, 16}, {2}}},
         {"input 4; embedding 7 6; position; layer_norm; mean_tokens; dense 2",
          6,
          {{7, 6}, {4, 6}, {6}, {6}, {2, 6}, {2}}},
@@ -573,21 +586,23 @@ static void parameter_tensors_are_listed(void **state)
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         pk_context context = {0};
         pk_graph graph = {0};
-        pk_weight_block blocks[8];
         size_t at = 0;
         if (pk_network_parse(&context, cases[c].network, &graph))
             fail_msg("%s", pk_message(&context));
-        assert_int_equal(pk_graph_blocks(&graph, NULL, 0), cases[c].count);
-        assert_int_equal(pk_graph_blocks(&graph, blocks, 8), cases[c].count);
+        assert_int_equal(graph.block_count, cases[c].count);
         for (size_t b = 0; b < cases[c].count; b++) {
+            const pk_weight_block *block = &graph.blocks[b];
             size_t count = 1;
-            assert_int_equal(blocks[b].offset, at);
+            assert_int_equal(block->first, at);
             for (int i = 0; i < PK_SHAPE_RANK; i++) {
-                assert_int_equal(i < blocks[b].rank ? blocks[b].dims[i] : 0, cases[c].dims[b][i]);
-                count *= i < blocks[b].rank ? blocks[b].dims[i] : 1;
+                assert_int_equal(i < block->shape.rank ? block->shape.dims[i] : 0, cases[c].dims[b][i]);
+                count *= i < block->shape.rank ? block->shape.dims[i] : 1;
             }
-            assert_int_equal(blocks[b].count, count);
-            assert_true(graph.nodes[blocks[b].node].weight_offset <= at);
+            assert_int_equal(block->count, count);
+            assert_int_equal(block->use_count, 1);
+            const pk_node *node = &graph.nodes[block->uses[0].node];
+            assert_int_equal(node->weight_offset + node->tensors[block->uses[0].tensor].first, at);
+            assert_int_equal(block->column, node->layer);
             at += count;
         }
         assert_int_equal(at, graph.parameters);
@@ -595,10 +610,55 @@ static void parameter_tensors_are_listed(void **state)
     }
 }
 
+/* A graph with tied nodes is the same after each allocation of pk_graph_add that fails, and can be added to. */
+static void add_to_a_tied_graph_without_memory(void **state)
+{
+    const pk_shape shape = {1, {3}};
+    const pk_operation *dense = pk_operation_find("dense"), *tanh = pk_operation_find("tanh");
+    double attributes[PK_NODE_ATTRIBUTES];
+    const pk_real constants[2] = {1, 2};
+    fixture_memory memory;
+    pk_context context = {0};
+    pk_graph graph = {0};
+    size_t refused = 0;
+    (void)state;
+    fixture_use(&context, &memory);
+    memcpy(attributes, dense->defaults, sizeof attributes);
+    attributes[PK_DENSE_OUTPUTS] = 3;
+    assert_ok(&context, pk_graph_input(&context, &graph, &shape));
+    for (int last = 0; last < 40; last++) {
+        const pk_operation *operation = last % 3 == 2 ? tanh : dense;
+        const size_t before[] = {graph.node_count, graph.parameters, graph.spread, graph.layers, graph.columns};
+        int number = -1;
+        for (size_t at = 1;; at++, refused++) {
+            memory.allocations = 0;
+            memory.fail_at = at;
+            if (!pk_graph_add_constants(&context, &graph, operation, 1, &last,
+                                        operation == dense ? attributes : NULL, 2, constants, &number))
+                break;
+            const size_t now[] = {graph.node_count, graph.parameters, graph.spread, graph.layers,
+                                  graph.columns};
+            assert_memory_equal(before, now, sizeof now);
+            assert_int_equal(number, -1);
+        }
+        memory.fail_at = 0;
+        assert_int_equal(number, last + 1);
+        if (operation == dense && number > 1)
+            assert_ok(&context, pk_graph_tie(&context, &graph, number, 0, 1, number % 2));
+    }
+    assert_true(refused > 40);
+    assert_int_equal(graph.layers, 27);
+    assert_int_equal(graph.parameters, 9 + 27 * 3);
+    pk_graph_release(&context, &graph);
+    assert_int_equal(context.memory_used, 0);
+    assert_int_equal(memory.held, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(parameter_tensors_are_listed),
+        cmocka_unit_test(add_to_a_tied_graph_without_memory),
         cmocka_unit_test(test_activations),
         cmocka_unit_test(test_networks),
         cmocka_unit_test(test_residual),

@@ -143,6 +143,13 @@ static void test_values_and_gradients(void **state)
         assert_int_equal(t.P, sum);
         const size_t U = untied.parameters, C = t.C, rows = TIED_ROWS * C;
         assert_int_equal(t.graph.spread, U);
+        size_t tensor = 0, uses = 0;
+        for (; tensor < TIED_TENSORS && s->tensors[tensor]; tensor++) {
+            assert_int_equal(t.graph.blocks[tensor].count, s->tensors[tensor]);
+            uses += t.graph.blocks[tensor].use_count;
+        }
+        assert_int_equal(t.graph.block_count, tensor);
+        assert_int_equal(uses, untied.block_count);
         pk_real *copies = FIXTURE_NEW(pk_real, U), *f = FIXTURE_NEW(pk_real, rows),
                 *g = FIXTURE_NEW(pk_real, rows), *jacobian = FIXTURE_NEW(pk_real, rows * t.P),
                 *gram = FIXTURE_NEW(pk_real, rows * rows);

@@ -73,7 +73,7 @@ PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first,
 {
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
-    layer = layer < 0 ? layer : worker->integral.layer[layer].node->column;
+    layer = layer < 0 ? layer : pk__block_of(job->graph, worker->integral.layer[layer].node, 0)->column;
     if (job->output_count == outputs) {
         pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
                       count, tile);

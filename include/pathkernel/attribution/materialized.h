@@ -44,16 +44,13 @@ static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_
     const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
     const double factor = pk__entry_factor(worker, form);
     const size_t weights = node->weight_count;
-    for (int tensor = 0; tensor < 2; tensor++) {
-        const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
-        if (!count)
-            continue;
+    for (int t = 0; t < node->tensor_count; t++) {
+        const size_t count = node->tensors[t].count, at = node->tensors[t].first;
         memset(worker->tensor, 0, part->count * weights * sizeof *worker->tensor);
         for (size_t k = 0; k < part->count; k++)
             memcpy(worker->tensor + k * weights + at, e + k * weights + at, count * sizeof *e);
         pk__multiply_part(worker, part, j, worker->tensor);
-        const pk_node *owner = node->tied[tensor] ? &job->graph->nodes[node->tied[tensor]] : node;
-        pk__add_row(worker, part->row, owner->column, j, factor);
+        pk__add_row(worker, part->row, pk__block_of(job->graph, node, t)->column, j, factor);
     }
 }
 
@@ -160,7 +157,7 @@ PK__PRIVATE void pk__materialized_layers(pk__worker *worker, size_t j, const pk_
                 continue;
             pk__materialized_layer(worker, row, l, j, next);
             if (job->by_layer && !layer[l].node->shares) /* else each of its tensors went to its own column */
-                pk__add_row(worker, row, layer[l].node->column, j, factor);
+                pk__add_row(worker, row, pk__block_of(job->graph, layer[l].node, 0)->column, j, factor);
         }
         if (!job->by_layer)
             pk__add_row(worker, row, -1, j, factor);

@@ -160,7 +160,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
                           job->unit, job->options->bounds, &job->window.representation, &worker->integral);
         pk__product_take(arena, &worker->integral, !job->window.representation.materialised, &worker->product);
         worker->phi = pk__arena_take(arena, largest, real);
-        worker->tensor = pk__arena_take(arena, graph->pieces ? largest : 0, real);
+        worker->tensor = pk__arena_take(arena, graph->tied ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         const size_t blocks = pk__blocks(job->window.largest_batch, PK__EXAMPLE_BLOCK),
                      tile = PK__TILE_LD * real;

@@ -82,24 +82,11 @@ PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, con
         pk__advance_range(part, 0, part->matrix + part->bias, forms, next->carry, p, phi, state, e);
         return;
     }
-    /* With ties: each tensor is in one group, wherever it is used. */
-    for (size_t i = 0; i < job->graph->piece_count; i++) {
-        const pk_tensor_use *piece = &job->graph->pieces[i];
-        const pk_parameter_range *range = groups->range;
-        if (&job->graph->nodes[piece->node] != part->node)
-            continue;
-        while (piece->flat >= range->first + range->count)
-            range++;
-        pk__advance_range(part, piece->spread - part->node->weight_offset, piece->count, &forms[range->group],
-                          next[range->group].carry, p, phi, state, e);
-    }
-    for (size_t r = 0; !job->graph->pieces && r < groups->range_count; r++) {
-        const pk_parameter_range *range = &groups->range[r];
-        size_t first;
-        const size_t count = pk__range_part(range, part->node->weight_offset, part->node->weight_count, &first);
-        if (count)
-            pk__advance_range(part, first, count, &forms[range->group], next[range->group].carry, p, phi, state,
-                              e);
+    for (int t = 0; t < part->node->tensor_count; t++) {
+        const pk_parameter_tensor *tensor = &part->node->tensors[t];
+        const size_t group = groups->tensor[tensor->block];
+        pk__advance_range(part, tensor->first, tensor->count, &forms[group], next[group].carry, p, phi, state,
+                          e);
     }
 }
 
@@ -115,10 +102,10 @@ PK__PRIVATE double pk__dot_own(const pk__part *part, size_t k, const pk_real *e,
 {
     const pk_node *node = part->node;
     double sum = 0;
-    for (int tensor = 0; tensor < 2; tensor++) {
-        const size_t at = tensor ? node->weight_count - node->bias_count : 0;
-        if (!node->tied[tensor])
-            sum += (double)pk__dot(pk__tensor_count(node, tensor), e + k * part->matrix + at,
+    for (int t = 0; t < node->tensor_count; t++) {
+        const size_t at = node->tensors[t].first;
+        if (!node->tensors[t].tied)
+            sum += (double)pk__dot(node->tensors[t].count, e + k * part->matrix + at,
                                    weights + node->weight_offset + at);
     }
     return sum;

@@ -93,7 +93,6 @@ typedef struct pk__sensing {
     pk_linear_form *forms;    /* (S + 1) x (1 + groups) */
     int64_t *items;           /* of a block of the batch */
     size_t *column;           /* of each tensor */
-    pk_weight_block *blocks;
     size_t block_count;
     double *total; /* D: sum_s dPhi_s/dx D_s */
 } pk__sensing;
@@ -122,7 +121,6 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->preconditioners = pk__arena_take(arena, pk__sensing_adapts(run) ? wide : 0, real);
     m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
     m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
-    m->blocks = pk__arena_take(arena, m->block_count, sizeof *m->blocks);
     m->total = pk__arena_take(arena, D, sizeof(double));
 }
 
@@ -197,10 +195,10 @@ static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
             return status;
         /* Without layers all tensors at once, else one after the other. */
         for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
-            const size_t offset = m->options->by_layer ? m->blocks[b].offset : 0;
-            const size_t width = m->options->by_layer ? m->blocks[b].count : P;
+            const size_t offset = m->options->by_layer ? run->graph.blocks[b].first : 0;
+            const size_t width = m->options->by_layer ? run->graph.blocks[b].count : P;
             double *layer = m->options->by_layer
-                                ? out->by_layer + (size_t)run->graph.nodes[m->blocks[b].node].column * N * D
+                                ? out->by_layer + (size_t)run->graph.blocks[b].column * N * D
                                 : NULL;
             pk__gemm(0, 1, D, count, width, 1, m->left + offset, P, m->gradients + offset, P, 0, m->products,
                      count);
@@ -353,7 +351,7 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
     void *block = NULL;
     memset(&m, 0, sizeof m);
     m.context = context, m.run = run, m.options = options, m.out = out, m.input = input;
-    m.block_count = pk_graph_blocks(&run->graph, NULL, 0);
+    m.block_count = run->graph.block_count;
     out->examples = run->examples, out->inputs = run->graph.input_width, out->steps = run->steps;
     out->layers = run->graph.columns;
     status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
@@ -371,7 +369,6 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
         if (!status) {
             pk__arena arena = {block, measured.used, 0, 0};
             pk__sensing_take(&arena, &m);
-            (void)pk_graph_blocks(&run->graph, m.blocks, m.block_count);
             status = pk__sensing_run(&m);
         }
         if (!status)

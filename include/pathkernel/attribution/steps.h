@@ -177,7 +177,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->use_remainder = window->remainder;
     window->use_preconditioner = window->preconditioner;
     window->use_preconditioner_error = window->preconditioner_error;
-    if (graph->pieces) {
+    if (graph->tied) {
         window->use_weights = pk__arena_take(arena, spread, real);
         window->use_direction = pk__arena_take(arena, spread, real);
         window->use_remainder = pk__arena_take(arena, spread, real);
@@ -192,7 +192,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
     window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
     window->use_decayed = window->decayed;
-    if (graph->pieces && window->form_count > 1)
+    if (graph->tied && window->form_count > 1)
         window->use_decayed = pk__arena_take(arena, spread, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
@@ -249,7 +249,7 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
-        if (graph->pieces) {
+        if (graph->tied) {
             pk_graph_spread(graph, from, window->use_weights + j * U);
             if (!advance)
                 pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
@@ -297,7 +297,7 @@ static void pk__fill_window(pk_context *context, pk__window *window)
                                   window->perturbed_weights + j * U, &run->train, &window->batches[j],
                                   b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
-        if (run->graph.pieces)
+        if (run->graph.tied)
             pk_graph_gather(&run->graph, gradient, gradient);
         window->seconds[thread] += pk__seconds() - start;
     }
@@ -435,7 +435,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     pk_real *error = window->preconditioner_error + j * window->pitch;
     memset(sizes, 0, window->spread * sizeof *sizes);
     pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
-    if (run->graph.pieces)
+    if (run->graph.tied)
         pk_graph_gather(&run->graph, sizes, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
@@ -522,7 +522,7 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
-    if (!advance && window->run->graph.pieces)
+    if (!advance && window->run->graph.tied)
         pk__spread_updates(window);
     if (!advance && window->moved_weights)
         pk__move_examples(context, window);

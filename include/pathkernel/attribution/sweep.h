@@ -41,7 +41,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
-    if (graph->pieces)
+    if (graph->tied)
         pk_graph_spread(graph, job->window.weights, job->window.use_weights);
     const pk__line line = {job->window.use_weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);

@@ -156,7 +156,7 @@ static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape 
 static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
 {
     size_t numbers = 0;
-    if (!gram->graph->pieces)
+    if (!gram->graph->tied)
         return NULL;
     if (!pk__multiply(gram->outputs + 1, gram->graph->spread, &numbers))
         arena->overflow = 1;
@@ -559,6 +559,15 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
 
 /* ---- how it is cut ------------------------------------------------------------------------------------- */
 
+/* The column of by_layer that a node's own weight blocks belong to; -1: all of its tensors are others'. */
+static int pk__gram_column(const pk_graph *graph, const pk_node *node)
+{
+    for (int t = 0; t < node->tensor_count; t++)
+        if (!node->tensors[t].tied)
+            return pk__block_of(graph, node, t)->column;
+    return -1;
+}
+
 /* The form of a layer, by flops a pair of rows. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
 {
@@ -571,7 +580,7 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
     const double factored =
         places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
-    layer->column = node->column;
+    layer->column = pk__gram_column(gram->graph, node);
     layer->form = outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
                   : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
                                                                                  : PK__GRAM_ROWS;
@@ -592,21 +601,21 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     }
 }
 
-/* With ties: the tensors that a layer brings into w stand side by side there. */
+/* With ties: the blocks that a layer brings into w stand side by side there. */
 static void pk__gram_plan_column(const pk__gram *gram, pk__gram_layer *layer)
 {
     const pk_graph *graph = gram->graph;
     const size_t group = gram->outputs / gram->kept;
     size_t count = 0;
     layer->offset = SIZE_MAX;
-    for (size_t i = 0; i < graph->piece_count; i++) {
-        const pk_tensor_use *piece = &graph->pieces[i];
-        if (piece->node != piece->owner || &graph->nodes[piece->node] != layer->node)
+    layer->column = pk__gram_column(graph, layer->node);
+    for (size_t b = 0; b < graph->block_count; b++) {
+        const pk_weight_block *block = &graph->blocks[b];
+        if (block->column != layer->column)
             continue;
-        layer->offset = pk__min(layer->offset, piece->flat);
-        count += piece->count;
+        layer->offset = pk__min(layer->offset, block->first);
+        count += block->count;
     }
-    layer->column = layer->node->column;
     layer->node = NULL;
     layer->form = PK__GRAM_ROWS;
     layer->right = count * gram->outputs;
@@ -636,7 +645,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
         gram->sweep /= 2;
     gram->part = gram->sweep;
-    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
+    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / 4 / gram->part))
         gram->part /= 2;
     gram->together = all <= gram->sweep && !gram->two_points;
     gram->unit = pk__max(gram->tile, gram->sweep);
@@ -645,9 +654,9 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     for (size_t l = 0; l < graph->layers; l++) {
         pk__gram_layer *layer = &gram->layer[gram->layers];
         layer->node = pk_graph_layer(graph, l);
-        if (graph->pieces && layer->node->column < 0)
+        if (graph->tied && pk__gram_column(graph, layer->node) < 0)
             continue;
-        if (graph->pieces)
+        if (graph->tied)
             pk__gram_plan_column(gram, layer);
         else
             pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
@@ -655,7 +664,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         layer->right_at = gram->numbers + layer->left;
         gram->numbers = layer->right_at + layer->right;
         gram->layers++;
-        if (graph->pieces)
+        if (graph->tied)
             continue;
         const size_t pairs = layer->places * layer->examples * layer->node->positions;
         gram->left = pk__max(gram->left, pairs);
@@ -824,9 +833,9 @@ static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real *
         sides[s].weights = sides[s].of->weights;
         sides[s].direction = sides[s].of->direction;
     }
-    if (graph->pieces)
+    if (graph->tied)
         status = pk_allocate(gram->context, graph->spread, 4 * sizeof **memory, gram->name, memory);
-    for (int s = 0; !status && graph->pieces && s < 2; s++) {
+    for (int s = 0; !status && graph->tied && s < 2; s++) {
         pk_real *own = *memory + (size_t)(2 * s) * graph->spread;
         pk_graph_spread(graph, sides[s].weights, own);
         sides[s].weights = own;

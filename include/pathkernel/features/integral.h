@@ -55,36 +55,33 @@ PK__BEGIN_CODE
 
 /* ---- the points of a step --------------------------------------------------------------------------------- */
 
-/* Element i of a tensor, in the order in which it stands in w, is element pk__use_index of a use. */
-static size_t pk__use_index(const pk_tensor_use *use, size_t i)
+/* Element i of a weight block is element pk__use_index of a tensor that uses it. */
+static size_t pk__use_index(const pk_parameter_tensor *tensor, size_t i)
 {
-    return use->rows ? i % use->rows * use->cols + i / use->rows : i;
+    const size_t rows = tensor->shape.dims[0], cols = tensor->shape.dims[1];
+    return tensor->transposed ? i % rows * cols + i / rows : i;
 }
 
-/* Sums over the uses of the tensor that `owner` brings into w, in all of them: of Phi, or of its error. */
-static void pk__share_tensor(const pk__integral *integral, const pk_tensor_use *owner, int error)
+/* Sums over the uses of a weight block, in all of them: of Phi, or of its error. */
+static void pk__share_block(const pk__integral *integral, const pk_weight_block *block, int error)
 {
-    const pk_graph *graph = integral->graph;
-    const pk_tensor_use *end = graph->pieces + graph->piece_count;
-    const pk_node *own = &graph->nodes[owner->node];
+    const pk_node *nodes = integral->graph->nodes, *own = &nodes[block->uses[0].node];
     const size_t cells = integral->rows * integral->output_capacity,
-                 own_at = owner->spread - own->weight_offset;
+                 own_at = own->tensors[block->uses[0].tensor].first;
     for (int back = 0; back < 2; back++)
-        for (const pk_tensor_use *use = owner + 1; use < end; use++) {
-            const pk_node *node = &graph->nodes[use->node];
-            const size_t at = use->spread - node->weight_offset;
+        for (size_t u = 1; u < block->use_count; u++) {
+            const pk_node *node = &nodes[block->uses[u].node];
+            const pk_parameter_tensor *tensor = &node->tensors[block->uses[u].tensor];
             pk_real *sums = error ? integral->layer[own->layer].size : integral->layer[own->layer].phi;
             pk_real *ones = error ? integral->layer[node->layer].size : integral->layer[node->layer].phi;
-            if (use->flat != owner->flat)
-                continue;
             for (size_t cell = 0; cell < cells; cell++) {
                 pk_real *sum = sums + cell * own->weight_count + own_at;
-                pk_real *one = ones + cell * node->weight_count + at;
-                for (size_t i = 0; i < use->count; i++)
+                pk_real *one = ones + cell * node->weight_count + tensor->first;
+                for (size_t i = 0; i < block->count; i++)
                     if (back)
-                        one[pk__use_index(use, i)] = sum[i];
+                        one[pk__use_index(tensor, i)] = sum[i];
                     else
-                        sum[i] += one[pk__use_index(use, i)];
+                        sum[i] += one[pk__use_index(tensor, i)];
             }
         }
 }
@@ -94,12 +91,10 @@ static void pk__share_tensor(const pk__integral *integral, const pk_tensor_use *
 static void pk__share_tensors(pk__integral *integral)
 {
     const pk_graph *graph = integral->graph;
-    for (const pk_tensor_use *use = graph->pieces; use < graph->pieces + graph->piece_count; use++) {
-        if (use->owner != use->node || !graph->nodes[use->node].shares)
-            continue;
-        pk__share_tensor(integral, use, 0);
+    for (size_t b = 0; b < graph->block_count; b++) {
+        pk__share_block(integral, &graph->blocks[b], 0);
         if (integral->bounds)
-            pk__share_tensor(integral, use, 1);
+            pk__share_block(integral, &graph->blocks[b], 1);
     }
 }
 
@@ -231,7 +226,7 @@ PK__INTERNAL void pk__integral_end(pk__integral *integral)
         for (size_t i = 0; i < chosen * layer->node->weight_count; i++)
             layer->size[i] += (pk_real)(2 * fabs(layer->check[i]));
     }
-    if (integral->graph->pieces)
+    if (integral->graph->tied)
         pk__share_tensors(integral);
 }
 

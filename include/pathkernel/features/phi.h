@@ -156,8 +156,8 @@ PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_
                       0, &phi->segment);
         pk__pieces_take(arena, 1, &phi->from);
         pk__pieces_take(arena, phi->piece_capacity, &phi->pieces);
-        phi->use_weights = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
-        phi->use_direction = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
+        phi->use_weights = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
+        phi->use_direction = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
     }
     if (!mixed)
         return;
@@ -314,7 +314,7 @@ static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix input
 {
     const pk_graph *graph = phi->graph;
     const pk_real *weights = phi->w, *direction = phi->direction;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, phi->w, phi->use_weights);
         pk_graph_spread(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
@@ -366,7 +366,7 @@ static void pk__step_integral_forward(pk__step_integral *phi, double t, size_t r
     const pk_graph *graph = phi->graph;
     pk__step_point(graph->parameters, phi->w, phi->next, t, phi->at);
     const pk_real *weights = phi->at;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, phi->at, phi->use_weights);
         weights = phi->use_weights;
     }
@@ -394,7 +394,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     pk__step_integral_switches(phi, 0, 0, phi->after);
     pk__step_integral_forward(phi, t, D, phi->copies);
     const pk_real *weights = phi->at, *direction = phi->direction;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }

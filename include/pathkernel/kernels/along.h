@@ -89,7 +89,7 @@ static void pk__along_take(pk__arena *arena, pk__along *along)
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
     along->at = pk__arena_take(arena, P, sizeof(pk_real));
     along->spread =
-        along->graph->pieces ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
+        along->graph->tied ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
@@ -127,7 +127,7 @@ PK__INTERNAL void pk__along_begin(pk__along *along)
     const pk_graph *graph = along->graph;
     for (size_t p = 0; p < graph->parameters; p++)
         along->direction[p] = (pk_real)((double)along->next[p] - along->w[p]);
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, along->w, along->spread);
         pk_graph_spread(graph, along->direction, along->spread + graph->spread);
     }
@@ -323,8 +323,8 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
     pk_status status = PK_OK;
     for (size_t r = 0; r < count; r++)
         pk__pieces_push(&from, r, a, b);
-    pk__path_begin(&rows->path, graph->pieces ? along->spread : along->w,
-                   graph->pieces ? along->spread + graph->spread : along->direction, NULL, count,
+    pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                   graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
                    inputs->data + first * inputs->ld);
     if (!pk__path_split(&rows->path, &from, &rows->found)) {
         if (count > 1) {
@@ -407,8 +407,8 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     for (size_t r = 0; !status && r < count; r++) {
         pk_real t[PK__ALONG_ORDER + 1];
         size_t zero[PK__ALONG_ORDER + 1] = {0};
-        pk__path_begin(&rows->path, graph->pieces ? along->spread : along->w,
-                       graph->pieces ? along->spread + graph->spread : along->direction, NULL, 1,
+        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
                        inputs->data + r * inputs->ld);
         t[0] = 0, t[1] = 1;
         pk__path_forward(&rows->path, 2, zero, t);

@@ -329,7 +329,7 @@ static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
     *part = pk__arena_take(arena, PK__FED_ROWS, PK__FED_ROWS * sizeof(pk_real));
-    *spread = graph->pieces ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
+    *spread = graph->tied ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
 }
 
 /* block = the Gram matrix of what is fed to layers at w. */

@@ -283,8 +283,7 @@ static const pk_operation pk__dense_operations[] = {
      NULL,
      0,
      NULL,
-     pk__dense_initialize,
-     NULL},
+     pk__dense_initialize},
 };
 
 PK__END_CODE

@@ -198,7 +198,7 @@ static const pk_option pk__scale_option[] = {
 #name, kind, PK_TANGENT_NONE, 1, options,                                                              \
             {value, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, pk__same_shape, pk__one_row_scratch,        \
              pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1, \
-             curvature, NULL, 0, NULL, NULL, NULL                                                              \
+             curvature, NULL, 0, NULL, NULL                                                                    \
     }
 #define PK__SMOOTH_OPERATION(name, options, value) \
     PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)

@@ -1,7 +1,9 @@
 /* pathkernel/network/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
- * tangent rules. Weights are one flat vector w of P numbers.
+ * tangent rules. Weights are one flat vector w of P numbers, which consists of weight blocks: a block is a range of w with
+ * a shape and the list of its uses, that is of the parameter tensors of nodes that read it. Parameter groups, tied
+ * weights and the columns of by_layer are properties of blocks.
  *
- * Where layers share a tensor, each node still works on its own numbers, one after the other in a spread vector E w of
+ * Where a block has several uses, each node still works on its own numbers, one after the other in a spread vector E w of
  * copies and transposes: f(w) = F(E w), and the gradient with respect to w is E^T that of F. Without ties E is the
  * identity, and nothing is copied.
  */
@@ -18,7 +20,7 @@ enum {
     PK_SHAPE_RANK = 4,
     PK_NODE_INPUTS = 4,
     PK_NODE_ATTRIBUTES = 16,
-    PK_NODE_BLOCKS = 4,
+    PK_NODE_TENSORS = 4,
     PK_CONSTANT_NAME = 32
 };
 
@@ -66,12 +68,26 @@ typedef struct pk_option {
 struct pk_operation;
 struct pk_graph;
 
-/* A parameter tensor, as PyTorch counts them (each weight and each bias is one): a range of w and its shape. */
+/* A parameter tensor of a node, as PyTorch counts them: each weight and each bias is one. */
+typedef struct pk_parameter_tensor {
+    pk_shape shape;
+    size_t first, count; /* a range of the node's weights */
+    int tied;            /* the earlier node whose tensor of the same number it is; 0: its own */
+    int transposed;      /* it is the transpose of that node's */
+    size_t block;        /* its number in graph->blocks */
+} pk_parameter_tensor;
+
+typedef struct pk_weight_use {
+    int node, tensor; /* graph->nodes[node].tensors[tensor] */
+} pk_weight_use;
+
+/* A range of w, its shape and what uses it. The blocks are numbered in the order of w, which they fill. */
 typedef struct pk_weight_block {
-    size_t offset, count;
-    int rank;
-    size_t dims[PK_SHAPE_RANK];
-    int node; /* whose weights it holds */
+    size_t first, count;
+    pk_shape shape; /* that of its first use; others may use the transpose */
+    int column;     /* of by_layer: one for each node that is the first to use a block */
+    size_t use_count;
+    pk_weight_use *uses; /* in the order of the nodes; the first one gives it its initial values */
 } pk_weight_block;
 
 typedef struct pk_node {
@@ -81,13 +97,9 @@ typedef struct pk_node {
     pk_shape shape;
     size_t width;
     size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
-    size_t
-        bias_count; /* of these, the last ones: a second tensor, the bias; set by the shape rule, if not PK_TANGENT_OUTER */
-    pk_shape weight_shape; /* of the first tensor; the shape rule's, or fan_out x fan_in, or their number */
-    int tied[2];           /* the node whose weight, bias this one's is; 0: its own */
-    int tied_transposed;   /* the weight is the transpose of that node's */
-    int shares;            /* some tensor is used by another node, too */
-    int column;            /* among the nodes that have tensors of their own in w; -1: it has none */
+    int tensor_count;
+    pk_parameter_tensor tensors[PK_NODE_TENSORS]; /* all of its weights, one after the other */
+    int shares;                         /* another node uses one of its blocks, too */
     double attributes[PK_NODE_ATTRIBUTES];
     pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
     int constants_shared;                    /* they are an earlier node's */
@@ -139,7 +151,8 @@ typedef struct pk_operation {
     double defaults[PK_NODE_ATTRIBUTES];
     /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
      * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width, and unfolds = 0
-     * where unfold would only copy in[0].
+     * where unfold would only copy in[0]. It may set tensor_count and the shapes of the tensors that the weights consist of;
+     * else they are a matrix (fan_out, fan_in) and perhaps a bias (fan_out) where that is their number, or one vector.
      * NULL: the first input's shape, no weights. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
@@ -164,26 +177,18 @@ typedef struct pk_operation {
     pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
     /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
-    /* The parameter tensors of a node with weights, in their order: rank and dims of each, at most PK_NODE_BLOCKS; how many.
-     * NULL: a matrix (fan_out, fan_in) and perhaps a bias (fan_out) where these are set, else one tensor. */
-    size_t (*blocks)(const pk_node *node, pk_weight_block *blocks);
 } pk_operation;
-
-/* A tensor of a node: its place in the spread vector, and in w. */
-typedef struct pk_tensor_use {
-    size_t spread, flat, count;
-    size_t rows, cols; /* of the spread one, where it is the transpose of the flat one; else 0 */
-    int node, owner;   /* the node, and the one that brings the tensor into w */
-} pk_tensor_use;
 
 typedef struct pk_graph {
     size_t node_count, node_capacity;
     pk_node *nodes;    /* in topological order; nodes[0] is the input, the last one the output */
     size_t parameters; /* P, of w */
     size_t spread;     /* of the spread vector: the sum of the nodes' weight_count */
-    size_t columns;    /* nodes that have tensors of their own in w */
-    size_t piece_count;
-    pk_tensor_use *pieces; /* in the order of the spread vector; NULL: no tensor is shared; owned */
+    size_t columns;    /* of by_layer: nodes that are the first to use a block */
+    size_t block_count, use_count, tensor_capacity;
+    pk_weight_block *blocks; /* owned */
+    pk_weight_use *uses;     /* of all blocks; owned */
+    int tied;                /* some block has several uses */
     size_t layers, input_width, output_width, widest;
     pk_shape input_shape;
     int degree;    /* of the output in t along a line, -1: not polynomial */
@@ -212,7 +217,7 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
                                                      size_t constant_count, const pk_real *constants,
                                                      int *node);
 /* Lets a tensor (0: weight, 1: bias) of the node that was added last be that of an earlier node, of the same shape, or, for a
- * transposed weight, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
+ * transposed matrix, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
 PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor,
                                            int other, int transposed);
 /* spread (graph->spread) = E flat (graph->parameters). */
@@ -225,9 +230,6 @@ PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const p
                                                     const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
-/* The parameter tensors, numbered in the order of w: the first `capacity` of them are written (blocks may be NULL where
- * capacity is 0); how many there are. Together they are all of w. */
-PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
 
 PK__END_C
@@ -372,13 +374,44 @@ static pk_status pk__check_node(pk_context *context, const pk_graph *graph, cons
     return PK_OK;
 }
 
+/* Room for the blocks and uses of one node more. */
+static pk_status pk__graph_grow_blocks(pk_context *context, pk_graph *graph)
+{
+    const size_t needed = graph->use_count + PK_NODE_TENSORS,
+                 capacity = pk__max(2 * graph->tensor_capacity, 16);
+    pk_weight_block *blocks = NULL;
+    pk_weight_use *uses = NULL;
+    if (needed <= graph->tensor_capacity)
+        return PK_OK;
+    pk_status status = pk_allocate(context, capacity, sizeof *blocks, "the graph's weight blocks", &blocks);
+    if (!status)
+        status = pk_allocate(context, capacity, sizeof *uses, "the uses of weight blocks", &uses);
+    if (status) {
+        pk_release(context, blocks);
+        return status;
+    }
+    if (graph->use_count) {
+        memcpy(blocks, graph->blocks, graph->block_count * sizeof *blocks);
+        memcpy(uses, graph->uses, graph->use_count * sizeof *uses);
+        for (size_t b = 0; b < graph->block_count; b++)
+            blocks[b].uses = uses + (graph->blocks[b].uses - graph->uses);
+    }
+    pk_release(context, graph->blocks);
+    pk_release(context, graph->uses);
+    graph->blocks = blocks;
+    graph->uses = uses;
+    graph->tensor_capacity = capacity;
+    return PK_OK;
+}
+
 static pk_status pk__graph_grow(pk_context *context, pk_graph *graph)
 {
-    if (graph->node_count < graph->node_capacity)
-        return PK_OK;
+    pk_status status = pk__graph_grow_blocks(context, graph);
+    if (status || graph->node_count < graph->node_capacity)
+        return status;
     size_t capacity = graph->node_capacity ? 2 * graph->node_capacity : 16;
     pk_node *nodes = NULL;
-    pk_status status = pk_allocate(context, capacity, sizeof *nodes, "the graph's nodes", &nodes);
+    status = pk_allocate(context, capacity, sizeof *nodes, "the graph's nodes", &nodes);
     if (status)
         return status;
     if (graph->node_count)
@@ -461,26 +494,56 @@ static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_nod
     return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
 }
 
-/* The tensors of a node, as far as its shape rule did not say. */
-static void pk__node_tensors(pk_node *node)
+/* Declares the next tensor of a node. */
+PK__PRIVATE void pk__node_tensor(pk_node *node, int rank, size_t first, size_t second)
 {
-    if (node->tangent_form == PK_TANGENT_OUTER)
-        node->bias_count = node->weight_count - node->fan_in * node->fan_out;
-    if (node->weight_shape.rank)
-        return;
-    node->weight_shape.rank = node->tangent_form == PK_TANGENT_OUTER ? 2 : 1;
-    node->weight_shape.dims[0] =
-        node->tangent_form == PK_TANGENT_OUTER ? node->fan_out : node->weight_count - node->bias_count;
-    node->weight_shape.dims[1] = node->fan_in;
+    pk_shape *shape = &node->tensors[node->tensor_count++].shape;
+    shape->rank = rank;
+    shape->dims[0] = first;
+    shape->dims[1] = second;
 }
 
-/* Numbers of the weight (0) or bias (1) of a node. */
-static size_t pk__tensor_count(const pk_node *node, int tensor)
+/* Lays out the tensors of a node with weights; those that its shape rule did not declare are the usual ones. */
+static pk_status pk__node_tensors(pk_context *context, pk_node *node)
 {
-    return tensor ? node->bias_count : node->weight_count - node->bias_count;
+    const char *name = node->operation->name;
+    const size_t matrix = node->fan_out * node->fan_in;
+    size_t first = 0;
+    if (!node->weight_count)
+        return PK_OK;
+    if (!node->tensor_count && matrix &&
+        (node->weight_count == matrix || node->weight_count - matrix == node->fan_out)) {
+        pk__node_tensor(node, 2, node->fan_out, node->fan_in);
+        if (node->weight_count > matrix)
+            pk__node_tensor(node, 1, node->fan_out, 0);
+    }
+    if (!node->tensor_count)
+        pk__node_tensor(node, 1, node->weight_count, 0);
+    if (node->tensor_count < 0 || node->tensor_count > PK_NODE_TENSORS)
+        return pk__fail(context, PK_ARGUMENT, "the operation %s: %d parameter tensors; 1 to %d are possible",
+                        name, node->tensor_count, PK_NODE_TENSORS);
+    for (int t = 0; t < node->tensor_count; t++) {
+        pk_parameter_tensor *tensor = &node->tensors[t];
+        pk_status status = pk__shape_width(context, &tensor->shape, &tensor->count);
+        if (status)
+            return status;
+        tensor->first = first;
+        first += tensor->count;
+    }
+    return first == node->weight_count
+               ? PK_OK
+               : pk__fail(context, PK_SHAPE,
+                          "the operation %s: its parameter tensors have %zu numbers, it has %zu weights", name,
+                          first, node->weight_count);
 }
 
-/* pk_graph_add_constants without pk__graph_analyse, which takes a time that grows with the graph. like: NULL, or an earlier
+/* The weight block of a node's tensor. */
+PK__PRIVATE const pk_weight_block *pk__block_of(const pk_graph *graph, const pk_node *node, int tensor)
+{
+    return &graph->blocks[node->tensors[tensor].block];
+}
+
+/* pk_graph_add_constants without pk__graph_analyse and pk__graph_list, which take a time that grows with the graph. like: NULL, or an earlier
  * node that has the same constants, which are shared then. */
 PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
                                        int input_count, const int *inputs, const double *attributes,
@@ -526,10 +589,12 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (!status)
         status = pk__check_node(context, graph, &node);
-    if (!status)
-        status = pk__graph_grow(context, graph);
     if (!status && node.weight_count > SIZE_MAX / 4096 - graph->spread)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
+    if (!status)
+        status = pk__node_tensors(context, &node);
+    if (!status)
+        status = pk__graph_grow(context, graph);
     if (!status && constant_count && !like) {
         status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
         if (!status)
@@ -537,14 +602,11 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (status)
         return status;
-    node.column = -1;
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
         node.weight_offset = graph->spread;
-        node.column = (int)graph->columns++;
         graph->spread += node.weight_count;
-        graph->parameters += node.weight_count;
-        pk__node_tensors(&node);
+        graph->use_count += (size_t)node.tensor_count;
     }
     pk__node_analyse(graph, &node);
     if (number)
@@ -553,58 +615,48 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     return PK_OK;
 }
 
-/* Computes from the nodes' ties: the list of tensors, the number of parameters P, and the columns of by_layer. */
-PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
+/* Lists the weight blocks and their uses, from the tensors of the nodes and their ties; there is room for them. */
+PK__PRIVATE void pk__graph_list(pk_graph *graph)
 {
-    size_t shared = 0, count = 0;
+    graph->parameters = graph->columns = graph->block_count = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const size_t before = graph->block_count;
+        for (int t = 0; t < graph->nodes[n].tensor_count; t++) {
+            pk_parameter_tensor *tensor = &graph->nodes[n].tensors[t];
+            if (tensor->tied) {
+                tensor->block = graph->nodes[tensor->tied].tensors[t].block;
+                graph->blocks[tensor->block].use_count++;
+                continue;
+            }
+            pk_weight_block *block = &graph->blocks[tensor->block = graph->block_count++];
+            block->first = graph->parameters;
+            block->count = tensor->count;
+            block->shape = tensor->shape;
+            block->column = (int)graph->columns;
+            block->use_count = 1;
+            graph->parameters += tensor->count;
+        }
+        graph->columns += graph->block_count > before;
+    }
+    graph->tied = graph->block_count < graph->use_count;
+    pk_weight_use *next = graph->uses;
+    for (size_t b = 0; b < graph->block_count; b++) {
+        graph->blocks[b].uses = next;
+        next += graph->blocks[b].use_count;
+        graph->blocks[b].use_count = 0; /* counts up again */
+    }
     for (size_t n = 1; n < graph->node_count; n++)
-        shared += (graph->nodes[n].tied[0] || graph->nodes[n].tied[1]);
-    if (!shared)
-        return PK_OK;
-    pk_tensor_use *pieces = NULL;
-    pk_status status = pk_allocate(context, 2 * graph->layers, sizeof *pieces, "the graph's tensors", &pieces);
-    if (status)
-        return status;
-    for (size_t n = 1; n < graph->node_count; n++)
-        graph->nodes[n].shares = 0;
-    graph->parameters = graph->columns = 0;
+        for (int t = 0; t < graph->nodes[n].tensor_count; t++) {
+            pk_weight_block *block = &graph->blocks[graph->nodes[n].tensors[t].block];
+            const pk_weight_use use = {(int)n, t};
+            block->uses[block->use_count++] = use;
+        }
     for (size_t n = 1; n < graph->node_count; n++) {
         pk_node *node = &graph->nodes[n];
-        const size_t before = graph->parameters;
-        for (int tensor = 0; tensor < 2; tensor++) {
-            const size_t numbers = pk__tensor_count(node, tensor);
-            if (!numbers) /* behind the last tensor there may be no room */
-                continue;
-            pk_tensor_use *piece = &pieces[count++];
-            memset(piece, 0, sizeof *piece);
-            piece->count = numbers;
-            piece->spread = node->weight_offset + (tensor ? node->weight_count - node->bias_count : 0);
-            piece->node = piece->owner = (int)n;
-            piece->flat = graph->parameters;
-            if (!node->tied[tensor]) {
-                graph->parameters += piece->count;
-                continue;
-            }
-            piece->owner = node->tied[tensor];
-            node->shares = graph->nodes[piece->owner].shares = 1;
-            const pk_node *owner = &graph->nodes[piece->owner];
-            const size_t at = owner->weight_offset + (tensor ? owner->weight_count - owner->bias_count : 0);
-            size_t of = 0;
-            while (pieces[of].spread != at)
-                of++;
-            piece->flat = pieces[of].flat;
-            if (!tensor && node->tied_transposed) {
-                piece->rows = node->weight_shape.dims[0];
-                piece->cols = node->weight_shape.dims[1];
-            }
-        }
-        if (node->weight_count)
-            node->column = graph->parameters > before ? (int)graph->columns++ : -1;
+        node->shares = 0;
+        for (int t = 0; t < node->tensor_count; t++)
+            node->shares |= pk__block_of(graph, node, t)->use_count > 1;
     }
-    pk_release(context, graph->pieces);
-    graph->pieces = pieces;
-    graph->piece_count = count;
-    return PK_OK;
 }
 
 PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -613,11 +665,11 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
 {
     pk_status status = pk__graph_append(context, graph, operation, input_count, inputs, attributes,
                                         constant_count, constants, NULL, number);
-    if (!status)
-        status = pk__graph_pieces(context, graph);
-    if (!status)
-        pk__graph_analyse(graph);
-    return status;
+    if (status)
+        return status;
+    pk__graph_list(graph);
+    pk__graph_analyse(graph);
+    return PK_OK;
 }
 
 PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -630,39 +682,35 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
 PK__PRIVATE pk_status pk__tie(pk_context *context, pk_graph *graph, int number, int tensor, int other,
                               int transposed, const char *name)
 {
-    static const char *const tensors[2] = {"weight", "bias"};
+    static const char *const words[PK_NODE_TENSORS] = {"weight", "bias", "third tensor", "fourth tensor"};
     char own[PK_SHAPE_TEXT], its[PK_SHAPE_TEXT];
-    if (tensor < 0 || tensor > 1 || other < 1 || other >= number || (size_t)number + 1 > graph->node_count)
+    if (tensor < 0 || tensor >= PK_NODE_TENSORS || other < 1 || other >= number ||
+        (size_t)number + 1 > graph->node_count)
         return pk__fail(context, PK_ARGUMENT,
                         "node %d of %zu cannot share tensor %d of node %d: an earlier node's "
                         "weight (0) or bias (1) can be shared",
                         number, graph->node_count, tensor, other);
     pk_node *node = &graph->nodes[number];
     const pk_node *owner = &graph->nodes[other];
-    const size_t count = pk__tensor_count(node, tensor);
-    if (!count || !pk__tensor_count(owner, tensor))
+    if (tensor >= node->tensor_count || tensor >= owner->tensor_count)
         return pk__fail(context, PK_ARGUMENT, "%s: %s has no %s to share", name,
-                        count ? owner->operation->name : node->operation->name, tensors[tensor]);
-    pk_shape a = node->weight_shape, b = owner->weight_shape;
-    if (tensor) {
-        a.rank = b.rank = 1;
-        a.dims[0] = node->bias_count;
-        b.dims[0] = owner->bias_count;
-    }
-    if (transposed && (tensor || a.rank != 2 || b.rank != 2))
+                        tensor < node->tensor_count ? owner->operation->name : node->operation->name,
+                        words[tensor]);
+    const pk_parameter_tensor *to = &owner->tensors[tensor];
+    const pk_shape *a = &node->tensors[tensor].shape, *b = &to->shape;
+    if (transposed && (a->rank != 2 || b->rank != 2))
         return pk__fail(context, PK_SHAPE, "%s: a %s of shape %s has no transpose: only matrices have", name,
-                        tensors[tensor], pk_shape_text(&b, its));
-    int same = a.rank == b.rank;
-    for (int i = 0; same && i < a.rank; i++)
-        same = a.dims[i] == b.dims[transposed ? 1 - i : i];
+                        words[tensor], pk_shape_text(b, its));
+    int same = a->rank == b->rank;
+    for (int i = 0; same && i < a->rank; i++)
+        same = a->dims[i] == b->dims[transposed ? 1 - i : i];
     if (!same)
         return pk__fail(context, PK_SHAPE,
                         "%s: its %s has the shape %s, that of the %s which it shares is %s%s", name,
-                        tensors[tensor], pk_shape_text(&a, own), owner->operation->name, pk_shape_text(&b, its),
+                        words[tensor], pk_shape_text(a, own), owner->operation->name, pk_shape_text(b, its),
                         transposed ? ", and transposed they must agree" : "");
-    node->tied[tensor] = owner->tied[tensor] ? owner->tied[tensor] : other;
-    if (!tensor)
-        node->tied_transposed = transposed ^ (owner->tied[0] ? owner->tied_transposed : 0);
+    node->tensors[tensor].tied = to->tied ? to->tied : other;
+    node->tensors[tensor].transposed = transposed ^ to->transposed;
     return PK_OK;
 }
 
@@ -671,49 +719,55 @@ PK_API pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, in
 {
     if (!graph || !graph->node_count || (size_t)node + 1 != graph->node_count || graph->nodes[node].layer < 0)
         return pk__fail(context, PK_ARGUMENT, "only the node that was added last, with weights, can be tied");
-    if (tensor >= 0 && tensor < 2 && graph->nodes[node].tied[tensor])
+    if (tensor >= 0 && tensor < PK_NODE_TENSORS && graph->nodes[node].tensors[tensor].tied)
         return pk__fail(context, PK_ARGUMENT, "node %d is tied already", node);
-    const pk_node before = graph->nodes[node];
-    pk_status status = pk__tie(context, graph, node, tensor, other, transposed != 0, before.operation->name);
+    pk_status status =
+        pk__tie(context, graph, node, tensor, other, transposed != 0, graph->nodes[node].operation->name);
     if (!status)
-        status = pk__graph_pieces(context, graph);
-    if (status)
-        graph->nodes[node] = before;
+        pk__graph_list(graph);
     return status;
 }
 
 PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread)
 {
-    if (!graph->pieces && graph->spread)
+    if (!graph->tied && graph->spread)
         memcpy(spread, flat, graph->spread * sizeof *spread);
-    for (size_t i = 0; i < graph->piece_count; i++) {
-        const pk_tensor_use *piece = &graph->pieces[i];
-        if (!piece->rows)
-            memcpy(spread + piece->spread, flat + piece->flat, piece->count * sizeof *spread);
-        for (size_t r = 0; r < piece->rows; r++)
-            for (size_t c = 0; c < piece->cols; c++)
-                spread[piece->spread + r * piece->cols + c] = flat[piece->flat + c * piece->rows + r];
-    }
+    for (size_t b = 0; graph->tied && b < graph->block_count; b++)
+        for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
+            const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
+            const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
+            const pk_real *from = flat + graph->blocks[b].first;
+            pk_real *to = spread + node->weight_offset + tensor->first;
+            const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
+            if (!rows)
+                memcpy(to, from, tensor->count * sizeof *to);
+            for (size_t r = 0; r < rows; r++)
+                for (size_t c = 0; c < cols; c++)
+                    to[r * cols + c] = from[c * rows + r];
+        }
 }
 
-/* A tensor stands in flat no later than in spread, so that nothing is overwritten that is still to be read. */
+/* A block stands in flat no later than its uses in spread, and behind the blocks before it: nothing is overwritten that is
+ * still to be read. */
 PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
 {
-    if (!graph->pieces && graph->spread && flat != spread)
+    if (!graph->tied && graph->spread && flat != spread)
         memcpy(flat, spread, graph->spread * sizeof *spread);
-    for (size_t i = 0; i < graph->piece_count; i++) {
-        const pk_tensor_use *piece = &graph->pieces[i];
-        const pk_real *from = spread + piece->spread;
-        pk_real *to = flat + piece->flat;
-        if (piece->owner == piece->node)
-            memmove(to, from, piece->count * sizeof *to);
-        else if (!piece->rows)
-            for (size_t k = 0; k < piece->count; k++)
-                to[k] += from[k];
-        for (size_t r = 0; r < piece->rows; r++)
-            for (size_t c = 0; c < piece->cols; c++)
-                to[c * piece->rows + r] += from[r * piece->cols + c];
-    }
+    for (size_t b = 0; graph->tied && b < graph->block_count; b++)
+        for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
+            const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
+            const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
+            const pk_real *from = spread + node->weight_offset + tensor->first;
+            pk_real *to = flat + graph->blocks[b].first;
+            const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
+            if (!u)
+                memmove(to, from, tensor->count * sizeof *to);
+            for (size_t i = 0; u && !rows && i < tensor->count; i++)
+                to[i] += from[i];
+            for (size_t r = 0; r < rows; r++)
+                for (size_t c = 0; c < cols; c++)
+                    to[c * rows + r] += from[r * cols + c];
+        }
 }
 
 PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -738,69 +792,6 @@ PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
     return layer < graph->layers ? &graph->nodes[graph->nodes[layer].layer_node] : NULL;
 }
 
-static size_t pk__block_count(const pk_weight_block *block)
-{
-    size_t count = 1;
-    for (int i = 0; i < block->rank; i++)
-        count *= block->dims[i];
-    return count;
-}
-
-/* Where the number `at` of the spread vector stands in w; SIZE_MAX: an earlier node brings it. */
-static size_t pk__own_offset(const pk_graph *graph, size_t at)
-{
-    if (!graph->pieces)
-        return at;
-    const pk_tensor_use *piece = graph->pieces;
-    while (at >= piece->spread + piece->count)
-        piece++;
-    return piece->owner == piece->node ? piece->flat + (at - piece->spread) : SIZE_MAX;
-}
-
-/* The tensors that a node with weights brings into w, with their places there. */
-static size_t pk__node_blocks(const pk_graph *graph, const pk_node *node, pk_weight_block *blocks)
-{
-    size_t count = 0, at = 0;
-    memset(blocks, 0, PK_NODE_BLOCKS * sizeof *blocks);
-    if (node->operation->blocks) {
-        count = node->operation->blocks(node, blocks);
-    } else {
-        size_t matrix = node->fan_out * node->fan_in;
-        if (node->weight_count != matrix && node->weight_count - matrix != node->fan_out)
-            matrix = 0;
-        blocks[0].rank = matrix ? 2 : 1;
-        blocks[0].dims[0] = matrix ? node->fan_out : node->weight_count;
-        blocks[0].dims[1] = node->fan_in;
-        blocks[1].rank = 1;
-        blocks[1].dims[0] = matrix ? node->weight_count - matrix : 0;
-        count = blocks[1].dims[0] ? 2 : 1;
-    }
-    size_t own = 0;
-    for (size_t b = 0; b < count; b++) {
-        pk_weight_block block = blocks[b];
-        block.node = (int)(node - graph->nodes);
-        block.count = pk__block_count(&block);
-        block.offset = pk__own_offset(graph, node->weight_offset + at);
-        at += block.count;
-        if (block.offset != SIZE_MAX)
-            blocks[own++] = block;
-    }
-    return own;
-}
-
-PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity)
-{
-    size_t count = 0;
-    for (size_t layer = 0; layer < graph->layers; layer++) {
-        pk_weight_block own[PK_NODE_BLOCKS];
-        const size_t more = pk__node_blocks(graph, pk_graph_layer(graph, layer), own);
-        for (size_t b = 0; b < more; b++, count++)
-            if (count < capacity)
-                blocks[count] = own[b];
-    }
-    return count;
-}
-
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
     for (size_t n = 0; n < graph->node_count; n++)
@@ -808,7 +799,8 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
             pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
-    pk_release(context, graph->pieces);
+    pk_release(context, graph->blocks);
+    pk_release(context, graph->uses);
     memset(graph, 0, sizeof *graph);
 }
 

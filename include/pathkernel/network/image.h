@@ -170,13 +170,13 @@ static pk_status pk__convolution_shape(pk_context *context, const pk_graph *grap
     /* One window that is the whole image is the input itself, in the same order. */
     node->unfolds = c.positions != 1 || c.patch != graph->nodes[node->inputs[0]].width ||
                     c.windows.pad[0] + c.windows.pad[1] != 0;
-    node->bias_count = node->attributes[PK_CONVOLUTION_BIAS] != 0 ? node->fan_out : 0;
-    node->weight_count += node->bias_count;
-    node->weight_shape.rank = 4;
-    node->weight_shape.dims[0] = node->fan_out;
-    node->weight_shape.dims[1] = (size_t)(node->attributes[PK__IMAGE_CHANNELS] / groups);
-    node->weight_shape.dims[2] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL];
-    node->weight_shape.dims[3] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL + 1];
+    pk__node_tensor(node, 4, node->fan_out, (size_t)(node->attributes[PK__IMAGE_CHANNELS] / groups));
+    for (int i = 0; i < 2; i++)
+        node->tensors[0].shape.dims[2 + i] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL + i];
+    if (node->attributes[PK_CONVOLUTION_BIAS] != 0) {
+        pk__node_tensor(node, 1, node->fan_out, 0);
+        node->weight_count += node->fan_out;
+    }
     if (c.groups > 1)
         node->tangent_form = PK_TANGENT_ROWS;
     return PK_OK;
@@ -770,8 +770,7 @@ static const pk_operation pk__image_operations[] = {
      pk__convolution_unfold,
      1,
      NULL,
-     pk__convolution_initialize,
-     NULL},
+     pk__convolution_initialize},
     {"max_pool",
      PK_PIECEWISE_LINEAR,
      PK_TANGENT_NONE,
@@ -791,7 +790,6 @@ static const pk_operation pk__image_operations[] = {
      NULL,
      NULL,
      0,
-     NULL,
      NULL,
      NULL},
     {"avg_pool",
@@ -813,7 +811,6 @@ static const pk_operation pk__image_operations[] = {
      NULL,
      NULL,
      0,
-     NULL,
      NULL,
      NULL},
     PK__LINEAR_OPERATION("global_avg_pool", pk__global_average_shape, pk__average_forward, pk__average_tangent,

@@ -857,11 +857,10 @@ static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__
     size_t n = pk__next_weights(graph, first, last), o = pk__next_weights(graph, named->first, named->last);
     for (; n < last && o < named->last;
          n = pk__next_weights(graph, n + 1, last), o = pk__next_weights(graph, o + 1, named->last))
-        for (int tensor = 0; tensor < 2; tensor++) {
+        for (int tensor = 0; tensor < PK_NODE_TENSORS; tensor++) {
             const int wanted = *part && (strcmp(part, ".bias") == 0) == tensor;
             if (*part ? !wanted
-                      : !pk__tensor_count(&graph->nodes[n], tensor) ||
-                            !pk__tensor_count(&graph->nodes[o], tensor))
+                      : tensor >= graph->nodes[n].tensor_count || tensor >= graph->nodes[o].tensor_count)
                 continue;
             char name[PK__LAYER_TEXT];
             snprintf(name, sizeof name, "%.60s tied=%.60s", layer, words->tied);
@@ -1134,7 +1133,7 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         if (status)
             status = pk__name_layer(context, status, parser.failed);
         else
-            status = pk__graph_pieces(context, graph);
+            pk__graph_list(graph);
         pk_release(context, parser.named);
     }
     if (!status) {
@@ -1199,7 +1198,7 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
     if (!graph->node_count || !weights)
         return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
     pk_real *flat = weights;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);
         if (status)
             return status;
@@ -1215,12 +1214,15 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
             pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, graph->nodes[node->inputs[0]].width, 1,
                                   node->weight_count, &random, weights + node->weight_offset);
     }
-    for (size_t i = 0; i < graph->piece_count; i++) /* a shared tensor starts as where it first stands */
-        if (graph->pieces[i].owner == graph->pieces[i].node)
-            memcpy(flat + graph->pieces[i].flat, weights + graph->pieces[i].spread,
-                   graph->pieces[i].count * sizeof *flat);
-    if (graph->pieces)
-        pk_release(context, weights);
+    if (!graph->tied)
+        return PK_OK;
+    for (size_t b = 0; b < graph->block_count; b++) { /* its first use initializes a block */
+        const pk_weight_block *block = &graph->blocks[b];
+        const pk_node *node = &graph->nodes[block->uses[0].node];
+        memcpy(flat + block->first, weights + node->weight_offset + node->tensors[block->uses[0].tensor].first,
+               block->count * sizeof *flat);
+    }
+    pk_release(context, weights);
     return PK_OK;
 }
 

@@ -289,18 +289,20 @@ static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk
 {
     const double dims = node->attributes[PK_AFFINE_DIMS];
     node->shape = graph->nodes[node->inputs[0]].shape;
-    node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
-    if (dims == 0) {
-        node->weight_shape.rank = 1;
-        node->weight_shape.dims[0] = node->shape.dims[0];
-    } else if (dims <= node->shape.rank) {
-        node->weight_shape.rank = (int)dims;
-        for (int i = 0; i < (int)dims; i++)
-            node->weight_shape.dims[i] = node->shape.dims[node->shape.rank - (int)dims + i];
+    const int biased = node->attributes[PK_AFFINE_BIAS] != 0, rank = dims ? (int)dims : 1;
+    pk_status status = pk__check_trailing(context, "affine", &node->shape, dims);
+    if (status)
+        return status;
+    for (int t = 0; t <= biased; t++) {
+        pk_shape *shape = &node->tensors[t].shape;
+        shape->rank = rank;
+        for (int i = 0; i < rank; i++)
+            shape->dims[i] = node->shape.dims[dims == 0 ? 0 : node->shape.rank - rank + i];
     }
-    node->bias_count = node->attributes[PK_AFFINE_BIAS] != 0 ? node->weight_count : 0;
-    node->weight_count += node->bias_count; /* at most twice the input's width, which is far from overflow */
-    return pk__check_trailing(context, "affine", &node->shape, dims);
+    node->tensor_count = 1 + biased;
+    node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
+    node->weight_count *= 1 + (size_t)biased; /* at most twice the input's width, which is far from overflow */
+    return PK_OK;
 }
 
 static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_real *weights)
@@ -309,18 +311,6 @@ static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_rea
     (void)random;
     for (size_t i = 0; i < node->weight_count; i++)
         weights[i] = !biased || i < node->weight_count / 2;
-}
-
-/* gamma and beta, of the shape of the trailing dimensions. */
-static size_t pk__affine_blocks(const pk_node *node, pk_weight_block *blocks)
-{
-    const int dims = (int)node->attributes[PK_AFFINE_DIMS], biased = node->attributes[PK_AFFINE_BIAS] != 0;
-    for (int b = 0; b <= biased; b++) {
-        blocks[b].rank = dims ? dims : 1;
-        for (int i = 0; i < blocks[b].rank; i++)
-            blocks[b].dims[i] = node->shape.dims[dims ? node->shape.rank - dims + i : 0];
-    }
-    return (size_t)biased + 1;
 }
 
 /* A row is outer x count x each numbers, of which each slice [o][j] has the gamma j. */
@@ -583,7 +573,7 @@ static const pk_option pk__affine_options[] = {
     {                                                                                                        \
         text, kind, form, 1, options, {first, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, shape,      \
             scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, gradient, rows, NULL, \
-            NULL, 0, curvature, NULL, 0, NULL, initialize, blocks                                            \
+            NULL, 0, curvature, NULL, 0, NULL, initialize                                                    \
     }
 
 /* rms_normalize: the epsilon of torch.nn.RMSNorm in double precision, torch.finfo(torch.float64).eps. */

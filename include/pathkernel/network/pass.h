@@ -585,7 +585,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     unsigned char *memory = NULL;
     pk_real *spread = NULL;
     pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
-    if (!status && graph->pieces)
+    if (!status && graph->tied)
         status = pk_allocate(context, graph->spread, sizeof *spread, "evaluating the network", &spread);
     if (status) {
         pk_release(context, memory);

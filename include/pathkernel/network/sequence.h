@@ -41,9 +41,7 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
     node->shape.dims[1] = width;
     if (!pk__multiply(tokens, width, &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
-    node->weight_shape.rank = 2;
-    node->weight_shape.dims[0] = tokens;
-    node->weight_shape.dims[1] = width;
+    pk__node_tensor(node, 2, tokens, width);
     return PK_OK;
 }
 
@@ -462,24 +460,23 @@ static const pk_option pk__attend_options[] = {
 };
 
 #define PK__SEQUENCE_OPERATION(name, text, kind, form, options, shape, scratch, reverse, gradient, rows, \
-                               curvature, check, initialize, blocks)                                     \
+                               curvature, check, initialize)                                             \
     {                                                                                                    \
         text, kind, form, 1, options, PK__NO_NUMBERS, shape, scratch, pk__##name##_forward,              \
             pk__##name##_tangent, reverse, gradient, rows, NULL, NULL, 0, curvature, NULL, 0, check,     \
-            initialize, blocks                                                                           \
+            initialize                                                                                   \
     }
 
 static const pk_operation pk__sequence_operations[] = {
     PK__SEQUENCE_OPERATION(embedding, "embedding", PK_LINEAR, PK_TANGENT_ROWS, pk__embedding_options,
                            pk__embedding_shape, NULL, pk__position_reverse, pk__embedding_weight_gradient,
-                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize,
-                           pk__table_blocks),
+                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize),
     PK__SEQUENCE_OPERATION(token, "token", PK_LINEAR, PK_TANGENT_NONE, pk__token_options, pk__token_shape, NULL,
-                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
+                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL),
     PK__SEQUENCE_OPERATION(mean_tokens, "mean_tokens", PK_LINEAR, PK_TANGENT_NONE, NULL, pk__tokens_shape, NULL,
-                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
+                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL),
     PK__SEQUENCE_OPERATION(attend, "attend", PK_SMOOTH, PK_TANGENT_NONE, pk__attend_options, pk__attend_shape,
-                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL, NULL,
+                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL,
                            NULL),
 };
 #undef PK__SEQUENCE_OPERATION

@@ -101,17 +101,8 @@ static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, 
         node->shape.dims[i] = (size_t)node->attributes[i];
     if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "position: its weights overflow");
-    node->weight_shape = node->shape;
+    pk__node_tensor(node, 2, node->shape.dims[0], node->shape.dims[1]);
     return PK_OK;
-}
-
-/* One tensor (entries, width). */
-static size_t pk__table_blocks(const pk_node *node, pk_weight_block *blocks)
-{
-    blocks->rank = 2;
-    blocks->dims[0] = node->weight_count / node->shape.dims[1];
-    blocks->dims[1] = node->shape.dims[1];
-    return 1;
 }
 
 static void pk__repeat_rows(size_t rows, size_t width, const pk_real *from, pk_real *to)
@@ -400,7 +391,7 @@ static const pk_option pk__position_options[] = {
 #define PK__LINEAR_OPERATION(name, shape, forward, tangent, reverse)                                       \
     {                                                                                                      \
         name, PK_LINEAR, PK_TANGENT_NONE, 1, NULL, PK__NO_NUMBERS, shape, NULL, forward, tangent, reverse, \
-            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL, NULL                                     \
+            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL                                           \
     }
 
 static const pk_operation pk__structure_operations[] = {
@@ -428,7 +419,6 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      pk__select_check,
-     NULL,
      NULL},
     {"fourier",
      PK_SMOOTH,
@@ -449,7 +439,6 @@ static const pk_operation pk__structure_operations[] = {
      pk__fourier_curvature,
      NULL,
      0,
-     NULL,
      NULL,
      NULL},
     {"constant",
@@ -472,7 +461,6 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      NULL,
-     NULL,
      NULL},
     {"position",
      PK_LINEAR,
@@ -494,8 +482,7 @@ static const pk_operation pk__structure_operations[] = {
      NULL,
      0,
      NULL,
-     pk__normal_initialize,
-     pk__table_blocks},
+     pk__normal_initialize},
 };
 
 PK__END_CODE

@@ -127,7 +127,7 @@ static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows
     pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
     lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
-    lane->spread = graph->pieces && sweep->of_weights.data
+    lane->spread = graph->tied && sweep->of_weights.data
                        ? pk__arena_take(arena, graph->spread, sizeof *lane->spread)
                        : NULL;
     if (!sweep->second)
@@ -247,7 +247,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
     const size_t spread = graph->spread;
-    if (!graph->pieces)
+    if (!graph->tied)
         return pk__sweep_spread(context, sweep);
     pk__sweep own = *sweep;
     pk_real *numbers = NULL;
@@ -338,8 +338,8 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
         if (sweep->of_weights.data) {
             pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
             pk__sweep_row_gradient(sweep, tape, at / copies, at % copies,
-                                   graph->pieces ? lane->spread : gradient);
-            if (graph->pieces) {
+                                   graph->tied ? lane->spread : gradient);
+            if (graph->tied) {
                 pk_graph_gather(graph, lane->spread, lane->spread);
                 memcpy(gradient, lane->spread, graph->parameters * sizeof *gradient);
             }
@@ -526,12 +526,12 @@ static size_t pk__sweep_mixed(const pk__sweep *sweep, pk__sweep_lane *lane, size
         int finite = 1;
         if (sweep->of_weights.data) {
             pk_real *to = sweep->of_weights.data + (first + r) * sweep->of_weights.ld;
-            pk_real *gradient = graph->pieces ? lane->spread : to;
+            pk_real *gradient = graph->tied ? lane->spread : to;
             memset(gradient, 0, graph->spread * sizeof *gradient);
             for (size_t n = 1; n < graph->node_count; n++)
                 if (graph->nodes[n].weight_count)
                     pk__sweep_second_gradient(sweep, lane, &graph->nodes[n], r, 1, gradient);
-            if (graph->pieces) {
+            if (graph->tied) {
                 pk_graph_gather(graph, lane->spread, lane->spread);
                 memcpy(to, lane->spread, graph->parameters * sizeof *to);
             }

@@ -4,7 +4,7 @@
  *     const char *lines[] = {"1,3,5-7 weight_decay=0 rate=0.1", "0 frozen"};
  *     pk_parameter_groups_parse(context, &graph, &optimizer, 2, lines, &groups);
  *
- * Tensors are numbered as pk_graph_blocks lists them. Tensors in no group take the optimizer and the step's rate.
+ * Tensors are the weight blocks of the graph (graph.h), and are numbered as these. Tensors in no group take the optimizer and the step's rate.
  */
 #ifndef PATHKERNEL_GROUPS_H
 #define PATHKERNEL_GROUPS_H
@@ -34,7 +34,7 @@ typedef struct pk_parameter_groups {
     size_t count, tensor_count, range_count;
     pk_parameter_group *group;
     pk_parameter_range *range; /* all of w, in order */
-    size_t *tensor;            /* the group of each tensor, counted as in a range */
+    size_t *tensor;            /* the group of each weight block, counted as in a range */
 } pk_parameter_groups;
 
 /* Reads group lines "TENSORS key=value ..." (TENSORS: 1,3,5-7): keys of the optimizer that are other for these tensors,
@@ -237,17 +237,17 @@ static pk_status pk__group_line(pk_context *context, const pk_optimizer *optimiz
 }
 
 /* Neighbouring tensors of one group are one range. */
-static void pk__group_ranges(const pk_weight_block *blocks, pk_parameter_groups *groups)
+static void pk__group_ranges(const pk_graph *graph, pk_parameter_groups *groups)
 {
     for (size_t t = 0; t < groups->tensor_count; t++) {
         pk_parameter_range *range = groups->range_count ? &groups->range[groups->range_count - 1] : NULL;
         if (!range || range->group != groups->tensor[t]) {
             range = &groups->range[groups->range_count++];
-            range->first = blocks[t].offset;
+            range->first = graph->blocks[t].first;
             range->count = 0;
             range->group = groups->tensor[t];
         }
-        range->count += blocks[t].count;
+        range->count += graph->blocks[t].count;
     }
 }
 
@@ -265,12 +265,11 @@ PK__PRIVATE pk_status pk__groups_parse(pk_context *context, const pk_graph *grap
                                        pk_parameter_groups *groups, size_t *at)
 {
     pk_parameter_groups parsed;
-    pk_weight_block *blocks = NULL;
     memset(&parsed, 0, sizeof parsed);
     *at = 0;
     if (count) {
         parsed.count = count;
-        parsed.tensor_count = pk_graph_blocks(graph, NULL, 0);
+        parsed.tensor_count = graph->block_count;
         pk_status status = pk_allocate(context, count, sizeof *parsed.group, "parameter groups", &parsed.group);
         if (!status)
             status = pk_allocate(context, parsed.tensor_count, sizeof *parsed.range, "parameter ranges",
@@ -278,18 +277,14 @@ PK__PRIVATE pk_status pk__groups_parse(pk_context *context, const pk_graph *grap
         if (!status)
             status = pk_allocate(context, parsed.tensor_count, sizeof *parsed.tensor, "the groups of tensors",
                                  &parsed.tensor);
-        if (!status)
-            status = pk_allocate(context, parsed.tensor_count, sizeof *blocks, "the list of tensors", &blocks);
         if (!status) {
             memset(parsed.group, 0, count * sizeof *parsed.group);
             memset(parsed.tensor, 0, parsed.tensor_count * sizeof *parsed.tensor);
-            (void)pk_graph_blocks(graph, blocks, parsed.tensor_count);
         }
         for (; !status && *at < count; *at += !status)
             status = pk__group_line(context, optimizer, lines[*at], *at + 1, &parsed);
         if (!status)
-            pk__group_ranges(blocks, &parsed);
-        pk_release(context, blocks);
+            pk__group_ranges(graph, &parsed);
         if (status) {
             pk_parameter_groups_release(context, &parsed);
             return status;

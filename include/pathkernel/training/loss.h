@@ -545,7 +545,7 @@ PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_g
     workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
     workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
     workspace->spread =
-        graph->pieces ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
+        graph->tied ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -768,7 +768,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
         return status;
     const size_t parameters = graph->spread;
     pk_real *flat = gradient;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, weights, workspace->spread);
         job.weights = workspace->spread;
         gradient = workspace->spread + parameters;
@@ -803,7 +803,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     }
     const int finite = pk__gradient_reduce(context, gradient, workspace->partial, groups, parameters,
                                            inside ? inside : threads);
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_gather(graph, gradient, gradient);
         memcpy(flat, gradient, graph->parameters * sizeof *flat);
     }
