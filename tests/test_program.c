@@ -803,6 +803,13 @@ static void test_printed(void **state)
     assert_non_null(strstr(complained, "plan: "));
     assert_non_null(strstr(complained, "23 of 23 inputs complete"));
 
+    /* Layers are counted as by_layer has them. */
+    train("tied", "input 4; dense 4 name=a; tanh; dense 4 tied=a; tanh; dense 3", "sgd", 0.1, 3, 0);
+    expect(0, "%%/tied --inputs %%/x.npy --out %%/printed --keep layer");
+    assert_non_null(strstr(told, " 3 steps, 2 layers, 35 parameters"));
+    pk_array by_layer = result(in_root("printed/by_layer.npy"), M, OUT, 2, 0);
+    pk_array_release(&context, &by_layer);
+
     /* The strongest example of the first input, against the file. */
     expect(0, "%%/relu --inputs %%/x.npy --out %%/printed --outputs 1 --top 1");
     pk_array by_example = result(in_root("printed/by_example.npy"), M, 1, N, 0);

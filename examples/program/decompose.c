@@ -1161,7 +1161,7 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
         printf("             until step %zu of %zu\n", run->steps, job->recorded);
     printf("sizes        %zu of %zu inputs, %zu of %zu outputs, %zu examples, %zu steps, %zu layers, %zu "
            "parameters in %s\n",
-           job->finished, job->rows, job->outputs, run->outputs, run->examples, run->steps, run->graph.layers,
+           job->finished, job->rows, job->outputs, run->outputs, run->examples, run->steps, run->graph.columns,
            run->parameters, pk_type_name(run->weights.type));
     print_quadrature(job, d);
     printf("closure      %.2e of an input's largest output or contribution, %.2e of its largest contribution\n"
