@@ -39,18 +39,13 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_CODE
 
-#define PK__INITIAL_OPTIONS(first)                                                            \
-    {"init",                                                                                  \
-     PK_OPTION_CHOICE,                                                                        \
-     first,                                                                                   \
-     0,                                                                                       \
-     0,                                                                                       \
-     0,                                                                                       \
-     0,                                                                                       \
-     0,                                                                                       \
-     "default he he_uniform glorot glorot_uniform lecun lecun_uniform normal zero standard"}, \
-    {                                                                                         \
-        "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
+#define PK__INITIAL_OPTIONS(first)                                                                       \
+    {.name = "init",                                                                                     \
+     .kind = PK_OPTION_CHOICE,                                                                           \
+     .attribute = first,                                                                                 \
+     .choices = "default he he_uniform glorot glorot_uniform lecun lecun_uniform normal zero standard"}, \
+    {                                                                                                    \
+        .name = "gain", .kind = PK_OPTION_NUMBER, .attribute = (first) + 1, .most = DBL_MAX              \
     }
 
 /* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
@@ -256,34 +251,32 @@ static void pk__dense_weight_gradient(const pk_call *call)
 }
 
 static const pk_option pk__dense_options[] = {
-    {"outputs", PK_OPTION_NUMBER, PK_DENSE_OUTPUTS, 1, 1, 1, 1e9, 1, NULL},
-    {"nobias", PK_OPTION_FLAG, PK_DENSE_BIAS, 0, 0, 0, 0, 0, NULL},
+    {.name = "outputs",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_DENSE_OUTPUTS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_DENSE_BIAS},
     PK__INITIAL_OPTIONS(PK_DENSE_INITIAL),
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = NULL},
 };
 
 static const pk_operation pk__dense_operations[] = {
-    {"dense",
-     PK_LINEAR,
-     PK_TANGENT_OUTER,
-     1,
-     pk__dense_options,
-     {0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
-     pk__dense_shape,
-     NULL,
-     pk__dense_forward,
-     pk__dense_tangent,
-     pk__dense_reverse,
-     pk__dense_weight_gradient,
-     NULL,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     pk__dense_initialize},
+    {.name = "dense",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_OUTER,
+     .linear_in_weights = 1,
+     .options = pk__dense_options,
+     .defaults = {0, 1, 0, 1},
+     .shape = pk__dense_shape,
+     .forward = pk__dense_forward,
+     .tangent = pk__dense_tangent,
+     .reverse = pk__dense_reverse,
+     .weight_gradient = pk__dense_weight_gradient,
+     .initialize = pk__dense_initialize},
 };
 
 PK__END_CODE

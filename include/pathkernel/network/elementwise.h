@@ -185,20 +185,25 @@ static void pk__hard_tanh_switches(const pk_call *call)
 }
 
 static const pk_option pk__positive_option[] = {
-    {"number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = DBL_MIN, .most = DBL_MAX},
+    {.name = NULL},
 };
 static const pk_option pk__scale_option[] = {
-    {"factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "factor",
+     .kind = PK_OPTION_NUMBER,
+     .position = 1,
+     .required = 1,
+     .least = -DBL_MAX,
+     .most = DBL_MAX},
+    {.name = NULL},
 };
 
-#define PK__ACTIVATION(name, kind, options, value, count, switches, curvature)                                 \
-    {                                                                                                          \
-#name, kind, PK_TANGENT_NONE, 1, options,                                                              \
-            {value, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, pk__same_shape, pk__one_row_scratch,        \
-             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1, \
-             curvature, NULL, 0, NULL, NULL                                                                    \
+#define PK__ACTIVATION(word, kind, list, value, count, rule, second)                                     \
+    {                                                                                                    \
+        .name = #word, .smoothness = kind, .linear_in_weights = 1, .options = list, .defaults = {value}, \
+        .shape = pk__same_shape, .scratch = pk__one_row_scratch, .forward = pk__##word##_forward,        \
+        .tangent = pk__##word##_tangent, .reverse = pk__##word##_reverse, .switch_count = count,         \
+        .switches = rule, .elementwise = 1, .curvature = second                                          \
     }
 #define PK__SMOOTH_OPERATION(name, options, value) \
     PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)

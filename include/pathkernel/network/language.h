@@ -411,10 +411,14 @@ static const pk_shape *pk__branch_shape(const pk__parser *parser)
  * standard normal W and b (Jacot et al. 2018, section 2; Lee et al. 2019, eq. 1), as scaled inputs and outputs. */
 enum { PK__NTK_FLAG, PK__NTK_WEIGHTS, PK__NTK_BIASES };
 static const pk_option pk__ntk_options[] = {
-    {"ntk", PK_OPTION_FLAG, PK__NTK_FLAG, 0, 0, 1, 0, 0, NULL},
-    {"w_std", PK_OPTION_NUMBER, PK__NTK_WEIGHTS, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {"b_std", PK_OPTION_NUMBER, PK__NTK_BIASES, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "ntk", .kind = PK_OPTION_FLAG, .attribute = PK__NTK_FLAG, .least = 1},
+    {.name = "w_std",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK__NTK_WEIGHTS,
+     .least = DBL_MIN,
+     .most = DBL_MAX},
+    {.name = "b_std", .kind = PK_OPTION_NUMBER, .attribute = PK__NTK_BIASES, .least = DBL_MIN, .most = DBL_MAX},
+    {.name = NULL},
 };
 
 static pk_status pk__append_scale(pk__parser *parser, double factor)
@@ -490,10 +494,15 @@ static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
 /* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
 enum { PK__NORM_AFFINE = PK_NODE_ATTRIBUTES - 1 };
 static const pk_option pk__norm_options[] = {
-    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL}, /* not of batch_norm */
-    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "dims",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_NORM_DIMS,
+     .least = 1,
+     .most = PK_SHAPE_RANK,
+     .whole = 1}, /* not of batch_norm */
+    {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+    {.name = "noaffine", .kind = PK_OPTION_FLAG, .attribute = PK__NORM_AFFINE},
+    {.name = NULL},
 };
 
 static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
@@ -517,11 +526,18 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
 {
     enum { BIAS = PK_NODE_ATTRIBUTES - 1 };
     static const pk_option options[] = {
-        {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
-        {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
-        {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
-        {"nobias", PK_OPTION_FLAG, BIAS, 0, 0, 0, 0, 0, NULL},
-        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+        {.name = "number of heads",
+         .kind = PK_OPTION_NUMBER,
+         .attribute = PK_ATTEND_HEADS,
+         .position = 1,
+         .required = 1,
+         .least = 1,
+         .most = 1e6,
+         .whole = 1},
+        {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1},
+        {.name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1},
+        {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = BIAS},
+        {.name = NULL},
     };
     const pk_shape *shape = pk__branch_shape(parser);
     const double width = (double)shape->dims[shape->rank - 1];
@@ -646,10 +662,21 @@ enum {
     PK__FOURIER_NUMBERS = 1 << 19
 }; /* of a whole network: a text of a few words shall not take seconds to read */
 static const pk_option pk__fourier_options[] = {
-    {"number of frequencies", PK_OPTION_NUMBER, PK__FOURIER_COUNT, 1, 1, 1, 1e9, 1, NULL},
-    {"scale", PK_OPTION_NUMBER, PK__FOURIER_SCALE, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {"seed", PK_OPTION_NUMBER, PK__FOURIER_SEED, 0, 0, 0, 9e15, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number of frequencies",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK__FOURIER_COUNT,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "scale",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK__FOURIER_SCALE,
+     .least = DBL_MIN,
+     .most = DBL_MAX},
+    {.name = "seed", .kind = PK_OPTION_NUMBER, .attribute = PK__FOURIER_SEED, .most = 9e15, .whole = 1},
+    {.name = NULL},
 };
 
 static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)

@@ -554,46 +554,88 @@ PK__SOFTMAX(log_softmax, 1)
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 static const pk_option pk__normalize_options[] = {
-    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+    {.name = "dims",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_NORM_DIMS,
+     .least = 1,
+     .most = PK_SHAPE_RANK,
+     .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__standardize_options[] = {
-    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+    {.name = NULL},
 };
 static const pk_option pk__affine_options[] = {
-    {"nobias", PK_OPTION_FLAG, PK_AFFINE_BIAS, 0, 0, 0, 0, 0, NULL},
-    {"dims", PK_OPTION_NUMBER, PK_AFFINE_DIMS, 0, 0, 0, PK_SHAPE_RANK, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_AFFINE_BIAS},
+    {.name = "dims", .kind = PK_OPTION_NUMBER, .attribute = PK_AFFINE_DIMS, .most = PK_SHAPE_RANK, .whole = 1},
+    {.name = NULL},
 };
-
-#define PK__NORM_OPERATION(name, text, kind, form, options, first, second, shape, scratch, gradient, rows,   \
-                           curvature, initialize, blocks)                                                    \
-    {                                                                                                        \
-        text, kind, form, 1, options, {first, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, shape,      \
-            scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, gradient, rows, NULL, \
-            NULL, 0, curvature, NULL, 0, NULL, initialize                                                    \
-    }
 
 /* rms_normalize: the epsilon of torch.nn.RMSNorm in double precision, torch.finfo(torch.float64).eps. */
 static const pk_operation pk__norm_operations[] = {
-    PK__NORM_OPERATION(normalize, "normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options, 1e-5, 1,
-                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL, NULL),
-    PK__NORM_OPERATION(rms_normalize, "rms_normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options,
-                       2.220446049250313e-16, 1, pk__normalize_shape, NULL, NULL, NULL,
-                       pk__rms_normalize_curvature, NULL, NULL),
-    PK__NORM_OPERATION(standardize, "standardize", PK_LINEAR, PK_TANGENT_NONE, pk__standardize_options, 1e-5, 0,
-                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL, NULL),
-    PK__NORM_OPERATION(affine, "affine", PK_LINEAR, PK_TANGENT_ROWS, pk__affine_options, 1, 1, pk__affine_shape,
-                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize,
-                       pk__affine_blocks),
-    PK__NORM_OPERATION(softmax, "softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL, NULL),
-    PK__NORM_OPERATION(log_softmax, "log_softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL, NULL),
+    {.name = "normalize",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .options = pk__normalize_options,
+     .defaults = {1e-5, 1},
+     .shape = pk__normalize_shape,
+     .forward = pk__normalize_forward,
+     .tangent = pk__normalize_tangent,
+     .reverse = pk__normalize_reverse,
+     .curvature = pk__normalize_curvature},
+    {.name = "rms_normalize",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .options = pk__normalize_options,
+     .defaults = {2.220446049250313e-16, 1},
+     .shape = pk__normalize_shape,
+     .forward = pk__rms_normalize_forward,
+     .tangent = pk__rms_normalize_tangent,
+     .reverse = pk__rms_normalize_reverse,
+     .curvature = pk__rms_normalize_curvature},
+    {.name = "standardize",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__standardize_options,
+     .defaults = {1e-5},
+     .shape = pk__standardize_shape,
+     .forward = pk__standardize_forward,
+     .tangent = pk__standardize_tangent,
+     .reverse = pk__standardize_reverse},
+    {.name = "affine",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .options = pk__affine_options,
+     .defaults = {1, 1},
+     .shape = pk__affine_shape,
+     .forward = pk__affine_forward,
+     .tangent = pk__affine_tangent,
+     .reverse = pk__affine_reverse,
+     .weight_gradient = pk__affine_weight_gradient,
+     .row_gradients = pk__affine_row_gradients,
+     .initialize = pk__affine_initialize},
+    {.name = "softmax",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .shape = pk__same_shape,
+     .scratch = pk__softmax_scratch,
+     .forward = pk__softmax_forward,
+     .tangent = pk__softmax_tangent,
+     .reverse = pk__softmax_reverse,
+     .curvature = pk__softmax_curvature},
+    {.name = "log_softmax",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .shape = pk__same_shape,
+     .scratch = pk__softmax_scratch,
+     .forward = pk__log_softmax_forward,
+     .tangent = pk__log_softmax_tangent,
+     .reverse = pk__log_softmax_reverse,
+     .curvature = pk__log_softmax_curvature},
 };
-#undef PK__NORM_OPERATION
 
 PK__END_CODE
 /* <<< implementation */

@@ -444,42 +444,89 @@ static void pk__attend_curvature(const pk_call *call)
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 static const pk_option pk__embedding_options[] = {
-    {"number of tokens", PK_OPTION_NUMBER, PK_EMBEDDING_TOKENS, 1, 1, 1, 1e9, 1, NULL},
-    {"width", PK_OPTION_NUMBER, PK_EMBEDDING_WIDTH, 2, 1, 1, 1e9, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number of tokens",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_EMBEDDING_TOKENS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "width",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_EMBEDDING_WIDTH,
+     .position = 2,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__token_options[] = {
-    {"number", PK_OPTION_NUMBER, PK_TOKEN_INDEX, 1, 1, -1e9, 1e9, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_TOKEN_INDEX,
+     .position = 1,
+     .required = 1,
+     .least = -1e9,
+     .most = 1e9,
+     .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__attend_options[] = {
-    {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
-    {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
-    {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number of heads",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_ATTEND_HEADS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1},
+    {.name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1},
+    {.name = NULL},
 };
-
-#define PK__SEQUENCE_OPERATION(name, text, kind, form, options, shape, scratch, reverse, gradient, rows, \
-                               curvature, check, initialize)                                             \
-    {                                                                                                    \
-        text, kind, form, 1, options, PK__NO_NUMBERS, shape, scratch, pk__##name##_forward,              \
-            pk__##name##_tangent, reverse, gradient, rows, NULL, NULL, 0, curvature, NULL, 0, check,     \
-            initialize                                                                                   \
-    }
 
 static const pk_operation pk__sequence_operations[] = {
-    PK__SEQUENCE_OPERATION(embedding, "embedding", PK_LINEAR, PK_TANGENT_ROWS, pk__embedding_options,
-                           pk__embedding_shape, NULL, pk__position_reverse, pk__embedding_weight_gradient,
-                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize),
-    PK__SEQUENCE_OPERATION(token, "token", PK_LINEAR, PK_TANGENT_NONE, pk__token_options, pk__token_shape, NULL,
-                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL),
-    PK__SEQUENCE_OPERATION(mean_tokens, "mean_tokens", PK_LINEAR, PK_TANGENT_NONE, NULL, pk__tokens_shape, NULL,
-                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL),
-    PK__SEQUENCE_OPERATION(attend, "attend", PK_SMOOTH, PK_TANGENT_NONE, pk__attend_options, pk__attend_shape,
-                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL,
-                           NULL),
+    {.name = "embedding",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .options = pk__embedding_options,
+     .shape = pk__embedding_shape,
+     .forward = pk__embedding_forward,
+     .tangent = pk__embedding_tangent,
+     .reverse = pk__position_reverse,
+     .weight_gradient = pk__embedding_weight_gradient,
+     .row_gradients = pk__embedding_row_gradients,
+     .check = pk__embedding_check,
+     .initialize = pk__normal_initialize},
+    {.name = "token",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__token_options,
+     .shape = pk__token_shape,
+     .forward = pk__token_forward,
+     .tangent = pk__token_tangent,
+     .reverse = pk__token_reverse},
+    {.name = "mean_tokens",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__tokens_shape,
+     .forward = pk__mean_tokens_forward,
+     .tangent = pk__mean_tokens_tangent,
+     .reverse = pk__mean_tokens_reverse},
+    {.name = "attend",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .options = pk__attend_options,
+     .shape = pk__attend_shape,
+     .scratch = pk__attend_scratch,
+     .forward = pk__attend_forward,
+     .tangent = pk__attend_tangent,
+     .reverse = pk__attend_reverse,
+     .curvature = pk__attend_curvature},
 };
-#undef PK__SEQUENCE_OPERATION
 
 PK__END_CODE
 /* <<< implementation */

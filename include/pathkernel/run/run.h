@@ -163,11 +163,17 @@ typedef struct pk__run_file {
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
-    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},   {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
-    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},        {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
-    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0},  {"group_rates.npy", PK_FLOAT64, 2, 1, 0, 0},
-    {"checksums.npy", PK_INT64, 1, 0, 1, 0},          {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},
-    {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1}, {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
+    [PK__RUN_RATES] = {.name = "learning_rates.npy", .type = PK_FLOAT64, .rank = 1},
+    [PK__RUN_OFFSETS] = {.name = "batch_offsets.npy", .type = PK_INT64, .rank = 1, .before = 1},
+    [PK__RUN_ITEMS] = {.name = "batch_items.npy", .type = PK_INT64, .rank = 1},
+    [PK__RUN_ITEM_WEIGHTS] = {.name = "batch_weights.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_SCALES] = {.name = "gradient_scales.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_GROUP_RATES] = {.name = "group_rates.npy", .type = PK_FLOAT64, .rank = 2, .optional = 1},
+    [PK__RUN_CHECKSUMS] = {.name = "checksums.npy", .type = PK_INT64, .rank = 1, .before = 1},
+    [PK__RUN_MOMENTS] = {.name = "second_moments.npy", .rank = 2, .optional = 1},
+    [PK__RUN_STATES] = {.name = "optimizer_states.npy", .type = PK_FLOAT64, .rank = 2, .before = 1, .kept = 1},
+    [PK__RUN_WEIGHTS] = {.name = "weights.npy", .rank = 2, .before = 1, .kept = 1},
+};
 
 /* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
 static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer,

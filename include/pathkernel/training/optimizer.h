@@ -332,41 +332,34 @@ typedef struct pk__optimizer_rule {
                         pk_real *preconditioner); /* form is zeroed */
 } pk__optimizer_rule;
 
-#define PK__KEY(field, range, standard)                        \
-    {                                                          \
-#field, offsetof(pk_optimizer, field), range, standard \
-    }
-#define PK__NO_KEY          \
-    {                       \
-        NULL, 0, PK__ANY, 0 \
+#define PK__KEY(field, allowed, value)                                                               \
+    {                                                                                                \
+        .name = #field, .offset = offsetof(pk_optimizer, field), .range = allowed, .standard = value \
     }
 static const pk__optimizer_rule pk__optimizer_rules[] = {
-    {PK_SGD,
-     "sgd",
-     {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0), PK__KEY(nesterov, PK__SWITCH, 0),
-      PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__NO_KEY, PK__NO_KEY},
-     pk__sgd_state_vectors,
-     pk__sgd_update,
-     pk__sgd_linear_form},
-    {PK_ADAM,
-     "adam",
-     {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-      PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__NO_KEY,
-      PK__NO_KEY},
-     pk__adam_state_vectors,
-     pk__adam_update,
-     pk__adam_linear_form},
-    {PK_ADAMW,
-     "adamw",
-     {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-      PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01), PK__NO_KEY,
-      PK__NO_KEY},
-     pk__adam_state_vectors,
-     pk__adamw_update,
-     pk__adam_linear_form},
+    {.kind = PK_SGD,
+     .name = "sgd",
+     .keys = {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0),
+              PK__KEY(nesterov, PK__SWITCH, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+     .state_vectors = pk__sgd_state_vectors,
+     .update = pk__sgd_update,
+     .linear_form = pk__sgd_linear_form},
+    {.kind = PK_ADAM,
+     .name = "adam",
+     .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+     .state_vectors = pk__adam_state_vectors,
+     .update = pk__adam_update,
+     .linear_form = pk__adam_linear_form},
+    {.kind = PK_ADAMW,
+     .name = "adamw",
+     .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01)},
+     .state_vectors = pk__adam_state_vectors,
+     .update = pk__adamw_update,
+     .linear_form = pk__adam_linear_form},
 };
 #undef PK__KEY
-#undef PK__NO_KEY
 
 static const pk__optimizer_rule *pk__optimizer_find(pk_optimizer_kind kind)
 {
