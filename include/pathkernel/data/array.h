@@ -252,7 +252,7 @@ static pk_status pk__file_open(pk_context *context, const char *path, pk__file *
     file->bytes = NULL;
     file->size = 0;
     pk_status status = pk__open_named(context, path, O_RDONLY, "cannot be opened", &descriptor);
-    if (status != PK_OK)
+    if (status)
         return status;
     if (fstat(descriptor, &about) != 0)
         status = pk__fail(context, PK_IO, "%s: cannot be read: %s", name, strerror(errno));
@@ -269,7 +269,7 @@ static pk_status pk__file_open(pk_context *context, const char *path, pk__file *
             file->bytes = mapping;
         }
     }
-    if (status == PK_OK && kept)
+    if (!status && kept)
         *kept = descriptor;
     else
         (void)close(descriptor);
@@ -825,23 +825,23 @@ PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned fl
     size_t offset = 0;
     int descriptor = -1;
     pk_status status = pk__file_open(context, path, &file, flags & PK_ARRAY_KEEP_OPEN ? &descriptor : NULL);
-    if (status == PK_OK)
+    if (!status)
         status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
-    if (status == PK_OK && offset % pk_type_size(found.type) == 0) {
+    if (!status && offset % pk_type_size(found.type) == 0) {
         found.data = file.bytes + offset;
         found.mapping = file.bytes;
         found.mapping_bytes = file.size;
-    } else if (status == PK_OK) {
+    } else if (!status) {
         size_t items = pk_array_items(&found), size = pk_type_size(found.type);
         status = pk_allocate(context, items, size, pk__name(path), &found.owned);
-        if (status == PK_OK && items)
+        if (!status && items)
             memcpy(found.owned, file.bytes + offset, items * size);
         found.data = found.owned;
         pk__file_unmap(&file);
     }
     found.file = descriptor + 1;
     found.file_offset = offset;
-    if (status == PK_OK) {
+    if (!status) {
         *array = found;
         return PK_OK;
     }
@@ -860,11 +860,11 @@ PK_API pk_status pk_array_open(pk_context *context, const char *path, unsigned f
     int descriptor = -1;
     size_t offset = 0;
     pk_status status = pk__file_open(context, path, &file, &descriptor);
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
     pk__file_unmap(&file);
-    if (status != PK_OK) {
+    if (status) {
         (void)close(descriptor);
         return status;
     }
@@ -892,13 +892,13 @@ PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type t
         return pk__fail(context, PK_ARGUMENT, "%s: the data are NULL", pk__name(path));
     char *aside = NULL;
     pk_status status = pk_allocate(context, length + 5, 1, "the name of a file", &aside);
-    if (status != PK_OK)
+    if (status)
         return status;
     memcpy(aside, path, length);
     memcpy(aside + length, ".tmp", 5);
     int file;
     status = pk__open_named(context, aside, O_WRONLY | O_CREAT, "cannot be made", &file);
-    if (status == PK_OK) {
+    if (!status) {
         int good = ftruncate(file, 0) == 0 && pk__write_at(file, header, room, 0) &&
                    pk__write_at(file, data, bytes, room) && fsync(file) == 0,
             reason = errno;
@@ -957,11 +957,11 @@ PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type 
     unsigned char header[PK__NPY_ROOM];
     pk_array array;
     pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
-    if (status != PK_OK)
+    if (status)
         return status;
     int file;
     status = pk__open_named(context, path, O_WRONLY | O_CREAT, "cannot be made", &file);
-    if (status != PK_OK)
+    if (status)
         return status;
     size_t room = pk__npy_header(&array, 0, 1, header);
     if (ftruncate(file, 0) != 0 || !pk__write_at(file, header, room, 0)) {
@@ -981,16 +981,16 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
     pk__file file;
     size_t offset = 0;
     pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
-    if (status != PK_OK)
+    if (status)
         return status;
     const char *name = pk__name(path);
     status = pk__file_map(context, path, &file);
-    if (status == PK_OK)
+    if (!status)
         status = pk__npy_parse(context, name, file.bytes, file.size, PK_ARRAY_PARTIAL, &found, &offset);
-    if (status == PK_OK)
+    if (!status)
         memcpy(before, file.bytes, pk__min(offset, sizeof before));
     pk__file_unmap(&file);
-    if (status != PK_OK)
+    if (status)
         return status;
     int same = found.type == type && found.rank == rank;
     for (int i = 1; same && i < rank; i++)
@@ -1007,7 +1007,7 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
                         name, offset);
     int descriptor;
     status = pk__open_named(context, path, O_WRONLY, "cannot be opened for writing", &descriptor);
-    if (status != PK_OK)
+    if (status)
         return status;
     /* The header first: it may lag behind the data, but never run ahead. */
     if (!pk__npy_replace(descriptor, before, header, offset) ||
@@ -1074,7 +1074,7 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
     if (!writer || !writer->file)
         return PK_OK;
     pk_status status = pk_array_flush(context, writer);
-    if (close(writer->file - 1) != 0 && status == PK_OK)
+    if (close(writer->file - 1) != 0 && !status)
         status = pk__fail(context, PK_IO, "%s: cannot be closed: %s", writer->name, strerror(errno));
     memset(writer, 0, sizeof *writer);
     return status;

@@ -159,7 +159,7 @@ PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset
                                   size_t outputs)
 {
     pk_status status = pk__dataset_check_targets(context, dataset, outputs);
-    if (status != PK_OK)
+    if (status)
         return status;
     char has[200];
     const pk_array *inputs = &dataset->inputs;
@@ -212,10 +212,10 @@ static pk_status pk__dataset_allocate(pk_context *context, int rank, const size_
     if (!made.inputs.type || !made.targets.type || !pk__array_measure(&made.inputs, &bytes))
         return pk__fail(context, PK_OVERFLOW, "a data set of %zu examples overflows", shape[0]);
     pk_status status = pk_allocate(context, bytes, 1, "the inputs of a data set", &made.inputs.owned);
-    if (status == PK_OK)
+    if (!status)
         status = pk_allocate(context, pk_array_items(&made.targets), 8, "the targets of a data set",
                              &made.targets.owned);
-    if (status != PK_OK) {
+    if (status) {
         pk_release(context, made.inputs.owned);
         return status;
     }
@@ -268,9 +268,9 @@ PK__PRIVATE pk_status pk__idx_dataset(pk_context *context, const char *images_na
 {
     pk_array images, labels;
     pk_status status = pk__idx_parse(context, images_name, images_file->bytes, images_file->size, &images);
-    if (status == PK_OK)
+    if (!status)
         status = pk__idx_parse(context, labels_name, labels_file->bytes, labels_file->size, &labels);
-    if (status != PK_OK)
+    if (status)
         return status;
     size_t examples = images.shape[0], items = pk_array_items(&images), i;
     if (labels.rank != 1 || labels.shape[0] != examples) {
@@ -280,7 +280,7 @@ PK__PRIVATE pk_status pk__idx_dataset(pk_context *context, const char *images_na
     }
     pk_dataset made;
     status = pk__dataset_allocate(context, images.rank, images.shape, PK_INT64, 1, &made);
-    if (status != PK_OK)
+    if (status)
         return status;
     double *inputs = (double *)made.inputs.owned;
     int64_t *targets = (int64_t *)made.targets.owned;
@@ -300,9 +300,9 @@ PK_API pk_status pk_dataset_idx(pk_context *context, const char *images_path, co
         return pk__fail(context, PK_ARGUMENT,
                         "pk_dataset_idx: a pointer is NULL, or the scale %g is not finite", scale);
     pk_status status = pk__file_map(context, images_path, &images);
-    if (status == PK_OK)
+    if (!status)
         status = pk__file_map(context, labels_path, &labels);
-    if (status == PK_OK)
+    if (!status)
         status = pk__idx_dataset(context, pk__name(images_path), &images, pk__name(labels_path), &labels, scale,
                                  dataset);
     pk__file_unmap(&images);
@@ -391,11 +391,11 @@ PK__PRIVATE pk_status pk__csv_dataset(pk_context *context, const char *name, con
     size_t shape[2] = {rows, columns - outputs};
     pk_status status =
         pk__dataset_allocate(context, 2, shape, target_columns ? PK_FLOAT64 : PK_INT64, outputs, &made);
-    if (status != PK_OK)
+    if (status)
         return status;
     double *inputs = (double *)made.inputs.owned, *targets = (double *)made.targets.owned;
     int64_t *labels = (int64_t *)made.targets.owned;
-    for (at = text; at < end && status == PK_OK; line_number++) {
+    for (at = text; at < end && !status; line_number++) {
         line = pk__csv_line(&at, end);
         for (column = 0; column < columns; column++) {
             pk__csv_field(&line, 0, &field, &length);
@@ -410,11 +410,11 @@ PK__PRIVATE pk_status pk__csv_dataset(pk_context *context, const char *name, con
                 status = pk__fail(context, PK_FORMAT, "%s: line %zu, column %zu: '%s' is not %s", name,
                                   line_number, column + 1, pk__printable(field, length, shown, sizeof shown),
                                   good ? "an integer label" : "a finite number");
-            if (status != PK_OK)
+            if (status)
                 break;
         }
     }
-    if (status == PK_OK)
+    if (!status)
         *dataset = made;
     else
         pk_dataset_release(context, &made);
@@ -428,7 +428,7 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
         return pk__fail(context, PK_ARGUMENT,
                         "pk_dataset_csv: a pointer is NULL, or target_columns %d is negative", target_columns);
     pk_status status = pk__file_map(context, path, &file);
-    if (status == PK_OK)
+    if (!status)
         status = pk__csv_dataset(context, pk__name(path), (const char *)file.bytes, file.size, target_columns,
                                  dataset);
     pk__file_unmap(&file);

@@ -572,11 +572,11 @@ PK_API pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matri
         return pk__fail(context, PK_SHAPE, "product: op(A) is %zu x %zu, op(B) %zu x %zu, C %zu x %zu", m,
                         inner_a, inner_b, n, c.rows, c.cols);
     pk_status status = pk__check_matrix(context, "A", &a);
-    if (status == PK_OK)
+    if (!status)
         status = pk__check_matrix(context, "B", &b);
-    if (status == PK_OK)
+    if (!status)
         status = pk__check_matrix(context, "C", &c);
-    if (status != PK_OK)
+    if (status)
         return status;
     if (pk__matrices_overlap(a, c) || pk__matrices_overlap(b, c))
         return pk__fail(context, PK_ARGUMENT, "product: C (%zu x %zu) overlaps %s", m, n,

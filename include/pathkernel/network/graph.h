@@ -99,7 +99,7 @@ typedef struct pk_node {
     size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
     int tensor_count;
     pk_parameter_tensor tensors[PK_NODE_TENSORS]; /* all of its weights, one after the other */
-    int shares;                         /* another node uses one of its blocks, too */
+    int shares;                                   /* another node uses one of its blocks, too */
     double attributes[PK_NODE_ATTRIBUTES];
     pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
     int constants_shared;                    /* they are an earlier node's */

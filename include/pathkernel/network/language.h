@@ -390,15 +390,17 @@ static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer,
         return PK_OK;
     }
     pk_status status = parser->constants->load(parser->constants->user, parser->context, name, array);
-    if (!status)
-        status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
-    if (!status)
-        pk_array_reals(array, 0, pk_array_items(array), *numbers);
-    for (size_t i = 0; !status && i < pk_array_items(array); i++)
+    if (status)
+        return status;
+    status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
+    if (status)
+        return status;
+    pk_array_reals(array, 0, pk_array_items(array), *numbers);
+    for (size_t i = 0; i < pk_array_items(array); i++)
         if (!isfinite((*numbers)[i]))
-            status = pk__fail(parser->context, PK_NOT_FINITE,
-                              "the array '%.40s' has a number that is not finite", name);
-    return status;
+            return pk__fail(parser->context, PK_NOT_FINITE, "the array '%.40s' has a number that is not finite",
+                            name);
+    return PK_OK;
 }
 
 /* The shape of the branch in hand. */
@@ -444,11 +446,12 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
         status = pk__parse_options(parser->context, operation->name, pk__ntk_options, &own, ntk);
     if (!status)
         status = pk__check_attributes(parser->context, operation->name, pk__ntk_options, ntk);
-    if (!status && ntk[PK__NTK_FLAG] == 0 && own.count > 1)
-        status =
-            pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk", operation->name, own.words[1]);
-    if (status || ntk[PK__NTK_FLAG] == 0)
-        return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+    if (status)
+        return status;
+    if (ntk[PK__NTK_FLAG] == 0)
+        return own.count > 1 ? pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk",
+                                        operation->name, own.words[1])
+                             : pk__append(parser, operation->name, attributes, 0, NULL);
     /* Biases are scaled with everything behind the layer, so the input is scaled by what is left. */
     const pk_shape *shape = pk__branch_shape(parser);
     const int biased = attributes[dense ? (int)PK_DENSE_BIAS : (int)PK_CONVOLUTION_BIAS] != 0;
@@ -513,10 +516,11 @@ static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
     memcpy(attributes, pk_operation_find(name)->defaults, sizeof attributes);
     attributes[PK__NORM_AFFINE] = 1;
     pk_status status = pk__parse_options(parser->context, layer->words[0], pk__norm_options, layer, attributes);
+    if (status)
+        return status;
     const int affine = attributes[PK__NORM_AFFINE] != 0;
     attributes[PK__NORM_AFFINE] = 0;
-    if (!status)
-        status = pk__append(parser, name, attributes, 0, NULL);
+    status = pk__append(parser, name, attributes, 0, NULL);
     return status || !affine ? status : pk__append_affine(parser, !root, attributes[PK_NORM_DIMS]);
 }
 
@@ -547,20 +551,20 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__parse_options(parser->context, "attention", options, layer, attributes);
     if (!status)
         status = pk__check_attributes(parser->context, "attention", options, attributes);
+    if (status)
+        return status;
+    if (shape->rank != 2)
+        return pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of shape %s",
+                        pk_shape_text(shape, text));
+    if (fmod(width, attributes[PK_ATTEND_HEADS]) != 0)
+        return pk__fail(parser->context, PK_SHAPE, "attention: a width of %g cannot be split into %g heads",
+                        width, attributes[PK_ATTEND_HEADS]);
     dense[PK_DENSE_OUTPUTS] = (attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3) * width;
     dense[PK_DENSE_BIAS] = attributes[BIAS];
     dense[PK_DENSE_INITIAL] = PK_INITIAL_GLOROT_UNIFORM;
     dense[PK_DENSE_GAIN] = 1;
     attributes[BIAS] = 0;
-    if (!status && shape->rank != 2)
-        status =
-            pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of shape %s",
-                     pk_shape_text(shape, text));
-    if (!status && fmod(width, attributes[PK_ATTEND_HEADS]) != 0)
-        status = pk__fail(parser->context, PK_SHAPE, "attention: a width of %g cannot be split into %g heads",
-                          width, attributes[PK_ATTEND_HEADS]);
-    if (!status)
-        status = pk__append(parser, "dense", dense, 0, NULL);
+    status = pk__append(parser, "dense", dense, 0, NULL);
     if (!status)
         status = pk__append(parser, "attend", attributes, 0, NULL);
     dense[PK_DENSE_OUTPUTS] = width;
@@ -598,15 +602,12 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
     return status;
 }
 
-/* constant NAME, propagate NAME, batch_norm NAME. */
-static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
+/* The operation of a layer with constants, of the array that it names: `numbers`, or those of the node `like`. */
+static pk_status pk__append_constant(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
+                                     const pk_array *array, const pk_real *numbers, const pk_node *like)
 {
-    const char *name = layer->words[0];
-    pk_array array;
-    pk_real *numbers = NULL;
-    const pk_node *like = NULL;
+    const char *name = layer->words[0], *its = layer->words[1];
     const int norm = strcmp(name, "batch_norm") == 0;
-    const pk_operation *operation = pk_operation_find(norm ? "standardize" : name);
     double attributes[PK_NODE_ATTRIBUTES] = {0};
     pk__layer rest = *layer;
     rest.count--;
@@ -614,6 +615,47 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
         rest.words[i] = layer->words[i + 1];
     attributes[PK_NORM_EPSILON] = norm ? 1e-5 : 0;
     attributes[PK__NORM_AFFINE] = norm;
+    pk_status status =
+        pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
+    if (status)
+        return status;
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (array->rank != 2)
+        return pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name, its,
+                        array->rank);
+    if (norm && array->shape[0] != 2 &&
+        pk_array_items(array) % 2 == 0) /* (channels, 2) holds as many numbers in another order */
+        return pk__fail(parser->context, PK_SHAPE,
+                        "batch_norm: the array '%.40s' has %zu rows, not one of means and one of variances",
+                        its, array->shape[0]);
+    if (strcmp(name, "propagate") == 0 && array->shape[1] != 3)
+        return pk__fail(parser->context, PK_SHAPE,
+                        "propagate: the array '%.40s' has %zu columns, not row, column and value", its,
+                        array->shape[1]);
+    if (strcmp(name, "constant") == 0) {
+        attributes[PK_POSITION_TOKENS] = (double)array->shape[0];
+        attributes[PK_POSITION_WIDTH] = (double)array->shape[1];
+        parser->node = 0;
+    }
+    status = pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
+                              pk_array_items(array), like ? like->constants : numbers, like, &parser->node);
+    if (status)
+        return status;
+    pk_node *node = &parser->graph->nodes[parser->node];
+    memcpy(node->constant_name, its, strlen(its) + 1);
+    node->constant_columns = array->shape[1];
+    return affine ? pk__append_affine(parser, 1, 0) : PK_OK;
+}
+
+/* constant NAME, propagate NAME, batch_norm NAME. */
+static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const int norm = strcmp(layer->words[0], "batch_norm") == 0;
+    const pk_operation *operation = pk_operation_find(norm ? "standardize" : layer->words[0]);
+    pk_array array;
+    pk_real *numbers = NULL;
+    const pk_node *like = NULL;
     if (norm && (layer->count < 2 || strchr(layer->words[1], '=')))
         return pk__fail(
             parser->context, PK_FORMAT,
@@ -621,39 +663,10 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
             "example's output would depend on the rest of its batch");
     pk_status status = pk__named_constants(parser, layer, operation->name, &like, &array, &numbers);
     if (!status)
-        status =
-            pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
-    const int affine = attributes[PK__NORM_AFFINE] != 0;
-    attributes[PK__NORM_AFFINE] = 0;
-    if (!status && array.rank != 2)
-        status = pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name,
-                          layer->words[1], array.rank);
-    if (!status && norm && array.shape[0] != 2 &&
-        pk_array_items(&array) % 2 == 0) /* (channels, 2) holds as many numbers in another order */
-        status = pk__fail(parser->context, PK_SHAPE,
-                          "batch_norm: the array '%.40s' has %zu rows, not one of means and one of variances",
-                          layer->words[1], array.shape[0]);
-    if (!status && strcmp(name, "propagate") == 0 && array.shape[1] != 3)
-        status = pk__fail(parser->context, PK_SHAPE,
-                          "propagate: the array '%.40s' has %zu columns, not row, column and value",
-                          layer->words[1], array.shape[1]);
-    if (!status && strcmp(name, "constant") == 0) {
-        attributes[PK_POSITION_TOKENS] = (double)array.shape[0];
-        attributes[PK_POSITION_WIDTH] = (double)array.shape[1];
-        parser->node = 0;
-    }
-    if (!status)
-        status =
-            pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
-                             pk_array_items(&array), like ? like->constants : numbers, like, &parser->node);
-    if (!status) {
-        pk_node *node = &parser->graph->nodes[parser->node];
-        memcpy(node->constant_name, layer->words[1], strlen(layer->words[1]) + 1);
-        node->constant_columns = array.shape[1];
-    }
+        status = pk__append_constant(parser, layer, operation, &array, numbers, like);
     pk_release(parser->context, numbers);
     pk_array_release(parser->context, &array);
-    return status || !affine ? status : pk__append_affine(parser, 1, 0);
+    return status;
 }
 
 /* fourier N [scale=1] [seed=0]: N normal frequencies of standard deviation scale for each input. */
@@ -685,31 +698,30 @@ static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__parse_options(parser->context, "fourier", pk__fourier_options, layer, attributes);
     if (!status)
         status = pk__check_attributes(parser->context, "fourier", pk__fourier_options, attributes);
-    pk_real *numbers = NULL;
-    size_t count = 0;
+    if (status)
+        return status;
     const pk_node *input = &parser->graph->nodes[parser->node];
-    if (!status && input->varies)
-        status = pk__fail(parser->context, PK_UNSUPPORTED,
-                          "Fourier features are taken of data, before the first weights");
-    if (!status && attributes[PK__FOURIER_COUNT] * (double)input->width >
-                       (double)PK__FOURIER_NUMBERS - (double)parser->frequencies)
-        status = pk__fail(
+    if (input->varies)
+        return pk__fail(parser->context, PK_UNSUPPORTED,
+                        "Fourier features are taken of data, before the first weights");
+    if (attributes[PK__FOURIER_COUNT] * (double)input->width >
+        (double)PK__FOURIER_NUMBERS - (double)parser->frequencies)
+        return pk__fail(
             parser->context, PK_OVERFLOW,
             "fourier: %g frequencies of %zu inputs are %g numbers, and a network has at most %d; larger "
             "features may be computed beforehand, as the inputs",
             attributes[PK__FOURIER_COUNT], input->width, attributes[PK__FOURIER_COUNT] * (double)input->width,
             PK__FOURIER_NUMBERS);
-    if (!status) {
-        count = (size_t)attributes[PK__FOURIER_COUNT] * input->width;
-        parser->frequencies += count;
-        status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
-    }
-    if (!status) {
-        pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
-        for (size_t i = 0; i < count; i++)
-            numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
-        status = pk__append(parser, "fourier", NULL, count, numbers);
-    }
+    const size_t count = (size_t)attributes[PK__FOURIER_COUNT] * input->width;
+    pk_real *numbers = NULL;
+    parser->frequencies += count;
+    status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
+    if (status)
+        return status;
+    pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
+    for (size_t i = 0; i < count; i++)
+        numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
+    status = pk__append(parser, "fourier", NULL, count, numbers);
     pk_release(parser->context, numbers);
     return status;
 }
@@ -1091,29 +1103,36 @@ static pk_status pk__parse_residual(pk__parser *parser)
     return status ? status : pk__append_add(parser, shortcut);
 }
 
+/* One layer, and what stands behind it. */
+static pk_status pk__parse_layer(pk__parser *parser)
+{
+    if (parser->number > PK__NETWORK_LAYERS)
+        return pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS);
+    pk_status status = pk__split_layer(parser, &parser->layer);
+    if (status)
+        return status;
+    status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
+    if (status)
+        return status;
+    if (parser->full)
+        return pk__fail(parser->context, PK_FORMAT,
+                        "the network's text is longer than the %d characters that a run directory records",
+                        PK__NETWORK_TEXT);
+    if (parser->depth > 0 || !*parser->at || *parser->at == ';')
+        return PK_OK;
+    return pk__fail(parser->context, PK_FORMAT,
+                    *parser->at == ')'   ? "')' outside of a residual: there is no '(' for it"
+                    : *parser->at == '(' ? "'(' behind the ')' of a residual; a ';' is missing"
+                                         : "'|' outside of a residual, whose two branches it separates; layers "
+                                           "are separated by ';'");
+}
+
 /* Layers up to what is no ';'. Of a failure, the number of the innermost layer is kept. */
 static pk_status pk__parse_layers(pk__parser *parser)
 {
     for (;;) {
         const int number = ++parser->number;
-        pk_status status = number > PK__NETWORK_LAYERS
-                               ? pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
-                               : pk__split_layer(parser, &parser->layer);
-        if (!status)
-            status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
-        if (!status && parser->full)
-            status =
-                pk__fail(parser->context, PK_FORMAT,
-                         "the network's text is longer than the %d characters that a run directory records",
-                         PK__NETWORK_TEXT);
-        if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
-            status = pk__fail(
-                parser->context, PK_FORMAT,
-                *parser->at == ')' ? "')' outside of a residual: there is no '(' for it"
-                : *parser->at == '('
-                    ? "'(' behind the ')' of a residual; a ';' is missing"
-                    : "'|' outside of a residual, whose two branches it separates; layers are separated "
-                      "by ';'");
+        pk_status status = pk__parse_layer(parser);
         if (status) {
             if (!parser->failed)
                 parser->failed = number;

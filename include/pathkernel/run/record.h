@@ -148,21 +148,21 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                                      const pk_dataset *train, pk__recording *recording)
 {
     pk_status status = pk_loss_parse(context, options->loss, &recording->loss);
-    if (status == PK_OK)
+    if (!status)
         status =
             pk_optimizer_parse(context, options->optimizer ? options->optimizer : "sgd", &recording->optimizer);
-    if (status == PK_OK)
+    if (!status)
         status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
                                      sizeof recording->optimizer_text);
-    if (status == PK_OK)
+    if (!status)
         status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
-    if (status == PK_OK)
+    if (!status)
         status = pk_parameter_groups_parse(context, &recording->graph, &recording->optimizer,
                                            options->group_count, options->groups, &recording->groups);
-    if (status == PK_OK)
+    if (!status)
         status = pk_allocate(context, pk__groups_text_size(&recording->groups), 1, "the text of the groups",
                              &recording->groups_text);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk__groups_text(&recording->optimizer, &recording->groups, recording->groups_text,
                     pk__groups_text_size(&recording->groups));
@@ -234,10 +234,10 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
     memset(&writer, 0, sizeof writer);
     void *row = NULL;
     pk_status status = pk_allocate(context, array->row_items, sizeof(int64_t), "a row of training data", &row);
-    if (status == PK_OK)
+    if (!status)
         status = pk_array_create(context, path, bytes ? PK__REAL_TYPE : PK_INT64, array->rank, array->shape + 1,
                                  &writer);
-    for (size_t i = 0; i < pk_array_length(array) && status == PK_OK; i++) {
+    for (size_t i = 0; i < pk_array_length(array) && !status; i++) {
         if (bytes)
             pk_array_reals(array, i * array->row_items, array->row_items, (pk_real *)row);
         else
@@ -245,8 +245,8 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
         status = pk_array_append(context, &writer, 1, row);
     }
     pk_release(context, row);
-    pk_status closed = pk_array_close(status == PK_OK ? context : NULL, &writer); /* keeps the first message */
-    return status == PK_OK ? closed : status;
+    pk_status closed = pk_array_close(status ? NULL : context, &writer); /* keeps the first message */
+    return status ? status : closed;
 }
 
 enum { PK__RESUME_EVERY = 16, PK__RESUME_HEAD = 2 };
@@ -328,7 +328,7 @@ PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *d
     memset(&array, 0, sizeof array);
     *step = SIZE_MAX;
     pk_status status = pk__run_path_take(context, directory, &path);
-    if (status != PK_OK)
+    if (status)
         return status;
     /* Without a context: it is no error that there is no such file, or another one. */
     if (pk_array_map(NULL, pk__run_path_of(&path, PK__RESUME_FILE), 0, &array) == PK_OK &&
@@ -367,7 +367,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     if (recording->keep_every > 1)
         snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
-    if (status != PK_OK)
+    if (status)
         return status;
     size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s%s",
                             recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text,
@@ -470,13 +470,13 @@ static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, 
         pk_real *zeros = NULL;
         pk_status status =
             pk_allocate(context, recorder->state_numbers, sizeof *zeros, "the optimizer's first state", &zeros);
-        if (status == PK_OK) {
+        if (!status) {
             checksum = pk__checksum(initial, recorder->parameters, zeros, recorder->state_numbers);
             status = pk_array_append(context, &recorder->files[PK__RUN_STATES], 1,
                                      pk__recorder_state(recorder, zeros));
         }
         pk_release(context, zeros);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     return pk_array_append(context, &recorder->files[PK__RUN_CHECKSUMS], 1, &checksum);
@@ -487,29 +487,29 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
 {
     const pk_array *data[2] = {&train->inputs, &train->targets};
     pk_status status = PK_OK;
-    for (int k = 0; k < 2 && status == PK_OK; k++)
+    for (int k = 0; k < 2 && !status; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
     pk_array constant;
     const pk_node *node = NULL;
-    while (status == PK_OK && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
+    while (!status && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
         char file[PK__CONSTANT_FILE];
         status = pk__recorder_data(context, pk__run_path_of(path, pk__constant_file(node->constant_name, file)),
                                    &constant);
     }
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+    for (int f = 0; f < PK__RUN_FILES && !status; f++)
         if (recording->present[f])
             status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
                                      pk__recorder_type(recorder, f), pk__run_files[f].rank,
                                      pk__recorder_width(recorder, f), &recorder->files[f]);
     int64_t zero = 0;
-    if (status == PK_OK)
+    if (!status)
         status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
-    if (status == PK_OK && recorder->present[PK__RUN_CHECKSUMS])
+    if (!status && recorder->present[PK__RUN_CHECKSUMS])
         status = pk__recorder_first(context, recorder, initial);
-    if (status == PK_OK)
+    if (!status)
         status =
             pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
-    if (status == PK_OK)
+    if (!status)
         status = pk__recorder_manifest(context, recorder->lock - 1, path->directory, recording);
     return status;
 }
@@ -550,7 +550,7 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
 {
     char optimizer[256];
     pk_status status = pk_optimizer_format(&run->optimizer, optimizer, sizeof optimizer);
-    if (status != PK_OK)
+    if (status)
         return pk__fail(context, status, "%s/run.txt: the optimizer cannot be written", directory);
     const char *line[3][3] = {{"network", run->graph.text, recording->graph.text},
                               {"loss", pk_loss_name(run->loss), pk_loss_name(recording->loss)},
@@ -561,7 +561,7 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
                             directory, line[k][0], line[k][1], line[k][2]);
     char *groups = NULL;
     status = pk_allocate(context, pk__groups_text_size(&run->groups), 1, "the text of the groups", &groups);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk__groups_text(&run->optimizer, &run->groups, groups, pk__groups_text_size(&run->groups));
     const int same_groups = strcmp(groups, recording->groups_text) == 0;
@@ -614,14 +614,14 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
 {
     pk_run run;
     pk_status status = pk_run_open(context, path->directory, &run);
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__recorder_compare(context, path->directory, recording, train, initial, recorder, &run);
     recorder->steps = run.steps;
     recorder->items = run.batch_offsets[run.steps];
     pk_run_release(context, &run); /* before files shrink */
     /* What was written last is cut off first: a kill on the way leaves what a kill while recording does. */
-    for (int f = PK__RUN_FILES - 1; f >= 0 && status == PK_OK; f--) {
+    for (int f = PK__RUN_FILES - 1; f >= 0 && !status; f--) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         size_t rows = per_item                ? (size_t)recorder->items
                       : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
@@ -640,8 +640,8 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
 {
     pk_status first = PK_OK;
     for (int f = 0; f < PK__RUN_FILES; f++) {
-        pk_status status = pk_array_close(first == PK_OK ? report : NULL, &recorder->files[f]);
-        if (first == PK_OK)
+        pk_status status = pk_array_close(first ? NULL : report, &recorder->files[f]);
+        if (!first)
             first = status;
     }
     pk_release(context, recorder->row);
@@ -655,6 +655,60 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
         close(recorder->lock - 1);
     memset(recorder, 0, sizeof *recorder);
     return first;
+}
+
+/* What a recorder needs of its recording, and memory for its rows. */
+static pk_status pk__recorder_prepare(pk_context *context, const pk__recording *recording,
+                                      const pk_real *initial_weights, pk_recorder *opened)
+{
+    pk_status status = PK_OK;
+    opened->parameters = recording->graph.parameters;
+    memcpy(opened->present, recording->present, sizeof opened->present);
+    opened->keep_every = recording->keep_every;
+    opened->group_count = recording->groups.count;
+    if (!pk__multiply(pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups),
+                      opened->parameters, &opened->state_numbers) ||
+        opened->state_numbers > SIZE_MAX - PK__RESUME_HEAD)
+        return pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
+    if (initial_weights)
+        status = pk__recorder_finite(context, opened, "initial weights", initial_weights);
+    if (!status && pk__recorder_type(opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
+        status = pk_allocate(context, opened->parameters, opened->float32 ? sizeof(float) : sizeof(double),
+                             "a row of weights", &opened->row);
+    if (!status && opened->present[PK__RUN_GROUP_RATES])
+        status = pk_allocate(context, opened->group_count, sizeof *opened->group_rates, "the rates of groups",
+                             &opened->group_rates);
+    if (!status && opened->present[PK__RUN_STATES])
+        status = pk_allocate(context, opened->state_numbers, sizeof *opened->states,
+                             "a row of optimizer states", &opened->states);
+    if (!status && opened->keep_every == 1 && opened->state_numbers &&
+        !(opened->float32 && sizeof(pk_real) > sizeof(float)))
+        status = pk_allocate(context, PK__RESUME_HEAD + opened->state_numbers, sizeof *opened->resume_state,
+                             "the state to resume from", &opened->resume_state);
+    if (status)
+        return status;
+    for (size_t g = 0; opened->group_rates && g < opened->group_count; g++)
+        opened->group_rates[g] = (double)NAN; /* until they are given */
+    return PK_OK;
+}
+
+/* Opens the run that is there, or makes one. */
+static pk_status pk__recorder_begin(pk_context *context, pk__run_path *path, const pk_recorder_options *options,
+                                    const pk_dataset *train, const pk_real *initial_weights,
+                                    pk__recording *recording, pk_recorder *opened)
+{
+    pk_status status = pk__recorder_folder(context, path, options->resume, options->replace, opened, recording);
+    if (status)
+        return status;
+    if (recording->exists)
+        return pk__recorder_continue(context, path, recording, train, initial_weights, opened);
+    status = initial_weights
+                 ? pk__recorder_start(context, path, recording, train, initial_weights, opened)
+                 : pk__fail(context, PK_ARGUMENT, "%s: there is no run to resume, and no initial weights",
+                            path->directory);
+    if (status)
+        pk__recorder_clear(opened->lock - 1);
+    return status;
 }
 
 PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
@@ -678,60 +732,21 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     memset(&opened, 0, sizeof opened);
     memset(&path, 0, sizeof path);
     opened.float32 = options->float32 != 0;
-    pk_status status = pk__recording_parse(context, options, train, &recording);
-    opened.parameters = recording.graph.parameters;
     opened.examples = pk_dataset_examples(train);
-    memcpy(opened.present, recording.present, sizeof opened.present);
-    opened.keep_every = recording.keep_every;
-    if (status == PK_OK &&
-        !pk__multiply(pk_parameter_groups_state_vectors(&recording.optimizer, &recording.groups),
-                      opened.parameters, &opened.state_numbers))
-        status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
-    if (status == PK_OK && initial_weights)
-        status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
-    if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
-        status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
-                             "a row of weights", &opened.row);
-    opened.group_count = recording.groups.count;
-    if (status == PK_OK && opened.present[PK__RUN_GROUP_RATES]) {
-        status = pk_allocate(context, opened.group_count, sizeof *opened.group_rates, "the rates of groups",
-                             &opened.group_rates);
-        for (size_t g = 0; status == PK_OK && g < opened.group_count; g++)
-            opened.group_rates[g] = (double)NAN; /* until they are given */
-    }
-    if (status == PK_OK && opened.present[PK__RUN_STATES])
-        status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
-                             &opened.states);
-    if (status == PK_OK && opened.keep_every == 1 && opened.state_numbers &&
-        !(opened.float32 && sizeof(pk_real) > sizeof(float))) {
-        if (opened.state_numbers > SIZE_MAX - PK__RESUME_HEAD)
-            status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
-        else
-            status = pk_allocate(context, PK__RESUME_HEAD + opened.state_numbers, sizeof *opened.resume_state,
-                                 "the state to resume from", &opened.resume_state);
-    }
-    if (status == PK_OK)
+    pk_status status = pk__recording_parse(context, options, train, &recording);
+    if (!status)
+        status = pk__recorder_prepare(context, &recording, initial_weights, &opened);
+    if (!status)
         status = pk__run_path_take(context, directory, &path);
-    if (status == PK_OK)
-        status = pk__recorder_folder(context, &path, options->resume, options->replace, &opened, &recording);
-    if (status == PK_OK && recording.exists) {
-        status = pk__recorder_continue(context, &path, &recording, train, initial_weights, &opened);
-    } else if (status == PK_OK) {
-        if (initial_weights)
-            status = pk__recorder_start(context, &path, &recording, train, initial_weights, &opened);
-        else
-            status = pk__fail(context, PK_ARGUMENT, "%s: there is no run to resume, and no initial weights",
-                              directory);
-        if (status != PK_OK)
-            pk__recorder_clear(opened.lock - 1);
-    }
-    if (status != PK_OK && recording.made)
+    if (!status)
+        status = pk__recorder_begin(context, &path, options, train, initial_weights, &recording, &opened);
+    if (status && recording.made)
         (void)rmdir(directory);
     pk_release(context, path.text);
     pk_parameter_groups_release(context, &recording.groups);
     pk_release(context, recording.groups_text);
     pk_graph_release(context, &recording.graph);
-    if (status == PK_OK) {
+    if (!status) {
         *recorder = opened;
         return PK_OK;
     }
@@ -779,11 +794,11 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
         return pk__fail(context, PK_NOT_FINITE, "step %zu: weight %zu of the batch is %g", step, bad,
                         batch->weights[bad]);
     pk_status status = pk__recorder_finite(context, recorder, "weights", weights_after);
-    if (status == PK_OK && second_moments)
+    if (!status && second_moments)
         status = pk__recorder_finite(context, recorder, "second moments", second_moments);
-    if (status == PK_OK && !state && recorder->present[PK__RUN_STATES])
+    if (!status && !state && recorder->present[PK__RUN_STATES])
         return pk__fail(context, PK_ARGUMENT, "step %zu: the optimizer's state is missing", step);
-    if (!recorder->present[PK__RUN_STATES] || status != PK_OK || pk__all_finite(state, recorder->state_numbers))
+    if (!recorder->present[PK__RUN_STATES] || status || pk__all_finite(state, recorder->state_numbers))
         return status;
     for (size_t i = 0; i < recorder->state_numbers; i++)
         if (!isfinite(state[i]))
@@ -802,7 +817,7 @@ static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *re
     if (recorder->uniform_size < batch->count) {
         double *more = NULL;
         pk_status status = pk_allocate(context, batch->count, sizeof *more, "the weights of a batch", &more);
-        if (status != PK_OK)
+        if (status)
             return status;
         pk_release(context, recorder->uniform);
         recorder->uniform = more;
@@ -823,9 +838,9 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
     const double *batch_weights = NULL;
     pk_status status = pk__recorder_check(context, recorder, learning_rate, batch, gradient_scale,
                                           second_moments, state, weights_after);
-    if (status == PK_OK)
+    if (!status)
         status = pk__recorder_batch_weights(context, recorder, batch, &batch_weights);
-    if (status != PK_OK)
+    if (status)
         return status;
     int64_t end = recorder->items + (int64_t)batch->count;
     int keeps = (recorder->steps + 1) % recorder->keep_every == 0;
@@ -836,7 +851,7 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
     const void *rows[PK__RUN_FILES] = {
         &learning_rate,        &end,      batch->items, batch_weights, &gradient_scale,
         recorder->group_rates, &checksum, NULL,         NULL,          NULL};
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+    for (int f = 0; f < PK__RUN_FILES && !status; f++) {
         if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
@@ -846,7 +861,7 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
                                                  : rows[f];
         status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
     }
-    if (status != PK_OK) {
+    if (status) {
         recorder->failed = 1; /* the files disagree now: readers see the step before */
         return status;
     }

@@ -194,7 +194,7 @@ PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *
         return pk__fail(context, PK_OVERFLOW, "the memory for training steps on %zu examples overflows",
                         largest_batch);
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk__arena own = {taken.memory, arena.used, 0, 0};
     pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
@@ -262,7 +262,7 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
     const size_t P = trainer->graph->parameters;
     pk_status status = pk_batch_gradient(context, trainer->graph, trainer->loss, weights, trainer->train, batch,
                                          &trainer->workspace, objective, trainer->gradient);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "step %zu: ", step);
     pk__groups_forget_frozen(trainer->groups, trainer->gradient);
     if (clip_norm > 0)
@@ -417,12 +417,12 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
         return pk__fail(context, PK_UNSUPPORTED,
                         "keep_every: steps cannot be replayed from weights in float32");
     pk_status status = pk_run_weights(context, run, step, weights);
-    if (status != PK_OK)
+    if (status)
         return status;
     if (state_numbers)
         status = pk_array_read(context, &run->optimizer_states, step / run->keep_every * state_numbers,
                                state_numbers, state);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "optimizer_states.npy: the row of step %zu ", step);
     if (!pk__same_step(run, step, weights, state, state_numbers))
         return pk__fail(context, PK_FORMAT,
@@ -471,7 +471,7 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
         return pk__fail(context, PK_OVERFLOW, "the memory of a replay overflows");
     void *memory = NULL;
     pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk__arena own = {memory, arena.used, 0, 0};
     if (memory)
@@ -507,7 +507,7 @@ static pk_status pk__replay_start(pk_context *context, pk_replay *replay, size_t
     } else {
         pk_status status =
             pk__replay_load(context, replay->run, kept, replay->weights, replay->trainer.state, state);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     replay->step = best;
@@ -549,7 +549,7 @@ static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
     replay->step = SIZE_MAX; /* after an error, the state belongs to no step */
     pk_status status = pk__make_step(context, &replay->trainer, step, run->learning_rates[step], 0, &batch,
                                      replay->weights, replay->next, &scale, NULL);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, PK_NOT_REPRODUCED, "replay: ");
     if (!pk__same_step(run, step + 1, replay->next, replay->trainer.state, state))
         return pk__fail(
@@ -573,14 +573,14 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
     if (run->keep_every == 1 || step > run->steps)
         return pk_run_weights(context, run, step, weights);
     pk_status status = pk__replay_start(context, replay, step);
-    while (status == PK_OK && replay->step < step) {
+    while (!status && replay->step < step) {
         const size_t next = pk__checkpoints_next(&replay->checkpoints, replay->step, step, replay->reach);
-        while (status == PK_OK && replay->step < next)
+        while (!status && replay->step < next)
             status = pk__replay_advance(context, replay);
-        if (status == PK_OK && (next < step || pk__replay_is_spaced(replay)))
+        if (!status && (next < step || pk__replay_is_spaced(replay)))
             pk__replay_remember(replay);
     }
-    if (status == PK_OK)
+    if (!status)
         memcpy(weights, replay->weights, run->parameters * sizeof *weights);
     return status;
 }

@@ -221,7 +221,7 @@ PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, cons
 PK__FORMAT(3, 4)
 PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
 {
-    if (context && status != PK_OK) {
+    if (context && status) {
         char message[PK_MESSAGE_SIZE];
         memcpy(message, context->message, sizeof message);
         va_list arguments;
@@ -243,7 +243,7 @@ static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_ar
                              size_t row, size_t step, pk_real *out)
 {
     pk_status status = pk_array_read(context, array, row * run->parameters, run->parameters, out);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "%s: the row of step %zu ", name, step);
     for (size_t p = 0; p < run->parameters; p++)
         if (!isfinite(out[p]))
@@ -384,7 +384,7 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
         if (end > begin && end[-1] == '\r')
             end--;
         pk_status status = pk__manifest_line(context, begin, end, ++line, &version, manifest);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     if (!version)
@@ -419,27 +419,27 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
 {
     int key = PK__MANIFEST_KEEP;
     pk_status status = pk__manifest_keep(context, manifest, keep_every);
-    if (status == PK_OK) {
+    if (!status) {
         key = PK__MANIFEST_LOSS;
         status = pk_loss_parse(context, manifest->value[key], loss);
     }
-    if (status == PK_OK) {
+    if (!status) {
         key = PK__MANIFEST_OPTIMIZER;
         status = pk_optimizer_parse(context, manifest->value[key], optimizer);
     }
-    if (status == PK_OK) {
+    if (!status) {
         key = PK__MANIFEST_NETWORK;
         status = pk_network_parse_with(context, manifest->value[key], constants, graph);
     }
     size_t line = manifest->line[key], at = 0;
-    if (status == PK_OK) {
+    if (!status) {
         status = pk__groups_parse(context, graph, optimizer, manifest->groups, manifest->group, groups, &at);
-        if (status != PK_OK) {
+        if (status) {
             line = at < manifest->groups ? manifest->group_line[at] : line;
             pk_graph_release(context, graph);
         }
     }
-    for (size_t g = 0; status == PK_OK && g < groups->count; g++)
+    for (size_t g = 0; !status && g < groups->count; g++)
         groups->group[g].line = manifest->group_line[g];
     return pk__prefix(context, status, "run.txt line %zu: ", line);
 }
@@ -452,9 +452,9 @@ PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t
 {
     pk__manifest *manifest = NULL; /* too large for a thread's stack */
     pk_status status = pk_allocate(context, 1, sizeof *manifest, "the lines of run.txt", &manifest);
-    if (status == PK_OK)
+    if (!status)
         status = pk__manifest_split(context, text, size, manifest);
-    if (status == PK_OK)
+    if (!status)
         status = pk__manifest_values(context, manifest, constants, graph, loss, optimizer, groups, keep_every);
     pk_release(context, manifest);
     return status;
@@ -489,12 +489,12 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
     /* One byte past the limit tells that the file is longer. */
     size_t limit = (size_t)PK__MANIFEST_SIZE + 1, size = 0;
     char *text = NULL;
-    if (status == PK_OK) {
+    if (!status) {
         if (about.st_size < (off_t)limit)
             limit = (size_t)about.st_size;
         status = pk_allocate(context, limit + 1, 1, "the text of run.txt", &text);
     }
-    while (status == PK_OK && size < limit) {
+    while (!status && size < limit) {
         ssize_t count = read(file, text + size, limit - size);
         if (count > 0)
             size += (size_t)count;
@@ -504,12 +504,12 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
             status = pk__run_io(context, path);
     }
     close(file);
-    if (status == PK_OK) {
+    if (!status) {
         const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
         status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
                                     &run->groups, &run->keep_every);
-        if (status == PK_OK && size > PK__MANIFEST_SIZE)
+        if (!status && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
     pk_release(context, text);
@@ -550,7 +550,7 @@ static pk_status pk__run_convert(pk_context *context, const char *path, pk_type 
     made.owned = NULL;
     made.file = 0;
     pk_status status = pk_allocate(context, items, pk_type_size(type), path, &made.owned);
-    if (status != PK_OK)
+    if (status)
         return status;
     made.data = made.owned;
     if (type == PK_INT64)
@@ -589,7 +589,7 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     const unsigned flags =
         PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
     pk_status status = pk_array_map(context, path->text, flags, array);
-    if (status != PK_OK)
+    if (status)
         return status;
     const char *wanted = pk__run_wants(file, array->type);
     if (wanted)
@@ -741,16 +741,16 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
                                          pk_loss loss)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
-    if (status == PK_OK)
+    if (!status)
         status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
                                      "inputs");
-    if (status == PK_OK)
+    if (!status)
         status = pk_loss_check(context, loss, train, graph->output_width);
-    if (status != PK_OK || !graph->checked)
+    if (status || !graph->checked)
         return status;
     pk_real *row = NULL;
     status = pk_allocate(context, graph->input_width, sizeof *row, "a row of inputs", &row);
-    for (size_t i = 0; status == PK_OK && i < pk_dataset_examples(train); i++) {
+    for (size_t i = 0; !status && i < pk_dataset_examples(train); i++) {
         const int64_t item = (int64_t)i;
         pk_dataset_inputs(train, &item, 1, row);
         status = pk_graph_check_inputs(context, graph, i, row);
@@ -762,20 +762,20 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
 static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recover, pk_run *run)
 {
     pk_status status = pk__manifest_read(context, path, run);
-    if (status != PK_OK)
+    if (status)
         return status;
     run->parameters = run->graph.parameters;
     run->outputs = run->graph.output_width;
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+    for (int f = 0; f < PK__RUN_FILES && !status; f++)
         status = pk__run_map(context, path, f, run);
     pk_array *data[2] = {&run->train.inputs, &run->train.targets};
-    for (int k = 0; k < 2 && status == PK_OK; k++) {
+    for (int k = 0; k < 2 && !status; k++) {
         status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
     }
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__run_check_data(context, &run->train, &run->graph, run->loss);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
     run->examples = pk_dataset_examples(&run->train);
     run->learning_rates = (const double *)run->columns[PK__RUN_RATES].data;
@@ -804,11 +804,11 @@ static pk_status pk__run_read(pk_context *context, const char *directory, int re
     pk__run_path path;
     pk_status status = pk__run_path_take(context, directory, &path);
     memset(run, 0, sizeof *run);
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__run_load(context, &path, recover, run);
     pk_release(context, path.text);
-    if (status != PK_OK)
+    if (status)
         pk_run_release(context, run);
     return status;
 }
@@ -819,7 +819,7 @@ static pk_status pk__run_open(pk_context *context, const char *directory, int re
         return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
     pk_run opened;
     pk_status status = pk__run_read(context, directory, recover, &opened);
-    if (status == PK_OK)
+    if (!status)
         *run = opened;
     if (status != PK_MEMORY_LIMIT)
         return status;
@@ -864,7 +864,7 @@ PK_API pk_status pk_run_check_inputs(pk_context *context, const pk_run *run, con
         return pk__fail(context, PK_ARGUMENT, "pk_run_check_inputs: no run");
     const pk_shape *shape = &run->graph.input_shape;
     pk_status status = pk_array_check_rows(context, inputs, shape->rank, shape->dims, name);
-    if (status != PK_OK)
+    if (status)
         return status;
     const pk_array *train = &run->train.inputs;
     char has[200], also[200];
@@ -929,7 +929,7 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
                         run->steps);
     pk_status status =
         pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
-    for (size_t i = 0; status == PK_OK && i < run->parameters; i++)
+    for (size_t i = 0; !status && i < run->parameters; i++)
         if (moments[i] < 0)
             status = pk__fail(context, PK_FORMAT,
                               "second_moments.npy: parameter %zu at step %zu is %g; it must be >= 0", i, step,

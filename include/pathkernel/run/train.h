@@ -156,7 +156,7 @@ static pk_status pk__training_compare(pk_context *context, pk__training *t, cons
     }
     pk_real *there = t->trainer.gradient; /* free between steps */
     pk_status status = pk_run_weights(context, run, step, there);
-    *same = status == PK_OK && memcmp(there, t->next, run->parameters * sizeof *there) == 0;
+    *same = !status && memcmp(there, t->next, run->parameters * sizeof *there) == 0;
     return status;
 }
 
@@ -177,7 +177,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         size_t kept = SIZE_MAX;
         pk_status status =
             pk__recorder_find_state(context, folder, run, &t->recorder, weights, t->trainer.state, &kept);
-        if (status != PK_OK)
+        if (status)
             return status;
         if (kept != SIZE_MAX)
             from = kept;
@@ -212,11 +212,11 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
             status = pk__replay_load(context, run, s, weights, t->trainer.state, t->trainer.state_numbers);
         else if (s == from)
             status = pk_run_weights(context, run, s, weights);
-        if (status == PK_OK)
+        if (!status)
             status = pk__training_next(context, t, s, weights, &made);
-        if (status == PK_OK)
+        if (!status)
             status = pk__training_compare(context, t, run, s + 1, &same);
-        if (status != PK_OK)
+        if (status)
             return status;
         if (!same)
             return pk__fail(
@@ -231,7 +231,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         const size_t every = run->steps - s > 2 * (size_t)PK__RESUME_EVERY ? PK__RESUME_EVERY : 1;
         pk__recorder_keep_state(&t->recorder, s + 1, every, t->trainer.state, t->next);
         status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     return PK_OK;
@@ -247,7 +247,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
         return pk__fail(context, PK_UNSUPPORTED, "%s: a graph without a network line cannot be recorded",
                         options->record);
     pk_status status = pk_optimizer_format(&options->optimizer, optimizer, sizeof optimizer);
-    if (status != PK_OK)
+    if (status)
         return pk__fail(context, status, "%s: the optimizer cannot be written down", options->record);
     pk_recorder_options recording;
     memset(&recording, 0, sizeof recording);
@@ -266,20 +266,20 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.replace = options->replace;
     recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
-    if (status != PK_OK || t->recorder.steps == 0)
+    if (status || t->recorder.steps == 0)
         return status;
     if (t->recorder.steps > options->steps)
         return pk__fail(context, PK_ARGUMENT, "%s holds %zu steps already, more than the %zu asked for",
                         options->record, t->recorder.steps, options->steps);
     pk_run run;
     status = pk_run_open(context, options->record, &run);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk_real *replayed = NULL; /* weights stay w_0 until the replay has succeeded */
     status = pk_allocate(context, parameters, sizeof *replayed, "the weights of a replay", &replayed);
-    if (status == PK_OK)
+    if (!status)
         status = pk__training_replay(context, t, &run, replayed);
-    if (status == PK_OK) {
+    if (!status) {
         memcpy(weights, t->next, parameters * sizeof *weights);
         *done = run.steps;
     }
@@ -299,16 +299,16 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
         result->resumed = result->steps;
     }
     pk_real *now = weights; /* takes turns with t->next */
-    while (status == PK_OK && result->steps < options->steps) {
+    while (!status && result->steps < options->steps) {
         size_t step = result->steps;
         pk__step made;
         status = pk__training_next(context, t, step, now, &made);
-        if (status == PK_OK && options->record && t->group_rates)
+        if (!status && options->record && t->group_rates)
             status = pk_recorder_group_rates(context, &t->recorder, t->group_rates);
-        if (status == PK_OK && options->record)
+        if (!status && options->record)
             status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
                                                t->trainer.state, t->next);
-        if (status != PK_OK)
+        if (status)
             break;
         pk_real *before = now;
         now = t->next;
@@ -349,21 +349,47 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
             return pk__fail(context, PK_NOT_FINITE, "pk_train: initial weight %zu is %g", p,
                             (double)weights[p]);
     pk_status status = pk_optimizer_check(context, &options->optimizer);
-    if (status == PK_OK)
+    if (!status)
         status = pk_schedule_check(context, &options->schedule, options->steps);
-    for (size_t g = 0; options->group_schedules && status == PK_OK && g < options->group_count; g++)
+    for (size_t g = 0; options->group_schedules && !status && g < options->group_count; g++)
         status = pk__prefix(context, pk_schedule_check(context, &options->group_schedules[g], options->steps),
                             "group %zu: ", g);
-    if (status == PK_OK)
+    if (!status)
         status = pk__run_check_data(context, train, graph, options->loss);
     return status;
+}
+
+/* Takes what training needs, which the caller releases, and trains. */
+static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real *weights,
+                                  pk_train_result *reached)
+{
+    const pk_train_options *options = t->options;
+    pk_status status =
+        pk_allocate(context, t->examples, sizeof *t->order, "the order of the examples", &t->order);
+    if (!status)
+        status = pk_allocate(context, t->graph->parameters, sizeof *t->next, "the next weights", &t->next);
+    if (!status)
+        status = pk_parameter_groups_parse(context, t->graph, &options->optimizer, options->group_count,
+                                           options->groups, &t->groups);
+    if (!status && options->group_schedules && t->groups.count)
+        status = pk_allocate(context, t->groups.count, sizeof *t->group_rates, "the rates of groups",
+                             &t->group_rates);
+    if (status)
+        return status;
+    for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+        if (t->groups.group[g].rated)
+            return pk__fail(context, PK_ARGUMENT,
+                            "group %zu: rate= beside group_schedules, which have the rates", g);
+    status = pk_trainer_prepare_groups(context, t->graph, t->train, options->loss, &options->optimizer,
+                                       &t->groups, t->batch_size, &t->trainer);
+    return status ? status : pk__training_loop(context, t, weights, reached);
 }
 
 PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
                           const pk_train_options *options, pk_real *weights, pk_train_result *result)
 {
     pk_status status = pk__training_check(context, graph, train, options, weights);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk_train_result reached;
     memset(&reached, 0, sizeof reached);
@@ -377,26 +403,9 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
     t.per_epoch = (t.examples - 1) / t.batch_size + 1;
     t.epoch = SIZE_MAX;
-    status = pk_allocate(context, t.examples, sizeof *t.order, "the order of the examples", &t.order);
-    if (status == PK_OK)
-        status = pk_allocate(context, graph->parameters, sizeof *t.next, "the next weights", &t.next);
-    if (status == PK_OK)
-        status = pk_parameter_groups_parse(context, graph, &options->optimizer, options->group_count,
-                                           options->groups, &t.groups);
-    if (status == PK_OK && options->group_schedules && t.groups.count)
-        status =
-            pk_allocate(context, t.groups.count, sizeof *t.group_rates, "the rates of groups", &t.group_rates);
-    for (size_t g = 0; status == PK_OK && t.group_rates && g < t.groups.count; g++)
-        if (t.groups.group[g].rated)
-            status = pk__fail(context, PK_ARGUMENT,
-                              "group %zu: rate= beside group_schedules, which have the rates", g);
-    if (status == PK_OK)
-        status = pk_trainer_prepare_groups(context, graph, train, options->loss, &options->optimizer, &t.groups,
-                                           t.batch_size, &t.trainer);
-    if (status == PK_OK)
-        status = pk__training_loop(context, &t, weights, &reached);
-    pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
-    if (status == PK_OK)
+    status = pk__training_run(context, &t, weights, &reached);
+    pk_status closed = pk__recorder_end(context, status ? NULL : context, &t.recorder);
+    if (!status)
         status = closed;
     pk_trainer_release(context, &t.trainer);
     pk_release(context, t.group_rates);

@@ -509,9 +509,9 @@ PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_datas
         return pk__fail(context, PK_ARGUMENT, "targets: a dataset and at least one output are needed");
     pk_real *target = NULL;
     pk_status status = pk__dataset_check_targets(context, dataset, outputs);
-    if (status == PK_OK)
+    if (!status)
         status = pk_allocate(context, outputs, sizeof *target, "one target", &target);
-    if (status == PK_OK)
+    if (!status)
         status = pk__loss_check_rows(context, rule, &dataset->targets, outputs, target);
     pk_release(context, target);
     return status;
@@ -611,7 +611,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
                         largest_batch);
     void *memory = NULL;
     pk_status status = pk_allocate(context, arena.used, 1, "the workspace of the batch gradient", &memory);
-    if (status != PK_OK)
+    if (status)
         return status;
     arena.base = memory;
     arena.capacity = arena.used;
@@ -758,7 +758,7 @@ PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name,
     size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
     pk_status status =
         pk_array_check_rows(context, inputs, graph->input_shape.rank, graph->input_shape.dims, "inputs");
-    if (status != PK_OK)
+    if (status)
         return status;
     if (targets->rank < 1 || targets->shape[0] != examples || !pk__fit_outputs(targets, outputs))
         return pk__fail(context, PK_SHAPE, "%s: %zu targets of %zu numbers for %zu examples and %zu outputs",
@@ -779,7 +779,7 @@ static pk_status pk__gradient_arguments(pk_context *context, const pk_graph *gra
     if (!graph || !batch || !workspace || (graph->parameters && (!weights || !gradient)))
         return pk__fail(context, PK_ARGUMENT, "gradient: an argument is NULL");
     pk_status status = pk__batch_arguments(context, "gradient", graph, rule, dataset, batch);
-    if (status == PK_OK && (workspace->graph != graph || batch->count > workspace->largest_batch))
+    if (!status && (workspace->graph != graph || batch->count > workspace->largest_batch))
         return pk__fail(context, PK_ARGUMENT, "gradient: the workspace is for batches of up to %zu%s, not %zu",
                         workspace->largest_batch, workspace->graph != graph ? " of another graph" : "",
                         batch->count);
@@ -793,7 +793,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     pk__gradient_job job = {pk__loss_find(loss), weights, dataset, batch, {0, 0, 0}};
     pk_status status =
         pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
-    if (status != PK_OK)
+    if (status)
         return status;
     const size_t parameters = graph->spread;
     pk_real *flat = gradient;

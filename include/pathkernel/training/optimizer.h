@@ -558,7 +558,7 @@ PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_op
             return status;
     }
     pk_status status = pk_optimizer_check(context, &parsed);
-    if (status == PK_OK)
+    if (!status)
         *optimizer = parsed;
     return status;
 }
