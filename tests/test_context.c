@@ -200,12 +200,44 @@ static void test_threads(void **state)
 #endif
 }
 
+/* The loop that measures and takes: memory for all pieces, none for none, and what it says where there is not enough. */
+static void test_arena_twice(void **state)
+{
+    (void)state;
+    const size_t counts[] = {0, 7, 100, SIZE_MAX / 4};
+    for (int c = 0; c < 4; c++)
+        for (int limited = 0; limited < 2; limited++) {
+            pk_context context;
+            memset(&context, 0, sizeof context);
+            context.memory_limit = limited ? 64 : 0;
+            pk__arena arena = {NULL, 0, 0, 0};
+            pk_status status;
+            int runs = 0;
+            double *first, *second;
+            do {
+                first = (double *)pk__arena_take(&arena, counts[c], sizeof *first);
+                second = (double *)pk__arena_take(&arena, counts[c], sizeof *second);
+                runs++;
+            } while (pk__arena_again(&context, &arena, "two pieces", &status));
+            const pk_status expected = c == 3 ? PK_OVERFLOW : c && limited ? PK_MEMORY_LIMIT : PK_OK;
+            assert_int_equal(status, expected);
+            assert_int_equal(runs, c && !status ? 2 : 1);
+            assert_true((first != NULL) == (c && !status) && (second != NULL) == (c && !status));
+            if (first)
+                assert_true((unsigned char *)first == arena.base && second >= first + counts[c]);
+            if (status)
+                assert_non_null(strstr(pk_message(&context), "two pieces"));
+            pk_release(&context, arena.base);
+            assert_int_equal(context.memory_used, 0);
+        }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_status),  cmocka_unit_test(test_messages),  cmocka_unit_test(test_allocate),
-        cmocka_unit_test(test_limit),   cmocka_unit_test(test_allocator), cmocka_unit_test(test_arena),
-        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_status),  cmocka_unit_test(test_messages),    cmocka_unit_test(test_allocate),
+        cmocka_unit_test(test_limit),   cmocka_unit_test(test_allocator),   cmocka_unit_test(test_arena),
+        cmocka_unit_test(test_threads), cmocka_unit_test(test_arena_twice),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

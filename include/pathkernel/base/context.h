@@ -84,8 +84,16 @@ PK__END_C
     !defined(PATHKERNEL_CONTEXT_INTERNALS_KNOWN)
 #define PATHKERNEL_CONTEXT_INTERNALS_KNOWN
 /* >>> internals */
-/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes:
- * run the same code twice, once to measure and once to take. */
+/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes. The code that
+ * takes pieces therefore runs twice, first to measure and then, with memory, to take:
+ *
+ *     pk__arena arena = {NULL, 0, 0, 0};
+ *     do
+ *         x = pk__arena_take(&arena, count, sizeof *x);
+ *     while (pk__arena_again(context, &arena, "what the memory is for", &status));
+ *     if (status) return status;
+ *     ... pk_release(context, arena.base);
+ */
 typedef struct pk__arena {
     unsigned char *base;
     size_t capacity, used; /* bytes */
@@ -94,6 +102,9 @@ typedef struct pk__arena {
 
 /* count * size bytes (not zeroed), or NULL when measuring, when count * size == 0 or on overflow. */
 PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size);
+/* After measuring: allocates what was measured, and 1 where this succeeded and there is something to take. After taking,
+ * and on an error: 0. *status is PK_OK, PK_OVERFLOW or that of pk_allocate. */
+PK__INTERNAL int pk__arena_again(pk_context *context, pk__arena *arena, const char *what, pk_status *status);
 /* <<< internals */
 #endif
 
@@ -410,6 +421,20 @@ PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size)
     }
     arena->used += bytes;
     return arena->base && bytes ? arena->base + start : NULL;
+}
+
+PK__INTERNAL int pk__arena_again(pk_context *context, pk__arena *arena, const char *what, pk_status *status)
+{
+    *status = PK_OK;
+    if (arena->base)
+        return 0;
+    if (arena->overflow)
+        *status = pk__fail(context, PK_OVERFLOW, "%s: its size overflows", what);
+    else
+        *status = pk_allocate(context, arena->used, 1, what, &arena->base);
+    arena->capacity = arena->used;
+    arena->used = 0;
+    return arena->base != NULL;
 }
 
 PK__END_COLD_CODE

@@ -189,15 +189,13 @@ PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *
     taken.optimizer = *optimizer;
     taken.groups = groups;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "the memory for training steps on %zu examples overflows",
-                        largest_batch);
-    pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
+    pk_status status;
+    do
+        pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
+    while (pk__arena_again(context, &arena, "the memory of a training step", &status));
     if (status)
         return status;
-    pk__arena own = {taken.memory, arena.used, 0, 0};
-    pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
+    taken.memory = arena.base;
     *trainer = taken;
     return PK_OK;
 }
@@ -466,17 +464,13 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     for (size_t s = 0; s < run->steps; s++)
         largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "the memory of a replay overflows");
-    void *memory = NULL;
-    pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
+    pk_status status;
+    do
+        pk__replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
+    while (pk__arena_again(context, &arena, "the memory of a replay", &status));
     if (status)
         return status;
-    pk__arena own = {memory, arena.used, 0, 0};
-    if (memory)
-        pk__replay_take(&own, run, largest, pk_threads(context), reach, &taken);
-    taken.memory = memory;
+    taken.memory = arena.base;
     *replay = taken;
     return PK_OK;
 }

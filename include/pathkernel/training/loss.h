@@ -605,19 +605,13 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__gradient_take(&arena, graph, &taken);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "gradient: the memory for batches of %zu overflows",
-                        largest_batch);
-    void *memory = NULL;
-    pk_status status = pk_allocate(context, arena.used, 1, "the workspace of the batch gradient", &memory);
+    pk_status status;
+    do
+        pk__gradient_take(&arena, graph, &taken);
+    while (pk__arena_again(context, &arena, "the workspace of the batch gradient", &status));
     if (status)
         return status;
-    arena.base = memory;
-    arena.capacity = arena.used;
-    arena.used = 0;
-    pk__gradient_take(&arena, graph, &taken);
-    taken.memory = memory;
+    taken.memory = arena.base;
     *workspace = taken;
     return PK_OK;
 }
