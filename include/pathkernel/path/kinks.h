@@ -1,18 +1,32 @@
-/* pathkernel/path/kinks.h: where a network is not smooth along a step: the kinks of its piecewise-linear parts.
+/* pathkernel/path/kinks.h: the kinks of a network along one step, that is the values of t at which the slope of a
+ * piecewise-linear operation jumps, and the pieces of the step between them.
  *
- * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
- * changes are found layer by layer:
- *   1. sample the switch functions of a layer at degree + 1 nodes of a piece that the layers below left;
- *   2. convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there;
- *   3. a piece without roots goes on to the next layer with the samples that it has; only what was split is
- *      sampled again.
- * Where a smooth operation stands below, a switch function is no polynomial and the samples only interpolate it:
- *   4. the last Chebyshev coefficients of the interpolant tell its error. Where that error leaves open how many
- *      zeros there are, the piece is halved for this search and joined again afterwards;
- *   5. each zero of the interpolant is moved onto the zero of the function itself by Newton steps, whose values
- *      come from the network.
- * Each kink carries its slack: the distance within which the switch function differs from zero by no more than
- * its own rounding and the remaining error of step 5.
+ * A piecewise-linear operation has switch functions (a ReLU: its input; a maximum: the differences of its inputs), and a
+ * kink is a sign change of one of them. On a step w + t d, a pre-activation is a polynomial in t as long as no operation
+ * before it has a kink. The nodes of the graph are therefore searched in their order, with pieces that get shorter:
+ *
+ *   1. Take a piece without kinks of earlier nodes. Evaluate the switch functions of the next node at degree + 1 Chebyshev
+ *      points of the piece; they determine each polynomial.
+ *   2. Convert each to Bernstein form. Its coefficients bound the polynomial, so that one whose coefficients have the same
+ *      sign has no root; this rules out nearly all of them at the cost of one small matrix product.
+ *   3. Isolate the roots of the others by Descartes' rule of signs: as many roots as sign changes of the coefficients, or
+ *      an even number less. With one sign change, false position finds the root; with more, de Casteljau's algorithm
+ *      halves the interval. Split the piece at the roots.
+ *   4. A piece without roots goes on to the next node with the values it has. Only parts of a split piece are evaluated
+ *      again. At the end, the pieces are sorted by row and t.
+ *
+ * Where a smooth operation comes before, a switch function is not a polynomial, and the samples interpolate it with degree
+ * PK__PATH_DEGREE:
+ *
+ *   5. The last Chebyshev coefficients of the interpolant estimate its error. Where that error leaves the number of roots
+ *      undecided, the piece is halved for the search alone; halves without a kink between them are joined afterwards.
+ *   6. Newton's method moves each root of the interpolant to the root of the function itself, evaluated by the network.
+ *
+ * Each kink has a slack: the distance within which its switch function cannot be told from zero, because of rounding and
+ * of the error that remains after step 6. The quadrature computes from it what a misplaced kink may cost.
+ *
+ * References: G. E. Collins and A. G. Akritas, Polynomial real root isolation using Descartes' rule of signs, 1976;
+ * J. M. Lane and R. F. Riesenfeld, Bounds on a polynomial, BIT 21, 1981.
  */
 #ifndef PATHKERNEL_KINKS_H
 #define PATHKERNEL_KINKS_H
@@ -26,8 +40,9 @@
     !defined(PATHKERNEL_KINKS_INTERNALS_KNOWN)
 #define PATHKERNEL_KINKS_INTERNALS_KNOWN
 /* >>> internals */
-/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
- * for graphs with 0 <= degree <= PK__PATH_DEGREE. Cost 4 P flops a sample. */
+/* to := the pieces of `from`, split at the kinks inside them and sorted by row and t. Returns 1, or 0 if the capacity of
+ * `to` or of the segment's own lists does not suffice. Exact for graphs with 0 <= degree <= PK__PATH_DEGREE. Cost: 4 P flops
+ * for each sample. */
 PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__pieces *to);
 /* <<< internals */
 #endif
@@ -40,7 +55,8 @@ PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__p
 #include <string.h>
 PK__BEGIN_CODE
 
-/* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
+/* The polynomial with the Bernstein coefficients c (degree + 1) at x, by de Casteljau's algorithm. left and right (each may
+ * be NULL): its coefficients on [0, x] and [x, 1]; *slope (may be NULL): its derivative at x. */
 static double pk__casteljau(int degree, const double *c, double x, double *left, double *right, double *slope)
 {
     double work[PK__PATH_DEGREE + 1];
@@ -60,7 +76,8 @@ static double pk__casteljau(int degree, const double *c, double x, double *left,
     return work[0];
 }
 
-/* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
+/* The root of c on [0, 1], where its ends have opposite signs and there is only one: false position (the Illinois
+ * variant), with a bisection in every fourth step. */
 static double pk__bracketed_root(int degree, const double *c)
 {
     double lo = 0, hi = 1, at_lo = c[0], at_hi = c[degree];
@@ -92,8 +109,8 @@ static double pk__bracketed_root(int degree, const double *c)
     return 0.5 * (lo + hi);
 }
 
-/* Where the roots of a piece go: t = a + (b - a) x for x in the local [0, 1]. The polynomial stands for switch function
- * number `at`, but for its rounding and the error of an interpolant. */
+/* Collects the roots of a piece [a, b]: t = a + (b - a) x for a root x in [0, 1]. The polynomial approximates switch function
+ * number `at` up to `rounding`, and up to `error` if it is an interpolant. */
 typedef struct pk__root_sink {
     double a, b, rounding, error;
     size_t at;
@@ -101,8 +118,8 @@ typedef struct pk__root_sink {
     size_t count, capacity;
 } pk__root_sink;
 
-/* How far around x the polynomial c stays within `uncertain` of zero, about: of the k-th derivatives the one that leaves
- * first. At a double zero that is a square root, no division by a slope of zero. */
+/* Estimates how far from its root x the polynomial c stays below `uncertain` in size: the least of the distances at which
+ * the k-th term of its Taylor series reaches it. For a double root this is a square root, and no slope of zero divides. */
 static double pk__root_slack(int degree, const double *c, double x, double uncertain)
 {
     double work[PK__PATH_DEGREE + 1], least = 1, factor = 1;
@@ -120,7 +137,7 @@ static double pk__root_slack(int degree, const double *c, double x, double uncer
     return 2 * least < 1 ? 2 * least : 1;
 }
 
-/* x: of the polynomial c on the local [lo, hi]. */
+/* Adds the root x of the polynomial c, whose [0, 1] is the part [lo, hi] of the piece. */
 static void pk__push_root(pk__root_sink *sink, int degree, const double *c, double x, double lo, double hi)
 {
     if (sink->count < sink->capacity) {
@@ -137,7 +154,7 @@ static void pk__push_root(pk__root_sink *sink, int degree, const double *c, doub
     sink->count++; /* beyond the capacity: the caller sees it */
 }
 
-/* How often the numbers change their sign; those of at most `drop` have none. */
+/* The number of sign changes in the sequence c; numbers of size at most `drop` are left out. */
 static int pk__sign_changes(int degree, const double *c, double drop)
 {
     int changes = 0;
@@ -150,7 +167,7 @@ static int pk__sign_changes(int degree, const double *c, double drop)
     return changes;
 }
 
-/* Pushes the sign changes inside (lo, hi) of the polynomial with Bernstein coefficients c on [lo, hi]. */
+/* Adds the roots with a sign change inside (lo, hi) of the polynomial that has the Bernstein coefficients c on [lo, hi]. */
 static void pk__isolate(int degree, const double *c, double lo, double hi, pk__root_sink *sink)
 {
     const int changes = pk__sign_changes(degree, c, 0);
@@ -172,8 +189,8 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
-/* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
- * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
+/* Whether switch function j is zero throughout the piece, up to rounding at its ends: the difference of two units that are
+ * both zero there, such as two rectified ones that compete in a max pool. Splitting the piece would only make it shorter. */
 static int pk__is_dead(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
@@ -189,14 +206,15 @@ static int pk__is_dead(const pk__path *segment, size_t switches, size_t j, const
 }
 
 enum {
-    PK__SWITCH_ROUNDINGS = 16, /* of the largest number of a layer: what rounding leaves of a switch function */
+    PK__SWITCH_ROUNDINGS = 16, /* the error of a switch function, in roundings of the largest one of its node */
     PK__NEWTON_STEPS = 4,
-    PK__NEWTON_POINTS = 8 /* room for them behind the samples */
+    PK__NEWTON_POINTS = 8 /* roots that are refined at a time: points after those of the samples */
 };
-/* Pieces are halved down to this length in order to see the zeros of a switch function apart. */
+/* Pieces are halved down to this length in order to separate the roots of a switch function. */
 #define PK__SHORTEST_SEARCH 1e-6
 
-/* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
+/* Estimates the error of the interpolant of switch function j by the largest of its last three Chebyshev coefficients, since
+ * these decrease roughly geometrically. */
 static double pk__interpolation_error(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
@@ -218,9 +236,9 @@ static double pk__largest_coefficient(const pk_real *coefficients, size_t count)
     return largest;
 }
 
-/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
- * degree 1 (samples 0 and the last suffice), at most of the samples' degree, or interpolated (exact == 0). Unless the
- * piece is the shortest: 1 where the interpolant's error leaves open how many there are. */
+/* Adds the roots of a piece's switch functions to sink; the samples begin at point `first` of switch_values. The functions are
+ * polynomials of degree 1 (linear; two samples suffice), of the samples' degree, or interpolated (exact == 0). Returns 1 if
+ * the error of an interpolant leaves the number of its roots undecided and the piece may still be halved (!shortest). */
 static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortest, size_t switches,
                            size_t first, pk__root_sink *sink)
 {
@@ -249,7 +267,7 @@ static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortes
             low = c[k] < low ? c[k] : low;
             high = c[k] > high ? c[k] : high;
         }
-        if (!exact && 4 * low < high && low < 4 * high) /* zero is not far away */
+        if (!exact && 4 * low < high && low < 4 * high) /* a root is possible */
             error = pk__interpolation_error(segment, switches, j, values);
         if (!(low < error && high > -error && (low < 0 || high > 0)) ||
             pk__is_dead(segment, switches, j, values))
@@ -260,8 +278,8 @@ static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortes
         if (!shortest && error > 32 * rounding &&
             (pk__sign_changes(degree, c, 0) != 1 || fabs(c[0]) <= error || fabs(c[degree]) <= error))
             return 1;
-        /* From a zero at an end, a branch that starts with weights of zero for one, it may leave as t^2: what is between are
-         * roundings of the samples. */
+        /* A function that is zero at an end may grow like t^2 from there, as in a branch whose weights start at zero. Sign
+         * changes below the rounding are then no kinks. */
         if ((c[0] == 0 || c[degree] == 0) && pk__sign_changes(degree, c, rounding) == 0)
             continue;
         sink->rounding = rounding;
@@ -272,7 +290,7 @@ static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortes
     return 0;
 }
 
-/* The switch functions of node n at points behind the samples of the batch, which end at point `used`. */
+/* The switch functions of node n at `count` more points, which are stored after the `used` points of the samples. */
 static const pk_real *pk__switches_behind(pk__path *segment, size_t n, size_t used, size_t count)
 {
     const pk_node *node = &segment->graph->nodes[n];
@@ -288,8 +306,8 @@ static const pk_real *pk__switches_behind(pk__path *segment, size_t n, size_t us
     return out;
 }
 
-/* Moves roots of interpolants of a piece of row onto the zeros of the switch functions of node n themselves: Newton steps
- * with the interpolants' slopes, as long as the values fall. */
+/* Moves roots of interpolants, of a piece [a, b] of a row, to the roots of the switch functions of node n: Newton's method
+ * with the slopes of the interpolants, as long as it reduces the size of the function. */
 static void pk__refine_roots(pk__path *segment, size_t n, size_t used, size_t row, double a, double b,
                              size_t count, pk__root *roots)
 {
@@ -341,7 +359,7 @@ static void pk__sort_roots(size_t count, pk__root *roots)
     }
 }
 
-/* Appends a piece of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
+/* Appends a piece, split at the roots, to pieces. Returns the number of parts, or 0 if they do not fit. */
 static size_t pk__append_split(pk__pieces *pieces, const pk__piece *piece, pk__root_sink *sink)
 {
     const size_t before = pieces->count;
@@ -371,7 +389,7 @@ static size_t pk__append_split(pk__pieces *pieces, const pk__piece *piece, pk__r
     return pieces->count - before;
 }
 
-/* The next pieces that wait, as many as there are points for, and their samples. */
+/* Moves as many pending pieces to the batch as there are points for, and sets their sample points. */
 static void pk__begin_batch(pk__path *segment)
 {
     pk__pieces *pending = &segment->pending, *batch = &segment->batch;
@@ -391,7 +409,7 @@ static void pk__begin_batch(pk__path *segment)
     }
 }
 
-/* Moves piece `from` of the batch and all that is known of its samples, as far as nodes from n on need it. */
+/* Moves piece `from` of the batch to number `to`, with the values at its samples that node n and later ones need. */
 static void pk__keep_piece(pk__path *segment, size_t n, size_t from, size_t to)
 {
     const size_t samples = (size_t)segment->degree + 1;
@@ -413,7 +431,7 @@ static void pk__keep_piece(pk__path *segment, size_t n, size_t from, size_t to)
     }
 }
 
-/* Both halves of a piece wait, to be joined again when all is found. 0: no room. */
+/* Makes both halves of a piece pending; they are joined again after the search. Returns 0 if there is no room. */
 static int pk__halve_search(pk__path *segment, const pk__piece *piece, size_t n)
 {
     pk__pieces *pending = &segment->pending;
@@ -436,7 +454,8 @@ static int pk__halve_search(pk__path *segment, const pk__piece *piece, size_t n)
     return 1;
 }
 
-/* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
+/* Searches the switch functions of node n: a piece with kinks leaves the batch, and its parts become pending. Returns 0 if
+ * there is no room. */
 static int pk__split_batch(pk__path *segment, size_t n)
 {
     const pk_node *node = &segment->graph->nodes[n];
@@ -471,7 +490,7 @@ static int pk__split_batch(pk__path *segment, size_t n)
                 segment->pending_start[pending->count - 1 - k] = n + 1;
             if (parts > 1)
                 continue;
-            batch->piece[i] = pending->piece[--pending->count]; /* it is whole: go on with it */
+            batch->piece[i] = pending->piece[--pending->count]; /* it has no kink and stays */
         }
         pk__keep_piece(segment, n, i, kept++);
     }
@@ -503,7 +522,7 @@ PK__PRIVATE void pk__sort_pieces(pk__pieces *pieces, pk__piece_order *precedes)
         }
 }
 
-/* Joins what was halved for the search alone; the pieces are sorted. */
+/* Joins the halves of pieces that were halved for the search alone; the pieces are sorted. */
 static void pk__join_pieces(pk__pieces *pieces)
 {
     size_t kept = 0;
@@ -534,7 +553,7 @@ PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__p
         first->piece[first->count++].joined = 0;
     }
     segment->tape.value[0] = segment->input_points;
-    segment->held = 0; /* samples take their place */
+    segment->held = 0; /* the samples overwrite the values in the tape */
     while (pending->count) {
         pk__begin_batch(segment);
         for (size_t n = 0; n <= segment->last_switch && batch->count; n++) {

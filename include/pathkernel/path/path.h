@@ -1,5 +1,5 @@
 /* pathkernel/path/path.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents at points
- * (row, t). What is constant or affine in t is computed once a row.
+ * (row, t). Values that are constant or affine in t are computed once for each row.
  */
 #ifndef PATHKERNEL_PATH_H
 #define PATHKERNEL_PATH_H
@@ -13,8 +13,8 @@
     !defined(PATHKERNEL_PATH_INTERNALS_KNOWN)
 #define PATHKERNEL_PATH_INTERNALS_KNOWN
 /* >>> internals */
-/* Above this degree, or where a pre-activation is no polynomial, it is interpolated by a polynomial of this
- * degree on each piece, and the caller must judge the pieces by their closure. */
+/* A pre-activation that is a polynomial of a higher degree, or none, is interpolated by a polynomial of this degree on each
+ * piece; the caller must judge the pieces by their closure then. */
 enum { PK__PATH_DEGREE = 12 };
 
 /* The piece [a, b] of a row's step. A slack is how far the kink at that end may lie from it, 0 where there is no kink. */
@@ -38,7 +38,7 @@ typedef struct pk__pieces {
     pk__piece *piece;
 } pk__pieces;
 
-/* A zero of switch function number `at`: its place, how far it may lie from there, the function's slope and rounding. */
+/* A root of switch function number `at`: its t, how far that may be off (slack), and the slope and rounding of the function. */
 typedef struct pk__root {
     double t, slack, slope, rounding;
     size_t at;
@@ -48,52 +48,54 @@ typedef struct pk__root {
 typedef struct pk__path {
     const pk_graph *graph;
     size_t row_capacity, point_capacity;
-    /* The step and the rows it is at: */
+    /* The current step and block of rows: */
     const pk_real *weights, *direction, *inputs;
     size_t rows;
     /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
     pk_real **base, **slope;
-    int *gathered;      /* a constant node that is needed at each point */
+    int *gathered;      /* of each node: it is constant, and its values are needed at each point */
     pk__tape tape;      /* of the points */
     int degree;         /* of the samples: the largest of a switch function */
     size_t last_switch; /* the last node with switch functions, 0: none */
-    size_t *last_read;  /* of each node: the last node that takes it */
-    int interpolates;   /* some switch function is no polynomial of that degree */
+    size_t *last_read;  /* of each node: the last node that reads it */
+    int interpolates;   /* some switch function is not a polynomial of that degree */
     pk_real *input_points, *switch_values, *coefficients, *conversion;
     double tail[3][PK__PATH_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
     size_t *point_row;
     pk_real *point_t;
-    size_t held; /* points whose values stand in the tape: held_row, held_t */
+    size_t held; /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
-    pk__pieces pending, batch;           /* to be sampled */
-    size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
+    pk__pieces pending, batch; /* pieces still to be searched for kinks, and those that are sampled now */
+    size_t *pending_start,
+        *batch_start; /* for each: the first node whose switch functions have not been searched */
     pk__root *roots;
     size_t root_capacity;
 } pk__path;
 
-/* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
- * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
+/* Takes the memory of a segment for blocks of `rows` rows, with at most `points` points at a time, `reverse_points` of them
+ * with `copies` cotangents each, and `pieces` pieces. gather: constant values are needed at each point, too. */
 PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
                                 size_t reverse_points, size_t copies, size_t pieces, int gather,
                                 pk__path *segment);
-/* Moves it to a step and a block of rows (rows x input width). transposed: pk__pass_transpose of the weights, and behind it of
- * the direction; NULL: they are not there. */
+/* Begins a step and a block of rows (rows x input width). transposed: pk__pass_transpose of the weights, followed by that of
+ * the direction, or NULL. */
 PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, const pk_real *direction,
                                  const pk_real *transposed, size_t rows, const pk_real *inputs);
-/* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
- * where the tape holds all of them in this order, perhaps with others between. */
+/* Computes the values at the points (row[p], t[p]), p < count <= point_capacity, into segment->tape. Cost: 4 P flops for
+ * each point, or nothing if the tape has all of them in this order already, perhaps with others between. */
 PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
-/* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
+/* The same, after the points that the tape has already, or instead of them if there is no room. Returns the number of the
+ * first one. */
 PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
-/* Tangents along the step's direction at points that the tape holds from number first on. */
+/* Computes tangents along the step's direction at `count` points of the tape, from number `first` on. */
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk__pass_seed(&segment->tape). */
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies);
 
 PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces);
-/* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
+/* Appends the piece [a, b] of a row, without kinks at its ends, and returns it. There must be room. */
 PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a, double b);
 /* <<< internals */
 #endif
@@ -337,7 +339,7 @@ static void pk__path_node(pk__path *segment, size_t n, size_t count, const size_
     }
 }
 
-/* Makes point number first of the tape, or again that in front of it, its first one. */
+/* Moves the tape's pointers forward by `first` points, or, with `again`, back. */
 static void pk__shift_tape(pk__path *segment, size_t first, int again)
 {
     for (size_t n = 0; n < segment->graph->node_count; n++) {

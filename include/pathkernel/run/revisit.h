@@ -21,14 +21,14 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* What steps are made with. Zeroed = none. graph and train must outlive it. */
+/* What a step of training needs, with its memory. Zeroed: none. graph and train must outlive it. */
 typedef struct pk_trainer {
     const pk_graph *graph;
     const pk_dataset *train;
     pk_loss loss;
     pk_optimizer optimizer;
     const pk_parameter_groups *groups; /* NULL: none; must outlive it */
-    const double *group_rates;         /* of the groups at the next step; NULL: their factors */
+    const double *group_rates;         /* the groups' rates at the next step; NULL: their factors hold */
     size_t state_numbers;              /* V P */
     pk_real *gradient;                 /* P: of the last step */
     pk_real *state;                    /* state_numbers: the optimiser's vectors; zero before step 0 */
@@ -36,14 +36,14 @@ typedef struct pk_trainer {
     void *memory; /* private */
 } pk_trainer;
 
-/* Takes the memory for steps with batches of up to largest_batch examples: (1 + V) P numbers and the workspace
+/* Allocates the memory for steps with batches of up to largest_batch examples: (1 + V) P numbers and the workspace
  * of pk_gradient_prepare. The data have passed pk_loss_check, the optimizer pk_optimizer_check. PK_ARGUMENT,
  * or the statuses of pk_allocate. */
 PK_API PK__MUST_USE pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph,
                                                  const pk_dataset *train, pk_loss loss,
                                                  const pk_optimizer *optimizer, size_t largest_batch,
                                                  pk_trainer *trainer);
-/* The same with parameter groups (NULL: none). Where these have rates of their own, trainer->group_rates points to them
+/* The same with parameter groups (NULL: none). If these have rates of their own, the caller sets trainer->group_rates
  * before each step. */
 PK_API PK__MUST_USE pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *graph,
                                                         const pk_dataset *train, pk_loss loss,
@@ -58,7 +58,7 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
  *     next = weights + D_s(*scale g)
  *
  * step counts from 0. weights, next (P) do not overlap; scale and objective (at weights) may be NULL.
- * trainer->state moves on. Cost: one pk_batch_gradient and a few passes over P; no allocation.
+ * trainer->state is updated. Cost: one pk_batch_gradient and a few passes over P; no allocation.
  * PK_ARGUMENT, PK_SHAPE, PK_NOT_FINITE (the step at which training diverged; the message names it). */
 PK_API PK__MUST_USE pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step,
                                                double learning_rate, double clip_norm, const pk_batch *batch,
@@ -81,7 +81,7 @@ typedef struct pk__checkpoints {
 enum { PK_REPLAY_STOPS = 16 };
 typedef struct pk_replay {
     const pk_run *run;
-    size_t step, repeated; /* read only: the position, SIZE_MAX: none; how many steps were repeated */
+    size_t step, repeated; /* read only: the position (SIZE_MAX: none), and the number of repeated steps */
     /* private: */
     size_t reach;   /* steps that are asked for in a row, going on backwards from there; 0: not known */
     size_t spacing; /* of snapshots while the steps are asked for one after another */
@@ -101,7 +101,7 @@ PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
 /* weights (P) := w_step, step in [0, run->steps]. Consecutive steps cost one training step each, others up to k.
  * Every repeated step is compared with the checksum of the recording:
  * PK_NOT_REPRODUCED names the step whose bits differ (another build, BLIS or kind of processor, or damaged
- * batches), PK_FORMAT a kept step whose rows are damaged, PK_UNSUPPORTED: kept with fewer digits than pk_real has.
+ * batches), PK_FORMAT a recorded step whose rows are damaged. PK_UNSUPPORTED: recorded with fewer digits than pk_real has.
  * PK_ARGUMENT, PK_NOT_FINITE as pk_run_weights. weights is undefined after an error. */
 PK_API PK__MUST_USE pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_t step,
                                                 pk_real *weights);
@@ -399,7 +399,7 @@ PK__INTERNAL pk_real *pk__checkpoints_add(pk__checkpoints *checkpoints, size_t p
 
 /* ---- replay ----------------------------------------------------------------------------------------- */
 
-/* Whether weights and state are those that the run had at a step. */
+/* Whether weights and state have the checksum that the run recorded for a step. */
 PK__PRIVATE int pk__same_step(const pk_run *run, size_t step, const pk_real *weights, const pk_real *state,
                               size_t state_numbers)
 {
@@ -407,7 +407,7 @@ PK__PRIVATE int pk__same_step(const pk_run *run, size_t step, const pk_real *wei
     return pk__checksum(weights, run->parameters, kept, state_numbers) == run->checksums[step];
 }
 
-/* Reads a kept step of a run with keep_every > 1. */
+/* Reads weights and state of a recorded step, for a run with keep_every > 1. */
 PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, size_t step, pk_real *weights,
                                       pk_real *state, size_t state_numbers)
 {
