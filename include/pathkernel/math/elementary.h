@@ -23,7 +23,7 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 
-/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
+/* Before a loop whose turns are independent: gcc vectorizes it at -O2, too. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
 #else

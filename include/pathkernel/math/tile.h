@@ -5,7 +5,7 @@
  * one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
  * ascending order, wherever it stands in the tile, however many rows the tile has and however long a vector is.
  *
- * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
+ * GNU vectors, since the vectorizers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
  * the AVX2 and AVX-512 tiles are compiled for their own instruction set and chosen at run time, so that a program that is
  * built for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say, and
  * PATHKERNEL_NO_AVX512 takes AVX2 where there is both.

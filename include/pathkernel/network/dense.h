@@ -7,7 +7,7 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* Attributes of dense, for pk_graph_add: outputs, 1 with bias, initialisation, gain. */
+/* Attributes of dense, for pk_graph_add: outputs, 1 with bias, initialization, gain. */
 enum { PK_DENSE_OUTPUTS, PK_DENSE_BIAS, PK_DENSE_INITIAL, PK_DENSE_GAIN };
 
 /* Starting weights: PyTorch's default for Linear and Conv2d is uniform in +-1/sqrt(fan_in), biases too. The others
@@ -24,7 +24,7 @@ typedef enum pk_initial {
     PK_INITIAL_LECUN_UNIFORM,
     PK_INITIAL_NORMAL,
     PK_INITIAL_ZERO,
-    PK_INITIAL_STANDARD /* weights and biases standard normal, whatever the gain: the NTK parameterisation's */
+    PK_INITIAL_STANDARD /* weights and biases standard normal, whatever the gain: the NTK parameterization's */
 } pk_initial;
 
 PK__END_C

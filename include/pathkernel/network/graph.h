@@ -41,9 +41,10 @@ typedef enum pk_smoothness {
 /* How the gradient with respect to the weights is represented, see integral.h. */
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE, /* no weights */
-    PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
-                         places: sum over places of cotangent (x) input, sum of cotangents. One input. */
-    PK_TANGENT_ROWS /* materialised: row_gradients */
+    PK_TANGENT_OUTER, /* y = weight (fan_out, fan_in) x, perhaps plus a bias (fan_out), at each of `positions` positions of one
+                         input. The gradient is the sum over positions of the outer products cotangent (x) input, and the sum
+                         of the cotangents. */
+    PK_TANGENT_ROWS /* materialized: row_gradients */
 } pk_tangent_form;
 
 typedef enum pk_option_kind {
@@ -58,9 +59,9 @@ typedef struct pk_option {
     const char *name; /* NULL ends a list */
     pk_option_kind kind;
     int attribute;
-    int position; /* 1, 2, ...: the word of this number; 0: name=value, or the name of a flag, anywhere */
+    int position; /* 1, 2, ...: the number of the word; 0: name=value, or the name of a flag, at any position */
     int required;
-    double least, most; /* what a number may be */
+    double least, most; /* the range of a number */
     int whole;
     const char *choices; /* "a b c" */
 } pk_option;
@@ -101,23 +102,23 @@ typedef struct pk_node {
     pk_parameter_tensor tensors[PK_NODE_TENSORS]; /* all of its weights, one after the other */
     int shares;                                   /* another node uses one of its blocks, too */
     double attributes[PK_NODE_ATTRIBUTES];
-    pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
-    int constants_shared;                    /* they are an earlier node's */
+    pk_real *constants;                      /* fixed numbers, which are not weights; owned by the graph */
+    int constants_shared;                    /* they belong to an earlier node */
     size_t constant_count, constant_columns; /* columns: of the array that the network language names */
-    char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
+    char constant_name[PK_CONSTANT_NAME];    /* the name of that array, or empty */
     pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
     size_t positions, fan_in, fan_out;       /* PK_TANGENT_OUTER */
-    int unfolds; /* PK_TANGENT_OUTER: unfold makes the inputs of each place; 0: in[0] holds them one after the other */
+    int unfolds; /* PK_TANGENT_OUTER: unfold collects the inputs of each position; 0: in[0] has them one after the other */
     int layer; /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
     int input_constant; /* no input depends on t */
     int cotangent_constant;     /* d output / d value does not depend on t */
-    int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
-    int unread;                 /* no node takes it, and it is not the output */
-    int only_reader;            /* the node that alone takes it, and once; -1: there is none, or several */
-    int layer_node; /* of node l, whatever it is: the number of the node that is layer l, see pk_graph_layer */
+    int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) reads the same node */
+    int unread;                 /* no node reads it, and it is not the output */
+    int only_reader;            /* the only node that reads it, as one input; -1: none or several do */
+    int layer_node; /* a list beside the nodes: nodes[l].layer_node is the number of the node that is layer l */
 } pk_node;
 
 /* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
@@ -125,8 +126,8 @@ typedef struct pk_node {
 typedef struct pk_call {
     const pk_node *node;
     size_t rows, copies;
-    int threads;         /* that a rule may use, by shapes only and to the same bits; 0: one */
-    pk_context *context; /* of the caller, where there are several; may be NULL */
+    int threads;         /* that a rule may use, if its bits do not depend on them; 0: one */
+    pk_context *context; /* of the caller, if there are several threads; may be NULL */
     size_t in_width[PK_NODE_INPUTS];
     const pk_real *weights;   /* this node's */
     const pk_real *direction; /* tangent of the weights; NULL: zero */
@@ -135,7 +136,7 @@ typedef struct pk_call {
     const pk_real *in_tangent[PK_NODE_INPUTS]; /* NULL: zero */
     pk_real *out_tangent;
     const pk_real *out_cotangent;
-    pk_real *in_cotangent[PK_NODE_INPUTS]; /* NULL: not wanted */
+    pk_real *in_cotangent[PK_NODE_INPUTS]; /* NULL: not needed */
     int accumulate[PK_NODE_INPUTS];        /* add to in_cotangent instead of writing it */
     pk_real *gradient;
     pk_real *scratch;
@@ -169,11 +170,11 @@ typedef struct pk_operation {
     /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
      * Operations that are linear in their inputs or between kinks need none. */
     void (*curvature)(const pk_call *call);
-    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. A node whose
-     * `unfolds` is 0 never needs it. */
+    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each position; NULL: in[0] has this layout. It is not
+     * called for a node whose `unfolds` is 0. */
     void (*unfold)(const pk_call *call);
     int channels_first; /* values are fan_out x positions, not positions x fan_out */
-    /* Whether one row of data may come in; NULL: any. The message names row and number. */
+    /* Checks one row of data; NULL: any data are allowed. The message names the row and the number. */
     pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
     /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
@@ -195,7 +196,7 @@ typedef struct pk_graph {
     int switched;  /* some piecewise-linear node depends on the weights */
     int surrogate; /* some node that depends on the weights is PK_SURROGATE */
     int checked;   /* some operation restricts its data: pk_graph_check_inputs */
-    char *text;    /* its network line where it came from one, else NULL; owned */
+    char *text;    /* the network line that it was made from, or NULL; owned */
 } pk_graph;
 
 /* Writes a shape as 1x28x28 into text (PK_SHAPE_TEXT bytes); returns text. */
@@ -222,10 +223,10 @@ PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph,
                                            int other, int transposed);
 /* spread (graph->spread) = E flat (graph->parameters). */
 PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread);
-/* flat = E^T spread: sums over the uses of each tensor; flat may be where spread is. */
+/* flat = E^T spread: the sum over the uses of each block. flat may be the same array as spread. */
 PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat);
-/* Whether a row of data (input width) may go in: tokens are whole numbers below the vocabulary's size. PK_ARGUMENT names
- * the row by its number. */
+/* Checks a row of data (input width) against the operations that read it: tokens are whole numbers below the vocabulary's
+ * size. PK_ARGUMENT names the row by its number. */
 PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
                                                     const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
@@ -256,8 +257,8 @@ PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
     return text;
 }
 
-/* The gradient is one outer product, of the cotangent and in[0] itself: what the factored engine takes. A single place
- * alone does not say so: its inputs may be chosen from in[0], or padded. */
+/* Whether the gradient of each row is one outer product, of the cotangent and in[0] itself, as the factored engine needs it. One
+ * position is not enough for that: its inputs may be a part of in[0], or padded. */
 PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1 && !node->unfolds;
@@ -278,7 +279,7 @@ static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, siz
     return PK_OK;
 }
 
-/* What is known of a node before it runs, see pk_node. Inputs precede it. */
+/* Sets what a node's inputs determine about it, see pk_node: whether and how its value depends on t. */
 static void pk__node_analyse(const pk_graph *graph, pk_node *node)
 {
     const pk_operation *operation = node->operation;
@@ -335,7 +336,7 @@ static void pk__graph_analyse(pk_graph *graph)
     graph->degree = graph->nodes[last].degree;
 }
 
-/* Whether a node is what its operation says of it: gradients and pieces are made from that, and not from its rules. */
+/* Checks a node against the properties that its operation declares, since gradients and pieces are computed from these. */
 static pk_status pk__check_node(pk_context *context, const pk_graph *graph, const pk_node *node)
 {
     const pk_operation *operation = node->operation;
@@ -446,7 +447,7 @@ PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_s
     return PK_OK;
 }
 
-/* The number of a blank-separated word in a list, -1 where it is none of them. */
+/* The index of a word in a list of words that are separated by blanks, or -1. */
 PK__PRIVATE int pk__word_index(const char *list, const char *word)
 {
     const size_t length = strlen(word);
@@ -484,7 +485,7 @@ PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name
     return PK_OK;
 }
 
-/* Whether a node would be checked to have the shape, and all else, of an earlier one. */
+/* Whether a node has the operation, attributes and input shape of an earlier one, and with them its shape. */
 static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_node *like)
 {
     if (!like || like->operation != node->operation || like->input_count != 1 || node->input_count != 1 ||
@@ -543,8 +544,8 @@ PK__PRIVATE const pk_weight_block *pk__block_of(const pk_graph *graph, const pk_
     return &graph->blocks[node->tensors[tensor].block];
 }
 
-/* pk_graph_add_constants without pk__graph_analyse and pk__graph_list, which take a time that grows with the graph. like: NULL, or an earlier
- * node that has the same constants, which are shared then. */
+/* pk_graph_add_constants without pk__graph_analyse and pk__graph_list, whose cost grows with the graph. like: NULL, or an
+ * earlier node with the same constants, which are shared then. */
 PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
                                        int input_count, const int *inputs, const double *attributes,
                                        size_t constant_count, const pk_real *constants, const pk_node *like,
@@ -678,7 +679,7 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
     return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
 }
 
-/* pk_graph_tie without what follows from it; name is how messages call the node. */
+/* pk_graph_tie without the list of blocks; messages call the node `name`. */
 PK__PRIVATE pk_status pk__tie(pk_context *context, pk_graph *graph, int number, int tensor, int other,
                               int transposed, const char *name)
 {
@@ -747,8 +748,8 @@ PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real 
         }
 }
 
-/* A block stands in flat no later than its uses in spread, and behind the blocks before it: nothing is overwritten that is
- * still to be read. */
+/* Works in place: a block begins in flat no later than its first use in spread, and blocks come in the order of their first
+ * uses, so that nothing is overwritten before it is read. */
 PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
 {
     if (!graph->tied && graph->spread && flat != spread)

@@ -1,4 +1,4 @@
-/* pathkernel/network/language.h: the network language and the initialisation of weights.
+/* pathkernel/network/language.h: the network language and the initialization of weights.
  *
  *     input 64; dense 32; tanh; dense 32 nobias; leaky_relu 0.01; dense 10
  *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
@@ -35,7 +35,7 @@ PK_API pk_constants pk_graph_constants(const pk_graph *graph);
 /* The node behind `after` (NULL: the first) that holds a named array, with the array's view; NULL where there is none. */
 PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after, pk_array *array);
 
-/* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
+/* weights (P) = each layer's own initialization, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
 PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
                                                     pk_real *weights);
@@ -409,7 +409,7 @@ static const pk_shape *pk__branch_shape(const pk__parser *parser)
     return &parser->graph->nodes[parser->node].shape;
 }
 
-/* dense and conv, `ntk` [w_std=] [b_std=]: the NTK parameterisation y = w_std / sqrt(fan_in) W x + b_std b with
+/* dense and conv, `ntk` [w_std=] [b_std=]: the NTK parameterization y = w_std / sqrt(fan_in) W x + b_std b with
  * standard normal W and b (Jacot et al. 2018, section 2; Lee et al. 2019, eq. 1), as scaled inputs and outputs. */
 enum { PK__NTK_FLAG, PK__NTK_WEIGHTS, PK__NTK_BIASES };
 static const pk_option pk__ntk_options[] = {
@@ -1242,7 +1242,7 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
                                        pk_real *weights)
 {
     if (!graph->node_count || !weights)
-        return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
+        return pk__fail(context, PK_ARGUMENT, "initialization needs a network and room for its weights");
     pk_real *flat = weights;
     if (graph->tied) {
         pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);

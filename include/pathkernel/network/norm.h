@@ -1,4 +1,4 @@
-/* pathkernel/network/norm.h: operations on normalisation and softmax. */
+/* pathkernel/network/norm.h: operations on normalization and softmax. */
 #ifndef PATHKERNEL_NORM_H
 #define PATHKERNEL_NORM_H
 #include "../math/elementary.h"

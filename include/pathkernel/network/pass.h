@@ -3,7 +3,7 @@
  * Everything here also works along a line w + t d with an own t for each row (pk__line): an operation that is linear in
  * its weights gives
  *     F(w + t d, a) = F(w, a) + t F(d, a),
- * so that rows with their own t need no own weights, only two calls for the whole batch.
+ * so that rows with different t do not need weights of their own, only two calls for the whole batch.
  */
 #ifndef PATHKERNEL_PASS_H
 #define PATHKERNEL_PASS_H
@@ -38,7 +38,7 @@ typedef struct pk__tape {
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
     pk_context *context; /* of the caller, where there are several threads; NULL */
-    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
+    int unit_seeds; /* set by the caller: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
@@ -46,11 +46,11 @@ typedef struct pk__tape {
     pk__line line; /* of the last reverse */
 } pk__tape;
 
-/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
+/* Takes the memory of a tape for up to `rows` rows, with `copies` cotangents each (0: no reverse), and tangents if needed. */
 PK__INTERNAL void pk__pass_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t copies,
                                 int tangents, pk__tape *tape);
-/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
- * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
+/* The same with cotangents for at most reverse_rows rows, since these need most of the memory. The cotangents of an
+ * elementwise operation are overwritten by those of its input, if it alone reads that input. */
 PK__INTERNAL void pk__pass_take_parts(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
                                       size_t copies, int tangents, pk__tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
@@ -64,13 +64,13 @@ PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t 
 PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient);
 PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape);
 PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape);
-/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
- * what is behind a last dense layer its weights. */
+/* Sets the seeds of so many rows to the outputs' unit vectors, one after the other (copies == output width). The next reverse
+ * then copies the weights of a last dense layer instead of multiplying with them. */
 PK__INTERNAL void pk__pass_seed_units(pk__tape *tape, size_t rows);
 
-/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
+/* Whether transposed copies of the layers' matrices save time, on a line with many rows. */
 PK__INTERNAL int pk__pass_transposes(const pk_graph *graph);
-/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
+/* transposed (P) := the transposed matrix (inputs x outputs) of each dense layer, at the offset of its weights. Cost P. */
 PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
 /* <<< internals */
 #endif
@@ -88,8 +88,8 @@ enum {
     PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
 };
 
-/* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
- * them costs less than a second product. */
+/* Whether the weights w + t d are formed for each row: the operation is not linear in them, or it uses them at so many
+ * positions that this costs less than a second product. */
 static int pk__has_row_weights(const pk_node *node)
 {
     return node->weight_count &&
@@ -104,14 +104,14 @@ static int pk__reverses_by_row(const pk_node *node, size_t copies)
             node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
 }
 
-/* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
+/* Whether the operation multiplies the values of each position by one matrix for all rows: y = w x, perhaps plus a bias. */
 static int pk__is_plain_layer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && !node->unfolds && !node->operation->channels_first &&
            !pk__has_row_weights(node);
 }
 
-/* A bias behind the matrix. */
+/* Whether a bias follows the matrix. */
 PK__PRIVATE int pk__has_bias(const pk_node *node)
 {
     return node->weight_count > node->fan_out * node->fan_in;
@@ -135,7 +135,7 @@ PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weigh
     }
 }
 
-/* The only node that reads node, NULL where there are none or several. */
+/* The only node that reads `node`; NULL if none or several do. */
 PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
 {
     return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];

@@ -3,11 +3,14 @@
  * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
  * last of all when a run starts. A kill at any moment loses the step in flight at most.
  *
- * Training that is resumed needs the optimiser's state. A run that keeps every k-th step has it there; of one that keeps
- * every step, resume_state.npy has that of step 16, 32, ..., written once the step after it is complete: training goes on
- * from at most 17 steps before the end, and proves at least one of them. The file has the last two, each with a hash, so that
- * one is whole at any time, and is not needed: without it all steps are recomputed, and it is written on the way; while the
- * last of them are recomputed even after each, so that training goes on that is stopped again and again after a few steps.
+ * Resuming needs the optimizer's state. A run that records every k-th step only has it at these steps. A run that records
+ * every step has it in resume_state.npy, as it was at step 16, 32, ...; it is written once the step after is complete.
+ * Training then resumes at most 17 steps before the end, and checks that it comes to the same weights at least once.
+ *
+ * resume_state.npy has the last two states, each with a hash, and they are overwritten in turn, so that one of them is
+ * complete at any time. The file is optional: without it, all steps are computed again. It is also written during that
+ * computation, near the end after each step, so that training makes progress even if it is stopped after a few steps
+ * again and again.
  */
 #ifndef PATHKERNEL_RECORD_H
 #define PATHKERNEL_RECORD_H
@@ -31,7 +34,7 @@ typedef struct pk_recorder_options {
     int second_moments;  /* 1: record second_moments.npy */
     int resume;          /* 1: continue the run in the directory, if there is one */
     int replace;         /* 1: remove the run in the directory first, if there is one */
-    /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
+    /* k > 1: keep the weights and the optimizer's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (revisit.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
     size_t keep_every;
@@ -41,14 +44,14 @@ typedef struct pk_recorder_options {
 typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
-    size_t keep_every, state_numbers; /* k; numbers of the optimiser's state, V P */
+    size_t keep_every, state_numbers; /* k; numbers of the optimizer's state, V P */
     pk_array_writer files[10];
     int present[10];
     double *group_rates; /* of the next step */
     size_t group_count;
     int float32, failed, lock;
     int64_t items; /* rows of batch_items.npy */
-    /* Of a run that keeps every step, whose optimiser has a state: a row of resume_state.npy; the step whose state it
+    /* Of a run that keeps every step, whose optimizer has a state: a row of resume_state.npy; the step whose state it
      * has that is not in the file yet, 0: none; the file's descriptor + 1; the row to write next. */
     double *resume_state;
     size_t resume_step;
@@ -66,7 +69,7 @@ typedef struct pk_recorder {
  * With options->resume and a run there: checks that it is the same one (network, loss, optimizer, types,
  * optional files, keep_every, training data, w_0; initial_weights may be NULL to skip the last), cuts off what
  * a step in flight left behind, and appends after step recorder->steps; pk_replay_weights gives the weights to
- * go on from. A directory without run.txt (a start that was cut off) is started anew.
+ * go on from. A directory without run.txt (a start that was interrupted) is started anew.
  *
  * One recorder at a time: a second one on the same directory is refused (advisory lock).
  * PK_IO, PK_ARGUMENT, PK_SHAPE, PK_FORMAT, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; *recorder is
@@ -78,9 +81,9 @@ PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *
 /* Appends one step: w_{s+1} = weights_after (P) came from w_s by this rate on this batch, whose gradient was
  * multiplied by gradient_scale (1 without clipping). batch->weights: NULL for 1/count; must be NULL unless
  * batch_weights are recorded. gradient_scale must be 1 unless recorded. second_moments (P): given exactly if
- * recorded. Cost: one write(2) a file. The step is on disk (for other processes; not yet on the platter)
- * when this returns PK_OK; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
- * disk, say) the run stays readable up to the step before, and this recorder takes no further steps.
+ * recorded. Cost: one write(2) for each file. Other processes can read the step when this returns PK_OK, though the operating
+ * system may not have written it to the disk yet; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
+ * disk, say) the run stays readable up to the step before, and this recorder accepts no further steps.
  * With keep_every: PK_ARGUMENT; only the library's own steps can be replayed (pk_recorder_training_step). */
 PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
                                                const pk_batch *batch, double gradient_scale,
@@ -91,7 +94,7 @@ PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder 
 PK_API PK__MUST_USE pk_status pk_recorder_group_rates(pk_context *context, pk_recorder *recorder,
                                                       const double *rates);
 
-/* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimiser's vectors
+/* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimizer's vectors
  * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
  * step costs its small rows, a hash of the weights, and at every k-th step the two long rows. */
 PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder,
@@ -99,7 +102,7 @@ PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_
                                                         double gradient_scale, const pk_real *state,
                                                         const pk_real *weights_after);
 
-/* The smallest k with which the weights of a run of `steps` steps in float64, and the optimiser's state_vectors
+/* The smallest k with which the weights of a run of `steps` steps in float64, and the optimizer's state_vectors
  * (pk_optimizer_state_vectors) that k > 1 keeps beside them, take at most `bytes` on disk; batches and rates come
  * on top. 0 where w_0 alone takes more. */
 PK_API size_t pk_recorder_choose_keep_every(size_t parameters, size_t steps, size_t state_vectors,
@@ -130,7 +133,7 @@ PK__BEGIN_COLD_CODE
 
 /* ---- recording ------------------------------------------------------------------------------------- */
 
-/* What a recorder was asked for, parsed. */
+/* The options of a recorder, parsed. */
 typedef struct pk__recording {
     pk_graph graph;
     pk_loss loss;
@@ -252,7 +255,7 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
 enum { PK__RESUME_EVERY = 16, PK__RESUME_HEAD = 2 };
 #define PK__RESUME_FILE "resume_state.npy"
 
-/* A step and a hash as numbers that a double holds: of the hash 53 bits. */
+/* A step and 53 bits of a hash, as numbers that a double represents exactly. */
 static void pk__resume_head(size_t step, const pk_real *weights, size_t parameters, const pk_real *state,
                             size_t count, double head[PK__RESUME_HEAD])
 {
@@ -261,7 +264,7 @@ static void pk__resume_head(size_t step, const pk_real *weights, size_t paramete
     head[1] = (double)(hash >> 11);
 }
 
-/* Opens resume_state.npy for writing in place: with its states where it is one, else with none. */
+/* Opens resume_state.npy for overwriting. Its states are kept if it is a valid file of that kind. */
 static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned char *header, size_t room,
                                    size_t bytes)
 {
@@ -282,8 +285,8 @@ static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned c
     return -1;
 }
 
-/* Writes the state in the place of the older of the two that the file has: the other one stays whole meanwhile. No step is
- * lost where that fails: they are there. */
+/* Overwrites the older of the two states in the file, so that the other one stays complete meanwhile. A failure is no error:
+ * the steps themselves are recorded. */
 static void pk__recorder_write_state(pk_recorder *recorder)
 {
     const size_t shape[2] = {2, PK__RESUME_HEAD + recorder->state_numbers}, bytes = shape[1] * sizeof(double);
@@ -297,7 +300,7 @@ static void pk__recorder_write_state(pk_recorder *recorder)
         recorder->resume_place = !recorder->resume_place;
 }
 
-/* The optimiser's state and the weights after `steps` steps, which are complete in the recording: every so many times. */
+/* Keeps the optimizer's state after `steps` steps, once in `every` steps; these steps are complete in the recording. */
 PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, size_t every,
                                          const pk_real *state, const pk_real *weights)
 {
@@ -315,8 +318,8 @@ PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, si
         recorder->resume_state[PK__RESUME_HEAD + i] = (double)state[i];
 }
 
-/* *step: the latest before the last whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P):
- * room. */
+/* Reads from resume_state.npy the state (V P) of the latest step before the last, and sets *step; SIZE_MAX if there is none.
+ * weights (P): working memory. */
 PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *directory, const pk_run *run,
                                               pk_recorder *recorder, pk_real *weights, pk_real *state,
                                               size_t *step)
@@ -355,7 +358,7 @@ PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *d
     return PK_OK;
 }
 
-/* run.txt in the directory folder, complete or not there at all. */
+/* Writes run.txt into the directory `folder`; after a crash it is complete or absent. */
 static pk_status pk__recorder_manifest(pk_context *context, int folder, const char *directory,
                                        const pk__recording *recording)
 {
@@ -382,7 +385,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
         else
             failed = errno != EINTR;
     }
-    /* On the platter before it has its name, and the name as well: after a power cut there is all of it or nothing. */
+    /* The text is on the disk before the file gets its name, and then the name is: a power cut leaves all of it or nothing. */
     failed = failed || fsync(file) != 0 || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0;
     if (failed)
         status = pk__fail(context, PK_IO, "%s/run.txt: %s%s", directory, kind ? "run.txt.tmp is " : "",
@@ -408,7 +411,7 @@ static void pk__recorder_clear(int folder)
     (void)unlinkat(folder, PK__RESUME_FILE, 0);
 }
 
-/* Makes the directory where it is missing, locks it, and sees what it holds. */
+/* Makes the directory if it is missing, locks it, and determines whether it has a run. */
 static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, int replace,
                                      pk_recorder *recorder, pk__recording *recording)
 {
@@ -420,7 +423,7 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
     if (folder < 0)
         return pk__run_io(context, path->directory);
     recorder->lock = folder + 1;
-    /* Where the file system has no locks, go without. */
+    /* A file system without locks is used without them. */
     if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         return pk__fail(context, PK_IO, "%s is being recorded by another recorder", path->directory);
     if (replace) { /* the manifest first: without it the rest is no run */
@@ -454,7 +457,7 @@ static const size_t *pk__recorder_width(const pk_recorder *recorder, int file)
                                          : &recorder->parameters;
 }
 
-/* The optimiser's state as float64. */
+/* The optimizer's state as float64. */
 static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *state)
 {
     for (size_t i = 0; i < recorder->state_numbers; i++)
@@ -462,7 +465,7 @@ static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *st
     return recorder->states;
 }
 
-/* What goes with w_0 where steps are replayed: the optimiser's vectors are zero then. */
+/* Writes what a run with keep_every > 1 has for step 0 besides w_0: a checksum, and the optimizer's vectors, which are zero. */
 static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial)
 {
     int64_t checksum = pk__checksum(initial, recorder->parameters, NULL, 0);
@@ -620,7 +623,7 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     recorder->steps = run.steps;
     recorder->items = run.batch_offsets[run.steps];
     pk_run_release(context, &run); /* before files shrink */
-    /* What was written last is cut off first: a kill on the way leaves what a kill while recording does. */
+    /* Files are truncated in the reverse order of writing, so that a kill in between leaves what a kill while recording does. */
     for (int f = PK__RUN_FILES - 1; f >= 0 && !status; f--) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         size_t rows = per_item                ? (size_t)recorder->items
@@ -754,7 +757,7 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     return status;
 }
 
-/* Everything about a step that can be wrong before anything is written. */
+/* Checks everything about a step, before anything of it is written. */
 static pk_status pk__recorder_check(pk_context *context, const pk_recorder *recorder, double learning_rate,
                                     const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
                                     const pk_real *state, const pk_real *weights_after)
@@ -807,7 +810,7 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
     return status;
 }
 
-/* batch->weights, or as many times 1/count. */
+/* The weights of the batch's examples; 1/count each if batch->weights is NULL. */
 static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *recorder, const pk_batch *batch,
                                             const double **weights)
 {
@@ -829,7 +832,7 @@ static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *re
     return PK_OK;
 }
 
-/* Appends the rows of a step. state: where steps are replayed. */
+/* Appends the rows of a step. state: the optimizer's vectors, recorded where steps are replayed. */
 static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder, double learning_rate,
                                      const pk_batch *batch, double gradient_scale,
                                      const pk_real *second_moments, const pk_real *state,
@@ -862,7 +865,7 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
         status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
     }
     if (status) {
-        recorder->failed = 1; /* the files disagree now: readers see the step before */
+        recorder->failed = 1; /* the files have different lengths now: readers see the step before */
         return status;
     }
     for (size_t g = 0; recorder->group_rates && g < recorder->group_count; g++)

@@ -13,15 +13,15 @@
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
- *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
+ *                          optimizer's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
  *
  * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); revisit.h repeats the
  * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
- *     optimizer_states.npy (S/k + 1, V P) float64: the optimiser's V vectors before steps 0, k, 2k, ...;
+ *     optimizer_states.npy (S/k + 1, V P) float64: the optimizer's V vectors before steps 0, k, 2k, ...;
  *                          not there where V = 0
  *     checksums.npy        (S+1,)   int64: a hash of the bits of w_s at every step; at kept steps, of the
- *                          optimiser's vectors as well
+ *                          optimizer's vectors as well
  *
  * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
  * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are. So the
@@ -49,7 +49,7 @@ typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
     pk_optimizer optimizer;
-    pk_parameter_groups groups;                  /* tensors with options of their own; zeroed: none */
+    pk_parameter_groups groups;                  /* weight blocks with options of their own; zeroed: none */
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
     size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
     /* 1: the files hold more than the complete steps (recording was cut off inside a step, or pk_run_recover was
@@ -80,12 +80,12 @@ typedef struct pk_run {
  * least that would do. */
 PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
 
-/* The same, but a run whose files hold different numbers of steps is opened up to the shortest one: what is left
- * after a power cut. run->cut_off is 1 then, and the message tells which file ends first. */
+/* The same, but a run whose files have different numbers of steps, as after a power cut, is opened up to the end of the
+ * shortest one. run->cut_off is 1 then, and the message tells which file ends first. */
 PK_API PK__MUST_USE pk_status pk_run_recover(pk_context *context, const char *directory, pk_run *run);
 
-/* Leaves the first `steps` steps of an open run: a decomposition is then that of f(w_steps, x), to the same bits as one
- * of a run that was recorded for so many steps. Any number up to run->steps, also between the kept steps and 0.
+/* Shortens an open run to its first `steps` steps: a decomposition is then that of f(w_steps, x), with the same bits as for
+ * a run that was recorded for so many steps. Any number from 0 to run->steps is allowed, whatever keep_every is.
  * PK_ARGUMENT where the run is shorter. */
 PK_API PK__MUST_USE pk_status pk_run_until(pk_context *context, pk_run *run, size_t steps);
 
@@ -104,7 +104,7 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
 /* The factor that clipping applied at a step: 1 where none was recorded. */
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 
-/* The rates of the groups at a step, one a group; NULL where their factors hold. */
+/* The rates of the groups at a step, one for each group; NULL if the groups have factors instead. */
 PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
 
 /* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
@@ -175,7 +175,7 @@ static const pk__run_file pk__run_files[PK__RUN_FILES] = {
     [PK__RUN_WEIGHTS] = {.name = "weights.npy", .rank = 2, .before = 1, .kept = 1},
 };
 
-/* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
+/* Whether a run with this optimizer and keep_every has such a file: 1: it must, 0: it must not, -1: it may. */
 static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer,
                        const pk_parameter_groups *groups)
 {
@@ -190,8 +190,9 @@ static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimize
     return pk__run_files[file].optional ? -1 : 1;
 }
 
-/* Of P numbers and then of count more, as the bits of doubles: what a replay is compared with. Four lanes, so
- * that the multiplications do not wait for each other; the order of the numbers matters in each. */
+/* A checksum of the bits of P weights and of `count` numbers of the optimizer's state, as doubles, which a replay is
+ * compared with. Four independent hashes of every fourth number are combined in the end, so that the multiplications do
+ * not wait for each other. */
 static uint64_t pk__checksum_mix(uint64_t hash, uint64_t bits)
 {
     hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
@@ -252,7 +253,7 @@ static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_ar
     return PK_OK;
 }
 
-/* Those that do not grow; the manifest is the last to appear. */
+/* The files that do not grow; the manifest is written last. */
 enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
 static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
 
@@ -307,7 +308,7 @@ static int pk__blank(char c)
     return c == ' ' || c == '\t';
 }
 
-/* One line without its line break, key and value cut out in place. *version: the version line was read. */
+/* Parses one line, without its line break; key and value are terminated in place. *version: whether the version line was read. */
 static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, size_t line, int *version,
                                    pk__manifest *manifest)
 {
@@ -327,7 +328,7 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         end--;
     if (begin == end)
         return PK_OK;
-    *end = '\0'; /* the line break, the comment, trailing blanks or the terminating NUL stood here */
+    *end = '\0'; /* instead of a line break, a comment or a blank */
     char *value = begin;
     while (*value && !pk__blank(*value))
         value++;
@@ -371,7 +372,7 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         begin);
 }
 
-/* Splits text (size bytes and a NUL after them), which is changed. */
+/* Splits text (`size` bytes and a terminating NUL) into lines, in place. */
 static pk_status pk__manifest_split(pk_context *context, char *text, size_t size, pk__manifest *manifest)
 {
     memset(manifest, 0, sizeof *manifest);
@@ -396,7 +397,7 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
     return PK_OK;
 }
 
-/* A whole number from 1 to 10^9: a decimal text without sign. */
+/* The value of keep_every: a decimal whole number from 1 to 10^9, without a sign. */
 static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *manifest, size_t *keep_every)
 {
     const char *text = manifest->value[PK__MANIFEST_KEEP];
@@ -444,7 +445,7 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
     return pk__prefix(context, status, "run.txt line %zu: ", line);
 }
 
-/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
+/* Parses text (`size` bytes and a terminating NUL), which is changed. The graph stays zeroed after an error. */
 PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
                                          const pk_constants *constants, pk_graph *graph, pk_loss *loss,
                                          pk_optimizer *optimizer, pk_parameter_groups *groups,
@@ -526,8 +527,8 @@ static pk_array *pk__run_array(pk_run *run, int file)
                                      : &run->columns[file];
 }
 
-/* NULL where a growing file may hold items of a type, else what it has to hold. Rates are float64 alone: 0.1 as float32
- * is another number, which the optimiser did not use. */
+/* NULL if items of this type are allowed in a growing file, else the words for those that are. Rates are float64 only: 0.1
+ * as float32 is another number, which the optimizer did not use. */
 static const char *pk__run_wants(int file, pk_type type)
 {
     const int numbers = file == PK__RUN_OFFSETS || file == PK__RUN_ITEMS;
@@ -540,7 +541,7 @@ static const char *pk__run_wants(int file, pk_type type)
     return type == PK_FLOAT64 || type == PK_FLOAT32 ? NULL : "float64 or float32";
 }
 
-/* A column of another type in place of the mapped one, as int64 or float64. */
+/* Replaces a mapped array of another type by a converted copy, as int64 or float64. */
 static pk_status pk__run_convert(pk_context *context, const char *path, pk_type type, pk_array *array)
 {
     const size_t items = pk_array_items(array);
@@ -577,14 +578,15 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     pk__run_path_of(path, expected->name);
     int has = pk__run_has(file, run->keep_every, &run->optimizer, &run->groups);
     struct stat about;
-    if (has <= 0 && lstat(path->text, &about) != 0 && errno == ENOENT) /* a link to nowhere is no absent file */
+    if (has <= 0 && lstat(path->text, &about) != 0 &&
+        errno == ENOENT) /* a dangling link is an error, not an absent file */
         return PK_OK;
     if (!has && file == PK__RUN_MOMENTS)
         return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
                         path->text);
     if (!has && file == PK__RUN_GROUP_RATES)
         return pk__fail(context, PK_FORMAT, "%s: run.txt has no group line", path->text);
-    if (!has) /* other programs may leave what they like */
+    if (!has) /* other programs may leave files of their own */
         return PK_OK;
     const unsigned flags =
         PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
@@ -615,7 +617,7 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
                : PK_OK;
 }
 
-/* The first of count numbers that is not finite, or count. */
+/* The index of the first of `count` numbers that is not finite, or count. */
 static size_t pk__not_finite(const double *numbers, size_t count)
 {
     size_t i = 0;
@@ -635,9 +637,9 @@ static const char *pk__run_rows_text(const pk_run *run, int file, char *text, si
     return text;
 }
 
-/* Whether the files hold what a kill leaves of steps complete steps: each the rows of these, and those before
- * weights.npy in the order of writing also the row of the next step or a part of it. If not, *file is one that holds
- * something else. */
+/* Whether the lengths of the files are those that a kill after `steps` complete steps leaves: each file has the rows of these
+ * steps, and a file that is written before weights.npy may have the row of the next step or a part of it. If not, *file is one
+ * with another length. */
 static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
 {
     const int keeps = (steps + 1) % run->keep_every == 0, last = keeps ? PK__RUN_WEIGHTS : PK__RUN_CHECKSUMS;
@@ -661,7 +663,7 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
     return 1;
 }
 
-/* How many steps are complete, and whether the batches of these make sense. recover: whatever the files' lengths. */
+/* Counts the complete steps and checks their batches. recover: files of any length are accepted. */
 static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
@@ -721,7 +723,7 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
     if (!recover && !pk__run_is_whole(run, steps, &other)) {
         char has[120], also[120];
         if (least != PK__RUN_WEIGHTS && rows[PK__RUN_WEIGHTS] > steps / run->keep_every + 1)
-            other = PK__RUN_WEIGHTS; /* what is looked at first */
+            other = PK__RUN_WEIGHTS; /* the file that a user looks at first */
         return pk__fail(
             context, PK_SHAPE,
             "%s: %s, %s; recording that is cut off leaves at most the row of one step more in the other "
@@ -736,7 +738,7 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
     return PK_OK;
 }
 
-/* Inputs and targets against network and loss; also what a recorder is given. */
+/* Checks inputs and targets against network and loss, for readers and recorders. */
 PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
                                          pk_loss loss)
 {
@@ -798,7 +800,7 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     return pk__run_count(context, path->directory, recover, run);
 }
 
-/* A run, from its path on. */
+/* Reads the run in a directory. */
 static pk_status pk__run_read(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     pk__run_path path;

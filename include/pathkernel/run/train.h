@@ -1,7 +1,7 @@
 /* pathkernel/run/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
  *
- * The bits of every step depend on the options alone: not on the number of threads, not on recording, not
- * on where a run was interrupted and resumed.
+ * The bits of every step depend on the options alone, neither on the number of threads nor on recording, nor on where a
+ * run was interrupted and resumed.
  */
 #ifndef PATHKERNEL_TRAIN_H
 #define PATHKERNEL_TRAIN_H
@@ -53,7 +53,7 @@ typedef struct pk_train_result {
  * Mini-batches are consecutive slices of an epoch's permutation, the last one smaller. The progress
  * callback of the context is called after each step. Parallel inside a batch.
  *
- * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
+ * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimizer's
  * state is read where the recording kept it last, at most 17 steps before its end (with keep_every: at the last
  * kept step; from step 0 where an older version recorded), and rebuilt from there by recomputing the gradients
  * along the recorded weights; training goes on to the same bits as without the interruption. A recording coarser
@@ -79,13 +79,13 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_COLD_CODE
 
-/* What a training run holds between steps. */
+/* The state of a training run between steps. */
 typedef struct pk__training {
     const pk_graph *graph;
     const pk_dataset *train;
     const pk_train_options *options;
     size_t examples, batch_size, per_epoch; /* batches an epoch */
-    size_t epoch;                           /* whose permutation order holds */
+    size_t epoch;                           /* the epoch whose permutation is in `order` */
     int64_t *order;                         /* examples */
     pk_real *next;                          /* P: w_{s+1} */
     pk_parameter_groups groups;
@@ -94,13 +94,13 @@ typedef struct pk__training {
     pk_recorder recorder;
 } pk__training;
 
-/* One step as it was made. */
+/* What a step used and gave. */
 typedef struct pk__step {
     pk_batch batch;
     double rate, scale, objective;
 } pk__step;
 
-/* The batch of any step, without the steps before it. */
+/* Makes the batch of any step; the steps before it are not needed. */
 static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
 {
     size_t epoch = step / t->per_epoch, first = step % t->per_epoch * t->batch_size;
@@ -121,7 +121,7 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
-/* The rate of a step, and of the groups at it. */
+/* The learning rate of a step; those of the groups go to t->group_rates. */
 static double pk__training_rate(pk__training *t, size_t step)
 {
     for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
@@ -130,7 +130,7 @@ static double pk__training_rate(pk__training *t, size_t step)
     return pk_schedule_rate(&t->options->schedule, step);
 }
 
-/* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
+/* Computes t->next = w_{step+1} from weights = w_step, and updates the optimizer's state. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
 {
@@ -160,8 +160,8 @@ static pk_status pk__training_compare(pk_context *context, pk__training *t, cons
     return status;
 }
 
-/* Rebuilds the state after the recorded steps and proves that these options made them. t->next holds the
- * weights to go on from when it is done. */
+/* Recomputes the optimizer's state after the recorded steps and checks that these options give the recorded weights. t->next has
+ * the last recorded weights in the end. */
 static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
 {
     const char *folder = t->options->record;
@@ -298,7 +298,7 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
         status = pk__training_record(context, t, weights, &result->steps);
         result->resumed = result->steps;
     }
-    pk_real *now = weights; /* takes turns with t->next */
+    pk_real *now = weights; /* swapped with t->next after each step */
     while (!status && result->steps < options->steps) {
         size_t step = result->steps;
         pk__step made;

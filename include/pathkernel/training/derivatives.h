@@ -4,8 +4,8 @@
  *     f(w, x)   the network: P weights, D inputs, C outputs
  *     J = df/dw (C x P),  K = df/dx (C x D), one of each for every row of inputs
  *
- * They are exact derivatives (no differences), for networks in words and for those built node by node, with operations
- * of one's own. At a kink the derivative is PyTorch's; an operation of the kind PK_SURROGATE gives its surrogate.
+ * They are exact derivatives (no differences), for networks from a text and for those built node by node, also with
+ * operations of the user's own. At a kink the derivative is PyTorch's; an operation of the kind PK_SURROGATE gives its surrogate.
  * Batches are cut into blocks of rows by shapes only, and sums are added in order: the same bits for any number of
  * threads. Each call allocates: one tape of a block for each thread.
  */
@@ -16,11 +16,11 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* For all functions here: inputs are rows x D. Results overlap nothing that is read, and no other result. A matrix
- * whose data are NULL is not wanted (a result) or zero (a direction).
- * PK_ARGUMENT (also for data that an operation does not take), PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT:
+/* For all functions here: inputs are rows x D. A result must not overlap an argument or another result. A matrix whose data
+ * are NULL is not computed (a result) or zero (a direction).
+ * PK_ARGUMENT (also for data that an operation does not accept), PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT:
  * results are untouched. PK_UNSUPPORTED, too: a derivative with respect to inputs that are tokens does not exist.
- * PK_NOT_FINITE: a result is not finite; the message names the first such row, results hold what was found. */
+ * PK_NOT_FINITE: a result is not finite; the message names the first such row, and the results have it. */
 
 /* The reverse product. With a cotangent u_r (C) for each row r:
  *     weight_gradients (rows x P), row r:  J(x_r)^T u_r        input_gradients (rows x D), row r:  K(x_r)^T u_r
@@ -109,7 +109,7 @@ typedef struct pk__sweep {
     const pk__loss_rule *rule;
     size_t rows, copies; /* cotangents a row; 0: no reverse */
     int tangents, second;
-    /* Takes rows first ..., whose inputs are in the lane; adds to sum where there is one. The first of them with a
+    /* Computes the rows from `first` on, whose inputs are in the lane, and adds to sum if there is one. Returns the first with a
      * result that is not finite, or SIZE_MAX. */
     size_t (*block)(const struct pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
                     pk_real *sum);
@@ -160,8 +160,8 @@ static void pk__sweep_inputs(const pk__sweep *sweep, size_t first, size_t rows, 
             memcpy(to + r * width, sweep->inputs.data + (first + r) * sweep->inputs.ld, width * sizeof *to);
 }
 
-/* A group of blocks, which a thread takes at a time, and which has its own sum. The first row with a result that is
- * not finite, or SIZE_MAX. */
+/* Computes a group of blocks, one task of a thread, with a sum of its own. Returns the first row with a result that is not
+ * finite, or SIZE_MAX. */
 static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *plan, size_t group,
                               unsigned char *memory, size_t bytes, pk_real *sum)
 {
@@ -181,7 +181,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     return bad;
 }
 
-/* Checks the rows, takes the memory, runs the blocks: at weights and to a sum in the spread vector's layout. */
+/* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the spread vector. */
 static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
@@ -272,7 +272,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 
 /* ---- blocks -------------------------------------------------------------------------------------------- */
 
-/* Row r of the block's cotangents of the outputs: given, or of the losses. */
+/* Sets row r of the seeds to the given cotangents, or to the gradient of the loss. */
 static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t row, const pk_real *f,
                            pk_real *seed)
 {
@@ -356,7 +356,7 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
     return bad;
 }
 
-/* Forward, and the tangents along the directions; those of the outputs. */
+/* A forward pass with tangents along the directions; copies those of the outputs. */
 static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows)
 {
     const size_t inputs = sweep->graph->input_width, last = sweep->graph->node_count - 1;
@@ -629,7 +629,7 @@ static pk_status pk__sweep_matrix(pk_context *context, const char *name, const c
     return PK_OK;
 }
 
-/* A sweep over inputs at weights, checked; the rest of it is zero. */
+/* Checks the arguments of a sweep over inputs and sets them; its other fields are zero. */
 static pk_status pk__sweep_begin(pk_context *context, const char *name, const pk_graph *graph,
                                  const pk_real *weights, pk_matrix inputs, pk__sweep *sweep)
 {
@@ -642,7 +642,7 @@ static pk_status pk__sweep_begin(pk_context *context, const char *name, const pk
     return status ? status : pk__sweep_matrix(context, name, "inputs", inputs, inputs.rows, graph->input_width);
 }
 
-/* Whether the results (those with data) overlap nothing. */
+/* Checks that no result overlaps an argument or another result. */
 static pk_status pk__sweep_results(pk_context *context, const char *name, size_t count, const pk_matrix *read,
                                    size_t results, const pk_matrix *written)
 {

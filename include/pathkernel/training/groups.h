@@ -1,10 +1,11 @@
-/* pathkernel/training/groups.h: parameter groups: tensors of w with optimiser options and learning rates of their own, as
- * PyTorch's optimisers have them.
+/* pathkernel/training/groups.h: parameter groups: tensors of w with optimizer options and learning rates of their own, as
+ * PyTorch's optimizers have them.
  *
  *     const char *lines[] = {"1,3,5-7 weight_decay=0 rate=0.1", "0 frozen"};
  *     pk_parameter_groups_parse(context, &graph, &optimizer, 2, lines, &groups);
  *
- * Tensors are the weight blocks of the graph (graph.h), and are numbered as these. Tensors in no group take the optimizer and the step's rate.
+ * Tensors are the weight blocks of the graph (graph.h) and have their numbers. Tensors in no group have the optimizer and the
+ * rate of the step.
  */
 #ifndef PATHKERNEL_GROUPS_H
 #define PATHKERNEL_GROUPS_H
@@ -18,13 +19,13 @@ enum { PK_GROUPS_MOST = 1024 };
 
 typedef struct pk_parameter_group {
     pk_optimizer optimizer; /* of the same rule as that of the tensors in no group */
-    double rate;            /* times the step's learning rate, where groups have no rates of their own */
+    double rate;            /* a factor of the step's learning rate, unless groups have rates of their own */
     int frozen;             /* never updated */
     int keys, rated;        /* how many keys its line had; whether rate= was among them */
-    size_t line;            /* of run.txt, 0: of none */
+    size_t line;            /* its line in run.txt, or 0 */
 } pk_parameter_group;
 
-/* Consecutive parameters of one group: 0: of none, 1: of the first. */
+/* Consecutive parameters of one group; group 0: those in no group, 1: the first group. */
 typedef struct pk_parameter_range {
     size_t first, count, group;
 } pk_parameter_range;
@@ -34,17 +35,17 @@ typedef struct pk_parameter_groups {
     size_t count, tensor_count, range_count;
     pk_parameter_group *group;
     pk_parameter_range *range; /* all of w, in order */
-    size_t *tensor;            /* the group of each weight block, counted as in a range */
+    size_t *tensor;            /* the group of each weight block, numbered as in a range */
 } pk_parameter_groups;
 
-/* Reads group lines "TENSORS key=value ..." (TENSORS: 1,3,5-7): keys of the optimizer that are other for these tensors,
- * rate=F, or the word frozen alone. PK_FORMAT and PK_ARGUMENT name the group and the tensor or word; *groups is untouched
- * then. No line: *groups is zeroed. */
+/* Parses group lines "TENSORS key=value ..." (TENSORS: 1,3,5-7): keys of the optimizer whose values differ for these tensors,
+ * rate=F, or only the word `frozen`. PK_FORMAT and PK_ARGUMENT name the group and the tensor or word; *groups is untouched
+ * then. Without lines, *groups is zeroed. */
 PK_API PK__MUST_USE pk_status pk_parameter_groups_parse(pk_context *context, const pk_graph *graph,
                                                         const pk_optimizer *optimizer, size_t count,
                                                         const char *const *lines, pk_parameter_groups *groups);
 PK_API void pk_parameter_groups_release(pk_context *context, pk_parameter_groups *groups);
-/* As pk_optimizer_state_vectors: the most that a group needs. groups may be NULL. */
+/* pk_optimizer_state_vectors of the group that has most of them. groups may be NULL. */
 PK_API size_t pk_parameter_groups_state_vectors(const pk_optimizer *optimizer,
                                                 const pk_parameter_groups *groups);
 
@@ -81,7 +82,7 @@ static int pk__group_frozen(const pk_parameter_groups *groups, size_t group)
     return group && groups->group[group - 1].frozen;
 }
 
-/* The part of a range within first .. first + count - 1: how many, and how far from first. */
+/* The number of parameters of a range within [first, first + count); *at: where they begin, counted from `first`. */
 static size_t pk__range_part(const pk_parameter_range *range, size_t first, size_t count, size_t *at)
 {
     const size_t from = pk__max(range->first, first), to = pk__min(range->first + range->count, first + count);
@@ -89,8 +90,8 @@ static size_t pk__range_part(const pk_parameter_range *range, size_t first, size
     return to > from ? to - from : 0;
 }
 
-/* The update of parameters first .. first + count - 1, whose numbers `whole` points to. rates: of the groups at this step,
- * or NULL. */
+/* Computes the update of the parameters [first, first + whole->count), to whose numbers `whole` points. rates: those of the
+ * groups at this step, or NULL. */
 PK__PRIVATE void pk__groups_update(const pk_optimizer *optimizer, const pk_parameter_groups *groups,
                                    const double *rates, size_t first, const pk__update *whole)
 {
@@ -117,8 +118,8 @@ PK__PRIVATE void pk__groups_update(const pk_optimizer *optimizer, const pk_param
     }
 }
 
-/* The linear form of one group at a step, of count parameters with their state (or of none): p is a vector then, whatever
- * the rule. Frozen: all zero. */
+/* The linear form of one group at a step, for `count` parameters with their state. p is a vector, whatever the rule, so that
+ * groups can be stored side by side; it may be NULL. For a frozen group all is zero. */
 PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_parameter_groups *groups, size_t group,
                                 size_t step, double rate, const double *rates, size_t count, size_t apart,
                                 const pk_real *state, pk_linear_form *form, pk_real *p)
@@ -132,7 +133,7 @@ PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_paramete
     form->preconditioned = 1;
 }
 
-/* Gradients of tensors that are never updated do not count where the norm is clipped. */
+/* Sets the gradient of frozen tensors to zero, so that they do not count in the norm that is clipped. */
 PK__PRIVATE void pk__groups_forget_frozen(const pk_parameter_groups *groups, pk_real *gradient)
 {
     for (size_t r = 0; pk__is_grouped(groups) && r < groups->range_count; r++)
@@ -150,7 +151,7 @@ PK_API size_t pk_parameter_groups_state_vectors(const pk_optimizer *optimizer,
     return vectors;
 }
 
-/* The number at *text, which moves behind it; 0 where there is none. */
+/* Reads a number at *text and moves *text past it. Returns 0 if there is none. */
 static int pk__tensor_number(const char **text, size_t *number)
 {
     const char *from = *text;
@@ -259,7 +260,7 @@ PK_API void pk_parameter_groups_release(pk_context *context, pk_parameter_groups
     memset(groups, 0, sizeof *groups);
 }
 
-/* *at: the line that is wrong. */
+/* pk_parameter_groups_parse without checks of its arguments; *at: the number of the line with an error. */
 PK__PRIVATE pk_status pk__groups_parse(pk_context *context, const pk_graph *graph,
                                        const pk_optimizer *optimizer, size_t count, const char *const *lines,
                                        pk_parameter_groups *groups, size_t *at)
@@ -314,13 +315,13 @@ PK_API pk_status pk_parameter_groups_parse(pk_context *context, const pk_graph *
     return pk__fail(context, status, "group %zu: %.*s", at, (int)sizeof message - 32, message);
 }
 
-/* The bytes that group lines take at most, all together. */
+/* The largest size of the text of all group lines, in bytes. */
 PK__PRIVATE size_t pk__groups_text_size(const pk_parameter_groups *groups)
 {
     return 24 * groups->tensor_count + 512 * groups->count + 1;
 }
 
-/* "group 1,3,5-7 weight_decay=0 rate=0.1\n" for each group, in canonical form: the same groups, the same text. */
+/* Writes "group 1,3,5-7 weight_decay=0 rate=0.1\n" for each group, in canonical form: equal groups have equal texts. */
 PK__PRIVATE void pk__groups_text(const pk_optimizer *optimizer, const pk_parameter_groups *groups, char *text,
                                  size_t size)
 {
@@ -350,7 +351,7 @@ PK__PRIVATE void pk__groups_text(const pk_optimizer *optimizer, const pk_paramet
         }
         if (group->rated && (group->rate != 1 || used == bare))
             used += pk__key_text("rate", group->rate, text + used, size - used);
-        else if (group->keys && used == bare) /* what it says is what holds anyway */
+        else if (group->keys && used == bare) /* its keys repeat the optimizer's values, but it needs one */
             used += pk__key_text(rule->keys[0].name, pk__key_get(&rule->keys[0], &group->optimizer),
                                  text + used, size - used);
         used += (size_t)snprintf(text + used, size - used, "\n");

@@ -37,7 +37,7 @@ typedef enum pk_loss {
     PK_HINGE
 } pk_loss;
 
-/* The loss of that name. PK_FORMAT names what is not a loss and lists those that are. */
+/* The loss with this name. For another name, PK_FORMAT; the message lists the names. */
 PK_API PK__MUST_USE pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss);
 /* The name pk_loss_parse takes; "unknown" for a value that is not a loss. */
 PK_API const char *pk_loss_name(pk_loss loss);
@@ -89,7 +89,7 @@ typedef struct pk_gradient_workspace {
     struct pk__gradient_lane *lanes;   /* threads: a tape and the rows of one block */
     struct pk__gradient_group *groups; /* one result a group */
     pk_real *partial;                  /* (groups - 1) x P */
-    pk_real *spread;                   /* with ties: weights and gradient of each use; P is their number then */
+    pk_real *spread;                   /* with ties: weights and gradient in the layout of the spread vector */
     void *memory;
 } pk_gradient_workspace;
 
@@ -316,7 +316,7 @@ static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y
         product[j] = fabs((double)f[j] - y[j]) < 1 ? (pk_real)(v[j] / (double)outputs) : 0;
 }
 
-/* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
+/* ---- checks of targets: NULL, or the words for what is required ------------------------------------- */
 
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
 {
@@ -358,7 +358,7 @@ typedef struct pk__loss_rule {
     double (*evaluate)(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient);
     void (*curvature)(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v, pk_real *product);
     const char *(*accept)(size_t outputs, const pk_real *y);
-    int classes; /* integer targets are classes for one output, too */
+    int classes; /* integer targets are classes even with one output */
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
@@ -538,8 +538,8 @@ typedef struct pk__gradient_group {
     size_t not_finite; /* position in the batch, SIZE_MAX: none */
 } pk__gradient_group;
 
-/* How a batch is cut: blocks of examples that one thread takes at a time, groups of consecutive blocks that
- * share a partial gradient. By shapes only. */
+/* How a batch is divided: into blocks of examples, one task of a thread each, and into groups of consecutive blocks that
+ * share a partial gradient. It depends on shapes only. */
 typedef struct pk__gradient_plan {
     size_t block, blocks, groups;
 } pk__gradient_plan;
@@ -554,7 +554,7 @@ PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
     return plan;
 }
 
-/* Multiplications of a forward pass with one row, about: what a thread is worth being started for. */
+/* The approximate number of multiplications in a forward pass with one row, from which follows how many threads pay. */
 PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 {
     double work = 0;
@@ -563,7 +563,7 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
     return work;
 }
 
-/* workspace: graph, largest_batch and threads are set. */
+/* Takes the workspace's arrays; its graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
     pk__gradient_plan plan = pk__gradient_cut(graph->spread, workspace->largest_batch);
@@ -633,7 +633,7 @@ typedef struct pk__gradient_job {
     pk__gradient_plan plan;
 } pk__gradient_job;
 
-/* The losses of the rows of a block that went forward, and their weighted gradients as the tape's seed. */
+/* Computes the losses of a block's rows after the forward pass, and sets the tape's seeds to their weighted gradients. */
 static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *lane, size_t first, size_t rows,
                               pk__gradient_group *sum)
 {
@@ -655,7 +655,7 @@ static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *la
     }
 }
 
-/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
+/* Adds the other groups' partial gradients in order, for one range of the parameters. Returns whether all is finite. */
 static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
                                      size_t parameters, size_t first, size_t count)
 {
@@ -669,7 +669,7 @@ static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, 
     return pk__all_finite(sum, count);
 }
 
-/* The rows of a block, by several threads where they are long. */
+/* Reads the rows of a block, with several threads if they are long. */
 static void pk__gradient_inputs(const pk__gradient_job *job, const pk__tape *tape, size_t first, size_t rows,
                                 pk_real *inputs)
 {
@@ -689,7 +689,7 @@ static void pk__gradient_inputs(const pk__gradient_job *job, const pk__tape *tap
     pk__team_end(&team);
 }
 
-/* gradient = the part of one group of blocks. */
+/* gradient := the partial gradient of one group of blocks. */
 static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk__gradient_lane *lane,
                                    pk__gradient_group *result, pk_real *gradient)
 {
@@ -714,7 +714,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     *result = sum;
 }
 
-/* The same for all parameters. Ranges are independent; so many of all groups are worth a region of several threads. */
+/* The same for all parameters, with several threads if there are many. */
 enum { PK__REDUCE_WORTH = 64 };
 PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, const pk_real *partial,
                                     size_t groups, size_t parameters, int threads)
@@ -739,7 +739,7 @@ PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, cons
     return finite;
 }
 
-/* Whether a batch fits a dataset and a network; name is for messages. */
+/* Checks a batch against a dataset and a network; messages begin with `name`. */
 PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
                                           const pk__loss_rule *rule, const pk_dataset *dataset,
                                           const pk_batch *batch)
