@@ -33,7 +33,7 @@ typedef struct pk_allocator {
 
 struct pk_operation;
 
-/* Private: how the parallel regions of a context have fared of late (parallel.h). Times in seconds. */
+/* Private: what recent parallel regions of a context gained (parallel.h). Times in seconds. */
 typedef struct pk_load {
     double until, rest; /* one thread until then; how long that was, at most a second */
     double gain, work;  /* against one thread; of a trial */
@@ -50,14 +50,14 @@ typedef struct pk_context {
     /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
     int (*progress)(void *user, const char *phase, double fraction);
     void *progress_user;
-    /* Operations of one's own (graph.h) that the network language knows by name, behind the built-in ones; the last one
+    /* Operations of the user's own (graph.h) that the network language knows by name, after the built-in ones; the last one
      * is NULL. They outlive every network that was read with this context. NULL: none. */
     const struct pk_operation *const *operations;
     /* Read only: */
     size_t memory_used; /* bytes held now */
     size_t memory_peak; /* the most that was ever held */
     size_t regions;     /* parallel regions that were started */
-    size_t backed_off;  /* times that one thread went on alone for a while, since it would have been faster */
+    size_t backed_off;  /* how often calls went on with one thread for a while, since that was faster */
     pk_load load;
     char message[PK_MESSAGE_SIZE];
 } pk_context;
@@ -129,7 +129,7 @@ PK__INTERNAL int pk__arena_again(pk_context *context, pk__arena *arena, const ch
 #endif
 PK__BEGIN_COLD_CODE
 
-/* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
+/* The rounding unit of pk_real, which limits what can be measured in its numbers. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
 
 /* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
@@ -299,7 +299,7 @@ PK__INLINE size_t pk__max(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-/* How many blocks of size hold count. */
+/* The number of blocks of `size` that hold `count`. */
 PK__INLINE size_t pk__blocks(size_t count, size_t size)
 {
     return count / size + (count % size != 0);
@@ -339,7 +339,7 @@ PK_API int pk_threads(const pk_context *context)
 
 enum { PK__ALIGNMENT = 64 };
 
-/* Before each allocation, in a cache line of its own: its whole size, and what is given back. */
+/* Stored before each allocation, in a cache line of its own: its whole size, and the pointer to be freed. */
 typedef struct pk__header {
     size_t bytes;
     void *block;

@@ -1,13 +1,13 @@
-/* pathkernel/base/parallel.h: parallel regions, and what becomes of them beside other programs. Private, for all modules.
+/* pathkernel/base/parallel.h: parallel regions, and their use of threads while other programs run. Private, for all modules.
  *
- * A region ends when its last thread does, and libgomp's threads wait for each other by spinning. Where another program
- * takes one of the processors, a thread waits for one that does not run, and where the two share what is left, it is the
- * waiting itself that keeps the other from running: 8 to 25 ms a region, whatever its work, until the scheduler's slices are
- * over. So the library watches its regions, by a clock alone and not by the numbers, which stay the same bit for bit:
+ * A region ends when its last thread does, and libgomp's threads wait for each other by spinning. If another program
+ * occupies one of the processors, a thread waits for one that does not run, and if the two share a processor, the waiting
+ * itself keeps the other one from running: 8 to 25 ms for each region, whatever its work, until the scheduler switches. The
+ * library therefore watches its regions, by a clock alone and not by the numbers, which stay the same bit for bit:
  *
  *   1. A region measures its time T and the processor time W that its threads took for their tasks: one thread would have
  *      taken about W. The difference W - T, added up over the regions, is what the threads have gained.
- *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times what was
+ *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times the time
  *      lost, or for twice as long as the last time, up to PK__LOAD_LONGEST seconds.
  *   3. After that, and at the beginning, the threads are on trial: they have to gain in one region, or in several small ones,
  *      before they are trusted. A trial is cheap beside other programs, too: it starts one thread more than there are
@@ -37,7 +37,7 @@ PK__BEGIN_COLD_CODE
 #define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
 #define PK__ATOMIC_ADD PK__PRAGMA(omp atomic)
 #define PK__ATOMIC_TAKE PK__PRAGMA(omp atomic capture)
-/* Before the loop over the tasks of a team. */
+/* Stands before the loop over the tasks of a team. */
 #define PK__PARALLEL(team) PK__PRAGMA(omp parallel num_threads((team).started))
 #else
 #define PK__ATOMIC_WRITE
@@ -82,7 +82,7 @@ static double pk__processor_seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* One thread for a while. */
+/* Goes on with one thread for a while. */
 static void pk__load_rest(pk_context *context, double now, double loss)
 {
     pk_load *load = &context->load;
@@ -97,7 +97,7 @@ static void pk__load_rest(pk_context *context, double now, double loss)
     context->backed_off++;
 }
 
-/* A region of several threads has ended. */
+/* Updates the load after a region of several threads. */
 static void pk__load_watch(pk_context *context, double now, double wall, double work)
 {
     pk_load *load = &context->load;
@@ -126,7 +126,7 @@ static void pk__load_watch(pk_context *context, double now, double wall, double 
     }
 }
 
-/* How many of the threads a region gets. */
+/* The number of threads for a region. */
 static int pk__load_threads(pk_context *context, int threads, double now)
 {
     pk_load *load = &context->load;

@@ -11,8 +11,8 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* A place in a sequence of 2^64 numbers; sequences with another seed or stream are independent. Zeroed is
- * valid. Every number drawn moves counter on by one (pk_random_below seldom by more). */
+/* A position in a sequence of 2^64 numbers; sequences with different seeds or streams are independent. Zeroed is
+ * valid. Every number drawn increments the counter (pk_random_below rarely by more than one). */
 typedef struct pk_random {
     uint64_t seed, stream, counter;
 } pk_random;
@@ -59,7 +59,7 @@ static void pk__philox(const uint32_t key[2], uint32_t block[4])
     block[0] = x0, block[1] = x1, block[2] = x2, block[3] = x3;
 }
 
-/* The 128 bits at the counter, which moves on. */
+/* The 128 bits at the counter, which is incremented. */
 static void pk__random_block(pk_random *random, uint64_t bits[2])
 {
     uint32_t key[2] = {(uint32_t)random->seed, (uint32_t)(random->seed >> 32)};

@@ -2,9 +2,9 @@
  * number, exp, tanh and their relatives. Nothing here is public.
  *
  * Where the processor has AVX2 and FMA (chosen at run time as in tile.h), exp, tanh and their relatives compute four numbers at
- * a time without branches, four to nine times as fast as the C library's functions; elsewhere the C library is called. A number's result
- * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
- * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
+ * a time without branches, four to nine times as fast as the C library's functions; elsewhere the C library is called. The
+ * result for a number depends neither on its position nor on how many there are: the last ones fill a vector of their own.
+ * Largest errors against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
  * 2.7; the C library's here are 0.6, 2.1, 2.1 and 1.5. NaN stays NaN, infinities give the limits.
  */
 #ifndef PATHKERNEL_ELEMENTARY_H
@@ -23,7 +23,7 @@ PK__END_C
 #include <math.h>
 #include <string.h>
 
-/* Before a loop whose turns are independent: gcc vectorizes it at -O2, too. */
+/* Before a loop with independent iterations: gcc then vectorizes it at -O2, too. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
 #else
@@ -83,7 +83,7 @@ PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
     return pk__all_finite_plain(x, count);
 }
 
-/* In chains, so that additions do not wait for each other: a vector of AVX-512, two of the others. */
+/* In independent chains, so that the additions do not wait for each other: one vector of AVX-512, or two of the others. */
 #define PK__DEFINE_DOTS(suffix, attributes, vectors)                                                        \
     attributes static void pk__dots_##suffix(size_t rows, size_t count, const pk_real *a, const pk_real *b, \
                                              pk_real factor, pk_real *to)                                   \
@@ -178,7 +178,7 @@ typedef double pk__quad __attribute__((vector_size(32), aligned(8), may_alias));
 typedef int64_t pk__quad_bits __attribute__((vector_size(32), aligned(8), may_alias));
 #define PK__QUAD PK__AVX2 static inline pk__quad
 
-/* where ? a : b, number by number. */
+/* where ? a : b, elementwise. */
 #define PK__CHOOSE(where, a, b) \
     ((pk__quad)(((pk__quad_bits)(where) & (pk__quad_bits)(a)) | (~(pk__quad_bits)(where) & (pk__quad_bits)(b))))
 

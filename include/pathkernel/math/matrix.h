@@ -78,19 +78,20 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 
 enum {
     PK__DEPTH = 240,     /* the most terms of a block: a panel of B, 15 KB, is on the stack */
-    PK__BLOCK_ROWS = 96, /* rows of A whose places are in a table, */
+    PK__BLOCK_ROWS = 96, /* rows of A whose offsets are in a table, */
     PK__STRIP_ROWS =
         384, /* and for which a pair of panels is copied once: they stay in the second-level cache */
-    PK__APART_ROWS = 48,       /* rows of a tile that is not C itself */
-    PK__FEW_PANELS = 4,        /* so many panels of rows are few */
-    PK__FEW_NUMBERS = 1 << 12, /* of B, which stay in the first-level cache as they are */
+    PK__APART_ROWS = 48, /* rows of a tile that is computed in a buffer instead of in C */
+    PK__FEW_PANELS = 4,  /* at most so many panels of rows count as few */
+    PK__FEW_NUMBERS =
+        1 << 12, /* at most so many numbers of B stay in the first-level cache without being packed */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
 };
 
 /* Terms of a block: a panel of B stays in the first-level cache beside the rows of a tile. Processors with AVX-512 have larger
- * ones, and a tile of one block is done in half the time: as few blocks as there can be, all alike. */
+ * ones, and a tile of one block takes half the time there: as few blocks as possible, of equal size. */
 static size_t pk__block_terms(size_t k)
 {
     if (!PK__HAS_AVX512)
@@ -101,7 +102,7 @@ static size_t pk__block_terms(size_t k)
 #if defined(PK__AVX2) && (defined(__clang__) || __GNUC__ >= 12)
 #define PK__SHUFFLES
 typedef pk_real pk__four __attribute__((vector_size(4 * sizeof(pk_real)), aligned(sizeof(pk_real)), may_alias));
-/* Of 4 rows: 4 x 4 numbers at a time. */
+/* Packs 4 rows, 4 x 4 numbers at a time. */
 PK__AVX2 static void pk__interleave_four(size_t depth, const pk_real *from, size_t across, pk_real *to)
 {
     const pk_real *row1 = from + across, *row2 = from + 2 * across, *row3 = from + 3 * across;
@@ -124,7 +125,7 @@ PK__AVX2 static void pk__interleave_four(size_t depth, const pk_real *from, size
 }
 #endif
 
-/* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
+/* Packs `count` rows or columns into a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
 PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from, size_t down, size_t across,
                                 pk_real *to)
 {
@@ -133,7 +134,7 @@ PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from,
     for (; PK__HAS_AVX2 && down == 1 && j + 4 <= count; j += 4)
         pk__interleave_four(depth, from + j * across, across, to + j);
 #endif
-    for (; j < count; j++) /* the other way round a compiler gathers, which is slow */
+    for (; j < count; j++) /* with the loops exchanged, compilers use gather instructions, which are slow */
         for (size_t p = 0; p < depth; p++)
             to[p * PK_PANEL + j] = from[p * down + j * across];
 }
@@ -149,7 +150,7 @@ PK__PRIVATE void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk
                     to[c * ld + r] = from[r * cols + c];
 }
 
-/* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
+/* packed (depth x PK_PANEL) := columns of B, filled up with 0; element (p, j) of B is b[p * down + j * across]. */
 static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
                            pk_real *packed)
 {
@@ -162,14 +163,14 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
         pk__interleave(columns, depth, b, down, across, packed);
 }
 
-/* 1 where C^T = B A^T pays instead of C = A B^T: A has few rows and B many. */
+/* Whether computing C^T = B A^T is faster than C = A B^T: A has few rows and B many. */
 static int pk__has_few_rows(int transpose_b, size_t m, size_t n)
 {
     return transpose_b && m <= PK__FEW_PANELS * PK_PANEL && m < n;
 }
 
-/* Terms p ... of some rows of a product: C (+)= alpha A B. What is large stands in functions of its own, none of which takes
- * more than 16 KB of the stack: of a pair of panels, one has its place in a function, the other one in its caller. */
+/* A block of terms, from p on, of some rows of a product C (+)= alpha A B. Each function uses at most 16 KB of stack: of a
+ * pair of panels, one is a variable of a function and the other one of its caller. */
 typedef struct pk__block {
     size_t rows, depth;
     const pk_real *a; /* term p of the first row */
@@ -180,11 +181,11 @@ typedef struct pk__block {
     const size_t *c_at; /* of PK__BLOCK_ROWS rows */
 } pk__block;
 
-/* One panel, or a pair, of B as they are packed, or where they stand. */
+/* One panel of B or a pair of them, packed or in B itself. */
 typedef struct pk__pair {
     size_t count;
     const pk_real *panel[2];
-    size_t step; /* PK_PANEL: as they are packed */
+    size_t step; /* PK_PANEL if packed */
 } pk__pair;
 
 /* target = terms of rows from row `top` of the block on, times a pair. */
@@ -200,8 +201,8 @@ static void pk__pair_rows(const pk__block *block, const pk__pair *pair, size_t t
         pk__panel_product(rows, block->depth, a, block->row_a, block->column_a, &side, NULL, target);
 }
 
-/* C = or += alpha times the product of a block with a pair, which is made apart: where C does not have its columns in full,
- * where alpha is not 1, or where C is transposed. */
+/* C = or += alpha times the product of a block with a pair, computed in a buffer: for columns that are only partly in C, for
+ * alpha other than 1, or for a transposed C. */
 PK__NOINLINE static void pk__strip_apart(const pk__block *block, const pk__pair *pair, size_t columns,
                                          int transposed, pk_real *c)
 {
@@ -263,8 +264,8 @@ PK__NOINLINE static void pk__strip_pair(const pk__block *block, const pk_real *b
     pk__strip_packed(block, b, row_b, column_b, columns, packed, transposed, c);
 }
 
-/* C += alpha A B^T of few rows: B is read where it stands, once for each pair of panels, and only the few rows of A are
- * packed. The same terms in the same order as below. */
+/* C += alpha A B^T with few rows of A: only these are packed, and B is read in place. The terms and their order are those of
+ * the general case below. */
 static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
                                  size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
                                  size_t ldc)
@@ -283,8 +284,8 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
     }
 }
 
-/* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
- * place, the same sum: blocks of pk__block_terms(k) terms, each added in ascending order to one accumulator. So the bits of
+/* The product by tiles, for small matrices and without BLIS. Every element of C is the same sum, whatever m, n and its
+ * position: blocks of pk__block_terms(k) terms, each added in ascending order to one accumulator. So the bits of
  * an element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
 static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
@@ -294,7 +295,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     size_t c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
+    /* C is scaled separately, so that the update is one product and one sum in full and in partial tiles alike. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
     if (pk__has_few_rows(transpose_b, m, n)) {
@@ -303,7 +304,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     }
     for (size_t i = 0; i < pk__min(m, PK__BLOCK_ROWS); i++)
         c_at[i] = i * ldc;
-    /* Rows of B that are used a few times are read where they are. */
+    /* Rows of B that are used only a few times are not packed. */
     const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
     for (size_t top = 0; top < m; top += PK__STRIP_ROWS)
         for (size_t p = 0; p < k; p += most) {
@@ -350,7 +351,7 @@ static int pk__blis_has_kernels(void)
     return 1;
 }
 
-/* 1 where BLIS is faster than the tiles. */
+/* Whether BLIS is faster than the tiles. */
 static int pk__is_for_blis(int transpose_a, int transpose_b, size_t m, size_t n, size_t k)
 {
     const int shift = transpose_b ? 0 : transpose_a ? 4 : 2;
@@ -403,13 +404,13 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
 }
 
 enum {
-    PK__LEAST_GROUP = 4,  /* rows, */
-    PK__LEAST_TERMS = 64, /* and terms: less does not pay */
-    PK__GROUP_ROWS = 16,  /* a larger group is cut */
-    PK__GROUPS = 16       /* for which a block of B is copied once */
+    PK__LEAST_GROUP = 4,  /* the least rows of a group, */
+    PK__LEAST_TERMS = 64, /* and the least terms, for which leaving terms out is faster */
+    PK__GROUP_ROWS = 16,  /* larger groups are divided */
+    PK__GROUPS = 16       /* groups for which a block of B is packed once */
 };
 
-/* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
+/* term := the numbers of the columns that are not 0 in all rows (rows x columns, ld). Returns how many there are. */
 static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t ld, unsigned char *term)
 {
     pk_real any[PK__DEPTH];
@@ -421,13 +422,13 @@ static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t 
             any[p] += (pk_real)fabs(from[r * ld + p]);
     for (size_t p = 0; p < columns; p++) {
         term[terms] = (unsigned char)p;
-        terms += any[p] != 0; /* and where it is not a number */
+        terms += any[p] != 0; /* NaN counts as not 0 */
     }
     return terms;
 }
 
-/* 1 where rows of A (m x k) that follow one another, `group` of them, are likely to be 0 at the same terms, so many that it
- * pays to leave these out: cotangents of one example behind a ReLU. Looks at the first row of each group. */
+/* Whether groups of `group` consecutive rows of A (m x k) are likely to be 0 at the same terms, so many that it is faster to
+ * leave these out: the cotangents of one example at a ReLU are. It examines the first row of each group. */
 PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_real *a, size_t lda)
 {
     size_t zeros = 0;
@@ -439,7 +440,7 @@ PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_
     return 4 * zeros >= m / group * k;
 }
 
-/* Rows of A (rows x k from term p on, groups of `group` rows) and the terms of each group that are meant. */
+/* Rows of A (rows x k from term p on, in groups of `group` rows), and the terms of each group that are added. */
 typedef struct pk__groups {
     size_t rows, group, depth;
     const pk_real *a;
@@ -520,7 +521,7 @@ PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
     return view;
 }
 
-/* PK_OK where the view is one that memory can hold. */
+/* Checks that a view fits into memory. */
 static pk_status pk__check_matrix(pk_context *context, const char *name, const pk_matrix *x)
 {
     size_t items = 0;

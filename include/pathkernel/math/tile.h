@@ -1,14 +1,15 @@
-/* pathkernel/math/tile.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
- * them. Nothing here is public: matrix.h makes whole products of it, product.h the hot loop.
+/* pathkernel/math/tile.h: products of small matrices ("tiles") that stay in registers, and the operations on a tile before
+ * it is stored. Nothing here is public: matrix.h builds whole products from it, product.h the inner loop of the decomposition.
  *
- * A tile is up to 12 rows of A times one panel of B, or two. A is read where it stands, a number at a time; a panel of B is
- * one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
- * ascending order, wherever it stands in the tile, however many rows the tile has and however long a vector is.
+ * A tile is the product of up to 12 rows of A with one or two panels of B. A is read without copying, one number at a
+ * time; a panel of B is one cache line wide: element (p, j) is at p * step + j. Every element of a tile has one accumulator,
+ * to which its terms are added in ascending order. Its bits therefore depend neither on its position in the tile nor on the
+ * tile's number of rows nor on the length of a vector.
  *
  * GNU vectors, since the vectorizers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
  * the AVX2 and AVX-512 tiles are compiled for their own instruction set and chosen at run time, so that a program that is
- * built for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say, and
- * PATHKERNEL_NO_AVX512 takes AVX2 where there is both.
+ * built for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH uses the instruction set of the compiler's flags
+ * only, and PATHKERNEL_NO_AVX512 uses AVX2 even if AVX-512 is available.
  */
 #ifndef PATHKERNEL_TILE_H
 #define PATHKERNEL_TILE_H
@@ -30,12 +31,12 @@ PK__END_C
 #include <string.h>
 
 #if defined(__GNUC__)
-#define PK__ALIGNED __attribute__((aligned(64))) /* for vectors that are cache lines */
+#define PK__ALIGNED __attribute__((aligned(64))) /* for vectors of the size of a cache line */
 typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
 typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
 typedef pk_real pk__whole_vector __attribute__((vector_size(64), aligned(sizeof(pk_real)), may_alias));
 #if defined(__AVX2__) && defined(__FMA__)
-#define PK__AVX2 /* the whole program has it */
+#define PK__AVX2 /* the whole program is compiled for it */
 #define PK__HAS_AVX2 1
 #elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
 #define PK__AVX2 __attribute__((target("avx2,fma")))
@@ -103,8 +104,8 @@ typedef pk_real pk__vector;
 #endif
 
 enum {
-    PK__TALLEST = 6,        /* rows of a tile of two vectors a row */
-    PK__PAIR = 2 * PK_PANEL /* columns that are worth multiplying together */
+    PK__TALLEST = 6,        /* rows of a tile whose rows have two vectors */
+    PK__PAIR = 2 * PK_PANEL /* columns of a pair of panels, which are multiplied together */
 };
 
 typedef enum pk__tile_form {
@@ -119,7 +120,7 @@ typedef struct pk__panels {
     size_t count;
     const pk_real *first;
     size_t step, apart;
-    size_t ahead; /* what is multiplied next begins so much further, 0: unknown */
+    size_t ahead; /* the distance to the panels that are multiplied next, for prefetching; 0: unknown */
 } pk__panels;
 
 /* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`; those of
@@ -133,7 +134,7 @@ typedef struct pk__tile_target {
     size_t other_apart;
 } pk__tile_target;
 
-/* Rows as tiles: so many of 6 and then so many of 4. */
+/* The division of rows into tiles: first those of 6 rows, then those of 4. */
 static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 {
     const size_t rest = rows % 6;
@@ -150,9 +151,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 
 #define PK__EACH_4(X) X(0) X(1) X(2) X(3)
 #define PK__EACH_6(X) PK__EACH_4(X) X(4) X(5)
-/* Of row i of a tile: where it stands in A, two vectors of accumulators, and the places that they go to. In scope: vector and
- * its lanes, the place `at` of a column of A, and the vectors left_b and right_b of a row of B. Rows behind the last one
- * repeat it and go nowhere. */
+/* For row i of a tile: its pointer into A, two vectors of accumulators, and the addresses to which they are stored. In scope:
+ * vector and its number of elements `lanes`, the offset `at` of a column of A, and the vectors left_b and right_b of a row of
+ * B. Rows after the last one repeat it and are not stored. */
 #define PK__TILE_ROW(i)                                               \
     const pk_real *row##i = a + (i < count ? i : count - 1) * across; \
     vector left##i, right##i;
@@ -177,7 +178,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         left_sum += left##i * PK__OTHER(i, 0);       \
         right_sum += right##i * PK__OTHER(i, lanes); \
     }
-/* gcc does not unroll by itself. It matters where the other thread of a core takes half of its instructions. */
+/* gcc does not unroll by itself. This matters when another thread of the same core takes half of the instruction slots. */
 #if defined(__GNUC__) && !defined(__clang__)
 #define PK__UNROLL _Pragma("GCC unroll 4")
 #else
@@ -217,8 +218,8 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             }                                                                                                  \
         }                                                                                                      \
     }
-/* The tiles of all rows of A, one behind the other. A tile whose rows are known when it is compiled has no questions left to
- * ask: worth three copies of it. */
+/* The tiles of all rows of A, one after the other. A tile with a number of rows that is known at compile time needs no
+ * branches, which justifies three copies of the code. */
 #define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
     PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
     PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
@@ -256,7 +257,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
-/* Rows that are 0 at the same terms: of those only the others, which are told by number. */
+/* Rows of A that are 0 at the same terms: only the other terms are added, whose numbers are given. */
 #define PK__PICKED_END(i)                               \
     if (i < count) {                                    \
         pk_real *own = to + i * ld + column;            \
@@ -293,7 +294,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
-/* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
+/* For few terms, up to six rows of B stay in registers while the rows of A are read one after the other. */
 #define PK__SUM_LOAD(i)                                     \
     vector left##i = zero, right##i = zero;                 \
     if (i < count) {                                        \
@@ -368,8 +369,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #ifdef PK__AVX512
 /* A vector is a row of a panel, and an accumulator a row of the tile. Tiles are as wide as two panels, where there are two:
  * a number of A is fetched once for both, and fetching is what bounds tiles of one (1024^3 by bench_matrix: 80 GF/s, of two
- * 106). Rows are groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first
- * rows of a group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. */
+ * 106). Rows form groups of 4, which are addressed by one pointer and three distances: row i of a group is at
+ * group + distance_i. The last group begins 4 rows before the end; its first `skip` rows belong to the group before as
+ * well and are not stored again. */
 typedef struct pk__group {
     const pk_real *a;
     size_t row, skip;
@@ -415,8 +417,8 @@ typedef struct pk__group {
             right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
-/* halved: of the last group its last two rows only. both: two panels, the second one beside the first of b. term: the terms
- * that are meant, or NULL: all. */
+/* halved: only the last two rows of the last group are computed. both: two panels, the second one next to the first in b.
+ * term: the numbers of the terms to add, or NULL for all. */
 PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
                                          const size_t *distance, size_t depth, const unsigned char *term,
                                          size_t along, const pk__panels *b, const pk_real *beside,
@@ -496,7 +498,7 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
     }
 }
 
-/* Two panels at a time, and the last one of an odd number. */
+/* Two panels at a time, and the last one alone if their number is odd. */
 PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsigned char *term,
                                            const pk_real *a, size_t across, size_t along, const pk__panels *b,
                                            const pk_real *start, const pk__tile_target *target)
@@ -537,7 +539,7 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
     }
 }
 
-/* One panel and the one beside it, wherever that stands. */
+/* One panel and the next one, which may be at any address. */
 PK__AVX512 static void pk__pair_avx512(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
                                        const pk_real *first, const pk_real *beside,
                                        const pk__tile_target *target)
@@ -559,7 +561,7 @@ PK__FOR_AVX2(PK__DEFINE_PANEL)
 PK__FOR_BASE(PK__DEFINE_PANEL)
 
 /* target form= start + A B: A is rows x depth, element (i, p) at a[i * across + p * along]; B is panels. start: a number
- * for each row, NULL: 0. No two rows of a tile have one place, unless they are added to it. */
+ * for each row, or NULL for 0. Two rows of a tile may have the same target only if they are added to it. */
 PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
                                    const pk__panels *b, const pk_real *start, const pk__tile_target *target)
 {
@@ -576,7 +578,7 @@ PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned ch
     PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, b, overwrite, to, ld));
 }
 
-/* pk__panel_product with one panel or two, each where it is: step PK_PANEL. */
+/* pk__panel_product with one or two panels, each at its own address, with step PK_PANEL. */
 PK__PRIVATE void pk__pair_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
                                   size_t count, const pk_real *const *panels, const pk__tile_target *target)
 {
@@ -623,7 +625,7 @@ PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, siz
     PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, b, other, other_apart, other_at, to));
 }
 
-/* What panels are multiplied with. */
+/* The name of the instruction set that multiplies panels. */
 PK__PRIVATE const char *pk__panel_name(void)
 {
     return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
