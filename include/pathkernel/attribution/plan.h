@@ -58,7 +58,7 @@ typedef struct pk__worker {
     pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
     pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
-    /* The step of the block in hand: the first of its rows, their number; the step; what its products are multiplied with. */
+    /* The step that is computed for a block of rows: the first of its rows, their number; the step; what its products are multiplied with. */
     size_t row, rows, step;
     const pk__examples *batch;
     double factor;
@@ -241,7 +241,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     const double passes = (double)plan->passes;
     const double gradients =
         6 * P * items * pk__flop_seconds * factor *
-        pk__idle(pk__min(plan->window, pk__max(run->steps, 1)) * job->window.lanes, plan->threads);
+        pk__idle(pk__min(plan->window, pk__max(run->steps, 1)) * job->window.partial_sums, plan->threads);
     const double visit = gradients + P * steps * pk__update_seconds,
                  advance = gradients + P * steps * pk__advance_seconds;
     const double idle = pk__idle(blocks, plan->threads);
@@ -340,7 +340,7 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
     const size_t steps = pk__max(job->run->steps, 1), rows = choice->rows,
                  blocks = pk__blocks(rows, job->block);
     const size_t units = pk__blocks(job->outputs, job->unit);
-    const size_t tasks = pk__max(blocks, job->window.lanes * pk__min(steps, windows[0]));
+    const size_t tasks = pk__max(blocks, job->window.partial_sums * pk__min(steps, windows[0]));
     const size_t all_threads = pk__min((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);

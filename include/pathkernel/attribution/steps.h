@@ -50,7 +50,7 @@ typedef struct pk__window {
     pk__representation representation;
     const pk__approximation *approximation; /* or NULL */
     /* Of the plan: */
-    size_t capacity, windows, threads, lanes;
+    size_t capacity, windows, threads, partial_sums;
     size_t stride, spare;
     int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
@@ -74,7 +74,7 @@ typedef struct pk__window {
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x lanes x spread; lane 0 becomes the sum */
+    pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
     /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
@@ -132,7 +132,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
         pk_run_batch(run, s, &batch);
         window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
-    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
+    window->partial_sums = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
     window->state_vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
     window->form_count = 1 + run->groups.count;
     pk_linear_form form;
@@ -171,7 +171,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
     const int moves = window->approximation && window->approximation->examples_move;
     window->moved_weights = moves ? pk__arena_take(arena, spread, real) : NULL;
-    window->gradient = pk__arena_take(arena, spread, window->lanes * real);
+    window->gradient = pk__arena_take(arena, spread, window->partial_sums * real);
     window->use_weights = window->weights;
     window->use_direction = window->direction;
     window->use_remainder = window->remainder;
@@ -272,23 +272,24 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
     return PK_OK;
 }
 
-/* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
+/* Gradients of the examples of every step of the window, and their partial sums, each of consecutive
+ * blocks of examples in order. */
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
-    const size_t U = window->spread, lanes = window->lanes;
-    const size_t tasks = window->count * lanes;
+    const size_t U = window->spread, partial_sums = window->partial_sums;
+    const size_t tasks = window->count * partial_sums;
     const int threads = (int)window->threads;
     pk__team team = pk__team_of(context, threads, tasks);
     PK__PARALLEL(team)
     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
-        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        const size_t thread = (size_t)pk__thread(), j = task / partial_sums, part = task % partial_sums;
         double start = pk__seconds();
         size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
-               each = pk__blocks(blocks, lanes);
+               each = pk__blocks(blocks, partial_sums);
         pk_real *gradient = window->gradient + task * U;
         memset(gradient, 0, U * sizeof *gradient);
-        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
+        for (size_t b = part * each; b < pk__min(blocks, (part + 1) * each); b++) {
             pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->use_weights + j * U,
                               &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
                               &window->workspaces[thread], gradient);
@@ -316,7 +317,7 @@ static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const pk__approximation *how = window->approximation;
-    const size_t U = window->spread, lanes = window->lanes, tasks = window->count * lanes;
+    const size_t U = window->spread, lanes = window->partial_sums, tasks = window->count * lanes;
     pk__team team = pk__team_of(context, (int)window->threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
@@ -378,12 +379,12 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         const size_t step = window->first + j, at = j * P + first;
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
-        pk_real *gradient = window->gradient + j * window->lanes * window->spread + first;
+        pk_real *gradient = window->gradient + j * window->partial_sums * window->spread + first;
         pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
-        for (size_t lane = 1; lane < window->lanes; lane++)
+        for (size_t part = 1; part < window->partial_sums; part++)
             for (size_t i = 0; i < count; i++)
-                gradient[i] += gradient[lane * window->spread + i];
+                gradient[i] += gradient[part * window->spread + i];
         const double *rates = pk_run_group_rates(run, step);
         const pk__update whole = {
             step, rate, scale, count, count, weights, gradient, state, advance || recorded ? NULL : update};
@@ -423,7 +424,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
-    const pk_real *gradient = window->gradient + j * window->lanes * window->spread,
+    const pk_real *gradient = window->gradient + j * window->partial_sums * window->spread,
                   *weights = window->weights + j * P;
     const double *rates = pk_run_group_rates(run, step), rate = run->learning_rates[step];
     const pk_parameter_range all = {0, P, 0};
@@ -513,7 +514,7 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
         if (status)
             return status;
     }
-    const int worth = count * P * (window->lanes + 1) >= (size_t)PK__WINDOW_WORTH;
+    const int worth = count * P * (window->partial_sums + 1) >= (size_t)PK__WINDOW_WORTH;
     pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
     PK__PARALLEL(team)
     for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))

@@ -192,7 +192,7 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
 
 /* ---- the loop ----------------------------------------------------------------------------------------- */
 
-/* The products of the points in hand with the examples of the step, layer by layer, added to the results; tiles of several
+/* The products of the points in memory with the examples of the step, layer by layer, added to the results; tiles of several
  * layers as one, where no result is kept by layer. */
 static void pk__add_products(pk__worker *worker, const pk__points *points)
 {

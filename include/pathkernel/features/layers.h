@@ -58,7 +58,7 @@ enum { PK__DIRECTIONS = 3 };
 
 /* The step that is integrated, and how. */
 typedef struct pk__integral_step {
-    const pk_real *weights, *direction;        /* spread */
+    const pk_real *weights, *direction;        /* of the step, one copy for each use of a tied tensor */
     const pk_real *transposed;                 /* as for pk__path_begin */
     const pk_real *directions[PK__DIRECTIONS]; /* the products < Phi, direction > are wanted; NULL: unused */
     size_t first_row, rows;                    /* of the block, among the test rows */
@@ -91,7 +91,7 @@ typedef struct pk__integral {
     double seconds;      /* of the sums over points */
 } pk__integral;
 
-/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+/* There is room for Phi of every layer for `materialise` outputs at a time (rows x materialise x P numbers; 0: for none),
  * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
                                     size_t rows, size_t materialise, size_t unit, int bounds,

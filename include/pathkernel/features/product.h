@@ -29,7 +29,7 @@ typedef struct pk__product {
     const pk_real *gram;          /* rows x gram_ld: inputs times the training inputs, or NULL; the caller's */
     size_t gram_ld;
     size_t *due,
-        due_count; /* the layers whose products are taken with the points in hand, the last layer first */
+        due_count; /* the layers whose products are taken with the points in memory, the last layer first */
     pk_real *tile; /* rows x outputs x PK__TILE_LD */
     pk_real *
         left; /* points or rows, x PK__TILE_LD: products of inputs, to be multiplied with those of cotangents */

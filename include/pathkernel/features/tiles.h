@@ -1,7 +1,7 @@
 /* pathkernel/features/tiles.h: the inner products of a block of rows with a block of examples, layer by layer, as a tile: the
  * hot loop.
  *
- *     pk__tiles_begin(&product, points);                       for the points in hand, after pk__integral_add
+ *     pk__tiles_begin(&product, points);                       for the points in memory, after pk__integral_add
  *     for each block of examples, for each layer that is due:
  *         pk__tiles_layer(&product, layer, points, first, count, fresh);
  *
@@ -28,7 +28,7 @@
     !defined(PATHKERNEL_TILES_INTERNALS_KNOWN)
 #define PATHKERNEL_TILES_INTERNALS_KNOWN
 /* >>> internals */
-/* Prepares the products with the points in hand, and lists the layers that are due in product->due. */
+/* Prepares the products with the points in memory, and lists the layers that are due in product->due. */
 PK__INTERNAL void pk__tiles_begin(pk__product *product, const pk__points *points);
 /* product->tile (rows x outputs x count, ld PK__TILE_LD) = or, unless fresh, += the inner products of a layer that is due with
  * the examples first .. first + count - 1, first a multiple of PK__EXAMPLE_BLOCK, count <= PK__EXAMPLE_BLOCK. */
@@ -45,7 +45,7 @@ PK__BEGIN_CODE
 
 /* ---- layers used at several places -------------------------------------------------------------------- */
 
-/* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
+/* One layer used at several places, one block of examples, the points in memory: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
 static void pk__product_places(pk__product *product, size_t layer, const pk__points *points, size_t first,
                                size_t block)
@@ -129,7 +129,7 @@ static pk_real *pk__last_weights_of_row(const pk__product *product, const pk_nod
     return product->last_weights + (shared ? 0 : (row + 1) * all);
 }
 
-/* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
+/* w slope and w t slope of the operation between the layer and the last one, at the points in memory. */
 static void pk__slopes_between(pk__product *product, size_t layer, const pk__points *points)
 {
     const pk__integral *integral = product->integral;
@@ -281,7 +281,7 @@ static void pk__add_readout(pk__product *product, size_t layer, size_t first, si
 
 /* ---- any layer ---------------------------------------------------------------------------------------- */
 
-/* Whether there are products of a layer to be taken with the points in hand. */
+/* Whether there are products of a layer to be taken with the points in memory. */
 static int pk__is_due(const pk__integral *integral, size_t layer, const pk__points *points)
 {
     return !integral->layer[layer].integrated &&

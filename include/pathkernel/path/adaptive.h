@@ -355,7 +355,7 @@ static int pk__test_pieces(pk__integrator *integrator)
     return again;
 }
 
-/* Tests the pieces in hand: each gets more nodes until it passes or has the most. Those that pass are accepted. */
+/* Tests `pieces`: each gets more nodes until it passes or has the most. Those that pass are accepted. */
 PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 {
     for (size_t i = 0; i < integrator->pieces.count; i++) {

@@ -260,7 +260,7 @@ static int pk__fail_piece(pk__integrator *integrator, pk__piece *piece)
     return 0;
 }
 
-/* The pieces in hand, between kinks: a fixed order is enough for each, or they are tested. */
+/* The pieces between kinks: a fixed order is enough for each, or they are tested. */
 static void pk__measure_pieces(pk__integrator *integrator)
 {
     const pk__pieces *pieces = &integrator->pieces;
