@@ -98,17 +98,17 @@ enum {
     PK__COMPARE_INTERVALS = 1 << PK__COMPARE_LEVELS,
     PK__COMPARE_FINE = 512, /* the most equal parts of a step with kinks, and the least that are worth it */
     PK__COMPARE_COARSE = 64,
-    PK__CHECKPOINTS = 10,
+    PK__COMPARE_STEPS = 10,
     PK__COMPARE_TABLES = 2 + PK__COMPARE_LEVELS
 };
 #define PK__COMPARE_AGREEMENT (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10)
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
 #define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
 
-typedef struct pk__ranked {
+typedef struct pk__compare_ranked {
     double value;
     size_t index;
-} pk__ranked;
+} pk__compare_ranked;
 
 typedef struct pk__comparing {
     pk_context *context;
@@ -128,7 +128,7 @@ typedef struct pk__comparing {
     double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 less the sum */
     unsigned char *settled;                           /* rows: the level whose sum is taken; 0: none yet */
     double *order;                                    /* threads x examples: ranks of a rule */
-    pk__ranked *sorted;                               /* threads x examples, or cells */
+    pk__compare_ranked *sorted;                       /* threads x examples, or cells */
     int threads;
     /* The caller's progress, and where it stands: */
     int (*progress)(void *user, const char *phase, double fraction);
@@ -141,7 +141,7 @@ typedef struct pk__comparing {
 /* ---- order ----------------------------------------------------------------------------------------------- */
 
 /* NaN come last; of equals the first index comes first. */
-static int pk__ranks_before(const pk__ranked *a, const pk__ranked *b)
+static int pk__compare_ranks_before(const pk__compare_ranked *a, const pk__compare_ranked *b)
 {
     const int nan_a = isnan(a->value), nan_b = isnan(b->value);
     if (nan_a != nan_b)
@@ -150,22 +150,22 @@ static int pk__ranks_before(const pk__ranked *a, const pk__ranked *b)
 }
 
 /* Heap sort. */
-static void pk__sort_ranked(size_t count, pk__ranked *items)
+static void pk__compare_sort_ranked(size_t count, pk__compare_ranked *items)
 {
     for (size_t heap = count / 2, end = count; end > 1;) {
         if (heap > 0) {
             heap--;
         } else {
             end--;
-            const pk__ranked top = items[0];
+            const pk__compare_ranked top = items[0];
             items[0] = items[end];
             items[end] = top;
         }
-        const pk__ranked moving = items[heap];
+        const pk__compare_ranked moving = items[heap];
         size_t at = heap;
         for (size_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
-            child += child + 1 < end && pk__ranks_before(&items[child], &items[child + 1]);
-            if (!pk__ranks_before(&moving, &items[child]))
+            child += child + 1 < end && pk__compare_ranks_before(&items[child], &items[child + 1]);
+            if (!pk__compare_ranks_before(&moving, &items[child]))
                 break;
             items[at] = items[child];
             at = child;
@@ -176,14 +176,14 @@ static void pk__sort_ranked(size_t count, pk__ranked *items)
 
 /* ranks[i]: how far the rank of value i lies from the mean of all ranks; equal values share the mean of theirs. NAN where a value is
  * not finite. ranks may be values. */
-static void pk__rank(size_t count, const double *values, pk__ranked *sorted, double *ranks)
+static void pk__compare_rank(size_t count, const double *values, pk__compare_ranked *sorted, double *ranks)
 {
     int finite = 1;
     for (size_t i = 0; i < count; i++) {
         finite &= isfinite(values[i]) != 0;
-        sorted[i] = (pk__ranked){values[i], i};
+        sorted[i] = (pk__compare_ranked){values[i], i};
     }
-    pk__sort_ranked(count, sorted);
+    pk__compare_sort_ranked(count, sorted);
     for (size_t first = 0, last; first < count; first = last) {
         for (last = first + 1; last < count && sorted[last].value == sorted[first].value; last++)
             ;
@@ -194,7 +194,7 @@ static void pk__rank(size_t count, const double *values, pk__ranked *sorted, dou
 }
 
 /* The correlation of two vectors of ranks; 0 where those of b are all equal, NAN where all of a are. */
-static double pk__rank_correlation(size_t count, const double *a, const double *b)
+static double pk__compare_rank_correlation(size_t count, const double *a, const double *b)
 {
     double aa = 0, bb = 0, ab = 0;
     for (size_t i = 0; i < count; i++) {
@@ -208,7 +208,7 @@ static double pk__rank_correlation(size_t count, const double *a, const double *
 /* ---- one rule on some rows ------------------------------------------------------------------------------- */
 
 /* Takes the residuals and correlations of a rule on the rows. */
-static void pk__score(pk__comparing *c, int rule, const double *contributions, const double *missed)
+static void pk__compare_score(pk__comparing *c, int rule, const double *contributions, const double *missed)
 {
     const size_t N = c->examples, cells = c->rows * c->outputs, first = c->first * c->outputs;
     double *residual = c->residual + (size_t)rule * c->cells + first;
@@ -217,12 +217,12 @@ static void pk__score(pk__comparing *c, int rule, const double *contributions, c
     PK__PARALLEL(team)
     for (size_t cell = pk__first_task(&team); cell < cells; cell = pk__next_task(&team)) {
         double *exact = c->ranks + cell * N, *own = c->order + (size_t)pk__thread() * N;
-        pk__ranked *sorted = c->sorted + (size_t)pk__thread() * N;
+        pk__compare_ranked *sorted = c->sorted + (size_t)pk__thread() * N;
         residual[cell] = fabs(missed[cell]);
         if (rule == PK__COMPARE_EXACT)
             own = exact;
-        pk__rank(N, contributions + cell * N, sorted, own);
-        correlation[cell] = pk__rank_correlation(N, exact, own);
+        pk__compare_rank(N, contributions + cell * N, sorted, own);
+        correlation[cell] = pk__compare_rank_correlation(N, exact, own);
         if (rule == PK__COMPARE_EXACT) {
             int equal = 1;
             for (size_t i = 0; i < N; i++)
@@ -249,7 +249,7 @@ static pk_status pk__compare_one(pk__comparing *c, int rule, pk_decomposition *o
     if (rule == PK__COMPARE_MIDPOINT)
         c->how.at = 0.5;
     else if (rule == PK__COMPARE_CHECKPOINTS)
-        c->how.chosen = pk__min(c->run->steps, PK__CHECKPOINTS);
+        c->how.chosen = pk__min(c->run->steps, PK__COMPARE_STEPS);
     else if (rule == PK__COMPARE_LINEAR_START)
         c->how.weights = c->first_weights;
     else if (rule == PK__COMPARE_LINEAR_END)
@@ -265,13 +265,13 @@ static pk_status pk__compare_one(pk__comparing *c, int rule, pk_decomposition *o
     }
     if (!status) {
         c->rules[rule].seconds += out->seconds;
-        pk__score(c, rule, out->by_example, out->closure);
+        pk__compare_score(c, rule, out->by_example, out->closure);
     }
     return status;
 }
 
 /* Point number j of a sum of count intervals, and its weight (Clenshaw and Curtis 1960). */
-static double pk__clenshaw_curtis(size_t count, size_t j, double *weight)
+static double pk__compare_clenshaw_curtis(size_t count, size_t j, double *weight)
 {
     const double pi = 3.14159265358979323846, n = (double)count;
     double sum = 1;
@@ -283,8 +283,8 @@ static double pk__clenshaw_curtis(size_t count, size_t j, double *weight)
     return j == count ? 1 : sine * sine;
 }
 
-static void pk__add_weighted(pk__comparing *c, int level, double weight, const double *contributions,
-                             const double *missed)
+static void pk__compare_add_weighted(pk__comparing *c, int level, double weight, const double *contributions,
+                                     const double *missed)
 {
     const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
     for (size_t i = 0; i < numbers; i++)
@@ -293,7 +293,7 @@ static void pk__add_weighted(pk__comparing *c, int level, double weight, const d
         c->missed[level][i] += weight * missed[i];
 }
 
-static void pk__clear_sum(pk__comparing *c, int level)
+static void pk__compare_clear_sum(pk__comparing *c, int level)
 {
     const size_t cells = c->rows * c->outputs;
     memset(c->sum[level], 0, cells * c->examples * sizeof(double));
@@ -301,20 +301,20 @@ static void pk__clear_sum(pk__comparing *c, int level)
 }
 
 /* Adds the contributions at point j of PK__COMPARE_INTERVALS to the sums of all levels that have it. */
-static void pk__add_point(pk__comparing *c, size_t j, const double *contributions, const double *missed)
+static void pk__compare_add_point(pk__comparing *c, size_t j, const double *contributions, const double *missed)
 {
     for (int level = 0; level < PK__COMPARE_LEVELS; level++) {
         const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
         double weight;
         if (j % apart)
             continue;
-        (void)pk__clenshaw_curtis(intervals, j / apart, &weight);
-        pk__add_weighted(c, level, weight, contributions, missed);
+        (void)pk__compare_clenshaw_curtis(intervals, j / apart, &weight);
+        pk__compare_add_weighted(c, level, weight, contributions, missed);
     }
 }
 
 /* Settles the rows whose sum agrees with that of the level before; returns how many are left. */
-static size_t pk__settle(pk__comparing *c, int level)
+static size_t pk__compare_settle(pk__comparing *c, int level)
 {
     const size_t numbers = c->outputs * c->examples;
     size_t left = 0;
@@ -332,8 +332,8 @@ static size_t pk__settle(pk__comparing *c, int level)
     return left;
 }
 
-/* The contributions of one point, added by pk__add_point, or with a weight to the sum of one level. */
-static pk_status pk__take_point(pk__comparing *c, int rule, double t, size_t j, double weight)
+/* The contributions of one point, added by pk__compare_add_point, or with a weight to the sum of one level. */
+static pk_status pk__compare_take_point(pk__comparing *c, int rule, double t, size_t j, double weight)
 {
     pk_decomposition point;
     memset(&c->how, 0, sizeof c->how);
@@ -344,9 +344,9 @@ static pk_status pk__take_point(pk__comparing *c, int rule, double t, size_t j, 
     if (!status) {
         c->rules[rule].seconds += point.seconds;
         if (weight != 0)
-            pk__add_weighted(c, 0, weight, point.by_example, point.closure);
+            pk__compare_add_weighted(c, 0, weight, point.by_example, point.closure);
         else
-            pk__add_point(c, j, point.by_example, point.closure);
+            pk__compare_add_point(c, j, point.by_example, point.closure);
     }
     pk_decomposition_release(c->context, &point);
     c->done += c->share;
@@ -363,10 +363,10 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
     pk_status status = PK_OK;
     memset(c->settled, 0, c->rows);
     for (int level = 0; level <= last; level++)
-        pk__clear_sum(c, level);
-    pk__add_point(c, 0, c->left, c->left_missed);
+        pk__compare_clear_sum(c, level);
+    pk__compare_add_point(c, 0, c->left, c->left_missed);
     if (end)
-        pk__add_point(c, PK__COMPARE_INTERVALS, end->by_example, end->closure);
+        pk__compare_add_point(c, PK__COMPARE_INTERVALS, end->by_example, end->closure);
     c->share /= (double)(PK__COMPARE_INTERVALS + fine);
     for (int level = 0; !status && left && level <= last; level++) {
         const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
@@ -374,19 +374,20 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
         for (size_t j = 1; !status && j <= intervals; j++) {
             double weight;
             if (j % 2 == 1 || (level == 0 && j == intervals && !end))
-                status = pk__take_point(c, rule, pk__clenshaw_curtis(intervals, j, &weight), j * apart, 0);
+                status = pk__compare_take_point(c, rule, pk__compare_clenshaw_curtis(intervals, j, &weight),
+                                                j * apart, 0);
         }
-        left = level > 0 && !status ? pk__settle(c, level) : left;
+        left = level > 0 && !status ? pk__compare_settle(c, level) : left;
     }
     /* Between jumps no rule is better than equal parts. */
     if (!status && left && fine) {
         const double part = 1 / (double)fine;
-        pk__clear_sum(c, 0);
-        pk__add_weighted(c, 0, part / 2, c->left, c->left_missed);
+        pk__compare_clear_sum(c, 0);
+        pk__compare_add_weighted(c, 0, part / 2, c->left, c->left_missed);
         if (end)
-            pk__add_weighted(c, 0, part / 2, end->by_example, end->closure);
+            pk__compare_add_weighted(c, 0, part / 2, end->by_example, end->closure);
         for (size_t j = 1; !status && j < fine + !end; j++)
-            status = pk__take_point(c, rule, (double)j * part, 0, j < fine ? part : part / 2);
+            status = pk__compare_take_point(c, rule, (double)j * part, 0, j < fine ? part : part / 2);
     }
     for (size_t row = 0; !status && row < c->rows; row++) {
         const int level = c->settled[row] ? c->settled[row] : fine ? 0 : last;
@@ -397,7 +398,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
                c->outputs * sizeof(double));
     }
     if (!status)
-        pk__score(c, rule, c->sum[last], c->missed[last]);
+        pk__compare_score(c, rule, c->sum[last], c->missed[last]);
     return status;
 }
 
@@ -415,7 +416,7 @@ static pk_status pk__compare_ends(pk__comparing *c)
             c->sum[0][i] = 0.5 * (c->left[i] + end.by_example[i]);
         for (size_t i = 0; i < cells; i++)
             c->missed[0][i] = 0.5 * (c->left_missed[i] + end.closure[i]);
-        pk__score(c, PK__COMPARE_TRAPEZOID, c->sum[0], c->missed[0]);
+        pk__compare_score(c, PK__COMPARE_TRAPEZOID, c->sum[0], c->missed[0]);
         c->rules[PK__COMPARE_TRAPEZOID].seconds += end.seconds;
         c->rules[PK__COMPARE_PATH_INTEGRAL].seconds += end.seconds;
         status = pk__compare_integral(c, PK__COMPARE_PATH_INTEGRAL, &end);
@@ -461,8 +462,8 @@ static pk_status pk__compare_rows(pk__comparing *c, double done, double share)
 /* ---- telescoping ----------------------------------------------------------------------------------------- */
 
 /* missed += sign f(w, x), or sign J(w, x) d where d is there, of all rows, piece by piece. */
-static pk_status pk__telescope_step(pk__comparing *c, const pk_real *w, const pk_real *d, double sign,
-                                    size_t piece, pk_real *part, double *missed)
+static pk_status pk__compare_telescope_step(pk__comparing *c, const pk_real *w, const pk_real *d, double sign,
+                                            size_t piece, pk_real *part, double *missed)
 {
     const pk_matrix none = {NULL, 0, 0, 0};
     const pk_graph *graph = &c->run->graph;
@@ -481,8 +482,8 @@ static pk_status pk__telescope_step(pk__comparing *c, const pk_real *w, const pk
 }
 
 /* f_S - f_0 - sum_s J(w_s, x) D_s. w, next, d: P numbers. */
-static pk_status pk__telescope_run(pk__comparing *c, pk_replay *replay, size_t piece, pk_real *w, pk_real *next,
-                                   pk_real *d, pk_real *part)
+static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, size_t piece, pk_real *w,
+                                           pk_real *next, pk_real *d, pk_real *part)
 {
     const size_t P = c->run->parameters, steps = c->run->steps;
     const pk_graph *graph = &c->run->graph;
@@ -490,7 +491,7 @@ static pk_status pk__telescope_run(pk__comparing *c, pk_replay *replay, size_t p
     memset(missed, 0, c->cells * sizeof *missed);
     pk_status status = pk_replay_weights(c->context, replay, 0, next);
     if (!status)
-        status = pk__telescope_step(c, next, NULL, -1, piece, part, missed);
+        status = pk__compare_telescope_step(c, next, NULL, -1, piece, part, missed);
     if (!status)
         pk_graph_spread(graph, next, c->first_weights);
     for (size_t s = 0; !status && s < steps; s++) {
@@ -501,10 +502,10 @@ static pk_status pk__telescope_run(pk__comparing *c, pk_replay *replay, size_t p
         for (size_t p = 0; !status && p < P; p++)
             d[p] = next[p] - w[p];
         if (!status)
-            status = pk__telescope_step(c, w, d, -1, piece, part, missed);
+            status = pk__compare_telescope_step(c, w, d, -1, piece, part, missed);
     }
     if (!status)
-        status = pk__telescope_step(c, next, NULL, 1, piece, part, missed);
+        status = pk__compare_telescope_step(c, next, NULL, 1, piece, part, missed);
     if (status)
         return status;
     pk_graph_spread(graph, next, c->last_weights);
@@ -514,7 +515,7 @@ static pk_status pk__telescope_run(pk__comparing *c, pk_replay *replay, size_t p
 }
 
 /* The rule telescoping; leaves w_0 and w_S for the linear ones. */
-static pk_status pk__telescope(pk__comparing *c)
+static pk_status pk__compare_telescope(pk__comparing *c)
 {
     const size_t P = c->run->parameters, rows = c->inputs.rows;
     /* As many rows at a time as one thread's tape holds in some MB, whatever the limit: the same bits. */
@@ -529,9 +530,9 @@ static pk_status pk__telescope(pk__comparing *c)
     if (!status)
         status = pk_replay_prepare(c->context, c->run, 0, &replay);
     if (!status)
-        status = pk__telescope_run(c, &replay, piece, memory, memory + P, memory + 2 * P, part);
+        status = pk__compare_telescope_run(c, &replay, piece, memory, memory + P, memory + 2 * P, part);
     if (status == PK_MEMORY_LIMIT && piece == rows && rows > 64) /* one thread's block at a time */
-        status = pk__telescope_run(c, &replay, 64, memory, memory + P, memory + 2 * P, part);
+        status = pk__compare_telescope_run(c, &replay, 64, memory, memory + P, memory + 2 * P, part);
     pk_replay_release(c->context, &replay);
     pk_release(c->context, part);
     pk_release(c->context, memory);
@@ -637,11 +638,11 @@ static void pk__compare_summarize(pk__comparing *c, int rule)
     double sum = 0;
     size_t ordered = 0;
     for (size_t i = 0; i < c->cells; i++) {
-        c->sorted[i] = (pk__ranked){residual[i], i};
+        c->sorted[i] = (pk__compare_ranked){residual[i], i};
         ordered += !c->unordered[i];
         sum += c->unordered[i] ? 0 : correlation[i];
     }
-    pk__sort_ranked(c->cells, c->sorted);
+    pk__compare_sort_ranked(c->cells, c->sorted);
     to->residual_max = c->sorted[c->cells - 1].value;
     to->residual_median = 0.5 * (c->sorted[(c->cells - 1) / 2].value + c->sorted[c->cells / 2].value);
     to->spearman = ordered && rule != PK__COMPARE_TELESCOPING ? sum / (double)ordered : (double)NAN;
@@ -653,7 +654,7 @@ static pk_status pk__compare_all(pk__comparing *c)
     void *tables = NULL;
     c->done = 0;
     c->share = 0.02;
-    pk_status status = pk__telescope(c);
+    pk_status status = pk__compare_telescope(c);
     if (!status) /* for how the rows are cut */
         status = pk_allocate(c->context, 1, sizeof *job, "a plan", &job);
     if (!status) {
