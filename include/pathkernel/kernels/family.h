@@ -331,7 +331,7 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
     char text[64];
     data = data ? data : &run->train;
     pk__print(text, sizeof text, "%s: %s rows", row->name, train ? "training" : side);
-    if (data->inputs.rank < 1 || !data->inputs.type || !data->inputs.data)
+    if (data->inputs.rank < 1 || !data->inputs.type || (!data->inputs.data && pk_array_length(&data->inputs)))
         return pk__fail(context, PK_ARGUMENT, "%s are missing", text);
     pk_status status = train ? PK_OK : pk_run_check_inputs(context, run, &data->inputs, text);
     if (!status && !train)
