@@ -490,45 +490,48 @@ static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__alon
     return of;
 }
 
+/* Gauss nodes and weights of a side that does not move (one), and of one that does. */
+typedef struct pk__along_nodes {
+    int count[2];
+    double node[2][PK__ALONG_ORDER + 1], weight[2][PK__ALONG_ORDER + 1];
+} pk__along_nodes;
+
 /* W (left nodes x right nodes) of two pieces; 0: they do not meet. */
-static int pk__along_weights(const pk__piece *left, int left_nodes, const pk__piece *right, int right_nodes,
-                             const double *left_node, const double *right_node, double *W)
+static int pk__along_weights(const pk__along_nodes *nodes, const pk__piece *left, int left_moves,
+                             const pk__piece *right, int right_moves, double *W)
 {
-    enum { N = PK__ALONG_ORDER + 1 };
     const double a = fmax(left->a, right->a), b = fmin(left->b, right->b);
-    double node[N], weight[N], l[N], r[N];
-    const int nodes = (int)pk__max(left_nodes, right_nodes);
+    const int rule = left_moves || right_moves, nx = nodes->count[left_moves], ny = nodes->count[right_moves];
+    double l[PK__ALONG_ORDER + 1], r[PK__ALONG_ORDER + 1];
     if (!(b > a))
         return 0;
-    pk_gauss_legendre(nodes, node, weight);
-    memset(W, 0, (size_t)(left_nodes * right_nodes) * sizeof *W);
-    for (int q = 0; q < nodes; q++) {
-        const double t = a + (b - a) * node[q];
-        for (int u = 0; u < left_nodes; u++)
-            l[u] = pk__lagrange(left_nodes, left_node, u, (t - left->a) / (left->b - left->a));
-        for (int v = 0; v < right_nodes; v++)
-            r[v] = pk__lagrange(right_nodes, right_node, v, (t - right->a) / (right->b - right->a));
-        for (int u = 0; u < left_nodes; u++)
-            for (int v = 0; v < right_nodes; v++)
-                W[u * right_nodes + v] += (b - a) * weight[q] * l[u] * r[v];
+    memset(W, 0, (size_t)(nx * ny) * sizeof *W);
+    for (int q = 0; q < nodes->count[rule]; q++) {
+        const double t = a + (b - a) * nodes->node[rule][q], weight = (b - a) * nodes->weight[rule][q];
+        for (int u = 0; u < nx; u++)
+            l[u] = pk__lagrange(nx, nodes->node[left_moves], u, (t - left->a) / (left->b - left->a));
+        for (int v = 0; v < ny; v++)
+            r[v] = pk__lagrange(ny, nodes->node[right_moves], v, (t - right->a) / (right->b - right->a));
+        for (int u = 0; u < nx; u++)
+            for (int v = 0; v < ny; v++)
+                W[u * ny + v] += weight * l[u] * r[v];
     }
     return 1;
 }
 
 /* to += what the points of two rows give, in each plane. */
-static void pk__along_reduce(const pk__along *along, const pk__along_side *x, const pk__along_side *y, size_t i,
-                             size_t j, int nodes, const pk_real *gram, size_t columns, double *to)
+static void pk__along_reduce(const pk__along *along, const pk__along_nodes *nodes, const pk__along_side *x,
+                             const pk__along_side *y, size_t i, size_t j, const pk_real *gram, size_t columns,
+                             double *to)
 {
     enum { N = PK__ALONG_ORDER + 1 };
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along), ld = y->points * kept;
     const size_t rows = x->of->rows.rows * kept;
-    const int nx = x->moves ? nodes : 1, ny = y->moves ? nodes : 1;
-    double x_node[N], y_node[N], weight[N], W[N * N];
-    pk_gauss_legendre(nx, x_node, weight);
-    pk_gauss_legendre(ny, y_node, weight);
+    const int nx = nodes->count[x->moves], ny = nodes->count[y->moves];
+    double W[N * N];
     for (size_t p = x->first[i]; p < x->first[i + 1]; p++)
         for (size_t q = y->first[j]; q < y->first[j + 1]; q++) {
-            if (!pk__along_weights(&x->pieces.piece[p], nx, &y->pieces.piece[q], ny, x_node, y_node, W))
+            if (!pk__along_weights(nodes, &x->pieces.piece[p], x->moves, &y->pieces.piece[q], y->moves, W))
                 continue;
             const size_t px = (p - x->first[x->start]) * (size_t)nx, py = (q - y->first[y->start]) * (size_t)ny;
             for (size_t plane = 0; plane < planes; plane++)
@@ -552,6 +555,9 @@ static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_s
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along);
     const size_t columns = y->of->rows.rows * kept;
     pk_status status = PK_OK;
+    pk__along_nodes rule = {.count = {1, nodes}};
+    for (int moves = 0; moves < 2; moves++)
+        pk_gauss_legendre(rule.count[moves], rule.node[moves], rule.weight[moves]);
     memset(to, 0, numbers * sizeof *to);
     for (size_t i = 0; !status && i < x->of->rows.rows; i += x->rows) {
         status = pk__along_points(along, x, i, nodes, PK__ALONG_POINTS);
@@ -566,7 +572,7 @@ static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_s
                 status = pk__along_gram(along, &sides[0], &sides[1], gram);
             for (size_t r = 0; !status && r < x->rows; r++)
                 for (size_t s = 0; s < y->rows; s++)
-                    pk__along_reduce(along, x, y, i + r, j + s, nodes, gram, columns, to);
+                    pk__along_reduce(along, &rule, x, y, i + r, j + s, gram, columns, to);
             pk_release(along->context, gram);
         }
     }
@@ -589,8 +595,8 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
     pk__along_rows rows;
     memset(sides, 0, sizeof sides);
     memset(&rows, 0, sizeof rows);
-    sides[0].of = left, sides[0].moves = moves[0];
-    sides[1].of = right ? right : left, sides[1].moves = moves[1];
+    sides[0].of = left, sides[0].moves = moves[0] != 0;
+    sides[1].of = right ? right : left, sides[1].moves = moves[1] != 0;
     pk__arena measured = {NULL, 0, 0, 0};
     pk__along_rows_take(&measured, along, &rows);
     if (measured.overflow)
