@@ -40,6 +40,35 @@ static void test_builds(void **state)
     assert_int_equal(context.memory_used, 0);
 }
 
+/* The names of the layers: each is known to the parser, and none is listed twice. */
+static void test_layers(void **state)
+{
+    static const char *const some[] = {"dense",      "relu",      "leaky_relu", "conv",
+                                       "layer_norm", "attention", "residual"};
+    int found[sizeof some / sizeof *some] = {0};
+    const char *name;
+    (void)state;
+    for (size_t i = 0; (name = pk_network_layer(i)) != NULL; i++) {
+        pk_context context;
+        pk_graph graph;
+        char text[100];
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        snprintf(text, sizeof text, "input 4; %s", name);
+        if (pk_network_parse(&context, text, &graph) != PK_OK && strstr(pk_message(&context), "is not a layer"))
+            fail_msg("%s: %s", text, pk_message(&context));
+        pk_graph_release(&context, &graph);
+        for (size_t k = 0; k < i; k++)
+            assert_string_not_equal(name, pk_network_layer(k));
+        for (size_t k = 0; k < sizeof some / sizeof *some; k++)
+            found[k] += strcmp(some[k], name) == 0;
+        assert_string_not_equal(name, "add");
+    }
+    for (size_t k = 0; k < sizeof some / sizeof *some; k++)
+        assert_int_equal(found[k], 1);
+    assert_null(pk_network_layer(1000));
+}
+
 static void test_analysis(void **state)
 {
     (void)state;
@@ -673,19 +702,13 @@ static void test_constant_outputs(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_builds),
-        cmocka_unit_test(test_analysis),
-        cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_sentences),
-        cmocka_unit_test(test_long),
-        cmocka_unit_test(test_initialize),
-        cmocka_unit_test(test_initial_kinds),
-        cmocka_unit_test(test_ntk),
-        cmocka_unit_test(test_branches),
-        cmocka_unit_test(test_large_sizes),
-        cmocka_unit_test(test_shared_arrays),
-        cmocka_unit_test(test_longest_text),
-        cmocka_unit_test(test_constant_outputs),
+        cmocka_unit_test(test_builds),       cmocka_unit_test(test_layers),
+        cmocka_unit_test(test_analysis),     cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_sentences),    cmocka_unit_test(test_long),
+        cmocka_unit_test(test_initialize),   cmocka_unit_test(test_initial_kinds),
+        cmocka_unit_test(test_ntk),          cmocka_unit_test(test_branches),
+        cmocka_unit_test(test_large_sizes),  cmocka_unit_test(test_shared_arrays),
+        cmocka_unit_test(test_longest_text), cmocka_unit_test(test_constant_outputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -380,6 +380,32 @@ static void parse_refuses(const char *text, pk_status status, const char *messag
     assert_memory_equal(&optimizer, &before, sizeof before);
 }
 
+/* Names and keys as the table has them: a line made of them is read, and what is not known lists them. */
+static void names(void **state)
+{
+    (void)state;
+    pk_context context = zero_context();
+    pk_optimizer optimizer;
+    int kinds = 0;
+    for (; pk_optimizer_name((pk_optimizer_kind)kinds); kinds++) {
+        const char *key;
+        char line[256];
+        snprintf(line, sizeof line, "%s unknown=1", pk_optimizer_name((pk_optimizer_kind)kinds));
+        assert_int_equal(pk_optimizer_parse(&context, line, &optimizer), PK_FORMAT);
+        size_t count = 0;
+        for (; (key = pk_optimizer_key((pk_optimizer_kind)kinds, count)) != NULL; count++) {
+            assert_non_null(strstr(pk_message(&context), key));
+            snprintf(line, sizeof line, "%s %s=0", pk_optimizer_name((pk_optimizer_kind)kinds), key);
+            assert_int_equal(pk_optimizer_parse(NULL, line, &optimizer), PK_OK);
+            assert_int_equal(optimizer.kind, kinds);
+        }
+        assert_int_equal(count, 4);
+        assert_null(pk_optimizer_key((pk_optimizer_kind)kinds, count + 10));
+    }
+    assert_int_equal(kinds, 3);
+    assert_null(pk_optimizer_key((pk_optimizer_kind)99, 0));
+}
+
 static void text(void **state)
 {
     (void)state;
@@ -608,6 +634,7 @@ int main(void)
         cmocka_unit_test(linear_form_is_the_update),
         cmocka_unit_test(linear_form_in_reverse_time),
         cmocka_unit_test(state_and_defaults),
+        cmocka_unit_test(names),
         cmocka_unit_test(text),
         cmocka_unit_test(text_in_another_locale),
         cmocka_unit_test(clipping),

@@ -30,6 +30,9 @@ PK_API PK__MUST_USE pk_status pk_network_parse_with(pk_context *context, const c
                                                     const pk_constants *constants, pk_graph *graph);
 PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
 
+/* The names of the layers one by one, such as "dense"; NULL behind the last one. */
+PK_API const char *pk_network_layer(size_t index);
+
 /* The arrays that the network language named when graph was built; graph has to outlive the result. */
 PK_API pk_constants pk_graph_constants(const pk_graph *graph);
 /* The node behind `after` (NULL: the first) that holds a named array, with the array's view; NULL where there is none. */
@@ -755,6 +758,24 @@ static const struct {
     {"rms_norm", pk__norm_layer},      {"batch_norm", pk__constant_layer}, {"attention", pk__attention_layer},
     {"max_pool", pk__max_pool_layer},
 };
+
+/* Whether a name is a layer's: the sum of residual( ... ) has none of its own, and dropout is refused. */
+static int pk__is_layer(const char *name)
+{
+    return strcmp(name, "add") != 0 && strcmp(name, "dropout") != 0;
+}
+
+PK_API const char *pk_network_layer(size_t index)
+{
+    const pk_operation *operation;
+    for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
+        if (pk__is_layer(operation->name) && index-- == 0)
+            return operation->name;
+    for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
+        if (pk__is_layer(pk__composites[i].name) && !pk_operation_find(pk__composites[i].name) && index-- == 0)
+            return pk__composites[i].name;
+    return index == 0 ? "residual" : NULL;
+}
 
 /* input SHAPE, the first layer. */
 static pk_status pk__input_layer(pk__parser *parser, const pk__layer *layer)

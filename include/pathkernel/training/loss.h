@@ -39,7 +39,7 @@ typedef enum pk_loss {
 
 /* The loss with this name. For another name, PK_FORMAT; the message lists the names. */
 PK_API PK__MUST_USE pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss);
-/* The name pk_loss_parse takes; "unknown" for a value that is not a loss. */
+/* The name pk_loss_parse takes; "unknown" for a value that is not a loss. Losses are numbered from 1 on without a gap. */
 PK_API const char *pk_loss_name(pk_loss loss);
 
 /* l(f, y) for one example. f: outputs numbers, what the network gives; target: outputs numbers as

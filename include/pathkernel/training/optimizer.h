@@ -31,6 +31,11 @@ PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind);
 PK_API pk_optimizer pk_optimizer_adam(void);
 PK_API pk_optimizer pk_optimizer_adamw(void);
 
+/* The name of a rule, such as "adamw", and of its key number index, such as "beta1"; NULL behind the last one. Rules are
+ * numbered from 0 on without a gap. */
+PK_API const char *pk_optimizer_name(pk_optimizer_kind kind);
+PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index);
+
 /* "sgd momentum=0.9 nesterov=1": a name, then keys in any order; what is not given has PyTorch's default.
  *     sgd         momentum= dampening= nesterov=0|1 weight_decay=
  *     adam, adamw beta1= beta2= epsilon= weight_decay=
@@ -392,6 +397,21 @@ static void pk__key_set(const pk__optimizer_key *key, pk_optimizer *optimizer, d
         memcpy(field, &value, sizeof value);
 }
 
+PK_API const char *pk_optimizer_name(pk_optimizer_kind kind)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(kind);
+    return rule ? rule->name : NULL;
+}
+
+PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(kind);
+    for (size_t i = 0; rule && i < index; i++)
+        if (!rule->keys[i].name)
+            return NULL;
+    return rule ? rule->keys[index].name : NULL;
+}
+
 PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind)
 {
     pk_optimizer optimizer;
@@ -504,9 +524,14 @@ PK__PRIVATE pk_status pk__optimizer_word(pk_context *context, const pk__optimize
            (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
         index++;
     const pk__optimizer_key *key = &rule->keys[index];
-    if (!key->name)
-        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name, shown,
-                        text);
+    if (!key->name) {
+        char names[128] = "";
+        for (const pk__optimizer_key *known = rule->keys; known->name; known++)
+            snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s",
+                     known == rule->keys ? "" : ", ", known->name);
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys: %s", rule->name,
+                        shown, text, names);
+    }
     if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
         return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown, text,
                         key->name);
@@ -534,6 +559,20 @@ PK__PRIVATE size_t pk__key_text(const char *name, double value, char *text, size
     return (size_t)snprintf(text, size, " %s=%s", name, number);
 }
 
+static pk_status pk__unknown_optimizer(pk_context *context, const char *text, size_t length)
+{
+    const size_t count = sizeof pk__optimizer_rules / sizeof *pk__optimizer_rules;
+    char names[128] = "";
+    for (size_t i = 0; i < count; i++)
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s",
+                 i == 0          ? ""
+                 : i + 1 < count ? ", "
+                                 : " or ",
+                 pk__optimizer_rules[i].name);
+    return pk__fail(context, PK_FORMAT, "optimizer: '%.*s' is not %s", (int)(length < 40 ? length : 40), text,
+                    names);
+}
+
 PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_optimizer *optimizer)
 {
     const char *space = " \t";
@@ -547,8 +586,7 @@ PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_op
             strncmp(pk__optimizer_rules[i].name, text, length) == 0)
             rule = &pk__optimizer_rules[i];
     if (!rule)
-        return pk__fail(context, PK_FORMAT, "optimizer: '%.*s' is not sgd, adam or adamw",
-                        (int)(length < 40 ? length : 40), text);
+        return pk__unknown_optimizer(context, text, length);
     pk_optimizer parsed = pk_optimizer_default(rule->kind);
     unsigned seen = 0;
     for (text += length, text += strspn(text, space); *text; text += length, text += strspn(text, space)) {
