@@ -779,10 +779,11 @@ JOB(job_decompose_array)
 JOB(job_quadrature)
 {
     WITH;
-    const pk_quadrature quadrature = {PK_RULE_GAUSS, 3};
+    pk_quadrature quadrature = {PK_RULE_GAUSS, 3};
     pk_readout readout;
     memset(&readout, 0, sizeof readout);
-    return pk_quadrature_check(context, &quadrature, &m->graph, &readout);
+    pk_status status = pk_quadrature_parse(context, "gauss:3", &quadrature);
+    return status ? status : pk_quadrature_check(context, &quadrature, &m->graph, &readout);
 }
 
 JOB(job_window)
@@ -858,7 +859,7 @@ static const struct entry {
     {"pk_decompose pk_decompose_plan pk_decomposition_release", job_decompose, 3},
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
-    {"pk_quadrature_check", job_quadrature, 0},
+    {"pk_quadrature_check pk_quadrature_parse", job_quadrature, 0},
     {"pk_kernels", job_kernels, 20},
     {"pk_kernel_shape pk_kernel_file", job_kernel_file, 10},
     {"pk_kernel_domingos", job_domingos, 10},

@@ -2,6 +2,54 @@
  * rules, and what they do where the target cannot be met. */
 #include "fixture.h"
 
+/* The text of each rule, with and without a number of nodes. */
+static void test_names(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text;
+        pk_quadrature means;
+    } good[] = {{"auto", {PK_RULE_AUTO, 0}},
+                {"exact", {PK_RULE_EXACT, 0}},
+                {"gauss:4", {PK_RULE_GAUSS, 4}},
+                {"midpoint:100", {PK_RULE_MIDPOINT, 100}},
+                {"trapezoid:2", {PK_RULE_TRAPEZOID, 2}},
+                {"left", {PK_RULE_LEFT, 0}},
+                {"left:3", {PK_RULE_LEFT, 3}},
+                {"midpoint:1000000", {PK_RULE_MIDPOINT, 1000000}}};
+    static const char *const bad[] = {"",
+                                      "simpson",
+                                      "gauss",
+                                      "gauss:",
+                                      "gauss:0",
+                                      "gauss:4x",
+                                      "gauss:-1",
+                                      "auto:4",
+                                      "midpoint:1000001",
+                                      "left:",
+                                      "gauss:4:4",
+                                      "Gauss:4",
+                                      "exact:1",
+                                      "midpoint:99999999999999999999"};
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    pk_quadrature read = {PK_RULE_MIDPOINT, 7};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        assert_ok(&context, pk_quadrature_parse(&context, good[i].text, &read));
+        assert_true(read.rule == good[i].means.rule && read.nodes == good[i].means.nodes);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_refused(&context, PK_FORMAT, "auto, exact, gauss:N, midpoint:N, trapezoid:N, left",
+                       pk_quadrature_parse(&context, bad[i], &read));
+    assert_true(read.rule == PK_RULE_MIDPOINT && read.nodes == 1000000);
+    assert_refused(&context, PK_ARGUMENT, "NULL", pk_quadrature_parse(&context, NULL, &read));
+    int rules = 0;
+    while (pk_rule_name((pk_rule)rules))
+        rules++;
+    assert_int_equal(rules, 6);
+    assert_null(pk_rule_name((pk_rule)-1));
+}
+
 /* NIST DLMF 3.5(v): zeros and weights of the Legendre polynomials on [-1, 1]. */
 static void test_gauss_nodes(void **state)
 {
@@ -417,9 +465,9 @@ static void test_pulled(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gauss_nodes), cmocka_unit_test(test_orders),     cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_adaptive),    cmocka_unit_test(test_many_kinks), cmocka_unit_test(test_hopeless),
-        cmocka_unit_test(test_pulled),
+        cmocka_unit_test(test_names),    cmocka_unit_test(test_gauss_nodes), cmocka_unit_test(test_orders),
+        cmocka_unit_test(test_exact),    cmocka_unit_test(test_adaptive),    cmocka_unit_test(test_many_kinks),
+        cmocka_unit_test(test_hopeless), cmocka_unit_test(test_pulled),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

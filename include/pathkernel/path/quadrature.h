@@ -23,6 +23,14 @@ typedef struct pk_quadrature {
     int nodes; /* per step; 0: 1 (trapezoid: 2). Ignored by auto and exact */
 } pk_quadrature;
 
+/* The name of a rule, such as "gauss"; NULL behind the last one. Rules are numbered from 0 on without a gap. */
+PK_API const char *pk_rule_name(pk_rule rule);
+
+/* "auto", "exact", "gauss:N", "midpoint:N", "trapezoid:N", "left" or "left:N", N nodes a step. PK_FORMAT lists those that
+ * are known; *quadrature is untouched then. Whether the rule fits a network tells pk_quadrature_check. */
+PK_API PK__MUST_USE pk_status pk_quadrature_parse(pk_context *context, const char *text,
+                                                  pk_quadrature *quadrature);
+
 enum { PK_GAUSS_NODES = 32, PK_RULE_NODES = 1000000 };
 
 /* Gauss-Legendre on [0, 1]: count nodes, exact for degree 2 count - 1; count <= 1000 or so. By Newton's
@@ -164,10 +172,65 @@ PK__PRIVATE int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
     return 1;
 }
 
+/* Names, and whether a number of nodes stands behind them. */
+enum { PK__NO_NODES, PK__MAY_HAVE_NODES, PK__NEEDS_NODES };
+static const struct {
+    const char *name;
+    int nodes;
+} pk__rules[] = {[PK_RULE_AUTO] = {"auto", PK__NO_NODES},
+                 [PK_RULE_EXACT] = {"exact", PK__NO_NODES},
+                 [PK_RULE_GAUSS] = {"gauss", PK__NEEDS_NODES},
+                 [PK_RULE_MIDPOINT] = {"midpoint", PK__NEEDS_NODES},
+                 [PK_RULE_TRAPEZOID] = {"trapezoid", PK__NEEDS_NODES},
+                 [PK_RULE_LEFT] = {"left", PK__MAY_HAVE_NODES}};
+enum { PK__RULES = (int)(sizeof pk__rules / sizeof *pk__rules) };
+
+PK_API const char *pk_rule_name(pk_rule rule)
+{
+    return (int)rule >= 0 && (int)rule < PK__RULES ? pk__rules[rule].name : NULL;
+}
+
+/* ":N" behind the name of a rule; 0 where it is no number of nodes that the rule may have. */
+static int pk__rule_nodes(const char *text, int allowed, int *nodes)
+{
+    *nodes = 0;
+    if (!*text)
+        return allowed != PK__NEEDS_NODES;
+    if (allowed == PK__NO_NODES || !text[1])
+        return 0;
+    for (const char *digit = text + 1; *digit; digit++) {
+        if (*digit < '0' || *digit > '9' || *nodes > PK_RULE_NODES)
+            return 0;
+        *nodes = 10 * *nodes + (*digit - '0');
+    }
+    return *nodes >= 1 && *nodes <= PK_RULE_NODES;
+}
+
+PK_API pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+{
+    char names[128] = "";
+    if (!text || !quadrature)
+        return pk__fail(context, PK_ARGUMENT, "quadrature: the text or the place for the rule is NULL");
+    const size_t length = strcspn(text, ":");
+    for (int i = 0; i < PK__RULES; i++) {
+        int nodes;
+        if (strlen(pk__rules[i].name) == length && strncmp(pk__rules[i].name, text, length) == 0 &&
+            pk__rule_nodes(text + length, pk__rules[i].nodes, &nodes)) {
+            quadrature->rule = (pk_rule)i;
+            quadrature->nodes = nodes;
+            return PK_OK;
+        }
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s%s", i ? ", " : "",
+                 pk__rules[i].name, pk__rules[i].nodes == PK__NEEDS_NODES ? ":N" : "");
+    }
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not a rule; these are: %s, with N from 1 to %d", text,
+                    names, (int)PK_RULE_NODES);
+}
+
 PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
                                      const pk_graph *graph, const pk_readout *readout)
 {
-    if ((int)quadrature->rule < 0 || quadrature->rule > PK_RULE_LEFT)
+    if (!pk_rule_name(quadrature->rule))
         return pk__fail(context, PK_ARGUMENT, "quadrature rule %d does not exist", (int)quadrature->rule);
     if (quadrature->nodes < 0 || quadrature->nodes > PK_RULE_NODES)
         return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible",
