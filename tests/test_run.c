@@ -207,10 +207,34 @@ static void record(const char *directory, const pk_recorder_options *options, co
 }
 
 /* What a run of `steps` steps must hold. */
+/* The arrays one by one: what the run's fields point to, by the names of their files. */
+static void check_arrays(const pk_run *run)
+{
+    const char *name, *seen[20];
+    const pk_array *array;
+    size_t count = 0;
+    for (; (array = pk_run_array(run, count, &name)) != NULL; count++) {
+        for (size_t i = 0; i < count; i++)
+            assert_string_not_equal(name, seen[i]);
+        assert_true(count < sizeof seen / sizeof *seen);
+        seen[count] = name;
+        if (strcmp(name, "weights.npy") == 0)
+            assert_ptr_equal(array, &run->weights);
+        if (strcmp(name, "train_targets.npy") == 0)
+            assert_ptr_equal(array, &run->train.targets);
+        if (strcmp(name, "learning_rates.npy") == 0)
+            assert_ptr_equal(array->data, run->learning_rates);
+        if (strcmp(name, "batch_weights.npy") == 0)
+            assert_ptr_equal(array->data, run->batch_weights);
+    }
+    assert_int_equal(count, 12);
+}
+
 static void check_run(pk_context *context, const pk_run *run, const pk_recorder_options *options,
                       const run_data *data, size_t steps)
 {
     pk_real row[P];
+    check_arrays(run);
     assert_int_equal(run->steps, steps);
     assert_int_equal(run->parameters, P);
     assert_int_equal(run->examples, N);

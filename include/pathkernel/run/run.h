@@ -94,6 +94,10 @@ PK_API PK__MUST_USE pk_status pk_run_until(pk_context *context, pk_run *run, siz
 PK_API PK__MUST_USE pk_status pk_run_check_inputs(pk_context *context, const pk_run *run,
                                                   const pk_array *inputs, const char *name);
 
+/* The arrays of an open run one by one, as they are held: mapped, or as a file that is open. *name: the array's file. NULL
+ * behind the last one; one that the run does not have is zeroed. */
+PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name);
+
 /* Gives everything back; *run is zeroed. A zeroed run is allowed. */
 PK_API void pk_run_release(pk_context *context, pk_run *run);
 
@@ -525,6 +529,17 @@ static pk_array *pk__run_array(pk_run *run, int file)
            : file == PK__RUN_MOMENTS ? &run->second_moments
            : file == PK__RUN_STATES  ? &run->optimizer_states
                                      : &run->columns[file];
+}
+
+PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name)
+{
+    if (index >= PK__RUN_FILES + 2)
+        return NULL;
+    const int fixed = (int)index - PK__RUN_FILES;
+    *name = fixed < 0 ? pk__run_files[index].name : pk__run_fixed[fixed];
+    return fixed < 0    ? pk__run_array((pk_run *)run, (int)index) /* only read */
+           : fixed == 0 ? &run->train.inputs
+                        : &run->train.targets;
 }
 
 /* NULL if items of this type are allowed in a growing file, else the words for those that are. Rates are float64 only: 0.1
