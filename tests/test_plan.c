@@ -107,6 +107,50 @@ static void check_plans(const shape *s)
     free(offsets);
 }
 
+/* Passes of a given length: longer jobs have more of them, a short one has one, none repeats much, and only parts have them. */
+static void test_pass_seconds(void **state)
+{
+    (void)state;
+    static const char *const optimizers[] = {"sgd", "adamw"};
+    for (int o = 0; o < 2; o++) {
+        pk_context context;
+        pk_run run;
+        int64_t *offsets;
+        shape s = {"input 64; dense 32; tanh; dense 32; tanh; dense 10", optimizers[o], 1000, 0, 300, 100, 0};
+        size_t passes = 1;
+        memset(&context, 0, sizeof context);
+        context.threads = 2;
+        imagine(&context, &s, &offsets, &run);
+        for (size_t rows = 10; rows <= 10000000; rows *= 10) {
+            pk_decompose_options options;
+            pk_plan plan, whole, parts;
+            memset(&options, 0, sizeof options);
+            options.keep[0] = PK_BY_TOTAL;
+            assert_ok(&context, pk_decompose_plan(&context, &run, rows, &options, 1, &whole));
+            assert_ok(&context, pk_decompose_plan(&context, &run, rows, &options, 0, &parts));
+            options.pass_seconds = 10;
+            assert_ok(&context, pk_decompose_plan(&context, &run, rows, &options, 0, &plan));
+            assert_int_equal(plan.passes, parts.passes);
+            assert_ok(&context, pk_decompose_plan(&context, &run, rows, &options, 1, &parts));
+            if (whole.seconds < 20)
+                assert_int_equal(parts.passes, whole.passes);
+            else if (whole.seconds > 200 && parts.passes < 5)
+                fail_msg("%zu rows, %g s: %zu passes", rows, whole.seconds, parts.passes);
+            if (parts.seconds > 1.25 * whole.seconds)
+                fail_msg("%zu rows: %g s in one pass, %g s in %zu", rows, whole.seconds, parts.seconds,
+                         parts.passes);
+            assert_true(parts.passes >= passes);
+            passes = parts.passes;
+            options.rows_at_once = rows; /* the caller's word counts */
+            assert_ok(&context, pk_decompose_plan(&context, &run, rows, &options, 1, &plan));
+            assert_int_equal(plan.passes, whole.passes);
+        }
+        assert_true(passes > 10);
+        pk_graph_release(&context, &run.graph);
+        free(offsets);
+    }
+}
+
 static void test_grid(void **state)
 {
     (void)state;
@@ -541,9 +585,13 @@ static void test_mnist(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_grid),           cmocka_unit_test(test_least),
-        cmocka_unit_test(test_plan_arguments), cmocka_unit_test(test_states),
-        cmocka_unit_test(test_same_bits),      cmocka_unit_test(test_same_bits_by_rows),
+        cmocka_unit_test(test_grid),
+        cmocka_unit_test(test_pass_seconds),
+        cmocka_unit_test(test_least),
+        cmocka_unit_test(test_plan_arguments),
+        cmocka_unit_test(test_states),
+        cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_same_bits_by_rows),
         cmocka_unit_test(test_mnist),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

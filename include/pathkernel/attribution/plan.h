@@ -365,6 +365,28 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
                 }
 }
 
+/* Cuts a job of more than two passes of options->pass_seconds into such passes. What a pass repeats is a tenth of the time
+ * at most, and each thread has four blocks in it. */
+static void pk__shorten_passes(pk__job *job, pk__choice *choice)
+{
+    const double asked = job->options->pass_seconds;
+    const pk_plan *best = &choice->best;
+    if (!(asked > 0) || !choice->by_pass || job->options->rows_at_once || !best->threads ||
+        best->seconds < 2 * asked)
+        return;
+    const size_t blocks = pk__blocks(choice->rows, job->block), fewest = pk__min(4 * best->threads, blocks);
+    const double passes =
+        fmin(best->seconds / asked, 1 + 0.1 * best->seconds / fmax(best->seconds_examples, 1e-9));
+    const size_t most = pk__max(fewest, pk__blocks(blocks, (size_t)fmin(passes, (double)blocks)));
+    if (most * job->block >= best->rows)
+        return;
+    pk__choice shorter = *choice;
+    memset(&shorter.best, 0, sizeof shorter.best);
+    pk__search_plans(job, &shorter, most, 1);
+    if (shorter.best.threads)
+        *choice = shorter;
+}
+
 /* Where the caller sets no limit: enough for any window to pay, and less than most machines have. */
 #define PK__USUAL_MEMORY (SIZE_MAX > 0xffffffffu ? SIZE_MAX >> 32 : SIZE_MAX / 4) /* 4 GiB */
 
@@ -392,6 +414,7 @@ PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, 
         choice.available = SIZE_MAX - 1;
         pk__search_plans(job, &choice, most, 0);
     }
+    pk__shorten_passes(job, &choice);
     job->plan = choice.best;
     if (choice.best.threads)
         return PK_OK;
