@@ -21,7 +21,11 @@ static inline int fuzz_no_exec(void)
 #define execvp(path, arguments) ((void)(path), (void)(arguments), fuzz_no_exec())
 #define execve(path, arguments, environment) ((void)(path), (void)(arguments), fuzz_no_exec())
 #define main fuzz_program_main
+#include "../examples/program/options.c"
+#include "../examples/program/report.c"
+#include "../examples/program/folder.c"
 #include "../examples/program/decompose.c"
+#include "../examples/program/main.c"
 #undef main
 #undef execv
 #undef execvp

@@ -58,10 +58,14 @@ else
     echo 'left out: pkg-config is not installed'
 fi
 
-program=$prefix/bin/pathkernel-decompose
-code=0
-"$program" >"$work/usage" 2>&1 || code=$?
-if [ "$code" -ne 2 ]; then
-    echo "$program without arguments: exit status $code, not 2"
-    exit 1
-fi
+for program in "$prefix/bin/pathkernel" "$prefix/bin/pathkernel-decompose"; do
+    code=0
+    "$program" >"$work/usage" 2>&1 || code=$?
+    if [ "$code" -ne 2 ]; then
+        echo "$program without arguments: exit status $code, not 2"
+        exit 1
+    fi
+done
+# Both names are one program.
+"$prefix/bin/pathkernel" decompose --help | sed 1d >"$work/help"
+"$prefix/bin/pathkernel-decompose" --help | sed 1d | cmp - "$work/help"
