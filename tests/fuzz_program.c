@@ -24,6 +24,8 @@ static inline int fuzz_no_exec(void)
 #include "../examples/program/options.c"
 #include "../examples/program/report.c"
 #include "../examples/program/folder.c"
+#include "../examples/program/schedule.c"
+#include "../examples/program/train.c"
 #include "../examples/program/decompose.c"
 #include "../examples/program/main.c"
 #undef main

@@ -1,5 +1,5 @@
-/* The program pathkernel-decompose, run as a user runs it: exit status, what it says, what it writes.
- * It is $PATHKERNEL_DECOMPOSE, or pathkernel-decompose in the folder of this test. */
+/* The program pathkernel under both of its names, run as a user runs it: exit status, what it says, what it writes.
+ * It is $PATHKERNEL_DECOMPOSE, or pathkernel-decompose in the folder of this test, and pathkernel beside it. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* unshare; pseudo terminals */
 #endif
@@ -32,7 +32,7 @@ extern "C" {
 #endif
 #include "pathkernel_under_test.h"
 
-enum { IN = 4, WIDE = 6, OUT = 3, N = 40, S = 12, M = 23, LONG = 60000, TEXT = 20000, ARGUMENTS = 40 };
+enum { IN = 4, WIDE = 6, OUT = 3, N = 40, S = 12, M = 23, LONG = 60000, TEXT = 20000, ARGUMENTS = 60 };
 
 static char program[1000], root[200];
 static char told[TEXT], complained[TEXT]; /* standard output and error of the last run of the program */
@@ -89,22 +89,36 @@ static void default_signals(void)
     signal(SIGHUP, SIG_DFL);
 }
 
-/* Starts the program with the words of line, in which % stands for root. */
+/* Starts the program with the words of line, in which % and ^ stand for root and ~ for a blank; as pathkernel where the line
+ * begins with @, else as pathkernel-decompose. */
 static pid_t start(const char *line)
 {
+    char name[sizeof program];
+    snprintf(name, sizeof name, "%s", program);
+    if (*line == '@') {
+        char *suffix = strstr(name, "-decompose");
+        for (char *next = suffix; next; next = strstr(next + 1, "-decompose"))
+            suffix = next;
+        assert_non_null(suffix);
+        *suffix = 0;
+        line++;
+    }
     char copy[2000];
     char *arguments[ARGUMENTS];
     size_t used = 0, count = 0;
     for (; *line && used < sizeof copy - 1; line++) {
-        if (*line == '%')
+        if (*line == '%' || *line == '^')
             used += (size_t)snprintf(copy + used, sizeof copy - used, "%s", root);
         else
             copy[used++] = *line;
     }
     copy[used] = 0;
-    arguments[count++] = program;
+    arguments[count++] = name;
     for (char *word = strtok(copy, " "); word && count < ARGUMENTS - 1; word = strtok(NULL, " "))
         arguments[count++] = word;
+    for (size_t i = 1; i < count; i++)
+        for (char *blank = arguments[i]; (blank = strchr(blank, '~')) != NULL;)
+            *blank = ' ';
     arguments[count] = NULL;
     fflush(stdout);
     fflush(stderr);
@@ -129,7 +143,7 @@ static pid_t start(const char *line)
     if (traced && ptrace(PTRACE_TRACEME, 0, NULL, NULL))
         _exit(97);
 #endif
-    execv(program, arguments);
+    execv(name, arguments);
     _exit(98);
 }
 
@@ -161,7 +175,8 @@ static void expect(int status, const char *format, ...)
 static void expect_refused(const char *line, const char *words)
 {
     expect(2, "%s", line);
-    if (*told || !strstr(complained, words) || strncmp(complained, "pathkernel-decompose: ", 22) != 0 ||
+    const char *name = *line == '@' ? "pathkernel" : "pathkernel-decompose: ";
+    if (*told || !strstr(complained, words) || strncmp(complained, name, strlen(name)) != 0 ||
         strchr(complained, '\n') != complained + strlen(complained) - 1)
         fail_msg("%s\nsays: %s%s\nnot one line with: %s", line, told, complained, words);
 }
@@ -1552,39 +1567,424 @@ static void test_again(void **state)
     check_all_same("again", "anew");
 }
 
+/* ---- pathkernel train ---------------------------------------------------------------------------------- */
+
+#define EXAMPLES " --inputs ^/tanh/train_inputs.npy --targets ^/tanh/train_targets.npy "
+#define NETWORK " --network input~4;dense~6;tanh;dense~3 --loss softmax_cross_entropy "
+
+/* Trains with some options, decomposes what comes out, and closes. */
+static void test_train(void **state)
+{
+    static const struct {
+        const char *options, *line; /* a line of run.txt */
+        size_t steps, batch;        /* of the first step */
+    } cases[] = {
+        {NETWORK "--rate 0.5 --steps 12", "sgd", 12, N},
+        {NETWORK "--rate 0.5 --epochs 4 --batch 16", "sgd", 12, 16}, /* 16, 16 and 8 */
+        {NETWORK "--rate 0.02 --steps 9 --batch 7 --optimizer adamw~weight_decay=0.1 --clip 0.1",
+         "weight_decay=0.1", 9, 7},
+        {NETWORK "--rate cosine:0.3:0.01 --steps 12 --batch 7 --optimizer sgd~momentum=0.9 --keep-every 5",
+         "keep_every", 12, 7},
+        {NETWORK "--rate 0.1 --steps 5 --batch 100 --group 1,3~rate=0.5 --group 0~frozen", "0 frozen", 5, N},
+        {" --network input~4;dense~5;relu;residual(dense~5;relu);dense~3 --loss mean_squared --rate 0.1 "
+         "--steps 6 --seed 9",
+         "residual", 6, N},
+        {" --network input~2x2;flatten;dense~3;log_softmax --loss nll --rate 0.1 --steps 6 --float32", "nll", 6,
+         N},
+    };
+    (void)state;
+    const size_t images[3] = {N, 2, 2};
+    pk_array flat;
+    assert_int_equal(pk_array_map(&context, in_root("tanh/train_inputs.npy"), 0, &flat), PK_OK);
+    assert_int_equal(pk_array_write(&context, in_root("images.npy"), flat.type, 3, images, flat.data), PK_OK);
+    pk_array_release(&context, &flat);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        pk_run run;
+        pk_batch batch;
+        char manifest[TEXT];
+        shell("rm -rf trained decomposed");
+        expect(0,
+               i == 6 ? "@train %%/trained --inputs %%/images.npy --targets %%/tanh/train_targets.npy %s"
+                      : "@train %%/trained" EXAMPLES "%s",
+               cases[i].options);
+        assert_string_equal(complained, "");
+        assert_non_null(strstr(told, "loss "));
+        if (pk_run_open(&context, in_root("trained"), &run) != PK_OK)
+            fail_msg("%s", pk_message(&context));
+        assert_int_equal(run.steps, cases[i].steps);
+        assert_int_equal(run.examples, N);
+        pk_run_batch(&run, 0, &batch);
+        assert_int_equal(batch.count, cases[i].batch);
+        read_text(in_root("trained/run.txt"), manifest);
+        if (!strstr(manifest, cases[i].line))
+            fail_msg("%s", manifest);
+        pk_run_release(&context, &run);
+        if (i == 6)
+            expect(0, "@decompose %%/trained --inputs %%/images.npy --out %%/decomposed --top 0");
+        else
+            expect(0, "@decompose %%/trained --inputs %%/x.npy --out %%/decomposed --top 0");
+        check_identity("decomposed", i == 6 ? N : M, OUT, "by_example", N);
+    }
+}
+
+/* The weights of the library's own loop, and the same files for any number of threads. */
+static void test_train_bits(void **state)
+{
+    pk_array weights;
+    (void)state;
+    assert_int_equal(pk_array_map(&context, in_root("relu/weights.npy"), 0, &weights), PK_OK);
+    write_array("w0.npy", weights.type, 1, weights.shape[1], 0, weights.data);
+    pk_array_release(&context, &weights);
+    for (int threads = 1; threads <= 4; threads++) {
+        shell("rm -rf trained");
+        expect(0,
+               "@train %%/trained" EXAMPLES
+               "--network input~4;dense~6;relu;dense~5;relu;dense~3 --rate 0.2 --steps %d "
+               "--loss softmax_cross_entropy --optimizer sgd~momentum=0.9~weight_decay=0.01 --batch 16 --init "
+               "%%/w0.npy "
+               "--threads %d",
+               S, threads);
+        shell("diff -r trained relu");
+    }
+    /* The seed is that of the initial weights and of the batches. */
+    pk_graph graph;
+    pk_run run;
+    pk_real first[100], expected[100];
+    memset(&graph, 0, sizeof graph);
+    shell("rm -rf trained seeded");
+    expect(0, "@train %%/trained" EXAMPLES NETWORK "--rate 0.2 --steps 3 --batch 16 --seed 11");
+    expect(0, "@train %%/seeded" EXAMPLES NETWORK "--rate 0.2 --steps 3 --batch 16 --seed 12");
+    assert_int_equal(pk_network_parse(&context, "input 4; dense 6; tanh; dense 3", &graph), PK_OK);
+    assert_int_equal(pk_network_initialize(&context, &graph, 11, expected), PK_OK);
+    assert_int_equal(pk_run_open(&context, in_root("trained"), &run), PK_OK);
+    assert_int_equal(pk_run_weights(&context, &run, 0, first), PK_OK);
+    assert_memory_equal(first, expected, graph.parameters * sizeof *first);
+    pk_run_release(&context, &run);
+    pk_graph_release(&context, &graph);
+    shell("! cmp -s trained/weights.npy seeded/weights.npy && ! cmp -s trained/batch_items.npy "
+          "seeded/batch_items.npy");
+    /* Without a seed of its own the order of the rows stays that of the file. */
+    shell("rm -rf trained");
+    expect(0, "@train %%/trained" EXAMPLES NETWORK "--rate 0.2 --epochs 1 --batch 16 --in-order");
+    assert_int_equal(pk_run_open(&context, in_root("trained"), &run), PK_OK);
+    assert_int_equal(run.steps, 3);
+    for (int i = 0; i < N; i++)
+        assert_int_equal(run.batch_items[i], i);
+    assert_int_equal(run.batch_offsets[3], N);
+    pk_run_release(&context, &run);
+}
+
+/* The rates of each form of --rate, against their formula. */
+static void test_train_rates(void **state)
+{
+    enum { STEPS = 10 };
+    static const char *const forms[] = {"0.25",
+                                        "cosine:0.5:0.1",
+                                        "cosine:0.5:0:4",
+                                        "step:0.5:0.1:3",
+                                        "triangular:0.1:0.5:2",
+                                        "triangular:0.1:0.5:2:4",
+                                        "warmup:4:0.3",
+                                        "warmup:4:step:0.5:0.5:5",
+                                        "%/rates.npy",
+                                        "warmup:2:%/rates.npy"};
+    const double pi = 3.14159265358979323846;
+    double rates[STEPS];
+    (void)state;
+    for (int s = 0; s < STEPS; s++)
+        rates[s] = 0.1 + 0.01 * s * s;
+    write_array("rates.npy", PK_FLOAT64, 1, STEPS, 0, rates);
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+        pk_array array;
+        shell("rm -rf trained");
+        char rate[100], line[1000];
+        snprintf(rate, sizeof rate, "%s", forms[i]);
+        snprintf(line, sizeof line, "@train %%/trained" EXAMPLES NETWORK "--steps %d --rate %s", STEPS, rate);
+        if (finish(start(line)) != 0)
+            fail_msg("%s: %s", line, complained);
+        assert_int_equal(pk_array_map(&context, in_root("trained/learning_rates.npy"), 0, &array), PK_OK);
+        assert_true(array.type == PK_FLOAT64 && array.shape[0] == STEPS);
+        for (int s = 0; s < STEPS; s++) {
+            const double warm = 1. / 3 + 2. / 3 * (s < 4 ? s : 4) / 4;
+            const double expected[] = {
+                0.25,
+                0.1 + 0.4 * (1 + cos(pi * s / STEPS)) / 2,
+                0.5 * (1 + cos(pi * s / 4)) / 2,
+                0.5 * pow(0.1, s / 3),
+                s % 4 < 2 ? 0.1 + 0.2 * (s % 4) : 0.5 - 0.2 * (s % 4 - 2),
+                s % 6 < 2 ? 0.1 + 0.2 * (s % 6) : 0.5 - 0.1 * (s % 6 - 2),
+                0.3 * warm,
+                warm * 0.5 * pow(0.5, s / 5),
+                rates[s],
+                (s < 2 ? 1. / 3 + 2. / 3 * s / 2 : 1) * rates[s],
+            };
+            const double rate_there = ((const double *)array.data)[s];
+            if (!(fabs(rate_there - expected[i]) <= 1e-15))
+                fail_msg("%s, step %d: %.17g, not %.17g", forms[i], s, rate_there, expected[i]);
+        }
+        pk_array_release(&context, &array);
+    }
+}
+
+/* Each option with what it cannot be; nothing is left of the run. */
+static void test_train_refuses(void **state)
+{
+#define TRAIN "@train %/no" EXAMPLES NETWORK "--rate 0.1 --steps 3"
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"@train", "no folder for the run is given"},
+        {"@train %/no", "--inputs X.npy is missing"},
+        {"@train %/no --inputs %/x.npy", "--targets Y.npy is missing"},
+        {"@train %/no" EXAMPLES, "--network LINE is missing"},
+        {"@train %/no" EXAMPLES "--network input~4;dense~3", "--loss NAME is missing"},
+        {"@train %/no" EXAMPLES NETWORK, "--rate SCHEDULE is missing"},
+        {"@train %/no" EXAMPLES NETWORK "--rate 0.1", "--steps S or --epochs E is missing"},
+        {TRAIN " --epochs 3", "--steps and --epochs are both given"},
+        {TRAIN " %/other", "only one folder for the run is taken"},
+        {TRAIN " --learning-rate 3", "unknown option '--learning-rate'"},
+        {TRAIN " --stesp 3", "unknown option '--stesp' (is it --steps?)"},
+        {TRAIN " --optimiser sgd", "unknown option '--optimiser' (is it --optimizer?)"},
+        {TRAIN " --inputs %/gone.npy", "--inputs: "},
+        {TRAIN " --inputs %/tanh", "is a directory"},
+        {TRAIN " --inputs %/200.npy", "not one target row for each input row"},
+        {TRAIN " --inputs", "--inputs needs a value"},
+        {TRAIN " --inputs %/bad-wide.npy", "rows of 5 numbers; the network takes 4"},
+        {TRAIN " --inputs %/bad-nan.npy", "row 3, number 1 is not finite"},
+        {TRAIN " --targets %/gone.npy", "--targets: "},
+        {TRAIN " --targets %/bad-high.npy", "row 7: label 3 is not in [0, 3)"},
+        {TRAIN " --targets %/bad-nan.npy", "--targets"},
+        {TRAIN " --targets %/bad-few.npy", "not one target row for each input row"},
+        {TRAIN " --network dense~3", "a network starts with 'input'"},
+        {TRAIN " --network input~4;dens~3", "'dens' is not a layer that is known (is it 'dense'?)"},
+        {TRAIN " --network input~4;tanh", "it has no weights, so nothing can be trained"},
+        {TRAIN " --network input~4;dense~2", "label 2 is not in [0, 2)"},
+        {TRAIN " --network input~4;dense~3;propagate~A", "--network: "},
+        {TRAIN " --loss hing", "--loss: 'hing' is not a loss; these are: squared"},
+        {TRAIN " --loss hinge --network input~4;dense~1", "--targets: "},
+        {TRAIN " --optimizer adagrad", "'adagrad' is not sgd, adam or adamw"},
+        {TRAIN " --optimizer adam~beta3=0.9", "is not one of its keys: beta1, beta2, epsilon, weight_decay"},
+        {TRAIN " --optimizer sgd~momentum=2e400", "--optimizer: "},
+        {TRAIN " --optimizer sgd~nesterov=1", "nesterov needs momentum > 0"},
+        {TRAIN " --rate fast", "'fast' is not a schedule; these are: R, cosine:R0:R1[:PERIOD], step:"},
+        {TRAIN " --rate -1", "--rate: '-1' is not a schedule"},
+        {TRAIN " --rate nan", "'nan' is not a schedule"},
+        {TRAIN " --rate 1e999", "'1e999' is not a schedule"},
+        {TRAIN " --rate 0x1p3", "'0x1p3' is not a schedule"},
+        {TRAIN " --rate 0.1x", "'0.1x' is not a schedule"},
+        {TRAIN " --rate 0.1:2", "'0.1:2' is not a schedule"},
+        {TRAIN " --rate cosine", "'cosine' is not a schedule"},
+        {TRAIN " --rate cosine:0.1", "'cosine:0.1' is not a schedule"},
+        {TRAIN " --rate cosine:0.1:0:0", "'cosine:0.1:0:0' is not a schedule"},
+        {TRAIN " --rate step:0.1:0.5:1.5", "'step:0.1:0.5:1.5' is not a schedule"},
+        {TRAIN " --rate step:0.1:0:3", "'step:0.1:0:3' is not a schedule"},
+        {TRAIN " --rate step:0.1:0.5:3:4", "'step:0.1:0.5:3:4' is not a schedule"},
+        {TRAIN " --rate triangular:0.1:0.5", "'triangular:0.1:0.5' is not a schedule"},
+        {TRAIN " --rate warmup:3", "'warmup:3' is not a schedule"},
+        {TRAIN " --rate warmup:3:", "'warmup:3:' is not a schedule"},
+        {TRAIN " --rate warmup:0:0.1", "'warmup:0:0.1' is not a schedule"},
+        {TRAIN " --rate %/gone.npy", "--rate: "},
+        {TRAIN " --rate %/bad-rates.npy", "3 steps need (3,) of float64"},
+        {TRAIN " --rate %/bad-rates32.npy", "type float32; 3 steps need (3,) of float64"},
+        {TRAIN " --rate %/bad-minus.npy", "--rate: "},
+        {TRAIN " --steps 0", "--steps: '0' is not a whole number"},
+        {TRAIN " --steps 1.5", "--steps: '1.5' is not"},
+        {TRAIN " --steps -3", "--steps: '-3' is not"},
+        {"@train %/no" EXAMPLES NETWORK "--rate 0.1 --epochs 0", "--epochs: '0' is not"},
+        {"@train %/no" EXAMPLES NETWORK "--rate 0.1 --batch 1 --epochs 18446744073709551615", "--epochs: "},
+        {TRAIN " --batch 0", "--batch: '0' is not"},
+        {TRAIN " --batch all", "--batch: 'all' is not"},
+        {TRAIN " --seed -1", "--seed: '-1' is not"},
+        {TRAIN " --seed 99999999999999999999999", "--seed: '9999"},
+        {TRAIN " --init %/gone.npy", "--init: "},
+        {TRAIN " --init %/x.npy", "x.npy has shape (23, 4); the network has 51 parameters, (51,)"},
+        {TRAIN " --init %/bad-init.npy", "--init: "},
+        {TRAIN " --clip 0", "--clip: '0' is not a positive number"},
+        {TRAIN " --clip inf", "--clip: 'inf' is not"},
+        {TRAIN " --group 9~frozen", "--group: "},
+        {TRAIN " --group 1~speed=3", "--group: "},
+        {TRAIN " --group 1~frozen --group 1~rate=0.5", "--group: "},
+        {TRAIN " --constant A", "--constant: 'A' is not NAME=FILE.npy"},
+        {TRAIN " --constant =A.npy", "--constant: '=A.npy' is not"},
+        {TRAIN " --network input~4;dense~3;batch_norm~A --constant A=%/gone.npy", "--network: "},
+        {TRAIN " --keep-every 0", "--keep-every: '0' is not"},
+        {TRAIN " --keep-every 9999999999", "--keep-every: 9999999999 is more than"},
+        {TRAIN " --threads 0", "--threads: '0' is not"},
+        {TRAIN " --memory much", "--memory: 'much' is not a size"},
+        {TRAIN " --memory 1K", "--memory: "},
+        {TRAIN " --resume=1", "--resume takes no value"},
+        {"@train %/gone/no" EXAMPLES NETWORK "--rate 0.1 --steps 3", "/gone/no: "},
+        {"@train %/tanh" EXAMPLES NETWORK "--rate 0.1 --steps 3", "/tanh is there already"},
+        {"@train %/x.npy" EXAMPLES NETWORK "--rate 0.1 --steps 3", "/x.npy is there already"},
+        {"@train %/bad-empty" EXAMPLES NETWORK "--rate 0.1 --steps 3", "/bad-empty is there already"},
+    };
+#undef TRAIN
+    double numbers_there[N * 5];
+    int64_t labels[N] = {0};
+    (void)state;
+    for (int i = 0; i < N * 5; i++)
+        numbers_there[i] = i;
+    write_array("bad-wide.npy", PK_FLOAT64, 2, N, 5, numbers_there);
+    write_array("bad-rates.npy", PK_FLOAT64, 1, 4, 0, numbers_there);
+    write_array("bad-rates32.npy", PK_FLOAT32, 1, 3, 0, numbers_there);
+    numbers_there[1] = -1;
+    write_array("bad-minus.npy", PK_FLOAT64, 1, 3, 0, numbers_there);
+    numbers_there[3 * IN + 1] = NAN;
+    write_array("bad-nan.npy", PK_FLOAT64, 2, N, IN, numbers_there);
+    write_array("bad-init.npy", PK_FLOAT64, 1, 51, 0, numbers_there);
+    write_array("bad-few.npy", PK_INT64, 1, N - 1, 0, labels);
+    labels[7] = OUT;
+    write_array("bad-high.npy", PK_INT64, 1, N, 0, labels);
+    shell("mkdir -p bad-empty");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_refused(cases[i].arguments, cases[i].words);
+        if (exists(in_root("no")))
+            fail_msg("%s leaves a folder", cases[i].arguments);
+    }
+}
+
+/* Interrupted and resumed training gives the files of the whole. */
+static void test_train_resumes(void **state)
+{
+#define MOMENTUM EXAMPLES NETWORK "--rate 0.1 --batch 16 --optimizer sgd~momentum=0.9 "
+    (void)state;
+    shell("rm -rf trained whole-run");
+    expect(0, "@train %%/whole-run" MOMENTUM "--steps 25");
+    expect(0, "@train %%/trained" MOMENTUM "--steps 10 --resume"); /* there is none yet */
+    expect(0, "@train %%/trained" MOMENTUM "--steps 25 --resume");
+    assert_non_null(strstr(told, "resumed after step 10"));
+    shell("cmp trained/weights.npy whole-run/weights.npy && cmp trained/batch_items.npy "
+          "whole-run/batch_items.npy");
+    expect(0, "@train %%/trained" MOMENTUM "--steps 25 --resume"); /* there is nothing left to do */
+    shell("cmp trained/weights.npy whole-run/weights.npy");
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"@train %/trained" MOMENTUM "--steps 20 --resume", "holds 25 steps already"},
+        {"@train %/trained" MOMENTUM "--steps 30 --resume --seed 2", "trained"},
+        {"@train %/trained" MOMENTUM "--steps 30 --resume --optimizer sgd", "optimizer"},
+        {"@train %/trained" MOMENTUM "--steps 30 --resume --rate 0.2", "the rate of its step 0 is"},
+        {"@train %/trained" MOMENTUM "--steps 30 --resume --batch 8", "its step 0 used another batch"},
+        {"@train %/trained" MOMENTUM "--steps 30", "is there already"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_refused(cases[i].arguments, cases[i].words);
+        shell("cmp trained/weights.npy whole-run/weights.npy");
+    }
+    /* Ctrl-C. */
+    shell("rm -rf trained whole-run; : >stderr");
+    pid_t child =
+        start("@train %/trained" MOMENTUM "--steps 100000000 --keep-every 1000 --threads 1 --verbose");
+    wait_for("training, after");
+    usleep(20000);
+    kill(child, SIGINT);
+    assert_int_equal(finish(child), 2);
+    assert_string_equal(told, "");
+    const char *cancelled = strstr(complained, "cancelled: ");
+    assert_non_null(cancelled);
+    unsigned long steps = strtoul(cancelled + 11, NULL, 10) + 5;
+    expect(0, "@train %%/trained" MOMENTUM "--steps %lu --keep-every 1000 --resume", steps);
+    expect(0, "@train %%/whole-run" MOMENTUM "--steps %lu --keep-every 1000", steps);
+    shell("diff -r trained whole-run");
+#undef MOMENTUM
+}
+
+/* The step at which training diverges is named, and those before it are a run. */
+static void test_train_diverges(void **state)
+{
+    pk_run run;
+    (void)state;
+    shell("rm -rf trained");
+    expect_refused("@train %/trained" EXAMPLES
+                   "--network input~4;dense~6;relu;dense~6;relu;dense~3 --loss squared --rate 50 "
+                   "--steps 3000",
+                   "training diverged, step ");
+    const unsigned long step = strtoul(strstr(complained, "diverged, step ") + 15, NULL, 10);
+    assert_int_equal(pk_run_open(&context, in_root("trained"), &run), PK_OK);
+    assert_true(step > 0 && run.steps == step);
+    pk_run_release(&context, &run);
+    /* At once: nothing is recorded. */
+    double large[51];
+    for (int i = 0; i < 51; i++)
+        large[i] = EITHER(1e200, 1e30);
+    write_array("large.npy", PK_FLOAT64, 1, 51, 0, large);
+    expect_refused("@train %/no" EXAMPLES
+                   "--network input~4;dense~6;relu;dense~3 --loss squared --rate 1 --steps 3 "
+                   "--init %/large.npy",
+                   "training diverged, step 0");
+    assert_false(exists(in_root("no")));
+}
+
+/* What a user sees who does not know the program. */
+static void test_subcommands(void **state)
+{
+    static const char *const names[] = {"train", "decompose"};
+    (void)state;
+    expect_refused("@", "no subcommand is given; these are: train, decompose");
+    expect_refused("@trian", "'trian' is not a subcommand (is it train?); these are: train, decompose");
+    expect_refused("@dcompose --help", "(is it decompose?)");
+    expect_refused("@tanh --inputs x", "'tanh' is not a subcommand");
+    expect_refused("@--inputs x", "'--inputs' is not a subcommand");
+    expect(0, "@--version");
+    assert_string_equal(told, "pathkernel " PK_VERSION "\n");
+    expect(0, "@train --version");
+    assert_string_equal(told, "pathkernel train " PK_VERSION "\n");
+    expect(0, "@--help");
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        assert_non_null(strstr(told, names[i]));
+    expect(0, "@help");
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        char usage[60], first[TEXT];
+        expect(0, "@%s --help", names[i]);
+        snprintf(usage, sizeof usage, "usage: pathkernel %s ", names[i]);
+        assert_int_equal(strncmp(told, usage, strlen(usage)), 0);
+        assert_string_equal(complained, "");
+        memcpy(first, told, sizeof first);
+        expect(0, "@help %s", names[i]);
+        assert_string_equal(told, first);
+    }
+    /* The tables of the library. */
+    expect(0, "@train --help");
+    for (int i = PK_SQUARED; i <= PK_HINGE; i++)
+        assert_non_null(strstr(told, pk_loss_name((pk_loss)i)));
+    for (int i = 0; pk_optimizer_name((pk_optimizer_kind)i); i++)
+        assert_non_null(strstr(told, pk_optimizer_name((pk_optimizer_kind)i)));
+    for (size_t i = 0; pk_network_layer(i); i++)
+        assert_non_null(strstr(told, pk_network_layer(i)));
+    expect(0, "@decompose --help");
+    for (int i = 0; pk_rule_name((pk_rule)i); i++)
+        assert_non_null(strstr(told, pk_rule_name((pk_rule)i)));
+    expect_refused("@decompose %/tanh --input %/x.npy", "unknown option '--input' (is it --inputs?)");
+    /* Both names do the same. */
+    expect(0, "@decompose %%/tanh --inputs %%/x.npy --out %%/by-name --top 0");
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/by-other-name --top 0");
+    check_all_same("by-name", "by-other-name");
+}
+
 int main(int count, char **arguments)
 {
     const char *given = getenv("PATHKERNEL_DECOMPOSE");
     const char *slash = count > 0 ? strrchr(arguments[0], '/') : NULL;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_results),
-        cmocka_unit_test(test_same_bytes),
-        cmocka_unit_test(test_outputs),
-        cmocka_unit_test(test_input_types),
-        cmocka_unit_test(test_axes),
-        cmocka_unit_test(test_until),
-        cmocka_unit_test(test_recover),
-        cmocka_unit_test(test_not_closed),
-        cmocka_unit_test(test_bounds),
-        cmocka_unit_test(test_no_steps),
-        cmocka_unit_test(test_printed),
-        cmocka_unit_test(test_wrong_optimizer),
-        cmocka_unit_test(test_bad_arguments),
-        cmocka_unit_test(test_bad_files),
-        cmocka_unit_test(test_unwritable),
-        cmocka_unit_test(test_full_disk),
-        cmocka_unit_test(test_short_spin),
+        cmocka_unit_test(test_subcommands),     cmocka_unit_test(test_train),
+        cmocka_unit_test(test_train_bits),      cmocka_unit_test(test_train_rates),
+        cmocka_unit_test(test_train_refuses),   cmocka_unit_test(test_train_resumes),
+        cmocka_unit_test(test_train_diverges),  cmocka_unit_test(test_results),
+        cmocka_unit_test(test_same_bytes),      cmocka_unit_test(test_outputs),
+        cmocka_unit_test(test_input_types),     cmocka_unit_test(test_axes),
+        cmocka_unit_test(test_until),           cmocka_unit_test(test_recover),
+        cmocka_unit_test(test_not_closed),      cmocka_unit_test(test_bounds),
+        cmocka_unit_test(test_no_steps),        cmocka_unit_test(test_printed),
+        cmocka_unit_test(test_wrong_optimizer), cmocka_unit_test(test_bad_arguments),
+        cmocka_unit_test(test_bad_files),       cmocka_unit_test(test_unwritable),
+        cmocka_unit_test(test_full_disk),       cmocka_unit_test(test_short_spin),
 #ifdef __linux__
         cmocka_unit_test(test_small_disk),
 #endif
-        cmocka_unit_test(test_cancel),
-        cmocka_unit_test(test_terminal),
-        cmocka_unit_test(test_again),
-        cmocka_unit_test(test_closed_streams),
-        cmocka_unit_test(test_one_folder),
-        cmocka_unit_test(test_places),
-        cmocka_unit_test(test_shrinking),
-        cmocka_unit_test(test_memory_of_inputs),
+        cmocka_unit_test(test_cancel),          cmocka_unit_test(test_terminal),
+        cmocka_unit_test(test_again),           cmocka_unit_test(test_closed_streams),
+        cmocka_unit_test(test_one_folder),      cmocka_unit_test(test_places),
+        cmocka_unit_test(test_shrinking),       cmocka_unit_test(test_memory_of_inputs),
 #ifdef __linux__
         cmocka_unit_test(test_kill_publishing),
 #endif

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static const program_command *const commands[] = {&decompose_command};
+static const program_command *const commands[] = {&train_command, &decompose_command};
 enum { COMMANDS = (int)(sizeof commands / sizeof *commands) };
 
 static char **program_arguments;

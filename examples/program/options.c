@@ -172,9 +172,10 @@ static void print_names(const program_option *option)
     const char *name;
     size_t column = (size_t)printf("\n%*sknown: ", HELP_COLUMN, "") - 1;
     for (size_t i = 0; (name = option->names(i)) != NULL; i++) {
-        const int more = option->names(i + 1) != NULL;
-        column = help_break(column, strlen(name) + 1);
-        column += (size_t)printf("%s%s", name, more ? ", " : "");
+        column += (size_t)printf("%s", i ? "," : "");
+        const size_t before = column;
+        column = help_break(column, strlen(name) + 2);
+        column += (size_t)printf("%s%s", i && column == before ? " " : "", name);
     }
 }
 
