@@ -14,6 +14,9 @@
  *   step                  the same, with the time of all that a step takes of the test side (forward, reverse,
  *                         contraction)
  *
+ * It times the inside of the engine, which no public function gives, and so uses names that begin with pk__; the other
+ * benchmarks use public functions only.
+ *
  * The residual is the largest |A - exact| / (|Phi| . |g|) over some contributions, exact from gradients and
  * inner products in long double.
  */

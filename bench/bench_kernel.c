@@ -22,6 +22,7 @@
 #include "pathkernel/network/language.h"
 #include "bench.h"
 #include <float.h>
+#include <float.h>
 
 typedef struct job {
     pk_context context;
@@ -55,7 +56,8 @@ static double flops_of(const job *j)
     double flops = 0;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
-        const double places = (double)pk__max(node->positions, 1), weights = (double)node->weight_count;
+        const double places = node->positions ? (double)node->positions : 1,
+                     weights = (double)node->weight_count;
         const double in = (double)node->fan_in, out = (double)node->fan_out * outputs / kept;
         const double by_rows = 2 * kept * outputs * weights;
         const double factored =
@@ -198,7 +200,7 @@ static int measure(bench_run *bench, job *j, const char *network, const char *ki
             j->context.threads = threads;
             bench_time(bench, threads, run, NULL, j, &timing);
             bench_line(bench, names[which], size, threads, flops_of(j), timing, residual_of(j),
-                       200 * PK__EPSILON);
+                       200 * (sizeof(pk_real) == sizeof(float) ? FLT_EPSILON : DBL_EPSILON));
             if (threads == bench->threads)
                 break;
         }
