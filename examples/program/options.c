@@ -239,6 +239,19 @@ static int refuse_option(const program_command *command, const char *argument)
                   nearest ? nearest : "", nearest ? "?)" : "");
 }
 
+/* A value that is not what is wanted, and what would be. */
+static int refuse_value(const program_option *option, const char *value, const char *message)
+{
+    char known[600] = "";
+    const char *name;
+    size_t used = 0;
+    if (!option->wanted)
+        return refuse("%s: %s", option->name, message);
+    for (size_t i = 0; option->names && (name = option->names(i)) != NULL && used < sizeof known; i++)
+        used += (size_t)snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "; known are: ", name);
+    return refuse("%s: '%s' is not %s%s", option->name, value, option->wanted, known);
+}
+
 /* Reads arguments[*at], and what follows it where that is its value. */
 static int read_option(const program_command *command, int count, char **arguments, int *at, void *settings,
                        uint64_t *given)
@@ -266,8 +279,7 @@ static int read_option(const program_command *command, int count, char **argumen
     pk_context context;
     memset(&context, 0, sizeof context);
     if (!option->parse(&context, value, (char *)settings + option->place))
-        return option->wanted ? refuse("%s: '%s' is not %s", option->name, value, option->wanted)
-                              : refuse("%s: %s", option->name, pk_message(&context));
+        return refuse_value(option, value, pk_message(&context));
     *given |= (uint64_t)1 << i;
     return PROGRAM_GO_ON;
 }

@@ -166,7 +166,7 @@ static pk_status load_constant(void *user, pk_context *context, const char *name
 }
 
 /* A status other than PK_OK as a line that names the option. */
-static int refuse_value(const training *job, pk_status status, const char *option)
+static int refuse_training(const training *job, pk_status status, const char *option)
 {
     return refuse("%s: %s", status == PK_MEMORY_LIMIT ? "--memory" : option, pk_message(&job->context));
 }
@@ -177,7 +177,7 @@ static int read_network(training *job)
     const pk_constants named = {load_constant, &constants};
     const pk_status status = pk_network_parse_with(&job->context, job->set->network, &named, &job->graph);
     if (status)
-        return refuse_value(job, status, "--network");
+        return refuse_training(job, status, "--network");
     if (!job->graph.parameters)
         return refuse("--network: the network has no parameters");
     return PROGRAM_GO_ON;
@@ -191,10 +191,10 @@ static int read_examples(training *job)
     const pk_shape *shape = &job->graph.input_shape;
     pk_status status = pk_array_map(context, set->inputs, 0, &job->train.inputs);
     if (status)
-        return refuse_value(job, status, "--inputs");
+        return refuse_training(job, status, "--inputs");
     status = pk_array_map(context, set->targets, 0, &job->train.targets);
     if (status)
-        return refuse_value(job, status, "--targets");
+        return refuse_training(job, status, "--targets");
     watch_array(set->inputs, &job->train.inputs);
     watch_array(set->targets, &job->train.targets);
     if (pk_array_check_rows(context, &job->train.inputs, shape->rank, shape->dims, set->inputs) != PK_OK)
@@ -211,7 +211,7 @@ static int read_examples(training *job)
         status = pk_graph_check_inputs(context, &job->graph, i, row);
     }
     pk_release(context, row);
-    return status ? refuse_value(job, status, "--inputs") : PROGRAM_GO_ON;
+    return status ? refuse_training(job, status, "--inputs") : PROGRAM_GO_ON;
 }
 
 /* w_0, from the seed or a file. */
@@ -264,7 +264,7 @@ static int read_plan(training *job)
     const pk_status status = pk_parameter_groups_parse(context, &job->graph, &set->optimizer, set->groups.count,
                                                        set->groups.line, &groups);
     if (status)
-        return refuse_value(job, status, "--group");
+        return refuse_training(job, status, "--group");
     pk_parameter_groups_release(context, &groups);
     if (set->keep_every > PK_KEEP_EVERY_MOST)
         return refuse("--keep-every: %zu is more than %d", set->keep_every, (int)PK_KEEP_EVERY_MOST);
