@@ -1972,6 +1972,103 @@ class BruteForce(Case):
                     self.compare(self.certify(trained), optimizer, name, x, y)
 
 
+class Training(Case):
+    """pathkernel train from PyTorch's initial weights: the weights of every step are PyTorch's with the same batches."""
+
+    def follow(self, network, model, loss, text, optimizer, rate, scheduler, clip, x, y, *options):
+        files = {"w0": nn.utils.parameters_to_vector(model.parameters()).detach(), "inputs": x, "targets": y}
+        for name, values in files.items():
+            np.save(os.path.join(self.folder, name + ".npy"), values.numpy())
+        path = {name: os.path.join(self.folder, name + ".npy") for name in files}
+        command = [PROGRAM.removesuffix("-decompose"), "train", self.run_dir, "--network", network, "--loss", loss]
+        command += ["--inputs", path["inputs"], "--targets", path["targets"], "--init", path["w0"], "--seed", "5"]
+        command += ["--optimizer", text, "--rate", rate, "--steps", str(STEPS), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        read = {k: np.load(os.path.join(self.run_dir, k + ".npy")) for k in RECORDED}
+        offsets, epoch = read["batch_offsets"], []
+        for step in range(STEPS):
+            batch = read["batch_items"][offsets[step] : offsets[step + 1]]
+            epoch += list(batch)
+            if len(epoch) == len(x):  # each example once
+                self.assertEqual(sorted(epoch), list(range(len(x))))
+                epoch = []
+            self.assertAlmostEqual(optimizer.param_groups[0]["lr"], read["learning_rates"][step], delta=1e-15)
+            optimizer.zero_grad()
+            OBJECTIVES[loss](model(x[batch]), y[batch]).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            weights = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+            error = np.abs(weights - read["weights"][step + 1]).max()
+            kind = "pathkernel train", "float64"
+            Case.worst[kind] = max(error, Case.worst.get(kind, 0))
+            self.assertLess(error, 1e-12)
+        self.certify(model)
+
+    def test_optimizers_and_schedules(self):
+        schedulers = torch.optim.lr_scheduler
+        optim = torch.optim
+        cases = {
+            "momentum": (
+                "sgd momentum=0.9 weight_decay=0.01",
+                lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+                "0.1",
+                None,
+                None,
+                [],
+            ),
+            "adamw": (
+                "adamw weight_decay=0.1",
+                lambda p: optim.AdamW(p, lr=0.05, weight_decay=0.1),
+                "cosine:0.05:0.001",
+                lambda o: schedulers.CosineAnnealingLR(o, STEPS, 0.001),
+                0.5,
+                ["--batch", "7", "--clip", "0.5"],  # 24 examples: 7, 7, 7 and 3
+            ),
+            "adam": (
+                "adam beta2=0.98",
+                lambda p: optim.Adam(p, lr=0.02, betas=(0.9, 0.98)),
+                "step:0.02:0.5:4",
+                lambda o: schedulers.StepLR(o, 4, 0.5),
+                None,
+                ["--batch", "8"],
+            ),
+            "warm": (
+                "sgd momentum=0.8 nesterov=1",
+                lambda p: optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True),
+                "warmup:5:0.1",
+                lambda o: schedulers.LinearLR(o, 1 / 3, 1, 5),
+                None,
+                ["--batch", "24"],
+            ),
+        }
+        for name, (text, make, rate, schedule, clip, options) in cases.items():
+            with self.subTest(name):
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+                model = network()
+                optimizer = make(model.parameters())
+                scheduler = schedule(optimizer) if schedule else None
+                line = f"input {IN}; dense {HIDDEN}; tanh; dense 6 nobias; tanh; dense {OUT}"
+                self.follow(
+                    line,
+                    model,
+                    "softmax_cross_entropy",
+                    text,
+                    optimizer,
+                    rate,
+                    scheduler,
+                    clip,
+                    *data(),
+                    *options,
+                )
+
+
+RECORDED = ("weights", "batch_offsets", "batch_items", "learning_rates")
+
+
 def tearDownModule():
     print(f"torch {torch.__version__}, NumPy {np.__version__}; the largest errors:")
     for (name, kind), error in sorted(Case.worst.items()):
