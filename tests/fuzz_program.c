@@ -27,6 +27,8 @@ static inline int fuzz_no_exec(void)
 #include "../examples/program/schedule.c"
 #include "../examples/program/train.c"
 #include "../examples/program/decompose.c"
+#include "../examples/program/kernel.c"
+#include "../examples/program/compare.c"
 #include "../examples/program/main.c"
 #undef main
 #undef execv

@@ -1915,13 +1915,521 @@ static void test_train_diverges(void **state)
     assert_false(exists(in_root("no")));
 }
 
+/* ---- pathkernel kernel --------------------------------------------------------------------------------- */
+
+/* Runs `pathkernel kernel` with some options, and compares what it writes with what the library gives for others, bit by
+ * bit. left, right: names of files, or NULL, the training rows; labels: those of classes.npy. */
+static void check_kernel(const char *run_name, const char *line, const char *left, const char *right,
+                         int labels, const pk_kernel_options *options, int rank, const size_t *expected)
+{
+    pk_dataset sides[2];
+    const char *const names[2] = {left, right};
+    pk_run run;
+    size_t shape[6], count = 1;
+    int dimensions;
+    char words[1200];
+    memset(sides, 0, sizeof sides);
+    shell("rm -f K.npy");
+    snprintf(words, sizeof words, "@kernel %%/%s --out %%/K.npy %s", run_name, line);
+    if (finish(start(words)) != 0)
+        fail_msg("%s: %s", words, complained);
+    assert_string_equal(complained, "");
+    if (pk_run_open(&context, in_root("%s", run_name), &run) != PK_OK)
+        fail_msg("%s", pk_message(&context));
+    for (int i = 0; i < 2; i++) {
+        if (names[i])
+            assert_int_equal(pk_array_map(&context, in_root("%s", names[i]), 0, &sides[i].inputs), PK_OK);
+        if (names[i] && labels)
+            assert_int_equal(pk_array_map(&context, in_root("classes.npy"), 0, &sides[i].targets), PK_OK);
+    }
+    const int same = left == right || (left && right && strcmp(left, right) == 0);
+    const pk_dataset *l = left ? &sides[0] : NULL, *r = same ? l : right ? &sides[1] : NULL;
+    if (pk_kernel_shape(&context, &run, l, r, options, shape, &dimensions) != PK_OK)
+        fail_msg("%s", pk_message(&context));
+    assert_int_equal(dimensions, rank);
+    for (int i = 0; i < rank; i++) {
+        assert_int_equal(shape[i], expected[i]);
+        count *= shape[i];
+    }
+    double *gram = (double *)calloc(count, sizeof *gram);
+    assert_non_null(gram);
+    if (pk_kernels(&context, &run, l, r, 1, options, &gram, NULL) != PK_OK)
+        fail_msg("%s: %s", line, pk_message(&context));
+    pk_array made;
+    assert_int_equal(pk_array_map(&context, in_root("K.npy"), 0, &made), PK_OK);
+    assert_int_equal(made.type, PK_FLOAT64);
+    assert_int_equal(made.rank, rank);
+    for (int i = 0; i < rank; i++)
+        assert_int_equal(made.shape[i], expected[i]);
+    if (memcmp(made.data, gram, count * sizeof *gram) != 0)
+        fail_msg("%s: other numbers than the library's", line);
+    pk_array_release(&context, &made);
+    free(gram);
+    for (int i = 0; i < 2; i++) {
+        pk_array_release(&context, &sides[i].inputs);
+        pk_array_release(&context, &sides[i].targets);
+    }
+    pk_run_release(&context, &run);
+}
+
+/* Each flag, and each default. */
+static void test_kernel(void **state)
+{
+    static const size_t at[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, three[] = {7, 2, 2};
+    static const struct {
+        const char *line, *left, *right;
+        int labels, rank;
+        size_t shape[5];
+        pk_kernel_options means;
+    } cases[] = {
+        /* Defaults: the training rows, the trace, the last weights, all steps; auto; weighted by the batch. */
+        {"--kernel ntk", NULL, NULL, 0, 2, {N, N}, {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE}},
+        {"--kernel ntk --left train --right train --steps final --outputs trace --map none",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .steps = at + S, .step_count = 1}},
+        {"--kernel path_average",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_PATH_AVERAGE, .outputs = PK_OUTPUTS_TRACE, .steps = at, .step_count = S + 1}},
+        {"--kernel path",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_TRACE, .steps = at, .step_count = S}},
+        {"--kernel epk --batch weight --rule auto --steps all",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_TRACE}},
+        {"--kernel conjugate", NULL, NULL, 0, 2, {N, N}, {.kind = PK_KERNEL_CONJUGATE}},
+        {"--kernel embedding", NULL, NULL, 0, 2, {N, N}, {.kind = PK_KERNEL_EMBEDDING}},
+        {"--kernel loss_path", NULL, NULL, 0, 2, {N, N}, {.kind = PK_KERNEL_LOSS_PATH}},
+        {"--kernel tracin --rule left", NULL, NULL, 0, 2, {N, N}, {.kind = PK_KERNEL_TRACIN}},
+        /* Sides. */
+        {"--kernel ntk --left %/x.npy --rule auto",
+         "x.npy",
+         "x.npy",
+         0,
+         2,
+         {M, M},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE}},
+        {"--kernel ntk --left %/x.npy --right train",
+         "x.npy",
+         NULL,
+         0,
+         2,
+         {M, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE}},
+        {"--kernel epk --right %/x.npy",
+         NULL,
+         "x.npy",
+         0,
+         2,
+         {N, M},
+         {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_TRACE}},
+        {"--kernel epk --left %/x.npy --right %/200.npy --threads 3",
+         "x.npy",
+         "200.npy",
+         0,
+         2,
+         {M, 200},
+         {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_TRACE}},
+        {"--kernel loss_path --left %/x.npy --left-labels %/classes.npy",
+         "x.npy",
+         "x.npy",
+         1,
+         2,
+         {M, M},
+         {.kind = PK_KERNEL_LOSS_PATH}},
+        {"--kernel tracin --left %/x.npy --left-labels %/classes.npy --right train",
+         "x.npy",
+         NULL,
+         1,
+         2,
+         {M, N},
+         {.kind = PK_KERNEL_TRACIN}},
+        {"--kernel loss_path --right %/x.npy --right-labels %/classes.npy",
+         NULL,
+         "x.npy",
+         1,
+         2,
+         {N, M},
+         {.kind = PK_KERNEL_LOSS_PATH}},
+        /* Outputs. */
+        {"--kernel ntk --outputs full --left %/x.npy --right train",
+         "x.npy",
+         NULL,
+         0,
+         4,
+         {M, OUT, N, OUT},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_FULL}},
+        {"--kernel ntk --outputs mean",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_MEAN}},
+        {"--kernel ntk --outputs sum",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_SUM}},
+        {"--kernel ntk --outputs 2",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_ONE, .output = 2}},
+        {"--kernel ntk --outputs label",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_LABEL}},
+        {"--kernel ntk --outputs label --left %/x.npy --left-labels %/classes.npy --right train",
+         "x.npy",
+         NULL,
+         1,
+         2,
+         {M, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_LABEL}},
+        /* Steps. */
+        {"--kernel ntk --steps initial",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .steps = at, .step_count = 1}},
+        {"--kernel ntk --steps all --left %/x.npy",
+         "x.npy",
+         "x.npy",
+         0,
+         3,
+         {S + 1, M, M},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .steps = at, .step_count = S + 1}},
+        {"--kernel ntk --steps 7,2,2 --by-layer",
+         NULL,
+         NULL,
+         0,
+         4,
+         {3, 2, N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .steps = three, .step_count = 3, .by_layer = 1}},
+        {"--kernel path --steps initial",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_TRACE, .steps = at, .step_count = 1}},
+        {"--kernel path --steps final",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_TRACE, .steps = at + S - 1, .step_count = 1}},
+        /* Rules, weights, maps. */
+        {"--kernel path --rule left",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_TRACE, .quadrature = {PK_RULE_LEFT, 0}}},
+        {"--kernel path --rule trapezoid",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_TRACE, .quadrature = {PK_RULE_TRAPEZOID, 2}}},
+        {"--kernel epk --rule gauss:3 --left %/x.npy",
+         "x.npy",
+         "x.npy",
+         0,
+         2,
+         {M, M},
+         {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_TRACE, .quadrature = {PK_RULE_GAUSS, 3}}},
+        {"--kernel epk --batch none",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_TRACE, .unweighted = 1}},
+        {"--kernel conjugate --append-one",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_CONJUGATE, .append_one = 1}},
+        {"--kernel ntk --map cosine --left %/x.npy --right train",
+         "x.npy",
+         NULL,
+         0,
+         2,
+         {M, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .map = PK_MAP_COSINE}},
+        {"--kernel ntk --map center",
+         NULL,
+         NULL,
+         0,
+         2,
+         {N, N},
+         {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .map = PK_MAP_CENTER}},
+        {"--kernel epk --by-layer --left %/x.npy --right train",
+         "x.npy",
+         NULL,
+         0,
+         3,
+         {2, M, N},
+         {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_TRACE, .by_layer = 1}},
+    };
+    int64_t classes[M];
+    (void)state;
+    for (int i = 0; i < M; i++)
+        classes[i] = i % OUT;
+    write_array("classes.npy", PK_INT64, 1, M, 0, classes);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_kernel("tanh", cases[i].line, cases[i].left, cases[i].right, cases[i].labels, &cases[i].means,
+                     cases[i].rank, cases[i].shape);
+}
+
+/* Python's numbers for each text of --steps: the matrix of each, in that order. */
+static void test_kernel_steps(void **state)
+{
+    static const struct {
+        const char *text;
+        size_t count, steps[S + 1];
+    } cases[] = {{"0:13:4", 4, {0, 4, 8, 12}},
+                 {"0:12:4", 3, {0, 4, 8}},
+                 {"3:20:9", 2, {3, 12}},
+                 {"5:6:1", 1, {5}},
+                 {"2:5", 3, {2, 3, 4}},
+                 {":3", 3, {0, 1, 2}},
+                 {"10:", 3, {10, 11, 12}},
+                 {"::6", 3, {0, 6, 12}},
+                 {"11", 1, {11}},
+                 {"12,0", 2, {12, 0}},
+                 {"initial", 1, {0}},
+                 {"final", 1, {12}}};
+    pk_array all;
+    (void)state;
+    expect(0, "@kernel %%/tanh --kernel ntk --steps all --out %%/all.npy --left %%/x.npy");
+    assert_int_equal(pk_array_map(&context, in_root("all.npy"), 0, &all), PK_OK);
+    assert_int_equal(all.shape[0], S + 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        pk_array some;
+        expect(0, "@kernel %%/tanh --kernel ntk --steps %s --out %%/some.npy --left %%/x.npy", cases[i].text);
+        assert_int_equal(pk_array_map(&context, in_root("some.npy"), 0, &some), PK_OK);
+        assert_int_equal(some.rank, cases[i].count > 1 ? 3 : 2);
+        assert_int_equal(pk_array_items(&some), cases[i].count * M * M);
+        for (size_t k = 0; k < cases[i].count; k++)
+            assert_memory_equal(numbers(&some) + k * M * M, numbers(&all) + cases[i].steps[k] * M * M,
+                                M * M * sizeof(double));
+        pk_array_release(&context, &some);
+    }
+    pk_array_release(&context, &all);
+}
+
+static void test_kernel_refuses(void **state)
+{
+#define KERNEL "@kernel %/tanh --out %/no.npy --kernel "
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"@kernel", "no run directory is given"},
+        {"@kernel %/tanh", "--kernel NAME is missing"},
+        {"@kernel %/tanh --kernel ntk", "--out K.npy is missing"},
+        {"@kernel %/gone --kernel ntk --out %/no.npy", "/gone/run.txt: No such file"},
+        {KERNEL "nkt", "'nkt' is not a kernel; known are: ntk, conjugate"},
+        {KERNEL "ntk --left %/gone.npy", "--left: "},
+        {KERNEL "ntk --left %/bad-wide.npy", "--left: "},
+        {KERNEL "ntk --left %/bad-nan.npy", "not finite"},
+        {KERNEL "ntk --right %/gone.npy", "--right: "},
+        {KERNEL "ntk --left-labels %/classes.npy", "the training rows have labels of their own"},
+        {KERNEL "ntk --left %/x.npy --right-labels %/classes.npy", "--right-labels: without --right"},
+        {KERNEL "ntk --left %/x.npy --outputs label", "labels"},
+        {KERNEL "ntk --left %/x.npy --outputs label --left-labels %/bad-few.npy", "--left-labels: "},
+        {KERNEL "ntk --left %/x.npy --outputs label --left-labels %/gone.npy", "--left-labels: "},
+        {KERNEL "ntk --left %/x.npy --outputs label --left-labels %/high-classes.npy", "label"},
+        {KERNEL "ntk --left %/x.npy --outputs label --left-labels %/x.npy", "label"},
+        {KERNEL "loss_path --left %/x.npy", "targets"},
+        {KERNEL "tracin --left %/x.npy --right train", "targets"},
+        {KERNEL "ntk --outputs all",
+         "'all' is not an output mode or the number of an output, counted from 0; known are: full"},
+        {KERNEL "ntk --outputs 3", "output 3"},
+        {KERNEL "ntk --outputs -1", "'-1' is not an output mode"},
+        {KERNEL "conjugate --outputs trace", "--outputs: the kernel conjugate has none"},
+        {KERNEL "embedding --outputs full", "--outputs: the kernel embedding has none"},
+        {KERNEL "loss_path --outputs 0", "--outputs: the kernel loss_path has none"},
+        {KERNEL "tracin --outputs sum", "--outputs: the kernel tracin has none"},
+        {KERNEL "ntk --steps 13", "--steps: '13' has 13; the run has the weights 0 to 12"},
+        {KERNEL "ntk --steps 0,13", "the run has the weights 0 to 12"},
+        {KERNEL "ntk --steps -1", "--steps: '-1' is not"},
+        {KERNEL "ntk --steps 3:14:10", "has 13; the run has the weights 0 to 12"},
+        {KERNEL "ntk --steps 0:20:1", "'0:20:1' has 19; the run has the weights 0 to 12"},
+        {KERNEL "ntk --steps 5:5:1", "--steps: '5:5:1' is not"},
+        {KERNEL "ntk --steps 0:5:0", "--steps: '0:5:0' is not"},
+        {KERNEL "ntk --steps 0:5:-1", "--steps: '0:5:-1' is not"},
+        {KERNEL "ntk --steps 1:2:3:4", "--steps: '1:2:3:4' is not"},
+        {KERNEL "ntk --steps 1,", "--steps: '1,' is not"},
+        {KERNEL "ntk --steps last", "--steps: 'last' is not"},
+        {KERNEL "ntk --steps 99999999999999999999", "--steps: '9999"},
+        {KERNEL "path --steps 12", "the run has the steps 0 to 11"},
+        {KERNEL "tracin --steps 0:13:12", "the run has the steps 0 to 11"},
+        {KERNEL "path --rule simpson", "'simpson' is not a rule; these are: auto"},
+        {KERNEL "path --rule gauss", "'gauss' is not a rule"},
+        {KERNEL "path --rule exact", "rule"},
+        {KERNEL "tracin --rule auto", "it has no rule but left"},
+        {KERNEL "tracin --rule gauss:2", "it has no rule but left"},
+        {KERNEL "ntk --rule trapezoid", "it has no rule but left"},
+        {KERNEL "ntk --batch none", "--batch: the kernel ntk has no weights of batches"},
+        {KERNEL "path --batch weight", "--batch: the kernel path has no weights of batches"},
+        {KERNEL "epk --batch mean", "--batch: 'mean' is not weight or none"},
+        {KERNEL "ntk --append-one", "--append-one: "},
+        {KERNEL "ntk --map cos", "'cos' is not a map; known are: none, cosine, center"},
+        {KERNEL "ntk --map center --right %/x.npy", "same rows"},
+        {KERNEL "ntk --map cosine --outputs full", "map"},
+        {KERNEL "ntk --tolerance 0", "--tolerance: '0' is not a positive"},
+        {KERNEL "ntk --threads 0", "--threads: '0' is not"},
+        {KERNEL "ntk --memory 1K", "--memory: "},
+        {KERNEL "ntk --by-layers", "unknown option '--by-layers' (is it --by-layer?)"},
+        {"@kernel %/tanh --kernel ntk --out %/gone/no.npy", "no.npy: "},
+        {"@kernel %/tanh --kernel ntk --left %/x.npy --out %/x.npy", "x.npy is read; it would be overwritten"},
+        {"@kernel %/still --kernel path --steps final --out %/no.npy", "--steps: the run has no steps"},
+    };
+#undef KERNEL
+    int64_t classes[M] = {0};
+    double wide[M * 5] = {0};
+    classes[4] = OUT;
+    (void)state;
+    write_array("high-classes.npy", PK_INT64, 1, M, 0, classes);
+    write_array("bad-few.npy", PK_INT64, 1, M - 1, 0, classes);
+    write_array("bad-wide.npy", PK_FLOAT64, 2, M, 5, wide);
+    wide[3 * IN + 1] = NAN;
+    write_array("bad-nan.npy", PK_FLOAT64, 2, M, IN, wide);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_refused(cases[i].arguments, cases[i].words);
+        if (exists(in_root("no.npy")) || exists(in_root("no.npy.part")))
+            fail_msg("%s leaves a file", cases[i].arguments);
+    }
+}
+
+/* ---- pathkernel compare -------------------------------------------------------------------------------- */
+
+/* The table: rules in their order, what they leave, and the picture where gnuplot is. */
+static void test_compare(void **state)
+{
+    static const char *const rules[] = {"left",        "segment",     "path_integral", "trapezoid",
+                                        "midpoint",    "checkpoints", "linear_start",  "linear_end",
+                                        "telescoping", "exact"};
+    char text[TEXT];
+    pk_array closure;
+    double residual[10], median[10];
+    (void)state;
+    expect(0, "@compare %%/tanh --inputs %%/x.npy --out %%/compared");
+    assert_string_equal(complained, "");
+    read_text(in_root("compared/compare.csv"), text);
+    char *line = strtok(text, "\n");
+    assert_string_equal(line, "rule,residual_max,residual_median,spearman,seconds");
+    for (int i = 0; i < 10; i++) {
+        char name[40], end;
+        double rank = NAN, seconds = -1;
+        line = strtok(NULL, "\n");
+        assert_non_null(line);
+        assert_non_null(strstr(told, rules[i]));
+        assert_int_equal(sscanf(line, "%39[^,],%lf,%lf%c", name, &residual[i], &median[i], &end), 4);
+        assert_string_equal(name, rules[i]);
+        assert_true(end == ',' && median[i] >= 0 && median[i] <= residual[i]);
+        const char *last = strrchr(line, ','), *third = last - 1;
+        assert_int_equal(sscanf(last, ",%lf", &seconds), 1);
+        assert_true(seconds >= 0);
+        while (*third != ',')
+            third--;
+        assert_int_equal(sscanf(third, ",%lf,", &rank), i != 8); /* telescoping has none */
+        if (i != 8)
+            assert_true(rank >= -1 && rank <= 1 + 1e-12);
+        else
+            assert_int_equal(third + 1, last);
+        if (i == 9)
+            assert_true(fabs(rank - 1) < 1e-12 && residual[9] < EITHER(1e-11, 1e-3));
+    }
+    assert_null(strtok(NULL, "\n"));
+    assert_true(residual[0] > 10 * residual[9] && fabs(residual[0] - residual[8]) < EITHER(1e-12, 1e-3));
+    /* What the left rule leaves is the closure of a decomposition by it. */
+    expect(1, "@decompose %%/tanh --inputs %%/x.npy --out %%/by-left --quadrature left --top 0");
+    closure = result(in_root("by-left/closure.npy"), M, OUT, 0, 0);
+    double largest = 0;
+    for (size_t i = 0; i < M * OUT; i++)
+        largest = fmax(largest, fabs(numbers(&closure)[i]));
+    pk_array_release(&context, &closure);
+    assert_true(fabs(largest - residual[0]) <= EITHER(1e-12, 1e-3) * fmax(1, largest));
+    assert_true(exists(in_root("compared/compare.gp")));
+    if (system("gnuplot --version >/dev/null 2>&1") != 0)
+        print_message("no picture: gnuplot is not installed\n");
+    else if (!exists(in_root("compared/compare.png")))
+        fail_msg("gnuplot is there, and no compare.png");
+    assert_false(exists(in_root("compared/compare.csv.part")));
+    assert_false(exists(in_root("compared/.pathkernel")));
+    /* Again, in place of the first one; and a manifest that declares another optimizer. */
+    expect(0, "@compare %%/adamw --inputs %%/x.npy --out %%/compared --threads 1");
+    shell(
+        "rm -rf forgotten-too && cp -r relu forgotten-too && sed -i 's/momentum=0.9//' forgotten-too/run.txt");
+    expect(1, "@compare %%/forgotten-too --inputs %%/x.npy --out %%/compared");
+    assert_non_null(strstr(complained, "the declared training"));
+}
+
+static void test_compare_refuses(void **state)
+{
+    static const struct {
+        const char *arguments, *words;
+    } cases[] = {
+        {"@compare", "no run directory is given"},
+        {"@compare %/tanh", "--inputs X.npy is missing"},
+        {"@compare %/tanh --inputs %/x.npy", "--out DIR is missing"},
+        {"@compare %/gone --inputs %/x.npy --out %/no", "/gone/run.txt: No such file"},
+        {"@compare %/tanh --inputs %/gone.npy --out %/no", "--inputs: "},
+        {"@compare %/tanh --inputs %/bad-wide.npy --out %/no", "rows of 5 numbers; the network takes 4"},
+        {"@compare %/tanh --inputs %/bad-nan.npy --out %/no", "bad-nan.npy: row 3, number 1 is NaN"},
+        {"@compare %/tanh --inputs %/x.npy --out %/x.npy", "there is a file of that name"},
+        {"@compare %/tanh --inputs %/x.npy --out %/no --threads 0", "--threads: '0' is not"},
+        {"@compare %/tanh --inputs %/x.npy --out %/no --memory 1K", "--memory: "},
+        {"@compare %/tanh --inputs %/x.npy --out %/no --ouputs 1", "unknown option '--ouputs'"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        expect_refused(cases[i].arguments, cases[i].words);
+        assert_false(exists(in_root("no")));
+    }
+}
+
 /* What a user sees who does not know the program. */
 static void test_subcommands(void **state)
 {
-    static const char *const names[] = {"train", "decompose"};
+    static const char *const names[] = {"train", "decompose", "kernel", "compare"};
     (void)state;
-    expect_refused("@", "no subcommand is given; these are: train, decompose");
-    expect_refused("@trian", "'trian' is not a subcommand (is it train?); these are: train, decompose");
+    expect_refused("@", "no subcommand is given; these are: train, decompose, kernel, compare");
+    expect_refused("@trian",
+                   "'trian' is not a subcommand (is it train?); these are: train, decompose, kernel, compare");
     expect_refused("@dcompose --help", "(is it decompose?)");
     expect_refused("@tanh --inputs x", "'tanh' is not a subcommand");
     expect_refused("@--inputs x", "'--inputs' is not a subcommand");
@@ -1954,6 +2462,9 @@ static void test_subcommands(void **state)
     expect(0, "@decompose --help");
     for (int i = 0; pk_rule_name((pk_rule)i); i++)
         assert_non_null(strstr(told, pk_rule_name((pk_rule)i)));
+    expect(0, "@kernel --help");
+    for (int i = 1; pk_kernel_name((pk_kernel_kind)i); i++)
+        assert_non_null(strstr(told, pk_kernel_name((pk_kernel_kind)i)));
     expect_refused("@decompose %/tanh --input %/x.npy", "unknown option '--input' (is it --inputs?)");
     /* Both names do the same. */
     expect(0, "@decompose %%/tanh --inputs %%/x.npy --out %%/by-name --top 0");
@@ -1966,25 +2477,46 @@ int main(int count, char **arguments)
     const char *given = getenv("PATHKERNEL_DECOMPOSE");
     const char *slash = count > 0 ? strrchr(arguments[0], '/') : NULL;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_subcommands),     cmocka_unit_test(test_train),
-        cmocka_unit_test(test_train_bits),      cmocka_unit_test(test_train_rates),
-        cmocka_unit_test(test_train_refuses),   cmocka_unit_test(test_train_resumes),
-        cmocka_unit_test(test_train_diverges),  cmocka_unit_test(test_results),
-        cmocka_unit_test(test_same_bytes),      cmocka_unit_test(test_outputs),
-        cmocka_unit_test(test_input_types),     cmocka_unit_test(test_axes),
-        cmocka_unit_test(test_until),           cmocka_unit_test(test_recover),
-        cmocka_unit_test(test_not_closed),      cmocka_unit_test(test_bounds),
-        cmocka_unit_test(test_no_steps),        cmocka_unit_test(test_printed),
-        cmocka_unit_test(test_wrong_optimizer), cmocka_unit_test(test_bad_arguments),
-        cmocka_unit_test(test_bad_files),       cmocka_unit_test(test_unwritable),
-        cmocka_unit_test(test_full_disk),       cmocka_unit_test(test_short_spin),
+        cmocka_unit_test(test_subcommands),
+        cmocka_unit_test(test_train),
+        cmocka_unit_test(test_train_bits),
+        cmocka_unit_test(test_train_rates),
+        cmocka_unit_test(test_train_refuses),
+        cmocka_unit_test(test_train_resumes),
+        cmocka_unit_test(test_train_diverges),
+        cmocka_unit_test(test_results),
+        cmocka_unit_test(test_kernel),
+        cmocka_unit_test(test_kernel_steps),
+        cmocka_unit_test(test_kernel_refuses),
+        cmocka_unit_test(test_compare),
+        cmocka_unit_test(test_compare_refuses),
+        cmocka_unit_test(test_same_bytes),
+        cmocka_unit_test(test_outputs),
+        cmocka_unit_test(test_input_types),
+        cmocka_unit_test(test_axes),
+        cmocka_unit_test(test_until),
+        cmocka_unit_test(test_recover),
+        cmocka_unit_test(test_not_closed),
+        cmocka_unit_test(test_bounds),
+        cmocka_unit_test(test_no_steps),
+        cmocka_unit_test(test_printed),
+        cmocka_unit_test(test_wrong_optimizer),
+        cmocka_unit_test(test_bad_arguments),
+        cmocka_unit_test(test_bad_files),
+        cmocka_unit_test(test_unwritable),
+        cmocka_unit_test(test_full_disk),
+        cmocka_unit_test(test_short_spin),
 #ifdef __linux__
         cmocka_unit_test(test_small_disk),
 #endif
-        cmocka_unit_test(test_cancel),          cmocka_unit_test(test_terminal),
-        cmocka_unit_test(test_again),           cmocka_unit_test(test_closed_streams),
-        cmocka_unit_test(test_one_folder),      cmocka_unit_test(test_places),
-        cmocka_unit_test(test_shrinking),       cmocka_unit_test(test_memory_of_inputs),
+        cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_terminal),
+        cmocka_unit_test(test_again),
+        cmocka_unit_test(test_closed_streams),
+        cmocka_unit_test(test_one_folder),
+        cmocka_unit_test(test_places),
+        cmocka_unit_test(test_shrinking),
+        cmocka_unit_test(test_memory_of_inputs),
 #ifdef __linux__
         cmocka_unit_test(test_kill_publishing),
 #endif

@@ -4,7 +4,7 @@
  *     options.c     the arguments of a subcommand, read and explained from a table of options
  *     report.c      messages, progress, signals
  *     folder.c      a folder of results that take their names all at once
- *     train.c, schedule.c, decompose.c    the subcommands
+ *     train.c, schedule.c, decompose.c, kernel.c, compare.c    the subcommands
  *     library.c     the library
  *
  * Exit status: 0 done, 1 done but a stated tolerance was missed, 2 anything else, with one line on standard error that
@@ -51,7 +51,7 @@ typedef struct program_command {
                char **arguments); /* without the program's name */
 } program_command;
 
-extern const program_command train_command, decompose_command;
+extern const program_command train_command, decompose_command, kernel_command, compare_command;
 
 /* "pathkernel train", which begins each message. */
 extern char program_name[64];
@@ -100,6 +100,9 @@ const char *nearest_word(const char *word, size_t count, const char *const *word
 
 /* One line on standard error, whatever the arguments contain. Returns PROGRAM_FAILED. */
 PROGRAM_FORMAT(1, 2) int refuse(const char *format, ...);
+
+/* The same of a run that could not be opened. */
+int refuse_run(const pk_context *context, pk_status status, const char *run);
 
 void clear_line(void); /* a progress line on the terminal, if there is one */
 double program_seconds(void);

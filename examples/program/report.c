@@ -45,6 +45,14 @@ int refuse(const char *format, ...)
     return PROGRAM_FAILED;
 }
 
+int refuse_run(const pk_context *context, pk_status status, const char *run)
+{
+    const char *message = pk_message(context);
+    const int named = strstr(message, run) != NULL;
+    return refuse("%s%s%s%s", status == PK_MEMORY_LIMIT ? "--memory: " : "", named ? "" : run,
+                  named ? "" : ": ", message);
+}
+
 const char *duration(double seconds, char text[32])
 {
     if (seconds < 10)
