@@ -406,12 +406,75 @@ GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *n
     return 1;
 }
 
+/* Operations on several values, and views; 0: not such an operation. a, b: its first two inputs. */
+GO_FUNCTION int go_values(go_tape *tape, const pk_node *node, const char *name, const go_number *a,
+                          go_number *y)
+{
+    const go_number *b = tape->value[node->inputs[node->input_count > 1]];
+    const pk_node *first = &tape->graph->nodes[node->inputs[0]];
+    const pk_shape *shape = &node->shape, *from = &first->shape;
+    const double *attribute = node->attributes;
+    for (size_t i = 0; i < node->width; i++) {
+        size_t index[PK_SHAPE_RANK], rest = i;
+        for (int d = shape->rank - 1; d >= 0; d--) {
+            index[d] = rest % shape->dims[d];
+            rest /= shape->dims[d];
+        }
+        if (strcmp(name, "multiply") == 0) {
+            go_from(tape, a[i], b[i].value);
+            go_from(tape, b[i], a[i].value);
+            y[i] = go_number_of(tape, a[i].value * b[i].value);
+        } else if (strcmp(name, "matmul") == 0) {
+            const size_t row = index[shape->rank - 2], column = index[shape->rank - 1];
+            const size_t m = shape->dims[shape->rank - 2], n = shape->dims[shape->rank - 1];
+            const size_t k = from->dims[from->rank - 1], which = i / (m * n);
+            bf_real sum = 0;
+            for (size_t l = 0; l < k; l++) {
+                const go_number p = a[which * m * k + row * k + l];
+                const go_number q = b[which * k * n + (attribute[0] != 0 ? column * k + l : l * n + column)];
+                go_from(tape, p, q.value);
+                go_from(tape, q, p.value);
+                sum += p.value * q.value;
+            }
+            y[i] = go_number_of(tape, sum);
+        } else if (strcmp(name, "view") == 0) {
+            size_t at = (size_t)attribute[9];
+            for (int d = 0; d < shape->rank; d++)
+                at += index[d] * (size_t)attribute[5 + d];
+            y[i] = a[at];
+        } else if (strcmp(name, "sum") == 0) {
+            const int axis = (int)attribute[0];
+            size_t at = 0;
+            bf_real sum = 0;
+            for (size_t l = 0; l < from->dims[axis]; l++) {
+                at = 0;
+                for (int d = 0, own = 0; d < from->rank; d++)
+                    at = at * from->dims[d] + (d == axis ? l : index[own++]);
+                go_from(tape, a[at], 1);
+                sum += a[at].value;
+            }
+            y[i] = go_number_of(tape, sum);
+        } else if (strcmp(name, "concatenate") == 0) {
+            const int axis = (int)attribute[0];
+            int j = 0;
+            for (; index[axis] >= tape->graph->nodes[node->inputs[j]].shape.dims[axis]; j++)
+                index[axis] -= tape->graph->nodes[node->inputs[j]].shape.dims[axis];
+            size_t at = 0;
+            for (int d = 0; d < shape->rank; d++)
+                at = at * tape->graph->nodes[node->inputs[j]].shape.dims[d] + index[d];
+            y[i] = tape->value[node->inputs[j]][at];
+        } else
+            return 0;
+    }
+    return 1;
+}
+
 /* What has no arithmetic of its own; 0: not such an operation. data: the row of the network's inputs. */
 GO_FUNCTION int go_structure(go_tape *tape, const pk_node *node, const char *name, const go_number *x,
                              size_t in, const pk_real *data, go_number *y)
 {
     const size_t width = node->shape.dims[node->shape.rank - 1];
-    if (strcmp(name, "flatten") == 0) {
+    if (strcmp(name, "flatten") == 0 || strcmp(name, "reshape") == 0) {
         memcpy(y, x, node->width * sizeof *y);
     } else if (strcmp(name, "add") == 0) {
         for (size_t i = 0; i < node->width; i++) {
@@ -419,7 +482,7 @@ GO_FUNCTION int go_structure(go_tape *tape, const pk_node *node, const char *nam
             for (int j = 1; j < node->input_count; j++)
                 y[i] = go_mix(tape, 1, y[i], 1, tape->value[node->inputs[j]][i], 0);
         }
-    } else if (strcmp(name, "position") == 0) {
+    } else if (strcmp(name, "position") == 0 || strcmp(name, "parameter") == 0) {
         for (size_t i = 0; i < node->width; i++)
             y[i] = go_weight(tape, node, i);
     } else if (strcmp(name, "constant") == 0) {
@@ -500,7 +563,7 @@ GO_FUNCTION const go_number *go_forward(go_tape *tape, const pk_real *data)
                 go_softmax(tape, last, name[0] == 'l', x + at, y + at);
         else if (strcmp(name, "attend") == 0)
             go_attend(tape, node, x, y);
-        else if (!go_elementwise(tape, node, name, x, y) &&
+        else if (!go_elementwise(tape, node, name, x, y) && !go_values(tape, node, name, x, y) &&
                  !go_structure(tape, node, name, x, before->width, data, y)) {
             fprintf(stderr, "graph_oracle.h has no formula for '%s'\n", name);
             abort();

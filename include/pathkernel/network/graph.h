@@ -34,6 +34,7 @@ typedef struct pk_shape {
 typedef enum pk_smoothness {
     PK_LINEAR,           /* linear (a constant may be added) */
     PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
+    PK_MULTILINEAR,      /* linear in each input, the others held: degrees along a line add up */
     PK_SMOOTH,           /* analytic, not polynomial */
     PK_SURROGATE         /* the reverse rule is not the derivative: no path integral can close */
 } pk_smoothness;
@@ -167,7 +168,7 @@ typedef struct pk_operation {
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
     int elementwise;                       /* one input of the same shape, number by number, no weights */
-    /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
+    /* PK_SMOOTH and PK_MULTILINEAR: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
      * Operations that are linear in their inputs or between kinks need none. */
     void (*curvature)(const pk_call *call);
     /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each position; NULL: in[0] has this layout. It is not
@@ -289,12 +290,13 @@ static void pk__node_analyse(const pk_graph *graph, pk_node *node)
         node->input_constant &= !input->varies;
         if (input->degree < 0 || node->degree < 0)
             node->degree = -1;
+        else if (operation->smoothness == PK_MULTILINEAR)
+            node->degree += input->degree;
         else if (input->degree > node->degree)
             node->degree = input->degree;
     }
     node->varies = !node->input_constant || node->weight_count > 0;
-    if (!node->input_constant && operation->smoothness != PK_LINEAR &&
-        operation->smoothness != PK_PIECEWISE_LINEAR)
+    if (!node->input_constant && (operation->smoothness == PK_SMOOTH || operation->smoothness == PK_SURROGATE))
         node->degree = -1;
     if (node->weight_count > 0)
         node->degree = node->degree < 0 || !operation->linear_in_weights ? -1 : node->degree + 1;

@@ -69,7 +69,7 @@ typedef struct pk__layer {
 /* A layer that named itself, and the nodes it is made of. */
 typedef struct pk__named_layer {
     char name[PK_CONSTANT_NAME];
-    size_t first, last; /* nodes first .. last - 1 */
+    size_t first, last; /* nodes first .. last - 1; of a value that `as` names, first alone, and last == 0 */
 } pk__named_layer;
 
 typedef struct pk__parser {
@@ -119,7 +119,13 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
 /* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
 #define PK__OTHER_LAYERS                                                                                \
     "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
-    "attention"
+    "attention as from add subtract concat slice permute mean"
+
+/* Operations that the language builds only as parts of its layers. */
+static int pk__is_part(const char *name)
+{
+    return strcmp(name, "concatenate") == 0 || strcmp(name, "view") == 0;
+}
 
 /* An operation by name, built in or the context's; NULL where there is none. */
 static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
@@ -170,7 +176,7 @@ static void pk__nearest_layer(const pk_context *context, const char *word, int m
         return;
     }
     for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
-        if (strcmp(operation->name, "add") != 0 &&
+        if (!pk__is_part(operation->name) &&
             pk__word_distance(operation->name, strlen(operation->name), word) < best) {
             best = pk__word_distance(operation->name, strlen(operation->name), word);
             snprintf(name, size, "%s", operation->name);
@@ -739,6 +745,248 @@ static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
                             NULL, &parser->node);
 }
 
+/* ---- values that have names ------------------------------------------------------------------------ */
+
+static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first,
+                                size_t last);
+
+/* The node of a value that `as` named, or of the network's inputs. */
+static pk_status pk__find_value(pk__parser *parser, const char *layer, const char *name, int *node)
+{
+    *node = 0;
+    if (strcmp(name, "input") == 0)
+        return PK_OK;
+    for (size_t i = 0; i < parser->named_count; i++)
+        if (!parser->named[i].last && strcmp(parser->named[i].name, name) == 0) {
+            *node = (int)parser->named[i].first;
+            return PK_OK;
+        }
+    return pk__fail(parser->context, PK_FORMAT,
+                    "%s: no value before it has the name '%.40s': 'as NAME' names one", layer, name);
+}
+
+/* Whether a layer has from least to most words behind its name; what: what they are. */
+static pk_status pk__check_words(pk__parser *parser, const pk__layer *layer, int least, int most,
+                                 const char *what)
+{
+    const int count = layer->count - 1;
+    for (int i = 1; i < layer->count; i++) {
+        pk_status status = pk__check_word(parser->context, layer->words[i]);
+        if (status)
+            return status;
+    }
+    if (count < least)
+        return pk__fail(parser->context, PK_FORMAT, "%s needs %s", layer->words[0], what);
+    if (count > most)
+        return pk__fail(parser->context, PK_FORMAT, "%s needs %s, and '%.40s' stands behind that%s",
+                        layer->words[0], what, layer->words[most + 1],
+                        pk__separator_hint(parser->context, layer->words[most + 1]));
+    return PK_OK;
+}
+
+/* A word that is a whole number from 0 on. */
+static pk_status pk__whole_word(pk__parser *parser, const pk__layer *layer, int word, double *number)
+{
+    const char *text = layer->words[word];
+    if (pk__number(text, strlen(text), number) && *number >= 0 && *number <= 1e15 && *number == floor(*number))
+        return PK_OK;
+    return pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' is not a whole number", layer->words[0], text);
+}
+
+/* as NAME, from NAME. */
+static pk_status pk__name_layer_value(pk__parser *parser, const pk__layer *layer)
+{
+    pk_status status = pk__check_words(parser, layer, 1, 1, "a name");
+    if (status)
+        return status;
+    if (strcmp(layer->words[0], "from") == 0)
+        return pk__find_value(parser, layer->words[0], layer->words[1], &parser->node);
+    return pk__name_nodes(parser, layer->words[0], layer->words[1], (size_t)parser->node, 0);
+}
+
+/* A view of the branch in hand: shape, strides and the first number. */
+static pk_status pk__append_view(pk__parser *parser, const pk_shape *shape, const size_t *strides,
+                                 size_t offset)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_VIEW_RANK] = shape->rank;
+    for (int i = 0; i < shape->rank; i++) {
+        attributes[PK_VIEW_DIMS + i] = (double)shape->dims[i];
+        attributes[PK_VIEW_STRIDES + i] = (double)strides[i];
+    }
+    attributes[PK_VIEW_OFFSET] = (double)offset;
+    return pk__append(parser, "view", attributes, 0, NULL);
+}
+
+/* strides[i]: from one number to the next along axis i. */
+static void pk__shape_strides(const pk_shape *shape, size_t *strides)
+{
+    size_t stride = 1;
+    for (int i = shape->rank - 1; i >= 0; i--) {
+        strides[i] = stride;
+        stride *= shape->dims[i];
+    }
+}
+
+/* The branch in hand repeated, as NumPy broadcasts, so that it has the shape. */
+static pk_status pk__append_broadcast(pk__parser *parser, const pk_shape *shape)
+{
+    const pk_shape own = *pk__branch_shape(parser);
+    size_t from[PK_SHAPE_RANK], strides[PK_SHAPE_RANK];
+    if (own.rank == shape->rank && memcmp(own.dims, shape->dims, (size_t)own.rank * sizeof *own.dims) == 0)
+        return PK_OK;
+    pk__shape_strides(&own, from);
+    for (int i = 0; i < shape->rank; i++) {
+        const int axis = i - (shape->rank - own.rank);
+        strides[i] = axis >= 0 && own.dims[axis] > 1 ? from[axis] : 0;
+    }
+    return pk__append_view(parser, shape, strides, 0);
+}
+
+/* add NAME, subtract NAME, multiply NAME: axes of one number, and missing ones in front, are repeated. */
+static pk_status pk__pair_layer(pk__parser *parser, const pk__layer *layer)
+{
+    pk_context *context = parser->context;
+    int nodes[2] = {parser->node, 0};
+    char texts[2][PK_SHAPE_TEXT];
+    pk_status status = pk__check_words(parser, layer, 1, 1, "the name of a value");
+    if (!status)
+        status = pk__find_value(parser, layer->words[0], layer->words[1], &nodes[1]);
+    if (status)
+        return status;
+    const pk_shape a = parser->graph->nodes[nodes[0]].shape, b = parser->graph->nodes[nodes[1]].shape;
+    pk_shape shape = a.rank >= b.rank ? a : b;
+    for (int i = 1; i <= shape.rank; i++) {
+        const size_t m = i <= a.rank ? a.dims[a.rank - i] : 1, n = i <= b.rank ? b.dims[b.rank - i] : 1;
+        if (m != n && m != 1 && n != 1)
+            return pk__fail(context, PK_SHAPE, "%s: values of %s and of %s ('%.40s') do not fit",
+                            layer->words[0], pk_shape_text(&a, texts[0]), pk_shape_text(&b, texts[1]),
+                            layer->words[1]);
+        shape.dims[shape.rank - i] = m > n ? m : n;
+    }
+    for (int j = 0; j < 2 && !status; j++) {
+        parser->node = nodes[j];
+        status = pk__append_broadcast(parser, &shape);
+        if (!status && j && strcmp(layer->words[0], "subtract") == 0)
+            status = pk__append_scale(parser, -1);
+        nodes[j] = parser->node;
+    }
+    const char *name = strcmp(layer->words[0], "multiply") == 0 ? "multiply" : "add";
+    return status ? status
+                  : pk__graph_append(context, parser->graph, pk_operation_find(name), 2, nodes, NULL, 0, NULL,
+                                     NULL, &parser->node);
+}
+
+/* matmul NAME [transpose]: the value in hand times the named one, or its transpose. */
+static pk_status pk__matmul_layer(pk__parser *parser, const pk__layer *layer)
+{
+    int nodes[2] = {parser->node, 0};
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__check_words(parser, layer, 1, 2, "the name of a value, and perhaps 'transpose'");
+    if (!status && layer->count > 2 && strcmp(layer->words[2], "transpose") != 0)
+        status = pk__fail(parser->context, PK_FORMAT,
+                          "'%.40s' is not an option of matmul; possible is 'transpose'", layer->words[2]);
+    if (!status)
+        status = pk__find_value(parser, "matmul", layer->words[1], &nodes[1]);
+    attributes[PK_MATMUL_TRANSPOSED] = layer->count > 2;
+    return status ? status
+                  : pk__graph_append(parser->context, parser->graph, pk_operation_find("matmul"), 2, nodes,
+                                     attributes, 0, NULL, NULL, &parser->node);
+}
+
+/* concat AXIS NAME ...: the value in hand, then the named ones. */
+static pk_status pk__concat_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__check_words(parser, layer, 2, PK__LAYER_WORDS, "an axis and the names of values");
+    if (!status)
+        status = pk__whole_word(parser, layer, 1, &attributes[PK_VALUES_AXIS]);
+    for (int i = 2; i < layer->count && !status;) {
+        int nodes[PK_NODE_INPUTS] = {parser->node}, count = 1;
+        while (!status && count < PK_NODE_INPUTS && i < layer->count)
+            status = pk__find_value(parser, "concat", layer->words[i++], &nodes[count++]);
+        if (!status)
+            status = pk__graph_append(parser->context, parser->graph, pk_operation_find("concatenate"), count,
+                                      nodes, attributes, 0, NULL, NULL, &parser->node);
+    }
+    return status;
+}
+
+/* slice AXIS FIRST COUNT, permute AXIS ...: axis i of the result is that axis of the value. */
+static pk_status pk__view_layer(pk__parser *parser, const pk__layer *layer)
+{
+    pk_context *context = parser->context;
+    const pk_shape from = *pk__branch_shape(parser);
+    const int slice = strcmp(layer->words[0], "slice") == 0, words = slice ? 3 : from.rank;
+    pk_shape shape = from;
+    size_t own[PK_SHAPE_RANK], strides[PK_SHAPE_RANK], offset = 0;
+    double number[PK_SHAPE_RANK] = {0};
+    char text[PK_SHAPE_TEXT];
+    unsigned seen = 0;
+    pk_status status = pk__check_words(parser, layer, words, words,
+                                       slice ? "an axis, the first index and how many" : "every axis once");
+    for (int i = 0; i < words && !status; i++) {
+        status = pk__whole_word(parser, layer, i + 1, &number[i]);
+        if (!status && (!slice || i == 0) && number[i] >= from.rank)
+            status = pk__fail(context, PK_SHAPE, "%s: values of %s have no axis %g", layer->words[0],
+                              pk_shape_text(&from, text), number[i]);
+    }
+    if (status)
+        return status;
+    pk__shape_strides(&from, own);
+    memcpy(strides, own, sizeof strides);
+    for (int i = 0; i < words && !slice; i++) {
+        seen |= 1u << (int)number[i];
+        shape.dims[i] = from.dims[(int)number[i]];
+        strides[i] = own[(int)number[i]];
+    }
+    if (!slice && seen != (1u << from.rank) - 1)
+        return pk__fail(context, PK_SHAPE, "permute: every axis of %s has to come once",
+                        pk_shape_text(&from, text));
+    if (slice) {
+        const int axis = (int)number[0];
+        if (number[2] < 1 || number[1] + number[2] > (double)from.dims[axis])
+            return pk__fail(context, PK_SHAPE, "slice: %g numbers from %g on, along axis %d of %s", number[2],
+                            number[1], axis, pk_shape_text(&from, text));
+        shape.dims[axis] = (size_t)number[2];
+        offset = (size_t)number[1] * own[axis];
+    }
+    return pk__append_view(parser, &shape, strides, offset);
+}
+
+/* sum AXIS, mean AXIS. */
+static pk_status pk__sum_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_shape from = *pk__branch_shape(parser);
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__check_words(parser, layer, 1, 1, "an axis");
+    if (!status)
+        status = pk__whole_word(parser, layer, 1, &attributes[PK_VALUES_AXIS]);
+    if (!status)
+        status = pk__append(parser, "sum", attributes, 0, NULL);
+    return status || strcmp(layer->words[0], "sum") == 0
+               ? status
+               : pk__append_scale(parser, 1 / (double)from.dims[(int)attributes[PK_VALUES_AXIS]]);
+}
+
+/* reshape SHAPE, parameter SHAPE. */
+static pk_status pk__shape_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_shape shape;
+    pk_status status = pk__check_words(parser, layer, 1, 1, "a shape such as 4x8");
+    if (!status)
+        status = pk__parse_shape(parser->context, layer->words[1], &shape);
+    if (status)
+        return status;
+    attributes[PK_VALUES_RANK] = shape.rank;
+    for (int i = 0; i < shape.rank; i++)
+        attributes[PK_VALUES_DIMS + i] = (double)shape.dims[i];
+    if (strcmp(layer->words[0], "parameter") == 0)
+        parser->node = 0; /* it depends on weights alone */
+    return pk__append(parser, layer->words[0], attributes, 0, NULL);
+}
+
 static pk_status pk__refused_layer(pk__parser *parser, const pk__layer *layer)
 {
     (void)layer;
@@ -752,17 +1000,38 @@ static const struct {
     const char *name;
     pk_status (*build)(pk__parser *parser, const pk__layer *layer);
 } pk__composites[] = {
-    {"dense", pk__weights_layer},      {"conv", pk__weights_layer},        {"position", pk__position_layer},
-    {"propagate", pk__constant_layer}, {"constant", pk__constant_layer},   {"fourier", pk__fourier_layer},
-    {"select", pk__select_layer},      {"dropout", pk__refused_layer},     {"layer_norm", pk__norm_layer},
-    {"rms_norm", pk__norm_layer},      {"batch_norm", pk__constant_layer}, {"attention", pk__attention_layer},
+    {"dense", pk__weights_layer},
+    {"conv", pk__weights_layer},
+    {"position", pk__position_layer},
+    {"propagate", pk__constant_layer},
+    {"constant", pk__constant_layer},
+    {"fourier", pk__fourier_layer},
+    {"select", pk__select_layer},
+    {"dropout", pk__refused_layer},
+    {"layer_norm", pk__norm_layer},
+    {"rms_norm", pk__norm_layer},
+    {"batch_norm", pk__constant_layer},
+    {"attention", pk__attention_layer},
     {"max_pool", pk__max_pool_layer},
+    {"as", pk__name_layer_value},
+    {"from", pk__name_layer_value},
+    {"add", pk__pair_layer},
+    {"subtract", pk__pair_layer},
+    {"multiply", pk__pair_layer},
+    {"matmul", pk__matmul_layer},
+    {"concat", pk__concat_layer},
+    {"slice", pk__view_layer},
+    {"permute", pk__view_layer},
+    {"sum", pk__sum_layer},
+    {"mean", pk__sum_layer},
+    {"reshape", pk__shape_layer},
+    {"parameter", pk__shape_layer},
 };
 
-/* Whether a name is a layer's: the sum of residual( ... ) has none of its own, and dropout is refused. */
+/* Whether a name is a layer's: dropout is refused. */
 static int pk__is_layer(const char *name)
 {
-    return strcmp(name, "add") != 0 && strcmp(name, "dropout") != 0;
+    return !pk__is_part(name) && strcmp(name, "dropout") != 0;
 }
 
 PK_API const char *pk_network_layer(size_t index)
@@ -811,8 +1080,6 @@ static pk_status pk__unknown_layer(pk__parser *parser, const char *word)
     pk_status status = pk__check_word(context, word);
     if (status)
         return status;
-    if (strcmp(word, "add") == 0)
-        return pk__fail(context, PK_FORMAT, "'add' is no layer: 'residual' adds its branches");
     if (strcmp(word, "input") == 0)
         return pk__fail(context, PK_FORMAT, "'input' is the first layer, and no other one");
     if (strcmp(word, "residual") == 0)
@@ -832,7 +1099,7 @@ static pk_status pk__build_layer(pk__parser *parser, const pk__layer *layer)
             return pk__composites[i].build(parser, layer);
     const pk_operation *operation = pk__named_operation(parser->context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
-    if (!operation || strcmp(operation->name, "add") == 0)
+    if (!operation || pk__is_part(operation->name))
         return pk__unknown_layer(parser, layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
@@ -909,7 +1176,8 @@ static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__
                         "%s: tied=%.40s: behind the name, '.weight' and '.bias' are possible", layer,
                         words->tied);
     for (size_t i = 0; i < parser->named_count; i++)
-        if (strncmp(parser->named[i].name, words->tied, length) == 0 && !parser->named[i].name[length])
+        if (parser->named[i].last && strncmp(parser->named[i].name, words->tied, length) == 0 &&
+            !parser->named[i].name[length])
             named = &parser->named[i];
     if (!named)
         return pk__fail(parser->context, PK_FORMAT, "%s: tied=%.40s: no layer before it says name=%.*s", layer,
@@ -936,10 +1204,13 @@ static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__
     return PK_OK;
 }
 
-/* Remembers a layer that names itself. */
-static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first)
+/* Remembers a layer that names itself, or, with last == 0, a value. */
+static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first,
+                                size_t last)
 {
     pk_status status = pk__check_name(parser->context, layer, name, strlen(name));
+    if (!status && strcmp(name, "input") == 0)
+        status = pk__fail(parser->context, PK_FORMAT, "%s: 'input' is the name of the network's inputs", layer);
     for (size_t i = 0; !status && i < parser->named_count; i++)
         if (strcmp(parser->named[i].name, name) == 0)
             status = pk__fail(parser->context, PK_FORMAT, "%s: a layer before it has the name '%.40s' already",
@@ -961,7 +1232,7 @@ static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const cha
     pk__named_layer *to = &parser->named[parser->named_count++];
     memcpy(to->name, name, strlen(name) + 1);
     to->first = first;
-    to->last = parser->graph->node_count;
+    to->last = last;
     return PK_OK;
 }
 
@@ -984,7 +1255,9 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
                         rest.words[0], words.tied ? "tied=" : "name=");
     if (words.tied)
         status = pk__tie_layer(parser, rest.words[0], &words, first);
-    return status || !words.name ? status : pk__name_nodes(parser, rest.words[0], words.name, first);
+    return status || !words.name
+               ? status
+               : pk__name_nodes(parser, rest.words[0], words.name, first, parser->graph->node_count);
 }
 
 /* ---- the language ---------------------------------------------------------------------------------- */

@@ -8,6 +8,7 @@
 #include "image.h"
 #include "norm.h"
 #include "sequence.h"
+#include "values.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -39,6 +40,7 @@ PK_API const pk_operation *pk_operation_at(size_t index)
         {pk__image_operations, sizeof pk__image_operations / sizeof *pk__image_operations},
         {pk__norm_operations, sizeof pk__norm_operations / sizeof *pk__norm_operations},
         {pk__sequence_operations, sizeof pk__sequence_operations / sizeof *pk__sequence_operations},
+        {pk__values_operations, sizeof pk__values_operations / sizeof *pk__values_operations},
     };
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (index < tables[i].count)

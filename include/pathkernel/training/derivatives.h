@@ -414,7 +414,7 @@ static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *
     for (int j = 0; j < node->input_count; j++)
         call.accumulate[j] = 1;
     call.out_cotangent = tape->cotangent[n];
-    if (node->operation->smoothness == PK_SMOOTH)
+    if (node->operation->smoothness == PK_SMOOTH || node->operation->smoothness == PK_MULTILINEAR)
         node->operation->curvature(&call);
     if (node->weight_count && sweep->direction) {
         call.weights = sweep->direction + node->weight_offset;
@@ -565,7 +565,8 @@ static pk_status pk__check_second(pk_context *context, const char *name, const p
             why = "has a surrogate for a derivative";
         else if (node->weight_count && operation->smoothness != PK_LINEAR)
             why = "has weights and is not linear in its inputs";
-        else if (operation->smoothness == PK_SMOOTH && !operation->curvature)
+        else if ((operation->smoothness == PK_SMOOTH || operation->smoothness == PK_MULTILINEAR) &&
+                 !operation->curvature)
             why = "has no curvature rule";
         if (why)
             return pk__fail(context, PK_UNSUPPORTED, "%s: node %zu, %s, %s: no second derivatives", name, n,
