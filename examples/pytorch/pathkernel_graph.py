@@ -337,8 +337,8 @@ def rule(*names):
     return add
 
 
-@rule("view", "_unsafe_view", "reshape")
-def _(r, x, shape):
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+def _(r, x, shape, *strides):
     return r.view(x, shape)
 
 
@@ -760,8 +760,8 @@ def trace(model, inputs):
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            graph = make_fx(run)({k: v.detach() for k, v in parameters.items()}, inputs)
+        # With gradients: without them PyTorch fuses whole layers into one operation of its own.
+        graph = make_fx(run)({k: v.detach().requires_grad_() for k, v in parameters.items()}, inputs)
     finally:
         model.train(training)
     return graph, parameters
