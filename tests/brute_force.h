@@ -59,6 +59,15 @@ typedef enum bf_activation {
     BF_ERF,
     BF_HARD_TANH,
     BF_ABS,
+    BF_ELU,
+    BF_SELU,
+    BF_MISH,
+    BF_RELU6,
+    BF_HARDSWISH,
+    BF_HARD_SIGMOID,
+    BF_SOFTSIGN,
+    BF_LOG_SIGMOID,
+    BF_GELU_TANH,
     BF_ACTIVATIONS
 } bf_activation;
 typedef enum bf_loss {
@@ -73,7 +82,11 @@ typedef enum bf_loss {
 } bf_loss;
 typedef enum bf_rule { BF_SGD, BF_ADAM, BF_ADAMW } bf_rule;
 
-/* a dense layer and what follows it; parameter: leaky_relu's slope, softplus' beta */
+/* of Klambauer et al. 2017 */
+#define BF_SELU_SCALE 1.0507009873554804934193349852946
+#define BF_SELU_ALPHA 1.6732632423543772848170429916717
+
+/* a dense layer and what follows it; parameter: leaky_relu's slope, softplus' beta, elu's alpha */
 typedef struct bf_layer {
     size_t width;
     int no_bias;
@@ -174,9 +187,64 @@ BF_FUNCTION bf_real bf_log1p_exp(bf_real z)
     return (z > 0 ? z : 0) + BF_MATH(log1p)(BF_MATH(exp)(-BF_MATH(fabs)(z)));
 }
 
+/* in the network language */
+BF_FUNCTION const char *bf_activation_name(int activation)
+{
+    static const char *const name[BF_ACTIVATIONS] = {
+        "identity", "relu",      "leaky_relu",   "tanh",     "sigmoid",     "softplus", "gelu",
+        "silu",     "erf",       "hard_tanh",    "abs",      "elu",         "selu",     "mish",
+        "relu6",    "hardswish", "hard_sigmoid", "softsign", "log_sigmoid", "gelu tanh"};
+    return name[activation];
+}
+
+/* -> where an activation has kinks, in itself or in a derivative, and how many */
+BF_FUNCTION size_t bf_kinks(bf_activation activation, const double **places)
+{
+    static const double one[] = {-1, 1}, three[] = {-3, 3}, zero_six[] = {0, 6};
+    *places = zero_six;
+    switch (activation) {
+    case BF_RELU:
+    case BF_LEAKY_RELU:
+    case BF_ABS:
+    case BF_ELU:
+    case BF_SELU:
+    case BF_SOFTSIGN: return 1;
+    case BF_RELU6: return 2;
+    case BF_HARD_TANH: *places = one; return 2;
+    case BF_HARD_SIGMOID:
+    case BF_HARDSWISH: *places = three; return 2;
+    default: return 0;
+    }
+}
+
+/* -> the kink functions of a network */
+BF_FUNCTION size_t bf_kink_functions(const bf_network *net)
+{
+    const double *places;
+    size_t count = 0;
+    for (size_t l = 0; l < net->layers; l++)
+        count += net->layer[l].width * bf_kinks(net->layer[l].activation, &places);
+    return count;
+}
+
+BF_FUNCTION int bf_has_parameter(bf_activation activation)
+{
+    return activation == BF_LEAKY_RELU || activation == BF_SOFTPLUS || activation == BF_ELU;
+}
+
+/* (z + 0.044715 z^3) sqrt(2 / pi) and its slope */
+BF_FUNCTION bf_real bf_gelu_angle(bf_real z, bf_real *slope)
+{
+    const bf_real k = BF_MATH(sqrt)(2 / BF_MATH(acos)((bf_real)-1)), c = 44715 / (bf_real)1000000;
+    *slope = k * (1 + 3 * c * z * z);
+    return k * (z + c * z * z * z);
+}
+
 BF_FUNCTION bf_real bf_activate(const bf_layer *layer, bf_real z)
 {
     const bf_real p = (bf_real)layer->parameter, half = (bf_real)0.5;
+    const bf_real scale = (bf_real)BF_SELU_SCALE, alpha = (bf_real)BF_SELU_ALPHA;
+    bf_real slope;
     switch (layer->activation) {
     case BF_RELU: return z > 0 ? z : 0;
     case BF_LEAKY_RELU: return z > 0 ? z : p * z;
@@ -188,6 +256,15 @@ BF_FUNCTION bf_real bf_activate(const bf_layer *layer, bf_real z)
     case BF_ERF: return BF_MATH(erf)(z);
     case BF_HARD_TANH: return z < -1 ? -1 : z > 1 ? 1 : z;
     case BF_ABS: return z < 0 ? -z : z;
+    case BF_ELU: return z > 0 ? z : p * BF_MATH(expm1)(z);
+    case BF_SELU: return scale * (z > 0 ? z : alpha * BF_MATH(expm1)(z));
+    case BF_MISH: return z * BF_MATH(tanh)(bf_log1p_exp(z));
+    case BF_RELU6: return z < 0 ? 0 : z > 6 ? 6 : z;
+    case BF_HARDSWISH: return z < -3 ? 0 : z > 3 ? z : z * (z + 3) / 6;
+    case BF_HARD_SIGMOID: return z < -3 ? 0 : z > 3 ? 1 : (z + 3) / 6;
+    case BF_SOFTSIGN: return z / (1 + BF_MATH(fabs)(z));
+    case BF_LOG_SIGMOID: return -bf_log1p_exp(-z);
+    case BF_GELU_TANH: return z * bf_sigmoid(2 * bf_gelu_angle(z, &slope));
     default: return z;
     }
 }
@@ -197,6 +274,8 @@ BF_FUNCTION bf_real bf_slope(const bf_layer *layer, bf_real z)
 {
     const bf_real p = (bf_real)layer->parameter, half = (bf_real)0.5, pi = BF_MATH(acos)((bf_real)-1);
     const bf_real normal = BF_MATH(exp)(-half * z * z) / BF_MATH(sqrt)(2 * pi), s = bf_sigmoid(z);
+    const bf_real scale = (bf_real)BF_SELU_SCALE, alpha = (bf_real)BF_SELU_ALPHA;
+    bf_real slope = 0, angle, th;
     switch (layer->activation) {
     case BF_RELU: return z > 0;
     case BF_LEAKY_RELU: return z > 0 ? 1 : p;
@@ -208,6 +287,21 @@ BF_FUNCTION bf_real bf_slope(const bf_layer *layer, bf_real z)
     case BF_ERF: return 2 / BF_MATH(sqrt)(pi) * BF_MATH(exp)(-z * z);
     case BF_HARD_TANH: return z > -1 && z < 1;
     case BF_ABS: return (bf_real)((z > 0) - (z < 0));
+    case BF_ELU: return z > 0 ? 1 : p * BF_MATH(exp)(z);
+    case BF_SELU: return scale * (z > 0 ? 1 : alpha * BF_MATH(exp)(z));
+    case BF_MISH:
+        th = BF_MATH(tanh)(bf_log1p_exp(z));
+        angle = BF_MATH(cosh)(bf_log1p_exp(z));
+        return th + z * (s / angle) / angle;
+    case BF_RELU6: return z > 0 && z < 6;
+    case BF_HARDSWISH: return z <= -3 ? 0 : z >= 3 ? 1 : z / 3 + half;
+    case BF_HARD_SIGMOID: return z > -3 && z < 3 ? (bf_real)1 / 6 : 0;
+    case BF_SOFTSIGN: return 1 / (1 + BF_MATH(fabs)(z)) / (1 + BF_MATH(fabs)(z));
+    case BF_LOG_SIGMOID: return bf_sigmoid(-z);
+    case BF_GELU_TANH:
+        angle = 2 * bf_gelu_angle(z, &slope);
+        th = bf_sigmoid(angle) * bf_sigmoid(-angle);
+        return bf_sigmoid(angle) + (th == 0 ? 0 : z * th * 2 * slope);
     default: return 1;
     }
 }
@@ -409,15 +503,11 @@ BF_FUNCTION void bf_path_at(bf_path *path, bf_real t, bf_real *values)
         path->at[p] = path->from[p] + t * path->change[p];
     bf_forward(path->net, path->at, NULL, &path->tape);
     for (size_t l = 0; values && l < path->net->layers; l++) {
-        const bf_activation a = path->net->layer[l].activation;
-        for (size_t j = 0; j < path->net->layer[l].width; j++) {
-            if (a == BF_RELU || a == BF_LEAKY_RELU || a == BF_ABS)
-                values[count++] = path->tape.z[l][j];
-            if (a == BF_HARD_TANH) {
-                values[count++] = path->tape.z[l][j] - 1;
-                values[count++] = path->tape.z[l][j] + 1;
-            }
-        }
+        const double *places;
+        const size_t kinks = bf_kinks(path->net->layer[l].activation, &places);
+        for (size_t j = 0; j < path->net->layer[l].width; j++)
+            for (size_t k = 0; k < kinks; k++)
+                values[count++] = path->tape.z[l][j] - (bf_real)places[k];
     }
 }
 
@@ -554,13 +644,7 @@ BF_FUNCTION size_t bf_path_jacobian(const bf_network *net, const BF_STORED *from
     path.at = BF_NEW(bf_real, path.parameters);
     for (size_t p = 0; p < path.parameters; p++)
         path.change[p] -= path.from[p];
-    for (size_t l = 0; l < net->layers; l++) {
-        const bf_activation a = net->layer[l].activation;
-        path.kinks += (a == BF_RELU || a == BF_LEAKY_RELU || a == BF_ABS ? 1u
-                       : a == BF_HARD_TANH                               ? 2u
-                                                                         : 0u) *
-                      net->layer[l].width;
-    }
+    path.kinks = bf_kink_functions(net);
     bf_gauss_legendre(path.node, path.weight);
     bf_forward(net, path.from, x, &path.tape); /* sets the input */
     memset(total, 0, path.outputs * path.parameters * sizeof *total);
@@ -864,19 +948,16 @@ BF_FUNCTION void bf_run_free(bf_run *run)
 
 BF_FUNCTION void bf_network_text(const bf_network *net, char *text, size_t size)
 {
-    static const char *const name[BF_ACTIVATIONS] = {"identity", "relu",      "leaky_relu", "tanh",
-                                                     "sigmoid",  "softplus",  "gelu",       "silu",
-                                                     "erf",      "hard_tanh", "abs"};
     size_t at = (size_t)snprintf(text, size, "input %lu", (unsigned long)net->inputs);
     for (size_t l = 0; l < net->layers && at < size; l++) {
         const bf_layer *layer = &net->layer[l];
         at += (size_t)snprintf(text + at, size - at, "; dense %lu%s", (unsigned long)layer->width,
                                layer->no_bias ? " nobias" : "");
-        if (at < size && (layer->activation == BF_LEAKY_RELU || layer->activation == BF_SOFTPLUS))
-            at +=
-                (size_t)snprintf(text + at, size - at, "; %s %.17g", name[layer->activation], layer->parameter);
+        if (at < size && bf_has_parameter(layer->activation))
+            at += (size_t)snprintf(text + at, size - at, "; %s %.17g", bf_activation_name(layer->activation),
+                                   layer->parameter);
         else if (at < size && layer->activation != BF_IDENTITY)
-            at += (size_t)snprintf(text + at, size - at, "; %s", name[layer->activation]);
+            at += (size_t)snprintf(text + at, size - at, "; %s", bf_activation_name(layer->activation));
     }
 }
 

@@ -369,7 +369,8 @@ FIXTURE int checks_ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Switches are linear in the inputs, and the operation is linear between their zeros: along in + e v, e in [0, 1]. */
+/* Switches are linear in the inputs, and a piecewise-linear operation is linear between their zeros: along in + e v, e in
+ * [0, 1]. */
 FIXTURE void check_node_switches(checks *c, const pk_call *base, const pk_real *const *v)
 {
     const pk_node *node = base->node;
@@ -384,7 +385,7 @@ FIXTURE void check_node_switches(checks *c, const pk_call *base, const pk_real *
     for (size_t i = 0; i < base->rows * switches; i++)
         middle[i] = 0.5 * (values[0][i] + values[2][i]);
     checks_equal("switches are linear", node, base->rows * switches, values[1], middle, 1e-14);
-    for (size_t row = 0; row < base->rows; row++) {
+    for (size_t row = 0; node->operation->smoothness == PK_PIECEWISE_LINEAR && row < base->rows; row++) {
         size_t count = 0;
         kinks[count++] = 0;
         kinks[count++] = 1;
@@ -471,7 +472,7 @@ FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, 
             sum[i] += part[i];
     }
     checks_equal("tangent in parts", node, out, tangent, sum, 1e-13);
-    if (checks_have_slopes(operation->smoothness == PK_PIECEWISE_LINEAR,
+    if (checks_have_slopes(operation->switch_count != NULL,
                            operation->smoothness == PK_SURROGATE)) {
         checks_difference(c, &base, v, direction, sum);
         checks_slope("tangent and differences", node, out, tangent, sum, 1e-8);
@@ -480,7 +481,7 @@ FIXTURE void check_node(checks *c, const pk_node *node, const pk_real *weights, 
         check_node_reverse(c, &base, v);
     if (node->weight_count)
         check_node_weights(c, &base, direction);
-    if (varies && operation->curvature && checks_have_slopes(operation->smoothness == PK_PIECEWISE_LINEAR, 0))
+    if (varies && operation->curvature && checks_have_slopes(operation->switch_count != NULL, 0))
         check_node_curvature(c, &base, v);
     if (varies && operation->switch_count)
         check_node_switches(c, &base, v);

@@ -315,7 +315,8 @@ GO_FUNCTION void go_standardize(go_tape *tape, const pk_node *node, const go_num
 
 GO_FUNCTION void go_affine(go_tape *tape, const pk_node *node, const go_number *x, go_number *y)
 {
-    const int biased = node->attributes[PK_AFFINE_BIAS] != 0, channels = node->attributes[PK_AFFINE_DIMS] == 0;
+    const int biased = node->attributes[PK_AFFINE_BIAS] != 0,
+              channels = node->attributes[PK_AFFINE_DIMS] == 0 || node->attributes[PK_AFFINE_SCALAR] != 0;
     const size_t count = biased ? node->weight_count / 2 : node->weight_count;
     for (size_t i = 0; i < node->width; i++) {
         const size_t k = channels ? i / (node->width / count) : i % count;
@@ -374,19 +375,20 @@ GO_FUNCTION void go_attend(go_tape *tape, const pk_node *node, const go_number *
 GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *name, const go_number *x,
                                go_number *y)
 {
-    static const char *const names[BF_ACTIVATIONS] = {"identity", "relu",      "leaky_relu", "tanh",
-                                                      "sigmoid",  "softplus",  "gelu",       "silu",
-                                                      "erf",      "hard_tanh", "abs"};
+    const double *places;
     const bf_real parameter = (bf_real)node->attributes[PK_ACTIVATION_NUMBER];
     const int sine = strcmp(name, "sine") == 0, scale = strcmp(name, "scale") == 0;
     bf_layer layer;
     int found = 0;
-    while (found < BF_ACTIVATIONS && strcmp(name, names[found]) != 0)
+    while (found < BF_ACTIVATIONS && strcmp(name, bf_activation_name(found)) != 0)
         found++;
     if (found == BF_ACTIVATIONS && !sine && !scale)
         return 0;
+    if (found == BF_GELU && parameter != 0)
+        found = BF_GELU_TANH;
     memset(&layer, 0, sizeof layer);
     layer.activation = (bf_activation)found;
+    const size_t kinks = bf_kinks(layer.activation, &places);
     layer.parameter = node->attributes[PK_ACTIVATION_NUMBER];
     for (size_t i = 0; i < node->width; i++) {
         const bf_real z = x[i].value;
@@ -396,12 +398,8 @@ GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *n
             y[i] = go_apply(tape, x[i], parameter * z, parameter);
         else
             y[i] = go_apply(tape, x[i], bf_activate(&layer, z), bf_slope(&layer, z));
-        if (found == BF_RELU || found == BF_LEAKY_RELU || found == BF_ABS)
-            go_choose(tape, bf_sign(z), BF_MATH(fabs)(z));
-        if (found == BF_HARD_TANH) {
-            go_choose(tape, bf_sign(z - 1), BF_MATH(fabs)(z - 1));
-            go_choose(tape, bf_sign(z + 1), BF_MATH(fabs)(z + 1));
-        }
+        for (size_t k = 0; k < kinks; k++)
+            go_choose(tape, bf_sign(z - (bf_real)places[k]), BF_MATH(fabs)(z - (bf_real)places[k]));
     }
     return 1;
 }

@@ -89,10 +89,11 @@ static void check(const subject *s)
     bf_run_free(&run);
 }
 
-static const char *const activations[] = {"identity",   "relu", "leaky_relu 0.1", "tanh", "sigmoid",
-                                          "softplus 2", "gelu", "silu",           "erf",  "hard_tanh",
-                                          "abs"};
-enum { ACTIVATIONS = 11 };
+static const char *const activations[] = {
+    "identity", "relu",  "leaky_relu 0.1", "tanh",         "sigmoid",  "softplus 2",  "gelu",
+    "silu",     "erf",   "hard_tanh",      "abs",          "elu",      "elu 0.5",     "selu",
+    "mish",     "relu6", "hardswish",      "hard_sigmoid", "softsign", "log_sigmoid", "gelu tanh"};
+enum { ACTIVATIONS = sizeof activations / sizeof *activations };
 
 /* Every activation with three losses: full batches, mini-batches with repeated rows, batch weights. */
 static void test_activations(void **state)

@@ -108,11 +108,7 @@ static void brute_readout(const bf_run *run, const pk_real *x, reader *r, size_t
         path.at = BF_NEW(bf_real, P);
         for (size_t p = 0; p < P; p++)
             path.change[p] -= path.from[p];
-        for (size_t l = 0; l < run->network.layers; l++)
-            path.kinks +=
-                run->network.layer[l].activation == BF_RELU || run->network.layer[l].activation == BF_LEAKY_RELU
-                    ? run->network.layer[l].width
-                    : 0;
+        path.kinks = bf_kink_functions(&run->network);
         bf_gauss_legendre(path.node, path.weight);
         bf_step_gradients(run, s, path.from, &path.tape, gradients, used, sum, decay);
         bf_forward(&run->network, path.from, x, &path.tape);

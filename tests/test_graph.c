@@ -4,18 +4,19 @@
 #include "user_operations.h"
 
 static const char *const activations[BF_ACTIVATIONS] = {
-    "identity", "relu", "leaky_relu 0.1", "tanh", "sigmoid", "softplus 2", "gelu",
-    "silu",     "erf",  "hard_tanh",      "abs"};
+    "identity", "relu",      "leaky_relu 0.1", "tanh",     "sigmoid",     "softplus 2", "gelu",
+    "silu",     "erf",       "hard_tanh",      "abs",      "elu 1.5",     "selu",       "mish",
+    "relu6",    "hardswish", "hard_sigmoid",   "softsign", "log_sigmoid", "gelu tanh"};
 
 /* Values and slopes of every activation from tiny to huge, at kinks too. */
 static void test_activations(void **state)
 {
     (void)state;
-    static const double doubles[] = {0,    -0.0, 1e-320,    -1e-300,    1e-8,  -1e-8,  0.3,   -0.7,
-                                     1,    -1,   1 + 1e-15, -1 - 1e-15, 2.5,   -3.5,   8,     -8,
-                                     20,   -20,  37.5,      -37.5,      100,   -100,   709,   -745,
-                                     1000, -1e4, 1e30,      -1e30,      1e154, -1e154, 1e300, -1e300};
-    enum { COUNT = EITHER(32, 28) }; /* to the end of the range */
+    static const double doubles[] = {3,    -3,   6,    0,     -0.0,      1e-320,     -1e-300, 1e-8,  -1e-8,
+                                     0.3,  -0.7, 1,    -1,    1 + 1e-15, -1 - 1e-15, 2.5,     -3.5,  8,
+                                     -8,   20,   -20,  37.5,  -37.5,     100,        -100,    709,   -745,
+                                     1000, -1e4, 1e30, -1e30, 1e154,     -1e154,     1e300,   -1e300};
+    enum { COUNT = EITHER(35, 31) }; /* to the end of the range */
     pk_real points[COUNT];
     for (int i = 0; i < COUNT; i++)
         points[i] = (pk_real)doubles[i];

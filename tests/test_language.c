@@ -85,6 +85,11 @@ static void test_analysis(void **state)
         {"input 3; dense 2; tanh; dense 2", -1, 0},
         {"input 3; dense 2; relu; dense 2; gelu", -1, 1},
         {"input 3; dense 2; identity; dense 2", 2, 0},
+        {"input 3; dense 2; relu6; dense 2; hard_sigmoid; dense 2", 3, 1},
+        {"input 3; dense 2; prelu; dense 2", 3, 1},
+        {"input 3; dense 2; elu; dense 2", -1, 1},
+        {"input 3; elu; dense 2", 1, 0},
+        {"input 3; dense 2; hardswish; dense 2", -1, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         pk_context context;
@@ -186,6 +191,12 @@ static void test_sentences(void **state)
         {"input 5; dense 1e30", {"outputs is 1e+30", "to 1e+09"}},
         {"input 5; scale; dense 2", {"scale needs its factor", "number"}},
         {"input 5; leaky_relu -1; dense 2", {"number is -1", "above 0"}},
+        {"input 5; elu -1; dense 2", {"elu: number is -1", "above 0"}},
+        {"input 5; dense 4; prelu 3; dense 2",
+         {"prelu: 3 slopes for 4 channels", "one slope, or one for each"}},
+        {"input 5; dense 4; prelu 0; dense 2", {"number of slopes is 0", "from 1"}},
+        {"input 5; dense 4; gelu erf; dense 2", {"'erf' is not an option of gelu", "possible are 'tanh'"}},
+        {"input 5; dense 4; softmin 1; dense 2", {"'1' is not an option of softmin", "layer 3"}},
         {"input 5; layer_norm epsilon=-1; dense 2", {"epsilon is -1", "from 0 on"}},
         {"input 1x5x5; conv 3; flatten; dense 2", {"conv needs its kernel", "3x3"}},
         {"input 1x5x5; conv 3x3; flatten; dense 2", {"conv: channels: '3x3'", "finite number"}},

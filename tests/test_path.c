@@ -52,13 +52,7 @@ static bf_real *oracle_kinks(const bf_network *net, const pk_real *w, const pk_r
     path.from = bf_extend(path.parameters, w);
     path.change = bf_extend(path.parameters, d);
     path.at = BF_NEW(bf_real, path.parameters);
-    for (size_t l = 0; l < net->layers; l++)
-        path.kinks += net->layer[l].width * (net->layer[l].activation == BF_HARD_TANH ? 2u
-                                             : net->layer[l].activation == BF_RELU ||
-                                                     net->layer[l].activation == BF_LEAKY_RELU ||
-                                                     net->layer[l].activation == BF_ABS
-                                                 ? 1u
-                                                 : 0u);
+    path.kinks = bf_kink_functions(net);
     bf_forward(net, path.from, x, &path.tape);
     *count = bf_find_kinks(&path, &kinks);
     free(path.from);

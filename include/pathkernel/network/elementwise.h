@@ -7,8 +7,8 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* The one attribute of leaky_relu (slope below zero), scale (factor), softplus (beta), sine (frequency), and of sign
- * and step (sharpness of the surrogate's slope), for pk_graph_add. */
+/* The one attribute of leaky_relu (slope below zero), elu (alpha), scale (factor), softplus (beta), sine (frequency), gelu
+ * (1: its tanh form), and of sign and step (sharpness of the surrogate's slope), for pk_graph_add. */
 enum { PK_ACTIVATION_NUMBER };
 
 PK__END_C
@@ -135,6 +135,33 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     }                                                           \
     PK__COLD_END
 
+/* Derivative number order (0 to 2) of mish, x tanh(log(1 + e^x)), by w = e^-|x|, which does not overflow. */
+static double pk__mish(double x, int order)
+{
+    const double w = exp(-fabs(x)), s = x > 0 ? 1 / (1 + w) : w / (1 + w); /* the sigmoid of x */
+    const double d = x > 0 ? 1 + 2 * w + 2 * w * w : w * w + 2 * w + 2;
+    const double t = (x > 0 ? 1 + 2 * w : w * w + 2 * w) / d;
+    const double g = 4 * (1 + w) * (x > 0 ? w * w : w) / (d * d); /* the slope of t */
+    if (order < 2)
+        return order ? t + x * g : x * t;
+    return 2 * g + x * g * (1 + s - 4 * (1 + w) * (x > 0 ? 1 : w) / d);
+}
+
+/* The same of x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). Far out u^2 e^-2u is 0. */
+static double pk__gelu_tanh(double x, int order)
+{
+    static const double k = 0.79788456080286535588, c = 0.044715;
+    if (!(fabs(x) < 40))
+        return order == 0 ? (x < 0 ? 0 : x) : order == 1 ? x > 0 : x * 0;
+    const double twice = 2 * k * (x + c * x * x * x), s = pk__sigmoid(twice), q = s * pk__sigmoid(-twice);
+    const double slope = 2 * k * (1 + 3 * c * x * x);
+    if (order < 2)
+        return order ? s + x * q * slope : x * s;
+    return q * (2 * slope + x * ((1 - 2 * s) * slope * slope + 12 * k * c * x));
+}
+
+#define PK__SELU_SCALE 1.0507009873554804934
+#define PK__SELU_ALPHA 1.6732632423543772848
 #define PK__SQRT_HALF 0.70710678118654752440
 #define PK__INV_SQRT_2PI 0.39894228040143267794
 #define PK__TWO_BY_SQRT_PI 1.12837916709551257390
@@ -148,9 +175,26 @@ PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
 PK__ELEMENTWISE_FAST(tanh, 1 - y * y, -2 * y * (1 - y * y))
 PK__ELEMENTWISE_FAST(sigmoid, y *(1 - y), y *(1 - y) * (1 - 2 * y))
 PK__ELEMENTWISE_FAST(softplus, pk__sigmoid(p[0] * x), p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
-PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
-                0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
-                PK__INV_SQRT_2PI *exp(-0.5 * x * x) * (2 - x * x))
+PK__ELEMENTWISE(gelu, p[0] != 0 ? pk__gelu_tanh(x, 0) : 0.5 * x * erfc(-x * PK__SQRT_HALF),
+                p[0] != 0 ? pk__gelu_tanh(x, 1)
+                          : 0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
+                p[0] != 0 ? pk__gelu_tanh(x, 2) : PK__INV_SQRT_2PI * exp(-0.5 * x * x) * (2 - x * x))
+PK__ELEMENTWISE(mish, pk__mish(x, 0), pk__mish(x, 1), pk__mish(x, 2))
+PK__ELEMENTWISE(elu, x > 0 ? x : p[0] * expm1(x), x > 0 ? 1 : p[0] * exp(x), x > 0 ? 0 : p[0] * exp(x))
+PK__ELEMENTWISE(selu, PK__SELU_SCALE *(x > 0 ? x : PK__SELU_ALPHA * expm1(x)),
+                PK__SELU_SCALE *(x > 0 ? 1 : PK__SELU_ALPHA * exp(x)),
+                x > 0 ? 0 : PK__SELU_SCALE * PK__SELU_ALPHA * exp(x))
+PK__ELEMENTWISE(relu6, x<0 ? 0 : x> 6 ? 6 : x, x > 0 && x < 6 ? 1 : 0, 0)
+PK__ELEMENTWISE(hard_sigmoid, x<-3 ? 0 : x> 3 ? 1 : (x + 3) / 6, x > -3 && x < 3 ? 1.0 / 6 : 0, 0)
+PK__ELEMENTWISE(hardswish, x<-3 ? 0 : x> 3 ? x : x *(x + 3) / 6,
+                x <= -3  ? 0
+                : x >= 3 ? 1
+                         : x / 3 + 0.5,
+                x > -3 && x < 3 ? 1.0 / 3 : 0)
+PK__ELEMENTWISE(softsign, x / (1 + fabs(x)), 1 / ((1 + fabs(x)) * (1 + fabs(x))),
+                (x > 0 ? -2 : 2) / ((1 + fabs(x)) * (1 + fabs(x)) * (1 + fabs(x))))
+PK__ELEMENTWISE(log_sigmoid, (x < 0 ? x : 0) - log1p(exp(-fabs(x))), pk__sigmoid(-x),
+                -pk__sigmoid(x) * pk__sigmoid(-x))
 PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)),
                 pk__sigmoid(x) * pk__sigmoid(-x) * (2 + x * (1 - 2 * pk__sigmoid(x))))
 PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x), -2 * x * PK__TWO_BY_SQRT_PI * exp(-x * x))
@@ -170,23 +214,43 @@ static void pk__zero_switches(const pk_call *call)
     memcpy(call->out, call->in[0], call->rows * call->node->width * sizeof(pk_real));
 }
 
-static size_t pk__hard_tanh_switch_count(const pk_node *node)
+static size_t pk__two_switch_count(const pk_node *node)
 {
     return 2 * node->width;
 }
 
-static void pk__hard_tanh_switches(const pk_call *call)
+/* Kinks at low and high. */
+static void pk__two_switches(const pk_call *call, pk_real low, pk_real high)
 {
     size_t count = call->rows * call->node->width;
     for (size_t i = 0; i < count; i++) {
-        call->out[2 * i] = call->in[0][i] + 1;
-        call->out[2 * i + 1] = call->in[0][i] - 1;
+        call->out[2 * i] = call->in[0][i] - low;
+        call->out[2 * i + 1] = call->in[0][i] - high;
     }
+}
+
+static void pk__hard_tanh_switches(const pk_call *call)
+{
+    pk__two_switches(call, -1, 1);
+}
+
+static void pk__relu6_switches(const pk_call *call)
+{
+    pk__two_switches(call, 0, 6);
+}
+
+static void pk__hard_sigmoid_switches(const pk_call *call)
+{
+    pk__two_switches(call, -3, 3);
 }
 
 static const pk_option pk__positive_option[] = {
     {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = DBL_MIN, .most = DBL_MAX},
     {.name = NULL},
+};
+static const pk_option pk__gelu_option[] = {
+    {"tanh", PK_OPTION_FLAG, 0, 0, 0, 1, 0, 0, NULL},
+    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
 };
 static const pk_option pk__scale_option[] = {
     {.name = "factor",
@@ -207,6 +271,9 @@ static const pk_option pk__scale_option[] = {
     }
 #define PK__SMOOTH_OPERATION(name, options, value) \
     PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)
+/* Analytic between kinks. */
+#define PK__JOINED_OPERATION(name, options, value, count, switches) \
+    PK__ACTIVATION(name, PK_SMOOTH, options, value, count, switches, pk__##name##_curvature)
 #define PK__KINKED_OPERATION(name, options, value, count, switches) \
     PK__ACTIVATION(name, PK_PIECEWISE_LINEAR, options, value, count, switches, pk__##name##_curvature)
 
@@ -215,21 +282,30 @@ static const pk_operation pk__activation_operations[] = {
     PK__ACTIVATION(scale, PK_LINEAR, pk__scale_option, 1, NULL, NULL, pk__scale_curvature),
     PK__KINKED_OPERATION(relu, NULL, 0, pk__width_switches, pk__zero_switches),
     PK__KINKED_OPERATION(leaky_relu, pk__positive_option, 0.01, pk__width_switches, pk__zero_switches),
-    PK__KINKED_OPERATION(hard_tanh, NULL, 0, pk__hard_tanh_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(hard_tanh, NULL, 0, pk__two_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(relu6, NULL, 0, pk__two_switch_count, pk__relu6_switches),
+    PK__KINKED_OPERATION(hard_sigmoid, NULL, 0, pk__two_switch_count, pk__hard_sigmoid_switches),
     PK__KINKED_OPERATION(abs, NULL, 0, pk__width_switches, pk__zero_switches),
     PK__SMOOTH_OPERATION(tanh, NULL, 0),
     PK__SMOOTH_OPERATION(sigmoid, NULL, 0),
     PK__SMOOTH_OPERATION(softplus, pk__positive_option, 1),
-    PK__SMOOTH_OPERATION(gelu, NULL, 0),
+    PK__SMOOTH_OPERATION(gelu, pk__gelu_option, 0),
     PK__SMOOTH_OPERATION(silu, NULL, 0),
     PK__SMOOTH_OPERATION(erf, NULL, 0),
     PK__SMOOTH_OPERATION(sine, pk__positive_option, 1),
+    PK__SMOOTH_OPERATION(mish, NULL, 0),
+    PK__SMOOTH_OPERATION(log_sigmoid, NULL, 0),
+    PK__JOINED_OPERATION(elu, pk__positive_option, 1, pk__width_switches, pk__zero_switches),
+    PK__JOINED_OPERATION(selu, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__JOINED_OPERATION(softsign, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__JOINED_OPERATION(hardswish, NULL, 0, pk__two_switch_count, pk__hard_sigmoid_switches),
     PK__ACTIVATION(sign, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
                    pk__sign_curvature),
     PK__ACTIVATION(step, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
                    pk__step_curvature),
 };
 #undef PK__SMOOTH_OPERATION
+#undef PK__JOINED_OPERATION
 #undef PK__KINKED_OPERATION
 #undef PK__ACTIVATION
 

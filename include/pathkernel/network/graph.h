@@ -35,7 +35,7 @@ typedef enum pk_smoothness {
     PK_LINEAR,           /* linear (a constant may be added) */
     PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
     PK_MULTILINEAR,      /* linear in each input, the others held: degrees along a line add up */
-    PK_SMOOTH,           /* analytic, not polynomial */
+    PK_SMOOTH,           /* analytic, not polynomial; where it has switch functions, between their zeros */
     PK_SURROGATE         /* the reverse rule is not the derivative: no path integral can close */
 } pk_smoothness;
 
@@ -114,6 +114,7 @@ typedef struct pk_node {
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
+    int input_degree; /* the same of its inputs, and so of its switch functions */
     int input_constant; /* no input depends on t */
     int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) reads the same node */
@@ -164,7 +165,7 @@ typedef struct pk_operation {
     void (*weight_gradient)(
         const pk_call *call);                   /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
     void (*row_gradients)(const pk_call *call); /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
-    /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
+    /* Operations with kinks: switch functions, linear in the inputs, whose zeros separate the pieces. */
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
     int elementwise;                       /* one input of the same shape, number by number, no weights */
@@ -194,7 +195,7 @@ typedef struct pk_graph {
     size_t layers, input_width, output_width, widest;
     pk_shape input_shape;
     int degree;    /* of the output in t along a line, -1: not polynomial */
-    int switched;  /* some piecewise-linear node depends on the weights */
+    int switched;  /* some node with kinks depends on the weights */
     int surrogate; /* some node that depends on the weights is PK_SURROGATE */
     int checked;   /* some operation restricts its data: pk_graph_check_inputs */
     char *text;    /* the network line that it was made from, or NULL; owned */
@@ -295,6 +296,7 @@ static void pk__node_analyse(const pk_graph *graph, pk_node *node)
         else if (input->degree > node->degree)
             node->degree = input->degree;
     }
+    node->input_degree = node->degree;
     node->varies = !node->input_constant || node->weight_count > 0;
     if (!node->input_constant && (operation->smoothness == PK_SMOOTH || operation->smoothness == PK_SURROGATE))
         node->degree = -1;
@@ -330,7 +332,8 @@ static void pk__graph_analyse(pk_graph *graph)
             input->only_reader = input->unread ? (int)n : -1;
             input->unread = 0;
         }
-        graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
+        graph->switched |= node->operation->switch_count && node->operation->smoothness != PK_SURROGATE &&
+                           !node->input_constant;
         graph->surrogate |= node->operation->smoothness == PK_SURROGATE && !node->input_constant;
         graph->checked |= node->operation->check != NULL;
     }

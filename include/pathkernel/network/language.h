@@ -119,7 +119,7 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
 /* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
 #define PK__OTHER_LAYERS                                                                                \
     "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
-    "attention as from add subtract concat slice permute mean"
+    "attention as from add subtract concat slice permute mean prelu softmin"
 
 /* Operations that the language builds only as parts of its layers. */
 static int pk__is_part(const char *name)
@@ -500,7 +500,49 @@ static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
     double attributes[PK_NODE_ATTRIBUTES] = {0};
     attributes[PK_AFFINE_BIAS] = bias;
     attributes[PK_AFFINE_DIMS] = dims;
+    attributes[PK_AFFINE_FACTOR] = 1;
     return pk__append(parser, "affine", attributes, 0, NULL);
+}
+
+/* prelu [N=1]: a x below 0, and x above, with one learned a or one for each channel: y = r + a (x - r), r = relu(x), so that
+ * each kink is watched once. */
+static pk_status pk__prelu_layer(pk__parser *parser, const pk__layer *layer)
+{
+    static const pk_option options[] = {
+        {"number of slopes", PK_OPTION_NUMBER, 0, 1, 0, 1, 1e9, 1, NULL},
+        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    };
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int values = parser->node;
+    double slopes[PK_NODE_ATTRIBUTES] = {1}, affine[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__parse_options(parser->context, "prelu", options, layer, slopes);
+    if (!status)
+        status = pk__check_attributes(parser->context, "prelu", options, slopes);
+    if (!status && slopes[0] != 1 && slopes[0] != (double)shape->dims[0])
+        status = pk__fail(parser->context, PK_SHAPE,
+                          "prelu: %g slopes for %zu channels; one slope, or one for each channel, is possible",
+                          slopes[0], shape->dims[0]);
+    affine[PK_AFFINE_SCALAR] = slopes[0] == 1;
+    affine[PK_AFFINE_FACTOR] = 0.25;
+    if (!status)
+        status = pk__append(parser, "relu", NULL, 0, NULL);
+    const int positive = parser->node;
+    if (!status)
+        status = pk__append_scale(parser, -1);
+    if (!status)
+        status = pk__append_add(parser, values);
+    if (!status)
+        status = pk__append(parser, "affine", affine, 0, NULL);
+    return status ? status : pk__append_add(parser, positive);
+}
+
+/* softmin: softmax of -x. */
+static pk_status pk__softmin_layer(pk__parser *parser, const pk__layer *layer)
+{
+    if (layer->count > 1)
+        return pk__refuse_word(parser->context, "softmin", NULL, layer->words[1]);
+    pk_status status = pk__append_scale(parser, -1);
+    return status ? status : pk__append(parser, "softmax", NULL, 0, NULL);
 }
 
 /* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
@@ -1026,6 +1068,8 @@ static const struct {
     {"mean", pk__sum_layer},
     {"reshape", pk__shape_layer},
     {"parameter", pk__shape_layer},
+    {"prelu", pk__prelu_layer},
+    {"softmin", pk__softmin_layer},
 };
 
 /* Whether a name is a layer's: dropout is refused. */

@@ -9,9 +9,9 @@ PK__BEGIN_C
 
 /* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon
  * alone), and of affine, for pk_graph_add. affine with 0 dimensions has one factor for each channel, the
- * first dimension. */
+ * first dimension; scalar: one for all. Its factors start as the number PK_AFFINE_FACTOR. */
 enum { PK_NORM_EPSILON, PK_NORM_DIMS };
-enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS };
+enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS, PK_AFFINE_SCALAR, PK_AFFINE_FACTOR };
 
 PK__END_C
 /* <<< declarations */
@@ -284,12 +284,13 @@ static void pk__standardize_reverse(const pk_call *call)
 /* ---- affine ----------------------------------------------------------------------------------------- */
 
 /* y = gamma x + beta: a gamma, and a beta, for each number of the trailing dims dimensions, or (dims 0) for
- * each channel. Weights: gamma, then beta. */
+ * each channel, or (scalar) for all numbers. Weights: gamma, then beta. */
 static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     const double dims = node->attributes[PK_AFFINE_DIMS];
     node->shape = graph->nodes[node->inputs[0]].shape;
-    const int biased = node->attributes[PK_AFFINE_BIAS] != 0, rank = dims ? (int)dims : 1;
+    const int scalar = node->attributes[PK_AFFINE_SCALAR] != 0, flat = dims == 0 || scalar;
+    const int biased = node->attributes[PK_AFFINE_BIAS] != 0, rank = flat ? 1 : (int)dims;
     pk_status status = pk__check_trailing(context, "affine", &node->shape, dims);
     if (status)
         return status;
@@ -297,10 +298,10 @@ static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk
         pk_shape *shape = &node->tensors[t].shape;
         shape->rank = rank;
         for (int i = 0; i < rank; i++)
-            shape->dims[i] = node->shape.dims[dims == 0 ? 0 : node->shape.rank - rank + i];
+            shape->dims[i] = scalar ? 1 : node->shape.dims[flat ? 0 : node->shape.rank - rank + i];
     }
     node->tensor_count = 1 + biased;
-    node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
+    node->weight_count = scalar ? 1 : flat ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
     node->weight_count *= 1 + (size_t)biased; /* at most twice the input's width, which is far from overflow */
     return PK_OK;
 }
@@ -310,7 +311,7 @@ static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_rea
     const int biased = node->attributes[PK_AFFINE_BIAS] != 0;
     (void)random;
     for (size_t i = 0; i < node->weight_count; i++)
-        weights[i] = !biased || i < node->weight_count / 2;
+        weights[i] = !biased || i < node->weight_count / 2 ? (pk_real)node->attributes[PK_AFFINE_FACTOR] : 0;
 }
 
 /* A row is outer x count x each numbers, of which each slice [o][j] has the gamma j. */
@@ -324,7 +325,9 @@ static pk__affine pk__affine_layout(const pk_node *node)
     pk__affine layout;
     layout.biased = node->attributes[PK_AFFINE_BIAS] != 0;
     layout.count = layout.biased ? node->weight_count / 2 : node->weight_count;
-    layout.each = node->attributes[PK_AFFINE_DIMS] == 0 ? node->width / layout.count : 1;
+    layout.each = node->attributes[PK_AFFINE_DIMS] == 0 || node->attributes[PK_AFFINE_SCALAR] != 0
+                      ? node->width / layout.count
+                      : 1;
     layout.outer = node->width / layout.count / layout.each;
     return layout;
 }
@@ -570,6 +573,12 @@ static const pk_option pk__standardize_options[] = {
 static const pk_option pk__affine_options[] = {
     {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_AFFINE_BIAS},
     {.name = "dims", .kind = PK_OPTION_NUMBER, .attribute = PK_AFFINE_DIMS, .most = PK_SHAPE_RANK, .whole = 1},
+    {.name = "scalar", .kind = PK_OPTION_FLAG, .attribute = PK_AFFINE_SCALAR, .least = 1},
+    {.name = "factor",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_AFFINE_FACTOR,
+     .least = -DBL_MAX,
+     .most = DBL_MAX},
     {.name = NULL},
 };
 
@@ -609,7 +618,7 @@ static const pk_operation pk__norm_operations[] = {
      .tangent_form = PK_TANGENT_ROWS,
      .linear_in_weights = 1,
      .options = pk__affine_options,
-     .defaults = {1, 1},
+     .defaults = {[PK_AFFINE_BIAS] = 1, [PK_AFFINE_DIMS] = 1, [PK_AFFINE_FACTOR] = 1},
      .shape = pk__affine_shape,
      .forward = pk__affine_forward,
      .tangent = pk__affine_tangent,

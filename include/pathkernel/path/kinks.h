@@ -473,7 +473,7 @@ static int pk__split_batch(pk__path *segment, size_t n)
             const pk__piece piece = batch->piece[i];
             const int shortest = piece.b - piece.a <= PK__SHORTEST_SEARCH;
             pk__root_sink sink = {piece.a, piece.b, 0, 0, 0, segment->roots, 0, segment->root_capacity};
-            if (pk__piece_roots(segment, node->degree == 1, exact, shortest, switches, i * samples, &sink)) {
+            if (pk__piece_roots(segment, node->input_degree == 1, exact, shortest, switches, i * samples, &sink)) {
                 if (!pk__halve_search(segment, &piece, n))
                     return 0;
                 continue;

@@ -146,12 +146,12 @@ static int pk__is_switch(const pk_node *node)
 /* Its switch functions are polynomials in t that the samples determine. */
 static int pk__is_polynomial(const pk_node *node)
 {
-    return node->degree >= 0 && node->degree <= PK__PATH_DEGREE;
+    return node->input_degree >= 0 && node->input_degree <= PK__PATH_DEGREE;
 }
 
 static int pk__sample_degree(const pk_node *node)
 {
-    return pk__is_polynomial(node) ? node->degree : (int)PK__PATH_DEGREE;
+    return pk__is_polynomial(node) ? node->input_degree : (int)PK__PATH_DEGREE;
 }
 
 /* The sampling nodes: Chebyshev-Lobatto on [0, 1]. */

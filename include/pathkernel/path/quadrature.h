@@ -167,7 +167,7 @@ PK__PRIVATE int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
         (graph->degree + 1) / 2 > PK_GAUSS_NODES)
         return 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK__PATH_DEGREE)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].input_degree > PK__PATH_DEGREE)
             return 0;
     return 1;
 }
