@@ -289,6 +289,8 @@ GO_FUNCTION void go_normalize(go_tape *tape, const pk_node *node, int centred, c
     size_t count = 1;
     for (int d = 0; d < (int)node->attributes[PK_NORM_DIMS]; d++)
         count *= node->shape.dims[node->shape.rank - 1 - d];
+    if (node->attributes[PK_NORM_GROUPS] != 0)
+        count = node->width / (size_t)node->attributes[PK_NORM_GROUPS];
     const bf_real epsilon = (bf_real)node->attributes[PK_NORM_EPSILON], n = (bf_real)count;
     for (size_t at = 0; at < node->width; at += count, x += count, y += count) {
         const go_number mean = centred ? go_sum(tape, count, x, n) : go_constant(0);

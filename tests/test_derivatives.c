@@ -47,6 +47,7 @@ static const struct {
     {"input 2x4x4; conv 3 3x3 pad=1; max_pool 2x2; relu; conv 2 2x2; max_pool 1 ; flatten; dense 2", 0},
     {"input 3; dense 6; elu 0.5; dense 5; selu; dense 4; mish; dense 3; softsign; dense 2", 0},
     {"input 3; dense 6; hardswish; dense 5; relu6; dense 4; hard_sigmoid; dense 3; log_sigmoid; dense 2", 0},
+    {"input 2x4x3; conv 4 2x2; group_norm 2; tanh; instance_norm epsilon=1e-3 noaffine; flatten; dense 2", 0},
     {"input 3; dense 6; gelu tanh; dense 5; prelu; dense 4; prelu 4; dense 3; softmin", 0},
 };
 enum { NETWORKS = (int)(sizeof networks / sizeof *networks), ROWS = 5 };

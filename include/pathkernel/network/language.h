@@ -119,7 +119,7 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
 /* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
 #define PK__OTHER_LAYERS                                                                                \
     "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
-    "attention as from add subtract concat slice permute mean prelu softmin"
+    "attention as from add subtract concat slice permute mean prelu softmin group_norm instance_norm"
 
 /* Operations that the language builds only as parts of its layers. */
 static int pk__is_part(const char *name)
@@ -573,6 +573,38 @@ static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
     attributes[PK__NORM_AFFINE] = 0;
     status = pk__append(parser, name, attributes, 0, NULL);
     return status || !affine ? status : pk__append_affine(parser, !root, attributes[PK_NORM_DIMS]);
+}
+
+/* group_norm G [epsilon=1e-5] [noaffine], instance_norm [epsilon=1e-5] [noaffine]: of each channel. */
+static pk_status pk__group_norm_layer(pk__parser *parser, const pk__layer *layer)
+{
+    static const pk_option options[] = {
+        {"number of groups", PK_OPTION_NUMBER, PK_NORM_GROUPS, 1, 1, 1, 1e9, 1,
+         NULL}, /* not of instance_norm */
+        {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
+        {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
+        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    };
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int instance = strcmp(layer->words[0], "instance_norm") == 0;
+    double attributes[PK_NODE_ATTRIBUTES];
+    memcpy(attributes, pk_operation_find("normalize")->defaults, sizeof attributes);
+    attributes[PK__NORM_AFFINE] = 1;
+    attributes[PK_NORM_GROUPS] = (double)shape->dims[0];
+    pk_status status =
+        pk__parse_options(parser->context, layer->words[0], options + instance, layer, attributes);
+    if (!status)
+        status = pk__check_attributes(parser->context, layer->words[0], options + instance, attributes);
+    if (!status && instance && shape->rank < 2)
+        status = pk__fail(
+            parser->context, PK_SHAPE,
+            "instance_norm needs channels of several numbers each, such as 3x28x28, not a vector of %zu",
+            shape->dims[0]);
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (!status)
+        status = pk__append(parser, "normalize", attributes, 0, NULL);
+    return status || !affine ? status : pk__append_affine(parser, 1, 0);
 }
 
 /* attention H [causal] [shared] [nobias]: PyTorch's MultiheadAttention with as many outputs as inputs; shared: one
@@ -1070,6 +1102,8 @@ static const struct {
     {"parameter", pk__shape_layer},
     {"prelu", pk__prelu_layer},
     {"softmin", pk__softmin_layer},
+    {"group_norm", pk__group_norm_layer},
+    {"instance_norm", pk__group_norm_layer},
 };
 
 /* Whether a name is a layer's: dropout is refused. */

@@ -7,10 +7,11 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon
+/* Attributes of normalize and rms_normalize (over the trailing dims dimensions, or, where groups is not 0, over each of so
+ * many groups of channels, the first dimension), of standardize (epsilon
  * alone), and of affine, for pk_graph_add. affine with 0 dimensions has one factor for each channel, the
  * first dimension; scalar: one for all. Its factors start as the number PK_AFFINE_FACTOR. */
-enum { PK_NORM_EPSILON, PK_NORM_DIMS };
+enum { PK_NORM_EPSILON, PK_NORM_DIMS, PK_NORM_GROUPS };
 enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS, PK_AFFINE_SCALAR, PK_AFFINE_FACTOR };
 
 PK__END_C
@@ -73,8 +74,19 @@ static pk_status pk__check_trailing(pk_context *context, const char *name, const
  * */
 static pk_status pk__normalize_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
-    node->shape = graph->nodes[node->inputs[0]].shape;
-    return pk__check_trailing(context, node->operation->name, &node->shape, node->attributes[PK_NORM_DIMS]);
+    const double groups = node->attributes[PK_NORM_GROUPS];
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    node->shape = input->shape;
+    if (groups == 0)
+        return pk__check_trailing(context, node->operation->name, &node->shape, node->attributes[PK_NORM_DIMS]);
+    if (fmod((double)node->shape.dims[0], groups) != 0)
+        return pk__fail(context, PK_SHAPE, "%s: %g groups do not divide its %zu channels",
+                        node->operation->name, groups, node->shape.dims[0]);
+    if ((double)input->width == groups)
+        return pk__fail(context, PK_SHAPE,
+                        "%s: each of its %g groups has one number, which leaves nothing of it",
+                        node->operation->name, groups);
+    return PK_OK;
 }
 
 /* Where one group of numbers stands: y = (x - shift - rest) / root. */
@@ -86,7 +98,8 @@ typedef struct pk__norm {
 
 static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
 {
-    norm->count = pk__trailing(&node->shape, node->attributes[PK_NORM_DIMS]);
+    const size_t groups = (size_t)node->attributes[PK_NORM_GROUPS];
+    norm->count = groups ? node->width / groups : pk__trailing(&node->shape, node->attributes[PK_NORM_DIMS]);
     norm->groups = node->width / norm->count;
     norm->centred = centred;
     norm->shift = norm->rest = 0;
@@ -564,6 +577,7 @@ static const pk_option pk__normalize_options[] = {
      .least = 1,
      .most = PK_SHAPE_RANK,
      .whole = 1},
+    {.name = "groups", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_GROUPS, .most = 1e9, .whole = 1},
     {.name = NULL},
 };
 static const pk_option pk__standardize_options[] = {
