@@ -213,21 +213,32 @@ GO_FUNCTION size_t go_window(const go_number *plane, const size_t *size, const d
     return count;
 }
 
+/* channels, height, width of an image, or of a signal, whose height is 1 */
+GO_FUNCTION void go_image(const pk_shape *shape, size_t *dims)
+{
+    dims[0] = shape->dims[0];
+    dims[1] = shape->rank == 3 ? shape->dims[1] : 1;
+    dims[2] = shape->dims[shape->rank - 1];
+}
+
 GO_FUNCTION void go_conv(go_tape *tape, const pk_node *node, const pk_shape *from, const go_number *x,
                          go_number *y)
 {
     const double *a = node->attributes, *kernel = a + PK_CONVOLUTION_KERNEL;
-    const size_t groups = (size_t)a[PK_CONVOLUTION_GROUPS], in = from->dims[0] / groups,
-                 out = node->shape.dims[0] / groups, taps = (size_t)kernel[0] * (size_t)kernel[1],
-                 plane = from->dims[1] * from->dims[2], biases = node->shape.dims[0] * in * taps;
+    size_t size[3], to[3];
+    go_image(from, size);
+    go_image(&node->shape, to);
+    const size_t groups = (size_t)a[PK_CONVOLUTION_GROUPS], in = size[0] / groups, out = to[0] / groups,
+                 taps = (size_t)kernel[0] * (size_t)kernel[1], plane = size[1] * size[2],
+                 biases = to[0] * in * taps;
     const go_number **window = BF_NEW(const go_number *, taps);
     for (size_t c = 0; c < groups * out; c++)
-        for (size_t row = 0; row < node->shape.dims[1]; row++)
-            for (size_t column = 0; column < node->shape.dims[2]; column++) {
+        for (size_t row = 0; row < to[1]; row++)
+            for (size_t column = 0; column < to[2]; column++) {
                 go_number sum =
                     node->weight_count > biases ? go_weight(tape, node, biases + c) : go_constant(0);
                 for (size_t k = 0; k < in; k++) {
-                    go_window(x + (c / out * in + k) * plane, from->dims + 1, kernel, a + PK_CONVOLUTION_STRIDE,
+                    go_window(x + (c / out * in + k) * plane, size + 1, kernel, a + PK_CONVOLUTION_STRIDE,
                               a + PK_CONVOLUTION_PAD, a + PK_CONVOLUTION_DILATION, row, column, window);
                     for (size_t t = 0; t < taps; t++) {
                         const go_number w = go_weight(tape, node, (c * in + k) * taps + t);
@@ -240,47 +251,129 @@ GO_FUNCTION void go_conv(go_tape *tape, const pk_node *node, const pk_shape *fro
     free(window);
 }
 
-/* max_pool, avg_pool, global_avg_pool: kind 'm', 'a', 'g' */
-GO_FUNCTION void go_pool(go_tape *tape, const pk_node *node, const pk_shape *from, char kind,
+/* each number of x is spread over a window of y */
+GO_FUNCTION void go_conv_transpose(go_tape *tape, const pk_node *node, const pk_shape *from, const go_number *x,
+                                   go_number *y)
+{
+    const double *a = node->attributes;
+    size_t size[3], to[3];
+    go_image(from, size);
+    go_image(&node->shape, to);
+    const long step[2] = {(long)a[PK_CONVOLUTION_STRIDE], (long)a[PK_CONVOLUTION_STRIDE + 1]},
+               pad[2] = {(long)a[PK_CONVOLUTION_PAD], (long)a[PK_CONVOLUTION_PAD + 1]},
+               dilation[2] = {(long)a[PK_CONVOLUTION_DILATION], (long)a[PK_CONVOLUTION_DILATION + 1]};
+    const size_t groups = (size_t)a[PK_CONVOLUTION_GROUPS], in = size[0] / groups, out = to[0] / groups,
+                 high = (size_t)a[PK_CONVOLUTION_KERNEL], wide = (size_t)a[PK_CONVOLUTION_KERNEL + 1],
+                 biases = size[0] * out * high * wide;
+    for (size_t i = 0; i < node->width; i++)
+        y[i] =
+            node->weight_count > biases ? go_weight(tape, node, biases + i / (to[1] * to[2])) : go_constant(0);
+    for (size_t c = 0; c < size[0]; c++)
+        for (size_t o = 0; o < out; o++)
+            for (size_t t = 0; t < high * wide; t++)
+                for (size_t q = 0; q < size[1] * size[2]; q++) {
+                    const long row = (long)(q / size[2]) * step[0] + (long)(t / wide) * dilation[0] - pad[0],
+                               column = (long)(q % size[2]) * step[1] + (long)(t % wide) * dilation[1] - pad[1];
+                    if (row < 0 || row >= (long)to[1] || column < 0 || column >= (long)to[2])
+                        continue;
+                    go_number *sum = &y[((c / in * out + o) * to[1] + (size_t)row) * to[2] + (size_t)column];
+                    const go_number w = go_weight(tape, node, (c * out + o) * high * wide + t);
+                    *sum = go_product(tape, 1, &w, 1, &x[c * size[1] * size[2] + q], 1, sum);
+                }
+}
+
+/* each number of y is the sum of all of its plane, each times how near it is: 1 - distance, and 0 from 1 on */
+GO_FUNCTION void go_upsample(go_tape *tape, const pk_node *node, const pk_shape *from, const go_number *x,
+                             go_number *y)
+{
+    const double *a = node->attributes;
+    size_t size[3], to[3];
+    go_image(from, size);
+    go_image(&node->shape, to);
+    for (size_t i = 0; i < node->width; i++) {
+        const size_t at[2] = {i / to[2] % to[1], i % to[2]}, plane = i / (to[1] * to[2]);
+        bf_real place[2], sum = 0;
+        for (int side = 0; side < 2; side++) {
+            const bf_real factor = (bf_real)a[PK_UPSAMPLE_FACTOR + side], last = (bf_real)size[1 + side] - 1;
+            if (a[PK_UPSAMPLE_MODE] == 0)
+                place[side] = (bf_real)(at[side] / (size_t)factor);
+            else if (a[PK_UPSAMPLE_CORNERS] != 0)
+                place[side] = to[1 + side] > 1 ? (bf_real)at[side] * last / (bf_real)(to[1 + side] - 1) : 0;
+            else
+                place[side] = ((bf_real)at[side] * 2 + 1) / (2 * factor) - 1 / (bf_real)2;
+            place[side] = place[side] < 0 ? 0 : place[side] > last ? last : place[side];
+        }
+        for (size_t k = 0; k < size[1] * size[2]; k++) {
+            const bf_real down = 1 - BF_MATH(fabs)(place[0] - (bf_real)(k / size[2])),
+                          along = 1 - BF_MATH(fabs)(place[1] - (bf_real)(k % size[2]));
+            const go_number near = x[plane * size[1] * size[2] + k];
+            if (down <= 0 || along <= 0)
+                continue;
+            sum += down * along * near.value;
+            go_from(tape, near, down * along);
+        }
+        y[i] = go_number_of(tape, sum);
+    }
+}
+
+/* What a window of a side has of it, and how many numbers with padding. */
+GO_FUNCTION long go_span(const pk_node *node, int side, long size, long windows, long at, long *low, long *high)
+{
+    const double *a = node->attributes;
+    const long kernel = (long)a[PK_POOL_KERNEL + side], pad = (long)a[PK_POOL_PAD + side];
+    if (strstr(node->operation->name, "adaptive") || strstr(node->operation->name, "global")) {
+        *low = at * size / windows;
+        *high = (at * size + size + windows - 1) / windows;
+        return *high - *low;
+    }
+    const long start = at * (long)a[PK_POOL_STRIDE + side] - pad;
+    const long past = start + kernel < size + pad ? start + kernel : size + pad;
+    *low = start > 0 ? start : 0;
+    *high = past < size ? past : size;
+    return past - start;
+}
+
+/* all pools; largest: of the maximum */
+GO_FUNCTION void go_pool(go_tape *tape, const pk_node *node, const pk_shape *from, int largest,
                          const go_number *x, go_number *y)
 {
-    static const double ones[2] = {1, 1};
-    const double *a = node->attributes;
-    const size_t plane = from->dims[1] * from->dims[2];
-    const size_t rows = kind == 'g' ? 1 : node->shape.dims[1], columns = kind == 'g' ? 1 : node->shape.dims[2];
-    const size_t taps = kind == 'g' ? plane : (size_t)a[PK_POOL_KERNEL] * (size_t)a[PK_POOL_KERNEL + 1];
-    const go_number **window = BF_NEW(const go_number *, taps);
-    for (size_t c = 0; c < from->dims[0]; c++, x += plane)
-        for (size_t row = 0; row < rows; row++)
-            for (size_t column = 0; column < columns; column++) {
-                if (kind == 'g') {
-                    *y++ = go_sum(tape, plane, x, (bf_real)plane);
-                    continue;
+    size_t size[3], to[3] = {0, 1, 1};
+    go_image(from, size);
+    if (node->shape.rank == from->rank)
+        go_image(&node->shape, to);
+    for (size_t c = 0; c < size[0]; c++, x += size[1] * size[2])
+        for (size_t output = 0; output < to[1] * to[2]; output++) {
+            long low[2], high[2], padded[2];
+            for (int side = 0; side < 2; side++)
+                padded[side] = go_span(node, side, (long)size[1 + side], (long)to[1 + side],
+                                       (long)(side ? output % to[2] : output / to[2]), &low[side], &high[side]);
+            const int skip = node->attributes[PK_POOL_SKIP_PAD] != 0;
+            const bf_real numbers =
+                (bf_real)(skip ? (high[0] - low[0]) * (high[1] - low[1]) : padded[0] * padded[1]);
+            const go_number *best = NULL;
+            bf_real sum = 0, margin = HUGE_VAL;
+            for (long row = low[0]; row < high[0]; row++)
+                for (long column = low[1]; column < high[1]; column++) {
+                    const go_number *tap = x + row * (long)size[2] + column;
+                    sum += tap->value;
+                    if (!largest)
+                        go_from(tape, *tap, 1 / numbers);
+                    if (!best || tap->value > best->value)
+                        best = tap;
                 }
-                go_window(x, from->dims + 1, a + PK_POOL_KERNEL, a + PK_POOL_STRIDE, a + PK_POOL_PAD, ones, row,
-                          column, window);
-                size_t best = taps;
-                bf_real sum = 0, margin = HUGE_VAL;
-                for (size_t t = 0; t < taps; t++) {
-                    if (!window[t])
-                        continue;
-                    sum += window[t]->value;
-                    if (kind == 'a')
-                        go_from(tape, *window[t], 1 / (bf_real)taps);
-                    if (best == taps || window[t]->value > window[best]->value)
-                        best = t;
-                }
-                if (kind == 'a') {
-                    *y++ = go_number_of(tape, sum / (bf_real)taps);
-                    continue;
-                }
-                for (size_t t = 0; t < taps; t++)
-                    if (t != best && window[t])
-                        margin = BF_MATH(fmin)(margin, window[best]->value - window[t]->value);
-                go_choose(tape, (int)best, margin);
-                *y++ = *window[best];
+            if (!largest) {
+                *y++ = go_number_of(tape, sum / numbers);
+                continue;
             }
-    free(window);
+            for (long row = low[0]; row < high[0]; row++)
+                for (long column = low[1]; column < high[1]; column++) {
+                    const go_number *tap = x + row * (long)size[2] + column;
+                    if (tap != best)
+                        margin = BF_MATH(fmin)(margin, best->value - tap->value);
+                }
+            go_choose(tape, (int)(best - x), margin);
+            *y++ = *best;
+        }
 }
 
 /* normalize (centred) and rms_normalize: slices of count numbers */
@@ -550,8 +643,12 @@ GO_FUNCTION const go_number *go_forward(go_tape *tape, const pk_real *data)
             go_dense(tape, node, x, before->shape.dims[before->shape.rank - 1], y);
         else if (strcmp(name, "conv") == 0)
             go_conv(tape, node, &before->shape, x, y);
+        else if (strcmp(name, "conv_transpose") == 0)
+            go_conv_transpose(tape, node, &before->shape, x, y);
+        else if (strcmp(name, "upsample") == 0)
+            go_upsample(tape, node, &before->shape, x, y);
         else if (strstr(name, "_pool"))
-            go_pool(tape, node, &before->shape, name[0], x, y);
+            go_pool(tape, node, &before->shape, strstr(name, "max_pool") != NULL, x, y);
         else if (strcmp(name, "normalize") == 0 || strcmp(name, "rms_normalize") == 0)
             go_normalize(tape, node, name[0] == 'n', x, y);
         else if (strcmp(name, "standardize") == 0)

@@ -47,6 +47,13 @@ static const struct {
     {"input 2x4x4; conv 3 3x3 pad=1; max_pool 2x2; relu; conv 2 2x2; max_pool 1 ; flatten; dense 2", 0},
     {"input 3; dense 6; elu 0.5; dense 5; selu; dense 4; mish; dense 3; softsign; dense 2", 0},
     {"input 3; dense 6; hardswish; dense 5; relu6; dense 4; hard_sigmoid; dense 3; log_sigmoid; dense 2", 0},
+    {"input 2x6; conv 4 3; tanh; conv_transpose 3 2 stride=2 pad=1; upsample 2 linear; adaptive_avg_pool 3; "
+     "flatten",
+     0},
+    {"input 2x3x3; conv_transpose 4 2x3 stride=2x1 groups=2; tanh; adaptive_max_pool 2; flatten; dense 2", 0},
+    {"input 1x5x4; conv 2 2; upsample 2x1; avg_pool 3 pad=1 ceil_mode count_include_pad=0; max_pool 2 "
+     "ceil_mode; flatten",
+     0},
     {"input 2x4x3; conv 4 2x2; group_norm 2; tanh; instance_norm epsilon=1e-3 noaffine; flatten; dense 2", 0},
     {"input 3; dense 6; gelu tanh; dense 5; prelu; dense 4; prelu 4; dense 3; softmin", 0},
 };

@@ -249,8 +249,8 @@ static const pk_option pk__positive_option[] = {
     {.name = NULL},
 };
 static const pk_option pk__gelu_option[] = {
-    {"tanh", PK_OPTION_FLAG, 0, 0, 0, 1, 0, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "tanh", .kind = PK_OPTION_FLAG, .least = 1},
+    {.name = NULL},
 };
 static const pk_option pk__scale_option[] = {
     {.name = "factor",

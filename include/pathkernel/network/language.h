@@ -465,9 +465,11 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
     const pk_shape *shape = pk__branch_shape(parser);
     const int biased = attributes[dense ? (int)PK_DENSE_BIAS : (int)PK_CONVOLUTION_BIAS] != 0;
     const double after = biased ? ntk[PK__NTK_BIASES] : 1;
+    const double taps =
+        attributes[PK_CONVOLUTION_KERNEL + 1] *
+        (shape->rank == 2 ? 1 : attributes[PK_CONVOLUTION_KERNEL]); /* of a signal, or of an image */
     const double fan_in = dense ? (double)shape->dims[shape->rank - 1]
-                                : (double)shape->dims[0] / attributes[PK_CONVOLUTION_GROUPS] *
-                                      attributes[PK_CONVOLUTION_KERNEL] * attributes[PK_CONVOLUTION_KERNEL + 1];
+                                : (double)shape->dims[0] / attributes[PK_CONVOLUTION_GROUPS] * taps;
     attributes[dense ? (int)PK_DENSE_INITIAL : (int)PK_CONVOLUTION_INITIAL] = PK_INITIAL_STANDARD;
     status = pk__append_scale(parser, ntk[PK__NTK_WEIGHTS] / (after * sqrt(fan_in)));
     if (!status)
@@ -509,8 +511,13 @@ static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
 static pk_status pk__prelu_layer(pk__parser *parser, const pk__layer *layer)
 {
     static const pk_option options[] = {
-        {"number of slopes", PK_OPTION_NUMBER, 0, 1, 0, 1, 1e9, 1, NULL},
-        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+        {.name = "number of slopes",
+         .kind = PK_OPTION_NUMBER,
+         .position = 1,
+         .least = 1,
+         .most = 1e9,
+         .whole = 1},
+        {.name = NULL},
     };
     const pk_shape *shape = pk__branch_shape(parser);
     const int values = parser->node;
@@ -581,9 +588,9 @@ static pk_status pk__group_norm_layer(pk__parser *parser, const pk__layer *layer
     static const pk_option options[] = {
         {"number of groups", PK_OPTION_NUMBER, PK_NORM_GROUPS, 1, 1, 1, 1e9, 1,
          NULL}, /* not of instance_norm */
-        {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-        {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
-        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+        {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+        {.name = "noaffine", .kind = PK_OPTION_FLAG, .attribute = PK__NORM_AFFINE},
+        {.name = NULL},
     };
     const pk_shape *shape = pk__branch_shape(parser);
     const int instance = strcmp(layer->words[0], "instance_norm") == 0;
@@ -664,16 +671,10 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
     static const int pairs[3] = {PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD};
     double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
-    for (int i = 0; i < 2 && !status; i++) { /* an unstated stride is the kernel */
-        if (attributes[PK_POOL_STRIDE + i] == 0)
-            attributes[PK_POOL_STRIDE + i] = attributes[PK_POOL_KERNEL + i];
-        if (2 * attributes[PK_POOL_PAD + i] > attributes[PK_POOL_KERNEL + i] &&
-            attributes[PK_POOL_KERNEL + i] > 0)
-            status = pk__fail(parser->context, PK_SHAPE,
-                              "max_pool: padding of %gx%g is more than half of its kernel, %gx%g",
-                              attributes[PK_POOL_PAD], attributes[PK_POOL_PAD + 1], attributes[PK_POOL_KERNEL],
-                              attributes[PK_POOL_KERNEL + 1]);
-    }
+    if (!status)
+        status = pk__check_attributes(parser->context, "max_pool", operation->options, attributes);
+    if (!status)
+        status = pk__pool_options_of(parser->context, "max_pool", pk__branch_shape(parser), attributes);
     for (int side = 1; side >= 0 && !status; side--) {
         memcpy(part, attributes, sizeof part);
         for (int i = 0; i < 3; i++)
@@ -683,6 +684,25 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
             status = pk__append(parser, "max_pool", part, 0, NULL);
     }
     return status;
+}
+
+/* adaptive_max_pool of KxK as columns, then rows, likewise. */
+static pk_status pk__adaptive_max_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_operation *operation = pk_operation_find("adaptive_max_pool");
+    double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
+    pk_status status = pk__plain_layer(parser, layer, operation, attributes);
+    const pk_shape input = *pk__branch_shape(parser);
+    const double *sizes = attributes + PK_POOL_KERNEL;
+    if (!status && input.rank != 3) /* a signal, or refused */
+        return pk__append(parser, operation->name, attributes, 0, NULL);
+    memcpy(part, attributes, sizeof part);
+    part[PK_POOL_KERNEL] = (double)input.dims[1];
+    if (!status && sizes[1] != (double)input.dims[2])
+        status = pk__append(parser, operation->name, part, 0, NULL);
+    return status || sizes[0] == (double)input.dims[1]
+               ? status
+               : pk__append(parser, operation->name, attributes, 0, NULL);
 }
 
 /* The operation of a layer with constants, of the array that it names: `numbers`, or those of the node `like`. */
@@ -1104,6 +1124,7 @@ static const struct {
     {"softmin", pk__softmin_layer},
     {"group_norm", pk__group_norm_layer},
     {"instance_norm", pk__group_norm_layer},
+    {"adaptive_max_pool", pk__adaptive_max_layer},
 };
 
 /* Whether a name is a layer's: dropout is refused. */
