@@ -149,10 +149,7 @@ class Indexed(torch.utils.data.Dataset):
 
 
 _REASONS = {  # by the name of the class, so that old versions of torch need not have it
-    "InstanceNorm": "the format has no such layer",
-    "PReLU": "its slope is trained, the format has a fixed one (LeakyReLU)",
     "RReLU": "it is random",
-    "ReLU6": "the format has no such layer",
     "Parametrized": "its weight comes from other parameters (weight_norm?), not the format's",
 }
 _COUPLES = (
@@ -180,7 +177,14 @@ def _words(word, *positional, **options):
 
 
 def _by(pair, default=None):
-    return None if pair == default else f"{pair[0]}x{pair[1]}"
+    """Of images 3x3, of signals 3; None: all numbers are the default."""
+    return None if all(n == default for n in pair) else "x".join(map(str, pair))
+
+
+def _each(module, value):
+    """One number for each dimension of images (2) or signals (1)."""
+    count = 2 if type(module).__name__.endswith("2d") else 1
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
 
 
 # A rule turns a module into a list of layers: rule(module, x, options, no) with the module's input x, what else it
@@ -200,9 +204,19 @@ def _softplus(module, x, options, no):
 
 
 def _gelu(module, x, options, no):
-    if module.approximate != "none":
-        raise no(f"approximate='{module.approximate}'; the format has the erf form only")
-    return ["gelu"]
+    return ["gelu" if module.approximate == "none" else _words("gelu", module.approximate)]
+
+
+def _elu(module, x, options, no):
+    if not module.alpha > 0:
+        raise no(f"alpha = {module.alpha}, the format needs a positive one")
+    return ["elu" if module.alpha == 1 else _words("elu", _number(module.alpha))]
+
+
+def _prelu(module, x, options, no):
+    if x is not None and x.ndim < 2:
+        raise no("the format needs examples with channels")
+    return ["prelu" if module.num_parameters == 1 else _words("prelu", module.num_parameters)]
 
 
 def _hard_tanh(module, x, options, no):
@@ -226,7 +240,7 @@ def _flatten(module, x, options, no):
 def _softmax(module, x, options, no):
     if module.dim != -1 and (x is None or module.dim != x.ndim - 1):
         raise no(f"dim = {module.dim}; the format has the last dimension only (dim=-1)")
-    return ["softmax" if isinstance(module, nn.Softmax) else "log_softmax"]
+    return [{nn.Softmax: "softmax", nn.Softmin: "softmin"}.get(type(module), "log_softmax")]
 
 
 def _dense(module, x, options, no):
@@ -236,7 +250,10 @@ def _dense(module, x, options, no):
 def _convolution(module, x, options, no):
     if module.padding_mode != "zeros":
         raise no(f"padding_mode = '{module.padding_mode}'; the format pads with zeros")
-    pad = (0, 0) if module.padding == "valid" else module.padding
+    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d))
+    if transposed and options.get("output_size") is not None:
+        raise no("called with output_size; say output_padding instead")
+    pad = 0 if module.padding == "valid" else module.padding
     if pad == "same":
         both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
         if any(total % 2 for total in both):
@@ -244,12 +261,13 @@ def _convolution(module, x, options, no):
         pad = tuple(total // 2 for total in both)
     return [
         _words(
-            "conv",
+            "conv_transpose" if transposed else "conv",
             module.out_channels,
             _by(module.kernel_size),
-            stride=_by(_pair(module.stride), (1, 1)),
-            pad=_by(_pair(pad), (0, 0)),
-            dilation=_by(_pair(module.dilation), (1, 1)),
+            stride=_by(_each(module, module.stride), 1),
+            pad=_by(_each(module, pad), 0),
+            output_pad=_by(_each(module, module.output_padding), 0) if transposed else None,
+            dilation=_by(_each(module, module.dilation), 1),
             groups=None if module.groups == 1 else module.groups,
             nobias=module.bias is None,
         )
@@ -257,23 +275,61 @@ def _convolution(module, x, options, no):
 
 
 def _pool(module, x, options, no):
-    largest, pad = isinstance(module, nn.MaxPool2d), _pair(module.padding)
-    if module.ceil_mode:
-        raise no("ceil_mode=True; the format has whole windows only")
-    if largest and (_pair(module.dilation) != (1, 1) or module.return_indices):
+    largest, pad = isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)), _each(module, module.padding)
+    if largest and (any(d != 1 for d in _each(module, module.dilation)) or module.return_indices):
         raise no("dilation and return_indices are not in the format")
-    if not largest and (module.divisor_override or (pad != (0, 0) and not module.count_include_pad)):
-        raise no("divisor_override and count_include_pad=False are not in the format")
-    kernel = _pair(module.kernel_size)
-    stride = kernel if module.stride in (None, []) else _pair(module.stride)
+    if getattr(module, "divisor_override", None):
+        raise no("divisor_override is not in the format")
+    kernel = _each(module, module.kernel_size)
+    stride = kernel if module.stride in (None, []) else _each(module, module.stride)
     word = "max_pool" if largest else "avg_pool"
-    return [_words(word, _by(kernel), stride=_by(stride, kernel), pad=_by(pad, (0, 0)))]
+    return [
+        _words(
+            word,
+            _by(kernel),
+            stride=None if stride == kernel else _by(stride),
+            pad=_by(pad, 0),
+            ceil_mode=module.ceil_mode,
+            count_include_pad=None if largest or module.count_include_pad else 0,
+        )
+    ]
 
 
-def _global_average(module, x, options, no):
-    if _pair(module.output_size) != (1, 1):
-        raise no(f"output_size = {module.output_size}; the format averages whole images only (1)")
-    return ["global_avg_pool"]
+def _adaptive_pool(module, x, options, no):
+    largest = "Max" in type(module).__name__
+    sizes = _each(module, module.output_size)
+    if largest and module.return_indices:
+        raise no("return_indices is not in the format")
+    if not largest and all(n == 1 for n in sizes):
+        return ["global_avg_pool"]
+    if None in sizes:
+        if x is None:
+            raise no("an output_size of None is not in the format")
+        sizes = tuple(n or own for n, own in zip(sizes, x.shape[2:]))
+    return [_words(f"adaptive_{'max' if largest else 'avg'}_pool", _by(sizes))]
+
+
+def _upsample(module, x, options, no):
+    if module.mode not in ("nearest", "bilinear", "linear"):
+        raise no(f"mode = '{module.mode}'; the format has nearest, linear and bilinear")
+    factors = module.scale_factor
+    if factors is None and x is None:
+        raise no("the format has a scale_factor, and no size")
+    if factors is None:
+        count = x.ndim - 2
+        sizes = module.size if isinstance(module.size, (tuple, list)) else (module.size,) * count
+        factors = tuple(size / own for size, own in zip(sizes, x.shape[2:]))
+    factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors,)
+    if any(f < 1 or f != int(f) for f in factors):
+        raise no(f"a factor of {factors}; the format has whole numbers")
+    return [
+        _words(
+            "upsample",
+            _by([int(f) for f in factors]),
+            *([] if module.mode == "nearest" else [module.mode]),
+            align_corners=module.mode != "nearest" and bool(module.align_corners),
+        )
+    ]
 
 
 def _batch_norm(module, x, options, no):
@@ -282,6 +338,29 @@ def _batch_norm(module, x, options, no):
     statistics = torch.stack([module.running_mean, module.running_var])
     name = _Trace.now.constant("norm", statistics) if _Trace.now else "norm"
     return [_words("batch_norm", name, epsilon=_number(module.eps), noaffine=module.weight is None)]
+
+
+def _with_factors(module, plain):
+    """A norm of channels with its affine, whose summand may be missing."""
+    weight, bias = getattr(module, "weight", None) is not None, getattr(module, "bias", None) is not None
+    if weight and bias:
+        return [plain]
+    return [plain + " noaffine"] + ["affine nobias dims=0"] * weight
+
+
+def _group_norm(module, x, options, no):
+    return _with_factors(module, _words("group_norm", module.num_groups, epsilon=_number(module.eps)))
+
+
+def _instance_norm(module, x, options, no):
+    if module.training and module.track_running_stats:
+        raise no(
+            "its running statistics change while it trains, so in eval mode it would be another network than the "
+            "recorded one; use track_running_stats=False, or .eval() it"
+        )
+    if module.running_mean is not None:
+        return _batch_norm(module, x, options, no)
+    return _with_factors(module, _words("instance_norm", epsilon=_number(module.eps)))
 
 
 def _layer_norm(module, x, options, no):
@@ -386,7 +465,17 @@ _MODULES = {
     nn.Softplus: _softplus,
     nn.GELU: _gelu,
     nn.Hardtanh: _hard_tanh,
+    nn.ELU: _elu,
+    nn.SELU: ["selu"],
+    nn.Mish: ["mish"],
+    nn.ReLU6: ["relu6"],
+    nn.Hardswish: ["hardswish"],
+    nn.Hardsigmoid: ["hard_sigmoid"],
+    nn.Softsign: ["softsign"],
+    nn.LogSigmoid: ["log_sigmoid"],
+    nn.PReLU: _prelu,
     nn.Softmax: _softmax,
+    nn.Softmin: _softmax,
     nn.LogSoftmax: _softmax,
     nn.Dropout: _dropout,
     nn.Dropout1d: _dropout,
@@ -396,10 +485,24 @@ _MODULES = {
     nn.FeatureAlphaDropout: _dropout,
     nn.Flatten: _flatten,
     nn.Linear: _dense,
+    nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
+    nn.ConvTranspose1d: _convolution,
+    nn.ConvTranspose2d: _convolution,
+    nn.MaxPool1d: _pool,
     nn.MaxPool2d: _pool,
+    nn.AvgPool1d: _pool,
     nn.AvgPool2d: _pool,
-    nn.AdaptiveAvgPool2d: _global_average,
+    nn.AdaptiveAvgPool1d: _adaptive_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_pool,
+    nn.AdaptiveMaxPool1d: _adaptive_pool,
+    nn.AdaptiveMaxPool2d: _adaptive_pool,
+    nn.Upsample: _upsample,
+    nn.UpsamplingNearest2d: _upsample,
+    nn.UpsamplingBilinear2d: _upsample,
+    nn.GroupNorm: _group_norm,
+    nn.InstanceNorm1d: _instance_norm,
+    nn.InstanceNorm2d: _instance_norm,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.LayerNorm: _layer_norm,
@@ -465,9 +568,22 @@ _FUNCTIONS = {  # functions and methods that are modules: their other arguments 
     "softmax": nn.Softmax,
     "log_softmax": nn.LogSoftmax,
     "dropout": nn.Dropout,
-    "max_pool2d": nn.MaxPool2d,
-    "avg_pool2d": nn.AvgPool2d,
-    "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "mish": nn.Mish,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "softsign": nn.Softsign,
+    "log_sigmoid": nn.LogSigmoid,
+    "softmin": nn.Softmin,
+    **{f"{n}_pool{d}d": getattr(nn, f"{m}Pool{d}d") for n, m in (("max", "Max"), ("avg", "Avg")) for d in (1, 2)},
+    **{
+        f"adaptive_{n}_pool{d}d": getattr(nn, f"Adaptive{m}Pool{d}d")
+        for n, m in (("max", "Max"), ("avg", "Avg"))
+        for d in (1, 2)
+    },
+    "interpolate": lambda *size, antialias=False, **options: nn.Upsample(*size, **options),
 }
 _LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal"}
 _VIEWS = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as"}
@@ -737,9 +853,43 @@ def _w_dense(net, x, outputs, nobias=False, init=None, gain=None):
 def _w_conv(
     net, x, channels, kernel, stride=1, pad=0, dilation=1, groups=1, nobias=False, init=None, gain=None
 ):
-    weight = net.take(channels, x.shape[1] // groups, *_pair(kernel))
+    weight = net.take(channels, x.shape[1] // groups, *_kernel(x, kernel))
     bias = None if nobias else net.take(channels)
-    return nn.functional.conv2d(x, weight, bias, stride, pad, dilation, groups)
+    return _of(x, "conv")(x, weight, bias, stride, pad, dilation, groups)
+
+
+def _of(x, name):
+    """The function for images or, of values of two dimensions, for signals."""
+    if x.ndim not in (3, 4):
+        raise ValueError("it takes images of channels x height x width, or signals of channels x length")
+    return getattr(nn.functional, f"{name}{x.ndim - 2}d")
+
+
+def _kernel(x, kernel):
+    return _pair(kernel) if x.ndim == 4 else (kernel,)
+
+
+def _w_conv_transpose(
+    net, x, channels, kernel, stride=1, pad=0, output_pad=0, dilation=1, groups=1, nobias=False
+):
+    weight = net.take(x.shape[1], channels // groups, *_kernel(x, kernel))
+    bias = None if nobias else net.take(channels)
+    return _of(x, "conv_transpose")(x, weight, bias, stride, pad, output_pad, groups, dilation)
+
+
+def _w_upsample(net, x, factor, mode="nearest", align_corners=False):
+    mode = "nearest" if mode == "nearest" else "linear" if x.ndim == 3 else "bilinear"
+    corners = None if mode == "nearest" else align_corners
+    return nn.functional.interpolate(x, scale_factor=factor, mode=mode, align_corners=corners)
+
+
+def _w_group_norm(net, x, groups, epsilon=1e-5, noaffine=False):
+    affine = (None, None) if noaffine else _take_affine(net, (x.shape[1],))
+    return nn.functional.group_norm(x, groups, *affine, epsilon)
+
+
+def _w_prelu(net, x, slopes=1):
+    return nn.functional.prelu(x, net.take(slopes))
 
 
 def _w_layer_norm(net, x, epsilon=1e-5, dims=1, noaffine=False):
@@ -753,8 +903,8 @@ def _w_rms_norm(net, x, epsilon=2.220446049250313e-16, dims=1, noaffine=False):
     return y if noaffine else y * net.take(*x.shape[-dims:])
 
 
-def _w_affine(net, x, nobias=False, dims=1):
-    shape = x.shape[-dims:] if dims else (x.shape[1], *(1,) * (x.ndim - 2))
+def _w_affine(net, x, nobias=False, dims=1, scalar=False, factor=1.0):
+    shape = (1,) if scalar else x.shape[-dims:] if dims else (x.shape[1], *(1,) * (x.ndim - 2))
     factor, summand = _take_affine(net, shape, not nobias)
     return x * factor if nobias else x * factor + summand
 
@@ -789,7 +939,17 @@ _WORDS = {  # of the language, on tensors; net gives weights and arrays
     "sigmoid": lambda net, x: torch.sigmoid(x),
     "softplus": lambda net, x, beta=1.0: torch.logaddexp(beta * x, torch.zeros_like(x)) / beta,
     "leaky_relu": lambda net, x, slope=0.01: nn.functional.leaky_relu(x, slope),
-    "gelu": lambda net, x: nn.functional.gelu(x),
+    "gelu": lambda net, x, tanh=False: nn.functional.gelu(x, approximate="tanh" if tanh else "none"),
+    "elu": lambda net, x, alpha=1.0: nn.functional.elu(x, alpha),
+    "selu": lambda net, x: nn.functional.selu(x),
+    "mish": lambda net, x: nn.functional.mish(x),
+    "relu6": lambda net, x: nn.functional.relu6(x),
+    "hardswish": lambda net, x: nn.functional.hardswish(x),
+    "hard_sigmoid": lambda net, x: nn.functional.relu6(x + 3) / 6,
+    "softsign": lambda net, x: nn.functional.softsign(x),
+    "log_sigmoid": lambda net, x: nn.functional.logsigmoid(x),
+    "softmin": lambda net, x: (-x).softmax(-1),
+    "prelu": _w_prelu,
     "silu": lambda net, x: nn.functional.silu(x),
     "erf": lambda net, x: torch.erf(x),
     "sine": lambda net, x, beta=1.0: torch.sin(beta * x),
@@ -800,9 +960,19 @@ _WORDS = {  # of the language, on tensors; net gives weights and arrays
     "log_softmax": lambda net, x: x.log_softmax(-1),
     "dense": _w_dense,
     "conv": _w_conv,
-    "max_pool": lambda net, x, kernel, stride=None, pad=0: nn.functional.max_pool2d(x, kernel, stride, pad),
-    "avg_pool": lambda net, x, kernel, stride=None, pad=0: nn.functional.avg_pool2d(x, kernel, stride, pad),
-    "global_avg_pool": lambda net, x: x.mean((2, 3)),
+    "conv_transpose": _w_conv_transpose,
+    "max_pool": lambda net, x, kernel, stride=None, pad=0, ceil_mode=False: _of(x, "max_pool")(
+        x, kernel, stride, pad, ceil_mode=ceil_mode
+    ),
+    "avg_pool": lambda net, x, kernel, stride=None, pad=0, ceil_mode=False, count_include_pad=1: _of(
+        x, "avg_pool"
+    )(x, kernel, stride, pad, ceil_mode, bool(count_include_pad)),
+    "adaptive_max_pool": lambda net, x, sizes: _of(x, "adaptive_max_pool")(x, sizes),
+    "adaptive_avg_pool": lambda net, x, sizes: _of(x, "adaptive_avg_pool")(x, sizes),
+    "global_avg_pool": lambda net, x: x.flatten(2).mean(2),
+    "upsample": _w_upsample,
+    "group_norm": _w_group_norm,
+    "instance_norm": lambda net, x, **options: _w_group_norm(net, x, x.shape[1], **options),
     "flatten": lambda net, x: x.flatten(1),
     "layer_norm": _w_layer_norm,
     "rms_norm": _w_rms_norm,
@@ -817,8 +987,8 @@ _WORDS = {  # of the language, on tensors; net gives weights and arrays
     "constant": lambda net, x, name: net.constant(name).expand(len(x), -1, -1),
     "propagate": _w_propagate,
 }
+_FLAGS = {"nobias", "noaffine", "causal", "shared", "ceil_mode", "align_corners", "scalar"}
 _RANKS = {  # of the values that words take, where it matters
-    **{word: 3 for word in ("conv", "max_pool", "avg_pool", "global_avg_pool")},
     **{word: 2 for word in ("position", "attention", "token", "mean_tokens", "select", "propagate")},
     "embedding": 1,
 }
@@ -875,7 +1045,7 @@ class _Network:
                 values = [
                     w
                     for w in words[1:]
-                    if "=" not in w and w not in ("nobias", "noaffine", "causal", "shared")
+                    if "=" not in w and w not in _FLAGS and not (w == "tanh" and words[0] == "gelu")
                 ]
                 options = dict(
                     w.split("=", 1) if "=" in w else (w, True) for w in words[1:] if w not in values

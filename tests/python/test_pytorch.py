@@ -263,6 +263,17 @@ class Runs(Case):
             nn.GELU,
             nn.SiLU,
             nn.Hardtanh,
+            lambda: nn.GELU(approximate="tanh"),
+            nn.ELU,
+            lambda: nn.ELU(0.5),
+            nn.SELU,
+            nn.Mish,
+            nn.ReLU6,
+            nn.Hardswish,
+            nn.Softsign,
+            nn.LogSigmoid,
+            nn.PReLU,
+            lambda: nn.Softmin(-1),
             Abs,
             Erf,
             lambda: nn.Dropout(0.0),
@@ -561,6 +572,15 @@ class Modules(Case):
             ("max_pool 3x2 stride=2x1 pad=1x0", nn.MaxPool2d((3, 2), (2, 1), (1, 0))),
             ("avg_pool 3x3 stride=2x2 pad=1x1", nn.AvgPool2d(3, 2, 1)),
             ("global_avg_pool", nn.AdaptiveAvgPool2d(1)),
+            ("max_pool 3x3 stride=2x2 ceil_mode", nn.MaxPool2d(3, 2, ceil_mode=True)),
+            ("avg_pool 4x4 pad=1x1 ceil_mode count_include_pad=0", nn.AvgPool2d(4, 4, 1, True, False)),
+            ("adaptive_avg_pool 4x2", nn.AdaptiveAvgPool2d((4, 2))),
+            ("adaptive_avg_pool 6x4", nn.AdaptiveAvgPool2d((None, 4))),
+            ("adaptive_max_pool 4x4", nn.AdaptiveMaxPool2d(4)),
+            ("upsample 2", nn.Upsample(scale_factor=2)),
+            ("upsample 2x1", nn.Upsample(size=(12, 6))),
+            ("upsample 2 bilinear", nn.Upsample(scale_factor=2, mode="bilinear")),
+            ("upsample 2x2 bilinear align_corners", nn.UpsamplingBilinear2d(12)),
         ):
             for optimizer in ("momentum", "adamw"):
                 with self.subTest(said, optimizer=optimizer):
@@ -570,6 +590,81 @@ class Modules(Case):
                     model(x[:1].float())
                     line = f"input 2x6x6; conv 3 3x3 pad=1x1; {said}; relu; flatten; dense {OUT}"
                     self.check(model, x, line, optimizer)
+
+    def test_signals(self):
+        for said, layers in (
+            ("conv 4 3", [nn.Conv1d(2, 4, 3)]),
+            (
+                "conv 4 3 stride=2 pad=2 dilation=2 groups=2 nobias",
+                [nn.Conv1d(2, 4, 3, 2, 2, 2, 2, bias=False)],
+            ),
+            ("conv 4 3 pad=1", [nn.Conv1d(2, 4, 3, padding="same")]),
+            ("conv_transpose 3 3 stride=2 output_pad=1", [nn.ConvTranspose1d(2, 3, 3, 2, 0, 1)]),
+            ("conv 3 2; max_pool 2 ceil_mode", [nn.Conv1d(2, 3, 2), nn.MaxPool1d(2, ceil_mode=True)]),
+            ("conv 3 2; avg_pool 2 pad=1", [nn.Conv1d(2, 3, 2), nn.AvgPool1d(2, padding=1)]),
+            ("conv 3 2; adaptive_max_pool 4", [nn.Conv1d(2, 3, 2), nn.AdaptiveMaxPool1d(4)]),
+            ("conv 3 2; upsample 2 linear", [nn.Conv1d(2, 3, 2), nn.Upsample(scale_factor=2, mode="linear")]),
+            ("conv 3 2; prelu 3", [nn.Conv1d(2, 3, 2), nn.PReLU(3)]),
+        ):
+            for optimizer, dtype in (("momentum", F64), ("adamw", F64), ("adamw", F32)):
+                with self.subTest(said, optimizer=optimizer, dtype=dtype):
+                    x = self.images((2, 6))
+                    model = nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.LazyLinear(OUT))
+                    for layer in layers:
+                        for p in layer.parameters():
+                            nn.init.normal_(p.data, std=0.5)
+                    model.float()(x[:1].float())
+                    self.check(model, x, f"input 2x6; {said}; tanh; flatten; dense {OUT}", optimizer, dtype)
+
+    def test_transposed_convolutions(self):
+        x = self.images((2, 3, 2))
+        for said, options in (
+            ("conv_transpose 4 3x2", {}),
+            ("conv_transpose 4 3x2 stride=2x1 pad=1x0 groups=2 nobias", dict(stride=(2, 1), padding=(1, 0), groups=2, bias=False)),
+            ("conv_transpose 4 3x2 stride=2x2 output_pad=1x0 dilation=1x2", dict(stride=2, output_padding=(1, 0), dilation=(1, 2))),
+        ):
+            for optimizer, dtype in (("momentum", F64), ("adamw", F64), ("adamw", F32)):
+                with self.subTest(said, optimizer=optimizer, dtype=dtype):
+                    model = nn.Sequential(
+                        nn.ConvTranspose2d(2, 4, (3, 2), **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(OUT)
+                    )
+                    model(x[:1].float())
+                    self.check(model, x, f"input 2x3x2; {said}; tanh; flatten; dense {OUT}", optimizer, dtype)
+
+    def test_functions_of_images(self):
+        F = nn.functional
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.down, self.up, self.head = nn.Conv2d(2, 4, 2), nn.Conv2d(4, 3, 1), nn.Linear(27, OUT)
+
+            def forward(self, x):
+                x = F.elu(F.max_pool2d(self.down(x), 2, ceil_mode=True), 0.5)
+                x = F.gelu(self.up(F.interpolate(x, scale_factor=2, mode="nearest")), approximate="tanh")
+                return self.head(F.adaptive_avg_pool2d(F.mish(x), 3).flatten(1))
+
+        line = (
+            "input 2x6x6; conv 4 2x2; max_pool 2x2 ceil_mode; elu 0.5; upsample 2; conv 3 1x1; gelu tanh; mish; "
+            f"adaptive_avg_pool 3x3; flatten; dense {OUT}"
+        )
+        self.check(Net(), self.images((2, 6, 6)), line)
+
+    def test_norms_of_channels(self):
+        x = self.images((2, 4, 3))
+        running = nn.InstanceNorm2d(4, track_running_stats=True)
+        running(torch.randn(5, 4, 3, 3))
+        for said, norm in (
+            ("group_norm 2 epsilon=1e-05", nn.GroupNorm(2, 4)),
+            ("group_norm 4 epsilon=0.001 noaffine", nn.GroupNorm(4, 4, 1e-3, affine=False)),
+            ("instance_norm epsilon=1e-05 noaffine", nn.InstanceNorm2d(4)),
+            ("instance_norm epsilon=1e-05", nn.InstanceNorm2d(4, affine=True)),
+            ("batch_norm norm0 epsilon=1e-05 noaffine", running.eval()),
+        ):
+            for optimizer in ("sgd", "adamw"):
+                with self.subTest(said, optimizer=optimizer):
+                    model = nn.Sequential(nn.Conv2d(2, 4, 2), norm, nn.Tanh(), nn.Flatten(), nn.Linear(24, OUT))
+                    self.check(model, x, f"input 2x4x3; conv 4 2x2; {said}; tanh; flatten; dense {OUT}", optimizer)
 
     def test_norms(self):
         def around(*layers):
@@ -884,12 +979,12 @@ class Refusals(Case):
         for words, layer in (
             (r"layer 1 \('1.0', BatchNorm1d\).*couples", nn.BatchNorm1d(6)),
             ("Dropout.*random", nn.Dropout(0.1)),
-            ("GELU.*erf", nn.GELU(approximate="tanh")),
-            ("PReLU.*trained", nn.PReLU()),
+            ("ELU.*alpha = -1.*positive", nn.ELU(-1)),
+            ("InstanceNorm1d.*running statistics change", nn.InstanceNorm1d(6, track_running_stats=True)),
             ("LSTM.*not supported.*pathkernel_line", nn.LSTM(6, 6)),
             ("Hardtanh.*-1 to 1", nn.Hardtanh(-2, 2)),
-            ("ReLU6", nn.ReLU6()),
-            ("Conv1d", nn.Conv1d(1, 1, 1)),
+            ("RReLU.*random", nn.RReLU()),
+            ("Conv3d.*not supported", nn.Conv3d(1, 1, 1)),
             ("LeakyReLU.*positive", nn.LeakyReLU(-0.1)),
             ("Softplus.*threshold", nn.Softplus(threshold=1)),
             ("Flatten.*whole", nn.Flatten(0)),
@@ -1118,11 +1213,11 @@ class Refusals(Case):
                 image(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")),
             ),
             ("padding='same'", images, image(nn.Conv2d(3, 3, 2, padding="same"))),
-            ("ceil_mode", images, image(nn.MaxPool2d(2, ceil_mode=True))),
             ("dilation", images, image(nn.MaxPool2d(2, dilation=2))),
-            ("count_include_pad", images, image(nn.AvgPool2d(2, padding=1, count_include_pad=False))),
+            ("mode = 'bicubic'", images, image(nn.Upsample(scale_factor=2, mode="bicubic"))),
+            ("whole numbers", images, image(nn.Upsample(scale_factor=1.5))),
+            ("whole numbers", images, image(nn.Upsample(size=7))),
             ("divisor_override", images, image(nn.AvgPool2d(2, divisor_override=3))),
-            ("output_size = 2", images, image(nn.AdaptiveAvgPool2d(2))),
             ("layer 1 .*BatchNorm2d.*couples", images, image(nn.BatchNorm2d(3))),
             ("couples", images, image(nn.BatchNorm2d(3, track_running_stats=False).eval())),
             ("dropout draws random", images, image(nn.Dropout2d(0.1))),
