@@ -1,4 +1,5 @@
-/* Convolutions of all small shapes, whose output is one pixel as often as not: kernels against products of Jacobians,
+/* Convolutions of all small shapes, whose output is one pixel as often as not, of signals, and transposed: kernels against
+ * products of Jacobians,
  * closure and bits of a decomposition over threads, its entries against gradients integrated by a fixed rule. */
 #include "fixture.h"
 
@@ -58,6 +59,29 @@ static void network_of(const shape *s, int form, char *text, size_t size)
                  convolution, outputs_of(s, 0), outputs_of(s, 1));
 }
 
+/* Convolutions of signals, and transposed ones of images and of signals: number n of them. */
+static int other_network(size_t number, char *text, size_t size)
+{
+    const size_t n = number;
+    const int transposed = n % 3 > 0, signal = n % 3 < 2, stride = 1 + (int)(n / 3 % 3), pad = (int)(n / 9 % 2),
+              dilation = 1 + (int)(n / 18 % 2), groups = 1 + (int)(n / 36 % 2), kernel = 1 + (int)(n / 72 % 3),
+              more = transposed && (stride > 1 || dilation > 1) ? (int)(n / 5 % 2) : 0;
+    char layer[160], output_pad[20] = "";
+    if (n >= 216)
+        return 0;
+    if (transposed)
+        snprintf(output_pad, sizeof output_pad, " output_pad=%d", more);
+    snprintf(layer, sizeof layer, "conv%s 4 %d stride=%d pad=%d dilation=%d groups=%d%s%s",
+             transposed ? "_transpose" : "", kernel, stride, pad, dilation, groups, output_pad,
+             n % 4 == 1 ? " nobias" : "");
+    const char *plane = signal ? "5" : "2x3";
+    if (n % 2)
+        snprintf(text, size, "input 2x%s; %s; tanh; flatten; dense 2", plane, layer);
+    else
+        snprintf(text, size, "input 2x%s; conv 2 1; tanh; %s; relu; flatten; dense 2", plane, layer);
+    return 1;
+}
+
 /* ---- kernels ----------------------------------------------------------------------------------------- */
 
 static pk_real *jacobian_of(pk_context *context, const pk_graph *graph, const pk_real *weights, pk_real *x,
@@ -108,7 +132,7 @@ static int check_kernels(pk_context *context, const pk_graph *graph, const pk_re
 static void test_kernels(void **state)
 {
     (void)state;
-    size_t number = 0, shapes = 0, pixels = 0, wrong = 0;
+    size_t number = 0, shapes = 0, pixels = 0, wrong = 0, others = 0;
     for (shape s; next_shape(&number, &s); shapes++) {
         const int one = outputs_of(&s, 0) * outputs_of(&s, 1) == 1;
         pixels += (size_t)one;
@@ -129,6 +153,27 @@ static void test_kernels(void **state)
             assert_int_equal(context.memory_used, 0);
         }
     }
+    char text[400];
+    for (size_t n = 0; other_network(n, text, sizeof text); n++) {
+        pk_context context;
+        pk_graph graph;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        if (pk_network_parse(&context, text, &graph) !=
+            PK_OK) { /* the padding leaves nothing, or windows do not fit */
+            assert_non_null(strstr(context.message, "pad"));
+            continue;
+        }
+        pk_real *weights = fixture_normals(n, graph.parameters, 0.7);
+        pk_real *x = fixture_normals(n + 1, (ROWS + OTHERS) * graph.input_width, 1);
+        if (check_kernels(&context, &graph, weights, x) && wrong++ < 10)
+            print_message("the kernel is not J J^T: %s\n", text);
+        others++;
+        free(weights), free(x);
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+    assert_true(others > 180);
     print_message("%zu shapes, %zu of them with an output of one pixel; %zu networks of %zu wrong\n", shapes,
                   pixels, wrong, FORMS * shapes);
     assert_true(shapes > 438 && pixels > 134);
@@ -263,6 +308,19 @@ static void test_decompositions(void **state)
         network_of(&s, (int)(shapes % FORMS), text, sizeof text);
         check_decomposition(text, shapes, (int)engines[shapes / FORMS % 4], brute_too);
         entries += (size_t)brute_too;
+    }
+    char text[400];
+    for (size_t n = 0; other_network(n, text, sizeof text); n += 5) {
+        pk_context context;
+        pk_graph graph;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        if (pk_network_parse(&context, text, &graph) != PK_OK)
+            continue;
+        pk_graph_release(&context, &graph);
+        check_decomposition(text, 1000 + n, (int)engines[n % 4], strstr(text, "relu") == NULL);
+        entries += strstr(text, "relu") == NULL;
+        shapes++;
     }
     print_message("%zu runs: closure %.2g; of %zu the entries are within %.2g of the largest\n", shapes,
                   worst_closure, entries, worst_entry);
