@@ -213,6 +213,15 @@ def _elu(module, x, options, no):
     return ["elu" if module.alpha == 1 else _words("elu", _number(module.alpha))]
 
 
+def _hard_sigmoid(module, x, options, no):
+    with torch.enable_grad():
+        at = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(nn.functional.hardsigmoid(at).sum(), at)
+    if x is not None and x.dtype == torch.float64 and abs(slope.item() * 6 - 1) > 1e-12:
+        raise no("this PyTorch has its slope, 1/6, in single precision only; train in float32, or with another layer")
+    return ["hard_sigmoid"]
+
+
 def _prelu(module, x, options, no):
     if x is not None and x.ndim < 2:
         raise no("the format needs examples with channels")
@@ -470,7 +479,7 @@ _MODULES = {
     nn.Mish: ["mish"],
     nn.ReLU6: ["relu6"],
     nn.Hardswish: ["hardswish"],
-    nn.Hardsigmoid: ["hard_sigmoid"],
+    nn.Hardsigmoid: _hard_sigmoid,
     nn.Softsign: ["softsign"],
     nn.LogSigmoid: ["log_sigmoid"],
     nn.PReLU: _prelu,

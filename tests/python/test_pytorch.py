@@ -290,6 +290,23 @@ class Runs(Case):
                     )
                     self.certify(model)
 
+    def test_hard_sigmoid(self):
+        """PyTorch's slope in float64 is that of float32, which is refused with the reason."""
+        model = network(nn.Hardsigmoid, F32)
+        self.train(model, torch.optim.SGD(model.parameters(), lr=0.2))
+        self.certify(model)
+        at = torch.zeros(1, dtype=F64, requires_grad=True)
+        nn.functional.hardsigmoid(at).backward()
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        model = network(nn.Hardsigmoid, F64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        if abs(at.grad.item() * 6 - 1) > 1e-12:
+            with self.assertRaisesRegex(RecordError, "Hardsigmoid.*single precision"):
+                self.train(model, optimizer)
+        else:
+            self.train(model, optimizer)
+            self.certify(model)
+
     def test_losses(self):
         for dtype in (F64, F32):
             for loss, objective in OBJECTIVES.items():
