@@ -803,18 +803,8 @@ class _Trace:
                 return [], []
             if out.ndim == 2 and len(out) == len(x):
                 return ["flatten"], []
-            if same and out.ndim <= x.ndim:
+            if same:
                 return [], []
-            if len(out) == len(x) and 2 < out.ndim < 6:
-                return [f"reshape {_by(out.shape[1:])}"], []
-        if name in ("permute", "transpose", "swapaxes") and not options and out.ndim == x.ndim:
-            dims = list(rest[0]) if rest and isinstance(rest[0], (tuple, list)) else list(rest)
-            dims = [d % x.ndim for d in dims]
-            order = dims if name == "permute" else list(range(x.ndim))
-            if name != "permute":
-                order[dims[0]], order[dims[1]] = dims[1], dims[0]
-            if order[0] == 0 and 2 < x.ndim < 6:
-                return [_words("permute", *order[1:])], []
         if name == "mean":
             dims = rest[0] if rest else options.get("dim")
             dims = sorted(d % x.ndim for d in ([dims] if isinstance(dims, int) else dims or ()))
@@ -993,8 +983,6 @@ _WORDS = {  # of the language, on tensors; net gives weights and arrays
     "group_norm": _w_group_norm,
     "instance_norm": lambda net, x, **options: _w_group_norm(net, x, x.shape[1], **options),
     "flatten": lambda net, x: x.flatten(1),
-    "reshape": lambda net, x, shape: x.reshape(len(x), *(shape if isinstance(shape, tuple) else (shape,))),
-    "permute": lambda net, x, *dims: x.permute(0, *dims),
     "layer_norm": _w_layer_norm,
     "rms_norm": _w_rms_norm,
     "affine": _w_affine,
@@ -1016,13 +1004,13 @@ _RANKS = {  # of the values that words take, where it matters
 
 
 def _option(text):
-    """A number, sizes such as 3x3, or a name."""
+    """A number, a pair such as 3x3, or a name."""
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             pass
-    return tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+(x\d+)+", text) else text
+    return tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+", text) else text
 
 
 class _Network:

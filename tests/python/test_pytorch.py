@@ -667,24 +667,6 @@ class Modules(Case):
         )
         self.check(Net(), self.images((2, 6, 6)), line)
 
-    def test_dimensions(self):
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.mix, self.over = nn.Linear(3, 4), nn.Conv1d(4, 4, 2), nn.Conv1d(1, 2, 2)
-                self.head = nn.Linear(22, OUT)
-
-            def forward(self, x):
-                x = self.mix(torch.tanh(self.first(x)).transpose(1, 2)).permute(0, 2, 1)
-                x = torch.tanh(x.reshape(-1, 2, 2, 3)).permute(0, 3, 1, 2).flatten(1)
-                return self.head(torch.relu(self.over(x.unsqueeze(1))).flatten(1))
-
-        line = (
-            "input 4x3; dense 4; tanh; permute 2 1; conv 4 2; permute 2 1; reshape 2x2x3; tanh; permute 3 1 2; flatten; "
-            f"reshape 1x12; conv 2 2; relu; flatten; dense {OUT}"
-        )
-        self.check(Net(), self.images((4, 3)), line)
-
     def test_norms_of_channels(self):
         x = self.images((2, 4, 3))
         running = nn.InstanceNorm2d(4, track_running_stats=True)
