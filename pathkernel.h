@@ -47,10 +47,13 @@
  *              attribution moves with the input
  * kernels      pk_kernel_ntk, pk_kernel_ntk_trace; pk_kernel_sketched: the same from few numbers a row; pk_kernel_ntk_nodes:
  *              between the nodes of a graph; pk_novelty: is a row like the training rows
+ *              to read and to test with; pk_compare: what cheaper rules leave of a run
+ * kernels      pk_kernel_ntk, pk_kernel_ntk_trace
  * CONTENTS
  * easy
  *   train               pk_train: the training loop, recorded
  *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
+ *   compare             pk_compare: ten rules against the exact one, on one's own run and inputs
  *   reference           pk_decompose_reference: the same by its definition, slow, to read and to test with
  *   kernel, file        pk_kernels, pk_kernel_file, pk_kernel_ntk: Gram matrices of named kernels
  *   domingos            pk_kernel_domingos: his coefficients, and the form weighted by the loss
@@ -265,7 +268,7 @@ typedef struct pk_allocator {
 
 struct pk_operation;
 
-/* Private: how the parallel regions of a context have fared of late (parallel.h). Times in seconds. */
+/* Private: what recent parallel regions of a context gained (parallel.h). Times in seconds. */
 typedef struct pk_load {
     double until, rest; /* one thread until then; how long that was, at most a second */
     double gain, work;  /* against one thread; of a trial */
@@ -282,14 +285,14 @@ typedef struct pk_context {
     /* Called between units of work from the calling thread, fraction in [0, 1]; non-zero cancels. */
     int (*progress)(void *user, const char *phase, double fraction);
     void *progress_user;
-    /* Operations of one's own (graph.h) that the network language knows by name, behind the built-in ones; the last one
+    /* Operations of the user's own (graph.h) that the network language knows by name, after the built-in ones; the last one
      * is NULL. They outlive every network that was read with this context. NULL: none. */
     const struct pk_operation *const *operations;
     /* Read only: */
     size_t memory_used; /* bytes held now */
     size_t memory_peak; /* the most that was ever held */
     size_t regions;     /* parallel regions that were started */
-    size_t backed_off;  /* times that one thread went on alone for a while, since it would have been faster */
+    size_t backed_off;  /* how often calls went on with one thread for a while, since that was faster */
     pk_load load;
     char message[PK_MESSAGE_SIZE];
 } pk_context;
@@ -310,16 +313,16 @@ PK_API void pk_release(pk_context *context, void *pointer);
 
 PK__END_C
 
-/* pathkernel/base/parallel.h: parallel regions, and what becomes of them beside other programs. Private, for all modules.
+/* pathkernel/base/parallel.h: parallel regions, and their use of threads while other programs run. Private, for all modules.
  *
- * A region ends when its last thread does, and libgomp's threads wait for each other by spinning. Where another program
- * takes one of the processors, a thread waits for one that does not run, and where the two share what is left, it is the
- * waiting itself that keeps the other from running: 8 to 25 ms a region, whatever its work, until the scheduler's slices are
- * over. So the library watches its regions, by a clock alone and not by the numbers, which stay the same bit for bit:
+ * A region ends when its last thread does, and libgomp's threads wait for each other by spinning. If another program
+ * occupies one of the processors, a thread waits for one that does not run, and if the two share a processor, the waiting
+ * itself keeps the other one from running: 8 to 25 ms for each region, whatever its work, until the scheduler switches. The
+ * library therefore watches its regions, by a clock alone and not by the numbers, which stay the same bit for bit:
  *
  *   1. A region measures its time T and the processor time W that its threads took for their tasks: one thread would have
  *      taken about W. The difference W - T, added up over the regions, is what the threads have gained.
- *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times what was
+ *   2. Where that falls below -PK__LOAD_LOSS, calls with this context go on with one thread, for PK__LOAD_REST times the time
  *      lost, or for twice as long as the last time, up to PK__LOAD_LONGEST seconds.
  *   3. After that, and at the beginning, the threads are on trial: they have to gain in one region, or in several small ones,
  *      before they are trusted. A trial is cheap beside other programs, too: it starts one thread more than there are
@@ -338,8 +341,8 @@ PK__END_C
  */
 PK__BEGIN_C
 
-/* A place in a sequence of 2^64 numbers; sequences with another seed or stream are independent. Zeroed is
- * valid. Every number drawn moves counter on by one (pk_random_below seldom by more). */
+/* A position in a sequence of 2^64 numbers; sequences with different seeds or streams are independent. Zeroed is
+ * valid. Every number drawn increments the counter (pk_random_below rarely by more than one). */
 typedef struct pk_random {
     uint64_t seed, stream, counter;
 } pk_random;
@@ -362,17 +365,18 @@ PK_API void pk_random_shuffle(pk_random *random, size_t count, int64_t *items);
 
 PK__END_C
 
-/* pathkernel/math/tile.h: products of small tiles that stay in registers, and what is done with a tile before it leaves
- * them. Nothing here is public: matrix.h makes whole products of it, product.h the hot loop.
+/* pathkernel/math/tile.h: products of small matrices ("tiles") that stay in registers, and the operations on a tile before
+ * it is stored. Nothing here is public: matrix.h builds whole products from it, product.h the inner loop of the decomposition.
  *
- * A tile is up to 12 rows of A times one panel of B, or two. A is read where it stands, a number at a time; a panel of B is
- * one cache line wide: element (p, j) at p * step + j. Every element of a tile is one accumulator that takes its terms in
- * ascending order, wherever it stands in the tile, however many rows the tile has and however long a vector is.
+ * A tile is the product of up to 12 rows of A with one or two panels of B. A is read without copying, one number at a
+ * time; a panel of B is one cache line wide: element (p, j) is at p * step + j. Every element of a tile has one accumulator,
+ * to which its terms are added in ascending order. Its bits therefore depend neither on its position in the tile nor on the
+ * tile's number of rows nor on the length of a vector.
  *
- * GNU vectors, since the vectorisers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
+ * GNU vectors, since the vectorizers of gcc and clang differ by a factor of 6 on the same loops over arrays. On x86-64
  * the AVX2 and AVX-512 tiles are compiled for their own instruction set and chosen at run time, so that a program that is
- * built for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH leaves what the compiler's flags say, and
- * PATHKERNEL_NO_AVX512 takes AVX2 where there is both.
+ * built for every machine runs at the speed of this one; PATHKERNEL_NO_DISPATCH uses the instruction set of the compiler's flags
+ * only, and PATHKERNEL_NO_AVX512 uses AVX2 even if AVX-512 is available.
  */
 PK__BEGIN_C
 
@@ -385,9 +389,9 @@ PK__END_C
  * number, exp, tanh and their relatives. Nothing here is public.
  *
  * Where the processor has AVX2 and FMA (chosen at run time as in tile.h), exp, tanh and their relatives compute four numbers at
- * a time without branches, four to nine times as fast as the C library's functions; elsewhere the C library is called. A number's result
- * does not depend on where it stands nor on how many there are: the last ones fill a vector of their own. Largest errors
- * against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
+ * a time without branches, four to nine times as fast as the C library's functions; elsewhere the C library is called. The
+ * result for a number depends neither on its position nor on how many there are: the last ones fill a vector of their own.
+ * Largest errors against long double (tests/test_elementary.c), in units in the last place: exp 1.1, tanh 2.5, sigmoid 2.3, softplus
  * 2.7; the C library's here are 0.6, 2.1, 2.1 and 1.5. NaN stays NaN, infinities give the limits.
  */
 PK__BEGIN_C
@@ -647,9 +651,11 @@ PK_API void pk_dataset_release(pk_context *context, pk_dataset *dataset);
 PK__END_C
 
 /* pathkernel/network/graph.h: a static graph of batched operations, each one table entry with its forward, reverse and
- * tangent rules. Weights are one flat vector w of P numbers.
+ * tangent rules. Weights are one flat vector w of P numbers, which consists of weight blocks: a block is a range of w with
+ * a shape and the list of its uses, that is of the parameter tensors of nodes that read it. Parameter groups, tied
+ * weights and the columns of by_layer are properties of blocks.
  *
- * Where layers share a tensor, each node still works on its own numbers, one after the other in a spread vector E w of
+ * Where a block has several uses, each node still works on its own numbers, one after the other in a spread vector E w of
  * copies and transposes: f(w) = F(E w), and the gradient with respect to w is E^T that of F. Without ties E is the
  * identity, and nothing is copied.
  */
@@ -659,7 +665,7 @@ enum {
     PK_SHAPE_RANK = 4,
     PK_NODE_INPUTS = 4,
     PK_NODE_ATTRIBUTES = 16,
-    PK_NODE_BLOCKS = 4,
+    PK_NODE_TENSORS = 4,
     PK_CONSTANT_NAME = 32
 };
 
@@ -673,16 +679,18 @@ typedef struct pk_shape {
 typedef enum pk_smoothness {
     PK_LINEAR,           /* linear (a constant may be added) */
     PK_PIECEWISE_LINEAR, /* linear between the zeros of its switch functions */
-    PK_SMOOTH,           /* analytic, not polynomial */
+    PK_MULTILINEAR,      /* linear in each input, the others held: degrees along a line add up */
+    PK_SMOOTH,           /* analytic, not polynomial; where it has switch functions, between their zeros */
     PK_SURROGATE         /* the reverse rule is not the derivative: no path integral can close */
 } pk_smoothness;
 
 /* How the gradient with respect to the weights is represented, see integral.h. */
 typedef enum pk_tangent_form {
     PK_TANGENT_NONE, /* no weights */
-    PK_TANGENT_OUTER, /* weight (fan_out, fan_in) times input, then perhaps plus bias (fan_out), and no more, at `positions`
-                         places: sum over places of cotangent (x) input, sum of cotangents. One input. */
-    PK_TANGENT_ROWS /* materialised: row_gradients */
+    PK_TANGENT_OUTER, /* y = weight (fan_out, fan_in) x, perhaps plus a bias (fan_out), at each of `positions` positions of one
+                         input. The gradient is the sum over positions of the outer products cotangent (x) input, and the sum
+                         of the cotangents. */
+    PK_TANGENT_ROWS /* materialized: row_gradients */
 } pk_tangent_form;
 
 typedef enum pk_option_kind {
@@ -697,9 +705,9 @@ typedef struct pk_option {
     const char *name; /* NULL ends a list */
     pk_option_kind kind;
     int attribute;
-    int position; /* 1, 2, ...: the word of this number; 0: name=value, or the name of a flag, anywhere */
+    int position; /* 1, 2, ...: the number of the word; 0: name=value, or the name of a flag, at any position */
     int required;
-    double least, most; /* what a number may be */
+    double least, most; /* the range of a number */
     int whole;
     const char *choices; /* "a b c" */
 } pk_option;
@@ -707,12 +715,26 @@ typedef struct pk_option {
 struct pk_operation;
 struct pk_graph;
 
-/* A parameter tensor, as PyTorch counts them (each weight and each bias is one): a range of w and its shape. */
+/* A parameter tensor of a node, as PyTorch counts them: each weight and each bias is one. */
+typedef struct pk_parameter_tensor {
+    pk_shape shape;
+    size_t first, count; /* a range of the node's weights */
+    int tied;            /* the earlier node whose tensor of the same number it is; 0: its own */
+    int transposed;      /* it is the transpose of that node's */
+    size_t block;        /* its number in graph->blocks */
+} pk_parameter_tensor;
+
+typedef struct pk_weight_use {
+    int node, tensor; /* graph->nodes[node].tensors[tensor] */
+} pk_weight_use;
+
+/* A range of w, its shape and what uses it. The blocks are numbered in the order of w, which they fill. */
 typedef struct pk_weight_block {
-    size_t offset, count;
-    int rank;
-    size_t dims[PK_SHAPE_RANK];
-    int node; /* whose weights it holds */
+    size_t first, count;
+    pk_shape shape; /* that of its first use; others may use the transpose */
+    int column;     /* of by_layer: one for each node that is the first to use a block */
+    size_t use_count;
+    pk_weight_use *uses; /* in the order of the nodes; the first one gives it its initial values */
 } pk_weight_block;
 
 typedef struct pk_node {
@@ -722,31 +744,28 @@ typedef struct pk_node {
     pk_shape shape;
     size_t width;
     size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
-    size_t
-        bias_count; /* of these, the last ones: a second tensor, the bias; set by the shape rule, if not PK_TANGENT_OUTER */
-    pk_shape weight_shape; /* of the first tensor; the shape rule's, or fan_out x fan_in, or their number */
-    int tied[2];           /* the node whose weight, bias this one's is; 0: its own */
-    int tied_transposed;   /* the weight is the transpose of that node's */
-    int shares;            /* some tensor is used by another node, too */
-    int column;            /* among the nodes that have tensors of their own in w; -1: it has none */
+    int tensor_count;
+    pk_parameter_tensor tensors[PK_NODE_TENSORS]; /* all of its weights, one after the other */
+    int shares;                                   /* another node uses one of its blocks, too */
     double attributes[PK_NODE_ATTRIBUTES];
-    pk_real *constants;                      /* fixed numbers that are no weights; owned by the graph */
-    int constants_shared;                    /* they are an earlier node's */
+    pk_real *constants;                      /* fixed numbers, which are not weights; owned by the graph */
+    int constants_shared;                    /* they belong to an earlier node */
     size_t constant_count, constant_columns; /* columns: of the array that the network language names */
-    char constant_name[PK_CONSTANT_NAME];    /* its name, empty where it has none */
+    char constant_name[PK_CONSTANT_NAME];    /* the name of that array, or empty */
     pk_tangent_form tangent_form;            /* the operation's, unless its shape rule chose another */
     size_t positions, fan_in, fan_out;       /* PK_TANGENT_OUTER */
-    int unfolds; /* PK_TANGENT_OUTER: unfold makes the inputs of each place; 0: in[0] holds them one after the other */
+    int unfolds; /* PK_TANGENT_OUTER: unfold collects the inputs of each position; 0: in[0] has them one after the other */
     int layer; /* number among the nodes with weights, -1 without */
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
+    int input_degree; /* the same of its inputs, and so of its switch functions */
     int input_constant; /* no input depends on t */
     int cotangent_constant;     /* d output / d value does not depend on t */
-    int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) takes the same input */
-    int unread;                 /* no node takes it, and it is not the output */
-    int only_reader;            /* the node that alone takes it, and once; -1: there is none, or several */
-    int layer_node; /* of node l, whatever it is: the number of the node that is layer l, see pk_graph_layer */
+    int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) reads the same node */
+    int unread;                 /* no node reads it, and it is not the output */
+    int only_reader;            /* the only node that reads it, as one input; -1: none or several do */
+    int layer_node; /* a list beside the nodes: nodes[l].layer_node is the number of the node that is layer l */
 } pk_node;
 
 /* One operation applied to a batch. Arrays are row-major, rows x width; cotangents are rows x copies x
@@ -754,8 +773,8 @@ typedef struct pk_node {
 typedef struct pk_call {
     const pk_node *node;
     size_t rows, copies;
-    int threads;         /* that a rule may use, by shapes only and to the same bits; 0: one */
-    pk_context *context; /* of the caller, where there are several; may be NULL */
+    int threads;         /* that a rule may use, if its bits do not depend on them; 0: one */
+    pk_context *context; /* of the caller, if there are several threads; may be NULL */
     size_t in_width[PK_NODE_INPUTS];
     const pk_real *weights;   /* this node's */
     const pk_real *direction; /* tangent of the weights; NULL: zero */
@@ -764,7 +783,7 @@ typedef struct pk_call {
     const pk_real *in_tangent[PK_NODE_INPUTS]; /* NULL: zero */
     pk_real *out_tangent;
     const pk_real *out_cotangent;
-    pk_real *in_cotangent[PK_NODE_INPUTS]; /* NULL: not wanted */
+    pk_real *in_cotangent[PK_NODE_INPUTS]; /* NULL: not needed */
     int accumulate[PK_NODE_INPUTS];        /* add to in_cotangent instead of writing it */
     pk_real *gradient;
     pk_real *scratch;
@@ -780,7 +799,8 @@ typedef struct pk_operation {
     double defaults[PK_NODE_ATTRIBUTES];
     /* Checks the inputs (the attributes fit the options), sets node->shape and node->weight_count, for
      * PK_TANGENT_OUTER positions, fan_in and fan_out where they are not 1, input width and width, and unfolds = 0
-     * where unfold would only copy in[0].
+     * where unfold would only copy in[0]. It may set tensor_count and the shapes of the tensors that the weights consist of;
+     * else they are a matrix (fan_out, fan_in) and perhaps a bias (fan_out) where that is their number, or one vector.
      * NULL: the first input's shape, no weights. */
     pk_status (*shape)(pk_context *context, const struct pk_graph *graph, pk_node *node);
     size_t (*scratch)(const pk_node *node, size_t rows, size_t copies); /* numbers; NULL: none */
@@ -790,48 +810,40 @@ typedef struct pk_operation {
     void (*weight_gradient)(
         const pk_call *call);                   /* gradient += sum_rows (dF/dw)^T out_cotangent, copies == 1 */
     void (*row_gradients)(const pk_call *call); /* gradient[row][copy][weight] = (dF/dw)^T out_cotangent */
-    /* Piecewise-linear: switch functions, linear in the inputs, whose zeros separate the pieces. */
+    /* Operations with kinks: switch functions, linear in the inputs, whose zeros separate the pieces. */
     size_t (*switch_count)(const pk_node *node);
     void (*switches)(const pk_call *call); /* out[row][switch] */
     int elementwise;                       /* one input of the same shape, number by number, no weights */
-    /* PK_SMOOTH: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
+    /* PK_SMOOTH and PK_MULTILINEAR: in_cotangent_j += (d/de (dF/din_j)(in + e in_tangent))^T out_cotangent, for second derivatives.
      * Operations that are linear in their inputs or between kinks need none. */
     void (*curvature)(const pk_call *call);
-    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each place; NULL: in[0] is that. A node whose
-     * `unfolds` is 0 never needs it. */
+    /* PK_TANGENT_OUTER: out (rows x positions x fan_in) = the inputs of each position; NULL: in[0] has this layout. It is not
+     * called for a node whose `unfolds` is 0. */
     void (*unfold)(const pk_call *call);
     int channels_first; /* values are fan_out x positions, not positions x fan_out */
-    /* Whether one row of data may come in; NULL: any. The message names row and number. */
+    /* Checks one row of data; NULL: any data are allowed. The message names the row and the number. */
     pk_status (*check)(pk_context *context, const pk_node *node, size_t row, const pk_real *in);
     /* Starting weights; NULL: uniform in +-1/sqrt(fan_in), or of the input's width. */
     void (*initialize)(const pk_node *node, pk_random *random, pk_real *weights);
-    /* The parameter tensors of a node with weights, in their order: rank and dims of each, at most PK_NODE_BLOCKS; how many.
-     * NULL: a matrix (fan_out, fan_in) and perhaps a bias (fan_out) where these are set, else one tensor. */
-    size_t (*blocks)(const pk_node *node, pk_weight_block *blocks);
 } pk_operation;
-
-/* A tensor of a node: its place in the spread vector, and in w. */
-typedef struct pk_tensor_use {
-    size_t spread, flat, count;
-    size_t rows, cols; /* of the spread one, where it is the transpose of the flat one; else 0 */
-    int node, owner;   /* the node, and the one that brings the tensor into w */
-} pk_tensor_use;
 
 typedef struct pk_graph {
     size_t node_count, node_capacity;
     pk_node *nodes;    /* in topological order; nodes[0] is the input, the last one the output */
     size_t parameters; /* P, of w */
     size_t spread;     /* of the spread vector: the sum of the nodes' weight_count */
-    size_t columns;    /* nodes that have tensors of their own in w */
-    size_t piece_count;
-    pk_tensor_use *pieces; /* in the order of the spread vector; NULL: no tensor is shared; owned */
+    size_t columns;    /* of by_layer: nodes that are the first to use a block */
+    size_t block_count, use_count, tensor_capacity;
+    pk_weight_block *blocks; /* owned */
+    pk_weight_use *uses;     /* of all blocks; owned */
+    int tied;                /* some block has several uses */
     size_t layers, input_width, output_width, widest;
     pk_shape input_shape;
     int degree;    /* of the output in t along a line, -1: not polynomial */
-    int switched;  /* some piecewise-linear node depends on the weights */
+    int switched;  /* some node with kinks depends on the weights */
     int surrogate; /* some node that depends on the weights is PK_SURROGATE */
     int checked;   /* some operation restricts its data: pk_graph_check_inputs */
-    char *text;    /* its network line where it came from one, else NULL; owned */
+    char *text;    /* the network line that it was made from, or NULL; owned */
 } pk_graph;
 
 /* Writes a shape as 1x28x28 into text (PK_SHAPE_TEXT bytes); returns text. */
@@ -853,22 +865,19 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
                                                      size_t constant_count, const pk_real *constants,
                                                      int *node);
 /* Lets a tensor (0: weight, 1: bias) of the node that was added last be that of an earlier node, of the same shape, or, for a
- * transposed weight, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
+ * transposed matrix, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
 PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor,
                                            int other, int transposed);
 /* spread (graph->spread) = E flat (graph->parameters). */
 PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread);
-/* flat = E^T spread: sums over the uses of each tensor; flat may be where spread is. */
+/* flat = E^T spread: the sum over the uses of each block. flat may be the same array as spread. */
 PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat);
-/* Whether a row of data (input width) may go in: tokens are whole numbers below the vocabulary's size. PK_ARGUMENT names
- * the row by its number. */
+/* Checks a row of data (input width) against the operations that read it: tokens are whole numbers below the vocabulary's
+ * size. PK_ARGUMENT names the row by its number. */
 PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
                                                     const pk_real *inputs);
 /* The node of a layer (0 <= layer < graph->layers). */
 PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer);
-/* The parameter tensors, numbered in the order of w: the first `capacity` of them are written (blocks may be NULL where
- * capacity is 0); how many there are. Together they are all of w. */
-PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity);
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph);
 
 PK__END_C
@@ -878,7 +887,7 @@ PK__END_C
  * Everything here also works along a line w + t d with an own t for each row (pk__line): an operation that is linear in
  * its weights gives
  *     F(w + t d, a) = F(w, a) + t F(d, a),
- * so that rows with their own t need no own weights, only two calls for the whole batch.
+ * so that rows with different t do not need weights of their own, only two calls for the whole batch.
  */
 PK__BEGIN_C
 
@@ -892,8 +901,8 @@ PK__END_C
 /* pathkernel/network/elementwise.h: elementwise operations. */
 PK__BEGIN_C
 
-/* The one attribute of leaky_relu (slope below zero), scale (factor), softplus (beta), sine (frequency), and of sign
- * and step (sharpness of the surrogate's slope), for pk_graph_add. */
+/* The one attribute of leaky_relu (slope below zero), elu (alpha), scale (factor), softplus (beta), sine (frequency), gelu
+ * (1: its tanh form), and of sign and step (sharpness of the surrogate's slope), for pk_graph_add. */
 enum { PK_ACTIVATION_NUMBER };
 
 PK__END_C
@@ -901,7 +910,7 @@ PK__END_C
 /* pathkernel/network/dense.h: the dense layer, and the usual distributions of starting weights. */
 PK__BEGIN_C
 
-/* Attributes of dense, for pk_graph_add: outputs, 1 with bias, initialisation, gain. */
+/* Attributes of dense, for pk_graph_add: outputs, 1 with bias, initialization, gain. */
 enum { PK_DENSE_OUTPUTS, PK_DENSE_BIAS, PK_DENSE_INITIAL, PK_DENSE_GAIN };
 
 /* Starting weights: PyTorch's default for Linear and Conv2d is uniform in +-1/sqrt(fan_in), biases too. The others
@@ -918,7 +927,7 @@ typedef enum pk_initial {
     PK_INITIAL_LECUN_UNIFORM,
     PK_INITIAL_NORMAL,
     PK_INITIAL_ZERO,
-    PK_INITIAL_STANDARD /* weights and biases standard normal, whatever the gain: the NTK parameterisation's */
+    PK_INITIAL_STANDARD /* weights and biases standard normal, whatever the gain: the NTK parameterization's */
 } pk_initial;
 
 PK__END_C
@@ -933,10 +942,12 @@ enum { PK_POSITION_TOKENS, PK_POSITION_WIDTH };
 
 PK__END_C
 
-/* pathkernel/network/image.h: operations on images of channels x height x width: convolution and pooling. */
+/* pathkernel/network/image.h: operations on images of channels x height x width, and on signals of channels x length, which
+ * are images of height 1: convolution, its transpose, pooling and upsampling. */
 PK__BEGIN_C
 
-/* Attributes of conv and of the pools, for pk_graph_add; pairs are height, width. */
+/* Attributes of conv and conv_transpose, of the pools, and of upsample, for pk_graph_add; pairs are height, width. Of signals
+ * both numbers of a pair are alike, or the first is that of a height of 1. */
 enum {
     PK_CONVOLUTION_CHANNELS,
     PK_CONVOLUTION_KERNEL,
@@ -948,18 +959,29 @@ enum {
     PK_CONVOLUTION_INITIAL,
     PK_CONVOLUTION_GAIN
 };
-enum { PK_POOL_KERNEL, PK_POOL_STRIDE = 2 /* 0: the kernel */, PK_POOL_PAD = 4 };
+/* conv_transpose has these instead of initialisation and gain: its weights start as PyTorch's. */
+enum { PK_CONVOLUTION_OUTPUT_PAD = PK_CONVOLUTION_INITIAL };
+enum {
+    PK_POOL_KERNEL, /* of the adaptive pools: the output's sizes */
+    PK_POOL_STRIDE = 2 /* 0: the kernel */,
+    PK_POOL_PAD = 4,
+    PK_POOL_CEIL = 6,
+    PK_POOL_SKIP_PAD /* of avg_pool: 0: padding counts as zeros; 1: it is left out */
+};
+enum { PK_UPSAMPLE_FACTOR, PK_UPSAMPLE_MODE = 2, PK_UPSAMPLE_CORNERS };
+typedef enum pk_upsample_mode { PK_UPSAMPLE_NEAREST, PK_UPSAMPLE_LINEAR } pk_upsample_mode;
 
 PK__END_C
 
-/* pathkernel/network/norm.h: operations on normalisation and softmax. */
+/* pathkernel/network/norm.h: operations on normalization and softmax. */
 PK__BEGIN_C
 
-/* Attributes of normalize and rms_normalize (over the trailing dims dimensions), of standardize (epsilon
+/* Attributes of normalize and rms_normalize (over the trailing dims dimensions, or, where groups is not 0, over each of so
+ * many groups of channels, the first dimension), of standardize (epsilon
  * alone), and of affine, for pk_graph_add. affine with 0 dimensions has one factor for each channel, the
- * first dimension. */
-enum { PK_NORM_EPSILON, PK_NORM_DIMS };
-enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS };
+ * first dimension; scalar: one for all. Its factors start as the number PK_AFFINE_FACTOR. */
+enum { PK_NORM_EPSILON, PK_NORM_DIMS, PK_NORM_GROUPS };
+enum { PK_AFFINE_BIAS, PK_AFFINE_DIMS, PK_AFFINE_SCALAR, PK_AFFINE_FACTOR };
 
 PK__END_C
 
@@ -970,6 +992,29 @@ PK__BEGIN_C
 enum { PK_EMBEDDING_TOKENS, PK_EMBEDDING_WIDTH };
 enum { PK_ATTEND_HEADS, PK_ATTEND_CAUSAL, PK_ATTEND_SHARED };
 enum { PK_TOKEN_INDEX };
+
+PK__END_C
+
+/* pathkernel/network/values.h: operations on several values, and on the shape of one: what is needed to write down any
+ * network as a graph of named values, such as attention by hand, gates, or the concatenation of branches.
+ *
+ *     multiply      y = a o b, number by number
+ *     matmul        y = A B, or A B^T: matrices in the last two dimensions, one product for each index in front of them
+ *     concatenate   several values one behind the other along an axis
+ *     view          y[i] = x[offset + sum_k i_k stride_k]: a slice, a permutation of the axes, a repetition along an axis
+ *     reshape       the same numbers in another shape
+ *     sum           over an axis
+ *     parameter     a tensor of weights, the same for every row
+ *
+ * All shapes are those of one row: the batch is no axis.
+ */
+PK__BEGIN_C
+
+/* Attributes, for pk_graph_add. Shapes and permutations: the rank, then a number for each axis. */
+enum { PK_MATMUL_TRANSPOSED };
+enum { PK_VALUES_AXIS };
+enum { PK_VALUES_RANK, PK_VALUES_DIMS };
+enum { PK_VIEW_RANK, PK_VIEW_DIMS, PK_VIEW_STRIDES = 5, PK_VIEW_OFFSET = 9 };
 
 PK__END_C
 
@@ -987,7 +1032,7 @@ PK_API const pk_operation *pk_operation_at(size_t index);
 
 PK__END_C
 
-/* pathkernel/network/language.h: the network language and the initialisation of weights.
+/* pathkernel/network/language.h: the network language and the initialization of weights.
  *
  *     input 64; dense 32; tanh; dense 32 nobias; leaky_relu 0.01; dense 10
  *     input 1x8x8; conv 8 3x3 pad=1; relu; residual( conv 8 3x3 pad=1; relu | conv 8 1x1 ); flatten; dense 10
@@ -1013,12 +1058,15 @@ PK_API PK__MUST_USE pk_status pk_network_parse_with(pk_context *context, const c
                                                     const pk_constants *constants, pk_graph *graph);
 PK_API PK__MUST_USE pk_status pk_network_parse(pk_context *context, const char *text, pk_graph *graph);
 
+/* The names of the layers one by one, such as "dense"; NULL behind the last one. */
+PK_API const char *pk_network_layer(size_t index);
+
 /* The arrays that the network language named when graph was built; graph has to outlive the result. */
 PK_API pk_constants pk_graph_constants(const pk_graph *graph);
 /* The node behind `after` (NULL: the first) that holds a named array, with the array's view; NULL where there is none. */
 PK_API const pk_node *pk_graph_named(const pk_graph *graph, const pk_node *after, pk_array *array);
 
-/* weights (P) = each layer's own initialisation, for most PyTorch's default: weights and biases uniform in
+/* weights (P) = each layer's own initialization, for most PyTorch's default: weights and biases uniform in
  * +-1/sqrt(fan-in), from the generator with this seed, one stream per layer. */
 PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const pk_graph *graph, uint64_t seed,
                                                     pk_real *weights);
@@ -1057,9 +1105,9 @@ typedef enum pk_loss {
     PK_HINGE
 } pk_loss;
 
-/* The loss of that name. PK_FORMAT names what is not a loss and lists those that are. */
+/* The loss with this name. For another name, PK_FORMAT; the message lists the names. */
 PK_API PK__MUST_USE pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss);
-/* The name pk_loss_parse takes; "unknown" for a value that is not a loss. */
+/* The name pk_loss_parse takes; "unknown" for a value that is not a loss. Losses are numbered from 1 on without a gap. */
 PK_API const char *pk_loss_name(pk_loss loss);
 
 /* l(f, y) for one example. f: outputs numbers, what the network gives; target: outputs numbers as
@@ -1109,7 +1157,7 @@ typedef struct pk_gradient_workspace {
     struct pk__gradient_lane *lanes;   /* threads: a tape and the rows of one block */
     struct pk__gradient_group *groups; /* one result a group */
     pk_real *partial;                  /* (groups - 1) x P */
-    pk_real *spread;                   /* with ties: weights and gradient of each use; P is their number then */
+    pk_real *spread;                   /* with ties: weights and gradient in the layout of the spread vector */
     void *memory;
 } pk_gradient_workspace;
 
@@ -1142,18 +1190,18 @@ PK__END_C
  *     f(w, x)   the network: P weights, D inputs, C outputs
  *     J = df/dw (C x P),  K = df/dx (C x D), one of each for every row of inputs
  *
- * They are exact derivatives (no differences), for networks in words and for those built node by node, with operations
- * of one's own. At a kink the derivative is PyTorch's; an operation of the kind PK_SURROGATE gives its surrogate.
+ * They are exact derivatives (no differences), for networks from a text and for those built node by node, also with
+ * operations of the user's own. At a kink the derivative is PyTorch's; an operation of the kind PK_SURROGATE gives its surrogate.
  * Batches are cut into blocks of rows by shapes only, and sums are added in order: the same bits for any number of
  * threads. Each call allocates: one tape of a block for each thread.
  */
 PK__BEGIN_C
 
-/* For all functions here: inputs are rows x D. Results overlap nothing that is read, and no other result. A matrix
- * whose data are NULL is not wanted (a result) or zero (a direction).
- * PK_ARGUMENT (also for data that an operation does not take), PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT:
+/* For all functions here: inputs are rows x D. A result must not overlap an argument or another result. A matrix whose data
+ * are NULL is not computed (a result) or zero (a direction).
+ * PK_ARGUMENT (also for data that an operation does not accept), PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT:
  * results are untouched. PK_UNSUPPORTED, too: a derivative with respect to inputs that are tokens does not exist.
- * PK_NOT_FINITE: a result is not finite; the message names the first such row, results hold what was found. */
+ * PK_NOT_FINITE: a result is not finite; the message names the first such row, and the results have it. */
 
 /* The reverse product. With a cotangent u_r (C) for each row r:
  *     weight_gradients (rows x P), row r:  J(x_r)^T u_r        input_gradients (rows x D), row r:  K(x_r)^T u_r
@@ -1240,6 +1288,11 @@ PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind);
 PK_API pk_optimizer pk_optimizer_adam(void);
 PK_API pk_optimizer pk_optimizer_adamw(void);
 
+/* The name of a rule, such as "adamw", and of its key number index, such as "beta1"; NULL behind the last one. Rules are
+ * numbered from 0 on without a gap. */
+PK_API const char *pk_optimizer_name(pk_optimizer_kind kind);
+PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index);
+
 /* "sgd momentum=0.9 nesterov=1": a name, then keys in any order; what is not given has PyTorch's default.
  *     sgd         momentum= dampening= nesterov=0|1 weight_decay=
  *     adam, adamw beta1= beta2= epsilon= weight_decay=
@@ -1324,13 +1377,14 @@ PK_API PK__MUST_USE pk_status pk_schedule_check(pk_context *context, const pk_sc
 
 PK__END_C
 
-/* pathkernel/training/groups.h: parameter groups: tensors of w with optimiser options and learning rates of their own, as
- * PyTorch's optimisers have them.
+/* pathkernel/training/groups.h: parameter groups: tensors of w with optimizer options and learning rates of their own, as
+ * PyTorch's optimizers have them.
  *
  *     const char *lines[] = {"1,3,5-7 weight_decay=0 rate=0.1", "0 frozen"};
  *     pk_parameter_groups_parse(context, &graph, &optimizer, 2, lines, &groups);
  *
- * Tensors are numbered as pk_graph_blocks lists them. Tensors in no group take the optimizer and the step's rate.
+ * Tensors are the weight blocks of the graph (graph.h) and have their numbers. Tensors in no group have the optimizer and the
+ * rate of the step.
  */
 PK__BEGIN_C
 
@@ -1338,13 +1392,13 @@ enum { PK_GROUPS_MOST = 1024 };
 
 typedef struct pk_parameter_group {
     pk_optimizer optimizer; /* of the same rule as that of the tensors in no group */
-    double rate;            /* times the step's learning rate, where groups have no rates of their own */
+    double rate;            /* a factor of the step's learning rate, unless groups have rates of their own */
     int frozen;             /* never updated */
     int keys, rated;        /* how many keys its line had; whether rate= was among them */
-    size_t line;            /* of run.txt, 0: of none */
+    size_t line;            /* its line in run.txt, or 0 */
 } pk_parameter_group;
 
-/* Consecutive parameters of one group: 0: of none, 1: of the first. */
+/* Consecutive parameters of one group; group 0: those in no group, 1: the first group. */
 typedef struct pk_parameter_range {
     size_t first, count, group;
 } pk_parameter_range;
@@ -1354,17 +1408,17 @@ typedef struct pk_parameter_groups {
     size_t count, tensor_count, range_count;
     pk_parameter_group *group;
     pk_parameter_range *range; /* all of w, in order */
-    size_t *tensor;            /* the group of each tensor, counted as in a range */
+    size_t *tensor;            /* the group of each weight block, numbered as in a range */
 } pk_parameter_groups;
 
-/* Reads group lines "TENSORS key=value ..." (TENSORS: 1,3,5-7): keys of the optimizer that are other for these tensors,
- * rate=F, or the word frozen alone. PK_FORMAT and PK_ARGUMENT name the group and the tensor or word; *groups is untouched
- * then. No line: *groups is zeroed. */
+/* Parses group lines "TENSORS key=value ..." (TENSORS: 1,3,5-7): keys of the optimizer whose values differ for these tensors,
+ * rate=F, or only the word `frozen`. PK_FORMAT and PK_ARGUMENT name the group and the tensor or word; *groups is untouched
+ * then. Without lines, *groups is zeroed. */
 PK_API PK__MUST_USE pk_status pk_parameter_groups_parse(pk_context *context, const pk_graph *graph,
                                                         const pk_optimizer *optimizer, size_t count,
                                                         const char *const *lines, pk_parameter_groups *groups);
 PK_API void pk_parameter_groups_release(pk_context *context, pk_parameter_groups *groups);
-/* As pk_optimizer_state_vectors: the most that a group needs. groups may be NULL. */
+/* pk_optimizer_state_vectors of the group that has most of them. groups may be NULL. */
 PK_API size_t pk_parameter_groups_state_vectors(const pk_optimizer *optimizer,
                                                 const pk_parameter_groups *groups);
 
@@ -1385,15 +1439,15 @@ PK__END_C
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
- *                          optimiser's V vectors before it, and these; rewritten in turn while a run is recorded, for
+ *                          optimizer's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
  *
  * A run of our own training may keep every k-th step only (`keep_every k` in run.txt); revisit.h repeats the
  * steps between bit for bit. Then weights.npy has the rows of steps 0, k, 2k, ..., and there are
- *     optimizer_states.npy (S/k + 1, V P) float64: the optimiser's V vectors before steps 0, k, 2k, ...;
+ *     optimizer_states.npy (S/k + 1, V P) float64: the optimizer's V vectors before steps 0, k, 2k, ...;
  *                          not there where V = 0
  *     checksums.npy        (S+1,)   int64: a hash of the bits of w_s at every step; at kept steps, of the
- *                          optimiser's vectors as well
+ *                          optimizer's vectors as well
  *
  * How a run survives a kill at any moment: each step appends one row to every file with one write(2) each,
  * weights.npy last; the sizes of the files, not the counts in their headers, say how many rows there are. So the
@@ -1414,7 +1468,7 @@ typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
     pk_optimizer optimizer;
-    pk_parameter_groups groups;                  /* tensors with options of their own; zeroed: none */
+    pk_parameter_groups groups;                  /* weight blocks with options of their own; zeroed: none */
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
     size_t keep_every;                           /* k: weights of steps 0, k, 2k, ... are there; 1: of all */
     /* 1: the files hold more than the complete steps (recording was cut off inside a step, or pk_run_recover was
@@ -1445,12 +1499,12 @@ typedef struct pk_run {
  * least that would do. */
 PK_API PK__MUST_USE pk_status pk_run_open(pk_context *context, const char *directory, pk_run *run);
 
-/* The same, but a run whose files hold different numbers of steps is opened up to the shortest one: what is left
- * after a power cut. run->cut_off is 1 then, and the message tells which file ends first. */
+/* The same, but a run whose files have different numbers of steps, as after a power cut, is opened up to the end of the
+ * shortest one. run->cut_off is 1 then, and the message tells which file ends first. */
 PK_API PK__MUST_USE pk_status pk_run_recover(pk_context *context, const char *directory, pk_run *run);
 
-/* Leaves the first `steps` steps of an open run: a decomposition is then that of f(w_steps, x), to the same bits as one
- * of a run that was recorded for so many steps. Any number up to run->steps, also between the kept steps and 0.
+/* Shortens an open run to its first `steps` steps: a decomposition is then that of f(w_steps, x), with the same bits as for
+ * a run that was recorded for so many steps. Any number from 0 to run->steps is allowed, whatever keep_every is.
  * PK_ARGUMENT where the run is shorter. */
 PK_API PK__MUST_USE pk_status pk_run_until(pk_context *context, pk_run *run, size_t steps);
 
@@ -1458,6 +1512,10 @@ PK_API PK__MUST_USE pk_status pk_run_until(pk_context *context, pk_run *run, siz
  * vectors, the rows of train_inputs.npy tell the order of the axes. name stands before the message. PK_SHAPE. */
 PK_API PK__MUST_USE pk_status pk_run_check_inputs(pk_context *context, const pk_run *run,
                                                   const pk_array *inputs, const char *name);
+
+/* The arrays of an open run one by one, as they are held: mapped, or as a file that is open. *name: the array's file. NULL
+ * behind the last one; one that the run does not have is zeroed. */
+PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name);
 
 /* Gives everything back; *run is zeroed. A zeroed run is allowed. */
 PK_API void pk_run_release(pk_context *context, pk_run *run);
@@ -1469,7 +1527,7 @@ PK_API void pk_run_batch(const pk_run *run, size_t step, pk_batch *batch);
 /* The factor that clipping applied at a step: 1 where none was recorded. */
 PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 
-/* The rates of the groups at a step, one a group; NULL where their factors hold. */
+/* The rates of the groups at a step, one for each group; NULL if the groups have factors instead. */
 PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
 
 /* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
@@ -1479,7 +1537,7 @@ PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *
                                              pk_real *weights);
 
 /* moments (P) := Adam's uncorrected v after step `step` < run->steps; like pk_run_weights.
- * PK_ARGUMENT where the run has no second_moments.npy. */
+ * PK_ARGUMENT where the run has no second_moments.npy, PK_FORMAT where one of them is negative. */
 PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
                                                     pk_real *moments);
 
@@ -1490,11 +1548,14 @@ PK__END_C
  * Each step appends one row to every file with one write(2) each, weights.npy last; run.txt is put in place
  * last of all when a run starts. A kill at any moment loses the step in flight at most.
  *
- * Training that is resumed needs the optimiser's state. A run that keeps every k-th step has it there; of one that keeps
- * every step, resume_state.npy has that of step 16, 32, ..., written once the step after it is complete: training goes on
- * from at most 17 steps before the end, and proves at least one of them. The file has the last two, each with a hash, so that
- * one is whole at any time, and is not needed: without it all steps are recomputed, and it is written on the way; while the
- * last of them are recomputed even after each, so that training goes on that is stopped again and again after a few steps.
+ * Resuming needs the optimizer's state. A run that records every k-th step only has it at these steps. A run that records
+ * every step has it in resume_state.npy, as it was at step 16, 32, ...; it is written once the step after is complete.
+ * Training then resumes at most 17 steps before the end, and checks that it comes to the same weights at least once.
+ *
+ * resume_state.npy has the last two states, each with a hash, and they are overwritten in turn, so that one of them is
+ * complete at any time. The file is optional: without it, all steps are computed again. It is also written during that
+ * computation, near the end after each step, so that training makes progress even if it is stopped after a few steps
+ * again and again.
  */
 PK__BEGIN_C
 
@@ -1513,7 +1574,7 @@ typedef struct pk_recorder_options {
     int second_moments;  /* 1: record second_moments.npy */
     int resume;          /* 1: continue the run in the directory, if there is one */
     int replace;         /* 1: remove the run in the directory first, if there is one */
-    /* k > 1: keep the weights and the optimiser's state of steps 0, k, 2k, ... only; the steps between are
+    /* k > 1: keep the weights and the optimizer's state of steps 0, k, 2k, ... only; the steps between are
      * replayed (revisit.h), so each has to be made by pk_training_step and given to pk_recorder_training_step.
      * Not with float32 (unless pk_real is float) or second_moments. 0 or 1: keep every step. */
     size_t keep_every;
@@ -1523,14 +1584,14 @@ typedef struct pk_recorder_options {
 typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
-    size_t keep_every, state_numbers; /* k; numbers of the optimiser's state, V P */
+    size_t keep_every, state_numbers; /* k; numbers of the optimizer's state, V P */
     pk_array_writer files[10];
     int present[10];
     double *group_rates; /* of the next step */
     size_t group_count;
     int float32, failed, lock;
     int64_t items; /* rows of batch_items.npy */
-    /* Of a run that keeps every step, whose optimiser has a state: a row of resume_state.npy; the step whose state it
+    /* Of a run that keeps every step, whose optimizer has a state: a row of resume_state.npy; the step whose state it
      * has that is not in the file yet, 0: none; the file's descriptor + 1; the row to write next. */
     double *resume_state;
     size_t resume_step;
@@ -1548,7 +1609,7 @@ typedef struct pk_recorder {
  * With options->resume and a run there: checks that it is the same one (network, loss, optimizer, types,
  * optional files, keep_every, training data, w_0; initial_weights may be NULL to skip the last), cuts off what
  * a step in flight left behind, and appends after step recorder->steps; pk_replay_weights gives the weights to
- * go on from. A directory without run.txt (a start that was cut off) is started anew.
+ * go on from. A directory without run.txt (a start that was interrupted) is started anew.
  *
  * One recorder at a time: a second one on the same directory is refused (advisory lock).
  * PK_IO, PK_ARGUMENT, PK_SHAPE, PK_FORMAT, PK_NOT_FINITE, PK_MEMORY, PK_MEMORY_LIMIT; *recorder is
@@ -1560,9 +1621,9 @@ PK_API PK__MUST_USE pk_status pk_recorder_open(pk_context *context, const char *
 /* Appends one step: w_{s+1} = weights_after (P) came from w_s by this rate on this batch, whose gradient was
  * multiplied by gradient_scale (1 without clipping). batch->weights: NULL for 1/count; must be NULL unless
  * batch_weights are recorded. gradient_scale must be 1 unless recorded. second_moments (P): given exactly if
- * recorded. Cost: one write(2) a file. The step is on disk (for other processes; not yet on the platter)
- * when this returns PK_OK; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
- * disk, say) the run stays readable up to the step before, and this recorder takes no further steps.
+ * recorded. Cost: one write(2) for each file. Other processes can read the step when this returns PK_OK, though the operating
+ * system may not have written it to the disk yet; on an argument error or PK_NOT_FINITE nothing was written. After PK_IO (a full
+ * disk, say) the run stays readable up to the step before, and this recorder accepts no further steps.
  * With keep_every: PK_ARGUMENT; only the library's own steps can be replayed (pk_recorder_training_step). */
 PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder *recorder, double learning_rate,
                                                const pk_batch *batch, double gradient_scale,
@@ -1573,7 +1634,7 @@ PK_API PK__MUST_USE pk_status pk_recorder_step(pk_context *context, pk_recorder 
 PK_API PK__MUST_USE pk_status pk_recorder_group_rates(pk_context *context, pk_recorder *recorder,
                                                       const double *rates);
 
-/* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimiser's vectors
+/* The same for a step that pk_training_step (revisit.h) made, with any keep_every. state: the optimizer's vectors
  * after the step (V P numbers; NULL where it has none); second moments are taken from it. With keep_every, a
  * step costs its small rows, a hash of the weights, and at every k-th step the two long rows. */
 PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_recorder *recorder,
@@ -1581,7 +1642,7 @@ PK_API PK__MUST_USE pk_status pk_recorder_training_step(pk_context *context, pk_
                                                         double gradient_scale, const pk_real *state,
                                                         const pk_real *weights_after);
 
-/* The smallest k with which the weights of a run of `steps` steps in float64, and the optimiser's state_vectors
+/* The smallest k with which the weights of a run of `steps` steps in float64, and the optimizer's state_vectors
  * (pk_optimizer_state_vectors) that k > 1 keeps beside them, take at most `bytes` on disk; batches and rates come
  * on top. 0 where w_0 alone takes more. */
 PK_API size_t pk_recorder_choose_keep_every(size_t parameters, size_t steps, size_t state_vectors,
@@ -1593,38 +1654,47 @@ PK_API PK__MUST_USE pk_status pk_recorder_close(pk_context *context, pk_recorder
 
 PK__END_C
 
-/* pathkernel/run/revisit.h: one step of training, and its repetition: the weights of any step of a run that keeps
- * only every k-th one, bit for bit.
+/* pathkernel/run/revisit.h: going back in a run: one step of training and its repetition, the weights of any step of a run that
+ * keeps only every k-th one, and snapshots of whatever can only be computed forwards.
  *
- * pk_train and pk_replay make a step by the same function, from the same weights, state, batch, rate and scale;
- * with the same build, BLIS and kind of processor its bits are the same, for any number of threads. The
- * checksum that was recorded with every step proves it.
+ * pk_train and pk_replay make a step by the same function, from the same weights, state, batch, rate and scale; with the
+ * same build, BLIS and kind of processor its bits are the same, for any number of threads. The checksum that was recorded with
+ * every step proves it.
+ *
+ * A decomposition in reverse time visits the steps last to first, but weights between kept steps and states of an
+ * optimizer come from those before them. With a snapshot of every step that is cheap and large, with none it takes n^2 / 2
+ * steps. Snapshots at few places, moved as the visits go back, do nearly as well as many (Griewank and Walther 2000): with s of
+ * them, binomial(s + r, r) positions are visited with none gone through more than r times. pk__checkpoints is that schedule, and
+ * all that goes back in a run uses it: pk_replay for weights with the state that training had, and the steps of an
+ * attribution for the state of the optimizer that is computed again from the recorded weights (attribution/steps.h). These
+ * two states differ by rounding: the second one belongs to the update whose difference to the recorded step is reported as
+ * unattributed, is there for runs that other programs have recorded, and has variants with changed gradients for the bounds.
  */
 PK__BEGIN_C
 
-/* What steps are made with. Zeroed = none. graph and train must outlive it. */
+/* What a step of training needs, with its memory. Zeroed: none. graph and train must outlive it. */
 typedef struct pk_trainer {
     const pk_graph *graph;
     const pk_dataset *train;
     pk_loss loss;
     pk_optimizer optimizer;
     const pk_parameter_groups *groups; /* NULL: none; must outlive it */
-    const double *group_rates;         /* of the groups at the next step; NULL: their factors */
+    const double *group_rates;         /* the groups' rates at the next step; NULL: their factors hold */
     size_t state_numbers;              /* V P */
     pk_real *gradient;                 /* P: of the last step */
-    pk_real *state;                    /* state_numbers: the optimiser's vectors; zero before step 0 */
+    pk_real *state;                    /* state_numbers: the optimizer's vectors; zero before step 0 */
     pk_gradient_workspace workspace;
     void *memory; /* private */
 } pk_trainer;
 
-/* Takes the memory for steps with batches of up to largest_batch examples: (1 + V) P numbers and the workspace
+/* Allocates the memory for steps with batches of up to largest_batch examples: (1 + V) P numbers and the workspace
  * of pk_gradient_prepare. The data have passed pk_loss_check, the optimizer pk_optimizer_check. PK_ARGUMENT,
  * or the statuses of pk_allocate. */
 PK_API PK__MUST_USE pk_status pk_trainer_prepare(pk_context *context, const pk_graph *graph,
                                                  const pk_dataset *train, pk_loss loss,
                                                  const pk_optimizer *optimizer, size_t largest_batch,
                                                  pk_trainer *trainer);
-/* The same with parameter groups (NULL: none). Where these have rates of their own, trainer->group_rates points to them
+/* The same with parameter groups (NULL: none). If these have rates of their own, the caller sets trainer->group_rates
  * before each step. */
 PK_API PK__MUST_USE pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *graph,
                                                         const pk_dataset *train, pk_loss loss,
@@ -1639,32 +1709,42 @@ PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
  *     next = weights + D_s(*scale g)
  *
  * step counts from 0. weights, next (P) do not overlap; scale and objective (at weights) may be NULL.
- * trainer->state moves on. Cost: one pk_batch_gradient and a few passes over P; no allocation.
+ * trainer->state is updated. Cost: one pk_batch_gradient and a few passes over P; no allocation.
  * PK_ARGUMENT, PK_SHAPE, PK_NOT_FINITE (the step at which training diverged; the message names it). */
 PK_API PK__MUST_USE pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size_t step,
                                                double learning_rate, double clip_norm, const pk_batch *batch,
                                                const pk_real *weights, pk_real *next, double *scale,
                                                double *objective);
 
+/* Private: snapshots, see pk__checkpoints_take. */
+typedef struct pk__checkpoints {
+    size_t numbers;       /* of a snapshot */
+    size_t stride, fixed; /* kept for good before the positions stride, 2 stride ..., fixed of them */
+    size_t spare, used;   /* room for others; how many there are */
+    size_t base;          /* of the position that was asked for last: the nearest that is kept for good */
+    size_t *at;           /* their positions, ascending */
+    pk_real *saved;       /* (fixed + spare) x numbers */
+} pk__checkpoints;
+
 /* The weights of a run, in any order. Zeroed = none. Of a run with keep_every = k it repeats the steps from the
- * nearest earlier ones that it holds: its own position, a kept step, or one of at most PK_REPLAY_STOPS stops that
+ * nearest earlier ones that it holds: its own position, a kept step, or one of at most PK_REPLAY_STOPS snapshots that
  * it made itself. */
 enum { PK_REPLAY_STOPS = 16 };
 typedef struct pk_replay {
     const pk_run *run;
-    size_t step, repeated; /* read only: the position, SIZE_MAX: none; how many steps were repeated */
+    size_t step, repeated; /* read only: the position (SIZE_MAX: none), and the number of repeated steps */
     /* private: */
-    size_t spacing, stops;        /* steps between stops; how many there is room for */
-    size_t stop[PK_REPLAY_STOPS]; /* their steps */
-    pk_real *stop_numbers;        /* stops x (1 + V) P */
-    pk_real *weights, *next;      /* P */
+    size_t reach;   /* steps that are asked for in a row, going on backwards from there; 0: not known */
+    size_t spacing; /* of snapshots while the steps are asked for one after another */
+    pk__checkpoints checkpoints; /* of weights and state, by step */
+    pk_real *weights, *next;     /* P */
     pk_trainer trainer;
     void *memory;
 } pk_replay;
 
 /* Takes the memory for a run: none for one that keeps every step; otherwise (3 + V) P numbers and the workspace
- * of pk_gradient_prepare, and (1 + V) P for each stop. reach: steps that are asked for in a row, going on
- * backwards from there; stops make that cheap: 0: none. */
+ * of pk_gradient_prepare, and (1 + V) P for each snapshot. reach: steps that are asked for in a row, going on
+ * backwards from there; snapshots make that cheap: 0: none. */
 PK_API PK__MUST_USE pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach,
                                                 pk_replay *replay);
 PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
@@ -1672,7 +1752,7 @@ PK_API void pk_replay_release(pk_context *context, pk_replay *replay);
 /* weights (P) := w_step, step in [0, run->steps]. Consecutive steps cost one training step each, others up to k.
  * Every repeated step is compared with the checksum of the recording:
  * PK_NOT_REPRODUCED names the step whose bits differ (another build, BLIS or kind of processor, or damaged
- * batches), PK_FORMAT a kept step whose rows are damaged, PK_UNSUPPORTED: kept with fewer digits than pk_real has.
+ * batches), PK_FORMAT a recorded step whose rows are damaged. PK_UNSUPPORTED: recorded with fewer digits than pk_real has.
  * PK_ARGUMENT, PK_NOT_FINITE as pk_run_weights. weights is undefined after an error. */
 PK_API PK__MUST_USE pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_t step,
                                                 pk_real *weights);
@@ -1681,8 +1761,8 @@ PK__END_C
 
 /* pathkernel/run/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
  *
- * The bits of every step depend on the options alone: not on the number of threads, not on recording, not
- * on where a run was interrupted and resumed.
+ * The bits of every step depend on the options alone, neither on the number of threads nor on recording, nor on where a
+ * run was interrupted and resumed.
  */
 PK__BEGIN_C
 
@@ -1727,7 +1807,7 @@ typedef struct pk_train_result {
  * Mini-batches are consecutive slices of an epoch's permutation, the last one smaller. The progress
  * callback of the context is called after each step. Parallel inside a batch.
  *
- * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimiser's
+ * resume: the recorded steps must be those that these options give (w_0, batches, rates); the optimizer's
  * state is read where the recording kept it last, at most 17 steps before its end (with keep_every: at the last
  * kept step; from step 0 where an older version recorded), and rebuilt from there by recomputing the gradients
  * along the recorded weights; training goes on to the same bits as without the interruption. A recording coarser
@@ -1744,24 +1824,38 @@ PK_API PK__MUST_USE pk_status pk_train(pk_context *context, const pk_graph *grap
 PK__END_C
 
 /* pathkernel/path/path.h: a network along one step w + t d, 0 <= t <= 1: its values, tangents and cotangents at points
- * (row, t). What is constant or affine in t is computed once a row.
+ * (row, t). Values that are constant or affine in t are computed once for each row.
  */
 
-/* pathkernel/path/kinks.h: where a network is not smooth along a step: the kinks of its piecewise-linear parts.
+/* pathkernel/path/kinks.h: the kinks of a network along one step, that is the values of t at which the slope of a
+ * piecewise-linear operation jumps, and the pieces of the step between them.
  *
- * Along a step each pre-activation of a piecewise-linear network is a piecewise polynomial in t. Its sign
- * changes are found layer by layer:
- *   1. sample the switch functions of a layer at degree + 1 nodes of a piece that the layers below left;
- *   2. convert to Bernstein form, skip what keeps one sign, isolate the roots of the rest, split there;
- *   3. a piece without roots goes on to the next layer with the samples that it has; only what was split is
- *      sampled again.
- * Where a smooth operation stands below, a switch function is no polynomial and the samples only interpolate it:
- *   4. the last Chebyshev coefficients of the interpolant tell its error. Where that error leaves open how many
- *      zeros there are, the piece is halved for this search and joined again afterwards;
- *   5. each zero of the interpolant is moved onto the zero of the function itself by Newton steps, whose values
- *      come from the network.
- * Each kink carries its slack: the distance within which the switch function differs from zero by no more than
- * its own rounding and the remaining error of step 5.
+ * A piecewise-linear operation has switch functions (a ReLU: its input; a maximum: the differences of its inputs), and a
+ * kink is a sign change of one of them. On a step w + t d, a pre-activation is a polynomial in t as long as no operation
+ * before it has a kink. The nodes of the graph are therefore searched in their order, with pieces that get shorter:
+ *
+ *   1. Take a piece without kinks of earlier nodes. Evaluate the switch functions of the next node at degree + 1 Chebyshev
+ *      points of the piece; they determine each polynomial.
+ *   2. Convert each to Bernstein form. Its coefficients bound the polynomial, so that one whose coefficients have the same
+ *      sign has no root; this rules out nearly all of them at the cost of one small matrix product.
+ *   3. Isolate the roots of the others by Descartes' rule of signs: as many roots as sign changes of the coefficients, or
+ *      an even number less. With one sign change, false position finds the root; with more, de Casteljau's algorithm
+ *      halves the interval. Split the piece at the roots.
+ *   4. A piece without roots goes on to the next node with the values it has. Only parts of a split piece are evaluated
+ *      again. At the end, the pieces are sorted by row and t.
+ *
+ * Where a smooth operation comes before, a switch function is not a polynomial, and the samples interpolate it with degree
+ * PK__PATH_DEGREE:
+ *
+ *   5. The last Chebyshev coefficients of the interpolant estimate its error. Where that error leaves the number of roots
+ *      undecided, the piece is halved for the search alone; halves without a kink between them are joined afterwards.
+ *   6. Newton's method moves each root of the interpolant to the root of the function itself, evaluated by the network.
+ *
+ * Each kink has a slack: the distance within which its switch function cannot be told from zero, because of rounding and
+ * of the error that remains after step 6. The quadrature computes from it what a misplaced kink may cost.
+ *
+ * References: G. E. Collins and A. G. Akritas, Polynomial real root isolation using Descartes' rule of signs, 1976;
+ * J. M. Lane and R. F. Riesenfeld, Bounds on a polynomial, BIT 21, 1981.
  */
 
 /* pathkernel/path/quadrature.h: the rules that integrate the gradient of a readout h(f(w + t d, x)) with respect to the weights
@@ -1783,6 +1877,14 @@ typedef struct pk_quadrature {
     pk_rule rule;
     int nodes; /* per step; 0: 1 (trapezoid: 2). Ignored by auto and exact */
 } pk_quadrature;
+
+/* The name of a rule, such as "gauss"; NULL behind the last one. Rules are numbered from 0 on without a gap. */
+PK_API const char *pk_rule_name(pk_rule rule);
+
+/* "auto", "exact", "gauss:N", "midpoint:N", "trapezoid:N", "left" or "left:N", N nodes a step. PK_FORMAT lists those that
+ * are known; *quadrature is untouched then. Whether the rule fits a network tells pk_quadrature_check. */
+PK_API PK__MUST_USE pk_status pk_quadrature_parse(pk_context *context, const char *text,
+                                                  pk_quadrature *quadrature);
 
 enum { PK_GAUSS_NODES = 32, PK_RULE_NODES = 1000000 };
 
@@ -1943,7 +2045,7 @@ typedef enum pk_engine {
 /* pathkernel/features/tiles.h: the inner products of a block of rows with a block of examples, layer by layer, as a tile: the
  * hot loop.
  *
- *     pk__tiles_begin(&product, points);                       for the points in hand, after pk__integral_add
+ *     pk__tiles_begin(&product, points);                       for the points in memory, after pk__integral_add
  *     for each block of examples, for each layer that is due:
  *         pk__tiles_layer(&product, layer, points, first, count, fresh);
  *
@@ -2027,6 +2129,12 @@ typedef struct pk_decompose_options {
     pk_engine engine;    /* for tests and benchmarks */
     int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
     size_t rows_at_once; /* test rows in one pass over the run; 0: as many as the memory allows */
+    /* In parts: passes of a long job that take about so long, by the plan's estimate, so that finished parts survive a
+     * cancel. Not shorter than repeats the examples' gradients for a tenth of the time; 0: one pass where the memory
+     * allows it. */
+    double pass_seconds;
+    const struct pk__approximation
+        *approximation; /* private: another rule in place of the exact one (steps.h) */
 } pk_decompose_options;
 
 /* rows x outputs x (examples or groups) x steps x layers, those that axes names, C order. */
@@ -2088,8 +2196,8 @@ PK__END_C
  *
  * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
  * the results. An optimiser with state is followed forward once, its state kept at the start of every stride-th
- * window; on the way back to a window between, spare more states are kept where they save most (Griewank and
- * Walther 2000), so that any number of steps can be visited in reverse with few states.
+ * window; on the way back to a window between, spare more states are kept where they save most (run/revisit.h), so that any
+ * number of steps can be visited in reverse with few states.
  */
 
 /* pathkernel/attribution/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
@@ -2231,6 +2339,67 @@ PK_API PK__MUST_USE pk_status pk_decompose_array_parts(pk_context *context, cons
 PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_t rows,
                                                 const pk_decompose_options *options, int in_parts,
                                                 pk_plan *plan);
+
+PK__END_C
+
+/* pathkernel/attribution/compare.h: how well cheaper rules stand for the exact decomposition, on a recorded run and inputs of
+ * one's own: what each leaves of the change of the outputs, and whether it orders the training examples as the exact one does.
+ *
+ * A decomposition takes the derivatives J = df/dw of the test rows along each step, and the gradients J' dl/df of the examples at
+ * w_s. Other rules take them elsewhere. With w_s(t) = w_s + t D_s and an optimiser without state, of learning rate eta,
+ *
+ *     left            < J(w_s, x),    J(w_s, x_i)'    dl/df(w_s) >                     (TracIn of every step)
+ *     segment         integral over t of < J(w_s(t), x), J(w_s(t), x_i)' dl/df(w_s) >
+ *     path_integral   integral over t of < J(w_s(t), x), J(w_s(t), x_i)' dl/df(w_s(t)) >
+ *     trapezoid       the integrand of path_integral: the mean of t = 0 and t = 1
+ *     midpoint        < J(w_s(1/2), x), J(w_s, x_i)'  dl/df(w_s) >
+ *     checkpoints     left, of ten steps only, times S / 10
+ *     linear_start    < J(w_0, x),    J(w_s, x_i)'    dl/df(w_s) >
+ *     linear_end      < J(w_S, x),    J(w_s, x_i)'    dl/df(w_s) >
+ *     telescoping     < J(w_s, x), D_s >, which is not divided among examples
+ *     exact           integral over t of < J(w_s(t), x), J(w_s, x_i)' dl/df(w_s) >     (pk_decompose)
+ *
+ * each times - eta_s c_{s,i} (but for telescoping) and summed over the steps. For the other optimisers see pk_compare.
+ */
+PK__BEGIN_C
+
+enum { PK_COMPARE_RULES = 10 };
+
+typedef struct pk_comparison {
+    const char *rule; /* its name in the list above; lives for ever */
+    /* |f_S - f_0 - sum|, the largest and the median of all rows and outputs: sum is of the contributions of the examples, of decay
+     * and of what is unattributed. */
+    double residual_max, residual_median;
+    /* Spearman's rank correlation of the contributions to one row and output, over all N training examples, with the exact ones,
+     * equal ones having the mean of their ranks; averaged over the rows and outputs. Where the exact contributions are all equal
+     * there is no order to be found, and the row and output are left out; where only the rule's are, the correlation is 0. NAN:
+     * there is none (telescoping; or all rows and outputs are left out, as with one training example). */
+    double spearman;
+    double
+        seconds; /* of all decompositions that the rule needs, those that it shares with another one included */
+} pk_comparison;
+
+/* Compares the ten rules in the order of the list above for all outputs f(w_S, inputs) of a run; inputs: rows x input width.
+ *
+ * Each goes by the optimiser's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's divisors,
+ * groups, clipping, decay and the unattributed u_s are those of the run. Their inner products with J give the rule's sum. Where a
+ * rule moves the examples' gradients to w_s(t), a step takes all earlier gradients that its momentum holds, those of w_{s'}, at
+ * w_{s'}(t) with the same t; decay takes w_s as it was. checkpoints takes J of the test rows in the steps floor(k S / 10), k = 0
+ * .. 9, only (in all of them where there are at most ten); the gradients of all steps that these steps' momenta hold count.
+ *
+ * The two integrals over t are Clenshaw-Curtis sums with 3, 5, 9, 17, 33 points, of each row until the contributions to it differ
+ * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks with kinks jump in t, where
+ * no number of points brings that about: small runs (where it takes at most 1e10 flops) then have a trapezoid sum of up to 512 equal
+ * parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off by at most a
+ * twentieth of each. Errors of the steps cancel in part.
+ *
+ * PK_NOT_CLOSED and PK_UNATTRIBUTED as pk_decompose, for the exact rule; the rules are filled in then. After all others they are
+ * not. Same bits for any number of threads and any memory limit, but for the seconds. Cost: about 8 decompositions, and for each
+ * of the two integrals 3 to 31 more, in small runs with kinks up to 542. Memory: beside that of one decomposition eight times rows
+ * x outputs x examples doubles, for as many rows as the limit allows, or as 1 GiB holds; where that is not all of them, each part
+ * goes through the run again. */
+PK_API PK__MUST_USE pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                         pk_comparison rules[PK_COMPARE_RULES]);
 
 PK__END_C
 
@@ -2750,8 +2919,16 @@ PK__END_C
 #define PATHKERNEL_INTERNALS_DECLARED
 
 /* pathkernel/base/context.h: internals */
-/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes:
- * run the same code twice, once to measure and once to take. */
+/* An arena hands out 64-byte aligned pieces of one allocation. With base == NULL it only adds up sizes. The code that
+ * takes pieces therefore runs twice, first to measure and then, with memory, to take:
+ *
+ *     pk__arena arena = {NULL, 0, 0, 0};
+ *     do
+ *         x = pk__arena_take(&arena, count, sizeof *x);
+ *     while (pk__arena_again(context, &arena, "what the memory is for", &status));
+ *     if (status) return status;
+ *     ... pk_release(context, arena.base);
+ */
 typedef struct pk__arena {
     unsigned char *base;
     size_t capacity, used; /* bytes */
@@ -2760,6 +2937,9 @@ typedef struct pk__arena {
 
 /* count * size bytes (not zeroed), or NULL when measuring, when count * size == 0 or on overflow. */
 PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size);
+/* After measuring: allocates what was measured, and 1 where this succeeded and there is something to take. After taking,
+ * and on an error: 0. *status is PK_OK, PK_OVERFLOW or that of pk_allocate. */
+PK__INTERNAL int pk__arena_again(pk_context *context, pk__arena *arena, const char *what, pk_status *status);
 
 /* pathkernel/network/pass.h: internals */
 /* The weights of a batch: weights + t[row] direction. direction == NULL: weights alone. */
@@ -2775,7 +2955,7 @@ typedef struct pk__tape {
     size_t rows, copies; /* capacity */
     int threads;         /* for each operation; 0: one */
     pk_context *context; /* of the caller, where there are several threads; NULL */
-    int unit_seeds; /* the caller's word: the seeds of a row are the outputs' unit vectors, one after the other */
+    int unit_seeds; /* set by the caller: the seeds of a row are the outputs' unit vectors, one after the other */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
@@ -2783,11 +2963,11 @@ typedef struct pk__tape {
     pk__line line; /* of the last reverse */
 } pk__tape;
 
-/* Takes a tape for up to rows rows with copies cotangents each (0: no reverse), and tangents if wanted. */
+/* Takes the memory of a tape for up to `rows` rows, with `copies` cotangents each (0: no reverse), and tangents if needed. */
 PK__INTERNAL void pk__pass_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t copies,
                                 int tangents, pk__tape *tape);
-/* The same where reverses come with at most reverse_rows rows: cotangents are what takes the memory. Those of an elementwise
- * operation inside the graph stand where those of its input come, if it is the only one that reads it, and are gone then. */
+/* The same with cotangents for at most reverse_rows rows, since these need most of the memory. The cotangents of an
+ * elementwise operation are overwritten by those of its input, if it alone reads that input. */
 PK__INTERNAL void pk__pass_take_parts(pk__arena *arena, const pk_graph *graph, size_t rows, size_t reverse_rows,
                                       size_t copies, int tangents, pk__tape *tape);
 /* value[n] = the graph at the line, rows rows of inputs. Cost 2 P rows flops, twice that along a line. */
@@ -2801,23 +2981,43 @@ PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t 
 PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient);
 PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape);
 PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape);
-/* Seeds of so many rows: the outputs' unit vectors, one after the other (copies == output width). The next reverse takes for
- * what is behind a last dense layer its weights. */
+/* Sets the seeds of so many rows to the outputs' unit vectors, one after the other (copies == output width). The next reverse
+ * then copies the weights of a last dense layer instead of multiplying with them. */
 PK__INTERNAL void pk__pass_seed_units(pk__tape *tape, size_t rows);
 
-/* 1 where it pays for a line along which many rows go to have the layers' matrices transposed, too. */
+/* Whether transposed copies of the layers' matrices save time, on a line with many rows. */
 PK__INTERNAL int pk__pass_transposes(const pk_graph *graph);
-/* transposed (P) = of each dense layer its matrix (inputs x outputs), where the layer's weights stand. Cost P. */
+/* transposed (P) := the transposed matrix (inputs x outputs) of each dense layer, at the offset of its weights. Cost P. */
 PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed);
 
 /* pathkernel/run/revisit.h: internals */
-/* The same from an arena, for threads threads; nothing to release. */
+/* Snapshots of a state with that many numbers, which is computed forwards, position after position, so that `positions` of them
+ * can be visited in any order, cheaply from the last to the first. stride: one is kept for good before every stride-th
+ * position; 0: none. spare: others are made and moved on the way. */
+PK__INTERNAL void pk__checkpoints_take(pk__arena *arena, size_t positions, size_t stride, size_t spare,
+                                       size_t numbers, pk__checkpoints *checkpoints);
+/* How many of `positions` consecutive ones are gone through again when all are visited, last to first, with the state
+ * before the first and room for spare more. */
+PK__INTERNAL double pk__checkpoints_again(size_t positions, size_t spare);
+/* Where the snapshot that is kept for good before a position is to be written, or NULL where none is. */
+PK__INTERNAL pk_real *pk__checkpoints_fixed(const pk__checkpoints *checkpoints, size_t position);
+/* The nearest position up to `position` with a snapshot, or `base`, the caller's own one, where *snapshot is NULL. Those behind
+ * `position` are given up; those before `base` when others need their room. */
+PK__INTERNAL size_t pk__checkpoints_find(pk__checkpoints *checkpoints, size_t base, size_t position,
+                                         const pk_real **snapshot);
+/* On the way from a position to a later one, which is visited next and then those before it at distances of `unit`: how far
+ * to go before a snapshot is due. */
+PK__INTERNAL size_t pk__checkpoints_next(pk__checkpoints *checkpoints, size_t from, size_t position,
+                                         size_t unit);
+/* Where the snapshot of a position that pk__checkpoints_next named is to be written, or NULL where there is no room. */
+PK__INTERNAL pk_real *pk__checkpoints_add(pk__checkpoints *checkpoints, size_t position);
+/* pk_replay_prepare from an arena, for threads threads; nothing to release. */
 PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t largest_batch, int threads,
                                   size_t reach, pk_replay *replay);
 
 /* pathkernel/path/path.h: internals */
-/* Above this degree, or where a pre-activation is no polynomial, it is interpolated by a polynomial of this
- * degree on each piece, and the caller must judge the pieces by their closure. */
+/* A pre-activation that is a polynomial of a higher degree, or none, is interpolated by a polynomial of this degree on each
+ * piece; the caller must judge the pieces by their closure then. */
 enum { PK__PATH_DEGREE = 12 };
 
 /* The piece [a, b] of a row's step. A slack is how far the kink at that end may lie from it, 0 where there is no kink. */
@@ -2841,7 +3041,7 @@ typedef struct pk__pieces {
     pk__piece *piece;
 } pk__pieces;
 
-/* A zero of switch function number `at`: its place, how far it may lie from there, the function's slope and rounding. */
+/* A root of switch function number `at`: its t, how far that may be off (slack), and the slope and rounding of the function. */
 typedef struct pk__root {
     double t, slack, slope, rounding;
     size_t at;
@@ -2851,57 +3051,60 @@ typedef struct pk__root {
 typedef struct pk__path {
     const pk_graph *graph;
     size_t row_capacity, point_capacity;
-    /* The step and the rows it is at: */
+    /* The current step and block of rows: */
     const pk_real *weights, *direction, *inputs;
     size_t rows;
     /* Nodes that are constant or affine in t are evaluated once per row: base[n] + t slope[n]. */
     pk_real **base, **slope;
-    int *gathered;      /* a constant node that is needed at each point */
+    int *gathered;      /* of each node: it is constant, and its values are needed at each point */
     pk__tape tape;      /* of the points */
     int degree;         /* of the samples: the largest of a switch function */
     size_t last_switch; /* the last node with switch functions, 0: none */
-    size_t *last_read;  /* of each node: the last node that takes it */
-    int interpolates;   /* some switch function is no polynomial of that degree */
+    size_t *last_read;  /* of each node: the last node that reads it */
+    int interpolates;   /* some switch function is not a polynomial of that degree */
     pk_real *input_points, *switch_values, *coefficients, *conversion;
     double tail[3][PK__PATH_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
     size_t *point_row;
     pk_real *point_t;
-    size_t held; /* points whose values stand in the tape: held_row, held_t */
+    size_t held; /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
-    pk__pieces pending, batch;           /* to be sampled */
-    size_t *pending_start, *batch_start; /* the first node whose switches are not yet looked at */
+    pk__pieces pending, batch; /* pieces still to be searched for kinks, and those that are sampled now */
+    size_t *pending_start,
+        *batch_start; /* for each: the first node whose switch functions have not been searched */
     pk__root *roots;
     size_t root_capacity;
 } pk__path;
 
-/* Takes a segment for blocks of rows rows, points points at a time, reverse_points of them with copies cotangents
- * each, pieces pieces at a time. gather: constant values are wanted at each point, too. */
+/* Takes the memory of a segment for blocks of `rows` rows, with at most `points` points at a time, `reverse_points` of them
+ * with `copies` cotangents each, and `pieces` pieces. gather: constant values are needed at each point, too. */
 PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
                                 size_t reverse_points, size_t copies, size_t pieces, int gather,
                                 pk__path *segment);
-/* Moves it to a step and a block of rows (rows x input width). transposed: pk__pass_transpose of the weights, and behind it of
- * the direction; NULL: they are not there. */
+/* Begins a step and a block of rows (rows x input width). transposed: pk__pass_transpose of the weights, followed by that of
+ * the direction, or NULL. */
 PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, const pk_real *direction,
                                  const pk_real *transposed, size_t rows, const pk_real *inputs);
-/* Values at points (row[p], t[p]), p < count <= point_capacity: in segment->tape, point by point. Cost 4 P flops a point; none
- * where the tape holds all of them in this order, perhaps with others between. */
+/* Computes the values at the points (row[p], t[p]), p < count <= point_capacity, into segment->tape. Cost: 4 P flops for
+ * each point, or nothing if the tape has all of them in this order already, perhaps with others between. */
 PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
-/* The same behind the points that the tape holds, or in their place where there is no room: returns the first one. */
+/* The same, after the points that the tape has already, or instead of them if there is no room. Returns the number of the
+ * first one. */
 PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_t *row, const pk_real *t);
-/* Tangents along the step's direction at points that the tape holds from number first on. */
+/* Computes tangents along the step's direction at `count` points of the tape, from number `first` on. */
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t);
 /* Cotangents at the points of the last forward from the seeds in pk__pass_seed(&segment->tape). */
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies);
 
 PK__INTERNAL void pk__pieces_take(pk__arena *arena, size_t capacity, pk__pieces *pieces);
-/* Appends the piece [a, b] of a row without kinks at its ends and returns it; the caller knows that it fits. */
+/* Appends the piece [a, b] of a row, without kinks at its ends, and returns it. There must be room. */
 PK__INTERNAL pk__piece *pk__pieces_push(pk__pieces *pieces, size_t row, double a, double b);
 
 /* pathkernel/path/kinks.h: internals */
-/* to = the pieces from, split at the kinks inside them, by row and t. 1, or 0 where the capacity does not suffice. Exact
- * for graphs with 0 <= degree <= PK__PATH_DEGREE. Cost 4 P flops a sample. */
+/* to := the pieces of `from`, split at the kinks inside them and sorted by row and t. Returns 1, or 0 if the capacity of
+ * `to` or of the segment's own lists does not suffice. Exact for graphs with 0 <= degree <= PK__PATH_DEGREE. Cost: 4 P flops
+ * for each sample. */
 PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__pieces *to);
 
 /* pathkernel/path/quadrature.h: internals */
@@ -2965,6 +3168,8 @@ typedef struct pk__integrator {
     pk_readout readout;
     size_t first_row; /* of the block among the test rows */
     double target;    /* the error a piece may have, relative to the change of its row */
+    int at_one_point; /* instead of a rule: one point a row, at `point` with point_weight */
+    double point, point_weight;
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
     pk__row_state *state;                      /* the caller's, one per row */
     /* This step: */
@@ -3059,6 +3264,12 @@ PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *bat
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
                                     const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
                                     size_t first, pk__example_workspace *workspace, pk_real *gradient);
+/* The same with the losses' gradients with respect to the outputs at other weights, seeds_at: sum_k (dl_b/df_k at seeds_at)
+ * (df_k/dw at weights). */
+PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph, pk_loss loss,
+                                          const pk_real *seeds_at, const pk_real *weights,
+                                          const pk_dataset *data, const pk_batch *batch, size_t first,
+                                          pk__example_workspace *workspace, pk_real *gradient);
 
 /* pathkernel/features/gram.h: internals */
 typedef enum pk__seeds {
@@ -3123,7 +3334,7 @@ enum { PK__DIRECTIONS = 3 };
 
 /* The step that is integrated, and how. */
 typedef struct pk__integral_step {
-    const pk_real *weights, *direction;        /* spread */
+    const pk_real *weights, *direction;        /* of the step, one copy for each use of a tied tensor */
     const pk_real *transposed;                 /* as for pk__path_begin */
     const pk_real *directions[PK__DIRECTIONS]; /* the products < Phi, direction > are wanted; NULL: unused */
     size_t first_row, rows;                    /* of the block, among the test rows */
@@ -3156,7 +3367,7 @@ typedef struct pk__integral {
     double seconds;      /* of the sums over points */
 } pk__integral;
 
-/* Phi of every layer can be had of materialise outputs at a time (it costs rows x materialise x P numbers; 0: of none),
+/* There is room for Phi of every layer for `materialise` outputs at a time (rows x materialise x P numbers; 0: for none),
  * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
                                     size_t rows, size_t materialise, size_t unit, int bounds,
@@ -3198,7 +3409,7 @@ typedef struct pk__product {
     const pk_real *gram;          /* rows x gram_ld: inputs times the training inputs, or NULL; the caller's */
     size_t gram_ld;
     size_t *due,
-        due_count; /* the layers whose products are taken with the points in hand, the last layer first */
+        due_count; /* the layers whose products are taken with the points in memory, the last layer first */
     pk_real *tile; /* rows x outputs x PK__TILE_LD */
     pk_real *
         left; /* points or rows, x PK__TILE_LD: products of inputs, to be multiplied with those of cotangents */
@@ -3228,7 +3439,7 @@ PK__INTERNAL void pk__product_row(pk__product *product, size_t layer, size_t out
                                   size_t first, size_t columns, pk_real *tile);
 
 /* pathkernel/features/tiles.h: internals */
-/* Prepares the products with the points in hand, and lists the layers that are due in product->due. */
+/* Prepares the products with the points in memory, and lists the layers that are due in product->due. */
 PK__INTERNAL void pk__tiles_begin(pk__product *product, const pk__points *points);
 /* product->tile (rows x outputs x count, ld PK__TILE_LD) = or, unless fresh, += the inner products of a layer that is due with
  * the examples first .. first + count - 1, first a multiple of PK__EXAMPLE_BLOCK, count <= PK__EXAMPLE_BLOCK. */
@@ -3236,6 +3447,25 @@ PK__INTERNAL void pk__tiles_layer(pk__product *product, size_t layer, const pk__
                                   size_t count, int fresh);
 
 /* pathkernel/attribution/steps.h: internals */
+/* A rule that is decomposed by in place of the exact one, for comparing them (compare.h): one point of each step, for the test
+ * rows and for the examples. Zeroed: exact. The optimiser's linear form is that of the run, and so is what is unattributed,
+ * D_s - its update. */
+typedef struct pk__approximation {
+    /* J of the test rows is taken at w_s(at) = w_s + at D_s only, or at weights of their own, instead of along the step: */
+    int at_one_point;
+    double at;
+    const pk_real *weights; /* graph->spread numbers, or NULL */
+    size_t chosen; /* in so many equally spaced steps, times steps / chosen; in the others it is 0. 0: all */
+    /* df/dw of the examples is taken at w_s(examples_at) instead of w_s, dl/df too or at w_s: */
+    int examples_move, seeds_stay;
+    double examples_at;
+    size_t rows; /* the rows are some of so many, and are cut into blocks as those are; 0: they are all */
+} pk__approximation;
+
+/* Step number k of those that are chosen, and whether a step is one of them. */
+PK__INTERNAL size_t pk__chosen_step(size_t steps, size_t chosen, size_t k);
+PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step);
+
 typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
@@ -3246,8 +3476,9 @@ typedef struct pk__window {
     size_t form_count; /* forms of a step: of tensors in no group, then of each group */
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
+    const pk__approximation *approximation; /* or NULL */
     /* Of the plan: */
-    size_t capacity, windows, threads, lanes;
+    size_t capacity, windows, threads, partial_sums;
     size_t stride, spare;
     int bounds;
     /* The steps first .. first + count - 1; step first + j is number j below: */
@@ -3271,14 +3502,15 @@ typedef struct pk__window {
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x lanes x spread; lane 0 becomes the sum */
+    pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
     /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
-    pk_real *state, *saved, *update;
+    pk_real *state, *update;
+    pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
     pk_real *perturbed_weights;  /* with bounds: count x spread */
+    pk_real *moved_weights;      /* where the examples of an approximation move: count x spread */
     size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
-    size_t *spare_at;            /* the windows that the spare states stand before, ascending */
-    size_t spare_used, advanced; /* windows gone through only for the state */
+    size_t advanced;             /* windows gone through only for the state */
     pk__example_workspace *workspaces;
     double *seconds; /* a thread's on examples */
     double seconds_read;
@@ -3292,9 +3524,6 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window);
  * what bounds need. */
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
                                  int bounds, pk__window *window);
-/* How many windows a visit of `windows` consecutive ones, last to first, goes through again for their states, with the
- * state before the first and room for spare more. */
-PK__INTERNAL double pk__steps_again(size_t windows, size_t spare);
 /* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
  * flops an example. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first,
@@ -3302,7 +3531,7 @@ PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__w
 /* Goes through the run once and keeps the states. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, pk__window *window);
 /* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
- * state that was kept. Cheap for the window before the one that was visited last, see pk__steps_again. */
+ * state that was kept. Cheap for the window before the one that was visited last, see pk__checkpoints_again. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
 
 /* pathkernel/kernels/along.h: internals */
@@ -3409,7 +3638,7 @@ PK__END_CODE
 #endif
 PK__BEGIN_COLD_CODE
 
-/* The rounding of pk_real: what is measured or looked for in its numbers goes no further. */
+/* The rounding unit of pk_real, which limits what can be measured in its numbers. */
 #define PK__EPSILON (sizeof(pk_real) == sizeof(float) ? 1.1920929e-7 : 2.220446049250313e-16)
 
 /* 1 unless value is a NaN or an infinity, whatever -ffast-math makes of isfinite. */
@@ -3579,7 +3808,7 @@ PK__INLINE size_t pk__max(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-/* How many blocks of size hold count. */
+/* The number of blocks of `size` that hold `count`. */
 PK__INLINE size_t pk__blocks(size_t count, size_t size)
 {
     return count / size + (count % size != 0);
@@ -3619,7 +3848,7 @@ PK_API int pk_threads(const pk_context *context)
 
 enum { PK__ALIGNMENT = 64 };
 
-/* Before each allocation, in a cache line of its own: its whole size, and what is given back. */
+/* Stored before each allocation, in a cache line of its own: its whole size, and the pointer to be freed. */
 typedef struct pk__header {
     size_t bytes;
     void *block;
@@ -3703,6 +3932,20 @@ PK__INTERNAL void *pk__arena_take(pk__arena *arena, size_t count, size_t size)
     return arena->base && bytes ? arena->base + start : NULL;
 }
 
+PK__INTERNAL int pk__arena_again(pk_context *context, pk__arena *arena, const char *what, pk_status *status)
+{
+    *status = PK_OK;
+    if (arena->base)
+        return 0;
+    if (arena->overflow)
+        *status = pk__fail(context, PK_OVERFLOW, "%s: its size overflows", what);
+    else
+        *status = pk_allocate(context, arena->used, 1, what, &arena->base);
+    arena->capacity = arena->used;
+    arena->used = 0;
+    return arena->base != NULL;
+}
+
 PK__END_COLD_CODE
 
 /* pathkernel/base/parallel.h: implementation */
@@ -3715,7 +3958,7 @@ PK__BEGIN_COLD_CODE
 #define PK__ATOMIC_WRITE PK__PRAGMA(omp atomic write)
 #define PK__ATOMIC_ADD PK__PRAGMA(omp atomic)
 #define PK__ATOMIC_TAKE PK__PRAGMA(omp atomic capture)
-/* Before the loop over the tasks of a team. */
+/* Stands before the loop over the tasks of a team. */
 #define PK__PARALLEL(team) PK__PRAGMA(omp parallel num_threads((team).started))
 #else
 #define PK__ATOMIC_WRITE
@@ -3760,7 +4003,7 @@ static double pk__processor_seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* One thread for a while. */
+/* Goes on with one thread for a while. */
 static void pk__load_rest(pk_context *context, double now, double loss)
 {
     pk_load *load = &context->load;
@@ -3775,7 +4018,7 @@ static void pk__load_rest(pk_context *context, double now, double loss)
     context->backed_off++;
 }
 
-/* A region of several threads has ended. */
+/* Updates the load after a region of several threads. */
 static void pk__load_watch(pk_context *context, double now, double wall, double work)
 {
     pk_load *load = &context->load;
@@ -3804,7 +4047,7 @@ static void pk__load_watch(pk_context *context, double now, double wall, double 
     }
 }
 
-/* How many of the threads a region gets. */
+/* The number of threads for a region. */
 static int pk__load_threads(pk_context *context, int threads, double now)
 {
     pk_load *load = &context->load;
@@ -3903,7 +4146,7 @@ static void pk__philox(const uint32_t key[2], uint32_t block[4])
     block[0] = x0, block[1] = x1, block[2] = x2, block[3] = x3;
 }
 
-/* The 128 bits at the counter, which moves on. */
+/* The 128 bits at the counter, which is incremented. */
 static void pk__random_block(pk_random *random, uint64_t bits[2])
 {
     uint32_t key[2] = {(uint32_t)random->seed, (uint32_t)(random->seed >> 32)};
@@ -3964,12 +4207,12 @@ PK__END_CODE
 #include <string.h>
 
 #if defined(__GNUC__)
-#define PK__ALIGNED __attribute__((aligned(64))) /* for vectors that are cache lines */
+#define PK__ALIGNED __attribute__((aligned(64))) /* for vectors of the size of a cache line */
 typedef pk_real pk__vector __attribute__((vector_size(16), aligned(sizeof(pk_real)), may_alias));
 typedef pk_real pk__wide_vector __attribute__((vector_size(32), aligned(sizeof(pk_real)), may_alias));
 typedef pk_real pk__whole_vector __attribute__((vector_size(64), aligned(sizeof(pk_real)), may_alias));
 #if defined(__AVX2__) && defined(__FMA__)
-#define PK__AVX2 /* the whole program has it */
+#define PK__AVX2 /* the whole program is compiled for it */
 #define PK__HAS_AVX2 1
 #elif defined(__x86_64__) && !defined(PATHKERNEL_NO_DISPATCH)
 #define PK__AVX2 __attribute__((target("avx2,fma")))
@@ -4037,8 +4280,8 @@ typedef pk_real pk__vector;
 #endif
 
 enum {
-    PK__TALLEST = 6,        /* rows of a tile of two vectors a row */
-    PK__PAIR = 2 * PK_PANEL /* columns that are worth multiplying together */
+    PK__TALLEST = 6,        /* rows of a tile whose rows have two vectors */
+    PK__PAIR = 2 * PK_PANEL /* columns of a pair of panels, which are multiplied together */
 };
 
 typedef enum pk__tile_form {
@@ -4053,7 +4296,7 @@ typedef struct pk__panels {
     size_t count;
     const pk_real *first;
     size_t step, apart;
-    size_t ahead; /* what is multiplied next begins so much further, 0: unknown */
+    size_t ahead; /* the distance to the panels that are multiplied next, for prefetching; 0: unknown */
 } pk__panels;
 
 /* Where the rows of a product go: row i to `to + to_at[i]` (DOT: all to `to`), with `other + other_at[i]`; those of
@@ -4067,7 +4310,7 @@ typedef struct pk__tile_target {
     size_t other_apart;
 } pk__tile_target;
 
-/* Rows as tiles: so many of 6 and then so many of 4. */
+/* The division of rows into tiles: first those of 6 rows, then those of 4. */
 static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 {
     const size_t rest = rows % 6;
@@ -4084,9 +4327,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 
 #define PK__EACH_4(X) X(0) X(1) X(2) X(3)
 #define PK__EACH_6(X) PK__EACH_4(X) X(4) X(5)
-/* Of row i of a tile: where it stands in A, two vectors of accumulators, and the places that they go to. In scope: vector and
- * its lanes, the place `at` of a column of A, and the vectors left_b and right_b of a row of B. Rows behind the last one
- * repeat it and go nowhere. */
+/* For row i of a tile: its pointer into A, two vectors of accumulators, and the addresses to which they are stored. In scope:
+ * vector and its number of elements `lanes`, the offset `at` of a column of A, and the vectors left_b and right_b of a row of
+ * B. Rows after the last one repeat it and are not stored. */
 #define PK__TILE_ROW(i)                                               \
     const pk_real *row##i = a + (i < count ? i : count - 1) * across; \
     vector left##i, right##i;
@@ -4111,7 +4354,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         left_sum += left##i * PK__OTHER(i, 0);       \
         right_sum += right##i * PK__OTHER(i, lanes); \
     }
-/* gcc does not unroll by itself. It matters where the other thread of a core takes half of its instructions. */
+/* gcc does not unroll by itself. This matters when another thread of the same core takes half of the instruction slots. */
 #if defined(__GNUC__) && !defined(__clang__)
 #define PK__UNROLL _Pragma("GCC unroll 4")
 #else
@@ -4151,8 +4394,8 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
             }                                                                                                  \
         }                                                                                                      \
     }
-/* The tiles of all rows of A, one behind the other. A tile whose rows are known when it is compiled has no questions left to
- * ask: worth three copies of it. */
+/* The tiles of all rows of A, one after the other. A tile with a number of rows that is known at compile time needs no
+ * branches, which justifies three copies of the code. */
 #define PK__DEFINE_PANEL(suffix, attributes, vectors)                                                         \
     PK__DEFINE_TILE(pk__tile_6_##suffix, attributes, PK__EACH_6, vectors, PK__STEP_##suffix)                  \
     PK__DEFINE_TILE(pk__tile_4_##suffix, attributes, PK__EACH_4, vectors, PK__STEP_##suffix)                  \
@@ -4190,7 +4433,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
-/* Rows that are 0 at the same terms: of those only the others, which are told by number. */
+/* Rows of A that are 0 at the same terms: only the other terms are added, whose numbers are given. */
 #define PK__PICKED_END(i)                               \
     if (i < count) {                                    \
         pk_real *own = to + i * ld + column;            \
@@ -4227,7 +4470,7 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
         }                                                                                                     \
     }
 
-/* The other way round for few terms: up to six rows of B stay in registers, and row after row of A passes. */
+/* For few terms, up to six rows of B stay in registers while the rows of A are read one after the other. */
 #define PK__SUM_LOAD(i)                                     \
     vector left##i = zero, right##i = zero;                 \
     if (i < count) {                                        \
@@ -4302,8 +4545,9 @@ static inline void pk__tiles(size_t rows, size_t *sixes, size_t *fours)
 #ifdef PK__AVX512
 /* A vector is a row of a panel, and an accumulator a row of the tile. Tiles are as wide as two panels, where there are two:
  * a number of A is fetched once for both, and fetching is what bounds tiles of one (1024^3 by bench_matrix: 80 GF/s, of two
- * 106). Rows are groups of 4, which one pointer and three distances address: a group's row i is group + distance_i. The first
- * rows of a group that are there twice, skip of them, go nowhere: a last group starts 4 rows before the end. */
+ * 106). Rows form groups of 4, which are addressed by one pointer and three distances: row i of a group is at
+ * group + distance_i. The last group begins 4 rows before the end; its first `skip` rows belong to the group before as
+ * well and are not stored again. */
 typedef struct pk__group {
     const pk_real *a;
     size_t row, skip;
@@ -4349,8 +4593,8 @@ typedef struct pk__group {
             right_sum += right##g##i * PK__WIDE_OTHER(g, i, target->other_apart); \
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
-/* halved: of the last group its last two rows only. both: two panels, the second one beside the first of b. term: the terms
- * that are meant, or NULL: all. */
+/* halved: only the last two rows of the last group are computed. both: two panels, the second one next to the first in b.
+ * term: the numbers of the terms to add, or NULL for all. */
 PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
                                          const size_t *distance, size_t depth, const unsigned char *term,
                                          size_t along, const pk__panels *b, const pk_real *beside,
@@ -4430,7 +4674,7 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
     }
 }
 
-/* Two panels at a time, and the last one of an odd number. */
+/* Two panels at a time, and the last one alone if their number is odd. */
 PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsigned char *term,
                                            const pk_real *a, size_t across, size_t along, const pk__panels *b,
                                            const pk_real *start, const pk__tile_target *target)
@@ -4471,7 +4715,7 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
     }
 }
 
-/* One panel and the one beside it, wherever that stands. */
+/* One panel and the next one, which may be at any address. */
 PK__AVX512 static void pk__pair_avx512(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
                                        const pk_real *first, const pk_real *beside,
                                        const pk__tile_target *target)
@@ -4493,7 +4737,7 @@ PK__FOR_AVX2(PK__DEFINE_PANEL)
 PK__FOR_BASE(PK__DEFINE_PANEL)
 
 /* target form= start + A B: A is rows x depth, element (i, p) at a[i * across + p * along]; B is panels. start: a number
- * for each row, NULL: 0. No two rows of a tile have one place, unless they are added to it. */
+ * for each row, or NULL for 0. Two rows of a tile may have the same target only if they are added to it. */
 PK__PRIVATE void pk__panel_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
                                    const pk__panels *b, const pk_real *start, const pk__tile_target *target)
 {
@@ -4510,7 +4754,7 @@ PK__PRIVATE void pk__picked_product(size_t rows, size_t terms, const unsigned ch
     PK__ON_PROCESSOR(pk__picked, (rows, terms, term, a, across, b, overwrite, to, ld));
 }
 
-/* pk__panel_product with one panel or two, each where it is: step PK_PANEL. */
+/* pk__panel_product with one or two panels, each at its own address, with step PK_PANEL. */
 PK__PRIVATE void pk__pair_product(size_t rows, size_t depth, const pk_real *a, size_t across, size_t along,
                                   size_t count, const pk_real *const *panels, const pk__tile_target *target)
 {
@@ -4557,7 +4801,7 @@ PK__PRIVATE void pk__panel_sums(size_t rows, size_t depth, const pk_real *a, siz
     PK__ON_PROCESSOR(pk__sums, (rows, depth, a, along, b, other, other_apart, other_at, to));
 }
 
-/* What panels are multiplied with. */
+/* The name of the instruction set that multiplies panels. */
 PK__PRIVATE const char *pk__panel_name(void)
 {
     return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
@@ -4568,7 +4812,7 @@ PK__PRIVATE const char *pk__panel_name(void)
 #include <math.h>
 #include <string.h>
 
-/* Before a loop whose turns are independent: gcc vectorises it at -O2, too. */
+/* Before a loop with independent iterations: gcc then vectorizes it at -O2, too. */
 #ifdef _OPENMP
 #define PK__SIMD PK__PRAGMA(omp simd)
 #else
@@ -4628,7 +4872,7 @@ PK__PRIVATE int pk__all_finite(const pk_real *x, size_t count)
     return pk__all_finite_plain(x, count);
 }
 
-/* In chains, so that additions do not wait for each other: a vector of AVX-512, two of the others. */
+/* In independent chains, so that the additions do not wait for each other: one vector of AVX-512, or two of the others. */
 #define PK__DEFINE_DOTS(suffix, attributes, vectors)                                                        \
     attributes static void pk__dots_##suffix(size_t rows, size_t count, const pk_real *a, const pk_real *b, \
                                              pk_real factor, pk_real *to)                                   \
@@ -4723,7 +4967,7 @@ typedef double pk__quad __attribute__((vector_size(32), aligned(8), may_alias));
 typedef int64_t pk__quad_bits __attribute__((vector_size(32), aligned(8), may_alias));
 #define PK__QUAD PK__AVX2 static inline pk__quad
 
-/* where ? a : b, number by number. */
+/* where ? a : b, elementwise. */
 #define PK__CHOOSE(where, a, b) \
     ((pk__quad)(((pk__quad_bits)(where) & (pk__quad_bits)(a)) | (~(pk__quad_bits)(where) & (pk__quad_bits)(b))))
 
@@ -4933,19 +5177,20 @@ PK__PRIVATE void pk__scale(size_t m, size_t n, pk_real beta, pk_real *c, size_t 
 
 enum {
     PK__DEPTH = 240,     /* the most terms of a block: a panel of B, 15 KB, is on the stack */
-    PK__BLOCK_ROWS = 96, /* rows of A whose places are in a table, */
+    PK__BLOCK_ROWS = 96, /* rows of A whose offsets are in a table, */
     PK__STRIP_ROWS =
         384, /* and for which a pair of panels is copied once: they stay in the second-level cache */
-    PK__APART_ROWS = 48,       /* rows of a tile that is not C itself */
-    PK__FEW_PANELS = 4,        /* so many panels of rows are few */
-    PK__FEW_NUMBERS = 1 << 12, /* of B, which stay in the first-level cache as they are */
+    PK__APART_ROWS = 48, /* rows of a tile that is computed in a buffer instead of in C */
+    PK__FEW_PANELS = 4,  /* at most so many panels of rows count as few */
+    PK__FEW_NUMBERS =
+        1 << 12, /* at most so many numbers of B stay in the first-level cache without being packed */
     /* m n k above which BLIS multiplies A B^T, unless A has few rows; 4 times as many for A B, 16 for A^T B. Below, its start
      * and its packing cost more than its kernel gains, up to a factor of 2 (bench_matrix). */
     PK__BLIS_TERMS = 1 << 19
 };
 
 /* Terms of a block: a panel of B stays in the first-level cache beside the rows of a tile. Processors with AVX-512 have larger
- * ones, and a tile of one block is done in half the time: as few blocks as there can be, all alike. */
+ * ones, and a tile of one block takes half the time there: as few blocks as possible, of equal size. */
 static size_t pk__block_terms(size_t k)
 {
     if (!PK__HAS_AVX512)
@@ -4956,7 +5201,7 @@ static size_t pk__block_terms(size_t k)
 #if defined(PK__AVX2) && (defined(__clang__) || __GNUC__ >= 12)
 #define PK__SHUFFLES
 typedef pk_real pk__four __attribute__((vector_size(4 * sizeof(pk_real)), aligned(sizeof(pk_real)), may_alias));
-/* Of 4 rows: 4 x 4 numbers at a time. */
+/* Packs 4 rows, 4 x 4 numbers at a time. */
 PK__AVX2 static void pk__interleave_four(size_t depth, const pk_real *from, size_t across, pk_real *to)
 {
     const pk_real *row1 = from + across, *row2 = from + 2 * across, *row3 = from + 3 * across;
@@ -4979,7 +5224,7 @@ PK__AVX2 static void pk__interleave_four(size_t depth, const pk_real *from, size
 }
 #endif
 
-/* Numbers of `count` rows or columns side by side in a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
+/* Packs `count` rows or columns into a panel: to[p * PK_PANEL + j] = from[p * down + j * across]. */
 PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from, size_t down, size_t across,
                                 pk_real *to)
 {
@@ -4988,7 +5233,7 @@ PK__PRIVATE void pk__interleave(size_t count, size_t depth, const pk_real *from,
     for (; PK__HAS_AVX2 && down == 1 && j + 4 <= count; j += 4)
         pk__interleave_four(depth, from + j * across, across, to + j);
 #endif
-    for (; j < count; j++) /* the other way round a compiler gathers, which is slow */
+    for (; j < count; j++) /* with the loops exchanged, compilers use gather instructions, which are slow */
         for (size_t p = 0; p < depth; p++)
             to[p * PK_PANEL + j] = from[p * down + j * across];
 }
@@ -5004,7 +5249,7 @@ PK__PRIVATE void pk__transpose(size_t rows, size_t cols, const pk_real *from, pk
                     to[c * ld + r] = from[r * cols + c];
 }
 
-/* packed (depth x PK_PANEL) = columns of B, 0 behind the last: element (p, j) is b[p * down + j * across]. */
+/* packed (depth x PK_PANEL) := columns of B, filled up with 0; element (p, j) of B is b[p * down + j * across]. */
 static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_t down, size_t across,
                            pk_real *packed)
 {
@@ -5017,14 +5262,14 @@ static void pk__pack_panel(size_t columns, size_t depth, const pk_real *b, size_
         pk__interleave(columns, depth, b, down, across, packed);
 }
 
-/* 1 where C^T = B A^T pays instead of C = A B^T: A has few rows and B many. */
+/* Whether computing C^T = B A^T is faster than C = A B^T: A has few rows and B many. */
 static int pk__has_few_rows(int transpose_b, size_t m, size_t n)
 {
     return transpose_b && m <= PK__FEW_PANELS * PK_PANEL && m < n;
 }
 
-/* Terms p ... of some rows of a product: C (+)= alpha A B. What is large stands in functions of its own, none of which takes
- * more than 16 KB of the stack: of a pair of panels, one has its place in a function, the other one in its caller. */
+/* A block of terms, from p on, of some rows of a product C (+)= alpha A B. Each function uses at most 16 KB of stack: of a
+ * pair of panels, one is a variable of a function and the other one of its caller. */
 typedef struct pk__block {
     size_t rows, depth;
     const pk_real *a; /* term p of the first row */
@@ -5035,11 +5280,11 @@ typedef struct pk__block {
     const size_t *c_at; /* of PK__BLOCK_ROWS rows */
 } pk__block;
 
-/* One panel, or a pair, of B as they are packed, or where they stand. */
+/* One panel of B or a pair of them, packed or in B itself. */
 typedef struct pk__pair {
     size_t count;
     const pk_real *panel[2];
-    size_t step; /* PK_PANEL: as they are packed */
+    size_t step; /* PK_PANEL if packed */
 } pk__pair;
 
 /* target = terms of rows from row `top` of the block on, times a pair. */
@@ -5055,8 +5300,8 @@ static void pk__pair_rows(const pk__block *block, const pk__pair *pair, size_t t
         pk__panel_product(rows, block->depth, a, block->row_a, block->column_a, &side, NULL, target);
 }
 
-/* C = or += alpha times the product of a block with a pair, which is made apart: where C does not have its columns in full,
- * where alpha is not 1, or where C is transposed. */
+/* C = or += alpha times the product of a block with a pair, computed in a buffer: for columns that are only partly in C, for
+ * alpha other than 1, or for a transposed C. */
 PK__NOINLINE static void pk__strip_apart(const pk__block *block, const pk__pair *pair, size_t columns,
                                          int transposed, pk_real *c)
 {
@@ -5118,8 +5363,8 @@ PK__NOINLINE static void pk__strip_pair(const pk__block *block, const pk_real *b
     pk__strip_packed(block, b, row_b, column_b, columns, packed, transposed, c);
 }
 
-/* C += alpha A B^T of few rows: B is read where it stands, once for each pair of panels, and only the few rows of A are
- * packed. The same terms in the same order as below. */
+/* C += alpha A B^T with few rows of A: only these are packed, and B is read in place. The terms and their order are those of
+ * the general case below. */
 static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t row_a,
                                  size_t column_a, const pk_real *b, size_t ldb, int overwrite, pk_real *c,
                                  size_t ldc)
@@ -5138,8 +5383,8 @@ static void pk__few_rows_product(size_t m, size_t n, size_t k, pk_real alpha, co
     }
 }
 
-/* The product of tiles, for small matrices and where there is no BLIS. Every element of C is, whatever m, n and its
- * place, the same sum: blocks of pk__block_terms(k) terms, each added in ascending order to one accumulator. So the bits of
+/* The product by tiles, for small matrices and without BLIS. Every element of C is the same sum, whatever m, n and its
+ * position: blocks of pk__block_terms(k) terms, each added in ascending order to one accumulator. So the bits of
  * an element depend on its row of op(A), its column of op(B), k, alpha and beta only. */
 static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
                              const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
@@ -5149,7 +5394,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     size_t c_at[PK__BLOCK_ROWS];
     const size_t row_a = transpose_a ? 1 : lda, column_a = transpose_a ? lda : 1;
     const size_t row_b = transpose_b ? 1 : ldb, column_b = transpose_b ? ldb : 1;
-    /* Scaled apart, so that the update is one product and one sum, in full and in partial tiles. */
+    /* C is scaled separately, so that the update is one product and one sum in full and in partial tiles alike. */
     if (beta != 0 && beta != 1)
         pk__scale(m, n, beta, c, ldc);
     if (pk__has_few_rows(transpose_b, m, n)) {
@@ -5158,7 +5403,7 @@ static void pk__tile_product(int transpose_a, int transpose_b, size_t m, size_t 
     }
     for (size_t i = 0; i < pk__min(m, PK__BLOCK_ROWS); i++)
         c_at[i] = i * ldc;
-    /* Rows of B that are used a few times are read where they are. */
+    /* Rows of B that are used only a few times are not packed. */
     const size_t few = PK__HAS_AVX512 && k * row_b <= PK__FEW_NUMBERS ? PK__BLOCK_ROWS / 2 : 2 * PK__TALLEST;
     for (size_t top = 0; top < m; top += PK__STRIP_ROWS)
         for (size_t p = 0; p < k; p += most) {
@@ -5205,7 +5450,7 @@ static int pk__blis_has_kernels(void)
     return 1;
 }
 
-/* 1 where BLIS is faster than the tiles. */
+/* Whether BLIS is faster than the tiles. */
 static int pk__is_for_blis(int transpose_a, int transpose_b, size_t m, size_t n, size_t k)
 {
     const int shift = transpose_b ? 0 : transpose_a ? 4 : 2;
@@ -5258,13 +5503,13 @@ PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, 
 }
 
 enum {
-    PK__LEAST_GROUP = 4,  /* rows, */
-    PK__LEAST_TERMS = 64, /* and terms: less does not pay */
-    PK__GROUP_ROWS = 16,  /* a larger group is cut */
-    PK__GROUPS = 16       /* for which a block of B is copied once */
+    PK__LEAST_GROUP = 4,  /* the least rows of a group, */
+    PK__LEAST_TERMS = 64, /* and the least terms, for which leaving terms out is faster */
+    PK__GROUP_ROWS = 16,  /* larger groups are divided */
+    PK__GROUPS = 16       /* groups for which a block of B is packed once */
 };
 
-/* term = numbers of the columns of rows (rows x columns, ld) that are not 0 in all rows; how many. */
+/* term := the numbers of the columns that are not 0 in all rows (rows x columns, ld). Returns how many there are. */
 static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t ld, unsigned char *term)
 {
     pk_real any[PK__DEPTH];
@@ -5276,13 +5521,13 @@ static size_t pk__pick(size_t rows, size_t columns, const pk_real *from, size_t 
             any[p] += (pk_real)fabs(from[r * ld + p]);
     for (size_t p = 0; p < columns; p++) {
         term[terms] = (unsigned char)p;
-        terms += any[p] != 0; /* and where it is not a number */
+        terms += any[p] != 0; /* NaN counts as not 0 */
     }
     return terms;
 }
 
-/* 1 where rows of A (m x k) that follow one another, `group` of them, are likely to be 0 at the same terms, so many that it
- * pays to leave these out: cotangents of one example behind a ReLU. Looks at the first row of each group. */
+/* Whether groups of `group` consecutive rows of A (m x k) are likely to be 0 at the same terms, so many that it is faster to
+ * leave these out: the cotangents of one example at a ReLU are. It examines the first row of each group. */
 PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_real *a, size_t lda)
 {
     size_t zeros = 0;
@@ -5294,7 +5539,7 @@ PK__PRIVATE int pk__has_common_zeros(size_t m, size_t group, size_t k, const pk_
     return 4 * zeros >= m / group * k;
 }
 
-/* Rows of A (rows x k from term p on, groups of `group` rows) and the terms of each group that are meant. */
+/* Rows of A (rows x k from term p on, in groups of `group` rows), and the terms of each group that are added. */
 typedef struct pk__groups {
     size_t rows, group, depth;
     const pk_real *a;
@@ -5375,7 +5620,7 @@ PK_API pk_matrix pk_matrix_view(pk_real *data, size_t rows, size_t cols)
     return view;
 }
 
-/* PK_OK where the view is one that memory can hold. */
+/* Checks that a view fits into memory. */
 static pk_status pk__check_matrix(pk_context *context, const char *name, const pk_matrix *x)
 {
     size_t items = 0;
@@ -5427,11 +5672,11 @@ PK_API pk_status pk_matrix_multiply(pk_context *context, pk_real alpha, pk_matri
         return pk__fail(context, PK_SHAPE, "product: op(A) is %zu x %zu, op(B) %zu x %zu, C %zu x %zu", m,
                         inner_a, inner_b, n, c.rows, c.cols);
     pk_status status = pk__check_matrix(context, "A", &a);
-    if (status == PK_OK)
+    if (!status)
         status = pk__check_matrix(context, "B", &b);
-    if (status == PK_OK)
+    if (!status)
         status = pk__check_matrix(context, "C", &c);
-    if (status != PK_OK)
+    if (status)
         return status;
     if (pk__matrices_overlap(a, c) || pk__matrices_overlap(b, c))
         return pk__fail(context, PK_ARGUMENT, "product: C (%zu x %zu) overlaps %s", m, n,
@@ -5872,7 +6117,7 @@ static pk_status pk__file_open(pk_context *context, const char *path, pk__file *
     file->bytes = NULL;
     file->size = 0;
     pk_status status = pk__open_named(context, path, O_RDONLY, "cannot be opened", &descriptor);
-    if (status != PK_OK)
+    if (status)
         return status;
     if (fstat(descriptor, &about) != 0)
         status = pk__fail(context, PK_IO, "%s: cannot be read: %s", name, strerror(errno));
@@ -5889,7 +6134,7 @@ static pk_status pk__file_open(pk_context *context, const char *path, pk__file *
             file->bytes = mapping;
         }
     }
-    if (status == PK_OK && kept)
+    if (!status && kept)
         *kept = descriptor;
     else
         (void)close(descriptor);
@@ -6445,23 +6690,23 @@ PK_API pk_status pk_array_map(pk_context *context, const char *path, unsigned fl
     size_t offset = 0;
     int descriptor = -1;
     pk_status status = pk__file_open(context, path, &file, flags & PK_ARRAY_KEEP_OPEN ? &descriptor : NULL);
-    if (status == PK_OK)
+    if (!status)
         status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
-    if (status == PK_OK && offset % pk_type_size(found.type) == 0) {
+    if (!status && offset % pk_type_size(found.type) == 0) {
         found.data = file.bytes + offset;
         found.mapping = file.bytes;
         found.mapping_bytes = file.size;
-    } else if (status == PK_OK) {
+    } else if (!status) {
         size_t items = pk_array_items(&found), size = pk_type_size(found.type);
         status = pk_allocate(context, items, size, pk__name(path), &found.owned);
-        if (status == PK_OK && items)
+        if (!status && items)
             memcpy(found.owned, file.bytes + offset, items * size);
         found.data = found.owned;
         pk__file_unmap(&file);
     }
     found.file = descriptor + 1;
     found.file_offset = offset;
-    if (status == PK_OK) {
+    if (!status) {
         *array = found;
         return PK_OK;
     }
@@ -6480,11 +6725,11 @@ PK_API pk_status pk_array_open(pk_context *context, const char *path, unsigned f
     int descriptor = -1;
     size_t offset = 0;
     pk_status status = pk__file_open(context, path, &file, &descriptor);
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__npy_parse(context, pk__name(path), file.bytes, file.size, flags, &found, &offset);
     pk__file_unmap(&file);
-    if (status != PK_OK) {
+    if (status) {
         (void)close(descriptor);
         return status;
     }
@@ -6512,13 +6757,13 @@ PK_API pk_status pk_array_write(pk_context *context, const char *path, pk_type t
         return pk__fail(context, PK_ARGUMENT, "%s: the data are NULL", pk__name(path));
     char *aside = NULL;
     pk_status status = pk_allocate(context, length + 5, 1, "the name of a file", &aside);
-    if (status != PK_OK)
+    if (status)
         return status;
     memcpy(aside, path, length);
     memcpy(aside + length, ".tmp", 5);
     int file;
     status = pk__open_named(context, aside, O_WRONLY | O_CREAT, "cannot be made", &file);
-    if (status == PK_OK) {
+    if (!status) {
         int good = ftruncate(file, 0) == 0 && pk__write_at(file, header, room, 0) &&
                    pk__write_at(file, data, bytes, room) && fsync(file) == 0,
             reason = errno;
@@ -6577,11 +6822,11 @@ PK_API pk_status pk_array_create(pk_context *context, const char *path, pk_type 
     unsigned char header[PK__NPY_ROOM];
     pk_array array;
     pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
-    if (status != PK_OK)
+    if (status)
         return status;
     int file;
     status = pk__open_named(context, path, O_WRONLY | O_CREAT, "cannot be made", &file);
-    if (status != PK_OK)
+    if (status)
         return status;
     size_t room = pk__npy_header(&array, 0, 1, header);
     if (ftruncate(file, 0) != 0 || !pk__write_at(file, header, room, 0)) {
@@ -6601,16 +6846,16 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
     pk__file file;
     size_t offset = 0;
     pk_status status = pk__writer_shape(context, path, type, rank, row_shape, writer, &array);
-    if (status != PK_OK)
+    if (status)
         return status;
     const char *name = pk__name(path);
     status = pk__file_map(context, path, &file);
-    if (status == PK_OK)
+    if (!status)
         status = pk__npy_parse(context, name, file.bytes, file.size, PK_ARRAY_PARTIAL, &found, &offset);
-    if (status == PK_OK)
+    if (!status)
         memcpy(before, file.bytes, pk__min(offset, sizeof before));
     pk__file_unmap(&file);
-    if (status != PK_OK)
+    if (status)
         return status;
     int same = found.type == type && found.rank == rank;
     for (int i = 1; same && i < rank; i++)
@@ -6627,7 +6872,7 @@ PK_API pk_status pk_array_reopen(pk_context *context, const char *path, pk_type 
                         name, offset);
     int descriptor;
     status = pk__open_named(context, path, O_WRONLY, "cannot be opened for writing", &descriptor);
-    if (status != PK_OK)
+    if (status)
         return status;
     /* The header first: it may lag behind the data, but never run ahead. */
     if (!pk__npy_replace(descriptor, before, header, offset) ||
@@ -6694,7 +6939,7 @@ PK_API pk_status pk_array_close(pk_context *context, pk_array_writer *writer)
     if (!writer || !writer->file)
         return PK_OK;
     pk_status status = pk_array_flush(context, writer);
-    if (close(writer->file - 1) != 0 && status == PK_OK)
+    if (close(writer->file - 1) != 0 && !status)
         status = pk__fail(context, PK_IO, "%s: cannot be closed: %s", writer->name, strerror(errno));
     memset(writer, 0, sizeof *writer);
     return status;
@@ -6811,7 +7056,7 @@ PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset
                                   size_t outputs)
 {
     pk_status status = pk__dataset_check_targets(context, dataset, outputs);
-    if (status != PK_OK)
+    if (status)
         return status;
     char has[200];
     const pk_array *inputs = &dataset->inputs;
@@ -6864,10 +7109,10 @@ static pk_status pk__dataset_allocate(pk_context *context, int rank, const size_
     if (!made.inputs.type || !made.targets.type || !pk__array_measure(&made.inputs, &bytes))
         return pk__fail(context, PK_OVERFLOW, "a data set of %zu examples overflows", shape[0]);
     pk_status status = pk_allocate(context, bytes, 1, "the inputs of a data set", &made.inputs.owned);
-    if (status == PK_OK)
+    if (!status)
         status = pk_allocate(context, pk_array_items(&made.targets), 8, "the targets of a data set",
                              &made.targets.owned);
-    if (status != PK_OK) {
+    if (status) {
         pk_release(context, made.inputs.owned);
         return status;
     }
@@ -6920,9 +7165,9 @@ PK__PRIVATE pk_status pk__idx_dataset(pk_context *context, const char *images_na
 {
     pk_array images, labels;
     pk_status status = pk__idx_parse(context, images_name, images_file->bytes, images_file->size, &images);
-    if (status == PK_OK)
+    if (!status)
         status = pk__idx_parse(context, labels_name, labels_file->bytes, labels_file->size, &labels);
-    if (status != PK_OK)
+    if (status)
         return status;
     size_t examples = images.shape[0], items = pk_array_items(&images), i;
     if (labels.rank != 1 || labels.shape[0] != examples) {
@@ -6932,7 +7177,7 @@ PK__PRIVATE pk_status pk__idx_dataset(pk_context *context, const char *images_na
     }
     pk_dataset made;
     status = pk__dataset_allocate(context, images.rank, images.shape, PK_INT64, 1, &made);
-    if (status != PK_OK)
+    if (status)
         return status;
     double *inputs = (double *)made.inputs.owned;
     int64_t *targets = (int64_t *)made.targets.owned;
@@ -6952,9 +7197,9 @@ PK_API pk_status pk_dataset_idx(pk_context *context, const char *images_path, co
         return pk__fail(context, PK_ARGUMENT,
                         "pk_dataset_idx: a pointer is NULL, or the scale %g is not finite", scale);
     pk_status status = pk__file_map(context, images_path, &images);
-    if (status == PK_OK)
+    if (!status)
         status = pk__file_map(context, labels_path, &labels);
-    if (status == PK_OK)
+    if (!status)
         status = pk__idx_dataset(context, pk__name(images_path), &images, pk__name(labels_path), &labels, scale,
                                  dataset);
     pk__file_unmap(&images);
@@ -7043,11 +7288,11 @@ PK__PRIVATE pk_status pk__csv_dataset(pk_context *context, const char *name, con
     size_t shape[2] = {rows, columns - outputs};
     pk_status status =
         pk__dataset_allocate(context, 2, shape, target_columns ? PK_FLOAT64 : PK_INT64, outputs, &made);
-    if (status != PK_OK)
+    if (status)
         return status;
     double *inputs = (double *)made.inputs.owned, *targets = (double *)made.targets.owned;
     int64_t *labels = (int64_t *)made.targets.owned;
-    for (at = text; at < end && status == PK_OK; line_number++) {
+    for (at = text; at < end && !status; line_number++) {
         line = pk__csv_line(&at, end);
         for (column = 0; column < columns; column++) {
             pk__csv_field(&line, 0, &field, &length);
@@ -7062,11 +7307,11 @@ PK__PRIVATE pk_status pk__csv_dataset(pk_context *context, const char *name, con
                 status = pk__fail(context, PK_FORMAT, "%s: line %zu, column %zu: '%s' is not %s", name,
                                   line_number, column + 1, pk__printable(field, length, shown, sizeof shown),
                                   good ? "an integer label" : "a finite number");
-            if (status != PK_OK)
+            if (status)
                 break;
         }
     }
-    if (status == PK_OK)
+    if (!status)
         *dataset = made;
     else
         pk_dataset_release(context, &made);
@@ -7080,7 +7325,7 @@ PK_API pk_status pk_dataset_csv(pk_context *context, const char *path, int targe
         return pk__fail(context, PK_ARGUMENT,
                         "pk_dataset_csv: a pointer is NULL, or target_columns %d is negative", target_columns);
     pk_status status = pk__file_map(context, path, &file);
-    if (status == PK_OK)
+    if (!status)
         status = pk__csv_dataset(context, pk__name(path), (const char *)file.bytes, file.size, target_columns,
                                  dataset);
     pk__file_unmap(&file);
@@ -7107,8 +7352,8 @@ PK_API const char *pk_shape_text(const pk_shape *shape, char *text)
     return text;
 }
 
-/* The gradient is one outer product, of the cotangent and in[0] itself: what the factored engine takes. A single place
- * alone does not say so: its inputs may be chosen from in[0], or padded. */
+/* Whether the gradient of each row is one outer product, of the cotangent and in[0] itself, as the factored engine needs it. One
+ * position is not enough for that: its inputs may be a part of in[0], or padded. */
 PK__PRIVATE int pk__is_outer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && node->positions == 1 && !node->unfolds;
@@ -7129,7 +7374,7 @@ static pk_status pk__shape_width(pk_context *context, const pk_shape *shape, siz
     return PK_OK;
 }
 
-/* What is known of a node before it runs, see pk_node. Inputs precede it. */
+/* Sets what a node's inputs determine about it, see pk_node: whether and how its value depends on t. */
 static void pk__node_analyse(const pk_graph *graph, pk_node *node)
 {
     const pk_operation *operation = node->operation;
@@ -7139,12 +7384,14 @@ static void pk__node_analyse(const pk_graph *graph, pk_node *node)
         node->input_constant &= !input->varies;
         if (input->degree < 0 || node->degree < 0)
             node->degree = -1;
+        else if (operation->smoothness == PK_MULTILINEAR)
+            node->degree += input->degree;
         else if (input->degree > node->degree)
             node->degree = input->degree;
     }
+    node->input_degree = node->degree;
     node->varies = !node->input_constant || node->weight_count > 0;
-    if (!node->input_constant && operation->smoothness != PK_LINEAR &&
-        operation->smoothness != PK_PIECEWISE_LINEAR)
+    if (!node->input_constant && (operation->smoothness == PK_SMOOTH || operation->smoothness == PK_SURROGATE))
         node->degree = -1;
     if (node->weight_count > 0)
         node->degree = node->degree < 0 || !operation->linear_in_weights ? -1 : node->degree + 1;
@@ -7178,7 +7425,8 @@ static void pk__graph_analyse(pk_graph *graph)
             input->only_reader = input->unread ? (int)n : -1;
             input->unread = 0;
         }
-        graph->switched |= node->operation->smoothness == PK_PIECEWISE_LINEAR && !node->input_constant;
+        graph->switched |= node->operation->switch_count && node->operation->smoothness != PK_SURROGATE &&
+                           !node->input_constant;
         graph->surrogate |= node->operation->smoothness == PK_SURROGATE && !node->input_constant;
         graph->checked |= node->operation->check != NULL;
     }
@@ -7186,7 +7434,7 @@ static void pk__graph_analyse(pk_graph *graph)
     graph->degree = graph->nodes[last].degree;
 }
 
-/* Whether a node is what its operation says of it: gradients and pieces are made from that, and not from its rules. */
+/* Checks a node against the properties that its operation declares, since gradients and pieces are computed from these. */
 static pk_status pk__check_node(pk_context *context, const pk_graph *graph, const pk_node *node)
 {
     const pk_operation *operation = node->operation;
@@ -7225,13 +7473,44 @@ static pk_status pk__check_node(pk_context *context, const pk_graph *graph, cons
     return PK_OK;
 }
 
+/* Room for the blocks and uses of one node more. */
+static pk_status pk__graph_grow_blocks(pk_context *context, pk_graph *graph)
+{
+    const size_t needed = graph->use_count + PK_NODE_TENSORS,
+                 capacity = pk__max(2 * graph->tensor_capacity, 16);
+    pk_weight_block *blocks = NULL;
+    pk_weight_use *uses = NULL;
+    if (needed <= graph->tensor_capacity)
+        return PK_OK;
+    pk_status status = pk_allocate(context, capacity, sizeof *blocks, "the graph's weight blocks", &blocks);
+    if (!status)
+        status = pk_allocate(context, capacity, sizeof *uses, "the uses of weight blocks", &uses);
+    if (status) {
+        pk_release(context, blocks);
+        return status;
+    }
+    if (graph->use_count) {
+        memcpy(blocks, graph->blocks, graph->block_count * sizeof *blocks);
+        memcpy(uses, graph->uses, graph->use_count * sizeof *uses);
+        for (size_t b = 0; b < graph->block_count; b++)
+            blocks[b].uses = uses + (graph->blocks[b].uses - graph->uses);
+    }
+    pk_release(context, graph->blocks);
+    pk_release(context, graph->uses);
+    graph->blocks = blocks;
+    graph->uses = uses;
+    graph->tensor_capacity = capacity;
+    return PK_OK;
+}
+
 static pk_status pk__graph_grow(pk_context *context, pk_graph *graph)
 {
-    if (graph->node_count < graph->node_capacity)
-        return PK_OK;
+    pk_status status = pk__graph_grow_blocks(context, graph);
+    if (status || graph->node_count < graph->node_capacity)
+        return status;
     size_t capacity = graph->node_capacity ? 2 * graph->node_capacity : 16;
     pk_node *nodes = NULL;
-    pk_status status = pk_allocate(context, capacity, sizeof *nodes, "the graph's nodes", &nodes);
+    status = pk_allocate(context, capacity, sizeof *nodes, "the graph's nodes", &nodes);
     if (status)
         return status;
     if (graph->node_count)
@@ -7266,7 +7545,7 @@ PK_API pk_status pk_graph_input(pk_context *context, pk_graph *graph, const pk_s
     return PK_OK;
 }
 
-/* The number of a blank-separated word in a list, -1 where it is none of them. */
+/* The index of a word in a list of words that are separated by blanks, or -1. */
 PK__PRIVATE int pk__word_index(const char *list, const char *word)
 {
     const size_t length = strlen(word);
@@ -7304,7 +7583,7 @@ PK__PRIVATE pk_status pk__check_attributes(pk_context *context, const char *name
     return PK_OK;
 }
 
-/* Whether a node would be checked to have the shape, and all else, of an earlier one. */
+/* Whether a node has the operation, attributes and input shape of an earlier one, and with them its shape. */
 static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_node *like)
 {
     if (!like || like->operation != node->operation || like->input_count != 1 || node->input_count != 1 ||
@@ -7314,27 +7593,57 @@ static int pk__is_alike(const pk_graph *graph, const pk_node *node, const pk_nod
     return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
 }
 
-/* The tensors of a node, as far as its shape rule did not say. */
-static void pk__node_tensors(pk_node *node)
+/* Declares the next tensor of a node. */
+PK__PRIVATE void pk__node_tensor(pk_node *node, int rank, size_t first, size_t second)
 {
-    if (node->tangent_form == PK_TANGENT_OUTER)
-        node->bias_count = node->weight_count - node->fan_in * node->fan_out;
-    if (node->weight_shape.rank)
-        return;
-    node->weight_shape.rank = node->tangent_form == PK_TANGENT_OUTER ? 2 : 1;
-    node->weight_shape.dims[0] =
-        node->tangent_form == PK_TANGENT_OUTER ? node->fan_out : node->weight_count - node->bias_count;
-    node->weight_shape.dims[1] = node->fan_in;
+    pk_shape *shape = &node->tensors[node->tensor_count++].shape;
+    shape->rank = rank;
+    shape->dims[0] = first;
+    shape->dims[1] = second;
 }
 
-/* Numbers of the weight (0) or bias (1) of a node. */
-static size_t pk__tensor_count(const pk_node *node, int tensor)
+/* Lays out the tensors of a node with weights; those that its shape rule did not declare are the usual ones. */
+static pk_status pk__node_tensors(pk_context *context, pk_node *node)
 {
-    return tensor ? node->bias_count : node->weight_count - node->bias_count;
+    const char *name = node->operation->name;
+    const size_t matrix = node->fan_out * node->fan_in;
+    size_t first = 0;
+    if (!node->weight_count)
+        return PK_OK;
+    if (!node->tensor_count && matrix &&
+        (node->weight_count == matrix || node->weight_count - matrix == node->fan_out)) {
+        pk__node_tensor(node, 2, node->fan_out, node->fan_in);
+        if (node->weight_count > matrix)
+            pk__node_tensor(node, 1, node->fan_out, 0);
+    }
+    if (!node->tensor_count)
+        pk__node_tensor(node, 1, node->weight_count, 0);
+    if (node->tensor_count < 0 || node->tensor_count > PK_NODE_TENSORS)
+        return pk__fail(context, PK_ARGUMENT, "the operation %s: %d parameter tensors; 1 to %d are possible",
+                        name, node->tensor_count, PK_NODE_TENSORS);
+    for (int t = 0; t < node->tensor_count; t++) {
+        pk_parameter_tensor *tensor = &node->tensors[t];
+        pk_status status = pk__shape_width(context, &tensor->shape, &tensor->count);
+        if (status)
+            return status;
+        tensor->first = first;
+        first += tensor->count;
+    }
+    return first == node->weight_count
+               ? PK_OK
+               : pk__fail(context, PK_SHAPE,
+                          "the operation %s: its parameter tensors have %zu numbers, it has %zu weights", name,
+                          first, node->weight_count);
 }
 
-/* pk_graph_add_constants without pk__graph_analyse, which takes a time that grows with the graph. like: NULL, or an earlier
- * node that has the same constants, which are shared then. */
+/* The weight block of a node's tensor. */
+PK__PRIVATE const pk_weight_block *pk__block_of(const pk_graph *graph, const pk_node *node, int tensor)
+{
+    return &graph->blocks[node->tensors[tensor].block];
+}
+
+/* pk_graph_add_constants without pk__graph_analyse and pk__graph_list, whose cost grows with the graph. like: NULL, or an
+ * earlier node with the same constants, which are shared then. */
 PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, const pk_operation *operation,
                                        int input_count, const int *inputs, const double *attributes,
                                        size_t constant_count, const pk_real *constants, const pk_node *like,
@@ -7379,10 +7688,12 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (!status)
         status = pk__check_node(context, graph, &node);
-    if (!status)
-        status = pk__graph_grow(context, graph);
     if (!status && node.weight_count > SIZE_MAX / 4096 - graph->spread)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
+    if (!status)
+        status = pk__node_tensors(context, &node);
+    if (!status)
+        status = pk__graph_grow(context, graph);
     if (!status && constant_count && !like) {
         status = pk_allocate(context, constant_count, sizeof *constants, "a node's constants", &node.constants);
         if (!status)
@@ -7390,14 +7701,11 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (status)
         return status;
-    node.column = -1;
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
         node.weight_offset = graph->spread;
-        node.column = (int)graph->columns++;
         graph->spread += node.weight_count;
-        graph->parameters += node.weight_count;
-        pk__node_tensors(&node);
+        graph->use_count += (size_t)node.tensor_count;
     }
     pk__node_analyse(graph, &node);
     if (number)
@@ -7406,58 +7714,48 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     return PK_OK;
 }
 
-/* Computes from the nodes' ties: the list of tensors, the number of parameters P, and the columns of by_layer. */
-PK__PRIVATE pk_status pk__graph_pieces(pk_context *context, pk_graph *graph)
+/* Lists the weight blocks and their uses, from the tensors of the nodes and their ties; there is room for them. */
+PK__PRIVATE void pk__graph_list(pk_graph *graph)
 {
-    size_t shared = 0, count = 0;
+    graph->parameters = graph->columns = graph->block_count = 0;
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const size_t before = graph->block_count;
+        for (int t = 0; t < graph->nodes[n].tensor_count; t++) {
+            pk_parameter_tensor *tensor = &graph->nodes[n].tensors[t];
+            if (tensor->tied) {
+                tensor->block = graph->nodes[tensor->tied].tensors[t].block;
+                graph->blocks[tensor->block].use_count++;
+                continue;
+            }
+            pk_weight_block *block = &graph->blocks[tensor->block = graph->block_count++];
+            block->first = graph->parameters;
+            block->count = tensor->count;
+            block->shape = tensor->shape;
+            block->column = (int)graph->columns;
+            block->use_count = 1;
+            graph->parameters += tensor->count;
+        }
+        graph->columns += graph->block_count > before;
+    }
+    graph->tied = graph->block_count < graph->use_count;
+    pk_weight_use *next = graph->uses;
+    for (size_t b = 0; b < graph->block_count; b++) {
+        graph->blocks[b].uses = next;
+        next += graph->blocks[b].use_count;
+        graph->blocks[b].use_count = 0; /* counts up again */
+    }
     for (size_t n = 1; n < graph->node_count; n++)
-        shared += (graph->nodes[n].tied[0] || graph->nodes[n].tied[1]);
-    if (!shared)
-        return PK_OK;
-    pk_tensor_use *pieces = NULL;
-    pk_status status = pk_allocate(context, 2 * graph->layers, sizeof *pieces, "the graph's tensors", &pieces);
-    if (status)
-        return status;
-    for (size_t n = 1; n < graph->node_count; n++)
-        graph->nodes[n].shares = 0;
-    graph->parameters = graph->columns = 0;
+        for (int t = 0; t < graph->nodes[n].tensor_count; t++) {
+            pk_weight_block *block = &graph->blocks[graph->nodes[n].tensors[t].block];
+            const pk_weight_use use = {(int)n, t};
+            block->uses[block->use_count++] = use;
+        }
     for (size_t n = 1; n < graph->node_count; n++) {
         pk_node *node = &graph->nodes[n];
-        const size_t before = graph->parameters;
-        for (int tensor = 0; tensor < 2; tensor++) {
-            const size_t numbers = pk__tensor_count(node, tensor);
-            if (!numbers) /* behind the last tensor there may be no room */
-                continue;
-            pk_tensor_use *piece = &pieces[count++];
-            memset(piece, 0, sizeof *piece);
-            piece->count = numbers;
-            piece->spread = node->weight_offset + (tensor ? node->weight_count - node->bias_count : 0);
-            piece->node = piece->owner = (int)n;
-            piece->flat = graph->parameters;
-            if (!node->tied[tensor]) {
-                graph->parameters += piece->count;
-                continue;
-            }
-            piece->owner = node->tied[tensor];
-            node->shares = graph->nodes[piece->owner].shares = 1;
-            const pk_node *owner = &graph->nodes[piece->owner];
-            const size_t at = owner->weight_offset + (tensor ? owner->weight_count - owner->bias_count : 0);
-            size_t of = 0;
-            while (pieces[of].spread != at)
-                of++;
-            piece->flat = pieces[of].flat;
-            if (!tensor && node->tied_transposed) {
-                piece->rows = node->weight_shape.dims[0];
-                piece->cols = node->weight_shape.dims[1];
-            }
-        }
-        if (node->weight_count)
-            node->column = graph->parameters > before ? (int)graph->columns++ : -1;
+        node->shares = 0;
+        for (int t = 0; t < node->tensor_count; t++)
+            node->shares |= pk__block_of(graph, node, t)->use_count > 1;
     }
-    pk_release(context, graph->pieces);
-    graph->pieces = pieces;
-    graph->piece_count = count;
-    return PK_OK;
 }
 
 PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -7466,11 +7764,11 @@ PK_API pk_status pk_graph_add_constants(pk_context *context, pk_graph *graph, co
 {
     pk_status status = pk__graph_append(context, graph, operation, input_count, inputs, attributes,
                                         constant_count, constants, NULL, number);
-    if (!status)
-        status = pk__graph_pieces(context, graph);
-    if (!status)
-        pk__graph_analyse(graph);
-    return status;
+    if (status)
+        return status;
+    pk__graph_list(graph);
+    pk__graph_analyse(graph);
+    return PK_OK;
 }
 
 PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_operation *operation,
@@ -7479,43 +7777,39 @@ PK_API pk_status pk_graph_add(pk_context *context, pk_graph *graph, const pk_ope
     return pk_graph_add_constants(context, graph, operation, input_count, inputs, attributes, 0, NULL, number);
 }
 
-/* pk_graph_tie without what follows from it; name is how messages call the node. */
+/* pk_graph_tie without the list of blocks; messages call the node `name`. */
 PK__PRIVATE pk_status pk__tie(pk_context *context, pk_graph *graph, int number, int tensor, int other,
                               int transposed, const char *name)
 {
-    static const char *const tensors[2] = {"weight", "bias"};
+    static const char *const words[PK_NODE_TENSORS] = {"weight", "bias", "third tensor", "fourth tensor"};
     char own[PK_SHAPE_TEXT], its[PK_SHAPE_TEXT];
-    if (tensor < 0 || tensor > 1 || other < 1 || other >= number || (size_t)number + 1 > graph->node_count)
+    if (tensor < 0 || tensor >= PK_NODE_TENSORS || other < 1 || other >= number ||
+        (size_t)number + 1 > graph->node_count)
         return pk__fail(context, PK_ARGUMENT,
                         "node %d of %zu cannot share tensor %d of node %d: an earlier node's "
                         "weight (0) or bias (1) can be shared",
                         number, graph->node_count, tensor, other);
     pk_node *node = &graph->nodes[number];
     const pk_node *owner = &graph->nodes[other];
-    const size_t count = pk__tensor_count(node, tensor);
-    if (!count || !pk__tensor_count(owner, tensor))
+    if (tensor >= node->tensor_count || tensor >= owner->tensor_count)
         return pk__fail(context, PK_ARGUMENT, "%s: %s has no %s to share", name,
-                        count ? owner->operation->name : node->operation->name, tensors[tensor]);
-    pk_shape a = node->weight_shape, b = owner->weight_shape;
-    if (tensor) {
-        a.rank = b.rank = 1;
-        a.dims[0] = node->bias_count;
-        b.dims[0] = owner->bias_count;
-    }
-    if (transposed && (tensor || a.rank != 2 || b.rank != 2))
+                        tensor < node->tensor_count ? owner->operation->name : node->operation->name,
+                        words[tensor]);
+    const pk_parameter_tensor *to = &owner->tensors[tensor];
+    const pk_shape *a = &node->tensors[tensor].shape, *b = &to->shape;
+    if (transposed && (a->rank != 2 || b->rank != 2))
         return pk__fail(context, PK_SHAPE, "%s: a %s of shape %s has no transpose: only matrices have", name,
-                        tensors[tensor], pk_shape_text(&b, its));
-    int same = a.rank == b.rank;
-    for (int i = 0; same && i < a.rank; i++)
-        same = a.dims[i] == b.dims[transposed ? 1 - i : i];
+                        words[tensor], pk_shape_text(b, its));
+    int same = a->rank == b->rank;
+    for (int i = 0; same && i < a->rank; i++)
+        same = a->dims[i] == b->dims[transposed ? 1 - i : i];
     if (!same)
         return pk__fail(context, PK_SHAPE,
                         "%s: its %s has the shape %s, that of the %s which it shares is %s%s", name,
-                        tensors[tensor], pk_shape_text(&a, own), owner->operation->name, pk_shape_text(&b, its),
+                        words[tensor], pk_shape_text(a, own), owner->operation->name, pk_shape_text(b, its),
                         transposed ? ", and transposed they must agree" : "");
-    node->tied[tensor] = owner->tied[tensor] ? owner->tied[tensor] : other;
-    if (!tensor)
-        node->tied_transposed = transposed ^ (owner->tied[0] ? owner->tied_transposed : 0);
+    node->tensors[tensor].tied = to->tied ? to->tied : other;
+    node->tensors[tensor].transposed = transposed ^ to->transposed;
     return PK_OK;
 }
 
@@ -7524,49 +7818,55 @@ PK_API pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, in
 {
     if (!graph || !graph->node_count || (size_t)node + 1 != graph->node_count || graph->nodes[node].layer < 0)
         return pk__fail(context, PK_ARGUMENT, "only the node that was added last, with weights, can be tied");
-    if (tensor >= 0 && tensor < 2 && graph->nodes[node].tied[tensor])
+    if (tensor >= 0 && tensor < PK_NODE_TENSORS && graph->nodes[node].tensors[tensor].tied)
         return pk__fail(context, PK_ARGUMENT, "node %d is tied already", node);
-    const pk_node before = graph->nodes[node];
-    pk_status status = pk__tie(context, graph, node, tensor, other, transposed != 0, before.operation->name);
+    pk_status status =
+        pk__tie(context, graph, node, tensor, other, transposed != 0, graph->nodes[node].operation->name);
     if (!status)
-        status = pk__graph_pieces(context, graph);
-    if (status)
-        graph->nodes[node] = before;
+        pk__graph_list(graph);
     return status;
 }
 
 PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread)
 {
-    if (!graph->pieces && graph->spread)
+    if (!graph->tied && graph->spread)
         memcpy(spread, flat, graph->spread * sizeof *spread);
-    for (size_t i = 0; i < graph->piece_count; i++) {
-        const pk_tensor_use *piece = &graph->pieces[i];
-        if (!piece->rows)
-            memcpy(spread + piece->spread, flat + piece->flat, piece->count * sizeof *spread);
-        for (size_t r = 0; r < piece->rows; r++)
-            for (size_t c = 0; c < piece->cols; c++)
-                spread[piece->spread + r * piece->cols + c] = flat[piece->flat + c * piece->rows + r];
-    }
+    for (size_t b = 0; graph->tied && b < graph->block_count; b++)
+        for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
+            const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
+            const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
+            const pk_real *from = flat + graph->blocks[b].first;
+            pk_real *to = spread + node->weight_offset + tensor->first;
+            const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
+            if (!rows)
+                memcpy(to, from, tensor->count * sizeof *to);
+            for (size_t r = 0; r < rows; r++)
+                for (size_t c = 0; c < cols; c++)
+                    to[r * cols + c] = from[c * rows + r];
+        }
 }
 
-/* A tensor stands in flat no later than in spread, so that nothing is overwritten that is still to be read. */
+/* Works in place: a block begins in flat no later than its first use in spread, and blocks come in the order of their first
+ * uses, so that nothing is overwritten before it is read. */
 PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
 {
-    if (!graph->pieces && graph->spread && flat != spread)
+    if (!graph->tied && graph->spread && flat != spread)
         memcpy(flat, spread, graph->spread * sizeof *spread);
-    for (size_t i = 0; i < graph->piece_count; i++) {
-        const pk_tensor_use *piece = &graph->pieces[i];
-        const pk_real *from = spread + piece->spread;
-        pk_real *to = flat + piece->flat;
-        if (piece->owner == piece->node)
-            memmove(to, from, piece->count * sizeof *to);
-        else if (!piece->rows)
-            for (size_t k = 0; k < piece->count; k++)
-                to[k] += from[k];
-        for (size_t r = 0; r < piece->rows; r++)
-            for (size_t c = 0; c < piece->cols; c++)
-                to[c * piece->rows + r] += from[r * piece->cols + c];
-    }
+    for (size_t b = 0; graph->tied && b < graph->block_count; b++)
+        for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
+            const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
+            const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
+            const pk_real *from = spread + node->weight_offset + tensor->first;
+            pk_real *to = flat + graph->blocks[b].first;
+            const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
+            if (!u)
+                memmove(to, from, tensor->count * sizeof *to);
+            for (size_t i = 0; u && !rows && i < tensor->count; i++)
+                to[i] += from[i];
+            for (size_t r = 0; r < rows; r++)
+                for (size_t c = 0; c < cols; c++)
+                    to[c * rows + r] += from[r * cols + c];
+        }
 }
 
 PK_API pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -7591,69 +7891,6 @@ PK_API const pk_node *pk_graph_layer(const pk_graph *graph, size_t layer)
     return layer < graph->layers ? &graph->nodes[graph->nodes[layer].layer_node] : NULL;
 }
 
-static size_t pk__block_count(const pk_weight_block *block)
-{
-    size_t count = 1;
-    for (int i = 0; i < block->rank; i++)
-        count *= block->dims[i];
-    return count;
-}
-
-/* Where the number `at` of the spread vector stands in w; SIZE_MAX: an earlier node brings it. */
-static size_t pk__own_offset(const pk_graph *graph, size_t at)
-{
-    if (!graph->pieces)
-        return at;
-    const pk_tensor_use *piece = graph->pieces;
-    while (at >= piece->spread + piece->count)
-        piece++;
-    return piece->owner == piece->node ? piece->flat + (at - piece->spread) : SIZE_MAX;
-}
-
-/* The tensors that a node with weights brings into w, with their places there. */
-static size_t pk__node_blocks(const pk_graph *graph, const pk_node *node, pk_weight_block *blocks)
-{
-    size_t count = 0, at = 0;
-    memset(blocks, 0, PK_NODE_BLOCKS * sizeof *blocks);
-    if (node->operation->blocks) {
-        count = node->operation->blocks(node, blocks);
-    } else {
-        size_t matrix = node->fan_out * node->fan_in;
-        if (node->weight_count != matrix && node->weight_count - matrix != node->fan_out)
-            matrix = 0;
-        blocks[0].rank = matrix ? 2 : 1;
-        blocks[0].dims[0] = matrix ? node->fan_out : node->weight_count;
-        blocks[0].dims[1] = node->fan_in;
-        blocks[1].rank = 1;
-        blocks[1].dims[0] = matrix ? node->weight_count - matrix : 0;
-        count = blocks[1].dims[0] ? 2 : 1;
-    }
-    size_t own = 0;
-    for (size_t b = 0; b < count; b++) {
-        pk_weight_block block = blocks[b];
-        block.node = (int)(node - graph->nodes);
-        block.count = pk__block_count(&block);
-        block.offset = pk__own_offset(graph, node->weight_offset + at);
-        at += block.count;
-        if (block.offset != SIZE_MAX)
-            blocks[own++] = block;
-    }
-    return own;
-}
-
-PK_API size_t pk_graph_blocks(const pk_graph *graph, pk_weight_block *blocks, size_t capacity)
-{
-    size_t count = 0;
-    for (size_t layer = 0; layer < graph->layers; layer++) {
-        pk_weight_block own[PK_NODE_BLOCKS];
-        const size_t more = pk__node_blocks(graph, pk_graph_layer(graph, layer), own);
-        for (size_t b = 0; b < more; b++, count++)
-            if (count < capacity)
-                blocks[count] = own[b];
-    }
-    return count;
-}
-
 PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 {
     for (size_t n = 0; n < graph->node_count; n++)
@@ -7661,7 +7898,8 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
             pk_release(context, graph->nodes[n].constants);
     pk_release(context, graph->nodes);
     pk_release(context, graph->text);
-    pk_release(context, graph->pieces);
+    pk_release(context, graph->blocks);
+    pk_release(context, graph->uses);
     memset(graph, 0, sizeof *graph);
 }
 
@@ -7678,8 +7916,8 @@ enum {
     PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
 };
 
-/* Each row gets weights of its own: the operation is not linear in them, or uses them at so many places that to make
- * them costs less than a second product. */
+/* Whether the weights w + t d are formed for each row: the operation is not linear in them, or it uses them at so many
+ * positions that this costs less than a second product. */
 static int pk__has_row_weights(const pk_node *node)
 {
     return node->weight_count &&
@@ -7694,14 +7932,14 @@ static int pk__reverses_by_row(const pk_node *node, size_t copies)
             node->positions * copies >= (size_t)PK__MANY_COTANGENTS);
 }
 
-/* The same matrix for all rows, times the values of each place: y = w x, and perhaps plus a bias. */
+/* Whether the operation multiplies the values of each position by one matrix for all rows: y = w x, perhaps plus a bias. */
 static int pk__is_plain_layer(const pk_node *node)
 {
     return node->tangent_form == PK_TANGENT_OUTER && !node->unfolds && !node->operation->channels_first &&
            !pk__has_row_weights(node);
 }
 
-/* A bias behind the matrix. */
+/* Whether a bias follows the matrix. */
 PK__PRIVATE int pk__has_bias(const pk_node *node)
 {
     return node->weight_count > node->fan_out * node->fan_in;
@@ -7725,7 +7963,7 @@ PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weigh
     }
 }
 
-/* The only node that reads node, NULL where there are none or several. */
+/* The only node that reads `node`; NULL if none or several do. */
 PK__PRIVATE const pk_node *pk__only_reader(const pk_graph *graph, const pk_node *node)
 {
     return node->only_reader < 0 ? NULL : &graph->nodes[node->only_reader];
@@ -8175,7 +8413,7 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     unsigned char *memory = NULL;
     pk_real *spread = NULL;
     pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
-    if (!status && graph->pieces)
+    if (!status && graph->tied)
         status = pk_allocate(context, graph->spread, sizeof *spread, "evaluating the network", &spread);
     if (status) {
         pk_release(context, memory);
@@ -8329,6 +8567,33 @@ static void pk__elementwise_reverse(const pk_call *call, pk__slopes *slopes, int
     }                                                           \
     PK__COLD_END
 
+/* Derivative number order (0 to 2) of mish, x tanh(log(1 + e^x)), by w = e^-|x|, which does not overflow. */
+static double pk__mish(double x, int order)
+{
+    const double w = exp(-fabs(x)), s = x > 0 ? 1 / (1 + w) : w / (1 + w); /* the sigmoid of x */
+    const double d = x > 0 ? 1 + 2 * w + 2 * w * w : w * w + 2 * w + 2;
+    const double t = (x > 0 ? 1 + 2 * w : w * w + 2 * w) / d;
+    const double g = 4 * (1 + w) * (x > 0 ? w * w : w) / (d * d); /* the slope of t */
+    if (order < 2)
+        return order ? t + x * g : x * t;
+    return 2 * g + x * g * (1 + s - 4 * (1 + w) * (x > 0 ? 1 : w) / d);
+}
+
+/* The same of x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). Far out u^2 e^-2u is 0. */
+static double pk__gelu_tanh(double x, int order)
+{
+    static const double k = 0.79788456080286535588, c = 0.044715;
+    if (!(fabs(x) < 40))
+        return order == 0 ? (x < 0 ? 0 : x) : order == 1 ? x > 0 : x * 0;
+    const double twice = 2 * k * (x + c * x * x * x), s = pk__sigmoid(twice), q = s * pk__sigmoid(-twice);
+    const double slope = 2 * k * (1 + 3 * c * x * x);
+    if (order < 2)
+        return order ? s + x * q * slope : x * s;
+    return q * (2 * slope + x * ((1 - 2 * s) * slope * slope + 12 * k * c * x));
+}
+
+#define PK__SELU_SCALE 1.0507009873554804934
+#define PK__SELU_ALPHA 1.6732632423543772848
 #define PK__SQRT_HALF 0.70710678118654752440
 #define PK__INV_SQRT_2PI 0.39894228040143267794
 #define PK__TWO_BY_SQRT_PI 1.12837916709551257390
@@ -8342,9 +8607,26 @@ PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
 PK__ELEMENTWISE_FAST(tanh, 1 - y * y, -2 * y * (1 - y * y))
 PK__ELEMENTWISE_FAST(sigmoid, y *(1 - y), y *(1 - y) * (1 - 2 * y))
 PK__ELEMENTWISE_FAST(softplus, pk__sigmoid(p[0] * x), p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
-PK__ELEMENTWISE(gelu, 0.5 * x * erfc(-x * PK__SQRT_HALF),
-                0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
-                PK__INV_SQRT_2PI *exp(-0.5 * x * x) * (2 - x * x))
+PK__ELEMENTWISE(gelu, p[0] != 0 ? pk__gelu_tanh(x, 0) : 0.5 * x * erfc(-x * PK__SQRT_HALF),
+                p[0] != 0 ? pk__gelu_tanh(x, 1)
+                          : 0.5 * erfc(-x * PK__SQRT_HALF) + x * PK__INV_SQRT_2PI * exp(-0.5 * x * x),
+                p[0] != 0 ? pk__gelu_tanh(x, 2) : PK__INV_SQRT_2PI * exp(-0.5 * x * x) * (2 - x * x))
+PK__ELEMENTWISE(mish, pk__mish(x, 0), pk__mish(x, 1), pk__mish(x, 2))
+PK__ELEMENTWISE(elu, x > 0 ? x : p[0] * expm1(x), x > 0 ? 1 : p[0] * exp(x), x > 0 ? 0 : p[0] * exp(x))
+PK__ELEMENTWISE(selu, PK__SELU_SCALE *(x > 0 ? x : PK__SELU_ALPHA * expm1(x)),
+                PK__SELU_SCALE *(x > 0 ? 1 : PK__SELU_ALPHA * exp(x)),
+                x > 0 ? 0 : PK__SELU_SCALE * PK__SELU_ALPHA * exp(x))
+PK__ELEMENTWISE(relu6, x<0 ? 0 : x> 6 ? 6 : x, x > 0 && x < 6 ? 1 : 0, 0)
+PK__ELEMENTWISE(hard_sigmoid, x<-3 ? 0 : x> 3 ? 1 : (x + 3) / 6, x > -3 && x < 3 ? 1.0 / 6 : 0, 0)
+PK__ELEMENTWISE(hardswish, x<-3 ? 0 : x> 3 ? x : x *(x + 3) / 6,
+                x <= -3  ? 0
+                : x >= 3 ? 1
+                         : x / 3 + 0.5,
+                x > -3 && x < 3 ? 1.0 / 3 : 0)
+PK__ELEMENTWISE(softsign, x / (1 + fabs(x)), 1 / ((1 + fabs(x)) * (1 + fabs(x))),
+                (x > 0 ? -2 : 2) / ((1 + fabs(x)) * (1 + fabs(x)) * (1 + fabs(x))))
+PK__ELEMENTWISE(log_sigmoid, (x < 0 ? x : 0) - log1p(exp(-fabs(x))), pk__sigmoid(-x),
+                -pk__sigmoid(x) * pk__sigmoid(-x))
 PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)),
                 pk__sigmoid(x) * pk__sigmoid(-x) * (2 + x * (1 - 2 * pk__sigmoid(x))))
 PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x), -2 * x * PK__TWO_BY_SQRT_PI * exp(-x * x))
@@ -8364,38 +8646,66 @@ static void pk__zero_switches(const pk_call *call)
     memcpy(call->out, call->in[0], call->rows * call->node->width * sizeof(pk_real));
 }
 
-static size_t pk__hard_tanh_switch_count(const pk_node *node)
+static size_t pk__two_switch_count(const pk_node *node)
 {
     return 2 * node->width;
 }
 
-static void pk__hard_tanh_switches(const pk_call *call)
+/* Kinks at low and high. */
+static void pk__two_switches(const pk_call *call, pk_real low, pk_real high)
 {
     size_t count = call->rows * call->node->width;
     for (size_t i = 0; i < count; i++) {
-        call->out[2 * i] = call->in[0][i] + 1;
-        call->out[2 * i + 1] = call->in[0][i] - 1;
+        call->out[2 * i] = call->in[0][i] - low;
+        call->out[2 * i + 1] = call->in[0][i] - high;
     }
 }
 
+static void pk__hard_tanh_switches(const pk_call *call)
+{
+    pk__two_switches(call, -1, 1);
+}
+
+static void pk__relu6_switches(const pk_call *call)
+{
+    pk__two_switches(call, 0, 6);
+}
+
+static void pk__hard_sigmoid_switches(const pk_call *call)
+{
+    pk__two_switches(call, -3, 3);
+}
+
 static const pk_option pk__positive_option[] = {
-    {"number", PK_OPTION_NUMBER, 0, 1, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = DBL_MIN, .most = DBL_MAX},
+    {.name = NULL},
+};
+static const pk_option pk__gelu_option[] = {
+    {.name = "tanh", .kind = PK_OPTION_FLAG, .least = 1},
+    {.name = NULL},
 };
 static const pk_option pk__scale_option[] = {
-    {"factor", PK_OPTION_NUMBER, 0, 1, 1, -DBL_MAX, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "factor",
+     .kind = PK_OPTION_NUMBER,
+     .position = 1,
+     .required = 1,
+     .least = -DBL_MAX,
+     .most = DBL_MAX},
+    {.name = NULL},
 };
 
-#define PK__ACTIVATION(name, kind, options, value, count, switches, curvature)                                 \
-    {                                                                                                          \
-#name, kind, PK_TANGENT_NONE, 1, options,                                                              \
-            {value, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, pk__same_shape, pk__one_row_scratch,        \
-             pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, NULL, NULL, count, switches, 1, \
-             curvature, NULL, 0, NULL, NULL, NULL                                                              \
+#define PK__ACTIVATION(word, kind, list, value, count, rule, second)                                     \
+    {                                                                                                    \
+        .name = #word, .smoothness = kind, .linear_in_weights = 1, .options = list, .defaults = {value}, \
+        .shape = pk__same_shape, .scratch = pk__one_row_scratch, .forward = pk__##word##_forward,        \
+        .tangent = pk__##word##_tangent, .reverse = pk__##word##_reverse, .switch_count = count,         \
+        .switches = rule, .elementwise = 1, .curvature = second                                          \
     }
 #define PK__SMOOTH_OPERATION(name, options, value) \
     PK__ACTIVATION(name, PK_SMOOTH, options, value, NULL, NULL, pk__##name##_curvature)
+/* Analytic between kinks. */
+#define PK__JOINED_OPERATION(name, options, value, count, switches) \
+    PK__ACTIVATION(name, PK_SMOOTH, options, value, count, switches, pk__##name##_curvature)
 #define PK__KINKED_OPERATION(name, options, value, count, switches) \
     PK__ACTIVATION(name, PK_PIECEWISE_LINEAR, options, value, count, switches, pk__##name##_curvature)
 
@@ -8404,21 +8714,30 @@ static const pk_operation pk__activation_operations[] = {
     PK__ACTIVATION(scale, PK_LINEAR, pk__scale_option, 1, NULL, NULL, pk__scale_curvature),
     PK__KINKED_OPERATION(relu, NULL, 0, pk__width_switches, pk__zero_switches),
     PK__KINKED_OPERATION(leaky_relu, pk__positive_option, 0.01, pk__width_switches, pk__zero_switches),
-    PK__KINKED_OPERATION(hard_tanh, NULL, 0, pk__hard_tanh_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(hard_tanh, NULL, 0, pk__two_switch_count, pk__hard_tanh_switches),
+    PK__KINKED_OPERATION(relu6, NULL, 0, pk__two_switch_count, pk__relu6_switches),
+    PK__KINKED_OPERATION(hard_sigmoid, NULL, 0, pk__two_switch_count, pk__hard_sigmoid_switches),
     PK__KINKED_OPERATION(abs, NULL, 0, pk__width_switches, pk__zero_switches),
     PK__SMOOTH_OPERATION(tanh, NULL, 0),
     PK__SMOOTH_OPERATION(sigmoid, NULL, 0),
     PK__SMOOTH_OPERATION(softplus, pk__positive_option, 1),
-    PK__SMOOTH_OPERATION(gelu, NULL, 0),
+    PK__SMOOTH_OPERATION(gelu, pk__gelu_option, 0),
     PK__SMOOTH_OPERATION(silu, NULL, 0),
     PK__SMOOTH_OPERATION(erf, NULL, 0),
     PK__SMOOTH_OPERATION(sine, pk__positive_option, 1),
+    PK__SMOOTH_OPERATION(mish, NULL, 0),
+    PK__SMOOTH_OPERATION(log_sigmoid, NULL, 0),
+    PK__JOINED_OPERATION(elu, pk__positive_option, 1, pk__width_switches, pk__zero_switches),
+    PK__JOINED_OPERATION(selu, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__JOINED_OPERATION(softsign, NULL, 0, pk__width_switches, pk__zero_switches),
+    PK__JOINED_OPERATION(hardswish, NULL, 0, pk__two_switch_count, pk__hard_sigmoid_switches),
     PK__ACTIVATION(sign, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
                    pk__sign_curvature),
     PK__ACTIVATION(step, PK_SURROGATE, pk__positive_option, 1, pk__width_switches, pk__zero_switches,
                    pk__step_curvature),
 };
 #undef PK__SMOOTH_OPERATION
+#undef PK__JOINED_OPERATION
 #undef PK__KINKED_OPERATION
 #undef PK__ACTIVATION
 
@@ -8430,18 +8749,13 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-#define PK__INITIAL_OPTIONS(first)                                                            \
-    {"init",                                                                                  \
-     PK_OPTION_CHOICE,                                                                        \
-     first,                                                                                   \
-     0,                                                                                       \
-     0,                                                                                       \
-     0,                                                                                       \
-     0,                                                                                       \
-     0,                                                                                       \
-     "default he he_uniform glorot glorot_uniform lecun lecun_uniform normal zero standard"}, \
-    {                                                                                         \
-        "gain", PK_OPTION_NUMBER, (first) + 1, 0, 0, 0, DBL_MAX, 0, NULL                      \
+#define PK__INITIAL_OPTIONS(first)                                                                       \
+    {.name = "init",                                                                                     \
+     .kind = PK_OPTION_CHOICE,                                                                           \
+     .attribute = first,                                                                                 \
+     .choices = "default he he_uniform glorot glorot_uniform lecun lecun_uniform normal zero standard"}, \
+    {                                                                                                    \
+        .name = "gain", .kind = PK_OPTION_NUMBER, .attribute = (first) + 1, .most = DBL_MAX              \
     }
 
 /* A weight of fan_out x fan_in and count - fan_out fan_in biases. */
@@ -8647,35 +8961,32 @@ static void pk__dense_weight_gradient(const pk_call *call)
 }
 
 static const pk_option pk__dense_options[] = {
-    {"outputs", PK_OPTION_NUMBER, PK_DENSE_OUTPUTS, 1, 1, 1, 1e9, 1, NULL},
-    {"nobias", PK_OPTION_FLAG, PK_DENSE_BIAS, 0, 0, 0, 0, 0, NULL},
+    {.name = "outputs",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_DENSE_OUTPUTS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_DENSE_BIAS},
     PK__INITIAL_OPTIONS(PK_DENSE_INITIAL),
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = NULL},
 };
 
 static const pk_operation pk__dense_operations[] = {
-    {"dense",
-     PK_LINEAR,
-     PK_TANGENT_OUTER,
-     1,
-     pk__dense_options,
-     {0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
-     pk__dense_shape,
-     NULL,
-     pk__dense_forward,
-     pk__dense_tangent,
-     pk__dense_reverse,
-     pk__dense_weight_gradient,
-     NULL,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     pk__dense_initialize,
-     NULL},
+    {.name = "dense",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_OUTER,
+     .linear_in_weights = 1,
+     .options = pk__dense_options,
+     .defaults = {0, 1, 0, 1},
+     .shape = pk__dense_shape,
+     .forward = pk__dense_forward,
+     .tangent = pk__dense_tangent,
+     .reverse = pk__dense_reverse,
+     .weight_gradient = pk__dense_weight_gradient,
+     .initialize = pk__dense_initialize},
 };
 
 PK__END_CODE
@@ -8764,17 +9075,8 @@ static pk_status pk__position_shape(pk_context *context, const pk_graph *graph, 
         node->shape.dims[i] = (size_t)node->attributes[i];
     if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "position: its weights overflow");
-    node->weight_shape = node->shape;
+    pk__node_tensor(node, 2, node->shape.dims[0], node->shape.dims[1]);
     return PK_OK;
-}
-
-/* One tensor (entries, width). */
-static size_t pk__table_blocks(const pk_node *node, pk_weight_block *blocks)
-{
-    blocks->rank = 2;
-    blocks->dims[0] = node->weight_count / node->shape.dims[1];
-    blocks->dims[1] = node->shape.dims[1];
-    return 1;
 }
 
 static void pk__repeat_rows(size_t rows, size_t width, const pk_real *from, pk_real *to)
@@ -9051,19 +9353,29 @@ static void pk__select_reverse(const pk_call *call)
 }
 
 static const pk_option pk__position_options[] = {
-    {"tokens", PK_OPTION_NUMBER, PK_POSITION_TOKENS, 1, 1, 1, 1e9, 1, NULL},
-    {"width", PK_OPTION_NUMBER, PK_POSITION_WIDTH, 2, 1, 1, 1e9, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "tokens",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_POSITION_TOKENS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "width",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_POSITION_WIDTH,
+     .position = 2,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = NULL},
 };
 
-#define PK__NO_NUMBERS                                 \
-    {                                                  \
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 \
-    }
-#define PK__LINEAR_OPERATION(name, shape, forward, tangent, reverse)                                       \
-    {                                                                                                      \
-        name, PK_LINEAR, PK_TANGENT_NONE, 1, NULL, PK__NO_NUMBERS, shape, NULL, forward, tangent, reverse, \
-            NULL, NULL, NULL, NULL, 0, NULL, NULL, 0, NULL, NULL, NULL                                     \
+#define PK__LINEAR_OPERATION(own_name, shape_rule, forward_rule, tangent_rule, reverse_rule)    \
+    {                                                                                           \
+        .name = own_name, .smoothness = PK_LINEAR, .linear_in_weights = 1, .shape = shape_rule, \
+        .forward = forward_rule, .tangent = tangent_rule, .reverse = reverse_rule               \
     }
 
 static const pk_operation pk__structure_operations[] = {
@@ -9071,94 +9383,42 @@ static const pk_operation pk__structure_operations[] = {
     PK__LINEAR_OPERATION("flatten", pk__flatten_shape, pk__add_forward, pk__add_tangent, pk__add_reverse),
     PK__LINEAR_OPERATION("propagate", pk__propagate_shape, pk__propagate_forward, pk__propagate_tangent,
                          pk__propagate_reverse),
-    {"select",
-     PK_LINEAR,
-     PK_TANGENT_NONE,
-     1,
-     NULL,
-     PK__NO_NUMBERS,
-     pk__select_shape,
-     NULL,
-     pk__select_forward,
-     pk__select_tangent,
-     pk__select_reverse,
-     NULL,
-     NULL,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     0,
-     pk__select_check,
-     NULL,
-     NULL},
-    {"fourier",
-     PK_SMOOTH,
-     PK_TANGENT_NONE,
-     1,
-     NULL,
-     PK__NO_NUMBERS,
-     pk__fourier_shape,
-     NULL,
-     pk__fourier_forward,
-     pk__fourier_tangent,
-     pk__fourier_reverse,
-     NULL,
-     NULL,
-     NULL,
-     NULL,
-     0,
-     pk__fourier_curvature,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     NULL},
-    {"constant",
-     PK_LINEAR,
-     PK_TANGENT_NONE,
-     1,
-     pk__position_options,
-     PK__NO_NUMBERS,
-     pk__constant_shape,
-     NULL,
-     pk__constant_forward,
-     pk__constant_tangent,
-     pk__position_reverse,
-     NULL,
-     NULL,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     NULL},
-    {"position",
-     PK_LINEAR,
-     PK_TANGENT_ROWS,
-     1,
-     pk__position_options,
-     PK__NO_NUMBERS,
-     pk__position_shape,
-     NULL,
-     pk__position_forward,
-     pk__position_tangent,
-     pk__position_reverse,
-     pk__position_weight_gradient,
-     pk__position_row_gradients,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     pk__normal_initialize,
-     pk__table_blocks},
+    {.name = "select",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__select_shape,
+     .forward = pk__select_forward,
+     .tangent = pk__select_tangent,
+     .reverse = pk__select_reverse,
+     .check = pk__select_check},
+    {.name = "fourier",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .shape = pk__fourier_shape,
+     .forward = pk__fourier_forward,
+     .tangent = pk__fourier_tangent,
+     .reverse = pk__fourier_reverse,
+     .curvature = pk__fourier_curvature},
+    {.name = "constant",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__position_options,
+     .shape = pk__constant_shape,
+     .forward = pk__constant_forward,
+     .tangent = pk__constant_tangent,
+     .reverse = pk__position_reverse},
+    {.name = "position",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .options = pk__position_options,
+     .shape = pk__position_shape,
+     .forward = pk__position_forward,
+     .tangent = pk__position_tangent,
+     .reverse = pk__position_reverse,
+     .weight_gradient = pk__position_weight_gradient,
+     .row_gradients = pk__position_row_gradients,
+     .initialize = pk__normal_initialize},
 };
 
 PK__END_CODE
@@ -9170,7 +9430,7 @@ PK__END_CODE
 PK__BEGIN_CODE
 
 /* Behind the attributes of all of them: what the rules need of the input. */
-enum { PK__POOL_SWITCHES = 12, PK__IMAGE_CHANNELS, PK__IMAGE_HEIGHT, PK__IMAGE_WIDTH };
+enum { PK__POOL_ADAPTIVE = 11, PK__POOL_SWITCHES, PK__IMAGE_CHANNELS, PK__IMAGE_HEIGHT, PK__IMAGE_WIDTH };
 
 /* ---- windows ----------------------------------------------------------------------------------------- */
 
@@ -9179,6 +9439,7 @@ enum { PK__POOL_SWITCHES = 12, PK__IMAGE_CHANNELS, PK__IMAGE_HEIGHT, PK__IMAGE_W
 typedef struct pk__windows {
     size_t height, width, rows, columns; /* of input and output */
     size_t kernel[2], stride[2], pad[2], dilation[2];
+    int adaptive; /* window i of n is that of the numbers from i / n up to (i + 1) / n of a side */
 } pk__windows;
 
 /* How far a window reaches. */
@@ -9199,24 +9460,56 @@ static pk__windows pk__windows_at(const pk_node *node, int kernel, int stride, i
         windows.pad[side] = (size_t)node->attributes[pad + side];
         windows.dilation[side] = dilation < 0 ? 1 : (size_t)node->attributes[dilation + side];
     }
+    windows.adaptive = 0;
     windows.rows = (windows.height + 2 * windows.pad[0] - pk__reach(&windows, 0)) / windows.stride[0] + 1;
     windows.columns = (windows.width + 2 * windows.pad[1] - pk__reach(&windows, 1)) / windows.stride[1] + 1;
     return windows;
 }
 
-/* The input's shape, kept in the node. */
+/* The input's shape, kept in the node: images of channels x height x width, or signals of channels x length. */
 static pk_status pk__image_input(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     const pk_shape *input = &graph->nodes[node->inputs[0]].shape;
     char text[PK_SHAPE_TEXT];
-    if (input->rank != 3)
-        return pk__fail(context, PK_SHAPE,
-                        "%s needs images of channels x height x width, not values of shape %s",
-                        node->operation->name, pk_shape_text(input, text));
-    for (int i = 0; i < 3; i++)
-        node->attributes[PK__IMAGE_CHANNELS + i] = (double)input->dims[i];
+    if (input->rank != 3 && input->rank != 2)
+        return pk__fail(
+            context, PK_SHAPE,
+            "%s needs images of channels x height x width or signals of channels x length, not values of "
+            "shape %s",
+            node->operation->name, pk_shape_text(input, text));
+    node->attributes[PK__IMAGE_CHANNELS] = (double)input->dims[0];
+    node->attributes[PK__IMAGE_HEIGHT] = input->rank == 3 ? (double)input->dims[1] : 1;
+    node->attributes[PK__IMAGE_WIDTH] = (double)input->dims[input->rank - 1];
     node->shape = *input;
     return PK_OK;
+}
+
+/* The output of an image or a signal. */
+static void pk__image_output(pk_node *node, size_t channels, size_t rows, size_t columns)
+{
+    node->shape.dims[0] = channels;
+    if (node->shape.rank == 3)
+        node->shape.dims[1] = rows;
+    node->shape.dims[node->shape.rank - 1] = columns;
+}
+
+/* For signals, a pair of an option is that of a height of 1: what changes nothing, and the one number that was said. */
+PK__PRIVATE pk_status pk__signal_pair(pk_context *context, const char *name, const char *option, double neutral,
+                                      const pk_shape *input, double *pair)
+{
+    if (input->rank != 2)
+        return PK_OK;
+    if (pair[0] != pair[1] && pair[0] != neutral)
+        return pk__fail(context, PK_SHAPE, "%s: for signals of channels x length, %s is one number, not %gx%g",
+                        name, option, pair[0], pair[1]);
+    pair[0] = neutral;
+    return PK_OK;
+}
+
+/* A count of so many numbers is in the range of size_t, and that of its bytes. */
+static int pk__is_countable(double count)
+{
+    return count <= (double)(SIZE_MAX / 4096);
 }
 
 /* Whether the windows fit; the shape of the output, of as many channels as the input. */
@@ -9229,20 +9522,22 @@ static pk_status pk__image_shape(pk_context *context, const pk_graph *graph, pk_
         return status;
     pk_shape reach = *input, padded = *input;
     char texts[3][PK_SHAPE_TEXT];
-    reach.rank = 2;
-    for (int side = 0; side < 2; side++) {
+    int fits = 1;
+    reach.rank = input->rank - 1;
+    for (int side = 3 - input->rank; side < 2; side++) {
         const size_t step = dilation < 0 ? 1 : (size_t)node->attributes[dilation + side];
-        reach.dims[side] = ((size_t)node->attributes[kernel + side] - 1) * step + 1;
-        padded.dims[1 + side] += 2 * (size_t)node->attributes[pad + side];
+        const int own = side + input->rank - 3;
+        reach.dims[own] = ((size_t)node->attributes[kernel + side] - 1) * step + 1;
+        padded.dims[1 + own] += 2 * (size_t)node->attributes[pad + side];
+        fits &= reach.dims[own] <= padded.dims[1 + own];
     }
-    if (reach.dims[0] > padded.dims[1] || reach.dims[1] > padded.dims[2])
+    if (!fits)
         return pk__fail(context, PK_SHAPE,
                         "%s: a kernel that reaches over %s is larger than the input %s padded to %s",
                         node->operation->name, pk_shape_text(&reach, texts[0]), pk_shape_text(input, texts[1]),
                         pk_shape_text(&padded, texts[2]));
     const pk__windows windows = pk__windows_at(node, kernel, stride, pad, dilation);
-    node->shape.dims[1] = windows.rows;
-    node->shape.dims[2] = windows.columns;
+    pk__image_output(node, input->dims[0], windows.rows, windows.columns);
     return PK_OK;
 }
 
@@ -9261,19 +9556,18 @@ typedef struct pk__convolution {
 
 enum { PK__BAND_NUMBERS = 1 << 15, PK__BAND_POSITIONS = 64, PK__THIN_PRODUCT = 1 << 12 };
 
-static pk__convolution pk__convolution_of(const pk_node *node)
+static pk__convolution pk__convolution_with(const pk_node *node, const pk__windows *w, double in, double out)
 {
     pk__convolution c;
-    c.windows = pk__windows_at(node, PK_CONVOLUTION_KERNEL, PK_CONVOLUTION_STRIDE, PK_CONVOLUTION_PAD,
-                               PK_CONVOLUTION_DILATION);
-    const pk__windows *w = &c.windows;
+    c.windows = *w;
     c.groups = (size_t)node->attributes[PK_CONVOLUTION_GROUPS];
-    c.in = (size_t)node->attributes[PK__IMAGE_CHANNELS] / c.groups;
-    c.out = (size_t)node->attributes[PK_CONVOLUTION_CHANNELS] / c.groups;
+    c.in = (size_t)in / c.groups;
+    c.out = (size_t)out / c.groups;
     c.plane = w->height * w->width;
     c.patch = c.in * w->kernel[0] * w->kernel[1];
     c.positions = w->rows * w->columns;
-    c.pointwise = w->kernel[0] * w->kernel[1] * w->stride[0] * w->stride[1] == 1 && w->pad[0] + w->pad[1] == 0;
+    c.pointwise = w->kernel[0] * w->kernel[1] * w->stride[0] * w->stride[1] == 1 &&
+                  w->pad[0] + w->pad[1] == 0 && c.plane == c.positions;
     c.aligned = w->stride[0] * w->stride[1] == 1 && w->columns == w->width;
     c.thin = c.out * c.patch * c.positions <= PK__THIN_PRODUCT || c.out < 2;
     c.band = pk__max(PK__BAND_NUMBERS / c.patch, PK__BAND_POSITIONS) / w->columns;
@@ -9281,38 +9575,80 @@ static pk__convolution pk__convolution_of(const pk_node *node)
     return c;
 }
 
+static pk__convolution pk__convolution_of(const pk_node *node)
+{
+    const pk__windows windows = pk__windows_at(node, PK_CONVOLUTION_KERNEL, PK_CONVOLUTION_STRIDE,
+                                               PK_CONVOLUTION_PAD, PK_CONVOLUTION_DILATION);
+    return pk__convolution_with(node, &windows, node->attributes[PK__IMAGE_CHANNELS],
+                                node->attributes[PK_CONVOLUTION_CHANNELS]);
+}
+
+/* Where the input is a signal, its pairs are. */
+static pk_status pk__convolution_pairs(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    static const struct {
+        const char *name;
+        int attribute;
+        double neutral;
+    } pairs[] = {{"kernel", PK_CONVOLUTION_KERNEL, 1},
+                 {"stride", PK_CONVOLUTION_STRIDE, 1},
+                 {"pad", PK_CONVOLUTION_PAD, 0},
+                 {"dilation", PK_CONVOLUTION_DILATION, 1}};
+    pk_status status = PK_OK;
+    for (int i = 0; i < 4 && !status; i++)
+        status = pk__signal_pair(context, node->operation->name, pairs[i].name, pairs[i].neutral,
+                                 &graph->nodes[node->inputs[0]].shape, node->attributes + pairs[i].attribute);
+    return status;
+}
+
+/* Whether groups divide both numbers of channels, and its counts are in range; the shape of its weights, (to, from / groups,
+ * kernel), and its biases. */
+static pk_status pk__convolution_weights(pk_context *context, pk_node *node, double to, double from,
+                                         double biases, double positions)
+{
+    const double groups = node->attributes[PK_CONVOLUTION_GROUPS],
+                 *kernel = node->attributes + PK_CONVOLUTION_KERNEL;
+    const int signal = node->shape.rank == 2;
+    if (fmod(to, groups) != 0 || fmod(from, groups) != 0)
+        return pk__fail(context, PK_SHAPE, "%s: %g groups do not divide its %g input and %g output channels",
+                        node->operation->name, groups, node->attributes[PK__IMAGE_CHANNELS],
+                        node->attributes[PK_CONVOLUTION_CHANNELS]);
+    const double patch = from / groups * kernel[0] * kernel[1];
+    if (!pk__is_countable(patch * to) || !pk__is_countable(patch * positions))
+        return pk__fail(context, PK_OVERFLOW, "%s: its weights or patches overflow", node->operation->name);
+    node->weight_count = (size_t)to * (size_t)patch;
+    node->positions = (size_t)positions;
+    pk__node_tensor(node, signal ? 3 : 4, (size_t)to, (size_t)(from / groups));
+    node->tensors[0].shape.dims[2] = (size_t)kernel[signal];
+    node->tensors[0].shape.dims[3] = (size_t)kernel[1];
+    if (node->attributes[PK_CONVOLUTION_BIAS] != 0) {
+        pk__node_tensor(node, 1, (size_t)biases, 0);
+        node->weight_count += (size_t)biases;
+    }
+    return PK_OK;
+}
+
 static pk_status pk__convolution_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
-    const double channels = node->attributes[PK_CONVOLUTION_CHANNELS],
-                 groups = node->attributes[PK_CONVOLUTION_GROUPS];
-    pk_status status = pk__image_shape(context, graph, node, PK_CONVOLUTION_KERNEL, PK_CONVOLUTION_STRIDE,
-                                       PK_CONVOLUTION_PAD, PK_CONVOLUTION_DILATION);
+    const double channels = node->attributes[PK_CONVOLUTION_CHANNELS];
+    pk_status status = pk__convolution_pairs(context, graph, node);
+    if (!status)
+        status = pk__image_shape(context, graph, node, PK_CONVOLUTION_KERNEL, PK_CONVOLUTION_STRIDE,
+                                 PK_CONVOLUTION_PAD, PK_CONVOLUTION_DILATION);
+    if (!status)
+        status =
+            pk__convolution_weights(context, node, channels, node->attributes[PK__IMAGE_CHANNELS], channels,
+                                    (double)node->shape.dims[node->shape.rank - 1] *
+                                        (node->shape.rank == 3 ? (double)node->shape.dims[1] : 1));
     if (status)
         return status;
-    if (fmod(channels, groups) != 0 || fmod(node->attributes[PK__IMAGE_CHANNELS], groups) != 0)
-        return pk__fail(context, PK_SHAPE, "conv: %g groups do not divide its %g input and %g output channels",
-                        groups, node->attributes[PK__IMAGE_CHANNELS], channels);
-    const double patch = node->attributes[PK__IMAGE_CHANNELS] / groups *
-                         node->attributes[PK_CONVOLUTION_KERNEL] * node->attributes[PK_CONVOLUTION_KERNEL + 1];
-    const double positions = (double)node->shape.dims[1] * (double)node->shape.dims[2];
-    if (patch * channels > (double)(SIZE_MAX / 4096) || patch * positions > (double)(SIZE_MAX / 4096))
-        return pk__fail(context, PK_OVERFLOW, "conv: its weights or patches overflow");
     const pk__convolution c = pk__convolution_of(node);
     node->shape.dims[0] = (size_t)channels;
-    node->weight_count = node->shape.dims[0] * c.patch;
-    node->positions = c.positions;
     node->fan_in = c.patch;
     node->fan_out = node->shape.dims[0];
     /* One window that is the whole image is the input itself, in the same order. */
     node->unfolds = c.positions != 1 || c.patch != graph->nodes[node->inputs[0]].width ||
                     c.windows.pad[0] + c.windows.pad[1] != 0;
-    node->bias_count = node->attributes[PK_CONVOLUTION_BIAS] != 0 ? node->fan_out : 0;
-    node->weight_count += node->bias_count;
-    node->weight_shape.rank = 4;
-    node->weight_shape.dims[0] = node->fan_out;
-    node->weight_shape.dims[1] = (size_t)(node->attributes[PK__IMAGE_CHANNELS] / groups);
-    node->weight_shape.dims[2] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL];
-    node->weight_shape.dims[3] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL + 1];
     if (c.groups > 1)
         node->tangent_form = PK_TANGENT_ROWS;
     return PK_OK;
@@ -9520,43 +9856,71 @@ static void pk__convolution_unfold(const pk_call *call)
     }
 }
 
-/* out = W in + b for each row, or out (+)= W in. */
-static void pk__convolve(const pk_call *call, const pk_real *weights, const pk_real *in, int bias, int add,
-                         pk_real *out)
+/* out = W in + b for each of count images, or without biases out (+)= W in. */
+static void pk__convolve(const pk__convolution *c, pk_real *scratch, size_t count, const pk_real *weights,
+                         const pk_real *biases, const pk_real *in, int add, pk_real *out)
 {
-    const pk__convolution c = pk__convolution_of(call->node);
-    const size_t channels = c.groups * c.out, columns = c.windows.columns;
-    bias = bias && call->node->attributes[PK_CONVOLUTION_BIAS] != 0;
-    const pk_real *biases = weights + channels * c.patch;
-    for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], out += call->node->width) {
-        if (bias)
-            pk__spread_biases(channels, c.positions, biases, out);
-        for (size_t group = 0; group < c.groups; group++) {
-            const pk_real *own = weights + group * c.out * c.patch, *from = in + group * c.in * c.plane;
-            pk_real *to = out + group * c.out * c.positions;
-            for (size_t top = 0; top < c.windows.rows; top += c.band) {
-                const size_t bottom = pk__min(top + c.band, c.windows.rows), count = (bottom - top) * columns;
-                if (!c.pointwise)
-                    pk__unfold_band(&c, from, top, bottom, call->scratch);
-                pk__patch_product(&c, 0, 0, c.out, count, c.patch, own, c.patch,
-                                  c.pointwise ? from : call->scratch, count, bias || add, to + top * columns,
-                                  c.positions);
+    const size_t channels = c->groups * c->out, columns = c->windows.columns;
+    for (size_t n = 0; n < count; n++) {
+        if (biases)
+            pk__spread_biases(channels, c->positions, biases, out);
+        for (size_t group = 0; group < c->groups;
+             group++, in += c->in * c->plane, out += c->out * c->positions) {
+            const pk_real *own = weights + group * c->out * c->patch;
+            for (size_t top = 0; top < c->windows.rows; top += c->band) {
+                const size_t bottom = pk__min(top + c->band, c->windows.rows), band = (bottom - top) * columns;
+                if (!c->pointwise)
+                    pk__unfold_band(c, in, top, bottom, scratch);
+                pk__patch_product(c, 0, 0, c->out, band, c->patch, own, c->patch, c->pointwise ? in : scratch,
+                                  band, biases || add, out + top * columns, c->positions);
             }
         }
     }
 }
 
+/* to (+)= W^T delta for each of count images. */
+static void pk__convolve_back(const pk__convolution *c, pk_real *scratch, size_t count, const pk_real *weights,
+                              const pk_real *delta, int add, pk_real *to)
+{
+    const size_t columns = c->windows.columns;
+    for (size_t n = 0; n < count; n++)
+        for (size_t group = 0; group < c->groups;
+             group++, to += c->in * c->plane, delta += c->out * c->positions) {
+            const pk_real *own = weights + group * c->out * c->patch;
+            if (!c->pointwise && !add)
+                memset(to, 0, c->in * c->plane * sizeof *to);
+            for (size_t top = 0; top < c->windows.rows; top += c->band) {
+                const size_t bottom = pk__min(top + c->band, c->windows.rows), band = (bottom - top) * columns;
+                pk__patch_product(c, 1, 0, c->patch, band, c->out, own, c->patch, delta + top * columns,
+                                  c->positions, c->pointwise && add, c->pointwise ? to : scratch, band);
+                if (!c->pointwise)
+                    pk__fold_band(c, scratch, top, bottom, to);
+            }
+        }
+}
+
+/* The biases behind the weights of a node, NULL where it has none. */
+static const pk_real *pk__biases(const pk_node *node, const pk_real *weights)
+{
+    return node->tensor_count > 1 ? weights + node->tensors[1].first : NULL;
+}
+
 static void pk__convolution_forward(const pk_call *call)
 {
-    pk__convolve(call, call->weights, call->in[0], 1, 0, call->out);
+    const pk__convolution c = pk__convolution_of(call->node);
+    pk__convolve(&c, call->scratch, call->rows, call->weights, pk__biases(call->node, call->weights),
+                 call->in[0], 0, call->out);
 }
 
 static void pk__convolution_tangent(const pk_call *call)
 {
+    const pk__convolution c = pk__convolution_of(call->node);
     if (call->direction)
-        pk__convolve(call, call->direction, call->in[0], 1, 0, call->out_tangent);
+        pk__convolve(&c, call->scratch, call->rows, call->direction, pk__biases(call->node, call->direction),
+                     call->in[0], 0, call->out_tangent);
     if (call->in_tangent[0])
-        pk__convolve(call, call->weights, call->in_tangent[0], 0, call->direction != NULL, call->out_tangent);
+        pk__convolve(&c, call->scratch, call->rows, call->weights, NULL, call->in_tangent[0],
+                     call->direction != NULL, call->out_tangent);
     else if (!call->direction)
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
 }
@@ -9564,23 +9928,8 @@ static void pk__convolution_tangent(const pk_call *call)
 static void pk__convolution_reverse(const pk_call *call)
 {
     const pk__convolution c = pk__convolution_of(call->node);
-    const size_t columns = c.windows.columns;
-    const pk_real *delta = call->out_cotangent;
-    pk_real *to = call->in_cotangent[0];
-    for (size_t copy = 0; copy < call->rows * call->copies; copy++)
-        for (size_t group = 0; group < c.groups; group++, to += c.in * c.plane, delta += c.out * c.positions) {
-            const pk_real *own = call->weights + group * c.out * c.patch;
-            if (!c.pointwise && !call->accumulate[0])
-                memset(to, 0, c.in * c.plane * sizeof *to);
-            for (size_t top = 0; top < c.windows.rows; top += c.band) {
-                const size_t bottom = pk__min(top + c.band, c.windows.rows), count = (bottom - top) * columns;
-                pk__patch_product(&c, 1, 0, c.patch, count, c.out, own, c.patch, delta + top * columns,
-                                  c.positions, c.pointwise && call->accumulate[0],
-                                  c.pointwise ? to : call->scratch, count);
-                if (!c.pointwise)
-                    pk__fold_band(&c, call->scratch, top, bottom, to);
-            }
-        }
+    pk__convolve_back(&c, call->scratch, call->rows * call->copies, call->weights, call->out_cotangent,
+                      call->accumulate[0], call->in_cotangent[0]);
 }
 
 /* gradient (weights) += that of each row, or gradient[row][copy] = that of each copy. */
@@ -9622,41 +9971,257 @@ static void pk__convolution_row_gradients(const pk_call *call)
     pk__convolution_gradients(call, 0);
 }
 
+/* ---- conv_transpose ---------------------------------------------------------------------------------- */
+
+/* conv_transpose C KxK [stride=1] [pad=0] [output_pad=0] [dilation=1] [groups=1] [nobias]: PyTorch's ConvTranspose2d,
+ * y = W^T x + b with the convolution W from images like y to images like x; its weights are (in, out / groups, kernel). */
+static pk__convolution pk__transpose_of(const pk_node *node)
+{
+    pk__windows w;
+    w.adaptive = 0;
+    w.rows = (size_t)node->attributes[PK__IMAGE_HEIGHT];
+    w.columns = (size_t)node->attributes[PK__IMAGE_WIDTH];
+    w.height = node->shape.rank == 3 ? node->shape.dims[1] : 1;
+    w.width = node->shape.dims[node->shape.rank - 1];
+    for (int side = 0; side < 2; side++) {
+        w.kernel[side] = (size_t)node->attributes[PK_CONVOLUTION_KERNEL + side];
+        w.stride[side] = (size_t)node->attributes[PK_CONVOLUTION_STRIDE + side];
+        w.pad[side] = (size_t)node->attributes[PK_CONVOLUTION_PAD + side];
+        w.dilation[side] = (size_t)node->attributes[PK_CONVOLUTION_DILATION + side];
+    }
+    return pk__convolution_with(node, &w, node->attributes[PK_CONVOLUTION_CHANNELS],
+                                node->attributes[PK__IMAGE_CHANNELS]);
+}
+
+static pk_status pk__transpose_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double channels = node->attributes[PK_CONVOLUTION_CHANNELS];
+    double *more = node->attributes + PK_CONVOLUTION_OUTPUT_PAD, sizes[2];
+    pk_status status = pk__convolution_pairs(context, graph, node);
+    if (!status)
+        status = pk__signal_pair(context, "conv_transpose", "output_pad", 0,
+                                 &graph->nodes[node->inputs[0]].shape, more);
+    if (!status)
+        status = pk__image_input(context, graph, node);
+    for (int side = 0; side < 2 && !status; side++) {
+        const double stride = node->attributes[PK_CONVOLUTION_STRIDE + side],
+                     dilation = node->attributes[PK_CONVOLUTION_DILATION + side],
+                     reach = (node->attributes[PK_CONVOLUTION_KERNEL + side] - 1) * dilation + 1,
+                     pad = node->attributes[PK_CONVOLUTION_PAD + side];
+        sizes[side] = (node->attributes[PK__IMAGE_HEIGHT + side] - 1) * stride + reach + more[side] - 2 * pad;
+        if (more[side] > 0 && more[side] >= stride && more[side] >= dilation)
+            status = pk__fail(
+                context, PK_SHAPE,
+                "conv_transpose: output_pad is %g; it is less than the stride, %g, or the dilation, %g",
+                more[side], stride, dilation);
+        else if (sizes[side] < 1)
+            status = pk__fail(context, PK_SHAPE, "conv_transpose: a padding of %g leaves nothing of its output",
+                              pad);
+    }
+    if (!status && !pk__is_countable(sizes[0] * sizes[1] * channels))
+        status = pk__fail(context, PK_OVERFLOW, "conv_transpose: its output overflows");
+    if (!status)
+        status =
+            pk__convolution_weights(context, node, node->attributes[PK__IMAGE_CHANNELS], channels, channels,
+                                    node->attributes[PK__IMAGE_HEIGHT] * node->attributes[PK__IMAGE_WIDTH]);
+    if (!status)
+        pk__image_output(node, (size_t)channels, (size_t)sizes[0], (size_t)sizes[1]);
+    return status;
+}
+
+static size_t pk__transpose_scratch(const pk_node *node, size_t rows, size_t copies)
+{
+    const pk__convolution c = pk__transpose_of(node);
+    (void)rows, (void)copies;
+    return c.pointwise ? 0 : c.patch * c.band * c.windows.columns;
+}
+
+/* As ConvTranspose2d's reset_parameters, whose fan-in is that of the convolution it is the transpose of. */
+static void pk__transpose_initialize(const pk_node *node, pk_random *random, pk_real *weights)
+{
+    const pk__convolution c = pk__transpose_of(node);
+    pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, c.patch, 1, node->weight_count, random, weights);
+}
+
+static void pk__transpose_apply(const pk_call *call, const pk_real *weights, const pk_real *biases,
+                                const pk_real *in, int add, pk_real *out)
+{
+    const pk__convolution c = pk__transpose_of(call->node);
+    for (size_t row = 0; biases && row < call->rows; row++)
+        pk__spread_biases(c.groups * c.in, c.plane, biases, out + row * call->node->width);
+    pk__convolve_back(&c, call->scratch, call->rows, weights, in, add || biases, out);
+}
+
+static void pk__transpose_forward(const pk_call *call)
+{
+    pk__transpose_apply(call, call->weights, pk__biases(call->node, call->weights), call->in[0], 0, call->out);
+}
+
+static void pk__transpose_tangent(const pk_call *call)
+{
+    if (call->direction)
+        pk__transpose_apply(call, call->direction, pk__biases(call->node, call->direction), call->in[0], 0,
+                            call->out_tangent);
+    if (call->in_tangent[0])
+        pk__transpose_apply(call, call->weights, NULL, call->in_tangent[0], call->direction != NULL,
+                            call->out_tangent);
+    else if (!call->direction)
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__transpose_reverse(const pk_call *call)
+{
+    const pk__convolution c = pk__transpose_of(call->node);
+    pk__convolve(&c, call->scratch, call->rows * call->copies, call->weights, NULL, call->out_cotangent,
+                 call->accumulate[0], call->in_cotangent[0]);
+}
+
+/* gradient (weights) += that of each row, or gradient[row][copy] = that of each copy. */
+static void pk__transpose_gradients(const pk_call *call, int sum)
+{
+    const pk__convolution c = pk__transpose_of(call->node);
+    const size_t columns = c.windows.columns, count = call->node->weight_count;
+    if (!sum)
+        memset(call->gradient, 0, call->rows * call->copies * count * sizeof(pk_real));
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        const pk_real *delta = call->out_cotangent + copy * call->node->width,
+                      *in = call->in[0] + copy / call->copies * call->in_width[0];
+        pk_real *to = call->gradient + (sum ? 0 : copy * count);
+        if (call->node->tensor_count > 1)
+            pk__gather_biases(c.groups * c.in, c.plane, delta, to + call->node->tensors[1].first);
+        for (size_t group = 0; group < c.groups; group++) {
+            for (size_t top = 0; top < c.windows.rows; top += c.band) {
+                const size_t bottom = pk__min(top + c.band, c.windows.rows), band = (bottom - top) * columns;
+                if (!c.pointwise)
+                    pk__unfold_band(&c, delta, top, bottom, call->scratch);
+                pk__patch_product(&c, 0, 1, c.out, c.patch, band, in + top * columns, c.positions,
+                                  c.pointwise ? delta : call->scratch, band, 1, to, c.patch);
+            }
+            delta += c.in * c.plane;
+            in += c.out * c.positions;
+            to += c.out * c.patch;
+        }
+    }
+}
+
+static void pk__transpose_weight_gradient(const pk_call *call)
+{
+    pk__transpose_gradients(call, 1);
+}
+
+static void pk__transpose_row_gradients(const pk_call *call)
+{
+    pk__transpose_gradients(call, 0);
+}
+
 /* ---- pools ------------------------------------------------------------------------------------------- */
 
 static pk__windows pk__pool_windows(const pk_node *node)
 {
-    return pk__windows_at(node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
+    pk__windows w = pk__windows_at(node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
+    w.adaptive = node->attributes[PK__POOL_ADAPTIVE] != 0;
+    for (int side = 0; side < 2; side++) {
+        size_t *count = side ? &w.columns : &w.rows;
+        const size_t size = side ? w.width : w.height;
+        if (w.adaptive) {
+            *count = w.kernel[side];
+        } else if (node->attributes[PK_POOL_CEIL] != 0) {
+            /* A last window that reaches over the end, if it does not start behind it. */
+            *count = pk__blocks(size + 2 * w.pad[side] - w.kernel[side], w.stride[side]) + 1;
+            *count -= (*count - 1) * w.stride[side] >= size + w.pad[side];
+        }
+    }
+    return w;
+}
+
+/* What a window has of a side: its numbers from low up to high, and how many it has with its padding. */
+typedef struct pk__span {
+    size_t low, high, padded;
+} pk__span;
+
+static pk__span pk__window_span(const pk__windows *w, int side, size_t at)
+{
+    const size_t size = side ? w->width : w->height, pad = w->pad[side];
+    pk__span span;
+    if (w->adaptive) {
+        span.low = at * size / w->kernel[side];
+        span.high = pk__blocks((at + 1) * size, w->kernel[side]);
+        span.padded = span.high - span.low;
+        return span;
+    }
+    const size_t start = at * w->stride[side], past = start + w->kernel[side];
+    span.low = start < pad ? 0 : start - pad;
+    span.high = past < pad ? 0 : pk__min(size, past - pad);
+    span.padded = pk__min(past, size + 2 * pad) - start;
+    return span;
+}
+
+/* kernel, stride and pad of a pool: those of a signal, and a stride that was not said. */
+PK__PRIVATE pk_status pk__pool_options_of(pk_context *context, const char *name, const pk_shape *input,
+                                          double *attributes)
+{
+    double *stride = attributes + PK_POOL_STRIDE, *kernel = attributes + PK_POOL_KERNEL,
+           *pad = attributes + PK_POOL_PAD;
+    pk_status status = pk__signal_pair(context, name, "kernel", 1, input, kernel);
+    for (int side = 0; side < 2; side++)
+        if (stride[side] == 0)
+            stride[side] = kernel[side];
+    if (!status)
+        status = pk__signal_pair(context, name, "stride", 1, input, stride);
+    if (!status)
+        status = pk__signal_pair(context, name, "pad", 0, input, pad);
+    for (int side = 0; side < 2 && !status; side++)
+        if (2 * pad[side] > kernel[side])
+            status = pk__fail(context, PK_SHAPE, "%s: padding of %gx%g is more than half of its kernel, %gx%g",
+                              name, pad[0], pad[1], kernel[0], kernel[1]);
+    return status;
 }
 
 static pk_status pk__pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
-    double *stride = node->attributes + PK_POOL_STRIDE;
-    const double *kernel = node->attributes + PK_POOL_KERNEL, *pad = node->attributes + PK_POOL_PAD;
-    for (int side = 0; side < 2; side++) {
-        if (stride[side] == 0)
-            stride[side] = kernel[side];
-        if (2 * pad[side] > kernel[side])
-            return pk__fail(context, PK_SHAPE, "%s: padding of %gx%g is more than half of its kernel, %gx%g",
-                            node->operation->name, pad[0], pad[1], kernel[0], kernel[1]);
-    }
-    return pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
+    const pk_shape *input = &graph->nodes[node->inputs[0]].shape;
+    node->attributes[PK__POOL_ADAPTIVE] = 0;
+    pk_status status = pk__pool_options_of(context, node->operation->name, input, node->attributes);
+    if (!status)
+        status = pk__image_shape(context, graph, node, PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD, -1);
+    if (status)
+        return status;
+    const pk__windows w = pk__pool_windows(node);
+    pk__image_output(node, input->dims[0], w.rows, w.columns);
+    return PK_OK;
 }
 
-/* max_pool K [stride=K] [pad=0]: PyTorch's MaxPool2d; padding is never the maximum. */
+/* adaptive_avg_pool K, adaptive_max_pool K: so many windows a side, which may overlap by one number. */
+static pk_status pk__adaptive_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_shape *input = &graph->nodes[node->inputs[0]].shape;
+    double *sizes = node->attributes + PK_POOL_KERNEL;
+    pk_status status = pk__signal_pair(context, node->operation->name, "output", 1, input, sizes);
+    if (!status)
+        status = pk__image_input(context, graph, node);
+    for (int side = 0; side < 2 && !status; side++) {
+        node->attributes[PK_POOL_STRIDE + side] = 1;
+        node->attributes[PK_POOL_PAD + side] = 0;
+        if (!pk__is_countable((sizes[side] + 1) * node->attributes[PK__IMAGE_HEIGHT + side]))
+            status = pk__fail(context, PK_OVERFLOW, "%s: its windows overflow", node->operation->name);
+    }
+    node->attributes[PK__POOL_ADAPTIVE] = 1;
+    if (!status)
+        pk__image_output(node, input->dims[0], (size_t)sizes[0], (size_t)sizes[1]);
+    return status;
+}
+
+/* max_pool K [stride=K] [pad=0] [ceil_mode]: PyTorch's MaxPool2d; padding is never the maximum. */
 
 /* The number in its plane of a window's first maximum, or of its last NaN, as PyTorch's. */
 static size_t pk__window_maximum(const pk__windows *w, const pk_real *plane, size_t y, size_t x)
 {
-    size_t best = SIZE_MAX;
-    for (size_t i = 0; i < w->kernel[0]; i++)
-        for (size_t j = 0; j < w->kernel[1]; j++) {
-            const size_t row = y * w->stride[0] + i - w->pad[0], column = x * w->stride[1] + j - w->pad[1];
-            const size_t at = row * w->width + column;
-            if (row < w->height && column < w->width &&
-                (best == SIZE_MAX || plane[at] > plane[best] || isnan(plane[at])))
+    const pk__span rows = pk__window_span(w, 0, y), columns = pk__window_span(w, 1, x);
+    size_t best = rows.low * w->width + columns.low;
+    for (size_t row = rows.low; row < rows.high; row++)
+        for (size_t at = row * w->width + columns.low; at < row * w->width + columns.high; at++)
+            if (plane[at] > plane[best] || isnan(plane[at]))
                 best = at;
-        }
     return best;
 }
 
@@ -9691,74 +10256,79 @@ static void pk__max_pool_reverse(const pk_call *call)
         }
 }
 
-/* Whether the window in front of number at of a side, which starts stride earlier, has number last, too. */
-static int pk__in_window_before(const pk__windows *w, int side, size_t at, size_t last)
-{
-    return at > 0 && last + w->pad[side] < (at - 1) * w->stride[side] + w->kernel[side];
-}
-
 /* Differences of the pairs of numbers that are in one window, each pair once: their number is pk__pool_pairs.
  * A pair that is in several windows is reported with the first of them. */
 static size_t pk__pool_differences(const pk__windows *w, const pk_real *plane, pk_real *out)
 {
-    const size_t taps = w->kernel[0] * w->kernel[1];
-    size_t count = 0;
-    for (size_t y = 0; y < w->rows; y++)
-        for (size_t x = 0; x < w->columns; x++)
-            for (size_t a = 0; a < taps; a++)
+    size_t count = 0, above = 0; /* above, before: where the window above, the one before, ends */
+    for (size_t y = 0; y < w->rows; y++) {
+        const pk__span rows = pk__window_span(w, 0, y);
+        for (size_t x = 0, before = 0; x < w->columns; x++) {
+            const pk__span columns = pk__window_span(w, 1, x);
+            const size_t across = columns.high - columns.low, taps = (rows.high - rows.low) * across;
+            for (size_t a = 0; a < taps; a++) {
+                const size_t row = rows.low + a / across, column = columns.low + a % across;
                 for (size_t b = a + 1; b < taps; b++) {
-                    const size_t top = y * w->stride[0] - w->pad[0], left = x * w->stride[1] - w->pad[1];
-                    const size_t row[2] = {top + a / w->kernel[1], top + b / w->kernel[1]};
-                    const size_t column[2] = {left + a % w->kernel[1], left + b % w->kernel[1]};
-                    if (row[0] >= w->height || row[1] >= w->height || column[0] >= w->width ||
-                        column[1] >= w->width || pk__in_window_before(w, 0, y, row[1]) ||
-                        pk__in_window_before(w, 1, x, pk__max(column[0], column[1])))
+                    const size_t other_row = rows.low + b / across, other = columns.low + b % across;
+                    if (other_row < above || pk__max(column, other) < before)
                         continue;
-                    out[count++] = plane[row[0] * w->width + column[0]] - plane[row[1] * w->width + column[1]];
+                    out[count++] = plane[row * w->width + column] - plane[other_row * w->width + other];
                 }
+            }
+            before = columns.high;
+        }
+        above = rows.high;
+    }
     return count;
 }
 
-/* avg_pool K [stride=K] [pad=0]: PyTorch's AvgPool2d; padding counts as zeros. */
+/* avg_pool K [stride=K] [pad=0] [ceil_mode] [count_include_pad=1]: PyTorch's AvgPool2d; padding counts as zeros, or not. */
+
+/* One by how many numbers a window's sum is divided. */
+static pk_real pk__window_factor(const pk_node *node, const pk__span *rows, const pk__span *columns)
+{
+    const int padded = node->attributes[PK_POOL_SKIP_PAD] == 0;
+    return (pk_real)(1 / ((double)(padded ? rows->padded : rows->high - rows->low) *
+                          (double)(padded ? columns->padded : columns->high - columns->low)));
+}
+
 static void pk__average(const pk_call *call, const pk_real *in, pk_real *out)
 {
     const pk__windows w = pk__pool_windows(call->node);
-    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
     const size_t planes = call->rows * call->node->shape.dims[0];
     for (size_t plane = 0; plane < planes; plane++, in += w.height * w.width)
-        for (size_t y = 0; y < w.rows; y++)
+        for (size_t y = 0; y < w.rows; y++) {
+            const pk__span rows = pk__window_span(&w, 0, y);
             for (size_t x = 0; x < w.columns; x++) {
+                const pk__span columns = pk__window_span(&w, 1, x);
                 pk_real sum = 0;
-                for (size_t i = 0; i < w.kernel[0]; i++)
-                    for (size_t j = 0; j < w.kernel[1]; j++) {
-                        const size_t row = y * w.stride[0] + i - w.pad[0],
-                                     column = x * w.stride[1] + j - w.pad[1];
-                        if (row < w.height && column < w.width)
-                            sum += in[row * w.width + column];
-                    }
-                *out++ = factor * sum;
+                for (size_t row = rows.low; row < rows.high; row++)
+                    for (size_t column = columns.low; column < columns.high; column++)
+                        sum += in[row * w.width + column];
+                *out++ = pk__window_factor(call->node, &rows, &columns) * sum;
             }
+        }
 }
 
 static void pk__average_reverse(const pk_call *call)
 {
     const pk__windows w = pk__pool_windows(call->node);
-    const pk_real factor = (pk_real)(1 / ((double)w.kernel[0] * (double)w.kernel[1]));
     const size_t planes = call->rows * call->copies * call->node->shape.dims[0];
     const pk_real *delta = call->out_cotangent;
     pk_real *to = call->in_cotangent[0];
     if (!call->accumulate[0])
         memset(to, 0, call->rows * call->copies * call->in_width[0] * sizeof *to);
     for (size_t plane = 0; plane < planes; plane++, to += w.height * w.width)
-        for (size_t y = 0; y < w.rows; y++)
-            for (size_t x = 0; x < w.columns; x++, delta++)
-                for (size_t i = 0; i < w.kernel[0]; i++)
-                    for (size_t j = 0; j < w.kernel[1]; j++) {
-                        const size_t row = y * w.stride[0] + i - w.pad[0],
-                                     column = x * w.stride[1] + j - w.pad[1];
-                        if (row < w.height && column < w.width)
-                            to[row * w.width + column] += factor * *delta;
-                    }
+        for (size_t y = 0; y < w.rows; y++) {
+            const pk__span rows = pk__window_span(&w, 0, y);
+            for (size_t x = 0; x < w.columns; x++) {
+                const pk__span columns = pk__window_span(&w, 1, x);
+                const pk_real part = pk__window_factor(call->node, &rows, &columns) * *delta++;
+                for (size_t row = rows.low; row < rows.high; row++)
+                    for (size_t column = columns.low; column < columns.high; column++)
+                        to[row * w.width + column] += part;
+            }
+        }
 }
 
 static void pk__max_pool_forward(const pk_call *call)
@@ -9787,12 +10357,12 @@ static void pk__side_pairs(const pk__windows *w, int side, double *pairs, double
     double some = 0;
     *numbers = 0;
     for (size_t at = 0, before = 0; at < count; at++) {
-        const size_t start = at * stride, low = start < pad ? 0 : start - pad;
-        const size_t high = pk__min(size, start + kernel < pad ? 0 : start + kernel - pad);
+        const pk__span span = pk__window_span(w, side, at);
+        const size_t low = span.low, high = span.high;
         const double in = high > low ? (double)(high - low) : 0,
                      both = before > low ? (double)(before - low) : 0;
         double times = 1;
-        if (at > first && at < past) { /* this one, and those that are like it */
+        if (!w->adaptive && at > first && at < past) { /* this one, and those that are like it */
             times = (double)(past - at);
             at = past - 1;
         }
@@ -9812,19 +10382,35 @@ static double pk__pool_pairs(const pk__windows *w)
     return (pairs[0] * pairs[1] - numbers[0] * numbers[1]) / 2;
 }
 
+/* The numbers of the largest window of a side. */
+static double pk__widest_window(const pk__windows *w, int side)
+{
+    const size_t size = side ? w->width : w->height;
+    return (double)(w->adaptive ? pk__min(size, pk__blocks(size, w->kernel[side]) + 1) : w->kernel[side]);
+}
+
+static pk_status pk__max_pool_pairs(pk_context *context, pk_node *node)
+{
+    const pk__windows w = pk__pool_windows(node);
+    const double taps = pk__widest_window(&w, 0) * pk__widest_window(&w, 1);
+    if (taps * taps * (double)w.rows * (double)w.columns * (double)node->shape.dims[0] > 1e9)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s: windows of %g numbers have too many pairs whose order would be watched",
+                        node->operation->name, taps);
+    node->attributes[PK__POOL_SWITCHES] = (double)node->shape.dims[0] * pk__pool_pairs(&w);
+    return PK_OK;
+}
+
 static pk_status pk__max_pool_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     pk_status status = pk__pool_shape(context, graph, node);
-    if (status)
-        return status;
-    const pk__windows w = pk__pool_windows(node);
-    const double taps = node->attributes[PK_POOL_KERNEL] * node->attributes[PK_POOL_KERNEL + 1];
-    if (taps * taps * (double)w.rows * (double)w.columns * (double)node->shape.dims[0] > 1e9)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "max_pool: windows of %g numbers have too many pairs whose order would be watched",
-                        taps);
-    node->attributes[PK__POOL_SWITCHES] = (double)node->shape.dims[0] * pk__pool_pairs(&w);
-    return PK_OK;
+    return status ? status : pk__max_pool_pairs(context, node);
+}
+
+static pk_status pk__adaptive_max_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    pk_status status = pk__adaptive_shape(context, graph, node);
+    return status ? status : pk__max_pool_pairs(context, node);
 }
 
 static size_t pk__max_pool_switch_count(const pk_node *node)
@@ -9863,98 +10449,317 @@ static pk_status pk__global_average_shape(pk_context *context, const pk_graph *g
         node->attributes[PK_POOL_STRIDE + side] = 1;
         node->attributes[PK_POOL_PAD + side] = 0;
     }
+    node->attributes[PK__POOL_ADAPTIVE] = node->attributes[PK_POOL_CEIL] = 0;
     node->shape.rank = 1;
     return status;
 }
 
+/* ---- upsample ---------------------------------------------------------------------------------------- */
+
+/* upsample F [nearest | bilinear] [align_corners]: PyTorch's Upsample(scale_factor=F): each number is that of one place of
+ * the input or, bilinear, a mean of the two a side around it. */
+static pk_status pk__upsample_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    double *factor = node->attributes + PK_UPSAMPLE_FACTOR;
+    pk_status status =
+        pk__signal_pair(context, "upsample", "factor", 1, &graph->nodes[node->inputs[0]].shape, factor);
+    if (!status)
+        status = pk__image_input(context, graph, node);
+    if (!status && node->attributes[PK_UPSAMPLE_CORNERS] != 0 && node->attributes[PK_UPSAMPLE_MODE] == 0)
+        status = pk__fail(context, PK_ARGUMENT, "upsample: align_corners belongs to bilinear");
+    if (!status && !pk__is_countable((double)graph->nodes[node->inputs[0]].width * factor[0] * factor[1]))
+        status = pk__fail(context, PK_OVERFLOW, "upsample: its output overflows");
+    if (!status)
+        pk__image_output(node, node->shape.dims[0], (size_t)(node->attributes[PK__IMAGE_HEIGHT] * factor[0]),
+                         (size_t)(node->attributes[PK__IMAGE_WIDTH] * factor[1]));
+    return status;
+}
+
+/* The two places of a side that output number at lies between, and the parts that it has of each. */
+typedef struct pk__between {
+    size_t place[2];
+    pk_real part[2];
+} pk__between;
+
+static pk__between pk__upsample_place(const pk_node *node, int side, size_t at)
+{
+    const size_t factor = (size_t)node->attributes[PK_UPSAMPLE_FACTOR + side],
+                 size = (size_t)node->attributes[PK__IMAGE_HEIGHT + side], last = size - 1, out = size * factor;
+    pk__between between = {{at / factor, at / factor}, {1, 0}};
+    if (node->attributes[PK_UPSAMPLE_MODE] == 0 || factor == 1)
+        return between;
+    double place = ((double)at + 0.5) / (double)factor - 0.5;
+    if (node->attributes[PK_UPSAMPLE_CORNERS] != 0)
+        place = (double)at * ((double)last / (double)(out - 1));
+    place = place < 0 ? 0 : place;
+    between.place[0] = pk__min((size_t)place, last);
+    between.place[1] = pk__min(between.place[0] + 1, last);
+    between.part[1] = (pk_real)(place - (double)between.place[0]);
+    between.part[0] = 1 - between.part[1];
+    return between;
+}
+
+/* to (+)= U from, or U^T from, for each plane of count images. */
+static void pk__upsample(const pk_call *call, size_t count, int transpose, const pk_real *from, pk_real *to)
+{
+    const pk_node *node = call->node;
+    const size_t height = (size_t)node->attributes[PK__IMAGE_HEIGHT],
+                 width = (size_t)node->attributes[PK__IMAGE_WIDTH], planes = node->shape.dims[0],
+                 rows = height * (size_t)node->attributes[PK_UPSAMPLE_FACTOR],
+                 columns = width * (size_t)node->attributes[PK_UPSAMPLE_FACTOR + 1];
+    const pk_real *in = from;
+    pk_real *back = to;
+    for (size_t plane = 0; plane < count * planes; plane++, in += height * width, back += height * width)
+        for (size_t y = 0; y < rows; y++) {
+            const pk__between row = pk__upsample_place(node, 0, y);
+            for (size_t x = 0; x < columns; x++) {
+                const pk__between column = pk__upsample_place(node, 1, x);
+                pk_real sum = 0;
+                for (int i = 0; i < 4; i++) {
+                    const size_t at = row.place[i / 2] * width + column.place[i % 2];
+                    const pk_real part = row.part[i / 2] * column.part[i % 2];
+                    if (part == 0)
+                        continue;
+                    if (transpose)
+                        back[at] += part * *from;
+                    else
+                        sum += part * in[at];
+                }
+                if (transpose)
+                    from++;
+                else
+                    *to++ = sum;
+            }
+        }
+}
+
+static void pk__upsample_forward(const pk_call *call)
+{
+    pk__upsample(call, call->rows, 0, call->in[0], call->out);
+}
+
+static void pk__upsample_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__upsample(call, call->rows, 0, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
+}
+
+static void pk__upsample_reverse(const pk_call *call)
+{
+    if (!call->accumulate[0])
+        memset(call->in_cotangent[0], 0, call->rows * call->copies * call->in_width[0] * sizeof(pk_real));
+    pk__upsample(call, call->rows * call->copies, 1, call->out_cotangent, call->in_cotangent[0]);
+}
+
 static const pk_option pk__convolution_options[] = {
-    {"channels", PK_OPTION_NUMBER, PK_CONVOLUTION_CHANNELS, 1, 1, 1, 1e9, 1, NULL},
-    {"kernel", PK_OPTION_PAIR, PK_CONVOLUTION_KERNEL, 2, 1, 1, 1e6, 1, NULL},
-    {"stride", PK_OPTION_PAIR, PK_CONVOLUTION_STRIDE, 0, 0, 1, 1e6, 1, NULL},
-    {"pad", PK_OPTION_PAIR, PK_CONVOLUTION_PAD, 0, 0, 0, 1e6, 1, NULL},
-    {"dilation", PK_OPTION_PAIR, PK_CONVOLUTION_DILATION, 0, 0, 1, 1e6, 1, NULL},
-    {"groups", PK_OPTION_NUMBER, PK_CONVOLUTION_GROUPS, 0, 0, 1, 1e9, 1, NULL},
-    {"nobias", PK_OPTION_FLAG, PK_CONVOLUTION_BIAS, 0, 0, 0, 0, 0, NULL},
+    {.name = "channels",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_CONVOLUTION_CHANNELS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "kernel",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_KERNEL,
+     .position = 2,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "stride",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_STRIDE,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_CONVOLUTION_PAD, .most = 1e6, .whole = 1},
+    {.name = "dilation",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_DILATION,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "groups",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_CONVOLUTION_GROUPS,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_CONVOLUTION_BIAS},
     PK__INITIAL_OPTIONS(PK_CONVOLUTION_INITIAL),
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = NULL},
+};
+static const pk_option pk__transpose_options[] = {
+    {.name = "channels",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_CONVOLUTION_CHANNELS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "kernel",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_KERNEL,
+     .position = 2,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "stride",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_STRIDE,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_CONVOLUTION_PAD, .most = 1e6, .whole = 1},
+    {.name = "output_pad",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_OUTPUT_PAD,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "dilation",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_CONVOLUTION_DILATION,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "groups",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_CONVOLUTION_GROUPS,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_CONVOLUTION_BIAS},
+    {.name = NULL},
+};
+static const pk_option pk__upsample_options[] = {
+    {.name = "factor",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_UPSAMPLE_FACTOR,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "mode",
+     .kind = PK_OPTION_CHOICE,
+     .attribute = PK_UPSAMPLE_MODE,
+     .position = 2,
+     .choices = "nearest bilinear linear"},
+    {.name = "align_corners", .kind = PK_OPTION_FLAG, .attribute = PK_UPSAMPLE_CORNERS, .least = 1},
+    {.name = NULL},
+};
+static const pk_option pk__adaptive_options[] = {
+    {.name = "output",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_POOL_KERNEL,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__pool_options[] = {
-    {"kernel", PK_OPTION_PAIR, PK_POOL_KERNEL, 1, 1, 1, 1e6, 1, NULL},
-    {"stride", PK_OPTION_PAIR, PK_POOL_STRIDE, 0, 0, 0, 1e6, 1, NULL},
-    {"pad", PK_OPTION_PAIR, PK_POOL_PAD, 0, 0, 0, 1e6, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "kernel",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_POOL_KERNEL,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "stride", .kind = PK_OPTION_PAIR, .attribute = PK_POOL_STRIDE, .most = 1e6, .whole = 1},
+    {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_POOL_PAD, .most = 1e6, .whole = 1},
+    {.name = "ceil_mode", .kind = PK_OPTION_FLAG, .attribute = PK_POOL_CEIL, .least = 1},
+    {.name = "count_include_pad", .kind = PK_OPTION_CHOICE, .attribute = PK_POOL_SKIP_PAD, .choices = "1 0"},
+    {.name = NULL},
+};
+static const pk_option pk__max_pool_options[] = {
+    {.name = "kernel",
+     .kind = PK_OPTION_PAIR,
+     .attribute = PK_POOL_KERNEL,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "stride", .kind = PK_OPTION_PAIR, .attribute = PK_POOL_STRIDE, .most = 1e6, .whole = 1},
+    {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_POOL_PAD, .most = 1e6, .whole = 1},
+    {.name = "ceil_mode", .kind = PK_OPTION_FLAG, .attribute = PK_POOL_CEIL, .least = 1},
+    {.name = NULL},
 };
 
+#define PK__MAX_POOL(text, words, sizes)                                                           \
+    {                                                                                              \
+        .name = text, .smoothness = PK_PIECEWISE_LINEAR, .linear_in_weights = 1, .options = words, \
+        .shape = sizes, .forward = pk__max_pool_forward, .tangent = pk__max_pool_tangent,          \
+        .reverse = pk__max_pool_reverse, .switch_count = pk__max_pool_switch_count,                \
+        .switches = pk__max_pool_switches                                                          \
+    }
+#define PK__AVERAGE_POOL(text, words, sizes)                                                             \
+    {                                                                                                    \
+        .name = text, .smoothness = PK_LINEAR, .linear_in_weights = 1, .options = words, .shape = sizes, \
+        .forward = pk__average_forward, .tangent = pk__average_tangent, .reverse = pk__average_reverse   \
+    }
+
 static const pk_operation pk__image_operations[] = {
-    {"conv",
-     PK_LINEAR,
-     PK_TANGENT_OUTER,
-     1,
-     pk__convolution_options,
-     {0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, PK_INITIAL_DEFAULT, 1, 0, 0, 0},
-     pk__convolution_shape,
-     pk__convolution_scratch,
-     pk__convolution_forward,
-     pk__convolution_tangent,
-     pk__convolution_reverse,
-     pk__convolution_weight_gradient,
-     pk__convolution_row_gradients,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     pk__convolution_unfold,
-     1,
-     NULL,
-     pk__convolution_initialize,
-     NULL},
-    {"max_pool",
-     PK_PIECEWISE_LINEAR,
-     PK_TANGENT_NONE,
-     1,
-     pk__pool_options,
-     PK__NO_NUMBERS,
-     pk__max_pool_shape,
-     NULL,
-     pk__max_pool_forward,
-     pk__max_pool_tangent,
-     pk__max_pool_reverse,
-     NULL,
-     NULL,
-     pk__max_pool_switch_count,
-     pk__max_pool_switches,
-     0,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     NULL},
-    {"avg_pool",
-     PK_LINEAR,
-     PK_TANGENT_NONE,
-     1,
-     pk__pool_options,
-     PK__NO_NUMBERS,
-     pk__pool_shape,
-     NULL,
-     pk__average_forward,
-     pk__average_tangent,
-     pk__average_reverse,
-     NULL,
-     NULL,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     0,
-     NULL,
-     NULL,
-     NULL},
-    PK__LINEAR_OPERATION("global_avg_pool", pk__global_average_shape, pk__average_forward, pk__average_tangent,
-                         pk__average_reverse),
+    {.name = "conv",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_OUTER,
+     .linear_in_weights = 1,
+     .options = pk__convolution_options,
+     .defaults = {0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, PK_INITIAL_DEFAULT, 1},
+     .shape = pk__convolution_shape,
+     .scratch = pk__convolution_scratch,
+     .forward = pk__convolution_forward,
+     .tangent = pk__convolution_tangent,
+     .reverse = pk__convolution_reverse,
+     .weight_gradient = pk__convolution_weight_gradient,
+     .row_gradients = pk__convolution_row_gradients,
+     .unfold = pk__convolution_unfold,
+     .channels_first = 1,
+     .initialize = pk__convolution_initialize},
+    {.name = "conv_transpose",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .options = pk__transpose_options,
+     .defaults = {[PK_CONVOLUTION_STRIDE] = 1,
+                  1,
+                  [PK_CONVOLUTION_DILATION] = 1,
+                  1,
+                  [PK_CONVOLUTION_GROUPS] = 1,
+                  [PK_CONVOLUTION_BIAS] = 1},
+     .shape = pk__transpose_shape,
+     .scratch = pk__transpose_scratch,
+     .forward = pk__transpose_forward,
+     .tangent = pk__transpose_tangent,
+     .reverse = pk__transpose_reverse,
+     .weight_gradient = pk__transpose_weight_gradient,
+     .row_gradients = pk__transpose_row_gradients,
+     .initialize = pk__transpose_initialize},
+    PK__MAX_POOL("max_pool", pk__max_pool_options, pk__max_pool_shape),
+    PK__MAX_POOL("adaptive_max_pool", pk__adaptive_options, pk__adaptive_max_shape),
+    PK__AVERAGE_POOL("avg_pool", pk__pool_options, pk__pool_shape),
+    PK__AVERAGE_POOL("adaptive_avg_pool", pk__adaptive_options, pk__adaptive_shape),
+    {.name = "upsample",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__upsample_options,
+     .shape = pk__upsample_shape,
+     .forward = pk__upsample_forward,
+     .tangent = pk__upsample_tangent,
+     .reverse = pk__upsample_reverse},
+    PK__AVERAGE_POOL("global_avg_pool", NULL, pk__global_average_shape),
 };
+#undef PK__MAX_POOL
+#undef PK__AVERAGE_POOL
 
 PK__END_CODE
 
@@ -10012,8 +10817,19 @@ static pk_status pk__check_trailing(pk_context *context, const char *name, const
  * */
 static pk_status pk__normalize_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
-    node->shape = graph->nodes[node->inputs[0]].shape;
-    return pk__check_trailing(context, node->operation->name, &node->shape, node->attributes[PK_NORM_DIMS]);
+    const double groups = node->attributes[PK_NORM_GROUPS];
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    node->shape = input->shape;
+    if (groups == 0)
+        return pk__check_trailing(context, node->operation->name, &node->shape, node->attributes[PK_NORM_DIMS]);
+    if (fmod((double)node->shape.dims[0], groups) != 0)
+        return pk__fail(context, PK_SHAPE, "%s: %g groups do not divide its %zu channels",
+                        node->operation->name, groups, node->shape.dims[0]);
+    if ((double)input->width == groups)
+        return pk__fail(context, PK_SHAPE,
+                        "%s: each of its %g groups has one number, which leaves nothing of it",
+                        node->operation->name, groups);
+    return PK_OK;
 }
 
 /* Where one group of numbers stands: y = (x - shift - rest) / root. */
@@ -10025,7 +10841,8 @@ typedef struct pk__norm {
 
 static void pk__norm_begin(const pk_node *node, int centred, pk__norm *norm)
 {
-    norm->count = pk__trailing(&node->shape, node->attributes[PK_NORM_DIMS]);
+    const size_t groups = (size_t)node->attributes[PK_NORM_GROUPS];
+    norm->count = groups ? node->width / groups : pk__trailing(&node->shape, node->attributes[PK_NORM_DIMS]);
     norm->groups = node->width / norm->count;
     norm->centred = centred;
     norm->shift = norm->rest = 0;
@@ -10223,23 +11040,26 @@ static void pk__standardize_reverse(const pk_call *call)
 /* ---- affine ----------------------------------------------------------------------------------------- */
 
 /* y = gamma x + beta: a gamma, and a beta, for each number of the trailing dims dimensions, or (dims 0) for
- * each channel. Weights: gamma, then beta. */
+ * each channel, or (scalar) for all numbers. Weights: gamma, then beta. */
 static pk_status pk__affine_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     const double dims = node->attributes[PK_AFFINE_DIMS];
     node->shape = graph->nodes[node->inputs[0]].shape;
-    node->weight_count = dims == 0 ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
-    if (dims == 0) {
-        node->weight_shape.rank = 1;
-        node->weight_shape.dims[0] = node->shape.dims[0];
-    } else if (dims <= node->shape.rank) {
-        node->weight_shape.rank = (int)dims;
-        for (int i = 0; i < (int)dims; i++)
-            node->weight_shape.dims[i] = node->shape.dims[node->shape.rank - (int)dims + i];
+    const int scalar = node->attributes[PK_AFFINE_SCALAR] != 0, flat = dims == 0 || scalar;
+    const int biased = node->attributes[PK_AFFINE_BIAS] != 0, rank = flat ? 1 : (int)dims;
+    pk_status status = pk__check_trailing(context, "affine", &node->shape, dims);
+    if (status)
+        return status;
+    for (int t = 0; t <= biased; t++) {
+        pk_shape *shape = &node->tensors[t].shape;
+        shape->rank = rank;
+        for (int i = 0; i < rank; i++)
+            shape->dims[i] = scalar ? 1 : node->shape.dims[flat ? 0 : node->shape.rank - rank + i];
     }
-    node->bias_count = node->attributes[PK_AFFINE_BIAS] != 0 ? node->weight_count : 0;
-    node->weight_count += node->bias_count; /* at most twice the input's width, which is far from overflow */
-    return pk__check_trailing(context, "affine", &node->shape, dims);
+    node->tensor_count = 1 + biased;
+    node->weight_count = scalar ? 1 : flat ? node->shape.dims[0] : pk__trailing(&node->shape, dims);
+    node->weight_count *= 1 + (size_t)biased; /* at most twice the input's width, which is far from overflow */
+    return PK_OK;
 }
 
 static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_real *weights)
@@ -10247,19 +11067,7 @@ static void pk__affine_initialize(const pk_node *node, pk_random *random, pk_rea
     const int biased = node->attributes[PK_AFFINE_BIAS] != 0;
     (void)random;
     for (size_t i = 0; i < node->weight_count; i++)
-        weights[i] = !biased || i < node->weight_count / 2;
-}
-
-/* gamma and beta, of the shape of the trailing dimensions. */
-static size_t pk__affine_blocks(const pk_node *node, pk_weight_block *blocks)
-{
-    const int dims = (int)node->attributes[PK_AFFINE_DIMS], biased = node->attributes[PK_AFFINE_BIAS] != 0;
-    for (int b = 0; b <= biased; b++) {
-        blocks[b].rank = dims ? dims : 1;
-        for (int i = 0; i < blocks[b].rank; i++)
-            blocks[b].dims[i] = node->shape.dims[dims ? node->shape.rank - dims + i : 0];
-    }
-    return (size_t)biased + 1;
+        weights[i] = !biased || i < node->weight_count / 2 ? (pk_real)node->attributes[PK_AFFINE_FACTOR] : 0;
 }
 
 /* A row is outer x count x each numbers, of which each slice [o][j] has the gamma j. */
@@ -10273,7 +11081,9 @@ static pk__affine pk__affine_layout(const pk_node *node)
     pk__affine layout;
     layout.biased = node->attributes[PK_AFFINE_BIAS] != 0;
     layout.count = layout.biased ? node->weight_count / 2 : node->weight_count;
-    layout.each = node->attributes[PK_AFFINE_DIMS] == 0 ? node->width / layout.count : 1;
+    layout.each = node->attributes[PK_AFFINE_DIMS] == 0 || node->attributes[PK_AFFINE_SCALAR] != 0
+                      ? node->width / layout.count
+                      : 1;
     layout.outer = node->width / layout.count / layout.each;
     return layout;
 }
@@ -10503,46 +11313,95 @@ PK__SOFTMAX(log_softmax, 1)
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 static const pk_option pk__normalize_options[] = {
-    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+    {.name = "dims",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_NORM_DIMS,
+     .least = 1,
+     .most = PK_SHAPE_RANK,
+     .whole = 1},
+    {.name = "groups", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_GROUPS, .most = 1e9, .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__standardize_options[] = {
-    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+    {.name = NULL},
 };
 static const pk_option pk__affine_options[] = {
-    {"nobias", PK_OPTION_FLAG, PK_AFFINE_BIAS, 0, 0, 0, 0, 0, NULL},
-    {"dims", PK_OPTION_NUMBER, PK_AFFINE_DIMS, 0, 0, 0, PK_SHAPE_RANK, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_AFFINE_BIAS},
+    {.name = "dims", .kind = PK_OPTION_NUMBER, .attribute = PK_AFFINE_DIMS, .most = PK_SHAPE_RANK, .whole = 1},
+    {.name = "scalar", .kind = PK_OPTION_FLAG, .attribute = PK_AFFINE_SCALAR, .least = 1},
+    {.name = "factor",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_AFFINE_FACTOR,
+     .least = -DBL_MAX,
+     .most = DBL_MAX},
+    {.name = NULL},
 };
-
-#define PK__NORM_OPERATION(name, text, kind, form, options, first, second, shape, scratch, gradient, rows,   \
-                           curvature, initialize, blocks)                                                    \
-    {                                                                                                        \
-        text, kind, form, 1, options, {first, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, shape,      \
-            scratch, pk__##name##_forward, pk__##name##_tangent, pk__##name##_reverse, gradient, rows, NULL, \
-            NULL, 0, curvature, NULL, 0, NULL, initialize, blocks                                            \
-    }
 
 /* rms_normalize: the epsilon of torch.nn.RMSNorm in double precision, torch.finfo(torch.float64).eps. */
 static const pk_operation pk__norm_operations[] = {
-    PK__NORM_OPERATION(normalize, "normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options, 1e-5, 1,
-                       pk__normalize_shape, NULL, NULL, NULL, pk__normalize_curvature, NULL, NULL),
-    PK__NORM_OPERATION(rms_normalize, "rms_normalize", PK_SMOOTH, PK_TANGENT_NONE, pk__normalize_options,
-                       2.220446049250313e-16, 1, pk__normalize_shape, NULL, NULL, NULL,
-                       pk__rms_normalize_curvature, NULL, NULL),
-    PK__NORM_OPERATION(standardize, "standardize", PK_LINEAR, PK_TANGENT_NONE, pk__standardize_options, 1e-5, 0,
-                       pk__standardize_shape, NULL, NULL, NULL, NULL, NULL, NULL),
-    PK__NORM_OPERATION(affine, "affine", PK_LINEAR, PK_TANGENT_ROWS, pk__affine_options, 1, 1, pk__affine_shape,
-                       NULL, pk__affine_weight_gradient, pk__affine_row_gradients, NULL, pk__affine_initialize,
-                       pk__affine_blocks),
-    PK__NORM_OPERATION(softmax, "softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__softmax_curvature, NULL, NULL),
-    PK__NORM_OPERATION(log_softmax, "log_softmax", PK_SMOOTH, PK_TANGENT_NONE, NULL, 0, 0, pk__same_shape,
-                       pk__softmax_scratch, NULL, NULL, pk__log_softmax_curvature, NULL, NULL),
+    {.name = "normalize",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .options = pk__normalize_options,
+     .defaults = {1e-5, 1},
+     .shape = pk__normalize_shape,
+     .forward = pk__normalize_forward,
+     .tangent = pk__normalize_tangent,
+     .reverse = pk__normalize_reverse,
+     .curvature = pk__normalize_curvature},
+    {.name = "rms_normalize",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .options = pk__normalize_options,
+     .defaults = {2.220446049250313e-16, 1},
+     .shape = pk__normalize_shape,
+     .forward = pk__rms_normalize_forward,
+     .tangent = pk__rms_normalize_tangent,
+     .reverse = pk__rms_normalize_reverse,
+     .curvature = pk__rms_normalize_curvature},
+    {.name = "standardize",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__standardize_options,
+     .defaults = {1e-5},
+     .shape = pk__standardize_shape,
+     .forward = pk__standardize_forward,
+     .tangent = pk__standardize_tangent,
+     .reverse = pk__standardize_reverse},
+    {.name = "affine",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .options = pk__affine_options,
+     .defaults = {[PK_AFFINE_BIAS] = 1, [PK_AFFINE_DIMS] = 1, [PK_AFFINE_FACTOR] = 1},
+     .shape = pk__affine_shape,
+     .forward = pk__affine_forward,
+     .tangent = pk__affine_tangent,
+     .reverse = pk__affine_reverse,
+     .weight_gradient = pk__affine_weight_gradient,
+     .row_gradients = pk__affine_row_gradients,
+     .initialize = pk__affine_initialize},
+    {.name = "softmax",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .shape = pk__same_shape,
+     .scratch = pk__softmax_scratch,
+     .forward = pk__softmax_forward,
+     .tangent = pk__softmax_tangent,
+     .reverse = pk__softmax_reverse,
+     .curvature = pk__softmax_curvature},
+    {.name = "log_softmax",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .shape = pk__same_shape,
+     .scratch = pk__softmax_scratch,
+     .forward = pk__log_softmax_forward,
+     .tangent = pk__log_softmax_tangent,
+     .reverse = pk__log_softmax_reverse,
+     .curvature = pk__log_softmax_curvature},
 };
-#undef PK__NORM_OPERATION
 
 PK__END_CODE
 
@@ -10570,9 +11429,7 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
     node->shape.dims[1] = width;
     if (!pk__multiply(tokens, width, &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
-    node->weight_shape.rank = 2;
-    node->weight_shape.dims[0] = tokens;
-    node->weight_shape.dims[1] = width;
+    pk__node_tensor(node, 2, tokens, width);
     return PK_OK;
 }
 
@@ -10975,43 +11832,539 @@ static void pk__attend_curvature(const pk_call *call)
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 static const pk_option pk__embedding_options[] = {
-    {"number of tokens", PK_OPTION_NUMBER, PK_EMBEDDING_TOKENS, 1, 1, 1, 1e9, 1, NULL},
-    {"width", PK_OPTION_NUMBER, PK_EMBEDDING_WIDTH, 2, 1, 1, 1e9, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number of tokens",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_EMBEDDING_TOKENS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "width",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_EMBEDDING_WIDTH,
+     .position = 2,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__token_options[] = {
-    {"number", PK_OPTION_NUMBER, PK_TOKEN_INDEX, 1, 1, -1e9, 1e9, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_TOKEN_INDEX,
+     .position = 1,
+     .required = 1,
+     .least = -1e9,
+     .most = 1e9,
+     .whole = 1},
+    {.name = NULL},
 };
 static const pk_option pk__attend_options[] = {
-    {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
-    {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
-    {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number of heads",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_ATTEND_HEADS,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e6,
+     .whole = 1},
+    {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1},
+    {.name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1},
+    {.name = NULL},
 };
-
-#define PK__SEQUENCE_OPERATION(name, text, kind, form, options, shape, scratch, reverse, gradient, rows, \
-                               curvature, check, initialize, blocks)                                     \
-    {                                                                                                    \
-        text, kind, form, 1, options, PK__NO_NUMBERS, shape, scratch, pk__##name##_forward,              \
-            pk__##name##_tangent, reverse, gradient, rows, NULL, NULL, 0, curvature, NULL, 0, check,     \
-            initialize, blocks                                                                           \
-    }
 
 static const pk_operation pk__sequence_operations[] = {
-    PK__SEQUENCE_OPERATION(embedding, "embedding", PK_LINEAR, PK_TANGENT_ROWS, pk__embedding_options,
-                           pk__embedding_shape, NULL, pk__position_reverse, pk__embedding_weight_gradient,
-                           pk__embedding_row_gradients, NULL, pk__embedding_check, pk__normal_initialize,
-                           pk__table_blocks),
-    PK__SEQUENCE_OPERATION(token, "token", PK_LINEAR, PK_TANGENT_NONE, pk__token_options, pk__token_shape, NULL,
-                           pk__token_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
-    PK__SEQUENCE_OPERATION(mean_tokens, "mean_tokens", PK_LINEAR, PK_TANGENT_NONE, NULL, pk__tokens_shape, NULL,
-                           pk__mean_tokens_reverse, NULL, NULL, NULL, NULL, NULL, NULL),
-    PK__SEQUENCE_OPERATION(attend, "attend", PK_SMOOTH, PK_TANGENT_NONE, pk__attend_options, pk__attend_shape,
-                           pk__attend_scratch, pk__attend_reverse, NULL, NULL, pk__attend_curvature, NULL, NULL,
-                           NULL),
+    {.name = "embedding",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .options = pk__embedding_options,
+     .shape = pk__embedding_shape,
+     .forward = pk__embedding_forward,
+     .tangent = pk__embedding_tangent,
+     .reverse = pk__position_reverse,
+     .weight_gradient = pk__embedding_weight_gradient,
+     .row_gradients = pk__embedding_row_gradients,
+     .check = pk__embedding_check,
+     .initialize = pk__normal_initialize},
+    {.name = "token",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__token_options,
+     .shape = pk__token_shape,
+     .forward = pk__token_forward,
+     .tangent = pk__token_tangent,
+     .reverse = pk__token_reverse},
+    {.name = "mean_tokens",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__tokens_shape,
+     .forward = pk__mean_tokens_forward,
+     .tangent = pk__mean_tokens_tangent,
+     .reverse = pk__mean_tokens_reverse},
+    {.name = "attend",
+     .smoothness = PK_SMOOTH,
+     .linear_in_weights = 1,
+     .options = pk__attend_options,
+     .shape = pk__attend_shape,
+     .scratch = pk__attend_scratch,
+     .forward = pk__attend_forward,
+     .tangent = pk__attend_tangent,
+     .reverse = pk__attend_reverse,
+     .curvature = pk__attend_curvature},
 };
-#undef PK__SEQUENCE_OPERATION
+
+PK__END_CODE
+
+/* pathkernel/network/values.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+static int pk__is_same_shape(const pk_shape *a, const pk_shape *b)
+{
+    return a->rank == b->rank && memcmp(a->dims, b->dims, (size_t)a->rank * sizeof *a->dims) == 0;
+}
+
+/* The shape in the attributes from `at` on: rank, then dims. */
+static pk_status pk__attribute_shape(pk_context *context, const pk_node *node, int at, pk_shape *shape)
+{
+    const double rank = node->attributes[at];
+    if (!(rank >= 1 && rank <= PK_SHAPE_RANK && rank == floor(rank)))
+        return pk__fail(context, PK_SHAPE, "%s: a shape has 1 to %d dimensions, not %g", node->operation->name,
+                        PK_SHAPE_RANK, rank);
+    shape->rank = (int)rank;
+    for (int i = 0; i < shape->rank; i++) {
+        const double size = node->attributes[at + 1 + i];
+        if (!(size >= 1 && size <= 1e15 && size == floor(size)))
+            return pk__fail(context, PK_SHAPE, "%s: a dimension of %g", node->operation->name, size);
+        shape->dims[i] = (size_t)size;
+    }
+    return PK_OK;
+}
+
+/* ---- multiply ------------------------------------------------------------------------------------------ */
+
+static pk_status pk__multiply_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    char texts[2][PK_SHAPE_TEXT];
+    const pk_shape *a = &graph->nodes[node->inputs[0]].shape, *b = &graph->nodes[node->inputs[1]].shape;
+    if (node->input_count != 2)
+        return pk__fail(context, PK_ARGUMENT, "multiply has two inputs, not %d", node->input_count);
+    if (!pk__is_same_shape(a, b))
+        return pk__fail(context, PK_SHAPE, "multiply: values of %s and of %s do not fit",
+                        pk_shape_text(a, texts[0]), pk_shape_text(b, texts[1]));
+    node->shape = *a;
+    return PK_OK;
+}
+
+static void pk__multiply_forward(const pk_call *call)
+{
+    const size_t count = call->rows * call->node->width;
+    for (size_t i = 0; i < count; i++)
+        call->out[i] = call->in[0][i] * call->in[1][i];
+}
+
+static void pk__multiply_tangent(const pk_call *call)
+{
+    const size_t count = call->rows * call->node->width;
+    memset(call->out_tangent, 0, count * sizeof *call->out_tangent);
+    for (int j = 0; j < 2; j++)
+        if (call->in_tangent[j])
+            pk__times(1, count, call->in[1 - j], call->in_tangent[j], 1, call->out_tangent);
+}
+
+/* in_cotangent_j (+)= factor_(1-j) o out_cotangent, the factors being values or tangents of the inputs. */
+static void pk__multiply_back(const pk_call *call, const pk_real *const *factors, int add)
+{
+    const size_t width = call->node->width, copies = call->copies;
+    for (int j = 0; j < 2; j++)
+        for (size_t row = 0; call->in_cotangent[j] && factors[1 - j] && row < call->rows; row++)
+            pk__times(copies, width, call->out_cotangent + row * copies * width, factors[1 - j] + row * width,
+                      add || call->accumulate[j], call->in_cotangent[j] + row * copies * width);
+}
+
+static void pk__multiply_reverse(const pk_call *call)
+{
+    pk__multiply_back(call, call->in, 0);
+}
+
+static void pk__multiply_curvature(const pk_call *call)
+{
+    pk__multiply_back(call, call->in_tangent, 1);
+}
+
+/* ---- matmul -------------------------------------------------------------------------------------------- */
+
+/* Sizes of one product, y (m x n) = a (m x k) b, b k x n or, transposed, n x k. */
+typedef struct pk__matmul {
+    size_t count, m, n, k; /* count: products of a row */
+    int transposed;
+} pk__matmul;
+
+static pk__matmul pk__matmul_of(const pk_call *call)
+{
+    const pk_shape *shape = &call->node->shape;
+    pk__matmul size = {.m = shape->dims[shape->rank - 2], .n = shape->dims[shape->rank - 1]};
+    size.count = call->node->width / (size.m * size.n);
+    size.k = call->in_width[0] / (size.count * size.m);
+    size.transposed = call->node->attributes[PK_MATMUL_TRANSPOSED] != 0;
+    return size;
+}
+
+static pk_status pk__matmul_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    char texts[2][PK_SHAPE_TEXT];
+    const pk_shape *a = &graph->nodes[node->inputs[0]].shape, *b = &graph->nodes[node->inputs[1]].shape;
+    const int transposed = node->attributes[PK_MATMUL_TRANSPOSED] != 0, last = a->rank - 1;
+    if (node->input_count != 2)
+        return pk__fail(context, PK_ARGUMENT, "matmul has two inputs, not %d", node->input_count);
+    if (a->rank < 2 || b->rank != a->rank ||
+        memcmp(a->dims, b->dims, (size_t)(a->rank - 2) * sizeof *a->dims) != 0 ||
+        a->dims[last] != b->dims[transposed ? last : last - 1])
+        return pk__fail(context, PK_SHAPE, "matmul: matrices of %s and of %s%s cannot be multiplied",
+                        pk_shape_text(a, texts[0]), pk_shape_text(b, texts[1]),
+                        transposed ? ", the second one transposed," : "");
+    node->shape = *a;
+    node->shape.dims[last] = b->dims[transposed ? last - 1 : last];
+    return PK_OK;
+}
+
+/* y = beta y + a b of every product of one row. */
+static void pk__matmul_product(const pk__matmul *size, const pk_real *a, const pk_real *b, pk_real beta,
+                               pk_real *y)
+{
+    const size_t m = size->m, n = size->n, k = size->k;
+    for (size_t i = 0; i < size->count; i++)
+        pk__gemm(0, size->transposed, m, n, k, 1, a + i * m * k, k, b + i * n * k, size->transposed ? k : n,
+                 beta, y + i * m * n, n);
+}
+
+static void pk__matmul_forward(const pk_call *call)
+{
+    const pk__matmul size = pk__matmul_of(call);
+    for (size_t row = 0; row < call->rows; row++)
+        pk__matmul_product(&size, call->in[0] + row * call->in_width[0], call->in[1] + row * call->in_width[1],
+                           0, call->out + row * call->node->width);
+}
+
+static void pk__matmul_tangent(const pk_call *call)
+{
+    const pk__matmul size = pk__matmul_of(call);
+    for (size_t row = 0; row < call->rows; row++) {
+        const size_t a = row * call->in_width[0], b = row * call->in_width[1];
+        pk_real *to = call->out_tangent + row * call->node->width;
+        memset(to, 0, call->node->width * sizeof *to);
+        if (call->in_tangent[0])
+            pk__matmul_product(&size, call->in_tangent[0] + a, call->in[1] + b, 1, to);
+        if (call->in_tangent[1])
+            pk__matmul_product(&size, call->in[0] + a, call->in_tangent[1] + b, 1, to);
+    }
+}
+
+/* With the cotangent u of y: of a it is u b^T, of b a^T u, or, transposed, u b and u^T a. */
+static void pk__matmul_back(const pk_call *call, const pk_real *const *factors, int add)
+{
+    const pk__matmul size = pk__matmul_of(call);
+    const size_t m = size.m, n = size.n, k = size.k;
+    const int flip = size.transposed;
+    for (size_t copy = 0; copy < call->rows * call->copies; copy++) {
+        const size_t row = copy / call->copies;
+        for (size_t i = 0; i < size.count; i++) {
+            const pk_real *u = call->out_cotangent + copy * call->node->width + i * m * n;
+            if (call->in_cotangent[0] && factors[1])
+                pk__gemm(0, !flip, m, k, n, 1, u, n, factors[1] + row * call->in_width[1] + i * n * k,
+                         flip ? k : n, add || call->accumulate[0],
+                         call->in_cotangent[0] + copy * call->in_width[0] + i * m * k, k);
+            if (!call->in_cotangent[1] || !factors[0])
+                continue;
+            const pk_real *a = factors[0] + row * call->in_width[0] + i * m * k;
+            pk_real *to = call->in_cotangent[1] + copy * call->in_width[1] + i * n * k;
+            const pk_real beta = add || call->accumulate[1];
+            if (flip)
+                pk__gemm(1, 0, n, k, m, 1, u, n, a, k, beta, to, k);
+            else
+                pk__gemm(1, 0, k, n, m, 1, a, k, u, n, beta, to, n);
+        }
+    }
+}
+
+static void pk__matmul_reverse(const pk_call *call)
+{
+    pk__matmul_back(call, call->in, 0);
+}
+
+static void pk__matmul_curvature(const pk_call *call)
+{
+    pk__matmul_back(call, call->in_tangent, 1);
+}
+
+/* ---- concatenate --------------------------------------------------------------------------------------- */
+
+static pk_status pk__concatenate_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double axis = node->attributes[PK_VALUES_AXIS];
+    const pk_shape *first = &graph->nodes[node->inputs[0]].shape;
+    char texts[2][PK_SHAPE_TEXT];
+    if (!(axis >= 0 && axis < first->rank && axis == floor(axis)))
+        return pk__fail(context, PK_SHAPE, "concatenate: values of %s have no axis %g",
+                        pk_shape_text(first, texts[0]), axis);
+    node->shape = *first;
+    for (int j = 1; j < node->input_count; j++) {
+        const pk_shape *other = &graph->nodes[node->inputs[j]].shape;
+        pk_shape like = *other;
+        like.dims[(int)axis] = first->dims[(int)axis];
+        if (!pk__is_same_shape(first, &like))
+            return pk__fail(context, PK_SHAPE, "concatenate: values of %s and of %s do not fit along axis %g",
+                            pk_shape_text(first, texts[0]), pk_shape_text(other, texts[1]), axis);
+        node->shape.dims[(int)axis] += other->dims[(int)axis];
+    }
+    return PK_OK;
+}
+
+/* Copies the numbers of input j between the whole and a part, for `rows` rows: part to whole, or back with add. */
+static void pk__concatenate_copy(const pk_call *call, int j, size_t rows, int back, int add, pk_real *whole,
+                                 pk_real *part)
+{
+    const pk_node *node = call->node;
+    size_t runs = 1, at = 0; /* runs of a row; of a run, the numbers before this input's */
+    for (int i = 0; i < (int)node->attributes[PK_VALUES_AXIS]; i++)
+        runs *= node->shape.dims[i];
+    for (int i = 0; i < j; i++)
+        at += call->in_width[i] / runs;
+    const size_t own = call->in_width[j] / runs, all = node->width / runs;
+    for (size_t run = 0; run < rows * runs; run++)
+        if (back)
+            pk__give(own, whole + run * all + at, add, part + run * own);
+        else
+            memcpy(whole + run * all + at, part + run * own, own * sizeof *part);
+}
+
+static void pk__concatenate_forward(const pk_call *call)
+{
+    for (int j = 0; j < call->node->input_count; j++)
+        pk__concatenate_copy(call, j, call->rows, 0, 0, call->out, (pk_real *)call->in[j]); /* only read */
+}
+
+static void pk__concatenate_tangent(const pk_call *call)
+{
+    memset(call->out_tangent, 0, call->rows * call->node->width * sizeof *call->out_tangent);
+    for (int j = 0; j < call->node->input_count; j++)
+        if (call->in_tangent[j])
+            pk__concatenate_copy(call, j, call->rows, 0, 0, call->out_tangent, (pk_real *)call->in_tangent[j]);
+}
+
+static void pk__concatenate_reverse(const pk_call *call)
+{
+    for (int j = 0; j < call->node->input_count; j++)
+        if (call->in_cotangent[j])
+            pk__concatenate_copy(call, j, call->rows * call->copies, 1, call->accumulate[j],
+                                 (pk_real *)call->out_cotangent, call->in_cotangent[j]);
+}
+
+/* ---- view ---------------------------------------------------------------------------------------------- */
+
+static pk_status pk__view_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const size_t width = graph->nodes[node->inputs[0]].width;
+    const double offset = node->attributes[PK_VIEW_OFFSET];
+    double last = offset;
+    pk_status status = pk__attribute_shape(context, node, PK_VIEW_RANK, &node->shape);
+    int fits = offset >= 0 && offset == floor(offset);
+    for (int i = 0; !status && i < node->shape.rank; i++) {
+        const double stride = node->attributes[PK_VIEW_STRIDES + i];
+        fits &= stride >= 0 && stride == floor(stride);
+        last += stride * ((double)node->shape.dims[i] - 1);
+    }
+    if (!status && !(fits && last < (double)width))
+        status = pk__fail(context, PK_SHAPE, "view: its last number is number %g of %zu", last, width);
+    return status;
+}
+
+/* For each row: to[i] = from[place of i] (wide: the input), or back: to[place of i] += from[i]. */
+static void pk__view_copy(const pk_call *call, size_t rows, int back, const pk_real *from, pk_real *to)
+{
+    const pk_node *node = call->node;
+    const double *strides = node->attributes + PK_VIEW_STRIDES;
+    const pk_shape *shape = &node->shape;
+    const size_t width = node->width, in = call->in_width[0], run = shape->dims[shape->rank - 1];
+    const size_t step = (size_t)strides[shape->rank - 1];
+    for (size_t row = 0; row < rows; row++)
+        for (size_t first = 0; first < width; first += run) {
+            size_t at = (size_t)node->attributes[PK_VIEW_OFFSET] + row * in, rest = first / run;
+            for (int i = shape->rank - 2; i >= 0; i--) {
+                at += rest % shape->dims[i] * (size_t)strides[i];
+                rest /= shape->dims[i];
+            }
+            const size_t own = row * width + first;
+            if (back)
+                for (size_t j = 0; j < run; j++)
+                    to[at + j * step] += from[own + j];
+            else
+                for (size_t j = 0; j < run; j++)
+                    to[own + j] = from[at + j * step];
+        }
+}
+
+static void pk__view_forward(const pk_call *call)
+{
+    pk__view_copy(call, call->rows, 0, call->in[0], call->out);
+}
+
+static void pk__view_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__view_copy(call, call->rows, 0, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof *call->out_tangent);
+}
+
+static void pk__view_reverse(const pk_call *call)
+{
+    const size_t rows = call->rows * call->copies;
+    if (!call->in_cotangent[0])
+        return;
+    if (!call->accumulate[0])
+        memset(call->in_cotangent[0], 0, rows * call->in_width[0] * sizeof(pk_real));
+    pk__view_copy(call, rows, 1, call->out_cotangent, call->in_cotangent[0]);
+}
+
+/* ---- reshape, sum, parameter ------------------------------------------------------------------------- */
+
+static pk_status pk__reshape_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_node *input = &graph->nodes[node->inputs[0]];
+    char texts[2][PK_SHAPE_TEXT];
+    pk_status status = pk__attribute_shape(context, node, PK_VALUES_RANK, &node->shape);
+    size_t width = 0;
+    if (!status)
+        status = pk__shape_width(context, &node->shape, &width);
+    if (!status && width != input->width)
+        status = pk__fail(context, PK_SHAPE, "reshape: %s holds %zu numbers, and %s has %zu",
+                          pk_shape_text(&node->shape, texts[0]), width, pk_shape_text(&input->shape, texts[1]),
+                          input->width);
+    return status;
+}
+
+/* The axis goes; of a vector one number is left. */
+static pk_status pk__sum_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const pk_shape *shape = &graph->nodes[node->inputs[0]].shape;
+    const double axis = node->attributes[PK_VALUES_AXIS];
+    char text[PK_SHAPE_TEXT];
+    if (!(axis >= 0 && axis < shape->rank && axis == floor(axis)))
+        return pk__fail(context, PK_SHAPE, "sum: values of %s have no axis %g", pk_shape_text(shape, text),
+                        axis);
+    node->shape.rank = 0;
+    for (int i = 0; i < shape->rank; i++)
+        if (i != (int)axis)
+            node->shape.dims[node->shape.rank++] = shape->dims[i];
+    if (!node->shape.rank)
+        node->shape.dims[node->shape.rank++] = 1;
+    return PK_OK;
+}
+
+/* Numbers behind the axis; with the width of the input and of the node that is all of the shape that matters. */
+static size_t pk__sum_inner(const pk_node *node)
+{
+    size_t inner = 1;
+    for (int i = (int)node->attributes[PK_VALUES_AXIS]; i < node->shape.rank; i++)
+        inner *= node->shape.dims[i];
+    return inner;
+}
+
+static void pk__sum_rows(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const size_t inner = pk__sum_inner(call->node), terms = call->in_width[0] / call->node->width;
+    for (size_t run = 0; run < call->rows * (call->node->width / inner); run++, to += inner)
+        for (size_t i = 0; i < terms; i++, from += inner)
+            pk__give(inner, from, i > 0, to);
+}
+
+static void pk__sum_forward(const pk_call *call)
+{
+    pk__sum_rows(call, call->in[0], call->out);
+}
+
+static void pk__sum_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__sum_rows(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof *call->out_tangent);
+}
+
+static void pk__sum_reverse(const pk_call *call)
+{
+    const size_t inner = pk__sum_inner(call->node), terms = call->in_width[0] / call->node->width;
+    const pk_real *from = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    for (size_t run = 0; to && run < call->rows * call->copies * (call->node->width / inner);
+         run++, from += inner)
+        for (size_t i = 0; i < terms; i++, to += inner)
+            pk__give(inner, from, call->accumulate[0], to);
+}
+
+static pk_status pk__parameter_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    (void)graph;
+    pk_status status = pk__attribute_shape(context, node, PK_VALUES_RANK, &node->shape);
+    if (!status)
+        status = pk__shape_width(context, &node->shape, &node->weight_count);
+    pk__node_tensor(node, 1, node->weight_count, 0);
+    node->tensors[0].shape = node->shape;
+    return status;
+}
+
+#define PK__VALUES_RULES(rule) \
+    .forward = pk__##rule##_forward, .tangent = pk__##rule##_tangent, .reverse = pk__##rule##_reverse
+
+static const pk_operation pk__values_operations[] = {
+    {.name = "multiply",
+     .smoothness = PK_MULTILINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__multiply_shape,
+     .curvature = pk__multiply_curvature,
+     PK__VALUES_RULES(multiply)},
+    {.name = "matmul",
+     .smoothness = PK_MULTILINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__matmul_shape,
+     .curvature = pk__matmul_curvature,
+     PK__VALUES_RULES(matmul)},
+    {.name = "concatenate",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__concatenate_shape,
+     PK__VALUES_RULES(concatenate)},
+    {.name = "view",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__view_shape,
+     PK__VALUES_RULES(view)},
+    {.name = "reshape",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__reshape_shape,
+     PK__VALUES_RULES(add)},
+    {.name = "sum",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__sum_shape,
+     PK__VALUES_RULES(sum)},
+    {.name = "parameter",
+     .smoothness = PK_LINEAR,
+     .tangent_form = PK_TANGENT_ROWS,
+     .linear_in_weights = 1,
+     .shape = pk__parameter_shape,
+     .weight_gradient = pk__position_weight_gradient,
+     .row_gradients = pk__position_row_gradients,
+     .initialize = pk__normal_initialize,
+     PK__VALUES_RULES(position)},
+};
+#undef PK__VALUES_RULES
 
 PK__END_CODE
 
@@ -11031,6 +12384,7 @@ PK_API const pk_operation *pk_operation_at(size_t index)
         {pk__image_operations, sizeof pk__image_operations / sizeof *pk__image_operations},
         {pk__norm_operations, sizeof pk__norm_operations / sizeof *pk__norm_operations},
         {pk__sequence_operations, sizeof pk__sequence_operations / sizeof *pk__sequence_operations},
+        {pk__values_operations, sizeof pk__values_operations / sizeof *pk__values_operations},
     };
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (index < tables[i].count)
@@ -11071,7 +12425,7 @@ typedef struct pk__layer {
 /* A layer that named itself, and the nodes it is made of. */
 typedef struct pk__named_layer {
     char name[PK_CONSTANT_NAME];
-    size_t first, last; /* nodes first .. last - 1 */
+    size_t first, last; /* nodes first .. last - 1; of a value that `as` names, first alone, and last == 0 */
 } pk__named_layer;
 
 typedef struct pk__parser {
@@ -11121,7 +12475,13 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
 /* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
 #define PK__OTHER_LAYERS                                                                                \
     "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
-    "attention"
+    "attention as from add subtract concat slice permute mean prelu softmin group_norm instance_norm"
+
+/* Operations that the language builds only as parts of its layers. */
+static int pk__is_part(const char *name)
+{
+    return strcmp(name, "concatenate") == 0 || strcmp(name, "view") == 0;
+}
 
 /* An operation by name, built in or the context's; NULL where there is none. */
 static const pk_operation *pk__named_operation(const pk_context *context, const char *name)
@@ -11172,7 +12532,7 @@ static void pk__nearest_layer(const pk_context *context, const char *word, int m
         return;
     }
     for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
-        if (strcmp(operation->name, "add") != 0 &&
+        if (!pk__is_part(operation->name) &&
             pk__word_distance(operation->name, strlen(operation->name), word) < best) {
             best = pk__word_distance(operation->name, strlen(operation->name), word);
             snprintf(name, size, "%s", operation->name);
@@ -11395,15 +12755,17 @@ static pk_status pk__named_constants(pk__parser *parser, const pk__layer *layer,
         return PK_OK;
     }
     pk_status status = parser->constants->load(parser->constants->user, parser->context, name, array);
-    if (!status)
-        status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
-    if (!status)
-        pk_array_reals(array, 0, pk_array_items(array), *numbers);
-    for (size_t i = 0; !status && i < pk_array_items(array); i++)
+    if (status)
+        return status;
+    status = pk_allocate(parser->context, pk_array_items(array), sizeof **numbers, "constants", numbers);
+    if (status)
+        return status;
+    pk_array_reals(array, 0, pk_array_items(array), *numbers);
+    for (size_t i = 0; i < pk_array_items(array); i++)
         if (!isfinite((*numbers)[i]))
-            status = pk__fail(parser->context, PK_NOT_FINITE,
-                              "the array '%.40s' has a number that is not finite", name);
-    return status;
+            return pk__fail(parser->context, PK_NOT_FINITE, "the array '%.40s' has a number that is not finite",
+                            name);
+    return PK_OK;
 }
 
 /* The shape of the branch in hand. */
@@ -11412,14 +12774,18 @@ static const pk_shape *pk__branch_shape(const pk__parser *parser)
     return &parser->graph->nodes[parser->node].shape;
 }
 
-/* dense and conv, `ntk` [w_std=] [b_std=]: the NTK parameterisation y = w_std / sqrt(fan_in) W x + b_std b with
+/* dense and conv, `ntk` [w_std=] [b_std=]: the NTK parameterization y = w_std / sqrt(fan_in) W x + b_std b with
  * standard normal W and b (Jacot et al. 2018, section 2; Lee et al. 2019, eq. 1), as scaled inputs and outputs. */
 enum { PK__NTK_FLAG, PK__NTK_WEIGHTS, PK__NTK_BIASES };
 static const pk_option pk__ntk_options[] = {
-    {"ntk", PK_OPTION_FLAG, PK__NTK_FLAG, 0, 0, 1, 0, 0, NULL},
-    {"w_std", PK_OPTION_NUMBER, PK__NTK_WEIGHTS, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {"b_std", PK_OPTION_NUMBER, PK__NTK_BIASES, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "ntk", .kind = PK_OPTION_FLAG, .attribute = PK__NTK_FLAG, .least = 1},
+    {.name = "w_std",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK__NTK_WEIGHTS,
+     .least = DBL_MIN,
+     .most = DBL_MAX},
+    {.name = "b_std", .kind = PK_OPTION_NUMBER, .attribute = PK__NTK_BIASES, .least = DBL_MIN, .most = DBL_MAX},
+    {.name = NULL},
 };
 
 static pk_status pk__append_scale(pk__parser *parser, double factor)
@@ -11445,18 +12811,21 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
         status = pk__parse_options(parser->context, operation->name, pk__ntk_options, &own, ntk);
     if (!status)
         status = pk__check_attributes(parser->context, operation->name, pk__ntk_options, ntk);
-    if (!status && ntk[PK__NTK_FLAG] == 0 && own.count > 1)
-        status =
-            pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk", operation->name, own.words[1]);
-    if (status || ntk[PK__NTK_FLAG] == 0)
-        return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
+    if (status)
+        return status;
+    if (ntk[PK__NTK_FLAG] == 0)
+        return own.count > 1 ? pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' belongs to ntk",
+                                        operation->name, own.words[1])
+                             : pk__append(parser, operation->name, attributes, 0, NULL);
     /* Biases are scaled with everything behind the layer, so the input is scaled by what is left. */
     const pk_shape *shape = pk__branch_shape(parser);
     const int biased = attributes[dense ? (int)PK_DENSE_BIAS : (int)PK_CONVOLUTION_BIAS] != 0;
     const double after = biased ? ntk[PK__NTK_BIASES] : 1;
+    const double taps =
+        attributes[PK_CONVOLUTION_KERNEL + 1] *
+        (shape->rank == 2 ? 1 : attributes[PK_CONVOLUTION_KERNEL]); /* of a signal, or of an image */
     const double fan_in = dense ? (double)shape->dims[shape->rank - 1]
-                                : (double)shape->dims[0] / attributes[PK_CONVOLUTION_GROUPS] *
-                                      attributes[PK_CONVOLUTION_KERNEL] * attributes[PK_CONVOLUTION_KERNEL + 1];
+                                : (double)shape->dims[0] / attributes[PK_CONVOLUTION_GROUPS] * taps;
     attributes[dense ? (int)PK_DENSE_INITIAL : (int)PK_CONVOLUTION_INITIAL] = PK_INITIAL_STANDARD;
     status = pk__append_scale(parser, ntk[PK__NTK_WEIGHTS] / (after * sqrt(fan_in)));
     if (!status)
@@ -11489,16 +12858,68 @@ static pk_status pk__append_affine(pk__parser *parser, int bias, double dims)
     double attributes[PK_NODE_ATTRIBUTES] = {0};
     attributes[PK_AFFINE_BIAS] = bias;
     attributes[PK_AFFINE_DIMS] = dims;
+    attributes[PK_AFFINE_FACTOR] = 1;
     return pk__append(parser, "affine", attributes, 0, NULL);
+}
+
+/* prelu [N=1]: a x below 0, and x above, with one learned a or one for each channel: y = r + a (x - r), r = relu(x), so that
+ * each kink is watched once. */
+static pk_status pk__prelu_layer(pk__parser *parser, const pk__layer *layer)
+{
+    static const pk_option options[] = {
+        {.name = "number of slopes",
+         .kind = PK_OPTION_NUMBER,
+         .position = 1,
+         .least = 1,
+         .most = 1e9,
+         .whole = 1},
+        {.name = NULL},
+    };
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int values = parser->node;
+    double slopes[PK_NODE_ATTRIBUTES] = {1}, affine[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__parse_options(parser->context, "prelu", options, layer, slopes);
+    if (!status)
+        status = pk__check_attributes(parser->context, "prelu", options, slopes);
+    if (!status && slopes[0] != 1 && slopes[0] != (double)shape->dims[0])
+        status = pk__fail(parser->context, PK_SHAPE,
+                          "prelu: %g slopes for %zu channels; one slope, or one for each channel, is possible",
+                          slopes[0], shape->dims[0]);
+    affine[PK_AFFINE_SCALAR] = slopes[0] == 1;
+    affine[PK_AFFINE_FACTOR] = 0.25;
+    if (!status)
+        status = pk__append(parser, "relu", NULL, 0, NULL);
+    const int positive = parser->node;
+    if (!status)
+        status = pk__append_scale(parser, -1);
+    if (!status)
+        status = pk__append_add(parser, values);
+    if (!status)
+        status = pk__append(parser, "affine", affine, 0, NULL);
+    return status ? status : pk__append_add(parser, positive);
+}
+
+/* softmin: softmax of -x. */
+static pk_status pk__softmin_layer(pk__parser *parser, const pk__layer *layer)
+{
+    if (layer->count > 1)
+        return pk__refuse_word(parser->context, "softmin", NULL, layer->words[1]);
+    pk_status status = pk__append_scale(parser, -1);
+    return status ? status : pk__append(parser, "softmax", NULL, 0, NULL);
 }
 
 /* layer_norm and rms_norm [epsilon=] [dims=1] [noaffine], batch_norm NAME [epsilon=] [noaffine]. */
 enum { PK__NORM_AFFINE = PK_NODE_ATTRIBUTES - 1 };
 static const pk_option pk__norm_options[] = {
-    {"dims", PK_OPTION_NUMBER, PK_NORM_DIMS, 0, 0, 1, PK_SHAPE_RANK, 1, NULL}, /* not of batch_norm */
-    {"epsilon", PK_OPTION_NUMBER, PK_NORM_EPSILON, 0, 0, 0, DBL_MAX, 0, NULL},
-    {"noaffine", PK_OPTION_FLAG, PK__NORM_AFFINE, 0, 0, 0, 0, 0, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "dims",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK_NORM_DIMS,
+     .least = 1,
+     .most = PK_SHAPE_RANK,
+     .whole = 1}, /* not of batch_norm */
+    {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+    {.name = "noaffine", .kind = PK_OPTION_FLAG, .attribute = PK__NORM_AFFINE},
+    {.name = NULL},
 };
 
 static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
@@ -11509,11 +12930,44 @@ static pk_status pk__norm_layer(pk__parser *parser, const pk__layer *layer)
     memcpy(attributes, pk_operation_find(name)->defaults, sizeof attributes);
     attributes[PK__NORM_AFFINE] = 1;
     pk_status status = pk__parse_options(parser->context, layer->words[0], pk__norm_options, layer, attributes);
+    if (status)
+        return status;
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    status = pk__append(parser, name, attributes, 0, NULL);
+    return status || !affine ? status : pk__append_affine(parser, !root, attributes[PK_NORM_DIMS]);
+}
+
+/* group_norm G [epsilon=1e-5] [noaffine], instance_norm [epsilon=1e-5] [noaffine]: of each channel. */
+static pk_status pk__group_norm_layer(pk__parser *parser, const pk__layer *layer)
+{
+    static const pk_option options[] = {
+        {"number of groups", PK_OPTION_NUMBER, PK_NORM_GROUPS, 1, 1, 1, 1e9, 1,
+         NULL}, /* not of instance_norm */
+        {.name = "epsilon", .kind = PK_OPTION_NUMBER, .attribute = PK_NORM_EPSILON, .most = DBL_MAX},
+        {.name = "noaffine", .kind = PK_OPTION_FLAG, .attribute = PK__NORM_AFFINE},
+        {.name = NULL},
+    };
+    const pk_shape *shape = pk__branch_shape(parser);
+    const int instance = strcmp(layer->words[0], "instance_norm") == 0;
+    double attributes[PK_NODE_ATTRIBUTES];
+    memcpy(attributes, pk_operation_find("normalize")->defaults, sizeof attributes);
+    attributes[PK__NORM_AFFINE] = 1;
+    attributes[PK_NORM_GROUPS] = (double)shape->dims[0];
+    pk_status status =
+        pk__parse_options(parser->context, layer->words[0], options + instance, layer, attributes);
+    if (!status)
+        status = pk__check_attributes(parser->context, layer->words[0], options + instance, attributes);
+    if (!status && instance && shape->rank < 2)
+        status = pk__fail(
+            parser->context, PK_SHAPE,
+            "instance_norm needs channels of several numbers each, such as 3x28x28, not a vector of %zu",
+            shape->dims[0]);
     const int affine = attributes[PK__NORM_AFFINE] != 0;
     attributes[PK__NORM_AFFINE] = 0;
     if (!status)
-        status = pk__append(parser, name, attributes, 0, NULL);
-    return status || !affine ? status : pk__append_affine(parser, !root, attributes[PK_NORM_DIMS]);
+        status = pk__append(parser, "normalize", attributes, 0, NULL);
+    return status || !affine ? status : pk__append_affine(parser, 1, 0);
 }
 
 /* attention H [causal] [shared] [nobias]: PyTorch's MultiheadAttention with as many outputs as inputs; shared: one
@@ -11522,11 +12976,18 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
 {
     enum { BIAS = PK_NODE_ATTRIBUTES - 1 };
     static const pk_option options[] = {
-        {"number of heads", PK_OPTION_NUMBER, PK_ATTEND_HEADS, 1, 1, 1, 1e6, 1, NULL},
-        {"causal", PK_OPTION_FLAG, PK_ATTEND_CAUSAL, 0, 0, 1, 0, 0, NULL},
-        {"shared", PK_OPTION_FLAG, PK_ATTEND_SHARED, 0, 0, 1, 0, 0, NULL},
-        {"nobias", PK_OPTION_FLAG, BIAS, 0, 0, 0, 0, 0, NULL},
-        {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+        {.name = "number of heads",
+         .kind = PK_OPTION_NUMBER,
+         .attribute = PK_ATTEND_HEADS,
+         .position = 1,
+         .required = 1,
+         .least = 1,
+         .most = 1e6,
+         .whole = 1},
+        {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1},
+        {.name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1},
+        {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = BIAS},
+        {.name = NULL},
     };
     const pk_shape *shape = pk__branch_shape(parser);
     const double width = (double)shape->dims[shape->rank - 1];
@@ -11536,20 +12997,20 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__parse_options(parser->context, "attention", options, layer, attributes);
     if (!status)
         status = pk__check_attributes(parser->context, "attention", options, attributes);
+    if (status)
+        return status;
+    if (shape->rank != 2)
+        return pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of shape %s",
+                        pk_shape_text(shape, text));
+    if (fmod(width, attributes[PK_ATTEND_HEADS]) != 0)
+        return pk__fail(parser->context, PK_SHAPE, "attention: a width of %g cannot be split into %g heads",
+                        width, attributes[PK_ATTEND_HEADS]);
     dense[PK_DENSE_OUTPUTS] = (attributes[PK_ATTEND_SHARED] != 0 ? 1 : 3) * width;
     dense[PK_DENSE_BIAS] = attributes[BIAS];
     dense[PK_DENSE_INITIAL] = PK_INITIAL_GLOROT_UNIFORM;
     dense[PK_DENSE_GAIN] = 1;
     attributes[BIAS] = 0;
-    if (!status && shape->rank != 2)
-        status =
-            pk__fail(parser->context, PK_SHAPE, "attention needs values of tokens x width, not of shape %s",
-                     pk_shape_text(shape, text));
-    if (!status && fmod(width, attributes[PK_ATTEND_HEADS]) != 0)
-        status = pk__fail(parser->context, PK_SHAPE, "attention: a width of %g cannot be split into %g heads",
-                          width, attributes[PK_ATTEND_HEADS]);
-    if (!status)
-        status = pk__append(parser, "dense", dense, 0, NULL);
+    status = pk__append(parser, "dense", dense, 0, NULL);
     if (!status)
         status = pk__append(parser, "attend", attributes, 0, NULL);
     dense[PK_DENSE_OUTPUTS] = width;
@@ -11566,16 +13027,10 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
     static const int pairs[3] = {PK_POOL_KERNEL, PK_POOL_STRIDE, PK_POOL_PAD};
     double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
-    for (int i = 0; i < 2 && !status; i++) { /* an unstated stride is the kernel */
-        if (attributes[PK_POOL_STRIDE + i] == 0)
-            attributes[PK_POOL_STRIDE + i] = attributes[PK_POOL_KERNEL + i];
-        if (2 * attributes[PK_POOL_PAD + i] > attributes[PK_POOL_KERNEL + i] &&
-            attributes[PK_POOL_KERNEL + i] > 0)
-            status = pk__fail(parser->context, PK_SHAPE,
-                              "max_pool: padding of %gx%g is more than half of its kernel, %gx%g",
-                              attributes[PK_POOL_PAD], attributes[PK_POOL_PAD + 1], attributes[PK_POOL_KERNEL],
-                              attributes[PK_POOL_KERNEL + 1]);
-    }
+    if (!status)
+        status = pk__check_attributes(parser->context, "max_pool", operation->options, attributes);
+    if (!status)
+        status = pk__pool_options_of(parser->context, "max_pool", pk__branch_shape(parser), attributes);
     for (int side = 1; side >= 0 && !status; side--) {
         memcpy(part, attributes, sizeof part);
         for (int i = 0; i < 3; i++)
@@ -11587,15 +13042,31 @@ static pk_status pk__max_pool_layer(pk__parser *parser, const pk__layer *layer)
     return status;
 }
 
-/* constant NAME, propagate NAME, batch_norm NAME. */
-static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
+/* adaptive_max_pool of KxK as columns, then rows, likewise. */
+static pk_status pk__adaptive_max_layer(pk__parser *parser, const pk__layer *layer)
 {
-    const char *name = layer->words[0];
-    pk_array array;
-    pk_real *numbers = NULL;
-    const pk_node *like = NULL;
+    const pk_operation *operation = pk_operation_find("adaptive_max_pool");
+    double attributes[PK_NODE_ATTRIBUTES], part[PK_NODE_ATTRIBUTES];
+    pk_status status = pk__plain_layer(parser, layer, operation, attributes);
+    const pk_shape input = *pk__branch_shape(parser);
+    const double *sizes = attributes + PK_POOL_KERNEL;
+    if (!status && input.rank != 3) /* a signal, or refused */
+        return pk__append(parser, operation->name, attributes, 0, NULL);
+    memcpy(part, attributes, sizeof part);
+    part[PK_POOL_KERNEL] = (double)input.dims[1];
+    if (!status && sizes[1] != (double)input.dims[2])
+        status = pk__append(parser, operation->name, part, 0, NULL);
+    return status || sizes[0] == (double)input.dims[1]
+               ? status
+               : pk__append(parser, operation->name, attributes, 0, NULL);
+}
+
+/* The operation of a layer with constants, of the array that it names: `numbers`, or those of the node `like`. */
+static pk_status pk__append_constant(pk__parser *parser, const pk__layer *layer, const pk_operation *operation,
+                                     const pk_array *array, const pk_real *numbers, const pk_node *like)
+{
+    const char *name = layer->words[0], *its = layer->words[1];
     const int norm = strcmp(name, "batch_norm") == 0;
-    const pk_operation *operation = pk_operation_find(norm ? "standardize" : name);
     double attributes[PK_NODE_ATTRIBUTES] = {0};
     pk__layer rest = *layer;
     rest.count--;
@@ -11603,6 +13074,47 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
         rest.words[i] = layer->words[i + 1];
     attributes[PK_NORM_EPSILON] = norm ? 1e-5 : 0;
     attributes[PK__NORM_AFFINE] = norm;
+    pk_status status =
+        pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
+    if (status)
+        return status;
+    const int affine = attributes[PK__NORM_AFFINE] != 0;
+    attributes[PK__NORM_AFFINE] = 0;
+    if (array->rank != 2)
+        return pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name, its,
+                        array->rank);
+    if (norm && array->shape[0] != 2 &&
+        pk_array_items(array) % 2 == 0) /* (channels, 2) holds as many numbers in another order */
+        return pk__fail(parser->context, PK_SHAPE,
+                        "batch_norm: the array '%.40s' has %zu rows, not one of means and one of variances",
+                        its, array->shape[0]);
+    if (strcmp(name, "propagate") == 0 && array->shape[1] != 3)
+        return pk__fail(parser->context, PK_SHAPE,
+                        "propagate: the array '%.40s' has %zu columns, not row, column and value", its,
+                        array->shape[1]);
+    if (strcmp(name, "constant") == 0) {
+        attributes[PK_POSITION_TOKENS] = (double)array->shape[0];
+        attributes[PK_POSITION_WIDTH] = (double)array->shape[1];
+        parser->node = 0;
+    }
+    status = pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
+                              pk_array_items(array), like ? like->constants : numbers, like, &parser->node);
+    if (status)
+        return status;
+    pk_node *node = &parser->graph->nodes[parser->node];
+    memcpy(node->constant_name, its, strlen(its) + 1);
+    node->constant_columns = array->shape[1];
+    return affine ? pk__append_affine(parser, 1, 0) : PK_OK;
+}
+
+/* constant NAME, propagate NAME, batch_norm NAME. */
+static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const int norm = strcmp(layer->words[0], "batch_norm") == 0;
+    const pk_operation *operation = pk_operation_find(norm ? "standardize" : layer->words[0]);
+    pk_array array;
+    pk_real *numbers = NULL;
+    const pk_node *like = NULL;
     if (norm && (layer->count < 2 || strchr(layer->words[1], '=')))
         return pk__fail(
             parser->context, PK_FORMAT,
@@ -11610,39 +13122,10 @@ static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
             "example's output would depend on the rest of its batch");
     pk_status status = pk__named_constants(parser, layer, operation->name, &like, &array, &numbers);
     if (!status)
-        status =
-            pk__parse_options(parser->context, name, norm ? pk__norm_options + 1 : NULL, &rest, attributes);
-    const int affine = attributes[PK__NORM_AFFINE] != 0;
-    attributes[PK__NORM_AFFINE] = 0;
-    if (!status && array.rank != 2)
-        status = pk__fail(parser->context, PK_SHAPE, "%s: the array '%.40s' has rank %d, not 2", name,
-                          layer->words[1], array.rank);
-    if (!status && norm && array.shape[0] != 2 &&
-        pk_array_items(&array) % 2 == 0) /* (channels, 2) holds as many numbers in another order */
-        status = pk__fail(parser->context, PK_SHAPE,
-                          "batch_norm: the array '%.40s' has %zu rows, not one of means and one of variances",
-                          layer->words[1], array.shape[0]);
-    if (!status && strcmp(name, "propagate") == 0 && array.shape[1] != 3)
-        status = pk__fail(parser->context, PK_SHAPE,
-                          "propagate: the array '%.40s' has %zu columns, not row, column and value",
-                          layer->words[1], array.shape[1]);
-    if (!status && strcmp(name, "constant") == 0) {
-        attributes[PK_POSITION_TOKENS] = (double)array.shape[0];
-        attributes[PK_POSITION_WIDTH] = (double)array.shape[1];
-        parser->node = 0;
-    }
-    if (!status)
-        status =
-            pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
-                             pk_array_items(&array), like ? like->constants : numbers, like, &parser->node);
-    if (!status) {
-        pk_node *node = &parser->graph->nodes[parser->node];
-        memcpy(node->constant_name, layer->words[1], strlen(layer->words[1]) + 1);
-        node->constant_columns = array.shape[1];
-    }
+        status = pk__append_constant(parser, layer, operation, &array, numbers, like);
     pk_release(parser->context, numbers);
     pk_array_release(parser->context, &array);
-    return status || !affine ? status : pk__append_affine(parser, 1, 0);
+    return status;
 }
 
 /* fourier N [scale=1] [seed=0]: N normal frequencies of standard deviation scale for each input. */
@@ -11651,10 +13134,21 @@ enum {
     PK__FOURIER_NUMBERS = 1 << 19
 }; /* of a whole network: a text of a few words shall not take seconds to read */
 static const pk_option pk__fourier_options[] = {
-    {"number of frequencies", PK_OPTION_NUMBER, PK__FOURIER_COUNT, 1, 1, 1, 1e9, 1, NULL},
-    {"scale", PK_OPTION_NUMBER, PK__FOURIER_SCALE, 0, 0, DBL_MIN, DBL_MAX, 0, NULL},
-    {"seed", PK_OPTION_NUMBER, PK__FOURIER_SEED, 0, 0, 0, 9e15, 1, NULL},
-    {NULL, PK_OPTION_FLAG, 0, 0, 0, 0, 0, 0, NULL},
+    {.name = "number of frequencies",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK__FOURIER_COUNT,
+     .position = 1,
+     .required = 1,
+     .least = 1,
+     .most = 1e9,
+     .whole = 1},
+    {.name = "scale",
+     .kind = PK_OPTION_NUMBER,
+     .attribute = PK__FOURIER_SCALE,
+     .least = DBL_MIN,
+     .most = DBL_MAX},
+    {.name = "seed", .kind = PK_OPTION_NUMBER, .attribute = PK__FOURIER_SEED, .most = 9e15, .whole = 1},
+    {.name = NULL},
 };
 
 static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
@@ -11663,31 +13157,30 @@ static pk_status pk__fourier_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__parse_options(parser->context, "fourier", pk__fourier_options, layer, attributes);
     if (!status)
         status = pk__check_attributes(parser->context, "fourier", pk__fourier_options, attributes);
-    pk_real *numbers = NULL;
-    size_t count = 0;
+    if (status)
+        return status;
     const pk_node *input = &parser->graph->nodes[parser->node];
-    if (!status && input->varies)
-        status = pk__fail(parser->context, PK_UNSUPPORTED,
-                          "Fourier features are taken of data, before the first weights");
-    if (!status && attributes[PK__FOURIER_COUNT] * (double)input->width >
-                       (double)PK__FOURIER_NUMBERS - (double)parser->frequencies)
-        status = pk__fail(
+    if (input->varies)
+        return pk__fail(parser->context, PK_UNSUPPORTED,
+                        "Fourier features are taken of data, before the first weights");
+    if (attributes[PK__FOURIER_COUNT] * (double)input->width >
+        (double)PK__FOURIER_NUMBERS - (double)parser->frequencies)
+        return pk__fail(
             parser->context, PK_OVERFLOW,
             "fourier: %g frequencies of %zu inputs are %g numbers, and a network has at most %d; larger "
             "features may be computed beforehand, as the inputs",
             attributes[PK__FOURIER_COUNT], input->width, attributes[PK__FOURIER_COUNT] * (double)input->width,
             PK__FOURIER_NUMBERS);
-    if (!status) {
-        count = (size_t)attributes[PK__FOURIER_COUNT] * input->width;
-        parser->frequencies += count;
-        status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
-    }
-    if (!status) {
-        pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
-        for (size_t i = 0; i < count; i++)
-            numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
-        status = pk__append(parser, "fourier", NULL, count, numbers);
-    }
+    const size_t count = (size_t)attributes[PK__FOURIER_COUNT] * input->width;
+    pk_real *numbers = NULL;
+    parser->frequencies += count;
+    status = pk_allocate(parser->context, count, sizeof *numbers, "frequencies", &numbers);
+    if (status)
+        return status;
+    pk_random random = {(uint64_t)attributes[PK__FOURIER_SEED], 0, 0};
+    for (size_t i = 0; i < count; i++)
+        numbers[i] = (pk_real)(attributes[PK__FOURIER_SCALE] * pk_random_normal(&random));
+    status = pk__append(parser, "fourier", NULL, count, numbers);
     pk_release(parser->context, numbers);
     return status;
 }
@@ -11700,6 +13193,248 @@ static pk_status pk__select_layer(pk__parser *parser, const pk__layer *layer)
         return pk__refuse_word(parser->context, "select", NULL, layer->words[1]);
     return pk__graph_append(parser->context, parser->graph, pk_operation_find("select"), 2, both, NULL, 0, NULL,
                             NULL, &parser->node);
+}
+
+/* ---- values that have names ------------------------------------------------------------------------ */
+
+static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first,
+                                size_t last);
+
+/* The node of a value that `as` named, or of the network's inputs. */
+static pk_status pk__find_value(pk__parser *parser, const char *layer, const char *name, int *node)
+{
+    *node = 0;
+    if (strcmp(name, "input") == 0)
+        return PK_OK;
+    for (size_t i = 0; i < parser->named_count; i++)
+        if (!parser->named[i].last && strcmp(parser->named[i].name, name) == 0) {
+            *node = (int)parser->named[i].first;
+            return PK_OK;
+        }
+    return pk__fail(parser->context, PK_FORMAT,
+                    "%s: no value before it has the name '%.40s': 'as NAME' names one", layer, name);
+}
+
+/* Whether a layer has from least to most words behind its name; what: what they are. */
+static pk_status pk__check_words(pk__parser *parser, const pk__layer *layer, int least, int most,
+                                 const char *what)
+{
+    const int count = layer->count - 1;
+    for (int i = 1; i < layer->count; i++) {
+        pk_status status = pk__check_word(parser->context, layer->words[i]);
+        if (status)
+            return status;
+    }
+    if (count < least)
+        return pk__fail(parser->context, PK_FORMAT, "%s needs %s", layer->words[0], what);
+    if (count > most)
+        return pk__fail(parser->context, PK_FORMAT, "%s needs %s, and '%.40s' stands behind that%s",
+                        layer->words[0], what, layer->words[most + 1],
+                        pk__separator_hint(parser->context, layer->words[most + 1]));
+    return PK_OK;
+}
+
+/* A word that is a whole number from 0 on. */
+static pk_status pk__whole_word(pk__parser *parser, const pk__layer *layer, int word, double *number)
+{
+    const char *text = layer->words[word];
+    if (pk__number(text, strlen(text), number) && *number >= 0 && *number <= 1e15 && *number == floor(*number))
+        return PK_OK;
+    return pk__fail(parser->context, PK_FORMAT, "%s: '%.40s' is not a whole number", layer->words[0], text);
+}
+
+/* as NAME, from NAME. */
+static pk_status pk__name_layer_value(pk__parser *parser, const pk__layer *layer)
+{
+    pk_status status = pk__check_words(parser, layer, 1, 1, "a name");
+    if (status)
+        return status;
+    if (strcmp(layer->words[0], "from") == 0)
+        return pk__find_value(parser, layer->words[0], layer->words[1], &parser->node);
+    return pk__name_nodes(parser, layer->words[0], layer->words[1], (size_t)parser->node, 0);
+}
+
+/* A view of the branch in hand: shape, strides and the first number. */
+static pk_status pk__append_view(pk__parser *parser, const pk_shape *shape, const size_t *strides,
+                                 size_t offset)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_VIEW_RANK] = shape->rank;
+    for (int i = 0; i < shape->rank; i++) {
+        attributes[PK_VIEW_DIMS + i] = (double)shape->dims[i];
+        attributes[PK_VIEW_STRIDES + i] = (double)strides[i];
+    }
+    attributes[PK_VIEW_OFFSET] = (double)offset;
+    return pk__append(parser, "view", attributes, 0, NULL);
+}
+
+/* strides[i]: from one number to the next along axis i. */
+static void pk__shape_strides(const pk_shape *shape, size_t *strides)
+{
+    size_t stride = 1;
+    for (int i = shape->rank - 1; i >= 0; i--) {
+        strides[i] = stride;
+        stride *= shape->dims[i];
+    }
+}
+
+/* The branch in hand repeated, as NumPy broadcasts, so that it has the shape. */
+static pk_status pk__append_broadcast(pk__parser *parser, const pk_shape *shape)
+{
+    const pk_shape own = *pk__branch_shape(parser);
+    size_t from[PK_SHAPE_RANK], strides[PK_SHAPE_RANK];
+    if (own.rank == shape->rank && memcmp(own.dims, shape->dims, (size_t)own.rank * sizeof *own.dims) == 0)
+        return PK_OK;
+    pk__shape_strides(&own, from);
+    for (int i = 0; i < shape->rank; i++) {
+        const int axis = i - (shape->rank - own.rank);
+        strides[i] = axis >= 0 && own.dims[axis] > 1 ? from[axis] : 0;
+    }
+    return pk__append_view(parser, shape, strides, 0);
+}
+
+/* add NAME, subtract NAME, multiply NAME: axes of one number, and missing ones in front, are repeated. */
+static pk_status pk__pair_layer(pk__parser *parser, const pk__layer *layer)
+{
+    pk_context *context = parser->context;
+    int nodes[2] = {parser->node, 0};
+    char texts[2][PK_SHAPE_TEXT];
+    pk_status status = pk__check_words(parser, layer, 1, 1, "the name of a value");
+    if (!status)
+        status = pk__find_value(parser, layer->words[0], layer->words[1], &nodes[1]);
+    if (status)
+        return status;
+    const pk_shape a = parser->graph->nodes[nodes[0]].shape, b = parser->graph->nodes[nodes[1]].shape;
+    pk_shape shape = a.rank >= b.rank ? a : b;
+    for (int i = 1; i <= shape.rank; i++) {
+        const size_t m = i <= a.rank ? a.dims[a.rank - i] : 1, n = i <= b.rank ? b.dims[b.rank - i] : 1;
+        if (m != n && m != 1 && n != 1)
+            return pk__fail(context, PK_SHAPE, "%s: values of %s and of %s ('%.40s') do not fit",
+                            layer->words[0], pk_shape_text(&a, texts[0]), pk_shape_text(&b, texts[1]),
+                            layer->words[1]);
+        shape.dims[shape.rank - i] = m > n ? m : n;
+    }
+    for (int j = 0; j < 2 && !status; j++) {
+        parser->node = nodes[j];
+        status = pk__append_broadcast(parser, &shape);
+        if (!status && j && strcmp(layer->words[0], "subtract") == 0)
+            status = pk__append_scale(parser, -1);
+        nodes[j] = parser->node;
+    }
+    const char *name = strcmp(layer->words[0], "multiply") == 0 ? "multiply" : "add";
+    return status ? status
+                  : pk__graph_append(context, parser->graph, pk_operation_find(name), 2, nodes, NULL, 0, NULL,
+                                     NULL, &parser->node);
+}
+
+/* matmul NAME [transpose]: the value in hand times the named one, or its transpose. */
+static pk_status pk__matmul_layer(pk__parser *parser, const pk__layer *layer)
+{
+    int nodes[2] = {parser->node, 0};
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__check_words(parser, layer, 1, 2, "the name of a value, and perhaps 'transpose'");
+    if (!status && layer->count > 2 && strcmp(layer->words[2], "transpose") != 0)
+        status = pk__fail(parser->context, PK_FORMAT,
+                          "'%.40s' is not an option of matmul; possible is 'transpose'", layer->words[2]);
+    if (!status)
+        status = pk__find_value(parser, "matmul", layer->words[1], &nodes[1]);
+    attributes[PK_MATMUL_TRANSPOSED] = layer->count > 2;
+    return status ? status
+                  : pk__graph_append(parser->context, parser->graph, pk_operation_find("matmul"), 2, nodes,
+                                     attributes, 0, NULL, NULL, &parser->node);
+}
+
+/* concat AXIS NAME ...: the value in hand, then the named ones. */
+static pk_status pk__concat_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__check_words(parser, layer, 2, PK__LAYER_WORDS, "an axis and the names of values");
+    if (!status)
+        status = pk__whole_word(parser, layer, 1, &attributes[PK_VALUES_AXIS]);
+    for (int i = 2; i < layer->count && !status;) {
+        int nodes[PK_NODE_INPUTS] = {parser->node}, count = 1;
+        while (!status && count < PK_NODE_INPUTS && i < layer->count)
+            status = pk__find_value(parser, "concat", layer->words[i++], &nodes[count++]);
+        if (!status)
+            status = pk__graph_append(parser->context, parser->graph, pk_operation_find("concatenate"), count,
+                                      nodes, attributes, 0, NULL, NULL, &parser->node);
+    }
+    return status;
+}
+
+/* slice AXIS FIRST COUNT, permute AXIS ...: axis i of the result is that axis of the value. */
+static pk_status pk__view_layer(pk__parser *parser, const pk__layer *layer)
+{
+    pk_context *context = parser->context;
+    const pk_shape from = *pk__branch_shape(parser);
+    const int slice = strcmp(layer->words[0], "slice") == 0, words = slice ? 3 : from.rank;
+    pk_shape shape = from;
+    size_t own[PK_SHAPE_RANK], strides[PK_SHAPE_RANK], offset = 0;
+    double number[PK_SHAPE_RANK] = {0};
+    char text[PK_SHAPE_TEXT];
+    unsigned seen = 0;
+    pk_status status = pk__check_words(parser, layer, words, words,
+                                       slice ? "an axis, the first index and how many" : "every axis once");
+    for (int i = 0; i < words && !status; i++) {
+        status = pk__whole_word(parser, layer, i + 1, &number[i]);
+        if (!status && (!slice || i == 0) && number[i] >= from.rank)
+            status = pk__fail(context, PK_SHAPE, "%s: values of %s have no axis %g", layer->words[0],
+                              pk_shape_text(&from, text), number[i]);
+    }
+    if (status)
+        return status;
+    pk__shape_strides(&from, own);
+    memcpy(strides, own, sizeof strides);
+    for (int i = 0; i < words && !slice; i++) {
+        seen |= 1u << (int)number[i];
+        shape.dims[i] = from.dims[(int)number[i]];
+        strides[i] = own[(int)number[i]];
+    }
+    if (!slice && seen != (1u << from.rank) - 1)
+        return pk__fail(context, PK_SHAPE, "permute: every axis of %s has to come once",
+                        pk_shape_text(&from, text));
+    if (slice) {
+        const int axis = (int)number[0];
+        if (number[2] < 1 || number[1] + number[2] > (double)from.dims[axis])
+            return pk__fail(context, PK_SHAPE, "slice: %g numbers from %g on, along axis %d of %s", number[2],
+                            number[1], axis, pk_shape_text(&from, text));
+        shape.dims[axis] = (size_t)number[2];
+        offset = (size_t)number[1] * own[axis];
+    }
+    return pk__append_view(parser, &shape, strides, offset);
+}
+
+/* sum AXIS, mean AXIS. */
+static pk_status pk__sum_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_shape from = *pk__branch_shape(parser);
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_status status = pk__check_words(parser, layer, 1, 1, "an axis");
+    if (!status)
+        status = pk__whole_word(parser, layer, 1, &attributes[PK_VALUES_AXIS]);
+    if (!status)
+        status = pk__append(parser, "sum", attributes, 0, NULL);
+    return status || strcmp(layer->words[0], "sum") == 0
+               ? status
+               : pk__append_scale(parser, 1 / (double)from.dims[(int)attributes[PK_VALUES_AXIS]]);
+}
+
+/* reshape SHAPE, parameter SHAPE. */
+static pk_status pk__shape_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    pk_shape shape;
+    pk_status status = pk__check_words(parser, layer, 1, 1, "a shape such as 4x8");
+    if (!status)
+        status = pk__parse_shape(parser->context, layer->words[1], &shape);
+    if (status)
+        return status;
+    attributes[PK_VALUES_RANK] = shape.rank;
+    for (int i = 0; i < shape.rank; i++)
+        attributes[PK_VALUES_DIMS + i] = (double)shape.dims[i];
+    if (strcmp(layer->words[0], "parameter") == 0)
+        parser->node = 0; /* it depends on weights alone */
+    return pk__append(parser, layer->words[0], attributes, 0, NULL);
 }
 
 static pk_status pk__refused_layer(pk__parser *parser, const pk__layer *layer)
@@ -11715,12 +13450,56 @@ static const struct {
     const char *name;
     pk_status (*build)(pk__parser *parser, const pk__layer *layer);
 } pk__composites[] = {
-    {"dense", pk__weights_layer},      {"conv", pk__weights_layer},        {"position", pk__position_layer},
-    {"propagate", pk__constant_layer}, {"constant", pk__constant_layer},   {"fourier", pk__fourier_layer},
-    {"select", pk__select_layer},      {"dropout", pk__refused_layer},     {"layer_norm", pk__norm_layer},
-    {"rms_norm", pk__norm_layer},      {"batch_norm", pk__constant_layer}, {"attention", pk__attention_layer},
+    {"dense", pk__weights_layer},
+    {"conv", pk__weights_layer},
+    {"position", pk__position_layer},
+    {"propagate", pk__constant_layer},
+    {"constant", pk__constant_layer},
+    {"fourier", pk__fourier_layer},
+    {"select", pk__select_layer},
+    {"dropout", pk__refused_layer},
+    {"layer_norm", pk__norm_layer},
+    {"rms_norm", pk__norm_layer},
+    {"batch_norm", pk__constant_layer},
+    {"attention", pk__attention_layer},
     {"max_pool", pk__max_pool_layer},
+    {"as", pk__name_layer_value},
+    {"from", pk__name_layer_value},
+    {"add", pk__pair_layer},
+    {"subtract", pk__pair_layer},
+    {"multiply", pk__pair_layer},
+    {"matmul", pk__matmul_layer},
+    {"concat", pk__concat_layer},
+    {"slice", pk__view_layer},
+    {"permute", pk__view_layer},
+    {"sum", pk__sum_layer},
+    {"mean", pk__sum_layer},
+    {"reshape", pk__shape_layer},
+    {"parameter", pk__shape_layer},
+    {"prelu", pk__prelu_layer},
+    {"softmin", pk__softmin_layer},
+    {"group_norm", pk__group_norm_layer},
+    {"instance_norm", pk__group_norm_layer},
+    {"adaptive_max_pool", pk__adaptive_max_layer},
 };
+
+/* Whether a name is a layer's: dropout is refused. */
+static int pk__is_layer(const char *name)
+{
+    return !pk__is_part(name) && strcmp(name, "dropout") != 0;
+}
+
+PK_API const char *pk_network_layer(size_t index)
+{
+    const pk_operation *operation;
+    for (size_t i = 0; (operation = pk_operation_at(i)) != NULL; i++)
+        if (pk__is_layer(operation->name) && index-- == 0)
+            return operation->name;
+    for (size_t i = 0; i < sizeof pk__composites / sizeof *pk__composites; i++)
+        if (pk__is_layer(pk__composites[i].name) && !pk_operation_find(pk__composites[i].name) && index-- == 0)
+            return pk__composites[i].name;
+    return index == 0 ? "residual" : NULL;
+}
 
 /* input SHAPE, the first layer. */
 static pk_status pk__input_layer(pk__parser *parser, const pk__layer *layer)
@@ -11756,8 +13535,6 @@ static pk_status pk__unknown_layer(pk__parser *parser, const char *word)
     pk_status status = pk__check_word(context, word);
     if (status)
         return status;
-    if (strcmp(word, "add") == 0)
-        return pk__fail(context, PK_FORMAT, "'add' is no layer: 'residual' adds its branches");
     if (strcmp(word, "input") == 0)
         return pk__fail(context, PK_FORMAT, "'input' is the first layer, and no other one");
     if (strcmp(word, "residual") == 0)
@@ -11777,7 +13554,7 @@ static pk_status pk__build_layer(pk__parser *parser, const pk__layer *layer)
             return pk__composites[i].build(parser, layer);
     const pk_operation *operation = pk__named_operation(parser->context, layer->words[0]);
     double attributes[PK_NODE_ATTRIBUTES];
-    if (!operation || strcmp(operation->name, "add") == 0)
+    if (!operation || pk__is_part(operation->name))
         return pk__unknown_layer(parser, layer->words[0]);
     pk_status status = pk__plain_layer(parser, layer, operation, attributes);
     return status ? status : pk__append(parser, operation->name, attributes, 0, NULL);
@@ -11854,7 +13631,8 @@ static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__
                         "%s: tied=%.40s: behind the name, '.weight' and '.bias' are possible", layer,
                         words->tied);
     for (size_t i = 0; i < parser->named_count; i++)
-        if (strncmp(parser->named[i].name, words->tied, length) == 0 && !parser->named[i].name[length])
+        if (parser->named[i].last && strncmp(parser->named[i].name, words->tied, length) == 0 &&
+            !parser->named[i].name[length])
             named = &parser->named[i];
     if (!named)
         return pk__fail(parser->context, PK_FORMAT, "%s: tied=%.40s: no layer before it says name=%.*s", layer,
@@ -11862,11 +13640,10 @@ static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__
     size_t n = pk__next_weights(graph, first, last), o = pk__next_weights(graph, named->first, named->last);
     for (; n < last && o < named->last;
          n = pk__next_weights(graph, n + 1, last), o = pk__next_weights(graph, o + 1, named->last))
-        for (int tensor = 0; tensor < 2; tensor++) {
+        for (int tensor = 0; tensor < PK_NODE_TENSORS; tensor++) {
             const int wanted = *part && (strcmp(part, ".bias") == 0) == tensor;
             if (*part ? !wanted
-                      : !pk__tensor_count(&graph->nodes[n], tensor) ||
-                            !pk__tensor_count(&graph->nodes[o], tensor))
+                      : tensor >= graph->nodes[n].tensor_count || tensor >= graph->nodes[o].tensor_count)
                 continue;
             char name[PK__LAYER_TEXT];
             snprintf(name, sizeof name, "%.60s tied=%.60s", layer, words->tied);
@@ -11882,10 +13659,13 @@ static pk_status pk__tie_layer(pk__parser *parser, const char *layer, const pk__
     return PK_OK;
 }
 
-/* Remembers a layer that names itself. */
-static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first)
+/* Remembers a layer that names itself, or, with last == 0, a value. */
+static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const char *name, size_t first,
+                                size_t last)
 {
     pk_status status = pk__check_name(parser->context, layer, name, strlen(name));
+    if (!status && strcmp(name, "input") == 0)
+        status = pk__fail(parser->context, PK_FORMAT, "%s: 'input' is the name of the network's inputs", layer);
     for (size_t i = 0; !status && i < parser->named_count; i++)
         if (strcmp(parser->named[i].name, name) == 0)
             status = pk__fail(parser->context, PK_FORMAT, "%s: a layer before it has the name '%.40s' already",
@@ -11907,7 +13687,7 @@ static pk_status pk__name_nodes(pk__parser *parser, const char *layer, const cha
     pk__named_layer *to = &parser->named[parser->named_count++];
     memcpy(to->name, name, strlen(name) + 1);
     to->first = first;
-    to->last = parser->graph->node_count;
+    to->last = last;
     return PK_OK;
 }
 
@@ -11930,7 +13710,9 @@ static pk_status pk__add_layer(pk__parser *parser, const pk__layer *layer)
                         rest.words[0], words.tied ? "tied=" : "name=");
     if (words.tied)
         status = pk__tie_layer(parser, rest.words[0], &words, first);
-    return status || !words.name ? status : pk__name_nodes(parser, rest.words[0], words.name, first);
+    return status || !words.name
+               ? status
+               : pk__name_nodes(parser, rest.words[0], words.name, first, parser->graph->node_count);
 }
 
 /* ---- the language ---------------------------------------------------------------------------------- */
@@ -12070,29 +13852,36 @@ static pk_status pk__parse_residual(pk__parser *parser)
     return status ? status : pk__append_add(parser, shortcut);
 }
 
+/* One layer, and what stands behind it. */
+static pk_status pk__parse_layer(pk__parser *parser)
+{
+    if (parser->number > PK__NETWORK_LAYERS)
+        return pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS);
+    pk_status status = pk__split_layer(parser, &parser->layer);
+    if (status)
+        return status;
+    status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
+    if (status)
+        return status;
+    if (parser->full)
+        return pk__fail(parser->context, PK_FORMAT,
+                        "the network's text is longer than the %d characters that a run directory records",
+                        PK__NETWORK_TEXT);
+    if (parser->depth > 0 || !*parser->at || *parser->at == ';')
+        return PK_OK;
+    return pk__fail(parser->context, PK_FORMAT,
+                    *parser->at == ')'   ? "')' outside of a residual: there is no '(' for it"
+                    : *parser->at == '(' ? "'(' behind the ')' of a residual; a ';' is missing"
+                                         : "'|' outside of a residual, whose two branches it separates; layers "
+                                           "are separated by ';'");
+}
+
 /* Layers up to what is no ';'. Of a failure, the number of the innermost layer is kept. */
 static pk_status pk__parse_layers(pk__parser *parser)
 {
     for (;;) {
         const int number = ++parser->number;
-        pk_status status = number > PK__NETWORK_LAYERS
-                               ? pk__fail(parser->context, PK_FORMAT, "more than %d layers", PK__NETWORK_LAYERS)
-                               : pk__split_layer(parser, &parser->layer);
-        if (!status)
-            status = *parser->at == '(' ? pk__parse_residual(parser) : pk__add_layer(parser, &parser->layer);
-        if (!status && parser->full)
-            status =
-                pk__fail(parser->context, PK_FORMAT,
-                         "the network's text is longer than the %d characters that a run directory records",
-                         PK__NETWORK_TEXT);
-        if (!status && parser->depth == 0 && *parser->at && *parser->at != ';')
-            status = pk__fail(
-                parser->context, PK_FORMAT,
-                *parser->at == ')' ? "')' outside of a residual: there is no '(' for it"
-                : *parser->at == '('
-                    ? "'(' behind the ')' of a residual; a ';' is missing"
-                    : "'|' outside of a residual, whose two branches it separates; layers are separated "
-                      "by ';'");
+        pk_status status = pk__parse_layer(parser);
         if (status) {
             if (!parser->failed)
                 parser->failed = number;
@@ -12139,7 +13928,7 @@ PK_API pk_status pk_network_parse_with(pk_context *context, const char *text, co
         if (status)
             status = pk__name_layer(context, status, parser.failed);
         else
-            status = pk__graph_pieces(context, graph);
+            pk__graph_list(graph);
         pk_release(context, parser.named);
     }
     if (!status) {
@@ -12202,9 +13991,9 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
                                        pk_real *weights)
 {
     if (!graph->node_count || !weights)
-        return pk__fail(context, PK_ARGUMENT, "initialisation needs a network and room for its weights");
+        return pk__fail(context, PK_ARGUMENT, "initialization needs a network and room for its weights");
     pk_real *flat = weights;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);
         if (status)
             return status;
@@ -12220,12 +14009,15 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
             pk__initialize_matrix(PK_INITIAL_DEFAULT, 1, graph->nodes[node->inputs[0]].width, 1,
                                   node->weight_count, &random, weights + node->weight_offset);
     }
-    for (size_t i = 0; i < graph->piece_count; i++) /* a shared tensor starts as where it first stands */
-        if (graph->pieces[i].owner == graph->pieces[i].node)
-            memcpy(flat + graph->pieces[i].flat, weights + graph->pieces[i].spread,
-                   graph->pieces[i].count * sizeof *flat);
-    if (graph->pieces)
-        pk_release(context, weights);
+    if (!graph->tied)
+        return PK_OK;
+    for (size_t b = 0; b < graph->block_count; b++) { /* its first use initializes a block */
+        const pk_weight_block *block = &graph->blocks[b];
+        const pk_node *node = &graph->nodes[block->uses[0].node];
+        memcpy(flat + block->first, weights + node->weight_offset + node->tensors[block->uses[0].tensor].first,
+               block->count * sizeof *flat);
+    }
+    pk_release(context, weights);
     return PK_OK;
 }
 
@@ -12427,7 +14219,7 @@ static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y
         product[j] = fabs((double)f[j] - y[j]) < 1 ? (pk_real)(v[j] / (double)outputs) : 0;
 }
 
-/* ---- what targets must be: NULL, or the words for what is asked ------------------------------------- */
+/* ---- checks of targets: NULL, or the words for what is required ------------------------------------- */
 
 static const char *pk__accept_any(size_t outputs, const pk_real *y)
 {
@@ -12469,18 +14261,47 @@ typedef struct pk__loss_rule {
     double (*evaluate)(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient);
     void (*curvature)(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v, pk_real *product);
     const char *(*accept)(size_t outputs, const pk_real *y);
-    int classes; /* integer targets are classes for one output, too */
+    int classes; /* integer targets are classes even with one output */
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
-    {PK_SQUARED, "squared", pk__squared, pk__squared_hessian, pk__accept_any, 0},
-    {PK_MEAN_SQUARED, "mean_squared", pk__mean_squared, pk__mean_squared_hessian, pk__accept_any, 0},
-    {PK_SOFTMAX_CROSS_ENTROPY, "softmax_cross_entropy", pk__softmax_cross_entropy, pk__softmax_hessian,
-     pk__accept_masses, 1},
-    {PK_LOGISTIC, "logistic", pk__logistic, pk__logistic_hessian, pk__accept_probabilities, 0},
-    {PK_NLL, "nll", pk__nll, pk__no_hessian, pk__accept_masses, 1},
-    {PK_HUBER, "huber", pk__huber, pk__huber_hessian, pk__accept_any, 0},
-    {PK_HINGE, "hinge", pk__hinge, pk__no_hessian, pk__accept_class, 0},
+    {.loss = PK_SQUARED,
+     .name = "squared",
+     .evaluate = pk__squared,
+     .curvature = pk__squared_hessian,
+     .accept = pk__accept_any},
+    {.loss = PK_MEAN_SQUARED,
+     .name = "mean_squared",
+     .evaluate = pk__mean_squared,
+     .curvature = pk__mean_squared_hessian,
+     .accept = pk__accept_any},
+    {.loss = PK_SOFTMAX_CROSS_ENTROPY,
+     .name = "softmax_cross_entropy",
+     .evaluate = pk__softmax_cross_entropy,
+     .curvature = pk__softmax_hessian,
+     .accept = pk__accept_masses,
+     .classes = 1},
+    {.loss = PK_LOGISTIC,
+     .name = "logistic",
+     .evaluate = pk__logistic,
+     .curvature = pk__logistic_hessian,
+     .accept = pk__accept_probabilities},
+    {.loss = PK_NLL,
+     .name = "nll",
+     .evaluate = pk__nll,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_masses,
+     .classes = 1},
+    {.loss = PK_HUBER,
+     .name = "huber",
+     .evaluate = pk__huber,
+     .curvature = pk__huber_hessian,
+     .accept = pk__accept_any},
+    {.loss = PK_HINGE,
+     .name = "hinge",
+     .evaluate = pk__hinge,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_class},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
@@ -12591,9 +14412,9 @@ PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_datas
         return pk__fail(context, PK_ARGUMENT, "targets: a dataset and at least one output are needed");
     pk_real *target = NULL;
     pk_status status = pk__dataset_check_targets(context, dataset, outputs);
-    if (status == PK_OK)
+    if (!status)
         status = pk_allocate(context, outputs, sizeof *target, "one target", &target);
-    if (status == PK_OK)
+    if (!status)
         status = pk__loss_check_rows(context, rule, &dataset->targets, outputs, target);
     pk_release(context, target);
     return status;
@@ -12620,8 +14441,8 @@ typedef struct pk__gradient_group {
     size_t not_finite; /* position in the batch, SIZE_MAX: none */
 } pk__gradient_group;
 
-/* How a batch is cut: blocks of examples that one thread takes at a time, groups of consecutive blocks that
- * share a partial gradient. By shapes only. */
+/* How a batch is divided: into blocks of examples, one task of a thread each, and into groups of consecutive blocks that
+ * share a partial gradient. It depends on shapes only. */
 typedef struct pk__gradient_plan {
     size_t block, blocks, groups;
 } pk__gradient_plan;
@@ -12636,7 +14457,7 @@ PK__PRIVATE pk__gradient_plan pk__gradient_cut(size_t parameters, size_t count)
     return plan;
 }
 
-/* Multiplications of a forward pass with one row, about: what a thread is worth being started for. */
+/* The approximate number of multiplications in a forward pass with one row, from which follows how many threads pay. */
 PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 {
     double work = 0;
@@ -12645,7 +14466,7 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
     return work;
 }
 
-/* workspace: graph, largest_batch and threads are set. */
+/* Takes the workspace's arrays; its graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
     pk__gradient_plan plan = pk__gradient_cut(graph->spread, workspace->largest_batch);
@@ -12656,7 +14477,7 @@ PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_g
     workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
     workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
     workspace->spread =
-        graph->pieces ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
+        graph->tied ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -12687,19 +14508,13 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__gradient_take(&arena, graph, &taken);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "gradient: the memory for batches of %zu overflows",
-                        largest_batch);
-    void *memory = NULL;
-    pk_status status = pk_allocate(context, arena.used, 1, "the workspace of the batch gradient", &memory);
-    if (status != PK_OK)
+    pk_status status;
+    do
+        pk__gradient_take(&arena, graph, &taken);
+    while (pk__arena_again(context, &arena, "the workspace of the batch gradient", &status));
+    if (status)
         return status;
-    arena.base = memory;
-    arena.capacity = arena.used;
-    arena.used = 0;
-    pk__gradient_take(&arena, graph, &taken);
-    taken.memory = memory;
+    taken.memory = arena.base;
     *workspace = taken;
     return PK_OK;
 }
@@ -12721,7 +14536,7 @@ typedef struct pk__gradient_job {
     pk__gradient_plan plan;
 } pk__gradient_job;
 
-/* The losses of the rows of a block that went forward, and their weighted gradients as the tape's seed. */
+/* Computes the losses of a block's rows after the forward pass, and sets the tape's seeds to their weighted gradients. */
 static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *lane, size_t first, size_t rows,
                               pk__gradient_group *sum)
 {
@@ -12743,7 +14558,7 @@ static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *la
     }
 }
 
-/* gradient += the other groups' parts, in order, for one range of the parameters; whether it is finite. */
+/* Adds the other groups' partial gradients in order, for one range of the parameters. Returns whether all is finite. */
 static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, size_t groups,
                                      size_t parameters, size_t first, size_t count)
 {
@@ -12757,7 +14572,7 @@ static int pk__gradient_reduce_range(pk_real *gradient, const pk_real *partial, 
     return pk__all_finite(sum, count);
 }
 
-/* The rows of a block, by several threads where they are long. */
+/* Reads the rows of a block, with several threads if they are long. */
 static void pk__gradient_inputs(const pk__gradient_job *job, const pk__tape *tape, size_t first, size_t rows,
                                 pk_real *inputs)
 {
@@ -12777,7 +14592,7 @@ static void pk__gradient_inputs(const pk__gradient_job *job, const pk__tape *tap
     pk__team_end(&team);
 }
 
-/* gradient = the part of one group of blocks. */
+/* gradient := the partial gradient of one group of blocks. */
 static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk__gradient_lane *lane,
                                    pk__gradient_group *result, pk_real *gradient)
 {
@@ -12802,7 +14617,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     *result = sum;
 }
 
-/* The same for all parameters. Ranges are independent; so many of all groups are worth a region of several threads. */
+/* The same for all parameters, with several threads if there are many. */
 enum { PK__REDUCE_WORTH = 64 };
 PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, const pk_real *partial,
                                     size_t groups, size_t parameters, int threads)
@@ -12827,7 +14642,7 @@ PK__PRIVATE int pk__gradient_reduce(pk_context *context, pk_real *gradient, cons
     return finite;
 }
 
-/* Whether a batch fits a dataset and a network; name is for messages. */
+/* Checks a batch against a dataset and a network; messages begin with `name`. */
 PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name, const pk_graph *graph,
                                           const pk__loss_rule *rule, const pk_dataset *dataset,
                                           const pk_batch *batch)
@@ -12840,7 +14655,7 @@ PK__PRIVATE pk_status pk__batch_arguments(pk_context *context, const char *name,
     size_t examples = inputs->rank < 1 ? 0 : inputs->shape[0], outputs = graph->output_width;
     pk_status status =
         pk_array_check_rows(context, inputs, graph->input_shape.rank, graph->input_shape.dims, "inputs");
-    if (status != PK_OK)
+    if (status)
         return status;
     if (targets->rank < 1 || targets->shape[0] != examples || !pk__fit_outputs(targets, outputs))
         return pk__fail(context, PK_SHAPE, "%s: %zu targets of %zu numbers for %zu examples and %zu outputs",
@@ -12861,7 +14676,7 @@ static pk_status pk__gradient_arguments(pk_context *context, const pk_graph *gra
     if (!graph || !batch || !workspace || (graph->parameters && (!weights || !gradient)))
         return pk__fail(context, PK_ARGUMENT, "gradient: an argument is NULL");
     pk_status status = pk__batch_arguments(context, "gradient", graph, rule, dataset, batch);
-    if (status == PK_OK && (workspace->graph != graph || batch->count > workspace->largest_batch))
+    if (!status && (workspace->graph != graph || batch->count > workspace->largest_batch))
         return pk__fail(context, PK_ARGUMENT, "gradient: the workspace is for batches of up to %zu%s, not %zu",
                         workspace->largest_batch, workspace->graph != graph ? " of another graph" : "",
                         batch->count);
@@ -12875,11 +14690,11 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     pk__gradient_job job = {pk__loss_find(loss), weights, dataset, batch, {0, 0, 0}};
     pk_status status =
         pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
-    if (status != PK_OK)
+    if (status)
         return status;
     const size_t parameters = graph->spread;
     pk_real *flat = gradient;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, weights, workspace->spread);
         job.weights = workspace->spread;
         gradient = workspace->spread + parameters;
@@ -12914,7 +14729,7 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
     }
     const int finite = pk__gradient_reduce(context, gradient, workspace->partial, groups, parameters,
                                            inside ? inside : threads);
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_gather(graph, gradient, gradient);
         memcpy(flat, gradient, graph->parameters * sizeof *flat);
     }
@@ -12966,7 +14781,7 @@ typedef struct pk__sweep {
     const pk__loss_rule *rule;
     size_t rows, copies; /* cotangents a row; 0: no reverse */
     int tangents, second;
-    /* Takes rows first ..., whose inputs are in the lane; adds to sum where there is one. The first of them with a
+    /* Computes the rows from `first` on, whose inputs are in the lane, and adds to sum if there is one. Returns the first with a
      * result that is not finite, or SIZE_MAX. */
     size_t (*block)(const struct pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows,
                     pk_real *sum);
@@ -12984,7 +14799,7 @@ static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows
     pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
     lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
-    lane->spread = graph->pieces && sweep->of_weights.data
+    lane->spread = graph->tied && sweep->of_weights.data
                        ? pk__arena_take(arena, graph->spread, sizeof *lane->spread)
                        : NULL;
     if (!sweep->second)
@@ -13017,8 +14832,8 @@ static void pk__sweep_inputs(const pk__sweep *sweep, size_t first, size_t rows, 
             memcpy(to + r * width, sweep->inputs.data + (first + r) * sweep->inputs.ld, width * sizeof *to);
 }
 
-/* A group of blocks, which a thread takes at a time, and which has its own sum. The first row with a result that is
- * not finite, or SIZE_MAX. */
+/* Computes a group of blocks, one task of a thread, with a sum of its own. Returns the first row with a result that is not
+ * finite, or SIZE_MAX. */
 static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *plan, size_t group,
                               unsigned char *memory, size_t bytes, pk_real *sum)
 {
@@ -13038,7 +14853,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     return bad;
 }
 
-/* Checks the rows, takes the memory, runs the blocks: at weights and to a sum in the spread vector's layout. */
+/* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the spread vector. */
 static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
@@ -13104,7 +14919,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
     const size_t spread = graph->spread;
-    if (!graph->pieces)
+    if (!graph->tied)
         return pk__sweep_spread(context, sweep);
     pk__sweep own = *sweep;
     pk_real *numbers = NULL;
@@ -13129,7 +14944,7 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 
 /* ---- blocks -------------------------------------------------------------------------------------------- */
 
-/* Row r of the block's cotangents of the outputs: given, or of the losses. */
+/* Sets row r of the seeds to the given cotangents, or to the gradient of the loss. */
 static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t row, const pk_real *f,
                            pk_real *seed)
 {
@@ -13195,8 +15010,8 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
         if (sweep->of_weights.data) {
             pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
             pk__sweep_row_gradient(sweep, tape, at / copies, at % copies,
-                                   graph->pieces ? lane->spread : gradient);
-            if (graph->pieces) {
+                                   graph->tied ? lane->spread : gradient);
+            if (graph->tied) {
                 pk_graph_gather(graph, lane->spread, lane->spread);
                 memcpy(gradient, lane->spread, graph->parameters * sizeof *gradient);
             }
@@ -13213,7 +15028,7 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
     return bad;
 }
 
-/* Forward, and the tangents along the directions; those of the outputs. */
+/* A forward pass with tangents along the directions; copies those of the outputs. */
 static const pk_real *pk__sweep_push(const pk__sweep *sweep, pk__sweep_lane *lane, size_t first, size_t rows)
 {
     const size_t inputs = sweep->graph->input_width, last = sweep->graph->node_count - 1;
@@ -13271,7 +15086,7 @@ static void pk__sweep_second_node(const pk__sweep *sweep, const pk__sweep_lane *
     for (int j = 0; j < node->input_count; j++)
         call.accumulate[j] = 1;
     call.out_cotangent = tape->cotangent[n];
-    if (node->operation->smoothness == PK_SMOOTH)
+    if (node->operation->smoothness == PK_SMOOTH || node->operation->smoothness == PK_MULTILINEAR)
         node->operation->curvature(&call);
     if (node->weight_count && sweep->direction) {
         call.weights = sweep->direction + node->weight_offset;
@@ -13383,12 +15198,12 @@ static size_t pk__sweep_mixed(const pk__sweep *sweep, pk__sweep_lane *lane, size
         int finite = 1;
         if (sweep->of_weights.data) {
             pk_real *to = sweep->of_weights.data + (first + r) * sweep->of_weights.ld;
-            pk_real *gradient = graph->pieces ? lane->spread : to;
+            pk_real *gradient = graph->tied ? lane->spread : to;
             memset(gradient, 0, graph->spread * sizeof *gradient);
             for (size_t n = 1; n < graph->node_count; n++)
                 if (graph->nodes[n].weight_count)
                     pk__sweep_second_gradient(sweep, lane, &graph->nodes[n], r, 1, gradient);
-            if (graph->pieces) {
+            if (graph->tied) {
                 pk_graph_gather(graph, lane->spread, lane->spread);
                 memcpy(to, lane->spread, graph->parameters * sizeof *to);
             }
@@ -13422,7 +15237,8 @@ static pk_status pk__check_second(pk_context *context, const char *name, const p
             why = "has a surrogate for a derivative";
         else if (node->weight_count && operation->smoothness != PK_LINEAR)
             why = "has weights and is not linear in its inputs";
-        else if (operation->smoothness == PK_SMOOTH && !operation->curvature)
+        else if ((operation->smoothness == PK_SMOOTH || operation->smoothness == PK_MULTILINEAR) &&
+                 !operation->curvature)
             why = "has no curvature rule";
         if (why)
             return pk__fail(context, PK_UNSUPPORTED, "%s: node %zu, %s, %s: no second derivatives", name, n,
@@ -13486,7 +15302,7 @@ static pk_status pk__sweep_matrix(pk_context *context, const char *name, const c
     return PK_OK;
 }
 
-/* A sweep over inputs at weights, checked; the rest of it is zero. */
+/* Checks the arguments of a sweep over inputs and sets them; its other fields are zero. */
 static pk_status pk__sweep_begin(pk_context *context, const char *name, const pk_graph *graph,
                                  const pk_real *weights, pk_matrix inputs, pk__sweep *sweep)
 {
@@ -13499,7 +15315,7 @@ static pk_status pk__sweep_begin(pk_context *context, const char *name, const pk
     return status ? status : pk__sweep_matrix(context, name, "inputs", inputs, inputs.rows, graph->input_width);
 }
 
-/* Whether the results (those with data) overlap nothing. */
+/* Checks that no result overlaps an argument or another result. */
 static pk_status pk__sweep_results(pk_context *context, const char *name, size_t count, const pk_matrix *read,
                                    size_t results, const pk_matrix *written)
 {
@@ -13965,41 +15781,34 @@ typedef struct pk__optimizer_rule {
                         pk_real *preconditioner); /* form is zeroed */
 } pk__optimizer_rule;
 
-#define PK__KEY(field, range, standard)                        \
-    {                                                          \
-#field, offsetof(pk_optimizer, field), range, standard \
-    }
-#define PK__NO_KEY          \
-    {                       \
-        NULL, 0, PK__ANY, 0 \
+#define PK__KEY(field, allowed, value)                                                               \
+    {                                                                                                \
+        .name = #field, .offset = offsetof(pk_optimizer, field), .range = allowed, .standard = value \
     }
 static const pk__optimizer_rule pk__optimizer_rules[] = {
-    {PK_SGD,
-     "sgd",
-     {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0), PK__KEY(nesterov, PK__SWITCH, 0),
-      PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__NO_KEY, PK__NO_KEY},
-     pk__sgd_state_vectors,
-     pk__sgd_update,
-     pk__sgd_linear_form},
-    {PK_ADAM,
-     "adam",
-     {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-      PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__NO_KEY,
-      PK__NO_KEY},
-     pk__adam_state_vectors,
-     pk__adam_update,
-     pk__adam_linear_form},
-    {PK_ADAMW,
-     "adamw",
-     {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-      PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01), PK__NO_KEY,
-      PK__NO_KEY},
-     pk__adam_state_vectors,
-     pk__adamw_update,
-     pk__adam_linear_form},
+    {.kind = PK_SGD,
+     .name = "sgd",
+     .keys = {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0),
+              PK__KEY(nesterov, PK__SWITCH, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+     .state_vectors = pk__sgd_state_vectors,
+     .update = pk__sgd_update,
+     .linear_form = pk__sgd_linear_form},
+    {.kind = PK_ADAM,
+     .name = "adam",
+     .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+     .state_vectors = pk__adam_state_vectors,
+     .update = pk__adam_update,
+     .linear_form = pk__adam_linear_form},
+    {.kind = PK_ADAMW,
+     .name = "adamw",
+     .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01)},
+     .state_vectors = pk__adam_state_vectors,
+     .update = pk__adamw_update,
+     .linear_form = pk__adam_linear_form},
 };
 #undef PK__KEY
-#undef PK__NO_KEY
 
 static const pk__optimizer_rule *pk__optimizer_find(pk_optimizer_kind kind)
 {
@@ -14030,6 +15839,21 @@ static void pk__key_set(const pk__optimizer_key *key, pk_optimizer *optimizer, d
         memcpy(field, &flag, sizeof flag);
     else
         memcpy(field, &value, sizeof value);
+}
+
+PK_API const char *pk_optimizer_name(pk_optimizer_kind kind)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(kind);
+    return rule ? rule->name : NULL;
+}
+
+PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(kind);
+    for (size_t i = 0; rule && i < index; i++)
+        if (!rule->keys[i].name)
+            return NULL;
+    return rule ? rule->keys[index].name : NULL;
 }
 
 PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind)
@@ -14144,9 +15968,14 @@ PK__PRIVATE pk_status pk__optimizer_word(pk_context *context, const pk__optimize
            (strlen(rule->keys[index].name) != name || strncmp(rule->keys[index].name, text, name) != 0))
         index++;
     const pk__optimizer_key *key = &rule->keys[index];
-    if (!key->name)
-        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys", rule->name, shown,
-                        text);
+    if (!key->name) {
+        char names[128] = "";
+        for (const pk__optimizer_key *known = rule->keys; known->name; known++)
+            snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s",
+                     known == rule->keys ? "" : ", ", known->name);
+        return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not one of its keys: %s", rule->name,
+                        shown, text, names);
+    }
     if (text[name] != '=' || !pk__number(text + name + 1, length - name - 1, &value))
         return pk__fail(context, PK_FORMAT, "optimizer %s: '%.*s' is not %s=number", rule->name, shown, text,
                         key->name);
@@ -14174,6 +16003,20 @@ PK__PRIVATE size_t pk__key_text(const char *name, double value, char *text, size
     return (size_t)snprintf(text, size, " %s=%s", name, number);
 }
 
+static pk_status pk__unknown_optimizer(pk_context *context, const char *text, size_t length)
+{
+    const size_t count = sizeof pk__optimizer_rules / sizeof *pk__optimizer_rules;
+    char names[128] = "";
+    for (size_t i = 0; i < count; i++)
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s",
+                 i == 0          ? ""
+                 : i + 1 < count ? ", "
+                                 : " or ",
+                 pk__optimizer_rules[i].name);
+    return pk__fail(context, PK_FORMAT, "optimizer: '%.*s' is not %s", (int)(length < 40 ? length : 40), text,
+                    names);
+}
+
 PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_optimizer *optimizer)
 {
     const char *space = " \t";
@@ -14187,8 +16030,7 @@ PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_op
             strncmp(pk__optimizer_rules[i].name, text, length) == 0)
             rule = &pk__optimizer_rules[i];
     if (!rule)
-        return pk__fail(context, PK_FORMAT, "optimizer: '%.*s' is not sgd, adam or adamw",
-                        (int)(length < 40 ? length : 40), text);
+        return pk__unknown_optimizer(context, text, length);
     pk_optimizer parsed = pk_optimizer_default(rule->kind);
     unsigned seen = 0;
     for (text += length, text += strspn(text, space); *text; text += length, text += strspn(text, space)) {
@@ -14198,7 +16040,7 @@ PK_API pk_status pk_optimizer_parse(pk_context *context, const char *text, pk_op
             return status;
     }
     pk_status status = pk_optimizer_check(context, &parsed);
-    if (status == PK_OK)
+    if (!status)
         *optimizer = parsed;
     return status;
 }
@@ -14349,7 +16191,7 @@ static int pk__group_frozen(const pk_parameter_groups *groups, size_t group)
     return group && groups->group[group - 1].frozen;
 }
 
-/* The part of a range within first .. first + count - 1: how many, and how far from first. */
+/* The number of parameters of a range within [first, first + count); *at: where they begin, counted from `first`. */
 static size_t pk__range_part(const pk_parameter_range *range, size_t first, size_t count, size_t *at)
 {
     const size_t from = pk__max(range->first, first), to = pk__min(range->first + range->count, first + count);
@@ -14357,8 +16199,8 @@ static size_t pk__range_part(const pk_parameter_range *range, size_t first, size
     return to > from ? to - from : 0;
 }
 
-/* The update of parameters first .. first + count - 1, whose numbers `whole` points to. rates: of the groups at this step,
- * or NULL. */
+/* Computes the update of the parameters [first, first + whole->count), to whose numbers `whole` points. rates: those of the
+ * groups at this step, or NULL. */
 PK__PRIVATE void pk__groups_update(const pk_optimizer *optimizer, const pk_parameter_groups *groups,
                                    const double *rates, size_t first, const pk__update *whole)
 {
@@ -14385,8 +16227,8 @@ PK__PRIVATE void pk__groups_update(const pk_optimizer *optimizer, const pk_param
     }
 }
 
-/* The linear form of one group at a step, of count parameters with their state (or of none): p is a vector then, whatever
- * the rule. Frozen: all zero. */
+/* The linear form of one group at a step, for `count` parameters with their state. p is a vector, whatever the rule, so that
+ * groups can be stored side by side; it may be NULL. For a frozen group all is zero. */
 PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_parameter_groups *groups, size_t group,
                                 size_t step, double rate, const double *rates, size_t count, size_t apart,
                                 const pk_real *state, pk_linear_form *form, pk_real *p)
@@ -14400,7 +16242,7 @@ PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_paramete
     form->preconditioned = 1;
 }
 
-/* Gradients of tensors that are never updated do not count where the norm is clipped. */
+/* Sets the gradient of frozen tensors to zero, so that they do not count in the norm that is clipped. */
 PK__PRIVATE void pk__groups_forget_frozen(const pk_parameter_groups *groups, pk_real *gradient)
 {
     for (size_t r = 0; pk__is_grouped(groups) && r < groups->range_count; r++)
@@ -14418,7 +16260,7 @@ PK_API size_t pk_parameter_groups_state_vectors(const pk_optimizer *optimizer,
     return vectors;
 }
 
-/* The number at *text, which moves behind it; 0 where there is none. */
+/* Reads a number at *text and moves *text past it. Returns 0 if there is none. */
 static int pk__tensor_number(const char **text, size_t *number)
 {
     const char *from = *text;
@@ -14455,8 +16297,9 @@ static pk_status pk__group_tensors(pk_context *context, const char **line, size_
             if (groups->tensor[t] == number)
                 return pk__fail(context, PK_FORMAT, "tensor %zu stands twice in this group", t);
             if (groups->tensor[t])
-                return pk__fail(context, PK_FORMAT, "tensor %zu is in a group already, the %zuth", t,
-                                groups->tensor[t]);
+                return pk__fail(context, PK_FORMAT,
+                                "tensor %zu is in group %zu already; groups are numbered from 0", t,
+                                groups->tensor[t] - 1);
             groups->tensor[t] = number;
         }
     }
@@ -14504,17 +16347,17 @@ static pk_status pk__group_line(pk_context *context, const pk_optimizer *optimiz
 }
 
 /* Neighbouring tensors of one group are one range. */
-static void pk__group_ranges(const pk_weight_block *blocks, pk_parameter_groups *groups)
+static void pk__group_ranges(const pk_graph *graph, pk_parameter_groups *groups)
 {
     for (size_t t = 0; t < groups->tensor_count; t++) {
         pk_parameter_range *range = groups->range_count ? &groups->range[groups->range_count - 1] : NULL;
         if (!range || range->group != groups->tensor[t]) {
             range = &groups->range[groups->range_count++];
-            range->first = blocks[t].offset;
+            range->first = graph->blocks[t].first;
             range->count = 0;
             range->group = groups->tensor[t];
         }
-        range->count += blocks[t].count;
+        range->count += graph->blocks[t].count;
     }
 }
 
@@ -14526,18 +16369,17 @@ PK_API void pk_parameter_groups_release(pk_context *context, pk_parameter_groups
     memset(groups, 0, sizeof *groups);
 }
 
-/* *at: the line that is wrong. */
+/* pk_parameter_groups_parse without checks of its arguments; *at: the number of the line with an error. */
 PK__PRIVATE pk_status pk__groups_parse(pk_context *context, const pk_graph *graph,
                                        const pk_optimizer *optimizer, size_t count, const char *const *lines,
                                        pk_parameter_groups *groups, size_t *at)
 {
     pk_parameter_groups parsed;
-    pk_weight_block *blocks = NULL;
     memset(&parsed, 0, sizeof parsed);
     *at = 0;
     if (count) {
         parsed.count = count;
-        parsed.tensor_count = pk_graph_blocks(graph, NULL, 0);
+        parsed.tensor_count = graph->block_count;
         pk_status status = pk_allocate(context, count, sizeof *parsed.group, "parameter groups", &parsed.group);
         if (!status)
             status = pk_allocate(context, parsed.tensor_count, sizeof *parsed.range, "parameter ranges",
@@ -14545,18 +16387,14 @@ PK__PRIVATE pk_status pk__groups_parse(pk_context *context, const pk_graph *grap
         if (!status)
             status = pk_allocate(context, parsed.tensor_count, sizeof *parsed.tensor, "the groups of tensors",
                                  &parsed.tensor);
-        if (!status)
-            status = pk_allocate(context, parsed.tensor_count, sizeof *blocks, "the list of tensors", &blocks);
         if (!status) {
             memset(parsed.group, 0, count * sizeof *parsed.group);
             memset(parsed.tensor, 0, parsed.tensor_count * sizeof *parsed.tensor);
-            (void)pk_graph_blocks(graph, blocks, parsed.tensor_count);
         }
         for (; !status && *at < count; *at += !status)
             status = pk__group_line(context, optimizer, lines[*at], *at + 1, &parsed);
         if (!status)
-            pk__group_ranges(blocks, &parsed);
-        pk_release(context, blocks);
+            pk__group_ranges(graph, &parsed);
         if (status) {
             pk_parameter_groups_release(context, &parsed);
             return status;
@@ -14586,13 +16424,13 @@ PK_API pk_status pk_parameter_groups_parse(pk_context *context, const pk_graph *
     return pk__fail(context, status, "group %zu: %.*s", at, (int)sizeof message - 32, message);
 }
 
-/* The bytes that group lines take at most, all together. */
+/* The largest size of the text of all group lines, in bytes. */
 PK__PRIVATE size_t pk__groups_text_size(const pk_parameter_groups *groups)
 {
     return 24 * groups->tensor_count + 512 * groups->count + 1;
 }
 
-/* "group 1,3,5-7 weight_decay=0 rate=0.1\n" for each group, in canonical form: the same groups, the same text. */
+/* Writes "group 1,3,5-7 weight_decay=0 rate=0.1\n" for each group, in canonical form: equal groups have equal texts. */
 PK__PRIVATE void pk__groups_text(const pk_optimizer *optimizer, const pk_parameter_groups *groups, char *text,
                                  size_t size)
 {
@@ -14622,7 +16460,7 @@ PK__PRIVATE void pk__groups_text(const pk_optimizer *optimizer, const pk_paramet
         }
         if (group->rated && (group->rate != 1 || used == bare))
             used += pk__key_text("rate", group->rate, text + used, size - used);
-        else if (group->keys && used == bare) /* what it says is what holds anyway */
+        else if (group->keys && used == bare) /* its keys repeat the optimizer's values, but it needs one */
             used += pk__key_text(rule->keys[0].name, pk__key_get(&rule->keys[0], &group->optimizer),
                                  text + used, size - used);
         used += (size_t)snprintf(text + used, size - used, "\n");
@@ -14670,13 +16508,19 @@ typedef struct pk__run_file {
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
-    {"learning_rates.npy", PK_FLOAT64, 1, 0, 0, 0},   {"batch_offsets.npy", PK_INT64, 1, 0, 1, 0},
-    {"batch_items.npy", PK_INT64, 1, 0, 0, 0},        {"batch_weights.npy", PK_FLOAT64, 1, 1, 0, 0},
-    {"gradient_scales.npy", PK_FLOAT64, 1, 1, 0, 0},  {"group_rates.npy", PK_FLOAT64, 2, 1, 0, 0},
-    {"checksums.npy", PK_INT64, 1, 0, 1, 0},          {"second_moments.npy", (pk_type)0, 2, 1, 0, 0},
-    {"optimizer_states.npy", PK_FLOAT64, 2, 0, 1, 1}, {"weights.npy", (pk_type)0, 2, 0, 1, 1}};
+    [PK__RUN_RATES] = {.name = "learning_rates.npy", .type = PK_FLOAT64, .rank = 1},
+    [PK__RUN_OFFSETS] = {.name = "batch_offsets.npy", .type = PK_INT64, .rank = 1, .before = 1},
+    [PK__RUN_ITEMS] = {.name = "batch_items.npy", .type = PK_INT64, .rank = 1},
+    [PK__RUN_ITEM_WEIGHTS] = {.name = "batch_weights.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_SCALES] = {.name = "gradient_scales.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_GROUP_RATES] = {.name = "group_rates.npy", .type = PK_FLOAT64, .rank = 2, .optional = 1},
+    [PK__RUN_CHECKSUMS] = {.name = "checksums.npy", .type = PK_INT64, .rank = 1, .before = 1},
+    [PK__RUN_MOMENTS] = {.name = "second_moments.npy", .rank = 2, .optional = 1},
+    [PK__RUN_STATES] = {.name = "optimizer_states.npy", .type = PK_FLOAT64, .rank = 2, .before = 1, .kept = 1},
+    [PK__RUN_WEIGHTS] = {.name = "weights.npy", .rank = 2, .before = 1, .kept = 1},
+};
 
-/* Whether a run of this optimiser that keeps every k-th step has such a file: 1, 0, or -1 for as it likes. */
+/* Whether a run with this optimizer and keep_every has such a file: 1: it must, 0: it must not, -1: it may. */
 static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimizer,
                        const pk_parameter_groups *groups)
 {
@@ -14691,8 +16535,9 @@ static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimize
     return pk__run_files[file].optional ? -1 : 1;
 }
 
-/* Of P numbers and then of count more, as the bits of doubles: what a replay is compared with. Four lanes, so
- * that the multiplications do not wait for each other; the order of the numbers matters in each. */
+/* A checksum of the bits of P weights and of `count` numbers of the optimizer's state, as doubles, which a replay is
+ * compared with. Four independent hashes of every fourth number are combined in the end, so that the multiplications do
+ * not wait for each other. */
 static uint64_t pk__checksum_mix(uint64_t hash, uint64_t bits)
 {
     hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
@@ -14722,7 +16567,7 @@ PK__PRIVATE int64_t pk__checksum(const pk_real *weights, size_t parameters, cons
 PK__FORMAT(3, 4)
 PK__PRIVATE pk_status pk__prefix(pk_context *context, pk_status status, const char *format, ...)
 {
-    if (context && status != PK_OK) {
+    if (context && status) {
         char message[PK_MESSAGE_SIZE];
         memcpy(message, context->message, sizeof message);
         va_list arguments;
@@ -14744,7 +16589,7 @@ static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_ar
                              size_t row, size_t step, pk_real *out)
 {
     pk_status status = pk_array_read(context, array, row * run->parameters, run->parameters, out);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "%s: the row of step %zu ", name, step);
     for (size_t p = 0; p < run->parameters; p++)
         if (!isfinite(out[p]))
@@ -14753,7 +16598,7 @@ static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_ar
     return PK_OK;
 }
 
-/* Those that do not grow; the manifest is the last to appear. */
+/* The files that do not grow; the manifest is written last. */
 enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
 static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
 
@@ -14762,6 +16607,8 @@ static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "tr
 #else
 #define PK__REAL_TYPE PK_FLOAT64
 #endif
+
+enum { PK__CONSTANT_FILE = PK_CONSTANT_NAME + 16 }; /* the bytes of constant_NAME.npy */
 
 /* directory/name in one buffer that fits every file of a run. */
 typedef struct pk__run_path {
@@ -14773,7 +16620,7 @@ typedef struct pk__run_path {
 static pk_status pk__run_path_take(pk_context *context, const char *directory, pk__run_path *path)
 {
     path->directory = directory;
-    path->size = strlen(directory) + 32;
+    path->size = strlen(directory) + 1 + PK__CONSTANT_FILE; /* the longest name */
     return pk_allocate(context, path->size, 1, "the path of a run", &path->text);
 }
 
@@ -14806,7 +16653,7 @@ static int pk__blank(char c)
     return c == ' ' || c == '\t';
 }
 
-/* One line without its line break, key and value cut out in place. *version: the version line was read. */
+/* Parses one line, without its line break; key and value are terminated in place. *version: whether the version line was read. */
 static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, size_t line, int *version,
                                    pk__manifest *manifest)
 {
@@ -14826,7 +16673,7 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         end--;
     if (begin == end)
         return PK_OK;
-    *end = '\0'; /* the line break, the comment, trailing blanks or the terminating NUL stood here */
+    *end = '\0'; /* instead of a line break, a comment or a blank */
     char *value = begin;
     while (*value && !pk__blank(*value))
         value++;
@@ -14870,7 +16717,7 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         begin);
 }
 
-/* Splits text (size bytes and a NUL after them), which is changed. */
+/* Splits text (`size` bytes and a terminating NUL) into lines, in place. */
 static pk_status pk__manifest_split(pk_context *context, char *text, size_t size, pk__manifest *manifest)
 {
     memset(manifest, 0, sizeof *manifest);
@@ -14883,7 +16730,7 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
         if (end > begin && end[-1] == '\r')
             end--;
         pk_status status = pk__manifest_line(context, begin, end, ++line, &version, manifest);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     if (!version)
@@ -14895,7 +16742,7 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
     return PK_OK;
 }
 
-/* A whole number from 1 to 10^9: a decimal text without sign. */
+/* The value of keep_every: a decimal whole number from 1 to 10^9, without a sign. */
 static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *manifest, size_t *keep_every)
 {
     const char *text = manifest->value[PK__MANIFEST_KEEP];
@@ -14918,32 +16765,32 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
 {
     int key = PK__MANIFEST_KEEP;
     pk_status status = pk__manifest_keep(context, manifest, keep_every);
-    if (status == PK_OK) {
+    if (!status) {
         key = PK__MANIFEST_LOSS;
         status = pk_loss_parse(context, manifest->value[key], loss);
     }
-    if (status == PK_OK) {
+    if (!status) {
         key = PK__MANIFEST_OPTIMIZER;
         status = pk_optimizer_parse(context, manifest->value[key], optimizer);
     }
-    if (status == PK_OK) {
+    if (!status) {
         key = PK__MANIFEST_NETWORK;
         status = pk_network_parse_with(context, manifest->value[key], constants, graph);
     }
     size_t line = manifest->line[key], at = 0;
-    if (status == PK_OK) {
+    if (!status) {
         status = pk__groups_parse(context, graph, optimizer, manifest->groups, manifest->group, groups, &at);
-        if (status != PK_OK) {
+        if (status) {
             line = at < manifest->groups ? manifest->group_line[at] : line;
             pk_graph_release(context, graph);
         }
     }
-    for (size_t g = 0; status == PK_OK && g < groups->count; g++)
+    for (size_t g = 0; !status && g < groups->count; g++)
         groups->group[g].line = manifest->group_line[g];
     return pk__prefix(context, status, "run.txt line %zu: ", line);
 }
 
-/* text (size bytes and a NUL after them) is changed. The graph stays zeroed on an error. */
+/* Parses text (`size` bytes and a terminating NUL), which is changed. The graph stays zeroed after an error. */
 PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
                                          const pk_constants *constants, pk_graph *graph, pk_loss *loss,
                                          pk_optimizer *optimizer, pk_parameter_groups *groups,
@@ -14951,16 +16798,13 @@ PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t
 {
     pk__manifest *manifest = NULL; /* too large for a thread's stack */
     pk_status status = pk_allocate(context, 1, sizeof *manifest, "the lines of run.txt", &manifest);
-    if (status == PK_OK)
+    if (!status)
         status = pk__manifest_split(context, text, size, manifest);
-    if (status == PK_OK)
+    if (!status)
         status = pk__manifest_values(context, manifest, constants, graph, loss, optimizer, groups, keep_every);
     pk_release(context, manifest);
     return status;
 }
-
-/* constant_NAME.npy */
-enum { PK__CONSTANT_FILE = PK_CONSTANT_NAME + 16 };
 
 static const char *pk__constant_file(const char *name, char *text)
 {
@@ -14991,12 +16835,12 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
     /* One byte past the limit tells that the file is longer. */
     size_t limit = (size_t)PK__MANIFEST_SIZE + 1, size = 0;
     char *text = NULL;
-    if (status == PK_OK) {
+    if (!status) {
         if (about.st_size < (off_t)limit)
             limit = (size_t)about.st_size;
         status = pk_allocate(context, limit + 1, 1, "the text of run.txt", &text);
     }
-    while (status == PK_OK && size < limit) {
+    while (!status && size < limit) {
         ssize_t count = read(file, text + size, limit - size);
         if (count > 0)
             size += (size_t)count;
@@ -15006,12 +16850,12 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
             status = pk__run_io(context, path);
     }
     close(file);
-    if (status == PK_OK) {
+    if (!status) {
         const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
         status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
                                     &run->groups, &run->keep_every);
-        if (status == PK_OK && size > PK__MANIFEST_SIZE)
+        if (!status && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
     pk_release(context, text);
@@ -15028,8 +16872,19 @@ static pk_array *pk__run_array(pk_run *run, int file)
                                      : &run->columns[file];
 }
 
-/* NULL where a growing file may hold items of a type, else what it has to hold. Rates are float64 alone: 0.1 as float32
- * is another number, which the optimiser did not use. */
+PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name)
+{
+    if (index >= PK__RUN_FILES + 2)
+        return NULL;
+    const int fixed = (int)index - PK__RUN_FILES;
+    *name = fixed < 0 ? pk__run_files[index].name : pk__run_fixed[fixed];
+    return fixed < 0    ? pk__run_array((pk_run *)run, (int)index) /* only read */
+           : fixed == 0 ? &run->train.inputs
+                        : &run->train.targets;
+}
+
+/* NULL if items of this type are allowed in a growing file, else the words for those that are. Rates are float64 only: 0.1
+ * as float32 is another number, which the optimizer did not use. */
 static const char *pk__run_wants(int file, pk_type type)
 {
     const int numbers = file == PK__RUN_OFFSETS || file == PK__RUN_ITEMS;
@@ -15042,7 +16897,7 @@ static const char *pk__run_wants(int file, pk_type type)
     return type == PK_FLOAT64 || type == PK_FLOAT32 ? NULL : "float64 or float32";
 }
 
-/* A column of another type in place of the mapped one, as int64 or float64. */
+/* Replaces a mapped array of another type by a converted copy, as int64 or float64. */
 static pk_status pk__run_convert(pk_context *context, const char *path, pk_type type, pk_array *array)
 {
     const size_t items = pk_array_items(array);
@@ -15052,7 +16907,7 @@ static pk_status pk__run_convert(pk_context *context, const char *path, pk_type 
     made.owned = NULL;
     made.file = 0;
     pk_status status = pk_allocate(context, items, pk_type_size(type), path, &made.owned);
-    if (status != PK_OK)
+    if (status)
         return status;
     made.data = made.owned;
     if (type == PK_INT64)
@@ -15079,19 +16934,20 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     pk__run_path_of(path, expected->name);
     int has = pk__run_has(file, run->keep_every, &run->optimizer, &run->groups);
     struct stat about;
-    if (has <= 0 && lstat(path->text, &about) != 0 && errno == ENOENT) /* a link to nowhere is no absent file */
+    if (has <= 0 && lstat(path->text, &about) != 0 &&
+        errno == ENOENT) /* a dangling link is an error, not an absent file */
         return PK_OK;
     if (!has && file == PK__RUN_MOMENTS)
         return pk__fail(context, PK_FORMAT, "%s: a run with keep_every has optimizer_states.npy in its place",
                         path->text);
     if (!has && file == PK__RUN_GROUP_RATES)
         return pk__fail(context, PK_FORMAT, "%s: run.txt has no group line", path->text);
-    if (!has) /* other programs may leave what they like */
+    if (!has) /* other programs may leave files of their own */
         return PK_OK;
     const unsigned flags =
         PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
     pk_status status = pk_array_map(context, path->text, flags, array);
-    if (status != PK_OK)
+    if (status)
         return status;
     const char *wanted = pk__run_wants(file, array->type);
     if (wanted)
@@ -15117,7 +16973,7 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
                : PK_OK;
 }
 
-/* The first of count numbers that is not finite, or count. */
+/* The index of the first of `count` numbers that is not finite, or count. */
 static size_t pk__not_finite(const double *numbers, size_t count)
 {
     size_t i = 0;
@@ -15137,9 +16993,9 @@ static const char *pk__run_rows_text(const pk_run *run, int file, char *text, si
     return text;
 }
 
-/* Whether the files hold what a kill leaves of steps complete steps: each the rows of these, and those before
- * weights.npy in the order of writing also the row of the next step or a part of it. If not, *file is one that holds
- * something else. */
+/* Whether the lengths of the files are those that a kill after `steps` complete steps leaves: each file has the rows of these
+ * steps, and a file that is written before weights.npy may have the row of the next step or a part of it. If not, *file is one
+ * with another length. */
 static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
 {
     const int keeps = (steps + 1) % run->keep_every == 0, last = keeps ? PK__RUN_WEIGHTS : PK__RUN_CHECKSUMS;
@@ -15163,7 +17019,7 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
     return 1;
 }
 
-/* How many steps are complete, and whether the batches of these make sense. recover: whatever the files' lengths. */
+/* Counts the complete steps and checks their batches. recover: files of any length are accepted. */
 static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
@@ -15223,7 +17079,7 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
     if (!recover && !pk__run_is_whole(run, steps, &other)) {
         char has[120], also[120];
         if (least != PK__RUN_WEIGHTS && rows[PK__RUN_WEIGHTS] > steps / run->keep_every + 1)
-            other = PK__RUN_WEIGHTS; /* what is looked at first */
+            other = PK__RUN_WEIGHTS; /* the file that a user looks at first */
         return pk__fail(
             context, PK_SHAPE,
             "%s: %s, %s; recording that is cut off leaves at most the row of one step more in the other "
@@ -15238,21 +17094,21 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
     return PK_OK;
 }
 
-/* Inputs and targets against network and loss; also what a recorder is given. */
+/* Checks inputs and targets against network and loss, for readers and recorders. */
 PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
                                          pk_loss loss)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
-    if (status == PK_OK)
+    if (!status)
         status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
                                      "inputs");
-    if (status == PK_OK)
+    if (!status)
         status = pk_loss_check(context, loss, train, graph->output_width);
-    if (status != PK_OK || !graph->checked)
+    if (status || !graph->checked)
         return status;
     pk_real *row = NULL;
     status = pk_allocate(context, graph->input_width, sizeof *row, "a row of inputs", &row);
-    for (size_t i = 0; status == PK_OK && i < pk_dataset_examples(train); i++) {
+    for (size_t i = 0; !status && i < pk_dataset_examples(train); i++) {
         const int64_t item = (int64_t)i;
         pk_dataset_inputs(train, &item, 1, row);
         status = pk_graph_check_inputs(context, graph, i, row);
@@ -15264,20 +17120,20 @@ PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *
 static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recover, pk_run *run)
 {
     pk_status status = pk__manifest_read(context, path, run);
-    if (status != PK_OK)
+    if (status)
         return status;
     run->parameters = run->graph.parameters;
     run->outputs = run->graph.output_width;
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+    for (int f = 0; f < PK__RUN_FILES && !status; f++)
         status = pk__run_map(context, path, f, run);
     pk_array *data[2] = {&run->train.inputs, &run->train.targets};
-    for (int k = 0; k < 2 && status == PK_OK; k++) {
+    for (int k = 0; k < 2 && !status; k++) {
         status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
     }
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__run_check_data(context, &run->train, &run->graph, run->loss);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
     run->examples = pk_dataset_examples(&run->train);
     run->learning_rates = (const double *)run->columns[PK__RUN_RATES].data;
@@ -15300,17 +17156,17 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     return pk__run_count(context, path->directory, recover, run);
 }
 
-/* A run, from its path on. */
+/* Reads the run in a directory. */
 static pk_status pk__run_read(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     pk__run_path path;
     pk_status status = pk__run_path_take(context, directory, &path);
     memset(run, 0, sizeof *run);
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__run_load(context, &path, recover, run);
     pk_release(context, path.text);
-    if (status != PK_OK)
+    if (status)
         pk_run_release(context, run);
     return status;
 }
@@ -15321,7 +17177,7 @@ static pk_status pk__run_open(pk_context *context, const char *directory, int re
         return pk__fail(context, PK_ARGUMENT, "pk_run_open: %s is NULL", directory ? "run" : "directory");
     pk_run opened;
     pk_status status = pk__run_read(context, directory, recover, &opened);
-    if (status == PK_OK)
+    if (!status)
         *run = opened;
     if (status != PK_MEMORY_LIMIT)
         return status;
@@ -15366,7 +17222,7 @@ PK_API pk_status pk_run_check_inputs(pk_context *context, const pk_run *run, con
         return pk__fail(context, PK_ARGUMENT, "pk_run_check_inputs: no run");
     const pk_shape *shape = &run->graph.input_shape;
     pk_status status = pk_array_check_rows(context, inputs, shape->rank, shape->dims, name);
-    if (status != PK_OK)
+    if (status)
         return status;
     const pk_array *train = &run->train.inputs;
     char has[200], also[200];
@@ -15429,7 +17285,14 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     if (step >= run->steps)
         return pk__fail(context, PK_ARGUMENT, "second moments of step %zu: the run has %zu steps", step,
                         run->steps);
-    return pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
+    pk_status status =
+        pk__run_row(context, run, &run->second_moments, "second_moments.npy", step, step, moments);
+    for (size_t i = 0; !status && i < run->parameters; i++)
+        if (moments[i] < 0)
+            status = pk__fail(context, PK_FORMAT,
+                              "second_moments.npy: parameter %zu at step %zu is %g; it must be >= 0", i, step,
+                              (double)moments[i]);
+    return status;
 }
 
 PK__END_COLD_CODE
@@ -15449,7 +17312,7 @@ PK__BEGIN_COLD_CODE
 
 /* ---- recording ------------------------------------------------------------------------------------- */
 
-/* What a recorder was asked for, parsed. */
+/* The options of a recorder, parsed. */
 typedef struct pk__recording {
     pk_graph graph;
     pk_loss loss;
@@ -15467,21 +17330,21 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                                      const pk_dataset *train, pk__recording *recording)
 {
     pk_status status = pk_loss_parse(context, options->loss, &recording->loss);
-    if (status == PK_OK)
+    if (!status)
         status =
             pk_optimizer_parse(context, options->optimizer ? options->optimizer : "sgd", &recording->optimizer);
-    if (status == PK_OK)
+    if (!status)
         status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
                                      sizeof recording->optimizer_text);
-    if (status == PK_OK)
+    if (!status)
         status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
-    if (status == PK_OK)
+    if (!status)
         status = pk_parameter_groups_parse(context, &recording->graph, &recording->optimizer,
                                            options->group_count, options->groups, &recording->groups);
-    if (status == PK_OK)
+    if (!status)
         status = pk_allocate(context, pk__groups_text_size(&recording->groups), 1, "the text of the groups",
                              &recording->groups_text);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk__groups_text(&recording->optimizer, &recording->groups, recording->groups_text,
                     pk__groups_text_size(&recording->groups));
@@ -15553,10 +17416,10 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
     memset(&writer, 0, sizeof writer);
     void *row = NULL;
     pk_status status = pk_allocate(context, array->row_items, sizeof(int64_t), "a row of training data", &row);
-    if (status == PK_OK)
+    if (!status)
         status = pk_array_create(context, path, bytes ? PK__REAL_TYPE : PK_INT64, array->rank, array->shape + 1,
                                  &writer);
-    for (size_t i = 0; i < pk_array_length(array) && status == PK_OK; i++) {
+    for (size_t i = 0; i < pk_array_length(array) && !status; i++) {
         if (bytes)
             pk_array_reals(array, i * array->row_items, array->row_items, (pk_real *)row);
         else
@@ -15564,14 +17427,14 @@ static pk_status pk__recorder_data(pk_context *context, const char *path, const 
         status = pk_array_append(context, &writer, 1, row);
     }
     pk_release(context, row);
-    pk_status closed = pk_array_close(status == PK_OK ? context : NULL, &writer); /* keeps the first message */
-    return status == PK_OK ? closed : status;
+    pk_status closed = pk_array_close(status ? NULL : context, &writer); /* keeps the first message */
+    return status ? status : closed;
 }
 
 enum { PK__RESUME_EVERY = 16, PK__RESUME_HEAD = 2 };
 #define PK__RESUME_FILE "resume_state.npy"
 
-/* A step and a hash as numbers that a double holds: of the hash 53 bits. */
+/* A step and 53 bits of a hash, as numbers that a double represents exactly. */
 static void pk__resume_head(size_t step, const pk_real *weights, size_t parameters, const pk_real *state,
                             size_t count, double head[PK__RESUME_HEAD])
 {
@@ -15580,7 +17443,7 @@ static void pk__resume_head(size_t step, const pk_real *weights, size_t paramete
     head[1] = (double)(hash >> 11);
 }
 
-/* Opens resume_state.npy for writing in place: with its states where it is one, else with none. */
+/* Opens resume_state.npy for overwriting. Its states are kept if it is a valid file of that kind. */
 static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned char *header, size_t room,
                                    size_t bytes)
 {
@@ -15601,8 +17464,8 @@ static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned c
     return -1;
 }
 
-/* Writes the state in the place of the older of the two that the file has: the other one stays whole meanwhile. No step is
- * lost where that fails: they are there. */
+/* Overwrites the older of the two states in the file, so that the other one stays complete meanwhile. A failure is no error:
+ * the steps themselves are recorded. */
 static void pk__recorder_write_state(pk_recorder *recorder)
 {
     const size_t shape[2] = {2, PK__RESUME_HEAD + recorder->state_numbers}, bytes = shape[1] * sizeof(double);
@@ -15616,7 +17479,7 @@ static void pk__recorder_write_state(pk_recorder *recorder)
         recorder->resume_place = !recorder->resume_place;
 }
 
-/* The optimiser's state and the weights after `steps` steps, which are complete in the recording: every so many times. */
+/* Keeps the optimizer's state after `steps` steps, once in `every` steps; these steps are complete in the recording. */
 PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, size_t every,
                                          const pk_real *state, const pk_real *weights)
 {
@@ -15634,8 +17497,8 @@ PK__PRIVATE void pk__recorder_keep_state(pk_recorder *recorder, size_t steps, si
         recorder->resume_state[PK__RESUME_HEAD + i] = (double)state[i];
 }
 
-/* *step: the latest before the last whose state (V P) resume_state.npy has; SIZE_MAX where there is none. weights (P):
- * room. */
+/* Reads from resume_state.npy the state (V P) of the latest step before the last, and sets *step; SIZE_MAX if there is none.
+ * weights (P): working memory. */
 PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *directory, const pk_run *run,
                                               pk_recorder *recorder, pk_real *weights, pk_real *state,
                                               size_t *step)
@@ -15647,7 +17510,7 @@ PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *d
     memset(&array, 0, sizeof array);
     *step = SIZE_MAX;
     pk_status status = pk__run_path_take(context, directory, &path);
-    if (status != PK_OK)
+    if (status)
         return status;
     /* Without a context: it is no error that there is no such file, or another one. */
     if (pk_array_map(NULL, pk__run_path_of(&path, PK__RESUME_FILE), 0, &array) == PK_OK &&
@@ -15674,7 +17537,7 @@ PK__PRIVATE pk_status pk__recorder_find_state(pk_context *context, const char *d
     return PK_OK;
 }
 
-/* run.txt in the directory folder, complete or not there at all. */
+/* Writes run.txt into the directory `folder`; after a crash it is complete or absent. */
 static pk_status pk__recorder_manifest(pk_context *context, int folder, const char *directory,
                                        const pk__recording *recording)
 {
@@ -15686,7 +17549,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     if (recording->keep_every > 1)
         snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
-    if (status != PK_OK)
+    if (status)
         return status;
     size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s%s",
                             recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text,
@@ -15701,7 +17564,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
         else
             failed = errno != EINTR;
     }
-    /* On the platter before it has its name, and the name as well: after a power cut there is all of it or nothing. */
+    /* The text is on the disk before the file gets its name, and then the name is: a power cut leaves all of it or nothing. */
     failed = failed || fsync(file) != 0 || renameat(folder, "run.txt.tmp", folder, "run.txt") != 0;
     if (failed)
         status = pk__fail(context, PK_IO, "%s/run.txt: %s%s", directory, kind ? "run.txt.tmp is " : "",
@@ -15727,7 +17590,7 @@ static void pk__recorder_clear(int folder)
     (void)unlinkat(folder, PK__RESUME_FILE, 0);
 }
 
-/* Makes the directory where it is missing, locks it, and sees what it holds. */
+/* Makes the directory if it is missing, locks it, and determines whether it has a run. */
 static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, int resume, int replace,
                                      pk_recorder *recorder, pk__recording *recording)
 {
@@ -15739,7 +17602,7 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
     if (folder < 0)
         return pk__run_io(context, path->directory);
     recorder->lock = folder + 1;
-    /* Where the file system has no locks, go without. */
+    /* A file system without locks is used without them. */
     if (flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         return pk__fail(context, PK_IO, "%s is being recorded by another recorder", path->directory);
     if (replace) { /* the manifest first: without it the rest is no run */
@@ -15773,7 +17636,7 @@ static const size_t *pk__recorder_width(const pk_recorder *recorder, int file)
                                          : &recorder->parameters;
 }
 
-/* The optimiser's state as float64. */
+/* The optimizer's state as float64. */
 static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *state)
 {
     for (size_t i = 0; i < recorder->state_numbers; i++)
@@ -15781,7 +17644,7 @@ static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *st
     return recorder->states;
 }
 
-/* What goes with w_0 where steps are replayed: the optimiser's vectors are zero then. */
+/* Writes what a run with keep_every > 1 has for step 0 besides w_0: a checksum, and the optimizer's vectors, which are zero. */
 static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial)
 {
     int64_t checksum = pk__checksum(initial, recorder->parameters, NULL, 0);
@@ -15789,13 +17652,13 @@ static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, 
         pk_real *zeros = NULL;
         pk_status status =
             pk_allocate(context, recorder->state_numbers, sizeof *zeros, "the optimizer's first state", &zeros);
-        if (status == PK_OK) {
+        if (!status) {
             checksum = pk__checksum(initial, recorder->parameters, zeros, recorder->state_numbers);
             status = pk_array_append(context, &recorder->files[PK__RUN_STATES], 1,
                                      pk__recorder_state(recorder, zeros));
         }
         pk_release(context, zeros);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     return pk_array_append(context, &recorder->files[PK__RUN_CHECKSUMS], 1, &checksum);
@@ -15806,29 +17669,29 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
 {
     const pk_array *data[2] = {&train->inputs, &train->targets};
     pk_status status = PK_OK;
-    for (int k = 0; k < 2 && status == PK_OK; k++)
+    for (int k = 0; k < 2 && !status; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
     pk_array constant;
     const pk_node *node = NULL;
-    while (status == PK_OK && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
+    while (!status && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
         char file[PK__CONSTANT_FILE];
         status = pk__recorder_data(context, pk__run_path_of(path, pk__constant_file(node->constant_name, file)),
                                    &constant);
     }
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++)
+    for (int f = 0; f < PK__RUN_FILES && !status; f++)
         if (recording->present[f])
             status = pk_array_create(context, pk__run_path_of(path, pk__run_files[f].name),
                                      pk__recorder_type(recorder, f), pk__run_files[f].rank,
                                      pk__recorder_width(recorder, f), &recorder->files[f]);
     int64_t zero = 0;
-    if (status == PK_OK)
+    if (!status)
         status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
-    if (status == PK_OK && recorder->present[PK__RUN_CHECKSUMS])
+    if (!status && recorder->present[PK__RUN_CHECKSUMS])
         status = pk__recorder_first(context, recorder, initial);
-    if (status == PK_OK)
+    if (!status)
         status =
             pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
-    if (status == PK_OK)
+    if (!status)
         status = pk__recorder_manifest(context, recorder->lock - 1, path->directory, recording);
     return status;
 }
@@ -15869,7 +17732,7 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
 {
     char optimizer[256];
     pk_status status = pk_optimizer_format(&run->optimizer, optimizer, sizeof optimizer);
-    if (status != PK_OK)
+    if (status)
         return pk__fail(context, status, "%s/run.txt: the optimizer cannot be written", directory);
     const char *line[3][3] = {{"network", run->graph.text, recording->graph.text},
                               {"loss", pk_loss_name(run->loss), pk_loss_name(recording->loss)},
@@ -15880,7 +17743,7 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
                             directory, line[k][0], line[k][1], line[k][2]);
     char *groups = NULL;
     status = pk_allocate(context, pk__groups_text_size(&run->groups), 1, "the text of the groups", &groups);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk__groups_text(&run->optimizer, &run->groups, groups, pk__groups_text_size(&run->groups));
     const int same_groups = strcmp(groups, recording->groups_text) == 0;
@@ -15933,14 +17796,14 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
 {
     pk_run run;
     pk_status status = pk_run_open(context, path->directory, &run);
-    if (status != PK_OK)
+    if (status)
         return status;
     status = pk__recorder_compare(context, path->directory, recording, train, initial, recorder, &run);
     recorder->steps = run.steps;
     recorder->items = run.batch_offsets[run.steps];
     pk_run_release(context, &run); /* before files shrink */
-    /* What was written last is cut off first: a kill on the way leaves what a kill while recording does. */
-    for (int f = PK__RUN_FILES - 1; f >= 0 && status == PK_OK; f--) {
+    /* Files are truncated in the reverse order of writing, so that a kill in between leaves what a kill while recording does. */
+    for (int f = PK__RUN_FILES - 1; f >= 0 && !status; f--) {
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         size_t rows = per_item                ? (size_t)recorder->items
                       : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
@@ -15959,8 +17822,8 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
 {
     pk_status first = PK_OK;
     for (int f = 0; f < PK__RUN_FILES; f++) {
-        pk_status status = pk_array_close(first == PK_OK ? report : NULL, &recorder->files[f]);
-        if (first == PK_OK)
+        pk_status status = pk_array_close(first ? NULL : report, &recorder->files[f]);
+        if (!first)
             first = status;
     }
     pk_release(context, recorder->row);
@@ -15974,6 +17837,60 @@ PK__PRIVATE pk_status pk__recorder_end(pk_context *context, pk_context *report, 
         close(recorder->lock - 1);
     memset(recorder, 0, sizeof *recorder);
     return first;
+}
+
+/* What a recorder needs of its recording, and memory for its rows. */
+static pk_status pk__recorder_prepare(pk_context *context, const pk__recording *recording,
+                                      const pk_real *initial_weights, pk_recorder *opened)
+{
+    pk_status status = PK_OK;
+    opened->parameters = recording->graph.parameters;
+    memcpy(opened->present, recording->present, sizeof opened->present);
+    opened->keep_every = recording->keep_every;
+    opened->group_count = recording->groups.count;
+    if (!pk__multiply(pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups),
+                      opened->parameters, &opened->state_numbers) ||
+        opened->state_numbers > SIZE_MAX - PK__RESUME_HEAD)
+        return pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
+    if (initial_weights)
+        status = pk__recorder_finite(context, opened, "initial weights", initial_weights);
+    if (!status && pk__recorder_type(opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
+        status = pk_allocate(context, opened->parameters, opened->float32 ? sizeof(float) : sizeof(double),
+                             "a row of weights", &opened->row);
+    if (!status && opened->present[PK__RUN_GROUP_RATES])
+        status = pk_allocate(context, opened->group_count, sizeof *opened->group_rates, "the rates of groups",
+                             &opened->group_rates);
+    if (!status && opened->present[PK__RUN_STATES])
+        status = pk_allocate(context, opened->state_numbers, sizeof *opened->states,
+                             "a row of optimizer states", &opened->states);
+    if (!status && opened->keep_every == 1 && opened->state_numbers &&
+        !(opened->float32 && sizeof(pk_real) > sizeof(float)))
+        status = pk_allocate(context, PK__RESUME_HEAD + opened->state_numbers, sizeof *opened->resume_state,
+                             "the state to resume from", &opened->resume_state);
+    if (status)
+        return status;
+    for (size_t g = 0; opened->group_rates && g < opened->group_count; g++)
+        opened->group_rates[g] = (double)NAN; /* until they are given */
+    return PK_OK;
+}
+
+/* Opens the run that is there, or makes one. */
+static pk_status pk__recorder_begin(pk_context *context, pk__run_path *path, const pk_recorder_options *options,
+                                    const pk_dataset *train, const pk_real *initial_weights,
+                                    pk__recording *recording, pk_recorder *opened)
+{
+    pk_status status = pk__recorder_folder(context, path, options->resume, options->replace, opened, recording);
+    if (status)
+        return status;
+    if (recording->exists)
+        return pk__recorder_continue(context, path, recording, train, initial_weights, opened);
+    status = initial_weights
+                 ? pk__recorder_start(context, path, recording, train, initial_weights, opened)
+                 : pk__fail(context, PK_ARGUMENT, "%s: there is no run to resume, and no initial weights",
+                            path->directory);
+    if (status)
+        pk__recorder_clear(opened->lock - 1);
+    return status;
 }
 
 PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
@@ -15997,60 +17914,21 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     memset(&opened, 0, sizeof opened);
     memset(&path, 0, sizeof path);
     opened.float32 = options->float32 != 0;
-    pk_status status = pk__recording_parse(context, options, train, &recording);
-    opened.parameters = recording.graph.parameters;
     opened.examples = pk_dataset_examples(train);
-    memcpy(opened.present, recording.present, sizeof opened.present);
-    opened.keep_every = recording.keep_every;
-    if (status == PK_OK &&
-        !pk__multiply(pk_parameter_groups_state_vectors(&recording.optimizer, &recording.groups),
-                      opened.parameters, &opened.state_numbers))
-        status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
-    if (status == PK_OK && initial_weights)
-        status = pk__recorder_finite(context, &opened, "initial weights", initial_weights);
-    if (status == PK_OK && pk__recorder_type(&opened, PK__RUN_WEIGHTS) != PK__REAL_TYPE)
-        status = pk_allocate(context, opened.parameters, opened.float32 ? sizeof(float) : sizeof(double),
-                             "a row of weights", &opened.row);
-    opened.group_count = recording.groups.count;
-    if (status == PK_OK && opened.present[PK__RUN_GROUP_RATES]) {
-        status = pk_allocate(context, opened.group_count, sizeof *opened.group_rates, "the rates of groups",
-                             &opened.group_rates);
-        for (size_t g = 0; status == PK_OK && g < opened.group_count; g++)
-            opened.group_rates[g] = (double)NAN; /* until they are given */
-    }
-    if (status == PK_OK && opened.present[PK__RUN_STATES])
-        status = pk_allocate(context, opened.state_numbers, sizeof *opened.states, "a row of optimizer states",
-                             &opened.states);
-    if (status == PK_OK && opened.keep_every == 1 && opened.state_numbers &&
-        !(opened.float32 && sizeof(pk_real) > sizeof(float))) {
-        if (opened.state_numbers > SIZE_MAX - PK__RESUME_HEAD)
-            status = pk__fail(context, PK_OVERFLOW, "the optimizer's state overflows");
-        else
-            status = pk_allocate(context, PK__RESUME_HEAD + opened.state_numbers, sizeof *opened.resume_state,
-                                 "the state to resume from", &opened.resume_state);
-    }
-    if (status == PK_OK)
+    pk_status status = pk__recording_parse(context, options, train, &recording);
+    if (!status)
+        status = pk__recorder_prepare(context, &recording, initial_weights, &opened);
+    if (!status)
         status = pk__run_path_take(context, directory, &path);
-    if (status == PK_OK)
-        status = pk__recorder_folder(context, &path, options->resume, options->replace, &opened, &recording);
-    if (status == PK_OK && recording.exists) {
-        status = pk__recorder_continue(context, &path, &recording, train, initial_weights, &opened);
-    } else if (status == PK_OK) {
-        if (initial_weights)
-            status = pk__recorder_start(context, &path, &recording, train, initial_weights, &opened);
-        else
-            status = pk__fail(context, PK_ARGUMENT, "%s: there is no run to resume, and no initial weights",
-                              directory);
-        if (status != PK_OK)
-            pk__recorder_clear(opened.lock - 1);
-    }
-    if (status != PK_OK && recording.made)
+    if (!status)
+        status = pk__recorder_begin(context, &path, options, train, initial_weights, &recording, &opened);
+    if (status && recording.made)
         (void)rmdir(directory);
     pk_release(context, path.text);
     pk_parameter_groups_release(context, &recording.groups);
     pk_release(context, recording.groups_text);
     pk_graph_release(context, &recording.graph);
-    if (status == PK_OK) {
+    if (!status) {
         *recorder = opened;
         return PK_OK;
     }
@@ -16058,7 +17936,7 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     return status;
 }
 
-/* Everything about a step that can be wrong before anything is written. */
+/* Checks everything about a step, before anything of it is written. */
 static pk_status pk__recorder_check(pk_context *context, const pk_recorder *recorder, double learning_rate,
                                     const pk_batch *batch, double gradient_scale, const pk_real *second_moments,
                                     const pk_real *state, const pk_real *weights_after)
@@ -16098,11 +17976,11 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
         return pk__fail(context, PK_NOT_FINITE, "step %zu: weight %zu of the batch is %g", step, bad,
                         batch->weights[bad]);
     pk_status status = pk__recorder_finite(context, recorder, "weights", weights_after);
-    if (status == PK_OK && second_moments)
+    if (!status && second_moments)
         status = pk__recorder_finite(context, recorder, "second moments", second_moments);
-    if (status == PK_OK && !state && recorder->present[PK__RUN_STATES])
+    if (!status && !state && recorder->present[PK__RUN_STATES])
         return pk__fail(context, PK_ARGUMENT, "step %zu: the optimizer's state is missing", step);
-    if (!recorder->present[PK__RUN_STATES] || status != PK_OK || pk__all_finite(state, recorder->state_numbers))
+    if (!recorder->present[PK__RUN_STATES] || status || pk__all_finite(state, recorder->state_numbers))
         return status;
     for (size_t i = 0; i < recorder->state_numbers; i++)
         if (!isfinite(state[i]))
@@ -16111,7 +17989,7 @@ static pk_status pk__recorder_check(pk_context *context, const pk_recorder *reco
     return status;
 }
 
-/* batch->weights, or as many times 1/count. */
+/* The weights of the batch's examples; 1/count each if batch->weights is NULL. */
 static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *recorder, const pk_batch *batch,
                                             const double **weights)
 {
@@ -16121,7 +17999,7 @@ static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *re
     if (recorder->uniform_size < batch->count) {
         double *more = NULL;
         pk_status status = pk_allocate(context, batch->count, sizeof *more, "the weights of a batch", &more);
-        if (status != PK_OK)
+        if (status)
             return status;
         pk_release(context, recorder->uniform);
         recorder->uniform = more;
@@ -16133,7 +18011,7 @@ static pk_status pk__recorder_batch_weights(pk_context *context, pk_recorder *re
     return PK_OK;
 }
 
-/* Appends the rows of a step. state: where steps are replayed. */
+/* Appends the rows of a step. state: the optimizer's vectors, recorded where steps are replayed. */
 static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder, double learning_rate,
                                      const pk_batch *batch, double gradient_scale,
                                      const pk_real *second_moments, const pk_real *state,
@@ -16142,9 +18020,9 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
     const double *batch_weights = NULL;
     pk_status status = pk__recorder_check(context, recorder, learning_rate, batch, gradient_scale,
                                           second_moments, state, weights_after);
-    if (status == PK_OK)
+    if (!status)
         status = pk__recorder_batch_weights(context, recorder, batch, &batch_weights);
-    if (status != PK_OK)
+    if (status)
         return status;
     int64_t end = recorder->items + (int64_t)batch->count;
     int keeps = (recorder->steps + 1) % recorder->keep_every == 0;
@@ -16155,7 +18033,7 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
     const void *rows[PK__RUN_FILES] = {
         &learning_rate,        &end,      batch->items, batch_weights, &gradient_scale,
         recorder->group_rates, &checksum, NULL,         NULL,          NULL};
-    for (int f = 0; f < PK__RUN_FILES && status == PK_OK; f++) {
+    for (int f = 0; f < PK__RUN_FILES && !status; f++) {
         if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
         int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
@@ -16165,8 +18043,8 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
                                                  : rows[f];
         status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
     }
-    if (status != PK_OK) {
-        recorder->failed = 1; /* the files disagree now: readers see the step before */
+    if (status) {
+        recorder->failed = 1; /* the files have different lengths now: readers see the step before */
         return status;
     }
     for (size_t g = 0; recorder->group_rates && g < recorder->group_count; g++)
@@ -16285,15 +18163,13 @@ PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *
     taken.optimizer = *optimizer;
     taken.groups = groups;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "the memory for training steps on %zu examples overflows",
-                        largest_batch);
-    pk_status status = pk_allocate(context, arena.used, 1, "the memory of a training step", &taken.memory);
-    if (status != PK_OK)
+    pk_status status;
+    do
+        pk__trainer_take(&arena, largest_batch, pk_threads(context), &taken);
+    while (pk__arena_again(context, &arena, "the memory of a training step", &status));
+    if (status)
         return status;
-    pk__arena own = {taken.memory, arena.used, 0, 0};
-    pk__trainer_take(&own, largest_batch, pk_threads(context), &taken);
+    taken.memory = arena.base;
     *trainer = taken;
     return PK_OK;
 }
@@ -16358,7 +18234,7 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
     const size_t P = trainer->graph->parameters;
     pk_status status = pk_batch_gradient(context, trainer->graph, trainer->loss, weights, trainer->train, batch,
                                          &trainer->workspace, objective, trainer->gradient);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "step %zu: ", step);
     pk__groups_forget_frozen(trainer->groups, trainer->gradient);
     if (clip_norm > 0)
@@ -16390,9 +18266,114 @@ PK_API pk_status pk_training_step(pk_context *context, pk_trainer *trainer, size
     return status;
 }
 
+/* ---- snapshots -------------------------------------------------------------------------------------- */
+
+/* Positions that can be visited last to first with states states (the first one's among them) where none is gone
+ * through more than again times: binomial(states + again, again). */
+static double pk__binomial(double states, double again)
+{
+    double reach = again >= 0;
+    for (double k = 1; k <= again; k++)
+        reach = reach * (states + k) / k;
+    return reach;
+}
+
+/* The fewest times that will do: pk__binomial(states, again) >= positions. */
+static double pk__repeats(double positions, double states)
+{
+    double again = 0;
+    for (double reach = 1; reach < positions; reach = reach * (states + again) / again)
+        again++;
+    return again;
+}
+
+PK__INTERNAL double pk__checkpoints_again(size_t positions, size_t spare)
+{
+    const double count = (double)positions, states = (double)spare + 1;
+    if (!spare) /* the formula below, at once */
+        return positions ? count * (count - 1) / 2 : 0;
+    const double again = pk__repeats(count, states);
+    return again * count - pk__binomial(states + 1, again - 1);
+}
+
+/* How far ahead of a state the next one belongs, of positions >= 2 to be visited with states >= 2. */
+static size_t pk__next_state(size_t positions, size_t states)
+{
+    const double count = (double)positions, all = (double)states, again = pk__repeats(count, all);
+    const double most = pk__binomial(all, again - 1), left = count - pk__binomial(all - 1, again - 1);
+    return (size_t)floor((most < left ? most : left) + 0.5);
+}
+
+PK__INTERNAL void pk__checkpoints_take(pk__arena *arena, size_t positions, size_t stride, size_t spare,
+                                       size_t numbers, pk__checkpoints *checkpoints)
+{
+    checkpoints->numbers = numbers;
+    checkpoints->stride = stride;
+    checkpoints->fixed = stride && positions ? (positions - 1) / stride : 0;
+    checkpoints->spare = spare;
+    checkpoints->used = checkpoints->base = 0;
+    checkpoints->saved = NULL;
+    if (numbers > SIZE_MAX / sizeof(pk_real))
+        arena->overflow = 1;
+    else
+        checkpoints->saved = pk__arena_take(arena, checkpoints->fixed + spare, numbers * sizeof(pk_real));
+    checkpoints->at = pk__arena_take(arena, spare, sizeof *checkpoints->at);
+}
+
+PK__INTERNAL pk_real *pk__checkpoints_fixed(const pk__checkpoints *checkpoints, size_t position)
+{
+    const size_t stride = checkpoints->stride;
+    if (!stride || !position || position % stride || position / stride > checkpoints->fixed)
+        return NULL;
+    return checkpoints->saved + (position / stride - 1) * checkpoints->numbers;
+}
+
+PK__INTERNAL size_t pk__checkpoints_find(pk__checkpoints *checkpoints, size_t base, size_t position,
+                                         const pk_real **snapshot)
+{
+    const size_t stride = checkpoints->stride, kept = stride ? position - position % stride : 0;
+    *snapshot = NULL;
+    if (kept > base) {
+        *snapshot = pk__checkpoints_fixed(checkpoints, kept);
+        base = kept;
+    }
+    while (checkpoints->used && checkpoints->at[checkpoints->used - 1] > position)
+        checkpoints->used--;
+    checkpoints->base = base;
+    if (!checkpoints->used || checkpoints->at[checkpoints->used - 1] < base)
+        return base;
+    *snapshot = checkpoints->saved + (checkpoints->fixed + checkpoints->used - 1) * checkpoints->numbers;
+    return checkpoints->at[checkpoints->used - 1];
+}
+
+/* Room for one more, or for as many as there may be. Those before the base are of another part of the run. */
+static size_t pk__checkpoints_room(pk__checkpoints *checkpoints)
+{
+    if (checkpoints->used && checkpoints->at[0] < checkpoints->base)
+        checkpoints->used = 0;
+    return checkpoints->spare - checkpoints->used;
+}
+
+PK__INTERNAL size_t pk__checkpoints_next(pk__checkpoints *checkpoints, size_t from, size_t position,
+                                         size_t unit)
+{
+    if (!unit || position - from <= unit) /* nothing between is visited */
+        return position;
+    const size_t units = (position - from) / unit, room = pk__checkpoints_room(checkpoints);
+    return room ? position - (units - pk__next_state(units + 1, room + 1)) * unit : position;
+}
+
+PK__INTERNAL pk_real *pk__checkpoints_add(pk__checkpoints *checkpoints, size_t position)
+{
+    if (!pk__checkpoints_room(checkpoints))
+        return NULL;
+    checkpoints->at[checkpoints->used] = position;
+    return checkpoints->saved + (checkpoints->fixed + checkpoints->used++) * checkpoints->numbers;
+}
+
 /* ---- replay ----------------------------------------------------------------------------------------- */
 
-/* Whether weights and state are those that the run had at a step. */
+/* Whether weights and state have the checksum that the run recorded for a step. */
 PK__PRIVATE int pk__same_step(const pk_run *run, size_t step, const pk_real *weights, const pk_real *state,
                               size_t state_numbers)
 {
@@ -16400,7 +18381,7 @@ PK__PRIVATE int pk__same_step(const pk_run *run, size_t step, const pk_real *wei
     return pk__checksum(weights, run->parameters, kept, state_numbers) == run->checksums[step];
 }
 
-/* Reads a kept step of a run with keep_every > 1. */
+/* Reads weights and state of a recorded step, for a run with keep_every > 1. */
 PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, size_t step, pk_real *weights,
                                       pk_real *state, size_t state_numbers)
 {
@@ -16408,12 +18389,12 @@ PK__PRIVATE pk_status pk__replay_load(pk_context *context, const pk_run *run, si
         return pk__fail(context, PK_UNSUPPORTED,
                         "keep_every: steps cannot be replayed from weights in float32");
     pk_status status = pk_run_weights(context, run, step, weights);
-    if (status != PK_OK)
+    if (status)
         return status;
     if (state_numbers)
         status = pk_array_read(context, &run->optimizer_states, step / run->keep_every * state_numbers,
                                state_numbers, state);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, status, "optimizer_states.npy: the row of step %zu ", step);
     if (!pk__same_step(run, step, weights, state, state_numbers))
         return pk__fail(context, PK_FORMAT,
@@ -16439,17 +18420,13 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
     replay->weights = pk__arena_take(arena, P, sizeof(pk_real));
     replay->next = pk__arena_take(arena, P, sizeof(pk_real));
-    if (reach && every > 1) {
-        replay->spacing = pk__max(reach, pk__blocks(every, PK_REPLAY_STOPS + 1));
-        replay->stops = (every - 1) / replay->spacing;
-    }
+    const size_t spare = reach ? pk__min(PK_REPLAY_STOPS, (every - 1) / reach) : 0;
     size_t numbers = 0;
-    if (!pk__multiply(P, 1 + pk_parameter_groups_state_vectors(&run->optimizer, &run->groups), &numbers) ||
-        !pk__multiply(replay->stops, numbers, &numbers))
+    if (!pk__multiply(P, 1 + pk_parameter_groups_state_vectors(&run->optimizer, &run->groups), &numbers))
         arena->overflow = 1;
-    replay->stop_numbers = pk__arena_take(arena, numbers, sizeof(pk_real));
-    for (int i = 0; i < PK_REPLAY_STOPS; i++)
-        replay->stop[i] = SIZE_MAX;
+    replay->reach = reach;
+    replay->spacing = pk__max(reach, pk__blocks(every, spare + 1));
+    pk__checkpoints_take(arena, 0, 0, spare, numbers, &replay->checkpoints);
 }
 
 PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach, pk_replay *replay)
@@ -16461,17 +18438,13 @@ PK_API pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_
     for (size_t s = 0; s < run->steps; s++)
         largest = pk__max(largest, (size_t)(run->batch_offsets[s + 1] - run->batch_offsets[s]));
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "the memory of a replay overflows");
-    void *memory = NULL;
-    pk_status status = pk_allocate(context, arena.used, 1, "the memory of a replay", &memory);
-    if (status != PK_OK)
+    pk_status status;
+    do
+        pk__replay_take(&arena, run, largest, pk_threads(context), reach, &taken);
+    while (pk__arena_again(context, &arena, "the memory of a replay", &status));
+    if (status)
         return status;
-    pk__arena own = {memory, arena.used, 0, 0};
-    if (memory)
-        pk__replay_take(&own, run, largest, pk_threads(context), reach, &taken);
-    taken.memory = memory;
+    taken.memory = arena.base;
     *replay = taken;
     return PK_OK;
 }
@@ -16484,48 +18457,59 @@ PK_API void pk_replay_release(pk_context *context, pk_replay *replay)
     memset(replay, 0, sizeof *replay);
 }
 
-/* The room of the stop at replay->step, or NULL where none belongs. */
-static pk_real *pk__replay_stop(const pk_replay *replay, size_t step, size_t *index)
-{
-    size_t within = step % replay->run->keep_every;
-    if (!replay->stops || !within || within % replay->spacing)
-        return NULL;
-    *index = within / replay->spacing - 1;
-    return replay->stop_numbers + *index * (replay->run->parameters + replay->trainer.state_numbers);
-}
-
 /* Goes to the latest step up to `step` whose weights and state are at hand. */
 static pk_status pk__replay_start(pk_context *context, pk_replay *replay, size_t step)
 {
     const size_t P = replay->run->parameters, state = replay->trainer.state_numbers;
-    size_t kept = step - step % replay->run->keep_every, best = kept, index = 0, found = 0;
-    for (size_t i = 0; i < replay->stops; i++)
-        if (replay->stop[i] != SIZE_MAX && replay->stop[i] <= step && replay->stop[i] > best)
-            best = replay->stop[i], found = i + 1;
-    /* Also from just before: it proves the step into a kept one. */
-    if (replay->step != SIZE_MAX && replay->step <= step && replay->step + 1 >= best)
+    const size_t kept = step - step % replay->run->keep_every;
+    const pk_real *snapshot;
+    const size_t best = pk__checkpoints_find(&replay->checkpoints, kept, step, &snapshot);
+    /* The own position, where that is not farther; also from just before a kept step: it proves the step into that. */
+    if (replay->step != SIZE_MAX && replay->step <= step && replay->step + (best == kept) >= best)
         return PK_OK;
     replay->step = SIZE_MAX; /* until it is there */
-    if (found) {
-        const pk_real *stop = pk__replay_stop(replay, best, &index);
-        memcpy(replay->weights, stop, P * sizeof *stop);
+    if (snapshot) {
+        memcpy(replay->weights, snapshot, P * sizeof *snapshot);
         if (state)
-            memcpy(replay->trainer.state, stop + P, state * sizeof *stop);
+            memcpy(replay->trainer.state, snapshot + P, state * sizeof *snapshot);
     } else {
         pk_status status =
             pk__replay_load(context, replay->run, kept, replay->weights, replay->trainer.state, state);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     replay->step = best;
     return PK_OK;
 }
 
+/* Whether the position is so far from what is kept before it that whoever goes on backwards from here would miss it; of
+ * those that will be asked for, which are `reach` apart. */
+static int pk__replay_is_spaced(const pk_replay *replay)
+{
+    const pk__checkpoints *checkpoints = &replay->checkpoints;
+    const size_t kept = replay->step - replay->step % replay->run->keep_every;
+    const size_t last = checkpoints->used ? checkpoints->at[checkpoints->used - 1] : kept;
+    return replay->reach && replay->step % replay->reach == 0 &&
+           replay->step >= pk__max(last, kept) + replay->spacing;
+}
+
+/* Keeps weights and state of the position, where there is room. */
+static void pk__replay_remember(pk_replay *replay)
+{
+    const size_t P = replay->run->parameters, state = replay->trainer.state_numbers;
+    pk_real *snapshot = pk__checkpoints_add(&replay->checkpoints, replay->step);
+    if (!snapshot)
+        return;
+    memcpy(snapshot, replay->weights, P * sizeof *snapshot);
+    if (state)
+        memcpy(snapshot + P, replay->trainer.state, state * sizeof *snapshot);
+}
+
 /* One step on. */
 static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
 {
     const pk_run *run = replay->run;
-    const size_t P = run->parameters, state = replay->trainer.state_numbers, step = replay->step;
+    const size_t state = replay->trainer.state_numbers, step = replay->step;
     double scale = pk_run_gradient_scale(run, step);
     pk_batch batch;
     pk_run_batch(run, step, &batch);
@@ -16533,7 +18517,7 @@ static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
     replay->step = SIZE_MAX; /* after an error, the state belongs to no step */
     pk_status status = pk__make_step(context, &replay->trainer, step, run->learning_rates[step], 0, &batch,
                                      replay->weights, replay->next, &scale, NULL);
-    if (status != PK_OK)
+    if (status)
         return pk__prefix(context, PK_NOT_REPRODUCED, "replay: ");
     if (!pk__same_step(run, step + 1, replay->next, replay->trainer.state, state))
         return pk__fail(
@@ -16546,14 +18530,6 @@ static pk_status pk__replay_advance(pk_context *context, pk_replay *replay)
     replay->weights = weights;
     replay->step = step + 1;
     replay->repeated++;
-    size_t index = 0;
-    pk_real *stop = pk__replay_stop(replay, step + 1, &index);
-    if (stop) {
-        memcpy(stop, weights, P * sizeof *stop);
-        if (state)
-            memcpy(stop + P, replay->trainer.state, state * sizeof *stop);
-        replay->stop[index] = step + 1;
-    }
     return PK_OK;
 }
 
@@ -16565,9 +18541,14 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
     if (run->keep_every == 1 || step > run->steps)
         return pk_run_weights(context, run, step, weights);
     pk_status status = pk__replay_start(context, replay, step);
-    while (status == PK_OK && replay->step < step)
-        status = pk__replay_advance(context, replay);
-    if (status == PK_OK)
+    while (!status && replay->step < step) {
+        const size_t next = pk__checkpoints_next(&replay->checkpoints, replay->step, step, replay->reach);
+        while (!status && replay->step < next)
+            status = pk__replay_advance(context, replay);
+        if (!status && (next < step || pk__replay_is_spaced(replay)))
+            pk__replay_remember(replay);
+    }
+    if (!status)
         memcpy(weights, replay->weights, run->parameters * sizeof *weights);
     return status;
 }
@@ -16580,13 +18561,13 @@ PK__END_COLD_CODE
 #include <string.h>
 PK__BEGIN_COLD_CODE
 
-/* What a training run holds between steps. */
+/* The state of a training run between steps. */
 typedef struct pk__training {
     const pk_graph *graph;
     const pk_dataset *train;
     const pk_train_options *options;
     size_t examples, batch_size, per_epoch; /* batches an epoch */
-    size_t epoch;                           /* whose permutation order holds */
+    size_t epoch;                           /* the epoch whose permutation is in `order` */
     int64_t *order;                         /* examples */
     pk_real *next;                          /* P: w_{s+1} */
     pk_parameter_groups groups;
@@ -16595,13 +18576,13 @@ typedef struct pk__training {
     pk_recorder recorder;
 } pk__training;
 
-/* One step as it was made. */
+/* What a step used and gave. */
 typedef struct pk__step {
     pk_batch batch;
     double rate, scale, objective;
 } pk__step;
 
-/* The batch of any step, without the steps before it. */
+/* Makes the batch of any step; the steps before it are not needed. */
 static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
 {
     size_t epoch = step / t->per_epoch, first = step % t->per_epoch * t->batch_size;
@@ -16622,7 +18603,7 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     batch->weights = NULL;
 }
 
-/* The rate of a step, and of the groups at it. */
+/* The learning rate of a step; those of the groups go to t->group_rates. */
 static double pk__training_rate(pk__training *t, size_t step)
 {
     for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
@@ -16631,7 +18612,7 @@ static double pk__training_rate(pk__training *t, size_t step)
     return pk_schedule_rate(&t->options->schedule, step);
 }
 
-/* t->next = w_{step+1} from weights = w_step; the optimiser's state moves on. */
+/* Computes t->next = w_{step+1} from weights = w_step, and updates the optimizer's state. */
 static pk_status pk__training_next(pk_context *context, pk__training *t, size_t step, const pk_real *weights,
                                    pk__step *made)
 {
@@ -16657,12 +18638,12 @@ static pk_status pk__training_compare(pk_context *context, pk__training *t, cons
     }
     pk_real *there = t->trainer.gradient; /* free between steps */
     pk_status status = pk_run_weights(context, run, step, there);
-    *same = status == PK_OK && memcmp(there, t->next, run->parameters * sizeof *there) == 0;
+    *same = !status && memcmp(there, t->next, run->parameters * sizeof *there) == 0;
     return status;
 }
 
-/* Rebuilds the state after the recorded steps and proves that these options made them. t->next holds the
- * weights to go on from when it is done. */
+/* Recomputes the optimizer's state after the recorded steps and checks that these options give the recorded weights. t->next has
+ * the last recorded weights in the end. */
 static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
 {
     const char *folder = t->options->record;
@@ -16678,7 +18659,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         size_t kept = SIZE_MAX;
         pk_status status =
             pk__recorder_find_state(context, folder, run, &t->recorder, weights, t->trainer.state, &kept);
-        if (status != PK_OK)
+        if (status)
             return status;
         if (kept != SIZE_MAX)
             from = kept;
@@ -16713,11 +18694,11 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
             status = pk__replay_load(context, run, s, weights, t->trainer.state, t->trainer.state_numbers);
         else if (s == from)
             status = pk_run_weights(context, run, s, weights);
-        if (status == PK_OK)
+        if (!status)
             status = pk__training_next(context, t, s, weights, &made);
-        if (status == PK_OK)
+        if (!status)
             status = pk__training_compare(context, t, run, s + 1, &same);
-        if (status != PK_OK)
+        if (status)
             return status;
         if (!same)
             return pk__fail(
@@ -16732,7 +18713,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         const size_t every = run->steps - s > 2 * (size_t)PK__RESUME_EVERY ? PK__RESUME_EVERY : 1;
         pk__recorder_keep_state(&t->recorder, s + 1, every, t->trainer.state, t->next);
         status = pk__progress(context, "replaying the recorded steps", (double)(s + 1) / (double)run->steps);
-        if (status != PK_OK)
+        if (status)
             return status;
     }
     return PK_OK;
@@ -16748,7 +18729,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
         return pk__fail(context, PK_UNSUPPORTED, "%s: a graph without a network line cannot be recorded",
                         options->record);
     pk_status status = pk_optimizer_format(&options->optimizer, optimizer, sizeof optimizer);
-    if (status != PK_OK)
+    if (status)
         return pk__fail(context, status, "%s: the optimizer cannot be written down", options->record);
     pk_recorder_options recording;
     memset(&recording, 0, sizeof recording);
@@ -16767,20 +18748,20 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.replace = options->replace;
     recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
-    if (status != PK_OK || t->recorder.steps == 0)
+    if (status || t->recorder.steps == 0)
         return status;
     if (t->recorder.steps > options->steps)
         return pk__fail(context, PK_ARGUMENT, "%s holds %zu steps already, more than the %zu asked for",
                         options->record, t->recorder.steps, options->steps);
     pk_run run;
     status = pk_run_open(context, options->record, &run);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk_real *replayed = NULL; /* weights stay w_0 until the replay has succeeded */
     status = pk_allocate(context, parameters, sizeof *replayed, "the weights of a replay", &replayed);
-    if (status == PK_OK)
+    if (!status)
         status = pk__training_replay(context, t, &run, replayed);
-    if (status == PK_OK) {
+    if (!status) {
         memcpy(weights, t->next, parameters * sizeof *weights);
         *done = run.steps;
     }
@@ -16799,17 +18780,17 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
         status = pk__training_record(context, t, weights, &result->steps);
         result->resumed = result->steps;
     }
-    pk_real *now = weights; /* takes turns with t->next */
-    while (status == PK_OK && result->steps < options->steps) {
+    pk_real *now = weights; /* swapped with t->next after each step */
+    while (!status && result->steps < options->steps) {
         size_t step = result->steps;
         pk__step made;
         status = pk__training_next(context, t, step, now, &made);
-        if (status == PK_OK && options->record && t->group_rates)
+        if (!status && options->record && t->group_rates)
             status = pk_recorder_group_rates(context, &t->recorder, t->group_rates);
-        if (status == PK_OK && options->record)
+        if (!status && options->record)
             status = pk_recorder_training_step(context, &t->recorder, made.rate, &made.batch, made.scale,
                                                t->trainer.state, t->next);
-        if (status != PK_OK)
+        if (status)
             break;
         pk_real *before = now;
         now = t->next;
@@ -16850,21 +18831,47 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
             return pk__fail(context, PK_NOT_FINITE, "pk_train: initial weight %zu is %g", p,
                             (double)weights[p]);
     pk_status status = pk_optimizer_check(context, &options->optimizer);
-    if (status == PK_OK)
+    if (!status)
         status = pk_schedule_check(context, &options->schedule, options->steps);
-    for (size_t g = 0; options->group_schedules && status == PK_OK && g < options->group_count; g++)
+    for (size_t g = 0; options->group_schedules && !status && g < options->group_count; g++)
         status = pk__prefix(context, pk_schedule_check(context, &options->group_schedules[g], options->steps),
                             "group %zu: ", g);
-    if (status == PK_OK)
+    if (!status)
         status = pk__run_check_data(context, train, graph, options->loss);
     return status;
+}
+
+/* Takes what training needs, which the caller releases, and trains. */
+static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real *weights,
+                                  pk_train_result *reached)
+{
+    const pk_train_options *options = t->options;
+    pk_status status =
+        pk_allocate(context, t->examples, sizeof *t->order, "the order of the examples", &t->order);
+    if (!status)
+        status = pk_allocate(context, t->graph->parameters, sizeof *t->next, "the next weights", &t->next);
+    if (!status)
+        status = pk_parameter_groups_parse(context, t->graph, &options->optimizer, options->group_count,
+                                           options->groups, &t->groups);
+    if (!status && options->group_schedules && t->groups.count)
+        status = pk_allocate(context, t->groups.count, sizeof *t->group_rates, "the rates of groups",
+                             &t->group_rates);
+    if (status)
+        return status;
+    for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
+        if (t->groups.group[g].rated)
+            return pk__fail(context, PK_ARGUMENT,
+                            "group %zu: rate= beside group_schedules, which have the rates", g);
+    status = pk_trainer_prepare_groups(context, t->graph, t->train, options->loss, &options->optimizer,
+                                       &t->groups, t->batch_size, &t->trainer);
+    return status ? status : pk__training_loop(context, t, weights, reached);
 }
 
 PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
                           const pk_train_options *options, pk_real *weights, pk_train_result *result)
 {
     pk_status status = pk__training_check(context, graph, train, options, weights);
-    if (status != PK_OK)
+    if (status)
         return status;
     pk_train_result reached;
     memset(&reached, 0, sizeof reached);
@@ -16878,26 +18885,9 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
     t.per_epoch = (t.examples - 1) / t.batch_size + 1;
     t.epoch = SIZE_MAX;
-    status = pk_allocate(context, t.examples, sizeof *t.order, "the order of the examples", &t.order);
-    if (status == PK_OK)
-        status = pk_allocate(context, graph->parameters, sizeof *t.next, "the next weights", &t.next);
-    if (status == PK_OK)
-        status = pk_parameter_groups_parse(context, graph, &options->optimizer, options->group_count,
-                                           options->groups, &t.groups);
-    if (status == PK_OK && options->group_schedules && t.groups.count)
-        status =
-            pk_allocate(context, t.groups.count, sizeof *t.group_rates, "the rates of groups", &t.group_rates);
-    for (size_t g = 0; status == PK_OK && t.group_rates && g < t.groups.count; g++)
-        if (t.groups.group[g].rated)
-            status = pk__fail(context, PK_ARGUMENT,
-                              "group %zu: rate= beside group_schedules, which have the rates", g);
-    if (status == PK_OK)
-        status = pk_trainer_prepare_groups(context, graph, train, options->loss, &options->optimizer, &t.groups,
-                                           t.batch_size, &t.trainer);
-    if (status == PK_OK)
-        status = pk__training_loop(context, &t, weights, &reached);
-    pk_status closed = pk__recorder_end(context, status == PK_OK ? context : NULL, &t.recorder);
-    if (status == PK_OK)
+    status = pk__training_run(context, &t, weights, &reached);
+    pk_status closed = pk__recorder_end(context, status ? NULL : context, &t.recorder);
+    if (!status)
         status = closed;
     pk_trainer_release(context, &t.trainer);
     pk_release(context, t.group_rates);
@@ -16955,12 +18945,12 @@ static int pk__is_switch(const pk_node *node)
 /* Its switch functions are polynomials in t that the samples determine. */
 static int pk__is_polynomial(const pk_node *node)
 {
-    return node->degree >= 0 && node->degree <= PK__PATH_DEGREE;
+    return node->input_degree >= 0 && node->input_degree <= PK__PATH_DEGREE;
 }
 
 static int pk__sample_degree(const pk_node *node)
 {
-    return pk__is_polynomial(node) ? node->degree : (int)PK__PATH_DEGREE;
+    return pk__is_polynomial(node) ? node->input_degree : (int)PK__PATH_DEGREE;
 }
 
 /* The sampling nodes: Chebyshev-Lobatto on [0, 1]. */
@@ -17148,7 +19138,7 @@ static void pk__path_node(pk__path *segment, size_t n, size_t count, const size_
     }
 }
 
-/* Makes point number first of the tape, or again that in front of it, its first one. */
+/* Moves the tape's pointers forward by `first` points, or, with `again`, back. */
 static void pk__shift_tape(pk__path *segment, size_t first, int again)
 {
     for (size_t n = 0; n < segment->graph->node_count; n++) {
@@ -17244,7 +19234,8 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* c (degree + 1) at x by de Casteljau; left and right (may be NULL) are the halves, *slope the derivative. */
+/* The polynomial with the Bernstein coefficients c (degree + 1) at x, by de Casteljau's algorithm. left and right (each may
+ * be NULL): its coefficients on [0, x] and [x, 1]; *slope (may be NULL): its derivative at x. */
 static double pk__casteljau(int degree, const double *c, double x, double *left, double *right, double *slope)
 {
     double work[PK__PATH_DEGREE + 1];
@@ -17264,7 +19255,8 @@ static double pk__casteljau(int degree, const double *c, double x, double *left,
     return work[0];
 }
 
-/* The one root of c, of which the ends have opposite signs: false position (Illinois) with bisection. */
+/* The root of c on [0, 1], where its ends have opposite signs and there is only one: false position (the Illinois
+ * variant), with a bisection in every fourth step. */
 static double pk__bracketed_root(int degree, const double *c)
 {
     double lo = 0, hi = 1, at_lo = c[0], at_hi = c[degree];
@@ -17296,8 +19288,8 @@ static double pk__bracketed_root(int degree, const double *c)
     return 0.5 * (lo + hi);
 }
 
-/* Where the roots of a piece go: t = a + (b - a) x for x in the local [0, 1]. The polynomial stands for switch function
- * number `at`, but for its rounding and the error of an interpolant. */
+/* Collects the roots of a piece [a, b]: t = a + (b - a) x for a root x in [0, 1]. The polynomial approximates switch function
+ * number `at` up to `rounding`, and up to `error` if it is an interpolant. */
 typedef struct pk__root_sink {
     double a, b, rounding, error;
     size_t at;
@@ -17305,8 +19297,8 @@ typedef struct pk__root_sink {
     size_t count, capacity;
 } pk__root_sink;
 
-/* How far around x the polynomial c stays within `uncertain` of zero, about: of the k-th derivatives the one that leaves
- * first. At a double zero that is a square root, no division by a slope of zero. */
+/* Estimates how far from its root x the polynomial c stays below `uncertain` in size: the least of the distances at which
+ * the k-th term of its Taylor series reaches it. For a double root this is a square root, and no slope of zero divides. */
 static double pk__root_slack(int degree, const double *c, double x, double uncertain)
 {
     double work[PK__PATH_DEGREE + 1], least = 1, factor = 1;
@@ -17324,7 +19316,7 @@ static double pk__root_slack(int degree, const double *c, double x, double uncer
     return 2 * least < 1 ? 2 * least : 1;
 }
 
-/* x: of the polynomial c on the local [lo, hi]. */
+/* Adds the root x of the polynomial c, whose [0, 1] is the part [lo, hi] of the piece. */
 static void pk__push_root(pk__root_sink *sink, int degree, const double *c, double x, double lo, double hi)
 {
     if (sink->count < sink->capacity) {
@@ -17341,7 +19333,7 @@ static void pk__push_root(pk__root_sink *sink, int degree, const double *c, doub
     sink->count++; /* beyond the capacity: the caller sees it */
 }
 
-/* How often the numbers change their sign; those of at most `drop` have none. */
+/* The number of sign changes in the sequence c; numbers of size at most `drop` are left out. */
 static int pk__sign_changes(int degree, const double *c, double drop)
 {
     int changes = 0;
@@ -17354,7 +19346,7 @@ static int pk__sign_changes(int degree, const double *c, double drop)
     return changes;
 }
 
-/* Pushes the sign changes inside (lo, hi) of the polynomial with Bernstein coefficients c on [lo, hi]. */
+/* Adds the roots with a sign change inside (lo, hi) of the polynomial that has the Bernstein coefficients c on [lo, hi]. */
 static void pk__isolate(int degree, const double *c, double lo, double hi, pk__root_sink *sink)
 {
     const int changes = pk__sign_changes(degree, c, 0);
@@ -17376,8 +19368,8 @@ static void pk__isolate(int degree, const double *c, double lo, double hi, pk__r
     pk__isolate(degree, right, middle, hi, sink);
 }
 
-/* A difference of units that are off inside the piece, such as two rectified ones in one pool: exactly zero there, and
- * rounding at the ends, where their own kinks are. To split it would only make short pieces. */
+/* Whether switch function j is zero throughout the piece, up to rounding at its ends: the difference of two units that are
+ * both zero there, such as two rectified ones that compete in a max pool. Splitting the piece would only make it shorter. */
 static int pk__is_dead(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
@@ -17393,14 +19385,15 @@ static int pk__is_dead(const pk__path *segment, size_t switches, size_t j, const
 }
 
 enum {
-    PK__SWITCH_ROUNDINGS = 16, /* of the largest number of a layer: what rounding leaves of a switch function */
+    PK__SWITCH_ROUNDINGS = 16, /* the error of a switch function, in roundings of the largest one of its node */
     PK__NEWTON_STEPS = 4,
-    PK__NEWTON_POINTS = 8 /* room for them behind the samples */
+    PK__NEWTON_POINTS = 8 /* roots that are refined at a time: points after those of the samples */
 };
-/* Pieces are halved down to this length in order to see the zeros of a switch function apart. */
+/* Pieces are halved down to this length in order to separate the roots of a switch function. */
 #define PK__SHORTEST_SEARCH 1e-6
 
-/* The error of the interpolant of switch function j: its Chebyshev coefficients fall about geometrically. */
+/* Estimates the error of the interpolant of switch function j by the largest of its last three Chebyshev coefficients, since
+ * these decrease roughly geometrically. */
 static double pk__interpolation_error(const pk__path *segment, size_t switches, size_t j, const pk_real *values)
 {
     double largest = 0;
@@ -17422,9 +19415,9 @@ static double pk__largest_coefficient(const pk_real *coefficients, size_t count)
     return largest;
 }
 
-/* The sign changes of one piece's switch functions, whose samples stand in switch_values at point first: polynomials of
- * degree 1 (samples 0 and the last suffice), at most of the samples' degree, or interpolated (exact == 0). Unless the
- * piece is the shortest: 1 where the interpolant's error leaves open how many there are. */
+/* Adds the roots of a piece's switch functions to sink; the samples begin at point `first` of switch_values. The functions are
+ * polynomials of degree 1 (linear; two samples suffice), of the samples' degree, or interpolated (exact == 0). Returns 1 if
+ * the error of an interpolant leaves the number of its roots undecided and the piece may still be halved (!shortest). */
 static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortest, size_t switches,
                            size_t first, pk__root_sink *sink)
 {
@@ -17453,7 +19446,7 @@ static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortes
             low = c[k] < low ? c[k] : low;
             high = c[k] > high ? c[k] : high;
         }
-        if (!exact && 4 * low < high && low < 4 * high) /* zero is not far away */
+        if (!exact && 4 * low < high && low < 4 * high) /* a root is possible */
             error = pk__interpolation_error(segment, switches, j, values);
         if (!(low < error && high > -error && (low < 0 || high > 0)) ||
             pk__is_dead(segment, switches, j, values))
@@ -17464,8 +19457,8 @@ static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortes
         if (!shortest && error > 32 * rounding &&
             (pk__sign_changes(degree, c, 0) != 1 || fabs(c[0]) <= error || fabs(c[degree]) <= error))
             return 1;
-        /* From a zero at an end, a branch that starts with weights of zero for one, it may leave as t^2: what is between are
-         * roundings of the samples. */
+        /* A function that is zero at an end may grow like t^2 from there, as in a branch whose weights start at zero. Sign
+         * changes below the rounding are then no kinks. */
         if ((c[0] == 0 || c[degree] == 0) && pk__sign_changes(degree, c, rounding) == 0)
             continue;
         sink->rounding = rounding;
@@ -17476,7 +19469,7 @@ static int pk__piece_roots(pk__path *segment, int linear, int exact, int shortes
     return 0;
 }
 
-/* The switch functions of node n at points behind the samples of the batch, which end at point `used`. */
+/* The switch functions of node n at `count` more points, which are stored after the `used` points of the samples. */
 static const pk_real *pk__switches_behind(pk__path *segment, size_t n, size_t used, size_t count)
 {
     const pk_node *node = &segment->graph->nodes[n];
@@ -17492,8 +19485,8 @@ static const pk_real *pk__switches_behind(pk__path *segment, size_t n, size_t us
     return out;
 }
 
-/* Moves roots of interpolants of a piece of row onto the zeros of the switch functions of node n themselves: Newton steps
- * with the interpolants' slopes, as long as the values fall. */
+/* Moves roots of interpolants, of a piece [a, b] of a row, to the roots of the switch functions of node n: Newton's method
+ * with the slopes of the interpolants, as long as it reduces the size of the function. */
 static void pk__refine_roots(pk__path *segment, size_t n, size_t used, size_t row, double a, double b,
                              size_t count, pk__root *roots)
 {
@@ -17545,7 +19538,7 @@ static void pk__sort_roots(size_t count, pk__root *roots)
     }
 }
 
-/* Appends a piece of the batch to pieces, split at the roots. How many parts; 0 where they do not fit. */
+/* Appends a piece, split at the roots, to pieces. Returns the number of parts, or 0 if they do not fit. */
 static size_t pk__append_split(pk__pieces *pieces, const pk__piece *piece, pk__root_sink *sink)
 {
     const size_t before = pieces->count;
@@ -17575,7 +19568,7 @@ static size_t pk__append_split(pk__pieces *pieces, const pk__piece *piece, pk__r
     return pieces->count - before;
 }
 
-/* The next pieces that wait, as many as there are points for, and their samples. */
+/* Moves as many pending pieces to the batch as there are points for, and sets their sample points. */
 static void pk__begin_batch(pk__path *segment)
 {
     pk__pieces *pending = &segment->pending, *batch = &segment->batch;
@@ -17595,7 +19588,7 @@ static void pk__begin_batch(pk__path *segment)
     }
 }
 
-/* Moves piece `from` of the batch and all that is known of its samples, as far as nodes from n on need it. */
+/* Moves piece `from` of the batch to number `to`, with the values at its samples that node n and later ones need. */
 static void pk__keep_piece(pk__path *segment, size_t n, size_t from, size_t to)
 {
     const size_t samples = (size_t)segment->degree + 1;
@@ -17617,7 +19610,7 @@ static void pk__keep_piece(pk__path *segment, size_t n, size_t from, size_t to)
     }
 }
 
-/* Both halves of a piece wait, to be joined again when all is found. 0: no room. */
+/* Makes both halves of a piece pending; they are joined again after the search. Returns 0 if there is no room. */
 static int pk__halve_search(pk__path *segment, const pk__piece *piece, size_t n)
 {
     pk__pieces *pending = &segment->pending;
@@ -17640,7 +19633,8 @@ static int pk__halve_search(pk__path *segment, const pk__piece *piece, size_t n)
     return 1;
 }
 
-/* Looks at the switches of node n: pieces with kinks leave the batch, their parts wait. 0: no room. */
+/* Searches the switch functions of node n: a piece with kinks leaves the batch, and its parts become pending. Returns 0 if
+ * there is no room. */
 static int pk__split_batch(pk__path *segment, size_t n)
 {
     const pk_node *node = &segment->graph->nodes[n];
@@ -17658,7 +19652,7 @@ static int pk__split_batch(pk__path *segment, size_t n)
             const pk__piece piece = batch->piece[i];
             const int shortest = piece.b - piece.a <= PK__SHORTEST_SEARCH;
             pk__root_sink sink = {piece.a, piece.b, 0, 0, 0, segment->roots, 0, segment->root_capacity};
-            if (pk__piece_roots(segment, node->degree == 1, exact, shortest, switches, i * samples, &sink)) {
+            if (pk__piece_roots(segment, node->input_degree == 1, exact, shortest, switches, i * samples, &sink)) {
                 if (!pk__halve_search(segment, &piece, n))
                     return 0;
                 continue;
@@ -17675,7 +19669,7 @@ static int pk__split_batch(pk__path *segment, size_t n)
                 segment->pending_start[pending->count - 1 - k] = n + 1;
             if (parts > 1)
                 continue;
-            batch->piece[i] = pending->piece[--pending->count]; /* it is whole: go on with it */
+            batch->piece[i] = pending->piece[--pending->count]; /* it has no kink and stays */
         }
         pk__keep_piece(segment, n, i, kept++);
     }
@@ -17707,7 +19701,7 @@ PK__PRIVATE void pk__sort_pieces(pk__pieces *pieces, pk__piece_order *precedes)
         }
 }
 
-/* Joins what was halved for the search alone; the pieces are sorted. */
+/* Joins the halves of pieces that were halved for the search alone; the pieces are sorted. */
 static void pk__join_pieces(pk__pieces *pieces)
 {
     size_t kept = 0;
@@ -17738,7 +19732,7 @@ PK__INTERNAL int pk__path_split(pk__path *segment, const pk__pieces *from, pk__p
         first->piece[first->count++].joined = 0;
     }
     segment->tape.value[0] = segment->input_points;
-    segment->held = 0; /* samples take their place */
+    segment->held = 0; /* the samples overwrite the values in the tape */
     while (pending->count) {
         pk__begin_batch(segment);
         for (size_t n = 0; n <= segment->last_switch && batch->count; n++) {
@@ -17797,6 +19791,16 @@ PK__INTERNAL void pk__gauss_table(double *nodes, double *weights)
         pk_gauss_legendre(n, nodes + n * (n - 1) / 2, weights + n * (n - 1) / 2);
 }
 
+/* How large the polynomial through n nodes in [0, 1] that is 1 at node q and 0 at the others is at x. */
+PK__PRIVATE double pk__lagrange(int n, const double *node, int q, double x)
+{
+    double product = 1;
+    for (int r = 0; r < n; r++)
+        if (r != q)
+            product *= (x - node[r]) / (node[q] - node[r]);
+    return product;
+}
+
 PK_API size_t pk_readout_count(const pk_readout *readout, size_t outputs)
 {
     switch (readout->kind) {
@@ -17836,15 +19840,70 @@ PK__PRIVATE int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
         (graph->degree + 1) / 2 > PK_GAUSS_NODES)
         return 0;
     for (size_t n = 1; n < graph->node_count; n++)
-        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].degree > PK__PATH_DEGREE)
+        if (pk__is_switch(&graph->nodes[n]) && graph->nodes[n].input_degree > PK__PATH_DEGREE)
             return 0;
     return 1;
+}
+
+/* Names, and whether a number of nodes stands behind them. */
+enum { PK__NO_NODES, PK__MAY_HAVE_NODES, PK__NEEDS_NODES };
+static const struct {
+    const char *name;
+    int nodes;
+} pk__rules[] = {[PK_RULE_AUTO] = {"auto", PK__NO_NODES},
+                 [PK_RULE_EXACT] = {"exact", PK__NO_NODES},
+                 [PK_RULE_GAUSS] = {"gauss", PK__NEEDS_NODES},
+                 [PK_RULE_MIDPOINT] = {"midpoint", PK__NEEDS_NODES},
+                 [PK_RULE_TRAPEZOID] = {"trapezoid", PK__NEEDS_NODES},
+                 [PK_RULE_LEFT] = {"left", PK__MAY_HAVE_NODES}};
+enum { PK__RULES = (int)(sizeof pk__rules / sizeof *pk__rules) };
+
+PK_API const char *pk_rule_name(pk_rule rule)
+{
+    return (int)rule >= 0 && (int)rule < PK__RULES ? pk__rules[rule].name : NULL;
+}
+
+/* ":N" behind the name of a rule; 0 where it is no number of nodes that the rule may have. */
+static int pk__rule_nodes(const char *text, int allowed, int *nodes)
+{
+    *nodes = 0;
+    if (!*text)
+        return allowed != PK__NEEDS_NODES;
+    if (allowed == PK__NO_NODES || !text[1])
+        return 0;
+    for (const char *digit = text + 1; *digit; digit++) {
+        if (*digit < '0' || *digit > '9' || *nodes > PK_RULE_NODES)
+            return 0;
+        *nodes = 10 * *nodes + (*digit - '0');
+    }
+    return *nodes >= 1 && *nodes <= PK_RULE_NODES;
+}
+
+PK_API pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+{
+    char names[128] = "";
+    if (!text || !quadrature)
+        return pk__fail(context, PK_ARGUMENT, "quadrature: the text or the place for the rule is NULL");
+    const size_t length = strcspn(text, ":");
+    for (int i = 0; i < PK__RULES; i++) {
+        int nodes;
+        if (strlen(pk__rules[i].name) == length && strncmp(pk__rules[i].name, text, length) == 0 &&
+            pk__rule_nodes(text + length, pk__rules[i].nodes, &nodes)) {
+            quadrature->rule = (pk_rule)i;
+            quadrature->nodes = nodes;
+            return PK_OK;
+        }
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s%s", i ? ", " : "",
+                 pk__rules[i].name, pk__rules[i].nodes == PK__NEEDS_NODES ? ":N" : "");
+    }
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not a rule; these are: %s, with N from 1 to %d", text,
+                    names, (int)PK_RULE_NODES);
 }
 
 PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
                                      const pk_graph *graph, const pk_readout *readout)
 {
-    if ((int)quadrature->rule < 0 || quadrature->rule > PK_RULE_LEFT)
+    if (!pk_rule_name(quadrature->rule))
         return pk__fail(context, PK_ARGUMENT, "quadrature rule %d does not exist", (int)quadrature->rule);
     if (quadrature->nodes < 0 || quadrature->nodes > PK_RULE_NODES)
         return pk__fail(context, PK_ARGUMENT, "a quadrature with %d nodes; 1 to %d are possible",
@@ -18109,7 +20168,7 @@ static int pk__test_pieces(pk__integrator *integrator)
     return again;
 }
 
-/* Tests the pieces in hand: each gets more nodes until it passes or has the most. Those that pass are accepted. */
+/* Tests `pieces`: each gets more nodes until it passes or has the most. Those that pass are accepted. */
 PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 {
     for (size_t i = 0; i < integrator->pieces.count; i++) {
@@ -18283,7 +20342,10 @@ static int pk__put_rule(pk__integrator *integrator)
             double t = 0, weight = 1.0 / count;
             if (integrator->points.count == integrator->path.point_capacity)
                 return 0;
-            if (rule == PK_RULE_GAUSS) {
+            if (integrator->at_one_point) {
+                t = integrator->point;
+                weight = integrator->point_weight;
+            } else if (rule == PK_RULE_GAUSS) {
                 t = x[q];
                 weight = w[q];
             } else if (rule == PK_RULE_MIDPOINT) {
@@ -18337,7 +20399,7 @@ static int pk__fail_piece(pk__integrator *integrator, pk__piece *piece)
     return 0;
 }
 
-/* The pieces in hand, between kinks: a fixed order is enough for each, or they are tested. */
+/* The pieces between kinks: a fixed order is enough for each, or they are tested. */
 static void pk__measure_pieces(pk__integrator *integrator)
 {
     const pk__pieces *pieces = &integrator->pieces;
@@ -18507,7 +20569,7 @@ PK__INTERNAL void pk__integrator_begin(pk__integrator *integrator)
     integrator->points.last = 0;
     pk__hand_over(integrator, NULL, NULL, 0);
     integrator->stage = PK__STAGE_RULE;
-    if (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT)
+    if (integrator->at_one_point || (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT))
         return;
     integrator->stage = PK__STAGE_PIECES;
     /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
@@ -18764,16 +20826,16 @@ static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t co
 }
 
 /* Columns first .. first + count - 1, as many as the workspace holds. */
-static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *weights,
-                          const pk_dataset *data, const pk_batch *batch, size_t first, size_t count,
-                          pk__example_workspace *workspace, pk_real *gradient)
+static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *seeds_at,
+                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch, size_t first,
+                          size_t count, pk__example_workspace *workspace, pk_real *gradient)
 {
     const size_t outputs = graph->output_width;
     pk__tape *tape = &workspace->tape;
-    const pk__line line = {weights, NULL, NULL};
+    const pk__line line = {weights, NULL, NULL}, seeds_line = {seeds_at, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
     pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
-    pk__pass_forward(tape, &line, count, workspace->inputs);
+    pk__pass_forward(tape, &seeds_line, count, workspace->inputs);
     const pk_real *f = pk__pass_output(tape);
     pk_real *seed = pk__pass_seed(tape);
     for (size_t b = 0; b < count; b++) {
@@ -18782,6 +20844,8 @@ static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss
         for (size_t c = 0; c < outputs; c++)
             seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
     }
+    if (seeds_at != weights)
+        pk__pass_forward(tape, &line, count, workspace->inputs);
     pk__pass_reverse(tape, &line, count, 1);
     if (gradient)
         pk__pass_weight_gradient(tape, count, gradient);
@@ -18809,14 +20873,22 @@ static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss
     }
 }
 
+PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph, pk_loss loss,
+                                          const pk_real *seeds_at, const pk_real *weights,
+                                          const pk_dataset *data, const pk_batch *batch, size_t first,
+                                          pk__example_workspace *workspace, pk_real *gradient)
+{
+    const size_t last = first + pk__min(batch->count - first, PK__EXAMPLE_BLOCK), rows = workspace->tape.rows;
+    for (; first < last; first += rows)
+        pk__fill_rows(examples, graph, loss, seeds_at, weights, data, batch, first, pk__min(rows, last - first),
+                      workspace, gradient);
+}
+
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
                                     const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
                                     size_t first, pk__example_workspace *workspace, pk_real *gradient)
 {
-    const size_t last = first + pk__min(batch->count - first, PK__EXAMPLE_BLOCK), rows = workspace->tape.rows;
-    for (; first < last; first += rows)
-        pk__fill_rows(examples, graph, loss, weights, data, batch, first, pk__min(rows, last - first),
-                      workspace, gradient);
+    pk__examples_fill_apart(examples, graph, loss, weights, weights, data, batch, first, workspace, gradient);
 }
 
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph)
@@ -18917,7 +20989,7 @@ static void pk__gram_back_take(pk__arena *arena, const pk__gram *gram, pk__tape 
 static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
 {
     size_t numbers = 0;
-    if (!gram->graph->pieces)
+    if (!gram->graph->tied)
         return NULL;
     if (!pk__multiply(gram->outputs + 1, gram->graph->spread, &numbers))
         arena->overflow = 1;
@@ -19320,6 +21392,15 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
 
 /* ---- how it is cut ------------------------------------------------------------------------------------- */
 
+/* The column of by_layer that a node's own weight blocks belong to; -1: all of its tensors are others'. */
+static int pk__gram_column(const pk_graph *graph, const pk_node *node)
+{
+    for (int t = 0; t < node->tensor_count; t++)
+        if (!node->tensors[t].tied)
+            return pk__block_of(graph, node, t)->column;
+    return -1;
+}
+
 /* The form of a layer, by flops a pair of rows. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
 {
@@ -19332,7 +21413,7 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
     const double factored =
         places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
-    layer->column = node->column;
+    layer->column = pk__gram_column(gram->graph, node);
     layer->form = outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
                   : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
                                                                                  : PK__GRAM_ROWS;
@@ -19353,21 +21434,21 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     }
 }
 
-/* With ties: the tensors that a layer brings into w stand side by side there. */
+/* With ties: the blocks that a layer brings into w stand side by side there. */
 static void pk__gram_plan_column(const pk__gram *gram, pk__gram_layer *layer)
 {
     const pk_graph *graph = gram->graph;
     const size_t group = gram->outputs / gram->kept;
     size_t count = 0;
     layer->offset = SIZE_MAX;
-    for (size_t i = 0; i < graph->piece_count; i++) {
-        const pk_tensor_use *piece = &graph->pieces[i];
-        if (piece->node != piece->owner || &graph->nodes[piece->node] != layer->node)
+    layer->column = pk__gram_column(graph, layer->node);
+    for (size_t b = 0; b < graph->block_count; b++) {
+        const pk_weight_block *block = &graph->blocks[b];
+        if (block->column != layer->column)
             continue;
-        layer->offset = pk__min(layer->offset, piece->flat);
-        count += piece->count;
+        layer->offset = pk__min(layer->offset, block->first);
+        count += block->count;
     }
-    layer->column = layer->node->column;
     layer->node = NULL;
     layer->form = PK__GRAM_ROWS;
     layer->right = count * gram->outputs;
@@ -19397,7 +21478,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     while (gram->sweep > 1 && (values > most / gram->sweep || gram->sweep / 2 >= all))
         gram->sweep /= 2;
     gram->part = gram->sweep;
-    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / gram->part))
+    while (gram->part > 1 && (gram->part * gram->outputs > 256 || cotangents > most / 4 / gram->part))
         gram->part /= 2;
     gram->together = all <= gram->sweep && !gram->two_points;
     gram->unit = pk__max(gram->tile, gram->sweep);
@@ -19406,9 +21487,9 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     for (size_t l = 0; l < graph->layers; l++) {
         pk__gram_layer *layer = &gram->layer[gram->layers];
         layer->node = pk_graph_layer(graph, l);
-        if (graph->pieces && layer->node->column < 0)
+        if (graph->tied && pk__gram_column(graph, layer->node) < 0)
             continue;
-        if (graph->pieces)
+        if (graph->tied)
             pk__gram_plan_column(gram, layer);
         else
             pk__gram_plan_layer(gram, (double)rows * (double)columns / ((double)rows + (double)columns), layer);
@@ -19416,7 +21497,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         layer->right_at = gram->numbers + layer->left;
         gram->numbers = layer->right_at + layer->right;
         gram->layers++;
-        if (graph->pieces)
+        if (graph->tied)
             continue;
         const size_t pairs = layer->places * layer->examples * layer->node->positions;
         gram->left = pk__max(gram->left, pairs);
@@ -19585,9 +21666,9 @@ static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real *
         sides[s].weights = sides[s].of->weights;
         sides[s].direction = sides[s].of->direction;
     }
-    if (graph->pieces)
+    if (graph->tied)
         status = pk_allocate(gram->context, graph->spread, 4 * sizeof **memory, gram->name, memory);
-    for (int s = 0; !status && graph->pieces && s < 2; s++) {
+    for (int s = 0; !status && graph->tied && s < 2; s++) {
         pk_real *own = *memory + (size_t)(2 * s) * graph->spread;
         pk_graph_spread(graph, sides[s].weights, own);
         sides[s].weights = own;
@@ -20109,36 +22190,33 @@ PK__BEGIN_CODE
 
 /* ---- the points of a step --------------------------------------------------------------------------------- */
 
-/* Element i of a tensor, in the order in which it stands in w, is element pk__use_index of a use. */
-static size_t pk__use_index(const pk_tensor_use *use, size_t i)
+/* Element i of a weight block is element pk__use_index of a tensor that uses it. */
+static size_t pk__use_index(const pk_parameter_tensor *tensor, size_t i)
 {
-    return use->rows ? i % use->rows * use->cols + i / use->rows : i;
+    const size_t rows = tensor->shape.dims[0], cols = tensor->shape.dims[1];
+    return tensor->transposed ? i % rows * cols + i / rows : i;
 }
 
-/* Sums over the uses of the tensor that `owner` brings into w, in all of them: of Phi, or of its error. */
-static void pk__share_tensor(const pk__integral *integral, const pk_tensor_use *owner, int error)
+/* Sums over the uses of a weight block, in all of them: of Phi, or of its error. */
+static void pk__share_block(const pk__integral *integral, const pk_weight_block *block, int error)
 {
-    const pk_graph *graph = integral->graph;
-    const pk_tensor_use *end = graph->pieces + graph->piece_count;
-    const pk_node *own = &graph->nodes[owner->node];
+    const pk_node *nodes = integral->graph->nodes, *own = &nodes[block->uses[0].node];
     const size_t cells = integral->rows * integral->output_capacity,
-                 own_at = owner->spread - own->weight_offset;
+                 own_at = own->tensors[block->uses[0].tensor].first;
     for (int back = 0; back < 2; back++)
-        for (const pk_tensor_use *use = owner + 1; use < end; use++) {
-            const pk_node *node = &graph->nodes[use->node];
-            const size_t at = use->spread - node->weight_offset;
+        for (size_t u = 1; u < block->use_count; u++) {
+            const pk_node *node = &nodes[block->uses[u].node];
+            const pk_parameter_tensor *tensor = &node->tensors[block->uses[u].tensor];
             pk_real *sums = error ? integral->layer[own->layer].size : integral->layer[own->layer].phi;
             pk_real *ones = error ? integral->layer[node->layer].size : integral->layer[node->layer].phi;
-            if (use->flat != owner->flat)
-                continue;
             for (size_t cell = 0; cell < cells; cell++) {
                 pk_real *sum = sums + cell * own->weight_count + own_at;
-                pk_real *one = ones + cell * node->weight_count + at;
-                for (size_t i = 0; i < use->count; i++)
+                pk_real *one = ones + cell * node->weight_count + tensor->first;
+                for (size_t i = 0; i < block->count; i++)
                     if (back)
-                        one[pk__use_index(use, i)] = sum[i];
+                        one[pk__use_index(tensor, i)] = sum[i];
                     else
-                        sum[i] += one[pk__use_index(use, i)];
+                        sum[i] += one[pk__use_index(tensor, i)];
             }
         }
 }
@@ -20148,12 +22226,10 @@ static void pk__share_tensor(const pk__integral *integral, const pk_tensor_use *
 static void pk__share_tensors(pk__integral *integral)
 {
     const pk_graph *graph = integral->graph;
-    for (const pk_tensor_use *use = graph->pieces; use < graph->pieces + graph->piece_count; use++) {
-        if (use->owner != use->node || !graph->nodes[use->node].shares)
-            continue;
-        pk__share_tensor(integral, use, 0);
+    for (size_t b = 0; b < graph->block_count; b++) {
+        pk__share_block(integral, &graph->blocks[b], 0);
         if (integral->bounds)
-            pk__share_tensor(integral, use, 1);
+            pk__share_block(integral, &graph->blocks[b], 1);
     }
 }
 
@@ -20285,7 +22361,7 @@ PK__INTERNAL void pk__integral_end(pk__integral *integral)
         for (size_t i = 0; i < chosen * layer->node->weight_count; i++)
             layer->size[i] += (pk_real)(2 * fabs(layer->check[i]));
     }
-    if (integral->graph->pieces)
+    if (integral->graph->tied)
         pk__share_tensors(integral);
 }
 
@@ -20583,7 +22659,7 @@ PK__BEGIN_CODE
 
 /* ---- layers used at several places -------------------------------------------------------------------- */
 
-/* One layer used at several places, one block of examples, the points in hand: every place of a point with every place
+/* One layer used at several places, one block of examples, the points in memory: every place of a point with every place
  * of an example, tile += w_p sum_qr (a_pq . a_ir + bias) (delta_pq . delta_ir). */
 static void pk__product_places(pk__product *product, size_t layer, const pk__points *points, size_t first,
                                size_t block)
@@ -20667,7 +22743,7 @@ static pk_real *pk__last_weights_of_row(const pk__product *product, const pk_nod
     return product->last_weights + (shared ? 0 : (row + 1) * all);
 }
 
-/* w slope and w t slope of the operation between the layer and the last one, at the points in hand. */
+/* w slope and w t slope of the operation between the layer and the last one, at the points in memory. */
 static void pk__slopes_between(pk__product *product, size_t layer, const pk__points *points)
 {
     const pk__integral *integral = product->integral;
@@ -20819,7 +22895,7 @@ static void pk__add_readout(pk__product *product, size_t layer, size_t first, si
 
 /* ---- any layer ---------------------------------------------------------------------------------------- */
 
-/* Whether there are products of a layer to be taken with the points in hand. */
+/* Whether there are products of a layer to be taken with the points in memory. */
 static int pk__is_due(const pk__integral *integral, size_t layer, const pk__points *points)
 {
     return !integral->layer[layer].integrated &&
@@ -21020,8 +23096,8 @@ PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_
                       0, &phi->segment);
         pk__pieces_take(arena, 1, &phi->from);
         pk__pieces_take(arena, phi->piece_capacity, &phi->pieces);
-        phi->use_weights = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
-        phi->use_direction = pk__arena_take(arena, graph->pieces ? graph->spread : 0, real);
+        phi->use_weights = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
+        phi->use_direction = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
     }
     if (!mixed)
         return;
@@ -21076,16 +23152,6 @@ static pk_status pk__step_integral_value(pk__step_integral *phi, pk_matrix input
         return status;
     return pk_vjp(phi->context, graph, phi->at, inputs, pk_matrix_view(phi->seeds, 1, C),
                   pk_matrix_view(phi->value + D * P, 1, P), pk__no_matrix());
-}
-
-/* How large the polynomial through n nodes in [0, 1] that is 1 at node q and 0 at the others is at x. */
-static double pk__lagrange(int n, const double *node, int q, double x)
-{
-    double product = 1;
-    for (int r = 0; r < n; r++)
-        if (r != q)
-            product *= (x - node[r]) / (node[q] - node[r]);
-    return product;
 }
 
 /* to = the rule of n nodes on [a, b]; mixed: start and end = J there, from the inside. */
@@ -21188,7 +23254,7 @@ static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix input
 {
     const pk_graph *graph = phi->graph;
     const pk_real *weights = phi->w, *direction = phi->direction;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, phi->w, phi->use_weights);
         pk_graph_spread(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
@@ -21240,7 +23306,7 @@ static void pk__step_integral_forward(pk__step_integral *phi, double t, size_t r
     const pk_graph *graph = phi->graph;
     pk__step_point(graph->parameters, phi->w, phi->next, t, phi->at);
     const pk_real *weights = phi->at;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, phi->at, phi->use_weights);
         weights = phi->use_weights;
     }
@@ -21268,7 +23334,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     pk__step_integral_switches(phi, 0, 0, phi->after);
     pk__step_integral_forward(phi, t, D, phi->copies);
     const pk_real *weights = phi->at, *direction = phi->direction;
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
@@ -21519,7 +23585,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
         pk_run_batch(run, s, &batch);
         window->largest_batch = pk__max(window->largest_batch, batch.count);
     }
-    window->lanes = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
+    window->partial_sums = pk__max(1, pk__min(16, pk__blocks(window->largest_batch, PK__EXAMPLE_BLOCK)));
     window->state_vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
     window->form_count = 1 + run->groups.count;
     pk_linear_form form;
@@ -21527,47 +23593,6 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     window->adaptive = form.preconditioned;
     window->preconditioned = form.preconditioned || run->groups.count;
     window->decoupled = run->optimizer.kind == PK_ADAMW;
-}
-
-/* Windows that can be visited last to first with states states (the first one's among them) where none is gone
- * through more than again times: binomial(states + again, again). */
-static double pk__binomial(double states, double again)
-{
-    double reach = again >= 0;
-    for (double k = 1; k <= again; k++)
-        reach = reach * (states + k) / k;
-    return reach;
-}
-
-/* The fewest times that will do: pk__binomial(states, again) >= windows. */
-static double pk__repeats(double windows, double states)
-{
-    double again = 0;
-    for (double reach = 1; reach < windows; reach = reach * (states + again) / again)
-        again++;
-    return again;
-}
-
-PK__INTERNAL double pk__steps_again(size_t windows, size_t spare)
-{
-    const double count = (double)windows, states = (double)spare + 1;
-    if (!spare) /* the formula below, at once */
-        return windows ? count * (count - 1) / 2 : 0;
-    const double again = pk__repeats(count, states);
-    return again * count - pk__binomial(states + 1, again - 1);
-}
-
-/* How far ahead of a state the next one belongs, of windows >= 2 to be visited with states >= 2. */
-static size_t pk__next_state(size_t windows, size_t states)
-{
-    const double count = (double)windows, all = (double)states, again = pk__repeats(count, all);
-    const double most = pk__binomial(all, again - 1), left = count - pk__binomial(all - 1, again - 1);
-    return (size_t)floor((most < left ? most : left) + 0.5);
-}
-
-static size_t pk__states_kept(const pk__window *window)
-{
-    return window->stride ? (window->windows - 1) / window->stride : 0; /* that of window 0 is zero */
 }
 
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
@@ -21585,7 +23610,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->threads = threads;
     window->stride = window->state_vectors && window->windows ? stride : 0;
     window->spare = window->stride ? spare : 0;
-    window->spare_used = window->advanced = 0;
+    window->advanced = 0;
     window->bounds = bounds;
     window->weights = pk__arena_take(arena, capacity + 1, P * real);
     window->direction = pk__arena_take(arena, all, real);
@@ -21597,13 +23622,15 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
-    window->gradient = pk__arena_take(arena, spread, window->lanes * real);
+    const int moves = window->approximation && window->approximation->examples_move;
+    window->moved_weights = moves ? pk__arena_take(arena, spread, real) : NULL;
+    window->gradient = pk__arena_take(arena, spread, window->partial_sums * real);
     window->use_weights = window->weights;
     window->use_direction = window->direction;
     window->use_remainder = window->remainder;
     window->use_preconditioner = window->preconditioner;
     window->use_preconditioner_error = window->preconditioner_error;
-    if (graph->pieces) {
+    if (graph->tied) {
         window->use_weights = pk__arena_take(arena, spread, real);
         window->use_direction = pk__arena_take(arena, spread, real);
         window->use_remainder = pk__arena_take(arena, spread, real);
@@ -21612,13 +23639,13 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     }
     const size_t states = window->states * window->state_vectors;
     window->state = pk__arena_take(arena, states, P * real);
-    window->saved = pk__arena_take(arena, pk__states_kept(window) + window->spare, states * P * real);
-    window->spare_at = pk__arena_take(arena, window->spare, sizeof *window->spare_at);
+    pk__checkpoints_take(arena, window->windows, window->stride, window->spare, states * P,
+                         &window->checkpoints);
     window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
     window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
     window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
     window->use_decayed = window->decayed;
-    if (graph->pieces && window->form_count > 1)
+    if (graph->tied && window->form_count > 1)
         window->use_decayed = pk__arena_take(arena, spread, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
@@ -21643,6 +23670,20 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     }
 }
 
+PK__INTERNAL size_t pk__chosen_step(size_t steps, size_t chosen, size_t k)
+{
+    /* floor(k steps / chosen) without a large product */
+    return k * (steps / chosen) + k * (steps % chosen) / chosen;
+}
+
+PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step)
+{
+    for (size_t k = 0; k < chosen; k++)
+        if (pk__chosen_step(steps, chosen, k) == step)
+            return 1;
+    return 0;
+}
+
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
     const size_t P = window->parameters, U = window->spread;
@@ -21661,7 +23702,7 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         const pk_real *from = window->weights + j * P;
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
-        if (graph->pieces) {
+        if (graph->tied) {
             pk_graph_spread(graph, from, window->use_weights + j * U);
             if (!advance)
                 pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
@@ -21669,7 +23710,8 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         from = window->use_weights + j * U;
         if (!advance && window->transposed) {
             pk_real *to = window->transposed + j * 2 * U;
-            pk__pass_transpose(graph, from, to);
+            const pk__approximation *own = window->approximation;
+            pk__pass_transpose(graph, own && own->weights ? own->weights : from, to);
             pk__pass_transpose(graph, window->use_direction + j * U, to + U);
         }
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
@@ -21683,23 +23725,24 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
     return PK_OK;
 }
 
-/* Gradients of the examples of every step of the window, and their sums. A lane adds its blocks in order. */
+/* Gradients of the examples of every step of the window, and their partial sums, each of consecutive
+ * blocks of examples in order. */
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
-    const size_t U = window->spread, lanes = window->lanes;
-    const size_t tasks = window->count * lanes;
+    const size_t U = window->spread, partial_sums = window->partial_sums;
+    const size_t tasks = window->count * partial_sums;
     const int threads = (int)window->threads;
     pk__team team = pk__team_of(context, threads, tasks);
     PK__PARALLEL(team)
     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
-        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        const size_t thread = (size_t)pk__thread(), j = task / partial_sums, part = task % partial_sums;
         double start = pk__seconds();
         size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
-               each = pk__blocks(blocks, lanes);
+               each = pk__blocks(blocks, partial_sums);
         pk_real *gradient = window->gradient + task * U;
         memset(gradient, 0, U * sizeof *gradient);
-        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++) {
+        for (size_t b = part * each; b < pk__min(blocks, (part + 1) * each); b++) {
             pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->use_weights + j * U,
                               &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
                               &window->workspaces[thread], gradient);
@@ -21708,7 +23751,7 @@ static void pk__fill_window(pk_context *context, pk__window *window)
                                   window->perturbed_weights + j * U, &run->train, &window->batches[j],
                                   b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
-        if (run->graph.pieces)
+        if (run->graph.tied)
             pk_graph_gather(&run->graph, gradient, gradient);
         window->seconds[thread] += pk__seconds() - start;
     }
@@ -21722,6 +23765,37 @@ static void pk__fill_window(pk_context *context, pk__window *window)
     pk__team_end(&team);
 }
 
+/* The gradients of the examples where an approximation wants them, after the update was computed again from those at w_s. */
+static void pk__move_examples(pk_context *context, pk__window *window)
+{
+    const pk_run *run = window->run;
+    const pk__approximation *how = window->approximation;
+    const size_t U = window->spread, lanes = window->partial_sums, tasks = window->count * lanes;
+    pk__team team = pk__team_of(context, (int)window->threads, window->count);
+    PK__PARALLEL(team)
+    for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
+        for (size_t i = j * U; i < (j + 1) * U; i++)
+            window->moved_weights[i] =
+                (pk_real)(window->use_weights[i] + how->examples_at * window->use_direction[i]);
+    pk__team_end(&team);
+    team = pk__team_of(context, (int)window->threads, tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        const double start = pk__seconds();
+        const size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
+                     each = pk__blocks(blocks, lanes);
+        const pk_real *at = window->moved_weights + j * U;
+        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++)
+            pk__examples_fill_apart(&window->examples[j], &run->graph, run->loss,
+                                    how->seeds_stay ? window->use_weights + j * U : at, at, &run->train,
+                                    &window->batches[j], b * PK__EXAMPLE_BLOCK, &window->workspaces[thread],
+                                    NULL);
+        window->seconds[thread] += pk__seconds() - start;
+    }
+    pk__team_end(&team);
+}
+
 static int pk__has_moments(const pk__window *window)
 {
     return window->adaptive && window->run->second_moments.data;
@@ -21731,14 +23805,8 @@ static int pk__has_moments(const pk__window *window)
  * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
 static pk_status pk__read_moments(pk_context *context, pk__window *window, size_t j)
 {
-    const size_t P = window->parameters, step = window->first + j;
-    pk_real *moments = window->preconditioner + j * window->pitch;
-    pk_status status = pk_run_second_moments(context, window->run, step, moments);
-    for (size_t i = 0; !status && i < P; i++)
-        if (moments[i] < 0)
-            status = pk__fail(context, PK_FORMAT, "second_moments.npy: parameter %zu is %g after step %zu", i,
-                              (double)moments[i], step);
-    return status;
+    const size_t step = window->first + j;
+    return pk_run_second_moments(context, window->run, step, window->preconditioner + j * window->pitch);
 }
 
 /* D_s from its linear form, of count parameters. */
@@ -21764,12 +23832,12 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         const size_t step = window->first + j, at = j * P + first;
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
-        pk_real *gradient = window->gradient + j * window->lanes * window->spread + first;
+        pk_real *gradient = window->gradient + j * window->partial_sums * window->spread + first;
         pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
-        for (size_t lane = 1; lane < window->lanes; lane++)
+        for (size_t part = 1; part < window->partial_sums; part++)
             for (size_t i = 0; i < count; i++)
-                gradient[i] += gradient[lane * window->spread + i];
+                gradient[i] += gradient[part * window->spread + i];
         const double *rates = pk_run_group_rates(run, step);
         const pk__update whole = {
             step, rate, scale, count, count, weights, gradient, state, advance || recorded ? NULL : update};
@@ -21809,7 +23877,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
-    const pk_real *gradient = window->gradient + j * window->lanes * window->spread,
+    const pk_real *gradient = window->gradient + j * window->partial_sums * window->spread,
                   *weights = window->weights + j * P;
     const double *rates = pk_run_group_rates(run, step), rate = run->learning_rates[step];
     const pk_parameter_range all = {0, P, 0};
@@ -21821,7 +23889,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     pk_real *error = window->preconditioner_error + j * window->pitch;
     memset(sizes, 0, window->spread * sizeof *sizes);
     pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
-    if (run->graph.pieces)
+    if (run->graph.tied)
         pk_graph_gather(&run->graph, sizes, sizes);
     for (int larger = 0; larger < 2; larger++) {
         pk_real *state = window->state + (1 + (size_t)larger) * window->state_vectors * P;
@@ -21899,7 +23967,7 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
         if (status)
             return status;
     }
-    const int worth = count * P * (window->lanes + 1) >= (size_t)PK__WINDOW_WORTH;
+    const int worth = count * P * (window->partial_sums + 1) >= (size_t)PK__WINDOW_WORTH;
     pk__team team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
     PK__PARALLEL(team)
     for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
@@ -21908,8 +23976,10 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
-    if (!advance && window->run->graph.pieces)
+    if (!advance && window->run->graph.tied)
         pk__spread_updates(window);
+    if (!advance && window->moved_weights)
+        pk__move_examples(context, window);
     window->seconds_read += pk__seconds() - start;
     return PK_OK;
 }
@@ -21927,20 +23997,24 @@ static pk_status pk__advance_window(pk_context *context, pk__window *window, siz
     return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 1);
 }
 
+static size_t pk__state_bytes(const pk__window *window)
+{
+    return window->states * window->state_vectors * window->parameters * sizeof(pk_real);
+}
+
 PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *window)
 {
-    const size_t numbers = window->states * window->state_vectors * window->parameters;
-    const size_t last = pk__states_kept(window) * window->stride;
-    memset(window->state, 0, numbers * sizeof(pk_real));
+    const size_t last = window->checkpoints.fixed * window->stride;
+    memset(window->state, 0, pk__state_bytes(window));
     for (size_t w = 0; w < last; w++) {
         pk_status status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
         if (!status)
             status = pk__advance_window(context, window, w);
         if (status)
             return status;
-        if ((w + 1) % window->stride == 0)
-            memcpy(window->saved + ((w + 1) / window->stride - 1) * numbers, window->state,
-                   numbers * sizeof(pk_real));
+        pk_real *kept = pk__checkpoints_fixed(&window->checkpoints, w + 1);
+        if (kept)
+            memcpy(kept, window->state, pk__state_bytes(window));
     }
     return PK_OK;
 }
@@ -21948,35 +24022,23 @@ PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *wi
 /* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
 static pk_status pk__find_state(pk_context *context, pk__window *window, size_t index)
 {
-    const size_t numbers = window->states * window->state_vectors * window->parameters;
-    const size_t kept = index / window->stride;
-    pk_real *spare = window->saved ? window->saved + pk__states_kept(window) * numbers : NULL;
-    size_t from = kept * window->stride;
-    while (window->spare_used && window->spare_at[window->spare_used - 1] > index)
-        window->spare_used--;
-    if (window->spare_used && window->spare_at[0] < from)
-        window->spare_used = 0; /* of another part of the run */
-    const pk_real *nearest = kept ? window->saved + (kept - 1) * numbers : NULL;
-    if (window->spare_used) {
-        from = window->spare_at[window->spare_used - 1];
-        nearest = spare + (window->spare_used - 1) * numbers;
-    }
+    pk__checkpoints *checkpoints = &window->checkpoints;
+    const pk_real *nearest;
+    size_t from = pk__checkpoints_find(checkpoints, 0, index, &nearest);
     if (nearest)
-        memcpy(window->state, nearest, numbers * sizeof(pk_real));
+        memcpy(window->state, nearest, pk__state_bytes(window));
     else
-        memset(window->state, 0, numbers * sizeof(pk_real));
+        memset(window->state, 0, pk__state_bytes(window));
     while (from < index) {
-        const size_t room = window->spare - window->spare_used;
-        const size_t next = room ? from + pk__next_state(index + 1 - from, room + 1) : index;
+        const size_t next = pk__checkpoints_next(checkpoints, from, index, 1);
         for (; from < next; from++) {
             pk_status status = pk__advance_window(context, window, from);
             if (status)
                 return status;
         }
-        if (room) {
-            memcpy(spare + window->spare_used * numbers, window->state, numbers * sizeof(pk_real));
-            window->spare_at[window->spare_used++] = from;
-        }
+        pk_real *spare = pk__checkpoints_add(checkpoints, from);
+        if (spare)
+            memcpy(spare, window->state, pk__state_bytes(window));
     }
     return PK_OK;
 }
@@ -22009,7 +24071,7 @@ typedef struct pk__worker {
     pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
     pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
-    /* The step of the block in hand: the first of its rows, their number; the step; what its products are multiplied with. */
+    /* The step that is computed for a block of rows: the first of its rows, their number; the step; what its products are multiplied with. */
     size_t row, rows, step;
     const pk__examples *batch;
     double factor;
@@ -22111,7 +24173,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
                           job->unit, job->options->bounds, &job->window.representation, &worker->integral);
         pk__product_take(arena, &worker->integral, !job->window.representation.materialised, &worker->product);
         worker->phi = pk__arena_take(arena, largest, real);
-        worker->tensor = pk__arena_take(arena, graph->pieces ? largest : 0, real);
+        worker->tensor = pk__arena_take(arena, graph->tied ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
         const size_t blocks = pk__blocks(job->window.largest_batch, PK__EXAMPLE_BLOCK),
                      tile = PK__TILE_LD * real;
@@ -22184,15 +24246,15 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     }
     if (plan->stride && job->window.state_vectors && windows) {
         const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
-        again =
-            ((double)kept * pk__steps_again(plan->stride, plan->spare) + pk__steps_again(last, plan->spare)) /
-            (double)windows;
+        again = ((double)kept * pk__checkpoints_again(plan->stride, plan->spare) +
+                 pk__checkpoints_again(last, plan->spare)) /
+                (double)windows;
         saved = (double)(kept * plan->stride) / (double)windows;
     }
     const double passes = (double)plan->passes;
     const double gradients =
         6 * P * items * pk__flop_seconds * factor *
-        pk__idle(pk__min(plan->window, pk__max(run->steps, 1)) * job->window.lanes, plan->threads);
+        pk__idle(pk__min(plan->window, pk__max(run->steps, 1)) * job->window.partial_sums, plan->threads);
     const double visit = gradients + P * steps * pk__update_seconds,
                  advance = gradients + P * steps * pk__advance_seconds;
     const double idle = pk__idle(blocks, plan->threads);
@@ -22291,7 +24353,7 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
     const size_t steps = pk__max(job->run->steps, 1), rows = choice->rows,
                  blocks = pk__blocks(rows, job->block);
     const size_t units = pk__blocks(job->outputs, job->unit);
-    const size_t tasks = pk__max(blocks, job->window.lanes * pk__min(steps, windows[0]));
+    const size_t tasks = pk__max(blocks, job->window.partial_sums * pk__min(steps, windows[0]));
     const size_t all_threads = pk__min((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);
@@ -22314,6 +24376,28 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
                     plan.window = pk__min(windows[i], steps);
                     pk__choose_states(job, choice, &plan);
                 }
+}
+
+/* Cuts a job of more than two passes of options->pass_seconds into such passes. What a pass repeats is a tenth of the time
+ * at most, and each thread has four blocks in it. */
+static void pk__shorten_passes(pk__job *job, pk__choice *choice)
+{
+    const double asked = job->options->pass_seconds;
+    const pk_plan *best = &choice->best;
+    if (!(asked > 0) || !choice->by_pass || job->options->rows_at_once || !best->threads ||
+        best->seconds < 2 * asked)
+        return;
+    const size_t blocks = pk__blocks(choice->rows, job->block), fewest = pk__min(4 * best->threads, blocks);
+    const double passes =
+        fmin(best->seconds / asked, 1 + 0.1 * best->seconds / fmax(best->seconds_examples, 1e-9));
+    const size_t most = pk__max(fewest, pk__blocks(blocks, (size_t)fmin(passes, (double)blocks)));
+    if (most * job->block >= best->rows)
+        return;
+    pk__choice shorter = *choice;
+    memset(&shorter.best, 0, sizeof shorter.best);
+    pk__search_plans(job, &shorter, most, 1);
+    if (shorter.best.threads)
+        *choice = shorter;
 }
 
 /* Where the caller sets no limit: enough for any window to pay, and less than most machines have. */
@@ -22343,6 +24427,7 @@ PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, 
         choice.available = SIZE_MAX - 1;
         pk__search_plans(job, &choice, most, 0);
     }
+    pk__shorten_passes(job, &choice);
     job->plan = choice.best;
     if (choice.best.threads)
         return PK_OK;
@@ -22371,6 +24456,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
+    job->window.approximation = options->approximation;
+    const size_t rows = options->approximation ? options->approximation->rows : 0;
     job->grouped = run->groups.count > 0;
     job->reverse = options->reverse_time || job->window.state_vectors > 0 || job->grouped;
     pk_linear_form form;
@@ -22385,8 +24472,8 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->direct = job->grouped || (job->reverse && form.direct != 0);
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
-    job->block =
-        pk__min(pk__integral_block(&run->graph, job->outputs), pk__blocks(pk__max(inputs.rows, 1), 16));
+    job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
+                         pk__blocks(pk__max(rows ? rows : inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block =
@@ -22456,7 +24543,7 @@ PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first,
 {
     const pk__job *job = worker->job;
     const size_t outputs = job->outputs;
-    layer = layer < 0 ? layer : worker->integral.layer[layer].node->column;
+    layer = layer < 0 ? layer : pk__block_of(job->graph, worker->integral.layer[layer].node, 0)->column;
     if (job->output_count == outputs) {
         pk__add_cells(worker, layer, worker->row * outputs, worker->rows * outputs, worker->factor, first,
                       count, tile);
@@ -22553,24 +24640,11 @@ PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, con
         pk__advance_range(part, 0, part->matrix + part->bias, forms, next->carry, p, phi, state, e);
         return;
     }
-    /* With ties: each tensor is in one group, wherever it is used. */
-    for (size_t i = 0; i < job->graph->piece_count; i++) {
-        const pk_tensor_use *piece = &job->graph->pieces[i];
-        const pk_parameter_range *range = groups->range;
-        if (&job->graph->nodes[piece->node] != part->node)
-            continue;
-        while (piece->flat >= range->first + range->count)
-            range++;
-        pk__advance_range(part, piece->spread - part->node->weight_offset, piece->count, &forms[range->group],
-                          next[range->group].carry, p, phi, state, e);
-    }
-    for (size_t r = 0; !job->graph->pieces && r < groups->range_count; r++) {
-        const pk_parameter_range *range = &groups->range[r];
-        size_t first;
-        const size_t count = pk__range_part(range, part->node->weight_offset, part->node->weight_count, &first);
-        if (count)
-            pk__advance_range(part, first, count, &forms[range->group], next[range->group].carry, p, phi, state,
-                              e);
+    for (int t = 0; t < part->node->tensor_count; t++) {
+        const pk_parameter_tensor *tensor = &part->node->tensors[t];
+        const size_t group = groups->tensor[tensor->block];
+        pk__advance_range(part, tensor->first, tensor->count, &forms[group], next[group].carry, p, phi, state,
+                          e);
     }
 }
 
@@ -22586,10 +24660,10 @@ PK__PRIVATE double pk__dot_own(const pk__part *part, size_t k, const pk_real *e,
 {
     const pk_node *node = part->node;
     double sum = 0;
-    for (int tensor = 0; tensor < 2; tensor++) {
-        const size_t at = tensor ? node->weight_count - node->bias_count : 0;
-        if (!node->tied[tensor])
-            sum += (double)pk__dot(pk__tensor_count(node, tensor), e + k * part->matrix + at,
+    for (int t = 0; t < node->tensor_count; t++) {
+        const size_t at = node->tensors[t].first;
+        if (!node->tensors[t].tied)
+            sum += (double)pk__dot(node->tensors[t].count, e + k * part->matrix + at,
                                    weights + node->weight_offset + at);
     }
     return sum;
@@ -22883,16 +24957,13 @@ static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_
     const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
     const double factor = pk__entry_factor(worker, form);
     const size_t weights = node->weight_count;
-    for (int tensor = 0; tensor < 2; tensor++) {
-        const size_t count = pk__tensor_count(node, tensor), at = tensor ? weights - node->bias_count : 0;
-        if (!count)
-            continue;
+    for (int t = 0; t < node->tensor_count; t++) {
+        const size_t count = node->tensors[t].count, at = node->tensors[t].first;
         memset(worker->tensor, 0, part->count * weights * sizeof *worker->tensor);
         for (size_t k = 0; k < part->count; k++)
             memcpy(worker->tensor + k * weights + at, e + k * weights + at, count * sizeof *e);
         pk__multiply_part(worker, part, j, worker->tensor);
-        const pk_node *owner = node->tied[tensor] ? &job->graph->nodes[node->tied[tensor]] : node;
-        pk__add_row(worker, part->row, owner->column, j, factor);
+        pk__add_row(worker, part->row, pk__block_of(job->graph, node, t)->column, j, factor);
     }
 }
 
@@ -22999,7 +25070,7 @@ PK__PRIVATE void pk__materialized_layers(pk__worker *worker, size_t j, const pk_
                 continue;
             pk__materialized_layer(worker, row, l, j, next);
             if (job->by_layer && !layer[l].node->shares) /* else each of its tensors went to its own column */
-                pk__add_row(worker, row, layer[l].node->column, j, factor);
+                pk__add_row(worker, row, pk__block_of(job->graph, layer[l].node, 0)->column, j, factor);
         }
         if (!job->by_layer)
             pk__add_row(worker, row, -1, j, factor);
@@ -23024,7 +25095,7 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
     pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
     if (status)
         return status;
-    if (graph->pieces)
+    if (graph->tied)
         pk_graph_spread(graph, job->window.weights, job->window.use_weights);
     const pk__line line = {job->window.use_weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
@@ -23175,7 +25246,7 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
 
 /* ---- the loop ----------------------------------------------------------------------------------------- */
 
-/* The products of the points in hand with the examples of the step, layer by layer, added to the results; tiles of several
+/* The products of the points in memory with the examples of the step, layer by layer, added to the results; tiles of several
  * layers as one, where no result is kept by layer. */
 static void pk__add_products(pk__worker *worker, const pk__points *points)
 {
@@ -23193,6 +25264,24 @@ static void pk__add_products(pk__worker *worker, const pk__points *points)
         }
     }
     product->seconds += pk__seconds() - start;
+}
+
+/* Takes the test rows' derivatives where an approximation wants them. */
+static void pk__approximate_step(pk__worker *worker, pk__integral_step *step)
+{
+    const pk__job *job = worker->job;
+    const pk__approximation *how = job->options->approximation;
+    pk__integrator *integrator = &worker->integral.integrator;
+    if (how && how->weights)
+        step->weights = how->weights;
+    if (!how || !how->at_one_point)
+        return;
+    const size_t steps = job->run->steps, chosen = how->chosen ? how->chosen : steps;
+    integrator->at_one_point = 1;
+    integrator->point = how->at;
+    integrator->point_weight = !how->chosen                                 ? 1
+                               : pk__is_chosen(steps, chosen, worker->step) ? (double)steps / (double)chosen
+                                                                            : 0;
 }
 
 /* Moves the worker to step number j of the window. */
@@ -23257,7 +25346,8 @@ static void pk__end_block(const pk__worker *worker, pk__block_state *block)
 static void pk__sweep_step(pk__worker *worker, pk__block_state *block, size_t j, const pk_linear_form *next)
 {
     pk__integral *integral = &worker->integral;
-    const pk__integral_step step = pk__begin_step(worker, j);
+    pk__integral_step step = pk__begin_step(worker, j);
+    pk__approximate_step(worker, &step);
     const pk__points *points;
     pk__integral_begin(integral, &step);
     while (pk__integral_next(integral, &points)) {
@@ -23292,12 +25382,17 @@ static void pk__sweep_block(pk__worker *worker, size_t number)
  * whole this is, for the progress. */
 static pk_status pk__sweep_windows(pk__job *job, double done, double share)
 {
-    const size_t windows = job->window.windows, blocks = pk__blocks(job->part->rows, job->block);
+    const size_t blocks = pk__blocks(job->part->rows, job->block), steps = job->run->steps;
+    /* Without a state, steps that an approximation does not choose matter to nothing. */
+    const pk__approximation *how = job->options->approximation;
+    const size_t chosen = how && !job->reverse && steps ? how->chosen : 0;
+    const size_t windows = chosen ? chosen : job->window.windows;
     pk_status status = pk__sweep_prepare(job);
     for (size_t i = 0; !status && i < windows; i++) {
         status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (!status)
-            status = pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
+            status = chosen ? pk__steps_prepare(job->context, &job->window, pk__chosen_step(steps, chosen, i), 1)
+                            : pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
         if (status)
             break;
         pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
@@ -23445,7 +25540,10 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     whole->unattributed_limit = job->unattributed;
     if (!(job->options->unattributed > 0) && whole->scale < 1)
         whole->unattributed_limit *= whole->scale;
-    return status ? status : pk__verdict(job, whole);
+    const pk__approximation *how = job->options->approximation;
+    const int exact =
+        !how || (!how->at_one_point && !how->examples_move); /* what others leave open is their result */
+    return status || !exact ? status : pk__verdict(job, whole);
 }
 
 /* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
@@ -23570,6 +25668,674 @@ PK_API pk_status pk_decompose_plan(pk_context *context, const pk_run *run, size_
 }
 
 PK__END_CODE
+
+/* pathkernel/attribution/compare.h: implementation */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+enum {
+    PK__COMPARE_LEFT,
+    PK__COMPARE_SEGMENT,
+    PK__COMPARE_PATH_INTEGRAL,
+    PK__COMPARE_TRAPEZOID,
+    PK__COMPARE_MIDPOINT,
+    PK__COMPARE_CHECKPOINTS,
+    PK__COMPARE_LINEAR_START,
+    PK__COMPARE_LINEAR_END,
+    PK__COMPARE_TELESCOPING,
+    PK__COMPARE_EXACT
+};
+static const char *const pk__compare_names[PK_COMPARE_RULES] = {
+    "left",        "segment",      "path_integral", "trapezoid",   "midpoint",
+    "checkpoints", "linear_start", "linear_end",    "telescoping", "exact"};
+
+/* Sums of 2, 4, ... intervals; each has the points of those before. Steps of the rule checkpoints. Tables of contributions that are
+ * held beside that of a decomposition: exact ranks, left, a sum for each level. */
+enum {
+    PK__COMPARE_LEVELS = 5,
+    PK__COMPARE_INTERVALS = 1 << PK__COMPARE_LEVELS,
+    PK__COMPARE_FINE = 512, /* the most equal parts of a step with kinks, and the least that are worth it */
+    PK__COMPARE_COARSE = 64,
+    PK__COMPARE_STEPS = 10,
+    PK__COMPARE_TABLES = 2 + PK__COMPARE_LEVELS
+};
+#define PK__COMPARE_AGREEMENT (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10)
+#define PK__COMPARE_MEMORY ((size_t)1 << 30)
+#define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
+
+typedef struct pk__compare_ranked {
+    double value;
+    size_t index;
+} pk__compare_ranked;
+
+typedef struct pk__comparing {
+    pk_context *context;
+    const pk_run *run;
+    pk_matrix inputs;
+    pk_comparison *rules;
+    pk_decompose_options options;
+    pk__approximation how;
+    size_t outputs, examples, cells;       /* cells: rows x outputs */
+    size_t fine;                           /* equal parts of a step where there are kinks; 0: none */
+    double *residual, *correlation;        /* rules x cells */
+    unsigned char *unordered;              /* cells: the exact contributions are all equal */
+    pk_real *first_weights, *last_weights; /* graph->spread: w_0, w_S */
+    /* Of the rows first .. first + rows - 1, at most `most`: */
+    size_t most, first, rows;
+    double *ranks, *left, *sum[PK__COMPARE_LEVELS];   /* rows x outputs x examples */
+    double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 less the sum */
+    unsigned char *settled;                           /* rows: the level whose sum is taken; 0: none yet */
+    double *order;                                    /* threads x examples: ranks of a rule */
+    pk__compare_ranked *sorted;                       /* threads x examples, or cells */
+    int threads;
+    /* The caller's progress, and where it stands: */
+    int (*progress)(void *user, const char *phase, double fraction);
+    void *progress_user;
+    double done, share, reached;
+    pk_status verdict; /* of the exact decompositions; its message: */
+    char message[PK_MESSAGE_SIZE];
+} pk__comparing;
+
+/* ---- order ----------------------------------------------------------------------------------------------- */
+
+/* NaN come last; of equals the first index comes first. */
+static int pk__compare_ranks_before(const pk__compare_ranked *a, const pk__compare_ranked *b)
+{
+    const int nan_a = isnan(a->value), nan_b = isnan(b->value);
+    if (nan_a != nan_b)
+        return nan_b;
+    return a->value < b->value || (!(b->value < a->value) && a->index < b->index);
+}
+
+/* Heap sort. */
+static void pk__compare_sort_ranked(size_t count, pk__compare_ranked *items)
+{
+    for (size_t heap = count / 2, end = count; end > 1;) {
+        if (heap > 0) {
+            heap--;
+        } else {
+            end--;
+            const pk__compare_ranked top = items[0];
+            items[0] = items[end];
+            items[end] = top;
+        }
+        const pk__compare_ranked moving = items[heap];
+        size_t at = heap;
+        for (size_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
+            child += child + 1 < end && pk__compare_ranks_before(&items[child], &items[child + 1]);
+            if (!pk__compare_ranks_before(&moving, &items[child]))
+                break;
+            items[at] = items[child];
+            at = child;
+        }
+        items[at] = moving;
+    }
+}
+
+/* ranks[i]: how far the rank of value i lies from the mean of all ranks; equal values share the mean of theirs. NAN where a value is
+ * not finite. ranks may be values. */
+static void pk__compare_rank(size_t count, const double *values, pk__compare_ranked *sorted, double *ranks)
+{
+    int finite = 1;
+    for (size_t i = 0; i < count; i++) {
+        finite &= isfinite(values[i]) != 0;
+        sorted[i] = (pk__compare_ranked){values[i], i};
+    }
+    pk__compare_sort_ranked(count, sorted);
+    for (size_t first = 0, last; first < count; first = last) {
+        for (last = first + 1; last < count && sorted[last].value == sorted[first].value; last++)
+            ;
+        const double rank = 0.5 * ((double)first + (double)last - (double)count);
+        for (size_t i = first; i < last; i++)
+            ranks[sorted[i].index] = finite ? rank : (double)NAN;
+    }
+}
+
+/* The correlation of two vectors of ranks; 0 where those of b are all equal, NAN where all of a are. */
+static double pk__compare_rank_correlation(size_t count, const double *a, const double *b)
+{
+    double aa = 0, bb = 0, ab = 0;
+    for (size_t i = 0; i < count; i++) {
+        aa += a[i] * a[i];
+        bb += b[i] * b[i];
+        ab += a[i] * b[i];
+    }
+    return aa == 0 ? (double)NAN : bb == 0 ? 0 : ab / sqrt(aa * bb);
+}
+
+/* ---- one rule on some rows ------------------------------------------------------------------------------- */
+
+/* Takes the residuals and correlations of a rule on the rows. */
+static void pk__compare_score(pk__comparing *c, int rule, const double *contributions, const double *missed)
+{
+    const size_t N = c->examples, cells = c->rows * c->outputs, first = c->first * c->outputs;
+    double *residual = c->residual + (size_t)rule * c->cells + first;
+    double *correlation = c->correlation + (size_t)rule * c->cells + first;
+    pk__team team = pk__team_of(c->context, c->threads, cells);
+    PK__PARALLEL(team)
+    for (size_t cell = pk__first_task(&team); cell < cells; cell = pk__next_task(&team)) {
+        double *exact = c->ranks + cell * N, *own = c->order + (size_t)pk__thread() * N;
+        pk__compare_ranked *sorted = c->sorted + (size_t)pk__thread() * N;
+        residual[cell] = fabs(missed[cell]);
+        if (rule == PK__COMPARE_EXACT)
+            own = exact;
+        pk__compare_rank(N, contributions + cell * N, sorted, own);
+        correlation[cell] = pk__compare_rank_correlation(N, exact, own);
+        if (rule == PK__COMPARE_EXACT) {
+            int equal = 1;
+            for (size_t i = 0; i < N; i++)
+                equal &= exact[i] == 0;
+            c->unordered[first + cell] = (unsigned char)equal;
+        }
+    }
+    pk__team_end(&team);
+}
+
+/* Decomposes the rows as c->how says. The caller releases *out. */
+static pk_status pk__compare_decompose(pk__comparing *c, pk_decomposition *out)
+{
+    const pk_matrix inputs = {c->inputs.data + c->first * c->inputs.ld, c->rows, c->inputs.cols, c->inputs.ld};
+    c->how.rows = c->inputs.rows;
+    return pk_decompose(c->context, c->run, inputs, &c->options, out);
+}
+
+/* Rules of one decomposition. */
+static pk_status pk__compare_one(pk__comparing *c, int rule, pk_decomposition *out)
+{
+    memset(&c->how, 0, sizeof c->how);
+    c->how.at_one_point = rule != PK__COMPARE_EXACT;
+    if (rule == PK__COMPARE_MIDPOINT)
+        c->how.at = 0.5;
+    else if (rule == PK__COMPARE_CHECKPOINTS)
+        c->how.chosen = pk__min(c->run->steps, PK__COMPARE_STEPS);
+    else if (rule == PK__COMPARE_LINEAR_START)
+        c->how.weights = c->first_weights;
+    else if (rule == PK__COMPARE_LINEAR_END)
+        c->how.weights = c->last_weights;
+    pk_status status = pk__compare_decompose(c, out);
+    if (rule == PK__COMPARE_EXACT && (status == PK_NOT_CLOSED || status == PK_UNATTRIBUTED)) {
+        if (!c->verdict) {
+            c->verdict = status;
+            snprintf(c->message, sizeof c->message, "%s%s",
+                     c->most < c->inputs.rows ? "in a part of the rows: " : "", pk_message(c->context));
+        }
+        status = PK_OK;
+    }
+    if (!status) {
+        c->rules[rule].seconds += out->seconds;
+        pk__compare_score(c, rule, out->by_example, out->closure);
+    }
+    return status;
+}
+
+/* Point number j of a sum of count intervals, and its weight (Clenshaw and Curtis 1960). */
+static double pk__compare_clenshaw_curtis(size_t count, size_t j, double *weight)
+{
+    const double pi = 3.14159265358979323846, n = (double)count;
+    double sum = 1;
+    for (size_t k = 1; k <= count / 2; k++)
+        sum -= (2 * k == count ? 1.0 : 2.0) / (4.0 * (double)k * (double)k - 1) *
+               cos(2 * pi * (double)(j * k % count) / n);
+    *weight = (j == 0 || j == count ? 0.5 : 1.0) * sum / n;
+    const double sine = sin(0.5 * pi * (double)j / n);
+    return j == count ? 1 : sine * sine;
+}
+
+static void pk__compare_add_weighted(pk__comparing *c, int level, double weight, const double *contributions,
+                                     const double *missed)
+{
+    const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
+    for (size_t i = 0; i < numbers; i++)
+        c->sum[level][i] += weight * contributions[i];
+    for (size_t i = 0; i < cells; i++)
+        c->missed[level][i] += weight * missed[i];
+}
+
+static void pk__compare_clear_sum(pk__comparing *c, int level)
+{
+    const size_t cells = c->rows * c->outputs;
+    memset(c->sum[level], 0, cells * c->examples * sizeof(double));
+    memset(c->missed[level], 0, cells * sizeof(double));
+}
+
+/* Adds the contributions at point j of PK__COMPARE_INTERVALS to the sums of all levels that have it. */
+static void pk__compare_add_point(pk__comparing *c, size_t j, const double *contributions, const double *missed)
+{
+    for (int level = 0; level < PK__COMPARE_LEVELS; level++) {
+        const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
+        double weight;
+        if (j % apart)
+            continue;
+        (void)pk__compare_clenshaw_curtis(intervals, j / apart, &weight);
+        pk__compare_add_weighted(c, level, weight, contributions, missed);
+    }
+}
+
+/* Settles the rows whose sum agrees with that of the level before; returns how many are left. */
+static size_t pk__compare_settle(pk__comparing *c, int level)
+{
+    const size_t numbers = c->outputs * c->examples;
+    size_t left = 0;
+    for (size_t row = 0; row < c->rows; row++) {
+        const double *now = c->sum[level] + row * numbers, *before = c->sum[level - 1] + row * numbers;
+        double largest = 0, difference = 0;
+        for (size_t i = 0; i < numbers; i++) {
+            largest = fmax(largest, fabs(now[i]));
+            difference = fmax(difference, fabs(now[i] - before[i]));
+        }
+        if (!c->settled[row] && difference <= PK__COMPARE_AGREEMENT * largest)
+            c->settled[row] = (unsigned char)level;
+        left += !c->settled[row];
+    }
+    return left;
+}
+
+/* The contributions of one point, added by pk__compare_add_point, or with a weight to the sum of one level. */
+static pk_status pk__compare_take_point(pk__comparing *c, int rule, double t, size_t j, double weight)
+{
+    pk_decomposition point;
+    memset(&c->how, 0, sizeof c->how);
+    c->how.at_one_point = c->how.examples_move = 1;
+    c->how.seeds_stay = rule == PK__COMPARE_SEGMENT;
+    c->how.at = c->how.examples_at = t;
+    pk_status status = pk__compare_decompose(c, &point);
+    if (!status) {
+        c->rules[rule].seconds += point.seconds;
+        if (weight != 0)
+            pk__compare_add_weighted(c, 0, weight, point.by_example, point.closure);
+        else
+            pk__compare_add_point(c, j, point.by_example, point.closure);
+    }
+    pk_decomposition_release(c->context, &point);
+    c->done += c->share;
+    return status;
+}
+
+/* The integral over t of the contributions whose examples move, too: segment, or with what is known of its end (its
+ * contributions at t = 1) path_integral. left is its start. */
+static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decomposition *end)
+{
+    const size_t numbers = c->outputs * c->examples, fine = c->fine;
+    const int last = PK__COMPARE_LEVELS - 1;
+    size_t left = c->rows;
+    pk_status status = PK_OK;
+    memset(c->settled, 0, c->rows);
+    for (int level = 0; level <= last; level++)
+        pk__compare_clear_sum(c, level);
+    pk__compare_add_point(c, 0, c->left, c->left_missed);
+    if (end)
+        pk__compare_add_point(c, PK__COMPARE_INTERVALS, end->by_example, end->closure);
+    c->share /= (double)(PK__COMPARE_INTERVALS + fine);
+    for (int level = 0; !status && left && level <= last; level++) {
+        const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
+        /* New are the odd points; at first also the last one. */
+        for (size_t j = 1; !status && j <= intervals; j++) {
+            double weight;
+            if (j % 2 == 1 || (level == 0 && j == intervals && !end))
+                status = pk__compare_take_point(c, rule, pk__compare_clenshaw_curtis(intervals, j, &weight),
+                                                j * apart, 0);
+        }
+        left = level > 0 && !status ? pk__compare_settle(c, level) : left;
+    }
+    /* Between jumps no rule is better than equal parts. */
+    if (!status && left && fine) {
+        const double part = 1 / (double)fine;
+        pk__compare_clear_sum(c, 0);
+        pk__compare_add_weighted(c, 0, part / 2, c->left, c->left_missed);
+        if (end)
+            pk__compare_add_weighted(c, 0, part / 2, end->by_example, end->closure);
+        for (size_t j = 1; !status && j < fine + !end; j++)
+            status = pk__compare_take_point(c, rule, (double)j * part, 0, j < fine ? part : part / 2);
+    }
+    for (size_t row = 0; !status && row < c->rows; row++) {
+        const int level = c->settled[row] ? c->settled[row] : fine ? 0 : last;
+        if (level == last)
+            continue;
+        memcpy(c->sum[last] + row * numbers, c->sum[level] + row * numbers, numbers * sizeof(double));
+        memcpy(c->missed[last] + row * c->outputs, c->missed[level] + row * c->outputs,
+               c->outputs * sizeof(double));
+    }
+    if (!status)
+        pk__compare_score(c, rule, c->sum[last], c->missed[last]);
+    return status;
+}
+
+/* trapezoid and path_integral: both want the contributions at t = 1. */
+static pk_status pk__compare_ends(pk__comparing *c)
+{
+    const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
+    pk_decomposition end;
+    memset(&c->how, 0, sizeof c->how);
+    c->how.at_one_point = c->how.examples_move = 1;
+    c->how.at = c->how.examples_at = 1;
+    pk_status status = pk__compare_decompose(c, &end);
+    if (!status) {
+        for (size_t i = 0; i < numbers; i++)
+            c->sum[0][i] = 0.5 * (c->left[i] + end.by_example[i]);
+        for (size_t i = 0; i < cells; i++)
+            c->missed[0][i] = 0.5 * (c->left_missed[i] + end.closure[i]);
+        pk__compare_score(c, PK__COMPARE_TRAPEZOID, c->sum[0], c->missed[0]);
+        c->rules[PK__COMPARE_TRAPEZOID].seconds += end.seconds;
+        c->rules[PK__COMPARE_PATH_INTEGRAL].seconds += end.seconds;
+        status = pk__compare_integral(c, PK__COMPARE_PATH_INTEGRAL, &end);
+    }
+    pk_decomposition_release(c->context, &end);
+    return status;
+}
+
+/* All rules but telescoping on the rows first .. first + rows - 1. */
+static pk_status pk__compare_rows(pk__comparing *c, double done, double share)
+{
+    /* exact first: the others are compared with it; then left, which others share. */
+    static const int order[] = {PK__COMPARE_EXACT,       PK__COMPARE_LEFT,         PK__COMPARE_MIDPOINT,
+                                PK__COMPARE_CHECKPOINTS, PK__COMPARE_LINEAR_START, PK__COMPARE_LINEAR_END,
+                                PK__COMPARE_SEGMENT,     PK__COMPARE_PATH_INTEGRAL};
+    static const double parts[] = {2, 1, 1, 1, 1, 1, 8, 8, 23}; /* of the time, about; then their sum */
+    const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
+    double left = 0;
+    pk_status status = PK_OK;
+    for (size_t i = 0; !status && i < sizeof order / sizeof *order; i++) {
+        c->share = share * parts[i] / parts[8];
+        c->done = done;
+        done += c->share;
+        if (order[i] == PK__COMPARE_SEGMENT || order[i] == PK__COMPARE_PATH_INTEGRAL) {
+            c->rules[order[i]].seconds += left;
+            c->rules[PK__COMPARE_TRAPEZOID].seconds += order[i] == PK__COMPARE_SEGMENT ? left : 0;
+            status =
+                order[i] == PK__COMPARE_SEGMENT ? pk__compare_integral(c, order[i], NULL) : pk__compare_ends(c);
+            continue;
+        }
+        pk_decomposition one;
+        status = pk__compare_one(c, order[i], &one);
+        if (!status && order[i] == PK__COMPARE_LEFT) {
+            memcpy(c->left, one.by_example, numbers * sizeof(double));
+            memcpy(c->left_missed, one.closure, cells * sizeof(double));
+            left = one.seconds;
+        }
+        pk_decomposition_release(c->context, &one);
+    }
+    return status;
+}
+
+/* ---- telescoping ----------------------------------------------------------------------------------------- */
+
+/* missed += sign f(w, x), or sign J(w, x) d where d is there, of all rows, piece by piece. */
+static pk_status pk__compare_telescope_step(pk__comparing *c, const pk_real *w, const pk_real *d, double sign,
+                                            size_t piece, pk_real *part, double *missed)
+{
+    const pk_matrix none = {NULL, 0, 0, 0};
+    const pk_graph *graph = &c->run->graph;
+    for (size_t first = 0; first < c->inputs.rows; first += piece) {
+        const size_t rows = pk__min(piece, c->inputs.rows - first), C = c->outputs;
+        const pk_matrix inputs = {c->inputs.data + first * c->inputs.ld, rows, c->inputs.cols, c->inputs.ld};
+        const pk_matrix out = pk_matrix_view(part, rows, C);
+        pk_status status = d ? pk_jvp(c->context, graph, w, inputs, d, none, out)
+                             : pk_graph_evaluate(c->context, graph, w, inputs, out);
+        if (status)
+            return pk__prefix(c->context, status, "compare: ");
+        for (size_t i = 0; i < rows * C; i++)
+            missed[first * C + i] += sign * (double)part[i];
+    }
+    return PK_OK;
+}
+
+/* f_S - f_0 - sum_s J(w_s, x) D_s. w, next, d: P numbers. */
+static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, size_t piece, pk_real *w,
+                                           pk_real *next, pk_real *d, pk_real *part)
+{
+    const size_t P = c->run->parameters, steps = c->run->steps;
+    const pk_graph *graph = &c->run->graph;
+    double *missed = c->residual + (size_t)PK__COMPARE_TELESCOPING * c->cells;
+    memset(missed, 0, c->cells * sizeof *missed);
+    pk_status status = pk_replay_weights(c->context, replay, 0, next);
+    if (!status)
+        status = pk__compare_telescope_step(c, next, NULL, -1, piece, part, missed);
+    if (!status)
+        pk_graph_spread(graph, next, c->first_weights);
+    for (size_t s = 0; !status && s < steps; s++) {
+        memcpy(w, next, P * sizeof *w);
+        status = pk__progress(c->context, "comparing", (double)s / (double)steps);
+        if (!status)
+            status = pk_replay_weights(c->context, replay, s + 1, next);
+        for (size_t p = 0; !status && p < P; p++)
+            d[p] = next[p] - w[p];
+        if (!status)
+            status = pk__compare_telescope_step(c, w, d, -1, piece, part, missed);
+    }
+    if (!status)
+        status = pk__compare_telescope_step(c, next, NULL, 1, piece, part, missed);
+    if (status)
+        return status;
+    pk_graph_spread(graph, next, c->last_weights);
+    for (size_t i = 0; i < c->cells; i++)
+        missed[i] = fabs(missed[i]);
+    return PK_OK;
+}
+
+/* The rule telescoping; leaves w_0 and w_S for the linear ones. */
+static pk_status pk__compare_telescope(pk__comparing *c)
+{
+    const size_t P = c->run->parameters, rows = c->inputs.rows;
+    /* As many rows at a time as one thread's tape holds in some MB, whatever the limit: the same bits. */
+    const size_t few = pk__example_rows(&c->run->graph), piece = few < 64 ? few : rows;
+    const double start = pk__seconds();
+    pk_real *memory = NULL, *part = NULL;
+    pk_replay replay;
+    memset(&replay, 0, sizeof replay);
+    pk_status status = pk_allocate(c->context, P, 3 * sizeof *memory, "the weights of a step", &memory);
+    if (!status)
+        status = pk_allocate(c->context, piece, c->outputs * sizeof *part, "the outputs of a step", &part);
+    if (!status)
+        status = pk_replay_prepare(c->context, c->run, 0, &replay);
+    if (!status)
+        status = pk__compare_telescope_run(c, &replay, piece, memory, memory + P, memory + 2 * P, part);
+    if (status == PK_MEMORY_LIMIT && piece == rows && rows > 64) /* one thread's block at a time */
+        status = pk__compare_telescope_run(c, &replay, 64, memory, memory + P, memory + 2 * P, part);
+    pk_replay_release(c->context, &replay);
+    pk_release(c->context, part);
+    pk_release(c->context, memory);
+    c->rules[PK__COMPARE_TELESCOPING].seconds = pk__seconds() - start;
+    return status;
+}
+
+/* ---- all rows -------------------------------------------------------------------------------------------- */
+
+/* Progress of a decomposition as a part of the whole, which does not fall where one goes through the run twice. */
+static int pk__compare_progress(void *user, const char *phase, double fraction)
+{
+    pk__comparing *c = user;
+    const double now = c->done + c->share * fraction;
+    (void)phase;
+    c->reached = now > c->reached ? now < 1 ? now : 1 : c->reached;
+    return c->progress(c->progress_user, "comparing", c->reached);
+}
+
+/* The tables of `most` rows. Measures and takes. */
+static void pk__compare_take(pk__arena *arena, pk__comparing *c)
+{
+    size_t numbers = 0;
+    if (!pk__multiply(c->most * c->outputs, c->examples, &numbers))
+        arena->overflow = 1;
+    c->ranks = pk__arena_take(arena, numbers, sizeof(double));
+    c->left = pk__arena_take(arena, numbers, sizeof(double));
+    c->left_missed = pk__arena_take(arena, c->most, c->outputs * sizeof(double));
+    for (int level = 0; level < PK__COMPARE_LEVELS; level++) {
+        c->sum[level] = pk__arena_take(arena, numbers, sizeof(double));
+        c->missed[level] = pk__arena_take(arena, c->most, c->outputs * sizeof(double));
+    }
+    c->settled = pk__arena_take(arena, c->most, 1);
+}
+
+/* Chooses how many rows are taken at a time, whole blocks of them, and takes their tables. */
+static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **tables)
+{
+    const size_t limit = c->context ? c->context->memory_limit : 0,
+                 held = c->context ? c->context->memory_used : 0;
+    const size_t room = !limit ? PK__COMPARE_MEMORY : limit > held ? (limit - held) / 2 : 0;
+    const double row =
+        (double)(PK__COMPARE_TABLES + 1) * sizeof(double) * (double)c->outputs * (double)c->examples;
+    const double blocks = floor((double)room / row / (double)block);
+    /* The largest of all rules' plans. */
+    memset(&c->how, 0, sizeof c->how);
+    c->how.at_one_point = c->how.examples_move = 1;
+    c->how.rows = c->inputs.rows;
+    c->most = blocks * (double)block < (double)c->inputs.rows ? (size_t)blocks * block : c->inputs.rows;
+    for (c->most = pk__max(c->most, pk__min(block, c->inputs.rows));;) {
+        pk__arena arena = {NULL, 0, 0, 0};
+        pk_plan plan;
+        pk__compare_take(&arena, c);
+        if (arena.overflow)
+            return pk__fail(c->context, PK_OVERFLOW,
+                            "compare: the memory for %zu contributions to a row overflows", c->examples);
+        pk_status status =
+            pk_allocate(c->context, arena.used, 1, "the contributions that are compared", tables);
+        if (!status)
+            status = pk_decompose_plan(c->context, c->run, c->most, &c->options, 0, &plan);
+        if (!status) {
+            pk__arena own = {*tables, arena.used, 0, 0};
+            pk__compare_take(&own, c);
+            return PK_OK;
+        }
+        pk_release(c->context, *tables);
+        *tables = NULL;
+        if (status != PK_MEMORY_LIMIT || c->most <= block)
+            return pk__prefix(c->context, status, "compare: ");
+        c->most = pk__blocks(pk__blocks(c->most, block), 2) * block;
+    }
+}
+
+/* Into how many equal parts steps are cut whose kinks keep the sums from agreeing, from shapes alone. */
+static size_t pk__compare_parts(const pk__job *job)
+{
+    const pk_run *run = job->run;
+    const pk_graph *graph = job->graph;
+    const double P = (double)graph->spread, C = (double)run->outputs, M = (double)job->inputs.rows;
+    const double S = (double)run->steps, items = S > 0 ? (double)run->batch_offsets[run->steps] : 0;
+    double widths = 0;
+    int kinks = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        kinks |= pk__is_switch(&graph->nodes[n]);
+    for (size_t l = 0; l < graph->layers; l++) {
+        const pk_node *node = pk_graph_layer(graph, l);
+        widths += (double)node->width + (double)pk__layer_input(graph, node)->width;
+    }
+    const double work =
+        18 * P * items + (4 + 6 * C) * P * S * M + 2 * (job->reverse ? P : widths) * C * items * M;
+    size_t parts = kinks ? PK__COMPARE_FINE : 0;
+    while (parts >= PK__COMPARE_COARSE && (double)parts * work > PK__COMPARE_FLOPS)
+        parts /= 2;
+    return parts >= PK__COMPARE_COARSE ? parts : 0;
+}
+
+/* Largest, median and mean of what the rows have. */
+static void pk__compare_summarize(pk__comparing *c, int rule)
+{
+    const double *residual = c->residual + (size_t)rule * c->cells;
+    const double *correlation = c->correlation + (size_t)rule * c->cells;
+    pk_comparison *to = &c->rules[rule];
+    double sum = 0;
+    size_t ordered = 0;
+    for (size_t i = 0; i < c->cells; i++) {
+        c->sorted[i] = (pk__compare_ranked){residual[i], i};
+        ordered += !c->unordered[i];
+        sum += c->unordered[i] ? 0 : correlation[i];
+    }
+    pk__compare_sort_ranked(c->cells, c->sorted);
+    to->residual_max = c->sorted[c->cells - 1].value;
+    to->residual_median = 0.5 * (c->sorted[(c->cells - 1) / 2].value + c->sorted[c->cells / 2].value);
+    to->spearman = ordered && rule != PK__COMPARE_TELESCOPING ? sum / (double)ordered : (double)NAN;
+}
+
+static pk_status pk__compare_all(pk__comparing *c)
+{
+    pk__job *job = NULL;
+    void *tables = NULL;
+    c->done = 0;
+    c->share = 0.02;
+    pk_status status = pk__compare_telescope(c);
+    if (!status) /* for how the rows are cut */
+        status = pk_allocate(c->context, 1, sizeof *job, "a plan", &job);
+    if (!status) {
+        pk__job_begin(job, c->context, c->run, c->inputs, &c->options);
+        const size_t block = job->block;
+        c->fine = pk__compare_parts(job);
+        pk_release(c->context, job);
+        status = pk__compare_tables(c, block, &tables);
+    }
+    for (c->first = 0; !status && c->first < c->inputs.rows; c->first += c->rows) {
+        const double rows = (double)c->inputs.rows;
+        c->rows = pk__min(c->most, c->inputs.rows - c->first);
+        status = pk__compare_rows(c, 0.02 + 0.98 * (double)c->first / rows, 0.98 * (double)c->rows / rows);
+    }
+    for (int rule = 0; !status && rule < PK_COMPARE_RULES; rule++)
+        pk__compare_summarize(c, rule);
+    pk_release(c->context, tables);
+    c->done = 1;
+    c->share = 0;
+    return status ? status : pk__progress(c->context, "comparing", 1);
+}
+
+PK_API pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix inputs,
+                            pk_comparison rules[PK_COMPARE_RULES])
+{
+    if (!run || !run->weights.data || !rules)
+        return pk__fail(context, PK_ARGUMENT, "compare: the run or the place for the rules is missing");
+    pk_status status = pk__check_inputs(context, run, inputs);
+    if (status)
+        return pk__prefix(context, status, "compare: ");
+    pk__comparing comparing, *c = &comparing;
+    memset(c, 0, sizeof *c);
+    c->context = context;
+    c->run = run;
+    c->inputs = inputs;
+    c->rules = rules;
+    c->outputs = run->outputs;
+    c->examples = run->examples;
+    c->threads = pk_threads(context);
+    c->options.keep[0] = PK_BY_EXAMPLE;
+    c->options.approximation = &c->how;
+    for (int rule = 0; rule < PK_COMPARE_RULES; rule++)
+        rules[rule] = (pk_comparison){pk__compare_names[rule], NAN, NAN, NAN, 0};
+    const size_t each = 2 * PK_COMPARE_RULES * sizeof(double);
+    size_t lanes = 0;
+    if (!pk__multiply(inputs.rows, run->outputs, &c->cells) || c->cells > SIZE_MAX / each ||
+        !pk__multiply((size_t)c->threads, c->examples, &lanes))
+        return pk__fail(context, PK_OVERFLOW, "compare: the memory for %zu rows overflows", inputs.rows);
+    status = pk_allocate(context, c->cells, each, "the residuals", &c->residual);
+    if (!status)
+        status = pk_allocate(context, c->cells, 1, "the residuals", &c->unordered);
+    if (!status)
+        status = pk_allocate(context, lanes, sizeof *c->order, "the ranks", &c->order);
+    if (!status)
+        status = pk_allocate(context, pk__max(lanes, c->cells), sizeof *c->sorted, "the ranks", &c->sorted);
+    if (!status)
+        status = pk_allocate(context, run->graph.spread, 2 * sizeof(pk_real), "the weights", &c->first_weights);
+    if (!status) {
+        c->correlation = c->residual + PK_COMPARE_RULES * c->cells;
+        c->last_weights = c->first_weights + run->graph.spread;
+        c->progress = context ? context->progress : NULL;
+        c->progress_user = context ? context->progress_user : NULL;
+        if (c->progress) {
+            context->progress = pk__compare_progress;
+            context->progress_user = c;
+        }
+        status = pk__compare_all(c);
+        if (c->progress) {
+            context->progress = c->progress;
+            context->progress_user = c->progress_user;
+        }
+    }
+    pk_release(context, c->first_weights);
+    pk_release(context, c->sorted);
+    pk_release(context, c->order);
+    pk_release(context, c->unordered);
+    pk_release(context, c->residual);
+    return status || !c->verdict ? status : pk__fail(context, c->verdict, "%s", c->message);
+}
+
+PK__END_COLD_CODE
 
 /* pathkernel/attribution/reference.h: implementation */
 #include <string.h>
@@ -24333,7 +27099,6 @@ typedef struct pk__sensing {
     pk_linear_form *forms;    /* (S + 1) x (1 + groups) */
     int64_t *items;           /* of a block of the batch */
     size_t *column;           /* of each tensor */
-    pk_weight_block *blocks;
     size_t block_count;
     double *total; /* D: sum_s dPhi_s/dx D_s */
 } pk__sensing;
@@ -24362,7 +27127,6 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->preconditioners = pk__arena_take(arena, pk__sensing_adapts(run) ? wide : 0, real);
     m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
     m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
-    m->blocks = pk__arena_take(arena, m->block_count, sizeof *m->blocks);
     m->total = pk__arena_take(arena, D, sizeof(double));
 }
 
@@ -24437,10 +27201,10 @@ static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
             return status;
         /* Without layers all tensors at once, else one after the other. */
         for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
-            const size_t offset = m->options->by_layer ? m->blocks[b].offset : 0;
-            const size_t width = m->options->by_layer ? m->blocks[b].count : P;
+            const size_t offset = m->options->by_layer ? run->graph.blocks[b].first : 0;
+            const size_t width = m->options->by_layer ? run->graph.blocks[b].count : P;
             double *layer = m->options->by_layer
-                                ? out->by_layer + (size_t)run->graph.nodes[m->blocks[b].node].column * N * D
+                                ? out->by_layer + (size_t)run->graph.blocks[b].column * N * D
                                 : NULL;
             pk__gemm(0, 1, D, count, width, 1, m->left + offset, P, m->gradients + offset, P, 0, m->products,
                      count);
@@ -24593,7 +27357,7 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
     void *block = NULL;
     memset(&m, 0, sizeof m);
     m.context = context, m.run = run, m.options = options, m.out = out, m.input = input;
-    m.block_count = pk_graph_blocks(&run->graph, NULL, 0);
+    m.block_count = run->graph.block_count;
     out->examples = run->examples, out->inputs = run->graph.input_width, out->steps = run->steps;
     out->layers = run->graph.columns;
     status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
@@ -24611,7 +27375,6 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
         if (!status) {
             pk__arena arena = {block, measured.used, 0, 0};
             pk__sensing_take(&arena, &m);
-            (void)pk_graph_blocks(&run->graph, m.blocks, m.block_count);
             status = pk__sensing_run(&m);
         }
         if (!status)
@@ -24852,7 +27615,7 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
     char text[64];
     data = data ? data : &run->train;
     pk__print(text, sizeof text, "%s: %s rows", row->name, train ? "training" : side);
-    if (data->inputs.rank < 1 || !data->inputs.type || !data->inputs.data)
+    if (data->inputs.rank < 1 || !data->inputs.type || (!data->inputs.data && pk_array_length(&data->inputs)))
         return pk__fail(context, PK_ARGUMENT, "%s are missing", text);
     pk_status status = train ? PK_OK : pk_run_check_inputs(context, run, &data->inputs, text);
     if (!status && !train)
@@ -24948,7 +27711,7 @@ static void pk__along_take(pk__arena *arena, pk__along *along)
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
     along->at = pk__arena_take(arena, P, sizeof(pk_real));
     along->spread =
-        along->graph->pieces ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
+        along->graph->tied ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
@@ -24986,7 +27749,7 @@ PK__INTERNAL void pk__along_begin(pk__along *along)
     const pk_graph *graph = along->graph;
     for (size_t p = 0; p < graph->parameters; p++)
         along->direction[p] = (pk_real)((double)along->next[p] - along->w[p]);
-    if (graph->pieces) {
+    if (graph->tied) {
         pk_graph_spread(graph, along->w, along->spread);
         pk_graph_spread(graph, along->direction, along->spread + graph->spread);
     }
@@ -25182,8 +27945,8 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
     pk_status status = PK_OK;
     for (size_t r = 0; r < count; r++)
         pk__pieces_push(&from, r, a, b);
-    pk__path_begin(&rows->path, graph->pieces ? along->spread : along->w,
-                   graph->pieces ? along->spread + graph->spread : along->direction, NULL, count,
+    pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                   graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
                    inputs->data + first * inputs->ld);
     if (!pk__path_split(&rows->path, &from, &rows->found)) {
         if (count > 1) {
@@ -25266,8 +28029,8 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     for (size_t r = 0; !status && r < count; r++) {
         pk_real t[PK__ALONG_ORDER + 1];
         size_t zero[PK__ALONG_ORDER + 1] = {0};
-        pk__path_begin(&rows->path, graph->pieces ? along->spread : along->w,
-                       graph->pieces ? along->spread + graph->spread : along->direction, NULL, 1,
+        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
                        inputs->data + r * inputs->ld);
         t[0] = 0, t[1] = 1;
         pk__path_forward(&rows->path, 2, zero, t);
@@ -25349,53 +28112,48 @@ static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__alon
     return of;
 }
 
-/* basis[u] = the Lagrange polynomial of node u at x in [0, 1]. */
-static void pk__lagrange(int nodes, const double *node, double x, double *basis)
-{
-    for (int u = 0; u < nodes; u++) {
-        basis[u] = 1;
-        for (int v = 0; v < nodes; v++)
-            basis[u] *= v == u ? 1 : (x - node[v]) / (node[u] - node[v]);
-    }
-}
+/* Gauss nodes and weights of a side that does not move (one), and of one that does. */
+typedef struct pk__along_nodes {
+    int count[2];
+    double node[2][PK__ALONG_ORDER + 1], weight[2][PK__ALONG_ORDER + 1];
+} pk__along_nodes;
 
 /* W (left nodes x right nodes) of two pieces; 0: they do not meet. */
-static int pk__along_weights(const pk__piece *left, int left_nodes, const pk__piece *right, int right_nodes,
-                             const double *left_node, const double *right_node, double *W)
+static int pk__along_weights(const pk__along_nodes *nodes, const pk__piece *left, int left_moves,
+                             const pk__piece *right, int right_moves, double *W)
 {
-    enum { N = PK__ALONG_ORDER + 1 };
     const double a = fmax(left->a, right->a), b = fmin(left->b, right->b);
-    double node[N], weight[N], l[N], r[N];
-    const int nodes = (int)pk__max(left_nodes, right_nodes);
+    const int rule = left_moves || right_moves, nx = nodes->count[left_moves], ny = nodes->count[right_moves];
+    double l[PK__ALONG_ORDER + 1], r[PK__ALONG_ORDER + 1];
     if (!(b > a))
         return 0;
-    pk_gauss_legendre(nodes, node, weight);
-    memset(W, 0, (size_t)(left_nodes * right_nodes) * sizeof *W);
-    for (int q = 0; q < nodes; q++) {
-        const double t = a + (b - a) * node[q];
-        pk__lagrange(left_nodes, left_node, (t - left->a) / (left->b - left->a), l);
-        pk__lagrange(right_nodes, right_node, (t - right->a) / (right->b - right->a), r);
-        for (int u = 0; u < left_nodes; u++)
-            for (int v = 0; v < right_nodes; v++)
-                W[u * right_nodes + v] += (b - a) * weight[q] * l[u] * r[v];
+    memset(W, 0, (size_t)(nx * ny) * sizeof *W);
+    for (int q = 0; q < nodes->count[rule]; q++) {
+        const double t = a + (b - a) * nodes->node[rule][q], weight = (b - a) * nodes->weight[rule][q];
+        for (int u = 0; u < nx; u++)
+            l[u] = pk__lagrange(nx, nodes->node[left_moves], u, (t - left->a) / (left->b - left->a));
+        for (int v = 0; v < ny; v++)
+            r[v] = pk__lagrange(ny, nodes->node[right_moves], v, (t - right->a) / (right->b - right->a));
+        for (int u = 0; u < nx; u++)
+            for (int v = 0; v < ny; v++)
+                W[u * ny + v] += weight * l[u] * r[v];
     }
     return 1;
 }
 
 /* to += what the points of two rows give, in each plane. */
-static void pk__along_reduce(const pk__along *along, const pk__along_side *x, const pk__along_side *y, size_t i,
-                             size_t j, int nodes, const pk_real *gram, size_t columns, double *to)
+static void pk__along_reduce(const pk__along *along, const pk__along_nodes *nodes, const pk__along_side *x,
+                             const pk__along_side *y, size_t i, size_t j, const pk_real *gram, size_t columns,
+                             double *to)
 {
     enum { N = PK__ALONG_ORDER + 1 };
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along), ld = y->points * kept;
     const size_t rows = x->of->rows.rows * kept;
-    const int nx = x->moves ? nodes : 1, ny = y->moves ? nodes : 1;
-    double x_node[N], y_node[N], weight[N], W[N * N];
-    pk_gauss_legendre(nx, x_node, weight);
-    pk_gauss_legendre(ny, y_node, weight);
+    const int nx = nodes->count[x->moves], ny = nodes->count[y->moves];
+    double W[N * N];
     for (size_t p = x->first[i]; p < x->first[i + 1]; p++)
         for (size_t q = y->first[j]; q < y->first[j + 1]; q++) {
-            if (!pk__along_weights(&x->pieces.piece[p], nx, &y->pieces.piece[q], ny, x_node, y_node, W))
+            if (!pk__along_weights(nodes, &x->pieces.piece[p], x->moves, &y->pieces.piece[q], y->moves, W))
                 continue;
             const size_t px = (p - x->first[x->start]) * (size_t)nx, py = (q - y->first[y->start]) * (size_t)ny;
             for (size_t plane = 0; plane < planes; plane++)
@@ -25419,6 +28177,9 @@ static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_s
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along);
     const size_t columns = y->of->rows.rows * kept;
     pk_status status = PK_OK;
+    pk__along_nodes rule = {.count = {1, nodes}};
+    for (int moves = 0; moves < 2; moves++)
+        pk_gauss_legendre(rule.count[moves], rule.node[moves], rule.weight[moves]);
     memset(to, 0, numbers * sizeof *to);
     for (size_t i = 0; !status && i < x->of->rows.rows; i += x->rows) {
         status = pk__along_points(along, x, i, nodes, PK__ALONG_POINTS);
@@ -25433,7 +28194,7 @@ static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_s
                 status = pk__along_gram(along, &sides[0], &sides[1], gram);
             for (size_t r = 0; !status && r < x->rows; r++)
                 for (size_t s = 0; s < y->rows; s++)
-                    pk__along_reduce(along, x, y, i + r, j + s, nodes, gram, columns, to);
+                    pk__along_reduce(along, &rule, x, y, i + r, j + s, gram, columns, to);
             pk_release(along->context, gram);
         }
     }
@@ -25456,8 +28217,8 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
     pk__along_rows rows;
     memset(sides, 0, sizeof sides);
     memset(&rows, 0, sizeof rows);
-    sides[0].of = left, sides[0].moves = moves[0];
-    sides[1].of = right ? right : left, sides[1].moves = moves[1];
+    sides[0].of = left, sides[0].moves = moves[0] != 0;
+    sides[1].of = right ? right : left, sides[1].moves = moves[1] != 0;
     pk__arena measured = {NULL, 0, 0, 0};
     pk__along_rows_take(&measured, along, &rows);
     if (measured.overflow)
@@ -25818,7 +28579,7 @@ static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
     *part = pk__arena_take(arena, PK__FED_ROWS, PK__FED_ROWS * sizeof(pk_real));
-    *spread = graph->pieces ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
+    *spread = graph->tied ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
 }
 
 /* block = the Gram matrix of what is fed to layers at w. */
