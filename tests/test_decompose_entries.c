@@ -21,7 +21,7 @@ static const subject subjects[] = {
     {"input 5; dense 6; elu; dense 4; mish; dense 3", 0},
     {"input 5; dense 6; selu; dense 4; elu 0.3; dense 3", 0},
     {"input 5; dense 6; relu6; dense 4; hard_sigmoid; dense 3", 0},
-    {"input 5; dense 6; hardswish; dense 4; softsign; dense 3", 0},
+    {"input 5; dense 5; softsign; dense 4; hardswish; dense 3", 0},
     {"input 5; dense 6; gelu tanh; dense 4; log_sigmoid; dense 4; softmin; dense 3", 0},
     {"input 5; dense 6; prelu; dense 4; prelu 4; dense 3", 0},
     {"input 2x3x3; conv 3 2x2; prelu 3; affine scalar; affine scalar nobias factor=0.5; flatten; dense 3", 0},
