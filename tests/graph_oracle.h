@@ -473,11 +473,13 @@ GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *n
     const double *places;
     const bf_real parameter = (bf_real)node->attributes[PK_ACTIVATION_NUMBER];
     const int sine = strcmp(name, "sine") == 0, scale = strcmp(name, "scale") == 0;
+    const int exponential = strcmp(name, "exp") == 0, logarithm = strcmp(name, "log") == 0,
+              power = strcmp(name, "power") == 0;
     bf_layer layer;
     int found = 0;
     while (found < BF_ACTIVATIONS && strcmp(name, bf_activation_name(found)) != 0)
         found++;
-    if (found == BF_ACTIVATIONS && !sine && !scale)
+    if (found == BF_ACTIVATIONS && !sine && !scale && !exponential && !logarithm && !power)
         return 0;
     if (found == BF_GELU && parameter != 0)
         found = BF_GELU_TANH;
@@ -491,6 +493,12 @@ GO_FUNCTION int go_elementwise(go_tape *tape, const pk_node *node, const char *n
             y[i] = go_apply(tape, x[i], BF_MATH(sin)(parameter * z), parameter * BF_MATH(cos)(parameter * z));
         else if (scale)
             y[i] = go_apply(tape, x[i], parameter * z, parameter);
+        else if (exponential)
+            y[i] = go_apply(tape, x[i], BF_MATH(exp)(z), BF_MATH(exp)(z));
+        else if (logarithm)
+            y[i] = go_apply(tape, x[i], BF_MATH(log)(z), 1 / z);
+        else if (power)
+            y[i] = go_apply(tape, x[i], BF_MATH(pow)(z, parameter), parameter * BF_MATH(pow)(z, parameter - 1));
         else
             y[i] = go_apply(tape, x[i], bf_activate(&layer, z), bf_slope(&layer, z));
         for (size_t k = 0; k < kinks; k++)

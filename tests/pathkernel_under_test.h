@@ -10,7 +10,6 @@
 #include "pathkernel/kernels/kernel.h"
 #include "pathkernel/kernels/file.h"
 #include "pathkernel/kernels/domingos.h"
-#include "pathkernel/kernels/epk.h"
 #include "pathkernel/kernels/novelty.h"
 #include "pathkernel/kernels/sketch.h"
 #include "pathkernel/kernels/nodes.h"

@@ -66,6 +66,10 @@ static const subject subjects[] = {
      "dense 4 "
      "init=zero ); mean_tokens; dense 3",
      5},
+    {"input 4; dense 5; exp; power -0.5; dense 4; tanh; power 2; as x; parameter 4; as y; multiply "
+     "y; add x; "
+     "exp; log; dense 3",
+     0},
     {"input 4; as x; dense 5; silu; as gate; from x; dense 5; multiply gate; dense 3", 0},
     {"input 4; dense 5; as a; relu; multiply a; as b; dense 5; subtract a; add b; tanh; dense 3", 0},
     {"input 3x4; dense 12; as qkv; slice 1 0 4; reshape 3x2x2; permute 1 0 2; as q; from qkv; slice 1 4 4; "

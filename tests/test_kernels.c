@@ -53,12 +53,11 @@ static void gradients(truth *a, int s, const pk_real *at)
     }
     if (!a->options.by_layer)
         return;
-    pk_weight_block blocks[32];
-    const size_t count = pk_graph_blocks(&t->graph, blocks, 32), all = n * copies_of(a);
-    assert_true(count <= 32);
-    for (size_t b = 0; b < count; b++)
-        for (size_t r = 0; t->graph.nodes[blocks[b].node].column != (int)a->layer && r < all; r++)
-            memset(a->feature[s] + r * P + blocks[b].offset, 0, blocks[b].count * sizeof(pk_real));
+    for (size_t b = 0; b < t->graph.block_count; b++) {
+        const pk_weight_block *block = &t->graph.blocks[b];
+        for (size_t r = 0; block->column != (int)a->layer && r < n * copies_of(a); r++)
+            memset(a->feature[s] + r * P + block->first, 0, block->count * sizeof(pk_real));
+    }
 }
 
 /* gram += omega c c' < features >. */

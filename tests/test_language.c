@@ -62,7 +62,7 @@ static void test_layers(void **state)
             assert_string_not_equal(name, pk_network_layer(k));
         for (size_t k = 0; k < sizeof some / sizeof *some; k++)
             found[k] += strcmp(some[k], name) == 0;
-        assert_string_not_equal(name, "add");
+        assert_string_not_equal(name, "view"); /* what the language builds only as a part of its layers */
     }
     for (size_t k = 0; k < sizeof some / sizeof *some; k++)
         assert_int_equal(found[k], 1);

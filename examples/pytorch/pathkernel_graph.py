@@ -130,18 +130,25 @@ class Reader:
 
     def constant(self, array):
         """A tensor of numbers as a value."""
-        array = np.asarray(array, dtype=np.float64)
+        array, batch = np.asarray(array, dtype=np.float64), None
+        for axis, size in enumerate(array.shape):
+            if size == self.size and (array == array.take([0], axis)).all():  # the same for every row
+                array, batch = array.take(0, axis), axis
+                break
         array = np.where(np.isneginf(array), HIDDEN, array)
         if not np.isfinite(array).all():
             raise Unsupported("a constant that is not finite")
         table = array.reshape(-1, array.shape[-1] if array.ndim else 1)
+        return Value(self.emit(0, ["constant", self.constant_name(table)]), array.shape, batch, have=table.shape)
+
+    def constant_name(self, table):
+        """The name of an array (rows, columns) in the line."""
         for name, other in self.constants.items():
             if other.shape == table.shape and (other == table).all():
-                break
-        else:
-            name = f"c{len(self.constants) + 1}"
-            self.constants[name] = table
-        return Value(self.emit(0, ["constant", name]), array.shape, have=table.shape)
+                return name
+        name = f"c{len(self.constants) + 1}"
+        self.constants[name] = table
+        return name
 
     def constant_or(self, x):
         return self.constant(x.detach().double().numpy()) if isinstance(x, torch.Tensor) else x
@@ -156,9 +163,13 @@ class Reader:
         return x.row[:a] + (self.size * prod(x.row[a:b]),) + x.row[b:]
 
     def view(self, x, shape):
-        shape, x = list(shape), self.real(x)
+        shape = list(shape)
         if -1 in shape:
             shape[shape.index(-1)] = prod(self.shape(x)) // -prod(shape)
+        wide = [[size for size in row if size != 1] for row in (shape, x.row)]
+        if x.parameter is not None and not x.transposed and wide[0] == wide[1]:
+            return Value(None, shape, parameter=x.parameter)
+        x = self.real(x)
         if x.batch is None:
             return x.like(x.id, shape, x.have)
         before = prod(x.row[: x.batch + x.group[0]])  # numbers of a row in front of which the batch stands
@@ -412,7 +423,7 @@ def _(r, x, axis, index):
     return r.squeeze(r.slice(x, axis, index % size, 1), axis)
 
 
-@rule("split", "split_with_sizes", "chunk")
+@rule("split", "unsafe_split", "split_with_sizes", "chunk")
 def _(r, x, sizes, axis=0):
     size = r.shape(x)[axis]
     if isinstance(sizes, int):
@@ -492,9 +503,10 @@ def _(r, x, y):
 
 @rule("div")
 def _(r, x, y):
-    if not number(y):
-        raise Unsupported("a quotient of two values")
-    return r.scale(x, 1 / y)
+    if number(y):
+        return r.scale(x, 1 / y)
+    inverse = r.follow(y, "power", "-1")
+    return r.scale(inverse, x) if number(x) else r.pair("multiply", x, inverse)
 
 
 @rule("neg")
@@ -504,9 +516,11 @@ def _(r, x):
 
 @rule("pow")
 def _(r, x, power):
-    if not number(power) or power not in (1, 2, 3, 4):
-        raise Unsupported(f"the power {power}")
-    y = x = r.real(x)
+    if not number(power):
+        raise Unsupported("a power that is a value")
+    x = y = r.real(x)
+    if power not in (1, 2, 3, 4):
+        return r.follow(x, "power", repr(float(power)))
     for _ in range(int(power) - 1):
         y = r.pair("multiply", y, x)
     return y
@@ -535,6 +549,30 @@ def _(r, x, axes, keep=False, **more):
 @rule("sum")
 def _(r, x, axes, keep=False, **more):
     return along(r, x, axes, keep, "sum")
+
+
+@rule("var", "std", "var_mean")
+def _(r, x, axes=None, correction=1, keepdim=False, unbiased=None, **more):
+    axes = list(range(1, len(r.shape(x)))) if axes is None else [axes] if isinstance(axes, int) else axes
+    count = prod(r.shape(x)[axis] for axis in axes)
+    correction = int(correction) if unbiased is None else int(unbiased)
+    away = r.pair("subtract", x, along(r, x, axes, True, "mean"))
+    return r.scale(along(r, r.pair("multiply", away, away), axes, keepdim, "sum"), 1 / (count - correction))
+
+
+def deviation(r, *rest, **more):
+    return r.follow(RULES["var"](r, *rest, **more), "power", "0.5")
+
+
+RULES["std"] = deviation
+
+
+@rule("linalg_vector_norm", "norm")
+def _(r, x, order=2, axes=None, keep=False, **more):
+    if order != 2 or axes is None:
+        raise Unsupported("this kind of norm")
+    square = r.pair("multiply", x, x)
+    return r.follow(along(r, square, axes, keep, "sum"), "power", "0.5")
 
 
 def softmax(name):
@@ -566,15 +604,46 @@ for torch_name, word in {
     "abs": "abs",
     "erf": "erf",
     "sin": "sine",
+    "mish": "mish",
+    "hardswish": "hardswish",
+    "hardsigmoid": "hard_sigmoid",
+    "relu6": "relu6",
+    "exp": "exp",
+    "log": "log",
+    "softsign": "softsign",
 }.items():
     RULES[torch_name] = activation(word)
 
 
 @rule("gelu")
 def _(r, x, approximate="none"):
-    if approximate != "none":
-        raise Unsupported("gelu by tanh")
-    return r.follow(x, "gelu")
+    return r.follow(x, "gelu", *(["tanh"] if approximate == "tanh" else []))
+
+
+@rule("elu")
+def _(r, x, alpha=1.0, scale=1.0, input_scale=1.0):
+    if input_scale != 1:
+        raise Unsupported("an ELU of scaled inputs")
+    if scale == 1:
+        return r.follow(x, "elu", repr(float(alpha)))
+    if (alpha, scale) == (1.6732632423543772, 1.0507009873554805):
+        return r.follow(x, "selu")
+    return r.scale(r.follow(x, "elu", repr(float(alpha))), scale)
+
+
+@rule("log_sigmoid_forward")
+def _(r, x):
+    return [r.follow(x, "log_sigmoid")]
+
+
+@rule("_prelu_kernel", "prelu")
+def _(r, x, weight):
+    if weight.parameter is None:
+        raise Unsupported("a PReLU whose slope is no parameter")
+    count = prod(weight.row)
+    x = r.shaped(x)
+    words = r.layer(["prelu"] + ([str(count)] if count > 1 else []), [(weight.parameter, "weight")])
+    return x.like(r.emit(x.id, words), x.row, x.have)
 
 
 @rule("leaky_relu")
@@ -589,9 +658,41 @@ def _(r, x, beta=1, threshold=20):
 
 @rule("hardtanh")
 def _(r, x, low=-1, high=1):
+    if (low, high) == (0, 6):
+        return r.follow(x, "relu6")
     if (low, high) != (-1, 1):
         raise Unsupported(f"hardtanh from {low} to {high}")
     return r.follow(x, "hard_tanh")
+
+
+@rule("clamp", "clamp_min")
+def _(r, x, low=None, high=None):
+    if high is None and low is not None:
+        return r.shift(r.follow(r.shift(x, -low), "relu"), low)
+    if low is None or low >= high:
+        raise Unsupported(f"clamp from {low} to {high}")
+    x = r.scale(r.shift(x, -(low + high) / 2), 2 / (high - low))
+    return r.shift(r.scale(r.follow(x, "hard_tanh"), (high - low) / 2), (low + high) / 2)
+
+
+@rule("sqrt")
+def _(r, x):
+    return r.follow(x, "power", "0.5")
+
+
+@rule("rsqrt")
+def _(r, x):
+    return r.follow(x, "power", "-0.5")
+
+
+@rule("reciprocal")
+def _(r, x):
+    return r.follow(x, "power", "-1")
+
+
+@rule("cos")
+def _(r, x):
+    return r.follow(r.shift(x, math.pi / 2), "sine")
 
 
 @rule("native_layer_norm")
@@ -668,17 +769,88 @@ def _(r, x, diagonal=0):
 @rule("convolution")
 def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups):
     x = r.shaped(x)
-    if transposed or len(weight.row) != 4 or weight.parameter is None:
+    if len(weight.row) not in (3, 4) or weight.parameter is None:
         raise Unsupported("this kind of convolution")
+    kernel = weight.row[2:]
+    channels = weight.row[1] * groups if transposed else weight.row[0]
     pair = lambda numbers: "x".join(map(str, numbers))
-    words = ["conv", str(weight.row[0]), pair(weight.row[2:]), "stride=" + pair(stride), "pad=" + pair(pad)]
+    words = ["conv_transpose" if transposed else "conv", str(channels), pair(kernel)]
+    words += ["stride=" + pair(stride), "pad=" + pair(pad)]
+    words += ["output_pad=" + pair(output_pad)] if transposed else []
     words += ["dilation=" + pair(dilation), f"groups={groups}"] + ([] if bias is not None else ["nobias"])
     words = r.layer(words, [(weight.parameter, "weight"), (bias and bias.parameter, "bias")])
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.row[1:], pad, dilation, weight.row[2:], stride)
-    ]
-    return x.like(r.emit(x.id, words), (weight.row[0], *size))
+    sides = zip(x.row[1:], pad, dilation, kernel, stride, output_pad)
+    if transposed:
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, p, d, k, s, o in sides]
+    else:
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s, o in sides]
+    return x.like(r.emit(x.id, words), (channels, *size))
+
+
+@rule("native_group_norm")
+def _(r, x, weight, bias, count, channels, size, groups, epsilon):
+    x = r.shaped(x)
+    words = ["group_norm", str(groups), f"epsilon={epsilon!r}"] + ([] if weight is not None else ["noaffine"])
+    words = r.layer(words, [(weight and weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+    return [x.like(r.emit(x.id, words), x.row)]
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def _(r, x, weight, bias, mean, variance, *rest):
+    epsilon, training = rest[-1], len(rest) == 3 and rest[0]
+    if training or mean is None:
+        raise Unsupported("batch norm by the batch's own statistics")
+    x = r.shaped(x)
+    name = r.constant_name(np.stack([mean.double().numpy(), variance.double().numpy()]))
+    words = ["batch_norm", name, f"epsilon={epsilon!r}"] + ([] if weight is not None else ["noaffine"])
+    words = r.layer(words, [(weight and weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+    return [x.like(r.emit(x.id, words), x.row)]
+
+
+def resized(r, x, size, mode):
+    x = r.shaped(x)
+    factors = [int(new) // old for old, new in zip(x.row[1:], size)]
+    if any(factor * old != int(new) for factor, old, new in zip(factors, x.row[1:], size)):
+        raise Unsupported("an upsampling that is not by whole numbers")
+    words = ["upsample", "x".join(map(str, factors)), *mode]
+    return x.like(r.emit(x.id, words), (x.row[0], *map(int, size)))
+
+
+def new_size(x, size, scales):
+    if size is not None:
+        return size
+    scales = [scale for scale in scales if scale is not None]
+    scales = scales[0] if scales and isinstance(scales[0], (list, tuple)) else scales
+    return [round(old * scale) for old, scale in zip(x.row[1:], scales)]
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d")
+def _(r, x, size=None, *scales):
+    return resized(r, x, new_size(x, size, scales), ["nearest"])
+
+
+@rule("upsample_bilinear2d", "upsample_linear1d")
+def _(r, x, size=None, corners=False, *scales):
+    return resized(r, x, new_size(x, size, scales), ["bilinear"] + (["align_corners"] if corners else []))
+
+
+@rule("_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
+def _(r, x, size):
+    x = r.shaped(x)
+    words = ["adaptive_avg_pool", "x".join(map(str, size))]
+    return x.like(r.emit(x.id, words), (x.row[0], *size))
+
+
+@rule("adaptive_max_pool2d", "adaptive_max_pool1d")
+def _(r, x, size):
+    x = r.shaped(x)
+    words = ["adaptive_max_pool", "x".join(map(str, size))]
+    return [x.like(r.emit(x.id, words), (x.row[0], *size))]
+
+
+@rule("unbind")
+def _(r, x, axis=0):
+    return [RULES["select"](r, x, axis, i) for i in range(r.shape(x)[axis])]
 
 
 def pooled(x, kernel, stride, pad):
@@ -739,7 +911,13 @@ def _(r, q, k, v, mask=None, dropout=0.0, causal=False, dropout_mask=None, scale
 
 
 # These take tensors of constants as they are.
-PLAIN = {"embedding": (1,), "masked_fill": (1, 2), "where": (0, 2)}
+PLAIN = {
+    "embedding": (1,),
+    "masked_fill": (1, 2),
+    "where": (0, 2),
+    "native_batch_norm": (3, 4),
+    "_native_batch_norm_legit_no_training": (3, 4),
+}
 
 
 def trace(model, inputs):
@@ -802,11 +980,14 @@ def read_once(model, inputs):
 
 def call(reader, node, known):
     name = str(node.target).replace("aten.", "", 1).split(".")[0]
+    name = name[:-1] if name.endswith("_") and name[:-1] in RULES else name
     known_of = lambda x: torch.fx.node.map_arg(x, lambda n: known[n])
     args, keywords = known_of(node.args), known_of(node.kwargs)
     values = []
     torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values.append(known[n]))
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    if any(value is None for value in flat):
+        return None  # made of a by-product
     if not any(isinstance(value, Value) for value in flat):
         return node.target(*args, **keywords)  # constants stay constants
     if name not in RULES:

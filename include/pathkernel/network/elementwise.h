@@ -7,7 +7,7 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* The one attribute of leaky_relu (slope below zero), elu (alpha), scale (factor), softplus (beta), sine (frequency), gelu
+/* The one attribute of leaky_relu (slope below zero), elu (alpha), scale (factor), softplus (beta), sine (frequency), power (exponent), gelu
  * (1: its tanh form), and of sign and step (sharpness of the surrogate's slope), for pk_graph_add. */
 enum { PK_ACTIVATION_NUMBER };
 
@@ -198,6 +198,9 @@ PK__ELEMENTWISE(log_sigmoid, (x < 0 ? x : 0) - log1p(exp(-fabs(x))), pk__sigmoid
 PK__ELEMENTWISE(silu, x *pk__sigmoid(x), pk__sigmoid(x) * (1 + x * pk__sigmoid(-x)),
                 pk__sigmoid(x) * pk__sigmoid(-x) * (2 + x * (1 - 2 * pk__sigmoid(x))))
 PK__ELEMENTWISE(erf, erf(x), PK__TWO_BY_SQRT_PI *exp(-x *x), -2 * x * PK__TWO_BY_SQRT_PI * exp(-x * x))
+PK__ELEMENTWISE(exp, exp(x), y, y)
+PK__ELEMENTWISE(log, log(x), 1 / x, -1 / (x * x))
+PK__ELEMENTWISE(power, pow(x, p[0]), p[0] * pow(x, p[0] - 1), p[0] * (p[0] - 1) * pow(x, p[0] - 2))
 PK__ELEMENTWISE(sine, sin(p[0] * x), p[0] * cos(p[0] * x), -p[0] * p[0] * y)
 /* The surrogates are the slopes of erf(b x) and of sigmoid(b x) (Eilers, Memmesheimer & Goedeke, 2024). */
 PK__ELEMENTWISE(sign, (x > 0) - (x < 0), p[0] * PK__TWO_BY_SQRT_PI * exp(-p[0] * p[0] * x * x),
@@ -252,6 +255,15 @@ static const pk_option pk__gelu_option[] = {
     {.name = "tanh", .kind = PK_OPTION_FLAG, .least = 1},
     {.name = NULL},
 };
+static const pk_option pk__power_option[] = {
+    {.name = "exponent",
+     .kind = PK_OPTION_NUMBER,
+     .position = 1,
+     .required = 1,
+     .least = -DBL_MAX,
+     .most = DBL_MAX},
+    {.name = NULL},
+};
 static const pk_option pk__scale_option[] = {
     {.name = "factor",
      .kind = PK_OPTION_NUMBER,
@@ -293,6 +305,9 @@ static const pk_operation pk__activation_operations[] = {
     PK__SMOOTH_OPERATION(silu, NULL, 0),
     PK__SMOOTH_OPERATION(erf, NULL, 0),
     PK__SMOOTH_OPERATION(sine, pk__positive_option, 1),
+    PK__SMOOTH_OPERATION(exp, NULL, 0),
+    PK__SMOOTH_OPERATION(log, NULL, 0),
+    PK__SMOOTH_OPERATION(power, pk__power_option, 1),
     PK__SMOOTH_OPERATION(mish, NULL, 0),
     PK__SMOOTH_OPERATION(log_sigmoid, NULL, 0),
     PK__JOINED_OPERATION(elu, pk__positive_option, 1, pk__width_switches, pk__zero_switches),
