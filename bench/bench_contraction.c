@@ -293,10 +293,11 @@ static pk_status job_fill(pk_context *context, job *j)
     pk__gauss_table(j->nodes, j->node_weights);
     j->data.inputs = pk_array_view(type, 2, inputs, j->train);
     j->data.targets = pk_array_view(type, 2, targets, j->targets);
+    const pk_criterion squared = {.loss = PK_SQUARED};
     pk__examples_begin(&j->examples, &batch);
     for (size_t first = 0; first < j->batch; first += PK__EXAMPLE_BLOCK)
-        pk__examples_fill(&j->examples, &j->graph, PK_SQUARED, j->weights, &j->data, &batch, first,
-                          &j->workspace, NULL);
+        pk__examples_fill(&j->examples, &j->graph, &squared, j->weights, &j->data, &batch, first, &j->workspace,
+                          NULL);
     if (!status)
         status = pk_matrix_multiply(context, 1, pk_matrix_view(j->test, rows, INPUTS), 0,
                                     pk_matrix_view(j->train, j->batch, INPUTS), 1, 0,

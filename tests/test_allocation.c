@@ -266,6 +266,42 @@ JOB(job_data)
     return status;
 }
 
+JOB(job_criterion)
+{
+    WITH;
+    const pk_criterion criterion = {.loss = PK_HUBER, .delta = 0.5};
+    pk_criterion parsed;
+    pk_gradient_workspace workspace;
+    pk_trainer trainer;
+    memset(&parsed, 0, sizeof parsed);
+    memset(&workspace, 0, sizeof workspace);
+    memset(&trainer, 0, sizeof trainer);
+    pk_status status = pk_criterion_parse(context, "logistic pos_weight=1,2", &parsed);
+    if (!status)
+        status = pk_criterion_check(context, &criterion, &m->data, 2);
+    if (!status)
+        status = pk_loss_gradients_with(context, &m->graph, &criterion, m->w, &m->data, &m->batch, m->losses,
+                                        pk_matrix_view(m->many, NET_ROWS, m->P));
+    if (!status)
+        status =
+            pk_hessian_product_with(context, &m->graph, &criterion, m->w, &m->data, &m->batch, m->v, m->many);
+    if (!status)
+        status = pk_gauss_newton_product_with(context, &m->graph, &criterion, m->w, &m->data, &m->batch, m->v,
+                                              m->many);
+    if (!status)
+        status = pk_gradient_prepare(context, &m->graph, NET_ROWS, &workspace);
+    if (!status)
+        status = pk_batch_gradient_with(context, &m->graph, &criterion, m->w, &m->data, &m->batch, &workspace,
+                                        NULL, m->many);
+    if (!status)
+        status =
+            pk_trainer_prepare_with(context, &m->graph, &m->data, &criterion, &m->optimizer, NULL, 4, &trainer);
+    pk_trainer_release(context, &trainer);
+    pk_gradient_release(context, &workspace);
+    pk_criterion_release(context, &parsed);
+    return status;
+}
+
 JOB(job_csv)
 {
     WITH;
@@ -644,7 +680,7 @@ static pk_status record_by_hand(pk_context *context, const material *m, size_t k
     pk_parameter_groups groups;
     memset(&groups, 0, sizeof groups);
     options.network = m->graph.text;
-    options.loss = "squared";
+    options.loss = "huber delta=0.5";
     options.optimizer = "sgd momentum=0.9";
     options.groups = lines;
     options.group_count = grouped ? 2 : 0;
@@ -826,6 +862,10 @@ static const struct entry {
     {"pk_array_write pk_array_create pk_array_append pk_array_flush pk_array_close pk_array_reopen",
      job_array_write, 0},
     {"pk_dataset_check pk_dataset_rows pk_loss_check pk_loss_parse pk_graph_check_inputs", job_data, 1},
+    {"pk_criterion_parse pk_criterion_check pk_criterion_release pk_loss_gradients_with "
+     "pk_hessian_product_with "
+     "pk_gauss_newton_product_with pk_batch_gradient_with pk_trainer_prepare_with",
+     job_criterion, 7},
     {"pk_dataset_csv pk_dataset_release", job_csv, 1},
     {"pk_dataset_idx", job_idx, 1},
     {"pk_matrix_multiply", job_matrix, 0},

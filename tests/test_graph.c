@@ -436,7 +436,8 @@ static void test_constant_outputs(void **state)
         pk__example_workspace_take(&arena, &graph, ROWS, &room);
         pk__examples_begin(&examples, &batch);
         memset(gradient, 0, sizeof gradient);
-        pk__examples_fill(&examples, &graph, PK_SQUARED, w, &data, &batch, 0, &room, gradient);
+        const pk_criterion squared = {.loss = PK_SQUARED};
+        pk__examples_fill(&examples, &graph, &squared, w, &data, &batch, 0, &room, gradient);
         for (size_t p = 0; p < own; p++)
             assert_true(gradient[p] == 0);
         free(arena.base);

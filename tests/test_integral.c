@@ -280,7 +280,8 @@ static void test_examples(void **state)
     pk__examples_begin(&examples, &batch);
     assert_int_equal(examples.count, 9);
     assert_int_equal(examples.consecutive, 0);
-    pk__examples_fill(&examples, &graph, PK_SQUARED, at, &set, &batch, 0, w, gradient);
+    const pk_criterion squared = {.loss = PK_SQUARED};
+    pk__examples_fill(&examples, &graph, &squared, at, &set, &batch, 0, w, gradient);
     assert_ok(&context, pk_gradient_prepare(&context, &graph, 1, &single));
     for (size_t b = 0; b < 9; b++) {
         const pk_batch one = {1, items + b, batch_weights + b};

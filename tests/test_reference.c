@@ -111,6 +111,71 @@ static void test_engine(void **state)
                   worst, worst_closure);
 }
 
+/* Losses with options, as they are trained with, recorded and read back. */
+static void test_losses(void **state)
+{
+    (void)state;
+    static const char *const losses[] = {
+        "softmax_cross_entropy label_smoothing=0.1",
+        "softmax_cross_entropy label_smoothing=0.2 ignore_index=-100 weight=0.5,2",
+        "nll ignore_index=-7 weight=1.5,0.25",
+        "logistic pos_weight=0.5,3",
+        "huber delta=0.25",
+        "huber beta=0.5",
+        "l1",
+        "kl_div",
+        "kl_div log_target=1",
+        "binary_cross_entropy",
+    };
+    double worst = 0, worst_closure = 0;
+    for (size_t l = 0; l < sizeof losses / sizeof *losses; l++)
+        for (int n = 0; n < NETWORKS; n++) {
+            char network[200];
+            const int probabilities = strncmp(losses[l], "bin", 3) == 0,
+                      logarithms = losses[l][0] == 'n' || losses[l][0] == 'k';
+            snprintf(network, sizeof network, "%s%s", networks[n].network,
+                     probabilities ? "; sigmoid"
+                     : logarithms  ? "; log_softmax"
+                                   : "");
+            const recipe how = {network,
+                                losses[l],
+                                l % 2 ? "sgd momentum=0.9" : "adamw epsilon=1e-4",
+                                networks[n].tokens,
+                                l % 2 ? 0.1 : 0.02,
+                                0,
+                                9,
+                                5,
+                                6,
+                                l % 3 == 1 ? 3 : 0,
+                                (uint64_t)(30 * n) + l,
+                                0};
+            trained t;
+            trained_make(&how, &t);
+            pk_decompose_options options;
+            pk_decomposition engine;
+            memset(&options, 0, sizeof options);
+            result r = take(ROWS, &t.run);
+            assert_ok(&t.context,
+                      pk_decompose_reference(&t.context, &t.run, trained_test(&t, ROWS), 1, 20, &r.arrays));
+            assert_ok(&t.context, pk_decompose(&t.context, &t.run, trained_test(&t, ROWS), &options, &engine));
+            double closure, error = compare(&engine, &r, &closure);
+            const double rest = fixture_largest(r.cells, r.arrays.unattributed);
+            if (!(error <= ROUNDING(1e-10) && closure <= ROUNDING(1e-12) && rest <= ROUNDING(1e-12)))
+                fail_msg("%s; %s: entries differ by %.3g of the largest, closure %.3g, unattributed %.3g",
+                         network, losses[l], error, closure, rest);
+            /* Ignored examples contribute nothing. */
+            for (size_t i = 0; i < r.cells * r.examples; i++)
+                if (t.run.criterion.ignores && t.labels[i % r.examples] == t.run.criterion.ignore_index)
+                    assert_true(engine.by_example[i] == 0);
+            worst = fmax(worst, error);
+            worst_closure = fmax(worst_closure, closure);
+            free(r.memory);
+            pk_decomposition_release(&t.context, &engine);
+            trained_release(&t);
+        }
+    print_message("entries differ by %.2g of the largest, closure %.2g\n", worst, worst_closure);
+}
+
 /* In extended precision: batches whose rows repeat, with weights and scales, and recorded moments. */
 static void test_brute_force(void **state)
 {
@@ -231,10 +296,8 @@ static void test_refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_engine),
-        cmocka_unit_test(test_brute_force),
-        cmocka_unit_test(test_kinks),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_engine), cmocka_unit_test(test_losses),   cmocka_unit_test(test_brute_force),
+        cmocka_unit_test(test_kinks),  cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

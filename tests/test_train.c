@@ -920,6 +920,63 @@ static void test_no_memory(void **state)
     assert_int_equal(context.memory_used, 0);
 }
 
+/* Weights of classes: PyTorch's mean over the weights of a batch's labels, recorded, and resumed to the same bits. */
+static void test_weighted_classes(void **state)
+{
+    (void)state;
+    pk_context context;
+    memset(&context, 0, sizeof context);
+    for (int every = 0; every < 5; every += 4) {
+        const double weight[C] = {0.5, 2, 1.25};
+        const pk_criterion criterion = {.loss = PK_SOFTMAX_CROSS_ENTROPY,
+                                        .label_smoothing = 0.1,
+                                        .ignores = 1,
+                                        .ignore_index = 1,
+                                        .weight = weight,
+                                        .weight_count = C};
+        pk_train_options options = make_options(MOMENTUM, 9);
+        pk_real whole[P], parts[P];
+        pk_train_result result;
+        pk_run run;
+        options.criterion = &criterion;
+        run_training(&options, 1, whole, &result);
+        options.record = run_path, options.resume = 1, options.keep_every = (size_t)every;
+        for (options.steps = 3; options.steps <= 9; options.steps += 3)
+            run_training(&options, 2, parts, &result);
+        assert_memory_equal(whole, parts, sizeof whole);
+        assert_int_equal(pk_run_open(&context, run_path, &run), PK_OK);
+        assert_true(run.loss == PK_SOFTMAX_CROSS_ENTROPY && run.criterion.label_smoothing == 0.1);
+        assert_memory_equal(run.criterion.weight, weight, sizeof weight);
+        for (size_t s = 0; s < run.steps; s++) {
+            pk_batch batch;
+            double mean[N];
+            pk_run_batch(&run, s, &batch);
+            pk_criterion_mean(&run.criterion, &train, batch.items, batch.count, mean);
+            assert_memory_equal(batch.weights, mean, batch.count * sizeof *mean);
+        }
+        pk_run_release(&context, &run);
+        pk_criterion other = criterion;
+        other.label_smoothing = 0.2;
+        options.criterion = &other;
+        assert_int_equal(pk_train(&context, &graph, &train, &options, parts, &result), PK_ARGUMENT);
+        assert_non_null(strstr(pk_message(&context), "its loss is 'softmax_cross_entropy label_smoothing=0.1"));
+        for (int64_t i = 0; i < N; i++)
+            assert_true(targets[i] == i % C);
+        targets[0] = targets[1] = 1; /* a batch of nothing but ignored labels */
+        options.record = NULL, options.resume = 0, options.keep_every = 0, options.batch_size = 2;
+        options.shuffle_off = 1;
+        assert_int_equal(pk_train(&context, &graph, &train, &options, parts, &result), PK_NOT_FINITE);
+        assert_non_null(strstr(pk_message(&context), "step 0: each label of the batch is ignored"));
+        targets[0] = 0;
+        other.loss = PK_L1; /* and options.loss is another */
+        assert_int_equal(pk_train(&context, &graph, &train, &options, parts, &result), PK_ARGUMENT);
+        assert_non_null(
+            strstr(pk_message(&context), "loss is softmax_cross_entropy, and that of criterion is l1"));
+        assert_int_equal(context.memory_used, 0);
+        clear(run_path);
+    }
+}
+
 #define TEST(function) cmocka_unit_test_setup(function, start_clean)
 
 int main(void)
@@ -938,6 +995,7 @@ int main(void)
         TEST(test_resume_repeats_few_steps),
         TEST(test_replaced_state),
         TEST(test_resume_refuses_another_run),
+        TEST(test_weighted_classes),
         TEST(test_arguments),
         TEST(test_no_memory),
     };

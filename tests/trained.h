@@ -50,11 +50,22 @@ FIXTURE void trained_make(const recipe *r, trained *to)
     for (size_t i = 0; i < rows; i++)
         to->labels[i] = (int64_t)(i % C);
     memset(&options, 0, sizeof options);
-    assert_ok(context, pk_loss_parse(context, r->loss, &options.loss));
+    pk_criterion criterion;
+    assert_ok(context, pk_criterion_parse(context, r->loss, &criterion));
+    options.criterion = &criterion;
+    for (size_t i = 0; criterion.ignores && i < rows; i += 3)
+        to->labels[i] = criterion.ignore_index;
     assert_ok(context, pk_optimizer_parse(context, r->optimizer, &options.optimizer));
     data.inputs = pk_array_view(REAL_TYPE, 2, shape_x, to->train);
-    data.targets = options.loss == PK_SQUARED ? pk_array_view(REAL_TYPE, 2, shape_y, to->numbers)
-                                              : pk_array_view(PK_INT64, 1, shape_y, to->labels);
+    const int classes =
+        criterion.loss == PK_SOFTMAX_CROSS_ENTROPY || criterion.loss == PK_NLL || criterion.loss == PK_HINGE;
+    data.targets = classes ? pk_array_view(PK_INT64, 1, shape_y, to->labels)
+                           : pk_array_view(REAL_TYPE, 2, shape_y, to->numbers);
+    /* Probabilities, where a loss takes no others. */
+    for (size_t i = 0; (criterion.loss == PK_LOGISTIC || criterion.loss >= PK_KL_DIV) && i < rows * C; i++)
+        to->numbers[i] = (pk_real)(criterion.log_target ? -fabs((double)to->numbers[i])
+                                   : to->numbers[i] > 0 ? 1
+                                                        : 0.25);
     options.steps = r->steps;
     options.batch_size = r->batch;
     options.schedule.rate = r->rate;
@@ -69,6 +80,7 @@ FIXTURE void trained_make(const recipe *r, trained *to)
     to->weights = FIXTURE_NEW(pk_real, to->graph.parameters);
     assert_ok(context, pk_network_initialize(context, &to->graph, r->seed, to->weights));
     assert_ok(context, pk_train(context, &to->graph, &data, &options, to->weights, &result));
+    pk_criterion_release(context, &criterion);
     assert_ok(context, pk_run_open(context, fixture_run_path, &to->run));
 }
 

@@ -102,8 +102,8 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     for (size_t b = 0; !status && b < batch.count; b++) {
         const pk_batch item = {1, batch.items + b, NULL};
         const double c = batch.weights ? batch.weights[b] : 1 / (double)batch.count;
-        status = pk_loss_gradients(context, &run->graph, run->loss, m->w, &run->train, &item, NULL,
-                                   pk_matrix_view(m->one, 1, P));
+        status = pk_loss_gradients_with(context, &run->graph, &run->criterion, m->w, &run->train, &item, NULL,
+                                        pk_matrix_view(m->one, 1, P));
         for (size_t p = 0; !status && p < P; p++)
             m->gradient[(size_t)batch.items[b] * P + p] += scale * c * m->one[p];
     }

@@ -290,11 +290,11 @@ static void pk__fill_window(pk_context *context, pk__window *window)
         pk_real *gradient = window->gradient + task * U;
         memset(gradient, 0, U * sizeof *gradient);
         for (size_t b = part * each; b < pk__min(blocks, (part + 1) * each); b++) {
-            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->use_weights + j * U,
+            pk__examples_fill(&window->examples[j], &run->graph, &run->criterion, window->use_weights + j * U,
                               &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
                               &window->workspaces[thread], gradient);
             if (window->magnitudes)
-                pk__examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                pk__examples_fill(&window->magnitudes[j], &run->graph, &run->criterion,
                                   window->perturbed_weights + j * U, &run->train, &window->batches[j],
                                   b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
@@ -317,7 +317,7 @@ static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const pk__approximation *how = window->approximation;
-    const size_t U = window->spread, lanes = window->partial_sums, tasks = window->count * lanes;
+    const size_t U = window->spread, partial_sums = window->partial_sums, tasks = window->count * partial_sums;
     pk__team team = pk__team_of(context, (int)window->threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
@@ -328,13 +328,13 @@ static void pk__move_examples(pk_context *context, pk__window *window)
     team = pk__team_of(context, (int)window->threads, tasks);
     PK__PARALLEL(team)
     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
-        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        const size_t thread = (size_t)pk__thread(), j = task / partial_sums, part = task % partial_sums;
         const double start = pk__seconds();
         const size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
-                     each = pk__blocks(blocks, lanes);
+                     each = pk__blocks(blocks, partial_sums);
         const pk_real *at = window->moved_weights + j * U;
-        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++)
-            pk__examples_fill_apart(&window->examples[j], &run->graph, run->loss,
+        for (size_t b = part * each; b < pk__min(blocks, (part + 1) * each); b++)
+            pk__examples_fill_apart(&window->examples[j], &run->graph, &run->criterion,
                                     how->seeds_stay ? window->use_weights + j * U : at, at, &run->train,
                                     &window->batches[j], b * PK__EXAMPLE_BLOCK, &window->workspaces[thread],
                                     NULL);

@@ -279,6 +279,17 @@ PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
     return 1;
 }
 
+/* The shortest text from which pk__number reads the same bits, in at most 48 bytes. */
+PK__PRIVATE void pk__number_text(double value, char *text, size_t size)
+{
+    double back;
+    for (int digits = 15; digits <= 17; digits++) {
+        pk__print(text, size, "%.*g", digits, value);
+        if (pk__number(text, strlen(text), &back) && back == value)
+            break;
+    }
+}
+
 /* 1 and *product = a * b, or 0 on overflow. */
 PK__PRIVATE int pk__multiply(size_t a, size_t b, size_t *product)
 {

@@ -67,15 +67,16 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
 PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
-PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
-                                    size_t first, pk__example_workspace *workspace, pk_real *gradient);
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
+                                    const pk_criterion *criterion, const pk_real *weights,
+                                    const pk_dataset *data, const pk_batch *batch, size_t first,
+                                    pk__example_workspace *workspace, pk_real *gradient);
 /* The same with the losses' gradients with respect to the outputs at other weights, seeds_at: sum_k (dl_b/df_k at seeds_at)
  * (df_k/dw at weights). */
-PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                          const pk_real *seeds_at, const pk_real *weights,
-                                          const pk_dataset *data, const pk_batch *batch, size_t first,
-                                          pk__example_workspace *workspace, pk_real *gradient);
+PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph,
+                                          const pk_criterion *criterion, const pk_real *seeds_at,
+                                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                          size_t first, pk__example_workspace *workspace, pk_real *gradient);
 /* <<< internals */
 #endif
 
@@ -276,20 +277,22 @@ static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t co
 }
 
 /* Columns first .. first + count - 1, as many as the workspace holds. */
-static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *seeds_at,
-                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch, size_t first,
-                          size_t count, pk__example_workspace *workspace, pk_real *gradient)
+static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, const pk_criterion *criterion,
+                          const pk_real *seeds_at, const pk_real *weights, const pk_dataset *data,
+                          const pk_batch *batch, size_t first, size_t count, pk__example_workspace *workspace,
+                          pk_real *gradient)
 {
     const size_t outputs = graph->output_width;
     pk__tape *tape = &workspace->tape;
     const pk__line line = {weights, NULL, NULL}, seeds_line = {seeds_at, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
-    pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
+    pk_criterion_targets(criterion, data, batch->items + first, count, outputs, workspace->targets);
     pk__pass_forward(tape, &seeds_line, count, workspace->inputs);
     const pk_real *f = pk__pass_output(tape);
     pk_real *seed = pk__pass_seed(tape);
     for (size_t b = 0; b < count; b++) {
-        pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
+        pk_criterion_gradient(criterion, outputs, f + b * outputs, workspace->targets + b * outputs,
+                              seed + b * outputs);
         double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
         for (size_t c = 0; c < outputs; c++)
             seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
@@ -323,22 +326,24 @@ static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss
     }
 }
 
-PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                          const pk_real *seeds_at, const pk_real *weights,
-                                          const pk_dataset *data, const pk_batch *batch, size_t first,
-                                          pk__example_workspace *workspace, pk_real *gradient)
+PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph,
+                                          const pk_criterion *criterion, const pk_real *seeds_at,
+                                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                          size_t first, pk__example_workspace *workspace, pk_real *gradient)
 {
     const size_t last = first + pk__min(batch->count - first, PK__EXAMPLE_BLOCK), rows = workspace->tape.rows;
     for (; first < last; first += rows)
-        pk__fill_rows(examples, graph, loss, seeds_at, weights, data, batch, first, pk__min(rows, last - first),
-                      workspace, gradient);
+        pk__fill_rows(examples, graph, criterion, seeds_at, weights, data, batch, first,
+                      pk__min(rows, last - first), workspace, gradient);
 }
 
-PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
-                                    size_t first, pk__example_workspace *workspace, pk_real *gradient)
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
+                                    const pk_criterion *criterion, const pk_real *weights,
+                                    const pk_dataset *data, const pk_batch *batch, size_t first,
+                                    pk__example_workspace *workspace, pk_real *gradient)
 {
-    pk__examples_fill_apart(examples, graph, loss, weights, weights, data, batch, first, workspace, gradient);
+    pk__examples_fill_apart(examples, graph, criterion, weights, weights, data, batch, first, workspace,
+                            gradient);
 }
 
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph)

@@ -23,7 +23,7 @@ PK__BEGIN_C
 typedef struct pk_recorder_options {
     const char *network;           /* "input 64; dense 32; tanh; dense 10" */
     const pk_constants *constants; /* of a network that names arrays; they are copied into the run */
-    const char *loss;              /* "softmax_cross_entropy" */
+    const char *loss;              /* "softmax_cross_entropy label_smoothing=0.1" */
     const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
     const char *const *groups;     /* group lines such as "1,3 weight_decay=0" (groups.h); NULL: none */
     size_t group_count;
@@ -136,7 +136,8 @@ PK__BEGIN_COLD_CODE
 /* The options of a recorder, parsed. */
 typedef struct pk__recording {
     pk_graph graph;
-    pk_loss loss;
+    pk_criterion criterion;
+    char *loss_text;
     pk_optimizer optimizer;
     char optimizer_text[256];
     pk_parameter_groups groups;
@@ -150,7 +151,12 @@ typedef struct pk__recording {
 static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
                                      const pk_dataset *train, pk__recording *recording)
 {
-    pk_status status = pk_loss_parse(context, options->loss, &recording->loss);
+    pk_status status = pk_criterion_parse(context, options->loss, &recording->criterion);
+    const size_t loss_size = !status ? pk_criterion_format(&recording->criterion, NULL, 0) : 0;
+    if (!status)
+        status = pk_allocate(context, loss_size, 1, "the text of the loss", &recording->loss_text);
+    if (!status)
+        (void)pk_criterion_format(&recording->criterion, recording->loss_text, loss_size);
     if (!status)
         status =
             pk_optimizer_parse(context, options->optimizer ? options->optimizer : "sgd", &recording->optimizer);
@@ -193,7 +199,7 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
     recording->present[PK__RUN_GROUP_RATES] = options->group_rates != 0;
     recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
     recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
-    return pk__run_check_data(context, train, &recording->graph, recording->loss);
+    return pk__run_check_data(context, train, &recording->graph, &recording->criterion);
 }
 
 /* Parameters of numbers as the file's type, in recorder->row where they have to be converted; the caller
@@ -364,7 +370,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
 {
     char *text = NULL;
     size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text +
-                  strlen(recording->groups_text) + 256,
+                  strlen(recording->groups_text) + strlen(recording->loss_text) + 256,
            at = 0;
     char keep[40] = "";
     if (recording->keep_every > 1)
@@ -373,7 +379,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     if (status)
         return status;
     size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s%s",
-                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text,
+                            recording->graph.text, recording->loss_text, recording->optimizer_text,
                             recording->groups_text, keep);
     const char *kind;
     int file = pk__open_regular(folder, "run.txt.tmp", O_WRONLY | O_CREAT, &kind);
@@ -551,17 +557,25 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
                                       const pk__recording *recording, const pk_dataset *train,
                                       const pk_real *initial, const pk_recorder *recorder, pk_run *run)
 {
-    char optimizer[256];
+    char optimizer[256], *loss = NULL;
     pk_status status = pk_optimizer_format(&run->optimizer, optimizer, sizeof optimizer);
     if (status)
         return pk__fail(context, status, "%s/run.txt: the optimizer cannot be written", directory);
+    const size_t loss_size = pk_criterion_format(&run->criterion, NULL, 0);
+    status = pk_allocate(context, loss_size, 1, "the text of the loss", &loss);
+    if (status)
+        return status;
+    (void)pk_criterion_format(&run->criterion, loss, loss_size);
     const char *line[3][3] = {{"network", run->graph.text, recording->graph.text},
-                              {"loss", pk_loss_name(run->loss), pk_loss_name(recording->loss)},
+                              {"loss", loss, recording->loss_text},
                               {"optimizer", optimizer, recording->optimizer_text}};
-    for (int k = 0; k < 3; k++)
+    for (int k = 0; k < 3 && !status; k++)
         if (strcmp(line[k][1], line[k][2]) != 0)
-            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
-                            directory, line[k][0], line[k][1], line[k][2]);
+            status = pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
+                              directory, line[k][0], line[k][1], line[k][2]);
+    pk_release(context, loss);
+    if (status)
+        return status;
     char *groups = NULL;
     status = pk_allocate(context, pk__groups_text_size(&run->groups), 1, "the text of the groups", &groups);
     if (status)
@@ -748,6 +762,8 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     pk_release(context, path.text);
     pk_parameter_groups_release(context, &recording.groups);
     pk_release(context, recording.groups_text);
+    pk_release(context, recording.loss_text);
+    pk_criterion_release(context, &recording.criterion);
     pk_graph_release(context, &recording.graph);
     if (!status) {
         *recorder = opened;

@@ -25,7 +25,7 @@ PK__BEGIN_C
 typedef struct pk_trainer {
     const pk_graph *graph;
     const pk_dataset *train;
-    pk_loss loss;
+    pk_criterion criterion; /* its weights must outlive it */
     pk_optimizer optimizer;
     const pk_parameter_groups *groups; /* NULL: none; must outlive it */
     const double *group_rates;         /* the groups' rates at the next step; NULL: their factors hold */
@@ -50,6 +50,12 @@ PK_API PK__MUST_USE pk_status pk_trainer_prepare_groups(pk_context *context, con
                                                         const pk_optimizer *optimizer,
                                                         const pk_parameter_groups *groups, size_t largest_batch,
                                                         pk_trainer *trainer);
+/* The same of a loss with options. */
+PK_API PK__MUST_USE pk_status pk_trainer_prepare_with(pk_context *context, const pk_graph *graph,
+                                                      const pk_dataset *train, const pk_criterion *criterion,
+                                                      const pk_optimizer *optimizer,
+                                                      const pk_parameter_groups *groups, size_t largest_batch,
+                                                      pk_trainer *trainer);
 PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
 
 /* One step of training:
@@ -179,13 +185,24 @@ PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *
                                            const pk_parameter_groups *groups, size_t largest_batch,
                                            pk_trainer *trainer)
 {
-    if (!graph || !graph->node_count || !train || !optimizer || !trainer || !largest_batch)
-        return pk__fail(context, PK_ARGUMENT, "training steps: graph, data, optimizer or batches are missing");
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_trainer_prepare_with(context, graph, train, &criterion, optimizer, groups, largest_batch,
+                                   trainer);
+}
+
+PK_API pk_status pk_trainer_prepare_with(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                         const pk_criterion *criterion, const pk_optimizer *optimizer,
+                                         const pk_parameter_groups *groups, size_t largest_batch,
+                                         pk_trainer *trainer)
+{
+    if (!graph || !graph->node_count || !train || !criterion || !optimizer || !trainer || !largest_batch)
+        return pk__fail(context, PK_ARGUMENT,
+                        "training steps: graph, data, loss, optimizer or batches are missing");
     pk_trainer taken;
     memset(&taken, 0, sizeof taken);
     taken.graph = graph;
     taken.train = train;
-    taken.loss = loss;
+    taken.criterion = *criterion;
     taken.optimizer = *optimizer;
     taken.groups = groups;
     pk__arena arena = {NULL, 0, 0, 0};
@@ -258,8 +275,9 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                double *scale, double *objective)
 {
     const size_t P = trainer->graph->parameters;
-    pk_status status = pk_batch_gradient(context, trainer->graph, trainer->loss, weights, trainer->train, batch,
-                                         &trainer->workspace, objective, trainer->gradient);
+    pk_status status =
+        pk_batch_gradient_with(context, trainer->graph, &trainer->criterion, weights, trainer->train, batch,
+                               &trainer->workspace, objective, trainer->gradient);
     if (status)
         return pk__prefix(context, status, "step %zu: ", step);
     pk__groups_forget_frozen(trainer->groups, trainer->gradient);
@@ -440,7 +458,7 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
         return;
     replay->trainer.graph = &run->graph;
     replay->trainer.train = &run->train;
-    replay->trainer.loss = run->loss;
+    replay->trainer.criterion = run->criterion;
     replay->trainer.optimizer = run->optimizer;
     replay->trainer.groups = &run->groups;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);

@@ -6,7 +6,9 @@
  *     learning_rates.npy   (S,)     float64
  *     batch_offsets.npy    (S+1,)   integers: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
  *     batch_items.npy      (T,)     integers: rows of train_inputs.npy; a row may repeat
- *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s| without it
+ *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s|, a mean, without it; 1 for a sum;
+ *                          1 / the sum of the weights of the step's labels for PyTorch's mean with class weights or
+ *                          ignore_index, see loss.h
  *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
@@ -48,6 +50,7 @@ enum { PK_KEEP_EVERY_MOST = 1000000000 };
 typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
+    pk_criterion criterion; /* the loss with its options */
     pk_optimizer optimizer;
     pk_parameter_groups groups;                  /* weight blocks with options of their own; zeroed: none */
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
@@ -419,14 +422,14 @@ static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *mani
 }
 
 static pk_status pk__manifest_values(pk_context *context, const pk__manifest *manifest,
-                                     const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                     const pk_constants *constants, pk_graph *graph, pk_criterion *criterion,
                                      pk_optimizer *optimizer, pk_parameter_groups *groups, size_t *keep_every)
 {
     int key = PK__MANIFEST_KEEP;
     pk_status status = pk__manifest_keep(context, manifest, keep_every);
     if (!status) {
         key = PK__MANIFEST_LOSS;
-        status = pk_loss_parse(context, manifest->value[key], loss);
+        status = pk_criterion_parse(context, manifest->value[key], criterion);
     }
     if (!status) {
         key = PK__MANIFEST_OPTIMIZER;
@@ -446,21 +449,24 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
     }
     for (size_t g = 0; !status && g < groups->count; g++)
         groups->group[g].line = manifest->group_line[g];
+    if (status)
+        pk_criterion_release(context, criterion);
     return pk__prefix(context, status, "run.txt line %zu: ", line);
 }
 
-/* Parses text (`size` bytes and a terminating NUL), which is changed. The graph stays zeroed after an error. */
+/* Parses text (`size` bytes and a terminating NUL), which is changed. Graph and criterion, zeroed before, stay so after an error. */
 PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
-                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
-                                         pk_optimizer *optimizer, pk_parameter_groups *groups,
-                                         size_t *keep_every)
+                                         const pk_constants *constants, pk_graph *graph,
+                                         pk_criterion *criterion, pk_optimizer *optimizer,
+                                         pk_parameter_groups *groups, size_t *keep_every)
 {
     pk__manifest *manifest = NULL; /* too large for a thread's stack */
     pk_status status = pk_allocate(context, 1, sizeof *manifest, "the lines of run.txt", &manifest);
     if (!status)
         status = pk__manifest_split(context, text, size, manifest);
     if (!status)
-        status = pk__manifest_values(context, manifest, constants, graph, loss, optimizer, groups, keep_every);
+        status =
+            pk__manifest_values(context, manifest, constants, graph, criterion, optimizer, groups, keep_every);
     pk_release(context, manifest);
     return status;
 }
@@ -512,8 +518,8 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
     if (!status) {
         const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
-        status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
-                                    &run->groups, &run->keep_every);
+        status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->criterion,
+                                    &run->optimizer, &run->groups, &run->keep_every);
         if (!status && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -755,14 +761,14 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
 
 /* Checks inputs and targets against network and loss, for readers and recorders. */
 PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
-                                         pk_loss loss)
+                                         const pk_criterion *criterion)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
     if (!status)
         status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
                                      "inputs");
     if (!status)
-        status = pk_loss_check(context, loss, train, graph->output_width);
+        status = pk_criterion_check(context, criterion, train, graph->output_width);
     if (status || !graph->checked)
         return status;
     pk_real *row = NULL;
@@ -781,6 +787,7 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     pk_status status = pk__manifest_read(context, path, run);
     if (status)
         return status;
+    run->loss = run->criterion.loss;
     run->parameters = run->graph.parameters;
     run->outputs = run->graph.output_width;
     for (int f = 0; f < PK__RUN_FILES && !status; f++)
@@ -791,7 +798,7 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     }
     if (status)
         return status;
-    status = pk__run_check_data(context, &run->train, &run->graph, run->loss);
+    status = pk__run_check_data(context, &run->train, &run->graph, &run->criterion);
     if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
     run->examples = pk_dataset_examples(&run->train);
@@ -900,6 +907,7 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
         pk_array_release(context, pk__run_array(run, f));
     pk_dataset_release(context, &run->train);
     pk_parameter_groups_release(context, &run->groups);
+    pk_criterion_release(context, &run->criterion);
     pk_graph_release(context, &run->graph);
     memset(run, 0, sizeof *run);
 }

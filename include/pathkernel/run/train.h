@@ -14,9 +14,10 @@ PK__BEGIN_C
 
 /* How to train; zero means the default. */
 typedef struct pk_train_options {
-    pk_loss loss;           /* required */
-    pk_optimizer optimizer; /* zero: plain SGD */
-    pk_schedule schedule;   /* schedule.rate alone: that rate at every step */
+    pk_loss loss;                  /* required, unless there is a criterion */
+    const pk_criterion *criterion; /* a loss with options; NULL: the loss with PyTorch's defaults */
+    pk_optimizer optimizer;        /* zero: plain SGD */
+    pk_schedule schedule;          /* schedule.rate alone: that rate at every step */
     /* Parameter groups: group_count lines such as "1,3,5-7 weight_decay=0 rate=0.1" (groups.h), or none; their schedules,
      * one a group, of rates that are no factors, or NULL. */
     const char *const *groups;
@@ -48,7 +49,9 @@ typedef struct pk_train_result {
 
 /* weights (P): in w_0, out w_S.
  *
- *     g = sum over the batch of grad l_i(w_s) / |B_s|;  w_{s+1} = w_s + D_s(clip(g))
+ *     g = sum over the batch of c_i grad l_i(w_s);  w_{s+1} = w_s + D_s(clip(g))
+ *
+ * c_i = 1 / |B_s|, or with class weights or ignore_index what pk_criterion_mean gives, which is recorded then.
  *
  * Mini-batches are consecutive slices of an epoch's permutation, the last one smaller. The progress
  * callback of the context is called after each step. Parallel inside a batch.
@@ -90,6 +93,8 @@ typedef struct pk__training {
     pk_real *next;                          /* P: w_{s+1} */
     pk_parameter_groups groups;
     double *group_rates; /* of a step, or NULL */
+    pk_criterion criterion;
+    double *item_weights; /* of a batch, where a mean is over weights of labels, or NULL */
     pk_trainer trainer;
     pk_recorder recorder;
 } pk__training;
@@ -118,7 +123,9 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     }
     batch->count = t->examples - first < t->batch_size ? t->examples - first : t->batch_size;
     batch->items = t->order + first;
-    batch->weights = NULL;
+    batch->weights = t->item_weights;
+    if (t->item_weights)
+        pk_criterion_mean(&t->criterion, t->train, batch->items, batch->count, t->item_weights);
 }
 
 /* The learning rate of a step; those of the groups go to t->group_rates. */
@@ -136,6 +143,11 @@ static pk_status pk__training_next(pk_context *context, pk__training *t, size_t 
 {
     const pk_train_options *options = t->options;
     pk__training_batch(t, step, &made->batch);
+    if (t->item_weights && !isfinite(t->item_weights[0]))
+        return pk__fail(context, PK_NOT_FINITE,
+                        "step %zu: each label of the batch is ignored or has the weight 0, so that the mean of "
+                        "the losses is 0 / 0",
+                        step);
     made->rate = pk__training_rate(t, step);
     t->trainer.group_rates = t->group_rates;
     for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
@@ -190,8 +202,10 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         pk_run_batch(run, s, &there);
         pk__training_batch(t, s, &made.batch);
         made.rate = pk__training_rate(t, s);
-        if (there.count != made.batch.count || there.weights ||
-            memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0)
+        if (there.count != made.batch.count || !there.weights != !made.batch.weights ||
+            memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0 ||
+            (there.weights &&
+             memcmp(there.weights, made.batch.weights, there.count * sizeof *there.weights) != 0))
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu used another batch",
                             folder, s);
         if (run->learning_rates[s] != made.rate)
@@ -242,7 +256,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
 {
     const pk_train_options *options = t->options;
     size_t parameters = t->graph->parameters;
-    char optimizer[256];
+    char optimizer[256], *loss = NULL;
     if (!t->graph->text)
         return pk__fail(context, PK_UNSUPPORTED, "%s: a graph without a network line cannot be recorded",
                         options->record);
@@ -254,7 +268,13 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     const pk_constants constants = pk_graph_constants(t->graph);
     recording.network = t->graph->text;
     recording.constants = &constants;
-    recording.loss = pk_loss_name(options->loss);
+    const size_t loss_size = pk_criterion_format(&t->criterion, NULL, 0);
+    status = pk_allocate(context, loss_size, 1, "the text of the loss", &loss);
+    if (status)
+        return status;
+    (void)pk_criterion_format(&t->criterion, loss, loss_size);
+    recording.loss = loss;
+    recording.batch_weights = t->item_weights != NULL;
     recording.optimizer = optimizer;
     recording.groups = options->groups;
     recording.group_count = options->group_count;
@@ -266,6 +286,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.replace = options->replace;
     recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
+    pk_release(context, loss);
     if (status || t->recorder.steps == 0)
         return status;
     if (t->recorder.steps > options->steps)
@@ -328,7 +349,8 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
 }
 
 static pk_status pk__training_check(pk_context *context, const pk_graph *graph, const pk_dataset *train,
-                                    const pk_train_options *options, const pk_real *weights)
+                                    const pk_train_options *options, const pk_criterion *criterion,
+                                    const pk_real *weights)
 {
     if (!graph || !graph->nodes || !train || !train->inputs.data || !train->targets.data || !options ||
         !weights)
@@ -355,7 +377,7 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         status = pk__prefix(context, pk_schedule_check(context, &options->group_schedules[g], options->steps),
                             "group %zu: ", g);
     if (!status)
-        status = pk__run_check_data(context, train, graph, options->loss);
+        status = pk__run_check_data(context, train, graph, criterion);
     return status;
 }
 
@@ -374,23 +396,32 @@ static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real 
     if (!status && options->group_schedules && t->groups.count)
         status = pk_allocate(context, t->groups.count, sizeof *t->group_rates, "the rates of groups",
                              &t->group_rates);
+    if (!status && pk__mean_is_weighted(&t->criterion, &t->train->targets))
+        status = pk_allocate(context, t->batch_size, sizeof *t->item_weights, "the weights of a batch",
+                             &t->item_weights);
     if (status)
         return status;
     for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
         if (t->groups.group[g].rated)
             return pk__fail(context, PK_ARGUMENT,
                             "group %zu: rate= beside group_schedules, which have the rates", g);
-    status = pk_trainer_prepare_groups(context, t->graph, t->train, options->loss, &options->optimizer,
-                                       &t->groups, t->batch_size, &t->trainer);
+    status = pk_trainer_prepare_with(context, t->graph, t->train, &t->criterion, &options->optimizer,
+                                     &t->groups, t->batch_size, &t->trainer);
     return status ? status : pk__training_loop(context, t, weights, reached);
 }
 
 PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
                           const pk_train_options *options, pk_real *weights, pk_train_result *result)
 {
-    pk_status status = pk__training_check(context, graph, train, options, weights);
+    pk_criterion criterion = pk__criterion_of(options ? options->loss : (pk_loss)0);
+    if (options && options->criterion)
+        criterion = *options->criterion;
+    pk_status status = pk__training_check(context, graph, train, options, &criterion, weights);
     if (status)
         return status;
+    if (options->criterion && options->loss && options->loss != criterion.loss)
+        return pk__fail(context, PK_ARGUMENT, "pk_train: loss is %s, and that of criterion is %s",
+                        pk_loss_name(options->loss), pk_loss_name(criterion.loss));
     pk_train_result reached;
     memset(&reached, 0, sizeof reached);
     reached.objective = (double)NAN;
@@ -399,6 +430,7 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     t.graph = graph;
     t.train = train;
     t.options = options;
+    t.criterion = criterion;
     t.examples = pk_dataset_examples(train);
     t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
     t.per_epoch = (t.examples - 1) / t.batch_size + 1;
@@ -410,6 +442,7 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     pk_trainer_release(context, &t.trainer);
     pk_release(context, t.group_rates);
     pk_parameter_groups_release(context, &t.groups);
+    pk_release(context, t.item_weights);
     pk_release(context, t.next);
     pk_release(context, t.order);
     if (result)

@@ -48,6 +48,11 @@ PK_API PK__MUST_USE pk_status pk_jacobian(pk_context *context, const pk_graph *g
 PK_API PK__MUST_USE pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, pk_loss loss,
                                                 const pk_real *weights, const pk_dataset *dataset,
                                                 const pk_batch *batch, double *losses, pk_matrix gradients);
+/* The same of a loss with options, here and below; the dataset has passed pk_criterion_check. */
+PK_API PK__MUST_USE pk_status pk_loss_gradients_with(pk_context *context, const pk_graph *graph,
+                                                     const pk_criterion *criterion, const pk_real *weights,
+                                                     const pk_dataset *dataset, const pk_batch *batch,
+                                                     double *losses, pk_matrix gradients);
 
 /* product (P) = H v with the Hessian H = d2L / dw2 of L = sum_b c_b l(f(w, x_b), y_b), as in pk_batch_gradient: forward
  * over reverse (Pearlmutter 1994), exact between kinks. Cost: about 14 P flops an example.
@@ -57,12 +62,21 @@ PK_API PK__MUST_USE pk_status pk_hessian_product(pk_context *context, const pk_g
                                                  const pk_real *weights, const pk_dataset *dataset,
                                                  const pk_batch *batch, const pk_real *direction,
                                                  pk_real *product);
+PK_API PK__MUST_USE pk_status pk_hessian_product_with(pk_context *context, const pk_graph *graph,
+                                                      const pk_criterion *criterion, const pk_real *weights,
+                                                      const pk_dataset *dataset, const pk_batch *batch,
+                                                      const pk_real *direction, pk_real *product);
 /* product (P) = G v with the Gauss-Newton matrix G = sum_b c_b J_b^T (d2l/df2)_b J_b (Schraudolph 2002), which is H
  * without the curvature of the network; for every operation. Cost: about 10 P flops an example. */
 PK_API PK__MUST_USE pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *graph, pk_loss loss,
                                                       const pk_real *weights, const pk_dataset *dataset,
                                                       const pk_batch *batch, const pk_real *direction,
                                                       pk_real *product);
+PK_API PK__MUST_USE pk_status pk_gauss_newton_product_with(pk_context *context, const pk_graph *graph,
+                                                           const pk_criterion *criterion,
+                                                           const pk_real *weights, const pk_dataset *dataset,
+                                                           const pk_batch *batch, const pk_real *direction,
+                                                           pk_real *product);
 
 /* Second derivatives of the outputs themselves, along a direction (v, z_r) of weights and inputs together: with the scalar
  * s_r(w, x) = u_r . f(w, x), u_r row r of the cotangents,
@@ -107,6 +121,7 @@ typedef struct pk__sweep {
     const pk_dataset *dataset;
     const pk_batch *batch;
     const pk__loss_rule *rule;
+    const pk_criterion *criterion;
     size_t rows, copies; /* cotangents a row; 0: no reverse */
     int tangents, second;
     /* Computes the rows from `first` on, whose inputs are in the lane, and adds to sum if there is one. Returns the first with a
@@ -278,9 +293,9 @@ static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t 
 {
     const size_t outputs = sweep->graph->output_width;
     if (sweep->rule) {
-        pk__loss_target(sweep->rule, &sweep->dataset->targets, (size_t)sweep->batch->items[row], outputs,
+        pk__loss_target(sweep->criterion, &sweep->dataset->targets, (size_t)sweep->batch->items[row], outputs,
                         lane->target);
-        const double value = sweep->rule->evaluate(outputs, f, lane->target, seed);
+        const double value = sweep->rule->evaluate(sweep->criterion, outputs, f, lane->target, seed);
         if (sweep->losses)
             sweep->losses[row] = value;
     } else {
@@ -475,7 +490,7 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
         const pk_real *f = pk__pass_output(tape) + at;
         const double weight = batch->weights ? batch->weights[row] : 1.0 / (double)batch->count;
         pk__sweep_seed(sweep, lane, row, f, seeds + at);
-        sweep->rule->curvature(outputs, f, lane->target, tangents + at, bent + at);
+        sweep->rule->curvature(sweep->criterion, outputs, f, lane->target, tangents + at, bent + at);
         for (size_t c = 0; c < outputs; c++) {
             bent[at + c] *= (pk_real)weight;
             if (sweep->second)
@@ -769,10 +784,20 @@ PK_API pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, p
                                    const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
                                    double *losses, pk_matrix gradients)
 {
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_loss_gradients_with(context, graph, &criterion, weights, dataset, batch, losses, gradients);
+}
+
+PK_API pk_status pk_loss_gradients_with(pk_context *context, const pk_graph *graph,
+                                        const pk_criterion *criterion, const pk_real *weights,
+                                        const pk_dataset *dataset, const pk_batch *batch, double *losses,
+                                        pk_matrix gradients)
+{
     pk__sweep sweep;
     memset(&sweep, 0, sizeof sweep);
     sweep.name = "gradients";
-    sweep.rule = pk__loss_find(loss);
+    sweep.rule = criterion ? pk__loss_find(criterion->loss) : NULL;
+    sweep.criterion = criterion;
     pk_status status = pk__sweep_graph(context, sweep.name, graph, weights);
     if (!status)
         status = pk__batch_arguments(context, sweep.name, graph, sweep.rule, dataset, batch);
@@ -798,14 +823,15 @@ PK_API pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, p
 /* ---- second derivatives -------------------------------------------------------------------------------- */
 
 static pk_status pk__curvature_product(pk_context *context, const char *name, const pk_graph *graph,
-                                       pk_loss loss, const pk_real *weights, const pk_dataset *dataset,
-                                       const pk_batch *batch, const pk_real *direction, int second,
-                                       pk_real *product)
+                                       const pk_criterion *criterion, const pk_real *weights,
+                                       const pk_dataset *dataset, const pk_batch *batch,
+                                       const pk_real *direction, int second, pk_real *product)
 {
     pk__sweep sweep;
     memset(&sweep, 0, sizeof sweep);
     sweep.name = name;
-    sweep.rule = pk__loss_find(loss);
+    sweep.rule = criterion ? pk__loss_find(criterion->loss) : NULL;
+    sweep.criterion = criterion;
     pk_status status = pk__sweep_graph(context, name, graph, weights);
     if (!status)
         status = pk__batch_arguments(context, name, graph, sweep.rule, dataset, batch);
@@ -839,7 +865,17 @@ PK_API pk_status pk_hessian_product(pk_context *context, const pk_graph *graph, 
                                     const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
                                     const pk_real *direction, pk_real *product)
 {
-    return pk__curvature_product(context, "hessian", graph, loss, weights, dataset, batch, direction, 1,
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk__curvature_product(context, "hessian", graph, &criterion, weights, dataset, batch, direction, 1,
+                                 product);
+}
+
+PK_API pk_status pk_hessian_product_with(pk_context *context, const pk_graph *graph,
+                                         const pk_criterion *criterion, const pk_real *weights,
+                                         const pk_dataset *dataset, const pk_batch *batch,
+                                         const pk_real *direction, pk_real *product)
+{
+    return pk__curvature_product(context, "hessian", graph, criterion, weights, dataset, batch, direction, 1,
                                  product);
 }
 
@@ -847,8 +883,18 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
                                          const pk_real *weights, const pk_dataset *dataset,
                                          const pk_batch *batch, const pk_real *direction, pk_real *product)
 {
-    return pk__curvature_product(context, "gauss_newton", graph, loss, weights, dataset, batch, direction, 0,
-                                 product);
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk__curvature_product(context, "gauss_newton", graph, &criterion, weights, dataset, batch, direction,
+                                 0, product);
+}
+
+PK_API pk_status pk_gauss_newton_product_with(pk_context *context, const pk_graph *graph,
+                                              const pk_criterion *criterion, const pk_real *weights,
+                                              const pk_dataset *dataset, const pk_batch *batch,
+                                              const pk_real *direction, pk_real *product)
+{
+    return pk__curvature_product(context, "gauss_newton", graph, criterion, weights, dataset, batch, direction,
+                                 0, product);
 }
 
 PK_API pk_status pk_mixed_product(pk_context *context, const pk_graph *graph, const pk_real *weights,

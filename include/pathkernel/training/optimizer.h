@@ -549,13 +549,8 @@ PK__PRIVATE pk_status pk__optimizer_word(pk_context *context, const pk__optimize
 /* " name=value", the shortest that gives the same bits back; its length. */
 PK__PRIVATE size_t pk__key_text(const char *name, double value, char *text, size_t size)
 {
-    char number[64];
-    double back;
-    for (int digits = 15; digits <= 17; digits++) {
-        pk__print(number, sizeof number, "%.*g", digits, value);
-        if (pk__number(number, strlen(number), &back) && back == value)
-            break;
-    }
+    char number[48];
+    pk__number_text(value, number, sizeof number);
     return (size_t)snprintf(text, size, " %s=%s", name, number);
 }
 
