@@ -14,7 +14,7 @@
 
 #include "pathkernel_under_test.h"
 
-enum { P = 4, STEPS = 200, CASES = 20 };
+enum { P = 4, STEPS = 200, CASES = 37 };
 
 typedef struct constant {
     double weights[3][P]; /* after steps 1, 20 and 200 */
@@ -66,6 +66,8 @@ typedef struct constant {
  *           if s + 1 in (1, 20, 200):
  *               numbers = ", ".join(map(repr, w.tolist()))
  *               print(("    {{{" if s == 0 else "     {") + numbers + ("}}}," if s == 199 else "},"))
+ * The cases from 20 on are those of RMSprop, Adagrad, NAdam, amsgrad and maximize, with the options of `settings` below, made
+ * likewise.
  */
 /* clang-format off */
 static const constant constants[CASES] = {
@@ -129,6 +131,57 @@ static const constant constants[CASES] = {
     {{{0.5033333333261262, 0.24666666667777778, -0.99666666668, 1.9966666666780142},
      {0.49126678791169887, 0.1397902242784782, -0.900280709615923, 2.0348829314742196},
      {0.46244514302337114, -0.14077724233009692, -0.6564570411754285, 2.1397017101479054}}},
+    {{{0.5999999978378379, 0.15000000333333327, -0.9000000039999999, 1.9000000034042552},
+     {0.506835103680006, -0.36132608214151407, -0.43830445159022113, 2.1511215522133913},
+     {0.596265436126163, -1.452807460244503, 0.36222375665661793, 2.601456966341796}}},
+    {{{0.5316010524055838, 0.21841038361016776, -0.9684163905131036, 1.968410110970453},
+     {0.4909077819562071, -0.6825545687292265, -0.15551845105258325, 2.224482301187023},
+     {0.9275498987502464, -1.878792504699818, 0.5665274727295779, 2.815468511338016}}},
+    {{{0.520412414433103, 0.22958758561569573, -0.9795875856434735, 1.979587585618651},
+     {0.5037796459400841, -0.09716721420334261, -0.7165616479541667, 2.080876062973268},
+     {0.6907101388804265, -1.446094495376467, 0.4065604091314622, 2.6545031722539183}}},
+    {{{0.6005037793395553, 0.1494962218382786, -0.8994962224983855, 1.8994962218894667},
+     {0.5252085709462162, -0.8516265000417861, -0.005951977749759702, 2.288760856738951},
+     {0.8311563465929513, -1.849831780743908, 0.5587261021353366, 2.8056353866522517}}},
+    {{{0.4000000021390374, 0.34999999663865555, -1.0999999958333335, 2.099999996347032},
+     {0.6559043746596874, 1.7376260362684164, -2.418228816371988, 1.5219139585603594},
+     {4.535108945581763, 7.582774193220339, -8.07966753434771, -1.6485063147204284}}},
+    {{{0.5999999999978378, 0.1500000000033333, -0.900000000004, 1.9000000000034043},
+     {0.5067809803650546, -0.3519396238966147, -0.4459953444057139, 2.1480953325412093},
+     {0.5580725238454292, -1.297815904413446, 0.26711493997880853, 2.5380464585890192}}},
+    {{{0.5988464432344179, 0.1526586610635274, -0.9037185971745351, 1.9027060133208862},
+     {0.5187095682694468, -0.17011209582907255, -0.6139814286265565, 2.069598704225604},
+     {0.5043125670277644, -0.3504772323230918, -0.4649754789620552, 2.1378882532391663}}},
+    {{{0.4000000000021622, 0.3499999999966667, -1.099999999996, 2.0999999999965957},
+     {0.5532645144178966, 0.965187917372569, -1.6825651290053623, 1.819606680624504},
+     {1.400416127528538, 3.09732219935402, -3.6975367973918316, 0.9224085456433917}}},
+    {{{0.5099999999782608, 0.24000000003319502, -0.9900000000392157, 1.9900000000329219},
+     {0.49436077019890207, 0.08093202343084246, -0.8490727104787528, 2.03686721188727},
+     {0.4605198517299875, -0.9412286934872509, 0.0002505636836525045, 2.408336385929617}}},
+    {{{0.5099499999783784, 0.23997500003333333, -0.98990000004, 1.9898000000340426},
+     {0.4962897646711099, 0.09296183028331115, -0.8676857929826741, 2.0308186236732957},
+     {0.45509609137075935, -0.8381255720940104, -0.11426405162206865, 2.367820881190191}}},
+    {{{0.48900000002162164, 0.2594999999666667, -1.00799999996, 2.0059999999659572},
+     {0.4866855986603523, 0.41054645915302657, -1.116424024907679, 1.8761637384311383},
+     {0.6412506908169155, 1.804840758760789, -2.1633525423599997, 0.5784216692702047}}},
+    {{{0.5105645177607118, 0.23943548225166117, -0.9894354822587041, 1.9894354822524105},
+     {0.4910449320954902, 0.1066475696622099, -0.8670198287044625, 2.0434887267006627},
+     {0.47275048519012136, -0.9965429391166328, 0.04455331742426644, 2.470642874602301}}},
+    {{{0.5100671600936282, 0.23993283991790462, -0.9899328399239657, 1.9899328399176297},
+     {0.49538844830961765, 0.15539321470039882, -0.911147132116601, 2.023094261896557},
+     {0.42027213285118026, -0.8125106954710615, -0.08513564133410546, 2.349704499473126}}},
+    {{{0.5103142633000425, 0.23931073671233022, -0.9889357367193731, 1.9884357367130796},
+     {0.48631893142075594, 0.10489718900092937, -0.8578041830865057, 2.023713835758035},
+     {0.4481352851949604, -0.9570344210060113, 0.07636060608123285, 2.2937550772281954}}},
+    {{{0.48943548223904404, 0.2605645177480429, -1.010564517739535, 2.010564517744962},
+     {0.509398830016995, 0.3980847739328161, -1.1370832367090302, 1.9461328065552095},
+     {0.9931678454566103, 2.274913367723952, -2.8564146402054718, 1.1243026440345834}}},
+    {{{0.4955825, 0.252838125, -1.0023275, 2.002695625},
+     {0.5215118184217995, 0.5978668578212935, -1.2380079674912505, 1.9270386755514117},
+     {3.4692504933057715, 15.196896709577533, -10.67936871426577, 0.25705628843571016}}},
+    {{{0.495325, 0.252975, -1.0024, 2.0027375},
+     {0.5049841232890078, 0.3547597221471772, -1.0724652599661242, 1.9765316110293796},
+     {0.6225332626406427, 1.5132433087684072, -1.8537164788594664, 1.726930951675572}}},
 };
 /* clang-format on */
 
@@ -163,6 +216,23 @@ static const setting settings[CASES] = {
     {"adamw", 0, {PK_SCHEDULE_CONSTANT, 0.01, 0, 0, 0, 0, 40, 0.25, NULL, 0, NULL, NULL}},
     {"sgd", 0, {PK_SCHEDULE_TRIANGULAR, 0.1, 0.01, 0, 25, 50, 0, 0, NULL, 0, NULL, NULL}},
     {"adam", 0, {PK_SCHEDULE_STEP, 0.01, 0, 0, 50, 0, 20, 0, NULL, 0, NULL, NULL}},
+    {"rmsprop", 0, CONSTANT(0.01)},
+    {"rmsprop alpha=0.9 epsilon=1e-3 weight_decay=0.05 momentum=0.8", 0, CONSTANT(0.01)},
+    {"rmsprop alpha=0.4 centered=1", 0, CONSTANT(0.01)},
+    {"rmsprop momentum=0.5 centered=1 weight_decay=0.01", 0, CONSTANT(0.01)},
+    {"rmsprop momentum=0.5 maximize=1 weight_decay=0.1", 0, CONSTANT(0.01)},
+    {"adagrad", 0, CONSTANT(0.1)},
+    {"adagrad lr_decay=0.1 weight_decay=0.02 initial_accumulator_value=0.5 epsilon=1e-6", 0, CONSTANT(0.1)},
+    {"adagrad maximize=1", 0, CONSTANT(0.1)},
+    {"adam beta2=0.9 amsgrad=1 weight_decay=0.05", 0, CONSTANT(0.01)},
+    {"adamw beta2=0.7 amsgrad=1", 0, CONSTANT(0.01)},
+    {"adamw maximize=1 weight_decay=0.2", 0, CONSTANT(0.01)},
+    {"nadam", 0, CONSTANT(0.01)},
+    {"nadam beta1=0.99 momentum_decay=0.2 weight_decay=0.05", 0, CONSTANT(0.01)},
+    {"nadam weight_decay=0.05 decoupled_weight_decay=1 momentum_decay=0", 0, CONSTANT(0.01)},
+    {"nadam maximize=1 weight_decay=0.1", 0, CONSTANT(0.01)},
+    {"sgd momentum=0.9 weight_decay=0.05 nesterov=1 maximize=1", 0, CONSTANT(0.0005)},
+    {"sgd maximize=1 weight_decay=0.1", 0, CONSTANT(0.001)},
 };
 
 static pk_context zero_context(void)
@@ -181,7 +251,7 @@ static void against_torch(void **state)
     int single = sizeof(pk_real) < sizeof(double);
     for (int i = 0; i < CASES; i++) {
         pk_optimizer optimizer;
-        pk_real w[P] = {0.5, 0.25, -1, 2}, gradient[P], update[P], memory[2 * P] = {0};
+        pk_real w[P] = {0.5, 0.25, -1, 2}, gradient[P], update[P], memory[3 * P] = {0};
         assert_int_equal(pk_optimizer_parse(NULL, settings[i].optimizer, &optimizer), PK_OK);
         assert_int_equal(pk_schedule_check(NULL, &settings[i].schedule, STEPS), PK_OK);
         for (size_t s = 0; s < STEPS; s++) {
@@ -220,15 +290,16 @@ static double draw(uint64_t *state)
 enum { WIDE = 37, N = 5, RUN = 25 };
 
 typedef struct linear_run {
-    double gradients[RUN][N + 1][WIDE]; /* scaled; the last one is the coupled decay */
+    double gradients[RUN][N + 1]
+                    [WIDE]; /* scaled, and by p where that comes before; the last one is the coupled decay */
     double updates[RUN][WIDE], weights[RUN][WIDE], preconditioners[RUN][WIDE];
     pk_linear_form forms[RUN];
 } linear_run;
 
 static void linear_run_make(const pk_optimizer *optimizer, uint64_t seed, linear_run *run)
 {
-    pk_real w[WIDE], sum[WIDE], update[WIDE], memory[2 * WIDE], p[WIDE];
-    for (size_t k = 0; k < 2 * WIDE; k++)
+    pk_real w[WIDE], sum[WIDE], update[WIDE], memory[3 * WIDE], p[WIDE];
+    for (size_t k = 0; k < 3 * WIDE; k++)
         memory[k] = 0;
     for (size_t k = 0; k < WIDE; k++)
         w[k] = (pk_real)draw(&seed);
@@ -250,7 +321,10 @@ static void linear_run_make(const pk_optimizer *optimizer, uint64_t seed, linear
         assert_memory_equal(form, &scalars, sizeof scalars);
         for (size_t k = 0; k < WIDE; k++) {
             run->gradients[s][N][k] = form->coupled * w[k];
-            run->preconditioners[s][k] = form->preconditioned ? p[k] : form->rate;
+            assert_true(form->negated == optimizer->maximize && (form->rate < 0) == optimizer->maximize);
+            run->preconditioners[s][k] = form->before ? form->rate : form->preconditioned ? p[k] : form->rate;
+            for (size_t i = 0; form->before && i <= N; i++)
+                run->gradients[s][i][k] *= p[k];
             run->updates[s][k] = update[k];
             w[k] += update[k];
         }
@@ -263,7 +337,7 @@ static void linear_form_is_the_update(void **state)
     double epsilon = sizeof(pk_real) == sizeof(double) ? DBL_EPSILON : (double)FLT_EPSILON;
     linear_run *run = (linear_run *)malloc(sizeof *run);
     assert_non_null(run);
-    for (int c = 0; c < 15; c++) {
+    for (int c = 0; c < CASES; c++) {
         pk_optimizer optimizer;
         assert_int_equal(pk_optimizer_parse(NULL, settings[c].optimizer, &optimizer), PK_OK);
         linear_run_make(&optimizer, 100 + (uint64_t)c, run);
@@ -283,7 +357,7 @@ static void linear_form_is_the_update(void **state)
                 size = form->carry * size + fabs(form->gain) * sizes;
                 double decay = form->decoupled * run->weights[s][k];
                 double update = -p * (form->enter * whole + form->direct * sum) - decay;
-                double bound = p * (form->enter * size + form->direct * sizes) + fabs(decay);
+                double bound = fabs(p) * (form->enter * size + form->direct * sizes) + fabs(decay);
                 assert_true(fabs(update - run->updates[s][k]) <= 16 * epsilon * bound);
                 assert_true(fabs(parts - decay - run->updates[s][k]) <= 16 * epsilon * bound);
             }
@@ -301,7 +375,7 @@ static void linear_form_in_reverse_time(void **state)
     double tolerance = sizeof(pk_real) == sizeof(double) ? 1e-13 : 1e-4;
     linear_run *run = (linear_run *)malloc(sizeof *run);
     assert_non_null(run);
-    for (int c = 0; c < 15; c++) {
+    for (int c = 0; c < CASES; c++) {
         pk_optimizer optimizer;
         assert_int_equal(pk_optimizer_parse(NULL, settings[c].optimizer, &optimizer), PK_OK);
         linear_run_make(&optimizer, 200 + (uint64_t)c, run);
@@ -359,6 +433,20 @@ static void state_and_defaults(void **state)
     optimizer = pk_optimizer_default(PK_SGD);
     assert_true(optimizer.momentum == 0 && optimizer.weight_decay == 0 && optimizer.nesterov == 0);
 
+    assert_int_equal(pk_optimizer_parse(NULL, "adamw amsgrad=1", &optimizer), PK_OK);
+    assert_int_equal(pk_optimizer_state_vectors(&optimizer), 3);
+    optimizer = pk_optimizer_default(PK_RMSPROP);
+    assert_true(optimizer.alpha == 0.99 && optimizer.epsilon == 1e-8 && optimizer.momentum == 0);
+    assert_int_equal(pk_optimizer_state_vectors(&optimizer), 1);
+    optimizer.momentum = 0.9, optimizer.centered = 1;
+    assert_int_equal(pk_optimizer_state_vectors(&optimizer), 3);
+    optimizer = pk_optimizer_default(PK_ADAGRAD);
+    assert_true(optimizer.epsilon == 1e-10 && optimizer.lr_decay == 0);
+    assert_int_equal(pk_optimizer_state_vectors(&optimizer), 1);
+    optimizer = pk_optimizer_default(PK_NADAM);
+    assert_true(optimizer.momentum_decay == 4e-3 && optimizer.beta1 == 0.9 && optimizer.weight_decay == 0);
+    assert_int_equal(pk_optimizer_state_vectors(&optimizer), 2);
+
     /* The first step of momentum sets the buffer, whatever it held. */
     pk_real w[1] = {1}, gradient[1] = {2}, buffer[1] = {77}, update[1];
     zero.dampening = 0.25;
@@ -386,6 +474,7 @@ static void names(void **state)
     (void)state;
     pk_context context = zero_context();
     pk_optimizer optimizer;
+    static const size_t keys[] = {5, 6, 6, 6, 5, 7};
     int kinds = 0;
     for (; pk_optimizer_name((pk_optimizer_kind)kinds); kinds++) {
         const char *key;
@@ -399,10 +488,10 @@ static void names(void **state)
             assert_int_equal(pk_optimizer_parse(NULL, line, &optimizer), PK_OK);
             assert_int_equal(optimizer.kind, kinds);
         }
-        assert_int_equal(count, 4);
+        assert_int_equal(count, keys[kinds]);
         assert_null(pk_optimizer_key((pk_optimizer_kind)kinds, count + 10));
     }
-    assert_int_equal(kinds, 3);
+    assert_int_equal(kinds, 6);
     assert_null(pk_optimizer_key((pk_optimizer_kind)99, 0));
 }
 
@@ -429,16 +518,28 @@ static void text(void **state)
 
     uint64_t seed = 1;
     for (int trial = 0; trial < 300; trial++) { /* every bit comes back */
-        optimizer = pk_optimizer_default((pk_optimizer_kind)(trial % 3));
+        optimizer = pk_optimizer_default((pk_optimizer_kind)(trial % 6));
+        optimizer.maximize = trial / 6 % 2;
         optimizer.weight_decay = fabs(draw(&seed)) * pow(10, 300 * draw(&seed));
         if (optimizer.kind == PK_SGD) {
             optimizer.momentum = fabs(draw(&seed));
             optimizer.nesterov = trial % 2;
             optimizer.dampening = optimizer.nesterov ? 0 : draw(&seed);
+        } else if (optimizer.kind == PK_RMSPROP) {
+            optimizer.alpha = fabs(draw(&seed));
+            optimizer.momentum = fabs(draw(&seed));
+            optimizer.centered = trial % 2;
+        } else if (optimizer.kind == PK_ADAGRAD) {
+            optimizer.lr_decay = fabs(draw(&seed)) * 1e-300;
+            optimizer.initial_accumulator_value = fabs(draw(&seed)) * 1e-300;
+            optimizer.epsilon = fabs(draw(&seed)) * 1e-300;
         } else {
             optimizer.beta1 = fabs(draw(&seed));
             optimizer.beta2 = 1 - fabs(draw(&seed)) * 1e-9;
             optimizer.epsilon = fabs(draw(&seed)) * 1e-12;
+            optimizer.amsgrad = optimizer.kind != PK_NADAM && trial / 12 % 2;
+            optimizer.momentum_decay = optimizer.kind == PK_NADAM ? fabs(draw(&seed)) : 0;
+            optimizer.decoupled_weight_decay = optimizer.kind == PK_NADAM && trial / 12 % 2;
         }
         assert_int_equal(pk_optimizer_format(&optimizer, line, sizeof line), PK_OK);
         assert_int_equal(pk_optimizer_parse(NULL, line, &again), PK_OK);
@@ -446,7 +547,7 @@ static void text(void **state)
     }
 
     parse_refuses(NULL, PK_ARGUMENT, "NULL");
-    parse_refuses("", PK_FORMAT, "'' is not sgd, adam or adamw");
+    parse_refuses("", PK_FORMAT, "'' is not sgd, adam, adamw, rmsprop, adagrad or nadam");
     parse_refuses("sg", PK_FORMAT, "'sg' is not");
     parse_refuses("adamax", PK_FORMAT, "'adamax' is not");
     parse_refuses("sgd beta1=0.9", PK_FORMAT, "sgd: 'beta1=0.9' is not one of its keys");
@@ -469,6 +570,13 @@ static void text(void **state)
     parse_refuses("adam beta1=1", PK_ARGUMENT, "beta1 is 1; it must be in [0, 1)");
     parse_refuses("adamw beta2=-0.5", PK_ARGUMENT, "beta2 is -0.5; it must be in [0, 1)");
     parse_refuses("adamw epsilon=-1e-8", PK_ARGUMENT, "epsilon is -1");
+    parse_refuses("adam amsgrad=2", PK_ARGUMENT, "amsgrad is 2; it must be 0 or 1");
+    parse_refuses("sgd amsgrad=1", PK_FORMAT, "sgd: 'amsgrad=1' is not one of its keys");
+    parse_refuses("rmsprop alpha=1", PK_ARGUMENT, "alpha is 1; it must be in [0, 1)");
+    parse_refuses("rmsprop beta1=0.9", PK_FORMAT, "rmsprop: 'beta1=0.9' is not one of its keys");
+    parse_refuses("adagrad lr_decay=-1", PK_ARGUMENT, "lr_decay is -1");
+    parse_refuses("nadam momentum_decay=-1", PK_ARGUMENT, "momentum_decay is -1");
+    parse_refuses("nadam amsgrad=1", PK_FORMAT, "nadam: 'amsgrad=1' is not one of its keys");
     char huge[1024] = "sgd momentum=";
     memset(huge + strlen(huge), '1', 900);
     parse_refuses(huge, PK_FORMAT, "'momentum=1111");

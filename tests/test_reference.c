@@ -32,6 +32,19 @@ static const char *const optimizers[] = {
     "adam epsilon=1e-4",
     "adam epsilon=1e-4 weight_decay=0.05",
     "adamw epsilon=1e-4 beta1=0.8 beta2=0.95 weight_decay=0.1",
+    "rmsprop epsilon=1e-3",
+    "rmsprop epsilon=1e-3 alpha=0.8 momentum=0.7 weight_decay=0.05",
+    "rmsprop epsilon=1e-2 alpha=0.8 centered=1 weight_decay=0.02",
+    "rmsprop epsilon=1e-2 alpha=0.7 centered=1 momentum=0.6 maximize=1",
+    "adagrad epsilon=1e-3 weight_decay=0.05",
+    "adagrad lr_decay=0.1 initial_accumulator_value=0.1 maximize=1",
+    "adam epsilon=1e-4 beta2=0.5 amsgrad=1",
+    "adamw epsilon=1e-4 beta2=0.6 amsgrad=1 maximize=1 weight_decay=0.1",
+    "nadam epsilon=1e-4 weight_decay=0.05",
+    "nadam epsilon=1e-4 weight_decay=0.05 decoupled_weight_decay=1 momentum_decay=0.1",
+    "nadam epsilon=1e-4 maximize=1",
+    "sgd maximize=1 weight_decay=0.05",
+    "sgd momentum=0.8 nesterov=1 maximize=1 weight_decay=0.05",
 };
 static const struct {
     const char *network;
@@ -44,6 +57,7 @@ static const struct {
     {"input 3; embedding 6 4; position; residual( attention 2 ); mean_tokens; dense 2", 6},
     {"input 4; dense 5; residual( dense 4; silu; dense 5 ); residual( tanh; dense 3 | dense 3 ); dense 2", 0},
 };
+enum { BRUTE = 8 }; /* those that brute_force.h has */
 enum { OPTIMIZERS = (int)(sizeof optimizers / sizeof *optimizers) };
 enum { NETWORKS = (int)(sizeof networks / sizeof *networks), ROWS = 3 };
 
@@ -70,22 +84,27 @@ static void test_engine(void **state)
     double worst = 0, worst_closure = 0;
     for (int n = 0; n < NETWORKS; n++)
         for (int o = 0; o < OPTIMIZERS; o++) {
-            const int adam = optimizers[o][0] == 'a';
+            const int divides = optimizers[o][0] != 's';
+            const int moments =
+                o == 6 || (o >= BRUTE && o % 3 != 2 && divides && !strstr(optimizers[o], "centered") &&
+                           !(optimizers[o][0] == 'r' && strstr(optimizers[o], "momentum")));
             const recipe how = {networks[n].network,
                                 n % 2 ? "squared" : "softmax_cross_entropy",
                                 optimizers[o],
                                 networks[n].tokens,
-                                adam ? 0.02 : 0.15,
+                                divides                             ? 0.02
+                                : strstr(optimizers[o], "maximize") ? 0.02
+                                                                    : 0.15,
                                 o % 3 == 1 ? 0.3 : 0,
                                 7,
                                 3,
                                 6,
                                 o % 3 == 2 ? 3 : 0,
                                 (uint64_t)(20 * n + o),
-                                o == 6};
+                                moments};
             trained t;
             trained_make(&how, &t);
-            if (how.clip > 0) /* it does clip */
+            if (how.clip > 0 && o < BRUTE) /* it does clip */
                 assert_true(pk_run_gradient_scale(&t.run, 0) < 1);
             pk_decompose_options options;
             pk_decomposition engine;
@@ -95,13 +114,33 @@ static void test_engine(void **state)
                       pk_decompose_reference(&t.context, &t.run, trained_test(&t, ROWS), 1, 20, &r.arrays));
             assert_ok(&t.context, pk_decompose(&t.context, &t.run, trained_test(&t, ROWS), &options, &engine));
             double closure, error = compare(&engine, &r, &closure);
-            if (!(error <= ROUNDING(1e-10) && closure <= ROUNDING(1e-12)))
-                fail_msg("%s; %s: entries differ by %.3g of the largest, closure %.3g", how.network,
-                         how.optimizer, error, closure);
+            const double rest = fixture_largest(r.cells, r.arrays.unattributed);
+            if (!(error <= ROUNDING(1e-10) && closure <= ROUNDING(1e-12) && rest <= ROUNDING(1e-12)))
+                fail_msg("%s; %s: entries differ by %.3g of the largest, closure %.3g, unattributed %.3g",
+                         how.network, how.optimizer, error, closure, rest);
             worst = fmax(worst, error);
             worst_closure = fmax(worst_closure, closure);
+            if (n == 0 && o >= BRUTE) { /* bounds hold, and are not negative where gradients count negatively */
+                pk_decomposition bounded;
+                options.bounds = 1;
+                const pk_status status =
+                    pk_decompose(&t.context, &t.run, trained_test(&t, ROWS), &options, &bounded);
+                if (strstr(how.optimizer, "centered")) {
+                    assert_int_equal(status, PK_UNSUPPORTED);
+                    assert_non_null(strstr(pk_message(&t.context), "rmsprop centered=1"));
+                } else {
+                    assert_ok(&t.context, status);
+                    const double largest = fixture_largest(r.cells * r.examples, r.arrays.by_example);
+                    for (size_t i = 0; i < r.cells * r.examples; i++) {
+                        assert_true(bounded.bounds[i] >= 0 && bounded.bounds[i] < ROUNDING(1e-5) * largest);
+                        assert_true(fabs((double)bounded.by_example[i] - r.arrays.by_example[i]) <=
+                                    bounded.bounds[i] + ROUNDING(2e-14) * largest);
+                    }
+                    pk_decomposition_release(&t.context, &bounded);
+                }
+            }
             /* Decay is told from the examples where there is some. */
-            assert_int_equal(strstr(how.optimizer, "decay") != NULL,
+            assert_int_equal(strstr(how.optimizer, "weight_decay") != NULL,
                              fixture_largest(r.cells, r.arrays.decay) > 0);
             free(r.memory);
             pk_decomposition_release(&t.context, &engine);
@@ -180,7 +219,7 @@ static void test_losses(void **state)
 static void test_brute_force(void **state)
 {
     (void)state;
-    for (int o = 0; o < OPTIMIZERS; o++) {
+    for (int o = 0; o < BRUTE; o++) {
         pk_context context;
         pk_run run;
         bf_run brute;

@@ -54,21 +54,33 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
     pk__job *job = worker->job;
     const pk__window *window = &job->window;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
+    const pk_linear_form *form = &window->forms[j * window->form_count];
+    const pk_real *slack =
+        window->use_preconditioner_error
+            ? window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset
+            : NULL;
     pk_real *error = worker->effective;
     pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
-        if (window->use_preconditioner_error) {
-            /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack =
-                window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset;
+        if (slack) {
+            /* |error of p Phi| <= |p| (|error of Phi| + |error of p| / |p| |Phi|). */
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
-                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
+                error[i] += p[w] != 0 ? (pk_real)fabs(slack[w] / p[w] * worker->phi[i]) : 0;
             }
         }
         const pk__phi_view phi = {error, error + matrix, NULL, NULL, 0};
-        pk__advance_state(job, part, &window->forms[j * window->form_count], next, p, &phi,
-                          job->reverse_error + pk__state_place(worker, part), error);
+        const size_t at = pk__state_place(worker, part);
+        pk__advance_state(job, part, form, next, p, &phi, job->reverse_error + at, error);
+        int before = 0;
+        for (size_t f = 0; f < window->form_count; f++)
+            before |= form[f].before;
+        for (size_t i = 0; i < numbers; i++) { /* all that maximize makes negative has one sign */
+            const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
+            error[i] = (pk_real)fabs(error[i]);
+            if (before && slack) /* of p R */
+                error[i] += slack[w] * (pk_real)fabs(job->reverse_state[at + i]);
+        }
     }
     pk__bound_part(worker, part, j, error);
 }

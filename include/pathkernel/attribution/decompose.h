@@ -131,6 +131,13 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
         options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
+    /* steps.h takes p to fall as the gradients' size grows. */
+    for (size_t g = 0; options->bounds && g <= run->groups.count; g++)
+        if (pk__group_optimizer(&run->optimizer, &run->groups, g)->centered)
+            return pk__fail(
+                context, PK_UNSUPPORTED,
+                "bounds: the divisor of rmsprop centered=1 does not grow with the gradients, so that what "
+                "their rounding does to it is not bounded");
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
 

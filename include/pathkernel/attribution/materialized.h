@@ -23,7 +23,7 @@ PK__BEGIN_CODE
 static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
 {
     const pk__job *job = worker->job;
-    return worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
+    return worker->factor * (job->reverse && !job->grouped && !pk__form_direct(form) ? form->gain : 1);
 }
 
 /* The row's tiles += < e, g_b > of a part. */
@@ -105,7 +105,7 @@ static void pk__materialized_part(pk__worker *worker, const pk__part *part, size
     const pk__phi_view phi = pk__view_phi(worker, part);
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
-        const int direct = job->grouped || form->direct != 0;
+        const int direct = job->grouped || pk__form_direct(form);
         pk_real *state = job->reverse_state + pk__state_place(worker, part);
         pk__advance_state(job, part, form, next, p, &phi, state, direct ? worker->effective : NULL);
         e = direct ? worker->effective : state;

@@ -456,7 +456,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
-    job->direct = job->grouped || (job->reverse && form.direct != 0);
+    job->direct = job->grouped || (job->reverse && pk__form_direct(&form));
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block = pk__min(pk__integral_block(&run->graph, job->outputs),

@@ -116,8 +116,9 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     if (status)
         return status;
     pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
-    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
-        status = pk_run_second_moments(context, run, s, m->state + P);
+    const size_t moments = pk__groups_moments(&run->optimizer, &run->groups);
+    if (run->second_moments.data && moments != SIZE_MAX)
+        status = pk_run_second_moments(context, run, s, m->state + moments * P);
     for (size_t r = 0; r < m->range_count; r++) {
         const pk_parameter_range *range = &m->range[r];
         const size_t first = range->first;
@@ -143,8 +144,10 @@ static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_f
         const pk_linear_form *form = &forms[range->group];
         double *momentum = m->momentum + i * P, *share = m->gradient + i * P;
         for (size_t p = range->first; p < range->first + range->count; p++) {
+            const double outside = form->before ? form->rate : (double)m->p[p];
+            share[p] *= form->before ? (double)m->p[p] : 1;
             momentum[p] = form->carry * momentum[p] + form->gain * share[p];
-            share[p] = -m->p[p] * (form->enter * momentum[p] + form->direct * share[p]) -
+            share[p] = -outside * (form->enter * momentum[p] + form->direct * share[p]) -
                        (i == N ? form->decoupled * m->w[p] : 0);
             m->rest[p] -= share[p];
         }

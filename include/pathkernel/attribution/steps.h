@@ -45,6 +45,7 @@ typedef struct pk__window {
     int preconditioned; /* each parameter is scaled on its own: by the optimiser, or since there are parameter groups */
     int adaptive;  /* the optimiser's second moments scale it */
     int decoupled; /* with groups: `decayed` is what their decoupled decay takes; else a part of the gradients */
+    size_t moments;    /* the state vector that recorded second moments take the place of */
     size_t form_count; /* forms of a step: of tensors in no group, then of each group */
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
@@ -139,7 +140,8 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     window->adaptive = form.preconditioned;
     window->preconditioned = form.preconditioned || run->groups.count;
-    window->decoupled = run->optimizer.kind == PK_ADAMW;
+    window->decoupled = pk__optimizer_decoupled(&run->optimizer);
+    window->moments = pk__groups_moments(&run->optimizer, &run->groups);
 }
 
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
@@ -361,8 +363,9 @@ static void pk__update_from_form(const pk_linear_form *form, double scale, size_
                                  const pk_real *m, const pk_real *gradient, const pk_real *weights,
                                  pk_real *update)
 {
+    const double enter = form->negated ? -form->enter : form->enter; /* m is the optimiser's */
     for (size_t i = 0; i < count; i++)
-        update[i] = (pk_real)(-p[i] * (form->enter * m[i] +
+        update[i] = (pk_real)(-p[i] * (enter * m[i] +
                                        form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
                               form->decoupled * weights[i]);
 }
@@ -392,7 +395,7 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         if (advance)
             continue;
         if (recorded)
-            memcpy(state + (window->state_vectors - 1) * count, p, count * sizeof *p);
+            memcpy(state + window->moments * count, p, count * sizeof *p);
         for (size_t r = 0; r < run->groups.range_count; r++) {
             const pk_parameter_range *range = &run->groups.range[r];
             size_t from;

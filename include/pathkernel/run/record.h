@@ -45,6 +45,7 @@ typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
     size_t keep_every, state_numbers; /* k; numbers of the optimizer's state, V P */
+    size_t moments;                   /* the vector of the state that second_moments.npy has */
     pk_array_writer files[10];
     int present[10];
     double *group_rates; /* of the next step */
@@ -190,6 +191,8 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                         (int)PK_KEEP_EVERY_MOST);
     if (recording->keep_every > 1 && options->float32 && sizeof(pk_real) > sizeof(float))
         return pk__fail(context, PK_ARGUMENT, "keep_every: steps cannot be replayed from weights in float32");
+    if (options->second_moments && pk__groups_moments(&recording->optimizer, &recording->groups) == SIZE_MAX)
+        return pk__fail(context, PK_ARGUMENT, "second moments: %s", pk__no_moments(&recording->optimizer));
     if (recording->keep_every > 1 && options->second_moments)
         return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
     for (int f = 0; f < PK__RUN_FILES; f++)
@@ -683,6 +686,7 @@ static pk_status pk__recorder_prepare(pk_context *context, const pk__recording *
     memcpy(opened->present, recording->present, sizeof opened->present);
     opened->keep_every = recording->keep_every;
     opened->group_count = recording->groups.count;
+    opened->moments = pk__groups_moments(&recording->optimizer, &recording->groups);
     if (!pk__multiply(pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups),
                       opened->parameters, &opened->state_numbers) ||
         opened->state_numbers > SIZE_MAX - PK__RESUME_HEAD)
@@ -927,7 +931,8 @@ PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *rec
 {
     if (!recorder)
         return pk__fail(context, PK_ARGUMENT, "pk_recorder_training_step: recorder is NULL");
-    const pk_real *moments = state && recorder->present[PK__RUN_MOMENTS] ? state + recorder->parameters : NULL;
+    const pk_real *moments =
+        state && recorder->present[PK__RUN_MOMENTS] ? state + recorder->moments * recorder->parameters : NULL;
     return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, moments, state,
                                weights_after);
 }

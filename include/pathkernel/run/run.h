@@ -13,7 +13,8 @@
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
- *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
+ *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
+ *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
  *                          optimizer's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
@@ -120,7 +121,7 @@ PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
 PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step,
                                              pk_real *weights);
 
-/* moments (P) := Adam's uncorrected v after step `step` < run->steps; like pk_run_weights.
+/* moments (P) := the row of second_moments.npy of step `step` < run->steps; like pk_run_weights.
  * PK_ARGUMENT where the run has no second_moments.npy, PK_FORMAT where one of them is negative. */
 PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
                                                     pk_real *moments);
@@ -801,6 +802,10 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     status = pk__run_check_data(context, &run->train, &run->graph, &run->criterion);
     if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
+    if (run->second_moments.data && run->optimizer.kind != PK_SGD &&
+        pk__groups_moments(&run->optimizer, &run->groups) == SIZE_MAX)
+        return pk__fail(context, PK_UNSUPPORTED, "%s/second_moments.npy: %s", path->directory,
+                        pk__no_moments(&run->optimizer));
     run->examples = pk_dataset_examples(&run->train);
     run->learning_rates = (const double *)run->columns[PK__RUN_RATES].data;
     run->batch_offsets = (const int64_t *)run->columns[PK__RUN_OFFSETS].data;

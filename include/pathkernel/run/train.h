@@ -364,7 +364,7 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
     if (!options->record && (options->resume || options->replace || options->record_float32 ||
                              options->record_second_moments || options->keep_every > 1))
         return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
-    if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
+    if (options->record_second_moments && pk__optimizer_moments(&options->optimizer) == SIZE_MAX)
         return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
     for (size_t p = 0; p < graph->parameters; p++)
         if (!isfinite(weights[p]))

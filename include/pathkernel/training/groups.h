@@ -133,6 +133,25 @@ PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_paramete
     form->preconditioned = 1;
 }
 
+/* The number of the state vector that second_moments.npy has, of all groups alike; SIZE_MAX: there is none. */
+PK__PRIVATE size_t pk__groups_moments(const pk_optimizer *optimizer, const pk_parameter_groups *groups)
+{
+    const size_t moments = pk__optimizer_moments(optimizer);
+    for (size_t g = 0; groups && g < groups->count; g++)
+        if (!groups->group[g].frozen && pk__optimizer_moments(&groups->group[g].optimizer) != moments)
+            return SIZE_MAX;
+    return moments;
+}
+
+/* Why there is none. */
+PK__PRIVATE const char *pk__no_moments(const pk_optimizer *optimizer)
+{
+    return optimizer->kind == PK_SGD ? "sgd has none"
+           : optimizer->kind == PK_RMSPROP
+               ? "those of rmsprop with momentum= or centered=1 are recomputed, not recorded"
+               : "amsgrad is not the same for all parameter groups";
+}
+
 /* Sets the gradient of frozen tensors to zero, so that they do not count in the norm that is clipped. */
 PK__PRIVATE void pk__groups_forget_frozen(const pk_parameter_groups *groups, pk_real *gradient)
 {
@@ -234,6 +253,8 @@ static pk_status pk__group_line(pk_context *context, const pk_optimizer *optimiz
     }
     if (!status && group->frozen && group->keys)
         status = pk__fail(context, PK_FORMAT, "a frozen group has no other key");
+    if (!status && pk__optimizer_decoupled(&group->optimizer) != pk__optimizer_decoupled(optimizer))
+        status = pk__fail(context, PK_UNSUPPORTED, "decoupled_weight_decay must be the same for all tensors");
     return status;
 }
 

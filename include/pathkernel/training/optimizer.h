@@ -1,12 +1,18 @@
 /* pathkernel/training/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
  * clipping.
  *
- * Semantics and defaults are PyTorch's (torch.optim.SGD, Adam, AdamW). A rule is one row of the table
- * pk__optimizer_rules: name, keys with defaults and ranges, state vectors, update, linear form.
+ * Semantics and defaults are PyTorch's (torch.optim.SGD, Adam, AdamW, RMSprop, Adagrad, NAdam). A rule is one row of the
+ * table pk__optimizer_rules: name, keys with defaults and ranges, state vectors, update, linear form.
  *
  *     pk_optimizer optimizer;
  *     pk_status status = pk_optimizer_parse(context, "adamw beta2=0.98 weight_decay=0.1", &optimizer);
  *     pk_optimizer_update(&optimizer, step, rate, 1.0, P, w, gradient, state, update);   // then w += update
+ *
+ * What a rule needs to be here: given numbers that are recorded or recomputed (the moments that it divides by), its update
+ * is linear in the gradients. The moments themselves are never attributed. Rules that are not linear so are Lion (the sign
+ * of a mean of gradients: a step's update does not change with a single gradient until the sign does) and Muon (the mean
+ * of gradients of a matrix is made orthogonal; the matrices to its left and right that do so depend on all of it, and are no
+ * scaling of single numbers).
  */
 #ifndef PATHKERNEL_OPTIMIZER_H
 #define PATHKERNEL_OPTIMIZER_H
@@ -15,18 +21,34 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-typedef enum pk_optimizer_kind { PK_SGD = 0, PK_ADAM, PK_ADAMW } pk_optimizer_kind;
+typedef enum pk_optimizer_kind {
+    PK_SGD = 0,
+    PK_ADAM,
+    PK_ADAMW,
+    PK_RMSPROP,
+    PK_ADAGRAD,
+    PK_NADAM
+} pk_optimizer_kind;
 
 /* Zeroed = plain SGD. A rule reads its own fields only. */
 typedef struct pk_optimizer {
     pk_optimizer_kind kind;
-    double momentum, dampening;   /* sgd */
-    double weight_decay;          /* coupled L2 for sgd and adam, decoupled for adamw */
-    double beta1, beta2, epsilon; /* adam, adamw */
-    int nesterov;                 /* sgd */
+    double momentum, dampening; /* sgd; momentum: rmsprop as well */
+    double weight_decay;        /* coupled L2, but decoupled for adamw and where decoupled_weight_decay is 1 */
+    double beta1, beta2, epsilon;     /* adam, adamw, nadam; epsilon: rmsprop and adagrad as well */
+    int nesterov;                     /* sgd */
+    int maximize;                     /* 1: gradients count with the opposite sign; decay does not */
+    int amsgrad;                      /* adam, adamw: 1: divides by the largest second moment so far */
+    int centered;                     /* rmsprop: 1: divides by the deviation from the mean gradient */
+    int decoupled_weight_decay;       /* nadam */
+    double alpha;                     /* rmsprop */
+    double lr_decay;                  /* adagrad */
+    double initial_accumulator_value; /* adagrad: the sum of squares before step 0 */
+    double momentum_decay;            /* nadam */
 } pk_optimizer;
 
-/* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01. */
+/* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01; nadam the same as
+ * adam with momentum_decay 0.004; rmsprop alpha 0.99, epsilon 1e-8; adagrad epsilon 1e-10; else 0. */
 PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind);
 PK_API pk_optimizer pk_optimizer_adam(void);
 PK_API pk_optimizer pk_optimizer_adamw(void);
@@ -37,8 +59,11 @@ PK_API const char *pk_optimizer_name(pk_optimizer_kind kind);
 PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index);
 
 /* "sgd momentum=0.9 nesterov=1": a name, then keys in any order; what is not given has PyTorch's default.
- *     sgd         momentum= dampening= nesterov=0|1 weight_decay=
- *     adam, adamw beta1= beta2= epsilon= weight_decay=
+ *     sgd         momentum= dampening= nesterov=0|1 weight_decay= maximize=0|1
+ *     adam, adamw beta1= beta2= epsilon= weight_decay= amsgrad=0|1 maximize=0|1
+ *     rmsprop     alpha= epsilon= weight_decay= momentum= centered=0|1 maximize=0|1
+ *     adagrad     lr_decay= weight_decay= initial_accumulator_value= epsilon= maximize=0|1
+ *     nadam       beta1= beta2= epsilon= weight_decay= momentum_decay= decoupled_weight_decay=0|1 maximize=0|1
  * PK_FORMAT for an unknown name or key, a duplicate key, or what is not a number; PK_ARGUMENT as
  * pk_optimizer_check. The message names the word; *optimizer is untouched then. */
 PK_API PK__MUST_USE pk_status pk_optimizer_parse(pk_context *context, const char *text,
@@ -51,34 +76,43 @@ PK_API PK__MUST_USE pk_status pk_optimizer_format(const pk_optimizer *optimizer,
 PK_API PK__MUST_USE pk_status pk_optimizer_check(pk_context *context, const pk_optimizer *optimizer);
 
 /* How many vectors of P numbers the rule carries from step to step: sgd 0, with momentum 1 (the buffer),
- * adam and adamw 2 (m, then v, both uncorrected). */
+ * adam, adamw and nadam 2 (m, then v, both uncorrected), with amsgrad 3 (the largest v so far), adagrad 1 (the sum of
+ * squares), rmsprop 1 (v), then its buffer with momentum, then the mean gradient where it is centered. */
 PK_API size_t pk_optimizer_state_vectors(const pk_optimizer *optimizer);
 /* 1 when D_s is a function of w_s and of step s's gradient alone (plain sgd, decay included). */
 PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
 
 /* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
- * step counts from 0; state (state_vectors x P) is zero before step 0 and is carried on; NULL where there
- * is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
+ * step counts from 0; state (state_vectors x P) is zero before step 0 (of adagrad, too: its initial value is added at step
+ * 0) and is carried on; NULL where there is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
  * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
- * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. */
+ * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. Where rounding makes the variance
+ * of a centered rmsprop negative, it is 0 here and NaN there. NAdam's product of momenta is that of PyTorch whose default
+ * type is float64; PyTorch rounds it to single precision otherwise, which is some 1e-8 of the update. */
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
                                 double gradient_scale, size_t parameters, const pk_real *weights,
                                 const pk_real *gradient, pk_real *state, pk_real *update);
 
 /* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s and m_0 = 0:
  *     m_{s+1} = carry m_s + gain g'
- *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s                                        */
+ *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s
+ * where p scales the gradients on their way into m (rmsprop with momentum):
+ *     m_{s+1} = carry m_s + gain p o g'
+ *     D_s     = - rate (enter m_{s+1} + direct p o g') - decoupled w_s                                   */
 typedef struct pk_linear_form {
     double carry, gain, enter, direct, coupled, decoupled;
     double rate;        /* p where it is a scalar; its numerator where it is a vector */
     int preconditioned; /* p is a vector */
+    int before;         /* p scales what enters m: the second form */
+    int negated; /* maximize: rate (or p) and coupled are negative, and m and g' those of PyTorch times -1 */
 } pk_linear_form;
 
 /* The linear form of one step. state: as pk_optimizer_update left it after that step (NULL is allowed
  * where preconditioner is NULL or not needed). preconditioner: p, P numbers, written if the form is
  * preconditioned; NULL: only the scalars are wanted. Adam: p = lr / (1 - beta1^{s+1}) /
- * (sqrt(v_{s+1} / (1 - beta2^{s+1})) + epsilon). */
+ * (sqrt(v_{s+1} / (1 - beta2^{s+1})) + epsilon); rmsprop and adagrad: p = rate / (sqrt(v_{s+1}) + epsilon), with momentum
+ * 1 / that. */
 PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
                                      size_t parameters, const pk_real *state, pk_linear_form *form,
                                      pk_real *preconditioner);
@@ -196,8 +230,13 @@ static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, doub
 
 static size_t pk__adam_state_vectors(const pk_optimizer *optimizer)
 {
-    (void)optimizer;
-    return 2;
+    return optimizer->amsgrad ? 3 : 2;
+}
+
+/* Which vector of the state it divides by. */
+static size_t pk__adam_moments(const pk_optimizer *optimizer)
+{
+    return optimizer->amsgrad ? 2 : 1;
 }
 
 /* lr / (1 - beta1^{s+1}) and 1 / sqrt(1 - beta2^{s+1}). */
@@ -229,6 +268,11 @@ static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call,
             v[i] = (pk_real)(beta2 * v[i] + blend2 * g * g);
             roots[i] = (double)v[i];
         }
+        for (size_t i = 0; optimizer->amsgrad && i < count; i++) {
+            pk_real *most = v + call->apart + i;
+            *most = v[i] > *most || v[i] != v[i] ? v[i] : *most;
+            roots[i] = (double)*most;
+        }
         if (!call->update)
             continue;
         pk_real *update = call->update + first;
@@ -254,6 +298,7 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
                                  pk_real *preconditioner)
 {
     double spread;
+    const pk_real *moments = state ? state + pk__adam_moments(optimizer) * apart : NULL;
     form->carry = optimizer->beta1;
     form->gain = 1 - optimizer->beta1;
     form->enter = 1;
@@ -264,7 +309,181 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
     if (preconditioner)
         for (size_t i = 0; i < count; i++)
             preconditioner[i] =
-                (pk_real)(form->rate / (sqrt((double)state[apart + i]) * spread + optimizer->epsilon));
+                (pk_real)(form->rate / (sqrt((double)moments[i]) * spread + optimizer->epsilon));
+}
+
+/* ---- rmsprop: v, then the buffer, then the mean gradient ------------------------------------------------ */
+
+static size_t pk__rmsprop_state_vectors(const pk_optimizer *optimizer)
+{
+    return 1 + (optimizer->momentum != 0) + (optimizer->centered != 0);
+}
+
+/* Recorded second moments would have to be in the buffer as well, and are no variance. */
+static size_t pk__rmsprop_moments(const pk_optimizer *optimizer)
+{
+    return optimizer->momentum != 0 || optimizer->centered ? SIZE_MAX : 0;
+}
+
+/* Its divisor at number i of a state. */
+static double pk__rmsprop_divisor(const pk_optimizer *optimizer, const pk_real *v, const pk_real *mean)
+{
+    const double variance = (double)*v - (mean ? (double)*mean * *mean : 0);
+    return sqrt(variance < 0 ? 0 : variance) + optimizer->epsilon;
+}
+
+static void pk__rmsprop_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const double scale = call->scale, decay = optimizer->weight_decay, alpha = optimizer->alpha,
+                 blend = 1 - alpha;
+    const double gain = blend < 0.5 ? blend : blend - 1; /* torch.lerp: from the end that is nearer */
+    pk_real *v = call->state, *buffer = optimizer->momentum != 0 ? v + call->apart : NULL;
+    pk_real *mean = optimizer->centered ? v + (buffer ? 2 : 1) * call->apart : NULL;
+    for (size_t i = 0; i < call->count; i++) {
+        const double g = scale * call->gradient[i] + decay * call->weights[i];
+        v[i] = (pk_real)(alpha * v[i] + blend * g * g);
+        if (mean)
+            mean[i] = (pk_real)((blend < 0.5 ? (double)mean[i] : g) + gain * (g - mean[i]));
+        double step = g / pk__rmsprop_divisor(optimizer, v + i, mean ? mean + i : NULL);
+        if (buffer)
+            step = buffer[i] = (pk_real)(optimizer->momentum * buffer[i] + step);
+        if (call->update)
+            call->update[i] = (pk_real)(-call->rate * step);
+    }
+}
+
+static void pk__rmsprop_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                    size_t apart, const pk_real *state, pk_linear_form *form,
+                                    pk_real *preconditioner)
+{
+    const int buffered = optimizer->momentum != 0;
+    const pk_real *mean = optimizer->centered && state ? state + (buffered ? 2 : 1) * apart : NULL;
+    (void)step;
+    form->before = buffered;
+    form->carry = optimizer->momentum;
+    form->gain = form->enter = buffered;
+    form->direct = !buffered;
+    form->coupled = optimizer->weight_decay;
+    form->preconditioned = 1;
+    form->rate = rate;
+    if (preconditioner)
+        for (size_t i = 0; i < count; i++)
+            preconditioner[i] = (pk_real)((buffered ? 1 : rate) /
+                                          pk__rmsprop_divisor(optimizer, state + i, mean ? mean + i : NULL));
+}
+
+/* ---- adagrad: the sum of squares ------------------------------------------------------------------------ */
+
+static size_t pk__adagrad_state_vectors(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return 1;
+}
+
+static size_t pk__adagrad_moments(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return 0;
+}
+
+static void pk__adagrad_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const double scale = call->scale, decay = optimizer->weight_decay, epsilon = optimizer->epsilon;
+    const double rate = call->rate / (1 + (double)call->step * optimizer->lr_decay);
+    const double initial = call->step ? 0 : optimizer->initial_accumulator_value;
+    pk_real *sum = call->state;
+    for (size_t i = 0; i < call->count; i++) {
+        const double g = scale * call->gradient[i] + decay * call->weights[i];
+        sum[i] = (pk_real)(sum[i] + initial + g * g);
+        if (call->update)
+            call->update[i] = (pk_real)(-rate * g / (sqrt((double)sum[i]) + epsilon));
+    }
+}
+
+static void pk__adagrad_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                    size_t apart, const pk_real *state, pk_linear_form *form,
+                                    pk_real *preconditioner)
+{
+    (void)apart;
+    form->direct = 1;
+    form->coupled = optimizer->weight_decay;
+    form->preconditioned = 1;
+    form->rate = rate / (1 + (double)step * optimizer->lr_decay);
+    if (preconditioner)
+        for (size_t i = 0; i < count; i++)
+            preconditioner[i] = (pk_real)(form->rate / (sqrt((double)state[i]) + optimizer->epsilon));
+}
+
+/* ---- nadam: m, then v ----------------------------------------------------------------------------------- */
+
+/* mu of update number k, counted from 1. */
+static double pk__nadam_momentum(const pk_optimizer *optimizer, double k)
+{
+    return optimizer->beta1 * (1 - 0.5 * pow(0.96, k * optimizer->momentum_decay));
+}
+
+/* mu_1 mu_2 ... mu_n. Many of them from logarithms: log(1 - q^k / 2) = - sum_j q^{jk} / (j 2^j), summed over k. */
+static double pk__nadam_product(const pk_optimizer *optimizer, double n)
+{
+    double product = 1, sum = 0;
+    if (n <= 64) {
+        for (double k = 1; k <= n; k++)
+            product *= pk__nadam_momentum(optimizer, k);
+        return product;
+    }
+    const double log_q = optimizer->momentum_decay * log(0.96);
+    for (double j = 1, half = 0.5; j <= 60; j++, half /= 2)
+        sum -= half / j * (log_q == 0 ? n : exp(j * log_q) * expm1(j * n * log_q) / expm1(j * log_q));
+    return exp(n * log(optimizer->beta1) + sum);
+}
+
+/* What m and g are multiplied with, and 1 / (1 - beta2^{s+1}). */
+static void pk__nadam_factors(const pk_optimizer *optimizer, size_t step, double *enter, double *direct,
+                              double *spread)
+{
+    const double k = (double)step + 1, mu = pk__nadam_momentum(optimizer, k),
+                 next = pk__nadam_momentum(optimizer, k + 1), product = pk__nadam_product(optimizer, k);
+    *direct = (1 - mu) / (1 - product);
+    *enter = next / (1 - product * next);
+    *spread = 1 - pow(optimizer->beta2, k);
+}
+
+static void pk__nadam_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const double scale = call->scale, beta2 = optimizer->beta2, blend = 1 - optimizer->beta1,
+                 blend2 = 1 - beta2;
+    const double coupled = optimizer->decoupled_weight_decay ? 0 : optimizer->weight_decay;
+    const double decoupled = optimizer->decoupled_weight_decay ? call->rate * optimizer->weight_decay : 0;
+    const double gain = blend < 0.5 ? blend : blend - 1;
+    double enter, direct, spread;
+    pk__nadam_factors(optimizer, call->step, &enter, &direct, &spread);
+    pk_real *m = call->state, *v = m + call->apart;
+    for (size_t i = 0; i < call->count; i++) {
+        const double w = call->weights[i], g = scale * call->gradient[i] + coupled * w;
+        m[i] = (pk_real)((blend < 0.5 ? (double)m[i] : g) + gain * (g - m[i]));
+        v[i] = (pk_real)(beta2 * v[i] + blend2 * g * g);
+        if (call->update)
+            call->update[i] = (pk_real)(-call->rate * (direct * g + enter * m[i]) /
+                                            (sqrt(v[i] / spread) + optimizer->epsilon) -
+                                        decoupled * w);
+    }
+}
+
+static void pk__nadam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                  size_t apart, const pk_real *state, pk_linear_form *form,
+                                  pk_real *preconditioner)
+{
+    double spread;
+    pk__nadam_factors(optimizer, step, &form->enter, &form->direct, &spread);
+    form->carry = optimizer->beta1;
+    form->gain = 1 - optimizer->beta1;
+    form->preconditioned = 1;
+    form->coupled = optimizer->decoupled_weight_decay ? 0 : optimizer->weight_decay;
+    form->decoupled = optimizer->decoupled_weight_decay ? rate * optimizer->weight_decay : 0;
+    form->rate = rate;
+    if (preconditioner)
+        for (size_t i = 0; i < count; i++)
+            preconditioner[i] = (pk_real)(rate / (sqrt(state[apart + i] / spread) + optimizer->epsilon));
 }
 
 /* At i, of as many numbers as a `number` is: one, or a vector of them. */
@@ -306,12 +525,16 @@ PK__FOR_PROCESSORS(PK__DEFINE_BACK)
 
 /* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of rows x count numbers: one
  * pass, since memory bounds it. phi: factors (NULL: 1), a number a row, times rows that are `step` numbers apart (0: all the
- * same one). p NULL: the rate. */
+ * same one). p NULL: the rate. Where p scales what enters m: state = carry state + enter rate phi, and
+ * e = p o (gain state + direct rate phi), which is always wanted then. */
 PK__PRIVATE void pk__linear_form_back(size_t rows, size_t count, const pk_linear_form *form, double carry,
                                       const pk_real *p, const pk_real *factors, const pk_real *phi, size_t step,
                                       pk_real *state, pk_real *e)
 {
-    PK__ON_PROCESSOR(pk__back, (rows, count, form, carry, p, factors, phi, step, state, e));
+    const pk_real *inside = form->before ? NULL : p;
+    PK__ON_PROCESSOR(pk__back, (rows, count, form, carry, inside, factors, phi, step, state, e));
+    for (size_t i = 0; form->before && i < rows * count; i++)
+        e[i] *= p[i];
 }
 
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
@@ -324,13 +547,15 @@ typedef struct pk__optimizer_key {
     double standard; /* PyTorch's default */
 } pk__optimizer_key;
 
-enum { PK__OPTIMIZER_KEYS = 6 };
+enum { PK__OPTIMIZER_KEYS = 8 };
 
 typedef struct pk__optimizer_rule {
     pk_optimizer_kind kind;
     const char *name;
     pk__optimizer_key keys[PK__OPTIMIZER_KEYS]; /* ends with a NULL name */
     size_t (*state_vectors)(const pk_optimizer *optimizer);
+    /* The number of the state vector that second_moments.npy has; SIZE_MAX: it has none. NULL: never. */
+    size_t (*moments)(const pk_optimizer *optimizer);
     void (*update)(const pk_optimizer *optimizer, const pk__update *call);
     void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t count, size_t apart,
                         const pk_real *state, pk_linear_form *form,
@@ -345,24 +570,57 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
     {.kind = PK_SGD,
      .name = "sgd",
      .keys = {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0),
-              PK__KEY(nesterov, PK__SWITCH, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+              PK__KEY(nesterov, PK__SWITCH, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__sgd_state_vectors,
      .update = pk__sgd_update,
      .linear_form = pk__sgd_linear_form},
     {.kind = PK_ADAM,
      .name = "adam",
      .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(amsgrad, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adam_state_vectors,
+     .moments = pk__adam_moments,
      .update = pk__adam_update,
      .linear_form = pk__adam_linear_form},
     {.kind = PK_ADAMW,
      .name = "adamw",
      .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01)},
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01),
+              PK__KEY(amsgrad, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adam_state_vectors,
+     .moments = pk__adam_moments,
      .update = pk__adamw_update,
      .linear_form = pk__adam_linear_form},
+    {.kind = PK_RMSPROP,
+     .name = "rmsprop",
+     .keys = {PK__KEY(alpha, PK__BELOW_ONE, 0.99), PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8),
+              PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__KEY(momentum, PK__NOT_NEGATIVE, 0),
+              PK__KEY(centered, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
+     .state_vectors = pk__rmsprop_state_vectors,
+     .moments = pk__rmsprop_moments,
+     .update = pk__rmsprop_update,
+     .linear_form = pk__rmsprop_linear_form},
+    {.kind = PK_ADAGRAD,
+     .name = "adagrad",
+     .keys = {PK__KEY(lr_decay, PK__NOT_NEGATIVE, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(initial_accumulator_value, PK__NOT_NEGATIVE, 0),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-10), PK__KEY(maximize, PK__SWITCH, 0)},
+     .state_vectors = pk__adagrad_state_vectors,
+     .moments = pk__adagrad_moments,
+     .update = pk__adagrad_update,
+     .linear_form = pk__adagrad_linear_form},
+    {.kind = PK_NADAM,
+     .name = "nadam",
+     .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(momentum_decay, PK__NOT_NEGATIVE, 4e-3), PK__KEY(decoupled_weight_decay, PK__SWITCH, 0),
+              PK__KEY(maximize, PK__SWITCH, 0)},
+     .state_vectors = pk__adam_state_vectors,
+     .moments = pk__adam_moments,
+     .update = pk__nadam_update,
+     .linear_form = pk__nadam_linear_form},
 };
 #undef PK__KEY
 
@@ -480,8 +738,29 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer)
 PK__PRIVATE void pk__optimizer_part(const pk_optimizer *optimizer, const pk__update *call)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    pk__update signed_call = *call;
+    signed_call.scale = optimizer->maximize ? -call->scale : call->scale;
     if (rule)
-        rule->update(optimizer, call);
+        rule->update(optimizer, &signed_call);
+}
+
+/* The number of the state vector that second_moments.npy has; SIZE_MAX: none. */
+PK__PRIVATE size_t pk__optimizer_moments(const pk_optimizer *optimizer)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    return rule && rule->moments ? rule->moments(optimizer) : SIZE_MAX;
+}
+
+/* Whether weight decay shrinks the weights beside the gradients, instead of being a part of them. */
+PK__PRIVATE int pk__optimizer_decoupled(const pk_optimizer *optimizer)
+{
+    return optimizer->kind == PK_ADAMW || (optimizer->kind == PK_NADAM && optimizer->decoupled_weight_decay);
+}
+
+/* Whether the gradients of a step take another way than through R = gain m: E of decompose.h is no multiple of R then. */
+PK__PRIVATE int pk__form_direct(const pk_linear_form *form)
+{
+    return form->direct != 0 || form->before;
 }
 
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
@@ -502,6 +781,13 @@ PK__PRIVATE void pk__optimizer_form(const pk_optimizer *optimizer, size_t step, 
     memset(form, 0, sizeof *form);
     if (rule)
         rule->linear_form(optimizer, step, rate, count, apart, state, form, preconditioner);
+    if (!optimizer->maximize)
+        return;
+    form->negated = 1;
+    form->rate = -form->rate;
+    form->coupled = -form->coupled;
+    for (size_t i = 0; preconditioner && form->preconditioned && !form->before && i < count; i++)
+        preconditioner[i] = -preconditioner[i];
 }
 
 PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
