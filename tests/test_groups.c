@@ -54,13 +54,36 @@ static void lines_are_checked(void **state)
             fail_msg("%s: %s", cases[c].line[0], pk_message(&context));
         assert_null(groups.group);
     }
+    /* Decay is coupled or decoupled for all tensors alike. */
+    const pk_optimizer nadam = pk_optimizer_default(PK_NADAM);
+    const char *const line = "1 decoupled_weight_decay=1";
+    pk_parameter_groups none = {0};
+    assert_int_equal(pk_parameter_groups_parse(&context, &graph, &nadam, 1, &line, &none), PK_UNSUPPORTED);
+    assert_non_null(strstr(pk_message(&context), "decoupled_weight_decay must be the same for all tensors"));
     pk_graph_release(&context, &graph);
     assert_int_equal(context.memory_used, 0);
 }
 
-static const char *const rules[] = {"sgd", "sgd momentum=0.9 weight_decay=0.1", "sgd momentum=0.9 nesterov=1",
-                                    "adam weight_decay=0.1", "adamw weight_decay=0.2"};
-static const char *const lines[] = {"1-3,5 weight_decay=0 rate=0.5", "4 frozen"};
+/* An optimizer, the keys of the first group, and what this group's optimizer is with them. */
+static const struct {
+    const char *rule, *keys, *grouped;
+} rules[] = {
+    {"sgd", "weight_decay=0", "sgd"},
+    {"sgd momentum=0.9 weight_decay=0.1", "weight_decay=0", "sgd momentum=0.9"},
+    {"sgd momentum=0.9 nesterov=1", "weight_decay=0", "sgd momentum=0.9 nesterov=1"},
+    {"adam weight_decay=0.1", "weight_decay=0", "adam"},
+    {"adamw weight_decay=0.2", "weight_decay=0", "adamw weight_decay=0"},
+    {"adam weight_decay=0.1", "amsgrad=1 beta2=0.5", "adam weight_decay=0.1 amsgrad=1 beta2=0.5"},
+    {"rmsprop alpha=0.5 momentum=0.8 epsilon=1e-3", "momentum=0 maximize=1",
+     "rmsprop alpha=0.5 maximize=1 epsilon=1e-3"},
+    {"rmsprop alpha=0.5 weight_decay=0.1 epsilon=1e-3", "momentum=0.8",
+     "rmsprop alpha=0.5 momentum=0.8 weight_decay=0.1 epsilon=1e-3"},
+    {"adagrad weight_decay=0.1", "lr_decay=0.5 initial_accumulator_value=0.5",
+     "adagrad weight_decay=0.1 lr_decay=0.5 initial_accumulator_value=0.5"},
+    {"nadam weight_decay=0.1 decoupled_weight_decay=1", "weight_decay=0.3 maximize=1",
+     "nadam weight_decay=0.3 maximize=1 decoupled_weight_decay=1"},
+    {"sgd momentum=0.9 weight_decay=0.1", "maximize=1", "sgd momentum=0.9 weight_decay=0.1 maximize=1"},
+};
 
 /* A step is that of each tensor's own optimizer; recorded, resumed and replayed runs have the same bits; the decomposition
  * closes, leaves nothing unattributed, and a frozen matrix takes no part. */
@@ -76,17 +99,19 @@ static void runs_with_groups(void **state)
         int64_t targets[EXAMPLES];
         const pk_dataset data = some_data(inputs, targets);
         const pk_schedule rates[2] = {{.rate = 0.02, .kind = PK_SCHEDULE_COSINE, .period = STEPS}, {0}};
-        static const char *const keyless[] = {"1-3,5 weight_decay=0", "4 frozen"};
         const int own = c % 2;
+        char first[200];
+        const char *const lines[] = {first, "4 frozen"};
+        snprintf(first, sizeof first, "1-3,5 %s%s", rules[c / 2].keys, own ? "" : " rate=0.5");
         pk_train_options options = {0};
         char folder[2][300];
         assert_int_equal(pk_network_parse(&context, NETWORK, &graph), PK_OK);
-        assert_int_equal(pk_optimizer_parse(&context, rules[c / 2], &options.optimizer), PK_OK);
+        assert_int_equal(pk_optimizer_parse(&context, rules[c / 2].rule, &options.optimizer), PK_OK);
         assert_int_equal(pk_loss_parse(&context, "softmax_cross_entropy", &options.loss), PK_OK);
         options.schedule.rate = 0.05;
         options.steps = STEPS;
         options.batch_size = 4;
-        options.groups = own ? keyless : lines;
+        options.groups = lines;
         options.group_count = 2;
         options.group_schedules = own ? rates : NULL;
         for (size_t p = 0; p < 34; p++)
@@ -128,7 +153,7 @@ static void runs_with_groups(void **state)
             assert_int_equal(run.group_rates != NULL, own);
             if (k == 0) { /* a plain loop over tensors */
                 pk_trainer trainer;
-                pk_real state_of[6][2 * 12] = {{0}}, update[12], now[34], next[34], there[34];
+                pk_real state_of[6][3 * 12] = {{0}}, update[12], now[34], next[34], there[34];
                 assert_int_equal(
                     pk_trainer_prepare(&context, &graph, &data, options.loss, &options.optimizer, 4, &trainer),
                     PK_OK);
@@ -144,7 +169,9 @@ static void runs_with_groups(void **state)
                         const size_t count = offsets[t + 1] - offsets[t];
                         const int grouped = t && t != 4;
                         const double rate = !grouped ? 0.05 : own ? pk_schedule_rate(&rates[0], s) : 0.025;
-                        optimizer.weight_decay = grouped ? 0 : optimizer.weight_decay;
+                        if (grouped)
+                            assert_int_equal(pk_optimizer_parse(&context, rules[c / 2].grouped, &optimizer),
+                                             PK_OK);
                         pk_optimizer_update(&optimizer, s, rate, 1, count, now + offsets[t],
                                             trainer.gradient + offsets[t], state_of[t], update);
                         for (size_t i = 0; i < count; i++)
@@ -156,7 +183,7 @@ static void runs_with_groups(void **state)
                 pk_trainer_release(&context, &trainer);
             }
             if (pk_decompose(&context, &run, pk_matrix_view(inputs, 5, 3), &asked, &out[k]))
-                fail_msg("%s: %s", rules[c / 2], pk_message(&context));
+                fail_msg("%s: %s", rules[c / 2].rule, pk_message(&context));
             assert_true(out[k].worst_unattributed <= EITHER(1e-13, 1e-4));
             /* Entries, decay and bounds against the definition. */
             double there[6][10], entries[10 * EXAMPLES], largest = 0;
@@ -168,7 +195,9 @@ static void runs_with_groups(void **state)
             for (size_t i = 0; i < 10 * EXAMPLES; i++) {
                 const double error = fabs(out[k].by_example[i] - entries[i]);
                 assert_true(error <= EITHER(1e-10, 1e-3) * largest);
-                assert_true(error <= out[k].bounds[i] + EITHER(1e-12, 1e-3) * largest);
+                if (!(error <= out[k].bounds[i] + EITHER(1e-12, 1e-3) * largest))
+                    fail_msg("%s, %s: an entry is off by %.3g, and its bound is %.3g", rules[c / 2].rule,
+                             rules[c / 2].keys, error, (double)out[k].bounds[i]);
             }
             for (size_t i = 0; i < 10; i++) {
                 assert_true(fabs(out[k].decay[i] - there[2][i]) <= EITHER(1e-10, 1e-3) * largest);

@@ -191,7 +191,8 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                         (int)PK_KEEP_EVERY_MOST);
     if (recording->keep_every > 1 && options->float32 && sizeof(pk_real) > sizeof(float))
         return pk__fail(context, PK_ARGUMENT, "keep_every: steps cannot be replayed from weights in float32");
-    if (options->second_moments && pk__groups_moments(&recording->optimizer, &recording->groups) == SIZE_MAX)
+    if (options->second_moments && recording->optimizer.kind != PK_SGD &&
+        pk__groups_moments(&recording->optimizer, &recording->groups) == SIZE_MAX)
         return pk__fail(context, PK_ARGUMENT, "second moments: %s", pk__no_moments(&recording->optimizer));
     if (recording->keep_every > 1 && options->second_moments)
         return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
@@ -931,8 +932,9 @@ PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *rec
 {
     if (!recorder)
         return pk__fail(context, PK_ARGUMENT, "pk_recorder_training_step: recorder is NULL");
-    const pk_real *moments =
-        state && recorder->present[PK__RUN_MOMENTS] ? state + recorder->moments * recorder->parameters : NULL;
+    const pk_real *moments = state && recorder->present[PK__RUN_MOMENTS] && recorder->moments != SIZE_MAX
+                                 ? state + recorder->moments * recorder->parameters
+                                 : NULL;
     return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, moments, state,
                                weights_after);
 }

@@ -146,8 +146,7 @@ PK__PRIVATE size_t pk__groups_moments(const pk_optimizer *optimizer, const pk_pa
 /* Why there is none. */
 PK__PRIVATE const char *pk__no_moments(const pk_optimizer *optimizer)
 {
-    return optimizer->kind == PK_SGD ? "sgd has none"
-           : optimizer->kind == PK_RMSPROP
+    return optimizer->kind == PK_RMSPROP
                ? "those of rmsprop with momentum= or centered=1 are recomputed, not recorded"
                : "amsgrad is not the same for all parameter groups";
 }
