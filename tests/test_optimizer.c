@@ -447,6 +447,20 @@ static void state_and_defaults(void **state)
     assert_true(optimizer.momentum_decay == 4e-3 && optimizer.beta1 == 0.9 && optimizer.weight_decay == 0);
     assert_int_equal(pk_optimizer_state_vectors(&optimizer), 2);
 
+    /* PyTorch's product of momenta, a tensor of single precision: of one step after another. */
+    pk_optimizer nadam = pk_optimizer_default(PK_NADAM), rounded = nadam;
+    pk_linear_form form, other;
+    float product = 1;
+    rounded.float32_product = 1;
+    for (size_t s = 0; s < 100; s++) {
+        const double mu = 0.9 * (1 - 0.5 * pow(0.96, 0.004 * (double)(s + 1)));
+        product *= (float)mu;
+        pk_optimizer_linear_form(&nadam, s, 1, 1, NULL, &form, NULL);
+        pk_optimizer_linear_form(&rounded, s, 1, 1, NULL, &other, NULL);
+        assert_true(fabs(other.direct - (1 - mu) / (1 - (double)product)) <= 4 * DBL_EPSILON);
+        assert_true(fabs(other.direct - form.direct) < 1e-6 && (s != 1 || other.direct != form.direct));
+    }
+
     /* The first step of momentum sets the buffer, whatever it held. */
     pk_real w[1] = {1}, gradient[1] = {2}, buffer[1] = {77}, update[1];
     zero.dampening = 0.25;
@@ -474,7 +488,7 @@ static void names(void **state)
     (void)state;
     pk_context context = zero_context();
     pk_optimizer optimizer;
-    static const size_t keys[] = {5, 6, 6, 6, 5, 7};
+    static const size_t keys[] = {5, 6, 6, 6, 5, 8};
     int kinds = 0;
     for (; pk_optimizer_name((pk_optimizer_kind)kinds); kinds++) {
         const char *key;

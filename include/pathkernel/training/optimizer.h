@@ -41,6 +41,7 @@ typedef struct pk_optimizer {
     int amsgrad;                      /* adam, adamw: 1: divides by the largest second moment so far */
     int centered;                     /* rmsprop: 1: divides by the deviation from the mean gradient */
     int decoupled_weight_decay;       /* nadam */
+    int float32_product; /* nadam: 1: its product of momenta is rounded to float, as PyTorch does by default */
     double alpha;                     /* rmsprop */
     double lr_decay;                  /* adagrad */
     double initial_accumulator_value; /* adagrad: the sum of squares before step 0 */
@@ -63,7 +64,8 @@ PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index);
  *     adam, adamw beta1= beta2= epsilon= weight_decay= amsgrad=0|1 maximize=0|1
  *     rmsprop     alpha= epsilon= weight_decay= momentum= centered=0|1 maximize=0|1
  *     adagrad     lr_decay= weight_decay= initial_accumulator_value= epsilon= maximize=0|1
- *     nadam       beta1= beta2= epsilon= weight_decay= momentum_decay= decoupled_weight_decay=0|1 maximize=0|1
+ *     nadam       beta1= beta2= epsilon= weight_decay= momentum_decay= decoupled_weight_decay=0|1 float32_product=0|1
+ *                 maximize=0|1
  * PK_FORMAT for an unknown name or key, a duplicate key, or what is not a number; PK_ARGUMENT as
  * pk_optimizer_check. The message names the word; *optimizer is untouched then. */
 PK_API PK__MUST_USE pk_status pk_optimizer_parse(pk_context *context, const char *text,
@@ -88,8 +90,8 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
  * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
  * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. Where rounding makes the variance
- * of a centered rmsprop negative, it is 0 here and NaN there. NAdam's product of momenta is that of PyTorch whose default
- * type is float64; PyTorch rounds it to single precision otherwise, which is some 1e-8 of the update. */
+ * of a centered rmsprop negative, it is 0 here and NaN there. NAdam's product of momenta is a tensor of PyTorch's default
+ * type: float32_product = 1, unless that is float64. */
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
                                 double gradient_scale, size_t parameters, const pk_real *weights,
                                 const pk_real *gradient, pk_real *state, pk_real *update);
@@ -426,6 +428,12 @@ static double pk__nadam_momentum(const pk_optimizer *optimizer, double k)
 static double pk__nadam_product(const pk_optimizer *optimizer, double n)
 {
     double product = 1, sum = 0;
+    if (optimizer->float32_product) {
+        float rounded = 1;
+        for (double k = 1; k <= n && rounded > 1e-20f; k++) /* less makes no difference */
+            rounded *= (float)pk__nadam_momentum(optimizer, k);
+        return (double)rounded;
+    }
     if (n <= 64) {
         for (double k = 1; k <= n; k++)
             product *= pk__nadam_momentum(optimizer, k);
@@ -547,7 +555,7 @@ typedef struct pk__optimizer_key {
     double standard; /* PyTorch's default */
 } pk__optimizer_key;
 
-enum { PK__OPTIMIZER_KEYS = 8 };
+enum { PK__OPTIMIZER_KEYS = 9 };
 
 typedef struct pk__optimizer_rule {
     pk_optimizer_kind kind;
@@ -616,7 +624,7 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
      .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
               PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
               PK__KEY(momentum_decay, PK__NOT_NEGATIVE, 4e-3), PK__KEY(decoupled_weight_decay, PK__SWITCH, 0),
-              PK__KEY(maximize, PK__SWITCH, 0)},
+              PK__KEY(float32_product, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adam_state_vectors,
      .moments = pk__adam_moments,
      .update = pk__nadam_update,
