@@ -3,7 +3,7 @@
  */
 #ifndef PATHKERNEL_FACTORS_H
 #define PATHKERNEL_FACTORS_H
-#include "../training/loss.h"
+#include "../training/gradient.h"
 
 /* >>> declarations */
 /* <<< declarations */

@@ -37,7 +37,7 @@
 #ifndef PATHKERNEL_RUN_H
 #define PATHKERNEL_RUN_H
 #include "../network/language.h"
-#include "../training/loss.h"
+#include "../training/gradient.h"
 #include "../training/groups.h"
 
 /* >>> declarations */

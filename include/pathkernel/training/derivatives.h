@@ -11,7 +11,7 @@
  */
 #ifndef PATHKERNEL_DERIVATIVES_H
 #define PATHKERNEL_DERIVATIVES_H
-#include "loss.h"
+#include "gradient.h"
 
 /* >>> declarations */
 PK__BEGIN_C
