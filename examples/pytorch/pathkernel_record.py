@@ -1126,14 +1126,32 @@ def _hinge(f, y):
     return margins.sum(1) / f.shape[1]
 
 
-_LOSSES = {  # per example, of outputs and target vectors
+def _huber(f, y, delta=None, beta=None):
+    if delta is not None:
+        return nn.functional.huber_loss(f, y, reduction="none", delta=float(delta)).mean(1)
+    return nn.functional.smooth_l1_loss(f, y, reduction="none", beta=float(beta or 1)).mean(1)
+
+
+def _logistic(f, y, pos_weight=None):
+    weight = None if pos_weight is None else torch.as_tensor(np.array(pos_weight.split(","), np.float64)).to(f)
+    return nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none", pos_weight=weight).mean(1)
+
+
+def _kl_div(f, y, log_target=0):
+    return nn.functional.kl_div(f, y, reduction="none", log_target=bool(int(log_target))).sum(1)
+
+
+_LOSSES = {  # per example, of outputs and target vectors, with the options of the line
     "squared": lambda f, y: ((f - y) ** 2).sum(1) / 2,
     "mean_squared": lambda f, y: ((f - y) ** 2).mean(1),
     "softmax_cross_entropy": lambda f, y: -(y * torch.log_softmax(f, 1)).sum(1),
-    "logistic": lambda f, y: nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none").mean(1),
+    "logistic": _logistic,
     "nll": lambda f, y: -(y * f).sum(1),
-    "huber": lambda f, y: nn.functional.smooth_l1_loss(f, y, reduction="none").mean(1),
+    "huber": _huber,
     "hinge": _hinge,
+    "l1": lambda f, y: (f - y).abs().mean(1),
+    "kl_div": _kl_div,
+    "binary_cross_entropy": lambda f, y: nn.functional.binary_cross_entropy(f, y, reduction="none").mean(1),
 }
 _LOSS_MODULES = {
     nn.CrossEntropyLoss: "softmax_cross_entropy",
@@ -1143,56 +1161,115 @@ _LOSS_MODULES = {
     nn.SmoothL1Loss: "huber",
     nn.HuberLoss: "huber",
     nn.MultiMarginLoss: "hinge",
+    nn.L1Loss: "l1",
+    nn.KLDivLoss: "kl_div",
+    nn.BCELoss: "binary_cross_entropy",
 }
-_LOSS_SETTINGS = {
-    "weight": None,
-    "pos_weight": None,
-    "label_smoothing": 0.0,
-    "beta": 1.0,
-    "delta": 1.0,
-    "p": 1,
-    "margin": 1.0,
-    "reduction": "mean",
+_LOSS_OPTIONS = {  # those that the format has; others have to be as they are here
+    "softmax_cross_entropy": ("label_smoothing", "ignore_index", "weight"),
+    "nll": ("ignore_index", "weight"),
+    "logistic": ("pos_weight",),
+    "huber": ("delta", "beta"),
+    "kl_div": ("log_target",),
 }
+_LOSS_SETTINGS = {"weight": None, "p": 1, "margin": 1.0}
 
 
-_CLASS_WEIGHTS = (
-    "name the loss '{}' instead of passing its module, and give the class weights as those of the examples: "
-    "record(indices, weights=w[y[indices]] / w[y[indices]].sum())"
-)
-_LOSS_HINTS = {
-    ("softmax_cross_entropy", "weight"): _CLASS_WEIGHTS.format("softmax_cross_entropy"),
-    ("nll", "weight"): _CLASS_WEIGHTS.format("nll"),
-    ("softmax_cross_entropy", "label_smoothing"): "the format smooths no labels; name the loss "
-    "'softmax_cross_entropy' instead of passing its module, and give soft targets: "
-    "targets=(1 - s) * one_hot(y, C) + s / C, of shape (N, C)",
-}
+def _loss_option(name, value):
+    """name=value of a loss line; numbers of any precision to their last digit."""
+    if torch.is_tensor(value):
+        value = ",".join(_number(v) for v in value.detach().double().reshape(-1).tolist())
+    elif not isinstance(value, str):
+        value = str(int(value)) if name in ("ignore_index", "log_target") else _number(value)
+    return f"{name}={value}"
 
 
-def loss_line(loss):
-    """The format's word for a loss: a word itself, or a module of torch.nn."""
+def loss_line(loss, targets=None):
+    """The format's line for a loss: such a line itself, or a module of torch.nn. Where targets are given, ignore_index is
+    stated if they have it."""
     if isinstance(loss, str):
-        if loss not in _LOSSES:
-            raise RecordError(f"loss '{loss}' is none of {', '.join(_LOSSES)}")
-        return loss
+        word, *options = loss.split() or [loss]
+        if word not in _LOSSES:
+            raise RecordError(f"loss '{word}' is none of {', '.join(_LOSSES)}")
+        for option in options:
+            if option.split("=")[0] not in _LOSS_OPTIONS.get(word, ()) or "=" not in option:
+                known = ", ".join(_LOSS_OPTIONS.get(word, ())) or "none"
+                raise RecordError(f"loss {word}: '{option}' is not one of its options ({known})")
+        return " ".join([word, *options])
     word, kind = _LOSS_MODULES.get(type(loss)), type(loss).__name__
     if word is None:
         raise RecordError(f"loss {kind} is not supported; the format has {', '.join(_LOSSES)}")
+    has = _LOSS_OPTIONS.get(word, ())
     for setting, only in _LOSS_SETTINGS.items():
         value = getattr(loss, setting, only)
-        if setting == "reduction" and value != only:
-            raise RecordError(
-                f"loss {kind}: reduction='{value}'; name the loss '{word}' instead of passing its module, and "
-                "give each example's weight: record(indices, weights=...)"
-            )
-        if not (value is None if only is None else value == only):
-            hint = _LOSS_HINTS.get((word, setting), f"the format has {only} only")
-            raise RecordError(f"loss {kind}: {setting} = {value}: {hint}")
-    if getattr(loss, "ignore_index", -1) >= 0:
+        if setting not in has and not (value is None if only is None else value == only):
+            raise RecordError(f"loss {kind}: {setting} = {value}: the format has {only} only")
+    if loss.reduction not in ("mean", "sum", "batchmean"):
         raise RecordError(
-            f"loss {kind}: ignore_index = {loss.ignore_index}: leave such rows out of the batches"
+            f"loss {kind}: reduction='{loss.reduction}'; name the loss '{word}' instead of passing its module, and "
+            "give each example's weight: record(indices, weights=...)"
         )
-    return word
+    options = []
+    for name in has:
+        value = getattr(loss, name, None)
+        default = {"label_smoothing": 0, "delta": 1, "beta": 1, "log_target": False, "ignore_index": -100}.get(name)
+        if name == "ignore_index" and value == default and targets is not None:
+            labels = targets.ndim == 1 and targets.dtype.kind in "iu"
+            default = None if labels and bool((targets == value).any()) else default
+        if value is None or (not torch.is_tensor(value) and value == default):
+            continue
+        if name == "beta" and value == 0:
+            return "l1"
+        options.append(_loss_option(name, value))
+    return " ".join([word, *options])
+
+
+class _Loss:
+    """A loss line, as it is computed."""
+
+    def __init__(self, line, reduction="mean"):
+        self.line, self.reduction = line, reduction
+        self.word, *options = line.split()
+        self.options = dict(option.split("=", 1) for option in options)
+        pick = lambda name: self.options.pop(name, None) if self.word in ("softmax_cross_entropy", "nll") else None
+        weight, smoothing, ignored = pick("weight"), pick("label_smoothing"), pick("ignore_index")
+        self.weight = None if weight is None else np.array(list(map(float, weight.split(","))))
+        self.smoothing = float(smoothing or 0)
+        self.ignored = None if ignored is None else int(ignored)
+
+    def is_ignored(self, y):
+        return np.zeros(len(y), bool) if self.ignored is None or y.dtype.kind not in "iu" else y == self.ignored
+
+    def each(self, f, y):
+        """The loss of each example, from outputs and targets."""
+        ignored = None
+        if self.ignored is not None and y.dtype == torch.int64:
+            ignored = y == self.ignored
+            y = y.masked_fill(ignored, 0)
+        vectors = _one_hot(y, f)
+        if self.smoothing:
+            vectors = (1 - self.smoothing) * vectors + self.smoothing / f.shape[1]
+        if self.weight is not None:
+            vectors = vectors * torch.as_tensor(self.weight).to(vectors)
+        if ignored is not None:
+            vectors = vectors.masked_fill(ignored.reshape(-1, 1), 0)
+        return _LOSSES[self.word](f, vectors, **self.options)
+
+    def weights(self, y, outputs):
+        """What the module's reduction multiplies the loss of each example of a batch with, whose targets are y."""
+        if self.reduction == "sum":
+            return np.full(len(y), 1.0 if self.word in ("softmax_cross_entropy", "nll", "kl_div") else float(outputs))
+        if self.word == "kl_div" and self.reduction == "mean":
+            return np.full(len(y), 1 / (len(y) * outputs))
+        if (self.weight is None and self.ignored is None) or y.dtype.kind not in "iu":
+            return np.full(len(y), 1 / len(y))
+        ignored = self.is_ignored(y)
+        counted = np.where(ignored, 0, 1 if self.weight is None else self.weight[np.where(ignored, 0, y)])
+        if not counted.sum() > 0:
+            raise RecordError(
+                "each label of the batch is ignored or has the weight 0: the mean of its losses is 0 / 0"
+            )
+        return np.full(len(y), 1 / counted.sum())
 
 
 # ---- the optimizer line
@@ -1202,18 +1279,31 @@ def _group_line(kind, group):
     def no(setting, reason):
         return RecordError(f"optimizer {kind.__name__}: {setting} = {group[setting]}: {reason}")
 
-    for setting in ("maximize", "amsgrad"):
-        if group.get(setting):
-            raise no(setting, "the format has no such rule")
+    name, values, switches = kind.__name__.lower(), {}, ["maximize"]
     if kind is torch.optim.SGD:
-        keys = [k for k in ("momentum", "dampening", "weight_decay") if group[k] != 0]
-        return " ".join(
-            ["sgd", *(f"{k}={_number(group[k])}" for k in keys), *["nesterov=1"] * bool(group["nesterov"])]
-        )
-    name = "adamw" if group.get("decoupled_weight_decay", kind is torch.optim.AdamW) else "adam"
-    values = {"beta1": group["betas"][0], "beta2": group["betas"][1], "epsilon": group["eps"]}
-    values["weight_decay"] = group["weight_decay"]
-    return " ".join([name, *(f"{k}={_number(v)}" for k, v in values.items())])
+        values = {k: group[k] for k in ("momentum", "dampening", "weight_decay") if group[k] != 0}
+        switches = ["nesterov", *switches]
+    elif kind is torch.optim.RMSprop:
+        values = {"alpha": group["alpha"], "epsilon": group["eps"]}
+        values.update({k: group[k] for k in ("weight_decay", "momentum") if group[k] != 0})
+        switches = ["centered", *switches]
+    elif kind is torch.optim.Adagrad:
+        values = {k: group[k] for k in ("lr_decay", "weight_decay", "initial_accumulator_value") if group.get(k)}
+        values["epsilon"] = group["eps"]
+    else:
+        values = {"beta1": group["betas"][0], "beta2": group["betas"][1], "epsilon": group["eps"]}
+        values["weight_decay"] = group["weight_decay"]
+        if kind is torch.optim.NAdam:
+            values["momentum_decay"] = group["momentum_decay"]
+            switches = ["decoupled_weight_decay", "float32_product", *switches]
+            group = {**group, "float32_product": torch.get_default_dtype() != torch.float64}  # the type of mu_product
+        else:
+            name = "adamw" if group.get("decoupled_weight_decay", kind is torch.optim.AdamW) else "adam"
+            switches = ["amsgrad", *switches]
+    if name == "rmsprop" and not 0 <= group["alpha"] < 1:
+        raise no("alpha", "the format has 0 to below 1")
+    words = [f"{k}={_number(v)}" for k, v in values.items()] + [f"{k}=1" for k in switches if group.get(k)]
+    return " ".join([name, *words])
 
 
 def _one_of(what, values):
@@ -1228,10 +1318,12 @@ def _one_of(what, values):
 
 
 def optimizer_line(optimizer):
-    """The optimizer line of a torch.optim.SGD, Adam or AdamW whose groups have the same rates and settings."""
-    kind = type(optimizer)
-    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
-        raise RecordError(f"optimizer {kind.__name__} is not supported; torch.optim.SGD, Adam and AdamW are")
+    """The optimizer line of an optimizer of torch.optim whose groups have the same rates and settings."""
+    kind, o = type(optimizer), torch.optim
+    if kind not in (o.SGD, o.Adam, o.AdamW, o.RMSprop, o.Adagrad, o.NAdam):
+        raise RecordError(
+            f"optimizer {kind.__name__} is not supported; SGD, Adam, AdamW, RMSprop, Adagrad and NAdam of torch.optim are"
+        )
     _one_of("learning rates", [float(group["lr"]) for group in optimizer.param_groups])
     return _one_of("settings", [_group_line(kind, group) for group in optimizer.param_groups])
 
@@ -1261,7 +1353,8 @@ def _check_parameters(model, optimizer):
 
 def _check_fresh(optimizer):
     for state in optimizer.state.values():
-        if any(torch.is_tensor(v) and v.numel() and v.abs().max() > 0 for v in state.values()):
+        made = [state["step"]] if "step" in state else state.values()  # Adagrad's sum starts with a number
+        if any(torch.as_tensor(v).numel() and torch.as_tensor(v).abs().max() > 0 for v in made if v is not None):
             raise RecordError(
                 "the optimizer has made steps already; a recording starts with a fresh one, or goes on with the run "
                 "that has these steps (resume=True)"
@@ -1281,26 +1374,47 @@ class _Rule:
     def __init__(self, line, epsilon, optimizer):
         self.kind, *words = line.split()
         given = {key: float(value) for key, value in (word.split("=") for word in words)}
-        defaults = dict.fromkeys(("momentum", "dampening", "nesterov", "weight_decay", "beta1", "beta2", "epsilon"), 0)
-        self.options = types.SimpleNamespace(**{**defaults, **given})
+        names = ("momentum", "dampening", "nesterov", "weight_decay", "beta1", "beta2", "epsilon", "maximize", "amsgrad")
+        names += ("alpha", "centered", "lr_decay", "initial_accumulator_value")
+        names += ("momentum_decay", "decoupled_weight_decay", "float32_product")
+        self.options = types.SimpleNamespace(**{**dict.fromkeys(names, 0), **given})
         o = self.options
-        # The names of the optimizer's vectors in torch.optim.
-        self.vectors = ("exp_avg", "exp_avg_sq") if o.beta2 else ("momentum_buffer",) if o.momentum else ()
+        # The names of the optimizer's vectors in torch.optim; that of the second moments that it divides by.
+        buffer = ("momentum_buffer",) * bool(o.momentum)
+        self.vectors, self.moments = {
+            "sgd": (buffer, None),
+            "rmsprop": (
+                ("square_avg", *buffer, *("grad_avg",) * bool(o.centered)),
+                None if o.momentum or o.centered else "square_avg",
+            ),
+            "adagrad": (("sum",), "sum"),
+        }.get(self.kind, (("exp_avg", "exp_avg_sq", *("max_exp_avg_sq",) * bool(o.amsgrad)), None))
+        if "exp_avg_sq" in self.vectors:
+            self.moments = self.vectors[-1]
         # Rounding of the weights, and of what such a vector forgets slowly.
         self.epsilon = epsilon
-        self.tolerance = (100 + 2 / (1 - max(o.momentum, o.beta1, o.beta2))) * max(epsilon, _precision(optimizer))
-        self.state, self.size, self.steps = [0.0] * len(self.vectors), 0.0, 0
+        scalars = _precision(optimizer)
+        slow = max(o.momentum if o.momentum < 1 else 0, o.beta1, o.beta2, o.alpha)
+        self.tolerance = (100 + 2 / (1 - slow)) * max(epsilon, scalars)
+        self.state, self.size, self.steps, self.product = [0.0] * len(self.vectors), 0.0, 0, None
+        if self.kind == "adagrad":
+            self.state = [o.initial_accumulator_value]
 
     def resume(self, state, steps):
         self.state, self.steps = [np.array(vector) for vector in state], steps
-        self.size = np.abs(self.state[0]) if self.state else 0.0
+        moved = [v for name, v in zip(self.vectors, self.state) if name in ("momentum_buffer", "exp_avg")]
+        self.size = np.abs(moved[0]) if moved else 0.0
+
+    def _mu(self, k):
+        return self.options.beta1 * (1 - 0.5 * 0.96 ** (k * self.options.momentum_decay))
 
     def step(self, w, g, rate):
         """The update of weights w by gradients g, and by how much rounding can change it."""
         o, decay, first = self.options, self.options.weight_decay * w, self.steps == 0
         self.steps += 1
-        size = np.abs(g)
-        if self.kind != "adamw" and o.weight_decay:
+        size, decoupled = np.abs(g), self.kind == "adamw" or o.decoupled_weight_decay
+        g = -g if o.maximize else g
+        if not decoupled and o.weight_decay:
             g, size = g + decay, size + np.abs(decay)
         if self.kind == "sgd":
             if o.momentum:
@@ -1309,15 +1423,44 @@ class _Rule:
                 self.size = old * self.size + new * size
                 g, size = (g + o.momentum * buffer, size + o.momentum * self.size) if o.nesterov else (buffer, self.size)
             update, size = -rate * g, abs(rate) * size
+        elif self.kind == "rmsprop":
+            state = dict(zip(self.vectors, self.state))
+            state["square_avg"] = v = o.alpha * state["square_avg"] + (1 - o.alpha) * g * g
+            if o.centered:
+                state["grad_avg"] = mean = o.alpha * state["grad_avg"] + (1 - o.alpha) * g
+                left = np.maximum(v - mean * mean, np.finfo(float).tiny)
+                v, size = left, size * np.maximum(1, v / left)  # rounding of a difference
+            root = np.sqrt(v) + o.epsilon
+            update, size = g / root, size / root
+            if o.momentum:
+                state["momentum_buffer"] = update = o.momentum * state["momentum_buffer"] + update
+                self.size = size = o.momentum * self.size + size
+            self.state = list(state.values())
+            update, size = -rate * update, abs(rate) * size
+        elif self.kind == "adagrad":
+            self.state = [self.state[0] + g * g]
+            factor = rate / (1 + (self.steps - 1) * o.lr_decay) / (np.sqrt(self.state[0]) + o.epsilon)
+            update, size = -factor * g, np.abs(factor) * size * (1 + self.steps / 100)
         else:
-            m, v = self.state
+            m, v, *most = self.state
             m = o.beta1 * m + (1 - o.beta1) * g
             v = o.beta2 * v + (1 - o.beta2) * g * g
-            self.state, self.size = [m, v], o.beta1 * self.size + (1 - o.beta1) * size
-            factor = rate / (1 - o.beta1**self.steps)
-            factor = factor / (np.sqrt(v / (1 - o.beta2**self.steps)) + o.epsilon)
-            update, size = -factor * m, abs(factor) * self.size
-            if self.kind == "adamw" and o.weight_decay:
+            most = [np.maximum(most[0], v)] if most else []
+            self.state, self.size = [m, v, *most], o.beta1 * self.size + (1 - o.beta1) * size
+            root = np.sqrt((most[0] if most else v) / (1 - o.beta2**self.steps)) + o.epsilon
+            if self.kind == "nadam":
+                mu, following = self._mu(self.steps), self._mu(self.steps + 1)
+                kind = np.float32 if o.float32_product else np.float64  # PyTorch's product is a tensor of its default type
+                for k in range(self.steps if self.product is not None else 1, self.steps + 1):  # all of them once resumed
+                    self.product = kind((1 if k == 1 else self.product) * kind(self._mu(k)))
+                product = float(self.product)
+                direct, enter = (1 - mu) / (1 - product), following / (1 - product * following)
+                update = -rate * (direct * g + enter * m) / root
+                size = abs(rate) * (abs(direct) * size + abs(enter) * self.size) / root
+            else:
+                factor = rate / (1 - o.beta1**self.steps) / root
+                update, size = -factor * m, abs(factor) * self.size
+            if decoupled and o.weight_decay:
                 update, size = update - rate * decay, size + np.abs(rate * decay)
         return update, self.tolerance * size + 4 * self.epsilon * np.abs(w)
 
@@ -1543,11 +1686,11 @@ def _setting(value):
 class Recorder:
     """Records the steps of a training loop; see the top of the file.
 
-    loss        a word of the format (docs/run-directory.md), or a module of torch.nn with reduction="mean"
+    loss        a line of the format (docs/run-directory.md), or a module of torch.nn with reduction "mean" or "sum"
     inputs      (N, ...) and targets: all training data, tensors or arrays, in the order that indices refer to
     network     the network line, where it cannot be derived; weights are then in the order of model.parameters()
     constants   {name: array} of the arrays that such a line names
-    second_moments  True: also record Adam's second moments; otherwise they are recomputed
+    second_moments  True: also record the second moments that the optimizer divides by; otherwise they are recomputed
     check       at how many first steps the gradient is computed again and compared; from there at ever fewer, each
                 1.5 times as far as the one before, and wherever something looks wrong. 0: only there
     resume      True: go on with the run in the directory, if there is one. Restore the model's and the optimizer's
@@ -1578,9 +1721,11 @@ class Recorder:
         self.parameters = list(model.parameters())
         if not self.parameters:
             raise RecordError("the model has no parameters, so nothing to train")
-        self.loss, self.rule = loss_line(loss), optimizer_line(optimizer)
+        self.rule = optimizer_line(optimizer)
+        loss_line(loss)  # so that it is refused first
         _check_parameters(model, optimizer)
         self.inputs, self.targets = _array(inputs, "inputs"), _array(targets, "targets")
+        self.loss = _Loss(loss_line(loss, self.targets), getattr(loss, "reduction", "batchmean"))
         self.watched = [_Watched(inputs, "inputs"), _Watched(targets, "targets")]
         if len(self.inputs) != len(self.targets) or not len(self.inputs):
             raise RecordError(f"{len(self.inputs)} inputs and {len(self.targets)} targets")
@@ -1619,11 +1764,13 @@ class Recorder:
             )
         self._check_targets(self.net.outputs[0])
         self.moments = second_moments
-        if second_moments and self.rule.startswith("sgd"):
-            raise RecordError("second_moments=True is for Adam and AdamW")
         self._check_outputs()
         epsilon = torch.finfo(self.parameters[0].dtype).eps
         self.check, self.steps, self.failed, self.update = check, 0, False, _Rule(self.rule, epsilon, optimizer)
+        if second_moments and not self.update.moments:
+            raise RecordError(
+                "second_moments=True is for Adam, AdamW, NAdam, Adagrad and RMSprop without momentum that is not centered"
+            )
         # Of every parameter a few numbers, at which each step is looked at.
         self.places = [_spread(p.numel(), 16) for p in self.parameters]
         self.starts = np.cumsum([0] + [len(places) for places in self.places])
@@ -1679,7 +1826,8 @@ class Recorder:
         if y.ndim > 1 and _axes(y.shape) == ([] if y.dtype == np.int64 or outputs == 1 else [outputs]):
             self.targets = y = y.reshape(len(y), -1) if y.dtype != np.int64 else y.reshape(-1)
         if y.dtype == np.int64:
-            if y.ndim != 1 or (outputs > 1 and not (0 <= y.min() and y.max() < outputs)):
+            classes = y[~self.loss.is_ignored(y)] if y.ndim == 1 else y
+            if y.ndim != 1 or (outputs > 1 and classes.size and not (0 <= classes.min() and classes.max() < outputs)):
                 raise RecordError(
                     f"integer targets are classes, shape (N,), from 0 to {outputs - 1}; these have shape "
                     f"{y.shape}, from {y.min()} to {y.max()}"
@@ -1778,7 +1926,7 @@ class Recorder:
         return {**arrays, "train_inputs": self.inputs, "train_targets": self.targets}
 
     def _text(self):
-        return f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss}\noptimizer {self.rule}\n"
+        return f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss.line}\noptimizer {self.rule}\n"
 
     def _start(self):
         """Writes what a run starts with, into a folder that has no run yet."""
@@ -1891,8 +2039,14 @@ class Recorder:
             lacks = [name for name in self.update.vectors if not torch.is_tensor(state.get(name))]
             if lacks:
                 raise no(f"the optimizer has no {lacks[0]}: restore its state_dict as it was after step {steps}")
-            if "exp_avg" in self.update.vectors and int(state["step"]) != steps:
+            if "step" in state and self.update.kind != "sgd" and int(state["step"]) != steps:
                 raise no(f"the optimizer has made {int(state['step'])} steps, not {steps}: restore its state_dict")
+            product = state.get("mu_product")
+            if self.update.options.float32_product and torch.is_tensor(product) and product.dtype == torch.float64:
+                raise no(
+                    "load_state_dict has made NAdam's mu_product float64, it was float32: for state in "
+                    "optimizer.state.values(): state['mu_product'] = state['mu_product'].float()"
+                )
         return [[state[name] for state in states] for name in self.update.vectors]
 
     def _close(self, update=True):
@@ -2020,7 +2174,8 @@ class Recorder:
         """Records the optimizer step that was just made.
 
         indices         rows of inputs and targets in its batch, which may repeat; or a mask of all rows
-        weights         of each example's loss in the objective; default 1/len(indices), a mean
+        weights         of each example's loss in the objective; default: those of the loss module's reduction, a mean where the
+                        loss is given as a line
         gradient_scale  what the gradient was multiplied by, if clipped otherwise than by clip()
         """
         if self.files is None or self.failed:
@@ -2051,8 +2206,10 @@ class Recorder:
                 f"indices {items.min()} to {items.max()}, but there are {len(self.inputs)} rows"
             )
         if weights is None:
-            if len(self.mean) != len(items):
-                self.mean = np.full(len(items), 1 / len(items))
+            if self.loss.weight is not None or self.loss.ignored is not None:
+                self.mean = self.loss.weights(self.targets[items], self.net.outputs[0])
+            elif len(self.mean) != len(items):
+                self.mean = self.loss.weights(items, self.net.outputs[0])
             weights = self.mean
         else:
             weights = _numbers(weights).astype(np.float64)
@@ -2093,7 +2250,7 @@ class Recorder:
         }
         if self.moments:
             rows["second_moments"] = [
-                _numbers(self.optimizer.state[p]["exp_avg_sq"]) for p in self.parameters
+                _numbers(self.optimizer.state[p][self.update.moments]) for p in self.parameters
             ]
         self.failed = True
         for name in self.files:  # weights last: they commit the step
@@ -2128,7 +2285,7 @@ class Recorder:
         w = blur(w).detach().requires_grad_()
         with torch.enable_grad():
             f = self.net(w, x)
-            losses = _LOSSES[self.loss](f, _one_hot(rows(self.targets), f)) * torch.as_tensor(weights).to(w.device)
+            losses = self.loss.each(f, rows(self.targets)) * torch.as_tensor(weights).to(w.device)
             return torch.autograd.grad(losses.sum(), w)[0]
 
     def _check_gradient(self, step, items, weights, scale, changed):
@@ -2153,7 +2310,7 @@ class Recorder:
             return
         size, factor = wanted.norm(), float(given @ wanted / (wanted @ wanted))
         reason = (
-            f"the gradient that the optimizer was given is not that of loss '{self.loss}' on these rows: it "
+            f"the gradient that the optimizer was given is not that of loss '{self.loss.line}' on these rows: it "
             f"differs by {float((given - wanted).norm() / size):.2g} of its size. "
         )
         if changed:

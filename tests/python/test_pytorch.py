@@ -90,7 +90,48 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.02),
     "adam_decay": lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.05),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "adam_amsgrad": lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.9, 0.9), amsgrad=True, weight_decay=0.05),
+    "adamw_maximize": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.02, weight_decay=0.05),
+    "nadam_decay": lambda p: torch.optim.NAdam(p, lr=0.02, momentum_decay=0.1, eps=1e-6),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "adagrad_decay": lambda p: torch.optim.Adagrad(
+        p, lr=0.1, lr_decay=0.1, weight_decay=0.05, initial_accumulator_value=0.1, eps=1e-6
+    ),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=1e-6, weight_decay=0.05),
+    "rmsprop_momentum": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.8, eps=1e-3, momentum=0.8),
+    "rmsprop_centered": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.8, eps=1e-2, momentum=0.5, centered=True),
+    "maximize": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.8, weight_decay=0.1, maximize=True),
 }
+WEIGHT = torch.tensor([0.5, 2.0, 1.1], dtype=F64)
+CRITERIA = [  # the line, torch's module, what ends the network
+    ("softmax_cross_entropy label_smoothing=0.1", nn.CrossEntropyLoss(label_smoothing=0.1), None),
+    ("softmax_cross_entropy weight=0.5,2.0,1.1", nn.CrossEntropyLoss(WEIGHT), None),
+    (
+        "softmax_cross_entropy label_smoothing=0.2 ignore_index=-100 weight=0.5,2.0,1.1",
+        nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.2),
+        None,
+    ),
+    ("softmax_cross_entropy ignore_index=1", nn.CrossEntropyLoss(ignore_index=1), None),
+    ("softmax_cross_entropy weight=0.5,2.0,1.1", nn.CrossEntropyLoss(WEIGHT, reduction="sum"), None),
+    ("nll ignore_index=2 weight=0.5,2.0,1.1", nn.NLLLoss(WEIGHT, ignore_index=2), nn.LogSoftmax),
+    ("logistic pos_weight=0.5,2.0,1.1", nn.BCEWithLogitsLoss(pos_weight=WEIGHT), None),
+    ("logistic pos_weight=3.0", nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)), None),
+    ("logistic", nn.BCEWithLogitsLoss(reduction="sum"), None),
+    ("huber", nn.HuberLoss(), None),
+    ("huber delta=0.3", nn.HuberLoss(delta=0.3), None),
+    ("huber beta=0.3", nn.SmoothL1Loss(beta=0.3), None),
+    ("huber delta=0.3", nn.HuberLoss(delta=0.3, reduction="sum"), None),
+    ("l1", nn.SmoothL1Loss(beta=0), None),
+    ("l1", nn.L1Loss(), None),
+    ("mean_squared", nn.MSELoss(reduction="sum"), None),
+    ("kl_div", nn.KLDivLoss(reduction="batchmean"), nn.LogSoftmax),
+    ("kl_div", nn.KLDivLoss(), nn.LogSoftmax),
+    ("kl_div log_target=1", nn.KLDivLoss(reduction="sum", log_target=True), nn.LogSoftmax),
+    ("binary_cross_entropy", nn.BCELoss(), nn.Sigmoid),
+    ("binary_cross_entropy", nn.BCELoss(reduction="sum"), nn.Sigmoid),
+]
+warnings.filterwarnings("ignore", message=".*batchmean.*")
 
 
 class Case(unittest.TestCase):
@@ -224,7 +265,8 @@ class Runs(Case):
         for dtype in (F64, F32):
             for name, make in OPTIMIZERS.items():
                 for extra in ("", "clip", "scheduler", "second_moments"):
-                    if extra == "second_moments" and "adam" not in name:
+                    divides = "ada" in name or name == "rmsprop"
+                    if extra == "second_moments" and not divides:
                         continue
                     with self.subTest(dtype=dtype, optimizer=name, extra=extra):
                         shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -249,6 +291,45 @@ class Runs(Case):
                             len(set(np.load(os.path.join(self.run_dir, "learning_rates.npy")))),
                             4 if rates else 1,
                         )
+
+    def test_criteria(self):
+        """Modules of losses with their options and reductions; the line that stands for them does as well."""
+        for dtype in (F64, F32):
+            for number, (line, criterion, last) in enumerate(CRITERIA):
+                with self.subTest(line=line, criterion=str(criterion), dtype=dtype):
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
+                    criterion = copy.deepcopy(criterion).to(dtype)
+                    model = network(dtype=dtype)
+                    if last:
+                        model = nn.Sequential(model, last(**({"dim": -1} if last is nn.LogSoftmax else {})))
+                    x, y = data("nll" if "soft" in line or "nll" in line else "squared", dtype)
+                    if "ignore_index=-100" in line:
+                        y[::5] = -100
+                    if line.startswith(("logistic", "binary", "kl_div")):
+                        y = y.softmax(1)
+                    y = y.log() if "log_target" in line else y
+                    self.train(
+                        model,
+                        torch.optim.SGD(model.parameters(), lr=0.01 if criterion.reduction == "sum" else 0.1, momentum=0.8),
+                        loss=criterion,
+                        objective=criterion,
+                        recorded_data=(x, y),
+                    )
+                    with open(os.path.join(self.run_dir, "run.txt")) as file:
+                        said = next(entry.split() for entry in file if entry.startswith("loss"))[1:]
+                    if dtype == F64:
+                        self.assertEqual(" ".join(said), line)
+                    self.certify(model)
+
+    def test_ignored_batch(self):
+        model, (x, y) = network(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        y[:2] = -100
+        with self.assertRaisesRegex(RecordError, "each label of the batch is ignored"):
+            with Recorder(self.run_dir, model, loss=nn.CrossEntropyLoss(), optimizer=optimizer, inputs=x, targets=y) as record:
+                (0 * model(x[:2])).sum().backward()
+                optimizer.step()
+                record(torch.arange(2))
 
     def test_activations(self):
         activations = [
@@ -1053,9 +1134,8 @@ class Refusals(Case):
     def test_optimizers(self):
         o = torch.optim
         for words, make in (
-            ("amsgrad", lambda m: o.Adam(m.parameters(), amsgrad=True)),
-            ("maximize", lambda m: o.SGD(m.parameters(), lr=1, maximize=True)),
-            ("RMSprop is not supported", lambda m: o.RMSprop(m.parameters())),
+            ("Adadelta is not supported", lambda m: o.Adadelta(m.parameters())),
+            ("alpha = 1", lambda m: o.RMSprop(m.parameters(), alpha=1)),
             ("'0.weight' is not in", lambda m: o.SGD(m[2].parameters(), lr=1)),
             (
                 "not the model's",
@@ -1092,14 +1172,11 @@ class Refusals(Case):
     def test_losses_and_data(self):
         x, y = data()
         for words, loss in (
-            ("label_smoothing.*soft targets", nn.CrossEntropyLoss(label_smoothing=0.1)),
-            ("weight.*weights=w", nn.CrossEntropyLoss(torch.ones(3))),
-            ("reduction='sum'.*weights", nn.MSELoss(reduction="sum")),
-            ("beta", nn.SmoothL1Loss(beta=0.5)),
-            ("pos_weight", nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))),
+            ("reduction='none'.*weights", nn.MSELoss(reduction="none")),
+            ("BCEWithLogitsLoss: weight", nn.BCEWithLogitsLoss(weight=torch.ones(3))),
             ("margin", nn.MultiMarginLoss(margin=2.0)),
-            ("ignore_index", nn.CrossEntropyLoss(ignore_index=0)),
-            ("KLDivLoss is not", nn.KLDivLoss()),
+            ("PoissonNLLLoss is not", nn.PoissonNLLLoss()),
+            ("'delta=1' is not one of its options", "mean_squared delta=1"),
             ("'mse' is none", "mse"),
         ):
             with self.subTest(words):
@@ -1700,6 +1777,9 @@ class Resume(Case):
         model, optimizer = copy.deepcopy(state)
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
+        for state in self.optimizer.state.values():
+            if "mu_product" in state:  # load_state_dict made it float64, and the run another one
+                state["mu_product"] = state["mu_product"].float()
 
     def everything(self):
         return {
