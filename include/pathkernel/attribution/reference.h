@@ -144,8 +144,8 @@ static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_f
         const pk_linear_form *form = &forms[range->group];
         double *momentum = m->momentum + i * P, *share = m->gradient + i * P;
         for (size_t p = range->first; p < range->first + range->count; p++) {
-            const double outside = form->before ? form->rate : (double)m->p[p];
-            share[p] *= form->before ? (double)m->p[p] : 1;
+            const double outside = pk__form_outside(form, m->p[p]);
+            share[p] *= pk__form_inside(form, m->p[p]);
             momentum[p] = form->carry * momentum[p] + form->gain * share[p];
             share[p] = -outside * (form->enter * momentum[p] + form->direct * share[p]) -
                        (i == N ? form->decoupled * m->w[p] : 0);

@@ -52,8 +52,8 @@ typedef struct pk_sensitivity {
 
 /* Of one row x (1 x D) of inputs. *out is zeroed first; release it also after PK_NOT_CLOSED: computed, but the closure exceeds
  * the tolerance. Cost a step: D products of second order at each node, and 2 D P flops an example of the batch. Memory: the
- * results, about 6 D P numbers, B P for a batch of B (at most 64 at a time), and, for adam and adamw, P a step for their
- * preconditioners. PK_UNSUPPORTED: inputs that are tokens; operations without second derivatives, as pk_hessian_product;
+ * results, about 6 D P numbers, B P for a batch of B (at most 64 at a time), and, for optimizers that divide by moments of the gradients, P a
+ * step for their preconditioners. PK_UNSUPPORTED: inputs that are tokens; operations without second derivatives, as pk_hessian_product;
  * surrogate gradients. PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, PK_CANCELLED; *out has no
  * arrays then. */
 PK_API PK__MUST_USE pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_matrix input,
@@ -97,11 +97,6 @@ typedef struct pk__sensing {
     double *total; /* D: sum_s dPhi_s/dx D_s */
 } pk__sensing;
 
-static int pk__sensing_adapts(const pk_run *run)
-{
-    return pk_optimizer_state_vectors(&run->optimizer) == 2;
-}
-
 static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
 {
     const pk_run *run = m->run;
@@ -118,7 +113,7 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->left = pk__arena_take(arena, D * P, real);
     m->gradients = pk__arena_take(arena, PK__SENSITIVITY_ROWS, P * real);
     m->products = pk__arena_take(arena, PK__SENSITIVITY_ROWS, D * real);
-    m->preconditioners = pk__arena_take(arena, pk__sensing_adapts(run) ? wide : 0, real);
+    m->preconditioners = pk__arena_take(arena, pk__walk_adapts(run) ? wide : 0, real);
     m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
     m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
     m->total = pk__arena_take(arena, D, sizeof(double));
@@ -131,22 +126,22 @@ static pk_status pk__sensing_forms(pk__sensing *m)
     const size_t P = run->parameters, count = 1 + run->groups.count;
     pk_status status = PK_OK;
     for (size_t s = 0; s < run->steps && !status; s++) {
-        if (pk__sensing_adapts(run)) {
+        if (pk__walk_adapts(run)) {
             pk_batch batch;
             pk_run_batch(run, s, &batch);
             status = pk__progress(m->context, "sensitivity", 0.3 * (double)s / (double)run->steps);
             if (!status)
                 status = pk_replay_weights(m->context, &m->replay, s, m->w);
             if (!status)
-                status = pk_batch_gradient(m->context, &run->graph, run->loss, m->w, &run->train, &batch,
-                                           &m->workspace, NULL, m->walk.gradient);
+                status = pk_batch_gradient_with(m->context, &run->graph, &run->criterion, m->w, &run->train,
+                                                &batch, &m->workspace, NULL, m->walk.gradient);
             for (size_t p = 0; p < P; p++)
                 m->walk.gradient[p] *= (pk_real)pk_run_gradient_scale(run, s);
         }
         if (!status)
             status = pk__walk_step(m->context, &m->walk, s, m->w);
         memcpy(m->forms + s * count, m->walk.forms, count * sizeof *m->forms);
-        if (!status && pk__sensing_adapts(run))
+        if (!status && pk__walk_adapts(run))
             memcpy(m->preconditioners + s * P, m->walk.p, P * sizeof *m->preconditioners);
     }
     return status;
@@ -166,10 +161,11 @@ static void pk__sensing_back(pk__sensing *m, size_t s)
         for (size_t d = 0; d < D; d++)
             for (size_t p = range->first; p < range->first + range->count; p++) {
                 const double scale = m->preconditioners ? (double)m->preconditioners[s * P + p] : form->rate;
+                const double inside = pk__form_inside(form, scale), outside = pk__form_outside(form, scale);
                 const double moved = m->integral[d * P + p], step = (double)m->next[p] - m->w[p];
                 double *state = &m->state[d * P + p];
-                *state = carry * *state + form->enter * scale * moved;
-                const double effective = form->gain * *state + form->direct * scale * moved;
+                *state = carry * *state + form->enter * outside * moved;
+                const double effective = inside * (form->gain * *state + form->direct * outside * moved);
                 m->left[d * P + p] = (pk_real)effective;
                 m->out->decay[d] -= (form->coupled * effective + form->decoupled * moved) * m->w[p];
                 m->total[d] += moved * step;
@@ -189,17 +185,16 @@ static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
     for (size_t first = 0; first < batch.count; first += PK__SENSITIVITY_ROWS) {
         const size_t count = pk__min(batch.count - first, PK__SENSITIVITY_ROWS);
         const pk_batch part = {count, batch.items + first, NULL};
-        pk_status status = pk_loss_gradients(m->context, &run->graph, run->loss, m->w, &run->train, &part, NULL,
-                                             pk_matrix_view(m->gradients, count, P));
+        pk_status status = pk_loss_gradients_with(m->context, &run->graph, &run->criterion, m->w, &run->train,
+                                                  &part, NULL, pk_matrix_view(m->gradients, count, P));
         if (status)
             return status;
         /* Without layers all tensors at once, else one after the other. */
         for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
             const size_t offset = m->options->by_layer ? run->graph.blocks[b].first : 0;
             const size_t width = m->options->by_layer ? run->graph.blocks[b].count : P;
-            double *layer = m->options->by_layer
-                                ? out->by_layer + (size_t)run->graph.blocks[b].column * N * D
-                                : NULL;
+            double *layer =
+                m->options->by_layer ? out->by_layer + (size_t)run->graph.blocks[b].column * N * D : NULL;
             pk__gemm(0, 1, D, count, width, 1, m->left + offset, P, m->gradients + offset, P, 0, m->products,
                      count);
             for (size_t i = 0; i < count; i++) {
@@ -364,7 +359,7 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
             status = pk_allocate(context, measured.used, 1, "the sensitivity", &block);
         if (!status)
             status = pk_replay_prepare(context, run, run->steps, &m.replay);
-        if (!status && pk__sensing_adapts(run))
+        if (!status && pk__walk_adapts(run))
             status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
         if (!status) {
             pk__arena arena = {block, measured.used, 0, 0};

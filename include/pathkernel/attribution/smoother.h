@@ -276,17 +276,19 @@ static void pk__smooth_form(pk__smooth *m, size_t terms)
         pk__gemm(1, 0, m->columns, P, terms, 1, m->sources, m->columns, m->jacobian, P, 0, m->gradients, P);
     for (size_t p = 0; p < P; p++) {
         const pk_linear_form *form = pk__walk_form(&m->walk, p, &range);
-        const double step = (double)m->next[p] - m->w[p], rate = m->walk.p[p];
+        const double step = (double)m->next[p] - m->w[p];
+        const double inside = pk__form_inside(form, m->walk.p[p]),
+                     outside = pk__form_outside(form, m->walk.p[p]);
+        const double gain = form->gain * inside, direct = form->direct * inside;
         const double decayed = m->sum[p] + form->coupled * m->w[p];
-        m->mean[p] = form->carry * m->mean[p] + form->gain * m->sum[p];
-        m->all[p] = form->carry * m->all[p] + form->gain * decayed;
-        m->other[p] = step + rate * (form->enter * m->mean[p] + form->direct * m->sum[p]);
-        m->rest[p] =
-            step + rate * (form->enter * m->all[p] + form->direct * decayed) + form->decoupled * m->w[p];
+        m->mean[p] = form->carry * m->mean[p] + gain * m->sum[p];
+        m->all[p] = form->carry * m->all[p] + gain * decayed;
+        m->other[p] = step + outside * (form->enter * m->mean[p] + direct * m->sum[p]);
+        m->rest[p] = step + outside * (form->enter * m->all[p] + direct * decayed) + form->decoupled * m->w[p];
         for (size_t j = 0; m->momenta && j < m->columns; j++) {
             pk_real *gradient = m->gradients + j * P + p, *momentum = m->momenta + j * P + p;
-            *momentum = (pk_real)(form->carry * *momentum + form->gain * *gradient);
-            *gradient = (pk_real)(rate * (form->enter * *momentum + form->direct * *gradient));
+            *momentum = (pk_real)(form->carry * *momentum + gain * *gradient);
+            *gradient = (pk_real)(outside * (form->enter * *momentum + direct * *gradient));
         }
     }
 }
@@ -301,7 +303,10 @@ static void pk__smooth_rows(pk__smooth *m, size_t first, size_t rows, size_t ter
         size_t range = 0;
         for (size_t p = 0; p < P; p++) {
             const pk_linear_form *form = pk__walk_form(&m->walk, p, &range);
-            const double factor = m->momenta ? 1 : m->walk.p[p] * (form->enter * form->gain + form->direct);
+            const double scale = m->walk.p[p];
+            const double factor = m->momenta ? 1
+                                             : pk__form_outside(form, scale) * pk__form_inside(form, scale) *
+                                                   (form->enter * form->gain + form->direct);
             m->left[i * P + p] = (pk_real)(factor * phi[p]);
             other += phi[p] * m->other[p];
             rest += phi[p] * m->rest[p];
@@ -429,7 +434,7 @@ static void pk__smooth_data(pk__smooth *m, pk_matrix inputs)
     for (size_t i = 0; i < N; i++) {
         const int64_t item = (int64_t)i;
         pk_dataset_inputs(&run->train, &item, 1, m->inputs + i * D);
-        pk_loss_targets(run->loss, &run->train, &item, 1, C, m->f);
+        pk_criterion_targets(&run->criterion, &run->train, &item, 1, C, m->f);
         for (size_t c = 0; c < C; c++)
             m->out->targets[i * C + c] = m->f[c];
     }

@@ -122,6 +122,11 @@ enum { PK__STATE_PART = 4096 };
 /* Numbers that are read or updated, at least, where several threads share that. */
 enum { PK__WINDOW_WORTH = 1 << 18 };
 
+static int pk__has_moments(const pk__window *window)
+{
+    return window->moments != SIZE_MAX && window->run->second_moments.data;
+}
+
 PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
 {
     memset(window, 0, sizeof *window);
@@ -167,7 +172,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
-    window->states = bounds && window->adaptive && !window->run->second_moments.data ? 3 : 1;
+    window->states = bounds && window->adaptive && !pk__has_moments(window) ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
@@ -343,11 +348,6 @@ static void pk__move_examples(pk_context *context, pk__window *window)
         window->seconds[thread] += pk__seconds() - start;
     }
     pk__team_end(&team);
-}
-
-static int pk__has_moments(const pk__window *window)
-{
-    return window->adaptive && window->run->second_moments.data;
 }
 
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed

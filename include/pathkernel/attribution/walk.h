@@ -49,8 +49,9 @@ PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t 
     const pk__update whole = {s, rate, 1, P, P, w, walk->gradient, walk->state, NULL};
     pk_status status = PK_OK;
     pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
-    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
-        status = pk_run_second_moments(context, run, s, walk->state + P);
+    const size_t moments = pk__groups_moments(&run->optimizer, &run->groups);
+    if (run->second_moments.data && moments != SIZE_MAX)
+        status = pk_run_second_moments(context, run, s, walk->state + moments * P);
     for (size_t r = 0; r < walk->range_count && !status; r++) {
         const pk_parameter_range *range = &walk->range[r];
         pk__group_form(&run->optimizer, &run->groups, range->group, s, rate, rates, range->count, P,
@@ -58,6 +59,14 @@ PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t 
                        walk->p + range->first);
     }
     return status;
+}
+
+/* Whether gradients are divided by moments of earlier ones, so that forms need the gradients of all steps before. */
+PK__PRIVATE int pk__walk_adapts(const pk_run *run)
+{
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->parameters, NULL, &form, NULL);
+    return form.preconditioned;
 }
 
 /* The form of parameter number p; p grows from call to call, *range starts at 0. */

@@ -35,15 +35,15 @@ typedef struct pk_optimizer {
     pk_optimizer_kind kind;
     double momentum, dampening; /* sgd; momentum: rmsprop as well */
     double weight_decay;        /* coupled L2, but decoupled for adamw and where decoupled_weight_decay is 1 */
-    double beta1, beta2, epsilon;     /* adam, adamw, nadam; epsilon: rmsprop and adagrad as well */
-    int nesterov;                     /* sgd */
-    int maximize;                     /* 1: gradients count with the opposite sign; decay does not */
-    int amsgrad;                      /* adam, adamw: 1: divides by the largest second moment so far */
-    int centered;                     /* rmsprop: 1: divides by the deviation from the mean gradient */
-    int decoupled_weight_decay;       /* nadam */
+    double beta1, beta2, epsilon; /* adam, adamw, nadam; epsilon: rmsprop and adagrad as well */
+    int nesterov;                 /* sgd */
+    int maximize;                 /* 1: gradients count with the opposite sign; decay does not */
+    int amsgrad;                  /* adam, adamw: 1: divides by the largest second moment so far */
+    int centered;                 /* rmsprop: 1: divides by the deviation from the mean gradient */
+    int decoupled_weight_decay;   /* nadam */
     int float32_product; /* nadam: 1: its product of momenta is rounded to float, as PyTorch does by default */
-    double alpha;                     /* rmsprop */
-    double lr_decay;                  /* adagrad */
+    double alpha;        /* rmsprop */
+    double lr_decay;     /* adagrad */
     double initial_accumulator_value; /* adagrad: the sum of squares before step 0 */
     double momentum_decay;            /* nadam */
 } pk_optimizer;
@@ -769,6 +769,19 @@ PK__PRIVATE int pk__optimizer_decoupled(const pk_optimizer *optimizer)
 PK__PRIVATE int pk__form_direct(const pk_linear_form *form)
 {
     return form->direct != 0 || form->before;
+}
+
+/* The factors of a form for one number, whose preconditioner is p (the rate, where there is none): of the gradients on their way
+ * in, and of what comes out. With them both forms are one:
+ *     m_{s+1} = carry m_s + gain inside g',     D_s = - outside (enter m_{s+1} + direct inside g') - decoupled w_s. */
+PK__PRIVATE double pk__form_inside(const pk_linear_form *form, double p)
+{
+    return form->before ? p : 1;
+}
+
+PK__PRIVATE double pk__form_outside(const pk_linear_form *form, double p)
+{
+    return form->before ? form->rate : p;
 }
 
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
