@@ -49,14 +49,14 @@ typedef struct pk__gram_rows_of {
     pk__seeds seeds;
     size_t output;          /* PK__SEEDS_ONE */
     const int64_t *labels;  /* PK__SEEDS_LABEL: one a row */
-    const pk_real *targets; /* PK__SEEDS_LOSS: C a row, as pk_loss_targets gives them */
+    const pk_real *targets; /* PK__SEEDS_LOSS: C a row, as pk_criterion_targets gives them */
 } pk__gram_rows_of;
 
 typedef struct pk__gram_request {
     const char *name; /* for messages */
     const pk_graph *graph;
-    pk_loss loss;     /* PK__SEEDS_LOSS */
-    int summed;       /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
+    const pk_criterion *criterion; /* PK__SEEDS_LOSS */
+    int summed;                    /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
     int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
@@ -110,7 +110,7 @@ typedef struct pk__gram {
     const char *name; /* for messages */
     pk_context *context;
     const pk_graph *graph;
-    pk_loss loss;
+    const pk_criterion *criterion;
     int two_points;       /* the sides' gradients are taken at different weights */
     int uniform;          /* all rows have the same seeds */
     size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
@@ -315,7 +315,8 @@ static void pk__gram_seed(const pk__gram *gram, pk__tape *tape, const pk__gram_s
             seed[c] = of->seeds == PK__SEEDS_SUM || (of->seeds == PK__SEEDS_ONE && c == of->output) ||
                       (of->seeds == PK__SEEDS_LABEL && c == (size_t)of->labels[row]);
         if (of->seeds == PK__SEEDS_LOSS)
-            pk_loss_gradient(gram->loss, C, pk__pass_output(tape) + r * C, of->targets + row * C, seed);
+            pk_criterion_gradient(gram->criterion, C, pk__pass_output(tape) + r * C, of->targets + row * C,
+                                  seed);
     }
 }
 
@@ -862,7 +863,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     gram.name = request->name;
     gram.context = context;
     gram.graph = graph;
-    gram.loss = request->loss;
+    gram.criterion = request->criterion;
     gram.two_points = left->weights != right->weights || left->direction || right->direction;
     gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
     gram.result = result;

@@ -33,9 +33,9 @@ typedef struct pk__along {
     pk_context *context;
     const char *name;
     const pk_graph *graph;
-    pk_loss loss;
-    const pk_real *w, *next; /* P: the ends of the step, the caller's */
-    pk_real *direction;      /* P: next - w; pk__along_begin */
+    const pk_criterion *criterion; /* of the features that are losses */
+    const pk_real *w, *next;       /* P: the ends of the step, the caller's */
+    pk_real *direction;            /* P: next - w; pk__along_begin */
     /* Of the call: */
     int summed, by_layer;
     pk_quadrature rule;
@@ -153,7 +153,7 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
     const pk__gram_request request = {
         .name = along->name,
         .graph = along->graph,
-        .loss = along->loss,
+        .criterion = along->criterion,
         .summed = along->summed,
         .by_layer = along->by_layer,
         .result = pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};

@@ -6,7 +6,8 @@
  *     contribution_c(x, i) = - integral sum_c' K^g_cc'(x, x_i) dl_i/df_c' dt,
  * which for networks with several outputs is the only form; then a_i,c is contribution_c / K^p_cc. A recorded run takes finite
  * steps, so that dt is eta_s along each step, and l_i has the weight c_{s,i}: the sum misses f(w_S, x) at first order in the
- * rate. The exact decomposition (pk_decompose) does not.
+ * rate. The exact decomposition (pk_decompose) does not. Of a run with maximize=1, which goes up its gradients, both
+ * contributions and a_i have the opposite sign.
  */
 #ifndef PATHKERNEL_DOMINGOS_H
 #define PATHKERNEL_DOMINGOS_H
@@ -26,7 +27,8 @@ typedef struct pk_domingos {
 /* For the test rows `inputs` (M of them) and all N training rows; quadrature as in pk_kernel_options (zeroed: auto), tolerance 0:
  * 1e-10. The caller has set the pointers of *result.
  * Statuses of pk_kernels; PK_UNSUPPORTED: the result is complete, but some a_i are undefined, since the path kernel vanishes there
- * (within 1e-12 of its largest entry); the message names the first. */
+ * (within 1e-12 of its largest entry); the message names the first; or nothing is computed, since maximize is not the same for all
+ * parameter groups that are trained: there is no one sign then. */
 PK_API PK__MUST_USE pk_status pk_kernel_domingos(pk_context *context, const pk_run *run,
                                                  const pk_dataset *inputs, pk_quadrature quadrature,
                                                  double tolerance, pk_domingos *result);
@@ -66,11 +68,31 @@ static pk_status pk__domingos_intercept(pk_context *context, const pk_run *run, 
     return status;
 }
 
-/* From C matrices M x N of the path kernel, and behind them C of the contributions, which the sign turns. */
+/* -1 of a run that goes down its gradients, 1 of one that goes up, 0 where parameter groups do both. */
+static double pk__domingos_sign(const pk_run *run)
+{
+    const pk_parameter_groups *groups = &run->groups;
+    double sign = 0;
+    if (!groups->count)
+        return run->optimizer.maximize ? 1 : -1;
+    for (size_t r = 0; r < groups->range_count; r++) {
+        const size_t group = groups->range[r].group;
+        const double own = pk__group_optimizer(&run->optimizer, groups, group)->maximize ? 1 : -1;
+        if (pk__group_frozen(groups, group) || own == sign)
+            continue;
+        if (sign != 0)
+            return 0;
+        sign = own;
+    }
+    return sign != 0 ? sign : -1;
+}
+
+/* From C matrices M x N of the path kernel, and behind them C of the contributions, which the sign turns: of steps down the gradients. */
 static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_t rows, const double *grams,
                                    pk_domingos *result)
 {
     const size_t C = run->outputs, N = run->examples, plane = rows * N;
+    const double sign = pk__domingos_sign(run);
     double largest = 0;
     size_t first = SIZE_MAX;
     for (size_t i = 0; i < C * plane; i++)
@@ -81,7 +103,7 @@ static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_
                 const double kernel = grams[c * plane + m * N + i];
                 const size_t at = (m * C + c) * N + i;
                 const int defined = fabs(kernel) > 1e-12 * largest;
-                result->contributions[at] = -grams[(C + c) * plane + m * N + i];
+                result->contributions[at] = sign * grams[(C + c) * plane + m * N + i];
                 if (!result->coefficients)
                     continue;
                 result->coefficients[at] = defined ? result->contributions[at] / kernel : NAN;
@@ -113,6 +135,10 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
     pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
     if (status)
         return status;
+    if (pk__domingos_sign(run) == 0)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "domingos: maximize is not the same for all parameter groups, so that the kernel's "
+                        "coefficients have no one sign");
     const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
     result->undefined = 0;
     result->error = 0;

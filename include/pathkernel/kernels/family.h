@@ -12,7 +12,7 @@
  *     loss_path     grad l(w_s + t D_s, z), both (Chen et al. 2023)                                sum of eta_s
  *     tracin        grad l(w_s, z); on the right, training row i times c_{s,i} (Pruthi et al. 2020)  sum of eta_s
  *
- * J = df/dw; eta_s is the learning rate times the factor of clipping, whatever the optimizer; c_{s,i} is the weight of example
+ * J = df/dw; eta_s is the learning rate times the factor of clipping, whatever the optimizer, maximize included; c_{s,i} is the weight of example
  * i's loss in step s, 0 where it is not in the batch. The training rows of the run are a side of their own (NULL): rows
  * of a file with the same numbers are test rows. epk of a test and a training row moves the test row alone, of two test rows
  * both at the same t, of two training rows neither. It is one feature map, hence without negative eigenvalues, and
@@ -346,7 +346,7 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
         return pk__fail(context, PK_SHAPE, "%s: %zu rows of targets for %zu rows of inputs", text,
                         data->targets.rank < 1 ? (size_t)0 : pk_array_length(&data->targets), count);
     if (row->feature == PK__FEATURE_LOSS)
-        return train || !count ? PK_OK : pk_loss_check(context, run->loss, data, run->outputs);
+        return train || !count ? PK_OK : pk_criterion_check(context, &run->criterion, data, run->outputs);
     if (!pk__is_labels(&data->targets))
         return pk__fail(context, PK_ARGUMENT,
                         "%s: targets are not class labels, one whole number a row, which outputs by label need",

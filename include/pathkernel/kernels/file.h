@@ -103,19 +103,25 @@ static pk_status pk__file_identity(pk__kernel_file *f)
                                 (uint64_t) !!o->append_one,
                                 (uint64_t) !!o->left_train,
                                 sizeof(pk_real),
-                                (uint64_t)run->loss,
                                 run->steps,
                                 run->parameters};
     pk_real *w = NULL;
+    char *loss = NULL;
     pk_replay replay;
     memset(&replay, 0, sizeof replay);
+    const size_t loss_size = pk_criterion_format(&run->criterion, NULL, 0);
     pk_status status = pk_allocate(f->context, run->parameters, sizeof *w, "kernels", &w);
+    if (!status)
+        status = pk_allocate(f->context, loss_size, 1, "the text of the loss", &loss);
+    if (!status)
+        (void)pk_criterion_format(&run->criterion, loss, loss_size);
     if (!status)
         status = pk_replay_prepare(f->context, run, 0, &replay);
     if (!status)
         status = pk_replay_weights(f->context, &replay, run->steps, w);
     uint64_t hash = pk__hash_bytes(1, numbers, sizeof numbers);
     hash = pk__hash_bytes(hash, &o->tolerance, sizeof o->tolerance);
+    hash = pk__hash_bytes(hash, loss, loss ? loss_size : 0);
     if (o->steps)
         hash = pk__hash_bytes(hash, o->steps, o->step_count * sizeof *o->steps);
     hash = pk__hash_bytes(hash, run->learning_rates, run->steps * sizeof *run->learning_rates);
@@ -130,6 +136,7 @@ static pk_status pk__file_identity(pk__kernel_file *f)
         hash = pk__hash_number(hash, (uint64_t)pk__checksum(w, run->parameters, NULL, 0));
     f->identity = hash;
     pk_replay_release(f->context, &replay);
+    pk_release(f->context, loss);
     pk_release(f->context, w);
     return status;
 }

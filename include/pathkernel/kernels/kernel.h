@@ -259,7 +259,7 @@ static void pk__kernel_gather(const pk__kernel_pass *pass, const pk__kernel_term
         if (term->seeds[s] == PK__SEEDS_LABEL)
             rows->labels[r] = pk__label(&data->targets, (size_t)item);
         if (term->seeds[s] == PK__SEEDS_LOSS && term->feature <= PK__FEATURE_LOSS)
-            pk_loss_targets(pass->run->loss, data, &item, 1, C, rows->targets + r * C);
+            pk_criterion_targets(&pass->run->criterion, data, &item, 1, C, rows->targets + r * C);
     }
 }
 
@@ -749,7 +749,7 @@ static pk_status pk__kernel_pass_begin(pk_context *context, const pk_run *run, c
         return status;
     pk__arena arena = {pass->memory, measured.used, 0, 0};
     pk__kernel_pass_take(&arena, pass);
-    pass->along.loss = run->loss;
+    pass->along.criterion = &run->criterion;
     return PK_OK;
 }
 
