@@ -59,7 +59,7 @@ static int read_history(pk_context *context, const pk_run *run, const pk_real *x
         TRY(pk_run_weights(context, run, s, h->w));
         TRY(pk_run_weights(context, run, s + 1, h->after));
         pk_run_batch(run, s, &h->batch[s]);
-        TRY(pk_loss_gradients(context, &run->graph, run->loss, h->w, &run->train, &h->batch[s], NULL,
+        TRY(pk_loss_gradients_with(context, &run->graph, &run->criterion, h->w, &run->train, &h->batch[s], NULL,
                               pk_matrix_view(h->g[s][0], h->batch[s].count, P)));
         memset(mean, 0, sizeof mean);
         for (size_t b = 0; b < h->batch[s].count; b++)

@@ -1591,6 +1591,10 @@ static void test_train(void **state)
          "residual", 6, N},
         {" --network input~2x2;flatten;dense~3;log_softmax --loss nll --rate 0.1 --steps 6 --float32", "nll", 6,
          N},
+        {" --network input~4;dense~3 --rate 0.001 --steps 6 --batch 16 --optimizer "
+         "rmsprop~momentum=0.5~maximize=1 "
+         "--loss softmax_cross_entropy~weight=1,2,0.5~label_smoothing=0.1~ignore_index=2",
+         "label_smoothing=0.1 ", 6, 16},
     };
     (void)state;
     const size_t images[3] = {N, 2, 2};
@@ -1611,6 +1615,32 @@ static void test_train(void **state)
         assert_non_null(strstr(told, "loss "));
         if (pk_run_open(&context, in_root("trained"), &run) != PK_OK)
             fail_msg("%s", pk_message(&context));
+        if (i == 7) { /* The mean by weights, and without the examples that are ignored. */
+            char line[100];
+            pk_real w[15], y[3];
+            double sum = 0, weights = 0;
+            size_t known = 0;
+            assert_int_equal(pk_run_weights(&context, &run, run.steps, w), PK_OK);
+            for (int64_t k = 0; k < N; k++) {
+                pk_real x[4], f[3];
+                double mean;
+                pk_dataset_inputs(&run.train, &k, 1, x);
+                assert_int_equal(pk_graph_evaluate(&context, &run.graph, w, pk_matrix_view(x, 1, 4),
+                                                   pk_matrix_view(f, 1, 3)),
+                                 PK_OK);
+                pk_criterion_targets(&run.criterion, &run.train, &k, 1, 3, y);
+                pk_criterion_mean(&run.criterion, &run.train, &k, 1, &mean);
+                sum += pk_criterion_value(&run.criterion, 3, f, y);
+                weights += isfinite(mean) ? 1 / mean : 0;
+                known += isfinite(mean) != 0;
+            }
+            assert_true(known > 0 && known < N);
+            snprintf(line, sizeof line, "             %.6g of all examples at the end", sum / weights);
+            assert_non_null(strstr(told, line));
+            snprintf(line, sizeof line, " of %zu classified correctly", known);
+            assert_non_null(strstr(told, line));
+            assert_non_null(strstr(told, "ignore_index=2"));
+        }
         assert_int_equal(run.steps, cases[i].steps);
         assert_int_equal(run.examples, N);
         pk_run_batch(&run, 0, &batch);
@@ -1737,7 +1767,7 @@ static void test_train_refuses(void **state)
         {"@train %/no", "--inputs X.npy is missing"},
         {"@train %/no --inputs %/x.npy", "--targets Y.npy is missing"},
         {"@train %/no" EXAMPLES, "--network LINE is missing"},
-        {"@train %/no" EXAMPLES "--network input~4;dense~3", "--loss NAME is missing"},
+        {"@train %/no" EXAMPLES "--network input~4;dense~3", "--loss TEXT is missing"},
         {"@train %/no" EXAMPLES NETWORK, "--rate SCHEDULE is missing"},
         {"@train %/no" EXAMPLES NETWORK "--rate 0.1", "--steps S or --epochs E is missing"},
         {TRAIN " --epochs 3", "--steps and --epochs are both given"},
@@ -1762,7 +1792,10 @@ static void test_train_refuses(void **state)
         {TRAIN " --network input~4;dense~3;propagate~A", "--network: "},
         {TRAIN " --loss hing", "--loss: 'hing' is not a loss; these are: squared"},
         {TRAIN " --loss hinge --network input~4;dense~1", "--targets: "},
-        {TRAIN " --optimizer adagrad", "'adagrad' is not sgd, adam or adamw"},
+        {TRAIN " --optimizer lion", "'lion' is not sgd, adam, adamw, rmsprop, adagrad or nadam"},
+        {TRAIN " --loss huber~delta=0", "--loss: loss huber: delta is 0"},
+        {TRAIN " --loss softmax_cross_entropy~weight=1,2", "--targets: "},
+        {TRAIN " --loss nll~label_smoothing=0.1", "--loss: "},
         {TRAIN " --optimizer adam~beta3=0.9", "is not one of its keys: beta1, beta2, epsilon, weight_decay"},
         {TRAIN " --optimizer sgd~momentum=2e400", "--optimizer: "},
         {TRAIN " --optimizer sgd~nesterov=1", "nesterov needs momentum > 0"},

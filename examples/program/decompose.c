@@ -594,14 +594,14 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
 {
     const pk_run *run = &job->run;
     const char *out = job->set->out;
-    char rule[200], size[32];
+    char loss[200], rule[200], size[32];
     double tolerance = job->set->options.tolerance > 0 ? job->set->options.tolerance : PK_TOLERANCE, bytes = 0;
     if (pk_optimizer_format(&run->optimizer, rule, sizeof rule) != PK_OK)
         rule[0] = 0;
+    (void)pk_criterion_format(&run->criterion, loss, sizeof loss);
     if (job->set->top.count)
         printf("\n");
-    printf("run          %s: %s; %s; %s\n", job->set->run, run->graph.text ? run->graph.text : "",
-           pk_loss_name(run->loss), rule);
+    printf("run          %s: %s; %s; %s\n", job->set->run, run->graph.text ? run->graph.text : "", loss, rule);
     if (run->cut_off)
         printf("             recording was cut off: %zu steps are complete\n", job->recorded);
     if (job->set->until.text)

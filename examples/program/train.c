@@ -19,8 +19,7 @@
 enum { GROUPS_MOST = 64, CONSTANTS_MOST = 32 };
 
 typedef struct train_settings {
-    const char *run, *inputs, *targets, *network, *rate, *init;
-    pk_loss loss;
+    const char *run, *inputs, *targets, *network, *loss, *rate, *init;
     pk_optimizer optimizer;
     size_t steps, epochs, batch, seed, keep_every, memory;
     double clip;
@@ -40,6 +39,7 @@ typedef struct training {
     pk_context context;
     pk_graph graph;
     pk_dataset train;
+    pk_criterion criterion;
     pk_array rates;
     pk_real *weights;
     pk_train_options options;
@@ -52,7 +52,13 @@ typedef struct training {
 
 static int parse_loss(pk_context *context, const char *text, void *place)
 {
-    return pk_loss_parse(context, text, (pk_loss *)place) == PK_OK;
+    pk_criterion criterion; /* only for the message; read_loss keeps it */
+    const pk_status status = pk_criterion_parse(context, text, &criterion);
+    if (status)
+        return 0;
+    pk_criterion_release(context, &criterion);
+    *(const char **)place = text;
+    return 1;
 }
 
 static int parse_optimizer(pk_context *context, const char *text, void *place)
@@ -108,7 +114,8 @@ static const program_option train_options[] = {
      "classes (N,), integers; or numbers (N,C), or (N,) where the network has one output", NULL},
     {"--network", "LINE", 1, PLACE(network), parse_text, NULL,
      "such as \"input 64; dense 32; tanh; dense 10\": layers separated by ;", pk_network_layer},
-    {"--loss", "NAME", 1, PLACE(loss), parse_loss, NULL, "the loss of an example; a batch has their mean",
+    {"--loss", "TEXT", 1, PLACE(loss), parse_loss, NULL,
+     "the loss of an example, such as \"softmax_cross_entropy label_smoothing=0.1\"; a batch has their mean",
      loss_names},
     {"--rate", "SCHEDULE", 1, PLACE(rate), parse_text, NULL,
      "the learning rate: a number R; from R0 to R1 along half a cosine, over all steps or PERIOD;\n"
@@ -183,6 +190,12 @@ static int read_network(training *job)
     return PROGRAM_GO_ON;
 }
 
+static int read_loss(training *job)
+{
+    const pk_status status = pk_criterion_parse(&job->context, job->set->loss, &job->criterion);
+    return status ? refuse_training(job, status, "--loss") : PROGRAM_GO_ON;
+}
+
 /* The examples, and whether the network and the loss take them. */
 static int read_examples(training *job)
 {
@@ -201,7 +214,7 @@ static int read_examples(training *job)
         return refuse("--inputs: %s", pk_message(context));
     if (pk_dataset_check(context, &job->train, job->graph.input_width, job->graph.output_width) != PK_OK)
         return refuse("--inputs %s, --targets %s: %s", set->inputs, set->targets, pk_message(context));
-    if (pk_loss_check(context, set->loss, &job->train, job->graph.output_width) != PK_OK)
+    if (pk_criterion_check(context, &job->criterion, &job->train, job->graph.output_width) != PK_OK)
         return refuse("--targets: %s: %s", set->targets, pk_message(context));
     pk_real *row = NULL; /* tokens and the like, where the network restricts its inputs */
     status = pk_allocate(context, job->graph.input_width, sizeof *row, "a row of inputs", &row);
@@ -268,7 +281,7 @@ static int read_plan(training *job)
     pk_parameter_groups_release(context, &groups);
     if (set->keep_every > PK_KEEP_EVERY_MOST)
         return refuse("--keep-every: %zu is more than %d", set->keep_every, (int)PK_KEEP_EVERY_MOST);
-    options->loss = set->loss;
+    options->criterion = &job->criterion;
     options->optimizer = set->optimizer;
     options->groups = set->groups.line;
     options->group_count = set->groups.count;
@@ -296,18 +309,24 @@ static int after_step(void *user, size_t step, double objective, const pk_real *
     return 0;
 }
 
-/* The mean loss of all examples at the last weights, and how many are classified correctly (-1: they have no classes). */
-static pk_status measure(training *job, double *loss, double *right)
+/* The mean loss of all examples at the last weights, and how many of those with a class are classified correctly (right -1:
+ * they have no classes). */
+static pk_status measure(training *job, double *loss, size_t *classified, double *right)
 {
     pk_context *context = &job->context;
     const size_t examples = pk_dataset_examples(&job->train), width = job->graph.input_width,
                  outputs = job->graph.output_width, most = 4096 / (width + outputs) + 1,
                  block = most < examples ? most : examples;
     pk_real *x = NULL, *f = NULL, *y = NULL;
+    double weights = 0;
     const int classes =
         job->train.targets.rank == 1 && pk_type_is_integer(job->train.targets.type) && outputs > 1;
     int64_t items[4097];
+    pk_criterion plain = job->criterion;
+    plain.label_smoothing = 0;
+    plain.weight = NULL;
     *loss = *right = 0;
+    *classified = 0;
     pk_status status = pk_allocate(context, block, width * sizeof *x, "some inputs", &x);
     if (!status)
         status = pk_allocate(context, block, outputs * sizeof *f, "some outputs", &f);
@@ -318,20 +337,30 @@ static pk_status measure(training *job, double *loss, double *right)
         for (size_t i = 0; i < count; i++)
             items[i] = (int64_t)(first + i);
         pk_dataset_inputs(&job->train, items, count, x);
-        pk_loss_targets(job->set->loss, &job->train, items, count, outputs, y);
+        pk_criterion_targets(&job->criterion, &job->train, items, count, outputs, y);
         status = pk_graph_evaluate(context, &job->graph, job->weights, pk_matrix_view(x, count, width),
                                    pk_matrix_view(f, count, outputs));
         for (size_t i = 0; !status && i < count; i++) {
+            double mean; /* of a batch of this example alone: 1 / its weight */
+            pk_criterion_mean(&job->criterion, &job->train, items + i, 1, &mean);
+            weights += 1 / mean;
+            *loss += pk_criterion_value(&job->criterion, outputs, f + i * outputs, y + i * outputs);
+        }
+        /* Without smoothing and weights: 1 for the class, and 0 everywhere where the label is ignored. */
+        if (!status && classes)
+            pk_criterion_targets(&plain, &job->train, items, count, outputs, y);
+        for (size_t i = 0; !status && classes && i < count; i++) {
             size_t largest = 0, class = 0;
             for (size_t c = 1; c < outputs; c++) {
                 largest = f[i * outputs + c] > f[i * outputs + largest] ? c : largest;
                 class = y[i * outputs + c] > y[i * outputs + class] ? c : class;
             }
-            *loss +=
-                pk_loss_value(job->set->loss, outputs, f + i * outputs, y + i * outputs) / (double)examples;
-            *right += largest == class;
+            const int known = y[i * outputs + class] > 0;
+            *classified += known != 0;
+            *right += known && largest == class;
         }
     }
+    *loss /= weights;
     if (!classes)
         *right = -1;
     pk_release(context, x);
@@ -347,9 +376,10 @@ static void print_training(training *job)
     const train_settings *set = job->set;
     char rule[256], took[32];
     double loss = 0, right = -1;
+    size_t classified = 0;
     if (pk_optimizer_format(&set->optimizer, rule, sizeof rule) != PK_OK)
         rule[0] = 0;
-    printf("run          %s: %s; %s; %s\n", set->run, job->graph.text, pk_loss_name(set->loss), rule);
+    printf("run          %s: %s; %s; %s\n", set->run, job->graph.text, set->loss, rule);
     printf("sizes        %zu examples, %zu parameters, %zu steps of %zu example%s, seed %zu\n", examples,
            job->graph.parameters, result->steps, set->batch && set->batch < examples ? set->batch : examples,
            (set->batch ? set->batch : examples) == 1 ? "" : "s", set->seed);
@@ -358,10 +388,10 @@ static void print_training(training *job)
     if (result->steps > result->resumed)
         printf("loss         %.6g of the batch at the first step, %.6g at the last one\n", job->first_objective,
                result->objective);
-    if (measure(job, &loss, &right) == PK_OK) {
+    if (measure(job, &loss, &classified, &right) == PK_OK) {
         printf("             %.6g of all examples at the end", loss);
         if (right >= 0)
-            printf(", %.0f of %zu classified correctly", right, examples);
+            printf(", %.0f of %zu classified correctly", right, classified);
         printf("\n");
     }
     printf("time         %s, %d thread%s\n", duration(program_seconds() - job->progress.begin, took),
@@ -415,6 +445,8 @@ static int train(training *job)
     job->context.memory_limit = set->memory;
     int status = read_network(job);
     if (status < 0)
+        status = read_loss(job);
+    if (status < 0)
         status = read_examples(job);
     if (status < 0)
         status = read_plan(job);
@@ -462,6 +494,7 @@ static int run_train(const program_command *command, int count, char **arguments
     pk_array_release(&job.context, &job.rates);
     pk_dataset_release(&job.context, &job.train);
     pk_graph_release(&job.context, &job.graph);
+    pk_criterion_release(&job.context, &job.criterion);
     return status;
 }
 
