@@ -59,11 +59,13 @@ static void make(const recipe *r, trained *t)
         t->test[i] = (pk_real)((5 * i + 2 + i / D) % r->tokens);
     for (size_t i = 0; i < rows; i++)
         t->labels[i] = (int64_t)(i % C);
-    assert_ok(context, pk_loss_parse(context, r->loss, &options.loss));
+    pk_criterion criterion;
+    assert_ok(context, pk_criterion_parse(context, r->loss, &criterion));
+    options.criterion = &criterion;
     assert_ok(context, pk_optimizer_parse(context, r->optimizer, &options.optimizer));
     data.inputs = pk_array_view(REAL_TYPE, 2, shape_x, t->train);
-    data.targets = options.loss == PK_SQUARED ? pk_array_view(REAL_TYPE, 2, shape_y, t->numbers)
-                                              : pk_array_view(PK_INT64, 1, shape_y, t->labels);
+    data.targets = criterion.loss == PK_SQUARED ? pk_array_view(REAL_TYPE, 2, shape_y, t->numbers)
+                                                : pk_array_view(PK_INT64, 1, shape_y, t->labels);
     options.groups = r->groups;
     options.group_count = (r->groups[0] != NULL) + (r->groups[0] && r->groups[1]);
     options.steps = r->steps;
@@ -79,6 +81,7 @@ static void make(const recipe *r, trained *t)
     t->weights = FIXTURE_NEW(pk_real, t->graph.parameters);
     assert_ok(context, pk_network_initialize(context, &t->graph, 5, t->weights));
     assert_ok(context, pk_train(context, &t->graph, &data, &options, t->weights, NULL));
+    pk_criterion_release(context, &criterion);
     assert_ok(context, pk_run_open(context, fixture_run_path, &t->run));
 }
 
@@ -158,9 +161,9 @@ static void example_gradient(brute *b, size_t i, const pk_real *seeds_at, const 
     pk_real *f = b->f + b->cells, *target = f + b->C, *seed = target + b->C, *x = seed + b->C;
     const pk_matrix row = pk_matrix_view(x, 1, graph->input_width);
     pk_dataset_inputs(&b->run->train, &item, 1, x);
-    pk_loss_targets(b->run->loss, &b->run->train, &item, 1, b->C, target);
+    pk_criterion_targets(&b->run->criterion, &b->run->train, &item, 1, b->C, target);
     assert_ok(NULL, pk_graph_evaluate(NULL, graph, seeds_at, row, pk_matrix_view(f, 1, b->C)));
-    pk_loss_gradient(b->run->loss, b->C, f, target, seed);
+    pk_criterion_gradient(&b->run->criterion, b->C, f, target, seed);
     assert_ok(NULL, pk_jacobian(NULL, graph, at, row, pk_matrix_view(b->own, b->C, b->P), none));
     memset(b->gradient, 0, b->P * sizeof *b->gradient);
     for (size_t k = 0; k < b->C; k++)
@@ -183,7 +186,7 @@ static void brute_add(brute *b, const place *at, double weight)
     const pk_matrix none = {NULL, 0, 0, 0};
     const pk_parameter_range all = {0, P, 0}, *ranges = run->groups.count ? run->groups.range : &all;
     const size_t range_count = run->groups.count ? run->groups.range_count : 1;
-    pk_real *state = FIXTURE_NEW(pk_real, 2 * P);
+    pk_real *state = FIXTURE_NEW(pk_real, 3 * P);
     memset(b->momentum, 0, (N + 1) * P * sizeof *b->momentum);
     for (size_t s = 0; s < S; s++) {
         const double scale = pk_run_gradient_scale(run, s), *rates = pk_run_group_rates(run, s);
@@ -234,31 +237,35 @@ static void brute_add(brute *b, const place *at, double weight)
                     memset(b->share + i * P + first, 0, count * sizeof *b->share);
                 continue;
             }
-            pk_optimizer_update(optimizer, s, rate, scale, count, w + first, b->sum + first, state + 2 * first,
+            pk_optimizer_update(optimizer, s, rate, scale, count, w + first, b->sum + first, state + 3 * first,
                                 b->update + first);
-            if (run->second_moments.data && pk_optimizer_state_vectors(optimizer) == 2) {
+            const size_t moments_at = optimizer->kind == PK_ADAGRAD || optimizer->kind == PK_RMSPROP ? 0
+                                      : optimizer->amsgrad                                           ? 2
+                                                                                                     : 1;
+            if (run->second_moments.data) {
                 pk_real *moments = FIXTURE_NEW(pk_real, P);
                 assert_ok(NULL, pk_run_second_moments(NULL, run, s, moments));
-                memcpy(state + 2 * first + count, moments + first, count * sizeof *moments);
+                memcpy(state + 3 * first + moments_at * count, moments + first, count * sizeof *moments);
                 free(moments);
             }
-            pk_optimizer_linear_form(optimizer, s, rate, count, state + 2 * first, &form, b->p + first);
+            pk_optimizer_linear_form(optimizer, s, rate, count, state + 3 * first, &form, b->p + first);
             for (size_t i = 0; i <= N; i++)
                 for (size_t p = first; p < first + count; p++) {
                     double *m = b->momentum + i * P + p, *share = b->share + i * P + p;
                     const double g_p = i == N ? form.coupled * w[p] : *share;
-                    *m = form.carry * *m + form.gain * g_p;
-                    *share = -(form.preconditioned ? (double)b->p[p] : form.rate) *
-                             (form.enter * *m + form.direct * g_p);
+                    const double scaled = form.preconditioned ? (double)b->p[p] : form.rate;
+                    const double inside = form.before ? scaled * g_p : g_p;
+                    *m = form.carry * *m + form.gain * inside;
+                    *share = -(form.before ? form.rate : scaled) * (form.enter * *m + form.direct * inside);
                     if (i == N)
                         *share -= form.decoupled * w[p];
                 }
             /* What is unattributed is that of the run: with the examples' gradients at w_s. Here all is one sum. */
-            const pk_real *m = state + 2 * first;
+            const pk_real *m = state + 3 * first;
             for (size_t p = first; p < first + count; p++) {
                 double update = b->update[p];
                 if (run->second_moments.data) /* by the divisors that were recorded */
-                    update = -b->p[p] * (form.enter * m[p - first] +
+                    update = -b->p[p] * ((form.negated ? -form.enter : form.enter) * m[p - first] +
                                          form.direct * (scale * b->sum[p] + form.coupled * w[p])) -
                              form.decoupled * w[p];
                 b->rest[p] -= update;
@@ -383,6 +390,72 @@ static void test_rules(void **state)
          0},
         {tanh_network, "squared", "adam weight_decay=0.05", {NULL}, 6, 4, 12, 0, 0.05, 0, 0, 0, 0},
         {tanh_network, "softmax_cross_entropy", "adamw beta1=0.7", {NULL}, 6, 4, 12, 0, 0.05, 0, 1, 1, 0},
+        {tanh_network,
+         "squared",
+         "sgd momentum=0.6 weight_decay=0.05 maximize=1",
+         {NULL},
+         6,
+         4,
+         12,
+         0,
+         0.02,
+         0,
+         0,
+         0,
+         0},
+        {tanh_network,
+         "softmax_cross_entropy label_smoothing=0.2 weight=1,2",
+         "rmsprop alpha=0.8 momentum=0.7 weight_decay=0.1",
+         {NULL},
+         6,
+         4,
+         12,
+         0,
+         0.02,
+         0,
+         0,
+         0,
+         0},
+        {tanh_network,
+         "squared",
+         "rmsprop momentum=0.7 centered=1 maximize=1",
+         {"1 rate=2 momentum=0", "3 frozen"},
+         6,
+         4,
+         12,
+         0,
+         0.01,
+         0,
+         0,
+         0,
+         0},
+        {tanh_network,
+         "softmax_cross_entropy",
+         "nadam weight_decay=0.1 decoupled_weight_decay=1",
+         {NULL},
+         6,
+         4,
+         12,
+         0,
+         0.02,
+         0,
+         1,
+         1,
+         0},
+        {tanh_network, "squared", "adam beta2=0.5 amsgrad=1 maximize=1", {NULL}, 6, 4, 12, 0, 0.02, 0, 1, 1, 0},
+        {tanh_network,
+         "squared",
+         "adagrad lr_decay=0.1 weight_decay=0.05",
+         {NULL},
+         6,
+         4,
+         12,
+         0,
+         0.1,
+         0,
+         0,
+         0,
+         0},
         {tanh_network,
          "squared",
          "sgd momentum=0.5",

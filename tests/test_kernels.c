@@ -48,8 +48,9 @@ static void gradients(truth *a, int s, const pk_real *at)
         for (size_t i = 0; i < n; i++)
             items[i] = (int64_t)i;
         const pk_batch batch = {n, items, NULL};
-        assert_ok(&t->context, pk_loss_gradients(&t->context, &t->graph, t->run.loss, at, &a->side[s].data,
-                                                 &batch, NULL, pk_matrix_view(a->feature[s], n, P)));
+        assert_ok(&t->context,
+                  pk_loss_gradients_with(&t->context, &t->graph, &t->run.criterion, at, &a->side[s].data,
+                                         &batch, NULL, pk_matrix_view(a->feature[s], n, P)));
     }
     if (!a->options.by_layer)
         return;
@@ -299,6 +300,13 @@ static const struct job {
     {RUN("input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh; dense 2", "squared", "adam", 0, 0.02, 0), 0},
     {RUN("input 3; dense 6; relu; dense 3", "softmax_cross_entropy", "sgd", 0, 0.7, 0), 6},
     {RUN("input 3; dense 6; leaky_relu 0.2; dense 2", "squared", "adamw", 0, 0.1, 3), 6},
+    {RUN("input 3; dense 5; tanh; dense 3", "softmax_cross_entropy label_smoothing=0.2 weight=1,2,0.5",
+         "rmsprop momentum=0.7 maximize=1", 0, 0.02, 0),
+     0},
+    {RUN("input 3; dense 5; tanh; dense 3; log_softmax", "nll weight=1,3,0.5 ignore_index=0", "nadam", 0, 0.02,
+         3),
+     0},
+    {RUN("input 3; dense 4; tanh; dense 2", "squared", "adam amsgrad=1", 0, 0.02, 2), 0},
 };
 enum { JOBS = (int)(sizeof jobs / sizeof *jobs) };
 
@@ -823,13 +831,15 @@ static void test_machine(void **state)
 static void test_domingos(void **state)
 {
     (void)state;
-    static const int which[] = {1, 7};
-    for (int k = 0; k < 2; k++) {
+    static const int which[] = {1, 7, 9, 10}; /* the third goes up its gradients */
+    for (int k = 0; k < 4; k++) {
         const struct job *job = &jobs[which[k]];
         trained t;
         trained_make(&job->recipe, &t);
         rows r = test_rows(&t);
         const size_t C = t.run.outputs, P = t.run.parameters, D = t.graph.input_width;
+        const double sign = which[k] == 9 ? 1 : -1;
+        assert_true(t.run.optimizer.maximize == (which[k] == 9));
         double *numbers[3], expected[M * 3 * N] = {0};
         numbers[0] = FIXTURE_NEW(double, M *C *N), numbers[1] = FIXTURE_NEW(double, M *C *N);
         numbers[2] = FIXTURE_NEW(double, M *C);
@@ -866,12 +876,13 @@ static void test_domingos(void **state)
                     w[2][p] = (pk_real)((double)w[0][p] + node[q] * ((double)w[1][p] - (double)w[0][p]));
                 assert_ok(&t.context, pk_jacobian(&t.context, &t.graph, w[2], pk_matrix_view(t.test, M, D),
                                                   pk_matrix_view(j, M * C, P), pk_matrix_view(NULL, 0, 0)));
-                assert_ok(&t.context, pk_loss_gradients(&t.context, &t.graph, t.run.loss, w[2], &t.run.train,
-                                                        &all, NULL, pk_matrix_view(g, N, P)));
+                assert_ok(&t.context,
+                          pk_loss_gradients_with(&t.context, &t.graph, &t.run.criterion, w[2], &t.run.train,
+                                                 &all, NULL, pk_matrix_view(g, N, P)));
                 for (size_t m = 0; m < M * C; m++)
                     for (size_t i = 0; i < N; i++)
                         for (size_t p = 0; p < P; p++)
-                            expected[m * N + i] -= weight[q] * t.run.learning_rates[s] *
+                            expected[m * N + i] += sign * weight[q] * t.run.learning_rates[s] *
                                                    pk_run_gradient_scale(&t.run, s) * c[i] *
                                                    (double)j[m * P + p] * (double)g[i * P + p];
             }
@@ -924,6 +935,23 @@ static void test_domingos(void **state)
                    pk_kernel_domingos(&t.context, &t.run, &r.labels, left, 0, &d));
     free(r.label);
     trained_release(&t);
+    /* Groups that go up and down; where those that go down are frozen, there is one sign. */
+    static const char *const both[] = {"0 maximize=1"}, *const up[] = {"0 maximize=1", "1 frozen"};
+    for (int frozen = 0; frozen < 2; frozen++) {
+        trained_groups = frozen ? up : both;
+        trained_group_count = frozen ? 2 : 1;
+        trained_make(&bare, &t);
+        trained_group_count = 0;
+        r = test_rows(&t);
+        d.contributions = contributions;
+        if (frozen)
+            assert_ok(&t.context, pk_kernel_domingos(&t.context, &t.run, &r.labels, left, 0, &d));
+        else
+            assert_refused(&t.context, PK_UNSUPPORTED, "maximize is not the same for all parameter groups",
+                           pk_kernel_domingos(&t.context, &t.run, &r.labels, left, 0, &d));
+        free(r.label);
+        trained_release(&t);
+    }
 }
 
 /* ---- calls --------------------------------------------------------------------------------------------- */
@@ -1189,6 +1217,13 @@ static void test_file(void **state)
     assert_int_equal(access(part, F_OK), 0);
     w.first = -1;
     o.outputs = PK_OUTPUTS_SUM;
+    assert_int_equal(pk_kernel_file(context, &t.run, &many, &many, &o, path, NULL), PK_CANCELLED);
+    assert_true(w.first == 0);
+    /* Nor does another loss. */
+    assert_int_equal(access(part, F_OK), 0);
+    t.run.criterion.ignores = 1;
+    t.run.criterion.ignore_index = 99;
+    w.first = -1;
     assert_int_equal(pk_kernel_file(context, &t.run, &many, &many, &o, path, NULL), PK_CANCELLED);
     assert_true(w.first == 0);
     context->progress = NULL;

@@ -19,6 +19,22 @@ static const recipe smooth[] = {
      4, 5, 0, 9, 0},
     {"input 3; fourier 3 scale=0.3 seed=2; dense 4; tanh; dense 2", "squared", "sgd", 0, 0.2, 0, N, 4, 5, 0, 10,
      0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "sgd momentum=0.8 weight_decay=0.05 maximize=1", 0, 0.05, 0,
+     N, 4, 6, 0, 11, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "rmsprop alpha=0.8 momentum=0.7 weight_decay=0.1", 0, 0.02,
+     0, N, 4, 7, 0, 12, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "rmsprop momentum=0.7 centered=1 maximize=1", 0, 0.01, 0, N,
+     N, 5, 0, 13, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "nadam weight_decay=0.1 decoupled_weight_decay=1", 0, 0.02,
+     0, N, 4, 7, 0, 14, 1},
+    {"input 3; dense 5; tanh; dense 2", "squared", "adam beta2=0.5 amsgrad=1 maximize=1", 0, 0.05, 0, N, 2, 9,
+     0, 15, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "adagrad lr_decay=0.1 weight_decay=0.05", 0, 0.1, 0, N, 4, 7,
+     0, 16, 1},
+    {"input 3; dense 5; tanh; dense 3",
+     "softmax_cross_entropy label_smoothing=0.2 weight=1,2,0.5 ignore_index=0", "adam", 0, 0.05, 0, N, N, 7, 0,
+     17, 0},
+    {"input 3; dense 5; tanh; dense 2", "huber delta=0.3", "sgd momentum=0.5", 0, 0.3, 0, N, 4, 7, 0, 18, 0},
 };
 static const recipe kinked[] = {
     {"input 3; dense 6; relu; dense 2", "squared", "sgd", 0, 0.4, 0, N, 4, 12, 0, 23, 0},
@@ -173,10 +189,12 @@ static void test_groups(void **state)
 {
     (void)state;
     static const char *const lines[] = {"0 rate=0.5 weight_decay=0.1", "2 frozen", "5 rate=2"};
-    static const char *const optimizers[] = {"sgd", "sgd momentum=0.9", "adam"};
+    static const char *const optimizers[] = {
+        "sgd",   "sgd momentum=0.9", "adam",   "rmsprop momentum=0.8 maximize=1",
+        "nadam", "adamw amsgrad=1",  "adagrad"};
     trained_groups = lines;
     trained_group_count = 3;
-    for (int o = 0; o < 3; o++) {
+    for (int o = 0; o < (int)(sizeof optimizers / sizeof *optimizers); o++) {
         trained t;
         pk_sensitivity s;
         const recipe how = {"input 3; dense 6; relu; dense 4; tanh; dense 2",

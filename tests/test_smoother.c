@@ -26,6 +26,22 @@ static const recipe recipes[] = {
      0, 0.1, 0, N, 4, 6, 0, 13, 0},
     {"input 3x4; dense 3; layer_norm; flatten; hard_tanh; dense 2", "squared", "adam weight_decay=0.01", 0,
      0.02, 0, N, N, 6, 0, 14, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "sgd maximize=1", 0, 0.05, 0, N, 4, 6, 0, 15, 0},
+    {"input 3; dense 5; tanh; dense 2", "mean_squared", "sgd momentum=0.8 weight_decay=0.05 maximize=1", 0,
+     0.05, 0, N, 4, 6, 3, 16, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "rmsprop alpha=0.8 momentum=0.7 weight_decay=0.1", 0, 0.02,
+     0, N, 4, 8, 0, 17, 0},
+    {"input 3; dense 5; relu; dense 2", "squared",
+     "rmsprop momentum=0.7 centered=1 maximize=1 weight_decay=0.1", 0, 0.01, 0, N, N, 5, 0, 18, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "rmsprop", 0, 0.01, 0, N, 4, 8, 0, 19, 1},
+    {"input 3; dense 5; tanh; dense 2", "squared", "nadam weight_decay=0.1 maximize=1", 0, 0.02, 0, N, 4, 8, 0,
+     20, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "nadam weight_decay=0.1 decoupled_weight_decay=1", 0, 0.02,
+     0, N, 4, 8, 0, 21, 1},
+    {"input 3; dense 5; tanh; dense 2", "squared", "adam beta2=0.5 amsgrad=1", 0, 0.05, 0, N, 2, 9, 0, 22, 0},
+    {"input 3; dense 5; tanh; dense 2", "squared", "adamw beta2=0.5 amsgrad=1", 0, 0.05, 0, N, 2, 9, 0, 23, 1},
+    {"input 3; dense 5; tanh; dense 2", "squared", "adagrad lr_decay=0.1 weight_decay=0.05", 0, 0.1, 0, N, 4, 8,
+     0, 24, 1},
 };
 enum { RECIPES = (int)(sizeof recipes / sizeof *recipes) };
 
@@ -99,10 +115,12 @@ static void test_groups(void **state)
 {
     (void)state;
     static const char *const lines[] = {"0 rate=0.5 weight_decay=0.1", "2 frozen", "5 rate=2"};
-    static const char *const optimizers[] = {"sgd", "sgd momentum=0.9", "adamw"};
+    static const char *const optimizers[] = {
+        "sgd",   "sgd momentum=0.9", "adamw",  "rmsprop momentum=0.8 maximize=1",
+        "nadam", "adam amsgrad=1",   "adagrad"};
     trained_groups = lines;
     trained_group_count = 3;
-    for (int o = 0; o < 3; o++) {
+    for (int o = 0; o < (int)(sizeof optimizers / sizeof *optimizers); o++) {
         trained t;
         pk_smoother smoother;
         const recipe how = {"input 3; dense 6; relu; dense 4; tanh; dense 2",
