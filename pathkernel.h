@@ -1073,7 +1073,7 @@ PK_API PK__MUST_USE pk_status pk_network_initialize(pk_context *context, const p
 
 PK__END_C
 
-/* pathkernel/training/loss.h: losses, their derivatives, and the gradient of a weighted batch.
+/* pathkernel/training/loss.h: losses, their options and derivatives, and what their targets are.
  *
  * A loss is one row of the table pk__losses: its name, a function that gives value and gradient, one that
  * multiplies with its Hessian, what its targets must be, and whether an integer target is a class. Definitions are
@@ -1086,12 +1086,31 @@ PK__END_C
  *     softmax_cross_entropy   sum_j y_j (log sum_k exp f_k - f_j)                     CrossEntropyLoss
  *     logistic                sum_j (log(1 + exp f_j) - y_j f_j) / C                  BCEWithLogitsLoss
  *     nll                     - sum_j y_j f_j                                         NLLLoss
- *     huber                   sum_j h(f_j - y_j) / C, h(d) = |d| < 1 ? d^2/2 : |d| - 1/2   SmoothL1Loss
+ *     huber                   sum_j h(f_j - y_j) / C, h(d) = |d| < 1 ? d^2/2 : |d| - 1/2   HuberLoss, SmoothL1Loss
  *     hinge                   sum_{j != k} max(0, 1 - f_k + f_j) / C, y_k = 1         MultiMarginLoss
  *                             C = 1: max(0, 1 - y f)
+ *     l1                      sum_j |f_j - y_j| / C                                   L1Loss
+ *     kl_div                  sum_j y_j (log y_j - f_j)                               KLDivLoss, batchmean
+ *     binary_cross_entropy    - sum_j (y_j log f_j + (1 - y_j) log(1 - f_j)) / C      BCELoss
  *
- * The derivative at a kink of hinge is 0, and so is the second one of huber at |d| = 1, as in PyTorch. Exponentials
- * never overflow, and small residuals (a confident, correct classification) keep their relative accuracy.
+ * A criterion is a loss with its options, PyTorch's by name:
+ *
+ *     softmax_cross_entropy   label_smoothing=E   y becomes (1 - E) y + E / C
+ *                             weight=A,B,...      one a class: then y_j becomes weight_j y_j
+ *                             ignore_index=K      label K is no class: the example's loss is 0
+ *     nll                     weight=, ignore_index=
+ *     logistic                pos_weight=A,B,...  one an output, or one for all:
+ *                                                 sum_j ((1 - y_j) f_j + (1 + (pos_weight_j - 1) y_j) log(1 + exp -f_j)) / C
+ *     huber                   delta=D             h(d) = |d| < D ? d^2/2 : D (|d| - D/2)             HuberLoss
+ *                             beta=B              h(d) = |d| < B ? d^2/(2 B) : |d| - B/2             SmoothL1Loss
+ *     kl_div                  log_target=1        sum_j exp y_j (y_j - f_j)
+ *
+ * The mean of PyTorch's losses with weight= or ignore_index= divides by the sum of the weights of the batch's labels: that
+ * is in the batch's weights, c_b = 1 / sum_b' weight_{y_b'} (pk_criterion_mean). reduction='sum' is c_b = 1.
+ *
+ * The derivative at a kink of hinge or l1 is 0, and so is the second one of huber at |d| = D, as in PyTorch. Exponentials
+ * never overflow, and small residuals (a confident, correct classification) keep their relative accuracy. As BCELoss,
+ * binary_cross_entropy takes no logarithm below -100 and divides by no f (1 - f) below 1e-12; its outputs lie in [0, 1].
  */
 PK__BEGIN_C
 
@@ -1102,8 +1121,24 @@ typedef enum pk_loss {
     PK_LOGISTIC,
     PK_NLL,
     PK_HUBER,
-    PK_HINGE
+    PK_HINGE,
+    PK_L1,
+    PK_KL_DIV,
+    PK_BINARY_CROSS_ENTROPY
 } pk_loss;
+
+/* A loss with its options. Zeroed but for the loss = PyTorch's defaults. A loss reads its own options only. */
+typedef struct pk_criterion {
+    pk_loss loss;
+    double label_smoothing; /* softmax_cross_entropy */
+    int ignores;            /* 1: integer label ignore_index is ignored */
+    int log_target;         /* kl_div: 1: targets are logarithms */
+    int64_t ignore_index;   /* softmax_cross_entropy, nll */
+    double delta, beta;     /* huber: one of them > 0; neither: both are 1, which is the same */
+    const double *weight;   /* of classes, >= 0; logistic: pos_weight; NULL: all 1 */
+    size_t weight_count;    /* outputs; logistic: or 1 */
+    void *memory;           /* private: of weight, after pk_criterion_parse */
+} pk_criterion;
 
 /* The loss with this name. For another name, PK_FORMAT; the message lists the names. */
 PK_API PK__MUST_USE pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss);
@@ -1121,13 +1156,32 @@ PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, con
 PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
                                     const pk_real *direction, pk_real *product);
 
+/* "softmax_cross_entropy label_smoothing=0.1 weight=1,0.5,2": a name, then its options in any order; a list has no spaces.
+ * PK_FORMAT for an unknown name or option, one given twice, or what is not a number; PK_ARGUMENT for a value out of range.
+ * The message names the word; *criterion is untouched then. Owns its weights. */
+PK_API PK__MUST_USE pk_status pk_criterion_parse(pk_context *context, const char *text,
+                                                 pk_criterion *criterion);
+PK_API void pk_criterion_release(pk_context *context, pk_criterion *criterion);
+/* The text that pk_criterion_parse turns into the same bits, cut off at size bytes with its NUL; returns the bytes that all
+ * of it takes with its NUL, so that a call with size 0 asks for them. 0 for a value that is not a loss. */
+PK_API size_t pk_criterion_format(const pk_criterion *criterion, char *text, size_t size);
+/* As pk_loss_value, pk_loss_gradient, pk_loss_hessian_product, with the options. target: as pk_criterion_targets writes it:
+ * smoothing, class weights and ignored labels are in it. */
+PK_API double pk_criterion_value(const pk_criterion *criterion, size_t outputs, const pk_real *f,
+                                 const pk_real *target);
+PK_API void pk_criterion_gradient(const pk_criterion *criterion, size_t outputs, const pk_real *f,
+                                  const pk_real *target, pk_real *gradient);
+PK_API void pk_criterion_hessian_product(const pk_criterion *criterion, size_t outputs, const pk_real *f,
+                                         const pk_real *target, const pk_real *direction, pk_real *product);
+
 /* Do the targets fit the loss and the number of outputs? Reads every target.
  *   (N,) integers        classes in [0, outputs), made one-hot. With one output they are numbers instead
  *                        (0 or 1 for logistic, +1 or -1 for hinge), except for the two losses on
  *                        (log-)probabilities.
  *   (N, outputs) floats, or (N,) where outputs == 1: finite, and
  *                        softmax_cross_entropy, nll: >= 0 (a row need not sum to 1)
- *                        logistic: in [0, 1]
+ *                        logistic, binary_cross_entropy: in [0, 1]
+ *                        kl_div: >= 0 unless they are logarithms
  *                        hinge: one 1, the others 0; with one output +1 or -1.
  * Statuses as pk_dataset_check; the message names the first row that does not fit. Cost: two passes over the
  * targets; one row is allocated. */
@@ -1137,6 +1191,28 @@ PK_API PK__MUST_USE pk_status pk_loss_check(pk_context *context, pk_loss loss, c
  * passed pk_loss_check, and items are in range. */
 PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
                             size_t outputs, pk_real *targets);
+/* The same with options: also whether these are in range and their weights as many as the outputs. ignore_index and
+ * log_target need labels and numbers. */
+PK_API PK__MUST_USE pk_status pk_criterion_check(pk_context *context, const pk_criterion *criterion,
+                                                 const pk_dataset *dataset, size_t outputs);
+PK_API void pk_criterion_targets(const pk_criterion *criterion, const pk_dataset *dataset, const int64_t *items,
+                                 size_t count, size_t outputs, pk_real *targets);
+/* weights (count): what PyTorch's reduction='mean' multiplies each loss of a batch with: 1 / count; with class weights or
+ * ignore_index, and labels, 1 / the sum of the weights of the batch's labels (1 each without, 0 of those ignored): infinite
+ * where all of them are ignored. */
+PK_API void pk_criterion_mean(const pk_criterion *criterion, const pk_dataset *dataset, const int64_t *items,
+                              size_t count, double *weights);
+
+PK__END_C
+
+/* pathkernel/training/gradient.h: the objective of a weighted batch and its gradient.
+ *
+ * 1. The batch is cut into blocks of rows, and these into groups, by shapes alone. A thread takes a group at a time: each block
+ *    goes forward, its losses are the seed of the reverse pass, and the group's gradients add up in one place.
+ * 2. The gradients of the groups are added in order, so that the bits do not depend on the number of threads.
+ * More threads than groups share the operations of a block instead.
+ */
+PK__BEGIN_C
 
 /* The examples of one step: count rows of a dataset; a row may repeat. */
 typedef struct pk_batch {
@@ -1181,6 +1257,12 @@ PK_API PK__MUST_USE pk_status pk_batch_gradient(pk_context *context, const pk_gr
                                                 const pk_real *weights, const pk_dataset *dataset,
                                                 const pk_batch *batch, pk_gradient_workspace *workspace,
                                                 double *objective, pk_real *gradient);
+/* The same of a loss with options; the dataset has passed pk_criterion_check. */
+PK_API PK__MUST_USE pk_status pk_batch_gradient_with(pk_context *context, const pk_graph *graph,
+                                                     const pk_criterion *criterion, const pk_real *weights,
+                                                     const pk_dataset *dataset, const pk_batch *batch,
+                                                     pk_gradient_workspace *workspace, double *objective,
+                                                     pk_real *gradient);
 
 PK__END_C
 
@@ -1229,6 +1311,11 @@ PK_API PK__MUST_USE pk_status pk_jacobian(pk_context *context, const pk_graph *g
 PK_API PK__MUST_USE pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, pk_loss loss,
                                                 const pk_real *weights, const pk_dataset *dataset,
                                                 const pk_batch *batch, double *losses, pk_matrix gradients);
+/* The same of a loss with options, here and below; the dataset has passed pk_criterion_check. */
+PK_API PK__MUST_USE pk_status pk_loss_gradients_with(pk_context *context, const pk_graph *graph,
+                                                     const pk_criterion *criterion, const pk_real *weights,
+                                                     const pk_dataset *dataset, const pk_batch *batch,
+                                                     double *losses, pk_matrix gradients);
 
 /* product (P) = H v with the Hessian H = d2L / dw2 of L = sum_b c_b l(f(w, x_b), y_b), as in pk_batch_gradient: forward
  * over reverse (Pearlmutter 1994), exact between kinks. Cost: about 14 P flops an example.
@@ -1238,12 +1325,21 @@ PK_API PK__MUST_USE pk_status pk_hessian_product(pk_context *context, const pk_g
                                                  const pk_real *weights, const pk_dataset *dataset,
                                                  const pk_batch *batch, const pk_real *direction,
                                                  pk_real *product);
+PK_API PK__MUST_USE pk_status pk_hessian_product_with(pk_context *context, const pk_graph *graph,
+                                                      const pk_criterion *criterion, const pk_real *weights,
+                                                      const pk_dataset *dataset, const pk_batch *batch,
+                                                      const pk_real *direction, pk_real *product);
 /* product (P) = G v with the Gauss-Newton matrix G = sum_b c_b J_b^T (d2l/df2)_b J_b (Schraudolph 2002), which is H
  * without the curvature of the network; for every operation. Cost: about 10 P flops an example. */
 PK_API PK__MUST_USE pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *graph, pk_loss loss,
                                                       const pk_real *weights, const pk_dataset *dataset,
                                                       const pk_batch *batch, const pk_real *direction,
                                                       pk_real *product);
+PK_API PK__MUST_USE pk_status pk_gauss_newton_product_with(pk_context *context, const pk_graph *graph,
+                                                           const pk_criterion *criterion,
+                                                           const pk_real *weights, const pk_dataset *dataset,
+                                                           const pk_batch *batch, const pk_real *direction,
+                                                           pk_real *product);
 
 /* Second derivatives of the outputs themselves, along a direction (v, z_r) of weights and inputs together: with the scalar
  * s_r(w, x) = u_r . f(w, x), u_r row r of the cotangents,
@@ -1263,27 +1359,50 @@ PK__END_C
 /* pathkernel/training/optimizer.h: update rules with their linear form for attribution, learning-rate schedules,
  * clipping.
  *
- * Semantics and defaults are PyTorch's (torch.optim.SGD, Adam, AdamW). A rule is one row of the table
- * pk__optimizer_rules: name, keys with defaults and ranges, state vectors, update, linear form.
+ * Semantics and defaults are PyTorch's (torch.optim.SGD, Adam, AdamW, RMSprop, Adagrad, NAdam). A rule is one row of the
+ * table pk__optimizer_rules: name, keys with defaults and ranges, state vectors, update, linear form.
  *
  *     pk_optimizer optimizer;
  *     pk_status status = pk_optimizer_parse(context, "adamw beta2=0.98 weight_decay=0.1", &optimizer);
  *     pk_optimizer_update(&optimizer, step, rate, 1.0, P, w, gradient, state, update);   // then w += update
+ *
+ * What a rule needs to be here: given numbers that are recorded or recomputed (the moments that it divides by), its update
+ * is linear in the gradients. The moments themselves are never attributed. Rules that are not linear so are Lion (the sign
+ * of a mean of gradients: a step's update does not change with a single gradient until the sign does) and Muon (the mean
+ * of gradients of a matrix is made orthogonal; the matrices to its left and right that do so depend on all of it, and are no
+ * scaling of single numbers).
  */
 PK__BEGIN_C
 
-typedef enum pk_optimizer_kind { PK_SGD = 0, PK_ADAM, PK_ADAMW } pk_optimizer_kind;
+typedef enum pk_optimizer_kind {
+    PK_SGD = 0,
+    PK_ADAM,
+    PK_ADAMW,
+    PK_RMSPROP,
+    PK_ADAGRAD,
+    PK_NADAM
+} pk_optimizer_kind;
 
 /* Zeroed = plain SGD. A rule reads its own fields only. */
 typedef struct pk_optimizer {
     pk_optimizer_kind kind;
-    double momentum, dampening;   /* sgd */
-    double weight_decay;          /* coupled L2 for sgd and adam, decoupled for adamw */
-    double beta1, beta2, epsilon; /* adam, adamw */
+    double momentum, dampening; /* sgd; momentum: rmsprop as well */
+    double weight_decay;        /* coupled L2, but decoupled for adamw and where decoupled_weight_decay is 1 */
+    double beta1, beta2, epsilon; /* adam, adamw, nadam; epsilon: rmsprop and adagrad as well */
     int nesterov;                 /* sgd */
+    int maximize;                 /* 1: gradients count with the opposite sign; decay does not */
+    int amsgrad;                  /* adam, adamw: 1: divides by the largest second moment so far */
+    int centered;                 /* rmsprop: 1: divides by the deviation from the mean gradient */
+    int decoupled_weight_decay;   /* nadam */
+    int float32_product; /* nadam: 1: its product of momenta is rounded to float, as PyTorch does by default */
+    double alpha;        /* rmsprop */
+    double lr_decay;     /* adagrad */
+    double initial_accumulator_value; /* adagrad: the sum of squares before step 0 */
+    double momentum_decay;            /* nadam */
 } pk_optimizer;
 
-/* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01. */
+/* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01; nadam the same as
+ * adam with momentum_decay 0.004; rmsprop alpha 0.99, epsilon 1e-8; adagrad epsilon 1e-10; else 0. */
 PK_API pk_optimizer pk_optimizer_default(pk_optimizer_kind kind);
 PK_API pk_optimizer pk_optimizer_adam(void);
 PK_API pk_optimizer pk_optimizer_adamw(void);
@@ -1294,8 +1413,12 @@ PK_API const char *pk_optimizer_name(pk_optimizer_kind kind);
 PK_API const char *pk_optimizer_key(pk_optimizer_kind kind, size_t index);
 
 /* "sgd momentum=0.9 nesterov=1": a name, then keys in any order; what is not given has PyTorch's default.
- *     sgd         momentum= dampening= nesterov=0|1 weight_decay=
- *     adam, adamw beta1= beta2= epsilon= weight_decay=
+ *     sgd         momentum= dampening= nesterov=0|1 weight_decay= maximize=0|1
+ *     adam, adamw beta1= beta2= epsilon= weight_decay= amsgrad=0|1 maximize=0|1
+ *     rmsprop     alpha= epsilon= weight_decay= momentum= centered=0|1 maximize=0|1
+ *     adagrad     lr_decay= weight_decay= initial_accumulator_value= epsilon= maximize=0|1
+ *     nadam       beta1= beta2= epsilon= weight_decay= momentum_decay= decoupled_weight_decay=0|1 float32_product=0|1
+ *                 maximize=0|1
  * PK_FORMAT for an unknown name or key, a duplicate key, or what is not a number; PK_ARGUMENT as
  * pk_optimizer_check. The message names the word; *optimizer is untouched then. */
 PK_API PK__MUST_USE pk_status pk_optimizer_parse(pk_context *context, const char *text,
@@ -1308,34 +1431,43 @@ PK_API PK__MUST_USE pk_status pk_optimizer_format(const pk_optimizer *optimizer,
 PK_API PK__MUST_USE pk_status pk_optimizer_check(pk_context *context, const pk_optimizer *optimizer);
 
 /* How many vectors of P numbers the rule carries from step to step: sgd 0, with momentum 1 (the buffer),
- * adam and adamw 2 (m, then v, both uncorrected). */
+ * adam, adamw and nadam 2 (m, then v, both uncorrected), with amsgrad 3 (the largest v so far), adagrad 1 (the sum of
+ * squares), rmsprop 1 (v), then its buffer with momentum, then the mean gradient where it is centered. */
 PK_API size_t pk_optimizer_state_vectors(const pk_optimizer *optimizer);
 /* 1 when D_s is a function of w_s and of step s's gradient alone (plain sgd, decay included). */
 PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
 
 /* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
- * step counts from 0; state (state_vectors x P) is zero before step 0 and is carried on; NULL where there
- * is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
+ * step counts from 0; state (state_vectors x P) is zero before step 0 (of adagrad, too: its initial value is added at step
+ * 0) and is carried on; NULL where there is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
  * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
- * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. */
+ * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. Where rounding makes the variance
+ * of a centered rmsprop negative, it is 0 here and NaN there. NAdam's product of momenta is a tensor of PyTorch's default
+ * type: float32_product = 1, unless that is float64. */
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
                                 double gradient_scale, size_t parameters, const pk_real *weights,
                                 const pk_real *gradient, pk_real *state, pk_real *update);
 
 /* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s and m_0 = 0:
  *     m_{s+1} = carry m_s + gain g'
- *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s                                        */
+ *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s
+ * where p scales the gradients on their way into m (rmsprop with momentum):
+ *     m_{s+1} = carry m_s + gain p o g'
+ *     D_s     = - rate (enter m_{s+1} + direct p o g') - decoupled w_s                                   */
 typedef struct pk_linear_form {
     double carry, gain, enter, direct, coupled, decoupled;
     double rate;        /* p where it is a scalar; its numerator where it is a vector */
     int preconditioned; /* p is a vector */
+    int before;         /* p scales what enters m: the second form */
+    int negated; /* maximize: rate (or p) and coupled are negative, and m and g' those of PyTorch times -1 */
 } pk_linear_form;
 
 /* The linear form of one step. state: as pk_optimizer_update left it after that step (NULL is allowed
  * where preconditioner is NULL or not needed). preconditioner: p, P numbers, written if the form is
  * preconditioned; NULL: only the scalars are wanted. Adam: p = lr / (1 - beta1^{s+1}) /
- * (sqrt(v_{s+1} / (1 - beta2^{s+1})) + epsilon). */
+ * (sqrt(v_{s+1} / (1 - beta2^{s+1})) + epsilon); rmsprop and adagrad: p = rate / (sqrt(v_{s+1}) + epsilon), with momentum
+ * 1 / that. */
 PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
                                      size_t parameters, const pk_real *state, pk_linear_form *form,
                                      pk_real *preconditioner);
@@ -1432,12 +1564,15 @@ PK__END_C
  *     learning_rates.npy   (S,)     float64
  *     batch_offsets.npy    (S+1,)   integers: step s used batch_items[batch_offsets[s] : batch_offsets[s+1]]
  *     batch_items.npy      (T,)     integers: rows of train_inputs.npy; a row may repeat
- *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s| without it
+ *     batch_weights.npy    (T,)     float64, optional: weight of each item's loss; 1/|B_s|, a mean, without it; 1 for a sum;
+ *                          1 / the sum of the weights of the step's labels for PyTorch's mean with class weights or
+ *                          ignore_index, see loss.h
  *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
- *     second_moments.npy   (S, P)   float32 or float64, optional: Adam's v after each step
+ *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
+ *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
  *                          optimizer's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
@@ -1467,6 +1602,7 @@ enum { PK_KEEP_EVERY_MOST = 1000000000 };
 typedef struct pk_run {
     pk_graph graph;
     pk_loss loss;
+    pk_criterion criterion; /* the loss with its options */
     pk_optimizer optimizer;
     pk_parameter_groups groups;                  /* weight blocks with options of their own; zeroed: none */
     size_t steps, parameters, examples, outputs; /* S, P, N, C */
@@ -1536,7 +1672,7 @@ PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
 PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step,
                                              pk_real *weights);
 
-/* moments (P) := Adam's uncorrected v after step `step` < run->steps; like pk_run_weights.
+/* moments (P) := the row of second_moments.npy of step `step` < run->steps; like pk_run_weights.
  * PK_ARGUMENT where the run has no second_moments.npy, PK_FORMAT where one of them is negative. */
 PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
                                                     pk_real *moments);
@@ -1563,7 +1699,7 @@ PK__BEGIN_C
 typedef struct pk_recorder_options {
     const char *network;           /* "input 64; dense 32; tanh; dense 10" */
     const pk_constants *constants; /* of a network that names arrays; they are copied into the run */
-    const char *loss;              /* "softmax_cross_entropy" */
+    const char *loss;              /* "softmax_cross_entropy label_smoothing=0.1" */
     const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
     const char *const *groups;     /* group lines such as "1,3 weight_decay=0" (groups.h); NULL: none */
     size_t group_count;
@@ -1585,6 +1721,7 @@ typedef struct pk_recorder {
     size_t steps, parameters, examples; /* read only: complete steps on disk, P, N */
     /* private: */
     size_t keep_every, state_numbers; /* k; numbers of the optimizer's state, V P */
+    size_t moments;                   /* the vector of the state that second_moments.npy has */
     pk_array_writer files[10];
     int present[10];
     double *group_rates; /* of the next step */
@@ -1676,7 +1813,7 @@ PK__BEGIN_C
 typedef struct pk_trainer {
     const pk_graph *graph;
     const pk_dataset *train;
-    pk_loss loss;
+    pk_criterion criterion; /* its weights must outlive it */
     pk_optimizer optimizer;
     const pk_parameter_groups *groups; /* NULL: none; must outlive it */
     const double *group_rates;         /* the groups' rates at the next step; NULL: their factors hold */
@@ -1701,6 +1838,12 @@ PK_API PK__MUST_USE pk_status pk_trainer_prepare_groups(pk_context *context, con
                                                         const pk_optimizer *optimizer,
                                                         const pk_parameter_groups *groups, size_t largest_batch,
                                                         pk_trainer *trainer);
+/* The same of a loss with options. */
+PK_API PK__MUST_USE pk_status pk_trainer_prepare_with(pk_context *context, const pk_graph *graph,
+                                                      const pk_dataset *train, const pk_criterion *criterion,
+                                                      const pk_optimizer *optimizer,
+                                                      const pk_parameter_groups *groups, size_t largest_batch,
+                                                      pk_trainer *trainer);
 PK_API void pk_trainer_release(pk_context *context, pk_trainer *trainer);
 
 /* One step of training:
@@ -1768,9 +1911,10 @@ PK__BEGIN_C
 
 /* How to train; zero means the default. */
 typedef struct pk_train_options {
-    pk_loss loss;           /* required */
-    pk_optimizer optimizer; /* zero: plain SGD */
-    pk_schedule schedule;   /* schedule.rate alone: that rate at every step */
+    pk_loss loss;                  /* required, unless there is a criterion */
+    const pk_criterion *criterion; /* a loss with options; NULL: the loss with PyTorch's defaults */
+    pk_optimizer optimizer;        /* zero: plain SGD */
+    pk_schedule schedule;          /* schedule.rate alone: that rate at every step */
     /* Parameter groups: group_count lines such as "1,3,5-7 weight_decay=0 rate=0.1" (groups.h), or none; their schedules,
      * one a group, of rates that are no factors, or NULL. */
     const char *const *groups;
@@ -1802,7 +1946,9 @@ typedef struct pk_train_result {
 
 /* weights (P): in w_0, out w_S.
  *
- *     g = sum over the batch of grad l_i(w_s) / |B_s|;  w_{s+1} = w_s + D_s(clip(g))
+ *     g = sum over the batch of c_i grad l_i(w_s);  w_{s+1} = w_s + D_s(clip(g))
+ *
+ * c_i = 1 / |B_s|, or with class weights or ignore_index what pk_criterion_mean gives, which is recorded then.
  *
  * Mini-batches are consecutive slices of an epoch's permutation, the last one smaller. The progress
  * callback of the context is called after each step. Parallel inside a batch.
@@ -2555,8 +2701,8 @@ typedef struct pk_sensitivity {
 
 /* Of one row x (1 x D) of inputs. *out is zeroed first; release it also after PK_NOT_CLOSED: computed, but the closure exceeds
  * the tolerance. Cost a step: D products of second order at each node, and 2 D P flops an example of the batch. Memory: the
- * results, about 6 D P numbers, B P for a batch of B (at most 64 at a time), and, for adam and adamw, P a step for their
- * preconditioners. PK_UNSUPPORTED: inputs that are tokens; operations without second derivatives, as pk_hessian_product;
+ * results, about 6 D P numbers, B P for a batch of B (at most 64 at a time), and, for optimizers that divide by moments of the gradients, P a
+ * step for their preconditioners. PK_UNSUPPORTED: inputs that are tokens; operations without second derivatives, as pk_hessian_product;
  * surrogate gradients. PK_ARGUMENT, PK_SHAPE, PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT, PK_NOT_FINITE, PK_CANCELLED; *out has no
  * arrays then. */
 PK_API PK__MUST_USE pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_matrix input,
@@ -2579,7 +2725,7 @@ PK__END_C
  *     loss_path     grad l(w_s + t D_s, z), both (Chen et al. 2023)                                sum of eta_s
  *     tracin        grad l(w_s, z); on the right, training row i times c_{s,i} (Pruthi et al. 2020)  sum of eta_s
  *
- * J = df/dw; eta_s is the learning rate times the factor of clipping, whatever the optimizer; c_{s,i} is the weight of example
+ * J = df/dw; eta_s is the learning rate times the factor of clipping, whatever the optimizer, maximize included; c_{s,i} is the weight of example
  * i's loss in step s, 0 where it is not in the batch. The training rows of the run are a side of their own (NULL): rows
  * of a file with the same numbers are test rows. epk of a test and a training row moves the test row alone, of two test rows
  * both at the same t, of two training rows neither. It is one feature map, hence without negative eigenvalues, and
@@ -2749,7 +2895,8 @@ PK__END_C
  *     contribution_c(x, i) = - integral sum_c' K^g_cc'(x, x_i) dl_i/df_c' dt,
  * which for networks with several outputs is the only form; then a_i,c is contribution_c / K^p_cc. A recorded run takes finite
  * steps, so that dt is eta_s along each step, and l_i has the weight c_{s,i}: the sum misses f(w_S, x) at first order in the
- * rate. The exact decomposition (pk_decompose) does not.
+ * rate. The exact decomposition (pk_decompose) does not. Of a run with maximize=1, which goes up its gradients, both
+ * contributions and a_i have the opposite sign.
  */
 PK__BEGIN_C
 
@@ -2764,7 +2911,8 @@ typedef struct pk_domingos {
 /* For the test rows `inputs` (M of them) and all N training rows; quadrature as in pk_kernel_options (zeroed: auto), tolerance 0:
  * 1e-10. The caller has set the pointers of *result.
  * Statuses of pk_kernels; PK_UNSUPPORTED: the result is complete, but some a_i are undefined, since the path kernel vanishes there
- * (within 1e-12 of its largest entry); the message names the first. */
+ * (within 1e-12 of its largest entry); the message names the first; or nothing is computed, since maximize is not the same for all
+ * parameter groups that are trained: there is no one sign then. */
 PK_API PK__MUST_USE pk_status pk_kernel_domingos(pk_context *context, const pk_run *run,
                                                  const pk_dataset *inputs, pk_quadrature quadrature,
                                                  double tolerance, pk_domingos *result);
@@ -3261,15 +3409,16 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
 PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
-PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
-                                    size_t first, pk__example_workspace *workspace, pk_real *gradient);
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
+                                    const pk_criterion *criterion, const pk_real *weights,
+                                    const pk_dataset *data, const pk_batch *batch, size_t first,
+                                    pk__example_workspace *workspace, pk_real *gradient);
 /* The same with the losses' gradients with respect to the outputs at other weights, seeds_at: sum_k (dl_b/df_k at seeds_at)
  * (df_k/dw at weights). */
-PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                          const pk_real *seeds_at, const pk_real *weights,
-                                          const pk_dataset *data, const pk_batch *batch, size_t first,
-                                          pk__example_workspace *workspace, pk_real *gradient);
+PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph,
+                                          const pk_criterion *criterion, const pk_real *seeds_at,
+                                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                          size_t first, pk__example_workspace *workspace, pk_real *gradient);
 
 /* pathkernel/features/gram.h: internals */
 typedef enum pk__seeds {
@@ -3289,14 +3438,14 @@ typedef struct pk__gram_rows_of {
     pk__seeds seeds;
     size_t output;          /* PK__SEEDS_ONE */
     const int64_t *labels;  /* PK__SEEDS_LABEL: one a row */
-    const pk_real *targets; /* PK__SEEDS_LOSS: C a row, as pk_loss_targets gives them */
+    const pk_real *targets; /* PK__SEEDS_LOSS: C a row, as pk_criterion_targets gives them */
 } pk__gram_rows_of;
 
 typedef struct pk__gram_request {
     const char *name; /* for messages */
     const pk_graph *graph;
-    pk_loss loss;     /* PK__SEEDS_LOSS */
-    int summed;       /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
+    const pk_criterion *criterion; /* PK__SEEDS_LOSS */
+    int summed;                    /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
     int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
@@ -3473,6 +3622,7 @@ typedef struct pk__window {
     int preconditioned; /* each parameter is scaled on its own: by the optimiser, or since there are parameter groups */
     int adaptive;  /* the optimiser's second moments scale it */
     int decoupled; /* with groups: `decayed` is what their decoupled decay takes; else a part of the gradients */
+    size_t moments;    /* the state vector that recorded second moments take the place of */
     size_t form_count; /* forms of a step: of tensors in no group, then of each group */
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
@@ -3540,9 +3690,9 @@ typedef struct pk__along {
     pk_context *context;
     const char *name;
     const pk_graph *graph;
-    pk_loss loss;
-    const pk_real *w, *next; /* P: the ends of the step, the caller's */
-    pk_real *direction;      /* P: next - w; pk__along_begin */
+    const pk_criterion *criterion; /* of the features that are losses */
+    const pk_real *w, *next;       /* P: the ends of the step, the caller's */
+    pk_real *direction;            /* P: next - w; pk__along_begin */
     /* Of the call: */
     int summed, by_layer;
     pk_quadrature rule;
@@ -3786,6 +3936,17 @@ PK__PRIVATE int pk__number(const char *text, size_t length, double *value)
         return 0;
     *value = parsed;
     return 1;
+}
+
+/* The shortest text from which pk__number reads the same bits, in at most 48 bytes. */
+PK__PRIVATE void pk__number_text(double value, char *text, size_t size)
+{
+    double back;
+    for (int digits = 15; digits <= 17; digits++) {
+        pk__print(text, size, "%.*g", digits, value);
+        if (pk__number(text, strlen(text), &back) && back == value)
+            break;
+    }
 }
 
 /* 1 and *product = a * b, or 0 on overflow. */
@@ -14044,10 +14205,12 @@ PK__END_COLD_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* ---- rules: value, and the gradient where it is not NULL; gradient may be f ---------------------------- */
+/* ---- rules: value, and the gradient where it is not NULL; gradient may be f. c: the options --------------- */
 
-static double pk__squared(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+static double pk__squared(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                          pk_real *gradient)
 {
+    (void)c;
     double sum = 0;
     for (size_t j = 0; j < outputs; j++) {
         double d = (double)f[j] - y[j];
@@ -14058,8 +14221,10 @@ static double pk__squared(size_t outputs, const pk_real *f, const pk_real *y, pk
     return sum / 2;
 }
 
-static double pk__mean_squared(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+static double pk__mean_squared(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                               pk_real *gradient)
 {
+    (void)c;
     double sum = 0, factor = 2 / (double)outputs;
     for (size_t j = 0; j < outputs; j++) {
         double d = (double)f[j] - y[j];
@@ -14072,8 +14237,10 @@ static double pk__mean_squared(size_t outputs, const pk_real *f, const pk_real *
 
 /* With Z = 1 + rest after the largest output is subtracted: log Z = log1p(rest), and 1 - p = rest / Z for
  * the largest, so that nothing cancels where the network is sure. */
-static double pk__softmax_cross_entropy(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+static double pk__softmax_cross_entropy(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                        const pk_real *y, pk_real *gradient)
 {
+    (void)c;
     size_t top = 0;
     for (size_t j = 1; j < outputs; j++)
         if (f[j] > f[top])
@@ -14105,20 +14272,30 @@ static double pk__softmax_cross_entropy(size_t outputs, const pk_real *f, const 
     return value + total * log1p(rest);
 }
 
-static double pk__logistic(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+/* Of output j, where its target is 1. */
+static double pk__positive_weight(const pk_criterion *c, size_t j)
+{
+    return c->weight ? c->weight[c->weight_count > 1 ? j : 0] : 1;
+}
+
+static double pk__logistic(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                           pk_real *gradient)
 {
     double sum = 0, count = (double)outputs;
     for (size_t j = 0; j < outputs; j++) {
         double x = f[j], t = y[j], e = exp(-fabs(x)), tail = e / (1 + e); /* sigmoid(-|x|) */
-        sum += (x > 0 ? (1 - t) * x : -t * x) + log1p(e);
-        if (gradient) /* sigmoid(x) - t without cancelling at t = 0 or 1 */
-            gradient[j] = (pk_real)((x > 0 ? (1 - t) - tail : tail - t) / count);
+        const double positive = pk__positive_weight(c, j), both = 1 + (positive - 1) * t;
+        sum += (x > 0 ? (1 - t) * x : -positive * t * x) + both * log1p(e);
+        if (gradient) /* both sigmoid(x) - positive t without cancelling at t = 0 or 1 */
+            gradient[j] = (pk_real)((x > 0 ? (1 - t) - both * tail : both * tail - positive * t) / count);
     }
     return sum / count;
 }
 
-static double pk__nll(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+static double pk__nll(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                      pk_real *gradient)
 {
+    (void)c;
     double sum = 0;
     for (size_t j = 0; j < outputs; j++) {
         if (y[j] != 0)
@@ -14129,20 +14306,30 @@ static double pk__nll(size_t outputs, const pk_real *f, const pk_real *y, pk_rea
     return sum;
 }
 
-static double pk__huber(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+/* Where it becomes linear: delta of HuberLoss, beta of SmoothL1Loss. */
+static double pk__huber_edge(const pk_criterion *c)
 {
+    return c->delta > 0 ? c->delta : c->beta > 0 ? c->beta : 1;
+}
+
+static double pk__huber(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                        pk_real *gradient)
+{
+    const double edge = pk__huber_edge(c), beta = c->beta > 0 ? c->beta : 1, slope = edge / beta;
     double sum = 0, factor = 1 / (double)outputs;
     for (size_t j = 0; j < outputs; j++) {
         double d = (double)f[j] - y[j], size = fabs(d);
-        sum += size < 1 ? 0.5 * d * d : size - 0.5;
+        sum += size < edge ? 0.5 * d * (d / beta) : slope * (size - 0.5 * edge);
         if (gradient)
-            gradient[j] = (pk_real)(d <= -1 ? -factor : d >= 1 ? factor : factor * d);
+            gradient[j] = (pk_real)(factor * (d <= -edge ? -slope : d >= edge ? slope : d / beta));
     }
     return sum / (double)outputs;
 }
 
-static double pk__hinge(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient)
+static double pk__hinge(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                        pk_real *gradient)
 {
+    (void)c;
     if (outputs == 1) {
         double z = 1 - (double)y[0] * f[0];
         if (gradient)
@@ -14167,19 +14354,74 @@ static double pk__hinge(size_t outputs, const pk_real *f, const pk_real *y, pk_r
     return sum / (double)outputs;
 }
 
+static double pk__l1(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                     pk_real *gradient)
+{
+    double sum = 0, factor = 1 / (double)outputs;
+    (void)c;
+    for (size_t j = 0; j < outputs; j++) {
+        const double d = (double)f[j] - y[j];
+        sum += fabs(d);
+        if (gradient)
+            gradient[j] = (pk_real)(d > 0 ? factor : d < 0 ? -factor : d); /* 0, or NaN */
+    }
+    return sum / (double)outputs;
+}
+
+static double pk__kl_div(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                         pk_real *gradient)
+{
+    double sum = 0;
+    for (size_t j = 0; j < outputs; j++) {
+        const double mass = c->log_target ? exp(y[j]) : y[j];
+        if (mass != 0)
+            sum += mass * ((c->log_target ? (double)y[j] : log(mass)) - f[j]);
+        if (gradient)
+            gradient[j] = (pk_real)-mass;
+    }
+    return sum;
+}
+
+/* The least divisor of BCELoss's gradient: 1e-12 in single precision, for float64 as well. */
+#define PK__LEAST_SPREAD ((double)1e-12f)
+
+/* torch.nn.BCELoss on probabilities: logarithms from -100 on, and no division by less than 1e-12. */
+static double pk__binary_cross_entropy(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                       const pk_real *y, pk_real *gradient)
+{
+    double sum = 0, count = (double)outputs;
+    (void)c;
+    for (size_t j = 0; j < outputs; j++) {
+        const double p = f[j], t = y[j], spread = p * (1 - p);
+        if (!(p >= 0 && p <= 1)) { /* it is not defined there */
+            sum = (double)NAN;
+            if (gradient)
+                gradient[j] = (pk_real)NAN;
+            continue;
+        }
+        const double yes = log(p), no = log1p(-p);
+        sum -= t * (yes > -100 ? yes : -100) + (1 - t) * (no > -100 ? no : -100);
+        if (gradient)
+            gradient[j] = (pk_real)((p - t) / (spread > PK__LEAST_SPREAD ? spread : PK__LEAST_SPREAD) / count);
+    }
+    return sum / count;
+}
+
 /* ---- products with the Hessian; product may be v ------------------------------------------------------- */
 
-static void pk__squared_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
-                                pk_real *product)
+static void pk__squared_hessian(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                                const pk_real *v, pk_real *product)
 {
+    (void)c;
     (void)f, (void)y;
     for (size_t j = 0; j < outputs; j++)
         product[j] = v[j];
 }
 
-static void pk__mean_squared_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
-                                     pk_real *product)
+static void pk__mean_squared_hessian(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                                     const pk_real *v, pk_real *product)
 {
+    (void)c;
     const double factor = 2 / (double)outputs;
     (void)f, (void)y;
     for (size_t j = 0; j < outputs; j++)
@@ -14187,9 +14429,10 @@ static void pk__mean_squared_hessian(size_t outputs, const pk_real *f, const pk_
 }
 
 /* sum_k y_k (diag p - p p^T) v, from the differences to the largest output's v: small where the network is sure. */
-static void pk__softmax_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
-                                pk_real *product)
+static void pk__softmax_hessian(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                                const pk_real *v, pk_real *product)
 {
+    (void)c;
     size_t top = 0;
     for (size_t j = 1; j < outputs; j++)
         if (f[j] > f[top])
@@ -14209,29 +14452,44 @@ static void pk__softmax_hessian(size_t outputs, const pk_real *f, const pk_real 
     }
 }
 
-static void pk__logistic_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
-                                 pk_real *product)
+static void pk__logistic_hessian(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                                 const pk_real *v, pk_real *product)
 {
-    (void)y;
     for (size_t j = 0; j < outputs; j++) {
         const double e = exp(-fabs(f[j])), tail = e / (1 + e);
-        product[j] = (pk_real)(tail * (1 - tail) / (double)outputs * v[j]);
+        const double both = 1 + (pk__positive_weight(c, j) - 1) * y[j];
+        product[j] = (pk_real)(both * tail * (1 - tail) / (double)outputs * v[j]);
     }
 }
 
-/* nll and hinge: (piecewise) linear. */
-static void pk__no_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
-                           pk_real *product)
+/* nll, kl_div, l1 and hinge: (piecewise) linear. */
+static void pk__no_hessian(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                           const pk_real *v, pk_real *product)
 {
+    (void)c;
     (void)f, (void)y, (void)v;
     memset(product, 0, outputs * sizeof *product);
 }
 
-static void pk__huber_hessian(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v,
-                              pk_real *product)
+static void pk__huber_hessian(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                              const pk_real *v, pk_real *product)
 {
+    const double edge = pk__huber_edge(c), inside = 1 / (c->beta > 0 ? c->beta : 1) / (double)outputs;
     for (size_t j = 0; j < outputs; j++)
-        product[j] = fabs((double)f[j] - y[j]) < 1 ? (pk_real)(v[j] / (double)outputs) : 0;
+        product[j] = fabs((double)f[j] - y[j]) < edge ? (pk_real)(inside * v[j]) : 0;
+}
+
+/* Of the gradient as it is computed: it is linear where its divisor is 1e-12. */
+static void pk__binary_cross_entropy_hessian(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                             const pk_real *y, const pk_real *v, pk_real *product)
+{
+    (void)c;
+    for (size_t j = 0; j < outputs; j++) {
+        const double p = f[j], t = y[j], spread = p * (1 - p);
+        const double second =
+            spread > PK__LEAST_SPREAD ? t / (p * p) + (1 - t) / ((1 - p) * (1 - p)) : 1 / PK__LEAST_SPREAD;
+        product[j] = (pk_real)(second / (double)outputs * v[j]);
+    }
 }
 
 /* ---- checks of targets: NULL, or the words for what is required ------------------------------------- */
@@ -14270,13 +14528,28 @@ static const char *pk__accept_class(size_t outputs, const pk_real *y)
     return ones == 1 && ones + zeros == outputs ? NULL : "one 1 and otherwise 0";
 }
 
+enum {
+    PK__LABEL_SMOOTHING = 1,
+    PK__IGNORE_INDEX = 2,
+    PK__DELTA = 4,
+    PK__BETA = 8,
+    PK__LOG_TARGET = 16,
+    PK__WEIGHT = 32,
+    PK__POS_WEIGHT = 64,
+    PK__LOSS_LISTS = PK__WEIGHT | PK__POS_WEIGHT
+};
+
 typedef struct pk__loss_rule {
     pk_loss loss;
     const char *name;
-    double (*evaluate)(size_t outputs, const pk_real *f, const pk_real *y, pk_real *gradient);
-    void (*curvature)(size_t outputs, const pk_real *f, const pk_real *y, const pk_real *v, pk_real *product);
+    double (*evaluate)(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                       pk_real *gradient);
+    void (*curvature)(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                      const pk_real *v, pk_real *product);
     const char *(*accept)(size_t outputs, const pk_real *y);
-    int classes; /* integer targets are classes even with one output */
+    const char *domain; /* what its outputs must be, if anything */
+    int classes;        /* integer targets are classes even with one output */
+    unsigned options;   /* those it takes */
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
@@ -14295,28 +14568,46 @@ static const pk__loss_rule pk__losses[] = {
      .evaluate = pk__softmax_cross_entropy,
      .curvature = pk__softmax_hessian,
      .accept = pk__accept_masses,
-     .classes = 1},
+     .classes = 1,
+     .options = PK__LABEL_SMOOTHING | PK__IGNORE_INDEX | PK__WEIGHT},
     {.loss = PK_LOGISTIC,
      .name = "logistic",
      .evaluate = pk__logistic,
      .curvature = pk__logistic_hessian,
-     .accept = pk__accept_probabilities},
+     .accept = pk__accept_probabilities,
+     .options = PK__POS_WEIGHT},
     {.loss = PK_NLL,
      .name = "nll",
      .evaluate = pk__nll,
      .curvature = pk__no_hessian,
      .accept = pk__accept_masses,
-     .classes = 1},
+     .classes = 1,
+     .options = PK__IGNORE_INDEX | PK__WEIGHT},
     {.loss = PK_HUBER,
      .name = "huber",
      .evaluate = pk__huber,
      .curvature = pk__huber_hessian,
-     .accept = pk__accept_any},
+     .accept = pk__accept_any,
+     .options = PK__DELTA | PK__BETA},
     {.loss = PK_HINGE,
      .name = "hinge",
      .evaluate = pk__hinge,
      .curvature = pk__no_hessian,
      .accept = pk__accept_class},
+    {.loss = PK_L1, .name = "l1", .evaluate = pk__l1, .curvature = pk__no_hessian, .accept = pk__accept_any},
+    {.loss = PK_KL_DIV,
+     .name = "kl_div",
+     .evaluate = pk__kl_div,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_masses,
+     .classes = 1,
+     .options = PK__LOG_TARGET},
+    {.loss = PK_BINARY_CROSS_ENTROPY,
+     .name = "binary_cross_entropy",
+     .evaluate = pk__binary_cross_entropy,
+     .curvature = pk__binary_cross_entropy_hessian,
+     .accept = pk__accept_probabilities,
+     .domain = "binary_cross_entropy takes outputs in [0, 1], such as those of sigmoid"},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
@@ -14333,7 +14624,7 @@ PK_API pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *l
 {
     if (!name || !loss)
         return pk__fail(context, PK_ARGUMENT, "loss: the name or the place for the loss is NULL");
-    char names[128] = "";
+    char names[192] = "";
     for (int i = 0; i < PK__LOSSES; i++) {
         if (strcmp(pk__losses[i].name, name) == 0) {
             *loss = pk__losses[i].loss;
@@ -14351,66 +14642,314 @@ PK_API const char *pk_loss_name(pk_loss loss)
     return rule ? rule->name : "unknown";
 }
 
-PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
+/* A loss with PyTorch's defaults. */
+PK__PRIVATE pk_criterion pk__criterion_of(pk_loss loss)
 {
-    const pk__loss_rule *rule = pk__loss_find(loss);
-    return rule ? rule->evaluate(outputs, f, target, NULL) : (double)NAN;
+    pk_criterion criterion;
+    memset(&criterion, 0, sizeof criterion);
+    criterion.loss = loss;
+    return criterion;
 }
 
-PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
-                             pk_real *gradient)
+PK_API double pk_criterion_value(const pk_criterion *criterion, size_t outputs, const pk_real *f,
+                                 const pk_real *target)
 {
-    const pk__loss_rule *rule = pk__loss_find(loss);
+    const pk__loss_rule *rule = pk__loss_find(criterion->loss);
+    return rule ? rule->evaluate(criterion, outputs, f, target, NULL) : (double)NAN;
+}
+
+PK_API void pk_criterion_gradient(const pk_criterion *criterion, size_t outputs, const pk_real *f,
+                                  const pk_real *target, pk_real *gradient)
+{
+    const pk__loss_rule *rule = pk__loss_find(criterion->loss);
     if (rule)
-        rule->evaluate(outputs, f, target, gradient);
+        rule->evaluate(criterion, outputs, f, target, gradient);
     else
         for (size_t j = 0; j < outputs; j++)
             gradient[j] = (pk_real)NAN;
 }
 
-PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
-                                    const pk_real *direction, pk_real *product)
+PK_API void pk_criterion_hessian_product(const pk_criterion *criterion, size_t outputs, const pk_real *f,
+                                         const pk_real *target, const pk_real *direction, pk_real *product)
 {
-    const pk__loss_rule *rule = pk__loss_find(loss);
+    const pk__loss_rule *rule = pk__loss_find(criterion->loss);
     if (rule)
-        rule->curvature(outputs, f, target, direction, product);
+        rule->curvature(criterion, outputs, f, target, direction, product);
     else
         for (size_t j = 0; j < outputs; j++)
             product[j] = (pk_real)NAN;
 }
 
-/* ---- targets ------------------------------------------------------------------------------------------ */
-
-/* The target of one row as outputs numbers. A class out of range gives zeros. */
-PK__PRIVATE void pk__loss_target(const pk__loss_rule *rule, const pk_array *targets, size_t row, size_t outputs,
-                                 pk_real *target)
+PK_API double pk_loss_value(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target)
 {
-    if (!pk__is_labels(targets)) {
-        pk_array_reals(targets, row * outputs, outputs, target);
-        return;
-    }
-    const int64_t label = pk__label(targets, row);
-    if (outputs == 1 && !rule->classes)
-        target[0] = (pk_real)label;
-    else
-        for (size_t j = 0; j < outputs; j++)
-            target[j] = label == (int64_t)j;
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_criterion_value(&criterion, outputs, f, target);
 }
 
-static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_array *targets,
-                                     size_t outputs, pk_real *target)
+PK_API void pk_loss_gradient(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                             pk_real *gradient)
+{
+    const pk_criterion criterion = pk__criterion_of(loss);
+    pk_criterion_gradient(&criterion, outputs, f, target, gradient);
+}
+
+PK_API void pk_loss_hessian_product(pk_loss loss, size_t outputs, const pk_real *f, const pk_real *target,
+                                    const pk_real *direction, pk_real *product)
+{
+    const pk_criterion criterion = pk__criterion_of(loss);
+    pk_criterion_hessian_product(&criterion, outputs, f, target, direction, product);
+}
+
+/* ---- options ------------------------------------------------------------------------------------------ */
+
+typedef struct pk__loss_option {
+    unsigned option;
+    const char *name, *asked; /* what a value must be */
+} pk__loss_option;
+
+static const pk__loss_option pk__loss_options[] = {
+    {.option = PK__LABEL_SMOOTHING, .name = "label_smoothing", .asked = "in [0, 1]"},
+    {.option = PK__IGNORE_INDEX, .name = "ignore_index", .asked = "a whole number"},
+    {.option = PK__DELTA, .name = "delta", .asked = "finite and > 0"},
+    {.option = PK__BETA, .name = "beta", .asked = "finite and > 0 (0 is the loss l1)"},
+    {.option = PK__LOG_TARGET, .name = "log_target", .asked = "0 or 1"},
+    {.option = PK__WEIGHT, .name = "weight", .asked = "finite and >= 0"},
+    {.option = PK__POS_WEIGHT, .name = "pos_weight", .asked = "finite and >= 0"},
+};
+
+enum { PK__LOSS_OPTIONS = (int)(sizeof pk__loss_options / sizeof pk__loss_options[0]) };
+
+/* Number i of an option; *count: how many it has, 0: it is not stated. */
+static double pk__option_get(const pk_criterion *c, unsigned option, size_t i, size_t *count)
+{
+    const double value = option == PK__LABEL_SMOOTHING      ? c->label_smoothing
+                         : option == PK__IGNORE_INDEX       ? (double)c->ignore_index
+                         : option == PK__DELTA              ? c->delta
+                         : option == PK__BETA               ? c->beta
+                         : option == PK__LOG_TARGET         ? (double)c->log_target
+                         : c->weight && i < c->weight_count ? c->weight[i]
+                                                            : 0;
+    *count = option == PK__IGNORE_INDEX ? c->ignores != 0
+             : option & PK__LOSS_LISTS  ? (c->weight ? c->weight_count : 0)
+                                        : value != 0;
+    return value;
+}
+
+static int pk__option_good(unsigned option, double value)
+{
+    switch (option) {
+    case PK__LABEL_SMOOTHING: return value >= 0 && value <= 1;
+    case PK__IGNORE_INDEX: return fabs(value) < 9007199254740992.0 && floor(value) == value;
+    case PK__LOG_TARGET: return value == 0 || value == 1;
+    case PK__DELTA:
+    case PK__BETA: return isfinite(value) && value > 0;
+    default: return isfinite(value) && value >= 0;
+    }
+}
+
+/* Are the options in range? Those of other losses are not read. */
+static pk_status pk__criterion_options(pk_context *context, const pk__loss_rule *rule, const pk_criterion *c)
+{
+    for (int k = 0; k < PK__LOSS_OPTIONS; k++) {
+        const pk__loss_option *option = &pk__loss_options[k];
+        size_t count = 1;
+        for (size_t i = 0; rule->options & option->option && i < count; i++) {
+            const double value = pk__option_get(c, option->option, i, &count);
+            if (count && !pk__option_good(option->option, value))
+                return pk__fail(context, PK_ARGUMENT, "loss %s: %s is %.17g; it must be %s", rule->name,
+                                option->name, value, option->asked);
+        }
+    }
+    if (rule->options & PK__DELTA && c->delta != 0 && c->beta != 0)
+        return pk__fail(context, PK_ARGUMENT,
+                        "loss %s: delta (HuberLoss) and beta (SmoothL1Loss) exclude each other", rule->name);
+    return PK_OK;
+}
+
+/* name=value or name=value,value,...: one word of `length` bytes. seen: the options before it. */
+static pk_status pk__criterion_word(pk_context *context, const pk__loss_rule *rule, const char *text,
+                                    size_t length, pk_criterion *c, double *numbers, unsigned *seen)
+{
+    const size_t name = strcspn(text, "= \t");
+    const int shown = (int)pk__min(length, 40);
+    const pk__loss_option *option = NULL;
+    for (int k = 0; k < PK__LOSS_OPTIONS; k++)
+        if (rule->options & pk__loss_options[k].option && strlen(pk__loss_options[k].name) == name &&
+            strncmp(pk__loss_options[k].name, text, name) == 0)
+            option = &pk__loss_options[k];
+    if (!option)
+        return pk__fail(context, PK_FORMAT, "loss %s: '%.*s' is not one of its options", rule->name, shown,
+                        text);
+    if (*seen & option->option)
+        return pk__fail(context, PK_FORMAT, "loss %s: '%.*s' gives %s a second time", rule->name, shown, text,
+                        option->name);
+    *seen |= option->option;
+    const int list = (option->option & PK__LOSS_LISTS) != 0;
+    size_t at = name + 1, count = 0;
+    for (int more = text[name] == '='; more; more = text[at - 1] == ',') {
+        const size_t digits = list ? strcspn(text + at, ", \t") : length - at;
+        double value = 0;
+        if (!pk__number(text + at, digits, &value))
+            break;
+        if (!pk__option_good(option->option, value))
+            return pk__fail(context, PK_ARGUMENT, "loss %s: %s is %.17g; it must be %s", rule->name,
+                            option->name, value, option->asked);
+        switch (option->option) {
+        case PK__LABEL_SMOOTHING: c->label_smoothing = value; break;
+        case PK__IGNORE_INDEX: c->ignores = 1, c->ignore_index = (int64_t)value; break;
+        case PK__DELTA: c->delta = value; break;
+        case PK__BETA: c->beta = value; break;
+        case PK__LOG_TARGET: c->log_target = value != 0; break;
+        default: numbers[count] = value;
+        }
+        count++;
+        at += digits + 1;
+    }
+    if (!count || at != length + 1)
+        return pk__fail(context, PK_FORMAT, "loss %s: '%.*s' is not %s=number%s", rule->name, shown, text,
+                        option->name, list ? ",number,..." : "");
+    if (list)
+        c->weight = numbers, c->weight_count = count;
+    return PK_OK;
+}
+
+PK_API pk_status pk_criterion_parse(pk_context *context, const char *text, pk_criterion *criterion)
+{
+    const char *space = " \t";
+    char name[48];
+    if (!text || !criterion)
+        return pk__fail(context, PK_ARGUMENT, "loss: the text or the place for the loss is NULL");
+    text += strspn(text, space);
+    size_t length = strcspn(text, space), commas = 1;
+    snprintf(name, sizeof name, "%.*s", (int)pk__min(length, sizeof name - 1), text);
+    pk_criterion parsed = pk__criterion_of((pk_loss)0);
+    pk_status status = pk_loss_parse(context, name, &parsed.loss);
+    if (status)
+        return status;
+    const pk__loss_rule *rule = pk__loss_find(parsed.loss);
+    double *numbers = NULL;
+    for (const char *at = text; *at; at++)
+        commas += *at == ',';
+    if (strstr(text + length, "weight=")) /* a list, of at most that many numbers */
+        status = pk_allocate(context, commas, sizeof *numbers, "the weights of the loss", &numbers);
+    unsigned seen = 0;
+    for (text += length, text += strspn(text, space); !status && *text;
+         text += length, text += strspn(text, space)) {
+        length = strcspn(text, space);
+        status = pk__criterion_word(context, rule, text, length, &parsed, numbers, &seen);
+    }
+    if (!status)
+        status = pk__criterion_options(context, rule, &parsed);
+    if (status || !parsed.weight) {
+        pk_release(context, numbers);
+        numbers = NULL;
+    }
+    parsed.memory = numbers;
+    if (!status)
+        *criterion = parsed;
+    return status;
+}
+
+PK_API void pk_criterion_release(pk_context *context, pk_criterion *criterion)
+{
+    if (!criterion)
+        return;
+    pk_release(context, criterion->memory);
+    memset(criterion, 0, sizeof *criterion);
+}
+
+/* Adds to a text that is cut off at size bytes; *used: of the whole text. */
+static void pk__add_text(char *text, size_t size, size_t *used, const char *more)
+{
+    for (size_t length = strlen(more), i = 0; i <= length; i++)
+        if (*used + i < size)
+            text[*used + i] = i + 1 + *used == size ? '\0' : more[i];
+    *used += strlen(more);
+}
+
+PK_API size_t pk_criterion_format(const pk_criterion *criterion, char *text, size_t size)
+{
+    const pk__loss_rule *rule = criterion ? pk__loss_find(criterion->loss) : NULL;
+    size_t used = 0;
+    if (!rule)
+        return 0;
+    pk__add_text(text, size, &used, rule->name);
+    for (int k = 0; k < PK__LOSS_OPTIONS; k++) {
+        const pk__loss_option *option = &pk__loss_options[k];
+        size_t count = 1;
+        for (size_t i = 0; rule->options & option->option && i < count; i++) {
+            char number[48];
+            const double value = pk__option_get(criterion, option->option, i, &count);
+            if (!count)
+                break;
+            pk__number_text(value, number, sizeof number);
+            pk__add_text(text, size, &used, i ? "," : " ");
+            pk__add_text(text, size, &used, i ? "" : option->name);
+            pk__add_text(text, size, &used, i ? "" : "=");
+            pk__add_text(text, size, &used, number);
+        }
+    }
+    return used + 1;
+}
+
+/* ---- targets ------------------------------------------------------------------------------------------ */
+
+/* Smoothing and class weights, in the masses that softmax_cross_entropy and nll take. */
+static void pk__weigh_masses(const pk__loss_rule *rule, const pk_criterion *c, size_t outputs, pk_real *target)
+{
+    const double smoothing = rule->options & PK__LABEL_SMOOTHING ? c->label_smoothing : 0;
+    const double *weight = rule->options & PK__WEIGHT ? c->weight : NULL;
+    if (smoothing == 0 && !weight)
+        return;
+    for (size_t j = 0; j < outputs; j++) {
+        const double mass = (1 - smoothing) * target[j] + smoothing / (double)outputs;
+        target[j] = (pk_real)(weight ? weight[j] * mass : mass);
+    }
+}
+
+static int pk__label_ignored(const pk__loss_rule *rule, const pk_criterion *c, int64_t label)
+{
+    return rule->options & PK__IGNORE_INDEX && c->ignores && label == c->ignore_index;
+}
+
+/* The target of one row as outputs numbers. A class out of range gives zeros. */
+PK__PRIVATE void pk__loss_target(const pk_criterion *c, const pk_array *targets, size_t row, size_t outputs,
+                                 pk_real *target)
+{
+    const pk__loss_rule *rule = pk__loss_find(c->loss);
+    if (!pk__is_labels(targets)) {
+        pk_array_reals(targets, row * outputs, outputs, target);
+    } else {
+        const int64_t label = pk__label(targets, row);
+        if (outputs == 1 && !rule->classes)
+            target[0] = (pk_real)label;
+        else
+            for (size_t j = 0; j < outputs; j++)
+                target[j] = label == (int64_t)j;
+        if (pk__label_ignored(rule, c, label)) {
+            memset(target, 0, outputs * sizeof *target);
+            return;
+        }
+    }
+    pk__weigh_masses(rule, c, outputs, target);
+}
+
+static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *rule, const pk_criterion *c,
+                                     const pk_array *targets, size_t outputs, pk_real *target)
 {
     const int labels = pk__is_labels(targets) && (outputs > 1 || rule->classes);
     for (size_t row = 0; row < targets->shape[0]; row++) {
         if (labels) {
             const int64_t label = pk__label(targets, row);
-            if (label < 0 || (uint64_t)label >= outputs)
+            if ((label < 0 || (uint64_t)label >= outputs) && !pk__label_ignored(rule, c, label))
                 return pk__fail(context, PK_ARGUMENT, "targets, row %zu: label %lld is not in [0, %zu)", row,
                                 (long long)label, outputs);
             continue;
         }
-        pk__loss_target(rule, targets, row, outputs, target);
-        const char *asked = rule->accept(outputs, target);
+        const pk_criterion plain = pk__criterion_of(c->loss);
+        pk__loss_target(&plain, targets, row, outputs, target);
+        const char *asked =
+            c->log_target && rule->options & PK__LOG_TARGET ? NULL : rule->accept(outputs, target);
         if (asked)
             return pk__fail(context, PK_ARGUMENT, "targets, row %zu: %s takes %s; the row starts with %g", row,
                             rule->name, asked, (double)target[0]);
@@ -14418,33 +14957,93 @@ static pk_status pk__loss_check_rows(pk_context *context, const pk__loss_rule *r
     return PK_OK;
 }
 
-PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_dataset *dataset, size_t outputs)
+PK_API pk_status pk_criterion_check(pk_context *context, const pk_criterion *criterion,
+                                    const pk_dataset *dataset, size_t outputs)
 {
-    const pk__loss_rule *rule = pk__loss_find(loss);
+    const pk__loss_rule *rule = criterion ? pk__loss_find(criterion->loss) : NULL;
     if (!rule)
-        return pk__fail(context, PK_ARGUMENT, "targets: %d is not a loss", (int)loss);
+        return pk__fail(context, PK_ARGUMENT, "targets: %d is not a loss",
+                        criterion ? (int)criterion->loss : 0);
     if (!dataset || outputs == 0)
         return pk__fail(context, PK_ARGUMENT, "targets: a dataset and at least one output are needed");
     pk_real *target = NULL;
-    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
+    pk_status status = pk__criterion_options(context, rule, criterion);
+    if (!status && rule->options & PK__LOSS_LISTS && criterion->weight && criterion->weight_count != outputs &&
+        !(rule->options & PK__POS_WEIGHT && criterion->weight_count == 1))
+        status =
+            pk__fail(context, PK_SHAPE, "loss %s: %s has %zu numbers for %zu outputs", rule->name,
+                     rule->options & PK__WEIGHT ? "weight" : "pos_weight", criterion->weight_count, outputs);
+    if (!status)
+        status = pk__dataset_check_targets(context, dataset, outputs);
+    const int labels = !status && pk__is_labels(&dataset->targets);
+    if (!status && !labels && rule->options & PK__IGNORE_INDEX && criterion->ignores)
+        status =
+            pk__fail(context, PK_ARGUMENT,
+                     "loss %s: ignore_index is a label, and the targets are numbers, not labels", rule->name);
+    if (labels && rule->options & PK__LOG_TARGET && criterion->log_target)
+        status = pk__fail(context, PK_ARGUMENT,
+                          "loss %s: log_target=1 takes logarithms of probabilities, and the targets are labels",
+                          rule->name);
     if (!status)
         status = pk_allocate(context, outputs, sizeof *target, "one target", &target);
     if (!status)
-        status = pk__loss_check_rows(context, rule, &dataset->targets, outputs, target);
+        status = pk__loss_check_rows(context, rule, criterion, &dataset->targets, outputs, target);
     pk_release(context, target);
     return status;
+}
+
+PK_API pk_status pk_loss_check(pk_context *context, pk_loss loss, const pk_dataset *dataset, size_t outputs)
+{
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_criterion_check(context, &criterion, dataset, outputs);
+}
+
+PK_API void pk_criterion_targets(const pk_criterion *criterion, const pk_dataset *dataset, const int64_t *items,
+                                 size_t count, size_t outputs, pk_real *targets)
+{
+    if (pk__loss_find(criterion->loss))
+        for (size_t b = 0; b < count; b++)
+            pk__loss_target(criterion, &dataset->targets, (size_t)items[b], outputs, targets + b * outputs);
 }
 
 PK_API void pk_loss_targets(pk_loss loss, const pk_dataset *dataset, const int64_t *items, size_t count,
                             size_t outputs, pk_real *targets)
 {
-    const pk__loss_rule *rule = pk__loss_find(loss);
-    if (rule)
-        for (size_t b = 0; b < count; b++)
-            pk__loss_target(rule, &dataset->targets, (size_t)items[b], outputs, targets + b * outputs);
+    const pk_criterion criterion = pk__criterion_of(loss);
+    pk_criterion_targets(&criterion, dataset, items, count, outputs, targets);
 }
 
-/* ---- the gradient of a batch -------------------------------------------------------------------------- */
+/* Whether a mean is over weights of labels. */
+PK__PRIVATE int pk__mean_is_weighted(const pk_criterion *c, const pk_array *targets)
+{
+    const pk__loss_rule *rule = pk__loss_find(c->loss);
+    return rule && pk__is_labels(targets) &&
+           ((rule->options & PK__WEIGHT && c->weight) || (rule->options & PK__IGNORE_INDEX && c->ignores));
+}
+
+PK_API void pk_criterion_mean(const pk_criterion *criterion, const pk_dataset *dataset, const int64_t *items,
+                              size_t count, double *weights)
+{
+    const pk__loss_rule *rule = pk__loss_find(criterion->loss);
+    double sum = (double)count;
+    if (pk__mean_is_weighted(criterion, &dataset->targets)) {
+        sum = 0;
+        for (size_t b = 0; b < count; b++) {
+            const int64_t label = pk__label(&dataset->targets, (size_t)items[b]);
+            if (!pk__label_ignored(rule, criterion, label))
+                sum += criterion->weight ? criterion->weight[label] : 1;
+        }
+    }
+    for (size_t b = 0; b < count; b++)
+        weights[b] = 1 / sum;
+}
+
+PK__END_CODE
+
+/* pathkernel/training/gradient.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
 
 typedef struct pk__gradient_lane {
     pk__tape tape;
@@ -14545,6 +15144,7 @@ PK_API void pk_gradient_release(pk_context *context, pk_gradient_workspace *work
 /* What all blocks of one call share. */
 typedef struct pk__gradient_job {
     const pk__loss_rule *rule;
+    const pk_criterion *criterion;
     const pk_real *weights;
     const pk_dataset *dataset;
     const pk_batch *batch;
@@ -14566,8 +15166,9 @@ static void pk__gradient_seed(const pk__gradient_job *job, pk__gradient_lane *la
     for (size_t row = 0; row < rows; row++, output += outputs, seed += outputs) {
         pk_real *target = lane->targets + row * outputs;
         double weight = batch->weights ? batch->weights[first + row] : 1 / (double)batch->count;
-        pk__loss_target(job->rule, &job->dataset->targets, (size_t)batch->items[first + row], outputs, target);
-        sum->objective += weight * job->rule->evaluate(outputs, output, target, seed);
+        pk__loss_target(job->criterion, &job->dataset->targets, (size_t)batch->items[first + row], outputs,
+                        target);
+        sum->objective += weight * job->rule->evaluate(job->criterion, outputs, output, target, seed);
         for (size_t j = 0; j < outputs; j++)
             seed[j] *= (pk_real)weight;
     }
@@ -14702,7 +15303,21 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
                                    const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
                                    pk_gradient_workspace *workspace, double *objective, pk_real *gradient)
 {
-    pk__gradient_job job = {pk__loss_find(loss), weights, dataset, batch, {0, 0, 0}};
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_batch_gradient_with(context, graph, &criterion, weights, dataset, batch, workspace, objective,
+                                  gradient);
+}
+
+PK_API pk_status pk_batch_gradient_with(pk_context *context, const pk_graph *graph,
+                                        const pk_criterion *criterion, const pk_real *weights,
+                                        const pk_dataset *dataset, const pk_batch *batch,
+                                        pk_gradient_workspace *workspace, double *objective, pk_real *gradient)
+{
+    pk__gradient_job job = {.rule = criterion ? pk__loss_find(criterion->loss) : NULL,
+                            .criterion = criterion,
+                            .weights = weights,
+                            .dataset = dataset,
+                            .batch = batch};
     pk_status status =
         pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
     if (status)
@@ -14763,8 +15378,9 @@ PK_API pk_status pk_batch_gradient(pk_context *context, const pk_graph *graph, p
                         "(example %lld)",
                         not_finite, (long long)batch->items[not_finite]);
     if (!isfinite(sum) || !finite)
-        return pk__fail(context, PK_NOT_FINITE, "gradient: the %s is not finite",
-                        isfinite(sum) ? "gradient" : "objective");
+        return pk__fail(context, PK_NOT_FINITE, "gradient: the %s is not finite%s%s",
+                        isfinite(sum) ? "gradient" : "objective", job.rule->domain ? "; " : "",
+                        job.rule->domain ? job.rule->domain : "");
     return PK_OK;
 }
 
@@ -14794,6 +15410,7 @@ typedef struct pk__sweep {
     const pk_dataset *dataset;
     const pk_batch *batch;
     const pk__loss_rule *rule;
+    const pk_criterion *criterion;
     size_t rows, copies; /* cotangents a row; 0: no reverse */
     int tangents, second;
     /* Computes the rows from `first` on, whose inputs are in the lane, and adds to sum if there is one. Returns the first with a
@@ -14965,9 +15582,9 @@ static void pk__sweep_seed(const pk__sweep *sweep, pk__sweep_lane *lane, size_t 
 {
     const size_t outputs = sweep->graph->output_width;
     if (sweep->rule) {
-        pk__loss_target(sweep->rule, &sweep->dataset->targets, (size_t)sweep->batch->items[row], outputs,
+        pk__loss_target(sweep->criterion, &sweep->dataset->targets, (size_t)sweep->batch->items[row], outputs,
                         lane->target);
-        const double value = sweep->rule->evaluate(outputs, f, lane->target, seed);
+        const double value = sweep->rule->evaluate(sweep->criterion, outputs, f, lane->target, seed);
         if (sweep->losses)
             sweep->losses[row] = value;
     } else {
@@ -15162,7 +15779,7 @@ static size_t pk__sweep_curvature(const pk__sweep *sweep, pk__sweep_lane *lane, 
         const pk_real *f = pk__pass_output(tape) + at;
         const double weight = batch->weights ? batch->weights[row] : 1.0 / (double)batch->count;
         pk__sweep_seed(sweep, lane, row, f, seeds + at);
-        sweep->rule->curvature(outputs, f, lane->target, tangents + at, bent + at);
+        sweep->rule->curvature(sweep->criterion, outputs, f, lane->target, tangents + at, bent + at);
         for (size_t c = 0; c < outputs; c++) {
             bent[at + c] *= (pk_real)weight;
             if (sweep->second)
@@ -15456,10 +16073,20 @@ PK_API pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, p
                                    const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
                                    double *losses, pk_matrix gradients)
 {
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_loss_gradients_with(context, graph, &criterion, weights, dataset, batch, losses, gradients);
+}
+
+PK_API pk_status pk_loss_gradients_with(pk_context *context, const pk_graph *graph,
+                                        const pk_criterion *criterion, const pk_real *weights,
+                                        const pk_dataset *dataset, const pk_batch *batch, double *losses,
+                                        pk_matrix gradients)
+{
     pk__sweep sweep;
     memset(&sweep, 0, sizeof sweep);
     sweep.name = "gradients";
-    sweep.rule = pk__loss_find(loss);
+    sweep.rule = criterion ? pk__loss_find(criterion->loss) : NULL;
+    sweep.criterion = criterion;
     pk_status status = pk__sweep_graph(context, sweep.name, graph, weights);
     if (!status)
         status = pk__batch_arguments(context, sweep.name, graph, sweep.rule, dataset, batch);
@@ -15485,14 +16112,15 @@ PK_API pk_status pk_loss_gradients(pk_context *context, const pk_graph *graph, p
 /* ---- second derivatives -------------------------------------------------------------------------------- */
 
 static pk_status pk__curvature_product(pk_context *context, const char *name, const pk_graph *graph,
-                                       pk_loss loss, const pk_real *weights, const pk_dataset *dataset,
-                                       const pk_batch *batch, const pk_real *direction, int second,
-                                       pk_real *product)
+                                       const pk_criterion *criterion, const pk_real *weights,
+                                       const pk_dataset *dataset, const pk_batch *batch,
+                                       const pk_real *direction, int second, pk_real *product)
 {
     pk__sweep sweep;
     memset(&sweep, 0, sizeof sweep);
     sweep.name = name;
-    sweep.rule = pk__loss_find(loss);
+    sweep.rule = criterion ? pk__loss_find(criterion->loss) : NULL;
+    sweep.criterion = criterion;
     pk_status status = pk__sweep_graph(context, name, graph, weights);
     if (!status)
         status = pk__batch_arguments(context, name, graph, sweep.rule, dataset, batch);
@@ -15526,7 +16154,17 @@ PK_API pk_status pk_hessian_product(pk_context *context, const pk_graph *graph, 
                                     const pk_real *weights, const pk_dataset *dataset, const pk_batch *batch,
                                     const pk_real *direction, pk_real *product)
 {
-    return pk__curvature_product(context, "hessian", graph, loss, weights, dataset, batch, direction, 1,
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk__curvature_product(context, "hessian", graph, &criterion, weights, dataset, batch, direction, 1,
+                                 product);
+}
+
+PK_API pk_status pk_hessian_product_with(pk_context *context, const pk_graph *graph,
+                                         const pk_criterion *criterion, const pk_real *weights,
+                                         const pk_dataset *dataset, const pk_batch *batch,
+                                         const pk_real *direction, pk_real *product)
+{
+    return pk__curvature_product(context, "hessian", graph, criterion, weights, dataset, batch, direction, 1,
                                  product);
 }
 
@@ -15534,8 +16172,18 @@ PK_API pk_status pk_gauss_newton_product(pk_context *context, const pk_graph *gr
                                          const pk_real *weights, const pk_dataset *dataset,
                                          const pk_batch *batch, const pk_real *direction, pk_real *product)
 {
-    return pk__curvature_product(context, "gauss_newton", graph, loss, weights, dataset, batch, direction, 0,
-                                 product);
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk__curvature_product(context, "gauss_newton", graph, &criterion, weights, dataset, batch, direction,
+                                 0, product);
+}
+
+PK_API pk_status pk_gauss_newton_product_with(pk_context *context, const pk_graph *graph,
+                                              const pk_criterion *criterion, const pk_real *weights,
+                                              const pk_dataset *dataset, const pk_batch *batch,
+                                              const pk_real *direction, pk_real *product)
+{
+    return pk__curvature_product(context, "gauss_newton", graph, criterion, weights, dataset, batch, direction,
+                                 0, product);
 }
 
 PK_API pk_status pk_mixed_product(pk_context *context, const pk_graph *graph, const pk_real *weights,
@@ -15655,8 +16303,13 @@ static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, doub
 
 static size_t pk__adam_state_vectors(const pk_optimizer *optimizer)
 {
-    (void)optimizer;
-    return 2;
+    return optimizer->amsgrad ? 3 : 2;
+}
+
+/* Which vector of the state it divides by. */
+static size_t pk__adam_moments(const pk_optimizer *optimizer)
+{
+    return optimizer->amsgrad ? 2 : 1;
 }
 
 /* lr / (1 - beta1^{s+1}) and 1 / sqrt(1 - beta2^{s+1}). */
@@ -15688,6 +16341,11 @@ static void pk__adam_step(const pk_optimizer *optimizer, const pk__update *call,
             v[i] = (pk_real)(beta2 * v[i] + blend2 * g * g);
             roots[i] = (double)v[i];
         }
+        for (size_t i = 0; optimizer->amsgrad && i < count; i++) {
+            pk_real *most = v + call->apart + i;
+            *most = v[i] > *most || v[i] != v[i] ? v[i] : *most;
+            roots[i] = (double)*most;
+        }
         if (!call->update)
             continue;
         pk_real *update = call->update + first;
@@ -15713,6 +16371,7 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
                                  pk_real *preconditioner)
 {
     double spread;
+    const pk_real *moments = state ? state + pk__adam_moments(optimizer) * apart : NULL;
     form->carry = optimizer->beta1;
     form->gain = 1 - optimizer->beta1;
     form->enter = 1;
@@ -15723,7 +16382,187 @@ static void pk__adam_linear_form(const pk_optimizer *optimizer, size_t step, dou
     if (preconditioner)
         for (size_t i = 0; i < count; i++)
             preconditioner[i] =
-                (pk_real)(form->rate / (sqrt((double)state[apart + i]) * spread + optimizer->epsilon));
+                (pk_real)(form->rate / (sqrt((double)moments[i]) * spread + optimizer->epsilon));
+}
+
+/* ---- rmsprop: v, then the buffer, then the mean gradient ------------------------------------------------ */
+
+static size_t pk__rmsprop_state_vectors(const pk_optimizer *optimizer)
+{
+    return 1 + (optimizer->momentum != 0) + (optimizer->centered != 0);
+}
+
+/* Recorded second moments would have to be in the buffer as well, and are no variance. */
+static size_t pk__rmsprop_moments(const pk_optimizer *optimizer)
+{
+    return optimizer->momentum != 0 || optimizer->centered ? SIZE_MAX : 0;
+}
+
+/* Its divisor at number i of a state. */
+static double pk__rmsprop_divisor(const pk_optimizer *optimizer, const pk_real *v, const pk_real *mean)
+{
+    const double variance = (double)*v - (mean ? (double)*mean * *mean : 0);
+    return sqrt(variance < 0 ? 0 : variance) + optimizer->epsilon;
+}
+
+static void pk__rmsprop_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const double scale = call->scale, decay = optimizer->weight_decay, alpha = optimizer->alpha,
+                 blend = 1 - alpha;
+    const double gain = blend < 0.5 ? blend : blend - 1; /* torch.lerp: from the end that is nearer */
+    pk_real *v = call->state, *buffer = optimizer->momentum != 0 ? v + call->apart : NULL;
+    pk_real *mean = optimizer->centered ? v + (buffer ? 2 : 1) * call->apart : NULL;
+    for (size_t i = 0; i < call->count; i++) {
+        const double g = scale * call->gradient[i] + decay * call->weights[i];
+        v[i] = (pk_real)(alpha * v[i] + blend * g * g);
+        if (mean)
+            mean[i] = (pk_real)((blend < 0.5 ? (double)mean[i] : g) + gain * (g - mean[i]));
+        double step = g / pk__rmsprop_divisor(optimizer, v + i, mean ? mean + i : NULL);
+        if (buffer)
+            step = buffer[i] = (pk_real)(optimizer->momentum * buffer[i] + step);
+        if (call->update)
+            call->update[i] = (pk_real)(-call->rate * step);
+    }
+}
+
+static void pk__rmsprop_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                    size_t apart, const pk_real *state, pk_linear_form *form,
+                                    pk_real *preconditioner)
+{
+    const int buffered = optimizer->momentum != 0;
+    const pk_real *mean = optimizer->centered && state ? state + (buffered ? 2 : 1) * apart : NULL;
+    (void)step;
+    form->before = buffered;
+    form->carry = optimizer->momentum;
+    form->gain = form->enter = buffered;
+    form->direct = !buffered;
+    form->coupled = optimizer->weight_decay;
+    form->preconditioned = 1;
+    form->rate = rate;
+    if (preconditioner)
+        for (size_t i = 0; i < count; i++)
+            preconditioner[i] = (pk_real)((buffered ? 1 : rate) /
+                                          pk__rmsprop_divisor(optimizer, state + i, mean ? mean + i : NULL));
+}
+
+/* ---- adagrad: the sum of squares ------------------------------------------------------------------------ */
+
+static size_t pk__adagrad_state_vectors(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return 1;
+}
+
+static size_t pk__adagrad_moments(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return 0;
+}
+
+static void pk__adagrad_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const double scale = call->scale, decay = optimizer->weight_decay, epsilon = optimizer->epsilon;
+    const double rate = call->rate / (1 + (double)call->step * optimizer->lr_decay);
+    const double initial = call->step ? 0 : optimizer->initial_accumulator_value;
+    pk_real *sum = call->state;
+    for (size_t i = 0; i < call->count; i++) {
+        const double g = scale * call->gradient[i] + decay * call->weights[i];
+        sum[i] = (pk_real)(sum[i] + initial + g * g);
+        if (call->update)
+            call->update[i] = (pk_real)(-rate * g / (sqrt((double)sum[i]) + epsilon));
+    }
+}
+
+static void pk__adagrad_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                    size_t apart, const pk_real *state, pk_linear_form *form,
+                                    pk_real *preconditioner)
+{
+    (void)apart;
+    form->direct = 1;
+    form->coupled = optimizer->weight_decay;
+    form->preconditioned = 1;
+    form->rate = rate / (1 + (double)step * optimizer->lr_decay);
+    if (preconditioner)
+        for (size_t i = 0; i < count; i++)
+            preconditioner[i] = (pk_real)(form->rate / (sqrt((double)state[i]) + optimizer->epsilon));
+}
+
+/* ---- nadam: m, then v ----------------------------------------------------------------------------------- */
+
+/* mu of update number k, counted from 1. */
+static double pk__nadam_momentum(const pk_optimizer *optimizer, double k)
+{
+    return optimizer->beta1 * (1 - 0.5 * pow(0.96, k * optimizer->momentum_decay));
+}
+
+/* mu_1 mu_2 ... mu_n. Many of them from logarithms: log(1 - q^k / 2) = - sum_j q^{jk} / (j 2^j), summed over k. */
+static double pk__nadam_product(const pk_optimizer *optimizer, double n)
+{
+    double product = 1, sum = 0;
+    if (optimizer->float32_product) {
+        float rounded = 1;
+        for (double k = 1; k <= n && rounded > 1e-20f; k++) /* less makes no difference */
+            rounded *= (float)pk__nadam_momentum(optimizer, k);
+        return (double)rounded;
+    }
+    if (n <= 64) {
+        for (double k = 1; k <= n; k++)
+            product *= pk__nadam_momentum(optimizer, k);
+        return product;
+    }
+    const double log_q = optimizer->momentum_decay * log(0.96);
+    for (double j = 1, half = 0.5; j <= 60; j++, half /= 2)
+        sum -= half / j * (log_q == 0 ? n : exp(j * log_q) * expm1(j * n * log_q) / expm1(j * log_q));
+    return exp(n * log(optimizer->beta1) + sum);
+}
+
+/* What m and g are multiplied with, and 1 / (1 - beta2^{s+1}). */
+static void pk__nadam_factors(const pk_optimizer *optimizer, size_t step, double *enter, double *direct,
+                              double *spread)
+{
+    const double k = (double)step + 1, mu = pk__nadam_momentum(optimizer, k),
+                 next = pk__nadam_momentum(optimizer, k + 1), product = pk__nadam_product(optimizer, k);
+    *direct = (1 - mu) / (1 - product);
+    *enter = next / (1 - product * next);
+    *spread = 1 - pow(optimizer->beta2, k);
+}
+
+static void pk__nadam_update(const pk_optimizer *optimizer, const pk__update *call)
+{
+    const double scale = call->scale, beta2 = optimizer->beta2, blend = 1 - optimizer->beta1,
+                 blend2 = 1 - beta2;
+    const double coupled = optimizer->decoupled_weight_decay ? 0 : optimizer->weight_decay;
+    const double decoupled = optimizer->decoupled_weight_decay ? call->rate * optimizer->weight_decay : 0;
+    const double gain = blend < 0.5 ? blend : blend - 1;
+    double enter, direct, spread;
+    pk__nadam_factors(optimizer, call->step, &enter, &direct, &spread);
+    pk_real *m = call->state, *v = m + call->apart;
+    for (size_t i = 0; i < call->count; i++) {
+        const double w = call->weights[i], g = scale * call->gradient[i] + coupled * w;
+        m[i] = (pk_real)((blend < 0.5 ? (double)m[i] : g) + gain * (g - m[i]));
+        v[i] = (pk_real)(beta2 * v[i] + blend2 * g * g);
+        if (call->update)
+            call->update[i] = (pk_real)(-call->rate * (direct * g + enter * m[i]) /
+                                            (sqrt(v[i] / spread) + optimizer->epsilon) -
+                                        decoupled * w);
+    }
+}
+
+static void pk__nadam_linear_form(const pk_optimizer *optimizer, size_t step, double rate, size_t count,
+                                  size_t apart, const pk_real *state, pk_linear_form *form,
+                                  pk_real *preconditioner)
+{
+    double spread;
+    pk__nadam_factors(optimizer, step, &form->enter, &form->direct, &spread);
+    form->carry = optimizer->beta1;
+    form->gain = 1 - optimizer->beta1;
+    form->preconditioned = 1;
+    form->coupled = optimizer->decoupled_weight_decay ? 0 : optimizer->weight_decay;
+    form->decoupled = optimizer->decoupled_weight_decay ? rate * optimizer->weight_decay : 0;
+    form->rate = rate;
+    if (preconditioner)
+        for (size_t i = 0; i < count; i++)
+            preconditioner[i] = (pk_real)(rate / (sqrt(state[apart + i] / spread) + optimizer->epsilon));
 }
 
 /* At i, of as many numbers as a `number` is: one, or a vector of them. */
@@ -15765,12 +16604,16 @@ PK__FOR_PROCESSORS(PK__DEFINE_BACK)
 
 /* state = carry state + enter p o phi, and e = gain state + direct p o phi where e is wanted, of rows x count numbers: one
  * pass, since memory bounds it. phi: factors (NULL: 1), a number a row, times rows that are `step` numbers apart (0: all the
- * same one). p NULL: the rate. */
+ * same one). p NULL: the rate. Where p scales what enters m: state = carry state + enter rate phi, and
+ * e = p o (gain state + direct rate phi), which is always wanted then. */
 PK__PRIVATE void pk__linear_form_back(size_t rows, size_t count, const pk_linear_form *form, double carry,
                                       const pk_real *p, const pk_real *factors, const pk_real *phi, size_t step,
                                       pk_real *state, pk_real *e)
 {
-    PK__ON_PROCESSOR(pk__back, (rows, count, form, carry, p, factors, phi, step, state, e));
+    const pk_real *inside = form->before ? NULL : p;
+    PK__ON_PROCESSOR(pk__back, (rows, count, form, carry, inside, factors, phi, step, state, e));
+    for (size_t i = 0; form->before && i < rows * count; i++)
+        e[i] *= p[i];
 }
 
 typedef enum pk__range { PK__ANY, PK__NOT_NEGATIVE, PK__BELOW_ONE, PK__SWITCH } pk__range;
@@ -15783,13 +16626,15 @@ typedef struct pk__optimizer_key {
     double standard; /* PyTorch's default */
 } pk__optimizer_key;
 
-enum { PK__OPTIMIZER_KEYS = 6 };
+enum { PK__OPTIMIZER_KEYS = 9 };
 
 typedef struct pk__optimizer_rule {
     pk_optimizer_kind kind;
     const char *name;
     pk__optimizer_key keys[PK__OPTIMIZER_KEYS]; /* ends with a NULL name */
     size_t (*state_vectors)(const pk_optimizer *optimizer);
+    /* The number of the state vector that second_moments.npy has; SIZE_MAX: it has none. NULL: never. */
+    size_t (*moments)(const pk_optimizer *optimizer);
     void (*update)(const pk_optimizer *optimizer, const pk__update *call);
     void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t count, size_t apart,
                         const pk_real *state, pk_linear_form *form,
@@ -15804,24 +16649,57 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
     {.kind = PK_SGD,
      .name = "sgd",
      .keys = {PK__KEY(momentum, PK__NOT_NEGATIVE, 0), PK__KEY(dampening, PK__ANY, 0),
-              PK__KEY(nesterov, PK__SWITCH, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+              PK__KEY(nesterov, PK__SWITCH, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__sgd_state_vectors,
      .update = pk__sgd_update,
      .linear_form = pk__sgd_linear_form},
     {.kind = PK_ADAM,
      .name = "adam",
      .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0)},
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(amsgrad, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adam_state_vectors,
+     .moments = pk__adam_moments,
      .update = pk__adam_update,
      .linear_form = pk__adam_linear_form},
     {.kind = PK_ADAMW,
      .name = "adamw",
      .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
-              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01)},
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0.01),
+              PK__KEY(amsgrad, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adam_state_vectors,
+     .moments = pk__adam_moments,
      .update = pk__adamw_update,
      .linear_form = pk__adam_linear_form},
+    {.kind = PK_RMSPROP,
+     .name = "rmsprop",
+     .keys = {PK__KEY(alpha, PK__BELOW_ONE, 0.99), PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8),
+              PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0), PK__KEY(momentum, PK__NOT_NEGATIVE, 0),
+              PK__KEY(centered, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
+     .state_vectors = pk__rmsprop_state_vectors,
+     .moments = pk__rmsprop_moments,
+     .update = pk__rmsprop_update,
+     .linear_form = pk__rmsprop_linear_form},
+    {.kind = PK_ADAGRAD,
+     .name = "adagrad",
+     .keys = {PK__KEY(lr_decay, PK__NOT_NEGATIVE, 0), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(initial_accumulator_value, PK__NOT_NEGATIVE, 0),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-10), PK__KEY(maximize, PK__SWITCH, 0)},
+     .state_vectors = pk__adagrad_state_vectors,
+     .moments = pk__adagrad_moments,
+     .update = pk__adagrad_update,
+     .linear_form = pk__adagrad_linear_form},
+    {.kind = PK_NADAM,
+     .name = "nadam",
+     .keys = {PK__KEY(beta1, PK__BELOW_ONE, 0.9), PK__KEY(beta2, PK__BELOW_ONE, 0.999),
+              PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-8), PK__KEY(weight_decay, PK__NOT_NEGATIVE, 0),
+              PK__KEY(momentum_decay, PK__NOT_NEGATIVE, 4e-3), PK__KEY(decoupled_weight_decay, PK__SWITCH, 0),
+              PK__KEY(float32_product, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
+     .state_vectors = pk__adam_state_vectors,
+     .moments = pk__adam_moments,
+     .update = pk__nadam_update,
+     .linear_form = pk__nadam_linear_form},
 };
 #undef PK__KEY
 
@@ -15939,8 +16817,42 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer)
 PK__PRIVATE void pk__optimizer_part(const pk_optimizer *optimizer, const pk__update *call)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    pk__update signed_call = *call;
+    signed_call.scale = optimizer->maximize ? -call->scale : call->scale;
     if (rule)
-        rule->update(optimizer, call);
+        rule->update(optimizer, &signed_call);
+}
+
+/* The number of the state vector that second_moments.npy has; SIZE_MAX: none. */
+PK__PRIVATE size_t pk__optimizer_moments(const pk_optimizer *optimizer)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    return rule && rule->moments ? rule->moments(optimizer) : SIZE_MAX;
+}
+
+/* Whether weight decay shrinks the weights beside the gradients, instead of being a part of them. */
+PK__PRIVATE int pk__optimizer_decoupled(const pk_optimizer *optimizer)
+{
+    return optimizer->kind == PK_ADAMW || (optimizer->kind == PK_NADAM && optimizer->decoupled_weight_decay);
+}
+
+/* Whether the gradients of a step take another way than through R = gain m: E of decompose.h is no multiple of R then. */
+PK__PRIVATE int pk__form_direct(const pk_linear_form *form)
+{
+    return form->direct != 0 || form->before;
+}
+
+/* The factors of a form for one number, whose preconditioner is p (the rate, where there is none): of the gradients on their way
+ * in, and of what comes out. With them both forms are one:
+ *     m_{s+1} = carry m_s + gain inside g',     D_s = - outside (enter m_{s+1} + direct inside g') - decoupled w_s. */
+PK__PRIVATE double pk__form_inside(const pk_linear_form *form, double p)
+{
+    return form->before ? p : 1;
+}
+
+PK__PRIVATE double pk__form_outside(const pk_linear_form *form, double p)
+{
+    return form->before ? form->rate : p;
 }
 
 PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, double learning_rate,
@@ -15961,6 +16873,13 @@ PK__PRIVATE void pk__optimizer_form(const pk_optimizer *optimizer, size_t step, 
     memset(form, 0, sizeof *form);
     if (rule)
         rule->linear_form(optimizer, step, rate, count, apart, state, form, preconditioner);
+    if (!optimizer->maximize)
+        return;
+    form->negated = 1;
+    form->rate = -form->rate;
+    form->coupled = -form->coupled;
+    for (size_t i = 0; preconditioner && form->preconditioned && !form->before && i < count; i++)
+        preconditioner[i] = -preconditioner[i];
 }
 
 PK_API void pk_optimizer_linear_form(const pk_optimizer *optimizer, size_t step, double learning_rate,
@@ -16008,13 +16927,8 @@ PK__PRIVATE pk_status pk__optimizer_word(pk_context *context, const pk__optimize
 /* " name=value", the shortest that gives the same bits back; its length. */
 PK__PRIVATE size_t pk__key_text(const char *name, double value, char *text, size_t size)
 {
-    char number[64];
-    double back;
-    for (int digits = 15; digits <= 17; digits++) {
-        pk__print(number, sizeof number, "%.*g", digits, value);
-        if (pk__number(number, strlen(number), &back) && back == value)
-            break;
-    }
+    char number[48];
+    pk__number_text(value, number, sizeof number);
     return (size_t)snprintf(text, size, " %s=%s", name, number);
 }
 
@@ -16257,6 +17171,24 @@ PK__PRIVATE void pk__group_form(const pk_optimizer *optimizer, const pk_paramete
     form->preconditioned = 1;
 }
 
+/* The number of the state vector that second_moments.npy has, of all groups alike; SIZE_MAX: there is none. */
+PK__PRIVATE size_t pk__groups_moments(const pk_optimizer *optimizer, const pk_parameter_groups *groups)
+{
+    const size_t moments = pk__optimizer_moments(optimizer);
+    for (size_t g = 0; groups && g < groups->count; g++)
+        if (!groups->group[g].frozen && pk__optimizer_moments(&groups->group[g].optimizer) != moments)
+            return SIZE_MAX;
+    return moments;
+}
+
+/* Why there is none. */
+PK__PRIVATE const char *pk__no_moments(const pk_optimizer *optimizer)
+{
+    return optimizer->kind == PK_RMSPROP
+               ? "those of rmsprop with momentum= or centered=1 are recomputed, not recorded"
+               : "amsgrad is not the same for all parameter groups";
+}
+
 /* Sets the gradient of frozen tensors to zero, so that they do not count in the norm that is clipped. */
 PK__PRIVATE void pk__groups_forget_frozen(const pk_parameter_groups *groups, pk_real *gradient)
 {
@@ -16358,6 +17290,8 @@ static pk_status pk__group_line(pk_context *context, const pk_optimizer *optimiz
     }
     if (!status && group->frozen && group->keys)
         status = pk__fail(context, PK_FORMAT, "a frozen group has no other key");
+    if (!status && pk__optimizer_decoupled(&group->optimizer) != pk__optimizer_decoupled(optimizer))
+        status = pk__fail(context, PK_UNSUPPORTED, "decoupled_weight_decay must be the same for all tensors");
     return status;
 }
 
@@ -16775,14 +17709,14 @@ static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *mani
 }
 
 static pk_status pk__manifest_values(pk_context *context, const pk__manifest *manifest,
-                                     const pk_constants *constants, pk_graph *graph, pk_loss *loss,
+                                     const pk_constants *constants, pk_graph *graph, pk_criterion *criterion,
                                      pk_optimizer *optimizer, pk_parameter_groups *groups, size_t *keep_every)
 {
     int key = PK__MANIFEST_KEEP;
     pk_status status = pk__manifest_keep(context, manifest, keep_every);
     if (!status) {
         key = PK__MANIFEST_LOSS;
-        status = pk_loss_parse(context, manifest->value[key], loss);
+        status = pk_criterion_parse(context, manifest->value[key], criterion);
     }
     if (!status) {
         key = PK__MANIFEST_OPTIMIZER;
@@ -16802,21 +17736,24 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
     }
     for (size_t g = 0; !status && g < groups->count; g++)
         groups->group[g].line = manifest->group_line[g];
+    if (status)
+        pk_criterion_release(context, criterion);
     return pk__prefix(context, status, "run.txt line %zu: ", line);
 }
 
-/* Parses text (`size` bytes and a terminating NUL), which is changed. The graph stays zeroed after an error. */
+/* Parses text (`size` bytes and a terminating NUL), which is changed. Graph and criterion, zeroed before, stay so after an error. */
 PK__PRIVATE pk_status pk__manifest_parse(pk_context *context, char *text, size_t size,
-                                         const pk_constants *constants, pk_graph *graph, pk_loss *loss,
-                                         pk_optimizer *optimizer, pk_parameter_groups *groups,
-                                         size_t *keep_every)
+                                         const pk_constants *constants, pk_graph *graph,
+                                         pk_criterion *criterion, pk_optimizer *optimizer,
+                                         pk_parameter_groups *groups, size_t *keep_every)
 {
     pk__manifest *manifest = NULL; /* too large for a thread's stack */
     pk_status status = pk_allocate(context, 1, sizeof *manifest, "the lines of run.txt", &manifest);
     if (!status)
         status = pk__manifest_split(context, text, size, manifest);
     if (!status)
-        status = pk__manifest_values(context, manifest, constants, graph, loss, optimizer, groups, keep_every);
+        status =
+            pk__manifest_values(context, manifest, constants, graph, criterion, optimizer, groups, keep_every);
     pk_release(context, manifest);
     return status;
 }
@@ -16868,8 +17805,8 @@ static pk_status pk__manifest_read(pk_context *context, pk__run_path *directory,
     if (!status) {
         const pk_constants constants = {pk__load_from_run, directory};
         text[size] = '\0';
-        status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->loss, &run->optimizer,
-                                    &run->groups, &run->keep_every);
+        status = pk__manifest_parse(context, text, size, &constants, &run->graph, &run->criterion,
+                                    &run->optimizer, &run->groups, &run->keep_every);
         if (!status && size > PK__MANIFEST_SIZE)
             status = pk__fail(context, PK_FORMAT, "run.txt is longer than %d bytes", (int)PK__MANIFEST_SIZE);
     }
@@ -17111,14 +18048,14 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
 
 /* Checks inputs and targets against network and loss, for readers and recorders. */
 PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
-                                         pk_loss loss)
+                                         const pk_criterion *criterion)
 {
     pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
     if (!status)
         status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
                                      "inputs");
     if (!status)
-        status = pk_loss_check(context, loss, train, graph->output_width);
+        status = pk_criterion_check(context, criterion, train, graph->output_width);
     if (status || !graph->checked)
         return status;
     pk_real *row = NULL;
@@ -17137,6 +18074,7 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     pk_status status = pk__manifest_read(context, path, run);
     if (status)
         return status;
+    run->loss = run->criterion.loss;
     run->parameters = run->graph.parameters;
     run->outputs = run->graph.output_width;
     for (int f = 0; f < PK__RUN_FILES && !status; f++)
@@ -17147,9 +18085,13 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     }
     if (status)
         return status;
-    status = pk__run_check_data(context, &run->train, &run->graph, run->loss);
+    status = pk__run_check_data(context, &run->train, &run->graph, &run->criterion);
     if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
+    if (run->second_moments.data && run->optimizer.kind != PK_SGD &&
+        pk__groups_moments(&run->optimizer, &run->groups) == SIZE_MAX)
+        return pk__fail(context, PK_UNSUPPORTED, "%s/second_moments.npy: %s", path->directory,
+                        pk__no_moments(&run->optimizer));
     run->examples = pk_dataset_examples(&run->train);
     run->learning_rates = (const double *)run->columns[PK__RUN_RATES].data;
     run->batch_offsets = (const int64_t *)run->columns[PK__RUN_OFFSETS].data;
@@ -17256,6 +18198,7 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
         pk_array_release(context, pk__run_array(run, f));
     pk_dataset_release(context, &run->train);
     pk_parameter_groups_release(context, &run->groups);
+    pk_criterion_release(context, &run->criterion);
     pk_graph_release(context, &run->graph);
     memset(run, 0, sizeof *run);
 }
@@ -17330,7 +18273,8 @@ PK__BEGIN_COLD_CODE
 /* The options of a recorder, parsed. */
 typedef struct pk__recording {
     pk_graph graph;
-    pk_loss loss;
+    pk_criterion criterion;
+    char *loss_text;
     pk_optimizer optimizer;
     char optimizer_text[256];
     pk_parameter_groups groups;
@@ -17344,7 +18288,12 @@ typedef struct pk__recording {
 static pk_status pk__recording_parse(pk_context *context, const pk_recorder_options *options,
                                      const pk_dataset *train, pk__recording *recording)
 {
-    pk_status status = pk_loss_parse(context, options->loss, &recording->loss);
+    pk_status status = pk_criterion_parse(context, options->loss, &recording->criterion);
+    const size_t loss_size = !status ? pk_criterion_format(&recording->criterion, NULL, 0) : 0;
+    if (!status)
+        status = pk_allocate(context, loss_size, 1, "the text of the loss", &recording->loss_text);
+    if (!status)
+        (void)pk_criterion_format(&recording->criterion, recording->loss_text, loss_size);
     if (!status)
         status =
             pk_optimizer_parse(context, options->optimizer ? options->optimizer : "sgd", &recording->optimizer);
@@ -17378,6 +18327,9 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                         (int)PK_KEEP_EVERY_MOST);
     if (recording->keep_every > 1 && options->float32 && sizeof(pk_real) > sizeof(float))
         return pk__fail(context, PK_ARGUMENT, "keep_every: steps cannot be replayed from weights in float32");
+    if (options->second_moments && recording->optimizer.kind != PK_SGD &&
+        pk__groups_moments(&recording->optimizer, &recording->groups) == SIZE_MAX)
+        return pk__fail(context, PK_ARGUMENT, "second moments: %s", pk__no_moments(&recording->optimizer));
     if (recording->keep_every > 1 && options->second_moments)
         return pk__fail(context, PK_ARGUMENT, "keep_every: second moments are kept with the optimizer's state");
     for (int f = 0; f < PK__RUN_FILES; f++)
@@ -17387,7 +18339,7 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
     recording->present[PK__RUN_GROUP_RATES] = options->group_rates != 0;
     recording->present[PK__RUN_SCALES] = options->gradient_scales != 0;
     recording->present[PK__RUN_MOMENTS] = options->second_moments != 0;
-    return pk__run_check_data(context, train, &recording->graph, recording->loss);
+    return pk__run_check_data(context, train, &recording->graph, &recording->criterion);
 }
 
 /* Parameters of numbers as the file's type, in recorder->row where they have to be converted; the caller
@@ -17558,7 +18510,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
 {
     char *text = NULL;
     size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text +
-                  strlen(recording->groups_text) + 256,
+                  strlen(recording->groups_text) + strlen(recording->loss_text) + 256,
            at = 0;
     char keep[40] = "";
     if (recording->keep_every > 1)
@@ -17567,7 +18519,7 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     if (status)
         return status;
     size = (size_t)snprintf(text, size, "pathkernel-run 1\nnetwork   %s\nloss      %s\noptimizer %s\n%s%s",
-                            recording->graph.text, pk_loss_name(recording->loss), recording->optimizer_text,
+                            recording->graph.text, recording->loss_text, recording->optimizer_text,
                             recording->groups_text, keep);
     const char *kind;
     int file = pk__open_regular(folder, "run.txt.tmp", O_WRONLY | O_CREAT, &kind);
@@ -17745,17 +18697,25 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
                                       const pk__recording *recording, const pk_dataset *train,
                                       const pk_real *initial, const pk_recorder *recorder, pk_run *run)
 {
-    char optimizer[256];
+    char optimizer[256], *loss = NULL;
     pk_status status = pk_optimizer_format(&run->optimizer, optimizer, sizeof optimizer);
     if (status)
         return pk__fail(context, status, "%s/run.txt: the optimizer cannot be written", directory);
+    const size_t loss_size = pk_criterion_format(&run->criterion, NULL, 0);
+    status = pk_allocate(context, loss_size, 1, "the text of the loss", &loss);
+    if (status)
+        return status;
+    (void)pk_criterion_format(&run->criterion, loss, loss_size);
     const char *line[3][3] = {{"network", run->graph.text, recording->graph.text},
-                              {"loss", pk_loss_name(run->loss), pk_loss_name(recording->loss)},
+                              {"loss", loss, recording->loss_text},
                               {"optimizer", optimizer, recording->optimizer_text}};
-    for (int k = 0; k < 3; k++)
+    for (int k = 0; k < 3 && !status; k++)
         if (strcmp(line[k][1], line[k][2]) != 0)
-            return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
-                            directory, line[k][0], line[k][1], line[k][2]);
+            status = pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its %s is '%.120s', not '%.120s'",
+                              directory, line[k][0], line[k][1], line[k][2]);
+    pk_release(context, loss);
+    if (status)
+        return status;
     char *groups = NULL;
     status = pk_allocate(context, pk__groups_text_size(&run->groups), 1, "the text of the groups", &groups);
     if (status)
@@ -17863,6 +18823,7 @@ static pk_status pk__recorder_prepare(pk_context *context, const pk__recording *
     memcpy(opened->present, recording->present, sizeof opened->present);
     opened->keep_every = recording->keep_every;
     opened->group_count = recording->groups.count;
+    opened->moments = pk__groups_moments(&recording->optimizer, &recording->groups);
     if (!pk__multiply(pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups),
                       opened->parameters, &opened->state_numbers) ||
         opened->state_numbers > SIZE_MAX - PK__RESUME_HEAD)
@@ -17942,6 +18903,8 @@ PK_API pk_status pk_recorder_open(pk_context *context, const char *directory,
     pk_release(context, path.text);
     pk_parameter_groups_release(context, &recording.groups);
     pk_release(context, recording.groups_text);
+    pk_release(context, recording.loss_text);
+    pk_criterion_release(context, &recording.criterion);
     pk_graph_release(context, &recording.graph);
     if (!status) {
         *recorder = opened;
@@ -18105,7 +19068,9 @@ PK_API pk_status pk_recorder_training_step(pk_context *context, pk_recorder *rec
 {
     if (!recorder)
         return pk__fail(context, PK_ARGUMENT, "pk_recorder_training_step: recorder is NULL");
-    const pk_real *moments = state && recorder->present[PK__RUN_MOMENTS] ? state + recorder->parameters : NULL;
+    const pk_real *moments = state && recorder->present[PK__RUN_MOMENTS] && recorder->moments != SIZE_MAX
+                                 ? state + recorder->moments * recorder->parameters
+                                 : NULL;
     return pk__recorder_append(context, recorder, learning_rate, batch, gradient_scale, moments, state,
                                weights_after);
 }
@@ -18168,13 +19133,24 @@ PK_API pk_status pk_trainer_prepare_groups(pk_context *context, const pk_graph *
                                            const pk_parameter_groups *groups, size_t largest_batch,
                                            pk_trainer *trainer)
 {
-    if (!graph || !graph->node_count || !train || !optimizer || !trainer || !largest_batch)
-        return pk__fail(context, PK_ARGUMENT, "training steps: graph, data, optimizer or batches are missing");
+    const pk_criterion criterion = pk__criterion_of(loss);
+    return pk_trainer_prepare_with(context, graph, train, &criterion, optimizer, groups, largest_batch,
+                                   trainer);
+}
+
+PK_API pk_status pk_trainer_prepare_with(pk_context *context, const pk_graph *graph, const pk_dataset *train,
+                                         const pk_criterion *criterion, const pk_optimizer *optimizer,
+                                         const pk_parameter_groups *groups, size_t largest_batch,
+                                         pk_trainer *trainer)
+{
+    if (!graph || !graph->node_count || !train || !criterion || !optimizer || !trainer || !largest_batch)
+        return pk__fail(context, PK_ARGUMENT,
+                        "training steps: graph, data, loss, optimizer or batches are missing");
     pk_trainer taken;
     memset(&taken, 0, sizeof taken);
     taken.graph = graph;
     taken.train = train;
-    taken.loss = loss;
+    taken.criterion = *criterion;
     taken.optimizer = *optimizer;
     taken.groups = groups;
     pk__arena arena = {NULL, 0, 0, 0};
@@ -18247,8 +19223,9 @@ static pk_status pk__make_step(pk_context *context, pk_trainer *trainer, size_t 
                                double *scale, double *objective)
 {
     const size_t P = trainer->graph->parameters;
-    pk_status status = pk_batch_gradient(context, trainer->graph, trainer->loss, weights, trainer->train, batch,
-                                         &trainer->workspace, objective, trainer->gradient);
+    pk_status status =
+        pk_batch_gradient_with(context, trainer->graph, &trainer->criterion, weights, trainer->train, batch,
+                               &trainer->workspace, objective, trainer->gradient);
     if (status)
         return pk__prefix(context, status, "step %zu: ", step);
     pk__groups_forget_frozen(trainer->groups, trainer->gradient);
@@ -18429,7 +19406,7 @@ PK__INTERNAL void pk__replay_take(pk__arena *arena, const pk_run *run, size_t la
         return;
     replay->trainer.graph = &run->graph;
     replay->trainer.train = &run->train;
-    replay->trainer.loss = run->loss;
+    replay->trainer.criterion = run->criterion;
     replay->trainer.optimizer = run->optimizer;
     replay->trainer.groups = &run->groups;
     pk__trainer_take(arena, pk__max(largest_batch, 1), threads, &replay->trainer);
@@ -18587,6 +19564,8 @@ typedef struct pk__training {
     pk_real *next;                          /* P: w_{s+1} */
     pk_parameter_groups groups;
     double *group_rates; /* of a step, or NULL */
+    pk_criterion criterion;
+    double *item_weights; /* of a batch, where a mean is over weights of labels, or NULL */
     pk_trainer trainer;
     pk_recorder recorder;
 } pk__training;
@@ -18615,7 +19594,9 @@ static void pk__training_batch(pk__training *t, size_t step, pk_batch *batch)
     }
     batch->count = t->examples - first < t->batch_size ? t->examples - first : t->batch_size;
     batch->items = t->order + first;
-    batch->weights = NULL;
+    batch->weights = t->item_weights;
+    if (t->item_weights)
+        pk_criterion_mean(&t->criterion, t->train, batch->items, batch->count, t->item_weights);
 }
 
 /* The learning rate of a step; those of the groups go to t->group_rates. */
@@ -18633,6 +19614,11 @@ static pk_status pk__training_next(pk_context *context, pk__training *t, size_t 
 {
     const pk_train_options *options = t->options;
     pk__training_batch(t, step, &made->batch);
+    if (t->item_weights && !isfinite(t->item_weights[0]))
+        return pk__fail(context, PK_NOT_FINITE,
+                        "step %zu: each label of the batch is ignored or has the weight 0, so that the mean of "
+                        "the losses is 0 / 0",
+                        step);
     made->rate = pk__training_rate(t, step);
     t->trainer.group_rates = t->group_rates;
     for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
@@ -18687,8 +19673,10 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         pk_run_batch(run, s, &there);
         pk__training_batch(t, s, &made.batch);
         made.rate = pk__training_rate(t, s);
-        if (there.count != made.batch.count || there.weights ||
-            memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0)
+        if (there.count != made.batch.count || !there.weights != !made.batch.weights ||
+            memcmp(there.items, made.batch.items, there.count * sizeof *there.items) != 0 ||
+            (there.weights &&
+             memcmp(there.weights, made.batch.weights, there.count * sizeof *there.weights) != 0))
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: its step %zu used another batch",
                             folder, s);
         if (run->learning_rates[s] != made.rate)
@@ -18739,7 +19727,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
 {
     const pk_train_options *options = t->options;
     size_t parameters = t->graph->parameters;
-    char optimizer[256];
+    char optimizer[256], *loss = NULL;
     if (!t->graph->text)
         return pk__fail(context, PK_UNSUPPORTED, "%s: a graph without a network line cannot be recorded",
                         options->record);
@@ -18751,7 +19739,13 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     const pk_constants constants = pk_graph_constants(t->graph);
     recording.network = t->graph->text;
     recording.constants = &constants;
-    recording.loss = pk_loss_name(options->loss);
+    const size_t loss_size = pk_criterion_format(&t->criterion, NULL, 0);
+    status = pk_allocate(context, loss_size, 1, "the text of the loss", &loss);
+    if (status)
+        return status;
+    (void)pk_criterion_format(&t->criterion, loss, loss_size);
+    recording.loss = loss;
+    recording.batch_weights = t->item_weights != NULL;
     recording.optimizer = optimizer;
     recording.groups = options->groups;
     recording.group_count = options->group_count;
@@ -18763,6 +19757,7 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.replace = options->replace;
     recording.keep_every = options->keep_every;
     status = pk_recorder_open(context, options->record, &recording, t->train, weights, &t->recorder);
+    pk_release(context, loss);
     if (status || t->recorder.steps == 0)
         return status;
     if (t->recorder.steps > options->steps)
@@ -18825,7 +19820,8 @@ static pk_status pk__training_loop(pk_context *context, pk__training *t, pk_real
 }
 
 static pk_status pk__training_check(pk_context *context, const pk_graph *graph, const pk_dataset *train,
-                                    const pk_train_options *options, const pk_real *weights)
+                                    const pk_train_options *options, const pk_criterion *criterion,
+                                    const pk_real *weights)
 {
     if (!graph || !graph->nodes || !train || !train->inputs.data || !train->targets.data || !options ||
         !weights)
@@ -18839,7 +19835,7 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
     if (!options->record && (options->resume || options->replace || options->record_float32 ||
                              options->record_second_moments || options->keep_every > 1))
         return pk__fail(context, PK_ARGUMENT, "pk_train: recording options without a directory to record to");
-    if (options->record_second_moments && pk_optimizer_state_vectors(&options->optimizer) < 2)
+    if (options->record_second_moments && pk__optimizer_moments(&options->optimizer) == SIZE_MAX)
         return pk__fail(context, PK_ARGUMENT, "pk_train: the optimizer has no second moments to record");
     for (size_t p = 0; p < graph->parameters; p++)
         if (!isfinite(weights[p]))
@@ -18852,7 +19848,7 @@ static pk_status pk__training_check(pk_context *context, const pk_graph *graph, 
         status = pk__prefix(context, pk_schedule_check(context, &options->group_schedules[g], options->steps),
                             "group %zu: ", g);
     if (!status)
-        status = pk__run_check_data(context, train, graph, options->loss);
+        status = pk__run_check_data(context, train, graph, criterion);
     return status;
 }
 
@@ -18871,23 +19867,32 @@ static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real 
     if (!status && options->group_schedules && t->groups.count)
         status = pk_allocate(context, t->groups.count, sizeof *t->group_rates, "the rates of groups",
                              &t->group_rates);
+    if (!status && pk__mean_is_weighted(&t->criterion, &t->train->targets))
+        status = pk_allocate(context, t->batch_size, sizeof *t->item_weights, "the weights of a batch",
+                             &t->item_weights);
     if (status)
         return status;
     for (size_t g = 0; t->group_rates && g < t->groups.count; g++)
         if (t->groups.group[g].rated)
             return pk__fail(context, PK_ARGUMENT,
                             "group %zu: rate= beside group_schedules, which have the rates", g);
-    status = pk_trainer_prepare_groups(context, t->graph, t->train, options->loss, &options->optimizer,
-                                       &t->groups, t->batch_size, &t->trainer);
+    status = pk_trainer_prepare_with(context, t->graph, t->train, &t->criterion, &options->optimizer,
+                                     &t->groups, t->batch_size, &t->trainer);
     return status ? status : pk__training_loop(context, t, weights, reached);
 }
 
 PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
                           const pk_train_options *options, pk_real *weights, pk_train_result *result)
 {
-    pk_status status = pk__training_check(context, graph, train, options, weights);
+    pk_criterion criterion = pk__criterion_of(options ? options->loss : (pk_loss)0);
+    if (options && options->criterion)
+        criterion = *options->criterion;
+    pk_status status = pk__training_check(context, graph, train, options, &criterion, weights);
     if (status)
         return status;
+    if (options->criterion && options->loss && options->loss != criterion.loss)
+        return pk__fail(context, PK_ARGUMENT, "pk_train: loss is %s, and that of criterion is %s",
+                        pk_loss_name(options->loss), pk_loss_name(criterion.loss));
     pk_train_result reached;
     memset(&reached, 0, sizeof reached);
     reached.objective = (double)NAN;
@@ -18896,6 +19901,7 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     t.graph = graph;
     t.train = train;
     t.options = options;
+    t.criterion = criterion;
     t.examples = pk_dataset_examples(train);
     t.batch_size = options->batch_size && options->batch_size < t.examples ? options->batch_size : t.examples;
     t.per_epoch = (t.examples - 1) / t.batch_size + 1;
@@ -18907,6 +19913,7 @@ PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_d
     pk_trainer_release(context, &t.trainer);
     pk_release(context, t.group_rates);
     pk_parameter_groups_release(context, &t.groups);
+    pk_release(context, t.item_weights);
     pk_release(context, t.next);
     pk_release(context, t.order);
     if (result)
@@ -20841,20 +21848,22 @@ static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t co
 }
 
 /* Columns first .. first + count - 1, as many as the workspace holds. */
-static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss loss, const pk_real *seeds_at,
-                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch, size_t first,
-                          size_t count, pk__example_workspace *workspace, pk_real *gradient)
+static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, const pk_criterion *criterion,
+                          const pk_real *seeds_at, const pk_real *weights, const pk_dataset *data,
+                          const pk_batch *batch, size_t first, size_t count, pk__example_workspace *workspace,
+                          pk_real *gradient)
 {
     const size_t outputs = graph->output_width;
     pk__tape *tape = &workspace->tape;
     const pk__line line = {weights, NULL, NULL}, seeds_line = {seeds_at, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
-    pk_loss_targets(loss, data, batch->items + first, count, outputs, workspace->targets);
+    pk_criterion_targets(criterion, data, batch->items + first, count, outputs, workspace->targets);
     pk__pass_forward(tape, &seeds_line, count, workspace->inputs);
     const pk_real *f = pk__pass_output(tape);
     pk_real *seed = pk__pass_seed(tape);
     for (size_t b = 0; b < count; b++) {
-        pk_loss_gradient(loss, outputs, f + b * outputs, workspace->targets + b * outputs, seed + b * outputs);
+        pk_criterion_gradient(criterion, outputs, f + b * outputs, workspace->targets + b * outputs,
+                              seed + b * outputs);
         double weight = batch->weights ? batch->weights[first + b] : 1.0 / (double)batch->count;
         for (size_t c = 0; c < outputs; c++)
             seed[b * outputs + c] = (pk_real)(weight * seed[b * outputs + c]);
@@ -20888,22 +21897,24 @@ static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, pk_loss
     }
 }
 
-PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                          const pk_real *seeds_at, const pk_real *weights,
-                                          const pk_dataset *data, const pk_batch *batch, size_t first,
-                                          pk__example_workspace *workspace, pk_real *gradient)
+PK__INTERNAL void pk__examples_fill_apart(pk__examples *examples, const pk_graph *graph,
+                                          const pk_criterion *criterion, const pk_real *seeds_at,
+                                          const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
+                                          size_t first, pk__example_workspace *workspace, pk_real *gradient)
 {
     const size_t last = first + pk__min(batch->count - first, PK__EXAMPLE_BLOCK), rows = workspace->tape.rows;
     for (; first < last; first += rows)
-        pk__fill_rows(examples, graph, loss, seeds_at, weights, data, batch, first, pk__min(rows, last - first),
-                      workspace, gradient);
+        pk__fill_rows(examples, graph, criterion, seeds_at, weights, data, batch, first,
+                      pk__min(rows, last - first), workspace, gradient);
 }
 
-PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph, pk_loss loss,
-                                    const pk_real *weights, const pk_dataset *data, const pk_batch *batch,
-                                    size_t first, pk__example_workspace *workspace, pk_real *gradient)
+PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
+                                    const pk_criterion *criterion, const pk_real *weights,
+                                    const pk_dataset *data, const pk_batch *batch, size_t first,
+                                    pk__example_workspace *workspace, pk_real *gradient)
 {
-    pk__examples_fill_apart(examples, graph, loss, weights, weights, data, batch, first, workspace, gradient);
+    pk__examples_fill_apart(examples, graph, criterion, weights, weights, data, batch, first, workspace,
+                            gradient);
 }
 
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph)
@@ -20958,7 +21969,7 @@ typedef struct pk__gram {
     const char *name; /* for messages */
     pk_context *context;
     const pk_graph *graph;
-    pk_loss loss;
+    const pk_criterion *criterion;
     int two_points;       /* the sides' gradients are taken at different weights */
     int uniform;          /* all rows have the same seeds */
     size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
@@ -21163,7 +22174,8 @@ static void pk__gram_seed(const pk__gram *gram, pk__tape *tape, const pk__gram_s
             seed[c] = of->seeds == PK__SEEDS_SUM || (of->seeds == PK__SEEDS_ONE && c == of->output) ||
                       (of->seeds == PK__SEEDS_LABEL && c == (size_t)of->labels[row]);
         if (of->seeds == PK__SEEDS_LOSS)
-            pk_loss_gradient(gram->loss, C, pk__pass_output(tape) + r * C, of->targets + row * C, seed);
+            pk_criterion_gradient(gram->criterion, C, pk__pass_output(tape) + r * C, of->targets + row * C,
+                                  seed);
     }
 }
 
@@ -21710,7 +22722,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     gram.name = request->name;
     gram.context = context;
     gram.graph = graph;
-    gram.loss = request->loss;
+    gram.criterion = request->criterion;
     gram.two_points = left->weights != right->weights || left->direction || right->direction;
     gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
     gram.result = result;
@@ -23589,6 +24601,11 @@ enum { PK__STATE_PART = 4096 };
 /* Numbers that are read or updated, at least, where several threads share that. */
 enum { PK__WINDOW_WORTH = 1 << 18 };
 
+static int pk__has_moments(const pk__window *window)
+{
+    return window->moments != SIZE_MAX && window->run->second_moments.data;
+}
+
 PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
 {
     memset(window, 0, sizeof *window);
@@ -23607,7 +24624,8 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     window->adaptive = form.preconditioned;
     window->preconditioned = form.preconditioned || run->groups.count;
-    window->decoupled = run->optimizer.kind == PK_ADAMW;
+    window->decoupled = pk__optimizer_decoupled(&run->optimizer);
+    window->moments = pk__groups_moments(&run->optimizer, &run->groups);
 }
 
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
@@ -23633,7 +24651,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are no result of gradients here: they have no error of their own. */
-    window->states = bounds && window->adaptive && !window->run->second_moments.data ? 3 : 1;
+    window->states = bounds && window->adaptive && !pk__has_moments(window) ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
     window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
@@ -23758,11 +24776,11 @@ static void pk__fill_window(pk_context *context, pk__window *window)
         pk_real *gradient = window->gradient + task * U;
         memset(gradient, 0, U * sizeof *gradient);
         for (size_t b = part * each; b < pk__min(blocks, (part + 1) * each); b++) {
-            pk__examples_fill(&window->examples[j], &run->graph, run->loss, window->use_weights + j * U,
+            pk__examples_fill(&window->examples[j], &run->graph, &run->criterion, window->use_weights + j * U,
                               &run->train, &window->batches[j], b * PK__EXAMPLE_BLOCK,
                               &window->workspaces[thread], gradient);
             if (window->magnitudes)
-                pk__examples_fill(&window->magnitudes[j], &run->graph, run->loss,
+                pk__examples_fill(&window->magnitudes[j], &run->graph, &run->criterion,
                                   window->perturbed_weights + j * U, &run->train, &window->batches[j],
                                   b * PK__EXAMPLE_BLOCK, &window->workspaces[thread], NULL);
         }
@@ -23785,7 +24803,7 @@ static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const pk__approximation *how = window->approximation;
-    const size_t U = window->spread, lanes = window->partial_sums, tasks = window->count * lanes;
+    const size_t U = window->spread, partial_sums = window->partial_sums, tasks = window->count * partial_sums;
     pk__team team = pk__team_of(context, (int)window->threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
@@ -23796,24 +24814,19 @@ static void pk__move_examples(pk_context *context, pk__window *window)
     team = pk__team_of(context, (int)window->threads, tasks);
     PK__PARALLEL(team)
     for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
-        const size_t thread = (size_t)pk__thread(), j = task / lanes, lane = task % lanes;
+        const size_t thread = (size_t)pk__thread(), j = task / partial_sums, part = task % partial_sums;
         const double start = pk__seconds();
         const size_t blocks = pk__blocks(window->batches[j].count, PK__EXAMPLE_BLOCK),
-                     each = pk__blocks(blocks, lanes);
+                     each = pk__blocks(blocks, partial_sums);
         const pk_real *at = window->moved_weights + j * U;
-        for (size_t b = lane * each; b < pk__min(blocks, (lane + 1) * each); b++)
-            pk__examples_fill_apart(&window->examples[j], &run->graph, run->loss,
+        for (size_t b = part * each; b < pk__min(blocks, (part + 1) * each); b++)
+            pk__examples_fill_apart(&window->examples[j], &run->graph, &run->criterion,
                                     how->seeds_stay ? window->use_weights + j * U : at, at, &run->train,
                                     &window->batches[j], b * PK__EXAMPLE_BLOCK, &window->workspaces[thread],
                                     NULL);
         window->seconds[thread] += pk__seconds() - start;
     }
     pk__team_end(&team);
-}
-
-static int pk__has_moments(const pk__window *window)
-{
-    return window->adaptive && window->run->second_moments.data;
 }
 
 /* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
@@ -23829,8 +24842,9 @@ static void pk__update_from_form(const pk_linear_form *form, double scale, size_
                                  const pk_real *m, const pk_real *gradient, const pk_real *weights,
                                  pk_real *update)
 {
+    const double enter = form->negated ? -form->enter : form->enter; /* m is the optimiser's */
     for (size_t i = 0; i < count; i++)
-        update[i] = (pk_real)(-p[i] * (form->enter * m[i] +
+        update[i] = (pk_real)(-p[i] * (enter * m[i] +
                                        form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
                               form->decoupled * weights[i]);
 }
@@ -23860,7 +24874,7 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         if (advance)
             continue;
         if (recorded)
-            memcpy(state + (window->state_vectors - 1) * count, p, count * sizeof *p);
+            memcpy(state + window->moments * count, p, count * sizeof *p);
         for (size_t r = 0; r < run->groups.range_count; r++) {
             const pk_parameter_range *range = &run->groups.range[r];
             size_t from;
@@ -24484,7 +25498,7 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
-    job->direct = job->grouped || (job->reverse && form.direct != 0);
+    job->direct = job->grouped || (job->reverse && pk__form_direct(&form));
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
     /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
     job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
@@ -24730,21 +25744,33 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
     pk__job *job = worker->job;
     const pk__window *window = &job->window;
     const size_t numbers = part->count * part->node->weight_count, matrix = part->count * part->matrix;
+    const pk_linear_form *form = &window->forms[j * window->form_count];
+    const pk_real *slack =
+        window->use_preconditioner_error
+            ? window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset
+            : NULL;
     pk_real *error = worker->effective;
     pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
     if (job->reverse) {
-        if (window->use_preconditioner_error) {
-            /* |error of p Phi| <= p (|error of Phi| + |error of p| / p |Phi|), and p > 0. */
-            const pk_real *slack =
-                window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset;
+        if (slack) {
+            /* |error of p Phi| <= |p| (|error of Phi| + |error of p| / |p| |Phi|). */
             for (size_t i = 0; i < numbers; i++) {
                 const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
-                error[i] += p[w] > 0 ? slack[w] / p[w] * (pk_real)fabs(worker->phi[i]) : 0;
+                error[i] += p[w] != 0 ? (pk_real)fabs(slack[w] / p[w] * worker->phi[i]) : 0;
             }
         }
         const pk__phi_view phi = {error, error + matrix, NULL, NULL, 0};
-        pk__advance_state(job, part, &window->forms[j * window->form_count], next, p, &phi,
-                          job->reverse_error + pk__state_place(worker, part), error);
+        const size_t at = pk__state_place(worker, part);
+        pk__advance_state(job, part, form, next, p, &phi, job->reverse_error + at, error);
+        int before = 0;
+        for (size_t f = 0; f < window->form_count; f++)
+            before |= form[f].before;
+        for (size_t i = 0; i < numbers; i++) { /* all that maximize makes negative has one sign */
+            const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
+            error[i] = (pk_real)fabs(error[i]);
+            if (before && slack) /* of p R */
+                error[i] += slack[w] * (pk_real)fabs(job->reverse_state[at + i]);
+        }
     }
     pk__bound_part(worker, part, j, error);
 }
@@ -24951,7 +25977,7 @@ PK__BEGIN_CODE
 static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
 {
     const pk__job *job = worker->job;
-    return worker->factor * (job->reverse && !job->grouped && form->direct == 0 ? form->gain : 1);
+    return worker->factor * (job->reverse && !job->grouped && !pk__form_direct(form) ? form->gain : 1);
 }
 
 /* The row's tiles += < e, g_b > of a part. */
@@ -25033,7 +26059,7 @@ static void pk__materialized_part(pk__worker *worker, const pk__part *part, size
     const pk__phi_view phi = pk__view_phi(worker, part);
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
-        const int direct = job->grouped || form->direct != 0;
+        const int direct = job->grouped || pk__form_direct(form);
         pk_real *state = job->reverse_state + pk__state_place(worker, part);
         pk__advance_state(job, part, form, next, p, &phi, state, direct ? worker->effective : NULL);
         e = direct ? worker->effective : state;
@@ -25510,6 +26536,13 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
         options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
+    /* steps.h takes p to fall as the gradients' size grows. */
+    for (size_t g = 0; options->bounds && g <= run->groups.count; g++)
+        if (pk__group_optimizer(&run->optimizer, &run->groups, g)->centered)
+            return pk__fail(
+                context, PK_UNSUPPORTED,
+                "bounds: the divisor of rmsprop centered=1 does not grow with the gradients, so that what "
+                "their rounding does to it is not bounded");
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
 
@@ -26412,8 +27445,8 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     for (size_t b = 0; !status && b < batch.count; b++) {
         const pk_batch item = {1, batch.items + b, NULL};
         const double c = batch.weights ? batch.weights[b] : 1 / (double)batch.count;
-        status = pk_loss_gradients(context, &run->graph, run->loss, m->w, &run->train, &item, NULL,
-                                   pk_matrix_view(m->one, 1, P));
+        status = pk_loss_gradients_with(context, &run->graph, &run->criterion, m->w, &run->train, &item, NULL,
+                                        pk_matrix_view(m->one, 1, P));
         for (size_t p = 0; !status && p < P; p++)
             m->gradient[(size_t)batch.items[b] * P + p] += scale * c * m->one[p];
     }
@@ -26426,8 +27459,9 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     if (status)
         return status;
     pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
-    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
-        status = pk_run_second_moments(context, run, s, m->state + P);
+    const size_t moments = pk__groups_moments(&run->optimizer, &run->groups);
+    if (run->second_moments.data && moments != SIZE_MAX)
+        status = pk_run_second_moments(context, run, s, m->state + moments * P);
     for (size_t r = 0; r < m->range_count; r++) {
         const pk_parameter_range *range = &m->range[r];
         const size_t first = range->first;
@@ -26453,8 +27487,10 @@ static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_f
         const pk_linear_form *form = &forms[range->group];
         double *momentum = m->momentum + i * P, *share = m->gradient + i * P;
         for (size_t p = range->first; p < range->first + range->count; p++) {
+            const double outside = pk__form_outside(form, m->p[p]);
+            share[p] *= pk__form_inside(form, m->p[p]);
             momentum[p] = form->carry * momentum[p] + form->gain * share[p];
-            share[p] = -m->p[p] * (form->enter * momentum[p] + form->direct * share[p]) -
+            share[p] = -outside * (form->enter * momentum[p] + form->direct * share[p]) -
                        (i == N ? form->decoupled * m->w[p] : 0);
             m->rest[p] -= share[p];
         }
@@ -26610,8 +27646,9 @@ PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t 
     const pk__update whole = {s, rate, 1, P, P, w, walk->gradient, walk->state, NULL};
     pk_status status = PK_OK;
     pk__groups_update(&run->optimizer, &run->groups, rates, 0, &whole);
-    if (run->second_moments.data && pk_optimizer_state_vectors(&run->optimizer) == 2)
-        status = pk_run_second_moments(context, run, s, walk->state + P);
+    const size_t moments = pk__groups_moments(&run->optimizer, &run->groups);
+    if (run->second_moments.data && moments != SIZE_MAX)
+        status = pk_run_second_moments(context, run, s, walk->state + moments * P);
     for (size_t r = 0; r < walk->range_count && !status; r++) {
         const pk_parameter_range *range = &walk->range[r];
         pk__group_form(&run->optimizer, &run->groups, range->group, s, rate, rates, range->count, P,
@@ -26619,6 +27656,14 @@ PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t 
                        walk->p + range->first);
     }
     return status;
+}
+
+/* Whether gradients are divided by moments of earlier ones, so that forms need the gradients of all steps before. */
+PK__PRIVATE int pk__walk_adapts(const pk_run *run)
+{
+    pk_linear_form form;
+    pk_optimizer_linear_form(&run->optimizer, 0, 1, run->parameters, NULL, &form, NULL);
+    return form.preconditioned;
 }
 
 /* The form of parameter number p; p grows from call to call, *range starts at 0. */
@@ -26839,17 +27884,19 @@ static void pk__smooth_form(pk__smooth *m, size_t terms)
         pk__gemm(1, 0, m->columns, P, terms, 1, m->sources, m->columns, m->jacobian, P, 0, m->gradients, P);
     for (size_t p = 0; p < P; p++) {
         const pk_linear_form *form = pk__walk_form(&m->walk, p, &range);
-        const double step = (double)m->next[p] - m->w[p], rate = m->walk.p[p];
+        const double step = (double)m->next[p] - m->w[p];
+        const double inside = pk__form_inside(form, m->walk.p[p]),
+                     outside = pk__form_outside(form, m->walk.p[p]);
+        const double gain = form->gain * inside, direct = form->direct * inside;
         const double decayed = m->sum[p] + form->coupled * m->w[p];
-        m->mean[p] = form->carry * m->mean[p] + form->gain * m->sum[p];
-        m->all[p] = form->carry * m->all[p] + form->gain * decayed;
-        m->other[p] = step + rate * (form->enter * m->mean[p] + form->direct * m->sum[p]);
-        m->rest[p] =
-            step + rate * (form->enter * m->all[p] + form->direct * decayed) + form->decoupled * m->w[p];
+        m->mean[p] = form->carry * m->mean[p] + gain * m->sum[p];
+        m->all[p] = form->carry * m->all[p] + gain * decayed;
+        m->other[p] = step + outside * (form->enter * m->mean[p] + direct * m->sum[p]);
+        m->rest[p] = step + outside * (form->enter * m->all[p] + direct * decayed) + form->decoupled * m->w[p];
         for (size_t j = 0; m->momenta && j < m->columns; j++) {
             pk_real *gradient = m->gradients + j * P + p, *momentum = m->momenta + j * P + p;
-            *momentum = (pk_real)(form->carry * *momentum + form->gain * *gradient);
-            *gradient = (pk_real)(rate * (form->enter * *momentum + form->direct * *gradient));
+            *momentum = (pk_real)(form->carry * *momentum + gain * *gradient);
+            *gradient = (pk_real)(outside * (form->enter * *momentum + direct * *gradient));
         }
     }
 }
@@ -26864,7 +27911,10 @@ static void pk__smooth_rows(pk__smooth *m, size_t first, size_t rows, size_t ter
         size_t range = 0;
         for (size_t p = 0; p < P; p++) {
             const pk_linear_form *form = pk__walk_form(&m->walk, p, &range);
-            const double factor = m->momenta ? 1 : m->walk.p[p] * (form->enter * form->gain + form->direct);
+            const double scale = m->walk.p[p];
+            const double factor = m->momenta ? 1
+                                             : pk__form_outside(form, scale) * pk__form_inside(form, scale) *
+                                                   (form->enter * form->gain + form->direct);
             m->left[i * P + p] = (pk_real)(factor * phi[p]);
             other += phi[p] * m->other[p];
             rest += phi[p] * m->rest[p];
@@ -26992,7 +28042,7 @@ static void pk__smooth_data(pk__smooth *m, pk_matrix inputs)
     for (size_t i = 0; i < N; i++) {
         const int64_t item = (int64_t)i;
         pk_dataset_inputs(&run->train, &item, 1, m->inputs + i * D);
-        pk_loss_targets(run->loss, &run->train, &item, 1, C, m->f);
+        pk_criterion_targets(&run->criterion, &run->train, &item, 1, C, m->f);
         for (size_t c = 0; c < C; c++)
             m->out->targets[i * C + c] = m->f[c];
     }
@@ -27118,11 +28168,6 @@ typedef struct pk__sensing {
     double *total; /* D: sum_s dPhi_s/dx D_s */
 } pk__sensing;
 
-static int pk__sensing_adapts(const pk_run *run)
-{
-    return pk_optimizer_state_vectors(&run->optimizer) == 2;
-}
-
 static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
 {
     const pk_run *run = m->run;
@@ -27139,7 +28184,7 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->left = pk__arena_take(arena, D * P, real);
     m->gradients = pk__arena_take(arena, PK__SENSITIVITY_ROWS, P * real);
     m->products = pk__arena_take(arena, PK__SENSITIVITY_ROWS, D * real);
-    m->preconditioners = pk__arena_take(arena, pk__sensing_adapts(run) ? wide : 0, real);
+    m->preconditioners = pk__arena_take(arena, pk__walk_adapts(run) ? wide : 0, real);
     m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
     m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
     m->total = pk__arena_take(arena, D, sizeof(double));
@@ -27152,22 +28197,22 @@ static pk_status pk__sensing_forms(pk__sensing *m)
     const size_t P = run->parameters, count = 1 + run->groups.count;
     pk_status status = PK_OK;
     for (size_t s = 0; s < run->steps && !status; s++) {
-        if (pk__sensing_adapts(run)) {
+        if (pk__walk_adapts(run)) {
             pk_batch batch;
             pk_run_batch(run, s, &batch);
             status = pk__progress(m->context, "sensitivity", 0.3 * (double)s / (double)run->steps);
             if (!status)
                 status = pk_replay_weights(m->context, &m->replay, s, m->w);
             if (!status)
-                status = pk_batch_gradient(m->context, &run->graph, run->loss, m->w, &run->train, &batch,
-                                           &m->workspace, NULL, m->walk.gradient);
+                status = pk_batch_gradient_with(m->context, &run->graph, &run->criterion, m->w, &run->train,
+                                                &batch, &m->workspace, NULL, m->walk.gradient);
             for (size_t p = 0; p < P; p++)
                 m->walk.gradient[p] *= (pk_real)pk_run_gradient_scale(run, s);
         }
         if (!status)
             status = pk__walk_step(m->context, &m->walk, s, m->w);
         memcpy(m->forms + s * count, m->walk.forms, count * sizeof *m->forms);
-        if (!status && pk__sensing_adapts(run))
+        if (!status && pk__walk_adapts(run))
             memcpy(m->preconditioners + s * P, m->walk.p, P * sizeof *m->preconditioners);
     }
     return status;
@@ -27187,10 +28232,11 @@ static void pk__sensing_back(pk__sensing *m, size_t s)
         for (size_t d = 0; d < D; d++)
             for (size_t p = range->first; p < range->first + range->count; p++) {
                 const double scale = m->preconditioners ? (double)m->preconditioners[s * P + p] : form->rate;
+                const double inside = pk__form_inside(form, scale), outside = pk__form_outside(form, scale);
                 const double moved = m->integral[d * P + p], step = (double)m->next[p] - m->w[p];
                 double *state = &m->state[d * P + p];
-                *state = carry * *state + form->enter * scale * moved;
-                const double effective = form->gain * *state + form->direct * scale * moved;
+                *state = carry * *state + form->enter * outside * moved;
+                const double effective = inside * (form->gain * *state + form->direct * outside * moved);
                 m->left[d * P + p] = (pk_real)effective;
                 m->out->decay[d] -= (form->coupled * effective + form->decoupled * moved) * m->w[p];
                 m->total[d] += moved * step;
@@ -27210,17 +28256,16 @@ static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
     for (size_t first = 0; first < batch.count; first += PK__SENSITIVITY_ROWS) {
         const size_t count = pk__min(batch.count - first, PK__SENSITIVITY_ROWS);
         const pk_batch part = {count, batch.items + first, NULL};
-        pk_status status = pk_loss_gradients(m->context, &run->graph, run->loss, m->w, &run->train, &part, NULL,
-                                             pk_matrix_view(m->gradients, count, P));
+        pk_status status = pk_loss_gradients_with(m->context, &run->graph, &run->criterion, m->w, &run->train,
+                                                  &part, NULL, pk_matrix_view(m->gradients, count, P));
         if (status)
             return status;
         /* Without layers all tensors at once, else one after the other. */
         for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
             const size_t offset = m->options->by_layer ? run->graph.blocks[b].first : 0;
             const size_t width = m->options->by_layer ? run->graph.blocks[b].count : P;
-            double *layer = m->options->by_layer
-                                ? out->by_layer + (size_t)run->graph.blocks[b].column * N * D
-                                : NULL;
+            double *layer =
+                m->options->by_layer ? out->by_layer + (size_t)run->graph.blocks[b].column * N * D : NULL;
             pk__gemm(0, 1, D, count, width, 1, m->left + offset, P, m->gradients + offset, P, 0, m->products,
                      count);
             for (size_t i = 0; i < count; i++) {
@@ -27385,7 +28430,7 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
             status = pk_allocate(context, measured.used, 1, "the sensitivity", &block);
         if (!status)
             status = pk_replay_prepare(context, run, run->steps, &m.replay);
-        if (!status && pk__sensing_adapts(run))
+        if (!status && pk__walk_adapts(run))
             status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
         if (!status) {
             pk__arena arena = {block, measured.used, 0, 0};
@@ -27645,7 +28690,7 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
         return pk__fail(context, PK_SHAPE, "%s: %zu rows of targets for %zu rows of inputs", text,
                         data->targets.rank < 1 ? (size_t)0 : pk_array_length(&data->targets), count);
     if (row->feature == PK__FEATURE_LOSS)
-        return train || !count ? PK_OK : pk_loss_check(context, run->loss, data, run->outputs);
+        return train || !count ? PK_OK : pk_criterion_check(context, &run->criterion, data, run->outputs);
     if (!pk__is_labels(&data->targets))
         return pk__fail(context, PK_ARGUMENT,
                         "%s: targets are not class labels, one whole number a row, which outputs by label need",
@@ -27790,7 +28835,7 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
     const pk__gram_request request = {
         .name = along->name,
         .graph = along->graph,
-        .loss = along->loss,
+        .criterion = along->criterion,
         .summed = along->summed,
         .by_layer = along->by_layer,
         .result = pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};
@@ -28524,7 +29569,7 @@ static void pk__kernel_gather(const pk__kernel_pass *pass, const pk__kernel_term
         if (term->seeds[s] == PK__SEEDS_LABEL)
             rows->labels[r] = pk__label(&data->targets, (size_t)item);
         if (term->seeds[s] == PK__SEEDS_LOSS && term->feature <= PK__FEATURE_LOSS)
-            pk_loss_targets(pass->run->loss, data, &item, 1, C, rows->targets + r * C);
+            pk_criterion_targets(&pass->run->criterion, data, &item, 1, C, rows->targets + r * C);
     }
 }
 
@@ -29014,7 +30059,7 @@ static pk_status pk__kernel_pass_begin(pk_context *context, const pk_run *run, c
         return status;
     pk__arena arena = {pass->memory, measured.used, 0, 0};
     pk__kernel_pass_take(&arena, pass);
-    pass->along.loss = run->loss;
+    pass->along.criterion = &run->criterion;
     return PK_OK;
 }
 
@@ -29219,19 +30264,25 @@ static pk_status pk__file_identity(pk__kernel_file *f)
                                 (uint64_t) !!o->append_one,
                                 (uint64_t) !!o->left_train,
                                 sizeof(pk_real),
-                                (uint64_t)run->loss,
                                 run->steps,
                                 run->parameters};
     pk_real *w = NULL;
+    char *loss = NULL;
     pk_replay replay;
     memset(&replay, 0, sizeof replay);
+    const size_t loss_size = pk_criterion_format(&run->criterion, NULL, 0);
     pk_status status = pk_allocate(f->context, run->parameters, sizeof *w, "kernels", &w);
+    if (!status)
+        status = pk_allocate(f->context, loss_size, 1, "the text of the loss", &loss);
+    if (!status)
+        (void)pk_criterion_format(&run->criterion, loss, loss_size);
     if (!status)
         status = pk_replay_prepare(f->context, run, 0, &replay);
     if (!status)
         status = pk_replay_weights(f->context, &replay, run->steps, w);
     uint64_t hash = pk__hash_bytes(1, numbers, sizeof numbers);
     hash = pk__hash_bytes(hash, &o->tolerance, sizeof o->tolerance);
+    hash = pk__hash_bytes(hash, loss, loss ? loss_size : 0);
     if (o->steps)
         hash = pk__hash_bytes(hash, o->steps, o->step_count * sizeof *o->steps);
     hash = pk__hash_bytes(hash, run->learning_rates, run->steps * sizeof *run->learning_rates);
@@ -29246,6 +30297,7 @@ static pk_status pk__file_identity(pk__kernel_file *f)
         hash = pk__hash_number(hash, (uint64_t)pk__checksum(w, run->parameters, NULL, 0));
     f->identity = hash;
     pk_replay_release(f->context, &replay);
+    pk_release(f->context, loss);
     pk_release(f->context, w);
     return status;
 }
@@ -29533,11 +30585,31 @@ static pk_status pk__domingos_intercept(pk_context *context, const pk_run *run, 
     return status;
 }
 
-/* From C matrices M x N of the path kernel, and behind them C of the contributions, which the sign turns. */
+/* -1 of a run that goes down its gradients, 1 of one that goes up, 0 where parameter groups do both. */
+static double pk__domingos_sign(const pk_run *run)
+{
+    const pk_parameter_groups *groups = &run->groups;
+    double sign = 0;
+    if (!groups->count)
+        return run->optimizer.maximize ? 1 : -1;
+    for (size_t r = 0; r < groups->range_count; r++) {
+        const size_t group = groups->range[r].group;
+        const double own = pk__group_optimizer(&run->optimizer, groups, group)->maximize ? 1 : -1;
+        if (pk__group_frozen(groups, group) || own == sign)
+            continue;
+        if (sign != 0)
+            return 0;
+        sign = own;
+    }
+    return sign != 0 ? sign : -1;
+}
+
+/* From C matrices M x N of the path kernel, and behind them C of the contributions, which the sign turns: of steps down the gradients. */
 static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_t rows, const double *grams,
                                    pk_domingos *result)
 {
     const size_t C = run->outputs, N = run->examples, plane = rows * N;
+    const double sign = pk__domingos_sign(run);
     double largest = 0;
     size_t first = SIZE_MAX;
     for (size_t i = 0; i < C * plane; i++)
@@ -29548,7 +30620,7 @@ static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_
                 const double kernel = grams[c * plane + m * N + i];
                 const size_t at = (m * C + c) * N + i;
                 const int defined = fabs(kernel) > 1e-12 * largest;
-                result->contributions[at] = -grams[(C + c) * plane + m * N + i];
+                result->contributions[at] = sign * grams[(C + c) * plane + m * N + i];
                 if (!result->coefficients)
                     continue;
                 result->coefficients[at] = defined ? result->contributions[at] / kernel : NAN;
@@ -29580,6 +30652,10 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
     pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
     if (status)
         return status;
+    if (pk__domingos_sign(run) == 0)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "domingos: maximize is not the same for all parameter groups, so that the kernel's "
+                        "coefficients have no one sign");
     const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
     result->undefined = 0;
     result->error = 0;
