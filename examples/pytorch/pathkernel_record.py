@@ -1275,6 +1275,15 @@ class _Loss:
 # ---- the optimizer line
 
 
+def _nadam_counts_twice():
+    """Whether this PyTorch's NAdam without foreach has a factor too many in what it divides the momentum by, as versions
+    before 2.0 have: mu_1^2 mu_2 instead of mu_1 mu_2 in its first step, which moves a weight by less."""
+    w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    w.grad = torch.ones_like(w)
+    torch.optim.NAdam([w], lr=1.0, betas=(0.5, 0.5), eps=0.0, momentum_decay=0.0).step()
+    return abs(float(w.detach()[0]) + 1 + 0.25 * 0.5 / (1 - 0.25 * 0.25)) > 1e-3
+
+
 def _group_line(kind, group):
     def no(setting, reason):
         return RecordError(f"optimizer {kind.__name__}: {setting} = {group[setting]}: {reason}")
@@ -1294,6 +1303,19 @@ def _group_line(kind, group):
         values = {"beta1": group["betas"][0], "beta2": group["betas"][1], "epsilon": group["eps"]}
         values["weight_decay"] = group["weight_decay"]
         if kind is torch.optim.NAdam:
+            if _nadam_counts_twice():
+                if not group.get("foreach"):
+                    raise no(
+                        "foreach",
+                        f"PyTorch {torch.__version__} computes another rule then, which later versions have mended; "
+                        "foreach=True is the one that the format has",
+                    )
+                if group["weight_decay"] != 0:
+                    raise no(
+                        "weight_decay",
+                        f"with foreach=True PyTorch {torch.__version__} adds the decay to the gradients that it was given, "
+                        "so that they cannot be compared; later versions do not",
+                    )
             values["momentum_decay"] = group["momentum_decay"]
             switches = ["decoupled_weight_decay", "float32_product", *switches]
             group = {**group, "float32_product": torch.get_default_dtype() != torch.float64}  # the type of mu_product

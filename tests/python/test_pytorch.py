@@ -81,6 +81,9 @@ OBJECTIVES = {  # name: what a user computes
     "huber": nn.SmoothL1Loss(),
     "hinge": nn.MultiMarginLoss(),
 }
+# Before 2.0 NAdam was right with foreach only, and that without decay.
+OLD_NADAM = int(torch.__version__.split(".")[0]) < 2
+NADAM = {"foreach": True} if OLD_NADAM else {}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.2),
     "sgd_decay": lambda p: torch.optim.SGD(p, lr=0.2, weight_decay=0.05),
@@ -92,8 +95,8 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
     "adam_amsgrad": lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.9, 0.9), amsgrad=True, weight_decay=0.05),
     "adamw_maximize": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.02, weight_decay=0.05),
-    "nadam_decay": lambda p: torch.optim.NAdam(p, lr=0.02, momentum_decay=0.1, eps=1e-6),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.02, weight_decay=0 if OLD_NADAM else 0.05, **NADAM),
+    "nadam_decay": lambda p: torch.optim.NAdam(p, lr=0.02, momentum_decay=0.1, eps=1e-6, **NADAM),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
     "adagrad_decay": lambda p: torch.optim.Adagrad(
         p, lr=0.1, lr_decay=0.1, weight_decay=0.05, initial_accumulator_value=0.1, eps=1e-6
@@ -1157,6 +1160,12 @@ class Refusals(Case):
             model, (x, y) = network(), data()
             groups = [{"params": [p], "lr": 0.1 / (1 + i)} for i, p in enumerate(model.parameters())]
             Recorder(self.run_dir, model, loss="nll", optimizer=o.SGD(groups, lr=0.1), inputs=x, targets=y)
+        if OLD_NADAM:
+            for words, settings in (
+                ("NAdam: foreach = .*foreach=True is the one", {}),
+                ("NAdam: weight_decay = 0.1: .*adds the decay to the gradients", {"foreach": True, "weight_decay": 0.1}),
+            ):
+                self.refuse(words, optimizer=lambda m, s=settings: o.NAdam(m.parameters(), **s))
         frozen = network()
         frozen[0].bias.requires_grad_(False)
         self.refuse("'0.bias' is frozen", frozen)
