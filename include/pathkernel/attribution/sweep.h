@@ -294,7 +294,7 @@ static void pk__sweep_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__integral *integral = &worker->integral;
     pk__integral_step step = pk__begin_step(worker, j);
     pk__approximate_step(worker, &step);
-    const pk__points *points;
+    const pk__points *points = NULL;
     pk__integral_begin(integral, &step);
     while (pk__integral_next(integral, &points)) {
         pk__integral_pass(integral, points);
