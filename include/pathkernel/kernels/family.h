@@ -210,7 +210,7 @@ static int pk__is_matrix_layer(const pk_node *node)
 }
 
 /* Matrix layer number `number` in the order of the spread vector, which is that of w; NULL beyond the last. */
-static const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
+PK__PRIVATE const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
 {
     for (size_t l = 0; l < graph->node_count; l++) {
         const pk_node *node = &graph->nodes[l];
