@@ -28554,7 +28554,7 @@ static int pk__is_matrix_layer(const pk_node *node)
 }
 
 /* Matrix layer number `number` in the order of the spread vector, which is that of w; NULL beyond the last. */
-static const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
+PK__PRIVATE const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
 {
     for (size_t l = 0; l < graph->node_count; l++) {
         const pk_node *node = &graph->nodes[l];
@@ -28611,10 +28611,18 @@ static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
     return PK_OK;
 }
 
-static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, const pk_kernel_options *options)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
+    const pk_loss loss = run->criterion.loss;
+    if (options->kind == PK_KERNEL_LOSS_PATH && rule->rule == PK_RULE_AUTO &&
+        (loss == PK_L1 || loss == PK_HINGE || loss == PK_HUBER))
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            "%s: the loss %s has kinks of its own, which the rule auto does not find; take gauss with "
+            "many nodes, midpoint or left",
+            row->name, pk_loss_name(loss));
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);
@@ -28663,7 +28671,7 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
     pk_status status = pk__kernel_check_steps(context, run, options);
-    return status ? status : pk__kernel_check_rule(context, options);
+    return status ? status : pk__kernel_check_rule(context, run, options);
 }
 
 /* Rows of a side: their width, numbers and, where the kernel needs them, targets. */
@@ -30453,18 +30461,21 @@ static pk_status pk__file_parts(pk__kernel_file *f)
     pk_status status =
         pk_allocate(f->context, rows * columns, f->planes * f->width * f->width * sizeof *numbers,
                     "a part of a kernel", &numbers);
-    for (; !status && f->done < f->parts; f->done++) {
+    while (!status && f->done < f->parts) {
         const pk__kernel_part part = pk__file_part(f, f->done);
         pk_kernel_report report;
         status =
             pk__kernels_part(f->context, f->run, f->left, f->right, 1, f->options, &part, &numbers, &report);
+        /* Once a part could be computed: what cannot be computed leaves an older file as it is. */
+        if (!status && !f->mapping)
+            status = pk__file_map_result(f);
         if (status)
             break;
         pk__file_put(f, &part, numbers);
         f->report.error += report.error;
         f->report.points += report.points;
         f->report.refused += report.refused;
-        status = pk__file_remember(f, f->done + 1);
+        status = pk__file_remember(f, ++f->done);
     }
     pk_release(f->context, numbers);
     return status;
@@ -30478,7 +30489,8 @@ static pk_status pk__file_run(pk__kernel_file *f)
     pk__file_cut(f);
     pk__file_count(f);
     pk__file_resume(f);
-    status = pk__file_map_result(f);
+    if (f->done)
+        status = pk__file_map_result(f);
     if (!status)
         status = pk__progress(f->context, f->phase, (double)f->done / (double)pk__max(f->parts, 1));
     if (!status)

@@ -292,18 +292,21 @@ static pk_status pk__file_parts(pk__kernel_file *f)
     pk_status status =
         pk_allocate(f->context, rows * columns, f->planes * f->width * f->width * sizeof *numbers,
                     "a part of a kernel", &numbers);
-    for (; !status && f->done < f->parts; f->done++) {
+    while (!status && f->done < f->parts) {
         const pk__kernel_part part = pk__file_part(f, f->done);
         pk_kernel_report report;
         status =
             pk__kernels_part(f->context, f->run, f->left, f->right, 1, f->options, &part, &numbers, &report);
+        /* Once a part could be computed: what cannot be computed leaves an older file as it is. */
+        if (!status && !f->mapping)
+            status = pk__file_map_result(f);
         if (status)
             break;
         pk__file_put(f, &part, numbers);
         f->report.error += report.error;
         f->report.points += report.points;
         f->report.refused += report.refused;
-        status = pk__file_remember(f, f->done + 1);
+        status = pk__file_remember(f, ++f->done);
     }
     pk_release(f->context, numbers);
     return status;
@@ -317,7 +320,8 @@ static pk_status pk__file_run(pk__kernel_file *f)
     pk__file_cut(f);
     pk__file_count(f);
     pk__file_resume(f);
-    status = pk__file_map_result(f);
+    if (f->done)
+        status = pk__file_map_result(f);
     if (!status)
         status = pk__progress(f->context, f->phase, (double)f->done / (double)pk__max(f->parts, 1));
     if (!status)
