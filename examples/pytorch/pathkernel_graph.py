@@ -22,6 +22,7 @@ try:
 except ImportError:  # PyTorch 1.13
     from torch.nn.utils.stateless import functional_call
 
+INDEX = -1  # the id of inputs of another type made whole numbers: good for an embedding alone
 HIDDEN = -1e30  # in the place of -inf in a mask: exp of it is 0, and it is a number
 
 
@@ -64,13 +65,28 @@ class Value:
         return Value(id, row, self.batch, self.group, have)
 
 
+def own(weight, bias=None):
+    """The tensors of a layer, which must be parameters themselves, not what is made of them."""
+    if any(value is not None and value.parameter is None for value in (weight, bias)):
+        raise Unsupported("a layer whose weight or bias is no parameter")
+    return [(value and value.parameter, tensor) for value, tensor in ((weight, "weight"), (bias, "bias"))]
+
+
+def alone(x):
+    """A value for a layer that sees channels and places: the batch is the first axis, and that axis is nothing else."""
+    if x.batch != 0 or sum(x.group):
+        raise Unsupported("a layer of channels over tensors whose first axis is not the batch alone")
+    return x
+
+
 def prod(numbers):
     return int(math.prod(numbers))
 
 
 class Reader:
-    def __init__(self, size):
+    def __init__(self, size, whole=False):
         self.size = size  # of the batch
+        self.whole = whole  # the inputs are whole numbers
         self.steps = []  # (id of the result, id of its first operand, words; an operand in them is ("value", id))
         self.constants, self.order, self.tied, self.count = {}, [], 0, 0
         self.held = {}  # of a parameter: the name of the layer that holds it, once it has one, and its words
@@ -79,6 +95,8 @@ class Reader:
     # ---- writing
 
     def emit(self, first, words):
+        if words[0] in ("reshape", "parameter") and words[1].count("x") > 3:
+            raise Unsupported("a tensor of more than four axes besides the batch")
         self.count += 1
         self.steps.append((self.count, first, words))
         return self.count
@@ -99,8 +117,10 @@ class Reader:
         tensors = [(parameter, tensor) for parameter, tensor in tensors if parameter is not None]
         known = [(parameter, tensor) for parameter, tensor in tensors if parameter in self.held]
         names = []
-        for parameter, _ in known:
-            name, earlier = self.held[parameter]
+        for parameter, tensor in known:
+            name, earlier, kind = self.held[parameter]
+            if kind != tensor:
+                raise Unsupported("a tensor that is the weight of one layer and the bias of another")
             if name[0] is None:
                 self.tied += 1
                 name[0] = f"w{self.tied}"
@@ -111,9 +131,9 @@ class Reader:
         if known:
             words = words + [f"tied={names[0]}" + ("" if len(known) == len(tensors) > 1 else "." + known[0][1])]
         shared = [None]
-        for parameter, _ in tensors:
+        for parameter, tensor in tensors:
             if parameter not in self.held:
-                self.held[parameter] = (shared, words)
+                self.held[parameter] = (shared, words, tensor)
                 self.order.append(parameter)
         return words
 
@@ -123,9 +143,10 @@ class Reader:
             return value
         shape = tuple(reversed(value.row)) if value.transposed else value.row
         if value.parameter not in self.tensors:
-            words = self.layer(["parameter", "x".join(map(str, shape)) or "1"], [(value.parameter, "weight")])
-            self.tensors[value.parameter] = self.emit(0, words)
-        whole = Value(self.tensors[value.parameter], shape)
+            have = shape if len(shape) <= 4 else tuple(size for size in shape if size != 1)
+            words = self.layer(["parameter", "x".join(map(str, have)) or "1"], [(value.parameter, "weight")])
+            self.tensors[value.parameter] = Value(self.emit(0, words), shape, have=have or (1,))
+        whole = Value(self.tensors[value.parameter].id, shape, have=self.tensors[value.parameter].have)
         return self.permute(whole, [1, 0]) if value.transposed else whole
 
     def constant(self, array):
@@ -278,7 +299,7 @@ class Reader:
         if prod(x.have) != prod(x.row):
             raise Unsupported("a matrix on values of more than four axes")
         words = ["dense", str(outputs)] + ([] if bias is not None else ["nobias"])
-        words = self.layer(words, [(weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+        words = self.layer(words, own(weight, bias))
         return x.like(self.emit(x.id, words), x.row[:-1] + (outputs,), x.have[:-1] + (outputs,))
 
     def matmul(self, x, y):
@@ -316,6 +337,8 @@ class Reader:
             if id in needed or any(str(word).startswith("name=") for word in words):
                 needed |= {first} | {word[1] for word in words if isinstance(word, tuple)}
                 order.append((id, first, words))
+        if INDEX in needed:
+            raise Unsupported("numbers made whole")
         order.reverse()
         named, hand = set(), 0
         for id, first, words in order:
@@ -370,9 +393,23 @@ def _(r, x):
     return r.permute(x, [1, 0])
 
 
-@rule("clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh_copy", "dropout", "native_dropout")
+@rule("clone", "contiguous", "detach", "alias", "lift_fresh_copy")
 def _(r, x, *rest, **more):
     return x
+
+
+@rule("nan_to_num")  # the mark of Gradients
+def _(r, x, *rest):
+    raise Unsupported("a value that no gradient goes through, or nan_to_num")
+
+
+@rule("_to_copy")
+def _(r, x, dtype=None, **more):
+    if dtype is None or dtype in (torch.float32, torch.float64):
+        return x
+    if dtype.is_floating_point or x.parameter is not None or x.id not in (0, INDEX):
+        raise Unsupported(f"numbers made {dtype}")
+    return x if r.whole and dtype != torch.bool else x.like(INDEX, x.row, x.have)
 
 
 @rule("expand")
@@ -455,7 +492,8 @@ def _(r, parts, axis=0):
 
 @rule("addmm")
 def _(r, bias, x, weight, beta=1, alpha=1):
-    if beta == alpha == 1 and weight.parameter is not None and weight.transposed and bias.parameter is not None:
+    whole = weight.parameter is not None and weight.transposed and bias.parameter is not None
+    if beta == alpha == 1 and whole and not bias.transposed and prod(bias.row) == weight.row[1]:
         return r.dense(x, weight, bias)
     return r.pair("add", r.scale(r.matmul(x, weight), alpha), r.scale(bias, beta))
 
@@ -485,7 +523,7 @@ def _(r, x, y, alpha=1):
 @rule("sub")
 def _(r, x, y, alpha=1):
     if number(x):
-        return r.shift(r.scale(y, -1), x)
+        return r.shift(r.scale(y, -alpha), x)
     return r.shift(x, -y * alpha) if number(y) else r.pair("subtract", x, r.scale(y, alpha))
 
 
@@ -502,7 +540,9 @@ def _(r, x, y):
 
 
 @rule("div")
-def _(r, x, y):
+def _(r, x, y, rounding_mode=None):
+    if rounding_mode is not None:
+        raise Unsupported("a rounded quotient")
     if number(y):
         return r.scale(x, 1 / y)
     inverse = r.follow(y, "power", "-1")
@@ -528,6 +568,7 @@ def _(r, x, power):
 
 def along(r, x, axes, keep, word):
     rank = len(r.shape(x))
+    axes = [axes] if isinstance(axes, int) else axes or range(rank)
     for axis in sorted((axis % rank for axis in axes), reverse=True):
         x = r.real(x)
         at = x.axis(axis, len(r.shape(x)))
@@ -542,18 +583,20 @@ def along(r, x, axes, keep, word):
 
 
 @rule("mean")
-def _(r, x, axes, keep=False, **more):
+def _(r, x, axes=None, keep=False, **more):
     return along(r, x, axes, keep, "mean")
 
 
 @rule("sum")
-def _(r, x, axes, keep=False, **more):
+def _(r, x, axes=None, keep=False, **more):
     return along(r, x, axes, keep, "sum")
 
 
-@rule("var", "std", "var_mean")
+@rule("var")
 def _(r, x, axes=None, correction=1, keepdim=False, unbiased=None, **more):
-    axes = list(range(1, len(r.shape(x)))) if axes is None else [axes] if isinstance(axes, int) else axes
+    if isinstance(axes, bool):  # var(x, unbiased)
+        axes, correction = None, axes
+    axes = [axes] if isinstance(axes, int) else list(axes or range(len(r.shape(x))))
     count = prod(r.shape(x)[axis] for axis in axes)
     correction = int(correction) if unbiased is None else int(unbiased)
     away = r.pair("subtract", x, along(r, x, axes, True, "mean"))
@@ -567,9 +610,14 @@ def deviation(r, *rest, **more):
 RULES["std"] = deviation
 
 
+@rule("var_mean")
+def _(r, x, axes=None, correction=1, keepdim=False, **more):
+    return [RULES["var"](r, x, axes, correction, keepdim, **more), along(r, x, axes, keepdim, "mean")]
+
+
 @rule("linalg_vector_norm", "norm")
 def _(r, x, order=2, axes=None, keep=False, **more):
-    if order != 2 or axes is None:
+    if order != 2 or not axes:
         raise Unsupported("this kind of norm")
     square = r.pair("multiply", x, x)
     return r.follow(along(r, square, axes, keep, "sum"), "power", "0.5")
@@ -641,7 +689,7 @@ def _(r, x, weight):
     if weight.parameter is None:
         raise Unsupported("a PReLU whose slope is no parameter")
     count = prod(weight.row)
-    x = r.shaped(x)
+    x = r.shaped(alone(x) if count > 1 else x)
     words = r.layer(["prelu"] + ([str(count)] if count > 1 else []), [(weight.parameter, "weight")])
     return x.like(r.emit(x.id, words), x.row, x.have)
 
@@ -653,6 +701,8 @@ def _(r, x, slope=0.01):
 
 @rule("softplus")
 def _(r, x, beta=1, threshold=20):
+    if threshold != 20:
+        raise Unsupported("a softplus with another threshold")
     return r.follow(x, "softplus", repr(float(beta)))
 
 
@@ -701,10 +751,8 @@ def _(r, x, shape, weight, bias, epsilon):
     x = r.shaped(x, r.front(x.row[:-dims]) + list(x.row[-dims:]) if len(x.row) > dims else x.row)
     y = r.follow(x, "normalize", f"epsilon={epsilon!r}", f"dims={dims}")
     if weight is not None:
-        if weight.parameter is None or weight.transposed:
-            raise Unsupported("a norm whose factor is no parameter")
         words = ["affine", f"dims={dims}"] + ([] if bias is not None else ["nobias"])
-        words = r.layer(words, [(weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+        words = r.layer(words, own(weight, bias))
         y = y.like(r.emit(y.id, words), y.row, y.have)
     return [y]
 
@@ -717,8 +765,10 @@ def _(r, weight, index, padding=-1, *rest):
             raise Unsupported("an embedding of constants that do not follow one another")
         y = r.slice(weight, 0, entries[0], len(entries))
         return r.view(y, list(index.shape) + [weight.row[-1]])
-    if weight.parameter is None or index.id != 0:
+    if weight.parameter is None or index.id not in (0, INDEX):
         raise Unsupported("an embedding of what is not the data")
+    if padding >= 0 or any(rest):
+        raise Unsupported("an embedding with padding_idx or scale_grad_by_freq")
     words = ["embedding", *map(str, weight.row)]
     if weight.transposed:
         r.real(Value(weight.id, tuple(reversed(weight.row)), parameter=weight.parameter))
@@ -768,7 +818,7 @@ def _(r, x, diagonal=0):
 
 @rule("convolution")
 def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     if len(weight.row) not in (3, 4) or weight.parameter is None:
         raise Unsupported("this kind of convolution")
     kernel = weight.row[2:]
@@ -778,7 +828,7 @@ def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups)
     words += ["stride=" + pair(stride), "pad=" + pair(pad)]
     words += ["output_pad=" + pair(output_pad)] if transposed else []
     words += ["dilation=" + pair(dilation), f"groups={groups}"] + ([] if bias is not None else ["nobias"])
-    words = r.layer(words, [(weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+    words = r.layer(words, own(weight, bias))
     sides = zip(x.row[1:], pad, dilation, kernel, stride, output_pad)
     if transposed:
         size = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, p, d, k, s, o in sides]
@@ -789,9 +839,9 @@ def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups)
 
 @rule("native_group_norm")
 def _(r, x, weight, bias, count, channels, size, groups, epsilon):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     words = ["group_norm", str(groups), f"epsilon={epsilon!r}"] + ([] if weight is not None else ["noaffine"])
-    words = r.layer(words, [(weight and weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+    words = r.layer(words, own(weight, bias))
     return [x.like(r.emit(x.id, words), x.row)]
 
 
@@ -800,15 +850,15 @@ def _(r, x, weight, bias, mean, variance, *rest):
     epsilon, training = rest[-1], len(rest) == 3 and rest[0]
     if training or mean is None:
         raise Unsupported("batch norm by the batch's own statistics")
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     name = r.constant_name(np.stack([mean.double().numpy(), variance.double().numpy()]))
     words = ["batch_norm", name, f"epsilon={epsilon!r}"] + ([] if weight is not None else ["noaffine"])
-    words = r.layer(words, [(weight and weight.parameter, "weight"), (bias and bias.parameter, "bias")])
+    words = r.layer(words, own(weight, bias))
     return [x.like(r.emit(x.id, words), x.row)]
 
 
 def resized(r, x, size, mode):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     factors = [int(new) // old for old, new in zip(x.row[1:], size)]
     if any(factor * old != int(new) for factor, old, new in zip(factors, x.row[1:], size)):
         raise Unsupported("an upsampling that is not by whole numbers")
@@ -817,6 +867,10 @@ def resized(r, x, size, mode):
 
 
 def new_size(x, size, scales):
+    for scale in scales:
+        for one in scale if isinstance(scale, (list, tuple)) else [scale]:
+            if one is not None and one != int(one):
+                raise Unsupported("an upsampling that is not by whole numbers")
     if size is not None:
         return size
     scales = [scale for scale in scales if scale is not None]
@@ -836,14 +890,14 @@ def _(r, x, size=None, corners=False, *scales):
 
 @rule("_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
 def _(r, x, size):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     words = ["adaptive_avg_pool", "x".join(map(str, size))]
     return x.like(r.emit(x.id, words), (x.row[0], *size))
 
 
 @rule("adaptive_max_pool2d", "adaptive_max_pool1d")
 def _(r, x, size):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     words = ["adaptive_max_pool", "x".join(map(str, size))]
     return [x.like(r.emit(x.id, words), (x.row[0], *size))]
 
@@ -864,7 +918,7 @@ def pooled(x, kernel, stride, pad):
 
 @rule("max_pool2d_with_indices", "max_pool2d")
 def _(r, x, kernel, stride=(), pad=(0, 0), dilation=(1, 1), ceil=False):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     if ceil or tuple(dilation) not in ((1, 1), (1,)):
         raise Unsupported("max pooling with ceil_mode or dilation")
     row, words = pooled(x, kernel, stride, pad)
@@ -873,7 +927,7 @@ def _(r, x, kernel, stride=(), pad=(0, 0), dilation=(1, 1), ceil=False):
 
 @rule("avg_pool2d")
 def _(r, x, kernel, stride=(), pad=(0, 0), ceil=False, include=True, divisor=None):
-    x = r.shaped(x)
+    x = r.shaped(alone(x))
     if ceil or divisor or (not include and any(pad)):
         raise Unsupported("average pooling with ceil_mode, another divisor or without its padding")
     row, words = pooled(x, kernel, stride, pad)
@@ -885,6 +939,8 @@ def attention(r, q, k, v, dropout=0.0, causal=False, mask=None, scale=None, **mo
         raise Unsupported("dropout")
     q, k, v = r.real(q), r.real(k), r.real(v)
     rank = len(r.shape(k))
+    if r.shape(q)[:-2] != r.shape(k)[:-2] or more.get("enable_gqa"):
+        raise Unsupported("attention of groups of queries")
     back = r.permute(k, [*range(rank - 2), rank - 1, rank - 2])
     scores = r.scale(r.matmul(q, back), scale if scale is not None else 1 / math.sqrt(q.row[-1]))
     if causal:
@@ -920,6 +976,17 @@ PLAIN = {
 }
 
 
+class Gradients(torch.overrides.TorchFunctionMode):
+    """Marks what is cut off from gradients: by detach, .data, no_grad. A trace does not say it."""
+
+    def __torch_function__(self, function, types, args=(), keywords=None):
+        result = function(*args, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and not result.requires_grad:
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in (*args, *(keywords or {}).values())):
+                return torch.nan_to_num(result)
+        return result
+
+
 def trace(model, inputs):
     parameters, buffers, alias = {}, {}, {}
     for prefix, module in model.named_modules():
@@ -929,26 +996,62 @@ def trace(model, inputs):
                 known = next((key for key, other in parameters.items() if other is parameter), full)
                 parameters.setdefault(known, parameter)
                 alias[full] = known
-    buffers = dict(model.named_buffers())
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def run(parameters, x):
         values = {name: parameters[known] for name, known in alias.items()}
         return functional_call(model, {**values, **buffers}, (x,))
 
-    training = model.training
-    model.eval()
-    try:
-        # With gradients: without them PyTorch fuses whole layers into one operation of its own.
+    # With gradients: without them PyTorch fuses whole layers into one operation of its own.
+    with Gradients():
         graph = make_fx(run)({k: v.detach().requires_grad_() for k, v in parameters.items()}, inputs)
-    finally:
-        model.train(training)
+    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+    if changed:
+        raise Unsupported(f"a forward that changes buffers (batch norm in training mode does): {', '.join(changed)}")
+    in_place(graph.graph)
     return graph, parameters
+
+
+def aliased(node):
+    """How the node's result is the memory of its first operand: None, "view" or "write"."""
+    if getattr(node.target, "__name__", "") == "getitem":
+        return aliased(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    info = schema.arguments[0].alias_info if schema and schema.arguments else None
+    return None if info is None else "write" if info.is_write else "view"
+
+
+def in_place(graph):
+    """Refuses operations in place on memory that is read later under another name."""
+    root, at = {}, {}
+    for node in graph.nodes:
+        at[node] = len(at)
+        shares = node.op == "call_function" and aliased(node) and isinstance(node.args[0], torch.fx.Node)
+        root[node] = root[node.args[0]] if shares else node
+        if shares and aliased(node) == "write" and getattr(node.target, "__name__", "") != "getitem":
+            node.meta["write"] = True
+    for node in graph.nodes:
+        if node.meta.get("write"):
+            for other in graph.nodes:
+                if root[other] is root[node] and at[other] < at[node] and any(at[user] > at[node] for user in other.users):
+                    raise Unsupported(f"{node.target}: what is changed in place is used under another name, too")
+
+
+def living(graph):
+    """The nodes that the first output depends on, and what is done in place."""
+    last = next(node for node in graph.nodes if node.op == "output")
+    first = last.args[0][0] if isinstance(last.args[0], (list, tuple)) else last.args[0]
+    live = {last, first} if isinstance(first, torch.fx.Node) else {last}
+    for node in reversed(graph.nodes):
+        if (node in live and node is not last) or node.meta.get("write"):
+            live |= {node, *node.all_input_nodes}
+    return live
 
 
 def read_once(model, inputs):
     graph, parameters = trace(model, inputs)
     names = list(parameters)
-    reader = Reader(len(inputs))
+    reader, live = Reader(len(inputs), not inputs.dtype.is_floating_point), living(graph.graph)
     known, places = {}, 0
     row = tuple(inputs.shape[1:]) or (1,)
     for node in graph.graph.nodes:
@@ -961,9 +1064,13 @@ def read_once(model, inputs):
             places += 1
         elif node.op == "get_attr":
             known[node] = getattr(graph, node.target)
+            if isinstance(known[node], torch.Tensor) and known[node].requires_grad:
+                raise Unsupported("a tensor that is trained and is no parameter of the model")
         elif node.op == "output":
             last = node.args[0]
             last = known[last[0] if isinstance(last, (list, tuple)) else last]
+        elif node not in live:
+            known[node] = None
         elif getattr(node.target, "__name__", "") == "getitem":
             parts, at = known[node.args[0]], node.args[1]
             known[node] = parts[at] if at < len(parts) else None  # a by-product that nobody reads, or the end refuses
@@ -992,7 +1099,8 @@ def call(reader, node, known):
         return node.target(*args, **keywords)  # constants stay constants
     if name not in RULES:
         raise Unsupported(f"the operation {node.target}")
-    keywords = {k: v for k, v in keywords.items() if k not in ("dtype", "layout", "device", "pin_memory", "memory_format")}
+    extra = ("layout", "device", "pin_memory", "memory_format") + (() if name == "_to_copy" else ("dtype",))
+    keywords = {k: v for k, v in keywords.items() if k not in extra}
     plain = PLAIN.get(name, ())
     args = [
         reader.constant_or(x) if isinstance(x, torch.Tensor) and i not in plain else x for i, x in enumerate(args)
@@ -1011,6 +1119,7 @@ def read_network(model, inputs):
     for size in primes[:2]:
         rows = inputs[:1].expand(size, *inputs.shape[1:]).clone()
         networks.append(read_once(model, rows)[0])
-    if networks[0].line != networks[1].line:
-        raise Unsupported("a network that depends on the size of the batch")
+    one, two = (network.constants for network in networks)
+    if networks[0].line != networks[1].line or any(not np.array_equal(one[name], two[name]) for name in one):
+        raise Unsupported("a network that depends on the size of the batch, or on chance")
     return networks[0]

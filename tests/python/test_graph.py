@@ -209,7 +209,27 @@ MODELS = {
     ),
     "outputs at every token": (lambda: model(lambda s, i: s.h(s.t(i)), t=nn.Embedding(11, 4), h=LINEAR(4, 11)), tokens(6)),
 }
+def no_gradient(s, x):
+    with torch.no_grad():
+        scale = s.a(x)
+    return s.a(x) * scale
+
+
 REFUSED = {
+    "a constant of the batch's size": (lambda: model(lambda s, x: s.a(x) + x.size(0) * 0.01, a=LINEAR(8, 2)), rows(8), ""),
+    "a factor that is computed": (
+        lambda: model(lambda s, x: s.a(F.layer_norm(x, (8,), s.g, s.b * 3)), a=LINEAR(8, 2), g=parameter(8), b=parameter(8)),
+        rows(8),
+        "no parameter",
+    ),
+    "a gradient that is cut off": (lambda: model(lambda s, x: s.a(x) * s.a(x).detach(), a=LINEAR(8, 2)), rows(8), ""),
+    "a part without gradients": (lambda: model(no_gradient, a=LINEAR(8, 2)), rows(8), ""),
+    "whole numbers": (lambda: model(lambda s, x: s.a(x - x.long()), a=LINEAR(8, 2)), rows(8), ""),
+    "the batch as an axis of images": (
+        lambda: model(lambda s, x: s.a(F.max_pool2d(x[None, None], (1, 2))[0, 0]), a=LINEAR(4, 2)),
+        rows(8),
+        "",
+    ),
     "a choice by the data": (
         lambda: model(lambda s, x: s.a(torch.where(x > 0, x, s.b)), a=LINEAR(8, 2), b=parameter(8)),
         rows(8),
@@ -250,7 +270,7 @@ class Graph(unittest.TestCase):
                 continue
             with self.subTest(name):
                 made = make()
-                network = read_network(made, x)
+                network = read_network(made.eval(), x)
                 with torch.no_grad():
                     wanted = made.eval()(x).reshape(len(x), -1).numpy()
                 found = self.outputs(network, x, wanted.shape[1])
