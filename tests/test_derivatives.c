@@ -28,7 +28,7 @@ static const struct {
     {"input 4; embedding 6 3; position; attention 1; flatten; dense 3", 6},
     {"input 5; embedding 4 4; residual( attention 2 causal nobias ); layer_norm; mean_tokens; dense 2", 4},
     {"input 3x4; attention 2 shared; token -1; dense 2", 0},
-    {"input 4; dense 5; exp; scale 0.1; power -1.5; dense 4; tanh; power 2; as x; parameter 4; as y; multiply "
+    {"input 4; dense 5; exp; power -0.5; dense 4; tanh; power 2; as x; parameter 4; as y; multiply "
      "y; add x; "
      "exp; log; dense 3",
      0},

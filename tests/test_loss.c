@@ -473,8 +473,8 @@ static void options_are_parsed(void **state)
     char text[400], back[400];
     const char *good[] = {
         "squared",
-        "softmax_cross_entropy label_smoothing=0.10000000000000001 ignore_index=-100 "
-        "weight=1,0.33333333333333331,0",
+        ("softmax_cross_entropy label_smoothing=0.10000000000000001 ignore_index=-100 "
+         "weight=1,0.33333333333333331,0"),
         "nll ignore_index=0 weight=1e-300",
         "logistic pos_weight=3",
         "logistic pos_weight=1,2,3,4",
