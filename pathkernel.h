@@ -29170,7 +29170,9 @@ static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t
 static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__along_side *side)
 {
     pk__gram_rows_of of = *side->of;
-    pk_real *const block = side->inputs + (side->labels ? side->points * sizeof(int64_t) / sizeof(pk_real) : 0);
+    pk_real *const block = side->inputs && side->labels
+                               ? side->inputs + side->points * sizeof(int64_t) / sizeof(pk_real)
+                               : side->inputs; /* nothing may be added to NULL */
     of.rows = pk_matrix_view(block, side->points, side->of->rows.cols);
     of.weights = along->w;
     of.direction = side->moves ? along->direction : NULL;

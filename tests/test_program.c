@@ -1416,7 +1416,10 @@ static void test_memory_of_inputs(void **state)
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 2);
     if (!strstr(complained, "huge.npy: row 16777215, number 3 is NaN"))
         fail_msg("%s", complained);
-    if (usage.ru_maxrss > 64 << 10)
+    /* A child's peak is at least that of the process that forks it, which is large under a sanitizer. */
+    struct rusage own;
+    assert_int_equal(getrusage(RUSAGE_SELF, &own), 0);
+    if (usage.ru_maxrss > 64 << 10 && usage.ru_maxrss > own.ru_maxrss)
         fail_msg("%ld KiB at the peak", usage.ru_maxrss);
     /* The limit counts from the first byte: what it names does, whatever part of the job is the first that is refused. */
     for (int i = 0; i < 2; i++) {
