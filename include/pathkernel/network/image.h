@@ -1169,90 +1169,62 @@ static void pk__upsample_reverse(const pk_call *call)
     pk__upsample(call, call->rows * call->copies, 1, call->out_cotangent, call->in_cotangent[0]);
 }
 
+/* The words that both convolutions take. */
+#define PK__CONVOLUTION_OPTIONS                                                                            \
+    {.name = "channels",                                                                                   \
+     .kind = PK_OPTION_NUMBER,                                                                             \
+     .attribute = PK_CONVOLUTION_CHANNELS,                                                                 \
+     .position = 1,                                                                                        \
+     .required = 1,                                                                                        \
+     .least = 1,                                                                                           \
+     .most = 1e9,                                                                                          \
+     .whole = 1},                                                                                          \
+        {.name = "kernel",                                                                                 \
+         .kind = PK_OPTION_PAIR,                                                                           \
+         .attribute = PK_CONVOLUTION_KERNEL,                                                               \
+         .position = 2,                                                                                    \
+         .required = 1,                                                                                    \
+         .least = 1,                                                                                       \
+         .most = 1e6,                                                                                      \
+         .whole = 1},                                                                                      \
+        {.name = "stride",                                                                                 \
+         .kind = PK_OPTION_PAIR,                                                                           \
+         .attribute = PK_CONVOLUTION_STRIDE,                                                               \
+         .least = 1,                                                                                       \
+         .most = 1e6,                                                                                      \
+         .whole = 1},                                                                                      \
+        {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_CONVOLUTION_PAD, .most = 1e6, .whole = 1}, \
+        {.name = "dilation",                                                                               \
+         .kind = PK_OPTION_PAIR,                                                                           \
+         .attribute = PK_CONVOLUTION_DILATION,                                                             \
+         .least = 1,                                                                                       \
+         .most = 1e6,                                                                                      \
+         .whole = 1},                                                                                      \
+        {.name = "groups",                                                                                 \
+         .kind = PK_OPTION_NUMBER,                                                                         \
+         .attribute = PK_CONVOLUTION_GROUPS,                                                               \
+         .least = 1,                                                                                       \
+         .most = 1e9,                                                                                      \
+         .whole = 1},                                                                                      \
+    {                                                                                                      \
+        .name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_CONVOLUTION_BIAS                         \
+    }
+
 static const pk_option pk__convolution_options[] = {
-    {.name = "channels",
-     .kind = PK_OPTION_NUMBER,
-     .attribute = PK_CONVOLUTION_CHANNELS,
-     .position = 1,
-     .required = 1,
-     .least = 1,
-     .most = 1e9,
-     .whole = 1},
-    {.name = "kernel",
-     .kind = PK_OPTION_PAIR,
-     .attribute = PK_CONVOLUTION_KERNEL,
-     .position = 2,
-     .required = 1,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "stride",
-     .kind = PK_OPTION_PAIR,
-     .attribute = PK_CONVOLUTION_STRIDE,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_CONVOLUTION_PAD, .most = 1e6, .whole = 1},
-    {.name = "dilation",
-     .kind = PK_OPTION_PAIR,
-     .attribute = PK_CONVOLUTION_DILATION,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "groups",
-     .kind = PK_OPTION_NUMBER,
-     .attribute = PK_CONVOLUTION_GROUPS,
-     .least = 1,
-     .most = 1e9,
-     .whole = 1},
-    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_CONVOLUTION_BIAS},
+    PK__CONVOLUTION_OPTIONS,
     PK__INITIAL_OPTIONS(PK_CONVOLUTION_INITIAL),
     {.name = NULL},
 };
 static const pk_option pk__transpose_options[] = {
-    {.name = "channels",
-     .kind = PK_OPTION_NUMBER,
-     .attribute = PK_CONVOLUTION_CHANNELS,
-     .position = 1,
-     .required = 1,
-     .least = 1,
-     .most = 1e9,
-     .whole = 1},
-    {.name = "kernel",
-     .kind = PK_OPTION_PAIR,
-     .attribute = PK_CONVOLUTION_KERNEL,
-     .position = 2,
-     .required = 1,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "stride",
-     .kind = PK_OPTION_PAIR,
-     .attribute = PK_CONVOLUTION_STRIDE,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "pad", .kind = PK_OPTION_PAIR, .attribute = PK_CONVOLUTION_PAD, .most = 1e6, .whole = 1},
+    PK__CONVOLUTION_OPTIONS,
     {.name = "output_pad",
      .kind = PK_OPTION_PAIR,
      .attribute = PK_CONVOLUTION_OUTPUT_PAD,
      .most = 1e6,
      .whole = 1},
-    {.name = "dilation",
-     .kind = PK_OPTION_PAIR,
-     .attribute = PK_CONVOLUTION_DILATION,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "groups",
-     .kind = PK_OPTION_NUMBER,
-     .attribute = PK_CONVOLUTION_GROUPS,
-     .least = 1,
-     .most = 1e9,
-     .whole = 1},
-    {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = PK_CONVOLUTION_BIAS},
     {.name = NULL},
 };
+#undef PK__CONVOLUTION_OPTIONS
 static const pk_option pk__upsample_options[] = {
     {.name = "factor",
      .kind = PK_OPTION_PAIR,

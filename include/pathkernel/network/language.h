@@ -620,16 +620,7 @@ static pk_status pk__attention_layer(pk__parser *parser, const pk__layer *layer)
 {
     enum { BIAS = PK_NODE_ATTRIBUTES - 1 };
     static const pk_option options[] = {
-        {.name = "number of heads",
-         .kind = PK_OPTION_NUMBER,
-         .attribute = PK_ATTEND_HEADS,
-         .position = 1,
-         .required = 1,
-         .least = 1,
-         .most = 1e6,
-         .whole = 1},
-        {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1},
-        {.name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1},
+        PK__ATTEND_OPTIONS,
         {.name = "nobias", .kind = PK_OPTION_FLAG, .attribute = BIAS},
         {.name = NULL},
     };

@@ -473,19 +473,22 @@ static const pk_option pk__token_options[] = {
      .whole = 1},
     {.name = NULL},
 };
-static const pk_option pk__attend_options[] = {
-    {.name = "number of heads",
-     .kind = PK_OPTION_NUMBER,
-     .attribute = PK_ATTEND_HEADS,
-     .position = 1,
-     .required = 1,
-     .least = 1,
-     .most = 1e6,
-     .whole = 1},
-    {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1},
-    {.name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1},
-    {.name = NULL},
-};
+/* The words that attend and the layer attention (language.h) take. */
+#define PK__ATTEND_OPTIONS                                                                     \
+    {.name = "number of heads",                                                                \
+     .kind = PK_OPTION_NUMBER,                                                                 \
+     .attribute = PK_ATTEND_HEADS,                                                             \
+     .position = 1,                                                                            \
+     .required = 1,                                                                            \
+     .least = 1,                                                                               \
+     .most = 1e6,                                                                              \
+     .whole = 1},                                                                              \
+        {.name = "causal", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_CAUSAL, .least = 1}, \
+    {                                                                                          \
+        .name = "shared", .kind = PK_OPTION_FLAG, .attribute = PK_ATTEND_SHARED, .least = 1    \
+    }
+
+static const pk_option pk__attend_options[] = {PK__ATTEND_OPTIONS, {.name = NULL}};
 
 static const pk_operation pk__sequence_operations[] = {
     {.name = "embedding",
