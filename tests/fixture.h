@@ -347,7 +347,8 @@ FIXTURE void *fixture_allocate(void *user, size_t bytes, size_t alignment)
 {
     fixture_memory *memory = (fixture_memory *)user;
     void *block = NULL;
-    if (++memory->allocations == memory->fail_at || posix_memalign(&block, alignment, bytes + FIXTURE_GUARD) != 0)
+    if (++memory->allocations == memory->fail_at ||
+        posix_memalign(&block, alignment, bytes + FIXTURE_GUARD) != 0)
         return NULL;
     memset(block, 0xff, bytes); /* NaN: nobody may count on zeros from here */
     memset((unsigned char *)block + bytes, 0xa5, FIXTURE_GUARD);
@@ -371,5 +372,28 @@ FIXTURE void fixture_use(pk_context *context, fixture_memory *memory)
     context->allocator.release = fixture_release;
     context->allocator.user = memory;
 }
+
+/* Networks with named values, and the size of their vocabulary where the inputs are tokens. `between` is the activation of
+ * one of them: smooth for tests that differentiate twice. */
+#define NETWORKS_OF_VALUES(between)                                                                           \
+    {"input 4; as x; dense 5; silu; as gate; from x; dense 5; multiply gate; dense 3", 0},                    \
+        {"input 4; dense 5; as a; " between "; multiply a; as b; dense 5; subtract a; add b; tanh; dense 3",  \
+         0},                                                                                                  \
+        {"input 3x4; dense 12; as qkv; slice 1 0 4; reshape 3x2x2; permute 1 0 2; as q; from qkv; slice 1 4 " \
+         "4; "                                                                                                \
+         "reshape 3x2x2; permute 1 0 2; as k; from qkv; slice 1 8 4; reshape 3x2x2; permute 1 0 2; as v; "    \
+         "from q; "                                                                                           \
+         "matmul k transpose; scale 0.7; softmax; matmul v; permute 1 0 2; reshape 3x4; dense 4; mean 0; "    \
+         "dense 3",                                                                                           \
+         0},                                                                                                  \
+        {"input 3; embedding 5 4; as x; parameter 4x6; as w; from x; matmul w; sum 0; gelu; parameter 6; as " \
+         "g; "                                                                                                \
+         "dense 6; multiply g; dense 3",                                                                      \
+         5},                                                                                                  \
+    {                                                                                                         \
+        "input 2x3; as x; dense 4; tanh; concat 1 x x input; parameter 3; as s; dense 3; subtract s; "        \
+        "flatten; dense 3",                                                                                   \
+            0                                                                                                 \
+    }
 
 #endif

@@ -70,18 +70,7 @@ static const subject subjects[] = {
      "y; add x; "
      "exp; log; dense 3",
      0},
-    {"input 4; as x; dense 5; silu; as gate; from x; dense 5; multiply gate; dense 3", 0},
-    {"input 4; dense 5; as a; relu; multiply a; as b; dense 5; subtract a; add b; tanh; dense 3", 0},
-    {"input 3x4; dense 12; as qkv; slice 1 0 4; reshape 3x2x2; permute 1 0 2; as q; from qkv; slice 1 4 4; "
-     "reshape 3x2x2; permute 1 0 2; as k; from qkv; slice 1 8 4; reshape 3x2x2; permute 1 0 2; as v; from q; "
-     "matmul k transpose; scale 0.7; softmax; matmul v; permute 1 0 2; reshape 3x4; dense 4; mean 0; dense 3",
-     0},
-    {"input 3; embedding 5 4; as x; parameter 4x6; as w; from x; matmul w; sum 0; gelu; parameter 6; as g; "
-     "dense 6; multiply g; dense 3",
-     5},
-    {"input 2x3; as x; dense 4; tanh; concat 1 x x input; parameter 3; as s; dense 3; subtract s; flatten; "
-     "dense 3",
-     0},
+    NETWORKS_OF_VALUES("relu"),
 };
 static const char *const optimizers[] = {
     "sgd weight_decay=0.02",

@@ -20,18 +20,7 @@ static const struct {
     {"input 2x12; dense 20; tanh; dense 11; relu; mean_tokens; dense 2", 0}, /* pairs of places */
     {"input 3x4; dense 8; residual( layer_norm; attention 2 ); mean_tokens; dense 3", 0},
     {"input 4; embedding 6 5; position; residual( attention 1 shared nobias ); flatten; dense 2", 6},
-    {"input 4; as x; dense 5; silu; as gate; from x; dense 5; multiply gate; dense 3", 0},
-    {"input 4; dense 5; as a; relu; multiply a; as b; dense 5; subtract a; add b; tanh; dense 3", 0},
-    {"input 3x4; dense 12; as qkv; slice 1 0 4; reshape 3x2x2; permute 1 0 2; as q; from qkv; slice 1 4 4; "
-     "reshape 3x2x2; permute 1 0 2; as k; from qkv; slice 1 8 4; reshape 3x2x2; permute 1 0 2; as v; from q; "
-     "matmul k transpose; scale 0.7; softmax; matmul v; permute 1 0 2; reshape 3x4; dense 4; mean 0; dense 3",
-     0},
-    {"input 3; embedding 5 4; as x; parameter 4x6; as w; from x; matmul w; sum 0; gelu; parameter 6; as g; "
-     "dense 6; multiply g; dense 3",
-     5},
-    {"input 2x3; as x; dense 4; tanh; concat 1 x x input; parameter 3; as s; dense 3; subtract s; flatten; "
-     "dense 3",
-     0},
+    NETWORKS_OF_VALUES("relu"),
     {"input 3; dense 4; sign; dense 2", 0},
     {"input 3; dense 2", 0},
     {"input 7; dense 70; relu; dense 67; relu; dense 4",

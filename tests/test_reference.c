@@ -78,6 +78,24 @@ static double compare(const pk_decomposition *engine, const result *r, double *c
     return worst / largest;
 }
 
+/* The definition and the engine's decomposition of a run, which must agree; the caller releases both. */
+static result judge(trained *t, const char *network, const char *rule, const pk_decompose_options *options,
+                    pk_decomposition *engine, double *worst, double *worst_closure)
+{
+    const pk_matrix inputs = trained_test(t, ROWS);
+    result r = take(ROWS, &t->run);
+    assert_ok(&t->context, pk_decompose_reference(&t->context, &t->run, inputs, 1, 20, &r.arrays));
+    assert_ok(&t->context, pk_decompose(&t->context, &t->run, inputs, options, engine));
+    double closure, error = compare(engine, &r, &closure);
+    const double rest = fixture_largest(r.cells, r.arrays.unattributed);
+    if (!(error <= ROUNDING(1e-10) && closure <= ROUNDING(1e-12) && rest <= ROUNDING(1e-12)))
+        fail_msg("%s; %s: entries differ by %.3g of the largest, closure %.3g, unattributed %.3g", network,
+                 rule, error, closure, rest);
+    *worst = fmax(*worst, error);
+    *worst_closure = fmax(*worst_closure, closure);
+    return r;
+}
+
 static void test_engine(void **state)
 {
     (void)state;
@@ -109,17 +127,7 @@ static void test_engine(void **state)
             pk_decompose_options options;
             pk_decomposition engine;
             memset(&options, 0, sizeof options);
-            result r = take(ROWS, &t.run);
-            assert_ok(&t.context,
-                      pk_decompose_reference(&t.context, &t.run, trained_test(&t, ROWS), 1, 20, &r.arrays));
-            assert_ok(&t.context, pk_decompose(&t.context, &t.run, trained_test(&t, ROWS), &options, &engine));
-            double closure, error = compare(&engine, &r, &closure);
-            const double rest = fixture_largest(r.cells, r.arrays.unattributed);
-            if (!(error <= ROUNDING(1e-10) && closure <= ROUNDING(1e-12) && rest <= ROUNDING(1e-12)))
-                fail_msg("%s; %s: entries differ by %.3g of the largest, closure %.3g, unattributed %.3g",
-                         how.network, how.optimizer, error, closure, rest);
-            worst = fmax(worst, error);
-            worst_closure = fmax(worst_closure, closure);
+            result r = judge(&t, how.network, how.optimizer, &options, &engine, &worst, &worst_closure);
             if (n == 0 && o >= BRUTE) { /* bounds hold, and are not negative where gradients count negatively */
                 pk_decomposition bounded;
                 options.bounds = 1;
@@ -194,21 +202,11 @@ static void test_losses(void **state)
             pk_decompose_options options;
             pk_decomposition engine;
             memset(&options, 0, sizeof options);
-            result r = take(ROWS, &t.run);
-            assert_ok(&t.context,
-                      pk_decompose_reference(&t.context, &t.run, trained_test(&t, ROWS), 1, 20, &r.arrays));
-            assert_ok(&t.context, pk_decompose(&t.context, &t.run, trained_test(&t, ROWS), &options, &engine));
-            double closure, error = compare(&engine, &r, &closure);
-            const double rest = fixture_largest(r.cells, r.arrays.unattributed);
-            if (!(error <= ROUNDING(1e-10) && closure <= ROUNDING(1e-12) && rest <= ROUNDING(1e-12)))
-                fail_msg("%s; %s: entries differ by %.3g of the largest, closure %.3g, unattributed %.3g",
-                         network, losses[l], error, closure, rest);
+            result r = judge(&t, network, losses[l], &options, &engine, &worst, &worst_closure);
             /* Ignored examples contribute nothing. */
             for (size_t i = 0; i < r.cells * r.examples; i++)
                 if (t.run.criterion.ignores && t.labels[i % r.examples] == t.run.criterion.ignore_index)
                     assert_true(engine.by_example[i] == 0);
-            worst = fmax(worst, error);
-            worst_closure = fmax(worst_closure, closure);
             free(r.memory);
             pk_decomposition_release(&t.context, &engine);
             trained_release(&t);
