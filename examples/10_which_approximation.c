@@ -93,7 +93,7 @@ static void print(int which, const pk_comparison *rules, FILE *file)
     fprintf(file, "\n\n");
 }
 
-/* What must hold whatever the data are. */
+/* Checks what holds for any data. */
 static int check(pk_comparison rules[RUNS][PK_COMPARE_RULES])
 {
     const double rounding = sizeof(pk_real) == sizeof(double) ? 1e-12 : 1e-3;

@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* What a part of the job ends with that needs more memory than it may have. */
+/* The exit of a job that needs more memory than its limit. */
 enum { OVER_LIMIT = 3 };
 enum { SHOWN_INPUTS = 10 };
 
@@ -699,7 +699,7 @@ static void release_job(task *job)
     job->labels = NULL;
 }
 
-/* What is decomposed, and what is kept of it. */
+/* The outputs to decompose, and the sums to write. */
 static int choose_results(task *job)
 {
     decompose_settings *set = job->set;

@@ -178,7 +178,7 @@ static int prepare_links(program_folder *job)
     return good;
 }
 
-/* Whether the new results replace older ones; then they reach the disk first. */
+/* Whether the new results replace older ones. If so, they are synchronized to the disk before the names change. */
 static int reach_disk(program_folder *job)
 {
     const int folder = job->descriptor - 1;

@@ -138,7 +138,7 @@ static const program_option kernel_options[] = {
 };
 #undef PLACE
 
-/* What a kernel takes: outputs, weights at single steps (not a sum along steps), a rule along the step, weights of batches. */
+/* The options that a kernel accepts: outputs, weights at single steps (not a sum along steps), a rule along the step, weights of batches. */
 static int has_outputs(pk_kernel_kind kind)
 {
     return kind == PK_KERNEL_NTK || kind == PK_KERNEL_PATH || kind == PK_KERNEL_PATH_AVERAGE ||
@@ -190,7 +190,7 @@ static int check_kernel_options(kernel_job *job)
 
 /* ---- steps --------------------------------------------------------------------------------------------- */
 
-/* A number, if one is there, and what stands behind it. */
+/* Reads a number, if the text starts with one. Returns the text behind it, NULL where the number is too long. */
 static const char *read_index(const char *text, size_t *number)
 {
     char digits[32];
@@ -320,7 +320,7 @@ static int read_side(kernel_job *job, int right)
     return PROGRAM_GO_ON;
 }
 
-/* Whether two files are one. */
+/* Whether two names are of the same file. */
 static int same_file(const char *a, const char *b)
 {
     struct stat one, other;
