@@ -66,6 +66,7 @@ static void run_target(void **state)
 
 #ifdef FAILING_CALLS
 #include "failing_calls.h"
+#include "wait_killed.h"
 
 /* ---- calls that fail --------------------------------------------------------------------------------------- */
 
@@ -293,7 +294,7 @@ static int killed_child(failing_mode mode, size_t at, void (*act)(size_t number)
         act(number);
         _exit(0);
     }
-    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(wait_killed(child, &status), child);
     if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
         return 1;
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);

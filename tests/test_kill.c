@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include "fixture.h"
+#include "wait_killed.h"
 
 enum { STEPS = 60, EXAMPLES = 12, WIDTH = 3, INPUTS = 40 };
 
@@ -127,7 +128,7 @@ static void test_recording(void **state)
                     break;
             wait_a_little(500);
             assert_int_equal(kill(child, SIGKILL), 0);
-            assert_int_equal(waitpid(child, &status, 0), child);
+            assert_int_equal(wait_killed(child, &status), child);
             assert_true(WIFSIGNALED(status) || WEXITSTATUS(status) == 0);
             while (read(ends[0], &number, 1) == 1)
                 continue;
@@ -231,7 +232,7 @@ static void test_publishing(void **state)
         pid_t child = start_program(full_path, out_path);
         wait_a_little(15000);
         assert_int_equal(kill(child, SIGKILL), 0);
-        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_int_equal(wait_killed(child, &status), child);
         kills += (size_t)WIFSIGNALED(status);
         finished += (size_t)WIFEXITED(status);
         if (!same_results(older) && !same_results(whole_path))

@@ -31,6 +31,7 @@ extern "C" {
 }
 #endif
 #include "pathkernel_under_test.h"
+#include "wait_killed.h"
 
 enum { IN = 4, WIDE = 6, OUT = 3, N = 40, S = 12, M = 23, LONG = 60000, TEXT = 20000, ARGUMENTS = 60 };
 
@@ -1280,7 +1281,7 @@ static void test_one_folder(void **state)
     assert_non_null(strstr(complained, "/shared is being written by another program"));
     check_all_same("shared", "shared0"); /* still */
     kill(child, SIGKILL);
-    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(wait_killed(child, &status), child);
     check_all_same("shared", "shared0");
     expect(0, "%%/tanh --inputs %%/x.npy --out %%/shared");
     check_no_parts("shared");
@@ -1457,7 +1458,7 @@ static long kill_at(const char *line, long last)
         return -1;
     if (ptrace(PTRACE_SETOPTIONS, child, NULL, (void *)(PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL))) {
         kill(child, SIGKILL);
-        waitpid(child, &status, 0);
+        wait_killed(child, &status);
         return -1;
     }
     long stops = 0, pass = 0;
@@ -1473,7 +1474,7 @@ static long kill_at(const char *line, long last)
             break;
     }
     kill(child, SIGKILL);
-    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(wait_killed(child, &status), child);
     return stops;
 }
 

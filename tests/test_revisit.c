@@ -2,6 +2,7 @@
  * of threads and the interruptions; a decomposition cannot tell them from a full recording; and what cannot be
  * repeated is named. */
 #include "fixture.h"
+#include "wait_killed.h"
 #include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -245,7 +246,7 @@ static void test_killed_at_any_moment(void **state)
             for (volatile size_t i = pk_random_below(&random, 100000); i > 0; i = i - 1)
                 continue;
             assert_int_equal(kill(child, SIGKILL), 0);
-            assert_int_equal(waitpid(child, &result, 0), child);
+            assert_int_equal(wait_killed(child, &result), child);
             close(tokens);
             if (file_size(kept_path, "run.txt") == 0)
                 continue; /* killed before there was a run */

@@ -24,6 +24,7 @@ extern "C" {
 }
 #endif
 #include "pathkernel_under_test.h"
+#include "wait_killed.h"
 
 /* ---- files ------------------------------------------------------------------------------------------ */
 
@@ -271,7 +272,7 @@ static void test_killed_at_any_moment(void **state)
             for (volatile size_t i = pk_random_below(&random, 200000); i > 0; i = i - 1)
                 continue;
             assert_int_equal(kill(child, SIGKILL), 0);
-            assert_int_equal(waitpid(child, &result, 0), child);
+            assert_int_equal(wait_killed(child, &result), child);
             assert_true(WIFSIGNALED(result) && WTERMSIG(result) == SIGKILL);
             close_both(tokens);
             if (file_size(run_path, "run.txt") == 0)
@@ -360,7 +361,7 @@ static void test_killed_after_few_steps(void **state)
                     assert_true(child >= 0);
                     if (child == 0)
                         _exit(live_once(options, &l, resumed) != PK_OK);
-                    assert_int_equal(waitpid(child, &result, 0), child);
+                    assert_int_equal(wait_killed(child, &result), child);
                     done = WIFEXITED(result);
                     assert_true(done ? WEXITSTATUS(result) == 0 : WTERMSIG(result) == SIGKILL);
                 }

@@ -309,6 +309,19 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
     return 1;
 }
 
+/* Gives the file that size, with room on the disk for all of it: 0, or an errno. A mapping of a file with holes would answer
+ * with SIGBUS where the disk is full, and on some file systems even when a hole is only read. */
+PK__PRIVATE int pk__file_reserve(int descriptor, size_t size)
+{
+    if (ftruncate(descriptor, (off_t)size) != 0)
+        return errno;
+#ifdef __linux__
+    return posix_fallocate(descriptor, 0, (off_t)size);
+#else
+    return 0;
+#endif
+}
+
 /* ---- arrays ---- */
 
 /* By pk_type. */

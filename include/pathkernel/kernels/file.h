@@ -243,14 +243,10 @@ static pk_status pk__file_map_result(pk__kernel_file *f)
         memset(&f->report, 0, sizeof f->report);
     }
     int reason = 0;
-    if (!f->done && (ftruncate(f->file, 0) != 0 || !pk__write_at(f->file, header, f->header, 0) ||
-                     ftruncate(f->file, (off_t)size) != 0))
+    if (!f->done && (ftruncate(f->file, 0) != 0 || !pk__write_at(f->file, header, f->header, 0)))
         reason = errno;
-#ifdef __linux__
-    /* Without room behind the mapping, to write there would be a signal and no status. */
     if (!reason)
-        reason = posix_fallocate(f->file, 0, (off_t)size);
-#endif
+        reason = pk__file_reserve(f->file, size);
     if (!reason) {
         void *mapping = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, f->file, 0);
         if (mapping == MAP_FAILED)

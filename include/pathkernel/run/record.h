@@ -288,7 +288,8 @@ static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned c
     int good = fstat(file, &about) == 0;
     if (good && (about.st_size != size || pread(file, there, room, 0) != (ssize_t)room ||
                  memcmp(there, header, room) != 0))
-        good = ftruncate(file, 0) == 0 && ftruncate(file, size) == 0 && pk__write_at(file, header, room, 0);
+        good = ftruncate(file, 0) == 0 && pk__file_reserve(file, (size_t)size) == 0 &&
+               pk__write_at(file, header, room, 0);
     if (good)
         return file;
     close(file);
