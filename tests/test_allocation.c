@@ -567,6 +567,54 @@ JOB(job_novelty)
     return status ? status : pk_false_positives(context, 2, gram, 2, diagonal, 0.95, &number);
 }
 
+JOB(job_machine)
+{
+    (void)user;
+    const double gram[9] = {2, 1, .5, 1, 2, 1, .5, 1, 2}, numbers[3] = {1, -1, 1}, diagonal[3] = {2, 3, 2};
+    const int64_t labels[3] = {0, 1, 2};
+    const size_t shape[1] = {3};
+    double out[3], special[2];
+    const int64_t classes[1] = {0};
+    pk_gram_measures one;
+    pk_gram_pair_measures two;
+    pk_prediction_measures predictions;
+    pk_status status = PK_OK;
+    for (int loss = PK_MACHINE_SQUARED; loss <= PK_MACHINE_EPSILON_INSENSITIVE && !status; loss++) {
+        pk_machine machine;
+        const pk_machine_options options = {
+            .loss = (pk_machine_loss)loss, .regularization = .5, .intercept = 1};
+        const pk_array targets = loss == PK_MACHINE_SOFTMAX ? pk_array_view(PK_INT64, 1, shape, labels)
+                                                            : pk_array_view(PK_FLOAT64, 1, shape, numbers);
+        status = pk_machine_fit(context, 3, gram, &targets, &options, &machine);
+        assert_true(!status == !!machine.coefficients);
+        if (!status && loss == PK_MACHINE_SQUARED) {
+            status = pk_machine_predict(context, &machine, 1, gram, out);
+            if (!status)
+                status = pk_machine_attribute(context, &machine, 1, gram, out);
+            if (!status)
+                status = pk_machine_variance(context, &machine, 3, gram, diagonal, out);
+        }
+        pk_machine_release(context, &machine);
+    }
+    if (!status)
+        status = pk_pearson(context, 3, numbers, diagonal, out);
+    if (!status)
+        status = pk_spearman(context, 3, numbers, diagonal, out);
+    if (!status)
+        status = pk_kendall(context, 3, numbers, diagonal, out);
+    if (!status)
+        status = pk_top_overlap(context, 3, numbers, diagonal, 2, out);
+    if (!status)
+        status = pk_measure_gram(context, 3, gram, &one);
+    if (!status)
+        status = pk_target_alignment(context, 3, gram, numbers, out);
+    if (!status)
+        status = pk_kernel_specialization(context, 1, 1, gram, 1, classes, special);
+    if (!status)
+        status = pk_measure_gram_pair(context, 3, gram, gram, &two);
+    return status ? status : pk_measure_predictions(context, 1, 3, gram, gram, classes, &predictions);
+}
+
 JOB(job_sketch)
 {
     WITH;
@@ -909,6 +957,10 @@ static const struct entry {
     {"pk_sketch_vectors pk_sketch_gradients pk_kernel_sketched pk_relu_ntk_features pk_kernel_ntk_nodes",
      job_sketch, 10},
     {"pk_symmetric_eigenvalues pk_singular_values pk_novelty pk_auroc pk_false_positives", job_novelty, 5},
+    {"pk_cholesky pk_cholesky_solve pk_machine_fit pk_machine_predict pk_machine_attribute pk_machine_variance "
+     "pk_machine_release pk_pearson pk_spearman pk_kendall pk_top_overlap pk_measure_gram pk_target_alignment "
+     "pk_kernel_specialization pk_measure_gram_pair pk_measure_predictions",
+     job_machine, 10},
     {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
     {"pk_compare", job_compare, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},

@@ -262,3 +262,17 @@ void folder_close(program_folder *folder, int keep)
     (void)close(folder->descriptor - 1);
     folder->descriptor = 0;
 }
+
+int folder_write(program_folder *folder, pk_context *context, const char *name, int rank, const size_t *shape,
+                 const double *data)
+{
+    char *path = folder_path(folder, name, ".part");
+    if (!path)
+        return refuse("%s/%s: out of memory", folder->path, name);
+    const size_t index = folder->count++;
+    snprintf(folder->files[index].name, sizeof folder->files[index].name, "%s", name);
+    folder->files[index].made = 1;
+    const pk_status status = pk_array_write(context, path, PK_FLOAT64, rank, shape, data);
+    free(path);
+    return status ? refuse("--out: %s", pk_message(context)) : PROGRAM_GO_ON;
+}

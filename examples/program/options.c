@@ -64,6 +64,16 @@ int parse_positive(pk_context *context, const char *text, void *place)
     return 1;
 }
 
+int parse_not_negative(pk_context *context, const char *text, void *place)
+{
+    if (parse_positive(context, text, place))
+        return 1;
+    char *end = NULL;
+    const double number = strtod(text, &end);
+    *(double *)place = 0;
+    return end != text && !*end && number == 0;
+}
+
 /* 512K, 64M, 2G, 1T (powers of 1024), 1.5G, or plain bytes. */
 int parse_memory(pk_context *context, const char *text, void *place)
 {
@@ -202,7 +212,8 @@ static void print_option(const program_option *option)
 
 static int print_help(const program_command *command)
 {
-    printf("usage: %s %s", program_name, command->argument);
+    printf("usage: %s%s%s", program_name, command->argument ? " " : "",
+           command->argument ? command->argument : "");
     for (const program_option *option = command->options; option->name; option++)
         if (option->required)
             printf(" %s %s", option->name, option->value);
@@ -300,6 +311,8 @@ int options_parse(const program_command *command, int count, char **arguments, v
     for (int i = 0; i < count && status == PROGRAM_GO_ON; i++) {
         const char *argument = arguments[i];
         if (only_names || argument[0] != '-' || !argument[1]) {
+            if (!command->argument)
+                return refuse("'%s': %s takes options only; --help lists them", argument, command->name);
             if (*place)
                 return refuse("'%s': only one %s is taken, and that is '%s'", argument, command->what, *place);
             *place = argument;
@@ -315,7 +328,7 @@ int options_parse(const program_command *command, int count, char **arguments, v
     }
     if (status != PROGRAM_GO_ON)
         return status;
-    if (!*place)
+    if (command->argument && !*place)
         return refuse("no %s is given; --help tells how", command->what);
     for (int i = 0; command->options[i].name; i++)
         if (command->options[i].required && !(*given >> i & 1))

@@ -41,7 +41,7 @@ typedef struct program_option {
 
 typedef struct program_command {
     const char *name;
-    const char *argument; /* what it takes beside options, such as RUN */
+    const char *argument; /* what it takes beside options, such as RUN; NULL: nothing */
     const char *what;     /* the argument in words, such as "run directory" */
     const char *summary;  /* a line */
     const char *about;    /* more lines, or NULL */
@@ -51,14 +51,15 @@ typedef struct program_command {
                char **arguments); /* without the program's name */
 } program_command;
 
-extern const program_command train_command, decompose_command, kernel_command, compare_command;
+extern const program_command train_command, decompose_command, kernel_command, compare_command, machine_command,
+    measure_command;
 
 /* "pathkernel train", which begins each message. */
 extern char program_name[64];
 
 /* ---- options.c ----------------------------------------------------------------------------------------- */
 
-/* Reads the arguments into settings, whose first member is the `const char *` of the argument. given: a bit for each
+/* Reads the arguments into settings, whose first member is the `const char *` of the argument, if the command takes one. given: a bit for each
  * option that is there. PROGRAM_GO_ON, or an exit status after --help, --version or a message. */
 int options_parse(const program_command *command, int count, char **arguments, void *settings, uint64_t *given);
 int options_given(const program_command *command, uint64_t given, const char *name);
@@ -68,6 +69,7 @@ int parse_flag(pk_context *context, const char *text, void *place);           /*
 int parse_whole(pk_context *context, const char *text, void *place);          /* size_t */
 int parse_positive_whole(pk_context *context, const char *text, void *place); /* size_t */
 int parse_positive(pk_context *context, const char *text, void *place);       /* double */
+int parse_not_negative(pk_context *context, const char *text, void *place);   /* double */
 int parse_memory(pk_context *context, const char *text, void *place);         /* size_t, bytes */
 int parse_threads(pk_context *context, const char *text, void *place);        /* int */
 int parse_rule(pk_context *context, const char *text, void *place);           /* pk_quadrature */
@@ -154,8 +156,18 @@ int folder_prepare(program_folder *folder);
 int folder_publish(program_folder *folder);
 /* Removes what is left: .part files, and a new folder where nothing was published (keep: 0). */
 void folder_close(program_folder *folder, int keep);
+/* Writes an array of float64 as NAME.part. PROGRAM_GO_ON or PROGRAM_FAILED. */
+int folder_write(program_folder *folder, pk_context *context, const char *name, int rank, const size_t *shape,
+                 const double *data);
 /* A path in the folder; NULL where there is no memory. The caller frees it. */
 char *folder_path(const program_folder *folder, const char *name, const char *suffix);
+
+/* ---- arrays.c ------------------------------------------------------------------------------------------ */
+
+/* A matrix of a file as float64, every number finite; rank 1 has one column where `lists` is 1, and is refused else. The caller releases
+ * *numbers. option: its name in messages. PROGRAM_GO_ON or PROGRAM_FAILED. */
+int read_matrix(pk_context *context, const char *option, const char *path, int lists, size_t *rows,
+                size_t *cols, double **numbers, pk_type *type);
 
 /* ---- main.c -------------------------------------------------------------------------------------------- */
 

@@ -19,6 +19,7 @@
  */
 #ifndef PATHKERNEL_COMPARE_H
 #define PATHKERNEL_COMPARE_H
+#include "../math/measure.h"
 #include "../training/derivatives.h"
 #include "decompose.h"
 
@@ -105,11 +106,6 @@ enum {
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
 #define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
 
-typedef struct pk__compare_ranked {
-    double value;
-    size_t index;
-} pk__compare_ranked;
-
 typedef struct pk__comparing {
     pk_context *context;
     const pk_run *run;
@@ -128,7 +124,7 @@ typedef struct pk__comparing {
     double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 less the sum */
     unsigned char *settled;                           /* rows: the level whose sum is taken; 0: none yet */
     double *order;                                    /* threads x examples: ranks of a rule */
-    pk__compare_ranked *sorted;                       /* threads x examples, or cells */
+    pk__ranked *sorted;                       /* threads x examples, or cells */
     int threads;
     /* The caller's progress, and where it stands: */
     int (*progress)(void *user, const char *phase, double fraction);
@@ -139,59 +135,6 @@ typedef struct pk__comparing {
 } pk__comparing;
 
 /* ---- order ----------------------------------------------------------------------------------------------- */
-
-/* NaN come last; of equals the first index comes first. */
-static int pk__compare_ranks_before(const pk__compare_ranked *a, const pk__compare_ranked *b)
-{
-    const int nan_a = isnan(a->value), nan_b = isnan(b->value);
-    if (nan_a != nan_b)
-        return nan_b;
-    return a->value < b->value || (!(b->value < a->value) && a->index < b->index);
-}
-
-/* Heap sort. */
-static void pk__compare_sort_ranked(size_t count, pk__compare_ranked *items)
-{
-    for (size_t heap = count / 2, end = count; end > 1;) {
-        if (heap > 0) {
-            heap--;
-        } else {
-            end--;
-            const pk__compare_ranked top = items[0];
-            items[0] = items[end];
-            items[end] = top;
-        }
-        const pk__compare_ranked moving = items[heap];
-        size_t at = heap;
-        for (size_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
-            child += child + 1 < end && pk__compare_ranks_before(&items[child], &items[child + 1]);
-            if (!pk__compare_ranks_before(&moving, &items[child]))
-                break;
-            items[at] = items[child];
-            at = child;
-        }
-        items[at] = moving;
-    }
-}
-
-/* ranks[i]: how far the rank of value i lies from the mean of all ranks; equal values share the mean of theirs. NAN where a value is
- * not finite. ranks may be values. */
-static void pk__compare_rank(size_t count, const double *values, pk__compare_ranked *sorted, double *ranks)
-{
-    int finite = 1;
-    for (size_t i = 0; i < count; i++) {
-        finite &= isfinite(values[i]) != 0;
-        sorted[i] = (pk__compare_ranked){values[i], i};
-    }
-    pk__compare_sort_ranked(count, sorted);
-    for (size_t first = 0, last; first < count; first = last) {
-        for (last = first + 1; last < count && sorted[last].value == sorted[first].value; last++)
-            ;
-        const double rank = 0.5 * ((double)first + (double)last - (double)count);
-        for (size_t i = first; i < last; i++)
-            ranks[sorted[i].index] = finite ? rank : (double)NAN;
-    }
-}
 
 /* The correlation of two vectors of ranks; 0 where those of b are all equal, NAN where all of a are. */
 static double pk__compare_rank_correlation(size_t count, const double *a, const double *b)
@@ -217,11 +160,11 @@ static void pk__compare_score(pk__comparing *c, int rule, const double *contribu
     PK__PARALLEL(team)
     for (size_t cell = pk__first_task(&team); cell < cells; cell = pk__next_task(&team)) {
         double *exact = c->ranks + cell * N, *own = c->order + (size_t)pk__thread() * N;
-        pk__compare_ranked *sorted = c->sorted + (size_t)pk__thread() * N;
+        pk__ranked *sorted = c->sorted + (size_t)pk__thread() * N;
         residual[cell] = fabs(missed[cell]);
         if (rule == PK__COMPARE_EXACT)
             own = exact;
-        pk__compare_rank(N, contributions + cell * N, sorted, own);
+        pk__rank(N, contributions + cell * N, sorted, own);
         correlation[cell] = pk__compare_rank_correlation(N, exact, own);
         if (rule == PK__COMPARE_EXACT) {
             int equal = 1;
@@ -638,11 +581,11 @@ static void pk__compare_summarize(pk__comparing *c, int rule)
     double sum = 0;
     size_t ordered = 0;
     for (size_t i = 0; i < c->cells; i++) {
-        c->sorted[i] = (pk__compare_ranked){residual[i], i};
+        c->sorted[i] = (pk__ranked){residual[i], i};
         ordered += !c->unordered[i];
         sum += c->unordered[i] ? 0 : correlation[i];
     }
-    pk__compare_sort_ranked(c->cells, c->sorted);
+    pk__sort_ranked(c->cells, c->sorted);
     to->residual_max = c->sorted[c->cells - 1].value;
     to->residual_median = 0.5 * (c->sorted[(c->cells - 1) / 2].value + c->sorted[c->cells / 2].value);
     to->spearman = ordered && rule != PK__COMPARE_TELESCOPING ? sum / (double)ordered : (double)NAN;

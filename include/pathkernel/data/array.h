@@ -89,7 +89,10 @@ PK_API void pk_array_release(pk_context *context, pk_array *array);
 /* out[i] = item first + i (flat index) for i < count, converted; the items must exist. */
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out);
 
-/* The same from memory or, where the array has a file that is open, from there: from several threads, too. PK_IO where the
+/* The same as double. */
+PK_API void pk_array_doubles(const pk_array *array, size_t first, size_t count, double *out);
+
+/* As pk_array_reals from memory or, where the array has a file that is open, from there: from several threads, too. PK_IO where the
  * file has become shorter, which a mapping answers with SIGBUS. */
 PK_API PK__MUST_USE pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first,
                                             size_t count, pk_real *out);
@@ -421,36 +424,38 @@ PK_API size_t pk_array_items(const pk_array *array)
     return pk_array_length(array) * array->row_items;
 }
 
-PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out)
-{
-#define PK__CONVERT(from)                                         \
-    for (size_t i = 0; i < count; i++)                            \
-        out[i] = (pk_real)((const from *)array->data)[first + i]; \
+/* out[i] = item first + i as the type `to`. */
+#define PK__CONVERT(from, to)                                \
+    for (size_t i = 0; i < count; i++)                       \
+        out[i] = (to)((const from *)array->data)[first + i]; \
     break
-    if (!count)
-        return;
-    switch (array->type) {
-    case PK_FLOAT64:
-        if (sizeof(pk_real) == sizeof(double)) {
-            memcpy(out, (const double *)array->data + first, count * sizeof(double));
-            break;
+#define PK__CONVERT_ALL(to)                                                  \
+    if (count && array->type == (sizeof(to) == 8 ? PK_FLOAT64 : PK_FLOAT32)) \
+        memcpy(out, (const to *)array->data + first, count * sizeof(to));    \
+    else if (count)                                                          \
+        switch (array->type) {                                               \
+        case PK_FLOAT64: PK__CONVERT(double, to);                            \
+        case PK_FLOAT32: PK__CONVERT(float, to);                             \
+        case PK_INT64: PK__CONVERT(int64_t, to);                             \
+        case PK_INT32: PK__CONVERT(int32_t, to);                             \
+        case PK_INT16: PK__CONVERT(int16_t, to);                             \
+        case PK_INT8: PK__CONVERT(int8_t, to);                               \
+        case PK_UINT32: PK__CONVERT(uint32_t, to);                           \
+        case PK_UINT16: PK__CONVERT(uint16_t, to);                           \
+        case PK_UINT8: PK__CONVERT(uint8_t, to);                             \
+        case PK_BOOL: PK__CONVERT(uint8_t, to);                              \
         }
-        PK__CONVERT(double);
-    case PK_FLOAT32: PK__CONVERT(float);
-    case PK_INT64: PK__CONVERT(int64_t);
-    case PK_INT32: PK__CONVERT(int32_t);
-    case PK_INT16: PK__CONVERT(int16_t);
-    case PK_INT8: PK__CONVERT(int8_t);
-    case PK_UINT32: PK__CONVERT(uint32_t);
-    case PK_UINT16: PK__CONVERT(uint16_t);
-    case PK_UINT8: PK__CONVERT(uint8_t);
-    case PK_BOOL: PK__CONVERT(uint8_t);
-    }
-#undef PK__CONVERT
-}
 
-PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count,
-                               pk_real *out)
+PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count,
+                           pk_real *out){PK__CONVERT_ALL(pk_real)}
+
+PK_API void pk_array_doubles(const pk_array *array, size_t first, size_t count,
+                             double *out){PK__CONVERT_ALL(double)}
+#undef PK__CONVERT_ALL
+#undef PK__CONVERT
+
+PK_API pk_status
+    pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count, pk_real *out)
 {
     if (!array->file) {
         pk_array_reals(array, first, count, out);
