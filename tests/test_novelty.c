@@ -19,7 +19,8 @@ static void check_symmetric(size_t n, const double *matrix)
     memset(&context, 0, sizeof context);
     assert_ok(&context, pk_symmetric_eigenvalues(&context, n, matrix, values, vectors));
     assert_ok(&context, pk_symmetric_eigenvalues(&context, n, matrix, alone, NULL));
-    assert_memory_equal(values, alone, n * sizeof *values);
+    for (size_t k = 0; k < n; k++) /* by other means: blocks */
+        assert_close(values[k], alone[k], 1e-14 * (double)(n + 4) * fmax(fabs(values[0]), fabs(values[n - 1])));
     memcpy(place, matrix, n * n * sizeof *place);
     assert_ok(&context, pk_symmetric_eigenvalues(&context, n, place, alone, place)); /* in place */
     assert_memory_equal(vectors, place, n * n * sizeof *place);
