@@ -528,19 +528,15 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     for (c->most = pk__max(c->most, pk__min(block, c->inputs.rows));;) {
         pk__arena arena = {NULL, 0, 0, 0};
         pk_plan plan;
-        pk__compare_take(&arena, c);
-        if (arena.overflow)
-            return pk__fail(c->context, PK_OVERFLOW,
-                            "compare: the memory for %zu contributions to a row overflows", c->examples);
-        pk_status status =
-            pk_allocate(c->context, arena.used, 1, "the contributions that are compared", tables);
+        pk_status status;
+        do
+            pk__compare_take(&arena, c);
+        while (pk__arena_again(c->context, &arena, "the contributions that are compared", &status));
         if (!status)
             status = pk_decompose_plan(c->context, c->run, c->most, &c->options, 0, &plan);
-        if (!status) {
-            pk__arena own = {*tables, arena.used, 0, 0};
-            pk__compare_take(&own, c);
+        *tables = arena.base;
+        if (!status)
             return PK_OK;
-        }
         pk_release(c->context, *tables);
         *tables = NULL;
         if (status != PK_MEMORY_LIMIT || c->most <= block)

@@ -238,17 +238,15 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
         return status;
     if (!callback)
         status = pk__allocate_results(context, options, whole);
+    if (status)
+        return status;
     pk__arena arena = {NULL, 0, 0, 0};
-    if (!status) {
+    do
         pk__job_layout(job, &arena);
-        status = pk_allocate(context, 1, arena.used, "the decomposition's work", &job->memory);
-    }
-    if (!status) {
-        pk__arena own = {job->memory, arena.used, 0, 0};
-        pk__job_layout(job, &own);
+    while (pk__arena_again(context, &arena, "the decomposition's work", &status));
+    if (!status)
         status = pk__run_passes(job, whole, callback, user);
-    }
-    pk_release(context, job->memory);
+    pk_release(context, arena.base);
     return status;
 }
 

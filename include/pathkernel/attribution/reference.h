@@ -246,20 +246,15 @@ PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, 
     pk__reference_memory memory;
     memset(&memory, 0, sizeof memory);
     pk__arena arena = {NULL, 0, 0, !pk__multiply(inputs.rows, run->outputs, &cells)};
-    pk__reference_take(&arena, run, cells, nodes, &memory);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "reference: the memory for %zu rows overflows", inputs.rows);
-    void *block = NULL;
-    status = pk_allocate(context, arena.used, 1, "the reference decomposition", &block);
+    do
+        pk__reference_take(&arena, run, cells, nodes, &memory);
+    while (pk__arena_again(context, &arena, "the reference decomposition", &status));
     if (!status)
         status = pk_replay_prepare(context, run, 0, &memory.replay);
-    if (!status) {
-        pk__arena own = {block, arena.used, 0, 0};
-        pk__reference_take(&own, run, cells, nodes, &memory);
+    if (!status)
         status = pk__reference_run(context, run, inputs, pieces, nodes, &memory, out);
-    }
     pk_replay_release(context, &memory.replay);
-    pk_release(context, block);
+    pk_release(context, arena.base);
     return status;
 }
 

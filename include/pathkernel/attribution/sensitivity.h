@@ -343,36 +343,32 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
     if (status)
         return status;
     pk__sensing m;
-    void *block = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
     memset(&m, 0, sizeof m);
     m.context = context, m.run = run, m.options = options, m.out = out, m.input = input;
     m.block_count = run->graph.block_count;
     out->examples = run->examples, out->inputs = run->graph.input_width, out->steps = run->steps;
     out->layers = run->graph.columns;
-    status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
+    status = pk__sensing_results(context, options, out);
+    if (!status)
+        status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
     if (!status) {
-        pk__arena measured = {NULL, 0, 0, 0};
-        pk__sensing_take(&measured, &m);
-        status = measured.overflow ? pk__fail(context, PK_OVERFLOW, "sensitivity: its memory overflows")
-                                   : pk__sensing_results(context, options, out);
-        if (!status)
-            status = pk_allocate(context, measured.used, 1, "the sensitivity", &block);
-        if (!status)
-            status = pk_replay_prepare(context, run, run->steps, &m.replay);
-        if (!status && pk__walk_adapts(run))
-            status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
-        if (!status) {
-            pk__arena arena = {block, measured.used, 0, 0};
+        do
             pk__sensing_take(&arena, &m);
-            status = pk__sensing_run(&m);
-        }
-        if (!status)
-            status = pk__sensing_finish(&m);
+        while (pk__arena_again(context, &arena, "the sensitivity", &status));
     }
+    if (!status)
+        status = pk_replay_prepare(context, run, run->steps, &m.replay);
+    if (!status && pk__walk_adapts(run))
+        status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
+    if (!status)
+        status = pk__sensing_run(&m);
+    if (!status)
+        status = pk__sensing_finish(&m);
     pk_gradient_release(context, &m.workspace);
     pk__step_integral_end(&m.phi);
     pk_replay_release(context, &m.replay);
-    pk_release(context, block);
+    pk_release(context, arena.base);
     if (status && status != PK_NOT_CLOSED)
         pk_sensitivity_release(context, out);
     return status;

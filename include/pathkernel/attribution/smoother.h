@@ -475,29 +475,26 @@ PK_API pk_status pk_smooth(pk_context *context, const pk_run *run, pk_matrix inp
         return status;
     const double start = pk__seconds();
     pk__smooth m;
-    void *block = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
     memset(&m, 0, sizeof m);
     m.context = context, m.run = run, m.out = out;
     m.first_order = options && options->first_order;
     m.kappa = run->loss == PK_SQUARED ? 1 : 2 / (double)run->outputs;
     out->examples = run->examples, out->outputs = run->outputs, out->steps = run->steps;
     out->rows = run->examples + inputs.rows;
-    status = pk__step_integral_begin(context, &run->graph, 0, &m.phi);
-    pk__arena measured = {NULL, 0, 0, 0};
-    pk__smooth_take(&measured, &m);
-    if (!status && measured.overflow)
-        status = pk__fail(context, PK_OVERFLOW, "smoother: the memory for %zu rows overflows", out->rows);
+    status = pk__smooth_results(context, out);
     if (!status)
-        status = pk__smooth_results(context, out);
-    if (!status)
-        status = pk_allocate(context, measured.used, 1, "the smoother", &block);
+        status = pk__step_integral_begin(context, &run->graph, 0, &m.phi);
+    if (!status) {
+        do
+            pk__smooth_take(&arena, &m);
+        while (pk__arena_again(context, &arena, "the smoother", &status));
+    }
     if (!status)
         status = pk_replay_prepare(context, run, 0, &m.replay);
     for (size_t r = 0; r < inputs.rows && !status && run->graph.checked; r++)
         status = pk_graph_check_inputs(context, &run->graph, r, inputs.data + r * inputs.ld);
     if (!status) {
-        pk__arena arena = {block, measured.used, 0, 0};
-        pk__smooth_take(&arena, &m);
         pk__smooth_data(&m, inputs);
         status = pk__smooth_run(&m);
         if (!status)
@@ -507,7 +504,7 @@ PK_API pk_status pk_smooth(pk_context *context, const pk_run *run, pk_matrix inp
     }
     pk__step_integral_end(&m.phi);
     pk_replay_release(context, &m.replay);
-    pk_release(context, block);
+    pk_release(context, arena.base);
     if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
         pk_smoother_release(context, out);
     else

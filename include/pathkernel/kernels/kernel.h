@@ -341,17 +341,13 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
     const int symmetric = pk__term_symmetric(term) && rows[0].index[0] == rows[1].index[0];
     pk__tape tapes[2];
     pk_real *part = NULL, *spread = NULL;
-    void *memory = NULL;
+    pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__fed_take(&arena, graph, tapes, &part, &spread);
-    if (arena.overflow)
-        return pk__fail(pass->context, PK_OVERFLOW, "kernels: the memory for this network overflows");
-    const size_t bytes = arena.used;
-    pk_status status = pk_allocate(pass->context, bytes, 1, "kernels", &memory);
+    do
+        pk__fed_take(&arena, graph, tapes, &part, &spread);
+    while (pk__arena_again(pass->context, &arena, "kernels", &status));
     if (status)
         return status;
-    arena = (pk__arena){memory, bytes, 0, 0};
-    pk__fed_take(&arena, graph, tapes, &part, &spread);
     if (spread)
         pk_graph_spread(graph, pass->w, spread);
     const pk__line line = {spread ? spread : pass->w, NULL, NULL};
@@ -379,7 +375,7 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
         if (!pk__finite(pass->block[i]))
             status = pk__fail(pass->context, PK_NOT_FINITE,
                               "kernels: what is fed to a layer at step %zu is not finite", pass->step);
-    pk_release(pass->context, memory);
+    pk_release(pass->context, arena.base);
     return status;
 }
 
@@ -738,19 +734,15 @@ static pk_status pk__kernel_pass_begin(pk_context *context, const pk_run *run, c
     if (status)
         return status;
     pk__kernel_pass_set(pass, left, right, options, part, grams);
-    pk__arena measured = {NULL, 0, 0, 0};
-    pk__kernel_pass_take(&measured, pass);
-    if (measured.overflow)
-        return pk__fail(context, PK_OVERFLOW, "kernels: the memory of a kernel of so many rows overflows");
-    status = pk_allocate(context, measured.used, 1, "kernels", &pass->memory);
+    pk__arena arena = {NULL, 0, 0, 0};
+    do
+        pk__kernel_pass_take(&arena, pass);
+    while (pk__arena_again(context, &arena, "kernels", &status));
+    pass->memory = arena.base;
     if (!status)
         status = pk__along_prepare(context, &run->graph, pass->capacity, &pass->along);
-    if (status)
-        return status;
-    pk__arena arena = {pass->memory, measured.used, 0, 0};
-    pk__kernel_pass_take(&arena, pass);
     pass->along.criterion = &run->criterion;
-    return PK_OK;
+    return status;
 }
 
 PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, const pk_dataset *left,

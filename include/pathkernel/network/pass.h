@@ -553,6 +553,25 @@ PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real 
 
 #define PK__EVALUATE_ROWS ((size_t)64)
 
+/* What one thread evaluates a network with. */
+typedef struct pk__evaluator {
+    pk__tape tape;
+    pk_real *rows; /* PK__EVALUATE_ROWS x D: a block of the inputs */
+} pk__evaluator;
+
+/* *unrolled: the weights in the layout of the spread vector, NULL without ties. */
+static void pk__evaluators_take(pk__arena *arena, const pk_graph *graph, size_t threads,
+                                pk__evaluator **evaluators, pk_real **unrolled)
+{
+    *evaluators = pk__arena_take(arena, threads, sizeof **evaluators);
+    *unrolled = pk__arena_take(arena, graph->tied ? graph->spread : 0, sizeof **unrolled);
+    for (size_t thread = 0; thread < threads; thread++) {
+        pk__evaluator measured, *own = *evaluators ? *evaluators + thread : &measured;
+        pk__pass_take(arena, graph, PK__EVALUATE_ROWS, 0, 0, &own->tape);
+        own->rows = pk__arena_take(arena, PK__EVALUATE_ROWS, graph->input_width * sizeof(pk_real));
+    }
+}
+
 PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
                                    pk_matrix inputs, pk_matrix outputs)
 {
@@ -576,46 +595,35 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
     size_t threads = pk__min((size_t)pk_threads(context), blocks);
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__tape tape;
-    pk__pass_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
-    pk__arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
-    const size_t bytes = arena.used;
-    unsigned char *memory = NULL;
-    pk_real *spread = NULL;
-    pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
-    if (!status && graph->tied)
-        status = pk_allocate(context, graph->spread, sizeof *spread, "evaluating the network", &spread);
-    if (status) {
-        pk_release(context, memory);
+    pk__evaluator *evaluators;
+    pk_real *unrolled;
+    pk_status status;
+    do
+        pk__evaluators_take(&arena, graph, threads, &evaluators, &unrolled);
+    while (pk__arena_again(context, &arena, "evaluating the network", &status));
+    if (status)
         return status;
-    }
-    if (spread) {
-        pk_graph_spread(graph, weights, spread);
-        weights = spread;
+    if (unrolled) {
+        pk_graph_spread(graph, weights, unrolled);
+        weights = unrolled;
     }
     const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
     PK__PARALLEL(team)
     for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
-        pk__arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
-        pk__tape batch;
-        pk__pass_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
-        pk_real *rows = pk__arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        pk__evaluator *own = &evaluators[pk__thread()];
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
-            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
-                   inputs.cols * sizeof *rows);
-        pk__pass_forward(&batch, &line, count, rows);
+            memcpy(own->rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
+                   inputs.cols * sizeof(pk_real));
+        pk__pass_forward(&own->tape, &line, count, own->rows);
         for (size_t row = 0; row < count; row++)
-            memcpy(outputs.data + (first + row) * outputs.ld, pk__pass_output(&batch) + row * outputs.cols,
-                   outputs.cols * sizeof *rows);
+            memcpy(outputs.data + (first + row) * outputs.ld, pk__pass_output(&own->tape) + row * outputs.cols,
+                   outputs.cols * sizeof(pk_real));
     }
     pk__team_end(&team);
-    pk_release(context, spread);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return PK_OK;
 }
 

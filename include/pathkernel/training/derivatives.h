@@ -178,22 +178,40 @@ static void pk__sweep_inputs(const pk__sweep *sweep, size_t first, size_t rows, 
 /* Computes a group of blocks, one task of a thread, with a sum of its own. Returns the first row with a result that is not
  * finite, or SIZE_MAX. */
 static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *plan, size_t group,
-                              unsigned char *memory, size_t bytes, pk_real *sum)
+                              pk__sweep_lane *lane, pk_real *sum)
 {
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
     const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
-    pk__arena arena = {memory, bytes, 0, 0};
-    pk__sweep_lane lane;
-    pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
         memset(sum, 0, sweep->graph->spread * sizeof *sum);
     for (; first < end; first += plan->block) {
         const size_t rows = pk__min(end - first, plan->block);
-        pk__sweep_inputs(sweep, first, rows, lane.inputs);
-        const size_t found = sweep->block(sweep, &lane, first, rows, sum);
+        pk__sweep_inputs(sweep, first, rows, lane->inputs);
+        const size_t found = sweep->block(sweep, lane, first, rows, sum);
         bad = bad == SIZE_MAX ? found : bad;
     }
     return bad;
+}
+
+/* What the threads of a sweep share, and the lane of each. */
+typedef struct pk__sweep_memory {
+    pk__sweep_lane *lanes;
+    size_t *bad;      /* of each group: what pk__sweep_group returned */
+    pk_real *partial; /* the sums of all groups but the first, which writes to the result */
+} pk__sweep_memory;
+
+static void pk__sweep_memory_take(pk__arena *arena, const pk__sweep *sweep, const pk__gradient_plan *plan,
+                                  size_t threads, pk__sweep_memory *memory)
+{
+    const size_t sum = sweep->graph->spread * sizeof *memory->partial;
+    memory->lanes = pk__arena_take(arena, threads, sizeof *memory->lanes);
+    memory->bad = pk__arena_take(arena, plan->groups, sizeof *memory->bad);
+    memory->partial = pk__arena_take(arena, sweep->sum ? plan->groups - 1 : 0, sum);
+    for (size_t thread = 0; thread < threads; thread++) {
+        pk__sweep_lane measured;
+        pk__sweep_take(arena, sweep, pk__min(plan->block, sweep->rows),
+                       memory->lanes ? &memory->lanes[thread] : &measured);
+    }
 }
 
 /* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the spread vector. */
@@ -216,45 +234,36 @@ static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
     size_t threads = pk__min((size_t)pk_threads(context), plan.groups);
     threads = (double)threads <= work ? threads : work < 1 ? 1 : (size_t)work;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__sweep_lane lane;
-    pk__sweep_take(&arena, sweep, pk__min(plan.block, sweep->rows), &lane);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", sweep->name);
-    const size_t bytes = arena.used;
-    unsigned char *memory = NULL;
-    size_t *bad = NULL;
-    pk_real *partial = NULL;
-    pk_status status = pk_allocate(context, threads, bytes, sweep->name, &memory);
-    if (!status)
-        status = pk_allocate(context, plan.groups, sizeof *bad, sweep->name, &bad);
-    if (!status && sweep->sum && plan.groups > 1)
-        status = pk_allocate(context, plan.groups - 1, parameters * sizeof *partial, sweep->name, &partial);
+    pk__sweep_memory memory;
+    pk_status status;
+    do
+        pk__sweep_memory_take(&arena, sweep, &plan, threads, &memory);
+    while (pk__arena_again(context, &arena, sweep->name, &status));
     for (size_t r = 0; !status && graph->checked && r < sweep->rows; r++) {
-        pk__sweep_inputs(sweep, r, 1, (pk_real *)memory);
-        status = pk_graph_check_inputs(context, graph, r, (pk_real *)memory);
+        pk__sweep_inputs(sweep, r, 1, memory.lanes->inputs);
+        status = pk_graph_check_inputs(context, graph, r, memory.lanes->inputs);
     }
     if (!status) {
         const int workers = (int)threads;
         pk__team team = pk__team_of(context, workers, plan.groups);
         PK__PARALLEL(team)
         for (size_t group = pk__first_task(&team); group < plan.groups; group = pk__next_task(&team))
-            bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
-                                         group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
+            memory.bad[group] = pk__sweep_group(
+                sweep, &plan, group, &memory.lanes[pk__thread()],
+                group && sweep->sum ? memory.partial + (group - 1) * parameters : sweep->sum);
         pk__team_end(&team);
         const int finite =
-            !sweep->sum || pk__gradient_reduce(context, sweep->sum, partial, plan.groups, parameters, workers);
+            !sweep->sum || pk__gradient_reduce(context, sweep->sum, memory.partial, plan.groups, parameters, workers);
         size_t group = 0;
-        while (group < plan.groups && bad[group] == SIZE_MAX)
+        while (group < plan.groups && memory.bad[group] == SIZE_MAX)
             group++;
         if (group < plan.groups)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the result for row %zu is not finite", sweep->name,
-                              bad[group]);
+                              memory.bad[group]);
         else if (!finite)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the sum over rows is not finite", sweep->name);
     }
-    pk_release(context, partial);
-    pk_release(context, bad);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
