@@ -464,21 +464,25 @@ static pk_status pk__compare_telescope(pk__comparing *c)
     /* As many rows at a time as one thread's tape holds in some MB, whatever the limit: the same bits. */
     const size_t few = pk__example_rows(&c->run->graph), piece = few < 64 ? few : rows;
     const double start = pk__seconds();
-    pk_real *memory = NULL, *part = NULL;
+    pk_real *w, *next, *direction, *f;
     pk_replay replay;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, P, sizeof *w);
+        next = pk__arena_take(&arena, P, sizeof *next);
+        direction = pk__arena_take(&arena, P, sizeof *direction);
+        f = pk__arena_take(&arena, piece, c->outputs * sizeof *f);
+    } while (pk__arena_again(c->context, &arena, "telescoping", &status));
     memset(&replay, 0, sizeof replay);
-    pk_status status = pk_allocate(c->context, P, 3 * sizeof *memory, "the weights of a step", &memory);
-    if (!status)
-        status = pk_allocate(c->context, piece, c->outputs * sizeof *part, "the outputs of a step", &part);
     if (!status)
         status = pk_replay_prepare(c->context, c->run, 0, &replay);
     if (!status)
-        status = pk__compare_telescope_run(c, &replay, piece, memory, memory + P, memory + 2 * P, part);
+        status = pk__compare_telescope_run(c, &replay, piece, w, next, direction, f);
     if (status == PK_MEMORY_LIMIT && piece == rows && rows > 64) /* one thread's block at a time */
-        status = pk__compare_telescope_run(c, &replay, 64, memory, memory + P, memory + 2 * P, part);
+        status = pk__compare_telescope_run(c, &replay, 64, w, next, direction, f);
     pk_replay_release(c->context, &replay);
-    pk_release(c->context, part);
-    pk_release(c->context, memory);
+    pk_release(c->context, arena.base);
     c->rules[PK__COMPARE_TELESCOPING].seconds = pk__seconds() - start;
     return status;
 }
@@ -495,8 +499,24 @@ static int pk__compare_progress(void *user, const char *phase, double fraction)
     return c->progress(c->progress_user, "comparing", c->reached);
 }
 
-/* The tables of `most` rows. Measures and takes. */
+/* What is there for all rows. */
 static void pk__compare_take(pk__arena *arena, pk__comparing *c)
+{
+    const size_t threads = (size_t)c->threads;
+    size_t sorted = 0;
+    if (!pk__multiply(c->inputs.rows, c->outputs, &c->cells) || !pk__multiply(threads, c->examples, &sorted))
+        arena->overflow = 1;
+    c->residual = pk__arena_take(arena, c->cells, PK_COMPARE_RULES * sizeof *c->residual);
+    c->correlation = pk__arena_take(arena, c->cells, PK_COMPARE_RULES * sizeof *c->correlation);
+    c->unordered = pk__arena_take(arena, c->cells, sizeof *c->unordered);
+    c->order = pk__arena_take(arena, threads, c->examples * sizeof *c->order);
+    c->sorted = pk__arena_take(arena, pk__max(sorted, c->cells), sizeof *c->sorted);
+    c->first_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->first_weights);
+    c->last_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->last_weights);
+}
+
+/* The tables of `most` rows. */
+static void pk__compare_tables_take(pk__arena *arena, pk__comparing *c)
 {
     size_t numbers = 0;
     if (!pk__multiply(c->most * c->outputs, c->examples, &numbers))
@@ -530,7 +550,7 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
         pk_plan plan;
         pk_status status;
         do
-            pk__compare_take(&arena, c);
+            pk__compare_tables_take(&arena, c);
         while (pk__arena_again(c->context, &arena, "the contributions that are compared", &status));
         if (!status)
             status = pk_decompose_plan(c->context, c->run, c->most, &c->options, 0, &plan);
@@ -637,23 +657,11 @@ PK_API pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix in
     c->options.approximation = &c->how;
     for (int rule = 0; rule < PK_COMPARE_RULES; rule++)
         rules[rule] = (pk_comparison){pk__compare_names[rule], NAN, NAN, NAN, 0};
-    const size_t each = 2 * PK_COMPARE_RULES * sizeof(double);
-    size_t lanes = 0;
-    if (!pk__multiply(inputs.rows, run->outputs, &c->cells) || c->cells > SIZE_MAX / each ||
-        !pk__multiply((size_t)c->threads, c->examples, &lanes))
-        return pk__fail(context, PK_OVERFLOW, "compare: the memory for %zu rows overflows", inputs.rows);
-    status = pk_allocate(context, c->cells, each, "the residuals", &c->residual);
-    if (!status)
-        status = pk_allocate(context, c->cells, 1, "the residuals", &c->unordered);
-    if (!status)
-        status = pk_allocate(context, lanes, sizeof *c->order, "the ranks", &c->order);
-    if (!status)
-        status = pk_allocate(context, pk__max(lanes, c->cells), sizeof *c->sorted, "the ranks", &c->sorted);
-    if (!status)
-        status = pk_allocate(context, run->graph.spread, 2 * sizeof(pk_real), "the weights", &c->first_weights);
+    pk__arena arena = {NULL, 0, 0, 0};
+    do
+        pk__compare_take(&arena, c);
+    while (pk__arena_again(context, &arena, "compare", &status));
     if (!status) {
-        c->correlation = c->residual + PK_COMPARE_RULES * c->cells;
-        c->last_weights = c->first_weights + run->graph.spread;
         c->progress = context ? context->progress : NULL;
         c->progress_user = context ? context->progress_user : NULL;
         if (c->progress) {
@@ -666,11 +674,7 @@ PK_API pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix in
             context->progress_user = c->progress_user;
         }
     }
-    pk_release(context, c->first_weights);
-    pk_release(context, c->sorted);
-    pk_release(context, c->order);
-    pk_release(context, c->unordered);
-    pk_release(context, c->residual);
+    pk_release(context, arena.base);
     return status || !c->verdict ? status : pk__fail(context, c->verdict, "%s", c->message);
 }
 

@@ -289,26 +289,19 @@ static pk_status pk__sensing_results(pk_context *context, const pk_sensitivity_o
                                      pk_sensitivity *out)
 {
     const size_t D = out->inputs;
-    size_t matrix = 0, steps = 0, layers = 0;
-    if (!pk__multiply(out->examples, D, &matrix) ||
-        !pk__multiply(matrix, options->by_step ? out->steps : 0, &steps) ||
-        !pk__multiply(matrix, options->by_layer ? out->layers : 0, &layers) || matrix > SIZE_MAX / 64 ||
-        steps > SIZE_MAX / 64 || layers > SIZE_MAX / 64)
-        return pk__fail(context, PK_OVERFLOW, "sensitivity: the memory of its results overflows");
-    double *memory = NULL;
-    pk_status status = pk_allocate(context, matrix + steps + layers + 6 * D, sizeof *memory,
-                                   "the sensitivity's results", &memory);
-    if (status)
-        return status;
+    size_t matrix = 0;
+    pk_status status;
     double **const vectors[] = {&out->initial, &out->final,        &out->data,
                                 &out->decay,   &out->unattributed, &out->closure};
-    out->by_example = memory;
-    memory += matrix;
-    for (size_t i = 0; i < 6; i++, memory += D)
-        *vectors[i] = memory;
-    out->by_step = options->by_step ? memory : NULL;
-    out->by_layer = options->by_layer ? memory + steps : NULL;
-    return PK_OK;
+    pk__arena arena = {NULL, 0, 0, !pk__multiply(out->examples, D * sizeof(double), &matrix)};
+    do {
+        out->by_example = pk__arena_take(&arena, 1, matrix); /* never empty, so that it begins the memory */
+        for (size_t i = 0; i < 6; i++)
+            *vectors[i] = pk__arena_take(&arena, D, sizeof(double));
+        out->by_step = pk__arena_take(&arena, options->by_step ? out->steps : 0, matrix);
+        out->by_layer = pk__arena_take(&arena, options->by_layer ? out->layers : 0, matrix);
+    } while (pk__arena_again(context, &arena, "the sensitivity's results", &status));
+    return status;
 }
 
 PK_API void pk_sensitivity_release(pk_context *context, pk_sensitivity *sensitivity)

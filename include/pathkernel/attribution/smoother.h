@@ -118,24 +118,24 @@ PK_API pk_status pk_telescope(pk_context *context, const pk_run *run, pk_matrix 
                         "telescoping: the run or the place for the predictions is missing");
     pk_status status =
         pk__sweep_matrix(context, "telescoping", "inputs", inputs, inputs.rows, run->graph.input_width);
-    size_t cells = 0, numbers = 0;
-    if (!status && (!pk__multiply(inputs.rows, run->outputs, &cells) || cells > SIZE_MAX / 64 ||
-                    run->parameters > SIZE_MAX / 64))
-        status = pk__fail(context, PK_OVERFLOW, "telescoping: the memory for %zu rows overflows", inputs.rows);
     if (status || !inputs.rows)
         return status;
-    numbers = 3 * run->parameters + cells;
-    pk_real *memory = NULL;
+    pk_real *w, *next, *direction, *f;
     pk_replay replay;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, run->parameters, sizeof *w);
+        next = pk__arena_take(&arena, run->parameters, sizeof *next);
+        direction = pk__arena_take(&arena, run->parameters, sizeof *direction);
+        f = pk__arena_take(&arena, inputs.rows, run->outputs * sizeof *f);
+    } while (pk__arena_again(context, &arena, "telescoping", &status));
     memset(&replay, 0, sizeof replay);
-    status = pk_allocate(context, numbers, sizeof *memory, "telescoping", &memory);
     if (!status)
         status = pk_replay_prepare(context, run, 0, &replay);
     if (!status)
-        status = pk__telescope_steps(context, run, inputs, &replay, memory, memory + run->parameters,
-                                     memory + 2 * run->parameters, memory + 3 * run->parameters, predictions);
+        status = pk__telescope_steps(context, run, inputs, &replay, w, next, direction, f, predictions);
     pk_replay_release(context, &replay);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -404,26 +404,23 @@ static pk_status pk__smooth_finish(pk__smooth *m, double tolerance)
     return PK_OK;
 }
 
-/* The results: one piece of memory. */
+/* The results: one piece of memory that begins with the matrix, which is never empty. */
 static pk_status pk__smooth_results(pk_context *context, pk_smoother *out)
 {
-    size_t cells = 0, targets = 0, matrix = 0, trajectory = 0;
-    if (!pk__multiply(out->rows, out->outputs, &cells) ||
-        !pk__multiply(out->examples, out->outputs, &targets) || !pk__multiply(cells, targets, &matrix) ||
-        !pk__multiply(cells, out->steps + 1, &trajectory) || matrix > SIZE_MAX / 64 ||
-        trajectory > SIZE_MAX / 64)
-        return pk__fail(context, PK_OVERFLOW, "smoother: the memory for %zu rows overflows", out->rows);
-    double *memory = NULL;
-    pk_status status = pk_allocate(context, matrix + cells + targets + trajectory + 2 * (out->steps + 1),
-                                   sizeof *memory, "the smoother's results", &memory);
-    if (status)
-        return status;
-    out->matrix = memory;
-    out->constant = out->matrix + matrix;
-    out->targets = out->constant + cells;
-    out->predictions = out->targets + targets;
-    out->effective = out->predictions + trajectory;
-    return PK_OK;
+    const size_t real = sizeof(double);
+    size_t cells = 0, targets = 0;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0,
+                       !pk__multiply(out->rows, out->outputs, &cells) ||
+                           !pk__multiply(out->examples, out->outputs * real, &targets)};
+    do {
+        out->matrix = pk__arena_take(&arena, cells, targets);
+        out->constant = pk__arena_take(&arena, cells, real);
+        out->targets = pk__arena_take(&arena, targets, 1);
+        out->predictions = pk__arena_take(&arena, cells, (out->steps + 1) * real);
+        out->effective = pk__arena_take(&arena, out->steps + 1, 2 * real);
+    } while (pk__arena_again(context, &arena, "the smoother's results", &status));
+    return status;
 }
 
 /* The targets and the rows of both kinds. */

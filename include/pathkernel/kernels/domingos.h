@@ -49,22 +49,24 @@ static pk_status pk__domingos_intercept(pk_context *context, const pk_run *run, 
                                         size_t rows, double *intercept)
 {
     const size_t D = run->graph.input_width, C = run->outputs;
-    pk_real *w = NULL, *x = NULL;
-    pk_status status = pk_allocate(context, run->parameters, sizeof *w, "domingos", &w);
-    if (!status)
-        status = pk_allocate(context, rows, (D + C) * sizeof *x, "domingos", &x);
+    pk_real *w, *x, *f;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, run->parameters, sizeof *w);
+        x = pk__arena_take(&arena, rows, D * sizeof *x);
+        f = pk__arena_take(&arena, rows, C * sizeof *f);
+    } while (pk__arena_again(context, &arena, "domingos", &status));
     if (!status)
         status = pk_run_weights(context, run, 0, w);
     if (!status) {
-        pk_real *f = x + rows * D;
         pk_array_reals(&inputs->inputs, 0, rows * D, x);
         status =
             pk_graph_evaluate(context, &run->graph, w, pk_matrix_view(x, rows, D), pk_matrix_view(f, rows, C));
         for (size_t i = 0; !status && i < rows * C; i++)
             intercept[i] = f[i];
     }
-    pk_release(context, x);
-    pk_release(context, w);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -124,9 +126,9 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
 {
     pk_kernel_options first = {
         .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
-    pk_kernel_options *options = NULL;
-    pk_kernel_report *reports = NULL;
-    double *numbers = NULL, **grams = NULL;
+    pk_kernel_options *options;
+    pk_kernel_report *reports;
+    double *numbers, **grams;
     size_t shape[6];
     int rank;
     if (!inputs || !result || !result->contributions)
@@ -142,13 +144,13 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
     const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
     result->undefined = 0;
     result->error = 0;
-    status = pk_allocate(context, 2 * C, sizeof *options, "domingos", &options);
-    if (!status)
-        status = pk_allocate(context, 2 * C, sizeof *reports, "domingos", &reports);
-    if (!status)
-        status = pk_allocate(context, 2 * C, sizeof *grams, "domingos", &grams);
-    if (!status)
-        status = pk_allocate(context, 2 * C, plane * sizeof *numbers, "domingos", &numbers);
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        options = pk__arena_take(&arena, 2 * C, sizeof *options);
+        reports = pk__arena_take(&arena, 2 * C, sizeof *reports);
+        grams = pk__arena_take(&arena, 2 * C, sizeof *grams);
+        numbers = pk__arena_take(&arena, 2 * C, plane * sizeof *numbers);
+    } while (pk__arena_again(context, &arena, "domingos", &status));
     for (size_t k = 0; !status && k < 2 * C; k++) {
         options[k] = first;
         options[k].kind = k < C ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
@@ -167,10 +169,7 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
     }
     if (!status && plane)
         status = pk__domingos_fill(context, run, rows, numbers, result);
-    pk_release(context, numbers);
-    pk_release(context, grams);
-    pk_release(context, reports);
-    pk_release(context, options);
+    pk_release(context, arena.base);
     return status;
 }
 

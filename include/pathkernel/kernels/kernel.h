@@ -806,15 +806,19 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
     const double tolerance = options->tolerance > 0             ? options->tolerance
                              : sizeof(pk_real) == sizeof(float) ? 1e-4
                                                                 : 1e-10;
-    double largest = 0, *memory = NULL;
-    pk_status status = PK_OK;
+    const int mapped = options->map != PK_MAP_NONE && numbers;
+    double largest = 0, *x, *y, *means;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
     for (size_t i = 0; i < numbers; i++)
         largest = fmax(largest, fabs(gram[i]));
     report->error = largest > 0 ? report->error / largest : 0;
-    if (options->map != PK_MAP_NONE && numbers)
-        status = pk_allocate(context, planes, (2 * rows + columns) * sizeof *memory, "kernels", &memory);
+    do {
+        x = pk__arena_take(&arena, mapped ? planes : 0, rows * sizeof *x);
+        y = pk__arena_take(&arena, mapped ? planes : 0, columns * sizeof *y);
+        means = pk__arena_take(&arena, mapped ? rows : 0, 2 * sizeof *means);
+    } while (pk__arena_again(context, &arena, "kernels", &status));
     if (!status && options->map == PK_MAP_COSINE && numbers) {
-        double *x = memory, *y = memory + planes * rows;
         /* The same rows on both sides, and the same factors: the matrix has them already. */
         const int same = left == right && !(train && row->weighted == PK__RIGHT && !options->unweighted);
         status = same ? PK_OK : pk__kernel_diagonals(context, run, left, right, options, x, y);
@@ -823,8 +827,8 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
                 pk__kernel_cosine(rows, columns, same, x + p * rows, y + p * columns, gram + p * plane);
     }
     for (size_t p = 0; !status && options->map == PK_MAP_CENTER && numbers && p < planes; p++)
-        pk__kernel_center(rows, gram + p * plane, memory);
-    pk_release(context, memory);
+        pk__kernel_center(rows, gram + p * plane, means);
+    pk_release(context, arena.base);
     if (!status && row->moves && options->quadrature.rule == PK_RULE_AUTO && report->error > tolerance)
         status = pk__fail(context, PK_NOT_CLOSED,
                           "%s: the integrals along the steps are off by %.3g of the largest entry, not %.3g",

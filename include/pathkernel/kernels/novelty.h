@@ -89,14 +89,15 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
 {
     const double fraction = options ? options->fraction : 0;
     pk_novelty_report own = {0, 0, 0, 0, 0};
-    size_t numbers = 0;
-    double *memory = NULL, trace = 0, kept = 0;
+    double *values, *vectors, trace = 0, kept = 0;
     pk_status status = pk__novelty_check(context, n, gram, m, cross, diagonal, fraction, energies);
-    if (!status && (!pk__multiply(n, n + 1, &numbers) || numbers > SIZE_MAX / 64))
-        status = pk__fail(context, PK_OVERFLOW, "novelty: a Gram of %zu rows overflows", n);
-    if (!status)
-        status = pk_allocate(context, numbers, sizeof *memory, "novelty", &memory);
-    double *values = memory, *vectors = memory ? memory + n : NULL;
+    if (status)
+        return status;
+    pk__arena arena = {NULL, 0, 0, n > SIZE_MAX / 64};
+    do {
+        values = pk__arena_take(&arena, n, sizeof *values);
+        vectors = pk__arena_take(&arena, n, n * sizeof *vectors);
+    } while (pk__arena_again(context, &arena, "novelty", &status));
     if (!status && n)
         status = pk_symmetric_eigenvalues(context, n, gram, values, vectors);
     const double largest = status || !n ? 0 : fmax(fabs(values[n - 1]), fabs(values[0]));
@@ -105,7 +106,7 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
                           "novelty: the matrix has the eigenvalue %g beside %g: it is no Gram matrix",
                           values[0], values[n - 1]);
     if (status) {
-        pk_release(context, memory);
+        pk_release(context, arena.base);
         return status;
     }
     for (size_t k = 0; k < n; k++) {
@@ -130,7 +131,7 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
     }
     if (report)
         *report = own;
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return PK_OK;
 }
 

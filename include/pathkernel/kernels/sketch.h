@@ -183,13 +183,13 @@ PK_API pk_status pk_sketch_vectors(pk_context *context, const pk_sketch *sketch,
     const size_t m = sketch->size, n = pk__power_of_two(vectors.cols);
     const int hadamard = sketch->kind == PK_SKETCH_SRHT;
     const size_t block = hadamard ? 1 : pk__min(vectors.rows, PK__SKETCH_ROWS);
-    double *numbers = NULL;
-    int64_t *place = NULL;
-    if (!hadamard && m > SIZE_MAX / 64 / PK__SKETCH_ROWS)
-        return pk__fail(context, PK_OVERFLOW, "sketch: the size %zu is too large", m);
-    status = pk_allocate(context, hadamard ? n : block * m, sizeof *numbers, "a sketch", &numbers);
-    if (!status && hadamard)
-        status = pk_allocate(context, n, sizeof *place, "a sketch", &place);
+    double *numbers;
+    int64_t *place;
+    pk__arena arena = {NULL, 0, 0, m > SIZE_MAX / 64};
+    do {
+        numbers = pk__arena_take(&arena, block, (hadamard ? n : m) * sizeof *numbers);
+        place = pk__arena_take(&arena, hadamard ? n : 0, sizeof *place);
+    } while (pk__arena_again(context, &arena, "a sketch", &status));
     /* The first m of a shuffled 0 ... n - 1. */
     for (size_t i = 0; !status && hadamard && i < n; i++)
         place[i] = (int64_t)i;
@@ -214,8 +214,7 @@ PK_API pk_status pk_sketch_vectors(pk_context *context, const pk_sketch *sketch,
                 sketched.data[(first + r) * sketched.ld + i] =
                     (pk_real)(scale * (hadamard ? numbers[place[i]] : numbers[r * m + i]));
     }
-    pk_release(context, place);
-    pk_release(context, numbers);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -276,19 +275,23 @@ static pk_status pk__sketch_measure(pk_context *context, const pk_graph *graph, 
     size_t rows[2][PK__SKETCH_SAMPLE];
     const size_t D = graph->input_width, a = pk__sketch_sample(seed, PK__STREAM_SAMPLE, x.rows, rows[0]),
                  b = pk__sketch_sample(seed, PK__STREAM_SAMPLE + 100, y.rows, rows[1]);
-    const size_t inputs = (a + b) * D, entries = a * kept * b * kept;
-    pk_real *numbers = NULL;
+    const size_t entries = a * kept * b * kept;
+    pk_real *inputs, *exact;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        inputs = pk__arena_take(&arena, a + b, D * sizeof *inputs);
+        exact = pk__arena_take(&arena, entries, sizeof *exact);
+    } while (pk__arena_again(context, &arena, "a sketch's sample", &status));
     report->rows = a, report->columns = b, report->error = 0;
-    pk_status status = pk_allocate(context, inputs + entries, sizeof *numbers, "a sketch's sample", &numbers);
     if (status)
         return status;
     for (size_t i = 0; i < a + b; i++) {
         const pk_matrix *from = i < a ? &x : &y;
-        memcpy(numbers + i * D, from->data + (i < a ? rows[0][i] : rows[1][i - a]) * from->ld,
-               D * sizeof *numbers);
+        memcpy(inputs + i * D, from->data + (i < a ? rows[0][i] : rows[1][i - a]) * from->ld,
+               D * sizeof *inputs);
     }
-    pk_real *exact = numbers + inputs;
-    const pk_matrix left = pk_matrix_view(numbers, a, D), right = pk_matrix_view(numbers + a * D, b, D),
+    const pk_matrix left = pk_matrix_view(inputs, a, D), right = pk_matrix_view(inputs + a * D, b, D),
                     to = pk_matrix_view(exact, a * kept, b * kept);
     status = kept == 1 && graph->output_width > 1
                  ? pk_kernel_ntk_trace(context, graph, weights, left, right, to)
@@ -302,7 +305,7 @@ static pk_status pk__sketch_measure(pk_context *context, const pk_graph *graph, 
         size += (double)exact[i] * exact[i];
     }
     report->error = size > 0 ? sqrt(apart / size) : 0;
-    pk_release(context, numbers);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -318,18 +321,19 @@ PK_API pk_status pk_kernel_sketched(pk_context *context, const pk_graph *graph, 
     const int same = !y.data || (y.data == x.data && y.rows == x.rows && y.ld == x.ld);
     y = same ? x : y;
     const size_t C = graph->output_width, kept = trace ? 1 : C, m = sketch->size;
-    size_t rows = 0, columns = 0, left = 0, right = 0;
-    if (!pk__multiply(x.rows, C, &rows) || !pk__multiply(y.rows, C, &columns) ||
-        !pk__multiply(rows, m, &left) || !pk__multiply(columns, m, &right) || left > SIZE_MAX / 64 ||
-        right > SIZE_MAX / 64)
+    size_t rows = 0, columns = 0;
+    if (!pk__multiply(x.rows, C, &rows) || !pk__multiply(y.rows, C, &columns) || m > SIZE_MAX / 64)
         return pk__fail(context, PK_OVERFLOW, "sketched kernel: %zu and %zu rows overflow", x.rows, y.rows);
     status = pk__sweep_matrix(context, "sketched kernel", "entries of the result", gram, x.rows * kept,
                               y.rows * kept);
-    pk_real *features = NULL;
-    if (!status)
-        status =
-            pk_allocate(context, left + (same ? 0 : right), sizeof *features, "a sketched kernel", &features);
-    pk_real *other = same ? features : features + left;
+    if (status)
+        return status;
+    pk_real *features, *other;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        features = pk__arena_take(&arena, rows, m * sizeof *features);
+        other = same ? features : pk__arena_take(&arena, columns, m * sizeof *other);
+    } while (pk__arena_again(context, &arena, "a sketched kernel", &status));
     if (!status)
         status = pk_sketch_gradients(context, graph, weights, x, sketch, pk_matrix_view(features, rows, m));
     if (!status && !same)
@@ -340,7 +344,7 @@ PK_API pk_status pk_kernel_sketched(pk_context *context, const pk_graph *graph, 
                  m * (C / kept), 0, gram.data, gram.ld);
     if (!status && report)
         status = pk__sketch_measure(context, graph, weights, x, y, sketch->seed, kept, gram, report);
-    pk_release(context, features);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -407,20 +411,21 @@ PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, con
         status = pk__sweep_matrix(context, name, "features", features, inputs.rows, all);
     if (!status && pk__matrices_overlap(inputs, features))
         status = pk__fail(context, PK_ARGUMENT, "%s: the result overlaps the inputs", name);
-    size_t numbers = 0;
-    if (!status && (!pk__multiply(inputs.rows, 2 * widest + m, &numbers) || numbers > SIZE_MAX / 64))
-        status = pk__fail(context, PK_OVERFLOW, "%s: %zu rows overflow", name, inputs.rows);
-    pk_real *memory = NULL;
-    double *transforms = NULL;
-    const size_t n = pk__power_of_two(widest);
-    if (!status)
-        status = pk_allocate(context, numbers + widest, sizeof *memory, name, &memory);
-    if (!status)
-        status = pk_allocate(context, 2 * n, sizeof *transforms, name, &transforms);
+    if (status)
+        return status;
     const double std = options->weight_std > 0 ? options->weight_std : sqrt(2);
-    const size_t rows = inputs.rows;
-    pk_real *z = memory, *t = status ? NULL : memory + rows * widest,
-            *units = status ? NULL : t + rows * widest, *normals = status ? NULL : units + rows * m;
+    const size_t rows = inputs.rows, n = pk__power_of_two(widest);
+    pk_real *z, *t, *units, *normals;
+    double *first, *second;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        z = pk__arena_take(&arena, rows, widest * sizeof *z);
+        t = pk__arena_take(&arena, rows, widest * sizeof *t);
+        units = pk__arena_take(&arena, rows, m * sizeof *units);
+        normals = pk__arena_take(&arena, widest, sizeof *normals);
+        first = pk__arena_take(&arena, n, sizeof *first);
+        second = pk__arena_take(&arena, n, sizeof *second);
+    } while (pk__arena_again(context, &arena, name, &status));
     for (size_t i = 0; !status && i < rows * D; i++) {
         z[i] = (pk_real)(inputs.data[i / D * inputs.ld + i % D] / sqrt((double)D));
         t[i] = (pk_real)(std * z[i]);
@@ -428,8 +433,8 @@ PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, con
     for (size_t l = 0; l < options->layers && !status; l++) {
         status = pk__progress(context, name, (double)l / (double)options->layers);
         if (!status)
-            pk__relu_layer(options, std, l, rows, l ? m : D, z, l ? all : D, t, normals, units, transforms,
-                           transforms + n, features);
+            pk__relu_layer(options, std, l, rows, l ? m : D, z, l ? all : D, t, normals, units, first, second,
+                           features);
         for (size_t r = 0; !status && r < rows; r++) {
             const pk_real *row = features.data + r * features.ld;
             memcpy(t + r * all, row, all * sizeof *t);
@@ -437,8 +442,7 @@ PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, con
                 z[r * m + i] = (pk_real)(row[i] / std);
         }
     }
-    pk_release(context, transforms);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 

@@ -60,7 +60,7 @@ PK__END_C
 #include <string.h>
 PK__BEGIN_CODE
 
-enum { PK__FACTORIZE_SWEEPS = 60, PK__EIGENVALUES_MEMORY = 4 * 32 + 8 + 3 };
+enum { PK__FACTORIZE_SWEEPS = 60, PK__EIGENVALUES_PANELS = 4 * 32 + 8 + 2 };
 
 #ifdef PATHKERNEL_LAPACK
 /* LAPACK's own names: lapacke.h contradicts blis.h. Behind them stand lengths of texts, which C compilers pass, too. */
@@ -587,7 +587,7 @@ static void pk__sort_values(size_t count, double *values, double sign, double *a
 }
 
 #ifdef PATHKERNEL_LAPACK
-/* memory: 139 n, of which it takes 2 n + 1. */
+/* memory: 138 n, of which it takes 2 n + 1. */
 static int pk__lapack_eigenvalues(int n, double *matrix, double *values, double *memory)
 {
     const int doubles = 138 * n, integers = 1;
@@ -601,13 +601,12 @@ PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const d
                                           double *vectors)
 {
     static const char name[] = "eigenvalues";
-    double largest = 0, *memory = NULL;
-    size_t numbers = 0;
+    double largest = 0, *beside, *own, *panels;
     if (!n)
         return PK_OK;
     if (!matrix || !values)
         return pk__fail(context, PK_ARGUMENT, "%s: the matrix or the place for the values is NULL", name);
-    if (!pk__multiply(n, n, &numbers) || numbers > SIZE_MAX / 64)
+    if (n > SIZE_MAX / 64 / n)
         return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu rows and columns overflows", name, n);
     pk_status status = pk__factorize_check(context, name, n, n, matrix, &largest);
     for (size_t i = 0; i < n && !status; i++)
@@ -616,12 +615,17 @@ PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const d
                 return pk__fail(context, PK_ARGUMENT,
                                 "%s: the matrix is not symmetric: (%zu, %zu) is %g and (%zu, %zu) %g", name, i,
                                 j, matrix[i * n + j], j, i, matrix[j * n + i]);
-    if (!status)
-        status = pk_allocate(context, vectors ? n : numbers + PK__EIGENVALUES_MEMORY * n, sizeof *memory, name,
-                             &memory);
     if (status)
         return status;
-    double *v = vectors ? vectors : memory + PK__EIGENVALUES_MEMORY * n;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        beside = pk__arena_take(&arena, n, sizeof *beside);
+        own = pk__arena_take(&arena, vectors ? 0 : n, n * sizeof *own);
+        panels = pk__arena_take(&arena, vectors ? 0 : n, PK__EIGENVALUES_PANELS * sizeof *panels);
+    } while (pk__arena_again(context, &arena, name, &status));
+    if (status)
+        return status;
+    double *v = vectors ? vectors : own;
     const double scale = largest > 0 ? largest : 1; /* so that no square overflows */
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j <= i; j++)
@@ -632,24 +636,24 @@ PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const d
     int found = 1;
 #ifdef PATHKERNEL_LAPACK
     if (!vectors && n <= INT_MAX / 200)
-        found = pk__lapack_eigenvalues((int)n, v, values, memory);
+        found = pk__lapack_eigenvalues((int)n, v, values, panels);
     else {
-        pk__tridiagonalize(n, v, values, memory);
-        found = pk__diagonalize(n, v, values, memory);
+        pk__tridiagonalize(n, v, values, beside);
+        found = pk__diagonalize(n, v, values, beside);
     }
 #else
     if (vectors)
-        pk__tridiagonalize(n, v, values, memory);
+        pk__tridiagonalize(n, v, values, beside);
     else
-        pk__tridiagonalize_blocks(context, n, v, values, memory, memory + n);
-    found = pk__diagonalize(n, vectors, values, memory);
+        pk__tridiagonalize_blocks(context, n, v, values, beside, panels);
+    found = pk__diagonalize(n, vectors, values, beside);
 #endif
     if (!found)
         status = pk__fail(context, PK_NOT_FINITE, "%s: the iteration does not converge", name);
     for (size_t i = 0; i < n; i++)
         values[i] *= scale;
     pk__sort_values(n, values, 1, vectors, n, NULL, 0);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -692,20 +696,23 @@ PK_API pk_status pk_singular_values(pk_context *context, size_t rows, size_t col
 {
     static const char name[] = "singular values";
     const size_t few = pk__min(rows, cols), many = pk__max(rows, cols);
-    double largest = 0, *memory = NULL;
-    size_t numbers = 0;
+    double largest = 0, *w, *v;
     if (!few)
         return PK_OK;
     if (!matrix || !values)
         return pk__fail(context, PK_ARGUMENT, "%s: the matrix or the place for the values is NULL", name);
-    if (!pk__multiply(few, many, &numbers) || numbers > SIZE_MAX / 64)
+    if (many > SIZE_MAX / 64 / few)
         return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu x %zu overflows", name, rows, cols);
     pk_status status = pk__factorize_check(context, name, rows, cols, matrix, &largest);
-    if (!status)
-        status = pk_allocate(context, numbers + few * few, sizeof *memory, name, &memory);
     if (status)
         return status;
-    double *w = memory, *v = memory + numbers;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, few, many * sizeof *w);
+        v = pk__arena_take(&arena, few, few * sizeof *v);
+    } while (pk__arena_again(context, &arena, name, &status));
+    if (status)
+        return status;
     const double scale = largest > 0 ? largest : 1;
     for (size_t i = 0; i < few; i++) {
         for (size_t k = 0; k < many; k++)
@@ -726,10 +733,10 @@ PK_API pk_status pk_singular_values(pk_context *context, size_t rows, size_t col
     pk__sort_values(few, values, -1, w, many, v, few);
     double *wide = rows >= cols ? left : right, *narrow = rows >= cols ? right : left;
     if (wide)
-        memcpy(wide, w, numbers * sizeof *wide);
+        memcpy(wide, w, few * many * sizeof *wide);
     if (narrow)
         memcpy(narrow, v, few * few * sizeof *narrow);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
