@@ -194,44 +194,30 @@ static void pk__name_tensors(pk_decomposition *out)
 
 PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition)
 {
-    pk_release(context, decomposition->initial); /* the six of rows x outputs are one piece */
-    for (size_t i = 0; i < decomposition->kept_count; i++)
-        pk_release(context, decomposition->kept[i].data);
-    pk_release(context, decomposition->bounds);
-    pk_release(context, decomposition->step_closure);
+    pk_release(context, decomposition->initial); /* where the memory of all results begins */
     memset(decomposition, 0, sizeof *decomposition);
 }
 
-static void pk__split_six(double *memory, size_t cells, pk_decomposition *out)
-{
-    out->initial = memory;
-    out->final = memory ? memory + cells : NULL;
-    out->data = memory ? memory + 2 * cells : NULL;
-    out->decay = memory ? memory + 3 * cells : NULL;
-    out->unattributed = memory ? memory + 4 * cells : NULL;
-    out->closure = memory ? memory + 5 * cells : NULL;
-}
-
-/* Arrays for out->rows rows. */
+/* Arrays for out->rows rows, one piece of memory that begins with out->initial, which is never empty. */
 PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options,
                                            pk_decomposition *out)
 {
-    double *memory = NULL;
-    size_t cells = out->rows * out->outputs;
-    pk_status status = pk_allocate(context, cells, 6 * sizeof *memory, "the results", &memory);
-    pk__split_six(memory, cells, out);
-    for (size_t i = 0; !status && i < out->kept_count; i++) {
-        size_t count = 0;
+    const size_t cells = out->rows * out->outputs, row = out->rows * sizeof(double);
+    double **const numbers[] = {&out->initial, &out->final,        &out->data,
+                                &out->decay,   &out->unattributed, &out->closure};
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+            *numbers[i] = pk__arena_take(&arena, cells, sizeof(double));
+        for (size_t i = 0; i < out->kept_count; i++)
+            out->kept[i].data = pk__arena_take(&arena, out->kept[i].row_items, row);
+        out->bounds = pk__arena_take(&arena, options->bounds ? cells : 0, out->examples * sizeof(double));
+        out->step_closure =
+            pk__arena_take(&arena, options->step_closure ? cells : 0, out->steps * sizeof(double));
+    } while (pk__arena_again(context, &arena, "the results", &status));
+    for (size_t i = 0; i < out->kept_count; i++)
         out->kept[i].shape[0] = out->rows;
-        status = pk__multiply(out->rows, out->kept[i].row_items, &count)
-                     ? pk_allocate(context, count, sizeof(double), "a kept tensor", &out->kept[i].data)
-                     : pk__fail(context, PK_OVERFLOW, "the size of a kept tensor overflows");
-    }
-    if (!status && options->bounds)
-        status = pk_allocate(context, cells, out->examples * sizeof(double), "the bounds", &out->bounds);
-    if (!status && options->step_closure)
-        status =
-            pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
     pk__name_tensors(out);
     return status;
 }

@@ -274,23 +274,27 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     if (!graph->tied)
         return pk__sweep_spread(context, sweep);
     pk__sweep own = *sweep;
-    pk_real *numbers = NULL;
-    pk_status status = pk_allocate(context, 3, spread * sizeof *numbers, sweep->name, &numbers);
+    pk_real *weights, *direction;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        weights = pk__arena_take(&arena, spread, sizeof *weights);
+        direction = pk__arena_take(&arena, sweep->direction ? spread : 0, sizeof *direction);
+        own.sum = pk__arena_take(&arena, sweep->sum ? spread : 0, sizeof *own.sum);
+    } while (pk__arena_again(context, &arena, sweep->name, &status));
     if (status)
         return status;
-    pk_graph_spread(graph, sweep->weights, numbers);
-    own.weights = numbers;
-    if (sweep->direction) {
-        pk_graph_spread(graph, sweep->direction, numbers + spread);
-        own.direction = numbers + spread;
-    }
-    own.sum = sweep->sum ? numbers + 2 * spread : NULL;
+    pk_graph_spread(graph, sweep->weights, weights);
+    if (direction)
+        pk_graph_spread(graph, sweep->direction, direction);
+    own.weights = weights;
+    own.direction = direction;
     status = pk__sweep_spread(context, &own);
     if (sweep->sum && (!status || status == PK_NOT_FINITE)) {
         pk_graph_gather(graph, own.sum, own.sum);
         memcpy(sweep->sum, own.sum, graph->parameters * sizeof *own.sum);
     }
-    pk_release(context, numbers);
+    pk_release(context, arena.base);
     return status;
 }
 
