@@ -45,7 +45,7 @@
 #define PK__PRAGMA(text) _Pragma(#text)
 
 /* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
- * wants no or small code, that is what they are, too. Those of tile.h and elementary.h are as the caller asks.
+ * wants no or small code, that is what they are, too. Those of elementary.h are as the caller asks.
  * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
  * COLD: modules that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops of
  * calls. As with -Og, without those of its passes that cost more time than they save in code; copies are propagated, for
@@ -67,6 +67,7 @@
 #define PK__WARM_END _Pragma("GCC pop_options")
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
+#define PK__WITH(options)
 #define PK__WARM_BEGIN
 #define PK__WARM_END
 #define PK__COLD_BEGIN

@@ -29,6 +29,8 @@ PK__END_C
 #define PATHKERNEL_TILE_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
+PK__BEGIN_CODE
+PK__WITH("forward-propagate") /* for the addresses in the loops of the tiles */
 
 #if defined(__GNUC__)
 #define PK__ALIGNED __attribute__((aligned(64))) /* for vectors of the size of a cache line */
@@ -631,5 +633,6 @@ PK__PRIVATE const char *pk__panel_name(void)
     return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
+PK__END_CODE
 /* <<< implementation */
 #endif
