@@ -1,6 +1,6 @@
 /* pk_compare: its rules against plain loops over Jacobians, forward in time with one momentum for each example; the residuals and
  * orders of a published table; what holds for every network and optimiser; its calls. */
-#include "fixture.h"
+#include "trained.h"
 
 enum {
     LEFT,
@@ -22,80 +22,24 @@ static const char *const names[PK_COMPARE_RULES] = {"left",        "segment",   
 
 /* ---- runs ---- */
 
-typedef struct recipe {
-    const char *network, *loss, *optimizer;
+enum { SEED = 7, TEST_ROWS = 40 };
+
+typedef struct compared {
+    recipe run;
     const char *groups[2];
-    size_t rows, batch, steps, keep_every;
-    double rate, clip;
-    int float32, moments;
-    size_t tokens; /* inputs are whole numbers below this; 0: normal numbers */
-} recipe;
+    int float32;
+} compared;
 
-typedef struct trained {
-    pk_context context;
-    pk_graph graph;
-    pk_run run;
-    pk_real *train, *test, *numbers, *weights;
-    int64_t *labels;
-} trained;
+#define RUN(name, loss, optimizer, rows, batch, steps, keep_every, rate, clip, tokens, moments)  \
+    {                                                                                            \
+        name, loss, optimizer, tokens, rate, clip, rows, batch, steps, keep_every, SEED, moments \
+    }
 
-static void make(const recipe *r, trained *t)
+static void make(const compared *c, trained *t)
 {
-    pk_context *context = &t->context;
-    pk_train_options options;
-    pk_dataset data;
-    memset(t, 0, sizeof *t);
-    memset(&options, 0, sizeof options);
-    assert_ok(context, pk_network_parse(context, r->network, &t->graph));
-    const size_t D = t->graph.input_width, C = t->graph.output_width, rows = r->rows;
-    const size_t shape_x[2] = {rows, D}, shape_y[2] = {rows, C};
-    t->train = fixture_normals(7, rows * D, 1);
-    t->test = fixture_normals(8, 40 * D, 1);
-    t->numbers = fixture_normals(9, rows * C, 1);
-    t->labels = FIXTURE_NEW(int64_t, rows);
-    for (size_t i = 0; r->tokens && i < rows * D; i++)
-        t->train[i] = (pk_real)((i * i + 3 * i) % r->tokens);
-    for (size_t i = 0; r->tokens && i < 40 * D; i++)
-        t->test[i] = (pk_real)((5 * i + 2 + i / D) % r->tokens);
-    for (size_t i = 0; i < rows; i++)
-        t->labels[i] = (int64_t)(i % C);
-    pk_criterion criterion;
-    assert_ok(context, pk_criterion_parse(context, r->loss, &criterion));
-    options.criterion = &criterion;
-    assert_ok(context, pk_optimizer_parse(context, r->optimizer, &options.optimizer));
-    data.inputs = pk_array_view(REAL_TYPE, 2, shape_x, t->train);
-    data.targets = criterion.loss == PK_SQUARED ? pk_array_view(REAL_TYPE, 2, shape_y, t->numbers)
-                                                : pk_array_view(PK_INT64, 1, shape_y, t->labels);
-    options.groups = r->groups;
-    options.group_count = (r->groups[0] != NULL) + (r->groups[0] && r->groups[1]);
-    options.steps = r->steps;
-    options.batch_size = r->batch;
-    options.schedule.rate = r->rate;
-    options.clip_norm = r->clip;
-    options.keep_every = r->keep_every;
-    options.record_float32 = r->float32;
-    options.record_second_moments = r->moments;
-    options.seed = 3;
-    options.record = fixture_run_path;
-    options.replace = 1;
-    t->weights = FIXTURE_NEW(pk_real, t->graph.parameters);
-    assert_ok(context, pk_network_initialize(context, &t->graph, 5, t->weights));
-    assert_ok(context, pk_train(context, &t->graph, &data, &options, t->weights, NULL));
-    pk_criterion_release(context, &criterion);
-    assert_ok(context, pk_run_open(context, fixture_run_path, &t->run));
-}
-
-static pk_matrix tests(const trained *t, size_t rows)
-{
-    return pk_matrix_view(t->test, rows, t->graph.input_width);
-}
-
-static void release(trained *t)
-{
-    pk_run_release(&t->context, &t->run);
-    pk_graph_release(&t->context, &t->graph);
-    assert_int_equal(t->context.memory_used, 0);
-    free(t->train), free(t->test), free(t->numbers), free(t->labels), free(t->weights);
+    const trained_more more = {c->groups, (c->groups[0] != NULL) + (c->groups[0] && c->groups[1]), TEST_ROWS,
+                               c->float32};
+    trained_make_with(&c->run, &more, t);
 }
 
 /* ---- by brute force ---- */
@@ -371,133 +315,54 @@ static void test_rules(void **state)
     (void)state;
     static const char *const tanh_network = "input 3; dense 5; tanh; dense 2";
     static const char *const relu_network = "input 3; dense 6; relu; dense 4; relu; dense 2";
-    static const recipe recipes[] = {
-        {"input 3; dense 5; tanh; dense 2", "squared", "sgd", {NULL}, 7, 0, 13, 0, 0.3, 0, 0, 0, 0},
-        {tanh_network, "softmax_cross_entropy", "sgd weight_decay=0.05", {NULL}, 7, 3, 23, 0, 0.5, 1, 0, 0, 0},
-        {tanh_network, "softmax_cross_entropy", "sgd momentum=0.8", {NULL}, 7, 3, 12, 0, 0.2, 0, 0, 0, 0},
-        {tanh_network,
-         "squared",
-         "sgd momentum=0.8 nesterov=1 weight_decay=0.05",
+    static const compared recipes[] = {
+        {RUN("input 3; dense 5; tanh; dense 2", "squared", "sgd", 7, 0, 13, 0, 0.3, 0, 0, 0), {NULL}, 0},
+        {RUN(tanh_network, "softmax_cross_entropy", "sgd weight_decay=0.05", 7, 3, 23, 0, 0.5, 1, 0, 0),
          {NULL},
-         6,
-         4,
-         12,
-         5,
-         0.05,
-         0,
-         0,
-         0,
          0},
-        {tanh_network, "squared", "adam weight_decay=0.05", {NULL}, 6, 4, 12, 0, 0.05, 0, 0, 0, 0},
-        {tanh_network, "softmax_cross_entropy", "adamw beta1=0.7", {NULL}, 6, 4, 12, 0, 0.05, 0, 1, 1, 0},
-        {tanh_network,
-         "squared",
-         "sgd momentum=0.6 weight_decay=0.05 maximize=1",
+        {RUN(tanh_network, "softmax_cross_entropy", "sgd momentum=0.8", 7, 3, 12, 0, 0.2, 0, 0, 0), {NULL}, 0},
+        {RUN(tanh_network, "squared", "sgd momentum=0.8 nesterov=1 weight_decay=0.05", 6, 4, 12, 5, 0.05, 0, 0,
+             0),
          {NULL},
-         6,
-         4,
-         12,
-         0,
-         0.02,
-         0,
-         0,
-         0,
          0},
-        {tanh_network,
-         "softmax_cross_entropy label_smoothing=0.2 weight=1,2",
-         "rmsprop alpha=0.8 momentum=0.7 weight_decay=0.1",
+        {RUN(tanh_network, "squared", "adam weight_decay=0.05", 6, 4, 12, 0, 0.05, 0, 0, 0), {NULL}, 0},
+        {RUN(tanh_network, "softmax_cross_entropy", "adamw beta1=0.7", 6, 4, 12, 0, 0.05, 0, 0, 1), {NULL}, 1},
+        {RUN(tanh_network, "squared", "sgd momentum=0.6 weight_decay=0.05 maximize=1", 6, 4, 12, 0, 0.02, 0, 0,
+             0),
          {NULL},
-         6,
-         4,
-         12,
-         0,
-         0.02,
-         0,
-         0,
-         0,
          0},
-        {tanh_network,
-         "squared",
-         "rmsprop momentum=0.7 centered=1 maximize=1",
+        {RUN(tanh_network, "softmax_cross_entropy label_smoothing=0.2 weight=1,2",
+             "rmsprop alpha=0.8 momentum=0.7 weight_decay=0.1", 6, 4, 12, 0, 0.02, 0, 0, 0),
+         {NULL},
+         0},
+        {RUN(tanh_network, "squared", "rmsprop momentum=0.7 centered=1 maximize=1", 6, 4, 12, 0, 0.01, 0, 0, 0),
          {"1 rate=2 momentum=0", "3 frozen"},
-         6,
-         4,
-         12,
-         0,
-         0.01,
-         0,
-         0,
-         0,
          0},
-        {tanh_network,
-         "softmax_cross_entropy",
-         "nadam weight_decay=0.1 decoupled_weight_decay=1",
+        {RUN(tanh_network, "softmax_cross_entropy", "nadam weight_decay=0.1 decoupled_weight_decay=1", 6, 4, 12,
+             0, 0.02, 0, 0, 1),
          {NULL},
-         6,
-         4,
-         12,
-         0,
-         0.02,
-         0,
-         1,
-         1,
-         0},
-        {tanh_network, "squared", "adam beta2=0.5 amsgrad=1 maximize=1", {NULL}, 6, 4, 12, 0, 0.02, 0, 1, 1, 0},
-        {tanh_network,
-         "squared",
-         "adagrad lr_decay=0.1 weight_decay=0.05",
+         1},
+        {RUN(tanh_network, "squared", "adam beta2=0.5 amsgrad=1 maximize=1", 6, 4, 12, 0, 0.02, 0, 0, 1),
          {NULL},
-         6,
-         4,
-         12,
-         0,
-         0.1,
-         0,
-         0,
-         0,
+         1},
+        {RUN(tanh_network, "squared", "adagrad lr_decay=0.1 weight_decay=0.05", 6, 4, 12, 0, 0.1, 0, 0, 0),
+         {NULL},
          0},
-        {tanh_network,
-         "squared",
-         "sgd momentum=0.5",
+        {RUN(tanh_network, "squared", "sgd momentum=0.5", 6, 4, 12, 0, 0.1, 0, 0, 0),
          {"1 weight_decay=0.1 rate=0.5", "3 frozen"},
-         6,
-         4,
-         12,
-         0,
-         0.1,
-         0,
-         0,
-         0,
          0},
-        {tanh_network, "squared", "adamw", {"0,2 weight_decay=0.3", "1 rate=2"}, 6, 4, 12, 0, 0.05, 0, 0, 0, 0},
-        {"input 3; dense 3 name=h; tanh; dense 3 tied=h; tanh; dense 2",
-         "squared",
-         "sgd momentum=0.5",
-         {NULL},
-         6,
-         4,
-         12,
-         0,
-         0.1,
-         0,
-         0,
-         0,
+        {RUN(tanh_network, "squared", "adamw", 6, 4, 12, 0, 0.05, 0, 0, 0),
+         {"0,2 weight_decay=0.3", "1 rate=2"},
          0},
-        {relu_network, "squared", "sgd", {NULL}, 5, 0, 11, 0, 0.1, 0, 0, 0, 0},
-        {relu_network, "softmax_cross_entropy", "sgd momentum=0.8", {NULL}, 5, 2, 11, 0, 0.1, 0, 0, 0, 0},
-        {relu_network, "softmax_cross_entropy", "adam", {NULL}, 5, 2, 6, 0, 0.02, 0, 0, 0, 0},
-        {tanh_network,
-         "squared",
-         "sgd momentum=0.5",
+        {RUN("input 3; dense 3 name=h; tanh; dense 3 tied=h; tanh; dense 2", "squared", "sgd momentum=0.5", 6,
+             4, 12, 0, 0.1, 0, 0, 0),
          {NULL},
-         7,
-         0,
-         4,
-         0,
-         0.3,
-         0,
-         0,
-         0,
+         0},
+        {RUN(relu_network, "squared", "sgd", 5, 0, 11, 0, 0.1, 0, 0, 0), {NULL}, 0},
+        {RUN(relu_network, "softmax_cross_entropy", "sgd momentum=0.8", 5, 2, 11, 0, 0.1, 0, 0, 0), {NULL}, 0},
+        {RUN(relu_network, "softmax_cross_entropy", "adam", 5, 2, 6, 0, 0.02, 0, 0, 0), {NULL}, 0},
+        {RUN(tanh_network, "squared", "sgd momentum=0.5", 7, 0, 4, 0, 0.3, 0, 0, 0),
+         {NULL},
          0}, /* fewer steps than checkpoints */
     };
     double gauss[2][GAUSS], parts[2][PARTS + 1];
@@ -512,8 +377,8 @@ static void test_rules(void **state)
         trained t;
         brute b;
         make(&recipes[k], &t);
-        const int kinks = strstr(recipes[k].network, "relu") != NULL;
-        const pk_matrix inputs = tests(&t, 5);
+        const int kinks = strstr(recipes[k].run.network, "relu") != NULL;
+        const pk_matrix inputs = trained_test(&t, 5);
         assert_ok(&t.context, pk_compare(&t.context, &t.run, inputs, rules));
         assert_ok(&t.context, pk_decompose(&t.context, &t.run, inputs, NULL, &exact));
         brute_begin(&t, inputs, &b);
@@ -544,7 +409,7 @@ static void test_rules(void **state)
         }
         brute_end(&b);
         pk_decomposition_release(&t.context, &exact);
-        release(&t);
+        trained_release(&t);
     }
 }
 
@@ -625,71 +490,25 @@ static void test_table(void **state)
 static void test_identities(void **state)
 {
     (void)state;
-    static const recipe recipes[] = {
-        {"input 1x6x6; conv 3 3x3 pad=1; relu; max_pool 2; flatten; dense 2",
-         "squared",
-         "sgd momentum=0.9",
+    static const compared recipes[] = {
+        {RUN("input 1x6x6; conv 3 3x3 pad=1; relu; max_pool 2; flatten; dense 2", "squared", "sgd momentum=0.9",
+             5, 3, 12, 0, 0.02, 0, 0, 0),
          {NULL},
-         5,
-         3,
-         12,
-         0,
-         0.02,
-         0,
-         0,
-         0,
          0},
-        {"input 1x6x6; conv 3 3x3; gelu; avg_pool 2; flatten; dense 2",
-         "softmax_cross_entropy",
-         "sgd",
+        {RUN("input 1x6x6; conv 3 3x3; gelu; avg_pool 2; flatten; dense 2", "softmax_cross_entropy", "sgd", 5,
+             3, 15, 4, 0.05, 0, 0, 0),
          {NULL},
-         5,
-         3,
-         15,
-         4,
-         0.05,
-         0,
-         0,
-         0,
          0},
-        {"input 6; embedding 7 4; attention 2; layer_norm; flatten; dense 2",
-         "softmax_cross_entropy",
-         "adamw",
+        {RUN("input 6; embedding 7 4; attention 2; layer_norm; flatten; dense 2", "softmax_cross_entropy",
+             "adamw", 5, 3, 12, 0, 0.01, 0, 7, 0),
          {NULL},
-         5,
-         3,
-         12,
-         0,
-         0.01,
-         0,
-         0,
-         0,
-         7},
-        {"input 5; dense 4; tanh; dense 4; abs; dense 3",
-         "softmax_cross_entropy",
-         "sgd",
-         {NULL},
-         9,
-         4,
-         30,
-         0,
-         0.1,
-         0,
-         1,
-         0,
          0},
-        {"input 5; dense 4; tanh; dense 3",
-         "softmax_cross_entropy",
-         "adam",
+        {RUN("input 5; dense 4; tanh; dense 4; abs; dense 3", "softmax_cross_entropy", "sgd", 9, 4, 30, 0, 0.1,
+             0, 0, 0),
+         {NULL},
+         1},
+        {RUN("input 5; dense 4; tanh; dense 3", "softmax_cross_entropy", "adam", 9, 4, 20, 6, 0.02, 0.5, 0, 0),
          {"0 frozen", "3 weight_decay=0.2"},
-         9,
-         4,
-         20,
-         6,
-         0.02,
-         0.5,
-         0,
-         0,
          0},
     };
     for (size_t k = 0; k < sizeof recipes / sizeof *recipes; k++) {
@@ -700,7 +519,7 @@ static void test_identities(void **state)
         pk_comparison rules[PK_COMPARE_RULES];
         trained t;
         make(&recipes[k], &t);
-        assert_ok(&t.context, pk_compare(&t.context, &t.run, tests(&t, 6), rules));
+        assert_ok(&t.context, pk_compare(&t.context, &t.run, trained_test(&t, 6), rules));
         /* The shares of a step add up to it. */
         assert_close(rules[LEFT].residual_max, rules[TELESCOPING].residual_max, ROUNDING(1e-13) * 10);
         assert_close(rules[LEFT].residual_median, rules[TELESCOPING].residual_median, ROUNDING(1e-13) * 10);
@@ -710,7 +529,7 @@ static void test_identities(void **state)
             pk_decomposition d;
             memset(&options, 0, sizeof options);
             options.quadrature.rule = same[i].quadrature;
-            const pk_status status = pk_decompose(&t.context, &t.run, tests(&t, 6), &options, &d);
+            const pk_status status = pk_decompose(&t.context, &t.run, trained_test(&t, 6), &options, &d);
             assert_true(status == PK_OK || (status == PK_NOT_CLOSED && same[i].rule != EXACT));
             assert_close(rules[same[i].rule].residual_max, fixture_largest(d.rows * d.outputs, d.closure),
                          ROUNDING(1e-13));
@@ -718,7 +537,7 @@ static void test_identities(void **state)
         }
         assert_close(rules[EXACT].spearman, 1, 0);
         assert_true(rules[EXACT].residual_max < EITHER(1e-3, 1e-1) * rules[LEFT].residual_max);
-        release(&t);
+        trained_release(&t);
     }
 }
 
@@ -726,18 +545,19 @@ static void test_identities(void **state)
 static void test_linear(void **state)
 {
     (void)state;
-    const recipe r = {"input 3; dense 2", "squared", "sgd momentum=0.5", {NULL}, 7, 3, 20, 0, 0.1, 0, 0, 0, 0};
+    const compared r = {
+        RUN("input 3; dense 2", "squared", "sgd momentum=0.5", 7, 3, 20, 0, 0.1, 0, 0, 0), {NULL}, 0};
     pk_comparison rules[PK_COMPARE_RULES];
     trained t;
     make(&r, &t);
-    assert_ok(&t.context, pk_compare(&t.context, &t.run, tests(&t, 5), rules));
+    assert_ok(&t.context, pk_compare(&t.context, &t.run, trained_test(&t, 5), rules));
     for (int rule = 0; rule < PK_COMPARE_RULES; rule++) {
         const int moves = rule == PATH_INTEGRAL || rule == TRAPEZOID || rule == CHECKPOINTS;
         assert_true(moves == (rules[rule].residual_max > ROUNDING(1e-13)));
     }
     /* dl/df is linear there, so that two points are enough. */
     assert_close(rules[PATH_INTEGRAL].residual_max, rules[TRAPEZOID].residual_max, ROUNDING(1e-12));
-    release(&t);
+    trained_release(&t);
 }
 
 /* ---- ranks, ends, calls ---- */
@@ -746,42 +566,43 @@ static void test_ranks(void **state)
 {
     (void)state;
     /* One example: there is no order. */
-    recipe r = {"input 3; dense 2; tanh; dense 2", "squared", "sgd", {NULL}, 1, 0, 6, 0, 0.1, 0, 0, 0, 0};
+    compared r = {
+        RUN("input 3; dense 2; tanh; dense 2", "squared", "sgd", 1, 0, 6, 0, 0.1, 0, 0, 0), {NULL}, 0};
     pk_comparison rules[PK_COMPARE_RULES];
     trained t;
     make(&r, &t);
-    assert_ok(&t.context, pk_compare(&t.context, &t.run, tests(&t, 3), rules));
+    assert_ok(&t.context, pk_compare(&t.context, &t.run, trained_test(&t, 3), rules));
     for (int rule = 0; rule < PK_COMPARE_RULES; rule++)
         assert_true(isnan(rules[rule].spearman));
-    release(&t);
+    trained_release(&t);
     /* No steps: nothing changes, nothing has an order. */
-    r.rows = 4;
-    r.steps = 0;
+    r.run.rows = 4;
+    r.run.steps = 0;
     make(&r, &t);
-    assert_ok(&t.context, pk_compare(&t.context, &t.run, tests(&t, 3), rules));
+    assert_ok(&t.context, pk_compare(&t.context, &t.run, trained_test(&t, 3), rules));
     for (int rule = 0; rule < PK_COMPARE_RULES; rule++) {
         assert_true(rules[rule].residual_max == 0 && rules[rule].residual_median == 0);
         assert_true(isnan(rules[rule].spearman));
     }
-    release(&t);
+    trained_release(&t);
     /* Examples that no batch has met are equal to each other, and have no share: average ranks. */
-    r.rows = 9;
-    r.batch = 2;
-    r.steps = 3;
+    r.run.rows = 9;
+    r.run.batch = 2;
+    r.run.steps = 3;
     make(&r, &t);
-    assert_ok(&t.context, pk_compare(&t.context, &t.run, tests(&t, 3), rules));
+    assert_ok(&t.context, pk_compare(&t.context, &t.run, trained_test(&t, 3), rules));
     assert_close(rules[EXACT].spearman, 1, 0);
     assert_true(rules[LEFT].spearman > 0.5 && rules[LEFT].spearman <= 1);
-    release(&t);
+    trained_release(&t);
     /* The output weights are frozen at 0: the outputs never move, nor does any contribution differ from 0. */
-    r.network = "input 3; dense 2; relu; dense 1";
-    r.batch = 0;
+    r.run.network = "input 3; dense 2; relu; dense 1";
+    r.run.batch = 0;
     make(&r, &t);
-    for (size_t i = 0; i < 40 * 3; i++)
+    for (size_t i = 0; i < TEST_ROWS * 3; i++)
         t.test[i] = 0; /* only biases act */
-    assert_ok(&t.context, pk_compare(&t.context, &t.run, tests(&t, 1), rules));
+    assert_ok(&t.context, pk_compare(&t.context, &t.run, trained_test(&t, 1), rules));
     assert_close(rules[EXACT].spearman, 1, 0);
-    release(&t);
+    trained_release(&t);
 }
 
 static int watch(void *user, const char *phase, double fraction)
@@ -806,39 +627,30 @@ static int same_rules(const pk_comparison *a, const pk_comparison *b)
 static void test_bits(void **state)
 {
     (void)state;
-    const recipe r = {"input 3; dense 6; relu; dense 2",
-                      "squared",
-                      "sgd momentum=0.5",
-                      {NULL},
-                      90,
-                      40,
-                      3,
-                      0,
-                      0.3,
-                      0,
-                      0,
-                      0,
-                      0};
+    const compared r = {
+        RUN("input 3; dense 6; relu; dense 2", "squared", "sgd momentum=0.5", 90, 40, 3, 0, 0.3, 0, 0, 0),
+        {NULL},
+        0};
     pk_comparison plain[PK_COMPARE_RULES], rules[PK_COMPARE_RULES];
     trained t;
     make(&r, &t);
     pk_context *context = &t.context;
     context->threads = 1;
-    assert_ok(context, pk_compare(context, &t.run, tests(&t, 24), plain));
+    assert_ok(context, pk_compare(context, &t.run, trained_test(&t, 24), plain));
     context->memory_limit = context->memory_peak * 9 / 10;
     context->threads = 3;
-    assert_ok(context, pk_compare(context, &t.run, tests(&t, 24), rules));
+    assert_ok(context, pk_compare(context, &t.run, trained_test(&t, 24), rules));
     assert_true(same_rules(plain, rules));
     context->memory_limit = 0;
-    release(&t);
+    trained_release(&t);
 }
 
 static void test_calls(void **state)
 {
     (void)state;
-    static const recipe recipes[] = {
-        {"input 3; dense 6; gelu; dense 2", "squared", "sgd", {NULL}, 300, 40, 12, 0, 0.1, 0, 0, 0, 0},
-        {"input 3; dense 6; tanh; dense 2", "squared", "adam", {NULL}, 300, 40, 12, 0, 0.02, 0, 0, 0, 0}};
+    static const compared recipes[] = {
+        {RUN("input 3; dense 6; gelu; dense 2", "squared", "sgd", 300, 40, 12, 0, 0.1, 0, 0, 0), {NULL}, 0},
+        {RUN("input 3; dense 6; tanh; dense 2", "squared", "adam", 300, 40, 12, 0, 0.02, 0, 0, 0), {NULL}, 0}};
     for (size_t k = 0; k < 2; k++) {
         pk_comparison plain[PK_COMPARE_RULES], rules[PK_COMPARE_RULES];
         double seen[3] = {0, 0, 2};
@@ -846,7 +658,7 @@ static void test_calls(void **state)
         make(&recipes[k], &t);
         pk_context *context = &t.context;
         context->threads = 1;
-        const pk_matrix inputs = tests(&t, 40);
+        const pk_matrix inputs = trained_test(&t, TEST_ROWS);
         assert_ok(context, pk_compare(context, &t.run, inputs, plain));
         const size_t peak = context->memory_peak;
         for (int threads = 2; threads <= 5; threads += 3) {
@@ -907,7 +719,7 @@ static void test_calls(void **state)
         assert_close(rules[LEFT].residual_max, plain[LEFT].residual_max, ROUNDING(1e-12));
         t.run.learning_rates = rates;
         free(wrong);
-        release(&t);
+        trained_release(&t);
     }
 }
 

@@ -188,40 +188,22 @@ static void test_kinks(void **state)
 static void test_groups(void **state)
 {
     (void)state;
-    static const char *const lines[] = {"0 rate=0.5 weight_decay=0.1", "2 frozen", "5 rate=2"};
-    static const char *const optimizers[] = {
-        "sgd",   "sgd momentum=0.9", "adam",   "rmsprop momentum=0.8 maximize=1",
-        "nadam", "adamw amsgrad=1",  "adagrad"};
-    trained_groups = lines;
-    trained_group_count = 3;
-    for (int o = 0; o < (int)(sizeof optimizers / sizeof *optimizers); o++) {
+    static const double rates[2] = {0.2, 0.05};
+    for (int o = 0; o < TRAINED_GROUPED; o++) {
         trained t;
         pk_sensitivity s;
-        const recipe how = {"input 3; dense 6; relu; dense 4; tanh; dense 2",
-                            "squared",
-                            optimizers[o],
-                            0,
-                            o < 2 ? 0.2 : 0.05,
-                            0,
-                            N,
-                            4,
-                            8,
-                            0,
-                            17,
-                            0};
         const pk_sensitivity_options options = everything(1);
-        trained_make(&how, &t);
+        const char *optimizer = trained_make_grouped(o, N, rates, &t);
         assert_ok(&t.context, pk_sensitivity_at(&t.context, &t.run, trained_test(&t, 1), &options, &s));
         check_sums(&s);
         assert_true(s.worst_closure <= EITHER(1e-11, 5e-3));
         assert_true(fixture_largest(s.inputs, s.unattributed) <= EITHER(1e-12, 1e-3) * s.scale);
         const double here = apart_from_differences(&t, &s, 1, 0);
         if (!(here <= EITHER(1e-5, 2e-1)))
-            fail_msg("%s: %.3g apart from differences", optimizers[o], here);
+            fail_msg("%s: %.3g apart from differences", optimizer, here);
         pk_sensitivity_release(&t.context, &s);
         trained_release(&t);
     }
-    trained_group_count = 0;
 }
 
 /* Recorded in float32, and under another name: what the declared training does not explain is told apart. */

@@ -114,36 +114,17 @@ static void test_network(void **state)
 static void test_groups(void **state)
 {
     (void)state;
-    static const char *const lines[] = {"0 rate=0.5 weight_decay=0.1", "2 frozen", "5 rate=2"};
-    static const char *const optimizers[] = {
-        "sgd",   "sgd momentum=0.9", "adamw",  "rmsprop momentum=0.8 maximize=1",
-        "nadam", "adam amsgrad=1",   "adagrad"};
-    trained_groups = lines;
-    trained_group_count = 3;
-    for (int o = 0; o < (int)(sizeof optimizers / sizeof *optimizers); o++) {
+    static const double rates[2] = {0.1, 0.02};
+    for (int o = 0; o < TRAINED_GROUPED; o++) {
         trained t;
         pk_smoother smoother;
-        const recipe how = {"input 3; dense 6; relu; dense 4; tanh; dense 2",
-                            "squared",
-                            optimizers[o],
-                            0,
-                            o < 2 ? 0.1 : 0.02,
-                            0,
-                            N,
-                            4,
-                            8,
-                            0,
-                            17,
-                            0};
-        trained_make(&how, &t);
-        assert_int_equal(t.run.groups.count, 3);
+        trained_make_grouped(o, N, rates, &t);
         assert_ok(&t.context, pk_smooth(&t.context, &t.run, trained_test(&t, M), NULL, &smoother));
         assert_true(smoother.residual <= EITHER(1e-12, 2e-4) && smoother.unattributed <= EITHER(1e-13, 1e-4));
         assert_true(smoother.effective[2 * 8] > 1e-3);
         pk_smoother_release(&t.context, &smoother);
         trained_release(&t);
     }
-    trained_group_count = 0;
 }
 
 /* The recurrence as it is written, for plain SGD: Jacobians at 24 nodes, and on 4000 midpoints where there are kinks. */

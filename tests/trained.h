@@ -23,12 +23,16 @@ typedef struct recipe {
     int moments; /* Adam's are recorded */
 } recipe;
 
-/* Group lines of the runs that are made from now on. */
-static const char *const *trained_groups;
-static size_t trained_group_count;
+/* What few runs need. */
+typedef struct trained_more {
+    const char *const *groups; /* lines */
+    size_t group_count;
+    size_t test_rows; /* 0: as many as there are training rows */
+    int float32;
+} trained_more;
 
 /* Trains and opens the run; its data stay in *to. Until fixture_leave or the next run in the same folder. */
-FIXTURE void trained_make(const recipe *r, trained *to)
+FIXTURE void trained_make_with(const recipe *r, const trained_more *more, trained *to)
 {
     memset(to, 0, sizeof *to);
     pk_context *context = &to->context;
@@ -40,13 +44,14 @@ FIXTURE void trained_make(const recipe *r, trained *to)
     pk_dataset data;
     to->rows = rows;
     to->train = fixture_normals(r->seed, rows * D, 1);
-    to->test = fixture_normals(r->seed + 1, rows * D, 1);
+    const size_t test_rows = more->test_rows ? more->test_rows : rows;
+    to->test = fixture_normals(r->seed + 1, test_rows * D, 1);
     to->numbers = fixture_normals(r->seed + 2, rows * C, 1);
     to->labels = FIXTURE_NEW(int64_t, rows);
-    for (size_t i = 0; r->tokens && i < rows * D; i++) {
+    for (size_t i = 0; r->tokens && i < rows * D; i++)
         to->train[i] = (pk_real)((i * i + 3 * i + r->seed) % r->tokens);
+    for (size_t i = 0; r->tokens && i < test_rows * D; i++)
         to->test[i] = (pk_real)((5 * i + 2 + i / D) % r->tokens);
-    }
     for (size_t i = 0; i < rows; i++)
         to->labels[i] = (int64_t)(i % C);
     memset(&options, 0, sizeof options);
@@ -75,13 +80,48 @@ FIXTURE void trained_make(const recipe *r, trained *to)
     options.seed = r->seed;
     options.record = fixture_run_path;
     options.replace = 1;
-    options.groups = trained_groups;
-    options.group_count = trained_group_count;
+    options.groups = more->groups;
+    options.group_count = more->group_count;
+    options.record_float32 = more->float32;
     to->weights = FIXTURE_NEW(pk_real, to->graph.parameters);
     assert_ok(context, pk_network_initialize(context, &to->graph, r->seed, to->weights));
     assert_ok(context, pk_train(context, &to->graph, &data, &options, to->weights, &result));
     pk_criterion_release(context, &criterion);
     assert_ok(context, pk_run_open(context, fixture_run_path, &to->run));
+}
+
+FIXTURE void trained_make(const recipe *r, trained *to)
+{
+    const trained_more none = {NULL, 0, 0, 0};
+    trained_make_with(r, &none, to);
+}
+
+enum { TRAINED_GROUPED = 7 };
+
+/* Run number o, below TRAINED_GROUPED, with an optimizer of its own and groups with rates, decay and frozen tensors. rates: of the
+ * plain optimizers, and of those that divide by a root of second moments. */
+FIXTURE const char *trained_make_grouped(int o, size_t rows, const double rates[2], trained *to)
+{
+    static const char *const lines[] = {"0 rate=0.5 weight_decay=0.1", "2 frozen", "5 rate=2"};
+    static const char *const optimizers[TRAINED_GROUPED] = {
+        "sgd",   "sgd momentum=0.9", "adamw",  "rmsprop momentum=0.8 maximize=1",
+        "nadam", "adam amsgrad=1",   "adagrad"};
+    const trained_more grouped = {lines, 3, 0, 0};
+    const recipe how = {"input 3; dense 6; relu; dense 4; tanh; dense 2",
+                        "squared",
+                        optimizers[o],
+                        0,
+                        rates[o >= 2],
+                        0,
+                        rows,
+                        4,
+                        8,
+                        0,
+                        17,
+                        0};
+    trained_make_with(&how, &grouped, to);
+    assert_int_equal(to->run.groups.count, 3);
+    return optimizers[o];
 }
 
 FIXTURE pk_matrix trained_test(const trained *t, size_t rows)
