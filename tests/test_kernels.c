@@ -938,10 +938,8 @@ static void test_domingos(void **state)
     /* Groups that go up and down; where those that go down are frozen, there is one sign. */
     static const char *const both[] = {"0 maximize=1"}, *const up[] = {"0 maximize=1", "1 frozen"};
     for (int frozen = 0; frozen < 2; frozen++) {
-        trained_groups = frozen ? up : both;
-        trained_group_count = frozen ? 2 : 1;
-        trained_make(&bare, &t);
-        trained_group_count = 0;
+        const trained_more grouped = {frozen ? up : both, frozen ? 2 : 1, 0, 0};
+        trained_make_with(&bare, &grouped, &t);
         r = test_rows(&t);
         d.contributions = contributions;
         if (frozen)
