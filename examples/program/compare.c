@@ -259,12 +259,8 @@ static int run_compare(const program_command *command, int count, char **argumen
     int status = options_parse(command, count, arguments, &set, &given);
     if (status >= 0)
         return status;
-    start_with_short_spin(set.threads);
     job.set = &set;
-    job.context.threads = set.threads;
-    progress_begin(&job.progress, set.verbose);
-    job.context.progress = progress_show;
-    job.context.progress_user = &job.progress;
+    start_job(&job.context, &job.progress, set.threads, set.verbose);
     status = compare(&job);
     pk_release(&job.context, job.rows);
     pk_run_release(&job.context, &job.run);

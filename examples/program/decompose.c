@@ -782,14 +782,10 @@ static int run_decompose(const program_command *command, int count, char **argum
     int status = options_parse(command, count, arguments, &set, &given);
     if (status >= 0)
         return status;
-    start_with_short_spin(set.threads);
     set.options.readout.output = set.outputs.number;
     set.options.pass_seconds = PASS_SECONDS;
     job.set = &set;
-    job.context.threads = set.threads;
-    progress_begin(&job.progress, set.verbose);
-    job.context.progress = progress_show;
-    job.context.progress_user = &job.progress;
+    start_job(&job.context, &job.progress, set.threads, set.verbose);
     status = decompose(&job);
     for (size_t i = 0; i < job.folder.count; i++)
         pk_release(&job.context, job.files[i].partial);

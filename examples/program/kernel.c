@@ -428,13 +428,9 @@ static int run_kernel(const program_command *command, int count, char **argument
     int status = options_parse(command, count, arguments, &set, &job.given);
     if (status >= 0)
         return status;
-    start_with_short_spin(set.threads);
     job.set = &set;
     job.command = command;
-    job.context.threads = set.threads;
-    progress_begin(&job.progress, set.verbose);
-    job.context.progress = progress_show;
-    job.context.progress_user = &job.progress;
+    start_job(&job.context, &job.progress, set.threads, set.verbose);
     status = compute_kernel(&job);
     pk_release(&job.context, job.steps);
     for (int side = 0; side < 2; side++) {

@@ -120,10 +120,11 @@ typedef struct program_progress {
     const char *phase;
     double begin, phase_begin, last_shown;
 } program_progress;
-void progress_begin(program_progress *progress, int verbose);
-int progress_show(void *progress, const char *phase, double fraction);
+/* Begins the job of a subcommand, after its arguments are read: with how many threads (0: all), and progress from the context.
+ * May start the program again (start_with_short_spin). */
+void start_job(pk_context *context, program_progress *progress, int threads, int verbose);
 
-/* From here on a first SIGINT, SIGTERM or SIGHUP makes progress_show cancel, and a second one ends the program. */
+/* From here on a first SIGINT, SIGTERM or SIGHUP cancels the job, and a second one ends the program. */
 void catch_signals(const program_progress *progress);
 
 /* From here on the program tells which of these files became shorter while it was mapped, and ends. */

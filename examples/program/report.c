@@ -167,17 +167,7 @@ void watch_run(const pk_run *run)
 
 /* ---- progress ------------------------------------------------------------------------------------------ */
 
-void progress_begin(program_progress *progress, int verbose)
-{
-    memset(progress, 0, sizeof *progress);
-    progress->terminal = isatty(STDERR_FILENO);
-    progress->verbose = verbose;
-    progress->begin = program_seconds();
-    signalled = 0;
-    watched_count = 0;
-}
-
-int progress_show(void *user, const char *phase, double fraction)
+static int progress_show(void *user, const char *phase, double fraction)
 {
     program_progress *own = (program_progress *)user;
     double now = program_seconds();
@@ -208,4 +198,18 @@ int progress_show(void *user, const char *phase, double fraction)
         line_on_terminal = 1;
     }
     return 0;
+}
+
+void start_job(pk_context *context, program_progress *progress, int threads, int verbose)
+{
+    start_with_short_spin(threads);
+    memset(progress, 0, sizeof *progress);
+    progress->terminal = isatty(STDERR_FILENO);
+    progress->verbose = verbose;
+    progress->begin = program_seconds();
+    signalled = 0;
+    watched_count = 0;
+    context->threads = threads;
+    context->progress = progress_show;
+    context->progress_user = progress;
 }

@@ -483,12 +483,8 @@ static int run_train(const program_command *command, int count, char **arguments
     if (!set.steps == !set.epochs)
         return refuse(set.steps ? "--steps and --epochs are both given; one of them tells how long to train"
                                 : "--steps S or --epochs E is missing; --help tells how");
-    start_with_short_spin(set.threads);
     job.set = &set;
-    job.context.threads = set.threads;
-    progress_begin(&job.progress, set.verbose);
-    job.context.progress = progress_show;
-    job.context.progress_user = &job.progress;
+    start_job(&job.context, &job.progress, set.threads, set.verbose);
     status = train(&job);
     pk_release(&job.context, job.weights);
     pk_array_release(&job.context, &job.rates);
