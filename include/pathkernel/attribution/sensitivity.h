@@ -4,7 +4,7 @@
  *
  * A is linear in Phi_s(x), the gradient integrated along each step, and the examples' gradients do not depend on x:
  * S is A with dPhi_s/dx in place of Phi_s, and closes as it does:
- *     sum_i S_i + d decay/dx + d unattributed/dx + closure = grad_x f_c(w_S, x) - grad_x f_c(w_0, x).
+ *     sum_i S_i + d decay/dx + d inherited/dx + d unattributed/dx + closure = grad_x f_c(w_S, x) - grad_x f_c(w_0, x).
  *
  * dPhi_s/dx (phi.h) is the integral of the mixed derivative d2 f / dx dw, plus a term for each kink inside the step,
  * where the gradient jumps at a place that itself moves with x. What is exact where:
@@ -41,7 +41,7 @@ typedef struct pk_sensitivity {
     double *by_step;  /* S x N x D: by the step at which the example's gradient was taken, or NULL */
     double *by_layer; /* L x N x D, or NULL */
     /* D each: the gradients at w_0 and w_S, the sum over the examples, and what else there is: */
-    double *initial, *final, *data, *decay, *unattributed, *closure;
+    double *initial, *final, *data, *decay, *inherited, *unattributed, *closure;
     double worst_closure; /* the largest |closure| / scale */
     double scale;         /* the largest of |S|, |initial|, |final| */
     size_t points;        /* quadrature nodes */
@@ -91,6 +91,7 @@ typedef struct pk__sensing {
     pk_real *products;        /* D x PK__SENSITIVITY_ROWS */
     pk_real *preconditioners; /* S x P, or NULL: p is the rate */
     pk_linear_form *forms;    /* (S + 1) x (1 + groups) */
+    double *inherited;        /* P: m before step 0, of a run that begins with a state; or NULL */
     int64_t *items;           /* of a block of the batch */
     size_t *column;           /* of each tensor */
     size_t block_count;
@@ -115,6 +116,7 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->products = pk__arena_take(arena, PK__SENSITIVITY_ROWS, D * real);
     m->preconditioners = pk__arena_take(arena, pk__walk_adapts(run) ? wide : 0, real);
     m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
+    m->inherited = run->initial_state.data ? pk__arena_take(arena, P, sizeof(double)) : NULL;
     m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
     m->total = pk__arena_take(arena, D, sizeof(double));
 }
@@ -124,7 +126,7 @@ static pk_status pk__sensing_forms(pk__sensing *m)
 {
     const pk_run *run = m->run;
     const size_t P = run->parameters, count = 1 + run->groups.count;
-    pk_status status = PK_OK;
+    pk_status status = pk__walk_begin(m->context, &m->walk, m->inherited);
     for (size_t s = 0; s < run->steps && !status; s++) {
         if (pk__walk_adapts(run)) {
             pk_batch batch;
@@ -170,6 +172,18 @@ static void pk__sensing_back(pk__sensing *m, size_t s)
                 m->out->decay[d] -= (form->coupled * effective + form->decoupled * moved) * m->w[p];
                 m->total[d] += moved * step;
             }
+    }
+}
+
+/* What the state before step 0 contributes: m_1 = carry_0 m_0, and on to all steps by R_0. */
+static void pk__sensing_inherited(pk__sensing *m)
+{
+    const size_t P = m->run->parameters;
+    for (size_t r = 0; m->inherited && m->run->steps && r < m->walk.range_count; r++) {
+        const pk_parameter_range *range = &m->walk.range[r];
+        for (size_t d = 0; d < m->out->inputs; d++)
+            for (size_t p = range->first; p < range->first + range->count; p++)
+                m->out->inherited[d] -= m->forms[range->group].carry * m->state[d * P + p] * m->inherited[p];
     }
 }
 
@@ -251,6 +265,8 @@ static pk_status pk__sensing_run(pk__sensing *m)
         status = pk__sensing_batch(m, s);
         memcpy(m->next, m->w, P * sizeof *m->next);
     }
+    if (!status)
+        pk__sensing_inherited(m);
     return status ? status : pk__sensing_gradient(m, m->next, m->out->initial);
 }
 
@@ -266,7 +282,7 @@ static pk_status pk__sensing_finish(pk__sensing *m)
     }
     double worst = 0;
     for (size_t d = 0; d < out->inputs; d++) {
-        out->unattributed[d] = m->total[d] - out->data[d] - out->decay[d];
+        out->unattributed[d] = m->total[d] - out->data[d] - out->decay[d] - out->inherited[d];
         out->closure[d] = out->final[d] - out->initial[d] - m->total[d];
         worst = pk__worse(fabs(out->closure[d]), worst) ? fabs(out->closure[d]) : worst;
         out->scale = fmax(out->scale, fmax(fabs(out->initial[d]), fabs(out->final[d])));
@@ -291,12 +307,12 @@ static pk_status pk__sensing_results(pk_context *context, const pk_sensitivity_o
     const size_t D = out->inputs;
     size_t matrix = 0;
     pk_status status;
-    double **const vectors[] = {&out->initial, &out->final,        &out->data,
-                                &out->decay,   &out->unattributed, &out->closure};
+    double **const vectors[] = {&out->initial,   &out->final,        &out->data,   &out->decay,
+                                &out->inherited, &out->unattributed, &out->closure};
     pk__arena arena = {NULL, 0, 0, !pk__multiply(out->examples, D * sizeof(double), &matrix)};
     do {
         out->by_example = pk__arena_take(&arena, 1, matrix); /* never empty, so that it begins the memory */
-        for (size_t i = 0; i < 6; i++)
+        for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
             *vectors[i] = pk__arena_take(&arena, D, sizeof(double));
         out->by_step = pk__arena_take(&arena, options->by_step ? out->steps : 0, matrix);
         out->by_layer = pk__arena_take(&arena, options->by_layer ? out->layers : 0, matrix);

@@ -12,8 +12,8 @@
  * approximation of it, at every step and for every row. (With J(w_s, x) in place of the integral it is that of the paper.)
  *
  * An optimiser with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
- * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, and what steps differ
- * by from the declared training, do not depend on y: they go into c.
+ * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, a state that the optimiser
+ * begins with, and what steps differ by from the declared training, do not depend on y: they go into c.
  */
 #ifndef PATHKERNEL_SMOOTHER_H
 #define PATHKERNEL_SMOOTHER_H
@@ -343,7 +343,9 @@ static pk_status pk__smooth_run(pk__smooth *m)
 {
     const pk_run *run = m->run;
     const size_t P = run->parameters, D = run->graph.input_width, rows = m->out->rows;
-    pk_status status = pk_replay_weights(m->context, &m->replay, 0, m->next);
+    pk_status status = pk__walk_begin(m->context, &m->walk, m->all); /* m->mean is of the gradients alone */
+    if (!status)
+        status = pk_replay_weights(m->context, &m->replay, 0, m->next);
     for (size_t s = 0; s < run->steps && !status; s++) {
         size_t terms = 0;
         status = pk__progress(m->context, "smoother", (double)s / (double)run->steps);

@@ -40,6 +40,21 @@ PK__PRIVATE void pk__walk_take(pk__arena *arena, const pk_run *run, pk__walk *wa
     walk->range_count = run->groups.count ? run->groups.range_count : 1;
 }
 
+/* Sets the optimizer's vectors before step 0, and m (P), the momentum of the linear form, where it is not NULL. */
+PK__PRIVATE pk_status pk__walk_begin(pk_context *context, pk__walk *walk, double *m)
+{
+    const pk_run *run = walk->run;
+    if (!run->initial_state.data) /* zeros: the arena's */
+        return PK_OK;
+    pk_status status = pk_run_initial_state(context, run, walk->state);
+    if (status || !m)
+        return status;
+    pk__groups_first_momentum(&run->optimizer, &run->groups, run->parameters, walk->state, walk->p);
+    for (size_t p = 0; p < run->parameters; p++)
+        m[p] = (double)walk->p[p];
+    return PK_OK;
+}
+
 /* The next step, s, whose gradient stands in walk->gradient: its forms and p. w: w_s. */
 PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t s, const pk_real *w)
 {

@@ -27,6 +27,10 @@ typedef struct pk_recorder_options {
     const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
     const char *const *groups;     /* group lines such as "1,3 weight_decay=0" (groups.h); NULL: none */
     size_t group_count;
+    /* Of training that goes on from a state which an optimizer had reached before (run.h): its vectors (V P), and how many updates
+     * it had made; NULL: it begins without one. */
+    const pk_real *initial_state;
+    size_t initial_step;
     int group_rates;     /* 1: record group_rates.npy: pk_recorder_group_rates before each step */
     int float32;         /* 1: weights (and second moments) as float32; default float64 */
     int batch_weights;   /* 1: record batch_weights.npy */
@@ -144,6 +148,7 @@ typedef struct pk__recording {
     pk_parameter_groups groups;
     char *groups_text;
     size_t keep_every;
+    const pk_real *initial_state; /* the caller's, or NULL */
     int present[PK__RUN_FILES];
     int exists; /* the directory holds a manifest */
     int made;   /* the directory is new */
@@ -164,6 +169,12 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
     if (!status)
         status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
                                      sizeof recording->optimizer_text);
+    recording->optimizer.initial_step = options->initial_step;
+    recording->optimizer.initial_state = options->initial_state != NULL;
+    recording->initial_state = options->initial_state;
+    if (!status && options->initial_step > PK_KEEP_EVERY_MOST)
+        status = pk__fail(context, PK_ARGUMENT, "initial_step %zu is more than %d", options->initial_step,
+                          (int)PK_KEEP_EVERY_MOST);
     if (!status)
         status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
     if (!status)
@@ -185,6 +196,12 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                             options->group_rates ? "rate= beside group_rates, which are the rates themselves"
                                                  : "it has no key, and no group_rates are recorded");
     }
+    const int has_state = pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups) > 0;
+    if (options->initial_state && !has_state)
+        return pk__fail(context, PK_ARGUMENT, "initial_state: the optimizer '%.80s' has no state",
+                        recording->optimizer_text);
+    if (!options->initial_state && options->initial_step && has_state)
+        return pk__fail(context, PK_ARGUMENT, "initial_step %zu without initial_state", options->initial_step);
     recording->keep_every = options->keep_every ? options->keep_every : 1;
     if (recording->keep_every > PK_KEEP_EVERY_MOST)
         return pk__fail(context, PK_ARGUMENT, "keep_every %zu is more than %d", recording->keep_every,
@@ -377,9 +394,12 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text +
                   strlen(recording->groups_text) + strlen(recording->loss_text) + 256,
            at = 0;
-    char keep[40] = "";
+    char keep[80] = "";
     if (recording->keep_every > 1)
         snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
+    if (recording->optimizer.initial_state || recording->optimizer.initial_step)
+        snprintf(keep + strlen(keep), sizeof keep - strlen(keep), "initial_step %zu\n",
+                 recording->optimizer.initial_step);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
     if (status)
         return status;
@@ -476,24 +496,51 @@ static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *st
     return recorder->states;
 }
 
-/* Writes what a run with keep_every > 1 has for step 0 besides w_0: a checksum, and the optimizer's vectors, which are zero. */
-static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial)
+/* Writes what a run with keep_every > 1 has for step 0 besides w_0: a checksum, and the optimizer's vectors, zero unless there is
+ * a state to begin with. */
+static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial,
+                                    const pk_real *initial_state)
 {
     int64_t checksum = pk__checksum(initial, recorder->parameters, NULL, 0);
     if (recorder->state_numbers) {
-        pk_real *zeros = NULL;
+        pk_real *state = NULL;
         pk_status status =
-            pk_allocate(context, recorder->state_numbers, sizeof *zeros, "the optimizer's first state", &zeros);
+            pk_allocate(context, recorder->state_numbers, sizeof *state, "the optimizer's first state", &state);
         if (!status) {
-            checksum = pk__checksum(initial, recorder->parameters, zeros, recorder->state_numbers);
+            if (initial_state)
+                memcpy(state, initial_state, recorder->state_numbers * sizeof *state);
+            checksum = pk__checksum(initial, recorder->parameters, state, recorder->state_numbers);
             status = pk_array_append(context, &recorder->files[PK__RUN_STATES], 1,
-                                     pk__recorder_state(recorder, zeros));
+                                     pk__recorder_state(recorder, state));
         }
-        pk_release(context, zeros);
+        pk_release(context, state);
         if (status)
             return status;
     }
     return pk_array_append(context, &recorder->files[PK__RUN_CHECKSUMS], 1, &checksum);
+}
+
+/* Writes initial_state.npy. */
+static pk_status pk__recorder_initial(pk_context *context, pk__run_path *path, const pk__recording *recording)
+{
+    const size_t shape[2] = {pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups),
+                             recording->graph.parameters};
+    if (!recording->initial_state)
+        return PK_OK;
+    double *numbers = NULL;
+    const size_t count = shape[0] * shape[1];
+    pk_status status = pk_allocate(context, count, sizeof *numbers, "the state to begin with", &numbers);
+    for (size_t i = 0; !status && i < count; i++) {
+        numbers[i] = (double)recording->initial_state[i];
+        if (!isfinite(numbers[i]))
+            status = pk__fail(context, PK_NOT_FINITE, "initial_state: number %zu of vector %zu is %g",
+                              i % shape[1], i / shape[1], numbers[i]);
+    }
+    if (!status)
+        status = pk_array_write(context, pk__run_path_of(path, pk__run_fixed[PK__RUN_INITIAL]), PK_FLOAT64, 2,
+                                shape, numbers);
+    pk_release(context, numbers);
+    return status;
 }
 
 static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, const pk__recording *recording,
@@ -503,6 +550,8 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     pk_status status = PK_OK;
     for (int k = 0; k < 2 && !status; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
+    if (!status)
+        status = pk__recorder_initial(context, path, recording);
     pk_array constant;
     const pk_node *node = NULL;
     while (!status && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
@@ -519,7 +568,7 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     if (!status)
         status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
     if (!status && recorder->present[PK__RUN_CHECKSUMS])
-        status = pk__recorder_first(context, recorder, initial);
+        status = pk__recorder_first(context, recorder, initial, recording->initial_state);
     if (!status)
         status =
             pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
@@ -604,6 +653,19 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds %s, not %s", directory,
                             pk__run_files[f].name, pk_type_name(array->type),
                             pk_type_name(pk__recorder_type(recorder, f)));
+    }
+    if (run->optimizer.initial_state != recording->optimizer.initial_state ||
+        run->optimizer.initial_step != recording->optimizer.initial_step)
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s cannot be resumed: it begins %s a state of the optimizer, after %zu updates",
+                        directory, run->optimizer.initial_state ? "with" : "without",
+                        run->optimizer.initial_step);
+    for (size_t i = 0; recording->initial_state && i < pk_array_items(&run->initial_state); i++) {
+        pk_real there;
+        pk_array_reals(&run->initial_state, i, 1, &there);
+        if (there != recording->initial_state[i])
+            return pk__fail(context, PK_ARGUMENT,
+                            "%s cannot be resumed: it begins with another state of the optimizer", directory);
     }
     const pk_array *given[2] = {&train->inputs, &train->targets};
     const pk_array *recorded[2] = {&run->train.inputs, &run->train.targets};

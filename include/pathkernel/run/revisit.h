@@ -31,7 +31,8 @@ typedef struct pk_trainer {
     const double *group_rates;         /* the groups' rates at the next step; NULL: their factors hold */
     size_t state_numbers;              /* V P */
     pk_real *gradient;                 /* P: of the last step */
-    pk_real *state;                    /* state_numbers: the optimizer's vectors; zero before step 0 */
+    /* state_numbers: the optimizer's vectors; zero before step 0, or what the caller sets, who gave an optimizer with initial_state. */
+    pk_real *state;
     pk_gradient_workspace workspace;
     void *memory; /* private */
 } pk_trainer;

@@ -15,6 +15,9 @@
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
  *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
+ *     initial_state.npy    (V, P)   float64 or float32, where run.txt has `initial_step K`: the optimizer's vectors before step
+ *                          0 (optimizer.h), of a run that goes on from K updates of an optimizer; a tensor whose rule has fewer
+ *                          vectors than others does not read the last ones
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
  *                          optimizer's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
@@ -63,6 +66,7 @@ typedef struct pk_run {
     pk_array weights;              /* (at least steps / k + 1, P) */
     pk_array optimizer_states;     /* (at least steps / k + 1, V P); data is NULL where absent */
     pk_array second_moments;       /* (at least steps, P); data is NULL where absent */
+    pk_array initial_state;        /* (V, P); data is NULL where the optimizer begins without a state */
     const double *learning_rates;  /* steps */
     const int64_t *batch_offsets;  /* steps + 1 */
     const int64_t *batch_items;    /* batch_offsets[steps] */
@@ -125,6 +129,10 @@ PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *
  * PK_ARGUMENT where the run has no second_moments.npy, PK_FORMAT where one of them is negative. */
 PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
                                                     pk_real *moments);
+
+/* state (V P, V of pk_parameter_groups_state_vectors) := the optimizer's vectors before step 0: those of initial_state.npy, or
+ * zeros. PK_ARGUMENT, and what reading gives. */
+PK_API PK__MUST_USE pk_status pk_run_initial_state(pk_context *context, const pk_run *run, pk_real *state);
 
 PK__END_C
 /* <<< declarations */
@@ -262,8 +270,9 @@ static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_ar
 }
 
 /* The files that do not grow; the manifest is written last. */
-enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
-static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
+enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_INITIAL, PK__RUN_MANIFEST, PK__RUN_FIXED };
+static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy",
+                                                         "initial_state.npy", "run.txt"};
 
 #ifdef PATHKERNEL_FLOAT
 #define PK__REAL_TYPE PK_FLOAT32
@@ -300,8 +309,17 @@ static pk_status pk__run_io(pk_context *context, const char *path)
 
 /* ---- the manifest ---------------------------------------------------------------------------------- */
 
-enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEEP, PK__MANIFEST_KEYS };
-static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer", "keep_every"};
+/* The first three are in every manifest. */
+enum {
+    PK__MANIFEST_NETWORK,
+    PK__MANIFEST_LOSS,
+    PK__MANIFEST_OPTIMIZER,
+    PK__MANIFEST_KEEP,
+    PK__MANIFEST_INITIAL,
+    PK__MANIFEST_KEYS
+};
+static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer", "keep_every",
+                                                                 "initial_step"};
 enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at most */
 
 typedef struct pk__manifest {
@@ -374,10 +392,10 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         manifest->value[k] = value;
         return PK_OK;
     }
-    return pk__fail(
-        context, PK_FORMAT,
-        "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, group, keep_every)", line,
-        begin);
+    return pk__fail(context, PK_FORMAT,
+                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, group, "
+                    "keep_every, initial_step)",
+                    line, begin);
 }
 
 /* Splits text (`size` bytes and a terminating NUL) into lines, in place. */
@@ -405,20 +423,20 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
     return PK_OK;
 }
 
-/* The value of keep_every: a decimal whole number from 1 to 10^9, without a sign. */
-static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *manifest, size_t *keep_every)
+/* The value of a key, where it is there: a decimal whole number from least to PK_KEEP_EVERY_MOST, without a sign. */
+static pk_status pk__manifest_whole(pk_context *context, const pk__manifest *manifest, int key, size_t least,
+                                    size_t *number)
 {
-    const char *text = manifest->value[PK__MANIFEST_KEEP];
-    *keep_every = 1;
-    if (!manifest->line[PK__MANIFEST_KEEP])
+    const char *text = manifest->value[key];
+    if (!manifest->line[key])
         return PK_OK;
     size_t value = 0, length = 0;
     for (; text[length] >= '0' && text[length] <= '9' && length < 10; length++)
         value = 10 * value + (size_t)(text[length] - '0');
-    if (text[length] || value < 1 || value > PK_KEEP_EVERY_MOST)
-        return pk__fail(context, PK_FORMAT, "keep_every '%.60s' is not a whole number from 1 to %d", text,
-                        (int)PK_KEEP_EVERY_MOST);
-    *keep_every = value;
+    if (text[length] || !length || value < least || value > PK_KEEP_EVERY_MOST)
+        return pk__fail(context, PK_FORMAT, "%s '%.60s' is not a whole number from %zu to %d",
+                        pk__manifest_keys[key], text, least, (int)PK_KEEP_EVERY_MOST);
+    *number = value;
     return PK_OK;
 }
 
@@ -427,7 +445,13 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
                                      pk_optimizer *optimizer, pk_parameter_groups *groups, size_t *keep_every)
 {
     int key = PK__MANIFEST_KEEP;
-    pk_status status = pk__manifest_keep(context, manifest, keep_every);
+    size_t initial_step = 0;
+    *keep_every = 1;
+    pk_status status = pk__manifest_whole(context, manifest, key, 1, keep_every);
+    if (!status) {
+        key = PK__MANIFEST_INITIAL;
+        status = pk__manifest_whole(context, manifest, key, 0, &initial_step);
+    }
     if (!status) {
         key = PK__MANIFEST_LOSS;
         status = pk_criterion_parse(context, manifest->value[key], criterion);
@@ -435,6 +459,8 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
     if (!status) {
         key = PK__MANIFEST_OPTIMIZER;
         status = pk_optimizer_parse(context, manifest->value[key], optimizer);
+        optimizer->initial_step = initial_step; /* before the groups, which have the same */
+        optimizer->initial_state = manifest->line[PK__MANIFEST_INITIAL] != 0;
     }
     if (!status) {
         key = PK__MANIFEST_NETWORK;
@@ -540,13 +566,14 @@ static pk_array *pk__run_array(pk_run *run, int file)
 
 PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name)
 {
-    if (index >= PK__RUN_FILES + 2)
+    if (index >= PK__RUN_FILES + PK__RUN_MANIFEST)
         return NULL;
     const int fixed = (int)index - PK__RUN_FILES;
     *name = fixed < 0 ? pk__run_files[index].name : pk__run_fixed[fixed];
-    return fixed < 0    ? pk__run_array((pk_run *)run, (int)index) /* only read */
-           : fixed == 0 ? &run->train.inputs
-                        : &run->train.targets;
+    return fixed < 0                  ? pk__run_array((pk_run *)run, (int)index) /* only read */
+           : fixed == PK__RUN_INPUTS  ? &run->train.inputs
+           : fixed == PK__RUN_TARGETS ? &run->train.targets
+                                      : &run->initial_state;
 }
 
 /* NULL if items of this type are allowed in a growing file, else the words for those that are. Rates are float64 only: 0.1
@@ -637,6 +664,83 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     return expected->type && array->type != expected->type
                ? pk__run_convert(context, path->text, expected->type, array)
                : PK_OK;
+}
+
+/* The numbers of initial_state.npy: finite, and those that a root is taken of not negative. */
+static pk_status pk__run_check_state(pk_context *context, const char *path, const pk_run *run)
+{
+    const size_t P = run->parameters;
+    const pk_parameter_range all = {0, P, 0};
+    const size_t ranges = run->groups.count ? run->groups.range_count : 1;
+    pk_real numbers[512];
+    for (size_t i = 0; i < run->initial_state.shape[0] * ranges; i++) {
+        const size_t vector = i / ranges;
+        const pk_parameter_range *range = run->groups.count ? &run->groups.range[i % ranges] : &all;
+        const int root = !pk__group_frozen(&run->groups, range->group) &&
+                         pk__optimizer_not_negative(
+                             pk__group_optimizer(&run->optimizer, &run->groups, range->group), vector);
+        for (size_t at = 0; at < range->count; at += sizeof numbers / sizeof *numbers) {
+            const size_t first = range->first + at,
+                         count = pk__min(range->count - at, sizeof numbers / sizeof *numbers);
+            pk_status status = pk_array_read(context, &run->initial_state, vector * P + first, count, numbers);
+            if (status)
+                return pk__prefix(context, status, "%s ", path);
+            for (size_t k = 0; k < count; k++) {
+                if (!isfinite(numbers[k]))
+                    return pk__fail(context, PK_NOT_FINITE, "%s holds %g at row %zu, column %zu", path,
+                                    (double)numbers[k], vector, first + k);
+                if (root && numbers[k] < 0)
+                    return pk__fail(
+                        context, PK_FORMAT,
+                        "%s holds %g at row %zu, column %zu; the optimizer divides by its root, so that "
+                        "it must be >= 0",
+                        path, (double)numbers[k], vector, first + k);
+            }
+        }
+    }
+    return PK_OK;
+}
+
+/* Maps initial_state.npy, which is there exactly where run.txt has an initial_step and the optimizer has a state. */
+static pk_status pk__run_map_state(pk_context *context, pk__run_path *path, pk_run *run)
+{
+    const size_t vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    pk_array *array = &run->initial_state;
+    char rule[256] = "";
+    struct stat about;
+    pk__run_path_of(path, pk__run_fixed[PK__RUN_INITIAL]);
+    const int absent = lstat(path->text, &about) != 0 && errno == ENOENT;
+    if (absent && !(run->optimizer.initial_state && vectors))
+        return PK_OK;
+    if (pk_optimizer_format(&run->optimizer, rule, sizeof rule) != PK_OK)
+        rule[0] = '\0';
+    if (!vectors)
+        return pk__fail(context, PK_FORMAT, "%s: the optimizer '%.80s' has no state", path->text, rule);
+    if (!run->optimizer.initial_state)
+        return pk__fail(
+            context, PK_FORMAT,
+            "%s: run.txt has no initial_step line, which tells how many updates were made before step 0",
+            path->text);
+    if (absent)
+        return pk__fail(
+            context, PK_IO,
+            "%s is missing: run.txt has an initial_step line, so that the optimizer '%.80s' begins with a "
+            "state",
+            path->text, rule);
+    pk_status status = pk_array_map(context, path->text, PK_ARRAY_KEEP_OPEN, array);
+    if (status)
+        return status;
+    if (array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+        return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold float64 or float32", path->text,
+                        pk_type_name(array->type));
+    if (array->rank != 2 || array->shape[0] != vectors || array->shape[1] != run->parameters) {
+        char has[200];
+        return pk__fail(context, PK_SHAPE,
+                        "%s has shape %s; the optimizer '%.80s' has %zu vector%s of %zu parameters", path->text,
+                        pk__shape_text(array, has, sizeof has), rule, vectors, vectors == 1 ? "" : "s",
+                        run->parameters);
+    }
+    return pk__run_check_state(context, path->text, run);
 }
 
 /* The index of the first of `count` numbers that is not finite, or count. */
@@ -793,6 +897,8 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     run->outputs = run->graph.output_width;
     for (int f = 0; f < PK__RUN_FILES && !status; f++)
         status = pk__run_map(context, path, f, run);
+    if (!status)
+        status = pk__run_map_state(context, path, run);
     pk_array *data[2] = {&run->train.inputs, &run->train.targets};
     for (int k = 0; k < 2 && !status; k++) {
         status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
@@ -910,6 +1016,7 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
         return;
     for (int f = 0; f < PK__RUN_FILES; f++)
         pk_array_release(context, pk__run_array(run, f));
+    pk_array_release(context, &run->initial_state);
     pk_dataset_release(context, &run->train);
     pk_parameter_groups_release(context, &run->groups);
     pk_criterion_release(context, &run->criterion);
@@ -965,6 +1072,23 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
                               "second_moments.npy: parameter %zu at step %zu is %g; it must be >= 0", i, step,
                               (double)moments[i]);
     return status;
+}
+
+PK_API pk_status pk_run_initial_state(pk_context *context, const pk_run *run, pk_real *state)
+{
+    if (!run || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_initial_state: no run");
+    const size_t vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    if (!vectors)
+        return PK_OK;
+    if (!state)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_initial_state: no place for the state");
+    if (!run->initial_state.data) {
+        memset(state, 0, vectors * run->parameters * sizeof *state);
+        return PK_OK;
+    }
+    return pk__prefix(context, pk_array_read(context, &run->initial_state, 0, vectors * run->parameters, state),
+                      "initial_state.npy ");
 }
 
 PK__END_COLD_CODE

@@ -18,6 +18,10 @@ typedef struct pk_train_options {
     const pk_criterion *criterion; /* a loss with options; NULL: the loss with PyTorch's defaults */
     pk_optimizer optimizer;        /* zero: plain SGD */
     pk_schedule schedule;          /* schedule.rate alone: that rate at every step */
+    /* To go on from a state which the optimizer reached in training that is not a part of this: its vectors (V P, as in pk_trainer),
+     * and how many updates it had made. NULL and 0: it begins without one. It is recorded (run.h, initial_state.npy). */
+    const pk_real *initial_state;
+    size_t initial_step;
     /* Parameter groups: group_count lines such as "1,3,5-7 weight_decay=0 rate=0.1" (groups.h), or none; their schedules,
      * one a group, of rates that are no factors, or NULL. */
     const char *const *groups;
@@ -172,6 +176,16 @@ static pk_status pk__training_compare(pk_context *context, pk__training *t, cons
     return status;
 }
 
+/* Sets the optimizer's state before step 0. */
+static void pk__training_begin(pk__training *t)
+{
+    const size_t bytes = t->trainer.state_numbers * sizeof *t->trainer.state;
+    if (bytes && t->options->initial_state)
+        memcpy(t->trainer.state, t->options->initial_state, bytes);
+    else if (bytes)
+        memset(t->trainer.state, 0, bytes);
+}
+
 /* Recomputes the optimizer's state after the recorded steps and checks that these options give the recorded weights. t->next has
  * the last recorded weights in the end. */
 static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
@@ -194,7 +208,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         if (kept != SIZE_MAX)
             from = kept;
         else
-            memset(t->trainer.state, 0, t->trainer.state_numbers * sizeof *t->trainer.state);
+            pk__training_begin(t);
     }
     for (size_t s = 0; s < run->steps; s++) {
         pk__step made;
@@ -279,6 +293,8 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.groups = options->groups;
     recording.group_count = options->group_count;
     recording.group_rates = t->group_rates != NULL;
+    recording.initial_state = options->initial_state;
+    recording.initial_step = options->initial_step;
     recording.float32 = options->record_float32;
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
@@ -390,9 +406,12 @@ static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real 
         pk_allocate(context, t->examples, sizeof *t->order, "the order of the examples", &t->order);
     if (!status)
         status = pk_allocate(context, t->graph->parameters, sizeof *t->next, "the next weights", &t->next);
+    pk_optimizer optimizer = options->optimizer;
+    optimizer.initial_state = options->initial_state != NULL;
+    optimizer.initial_step = options->initial_step;
     if (!status)
-        status = pk_parameter_groups_parse(context, t->graph, &options->optimizer, options->group_count,
-                                           options->groups, &t->groups);
+        status = pk_parameter_groups_parse(context, t->graph, &optimizer, options->group_count, options->groups,
+                                           &t->groups);
     if (!status && options->group_schedules && t->groups.count)
         status = pk_allocate(context, t->groups.count, sizeof *t->group_rates, "the rates of groups",
                              &t->group_rates);
@@ -405,9 +424,21 @@ static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real 
         if (t->groups.group[g].rated)
             return pk__fail(context, PK_ARGUMENT,
                             "group %zu: rate= beside group_schedules, which have the rates", g);
-    status = pk_trainer_prepare_with(context, t->graph, t->train, &t->criterion, &options->optimizer,
-                                     &t->groups, t->batch_size, &t->trainer);
-    return status ? status : pk__training_loop(context, t, weights, reached);
+    const size_t vectors = pk_parameter_groups_state_vectors(&optimizer, &t->groups);
+    if (options->initial_state ? !vectors : vectors && options->initial_step)
+        return pk__fail(context, PK_ARGUMENT,
+                        options->initial_state ? "pk_train: an initial_state, of an optimizer that has none"
+                                               : "pk_train: initial_step without initial_state");
+    status = pk_trainer_prepare_with(context, t->graph, t->train, &t->criterion, &optimizer, &t->groups,
+                                     t->batch_size, &t->trainer);
+    if (status)
+        return status;
+    for (size_t i = 0; options->initial_state && i < t->trainer.state_numbers; i++)
+        if (!isfinite(options->initial_state[i]))
+            return pk__fail(context, PK_NOT_FINITE, "pk_train: number %zu of initial_state is %g", i,
+                            (double)options->initial_state[i]);
+    pk__training_begin(t);
+    return pk__training_loop(context, t, weights, reached);
 }
 
 PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,

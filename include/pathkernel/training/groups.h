@@ -143,6 +143,23 @@ PK__PRIVATE size_t pk__groups_moments(const pk_optimizer *optimizer, const pk_pa
     return moments;
 }
 
+/* m (P): the momentum of the linear form before step 0, from the state to begin with (V P); 0 where a tensor has none. */
+PK__PRIVATE void pk__groups_first_momentum(const pk_optimizer *optimizer, const pk_parameter_groups *groups,
+                                           size_t parameters, const pk_real *state, pk_real *m)
+{
+    const pk_parameter_range all = {0, parameters, 0};
+    const size_t ranges = pk__is_grouped(groups) ? groups->range_count : 1;
+    for (size_t r = 0; r < ranges; r++) {
+        const pk_parameter_range *range = pk__is_grouped(groups) ? &groups->range[r] : &all;
+        const pk_optimizer *own = pk__group_optimizer(optimizer, groups, range->group);
+        const size_t vector = pk__group_frozen(groups, range->group) ? SIZE_MAX : pk__optimizer_momentum(own);
+        for (size_t i = range->first; i < range->first + range->count; i++)
+            m[i] = vector == SIZE_MAX ? 0
+                   : own->maximize    ? -state[vector * parameters + i]
+                                      : state[vector * parameters + i];
+    }
+}
+
 /* Why there is none. */
 PK__PRIVATE const char *pk__no_moments(const pk_optimizer *optimizer)
 {

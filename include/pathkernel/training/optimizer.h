@@ -46,6 +46,10 @@ typedef struct pk_optimizer {
     double lr_decay;     /* adagrad */
     double initial_accumulator_value; /* adagrad: the sum of squares before step 0 */
     double momentum_decay;            /* nadam */
+    /* Of training that goes on from a state that an optimizer had reached (run.h, initial_state.npy); not part of the text. */
+    size_t
+        initial_step; /* updates made before step 0: the corrections at step s are those of update initial_step + s + 1 */
+    int initial_state; /* 1: the state before step 0 is given, so that no rule of a first step applies */
 } pk_optimizer;
 
 /* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01; nadam the same as
@@ -86,7 +90,7 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
 
 /* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
  * step counts from 0; state (state_vectors x P) is zero before step 0 (of adagrad, too: its initial value is added at step
- * 0) and is carried on; NULL where there is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
+ * 0), or with optimizer->initial_state the one to begin with, and is carried on; NULL where there is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
  * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
  * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. Where rounding makes the variance
@@ -96,7 +100,7 @@ PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, doub
                                 double gradient_scale, size_t parameters, const pk_real *weights,
                                 const pk_real *gradient, pk_real *state, pk_real *update);
 
-/* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s and m_0 = 0:
+/* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s, and m_0 = 0 or a state to begin with:
  *     m_{s+1} = carry m_s + gain g'
  *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s
  * where p scales the gradients on their way into m (rmsprop with momentum):
@@ -177,6 +181,18 @@ typedef struct pk__update {
     pk_real *state, *update;
 } pk__update;
 
+/* Updates made before a step. */
+static double pk__updates_before(const pk_optimizer *optimizer, size_t step)
+{
+    return (double)optimizer->initial_step + (double)step;
+}
+
+/* Whether the state before a step is that of an optimizer that has made no update. */
+static int pk__is_first_update(const pk_optimizer *optimizer, size_t step)
+{
+    return step == 0 && !optimizer->initial_state;
+}
+
 static size_t pk__sgd_state_vectors(const pk_optimizer *optimizer)
 {
     return optimizer->momentum != 0;
@@ -198,7 +214,8 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
         return;
     }
     /* PyTorch starts the buffer as the gradient itself, undampened. */
-    double carry = call->step ? momentum : 0, gain = call->step ? 1 - optimizer->dampening : 1;
+    const int first = pk__is_first_update(optimizer, call->step);
+    double carry = first ? 0 : momentum, gain = first ? 1 : 1 - optimizer->dampening;
     double enter = optimizer->nesterov ? momentum : 1, direct = optimizer->nesterov ? 1 : 0;
     if (update) {
         PK__SIMD
@@ -221,8 +238,9 @@ static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, doub
     (void)count, (void)apart, (void)state, (void)preconditioner;
     double momentum = optimizer->momentum;
     if (momentum != 0) {
-        form->carry = step ? momentum : 0;
-        form->gain = step ? 1 - optimizer->dampening : 1;
+        const int first = pk__is_first_update(optimizer, step);
+        form->carry = first ? 0 : momentum;
+        form->gain = first ? 1 : 1 - optimizer->dampening;
         form->enter = optimizer->nesterov ? momentum : 1;
     }
     form->direct = momentum == 0 || optimizer->nesterov ? 1 : 0;
@@ -241,11 +259,11 @@ static size_t pk__adam_moments(const pk_optimizer *optimizer)
     return optimizer->amsgrad ? 2 : 1;
 }
 
-/* lr / (1 - beta1^{s+1}) and 1 / sqrt(1 - beta2^{s+1}). */
+/* lr / (1 - beta1^n) and 1 / sqrt(1 - beta2^n) at update n, s + 1 where there is no state to begin with. */
 static void pk__adam_corrections(const pk_optimizer *optimizer, size_t step, double rate, double *size,
                                  double *spread)
 {
-    double count = (double)step + 1;
+    double count = pk__updates_before(optimizer, step) + 1;
     *size = rate / (1 - pow(optimizer->beta1, count));
     *spread = 1 / sqrt(1 - pow(optimizer->beta2, count));
 }
@@ -327,6 +345,11 @@ static size_t pk__rmsprop_moments(const pk_optimizer *optimizer)
     return optimizer->momentum != 0 || optimizer->centered ? SIZE_MAX : 0;
 }
 
+static size_t pk__rmsprop_momentum(const pk_optimizer *optimizer)
+{
+    return optimizer->momentum != 0 ? 1 : SIZE_MAX;
+}
+
 /* Its divisor at number i of a state. */
 static double pk__rmsprop_divisor(const pk_optimizer *optimizer, const pk_real *v, const pk_real *mean)
 {
@@ -388,11 +411,18 @@ static size_t pk__adagrad_moments(const pk_optimizer *optimizer)
     return 0;
 }
 
+static size_t pk__adagrad_momentum(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return SIZE_MAX;
+}
+
 static void pk__adagrad_update(const pk_optimizer *optimizer, const pk__update *call)
 {
     const double scale = call->scale, decay = optimizer->weight_decay, epsilon = optimizer->epsilon;
-    const double rate = call->rate / (1 + (double)call->step * optimizer->lr_decay);
-    const double initial = call->step ? 0 : optimizer->initial_accumulator_value;
+    const double rate = call->rate / (1 + pk__updates_before(optimizer, call->step) * optimizer->lr_decay);
+    const double initial =
+        pk__is_first_update(optimizer, call->step) ? optimizer->initial_accumulator_value : 0;
     pk_real *sum = call->state;
     for (size_t i = 0; i < call->count; i++) {
         const double g = scale * call->gradient[i] + decay * call->weights[i];
@@ -410,7 +440,7 @@ static void pk__adagrad_linear_form(const pk_optimizer *optimizer, size_t step, 
     form->direct = 1;
     form->coupled = optimizer->weight_decay;
     form->preconditioned = 1;
-    form->rate = rate / (1 + (double)step * optimizer->lr_decay);
+    form->rate = rate / (1 + pk__updates_before(optimizer, step) * optimizer->lr_decay);
     if (preconditioner)
         for (size_t i = 0; i < count; i++)
             preconditioner[i] = (pk_real)(form->rate / (sqrt((double)state[i]) + optimizer->epsilon));
@@ -449,7 +479,7 @@ static double pk__nadam_product(const pk_optimizer *optimizer, double n)
 static void pk__nadam_factors(const pk_optimizer *optimizer, size_t step, double *enter, double *direct,
                               double *spread)
 {
-    const double k = (double)step + 1, mu = pk__nadam_momentum(optimizer, k),
+    const double k = pk__updates_before(optimizer, step) + 1, mu = pk__nadam_momentum(optimizer, k),
                  next = pk__nadam_momentum(optimizer, k + 1), product = pk__nadam_product(optimizer, k);
     *direct = (1 - mu) / (1 - product);
     *enter = next / (1 - product * next);
@@ -564,6 +594,8 @@ typedef struct pk__optimizer_rule {
     size_t (*state_vectors)(const pk_optimizer *optimizer);
     /* The number of the state vector that second_moments.npy has; SIZE_MAX: it has none. NULL: never. */
     size_t (*moments)(const pk_optimizer *optimizer);
+    /* The number of the state vector that m of the linear form is; SIZE_MAX: it has none. NULL: the first. */
+    size_t (*momentum)(const pk_optimizer *optimizer);
     void (*update)(const pk_optimizer *optimizer, const pk__update *call);
     void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t count, size_t apart,
                         const pk_real *state, pk_linear_form *form,
@@ -608,6 +640,7 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
               PK__KEY(centered, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__rmsprop_state_vectors,
      .moments = pk__rmsprop_moments,
+     .momentum = pk__rmsprop_momentum,
      .update = pk__rmsprop_update,
      .linear_form = pk__rmsprop_linear_form},
     {.kind = PK_ADAGRAD,
@@ -617,6 +650,7 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
               PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-10), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adagrad_state_vectors,
      .moments = pk__adagrad_moments,
+     .momentum = pk__adagrad_momentum,
      .update = pk__adagrad_update,
      .linear_form = pk__adagrad_linear_form},
     {.kind = PK_NADAM,
@@ -757,6 +791,23 @@ PK__PRIVATE size_t pk__optimizer_moments(const pk_optimizer *optimizer)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
     return rule && rule->moments ? rule->moments(optimizer) : SIZE_MAX;
+}
+
+/* The number of the state vector that is m of the linear form, up to the sign of a form that is negated; SIZE_MAX: none. */
+PK__PRIVATE size_t pk__optimizer_momentum(const pk_optimizer *optimizer)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    if (!rule || !rule->state_vectors(optimizer))
+        return SIZE_MAX;
+    return rule->momentum ? rule->momentum(optimizer) : 0;
+}
+
+/* Whether all numbers of state vector number `vector` are >= 0: of all but m, and rmsprop's mean gradient. */
+PK__PRIVATE int pk__optimizer_not_negative(const pk_optimizer *optimizer, size_t vector)
+{
+    if (vector >= pk_optimizer_state_vectors(optimizer) || vector == pk__optimizer_momentum(optimizer))
+        return 0;
+    return optimizer->kind != PK_RMSPROP || vector == 0;
 }
 
 /* Whether weight decay shrinks the weights beside the gradients, instead of being a part of them. */
