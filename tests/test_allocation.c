@@ -466,7 +466,7 @@ JOB(job_reference)
     WITH;
     enum { CELLS = NET_ROWS * 2 };
     static double numbers[5][CELLS], by_example[CELLS * NET_ROWS];
-    const pk_reference out = {numbers[0], numbers[1], by_example, numbers[2], numbers[3], numbers[4]};
+    const pk_reference out = {numbers[0], numbers[1], by_example, numbers[2], numbers[3], numbers[4], NULL};
     return pk_decompose_reference(context, &m->kept, X(m), 2, 2, &out);
 }
 

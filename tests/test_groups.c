@@ -187,7 +187,7 @@ static void runs_with_groups(void **state)
             assert_true(out[k].worst_unattributed <= EITHER(1e-13, 1e-4));
             /* Entries, decay and bounds against the definition. */
             double there[6][10], entries[10 * EXAMPLES], largest = 0;
-            const pk_reference reference = {there[0], there[1], entries, there[2], there[3], there[4]};
+            const pk_reference reference = {there[0], there[1], entries, there[2], there[3], there[4], NULL};
             assert_int_equal(
                 pk_decompose_reference(&context, &run, pk_matrix_view(inputs, 5, 3), 4, 14, &reference), PK_OK);
             for (size_t i = 0; i < 10 * EXAMPLES; i++)
@@ -226,7 +226,7 @@ static double against_definition(pk_context *context, const pk_run *run, pk_real
                                  double entries[10 * EXAMPLES])
 {
     double there[5][10], expected[10 * EXAMPLES], largest = 0;
-    const pk_reference reference = {there[0], there[1], expected, there[2], there[3], there[4]};
+    const pk_reference reference = {there[0], there[1], expected, there[2], there[3], there[4], NULL};
     pk_decompose_options asked = {0};
     pk_decomposition out;
     asked.keep[0] = PK_BY_EXAMPLE;
@@ -555,7 +555,7 @@ static void broken_runs(void **state)
         pk_status status = pk_run_open(&context, fixture_run_path, &run);
         if (!status) { /* what is found where a row is read */
             double there[5][2], entries[2 * EXAMPLES];
-            const pk_reference reference = {there[0], there[1], entries, there[2], there[3], there[4]};
+            const pk_reference reference = {there[0], there[1], entries, there[2], there[3], there[4], NULL};
             pk_decompose_options asked = {0};
             pk_decomposition out;
             asked.unattributed = (double)INFINITY;

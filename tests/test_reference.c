@@ -13,12 +13,13 @@ static result take(size_t rows, const pk_run *run)
     result r;
     r.cells = rows * run->outputs;
     r.examples = run->examples;
-    r.memory = FIXTURE_NEW(double, r.cells *(5 + r.examples));
-    memset(r.memory, 0xff, r.cells * (5 + r.examples) * sizeof(double));
+    r.memory = FIXTURE_NEW(double, r.cells *(6 + r.examples));
+    memset(r.memory, 0xff, r.cells * (6 + r.examples) * sizeof(double));
     double *at = r.memory;
-    double **const parts[] = {&r.arrays.initial,      &r.arrays.final,   &r.arrays.decay,
-                              &r.arrays.unattributed, &r.arrays.closure, &r.arrays.by_example};
-    for (int i = 0; i < 6; i++, at += r.cells)
+    double **const parts[] = {&r.arrays.initial,   &r.arrays.final,        &r.arrays.decay,
+                              &r.arrays.inherited, &r.arrays.unattributed, &r.arrays.closure,
+                              &r.arrays.by_example};
+    for (int i = 0; i < 7; i++, at += r.cells)
         *parts[i] = at;
     return r;
 }

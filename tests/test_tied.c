@@ -410,8 +410,9 @@ static void tied_reference(tied_case *t, const subject *s, const pk_run *run, co
 {
     const size_t cells = TIED_ROWS * t->C, N = TIED_EXAMPLES;
     double *numbers = FIXTURE_NEW(double, cells *(N + 5));
-    const pk_reference out = {numbers + cells * N,       numbers + cells * (N + 1), numbers,
-                              numbers + cells * (N + 2), numbers + cells * (N + 3), numbers + cells * (N + 4)};
+    const pk_reference out = {
+        numbers + cells * N,       numbers + cells * (N + 1), numbers, numbers + cells * (N + 2),
+        numbers + cells * (N + 3), numbers + cells * (N + 4), NULL};
     assert_ok(&t->context,
               pk_decompose_reference(&t->context, run, pk_matrix_view(t->rows, TIED_ROWS, s->width), 4,
                                      TIED_NODES, &out));
@@ -572,7 +573,8 @@ static void test_last_tensor(void **state)
     memset(&context, 0, sizeof context);
     memset(&graph, 0, sizeof graph);
     fixture_use(&context, &memory);
-    assert_ok(&context, pk_network_parse(&context, "input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh", &graph));
+    assert_ok(&context,
+              pk_network_parse(&context, "input 3; dense 3 name=a; tanh; dense 3 tied=a; tanh", &graph));
     assert_int_equal(graph.parameters, 12);
     pk_graph_release(&context, &graph);
     assert_int_equal(memory.held, 0);
@@ -581,10 +583,8 @@ static void test_last_tensor(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_last_tensor),
-        cmocka_unit_test(test_values_and_gradients),
-        cmocka_unit_test(test_decompositions),
-        cmocka_unit_test(test_decompositions_with_groups),
+        cmocka_unit_test(test_last_tensor),    cmocka_unit_test(test_values_and_gradients),
+        cmocka_unit_test(test_decompositions), cmocka_unit_test(test_decompositions_with_groups),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
