@@ -46,6 +46,23 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     worker->product.examples = &job->window.examples[j];
 }
 
+/* error: a bound on that of Phi of a part; with an average of that of T, which takes it as T takes Phi. */
+static void pk__average_error(pk__worker *worker, const pk__part *part, size_t j, pk_real *error)
+{
+    const pk__job *job = worker->job;
+    const size_t numbers = part->count * part->node->weight_count;
+    const double c = pk__step_average(job, j);
+    if (c != 0)
+        pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
+    if (!job->average_error)
+        return;
+    pk_real *mean = job->average_error + pk__state_place(worker, part);
+    for (size_t i = 0; i < numbers; i++) {
+        mean[i] = c != 0 ? (pk_real)((1 - c) * mean[i] + c * error[i]) : mean[i];
+        error[i] = mean[i];
+    }
+}
+
 /* The bounds of a part whose phi stands in the worker's memory; next: forms of the step behind; p: as for
  * pk__advance_state. */
 PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part, size_t j,
@@ -60,7 +77,7 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
             ? window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset
             : NULL;
     pk_real *error = worker->effective;
-    pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
+    pk__average_error(worker, part, j, error);
     if (job->reverse) {
         if (slack) {
             /* |error of p Phi| <= |p| (|error of Phi| + |error of p| / |p| |Phi|). */
@@ -149,6 +166,7 @@ static pk__row_scale pk__scale_of_row(const pk__job *job, size_t row)
     double largest = pk__largest(outputs, job->variation + first, 0);
     largest = pk__largest(outputs, part->data + first, largest);
     largest = pk__largest(outputs, part->decay + first, largest);
+    largest = pk__largest(outputs, part->inherited + first, largest);
     largest = pk__largest(outputs, part->unattributed + first, largest);
     for (size_t k = 0; k < part->kept_count; k++) {
         const size_t items = part->kept[k].row_items;
@@ -164,8 +182,8 @@ static void pk__certify_row(pk__job *job, size_t row)
     pk_decomposition *part = job->part;
     const size_t outputs = part->outputs, first = row * outputs, entries = outputs * part->examples;
     for (size_t i = first; i < first + outputs; i++)
-        part->closure[i] =
-            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+        part->closure[i] = part->final[i] - part->initial[i] - part->data[i] - part->decay[i] -
+                           part->unattributed[i] - part->inherited[i];
     const pk__row_scale of = pk__scale_of_row(job, row);
     const double scale = of.height > of.largest ? of.height : of.largest;
     part->scale = scale > part->scale ? scale : part->scale;

@@ -1,7 +1,7 @@
 /* pathkernel/attribution/decompose.h: the predictions of a recorded run, decomposed over its training examples to
  * rounding error, and certified.
  *
- *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + unattributed + closure
+ *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + inherited + unattributed + closure
  *
  * (Domingos 2020; Bell et al. 2023, the exact path kernel.) With D_s = w_{s+1} - w_s and
  * Phi_s(x) = integral_0^1 grad_w h(f(w_s + t D_s, x)) dt, the left side is initial + sum_s Phi_s D_s. An
@@ -11,7 +11,9 @@
  *     E_s = gain_s R_s + direct_s p_s o Phi_s,   R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,   R_S = 0:
  *
  * stateful optimisers run in reverse time on the test side, without a vector per training example. decay is
- * the part of weight decay, unattributed that of u_s = D_s - (the update recomputed in double).
+ * the part of weight decay, unattributed that of u_s = D_s - (the update recomputed in double). A run that begins with an
+ * optimizer's state has one more term, what is inherited from it: - carry_0 < R_0(x), m_0 >. The outputs of an average of
+ * the weights are decomposed along the path of the average (run/average.h).
  */
 #ifndef PATHKERNEL_DECOMPOSE_H
 #define PATHKERNEL_DECOMPOSE_H
@@ -126,6 +128,12 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
         if (options->groups[i] < 0 || (size_t)options->groups[i] >= options->group_count)
             return pk__fail(context, PK_ARGUMENT, "example %zu is in group %lld of %zu", i,
                             (long long)options->groups[i], options->group_count);
+    if (options->average.kind && options->approximation)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "average: rules in place of the exact one are of the last weights");
+    pk_status averaged = pk_average_check(context, &options->average, run->steps);
+    if (averaged)
+        return averaged;
     if ((int)options->engine < 0 || options->engine > PK_ENGINE_INTEGRATED)
         return pk__fail(context, PK_ARGUMENT, "engine %d does not exist", (int)options->engine);
     if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
@@ -149,6 +157,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     double start = pk__seconds();
     pk_status status =
         job->window.stride && job->run->steps ? pk__steps_save_states(job->context, &job->window) : PK_OK;
+    if (!status && job->window.average)
+        status = pk__average_run(job);
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
         size_t count = pk__min(job->plan.rows, rows - first);
         pk_decomposition part;

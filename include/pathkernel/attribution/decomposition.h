@@ -4,6 +4,7 @@
 #ifndef PATHKERNEL_DECOMPOSITION_H
 #define PATHKERNEL_DECOMPOSITION_H
 #include "../features/integral.h"
+#include "../run/average.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -33,6 +34,8 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 
 typedef struct pk_decompose_options {
     pk_quadrature quadrature;
+    pk_average
+        average; /* decomposes the outputs of an average of the weights, along its own path (run/average.h); zeroed: none */
     /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
      * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one. */
     double tolerance;
@@ -70,14 +73,15 @@ typedef struct pk_tensor {
 
 typedef struct pk_decomposition {
     size_t first_row, rows, outputs, examples, groups, steps, layers;
-    double *initial, *final, *data, *decay, *unattributed,
-        *closure; /* rows x outputs; data: sum over examples */
+    /* rows x outputs; data: the sum over the examples; inherited: of the state that the optimizer begins with (run.h), else 0:
+     * final = initial + data + decay + inherited + unattributed + closure */
+    double *initial, *final, *data, *decay, *inherited, *unattributed, *closure;
     pk_tensor kept[PK_KEPT];
     size_t kept_count;
     double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
     double *bounds;                          /* rows x outputs x examples, or NULL */
     double *step_closure;                    /* rows x outputs x steps, or NULL */
-    /* The certificate. A row's largest contribution is the largest of the kept numbers, of data, decay and unattributed
+    /* The certificate. A row's largest contribution is the largest of the kept numbers, of data, decay, inherited and unattributed
      * and of the sum over the steps of the change that each made, over all outputs. worst_closure: |closure| / (the
      * largest of these and of |initial| and |final| of the row); worst_relative: |closure| / (its largest contribution
      * alone), which in tiny steps of a trained network is rounding of the outputs; worst_excess: |closure| / (what the
@@ -198,18 +202,26 @@ PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *deco
     memset(decomposition, 0, sizeof *decomposition);
 }
 
+/* Each of the arrays of rows x outputs. */
+enum { PK__RESULT_VECTORS = 7 };
+static double **pk__result_vector(pk_decomposition *out, size_t index)
+{
+    double **const vectors[PK__RESULT_VECTORS] = {&out->initial, &out->final,     &out->data,
+                                                  &out->decay,   &out->inherited, &out->unattributed,
+                                                  &out->closure};
+    return vectors[index];
+}
+
 /* Arrays for out->rows rows, one piece of memory that begins with out->initial, which is never empty. */
 PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options,
                                            pk_decomposition *out)
 {
     const size_t cells = out->rows * out->outputs, row = out->rows * sizeof(double);
-    double **const numbers[] = {&out->initial, &out->final,        &out->data,
-                                &out->decay,   &out->unattributed, &out->closure};
     pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
     do {
-        for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
-            *numbers[i] = pk__arena_take(&arena, cells, sizeof(double));
+        for (size_t i = 0; i < PK__RESULT_VECTORS; i++)
+            *pk__result_vector(out, i) = pk__arena_take(&arena, cells, sizeof(double));
         for (size_t i = 0; i < out->kept_count; i++)
             out->kept[i].data = pk__arena_take(&arena, out->kept[i].row_items, row);
         out->bounds = pk__arena_take(&arena, options->bounds ? cells : 0, out->examples * sizeof(double));
@@ -229,12 +241,8 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
     *part = *whole;
     part->first_row = first;
     part->rows = rows;
-    part->initial += cell;
-    part->final += cell;
-    part->data += cell;
-    part->decay += cell;
-    part->unattributed += cell;
-    part->closure += cell;
+    for (size_t i = 0; i < PK__RESULT_VECTORS; i++)
+        *pk__result_vector(part, i) += cell;
     for (size_t i = 0; i < part->kept_count; i++) {
         part->kept[i].shape[0] = rows;
         if (part->kept[i].data)

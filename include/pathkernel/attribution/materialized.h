@@ -91,6 +91,17 @@ static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part
     }
 }
 
+/* The part of a state that the optimizer begins with, - < R_0, carry_0 m_0 >. */
+static void pk__add_inherited(const pk__worker *worker, const pk__part *part, const pk_real *r)
+{
+    const pk__job *job = worker->job;
+    const pk_real *inherited = job->window.use_inherited;
+    double *to = job->part->inherited + (worker->row + part->row) * job->outputs + part->first;
+    for (size_t k = 0; k < part->count; k++)
+        to[k] -= part->node->shares ? pk__dot_own(part, k, r, inherited)
+                                    : pk__dot_part(part, k, r, inherited + part->node->weight_offset);
+}
+
 /* One part whose Phi is materialized: E (through R in reverse time), coupled decay, the products with the batch, and
  * the bounds by the same way with absolute values. */
 static void pk__materialized_part(pk__worker *worker, const pk__part *part, size_t j,
@@ -102,7 +113,15 @@ static void pk__materialized_part(pk__worker *worker, const pk__part *part, size
     const pk_real *p = NULL, *e = worker->phi;
     if (window->use_preconditioner)
         p = window->use_preconditioner + j * window->uses_pitch + part->node->weight_offset;
-    const pk__phi_view phi = pk__view_phi(worker, part);
+    pk__phi_view phi = {NULL, NULL, NULL, NULL, 0};
+    if (pk__step_average(job, j) != 0)
+        phi = pk__view_phi(worker, part);
+    if (job->average_state) {
+        pk_real *mean = job->average_state + pk__state_place(worker, part);
+        pk__advance_average(worker, part, j, &phi, mean);
+        if (job->part->bounds)
+            memcpy(worker->phi, mean, part->count * part->node->weight_count * sizeof *mean);
+    }
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
         const int direct = job->grouped || pk__form_direct(form);
@@ -110,6 +129,8 @@ static void pk__materialized_part(pk__worker *worker, const pk__part *part, size
         pk__advance_state(job, part, form, next, p, &phi, state, direct ? worker->effective : NULL);
         e = direct ? worker->effective : state;
         pk__add_coupled_decay(worker, part, j, e, direct ? 1 : form->gain);
+        if (window->inherited && worker->step == 0)
+            pk__add_inherited(worker, part, state);
     }
     if (job->by_layer && part->node->shares)
         pk__multiply_columns(worker, part, j, e);

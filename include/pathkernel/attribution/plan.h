@@ -96,6 +96,8 @@ typedef struct pk__job {
     size_t *state_at;       /* layers + 1: numbers of R of an output before a layer's; whole cache lines */
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
+    /* With an average of the weights, the same of T (run/average.h); the average's last weights, P. */
+    pk_real *average_state, *average_error, *average_weights;
     pk__block_state *blocks;
     pk__row_state *row_state; /* plan.rows */
     double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
@@ -138,10 +140,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
             arena->overflow = 1;
         else
             job->reverse_state = pk__arena_take(arena, rows, per_row * real);
-        job->reverse_error = NULL;
+        job->reverse_error = job->average_state = job->average_error = NULL;
         if (!arena->overflow && job->options->bounds)
             job->reverse_error = pk__arena_take(arena, rows, per_row * real);
+        if (!arena->overflow && job->window.average)
+            job->average_state = pk__arena_take(arena, rows, per_row * real);
+        if (!arena->overflow && job->window.average && job->options->bounds)
+            job->average_error = pk__arena_take(arena, rows, per_row * real);
     }
+    job->average_weights = pk__arena_take(arena, job->window.average ? graph->parameters : 0, real);
     job->blocks = pk__arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
     job->row_state = pk__arena_take(arena, rows, sizeof *job->row_state);
     job->variation = pk__arena_take(arena, rows, job->outputs * sizeof *job->variation);
@@ -179,7 +186,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
 /* Numbers of result per row, in bytes. */
 PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
 {
-    size_t items = 6 * out->outputs;
+    size_t items = PK__RESULT_VECTORS * out->outputs;
     for (size_t i = 0; i < out->kept_count; i++)
         items += out->kept[i].row_items;
     items += options->bounds ? out->outputs * out->examples : 0;
@@ -230,7 +237,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
         const pk_node *node = pk_graph_layer(&run->graph, l);
         widths += (double)node->width + (double)pk__layer_input(&run->graph, node)->width / outputs;
     }
-    if (plan->stride && job->window.state_vectors && windows) {
+    if (plan->stride && job->window.state_vectors + job->window.average_vectors && windows) {
         const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
         again = ((double)kept * pk__checkpoints_again(plan->stride, plan->spare) +
                  pk__checkpoints_again(last, plan->spare)) /
@@ -254,7 +261,8 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     plan->seconds_again = ((passes - 1) * visit + (saved + passes * again) * advance) / threads;
     plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__usual_points) * pk__flop_seconds;
     if (job->reverse)
-        plan->seconds_test += all_rows * steps * P * outputs * pk__state_seconds * factor;
+        plan->seconds_test +=
+            all_rows * steps * P * outputs * pk__state_seconds * factor * (job->window.average ? 2 : 1);
     plan->seconds_test *= idle / threads;
     plan->seconds_contraction = plan->contraction_flops * pk__flop_seconds * idle / threads;
     plan->seconds =
@@ -294,7 +302,9 @@ static size_t pk__next_size(size_t size, size_t last)
 static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
 {
     const size_t windows = pk__blocks(pk__max(job->run->steps, 1), plan->window);
-    const size_t vectors = job->reverse ? job->window.state_vectors : 0;
+    const size_t vectors = !job->reverse ? 0
+                                         : job->window.state_vectors * (job->options->bounds ? 3 : 1) +
+                                               job->window.average_vectors;
     plan->stride = 1;
     plan->spare = 0;
     if (!vectors || windows == 1) {
@@ -312,8 +322,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (!pk__consider(job, choice, plan))
         return;
     size_t state = 0;
-    if (!pk__multiply(vectors * (job->options->bounds ? 3 : 1), job->graph->parameters * sizeof(pk_real),
-                      &state))
+    if (!pk__multiply(vectors, job->graph->parameters * sizeof(pk_real), &state))
         return;
     size_t states = fewest;
     plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
@@ -443,9 +452,12 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
     job->window.approximation = options->approximation;
+    job->window.average = options->average.kind ? &options->average : NULL;
+    job->window.average_vectors = !job->window.average ? 0 : 2 + (job->window.decoupled != 0);
     const size_t rows = options->approximation ? options->approximation->rows : 0;
     job->grouped = run->groups.count > 0;
-    job->reverse = options->reverse_time || job->window.state_vectors > 0 || job->grouped;
+    job->reverse =
+        options->reverse_time || job->window.state_vectors > 0 || job->grouped || job->window.average != NULL;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;

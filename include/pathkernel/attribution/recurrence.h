@@ -9,6 +9,9 @@
  * so that the contribution of example i at step s is -scale_s < E_s, g_i > (decompose.h; training/optimizer.h has the linear
  * form: carry, enter, gain, direct, p). Phi_s and R are large, so they go through the cache in parts: some outputs of one layer of
  * one row. With parameter groups the linear form differs by ranges of the weights.
+ *
+ * Of an average of the weights, T_s = c_s Phi_s + (1 - c_s) T_{s+1} stands in the place of Phi_s, with Phi_s along the average's own
+ * path (run/average.h). What a state to begin with contributes is - carry_0 < R_0, m_0 >.
  */
 #ifndef PATHKERNEL_RECURRENCE_H
 #define PATHKERNEL_RECURRENCE_H
@@ -88,6 +91,26 @@ PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, con
         pk__advance_range(part, tensor->first, tensor->count, &forms[group], next[group].carry, p, phi, state,
                           e);
     }
+}
+
+/* The weight c_s of step number j of the window in the average; 1 where there is none. */
+PK__PRIVATE double pk__step_average(const pk__job *job, size_t j)
+{
+    return job->window.average ? pk_average_weight(job->window.average, job->window.first + j) : 1;
+}
+
+/* T of a part a step back, from Phi, which is replaced by it. */
+PK__PRIVATE void pk__advance_average(const pk__worker *worker, const pk__part *part, size_t j,
+                                     pk__phi_view *phi, pk_real *state)
+{
+    const double c = pk__step_average(worker->job, j);
+    pk_linear_form form;
+    memset(&form, 0, sizeof form);
+    form.enter = c;
+    form.rate = 1;
+    if (c != 0)
+        pk__advance_range(part, 0, part->matrix + part->bias, &form, 1 - c, NULL, phi, state, NULL);
+    *phi = (pk__phi_view){state, state + part->count * part->matrix, NULL, NULL, 0};
 }
 
 /* < e_k, v > for e laid out like Phi of a part and v like the layer's weights. */

@@ -9,7 +9,7 @@
 #ifndef PATHKERNEL_STEPS_H
 #define PATHKERNEL_STEPS_H
 #include "../features/tiles.h"
-#include "../run/revisit.h"
+#include "../run/average.h"
 
 /* >>> declarations */
 /* <<< declarations */
@@ -50,6 +50,9 @@ typedef struct pk__window {
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
     const pk__approximation *approximation; /* or NULL */
+    const pk_average *average;              /* of the weights, whose path the test rows take; or NULL */
+    size_t
+        average_vectors; /* that are carried from step to step: a_s, the lag of the remainder, that of decoupled decay */
     /* Of the plan: */
     size_t capacity, windows, threads, partial_sums;
     size_t stride, spare;
@@ -60,7 +63,9 @@ typedef struct pk__window {
     pk_real *direction;  /* count x P: D_s */
     size_t spread;       /* of the graph: P without ties */
     pk_real *transposed; /* count x 2 x spread: pk__pass_transpose of weights and direction, or NULL */
-    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
+    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double; the average's part of it */
+    /* Of the test rows: a_s and its steps d_s, count x P. Without an average they are the weights and directions above. */
+    pk_real *path_weights, *path_direction;
     size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
@@ -69,14 +74,18 @@ typedef struct pk__window {
      * (graph.h, pk_graph_spread). Without ties there is nothing to copy, and these are the pointers above. */
     size_t uses_pitch;
     pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
-        *use_decayed;
+        *use_decayed, *use_path_weights, *use_path_direction;
     pk_linear_form *forms; /* count x form_count */
-    pk_real *decayed;      /* count x P, with groups: decay o w_s */
+    /* count x P, with groups: decay o w_s. With an average and decoupled decay: the average's part of decay o w_s. */
+    pk_real *decayed;
+    /* P and spread, of a run that begins with a state: carry_0 m_0, what it gives to m_1; or NULL. */
+    pk_real *inherited, *use_inherited;
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
-    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
+    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. Then the
+     * vectors of the average. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
@@ -146,6 +155,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     window->adaptive = form.preconditioned;
     window->preconditioned = form.preconditioned || run->groups.count;
     window->decoupled = pk__optimizer_decoupled(&run->optimizer);
+    window->inherited = NULL;
     window->moments = pk__groups_moments(&run->optimizer, &run->groups);
 }
 
@@ -162,7 +172,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
     window->threads = threads;
-    window->stride = window->state_vectors && window->windows ? stride : 0;
+    window->stride = window->state_vectors + window->average_vectors && window->windows ? stride : 0;
     window->spare = window->stride ? spare : 0;
     window->advanced = 0;
     window->bounds = bounds;
@@ -184,6 +194,9 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->use_remainder = window->remainder;
     window->use_preconditioner = window->preconditioner;
     window->use_preconditioner_error = window->preconditioner_error;
+    const int averaged = window->average != NULL;
+    window->path_weights = averaged ? pk__arena_take(arena, all, real) : window->weights;
+    window->path_direction = averaged ? pk__arena_take(arena, all, real) : window->direction;
     if (graph->tied) {
         window->use_weights = pk__arena_take(arena, spread, real);
         window->use_direction = pk__arena_take(arena, spread, real);
@@ -191,15 +204,26 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
         window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, spread, real) : NULL;
         window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, spread, real) : NULL;
     }
-    const size_t states = window->states * window->state_vectors;
-    window->state = pk__arena_take(arena, states, P * real);
-    pk__checkpoints_take(arena, window->windows, window->stride, window->spare, states * P,
+    window->use_path_weights = averaged ? window->path_weights : window->use_weights;
+    window->use_path_direction = averaged ? window->path_direction : window->use_direction;
+    if (graph->tied && averaged) {
+        window->use_path_weights = pk__arena_take(arena, spread, real);
+        window->use_path_direction = pk__arena_take(arena, spread, real);
+    }
+    const int inherits = window->run->initial_state.data != NULL;
+    window->inherited = inherits ? pk__arena_take(arena, P, real) : NULL;
+    window->use_inherited =
+        graph->tied && inherits ? pk__arena_take(arena, window->spread, real) : window->inherited;
+    const size_t vectors = window->states * window->state_vectors + window->average_vectors;
+    window->state = pk__arena_take(arena, vectors, P * real);
+    pk__checkpoints_take(arena, window->windows, window->stride, window->spare, vectors * P,
                          &window->checkpoints);
     window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
     window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
-    window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
+    const int decays = window->form_count > 1 || (averaged && window->decoupled);
+    window->decayed = decays ? pk__arena_take(arena, capacity, P * real) : NULL;
     window->use_decayed = window->decayed;
-    if (graph->tied && window->form_count > 1)
+    if (graph->tied && decays)
         window->use_decayed = pk__arena_take(arena, spread, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
@@ -238,6 +262,19 @@ PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step)
     return 0;
 }
 
+/* Transposes the weights and directions of the test rows in step number j, where a pass wants them so. */
+static void pk__transpose_path(pk__window *window, size_t j)
+{
+    const size_t U = window->spread;
+    const pk_graph *graph = &window->run->graph;
+    const pk__approximation *own = window->approximation;
+    if (!window->transposed)
+        return;
+    pk_real *to = window->transposed + j * 2 * U;
+    pk__pass_transpose(graph, own && own->weights ? own->weights : window->use_path_weights + j * U, to);
+    pk__pass_transpose(graph, window->use_path_direction + j * U, to + U);
+}
+
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
     const size_t P = window->parameters, U = window->spread;
@@ -262,12 +299,8 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
                 pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
         }
         from = window->use_weights + j * U;
-        if (!advance && window->transposed) {
-            pk_real *to = window->transposed + j * 2 * U;
-            const pk__approximation *own = window->approximation;
-            pk__pass_transpose(graph, own && own->weights ? own->weights : from, to);
-            pk__pass_transpose(graph, window->use_direction + j * U, to + U);
-        }
+        if (!advance && !window->average)
+            pk__transpose_path(window, j);
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk__examples_begin(&window->examples[j], &window->batches[j]);
         if (window->magnitudes) {
@@ -468,6 +501,38 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     }
 }
 
+/* The vectors of the average, P numbers each. */
+static pk_real *pk__average_state(const pk__window *window)
+{
+    return window->state + window->states * window->state_vectors * window->parameters;
+}
+
+/* The average along the window's steps, of count parameters from first on: its path, and the parts of it that are the remainder's
+ * and decoupled decay's (run/average.h). */
+static void pk__average_steps(pk__window *window, size_t first, size_t count)
+{
+    const size_t P = window->parameters;
+    pk_real *mean = pk__average_state(window) + first;
+    for (size_t j = 0; j < window->count; j++) {
+        const size_t at = j * P + first;
+        const double c = pk_average_weight(window->average, window->first + j);
+        pk_real *due[2] = {window->remainder + at, window->decoupled ? window->decayed + at : NULL};
+        memcpy(window->path_weights + at, mean, count * sizeof *mean);
+        pk__average_update(c, count, window->weights + at + P, mean, window->path_direction + at);
+        if (due[1] && window->form_count == 1)
+            for (size_t i = 0; i < count; i++)
+                due[1][i] = (pk_real)(window->forms[j].decoupled * window->weights[at + i]);
+        for (size_t k = 0; k < 2 && due[k]; k++) {
+            pk_real *lag = mean + (k + 1) * P;
+            for (size_t i = 0; i < count; i++) {
+                const double sum = (double)lag[i] + due[k][i];
+                due[k][i] = (pk_real)(c * sum);
+                lag[i] = (pk_real)((1 - c) * sum);
+            }
+        }
+    }
+}
+
 /* Copies the remainder, the preconditioner and its error to each use of a tied tensor. */
 static void pk__spread_updates(pk__window *window)
 {
@@ -483,6 +548,10 @@ static void pk__spread_updates(pk__window *window)
                             window->use_preconditioner_error + j * window->uses_pitch);
         if (window->decayed)
             pk_graph_spread(graph, window->decayed + j * P, window->use_decayed + j * U);
+        if (!window->average)
+            continue;
+        pk_graph_spread(graph, window->path_weights + j * P, window->use_path_weights + j * U);
+        pk_graph_spread(graph, window->path_direction + j * P, window->use_path_direction + j * U);
     }
 }
 
@@ -526,8 +595,23 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
+    if (window->average) {
+        team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
+        PK__PARALLEL(team)
+        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
+            pk__average_steps(window, part * PK__STATE_PART,
+                              pk__min(PK__STATE_PART, P - part * PK__STATE_PART));
+        pk__team_end(&team);
+    }
     if (!advance && window->run->graph.tied)
         pk__spread_updates(window);
+    if (window->average) {
+        team = pk__team_of(context, worth ? (int)window->threads : 1, count);
+        PK__PARALLEL(team)
+        for (size_t j = pk__first_task(&team); j < count; j = pk__next_task(&team))
+            pk__transpose_path(window, j);
+        pk__team_end(&team);
+    }
     if (!advance && window->moved_weights)
         pk__move_examples(context, window);
     window->seconds_read += pk__seconds() - start;
@@ -539,25 +623,77 @@ PK__INTERNAL pk_status pk__steps_prepare(pk_context *context, pk__window *window
     return pk__prepare_window(context, window, first, count, 0);
 }
 
-/* From the state before window number index to the one behind it. */
+/* From the state before window number index to the one behind it. An average takes whole steps, as their remainder and decay
+ * are parts of it. */
 static pk_status pk__advance_window(pk_context *context, pk__window *window, size_t index)
 {
     const size_t first = index * window->capacity;
     window->advanced++;
-    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 1);
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
+                              !window->average);
 }
 
 static size_t pk__state_bytes(const pk__window *window)
 {
-    return window->states * window->state_vectors * window->parameters * sizeof(pk_real);
+    return (window->states * window->state_vectors + window->average_vectors) * window->parameters *
+           sizeof(pk_real);
+}
+
+/* The state before step 0: zeros, or what the run begins with; an average starts as w_0. */
+static pk_status pk__first_state(pk_context *context, pk__window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, vectors = window->state_vectors;
+    pk_status status = PK_OK;
+    memset(window->state, 0, pk__state_bytes(window));
+    for (size_t first = 0; run->initial_state.data && first < P; first += PK__STATE_PART) {
+        const size_t count = pk__min(PK__STATE_PART, P - first);
+        for (size_t v = 0; !status && v < vectors; v++)
+            status = pk_array_read(context, &run->initial_state, v * P + first, count,
+                                   window->state + vectors * first + v * count);
+    }
+    for (size_t k = 1; run->initial_state.data && !status && k < window->states; k++)
+        status = pk_array_read(context, &run->initial_state, 0, vectors * P, window->state + k * vectors * P);
+    if (status)
+        return pk__prefix(context, status, "initial_state.npy ");
+    return window->average ? pk_replay_weights(context, &window->replay, 0, pk__average_state(window)) : PK_OK;
+}
+
+/* window->inherited: see there. */
+static pk_status pk__read_inherited(pk_context *context, pk__window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters;
+    const pk_parameter_range all = {0, P, 0};
+    const pk_parameter_range *ranges = run->groups.range_count ? run->groups.range : &all;
+    pk_status status = PK_OK;
+    pk__window_forms(window, 0, window->forms);
+    for (size_t r = 0; !status && r < pk__max(run->groups.range_count, 1); r++) {
+        const pk_linear_form *form = &window->forms[ranges[r].group];
+        const size_t vector =
+            pk__optimizer_momentum(pk__group_optimizer(&run->optimizer, &run->groups, ranges[r].group));
+        const double factor = form->negated ? -form->carry : form->carry; /* m is the optimizer's */
+        pk_real *to = window->inherited + ranges[r].first;
+        memset(to, 0, ranges[r].count * sizeof *to);
+        if (factor == 0 || vector == SIZE_MAX)
+            continue;
+        status = pk_array_read(context, &run->initial_state, vector * P + ranges[r].first, ranges[r].count, to);
+        for (size_t i = 0; !status && i < ranges[r].count; i++)
+            to[i] = (pk_real)(factor * to[i]);
+    }
+    if (!status && run->graph.tied)
+        pk_graph_spread(&run->graph, window->inherited, window->use_inherited);
+    return pk__prefix(context, status, "initial_state.npy ");
 }
 
 PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *window)
 {
     const size_t last = window->checkpoints.fixed * window->stride;
-    memset(window->state, 0, pk__state_bytes(window));
-    for (size_t w = 0; w < last; w++) {
-        pk_status status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
+    pk_status status = window->inherited ? pk__read_inherited(context, window) : PK_OK;
+    if (!status)
+        status = pk__first_state(context, window);
+    for (size_t w = 0; !status && w < last; w++) {
+        status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
         if (!status)
             status = pk__advance_window(context, window, w);
         if (status)
@@ -566,7 +702,7 @@ PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *wi
         if (kept)
             memcpy(kept, window->state, pk__state_bytes(window));
     }
-    return PK_OK;
+    return status;
 }
 
 /* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
@@ -575,14 +711,17 @@ static pk_status pk__find_state(pk_context *context, pk__window *window, size_t 
     pk__checkpoints *checkpoints = &window->checkpoints;
     const pk_real *nearest;
     size_t from = pk__checkpoints_find(checkpoints, 0, index, &nearest);
+    pk_status status = PK_OK;
     if (nearest)
         memcpy(window->state, nearest, pk__state_bytes(window));
     else
-        memset(window->state, 0, pk__state_bytes(window));
+        status = pk__first_state(context, window);
+    if (status)
+        return status;
     while (from < index) {
         const size_t next = pk__checkpoints_next(checkpoints, from, index, 1);
         for (; from < next; from++) {
-            pk_status status = pk__advance_window(context, window, from);
+            status = pk__advance_window(context, window, from);
             if (status)
                 return status;
         }

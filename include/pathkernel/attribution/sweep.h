@@ -32,18 +32,15 @@ PK__BEGIN_CODE
 
 /* ---- before the first window -------------------------------------------------------------------------- */
 
-/* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
-static pk_status pk__predict(pk__job *job, size_t step, double *h)
+/* h(f(w, x)) of the pass's rows, block by block in the workers' memory. */
+static void pk__predict(pk__job *job, pk_real *weights, double *h)
 {
     const pk_graph *graph = job->graph;
     const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
     const size_t blocks = pk__blocks(rows, job->block);
-    pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
-    if (status)
-        return status;
     if (graph->tied)
-        pk_graph_spread(graph, job->window.weights, job->window.use_weights);
-    const pk__line line = {job->window.use_weights, NULL, NULL};
+        pk_graph_spread(graph, weights, job->window.use_weights);
+    const pk__line line = {graph->tied ? job->window.use_weights : weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
@@ -59,6 +56,39 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
         }
     }
     pk__team_end(&team);
+}
+
+/* The average's last weights: by the steps of the run, whose own last weights are in the window then. */
+PK__PRIVATE pk_status pk__average_run(pk__job *job)
+{
+    const pk_average *average = job->window.average;
+    pk_real *next = job->window.weights;
+    pk_status status =
+        pk_replay_weights(job->context, &job->window.replay, average->from, job->average_weights);
+    for (size_t s = average->from; !status && s < job->run->steps; s++) {
+        const double c = pk_average_weight(average, s);
+        if (c == 0)
+            continue;
+        status = pk_replay_weights(job->context, &job->window.replay, s + 1, next);
+        if (!status)
+            pk__average_update(c, job->graph->parameters, next, job->average_weights, NULL);
+    }
+    return status;
+}
+
+/* The outputs at both ends of the run, and what the precision of the last weights leaves unattributed. */
+static pk_status pk__predict_ends(pk__job *job)
+{
+    pk_real *weights = job->window.weights;
+    pk_status status = pk_replay_weights(job->context, &job->window.replay, 0, weights);
+    if (!status)
+        pk__predict(job, weights, job->part->initial);
+    if (!status)
+        status = pk_replay_weights(job->context, &job->window.replay, job->run->steps, weights);
+    if (status)
+        return status;
+    job->unattributed = pk__unattributed_limit(job, weights);
+    pk__predict(job, job->window.average ? job->average_weights : weights, job->part->final);
     return PK_OK;
 }
 
@@ -124,12 +154,9 @@ static pk_status pk__sweep_prepare(pk__job *job)
     const size_t blocks = pk__blocks(job->part->rows, job->block);
     pk_status status = pk__read_rows(job);
     if (!status && job->first_output == 0) {
-        status = pk__predict(job, 0, job->part->initial);
-        if (!status)
-            status = pk__predict(job, job->run->steps, job->part->final);
+        status = pk__predict_ends(job);
         if (status)
             return status;
-        job->unattributed = pk__unattributed_limit(job, job->window.weights);
         memset(job->blocks, 0, blocks * sizeof *job->blocks);
         memset(job->variation, 0, job->part->rows * job->outputs * sizeof *job->variation);
         if (job->gram)
@@ -146,6 +173,10 @@ static pk_status pk__sweep_prepare(pk__job *job)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)
         memset(job->reverse_state, 0, numbers * sizeof(pk_real));
+    if (job->average_state)
+        memset(job->average_state, 0, numbers * sizeof(pk_real));
+    if (job->average_error)
+        memset(job->average_error, 0, numbers * sizeof(pk_real));
     memset(job->next_forms, 0, job->window.form_count * sizeof *job->next_forms);
     job->by_layer = 0;
     for (size_t k = 0; k < job->part->kept_count; k++)
@@ -163,7 +194,8 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
     pk_decomposition *part = job->part;
     const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
     const pk_real *ends = pk__integrator_ends(&worker->integral.integrator);
-    double linear = job->grouped ? 1 : form->decoupled; /* with groups it is in the direction */
+    /* With groups, and with an average, it is in the direction. */
+    double linear = job->grouped || job->window.average ? 1 : form->decoupled;
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
@@ -242,13 +274,13 @@ static pk__integral_step pk__begin_step(pk__worker *worker, size_t j)
     worker->batch = worker->product.examples = &window->examples[j];
     worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
     return (pk__integral_step){
-        .weights = window->use_weights + at,
-        .direction = window->use_direction + at,
+        .weights = window->use_path_weights + at,
+        .direction = window->use_path_direction + at,
         .transposed = window->transposed ? window->transposed + 2 * at : NULL,
-        .directions = {window->use_direction + at, window->use_remainder + at,
-                       !job->decays   ? NULL
-                       : job->grouped ? window->use_decayed + at
-                                      : window->use_weights + at},
+        .directions = {window->use_path_direction + at, window->use_remainder + at,
+                       !job->decays                      ? NULL
+                       : job->grouped || window->average ? window->use_decayed + at
+                                                         : window->use_weights + at},
         .first_row = job->part->first_row + worker->row,
         .rows = worker->rows,
         .inputs = job->rows + worker->row * job->graph->input_width,
@@ -295,15 +327,18 @@ static void pk__sweep_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__integral_step step = pk__begin_step(worker, j);
     pk__approximate_step(worker, &step);
     const pk__points *points = NULL;
+    const int moves = pk__step_average(worker->job, j) != 0; /* an average may stay where it is */
     pk__integral_begin(integral, &step);
-    while (pk__integral_next(integral, &points)) {
+    while (moves && pk__integral_next(integral, &points)) {
         pk__integral_pass(integral, points);
         pk__integral_add(integral, points);
         pk__add_products(worker, points);
     }
-    pk__integral_end(integral);
+    if (moves)
+        pk__integral_end(integral);
     pk__materialized_layers(worker, j, next);
-    pk__close_step(worker, block, j);
+    if (moves)
+        pk__close_step(worker, block, j);
 }
 
 /* The steps of the window, for one block of rows. */
@@ -337,8 +372,9 @@ static pk_status pk__sweep_windows(pk__job *job, double done, double share)
     for (size_t i = 0; !status && i < windows; i++) {
         status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (!status)
-            status = chosen ? pk__steps_prepare(job->context, &job->window, pk__chosen_step(steps, chosen, i), 1)
-                            : pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
+            status = chosen
+                         ? pk__steps_prepare(job->context, &job->window, pk__chosen_step(steps, chosen, i), 1)
+                         : pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
         if (status)
             break;
         pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
