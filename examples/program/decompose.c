@@ -36,6 +36,10 @@ typedef struct decompose_settings {
         const char *text; /* as it was given */
         size_t step;
     } until;
+    struct decompose_average {
+        const char *text;
+        pk_average average;
+    } average;
     int threads, verbose, recover;
     size_t memory;
 } decompose_settings;
@@ -116,6 +120,13 @@ static int parse_until(pk_context *context, const char *text, void *place)
     return parse_size(text, &until->step);
 }
 
+static int parse_average(pk_context *context, const char *text, void *place)
+{
+    struct decompose_average *average = (struct decompose_average *)place;
+    average->text = text;
+    return pk_average_parse(context, text, &average->average) == PK_OK;
+}
+
 #define PLACE(member) offsetof(decompose_settings, member)
 static const program_option decompose_options[] = {
     {"--inputs", "X.npy", 1, PLACE(inputs), parse_text, NULL,
@@ -135,6 +146,11 @@ static const program_option decompose_options[] = {
      "default auto; others than auto, exact and left with :N, the nodes of a step", rule_names},
     {"--until", "K", 0, PLACE(until), parse_until, "the number of a step: of 12 steps, from 0 to 12",
      "decompose the outputs after step K instead of the last one (early stopping)", NULL},
+    {"--average", "WHICH", 0, PLACE(average), parse_average, NULL,
+     "decompose the outputs of an average of the weights, along its own path:\n"
+     "ema:BETA from w_0, ema:BETA:FROM[:EVERY] from the weights after step FROM, a step in\n"
+     "EVERY; swa:FROM:EVERY the mean of the weights after steps FROM, FROM + EVERY, ...",
+     NULL},
     {"--unattributed", "LIMIT", 0, PLACE(options.unattributed), parse_positive, "a positive number",
      "of unattributed / max(1, |final|); default: what rounding leaves of a run of its precision\n"
      "and length: 4e-4 of 1000 steps in float32, 1e-10 in float64",
@@ -241,14 +257,12 @@ static int read_labels(task *job)
     return status;
 }
 
-/* Labels := the largest outputs at w_S. */
+/* Labels := the largest outputs at w_S, or at its average. */
 static int predict_labels(task *job)
 {
     pk_context *context = &job->context;
     const size_t outputs = job->run.outputs, width = job->run.graph.input_width, block = rows_in_hand(job);
     pk_real *weights = NULL, *f = NULL, *rows = NULL;
-    pk_replay replay;
-    memset(&replay, 0, sizeof replay);
     pk_status status = pk_allocate(context, job->run.parameters, sizeof *weights, "the weights", &weights);
     if (!status)
         status = pk_allocate(context, block, outputs * sizeof *f, "the predictions", &f);
@@ -257,11 +271,7 @@ static int predict_labels(task *job)
     if (!status)
         status = pk_allocate(context, job->rows, sizeof *job->labels, "the labels", &job->labels);
     if (!status)
-        status =
-            pk_replay_prepare(context, &job->run, 0, &replay); /* the last step may lie between kept ones */
-    if (!status)
-        status = pk_replay_weights(context, &replay, job->run.steps, weights);
-    pk_replay_release(context, &replay);
+        status = pk_run_average(context, &job->run, &job->set->options.average, weights);
     for (size_t first = 0; !status && first < job->rows; first += block) {
         const size_t count = block < job->rows - first ? block : job->rows - first;
         status = pk_array_read(context, &job->inputs, first * width, count * width, rows);
@@ -313,6 +323,7 @@ static pk_status list_files(task *job)
 {
     static const char *const always[] = {"initial.npy", "final.npy", "decay.npy", "unattributed.npy",
                                          "closure.npy"};
+    const int inherits = job->run.initial_state.data != NULL;
     const pk_decompose_options *options = &job->set->options;
     const size_t examples = job->run.examples, steps = job->run.steps, layers = job->run.graph.columns;
     pk_status status = PK_OK;
@@ -334,6 +345,8 @@ static pk_status list_files(task *job)
         status = add_file(job, "closure_by_step.npy", 1, &steps);
     for (size_t i = 0; !status && i < sizeof always / sizeof *always; i++)
         status = add_file(job, always[i], 0, NULL);
+    if (!status && inherits)
+        status = add_file(job, "inherited.npy", 0, NULL);
     return status;
 }
 
@@ -352,6 +365,8 @@ static void rows_of(const task *job, const pk_decomposition *part, const double 
     rows[count++] = part->decay;
     rows[count++] = part->unattributed;
     rows[count++] = part->closure;
+    if (job->run.initial_state.data)
+        rows[count++] = part->inherited;
 }
 
 static pk_status create_files(task *job)
@@ -463,6 +478,8 @@ static void print_strongest(const task *job, const pk_decomposition *part)
                part->data[cell]);
         if (part->decay[cell] != 0)
             printf(", decay %+.4g", part->decay[cell]);
+        if (part->inherited[cell] != 0)
+            printf(", inherited %+.4g", part->inherited[cell]);
         printf(", rest %+.1e\n", part->unattributed[cell] + part->closure[cell]);
         print_examples(job, by_example + cell * part->examples, +1, "for");
         print_examples(job, by_example + cell * part->examples, -1, "against");
@@ -575,12 +592,13 @@ static void print_time(const task *job, const pk_decomposition *d)
 static void print_left_behind(const task *job)
 {
     char name[48], path[4096];
-    for (unsigned i = 0; i < 9; i++) {
+    for (unsigned i = 0; i < 10; i++) {
         static const unsigned axes[] = {1, 4, 8, 5, 9, 12, 13};
+        static const char *const others[] = {"bounds.npy", "closure_by_step.npy", "inherited.npy"};
         if (i < 7)
             name_kept(axes[i], name);
         else
-            snprintf(name, sizeof name, i == 7 ? "bounds.npy" : "closure_by_step.npy");
+            snprintf(name, sizeof name, "%s", others[i - 7]);
         size_t f = 0;
         while (f < job->folder.count && strcmp(job->folder.files[f].name, name) != 0)
             f++;
@@ -606,6 +624,11 @@ static void print_summary(const task *job, const pk_decomposition *d, pk_status 
         printf("             recording was cut off: %zu steps are complete\n", job->recorded);
     if (job->set->until.text)
         printf("             until step %zu of %zu\n", run->steps, job->recorded);
+    if (job->set->average.text)
+        printf("             final is that of an average of the weights, %s\n", job->set->average.text);
+    if (run->initial_state.data)
+        printf("             it begins with an optimizer's state, after %zu updates\n",
+               run->optimizer.initial_step);
     printf("sizes        %zu of %zu inputs, %zu of %zu outputs, %zu examples, %zu steps, %zu layers, %zu "
            "parameters in %s\n",
            job->finished, job->rows, job->outputs, run->outputs, run->examples, run->steps, run->graph.columns,
@@ -680,6 +703,8 @@ static int open_job(task *job)
     if (set->until.text && pk_run_until(context, &job->run, set->until.step) != PK_OK)
         return refuse("--until: there is no step %s; the run has %zu, so K is from 0 to %zu", set->until.text,
                       job->recorded, job->recorded);
+    if (pk_average_check(context, &options->average, job->run.steps) != PK_OK)
+        return refuse("--average: %s", pk_message(context));
     if (set->outputs.kind == 'n' && options->readout.output >= job->run.outputs)
         return refuse("--outputs: there is no output %zu; the network has %zu, 0 to %zu",
                       options->readout.output, job->run.outputs, job->run.outputs - 1);
@@ -783,6 +808,7 @@ static int run_decompose(const program_command *command, int count, char **argum
     if (status >= 0)
         return status;
     set.options.readout.output = set.outputs.number;
+    set.options.average = set.average.average;
     set.options.pass_seconds = PASS_SECONDS;
     job.set = &set;
     start_job(&job.context, &job.progress, set.threads, set.verbose);
@@ -801,7 +827,8 @@ const program_command decompose_command = {
     "run directory",
     "Decomposes the outputs of a trained network over its training examples.",
     "The outputs of the network that RUN ends with, on the inputs of X.npy (M, ...):\n"
-    "    final = initial + sum over the training examples + decay + unattributed + closure",
+    "    final = initial + sum over the training examples + decay + unattributed + closure\n"
+    "and + inherited, where the run begins with an optimizer's state (initial_state.npy).",
     "Exit status: 0 closed within the tolerance, and unattributed within its limit; 1 computed, but one of "
     "them is\nnot (results are written; a line tells which and what it means);\n"
     "2 bad input, cancelled or out of space (complete rows are kept), with a line that says what and where.",

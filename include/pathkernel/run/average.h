@@ -82,7 +82,7 @@ PK_API pk_status pk_average_parse(pk_context *context, const char *text, pk_aver
     pk_average parsed;
     memset(&parsed, 0, sizeof parsed);
     if (!text || !average)
-        return pk__fail(context, PK_ARGUMENT, "average: the text or the place for it is NULL");
+        return pk__fail(context, PK_ARGUMENT, "the text of the average or the place for it is NULL");
     const char *at = text + 4;
     const int ema = strncmp(text, "ema:", 4) == 0;
     int good = ema || strncmp(text, "swa:", 4) == 0;
@@ -108,10 +108,10 @@ PK_API pk_status pk_average_parse(pk_context *context, const char *text, pk_aver
     if (!good)
         return pk__fail(
             context, PK_ARGUMENT,
-            "average: '%.60s' is not ema:BETA, ema:BETA:FROM, ema:BETA:FROM:EVERY or swa:FROM:EVERY", text);
+            "'%.60s' is no average; these are ema:BETA, ema:BETA:FROM, ema:BETA:FROM:EVERY and swa:FROM:EVERY",
+            text);
     if (!(parsed.beta >= 0 && parsed.beta < 1))
-        return pk__fail(context, PK_ARGUMENT, "average: '%.60s': BETA is %g; it must be in [0, 1)", text,
-                        parsed.beta);
+        return pk__fail(context, PK_ARGUMENT, "'%.60s': BETA is %g; it must be in [0, 1)", text, parsed.beta);
     parsed.every = pk__max(parsed.every, 1);
     *average = parsed;
     return PK_OK;
@@ -120,13 +120,14 @@ PK_API pk_status pk_average_parse(pk_context *context, const char *text, pk_aver
 PK_API pk_status pk_average_check(pk_context *context, const pk_average *average, size_t steps)
 {
     if (!average)
-        return pk__fail(context, PK_ARGUMENT, "average: it is NULL");
+        return pk__fail(context, PK_ARGUMENT, "the average is NULL");
     if ((int)average->kind < 0 || average->kind > PK_AVERAGE_SWA)
-        return pk__fail(context, PK_ARGUMENT, "average: kind %d is unknown", (int)average->kind);
+        return pk__fail(context, PK_ARGUMENT, "the average is of kind %d, which is unknown",
+                        (int)average->kind);
     if (average->kind == PK_AVERAGE_EMA && !(average->beta >= 0 && average->beta < 1))
-        return pk__fail(context, PK_ARGUMENT, "average: beta is %g; it must be in [0, 1)", average->beta);
+        return pk__fail(context, PK_ARGUMENT, "the average has beta %g; it must be in [0, 1)", average->beta);
     if (average->kind && average->from > steps)
-        return pk__fail(context, PK_ARGUMENT, "average: it starts after step %zu; there are %zu steps",
+        return pk__fail(context, PK_ARGUMENT, "the average starts after step %zu; there are %zu steps",
                         average->from, steps);
     return PK_OK;
 }
