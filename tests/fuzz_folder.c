@@ -5,7 +5,7 @@
  */
 #include "fuzz.h"
 
-enum { FUZZ_RUNS = 5, FUZZ_FILES = 21, FUZZ_EXAMPLES = 5 };
+enum { FUZZ_RUNS = 7, FUZZ_FILES = 21, FUZZ_EXAMPLES = 5 };
 
 static const char *const fuzz_run_files[FUZZ_FILES] = {"run.txt",
                                                        "weights.npy",
@@ -35,15 +35,20 @@ typedef struct fuzz_run {
     size_t steps, batch, keep_every;
     int float32, moments;
     double clip;
+    size_t initial_step; /* updates before it, with a state; 0: none */
 } fuzz_run;
 
 static const fuzz_run fuzz_runs[FUZZ_RUNS] = {
-    {"input 2; dense 3; tanh; dense 2", "sgd", PK_SOFTMAX_CROSS_ENTROPY, 4, 2, 1, 0, 0, 0},
-    {"input 2; dense 3; relu; dense 2", "adam", PK_SOFTMAX_CROSS_ENTROPY, 4, 0, 2, 0, 0, 0},
-    {"input 2; dense 2; gelu; dense 2 nobias", "adamw", PK_SQUARED, 4, 3, 1, 1, 1, 0},
-    {"input 2; dense 4; abs; dense 2", "sgd momentum=0.9 weight_decay=0.01", PK_LOGISTIC, 4, 2, 3, 0, 0, 0.5},
+    {"input 2; dense 3; tanh; dense 2", "sgd", PK_SOFTMAX_CROSS_ENTROPY, 4, 2, 1, 0, 0, 0, 0},
+    {"input 2; dense 3; relu; dense 2", "adam", PK_SOFTMAX_CROSS_ENTROPY, 4, 0, 2, 0, 0, 0, 0},
+    {"input 2; dense 2; gelu; dense 2 nobias", "adamw", PK_SQUARED, 4, 3, 1, 1, 1, 0, 0},
+    {"input 2; dense 4; abs; dense 2", "sgd momentum=0.9 weight_decay=0.01", PK_LOGISTIC, 4, 2, 3, 0, 0, 0.5,
+     0},
     {"input 1; constant table; dense 2; tanh; propagate matrix; select; dense 2", "sgd momentum=0.5",
-     PK_SOFTMAX_CROSS_ENTROPY, 18, 2, 1, 0, 0, 0.1} /* long enough for a state to resume from */,
+     PK_SOFTMAX_CROSS_ENTROPY, 18, 2, 1, 0, 0, 0.1, 0} /* long enough for a state to resume from */,
+    {"input 2; dense 3; tanh; dense 2", "adam amsgrad=1", PK_SOFTMAX_CROSS_ENTROPY, 4, 2, 1, 0, 0, 0, 3},
+    {"input 2; dense 3; relu; dense 2", "rmsprop momentum=0.5 centered=1 epsilon=1e-3", PK_SQUARED, 4, 0, 2, 0,
+     0, 0, 1},
 };
 
 typedef struct fuzz_original {
@@ -126,6 +131,11 @@ static pk_status fuzz_train(pk_context *context, const fuzz_run *from, size_t st
     options.record_second_moments = from->moments;
     options.keep_every = from->keep_every;
     options.on_step = fuzz_acknowledge;
+    pk_real state[3 * 64];
+    for (size_t i = 0; i < sizeof state / sizeof *state; i++)
+        state[i] = (pk_real)(0.25 + (double)(i % 5) / 16);
+    options.initial_state = from->initial_step ? state : NULL;
+    options.initial_step = from->initial_step;
     fuzz_tell_inside(1);
     pk_status status = pk_train(context, &graph, &train, &options, weights, NULL);
     fuzz_tell_inside(0);
@@ -274,19 +284,28 @@ static long fuzz_read_run(pk_context *context)
     }
     for (size_t i = 0; i < rows * D; i++)
         inputs[i] = (pk_real)(i % 2);
-    status = pk_decompose(context, &run, pk_matrix_view(inputs, rows, D), &options, &out);
-    (void)fuzz_refused(context, status);
-    for (size_t cell = 0; (status == PK_OK || status == PK_NOT_CLOSED) && cell < rows * out.outputs; cell++) {
-        double sum = out.initial[cell] + out.decay[cell] + out.unattributed[cell] + out.closure[cell],
-               most = fabs(out.initial[cell]) + fabs(out.decay[cell]) + fabs(out.unattributed[cell]) +
-                      fabs(out.closure[cell]) + fabs(out.final[cell]);
-        for (size_t i = 0; i < out.examples; i++) {
-            sum += out.by_example[cell * out.examples + i];
-            most += fabs(out.by_example[cell * out.examples + i]);
+    for (int averaged = 0; averaged < (run.initial_state.data ? 2 : 1); averaged++) {
+        if (averaged)
+            options.average = (pk_average){PK_AVERAGE_SWA, 0, run.steps / 2, 2};
+        status = pk_decompose(context, &run, pk_matrix_view(inputs, rows, D), &options, &out);
+        (void)fuzz_refused(context, status);
+        for (size_t cell = 0; (status == PK_OK || status == PK_NOT_CLOSED) && cell < rows * out.outputs;
+             cell++) {
+            const double parts[] = {out.initial[cell], out.decay[cell], out.inherited[cell], out.closure[cell],
+                                    out.unattributed[cell]};
+            double sum = 0, most = fabs(out.final[cell]);
+            for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+                sum += parts[i];
+                most += fabs(parts[i]);
+            }
+            for (size_t i = 0; i < out.examples; i++) {
+                sum += out.by_example[cell * out.examples + i];
+                most += fabs(out.by_example[cell * out.examples + i]);
+            }
+            FUZZ_REQUIRE(!isfinite(most) || fabs(sum - out.final[cell]) <= 1e-12 * most);
         }
-        FUZZ_REQUIRE(!isfinite(most) || fabs(sum - out.final[cell]) <= 1e-12 * most);
+        pk_decomposition_release(context, &out);
     }
-    pk_decomposition_release(context, &out);
     pk_release(context, inputs);
     pk_release(context, weights);
     pk_run_release(context, &run);

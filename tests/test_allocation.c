@@ -828,6 +828,55 @@ JOB(job_resume)
     return status;
 }
 
+/* A run that begins with a state, an average of its weights, both decomposed. */
+JOB(job_begun)
+{
+    WITH;
+    pk_run run;
+    pk_train_options options;
+    pk_decompose_options how;
+    pk_decomposition out;
+    static double numbers[6][NET_ROWS * 2], by_example[NET_ROWS * 2 * NET_ROWS];
+    const pk_reference reference = {numbers[0], numbers[1], by_example, numbers[2],
+                                    numbers[3], numbers[4], numbers[5]};
+    memset(&run, 0, sizeof run);
+    memset(&options, 0, sizeof options);
+    memset(&how, 0, sizeof how);
+    memset(&out, 0, sizeof out);
+    pk_real *w = FIXTURE_NEW(pk_real, m->P), *velocity = FIXTURE_NEW(pk_real, m->P);
+    memcpy(w, m->w, m->P * sizeof *w);
+    memcpy(velocity, m->v, m->P * sizeof *w);
+    options.loss = PK_SQUARED;
+    options.optimizer = m->optimizer;
+    options.schedule.rate = 0.01;
+    options.steps = 3;
+    options.record = m->made;
+    options.replace = 1;
+    options.keep_every = 2;
+    options.initial_state = velocity;
+    options.initial_step = 2;
+    pk_status status = pk_train(context, &m->graph, &m->data, &options, w, NULL);
+    if (!status)
+        status = pk_run_open(context, m->made, &run);
+    if (!status)
+        status = pk_run_initial_state(context, &run, m->many);
+    if (!status)
+        status = pk_average_parse(context, "swa:1:1", &how.average);
+    if (!status)
+        status = pk_average_check(context, &how.average, run.steps);
+    if (!status)
+        status = pk_run_average(context, &run, &how.average, w);
+    if (!status)
+        status = pk_decompose(context, &run, X(m), &how, &out);
+    if (!status)
+        status = pk_decompose_reference_average(context, &run, X(m), &how.average, 1, 2, &reference);
+    pk_decomposition_release(context, &out);
+    pk_run_release(context, &run);
+    free(w), free(velocity);
+    remove_made(m);
+    return status;
+}
+
 JOB(job_decompose)
 {
     WITH;
@@ -945,6 +994,8 @@ static const struct entry {
     {"pk_train", job_train, 3},
     {"pk_train", job_resume, 3},
     {"pk_decompose pk_decompose_plan pk_decomposition_release", job_decompose, 2},
+    {"pk_run_initial_state pk_average_parse pk_average_check pk_run_average pk_decompose_reference_average",
+     job_begun, 10},
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
     {"pk_quadrature_check pk_quadrature_parse", job_quadrature, 0},

@@ -227,7 +227,7 @@ static void check_arrays(const pk_run *run)
         if (strcmp(name, "batch_weights.npy") == 0)
             assert_ptr_equal(array->data, run->batch_weights);
     }
-    assert_int_equal(count, 12);
+    assert_int_equal(count, 13);
 }
 
 static void check_run(pk_context *context, const pk_run *run, const pk_recorder_options *options,
@@ -462,6 +462,19 @@ static void test_manifests(void **state)
          "unknown key 'weight'"},
         {"pathkernel-run 1\n" NETWORK LOSS "optimizer sgd momentum=-1\n", 0, -1, "run.txt line 4: "},
         {"pathkernel-run 1\n" NETWORK LOSS "optimizer sgd momentun=1\n", 0, -1, "run.txt line 4: "},
+        {"pathkernel-run 1\n" NETWORK LOSS OPTIMIZER "initial_step 7\n", 0, PK_OK, ""}, /* there is no state */
+        {"pathkernel-run 1\n" NETWORK LOSS OPTIMIZER "initial_step\n", 0, PK_FORMAT,
+         "run.txt line 5: 'initial_step' has no value"},
+        {"pathkernel-run 1\n" NETWORK LOSS OPTIMIZER "initial_step -1\n", 0, PK_FORMAT,
+         "run.txt line 5: initial_step '-1' is not a whole number from 0"},
+        {"pathkernel-run 1\n" NETWORK LOSS OPTIMIZER "initial_step 2.5\n", 0, PK_FORMAT,
+         "run.txt line 5: initial_step '2.5' is not a whole number from 0"},
+        {"pathkernel-run 1\n" NETWORK LOSS OPTIMIZER "initial_step 10000000000\n", 0, PK_FORMAT,
+         "run.txt line 5: initial_step '10000000000' is not"},
+        {"pathkernel-run 1\n" NETWORK LOSS OPTIMIZER "initial_step 1\ninitial_step 1\n", 0, PK_FORMAT,
+         "run.txt line 6: 'initial_step' again"},
+        {"pathkernel-run 1\n" NETWORK LOSS "optimizer sgd momentum=0.9\ninitial_step 1\n", 0, PK_IO,
+         "initial_state.npy is missing"},
         {"pathkernel-run 1\nnetwork input 3; tanh\n" LOSS OPTIMIZER, 0, PK_ARGUMENT, "run.txt line 2: "},
         {"pathkernel-run 1\nnetwork input 3; dense 3\n" LOSS OPTIMIZER, 0, PK_SHAPE,
          "weights.npy has rows of 8 numbers"},

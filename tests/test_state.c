@@ -35,6 +35,8 @@ static const char *const networks[] = {
     "input 4; dense 6; relu; dense 5; relu; dense 2",
     "input 4; dense 4 name=a; tanh; dense 4 tied=a; tanh; dense 4 nobias tied=a.weight transposed; sigmoid; "
     "dense 2",
+    "input 1x2x2; conv 2 2x2 pad=1; tanh; flatten; dense 2",
+    "input 2x2; dense 4; residual( layer_norm; attention 2 ); mean_tokens; dense 2",
 };
 enum { NETWORKS = (int)(sizeof networks / sizeof *networks), KINKED = 2 };
 
@@ -384,11 +386,356 @@ static void test_averages(void **state)
     print_message("%d runs: entries differ by %.2g of the largest, closure %.2g\n", runs, worst, worst_closure);
 }
 
+/* Little memory, so that windows are short and states of the optimizer and of the average are computed again: the same bits. */
+static void test_memory(void **state)
+{
+    (void)state;
+    case_data c;
+    pk_run run;
+    pk_decomposition whole, part;
+    pk_decompose_options options = {0};
+    const char *rule = "adamw epsilon=1e-4 weight_decay=0.1";
+    begin_case(networks[0], rule, 0, 5, &c);
+    pk_train_options training = options_of(&c, rule, 0);
+    pk_real begin[2 * 59], *w = FIXTURE_NEW(pk_real, c.P);
+    for (size_t i = 0; i < 2 * 59; i++)
+        begin[i] = (pk_real)(i < 59 ? 0.01 * sin((double)i) : 0.01);
+    memcpy(w, c.start, c.P * sizeof *w);
+    training.steps = 60;
+    training.record = c.folder[0];
+    training.initial_state = begin;
+    training.initial_step = 9;
+    assert_ok(&c.context, pk_train(&c.context, &c.graph, &c.data, &training, w, NULL));
+    assert_ok(&c.context, pk_run_open(&c.context, c.folder[0], &run));
+    assert_ok(&c.context, pk_average_parse(&c.context, "swa:11:4", &options.average));
+    const pk_matrix inputs = pk_matrix_view(c.test, ROWS, 4);
+    assert_ok(&c.context, pk_decompose(&c.context, &run, inputs, &options, &whole));
+    assert_adds_up(&whole);
+    const size_t cells = ROWS * 2, held = c.context.memory_used;
+    size_t shortest = SIZE_MAX, fewest = SIZE_MAX, limits = 0;
+    pk_plan plan;
+    c.context.threads = 1;
+    assert_ok(&c.context, pk_decompose_plan(&c.context, &run, ROWS, &options, 0, &plan));
+    for (size_t limit = plan.bytes; limit > 1000; limit -= limit / 64) {
+        c.context.memory_limit = held + limit;
+        if (pk_decompose_plan(&c.context, &run, ROWS, &options, 0, &plan) != PK_OK)
+            break;
+        assert_ok(&c.context, pk_decompose(&c.context, &run, inputs, &options, &part));
+        assert_memory_equal(part.by_example, whole.by_example, cells * EXAMPLES * sizeof(double));
+        assert_memory_equal(part.inherited, whole.inherited, cells * sizeof(double));
+        assert_memory_equal(part.decay, whole.decay, cells * sizeof(double));
+        assert_memory_equal(part.unattributed, whole.unattributed, cells * sizeof(double));
+        shortest = plan.window < shortest ? plan.window : shortest;
+        const size_t windows = (60 - 1) / plan.window + 1, kept = (windows - 1) / plan.stride + plan.spare;
+        fewest = windows > 4 && kept < fewest ? kept : fewest;
+        pk_decomposition_release(&c.context, &part);
+        limits++;
+    }
+    c.context.memory_limit = 0;
+    print_message("%zu limits, windows of down to %zu steps, %zu states kept\n", limits, shortest, fewest);
+    assert_true(limits > 3 && shortest <= 6 && fewest < 12);
+    pk_decomposition_release(&c.context, &whole);
+    pk_run_release(&c.context, &run);
+    free(w);
+    end_case(&c);
+}
+
+/* Other analyses of runs that begin with a state: what it contributes is a part of what they find, too. */
+static void test_analyses(void **state)
+{
+    (void)state;
+    double worst_residual = 0, worst_inherited = 0;
+    for (int o = 0; o < STATEFUL; o++)
+        for (int grouped = 0; grouped < 2; grouped++) {
+            case_data c;
+            pk_run run;
+            pk_smoother smoother;
+            pk_sensitivity at;
+            const pk_smoother_options plainly = {0};
+            const pk_sensitivity_options first = {0};
+            begin_case(networks[0], optimizers[o], grouped, (uint64_t)(300 + o), &c);
+            train_twice(&c, optimizers[o], o % 3 == 1 ? 0.3 : 0, o % 3 == 2 ? 2 : 1);
+            assert_ok(&c.context, pk_run_open(&c.context, c.folder[1], &run));
+            assert_ok(&c.context,
+                      pk_smooth(&c.context, &run, pk_matrix_view(c.test, ROWS, 4), &plainly, &smoother));
+            worst_residual = fmax(worst_residual, smoother.residual);
+            assert_true(smoother.residual <= ROUNDING(1e-12) && smoother.unattributed <= ROUNDING(1e-12));
+            pk_smoother_release(&c.context, &smoother);
+            assert_ok(&c.context,
+                      pk_sensitivity_at(&c.context, &run, pk_matrix_view(c.test, 1, 4), &first, &at));
+            assert_true(at.worst_closure <= ROUNDING(1e-12));
+            for (size_t d = 0; d < 4; d++)
+                assert_true(fabs(at.unattributed[d]) <= ROUNDING(1e-12) * at.scale);
+            /* inherited is the derivative of what pk_decompose calls so. */
+            double slope[4] = {0};
+            const double step = sizeof(pk_real) == 8 ? 1e-5 : 1e-2;
+            for (size_t k = 0; k < 8; k++) {
+                pk_decomposition moved;
+                pk_real x[4];
+                memcpy(x, c.test, sizeof x);
+                x[k / 2] += (pk_real)(k % 2 ? -step : step);
+                assert_ok(&c.context, pk_decompose(&c.context, &run, pk_matrix_view(x, 1, 4), NULL, &moved));
+                slope[k / 2] += (k % 2 ? -1 : 1) * moved.inherited[0] / (2 * step);
+                pk_decomposition_release(&c.context, &moved);
+            }
+            for (size_t d = 0; d < 4; d++) {
+                worst_inherited = fmax(worst_inherited, fabs(slope[d] - at.inherited[d]) / at.scale);
+                assert_true(fabs(slope[d] - at.inherited[d]) <=
+                            (sizeof(pk_real) == 8 ? 1e-8 : 1e-2) * at.scale);
+            }
+            assert_int_equal(fixture_largest(4, at.inherited) > 0, has_momentum(&run));
+            pk_sensitivity_release(&c.context, &at);
+            if (o == 1) {
+                pk_comparison rules[PK_COMPARE_RULES];
+                assert_ok(&c.context, pk_compare(&c.context, &run, pk_matrix_view(c.test, 1, 4), rules));
+                assert_true(rules[PK_COMPARE_RULES - 1].residual_max <= ROUNDING(1e-12));
+            }
+            pk_run_release(&c.context, &run);
+            end_case(&c);
+        }
+    print_message("smoothers miss the network by %.2g, derivatives of what is inherited by %.2g\n",
+                  worst_residual, worst_inherited);
+}
+
+/* initial_state.npy and initial_step of a recorded run, changed. */
+typedef struct bad_state {
+    const char *rule, *line; /* line: what stands in the place of the initial_step line; NULL: as it is */
+    pk_type type;
+    size_t rows, columns; /* of the file; 0: as they are; SIZE_MAX columns: one dimension */
+    double value;         /* at the last number; 0: as it is */
+    int absent;
+    pk_status status;
+    const char *message;
+} bad_state;
+
+static void test_bad_states(void **state)
+{
+    (void)state;
+    static const bad_state cases[] = {
+        {"adam", NULL, PK_FLOAT64, 0, 0, 0, 0, PK_OK, ""},
+        {"adam", NULL, PK_FLOAT32, 0, 0, 0, 0, PK_OK, ""},
+        {"adam", "initial_step 0\n", PK_FLOAT64, 0, 0, 0, 0, PK_OK, ""},
+        {"sgd momentum=0.9", "initial_step 0\n", PK_FLOAT64, 0, 0, -1, 0, PK_OK, ""},
+        {"adam", NULL, PK_INT64, 0, 0, 0, 0, PK_FORMAT,
+         "initial_state.npy holds int64, it has to hold float64"},
+        {"adam", NULL, PK_FLOAT64, 1, 0, 0, 0, PK_SHAPE,
+         "initial_state.npy has shape (1, 59); the optimizer 'adam"},
+        {"adam", NULL, PK_FLOAT64, 3, 0, 0, 0, PK_SHAPE, "has 2 vectors of 59 parameters"},
+        {"adam", NULL, PK_FLOAT64, 2, 58, 0, 0, PK_SHAPE, "has shape (2, 58)"},
+        {"adam", NULL, PK_FLOAT64, 2, SIZE_MAX, 0, 0, PK_SHAPE, "has shape (2,)"},
+        {"adam amsgrad=1", NULL, PK_FLOAT64, 2, 0, 0, 0, PK_SHAPE, "has 3 vectors"},
+        {"sgd momentum=0.9", NULL, PK_FLOAT64, 2, 0, 0, 0, PK_SHAPE, "has 1 vector of 59"},
+        {"adam", NULL, PK_FLOAT64, 0, 0, (double)NAN, 0, PK_NOT_FINITE,
+         "initial_state.npy holds nan at row 1, column 58"},
+        {"adagrad", NULL, PK_FLOAT64, 0, 0, (double)INFINITY, 0, PK_NOT_FINITE,
+         "holds inf at row 0, column 58"},
+        {"adam", NULL, PK_FLOAT64, 0, 0, -1e-9, 0, PK_FORMAT,
+         "at row 1, column 58; the optimizer divides by its root"},
+        {"adam amsgrad=1", NULL, PK_FLOAT64, 0, 0, -1e-9, 0, PK_FORMAT, "at row 2, column 58"},
+        {"nadam", NULL, PK_FLOAT64, 0, 0, -1, 0, PK_FORMAT, "at row 1, column 58"},
+        {"rmsprop", NULL, PK_FLOAT64, 0, 0, -1, 0, PK_FORMAT, "at row 0, column 58"},
+        {"rmsprop momentum=0.5", NULL, PK_FLOAT64, 0, 0, -1, 0, PK_OK, ""},
+        {"rmsprop momentum=0.5 centered=1", NULL, PK_FLOAT64, 0, 0, -1, 0, PK_OK, ""},
+        {"adagrad", NULL, PK_FLOAT64, 0, 0, -1, 0, PK_FORMAT, "at row 0, column 58"},
+        {"adam", NULL, PK_FLOAT64, 0, 0, 0, 1, PK_IO,
+         "initial_state.npy is missing: run.txt has an initial_step line"},
+        {"adam", "", PK_FLOAT64, 0, 0, 0, 0, PK_FORMAT, "run.txt has no initial_step line"},
+        {"adam", "", PK_FLOAT64, 0, 0, 0, 1, PK_OK, ""},
+        {"sgd", NULL, PK_FLOAT64, 1, 0, 0, 0, PK_FORMAT, "the optimizer 'sgd' has no state"},
+        {"sgd", NULL, PK_FLOAT64, 1, 0, 0, 1, PK_OK, ""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const bad_state *bad = &cases[i];
+        case_data c;
+        pk_run run;
+        char path[400], text[600];
+        begin_case(networks[0], bad->rule, 0, i, &c);
+        train_twice(&c, bad->rule, 0, 1);
+        snprintf(path, sizeof path, "%s/initial_state.npy", c.folder[1]);
+        const size_t rows = bad->rows ? bad->rows : c.vectors, columns = bad->columns ? bad->columns : c.P;
+        const size_t shape[2] = {rows, columns};
+        double numbers[4 * 64] = {0};
+        float small[4 * 64] = {0};
+        int64_t whole[4 * 64] = {0};
+        assert_true(c.P == 59 && rows <= 4);
+        for (size_t k = 0; k < 4 * 64; k++)
+            numbers[k] = small[k] = (float)(0.125 * (double)(k % 5));
+        if (bad->value != 0)
+            numbers[rows * columns - 1] = bad->value;
+        (void)unlink(path);
+        if (!bad->absent)
+            assert_ok(&c.context,
+                      pk_array_write(&c.context, path, bad->type, columns == SIZE_MAX ? 1 : 2, shape,
+                                     bad->type == PK_INT64     ? (const void *)whole
+                                     : bad->type == PK_FLOAT32 ? (const void *)small
+                                                               : (const void *)numbers));
+        snprintf(path, sizeof path, "%s/run.txt", c.folder[1]);
+        FILE *file = fopen(path, "r+");
+        assert_non_null(file);
+        text[fread(text, 1, sizeof text - 1, file)] = '\0';
+        char *line = strstr(text, "initial_step 3\n");
+        assert_non_null(line);
+        if (bad->line) {
+            strcpy(line, bad->line);
+            assert_int_equal(fclose(file), 0);
+            file = fopen(path, "w");
+            assert_non_null(file);
+            assert_true(fputs(text, file) >= 0);
+        }
+        assert_int_equal(fclose(file), 0);
+        const pk_status status = pk_run_open(&c.context, c.folder[1], &run);
+        if (status != bad->status || !strstr(status ? pk_message(&c.context) : "", bad->message))
+            fail_msg("case %zu: %d, %s", i, (int)status, pk_message(&c.context));
+        if (!status) { /* what is read is the file's, or zeros */
+            pk_real there[4 * 64];
+            assert_ok(&c.context, pk_run_initial_state(&c.context, &run, there));
+            for (size_t k = 0; k < c.vectors * c.P; k++)
+                assert_true((double)there[k] == (bad->absent ? 0 : (double)(pk_real)numbers[k]));
+            pk_run_release(&c.context, &run);
+        }
+        end_case(&c);
+    }
+}
+
+/* Training and recording from a state, where it is not one, and resumed with another one. */
+static void test_bad_options(void **state)
+{
+    (void)state;
+    case_data c;
+    begin_case(networks[0], "adam", 0, 1, &c);
+    pk_train_options options = options_of(&c, "adam", 0);
+    pk_real *w = FIXTURE_NEW(pk_real, c.P), begin[2 * 59];
+    for (size_t i = 0; i < 2 * 59; i++)
+        begin[i] = (pk_real)0.25;
+    memcpy(w, c.start, c.P * sizeof *w);
+    options.steps = 2;
+    options.record = c.folder[0];
+    options.initial_step = 3;
+    assert_refused(&c.context, PK_ARGUMENT, "initial_step without initial_state",
+                   pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    options.initial_state = begin;
+    begin[70] = (pk_real)INFINITY;
+    assert_refused(&c.context, PK_NOT_FINITE, "number 70 of initial_state is inf",
+                   pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    begin[70] = (pk_real)0.25;
+    options.optimizer = pk_optimizer_default(PK_SGD);
+    assert_refused(&c.context, PK_ARGUMENT, "of an optimizer that has none",
+                   pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    options.optimizer = c.optimizer;
+    assert_ok(&c.context, pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    /* It goes on from the same state, and from no other. */
+    options.replace = 0;
+    options.resume = 1;
+    options.steps = 4;
+    begin[3] += (pk_real)0.5;
+    memcpy(w, c.start, c.P * sizeof *w);
+    assert_refused(&c.context, PK_ARGUMENT, "cannot be resumed: it begins with another state",
+                   pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    begin[3] = (pk_real)0.25;
+    options.initial_step = 4;
+    assert_refused(&c.context, PK_ARGUMENT, "it begins with a state of the optimizer, after 3 updates",
+                   pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    options.initial_step = 0;
+    options.initial_state = NULL;
+    assert_refused(&c.context, PK_ARGUMENT, "it begins with a state of the optimizer, after 3 updates",
+                   pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    options.initial_step = 3;
+    options.initial_state = begin;
+    assert_ok(&c.context, pk_train(&c.context, &c.graph, &c.data, &options, w, NULL));
+    pk_real *once = FIXTURE_NEW(pk_real, c.P);
+    memcpy(once, c.start, c.P * sizeof *w);
+    options.replace = 1;
+    options.resume = 0;
+    assert_ok(&c.context, pk_train(&c.context, &c.graph, &c.data, &options, once, NULL));
+    assert_memory_equal(once, w, c.P * sizeof *w);
+    free(once), free(w);
+    end_case(&c);
+}
+
+static void test_average_texts(void **state)
+{
+    (void)state;
+    static const char *const wrong[] = {"",
+                                        "ema",
+                                        "ema:",
+                                        "ema:x",
+                                        "ema:0.9:",
+                                        "ema:0.9:1:",
+                                        "ema:0.9:1:0",
+                                        "ema:0.9:-1",
+                                        "ema:0.9:1:2:3",
+                                        "ema:0.9 ",
+                                        "swa",
+                                        "swa:",
+                                        "swa:1",
+                                        "swa:1:",
+                                        "swa:1:0",
+                                        "swa:1:2:3",
+                                        "swa:-1:2",
+                                        "swa:1.5:2",
+                                        "Ema:0.9",
+                                        "ema=0.9",
+                                        "swa:1:2x",
+                                        "swa:9999999999999999999999:1"};
+    pk_context context = {0};
+    pk_average average = {PK_AVERAGE_SWA, 7, 7, 7};
+    const pk_average before = average;
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        if (pk_average_parse(&context, wrong[i], &average) != PK_ARGUMENT)
+            fail_msg("'%s' is taken", wrong[i]);
+        assert_non_null(strstr(pk_message(&context), "is no average"));
+        assert_memory_equal(&average, &before, sizeof before);
+    }
+    static const char *const betas[] = {"ema:1", "ema:-0.1", "ema:2:3", "ema:1e9"};
+    for (size_t i = 0; i < sizeof betas / sizeof *betas; i++)
+        assert_refused(&context, PK_ARGUMENT, "it must be in [0, 1)",
+                       pk_average_parse(&context, betas[i], &average));
+    assert_refused(&context, PK_ARGUMENT, "NULL", pk_average_parse(&context, NULL, &average));
+    assert_refused(&context, PK_ARGUMENT, "NULL", pk_average_parse(&context, "ema:0.9", NULL));
+    assert_ok(&context, pk_average_parse(&context, "ema:0.999:10:5", &average));
+    assert_true(average.kind == PK_AVERAGE_EMA && average.beta == 0.999 && average.from == 10 &&
+                average.every == 5);
+    assert_ok(&context, pk_average_check(&context, &average, 10));
+    assert_refused(&context, PK_ARGUMENT, "starts after step 10; there are 9",
+                   pk_average_check(&context, &average, 9));
+    average.beta = 1;
+    assert_refused(&context, PK_ARGUMENT, "beta 1", pk_average_check(&context, &average, 10));
+    average.kind = (pk_average_kind)3;
+    assert_refused(&context, PK_ARGUMENT, "kind 3", pk_average_check(&context, &average, 10));
+    assert_refused(&context, PK_ARGUMENT, "NULL", pk_average_check(&context, NULL, 10));
+    /* The weight of each update: SWA is the mean of w_2, w_5, w_8. */
+    assert_ok(&context, pk_average_parse(&context, "swa:2:3", &average));
+    const double weights[] = {1, 1, 0, 0, 0.5, 0, 0, 1. / 3};
+    for (size_t s = 0; s < 8; s++)
+        assert_true(pk_average_weight(&average, s) == weights[s]);
+    /* A decomposition of fewer steps than the average begins with. */
+    case_data c;
+    pk_run run;
+    pk_decomposition out;
+    pk_decompose_options options = {0};
+    begin_case(networks[0], "sgd", 0, 1, &c);
+    train_twice(&c, "sgd", 0, 1);
+    assert_ok(&c.context, pk_run_open(&c.context, c.folder[0], &run));
+    options.average = (pk_average){PK_AVERAGE_EMA, 0.5, STEPS, 1};
+    const pk_matrix inputs = pk_matrix_view(c.test, ROWS, 4);
+    assert_ok(&c.context, pk_decompose(&c.context, &run, inputs, &options, &out)); /* w_S itself */
+    pk_decomposition_release(&c.context, &out);
+    assert_ok(&c.context, pk_run_until(&c.context, &run, STEPS - 1));
+    assert_refused(&c.context, PK_ARGUMENT, "starts after step 8; there are 7",
+                   pk_decompose(&c.context, &run, inputs, &options, &out));
+    assert_refused(&c.context, PK_ARGUMENT, "starts after step 8; there are 7",
+                   pk_run_average(&c.context, &run, &options.average, c.start));
+    pk_run_release(&c.context, &run);
+    end_case(&c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_resumed),
-        cmocka_unit_test(test_averages),
+        cmocka_unit_test(test_resumed),     cmocka_unit_test(test_averages),
+        cmocka_unit_test(test_analyses),    cmocka_unit_test(test_bad_states),
+        cmocka_unit_test(test_bad_options), cmocka_unit_test(test_average_texts),
+        cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
