@@ -701,6 +701,68 @@ static void test_until(void **state)
     assert_false(exists(in_root("no")));
 }
 
+/* Averages of the weights, and runs that begin with an optimizer's state, which have one file more. */
+static void test_averages(void **state)
+{
+    static const char *const averages[] = {"ema:0.9", "ema:0.5:1", "ema:0.5:2:3", "swa:3:2", "swa:0:1"};
+    static const size_t shape[2] = {1, 51};
+    double velocity[51];
+    char text[400];
+    (void)state;
+    train("averaged", "input 4; dense 6; relu; dense 3", "sgd momentum=0.9 weight_decay=0.01", 0.05, S, 0);
+    for (size_t i = 0; i < sizeof averages / sizeof *averages; i++) {
+        expect(
+            0,
+            "%%/averaged --inputs %%/x.npy --out %%/average --keep train --keep step --keep layer --average %s",
+            averages[i]);
+        snprintf(text, sizeof text, "final is that of an average of the weights, %s", averages[i]);
+        assert_non_null(strstr(told, text));
+        assert_null(strstr(told, "inherited"));
+        assert_false(exists(in_root("average/inherited.npy")));
+        check_identity("average", M, OUT, "by_example", N);
+        check_identity("average", M, OUT, "by_step", S);
+        check_identity("average", M, OUT, "by_layer", 2);
+    }
+    /* The average of one weight is that weight; labels are the average's. */
+    expect(0, "%%/averaged --inputs %%/x.npy --out %%/average --average swa:7:100");
+    expect(0, "%%/averaged --inputs %%/x.npy --out %%/until-in --until 7");
+    shell("cmp average/final.npy until-in/final.npy && cmp average/initial.npy until-in/initial.npy");
+    expect(0, "%%/averaged --inputs %%/x.npy --out %%/average --average swa:7:100 --outputs label");
+    expect(0, "%%/averaged --inputs %%/x.npy --out %%/until-in --until 7 --outputs label");
+    shell("cmp average/final.npy until-in/final.npy");
+    static const char *const wrong[][2] = {
+        {"ema", "--average: 'ema' is no average; these are ema:BETA, "},
+        {"ema:1", "--average: 'ema:1': BETA is 1; it must be in [0, 1)"},
+        {"swa:3", "--average: 'swa:3' is no average"},
+        {"swa:3:0", "--average: 'swa:3:0' is no average"},
+        {"swa:13:1", "--average: the average starts after step 13; there are 12 steps"},
+        {"ema:0.9:8 --until 7", "--average: the average starts after step 8; there are 7 steps"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        snprintf(text, sizeof text, "%%/averaged --inputs %%/x.npy --out %%/no --average %s", wrong[i][0]);
+        expect_refused(text, wrong[i][1]);
+    }
+    assert_false(exists(in_root("no")));
+    /* A velocity to begin with; it is not the run's, so that much is unattributed. */
+    for (size_t i = 0; i < 51; i++)
+        velocity[i] = 0.01 * (double)(i % 7);
+    assert_int_equal(
+        pk_array_write(&context, in_root("averaged/initial_state.npy"), PK_FLOAT64, 2, shape, velocity), PK_OK);
+    expect_refused("%/averaged --inputs %/x.npy --out %/no", "run.txt has no initial_step line");
+    shell("echo 'initial_step 5' >> averaged/run.txt");
+    expect(1, "%%/averaged --inputs %%/x.npy --out %%/average");
+    assert_non_null(strstr(told, "it begins with an optimizer's state, after 5 updates"));
+    assert_non_null(strstr(told, ", inherited "));
+    assert_true(exists(in_root("average/inherited.npy")));
+    expect(1, "%%/averaged --inputs %%/x.npy --out %%/average --average ema:0.9:3");
+    assert_true(exists(in_root("average/inherited.npy")));
+    /* Where it is left from an older job, the summary tells. */
+    expect(0, "%%/tanh --inputs %%/x.npy --out %%/average");
+    assert_non_null(strstr(told, "average/inherited.npy is of an older decomposition"));
+    shell("rm averaged/initial_state.npy");
+    expect_refused("%/averaged --inputs %/x.npy --out %/no", "initial_state.npy is missing: run.txt has");
+}
+
 /* Files of another number of steps are no run that was killed. */
 static void test_recover(void **state)
 {
@@ -2534,6 +2596,7 @@ int main(int count, char **arguments)
         cmocka_unit_test(test_input_types),
         cmocka_unit_test(test_axes),
         cmocka_unit_test(test_until),
+        cmocka_unit_test(test_averages),
         cmocka_unit_test(test_recover),
         cmocka_unit_test(test_not_closed),
         cmocka_unit_test(test_bounds),
