@@ -33,8 +33,7 @@ static const char *const networks[] = {
     "input 4; dense 5; tanh; dense 4; gelu; dense 2",
     "input 4; dense 5; layer_norm; sigmoid; dense 2",
     "input 4; dense 6; relu; dense 5; relu; dense 2",
-    "input 4; dense 4 name=a; tanh; dense 4 tied=a; tanh; dense 4 nobias tied=a.weight transposed; sigmoid; "
-    "dense 2",
+    "input 4; dense 4 name=a; tanh; dense 4 tied=a; tanh; dense 4 nobias tied=a.weight transposed; dense 2",
     "input 1x2x2; conv 2 2x2 pad=1; tanh; flatten; dense 2",
     "input 2x2; dense 4; residual( layer_norm; attention 2 ); mean_tokens; dense 2",
 };
