@@ -7,6 +7,7 @@
  */
 #ifndef PATHKERNEL_PASS_H
 #define PATHKERNEL_PASS_H
+#include "../math/elementary.h"
 #include "graph.h"
 
 /* >>> declarations */
@@ -39,6 +40,10 @@ typedef struct pk__tape {
     int threads;         /* for each operation; 0: one */
     pk_context *context; /* of the caller, where there are several threads; NULL */
     int unit_seeds; /* set by the caller: the seeds of a row are the outputs' unit vectors, one after the other */
+    /* Set by the caller: of each row, the rows at the two ends of its stretch. Piecewise-linear operations have their mean
+     * slopes over the stretch then, in a reverse or tangent pass; NULL: the slopes at the row. */
+    const size_t *from, *to;
+    pk_real *mean; /* the caller's room for that: pk__mean_numbers */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
@@ -62,6 +67,12 @@ PK__INTERNAL void pk__pass_reverse(pk__tape *tape, const pk__line *line, size_t 
 PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t rows);
 /* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
 PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient);
+/* Whether a node has mean slopes where the tape asks for them. */
+PK__INTERNAL int pk__has_mean_slopes(const pk_node *node);
+/* How many numbers tape->mean needs. */
+PK__INTERNAL size_t pk__mean_numbers(const pk_graph *graph, size_t copies);
+/* call->in_cotangent (+)= the mean slopes' transpose times call->out_cotangent, for a node that has them. */
+PK__INTERNAL void pk__mean_reverse(const pk__tape *tape, const pk_call *call);
 PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape);
 PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape);
 /* Sets the seeds of so many rows to the outputs' unit vectors, one after the other (copies == output width). The next reverse
@@ -78,6 +89,7 @@ PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weigh
 #if defined(PATHKERNEL_IMPLEMENTATION) && !defined(PATHKERNEL_PASS_IMPLEMENTED)
 #define PATHKERNEL_PASS_IMPLEMENTED
 /* >>> implementation */
+#include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -445,6 +457,169 @@ PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t 
         pk__node_forward(tape, line, &graph->nodes[n], rows);
 }
 
+/* ---- mean slopes ------------------------------------------------------------------------------------------ */
+
+/* Along a stretch of a step an operation that is piecewise linear has one linear rule after the other. With the values at both
+ * ends, its mean slope over the stretch is that of the secant: of a number whose input goes from z_a to z_b and whose output
+ * goes from y_a to y_b,
+ *
+ *     slope_a + ((y_b - y_a) - slope_a (z_b - z_a)) / (z_b - z_a),
+ *
+ * exact where z is linear in t, whatever number of kinks is between. The second term is rounding where there is no kink, and then
+ * it is left out. An operation whose outputs depend on several inputs, such as a maximum, has rule a at the start and rule b at
+ * the end; rule b counts for the part of the stretch with which the secant is met. */
+
+PK__INTERNAL int pk__has_mean_slopes(const pk_node *node)
+{
+    return node->operation && node->operation->smoothness == PK_PIECEWISE_LINEAR && node->operation->switch_count &&
+           !node->weight_count && !node->input_constant;
+}
+
+PK__INTERNAL size_t pk__mean_numbers(const pk_graph *graph, size_t copies)
+{
+    int some = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        some |= pk__has_mean_slopes(&graph->nodes[n]);
+    return some ? (PK_NODE_INPUTS + 3 + pk__max(copies, 1)) * graph->widest : 0;
+}
+
+/* Multiples of the rounding of what is subtracted; a smaller difference to the rule at the start is no kink. */
+enum { PK__NO_KINK = 8 };
+
+/* What the output does beyond the rule at the start; 0 where that is rounding. */
+static double pk__beyond_rule(double y_a, double y_b, double rule, double size)
+{
+    const double beyond = (y_b - y_a) - rule;
+    return fabs(beyond) > PK__NO_KINK * PK__EPSILON * (fabs(y_a) + fabs(y_b) + size) ? beyond : 0;
+}
+
+/* The node at one row of the tape, for operation rules. */
+static pk_call pk__call_at(const pk__tape *tape, const pk_node *node, size_t row, size_t copies)
+{
+    pk_call call;
+    pk__pass_call(tape, node, 1, copies, &call);
+    call.out += row * node->width;
+    for (int j = 0; j < node->input_count; j++)
+        call.in[j] += row * call.in_width[j];
+    return call;
+}
+
+/* The mean slopes of an elementwise operation over the stretch of row p. */
+static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node, size_t p)
+{
+    const size_t width = node->width;
+    pk_real *slope = tape->mean, *ones = slope + width;
+    pk_call a = pk__call_at(tape, node, tape->from[p], 1);
+    const pk_call b = pk__call_at(tape, node, tape->to[p], 1);
+    for (size_t j = 0; j < width; j++)
+        ones[j] = 1;
+    a.in_tangent[0] = ones;
+    a.out_tangent = slope;
+    node->operation->tangent(&a);
+    for (size_t j = 0; j < width; j++) {
+        const double z_a = a.in[0][j], z_b = b.in[0][j], apart = z_b - z_a;
+        const double beyond = pk__beyond_rule(a.out[j], b.out[j], slope[j] * apart,
+                                              fabs((double)slope[j]) * (fabs(z_a) + fabs(z_b)));
+        if (beyond != 0 && apart != 0)
+            slope[j] = (pk_real)(slope[j] + beyond / apart);
+    }
+    return slope;
+}
+
+/* Of an operation whose outputs depend on several inputs: the part of the stretch of row p for which the rule at its end counts,
+ * for each output; NULL: none of it for all of them. */
+static const pk_real *pk__mean_parts(const pk__tape *tape, const pk_node *node, size_t p)
+{
+    const size_t width = node->width, widest = tape->graph->widest;
+    pk_real *part = tape->mean, *rule_b = part + widest, *apart = rule_b + widest;
+    pk_call a = pk__call_at(tape, node, tape->from[p], 1), b = pk__call_at(tape, node, tape->to[p], 1);
+    int some = 0;
+    for (int j = 0; j < node->input_count; j++, apart += widest) {
+        for (size_t i = 0; i < a.in_width[j]; i++)
+            apart[i] = b.in[j][i] - a.in[j][i];
+        a.in_tangent[j] = b.in_tangent[j] = apart;
+    }
+    a.out_tangent = part;
+    b.out_tangent = rule_b;
+    node->operation->tangent(&a);
+    node->operation->tangent(&b);
+    for (size_t i = 0; i < width; i++) {
+        const double beyond = pk__beyond_rule(a.out[i], b.out[i], part[i], fabs((double)part[i])),
+                     between = (double)rule_b[i] - (double)part[i];
+        const double met = beyond == 0 ? 0 : between != 0 ? beyond / between : 0.5;
+        part[i] = (pk_real)(met < 0 ? 0 : met > 1 ? 1 : met);
+        some |= met != 0;
+    }
+    return some ? part : NULL;
+}
+
+/* to = part o from, or (1 - part) o from, of `copies` times `width` numbers. */
+static void pk__take_parts(size_t copies, size_t width, const pk_real *part, int rest, const pk_real *from,
+                           pk_real *to)
+{
+    for (size_t k = 0; k < copies; k++, from += width, to += width)
+        for (size_t i = 0; i < width; i++)
+            to[i] = (rest ? 1 - part[i] : part[i]) * from[i];
+}
+
+PK__INTERNAL void pk__mean_reverse(const pk__tape *tape, const pk_call *call)
+{
+    const pk_node *node = call->node;
+    const size_t width = node->width, copies = call->copies;
+    for (size_t p = 0; p < call->rows; p++) {
+        const pk_real *from = call->out_cotangent + p * copies * width;
+        if (node->operation->elementwise) {
+            if (call->in_cotangent[0])
+                pk__times(copies, width, from, pk__mean_slopes(tape, node, p), call->accumulate[0],
+                          call->in_cotangent[0] + p * copies * width);
+            continue;
+        }
+        const pk_real *part = pk__mean_parts(tape, node, p);
+        pk_real *scaled = tape->mean + (PK_NODE_INPUTS + 3) * tape->graph->widest;
+        for (int end = 0; end < (part ? 2 : 1); end++) {
+            pk_call one = pk__call_at(tape, node, end ? tape->to[p] : tape->from[p], copies);
+            one.out_cotangent = from;
+            for (int j = 0; j < node->input_count; j++) {
+                one.accumulate[j] = end || call->accumulate[j];
+                one.in_cotangent[j] =
+                    call->in_cotangent[j] ? call->in_cotangent[j] + p * copies * call->in_width[j] : NULL;
+            }
+            if (part) {
+                pk__take_parts(copies, width, part, !end, from, scaled);
+                one.out_cotangent = scaled;
+            }
+            node->operation->reverse(&one);
+        }
+    }
+}
+
+/* call->out_tangent = the mean slopes times call->in_tangent. */
+static void pk__mean_tangent(const pk__tape *tape, const pk_call *call)
+{
+    const pk_node *node = call->node;
+    const size_t width = node->width;
+    for (size_t p = 0; p < call->rows; p++) {
+        pk_real *to = call->out_tangent + p * width;
+        if (node->operation->elementwise) {
+            const pk_real *slope = pk__mean_slopes(tape, node, p);
+            for (size_t j = 0; j < width; j++)
+                to[j] = call->in_tangent[0] ? slope[j] * call->in_tangent[0][p * width + j] : 0;
+            continue;
+        }
+        const pk_real *part = pk__mean_parts(tape, node, p);
+        pk_real *at_end = tape->mean + tape->graph->widest;
+        for (int end = 0; end < (part ? 2 : 1); end++) {
+            pk_call one = pk__call_at(tape, node, end ? tape->to[p] : tape->from[p], 1);
+            for (int j = 0; j < node->input_count; j++)
+                one.in_tangent[j] = call->in_tangent[j] ? call->in_tangent[j] + p * call->in_width[j] : NULL;
+            one.out_tangent = end ? at_end : to;
+            node->operation->tangent(&one);
+        }
+        for (size_t j = 0; part && j < width; j++)
+            to[j] += part[j] * (at_end[j] - to[j]);
+    }
+}
+
 PK__PRIVATE void pk__node_reverse(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows,
                                   size_t copies)
 {
@@ -461,6 +636,10 @@ PK__PRIVATE void pk__node_reverse(pk__tape *tape, const pk__line *line, const pk
         call.in_cotangent[j] = tape->cotangent[node->inputs[j]];
         /* The first consumer met, which is the last in the graph, writes; the others add. */
         call.accumulate[j] = node->shared[j];
+    }
+    if (tape->from && pk__has_mean_slopes(node)) {
+        pk__mean_reverse(tape, &call);
+        return;
     }
     int along = line->direction && node->weight_count;
     if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
@@ -506,6 +685,10 @@ PK__PRIVATE void pk__node_tangent(pk__tape *tape, const pk__line *line, const pk
     call.out_tangent = tape->tangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++)
         call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (tape->from && pk__has_mean_slopes(node)) {
+        pk__mean_tangent(tape, &call);
+        return;
+    }
     if (call.direction && line->t && pk__is_plain_layer(node) && !node->input_constant) {
         pk__line_layer(tape, line, &call, 1);
         return;

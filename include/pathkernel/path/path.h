@@ -31,6 +31,7 @@ typedef struct pk__piece {
     unsigned char joined; /* there is no kink at a: the piece in front goes on smoothly */
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
+    unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
 } pk__piece;
 
 typedef struct pk__pieces {
@@ -63,6 +64,7 @@ typedef struct pk__path {
     double tail[3][PK__PATH_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
     size_t *point_row;
     pk_real *point_t;
+    size_t *from, *to; /* of points with mean slopes: the points at the ends of their stretches */
     size_t held; /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
@@ -91,6 +93,13 @@ PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_
 /* Computes tangents along the step's direction at `count` points of the tape, from number `first` on. */
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t);
+/* Makes the points `count` nodes and, behind them, the ends from[p] and to[p] of their stretches: point_row and point_t, and where
+ * the ends stand. A node whose ends are equal has slopes of its own. There must be room for three times `count` points. Returns
+ * the number of points. */
+PK__INTERNAL size_t pk__path_stretches(pk__path *segment, size_t count, const size_t *row, const pk_real *t,
+                                       const pk_real *from, const pk_real *to);
+/* Whether passes of the tape take mean slopes over those stretches, or (0) the slopes at the points. */
+PK__INTERNAL void pk__path_use_means(pk__path *segment, int means);
 /* Cotangents at the points of the last forward from the seeds in pk__pass_seed(&segment->tape). */
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies);
 
@@ -265,6 +274,9 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
     segment->coefficients = pk__arena_take(arena, PK__PATH_DEGREE + 1, switches * sizeof(pk_real));
     segment->point_row = pk__arena_take(arena, points, sizeof *segment->point_row);
     segment->point_t = pk__arena_take(arena, points, sizeof *segment->point_t);
+    segment->from = pk__arena_take(arena, points, sizeof *segment->from);
+    segment->to = pk__arena_take(arena, points, sizeof *segment->to);
+    segment->tape.mean = pk__arena_take(arena, pk__mean_numbers(graph, copies), sizeof(pk_real));
     segment->held_row = pk__arena_take(arena, points, sizeof *segment->held_row);
     segment->held_t = pk__arena_take(arena, points, sizeof *segment->held_t);
     pk__pieces_take(arena, pieces, &segment->pending);
@@ -273,6 +285,36 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
     segment->batch_start = pk__arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
     segment->roots = pk__arena_take(arena, pieces, sizeof *segment->roots);
+}
+
+PK__INTERNAL void pk__path_use_means(pk__path *segment, int means)
+{
+    segment->tape.from = means ? segment->from : NULL;
+    segment->tape.to = means ? segment->to : NULL;
+}
+
+PK__INTERNAL size_t pk__path_stretches(pk__path *segment, size_t count, const size_t *row, const pk_real *t,
+                                       const pk_real *from, const pk_real *to)
+{
+    size_t points = count;
+    for (size_t p = 0; p < count; p++) {
+        segment->point_row[p] = row[p];
+        segment->point_t[p] = t[p];
+    }
+    for (size_t p = 0; p < count; p++) {
+        segment->from[p] = segment->to[p] = p;
+        if (!(from[p] < to[p]))
+            continue;
+        const int follows = p && points > count && row[p - 1] == row[p] && segment->point_t[points - 1] == from[p] &&
+                            segment->to[p - 1] == points - 1;
+        for (int end = follows; end < 2; end++, points++) {
+            segment->point_row[points] = row[p];
+            segment->point_t[points] = end ? to[p] : from[p];
+        }
+        segment->from[p] = points - 2;
+        segment->to[p] = points - 1;
+    }
+    return points;
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
@@ -306,6 +348,7 @@ PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, cons
     segment->tape.transposed = transposed;
     segment->rows = rows;
     segment->held = 0;
+    pk__path_use_means(segment, 0);
     segment->inputs = inputs;
     segment->base[0] = (pk_real *)inputs; /* only read */
     for (size_t n = 1; n < graph->node_count; n++) {
