@@ -78,6 +78,7 @@ typedef struct pk__job {
     const pk_graph *graph;
     pk_quadrature quadrature;
     double tolerance, target;
+    double whole_target, whole_least; /* of steps whose kinks are not looked for; see pk__integrator */
     double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
@@ -180,6 +181,8 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         worker->integral.integrator.gauss_weights = job->gauss_weights;
         worker->integral.integrator.quadrature = job->quadrature;
         worker->integral.integrator.target = job->target;
+        worker->integral.integrator.whole_target = job->whole_target;
+        worker->integral.integrator.whole_least = job->whole_least;
     }
 }
 
@@ -214,6 +217,10 @@ static const double pk__update_seconds =
 static const double pk__advance_seconds = 2e-9; /* the same where only the optimiser's state is wanted */
 static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
 static const double pk__usual_points = 5;       /* quadrature nodes per row and step, about */
+
+/* The error that a step may have whose kinks are not looked for, as a part of the tolerance: single contributions differ by more
+ * than their sum, which is what is measured. */
+#define PK__WHOLE_PART (1.0 / 32)
 
 /* How much longer a number of equal tasks takes than if they were spread evenly over the threads. */
 static double pk__idle(size_t tasks, size_t threads)
@@ -449,6 +456,10 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->tolerance = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
+    if (job->tolerance > PK_TOLERANCE) {
+        job->whole_target = PK__WHOLE_PART * job->tolerance;
+        job->whole_least = job->whole_target / sqrt((double)pk__max(run->steps, 1));
+    }
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
     job->window.approximation = options->approximation;

@@ -149,9 +149,13 @@ PK__INTERNAL int pk__integral_next(pk__integral *integral, const pk__points **po
     const size_t first = integral->taken, left = integral->batch->count - first;
     *part = *integral->batch;
     part->count = pk__min(integral->reverse_points, left);
+    if (part->means) /* with the ends of their stretches */
+        part->count = pk__min(part->count, pk__max(integral->integrator.path.point_capacity / 3, 1));
     part->row += first;
     part->t += first;
     part->weight += first;
+    part->from += first;
+    part->to += first;
     if (part->check) {
         part->check += first;
         part->slack += first;
@@ -171,7 +175,14 @@ PK__INTERNAL void pk__integral_pass(pk__integral *integral, const pk__points *po
     const size_t outputs = integral->outputs, classes = integral->graph->output_width;
     if (!points->count)
         return;
-    pk__path_forward(path, points->count, points->row, points->t);
+    if (points->means) {
+        const size_t all =
+            pk__path_stretches(path, points->count, points->row, points->t, points->from, points->to);
+        pk__path_forward(path, all, path->point_row, path->point_t);
+    } else {
+        pk__path_forward(path, points->count, points->row, points->t);
+    }
+    pk__path_use_means(path, points->means);
     for (size_t p = 0; p < points->count; p++)
         pk__readout_apply(readout, classes, integral->integrator.first_row + points->row[p],
                           pk__pass_output(&path->tape) + p * classes, integral->integrator.h,

@@ -232,6 +232,7 @@ PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__
     pk__points *to = &integral->sorted;
     to->count = 0;
     to->last = points->last;
+    to->means = points->means;
     for (size_t r = 0; r < integral->rows; r++)
         for (size_t p = 0; p < points->count; p++) {
             if (points->row[p] != r)
@@ -240,6 +241,8 @@ PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__
             to->row[at] = r;
             to->t[at] = points->t[p];
             to->weight[at] = points->weight[p];
+            to->from[at] = points->from[p];
+            to->to[at] = points->to[p];
             if (points->check) {
                 to->check[at] = points->check[p];
                 to->slack[at] = points->slack[p];

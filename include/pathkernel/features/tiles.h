@@ -144,7 +144,10 @@ static void pk__slopes_between(pk__product *product, size_t layer, const pk__poi
     pk__pass_call(tape, between, points->count, 1, &call);
     call.out_cotangent = weights;
     call.in_cotangent[0] = slopes;
-    between->operation->reverse(&call);
+    if (tape->from && pk__has_mean_slopes(between))
+        pk__mean_reverse(tape, &call);
+    else
+        between->operation->reverse(&call);
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++) {
             product->slopes[p * 2 * out + i] = slopes[p * out + i];

@@ -39,6 +39,8 @@ typedef struct pk__points {
     size_t count;
     size_t *row;
     pk_real *t, *weight, *check, *slack;
+    pk_real *from, *to; /* the ends of the stretch over which the point has mean slopes; equal: its own slopes */
+    int means;          /* some point has mean slopes */
     int last; /* no more points come in this step */
 } pk__points;
 
@@ -58,11 +60,15 @@ typedef struct pk__row_state {
     size_t halvings;      /* of its pieces in this step */
     pk__row_order order;  /* at first PK__FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
+    /* Whole steps: the nodes that the next one starts with (0: PK__FIRST_NODES); for so many steps none is tried; the number of the
+     * last ones that failed, up to a few. */
+    unsigned char whole_nodes, whole_wait, whole_failed;
 } pk__row_state;
 
 /* Where the integration of a step stands: what is found out next, when all points that are known have been handed over. */
 typedef enum pk__stage {
     PK__STAGE_RULE,    /* a rule that is the same for every row: nothing more is to be found out */
+    PK__STAGE_WHOLE,   /* whole steps are tested with mean slopes; those that fail wait */
     PK__STAGE_PIECES,  /* the next pieces that wait are split at their kinks and tested */
     PK__STAGE_STALLED, /* of those that failed, the pieces that halving does not help are accepted */
     PK__STAGE_HALVE,   /* the rest of them is halved; the halves wait */
@@ -84,6 +90,9 @@ typedef struct pk__integrator {
     pk_readout readout;
     size_t first_row; /* of the block among the test rows */
     double target;    /* the error a piece may have, relative to the change of its row */
+    /* The error a whole step may have whose kinks are not looked for: relative to its own change, or to the largest change of its
+     * row; 0: kinks are always looked for. */
+    double whole_target, whole_least;
     int at_one_point; /* instead of a rule: one point a row, at `point` with point_weight */
     double point, point_weight;
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
@@ -164,10 +173,10 @@ static double pk__larger(double a, double b)
     return a <= b || b != b ? b : a;
 }
 
-/* Judges a piece from the tape: its nodes are the points from first on; its ends the points `ends` and the next, or, nested,
+/* Judges a piece from the tape: its nodes are the points from first on; its ends the points `start_at` and `end_at`, or, nested,
  * the nodes of one order more follow its own. height: of the row, as far as it is known. */
-static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t ends, size_t row, double length,
-                               int order, int nested, double height)
+static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t start_at, size_t end_at,
+                               size_t row, double length, int order, int nested, double height)
 {
     const pk__tape *tape = &integrator->path.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
@@ -179,10 +188,10 @@ static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t 
     if (nested) {
         pk__sum_nodes(integrator, first + (size_t)order, row, length, order + 1, start, better, NULL, NULL);
     } else {
-        const pk_real *f = pk__pass_output(tape) + ends * outputs;
-        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
+        const pk_real *f = pk__pass_output(tape);
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + start_at * outputs, start,
                           integrator->slope);
-        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + end_at * outputs, end,
                           integrator->slope);
     }
     for (size_t k = 0; k < count; k++) {
@@ -225,7 +234,7 @@ static void pk__plan_next(pk__row_order *next, pk__row_order now, int nodes, dou
 /* Whether a piece waits for a test of its order. */
 static int pk__is_open(const pk__piece *piece)
 {
-    return !piece->accepted && piece->order <= PK__LARGEST_ORDER;
+    return !piece->accepted && piece->order > 0 && piece->order <= PK__LARGEST_ORDER;
 }
 
 /* Of a piece that is the whole step, what pk__judge left in h. */
@@ -343,7 +352,7 @@ static int pk__test_pieces(pk__integrator *integrator)
             const int closed = !piece->nested;
             /* The values at the ends are those at the ends' t, rounded. */
             const double length = (double)(pk_real)piece->b - (double)(pk_real)piece->a;
-            const pk__judgement found = pk__judge(integrator, point, end, piece->row, length, (int)own, !closed,
+            const pk__judgement found = pk__judge(integrator, point, end, end + 1, piece->row, length, (int)own, !closed,
                                                   integrator->state[piece->row].height);
             if (closed && piece->a == 0 && piece->b == 1)
                 pk__keep_ends(integrator, piece->row);
@@ -367,6 +376,155 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
         piece->size = piece->age ? 0 : -1; /* halves are parts of what has been counted */
     }
     while (pk__test_pieces(integrator))
+        ;
+}
+
+/* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
+
+/* The nodes of a whole step at most, and the factor by which one with kinks may need more and is worth trying. */
+enum { PK__WHOLE_NODES = 12, PK__WHOLE_FAILURES = 5 };
+
+/* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
+ * its weights do. node == order: where the last one ends. */
+PK__PRIVATE double pk__stretch_end(const pk__integrator *integrator, double a, double b, int order, int node)
+{
+    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
+    double sum = 0;
+    if (node == order)
+        return b;
+    for (int q = 0; q < node; q++)
+        sum += w[q];
+    return a + (b - a) * sum;
+}
+
+/* The points of the tests of the whole steps from `next` on: first the nodes of all, *nodes of them, then the ends of their
+ * stretches. Returns how many points there are; *last: one behind the last piece. */
+static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *last, size_t *nodes)
+{
+    pk__path *path = &integrator->path;
+    const pk__pieces *pieces = &integrator->pieces;
+    size_t points = 0, all = 0;
+    for (*last = next; *last < pieces->count; ++*last) {
+        const pk__piece *piece = &pieces->piece[*last];
+        const size_t own = piece->order;
+        if (!pk__is_open(piece))
+            continue;
+        if (points && all + 2 * own + 1 > path->point_capacity)
+            break;
+        all += 2 * own + 1;
+        for (size_t q = 0; q < own; q++, points++) {
+            path->point_row[points] = piece->row;
+            path->point_t[points] =
+                (pk_real)(piece->a + (piece->b - piece->a) * integrator->gauss_nodes[own * (own - 1) / 2 + q]);
+        }
+    }
+    *nodes = points;
+    for (size_t i = next, node = 0; i < *last; i++) {
+        const pk__piece *piece = &pieces->piece[i];
+        for (int q = 0; q <= piece->order && pk__is_open(piece); q++, points++) {
+            path->point_row[points] = piece->row;
+            path->point_t[points] =
+                (pk_real)pk__stretch_end(integrator, piece->a, piece->b, piece->order, q);
+            if (q == piece->order)
+                continue;
+            path->from[node] = points;
+            path->to[node++] = points + 1;
+        }
+    }
+    return points;
+}
+
+/* What the next whole step of a row starts with, where this one took `nodes` nodes (0: it failed). Steps change slowly: after
+ * several failures one after the other, 2, 4, 8 .. steps are not tried. */
+static void pk__plan_whole(pk__row_state *state, int nodes)
+{
+    if (nodes) {
+        state->whole_nodes = (unsigned char)nodes;
+        state->whole_failed = 0;
+        return;
+    }
+    state->whole_failed = (unsigned char)(state->whole_failed + (state->whole_failed < PK__WHOLE_FAILURES));
+    state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
+}
+
+/* What the judgement of a whole step decides: it is accepted, or tested with more nodes, or (order 0) its kinks are looked for.
+ * The error falls about like the square of the number of nodes. 1: again. */
+static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece, const pk__judgement *found)
+{
+    pk__row_state *state = &integrator->state[piece->row];
+    const int nodes = piece->order;
+    piece->size = found->size;
+    piece->error = found->error;
+    if (isfinite(found->height))
+        state->height = pk__larger(found->height, state->height);
+    if (isfinite(found->size))
+        state->change = pk__larger(found->size, state->change);
+    const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + found->size),
+                 allowed = pk__larger(integrator->whole_target * found->size, integrator->whole_least * state->change);
+    /* Where the rounding of h hides more than what is allowed, the closure cannot judge. */
+    if (found->error <= allowed && floor <= allowed) {
+        pk__accept_in_sequence(integrator, piece, found->left);
+        pk__plan_whole(state, found->error > allowed / 8 || nodes == 1 ? nodes : nodes - 1);
+        state->step_change += found->size;
+        return 0;
+    }
+    const double wanted = floor <= allowed ? nodes * sqrt(found->error / allowed) : INFINITY;
+    if (nodes >= PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES)) {
+        piece->order = 0;
+        pk__plan_whole(state, 0);
+        return 0;
+    }
+    const int most = wanted < PK__WHOLE_NODES ? (int)wanted : PK__WHOLE_NODES;
+    piece->order = (unsigned char)(most > nodes ? most : nodes + 1);
+    return 1;
+}
+
+/* Tests every whole step that is open. Whether some is to be tested again. */
+static int pk__test_whole(pk__integrator *integrator)
+{
+    pk__path *path = &integrator->path;
+    const pk__pieces *pieces = &integrator->pieces;
+    int again = 0;
+    for (size_t next = 0, last; next < pieces->count; next = last) {
+        size_t nodes;
+        const size_t count = pk__whole_points(integrator, next, &last, &nodes);
+        if (!count)
+            continue;
+        size_t point = pk__path_append(path, count, path->point_row, path->point_t), end = point + nodes;
+        pk__path_use_means(path, 1);
+        pk__path_tangent(path, point, nodes, path->point_row, path->point_t);
+        pk__path_use_means(path, 0);
+        for (size_t i = next; i < last; i++) {
+            pk__piece *piece = &pieces->piece[i];
+            const size_t own = piece->order;
+            if (!pk__is_open(piece))
+                continue;
+            const pk__judgement found = pk__judge(integrator, point, end, end + own, piece->row, 1, (int)own, 0,
+                                                  integrator->state[piece->row].height);
+            pk__keep_ends(integrator, piece->row);
+            point += own;
+            end += own + 1;
+            again |= pk__decide_whole(integrator, piece, &found);
+        }
+    }
+    return again;
+}
+
+/* Tests the whole steps of the rows, which are `pieces`: those that pass are accepted, and the others have order 0. */
+PK__PRIVATE void pk__adapt_whole(pk__integrator *integrator)
+{
+    for (size_t i = 0; i < integrator->pieces.count; i++) {
+        pk__piece *piece = &integrator->pieces.piece[i];
+        pk__row_state *state = &integrator->state[piece->row];
+        piece->unsplit = 1;
+        piece->missed = 0;
+        piece->order = state->whole_nodes ? state->whole_nodes : PK__FIRST_NODES;
+        if (state->whole_wait) {
+            state->whole_wait--;
+            piece->order = 0;
+        }
+    }
+    while (pk__test_whole(integrator))
         ;
 }
 

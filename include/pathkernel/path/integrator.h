@@ -12,7 +12,8 @@
  *                                    `--> failed --halving does not help--> accepted, handed over
  *                                              `--halved--> waiting
  *
- * until none waits. A batch is full before it is handed over, whatever stage its points come from, and pieces are tested only
+ * until none waits. With a loose tolerance the whole step of each row is tested first, without a look at its kinks (adaptive.h). A
+ * batch is full before it is handed over, whatever stage its points come from, and pieces are tested only
  * when all earlier points stand in a batch: batches depend on shapes alone, and the tape still has the values of the last
  * test at the points that are handed over (path.h finds them there).
  */
@@ -68,6 +69,9 @@ PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds,
     points->weight = pk__arena_take(arena, capacity, sizeof(pk_real));
     points->check = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
     points->slack = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->from = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->to = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->means = 0;
 }
 
 PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
@@ -110,6 +114,7 @@ static void pk__put_point(pk__integrator *integrator, size_t row, double t, doub
     points->row[at] = row;
     points->t[at] = (pk_real)t;
     points->weight[at] = (pk_real)weight;
+    points->from[at] = points->to[at] = (pk_real)t;
     if (points->check) {
         points->check[at] = (pk_real)check;
         points->slack[at] = (pk_real)slack;
@@ -132,20 +137,42 @@ static int pk__check_order(int n)
 {
     return n + 4 + n / 4 < PK_GAUSS_NODES ? n + 4 + n / 4 : (int)PK_GAUSS_NODES;
 }
+/* The same of a whole step with mean slopes, whose errors fall more slowly. */
+static int pk__check_whole(int n)
+{
+    return 2 * n + 2;
+}
+
+/* The nodes of the rule that shows the error of a piece; 0: none is needed. */
+static int pk__piece_check(const pk__integrator *integrator, const pk__piece *piece)
+{
+    return !integrator->points.check || (integrator->fixed_order && !piece->unsplit) ? 0
+           : piece->unsplit                                                          ? pk__check_whole(piece->order)
+                                                            : pk__check_order(piece->order);
+}
+
 /* How many points a piece has: its nodes or, of a piece that nothing is known of, its middle; then, with bounds, the nodes of a
  * rule that shows the error. */
 static int pk__piece_points(const pk__integrator *integrator, const pk__piece *piece)
 {
-    const int order = piece->order;
-    return order == 0                                                 ? 1
-           : integrator->fixed_order == 0 && integrator->points.check ? order + pk__check_order(order)
-                                                                      : order;
+    return piece->order == 0 ? 1 : piece->order + pk__piece_check(integrator, piece);
+}
+
+/* The point that has been put last has mean slopes over the stretch of a node, where the piece's kinks have not been looked for. */
+static void pk__set_stretch(pk__integrator *integrator, const pk__piece *piece, int order, int node)
+{
+    pk__points *points = &integrator->points;
+    if (!piece->unsplit)
+        return;
+    points->from[points->count - 1] = (pk_real)pk__stretch_end(integrator, piece->a, piece->b, order, node);
+    points->to[points->count - 1] = (pk_real)pk__stretch_end(integrator, piece->a, piece->b, order, node + 1);
+    points->means = 1;
 }
 
 /* Point number `node` of a piece. A fixed order is exact; the error of any other is to be estimated. */
 static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int node)
 {
-    const int bounds = integrator->points.check != NULL, checked = bounds && integrator->fixed_order == 0;
+    const int bounds = integrator->points.check != NULL, check = pk__piece_check(integrator, piece);
     const double a = piece->a, length = piece->b - a;
     int order = piece->order;
     if (order == 0) {
@@ -155,12 +182,13 @@ static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int
     const int checking = node >= order;
     if (checking) {
         node -= order;
-        order = pk__check_order(order);
+        order = check;
     }
     const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
     const double weight = length * integrator->gauss_weights[order * (order - 1) / 2 + node];
     if (checking) {
         pk__put_point(integrator, piece->row, a + length * x[node], 0, weight, 0);
+        pk__set_stretch(integrator, piece, order, node);
         return;
     }
     double slack = weight * piece->missed;
@@ -169,7 +197,8 @@ static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int
         slack += piece->slack_a * pk__edge_weight(order, x, node);
     if (bounds && piece->slack_b > 0)
         slack += piece->slack_b * pk__edge_weight(order, x, order - 1 - node);
-    pk__put_point(integrator, piece->row, a + length * x[node], weight, checked ? -weight : 0, slack);
+    pk__put_point(integrator, piece->row, a + length * x[node], weight, check ? -weight : 0, slack);
+    pk__set_stretch(integrator, piece, order, node);
 }
 
 /* Puts points of the pieces that are handed over into the batch. 0: it is full, and there are more. */
@@ -282,6 +311,24 @@ static void pk__measure_pieces(pk__integrator *integrator)
     pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
 }
 
+/* Stage WHOLE: the steps of all rows without a look at their kinks. Those that pass are handed over; the others wait. */
+static void pk__take_whole(pk__integrator *integrator)
+{
+    pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
+    size_t left = 0;
+    pieces->count = pending->count;
+    integrator->sequence_count = 0;
+    for (size_t i = 0; i < pending->count; i++)
+        pieces->piece[i] = pending->piece[i];
+    pk__adapt_whole(integrator);
+    for (size_t i = 0; i < pieces->count; i++)
+        if (!pieces->piece[i].accepted)
+            pending->piece[left++] = pending->piece[i];
+    integrator->split_pieces += pieces->count - left;
+    pending->count = left;
+    pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
+}
+
 /* Stage PIECES: as many of the pieces that wait as there are rows. */
 static void pk__take_waiting(pk__integrator *integrator)
 {
@@ -382,15 +429,20 @@ static void pk__halve_failed(pk__integrator *integrator)
 static void pk__plan_rows(pk__integrator *integrator)
 {
     for (size_t row = 0; !integrator->fixed_order && row < integrator->path.rows; row++)
-        integrator->state[row].order = integrator->next_order[row].nodes
-                                           ? integrator->next_order[row]
-                                           : (pk__row_order){PK__LARGEST_ORDER, 0};
+        if (integrator->next_order[row].nodes)
+            integrator->state[row].order = integrator->next_order[row];
+        else if (!integrator->whole_target) /* some row's whole step may have passed: it has no pieces */
+            integrator->state[row].order = (pk__row_order){PK__LARGEST_ORDER, 0};
 }
 
 /* Finds out which points come next, all that were known before having been put into batches. 0: there are none. */
 static int pk__find_more(pk__integrator *integrator)
 {
     switch (integrator->stage) {
+    case PK__STAGE_WHOLE:
+        pk__take_whole(integrator);
+        integrator->stage = PK__STAGE_PIECES;
+        return 1;
     case PK__STAGE_PIECES:
         if (integrator->waiting == 0)
             integrator->failed.count = 0;
@@ -432,7 +484,9 @@ PK__INTERNAL void pk__integrator_begin(pk__integrator *integrator)
     integrator->stage = PK__STAGE_RULE;
     if (integrator->at_one_point || (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT))
         return;
-    integrator->stage = PK__STAGE_PIECES;
+    integrator->stage = integrator->whole_target > 0 && rule == PK_RULE_AUTO && path->last_switch && !graph->surrogate
+                            ? PK__STAGE_WHOLE
+                            : PK__STAGE_PIECES;
     /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
      * the jumps of its values. */
     integrator->fixed_order = graph->surrogate                             ? (int)PK__SURROGATE_NODES
@@ -454,6 +508,7 @@ PK__INTERNAL int pk__integrator_next(pk__integrator *integrator, const pk__point
     if (batch->last)
         return 0;
     batch->count = 0;
+    batch->means = 0;
     *points = batch;
     if (integrator->stage == PK__STAGE_RULE) {
         batch->last = pk__put_rule(integrator);
