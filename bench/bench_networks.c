@@ -17,8 +17,6 @@
 #define CLOSURE_BOUND (sizeof(pk_real) == 8 ? 1e-12 : 1e-4)
 #define ENTRY_BOUND (sizeof(pk_real) == 8 ? 1e-11 : 1e-3)
 
-enum { LARGE = 28, LARGE_IMAGES = 320 };
-
 /* One test row after the other comes from behind the training rows. */
 typedef struct subject {
     const char *name, *network, *optimizer;
@@ -26,11 +24,6 @@ typedef struct subject {
     size_t steps, rows, training;
     int large; /* 28x28 */
 } subject;
-
-#define RESNET(size)                                                                                         \
-    "input 1x" size "; conv 8 3x3 pad=1; relu; conv 16 3x3 pad=1; relu; max_pool 2; residual( conv 16 3x3 "  \
-    "pad=1; relu; conv 16 3x3 pad=1; relu ); conv 32 3x3 pad=1; relu; max_pool 2; conv 32 3x3 pad=1; relu; " \
-    "residual( conv 32 3x3 pad=1; relu; conv 32 3x3 pad=1; relu ); global_avg_pool; dense 10"
 
 static const subject subjects[] = {
     {"dense_tanh", "input 64; dense 32; tanh; dense 32; tanh; dense 10", "sgd", 0.5, 40, 32, 512, 0},
@@ -87,31 +80,6 @@ static void decompose(void *data, size_t repeats)
         if (status && status != PK_NOT_CLOSED)
             m->status = status;
     }
-}
-
-/* The digits with bilinear pixels between. */
-static void enlarge(const pk_dataset *digits, pk_dataset *large)
-{
-    static double images[LARGE_IMAGES * LARGE * LARGE];
-    static int64_t labels[LARGE_IMAGES];
-    const size_t shape[3] = {LARGE_IMAGES, LARGE, LARGE};
-    for (int64_t i = 0; i < LARGE_IMAGES; i++) {
-        pk_real small[SIDE * SIDE];
-        pk_dataset_inputs(digits, &i, 1, small);
-        labels[i] = ((const int64_t *)digits->targets.data)[i];
-        for (int y = 0; y < LARGE; y++)
-            for (int x = 0; x < LARGE; x++) {
-                const double v = (double)y * (SIDE - 1) / (LARGE - 1), u = (double)x * (SIDE - 1) / (LARGE - 1);
-                const int row = v < SIDE - 2 ? (int)v : SIDE - 2, col = u < SIDE - 2 ? (int)u : SIDE - 2;
-                const pk_real *at = small + row * SIDE + col;
-                const double above = at[0] + (u - col) * (at[1] - at[0]),
-                             below = at[SIDE] + (u - col) * (at[SIDE + 1] - at[SIDE]);
-                images[(i * LARGE + y) * LARGE + x] = above + (v - row) * (below - above);
-            }
-    }
-    memset(large, 0, sizeof *large);
-    large->inputs = pk_array_view(PK_FLOAT64, 3, shape, images);
-    large->targets = pk_array_view(PK_INT64, 1, shape, labels);
 }
 
 /* Trains; the test rows follow the training rows. Release with drop. */

@@ -15,7 +15,13 @@
 #include "bench.h"
 #include <unistd.h>
 
-enum { SIDE = 8, CLASSES = 10, DIGITS = 1797, TRAINING = 1437 };
+enum { SIDE = 8, CLASSES = 10, DIGITS = 1797, TRAINING = 1437, LARGE = 28, LARGE_IMAGES = 320 };
+
+/* ResNet-9's plan, a few channels wide. */
+#define RESNET(size)                                                                                         \
+    "input 1x" size "; conv 8 3x3 pad=1; relu; conv 16 3x3 pad=1; relu; max_pool 2; residual( conv 16 3x3 "  \
+    "pad=1; relu; conv 16 3x3 pad=1; relu ); conv 32 3x3 pad=1; relu; max_pool 2; conv 32 3x3 pad=1; relu; " \
+    "residual( conv 32 3x3 pad=1; relu; conv 32 3x3 pad=1; relu ); global_avg_pool; dense 10"
 
 /* One training run and what is asked of it. */
 typedef struct job {
@@ -78,6 +84,31 @@ static void find_data(pk_context *context, const char *folder, pk_dataset *data)
     }
     printf("# data: made, the digits are not in %s\n", candidates[0]);
     make_data(data);
+}
+
+/* The digits with bilinear pixels between. */
+static inline void enlarge(const pk_dataset *digits, pk_dataset *large)
+{
+    static double images[LARGE_IMAGES * LARGE * LARGE];
+    static int64_t labels[LARGE_IMAGES];
+    const size_t shape[3] = {LARGE_IMAGES, LARGE, LARGE};
+    for (int64_t i = 0; i < LARGE_IMAGES; i++) {
+        pk_real small[SIDE * SIDE];
+        pk_dataset_inputs(digits, &i, 1, small);
+        labels[i] = ((const int64_t *)digits->targets.data)[i];
+        for (int y = 0; y < LARGE; y++)
+            for (int x = 0; x < LARGE; x++) {
+                const double v = (double)y * (SIDE - 1) / (LARGE - 1), u = (double)x * (SIDE - 1) / (LARGE - 1);
+                const int row = v < SIDE - 2 ? (int)v : SIDE - 2, col = u < SIDE - 2 ? (int)u : SIDE - 2;
+                const pk_real *at = small + row * SIDE + col;
+                const double above = at[0] + (u - col) * (at[1] - at[0]),
+                             below = at[SIDE] + (u - col) * (at[SIDE + 1] - at[SIDE]);
+                images[(i * LARGE + y) * LARGE + x] = above + (v - row) * (below - above);
+            }
+    }
+    memset(large, 0, sizeof *large);
+    large->inputs = pk_array_view(PK_FLOAT64, 3, shape, images);
+    large->targets = pk_array_view(PK_INT64, 1, shape, labels);
 }
 
 static void remove_run(const char *directory)

@@ -60,7 +60,7 @@ typedef struct pk__row_state {
     size_t halvings;      /* of its pieces in this step */
     pk__row_order order;  /* at first PK__FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
-    /* Whole steps: the nodes that the next one starts with (0: PK__FIRST_NODES); for so many steps none is tried; the number of the
+    /* Whole steps: the nodes that the next one starts with (0: 1); for so many steps none is tried; the number of the
      * last ones that failed, up to a few. */
     unsigned char whole_nodes, whole_wait, whole_failed;
 } pk__row_state;
@@ -110,6 +110,7 @@ typedef struct pk__integrator {
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
     unsigned char *has_ends;
+    pk_real *whole_sums; /* of the last rule that was tested on whole steps: rows x 2 x readouts, along the step and the probe */
     pk_real *slope, *h; /* room for one readout, and five h */
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last; /* points of the last step: the cost model's guess for the next one */
@@ -381,8 +382,8 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
 
-/* The nodes of a whole step at most, and the factor by which one with kinks may need more and is worth trying. */
-enum { PK__WHOLE_NODES = 12, PK__WHOLE_FAILURES = 5 };
+/* The nodes of a whole step at most; failures one after the other that count. */
+enum { PK__WHOLE_NODES = 16, PK__WHOLE_FAILURES = 5 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -434,12 +435,13 @@ static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *
     return points;
 }
 
-/* What the next whole step of a row starts with, where this one took `nodes` nodes (0: it failed). Steps change slowly: after
- * several failures one after the other, 2, 4, 8 .. steps are not tried. */
+/* What the next whole step of a row starts with, where this one took `nodes` nodes (0: it failed): half of them, for which the
+ * rule with twice as many is the judge. Steps change slowly: after several failures one after the other, 2, 6, 14 .. steps are
+ * not tried. */
 static void pk__plan_whole(pk__row_state *state, int nodes)
 {
     if (nodes) {
-        state->whole_nodes = (unsigned char)nodes;
+        state->whole_nodes = (unsigned char)(nodes > 1 ? nodes / 2 : 1);
         state->whole_failed = 0;
         return;
     }
@@ -447,35 +449,60 @@ static void pk__plan_whole(pk__row_state *state, int nodes)
     state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
 }
 
-/* What the judgement of a whole step decides: it is accepted, or tested with more nodes, or (order 0) its kinks are looked for.
- * The error falls about like the square of the number of nodes. 1: again. */
-static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece, const pk__judgement *found)
+/* sums (2 x readouts of the row, the first of them along the step, or along the probe) := those of the rule with the nodes from
+ * `first` on. Returns the largest difference to what was there. */
+static double pk__whole_difference(pk__integrator *integrator, size_t first, const pk__piece *piece, int probe)
+{
+    const size_t count = pk_readout_count(&integrator->readout, integrator->path.graph->output_width);
+    pk_real *before = integrator->whole_sums + (2 * piece->row + (size_t)probe) * count,
+            *value = integrator->h, *sum = value + count;
+    double largest = 0;
+    memset(sum, 0, count * sizeof *sum);
+    pk__sum_nodes(integrator, first, piece->row, 1, piece->order, value, sum, NULL, NULL);
+    for (size_t k = 0; k < count; k++) {
+        largest = pk__larger(fabs((double)sum[k] - (double)before[k]), largest);
+        before[k] = sum[k];
+    }
+    return largest;
+}
+
+/* What the tests of a whole step decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is
+ * none), `missed` that of this rule, and `error` the difference of the two: one of them is accepted, or a rule with more nodes is
+ * tested, or (order 0) the kinks are looked for. 1: a test follows.
+ *
+ * Mean slopes make the closure of each rule nearly an identity (its error is of the same order as theirs, but smaller), so that
+ * the difference of two rules judges, too, along the step and along the probe. Errors fall about like the square of the
+ * number of nodes: that of the rule with fewer nodes is the difference, that of the other a part of it. */
+static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
 {
     pk__row_state *state = &integrator->state[piece->row];
-    const int nodes = piece->order;
-    piece->size = found->size;
-    piece->error = found->error;
-    if (isfinite(found->height))
-        state->height = pk__larger(found->height, state->height);
-    if (isfinite(found->size))
-        state->change = pk__larger(found->size, state->change);
-    const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + found->size),
-                 allowed = pk__larger(integrator->whole_target * found->size, integrator->whole_least * state->change);
-    /* Where the rounding of h hides more than what is allowed, the closure cannot judge. */
-    if (found->error <= allowed && floor <= allowed) {
-        pk__accept_in_sequence(integrator, piece, found->left);
-        pk__plan_whole(state, found->error > allowed / 8 || nodes == 1 ? nodes : nodes - 1);
-        state->step_change += found->size;
-        return 0;
-    }
-    const double wanted = floor <= allowed ? nodes * sqrt(found->error / allowed) : INFINITY;
-    if (nodes >= PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES)) {
+    const int nodes = piece->order, before = (int)piece->family;
+    const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
+                 allowed = pk__larger(integrator->whole_target * piece->size, integrator->whole_least * state->change);
+    if (!(floor <= allowed) || !isfinite(piece->missed)) { /* rounding of h hides what the closure is to show */
         piece->order = 0;
-        pk__plan_whole(state, 0);
         return 0;
     }
-    const int most = wanted < PK__WHOLE_NODES ? (int)wanted : PK__WHOLE_NODES;
-    piece->order = (unsigned char)(most > nodes ? most : nodes + 1);
+    double error = piece->missed;
+    if (before) {
+        const double ratio = (double)nodes / before;
+        error = pk__larger(piece->error / (ratio * ratio - 1), piece->missed);
+        if (piece->error <= allowed && piece->reference <= allowed)
+            piece->order = (unsigned char)before;
+        if (piece->order == before || error <= allowed) {
+            pk__accept_in_sequence(integrator, piece, 0);
+            return 0;
+        }
+    }
+    const double wanted = nodes * sqrt(error / allowed);
+    if (nodes == PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES)) {
+        piece->order = 0;
+        return 0;
+    }
+    const int next = 2 * nodes > (int)wanted ? 2 * nodes : (int)wanted;
+    piece->family = nodes;
+    piece->reference = piece->missed;
+    piece->order = (unsigned char)(next < PK__WHOLE_NODES ? next : PK__WHOLE_NODES);
     return 1;
 }
 
@@ -490,22 +517,39 @@ static int pk__test_whole(pk__integrator *integrator)
         const size_t count = pk__whole_points(integrator, next, &last, &nodes);
         if (!count)
             continue;
-        size_t point = pk__path_append(path, count, path->point_row, path->point_t), end = point + nodes;
+        const size_t start = pk__path_append(path, count, path->point_row, path->point_t);
         pk__path_use_means(path, 1);
-        pk__path_tangent(path, point, nodes, path->point_row, path->point_t);
-        pk__path_use_means(path, 0);
-        for (size_t i = next; i < last; i++) {
-            pk__piece *piece = &pieces->piece[i];
-            const size_t own = piece->order;
-            if (!pk__is_open(piece))
-                continue;
-            const pk__judgement found = pk__judge(integrator, point, end, end + own, piece->row, 1, (int)own, 0,
-                                                  integrator->state[piece->row].height);
-            pk__keep_ends(integrator, piece->row);
-            point += own;
-            end += own + 1;
-            again |= pk__decide_whole(integrator, piece, &found);
+        for (int probe = 0; probe < 2; probe++) {
+            size_t point = start, end = start + nodes;
+            if (probe)
+                pk__path_probe(path, start, nodes, path->point_row, path->point_t);
+            else
+                pk__path_tangent(path, start, nodes, path->point_row, path->point_t);
+            for (size_t i = next; i < last; i++) {
+                pk__piece *piece = &pieces->piece[i];
+                pk__row_state *state = &integrator->state[piece->row];
+                const size_t own = piece->order;
+                if (!pk__is_open(piece))
+                    continue;
+                if (!probe) {
+                    const pk__judgement found =
+                        pk__judge(integrator, point, end, end + own, piece->row, 1, (int)own, 0, state->height);
+                    pk__keep_ends(integrator, piece->row);
+                    piece->size = found.size;
+                    piece->missed = found.error;
+                    if (isfinite(found.height))
+                        state->height = pk__larger(found.height, state->height);
+                    if (isfinite(found.size))
+                        state->change = pk__larger(found.size, state->change);
+                }
+                const double difference = pk__whole_difference(integrator, point, piece, probe);
+                piece->error = probe ? pk__larger(difference, piece->error) : difference;
+                point += own;
+                end += own + 1;
+                again |= probe && pk__decide_whole(integrator, piece);
+            }
         }
+        pk__path_use_means(path, 0);
     }
     return again;
 }
@@ -513,19 +557,25 @@ static int pk__test_whole(pk__integrator *integrator)
 /* Tests the whole steps of the rows, which are `pieces`: those that pass are accepted, and the others have order 0. */
 PK__PRIVATE void pk__adapt_whole(pk__integrator *integrator)
 {
-    for (size_t i = 0; i < integrator->pieces.count; i++) {
-        pk__piece *piece = &integrator->pieces.piece[i];
-        pk__row_state *state = &integrator->state[piece->row];
+    pk__pieces *pieces = &integrator->pieces;
+    for (size_t i = 0; i < pieces->count; i++) {
+        pk__piece *piece = &pieces->piece[i];
+        const pk__row_state *state = &integrator->state[piece->row];
         piece->unsplit = 1;
-        piece->missed = 0;
-        piece->order = state->whole_nodes ? state->whole_nodes : PK__FIRST_NODES;
-        if (state->whole_wait) {
-            state->whole_wait--;
-            piece->order = 0;
-        }
+        piece->family = 0;
+        piece->order = state->whole_wait ? 0 : state->whole_nodes ? state->whole_nodes : 1;
     }
     while (pk__test_whole(integrator))
         ;
+    for (size_t i = 0; i < pieces->count; i++) {
+        const pk__piece *piece = &pieces->piece[i];
+        pk__row_state *state = &integrator->state[piece->row];
+        if (!piece->accepted && state->whole_wait)
+            state->whole_wait--;
+        else
+            pk__plan_whole(state, piece->accepted ? piece->order : 0);
+        state->step_change += piece->accepted ? piece->size : 0;
+    }
 }
 
 PK__END_CODE

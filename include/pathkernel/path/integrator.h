@@ -92,6 +92,9 @@ PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, s
     integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
     integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
     integrator->has_ends = pk__arena_take(arena, rows, 1);
+    integrator->whole_sums = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->whole_sums);
+    if (integrator->whole_sums)
+        memset(integrator->whole_sums, 0, rows * 2 * copies * sizeof *integrator->whole_sums);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -140,7 +143,7 @@ static int pk__check_order(int n)
 /* The same of a whole step with mean slopes, whose errors fall more slowly. */
 static int pk__check_whole(int n)
 {
-    return 2 * n + 2;
+    return 2 * n + 2 < PK_GAUSS_NODES ? 2 * n + 2 : (int)PK_GAUSS_NODES;
 }
 
 /* The nodes of the rule that shows the error of a piece; 0: none is needed. */

@@ -93,6 +93,9 @@ PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_
 /* Computes tangents along the step's direction at `count` points of the tape, from number `first` on. */
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t);
+/* The same along a direction in which about half of the layers have the step's direction with the other sign. */
+PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                 const pk_real *t);
 /* Makes the points `count` nodes and, behind them, the ends from[p] and to[p] of their stretches: point_row and point_t, and where
  * the ends stand. A node whose ends are equal has slopes of its own. There must be room for three times `count` points. Returns
  * the number of points. */
@@ -446,22 +449,73 @@ PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t
     segment->held = count;
 }
 
-PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
-                                   const pk_real *t)
+/* Whether a layer's part of the probe has the other sign: + - - + - + + - and so on (Thue and Morse), so that neither neighbours
+ * nor distant layers go together. */
+static int pk__probe_sign(const pk_node *node)
+{
+    unsigned bits = node->layer < 0 ? 0 : (unsigned)node->layer, odd = 0;
+    for (; bits; bits >>= 1)
+        odd ^= bits & 1;
+    return (int)odd;
+}
+
+static void pk__negate(size_t count, pk_real *x)
+{
+    for (size_t i = 0; i < count; i++)
+        x[i] = -x[i];
+}
+
+/* The tangent of a node along the direction with the other sign: -T(-x., d) = T(x., -d). */
+static void pk__turned_tangent(pk__path *segment, const pk__line *line, const pk_node *node, size_t count)
+{
+    const pk_graph *graph = segment->graph;
+    pk_real **tangent = segment->tape.tangent;
+    for (int turn = 0; turn < 2; turn++) {
+        for (int j = 0; j < node->input_count; j++) {
+            int again = 0; /* an input that is read twice is turned once */
+            for (int i = 0; i < j; i++)
+                again |= node->inputs[i] == node->inputs[j];
+            if (!again && graph->nodes[node->inputs[j]].varies)
+                pk__negate(count * graph->nodes[node->inputs[j]].width, tangent[node->inputs[j]]);
+        }
+        if (!turn)
+            pk__node_tangent(&segment->tape, line, node, count);
+    }
+    pk__negate(count * node->width, tangent[node - graph->nodes]);
+}
+
+static void pk__path_tangents(pk__path *segment, size_t first, size_t count, const size_t *row, const pk_real *t,
+                              int probe)
 {
     const pk_graph *graph = segment->graph;
     const pk__line line = {segment->weights, segment->direction, t};
     pk__shift_tape(segment, first, 0);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        if (segment->slope[n])
-            for (size_t p = 0; p < count; p++)
-                memcpy(segment->tape.tangent[n] + p * node->width, segment->slope[n] + row[p] * node->width,
-                       node->width * sizeof(pk_real));
-        else
+        const int turned = probe && pk__probe_sign(node) && node->varies;
+        for (size_t p = 0; segment->slope[n] && p < count; p++)
+            memcpy(segment->tape.tangent[n] + p * node->width, segment->slope[n] + row[p] * node->width,
+                   node->width * sizeof(pk_real));
+        if (segment->slope[n] && turned)
+            pk__negate(count * node->width, segment->tape.tangent[n]);
+        if (!segment->slope[n] && turned)
+            pk__turned_tangent(segment, &line, node, count);
+        else if (!segment->slope[n])
             pk__node_tangent(&segment->tape, &line, node, count);
     }
     pk__shift_tape(segment, first, 1);
+}
+
+PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                   const pk_real *t)
+{
+    pk__path_tangents(segment, first, count, row, t, 0);
+}
+
+PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                 const pk_real *t)
+{
+    pk__path_tangents(segment, first, count, row, t, 1);
 }
 
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies)
