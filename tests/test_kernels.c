@@ -1128,12 +1128,6 @@ static void test_refusals(void **state)
     o = plain(PK_KERNEL_EMBEDDING, PK_OUTPUTS_NONE);
     REFUSED(PK_UNSUPPORTED, "no matrix layer", NULL, NULL);
     trained_release(&t);
-    /* Kinks of the loss are no kinks of the network: no rule that looks for them sees them. */
-    static const recipe kinked = RUN("input 3; dense 2", "l1", "sgd", 2, 0.1, 0);
-    trained_make(&kinked, &t);
-    o = plain(PK_KERNEL_LOSS_PATH, PK_OUTPUTS_NONE);
-    REFUSED(PK_UNSUPPORTED, "the loss l1 has kinks of its own", NULL, NULL);
-    trained_release(&t);
 }
 
 /* ---- into a file --------------------------------------------------------------------------------------- */

@@ -3,9 +3,10 @@
  *     G = integral_0^1 < L(t), R(t) > dt,        each side at w + t D (it moves) or at w
  *
  * Fixed rules take common values of t. The rule auto is
- * 1. where no kink depends on the weights: Gauss-Legendre with n and n + 1 nodes, common to all rows, until the whole
- *    matrix agrees; n begins with that of the step before. Where more nodes help too little, the piece is halved.
- * 2. where there are kinks: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
+ * 1. where no kink depends on the weights and no activation moves far (pieces.h): Gauss-Legendre with n and n + 1 nodes, common
+ *    to all rows, until the whole matrix agrees; n begins with that of the step before. Where more nodes help too little, the
+ *    piece is halved. Where the network and the loss are polynomials, their degree gives n.
+ * 2. where there are kinks, of the network or of a loss, or where an activation moves far: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
  *    On a piece the gradients are polynomials in t of known degree, so that their values at n nodes determine them:
  *        integral < L, R > dt = sum_{u, v} W_uv < L(t_u), R(t_v) >,   W_uv = integral over both pieces of the Lagrange
  *                                                                    polynomials of u and v.
@@ -18,7 +19,7 @@
 #ifndef PATHKERNEL_ALONG_H
 #define PATHKERNEL_ALONG_H
 #include "../features/gram.h"
-#include "../path/quadrature.h"
+#include "pieces.h"
 
 /* >>> declarations */
 /* <<< declarations */
@@ -78,6 +79,7 @@ enum {
     PK__ALONG_DEPTH = 40,     /* halvings of a piece, */
     PK__ALONG_HALVINGS = 512, /* of a step */
     PK__ALONG_REFINED = 4,    /* halvings of all pieces of rows with kinks */
+    PK__ALONG_WINDOW = 16,    /* more pieces of a row are not multiplied with all of another one's */
     PK__ALONG_ROWS = 16,      /* rows whose kinks are found together */
     PK__ALONG_POINTS = 256,   /* of the left side at one time; more where one row has more */
     PK__ALONG_TILE = 1 << 21  /* numbers of a product of points */
@@ -268,6 +270,7 @@ typedef struct pk__along_side {
     int moves;
     pk__pieces pieces; /* by row and place */
     size_t *first;     /* of each row: its first piece; one more at the end */
+    double *size;      /* of each row: see pk__pieces_split; or NULL */
     /* Of the tile: */
     size_t start, rows, points;
     pk_real *inputs, *t, *targets;
@@ -277,6 +280,7 @@ typedef struct pk__along_side {
 typedef struct pk__along_rows {
     pk__path path;
     pk__pieces found;
+    int far; /* some activation moves far: pieces are halved */
     void *memory;
 } pk__along_rows;
 
@@ -290,26 +294,6 @@ static void pk__along_rows_take(pk__arena *arena, const pk__along *along, pk__al
     const size_t points = 64;
     pk__path_take(arena, along->graph, PK__ALONG_ROWS, points, 1, 1, pk__along_pieces(), 0, &rows->path);
     pk__pieces_take(arena, pk__along_pieces(), &rows->found);
-}
-
-/* Appends a piece; its memory grows. */
-static pk_status pk__along_push(pk__along *along, pk__along_side *side, const pk__piece *piece)
-{
-    pk__pieces *to = &side->pieces;
-    if (to->count == to->capacity) {
-        const size_t capacity = 2 * pk__max(to->capacity, 128);
-        pk__piece *more = NULL;
-        const pk_status status = pk_allocate(along->context, capacity, sizeof *more, along->name, &more);
-        if (status)
-            return status;
-        if (to->count)
-            memcpy(more, to->piece, to->count * sizeof *more);
-        pk_release(along->context, to->piece);
-        to->piece = more;
-        to->capacity = capacity;
-    }
-    to->piece[to->count++] = *piece;
-    return PK_OK;
 }
 
 /* The pieces of some rows between a and b; of half the rows, then of half as long pieces, where there is no room. */
@@ -344,32 +328,72 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
         pk__piece piece = rows->found.piece[i];
         piece.row += first;
         if (piece.b > piece.a)
-            status = pk__along_push(along, side, &piece);
+            status = pk__pieces_append(along->context, along->name, &side->pieces, &piece);
     }
     return status;
 }
 
-/* All pieces of a side, cut into 2^halved parts. */
-static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__along_side *side, int halved)
+/* Cuts the pieces of each row further, at the kinks of the loss and where the row's gradient is no polynomial. */
+static pk_status pk__along_cut(pk__along *along, pk__along_rows *rows, pk__along_side *side)
+{
+    const pk_graph *graph = along->graph;
+    const pk__gram_rows_of *of = side->of;
+    const pk_criterion *criterion = of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL;
+    pk__pieces cut = {0, 0, NULL};
+    pk__piece_search search;
+    if (!rows->far && !pk__criterion_kinks(criterion, graph->output_width))
+        return PK_OK;
+    const size_t sizes = graph->node_count + 1;
+    pk_status status = pk__pieces_prepare(along->context, along->name, &rows->path, criterion, rows->far,
+                                          0.1 * along->tolerance, &search);
+    if (!status && !side->size) {
+        status =
+            pk_allocate(along->context, of->rows.rows, sizes * sizeof *side->size, along->name, &side->size);
+        for (size_t i = 0; !status && i < of->rows.rows * sizes; i++)
+            side->size[i] = 0;
+    }
+    for (size_t i = 0, end; !status && i < side->pieces.count; i = end) {
+        const size_t r = side->pieces.piece[i].row;
+        for (end = i; end < side->pieces.count && side->pieces.piece[end].row == r;)
+            end++;
+        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
+                       of->rows.data + r * of->rows.ld);
+        status = pk__pieces_split(&search, end - i, side->pieces.piece + i,
+                                  criterion ? of->targets + r * graph->output_width : NULL,
+                                  side->size + r * sizes, &cut);
+    }
+    pk__pieces_release(&search);
+    const pk__pieces before = side->pieces;
+    side->pieces = status ? before : cut;
+    pk_release(along->context, status ? cut.piece : before.piece);
+    return status;
+}
+
+/* All pieces of a side between a and b, cut into 2^halved parts. */
+static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__along_side *side, double a,
+                                double b, int halved)
 {
     const size_t count = side->of->rows.rows, parts = (size_t)1 << halved;
     pk_status status = PK_OK;
     if (!side->first)
         status = pk_allocate(along->context, count + 1, sizeof *side->first, along->name, &side->first);
     side->pieces.count = 0;
-    for (size_t r = 0; !status && r < count; r += PK__ALONG_ROWS)
-        for (size_t part = 0; !status && part < (side->moves ? 1 : 0); part++)
-            status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), 0, 1, 0);
+    for (size_t r = 0; !status && r < count && side->moves; r += PK__ALONG_ROWS)
+        status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), a, b, 0);
     for (size_t r = 0; !status && r < count && !side->moves; r++) {
         pk__piece piece;
         memset(&piece, 0, sizeof piece);
         piece.row = r;
-        piece.b = 1;
-        status = pk__along_push(along, side, &piece);
+        piece.a = a;
+        piece.b = b;
+        status = pk__pieces_append(along->context, along->name, &side->pieces, &piece);
     }
     if (status)
         return status;
     pk__sort_pieces(&side->pieces, pk__precedes_by_place);
+    if (side->moves)
+        status = pk__along_cut(along, rows, side);
     const size_t found = side->pieces.count;
     for (size_t i = 0; side->moves && parts > 1 && !status && i < found; i++) {
         const pk__piece whole = side->pieces.piece[i];
@@ -379,9 +403,11 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
             pk__piece piece = whole;
             piece.a = whole.a + (double)k * length;
             piece.b = k + 1 < parts ? whole.a + (double)(k + 1) * length : whole.b;
-            status = pk__along_push(along, side, &piece);
+            status = pk__pieces_append(along->context, along->name, &side->pieces, &piece);
         }
     }
+    if (status)
+        return status;
     pk__sort_pieces(&side->pieces, pk__precedes_by_place);
     size_t i = 0;
     for (size_t r = 0; r <= count; r++) {
@@ -389,52 +415,75 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
             i++;
         side->first[r] = i;
     }
-    return status;
+    return PK_OK;
 }
 
-/* How far the rule's integral of df/dt misses the change of f of a side's rows, of the largest |df/dt|; what rounding of f
- * explains is 0. */
-static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side,
-                                   int nodes, double *worst)
+/* The most pieces that a row of a side has. */
+static size_t pk__along_most(const pk__along_side *side)
+{
+    size_t most = 0;
+    for (size_t r = 0; r < side->of->rows.rows; r++)
+        most = pk__max(most, side->first[r + 1] - side->first[r]);
+    return most;
+}
+
+/* How far the rule's integral of df/dt over [a, b] misses the change of f of a side's rows, of the largest |df/dt|; what rounding
+ * of f explains is 0. f: the outputs, or the loss where its gradients are integrated. */
+static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side, double a,
+                                   double b, int nodes, double *worst)
 {
     const pk_graph *graph = along->graph;
-    const pk_matrix *inputs = &side->of->rows;
-    const size_t C = graph->output_width, last = graph->node_count - 1, count = inputs->rows;
+    const pk__gram_rows_of *of = side->of;
+    const pk_criterion *criterion = of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL;
+    const size_t C = graph->output_width, kept = criterion ? 1 : C, last = graph->node_count - 1;
+    const size_t count = of->rows.rows;
     double *change = NULL, node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1], largest = 0;
-    pk_status status = pk_allocate(along->context, count, 3 * C * sizeof *change, along->name, &change);
-    double *start = change ? change + count * C : NULL, *end = start ? start + count * C : NULL;
+    pk_real *seed = NULL;
+    pk_status status = pk_allocate(along->context, count, 3 * kept * sizeof *change, along->name, &change);
+    if (!status)
+        status = pk_allocate(along->context, C, sizeof *seed, along->name, &seed);
+    double *start = change ? change + count * kept : NULL, *end = start ? start + count * kept : NULL;
     pk_gauss_legendre(nodes, node, weight);
     for (size_t r = 0; !status && r < count; r++) {
         pk_real t[PK__ALONG_ORDER + 1];
         size_t zero[PK__ALONG_ORDER + 1] = {0};
+        const pk_real *f = pk__pass_output(&rows->path.tape), *target = criterion ? of->targets + r * C : NULL;
         pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
                        graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
-                       inputs->data + r * inputs->ld);
-        t[0] = 0, t[1] = 1;
+                       of->rows.data + r * of->rows.ld);
+        t[0] = (pk_real)a, t[1] = (pk_real)b;
         pk__path_forward(&rows->path, 2, zero, t);
-        for (size_t c = 0; c < C; c++) {
-            start[r * C + c] = pk__pass_output(&rows->path.tape)[c];
-            end[r * C + c] = pk__pass_output(&rows->path.tape)[C + c];
+        for (size_t c = 0; c < kept; c++) {
+            start[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f, target) : (double)f[c];
+            end[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f + C, target) : (double)f[C + c];
         }
-        for (size_t i = side->first[r]; i < side->first[r + 1]; i++) {
+        for (size_t i = side->first[r]; i < side->first[r + 1] && graph->nodes[last].varies; i++) {
             const pk__piece *piece = &side->pieces.piece[i];
             for (int q = 0; q < nodes; q++)
                 t[q] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
             pk__path_forward(&rows->path, (size_t)nodes, zero, t);
             pk__path_tangent(&rows->path, 0, (size_t)nodes, zero, t);
-            for (int q = 0; q < nodes && graph->nodes[last].varies; q++)
-                for (size_t c = 0; c < C; c++) {
-                    const double slope = rows->path.tape.tangent[last][(size_t)q * C + c];
-                    change[r * C + c] += (piece->b - piece->a) * weight[q] * slope;
+            for (int q = 0; q < nodes; q++) {
+                const pk_real *tangent = rows->path.tape.tangent[last] + (size_t)q * C;
+                if (criterion)
+                    pk_criterion_gradient(criterion, C, f + (size_t)q * C, target, seed);
+                for (size_t c = 0; c < kept; c++) {
+                    double slope = tangent[c];
+                    for (size_t k = criterion ? 0 : C; k < C; k++)
+                        slope = (k ? slope : 0) + (double)seed[k] * tangent[k];
+                    change[r * kept + c] += (piece->b - piece->a) * weight[q] * slope;
                     largest = fmax(largest, fabs(slope));
                 }
+            }
         }
     }
-    for (size_t i = 0; !status && i < count * C; i++) {
+    for (size_t i = 0; !status && i < count * kept; i++) {
         const double f = fmax(fabs(start[i]), fabs(end[i])), miss = fabs(end[i] - start[i] - change[i]);
-        if (largest > 0 && miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 1e-14) * fmax(f, largest))
+        if (largest > 0 &&
+            miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 1e-14) * fmax(f, (b - a) * largest))
             *worst = fmax(*worst, miss / largest);
     }
+    pk_release(along->context, seed);
     pk_release(along->context, change);
     return status;
 }
@@ -586,38 +635,81 @@ static void pk__along_side_release(const pk__along *along, pk__along_side *side)
     pk_release(along->context, side->inputs);
     pk_release(along->context, side->pieces.piece);
     pk_release(along->context, side->first);
+    pk_release(along->context, side->size);
 }
 
-/* result = the integral where rows have kinks of their own. */
-static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                  const int moves[2], unsigned char *order, size_t numbers, double *result)
+/* Whether nothing of these rows moves far. */
+static int pk__along_steady(pk__along *along, pk__along_rows *rows, const pk__gram_rows_of *of)
 {
     const pk_graph *graph = along->graph;
-    pk__along_side sides[2];
-    pk__along_rows rows;
-    memset(sides, 0, sizeof sides);
-    memset(&rows, 0, sizeof rows);
-    sides[0].of = left, sides[0].moves = moves[0] != 0;
-    sides[1].of = right ? right : left, sides[1].moves = moves[1] != 0;
-    pk__arena measured = {NULL, 0, 0, 0};
-    pk__along_rows_take(&measured, along, &rows);
-    if (measured.overflow)
-        return pk__fail(along->context, PK_OVERFLOW, "%s: the memory for this network overflows", along->name);
-    pk_status status = pk_allocate(along->context, measured.used, 1, along->name, &rows.memory);
-    if (status)
-        return status;
-    pk__arena arena = {rows.memory, measured.used, 0, 0};
-    pk__along_rows_take(&arena, along, &rows);
-    const int degree = graph->degree, both = moves[0] && moves[1];
-    const int exact = degree >= 0 && degree <= PK__PATH_DEGREE && !rows.path.interpolates &&
-                      left->seeds != PK__SEEDS_LOSS && sides[1].of->seeds != PK__SEEDS_LOSS &&
-                      !graph->surrogate;
-    int nodes = exact ? (int)pk__max(1, both ? degree : (degree + 1) / 2) : *order ? *order : 3, done = 0;
+    for (size_t r = 0; r < of->rows.rows; r += PK__ALONG_ROWS) {
+        const size_t count = pk__min(PK__ALONG_ROWS, of->rows.rows - r);
+        if (of->rows.ld != of->rows.cols)
+            return 0;
+        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
+                       of->rows.data + r * of->rows.ld);
+        if (!pk__rows_are_steady(&rows->path, count, of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL))
+            return 0;
+    }
+    return 1;
+}
+
+/* The degree in t of the gradients of a side between kinks; -1: they are no polynomials. */
+static int pk__along_degree(const pk__along *along, const pk__gram_rows_of *of)
+{
+    const pk_graph *graph = along->graph;
+    const int inner = graph->degree > 1 ? graph->degree - 1 : 0;
+    const int outer = of->seeds == PK__SEEDS_LOSS ? pk__criterion_degree(along->criterion) : 0;
+    return graph->degree < 0 || graph->surrogate || outer < 0 ? -1 : inner + outer * graph->degree;
+}
+
+/* What the rounding of t makes of an integral over short pieces, relative to it: points of a piece are off by a part of its
+ * length. */
+static double pk__along_blur(const pk__along_side *side)
+{
+    double blur = 0;
+    for (size_t i = 0; side->moves && i < side->pieces.count; i++) {
+        const pk__piece *piece = &side->pieces.piece[i];
+        blur = fmax(blur, 4 * PK__EPSILON * piece->b / (piece->b - piece->a));
+    }
+    return blur;
+}
+
+/* result += the integral over [a, b], where rows have pieces of their own. */
+static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__along_side sides[2], int same,
+                                  double a, double b, int depth, unsigned char *order, size_t numbers,
+                                  double *result)
+{
+    const pk_graph *graph = along->graph;
+    const int both = sides[0].moves && sides[1].moves;
+    int degree = -1, exact = graph->degree <= PK__PATH_DEGREE && !rows->path.interpolates;
+    for (int s = 0; s < 2; s++) {
+        const int own = sides[s].moves ? pk__along_degree(along, sides[s].of) : 0;
+        exact &= own >= 0;
+        degree = own > degree ? own : degree;
+    }
+    int nodes = both ? degree + 1 : degree / 2 + 1, done = 0;
+    exact &= nodes <= PK__ALONG_ORDER;
+    if (!exact)
+        nodes = rows->far ? PK__PIECE_NODES : *order ? *order : 3;
     double missed = 0;
+    pk_status status = PK_OK;
     for (int halved = 0; !status && !done && halved <= PK__ALONG_REFINED; halved++) {
         double before = INFINITY;
         for (int s = 0; !status && s < 2; s++)
-            status = pk__along_find(along, &rows, &sides[s], halved);
+            status = pk__along_find(along, rows, &sides[s], a, b, halved);
+        /* All pieces of one row are multiplied with all of another: where there are many, those that are near. */
+        if (!status && rows->far && !halved && depth < PK__ALONG_DEPTH &&
+            along->halvings < PK__ALONG_HALVINGS &&
+            pk__max(pk__along_most(&sides[0]), pk__along_most(&sides[1])) > PK__ALONG_WINDOW) {
+            const double middle = 0.5 * (a + b);
+            along->halvings++;
+            status = pk__along_window(along, rows, sides, same, a, middle, depth + 1, order, numbers, result);
+            return status ? status
+                          : pk__along_window(along, rows, sides, same, middle, b, depth + 1, order, numbers,
+                                             result);
+        }
         if (!status)
             status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
                                     exact ? along->fine : along->coarse);
@@ -645,18 +737,61 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
         if (!done)
             nodes = 4;
     }
-    for (int s = 0; s < (right ? 2 : 1) && !status && !graph->surrogate; s++)
-        if (moves[s])
-            status =
-                pk__along_closure(along, &rows, &sides[s], (int)pk__min(nodes + 1, PK__ALONG_ORDER), &missed);
-    if (!status) {
-        along->error += missed * along->scale;
-        along->refused += missed * along->scale > pk__along_allowed(along);
-        memcpy(result, along->fine, numbers * sizeof *result);
+    for (int s = 0; s < (same ? 1 : 2) && !status && !graph->surrogate; s++)
+        if (sides[s].moves)
+            status = pk__along_closure(along, rows, &sides[s], a, b, (int)pk__min(nodes + 1, PK__ALONG_ORDER),
+                                       &missed);
+    if (status)
+        return status;
+    double largest = 0;
+    for (size_t i = 0; i < numbers; i++) {
+        result[i] += along->fine[i];
+        largest = fmax(largest, fabs(along->fine[i]));
     }
+    missed *= along->scale;
+    if (rows->far) /* between kinks, short pieces are a small part of the integral */
+        missed += fmax(pk__along_blur(&sides[0]), pk__along_blur(&sides[1])) * largest;
+    along->error += missed;
+    along->refused += missed > pk__along_allowed(along);
+    return PK_OK;
+}
+
+/* result = the integral where rows have pieces of their own, or, where neither network nor loss have kinks and the rows are
+ * steady, untouched with *steady = 1. */
+static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                  const int moves[2], unsigned char *order, size_t numbers, double *result,
+                                  int *steady)
+{
+    const pk_graph *graph = along->graph;
+    pk__along_side sides[2];
+    pk__along_rows rows;
+    memset(sides, 0, sizeof sides);
+    memset(&rows, 0, sizeof rows);
+    sides[0].of = left, sides[0].moves = moves[0] != 0;
+    sides[1].of = right ? right : left, sides[1].moves = moves[1] != 0;
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__along_rows_take(&measured, along, &rows);
+    if (measured.overflow)
+        return pk__fail(along->context, PK_OVERFLOW, "%s: the memory for this network overflows", along->name);
+    pk_status status = pk_allocate(along->context, measured.used, 1, along->name, &rows.memory);
+    if (status)
+        return status;
+    pk__arena arena = {rows.memory, measured.used, 0, 0};
+    pk__along_rows_take(&arena, along, &rows);
+    int kinks = graph->switched || graph->surrogate;
+    for (int s = 0; s < (right ? 2 : 1); s++)
+        if (moves[s] && !graph->surrogate) {
+            const int loss = sides[s].of->seeds == PK__SEEDS_LOSS;
+            kinks |= loss && pk__criterion_kinks(along->criterion, graph->output_width) > 0;
+            rows.far |=
+                pk__along_degree(along, sides[s].of) < 0 && !pk__along_steady(along, &rows, sides[s].of);
+        }
+    *steady = !kinks && !rows.far;
+    if (!*steady)
+        status = pk__along_window(along, &rows, sides, !right, 0, 1, 0, order, numbers, result);
     /* Both halves are computed, each from its own products: one is the other's mirror image. */
     const size_t kept = pk__along_kept(along, left), n = left->rows.rows * kept;
-    for (size_t plane = 0; !status && !right && plane < pk__along_planes(along); plane++)
+    for (size_t plane = 0; !status && !*steady && !right && plane < pk__along_planes(along); plane++)
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < i; j++)
                 result[(plane * n + i) * n + j] = result[(plane * n + j) * n + i];
@@ -682,10 +817,20 @@ PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows
     memset(result, 0, numbers * sizeof *result);
     if (!numbers)
         return PK_OK;
-    if (rule == PK_RULE_AUTO && (along->graph->switched || along->graph->surrogate))
-        return pk__along_kinked(along, left, right, moves, order, numbers, result);
-    if (rule == PK_RULE_AUTO)
-        return pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+    if (rule == PK_RULE_AUTO) {
+        int steady;
+        status = pk__along_kinked(along, left, right, moves, order, numbers, result, &steady);
+        if (status || !steady)
+            return status;
+        int degree = 0;
+        for (int s = 0; s < 2; s++) {
+            const int own = moves[s] ? pk__along_degree(along, s && right ? right : left) : 0;
+            degree = own < 0 || degree < 0 ? -1 : degree + own;
+        }
+        return degree >= 0 && degree < PK__ALONG_NODES
+                   ? pk__along_gauss(along, left, right, moves, 0, 1, degree / 2 + 1, numbers, result)
+                   : pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+    }
     if (rule == PK_RULE_GAUSS)
         return pk__along_gauss(along, left, right, moves, 0, 1, nodes, numbers, result);
     if (!moves[0] && !moves[1])

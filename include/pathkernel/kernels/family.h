@@ -267,18 +267,10 @@ static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
     return PK_OK;
 }
 
-static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, const pk_kernel_options *options)
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
-    const pk_loss loss = run->criterion.loss;
-    if (options->kind == PK_KERNEL_LOSS_PATH && rule->rule == PK_RULE_AUTO &&
-        (loss == PK_L1 || loss == PK_HINGE || loss == PK_HUBER))
-        return pk__fail(
-            context, PK_UNSUPPORTED,
-            "%s: the loss %s has kinks of its own, which the rule auto does not find; take gauss with "
-            "many nodes, midpoint or left",
-            row->name, pk_loss_name(loss));
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);
@@ -327,7 +319,7 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
     pk_status status = pk__kernel_check_steps(context, run, options);
-    return status ? status : pk__kernel_check_rule(context, run, options);
+    return status ? status : pk__kernel_check_rule(context, options);
 }
 
 /* Rows of a side: their width, numbers and, where the kernel needs them, targets. */

@@ -469,6 +469,53 @@ static const char *pk__accept_class(size_t outputs, const pk_real *y)
     return ones == 1 && ones + zeros == outputs ? NULL : "one 1 and otherwise 0";
 }
 
+/* ---- kinks: functions of the outputs that change their sign where the gradient jumps or bends ------------- */
+
+static void pk__l1_switches(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                            pk_real *to)
+{
+    (void)c;
+    for (size_t j = 0; j < outputs; j++)
+        to[j] = f[j] - y[j];
+}
+
+static void pk__huber_switches(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                               pk_real *to)
+{
+    const pk_real edge = (pk_real)pk__huber_edge(c);
+    for (size_t j = 0; j < outputs; j++) {
+        to[2 * j] = f[j] - y[j] - edge;
+        to[2 * j + 1] = f[j] - y[j] + edge;
+    }
+}
+
+static void pk__hinge_switches(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                               pk_real *to)
+{
+    size_t k = 0;
+    (void)c;
+    if (outputs == 1) {
+        to[0] = 1 - y[0] * f[0];
+        return;
+    }
+    for (size_t j = 1; j < outputs; j++)
+        if (y[j] > y[k])
+            k = j;
+    for (size_t j = 0; j < outputs; j++)
+        to[j] = j == k ? 1 : 1 - f[k] + f[j];
+}
+
+/* Where its divisor ends, in logarithms: of an output of sigmoid these are nearly straight. */
+static void pk__binary_cross_entropy_switches(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                              const pk_real *y, pk_real *to)
+{
+    (void)c, (void)y;
+    for (size_t j = 0; j < outputs; j++) {
+        const double spread = (double)f[j] * (1 - (double)f[j]);
+        to[j] = (pk_real)log((spread > 1e-300 ? spread : 1e-300) / PK__LEAST_SPREAD);
+    }
+}
+
 enum {
     PK__LABEL_SMOOTHING = 1,
     PK__IGNORE_INDEX = 2,
@@ -491,6 +538,9 @@ typedef struct pk__loss_rule {
     const char *domain; /* what its outputs must be, if anything */
     int classes;        /* integer targets are classes even with one output */
     unsigned options;   /* those it takes */
+    int degree;         /* of the gradient as a polynomial in f, between kinks; -1: it is none */
+    size_t kinks;       /* switch functions for each output, 0: the loss has no kinks */
+    void (*switches)(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y, pk_real *to);
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
@@ -498,25 +548,29 @@ static const pk__loss_rule pk__losses[] = {
      .name = "squared",
      .evaluate = pk__squared,
      .curvature = pk__squared_hessian,
-     .accept = pk__accept_any},
+     .accept = pk__accept_any,
+     .degree = 1},
     {.loss = PK_MEAN_SQUARED,
      .name = "mean_squared",
      .evaluate = pk__mean_squared,
      .curvature = pk__mean_squared_hessian,
-     .accept = pk__accept_any},
+     .accept = pk__accept_any,
+     .degree = 1},
     {.loss = PK_SOFTMAX_CROSS_ENTROPY,
      .name = "softmax_cross_entropy",
      .evaluate = pk__softmax_cross_entropy,
      .curvature = pk__softmax_hessian,
      .accept = pk__accept_masses,
      .classes = 1,
-     .options = PK__LABEL_SMOOTHING | PK__IGNORE_INDEX | PK__WEIGHT},
+     .options = PK__LABEL_SMOOTHING | PK__IGNORE_INDEX | PK__WEIGHT,
+     .degree = -1},
     {.loss = PK_LOGISTIC,
      .name = "logistic",
      .evaluate = pk__logistic,
      .curvature = pk__logistic_hessian,
      .accept = pk__accept_probabilities,
-     .options = PK__POS_WEIGHT},
+     .options = PK__POS_WEIGHT,
+     .degree = -1},
     {.loss = PK_NLL,
      .name = "nll",
      .evaluate = pk__nll,
@@ -529,13 +583,24 @@ static const pk__loss_rule pk__losses[] = {
      .evaluate = pk__huber,
      .curvature = pk__huber_hessian,
      .accept = pk__accept_any,
-     .options = PK__DELTA | PK__BETA},
+     .options = PK__DELTA | PK__BETA,
+     .degree = 1,
+     .kinks = 2,
+     .switches = pk__huber_switches},
     {.loss = PK_HINGE,
      .name = "hinge",
      .evaluate = pk__hinge,
      .curvature = pk__no_hessian,
-     .accept = pk__accept_class},
-    {.loss = PK_L1, .name = "l1", .evaluate = pk__l1, .curvature = pk__no_hessian, .accept = pk__accept_any},
+     .accept = pk__accept_class,
+     .kinks = 1,
+     .switches = pk__hinge_switches},
+    {.loss = PK_L1,
+     .name = "l1",
+     .evaluate = pk__l1,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_any,
+     .kinks = 1,
+     .switches = pk__l1_switches},
     {.loss = PK_KL_DIV,
      .name = "kl_div",
      .evaluate = pk__kl_div,
@@ -548,7 +613,10 @@ static const pk__loss_rule pk__losses[] = {
      .evaluate = pk__binary_cross_entropy,
      .curvature = pk__binary_cross_entropy_hessian,
      .accept = pk__accept_probabilities,
-     .domain = "binary_cross_entropy takes outputs in [0, 1], such as those of sigmoid"},
+     .domain = "binary_cross_entropy takes outputs in [0, 1], such as those of sigmoid",
+     .degree = -1,
+     .kinks = 1,
+     .switches = pk__binary_cross_entropy_switches},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
@@ -559,6 +627,26 @@ PK__PRIVATE const pk__loss_rule *pk__loss_find(pk_loss loss)
         if (pk__losses[i].loss == loss)
             return &pk__losses[i];
     return NULL;
+}
+
+/* How many functions of the outputs change their sign where the loss has kinks, and their values at the outputs f. */
+PK__PRIVATE size_t pk__criterion_kinks(const pk_criterion *c, size_t outputs)
+{
+    const pk__loss_rule *rule = c ? pk__loss_find(c->loss) : NULL;
+    return rule ? rule->kinks * outputs : 0;
+}
+
+PK__PRIVATE void pk__criterion_switches(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                        const pk_real *target, pk_real *to)
+{
+    pk__loss_find(c->loss)->switches(c, outputs, f, target, to);
+}
+
+/* The degree of the gradient as a polynomial in the outputs, between kinks; -1: it is none. */
+PK__PRIVATE int pk__criterion_degree(const pk_criterion *c)
+{
+    const pk__loss_rule *rule = c ? pk__loss_find(c->loss) : NULL;
+    return rule ? rule->degree : -1;
 }
 
 PK_API pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss)
