@@ -428,13 +428,14 @@ static size_t pk__along_most(const pk__along_side *side)
 }
 
 /* How far the rule's integral of df/dt over [a, b] misses the change of f of a side's rows, of the largest |df/dt|; what rounding
- * of f explains is 0. f: the outputs, or the loss where its gradients are integrated. */
+ * of f explains is 0. f: the outputs, or the loss where its gradients, polynomials in the outputs, are integrated. */
 static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side, double a,
                                    double b, int nodes, double *worst)
 {
     const pk_graph *graph = along->graph;
     const pk__gram_rows_of *of = side->of;
-    const pk_criterion *criterion = of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL;
+    const int kinks = of->seeds == PK__SEEDS_LOSS && pk__criterion_degree(along->criterion) >= 0;
+    const pk_criterion *criterion = kinks ? along->criterion : NULL;
     const size_t C = graph->output_width, kept = criterion ? 1 : C, last = graph->node_count - 1;
     const size_t count = of->rows.rows;
     double *change = NULL, node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1], largest = 0;
@@ -695,7 +696,8 @@ static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__al
         nodes = rows->far ? PK__PIECE_NODES : *order ? *order : 3;
     double missed = 0;
     pk_status status = PK_OK;
-    for (int halved = 0; !status && !done && halved <= PK__ALONG_REFINED; halved++) {
+    const int refined = rows->far ? 1 : PK__ALONG_REFINED; /* of pieces that are short enough already */
+    for (int halved = 0; !status && !done && halved <= refined; halved++) {
         double before = INFINITY;
         for (int s = 0; !status && s < 2; s++)
             status = pk__along_find(along, rows, &sides[s], a, b, halved);
@@ -721,7 +723,7 @@ static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__al
         for (int tried = 0; !status && !done; nodes++, tried++) {
             status = pk__along_meet(along, &sides[0], &sides[1], nodes + 1, numbers, along->fine);
             const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
-            const int last = halved == PK__ALONG_REFINED || graph->surrogate;
+            const int last = halved == refined || graph->surrogate;
             done = !status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER));
             if (done) {
                 along->error += apart;

@@ -121,29 +121,23 @@ static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_
                : PK_OK;
 }
 
-PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, const pk_dataset *inputs,
-                                    pk_quadrature quadrature, double tolerance, pk_domingos *result)
+/* The path kernel of each output, then the contributions to it: 2 C kernels in one pass. */
+static pk_kernel_options pk__domingos_option(const pk_kernel_options *first, size_t outputs, size_t number)
 {
-    pk_kernel_options first = {
-        .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
+    pk_kernel_options options = *first;
+    options.kind = number < outputs ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
+    options.output = number % outputs;
+    return options;
+}
+
+static pk_status pk__domingos_compute(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                      const pk_kernel_options *first, size_t rows, pk_domingos *result)
+{
+    const size_t C = run->outputs, plane = rows * run->examples;
     pk_kernel_options *options;
     pk_kernel_report *reports;
     double *numbers, **grams;
-    size_t shape[6];
-    int rank;
-    if (!inputs || !result || !result->contributions)
-        return pk__fail(context, PK_ARGUMENT,
-                        "domingos: the test rows or the place for the result are missing");
-    pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
-    if (status)
-        return status;
-    if (pk__domingos_sign(run) == 0)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "domingos: maximize is not the same for all parameter groups, so that the kernel's "
-                        "coefficients have no one sign");
-    const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
-    result->undefined = 0;
-    result->error = 0;
+    pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
     do {
         options = pk__arena_take(&arena, 2 * C, sizeof *options);
@@ -152,9 +146,7 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
         numbers = pk__arena_take(&arena, 2 * C, plane * sizeof *numbers);
     } while (pk__arena_again(context, &arena, "domingos", &status));
     for (size_t k = 0; !status && k < 2 * C; k++) {
-        options[k] = first;
-        options[k].kind = k < C ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
-        options[k].output = k % C;
+        options[k] = pk__domingos_option(first, C, k);
         grams[k] = numbers ? numbers + k * plane : NULL;
     }
     if (!status && plane)
@@ -171,6 +163,58 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
         status = pk__domingos_fill(context, run, rows, numbers, result);
     pk_release(context, arena.base);
     return status;
+}
+
+typedef struct pk__domingos_sample {
+    const pk_run *run;
+    const pk_dataset *inputs;
+    const pk_kernel_options *first;
+    size_t rows;
+} pk__domingos_sample;
+
+static pk_status pk__domingos_sample_run(pk_context *context, void *user)
+{
+    const pk__domingos_sample *own = user;
+    const size_t C = own->run->outputs;
+    pk_kernel_options *options = NULL;
+    pk_status status = pk_allocate(context, 2 * C, sizeof *options, "domingos", &options);
+    pk__kernel_sample sample = {.run = own->run, .left = own->inputs, .count = 2 * C, .options = options};
+    for (size_t k = 0; !status && k < 2 * C; k++)
+        options[k] = pk__domingos_option(own->first, C, k);
+    if (!status)
+        sample.beside =
+            pk__kernel_beside(own->run, own->inputs, NULL, 2 * C, options) +
+            2 * C * (own->rows * own->run->examples * sizeof(double) + sizeof(pk_kernel_report) + 128);
+    if (!status)
+        status = pk__kernel_sample_run(context, &sample);
+    pk_release(context, options);
+    return status;
+}
+
+PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                    pk_quadrature quadrature, double tolerance, pk_domingos *result)
+{
+    const pk_kernel_options first = {
+        .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
+    size_t shape[6];
+    int rank;
+    if (!inputs || !result || !result->contributions)
+        return pk__fail(context, PK_ARGUMENT,
+                        "domingos: the test rows or the place for the result are missing");
+    pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
+    if (status)
+        return status;
+    if (pk__domingos_sign(run) == 0)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "domingos: maximize is not the same for all parameter groups, so that the kernel's "
+                        "coefficients have no one sign");
+    result->undefined = 0;
+    result->error = 0;
+    status = pk__domingos_compute(context, run, inputs, &first, shape[0], result);
+    if (status != PK_MEMORY_LIMIT)
+        return status;
+    pk__domingos_sample sample = {run, inputs, &first, shape[0]};
+    return pk__fail_with_least(context, "domingos", pk__domingos_sample_run, &sample);
 }
 
 PK__END_COLD_CODE

@@ -334,6 +334,22 @@ static pk_status pk__file_run(pk__kernel_file *f)
     return status;
 }
 
+/* The first part of a file, as large as the limit lets it be, with all that is held beside it. */
+static pk_status pk__file_sample(pk_context *context, void *user)
+{
+    pk__kernel_file f = *(const pk__kernel_file *)user;
+    f.context = context;
+    pk__file_cut(&f);
+    const size_t rows = pk__min(f.cut, f.rows), columns = pk__min(f.cut, f.columns);
+    pk__kernel_sample sample = {
+        .run = f.run, .left = f.left, .right = f.right, .count = 1, .options = f.options};
+    sample.part = (pk__kernel_part){0, rows, 0, columns};
+    sample.beside = pk__kernel_beside(f.run, f.left, f.right, 1, f.options) +
+                    rows * columns * f.planes * f.width * f.width * sizeof(double);
+    const pk_status status = pk__file_identity(&f);
+    return status ? status : pk__kernel_sample_run(context, &sample);
+}
+
 PK_API pk_status pk_kernel_file(pk_context *context, const pk_run *run, const pk_dataset *left,
                                 const pk_dataset *right, const pk_kernel_options *options, const char *path,
                                 pk_kernel_report *report)
@@ -377,6 +393,8 @@ PK_API pk_status pk_kernel_file(pk_context *context, const pk_run *run, const pk
         context->progress_user = &f;
     }
     status = pk__file_run(&f);
+    if (status == PK_MEMORY_LIMIT)
+        status = pk__fail_with_least(context, "kernel file", pk__file_sample, &f);
     if (f.progress) {
         context->progress = f.progress;
         context->progress_user = f.progress_user;

@@ -62,6 +62,21 @@ PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, 
                                         const pk_dataset *right, size_t count, const pk_kernel_options *options,
                                         const pk__kernel_part *part, double *const *grams,
                                         pk_kernel_report *reports);
+/* What a call needs of memory, found by trial: `run` is called with contexts of different limits, and shall return PK_MEMORY_LIMIT
+ * where that is too little. Fails with PK_MEMORY_LIMIT and the least that would do. */
+typedef pk_status pk__memory_trial(pk_context *context, void *user);
+PK__INTERNAL pk_status pk__fail_with_least(pk_context *context, const char *name, pk__memory_trial *run,
+                                           void *user);
+/* The kernels of a call on its first rows and a few steps, which take as much memory as all of them. */
+typedef struct pk__kernel_sample {
+    const pk_run *run;
+    const pk_dataset *left, *right;
+    size_t count;
+    const pk_kernel_options *options;
+    size_t beside;        /* bytes that the call holds at the same time */
+    pk__kernel_part part; /* columns == 0: the first block */
+} pk__kernel_sample;
+PK__INTERNAL pk_status pk__kernel_sample_run(pk_context *context, void *sample);
 /* Makes the error relative to the largest entry of the whole matrix, and applies the map. PK_NOT_CLOSED as pk_kernels. */
 PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
                                          const pk_dataset *right, const pk_kernel_options *options,
@@ -836,6 +851,123 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
     return status;
 }
 
+/* ---- how much memory would do --------------------------------------------------------------------------- */
+
+PK__INTERNAL pk_status pk__fail_with_least(pk_context *context, const char *name, pk__memory_trial *run,
+                                           void *user)
+{
+    const size_t limit = context->memory_limit;
+    pk_context trial = *context;
+    size_t low = limit, high = pk__max(limit, context->memory_used + 4096);
+    trial.progress = NULL;
+    for (int grows = 1; grows;) {
+        low = high;
+        if (high > SIZE_MAX / 4)
+            return PK_MEMORY_LIMIT;
+        high += high / 2;
+        trial.memory_limit = high;
+        grows = run(&trial, user) == PK_MEMORY_LIMIT;
+    }
+    while (high - low > high / 64) {
+        const size_t middle = low + (high - low) / 2;
+        trial.memory_limit = middle;
+        if (run(&trial, user) == PK_MEMORY_LIMIT)
+            low = middle;
+        else
+            high = middle;
+    }
+    high += high / 32; /* rows with more kinks in a step than those of the trial take more */
+    return pk__fail(context, PK_MEMORY_LIMIT,
+                    "%s: %zu bytes of memory are not enough; the least that would do is %zu bytes", name, limit,
+                    high);
+}
+
+enum { PK__SAMPLE_STEPS = 16 };
+
+/* Options with some of the steps, the first and the last among them; every row counts. */
+static pk_kernel_options pk__kernel_sample_options(const pk_run *run, const pk_kernel_options *options,
+                                                   size_t steps[PK__SAMPLE_STEPS])
+{
+    pk_kernel_options some = *options;
+    const pk__kernel_row *row = &pk__kernel_rows[some.kind];
+    const size_t all = some.steps                    ? some.step_count
+                       : row->step == PK__STEP_ALONE ? 0
+                       : row->step == PK__STEP_MEAN  ? run->steps + 1
+                                                     : run->steps;
+    some.unweighted = row->weighted != 0;
+    if (!all)
+        return some;
+    some.step_count = pk__min(all, PK__SAMPLE_STEPS);
+    for (size_t k = 0; k < some.step_count; k++) {
+        const size_t at = some.step_count > 1 ? k * (all - 1) / (some.step_count - 1) : 0;
+        steps[k] = some.steps ? some.steps[at] : at;
+    }
+    some.steps = steps;
+    return some;
+}
+
+PK__INTERNAL pk_status pk__kernel_sample_run(pk_context *context, void *user)
+{
+    const pk__kernel_sample *sample = user;
+    const pk_run *run = sample->run;
+    pk_context own = *context; /* the results are the caller's */
+    pk_kernel_options *options = NULL;
+    double **grams = NULL;
+    void *beside = NULL;
+    size_t(*steps)[PK__SAMPLE_STEPS] = NULL, B = SIZE_MAX;
+    own.memory_limit = 0;
+    pk_status status = pk_allocate(&own, sample->count, sizeof *options, "kernels", &options);
+    if (!status)
+        status = pk_allocate(&own, sample->count, sizeof *grams, "kernels", &grams);
+    if (!status)
+        status = pk_allocate(&own, sample->count, sizeof *steps, "kernels", &steps);
+    for (size_t k = 0; !status && k < sample->count; k++) {
+        options[k] = pk__kernel_sample_options(run, &sample->options[k], steps[k]);
+        B = pk__min(B, pk__kernel_block(run, &options[k]));
+    }
+    pk__kernel_part part = sample->part;
+    if (!part.columns)
+        part = (pk__kernel_part){0, pk__min(B, pk__kernel_count(run, sample->left)), 0,
+                                 pk__min(B, pk__kernel_count(run, sample->right))};
+    for (size_t k = 0; !status && k < sample->count; k++) {
+        const size_t width = options[k].outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+        const size_t rows = options[k].left_train ? run->examples : part.rows;
+        status = pk_allocate(&own, rows * part.columns * width * width,
+                             pk__kernel_slots(run, &options[k]) * pk__kernel_layers(run, &options[k]) *
+                                 sizeof(double),
+                             "kernels", &grams[k]);
+    }
+    if (!status)
+        status = pk_allocate(context, sample->beside, 1, "kernels", &beside);
+    if (!status)
+        status = pk__kernels_part(context, run, sample->left, sample->right, sample->count, options, &part,
+                                  grams, NULL);
+    pk_release(context, beside);
+    for (size_t k = 0; grams && k < sample->count; k++)
+        pk_release(&own, grams[k]);
+    pk_release(&own, steps);
+    pk_release(&own, grams);
+    pk_release(&own, options);
+    return status;
+}
+
+/* Bytes beside a pass over the run: for a map, and for what is kept of each pair of blocks. */
+static size_t pk__kernel_beside(const pk_run *run, const pk_dataset *left, const pk_dataset *right,
+                                size_t count, const pk_kernel_options *options)
+{
+    size_t most = 0, pairs = 0;
+    for (size_t k = 0; k < count; k++) {
+        const size_t rows = pk__kernel_count(run, options[k].left_train ? NULL : left),
+                     columns = pk__kernel_count(run, right);
+        const size_t planes = pk__kernel_slots(run, &options[k]) * pk__kernel_layers(run, &options[k]);
+        const size_t blocks = pk__blocks(pk__max(rows, columns), pk__kernel_block(run, &options[k]));
+        if (options[k].map != PK_MAP_NONE)
+            most = pk__max(most, planes * (2 * rows + columns) * sizeof(double));
+        pairs = pk__max(pairs, blocks * blocks);
+    }
+    return most + count * pairs + 1024; /* what allocations add */
+}
+
 PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
                             const pk_dataset *right, size_t count, const pk_kernel_options *options,
                             double *const *grams, pk_kernel_report *reports)
@@ -869,6 +1001,12 @@ PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dat
         reports[k].seconds = pk__seconds() - start;
     }
     pk_release(context, own);
+    if (status == PK_MEMORY_LIMIT) {
+        pk__kernel_sample sample = {
+            .run = run, .left = left, .right = right, .count = count, .options = options};
+        sample.beside = pk__kernel_beside(run, left, right, count, options) + count * sizeof *own;
+        return pk__fail_with_least(context, "kernels", pk__kernel_sample_run, &sample);
+    }
     return status ? status : missed;
 }
 

@@ -382,7 +382,10 @@ PK__INTERNAL pk_status pk__pieces_split(pk__piece_search *search, size_t count, 
     for (size_t i = 0; !status && i < found.count; i++)
         status = search->switches ? pk__pieces_kinks(search, &found.piece[i], target, 0, &parted)
                                   : pk__pieces_append(search->context, search->name, &parted, &found.piece[i]);
-    if (!status && search->halves && search->criterion)
+    /* Polynomials of the outputs are as smooth as these; the slope of binary_cross_entropy alone says nothing: it is large where
+     * that of the outputs is small. */
+    const int bends = pk__criterion_degree(search->criterion) < 0 && search->criterion && !search->switches;
+    if (!status && search->halves && bends)
         status = pk__pieces_halve(search, parted.count, parted.piece, target, to);
     else
         for (size_t i = 0; !status && i < parted.count; i++)
@@ -429,7 +432,7 @@ PK__INTERNAL int pk__rows_are_steady(pk__path *path, size_t rows, const pk_crite
 {
     const pk_graph *graph = path->graph;
     const size_t some = pk__max(1, path->point_capacity / 3), last = graph->node_count - 1;
-    const int bends = pk__criterion_degree(criterion) < 0;
+    const int bends = criterion && pk__criterion_degree(criterion) < 0 && !pk__criterion_kinks(criterion, 1);
     for (size_t first = 0; first < rows; first += some) {
         const size_t count = pk__min(some, rows - first);
         for (size_t p = 0; p < 3 * count; p++) {
@@ -451,7 +454,7 @@ PK__INTERNAL int pk__rows_are_steady(pk__path *path, size_t rows, const pk_crite
                         return 0;
             }
         }
-        for (size_t r = 0; criterion && bends && graph->nodes[last].varies && r < count; r++)
+        for (size_t r = 0; bends && graph->nodes[last].varies && r < count; r++)
             if (!pk__steady_numbers(graph->output_width, path->tape.value[last] + 3 * r * graph->output_width,
                                     1))
                 return 0;
