@@ -93,6 +93,14 @@ static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node
     return &graph->nodes[node->inputs[0]];
 }
 
+/* The last layer where only an elementwise operation stands between it and node. */
+PK__PRIVATE const pk_node *pk__last_behind(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *between = pk__only_reader(graph, node);
+    const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
+    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
+}
+
 PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node)
 {
     if (pk__is_outer(node))

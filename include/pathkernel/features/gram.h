@@ -43,7 +43,8 @@ typedef enum pk__seeds {
 /* Rows, where in the space of weights their gradients are taken, and of what. */
 typedef struct pk__gram_rows_of {
     pk_matrix rows;
-    const pk_real *weights;   /* P; or: */
+    const pk_real *weights;   /* P, at each node where `moves`; or: */
+    int moves;                /* each node of the request has weights of its own, one behind the other */
     const pk_real *direction; /* P: row r is at weights + t[r] direction; NULL: all at the weights */
     const pk_real *t;
     pk__seeds seeds;
@@ -58,6 +59,8 @@ typedef struct pk__gram_request {
     const pk_criterion *criterion; /* PK__SEEDS_LOSS */
     int summed;                    /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
     int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
+    size_t nodes;     /* the result is a sum over so many nodes, with weights node_weight; 0: one, with weight 1 */
+    const double *node_weight;
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
 
@@ -78,6 +81,7 @@ PK__BEGIN_CODE
 typedef enum pk__gram_form {
     PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
     PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
+    PK__GRAM_SLOPES,   /* the same, summed over outputs whose d_k differ by factors that all rows share */
     PK__GRAM_PLACES,   /* a sum of that over pairs of places */
     PK__GRAM_ROWS      /* the gradients' products */
 } pk__gram_form;
@@ -92,6 +96,9 @@ typedef struct pk__gram_layer {
     size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
     size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
     size_t depth;             /* terms of a product of two cotangents or gradients */
+    const pk_node *last;      /* SLOPES: the last layer */
+    pk_real *seen[2];         /* SLOPES: of each side, nodes x terms x outputs x width: W^T seed_k; then D^T seed_k */
+    pk_real *factor;          /* SLOPES: nodes x terms x terms x width: sum_k of products of these */
     size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
     pk_real *constant;        /* CONSTANT: kept x kept */
 } pk__gram_layer;
@@ -100,10 +107,12 @@ typedef struct pk__gram_layer {
 typedef struct pk__gram_side {
     const pk__gram_rows_of *of;
     pk_matrix inputs;
-    const pk_real *weights, *direction; /* in the spread layout */
+    const pk_real *weights, *direction; /* in the spread layout; weights: of all nodes */
     int leads;                          /* the first of the two */
+    size_t nodes, node;                 /* with weights of their own; the one whose factors are computed */
     size_t first, rows, capacity;
-    pk_real *factors;
+    size_t numbers;   /* of a row, at one node */
+    pk_real *factors; /* node by node */
 } pk__gram_side;
 
 typedef struct pk__gram {
@@ -114,6 +123,12 @@ typedef struct pk__gram {
     int two_points;       /* the sides' gradients are taken at different weights */
     int uniform;          /* all rows have the same seeds */
     size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
+    size_t nodes;
+    const double *node_weight;
+    double weight_sum;
+    size_t terms; /* SLOPES: of V = W + t D, 2 where rows have a t of their own, else 1 */
+    int slopes;   /* sums over outputs of rows with unit seeds */
+    int lean;     /* no row needs a pass back */
     int by_layer;
     size_t plane;           /* by_layer: numbers of a layer's matrix */
     size_t layers, numbers; /* numbers kept of a row */
@@ -123,6 +138,7 @@ typedef struct pk__gram {
     size_t unit;        /* the larger of tile and sweep: where sides are cut */
     int together;       /* the rows of both sides go through the network as one */
     size_t left, right; /* numbers of a lane's products */
+    size_t scaled;      /* numbers of a row that are scaled for them, or slopes */
     int symmetric;
     pk_matrix result;
     int threads;
@@ -142,8 +158,9 @@ typedef struct pk__gram_rows {
 typedef struct pk__gram_lane {
     pk__tape forward, back;
     pk_real *inputs;
-    pk_real *left, *right, *tile, *spread;
+    pk_real *left, *right, *tile, *spread, *scaled;
     pk_real *gradients; /* with ties: of a row, in the spread layout */
+    pk_real *ones;      /* of a part: the cotangents that give slopes */
 } pk__gram_lane;
 
 /* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
@@ -163,17 +180,24 @@ static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
     return pk__arena_take(arena, numbers, sizeof(pk_real));
 }
 
+static pk_real *pk__gram_ones_take(pk__arena *arena, const pk__gram *gram)
+{
+    return pk__arena_take(arena, gram->part, gram->scaled * sizeof(pk_real));
+}
+
 static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
     pk__gram_back_take(arena, gram, &lane->back);
     lane->gradients = pk__gram_gradients_take(arena, gram);
+    lane->ones = pk__gram_ones_take(arena, gram);
     pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
     lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
     lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
     lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
     lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
     lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
+    lane->scaled = pk__arena_take(arena, gram->tile, gram->scaled * sizeof(pk_real));
 }
 
 static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
@@ -190,22 +214,29 @@ static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
     return lane;
 }
 
-/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
-static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
+/* Number `at` of the factors of a layer at a node; NULL where no layer has any: nothing may be added to NULL. */
+static pk_real *pk__gram_factors(const pk__gram_side *side, size_t node, size_t layer_at, size_t at)
 {
-    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
+    const size_t own = side->nodes > 1 ? node : 0;
+    return side->factors ? side->factors + side->capacity * (own * side->numbers + layer_at) + at : NULL;
 }
 
-/* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
-static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+/* Where a layer's factors of a row at a node are; inputs that are data are where the caller has them. */
+static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t node, size_t row)
 {
     return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
-                       : pk__gram_factors(side, layer->left_at, row * layer->left);
+                       : pk__gram_factors(side, node, layer->left_at, row * layer->left);
 }
 
-static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t node, size_t row)
 {
-    return pk__gram_factors(side, layer->right_at, row * layer->right);
+    return pk__gram_factors(side, node, layer->right_at, row * layer->right);
+}
+
+/* The weights of a side at the node whose factors are computed, in the spread layout. */
+static const pk_real *pk__gram_weights(const pk__gram_side *side, const pk_graph *graph)
+{
+    return side->weights + side->node * (graph->tied ? graph->spread : graph->parameters);
 }
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
@@ -265,23 +296,61 @@ static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const
             for (size_t l = 0; l < gram->layers; l++) {
                 const pk__gram_layer *layer = &gram->layer[l];
                 const size_t count = layer->right / outputs;
-                memcpy(pk__gram_right(side, layer, at + r) + k * count, flat + layer->offset,
+                memcpy(pk__gram_right(side, layer, side->node, at + r) + k * count, flat + layer->offset,
                        count * sizeof *flat);
             }
         }
     }
 }
 
+/* W^T seed_k and D^T seed_k of the last layer behind a layer, from the pass back of a row. */
+static void pk__gram_see(const pk__gram *gram, const pk__tape *tape, const pk__gram_side *side,
+                         const pk__gram_layer *layer)
+{
+    const pk_node *last = layer->last;
+    const size_t C = gram->outputs, out = last->fan_out, in = last->fan_in;
+    const pk_real *seeds = tape->cotangent[last - gram->graph->nodes],
+                  *weights = pk__gram_weights(side, gram->graph) + last->weight_offset;
+    pk_real *seen = layer->seen[!side->leads] + side->node * gram->terms * C * in;
+    pk__gemm(0, 0, C, in, out, 1, seeds, out, weights, in, 0, seen, in);
+    if (side->direction)
+        pk__gemm(0, 0, C, in, out, 1, seeds, out, side->direction + last->weight_offset, in, 0, seen + C * in,
+                 in);
+    else if (gram->terms > 1)
+        memset(seen + C * in, 0, C * in * sizeof *seen);
+}
+
+/* The slopes of the operation between a layer and the last one, and t times these. */
+static void pk__gram_slopes(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
+                            const pk__gram_layer *layer, size_t rows, pk_real *ones, pk_real *to)
+{
+    const pk_node *between = pk__only_reader(gram->graph, layer->node);
+    const size_t width = between->width;
+    pk_call call;
+    for (size_t i = 0; i < rows * width; i++)
+        ones[i] = 1;
+    pk__pass_call(tape, between, rows, 1, &call);
+    call.out_cotangent = ones;
+    call.in_cotangent[0] = gram->terms > 1 ? ones : to;
+    between->operation->reverse(&call);
+    for (size_t r = 0; r < rows && gram->terms > 1; r++)
+        for (size_t j = 0; j < width; j++) {
+            to[r * 2 * width + j] = ones[r * width + j];
+            to[r * 2 * width + width + j] = line->direction ? line->t[r] * ones[r * width + j] : 0;
+        }
+}
+
 /* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
 static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
-                          const pk__gram_side *side, size_t at, size_t rows)
+                          const pk__gram_side *side, size_t at, size_t rows, pk_real *ones)
 {
     const size_t outputs = gram->outputs;
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
         const pk_node *node = layer->node;
         const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
-        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
+        pk_real *left = pk__gram_left(side, layer, side->node, at),
+                *right = pk__gram_right(side, layer, side->node, at);
         if (layer->form == PK__GRAM_ROWS) {
             pk__gram_node_gradients(gram, tape, line, node, 0, rows, right);
         } else if (layer->form == PK__GRAM_PLACES) {
@@ -294,6 +363,11 @@ static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__
                 /* any row's will do; one thread has this one */
                 pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
                          layer->depth, 0, layer->constant, gram->kept);
+            if (layer->form == PK__GRAM_SLOPES) {
+                if (side->first + at == 0)
+                    pk__gram_see(gram, tape, side, layer);
+                pk__gram_slopes(gram, tape, line, layer, rows, ones, right);
+            }
         }
     }
 }
@@ -331,24 +405,27 @@ static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const pk__line line = {from->side->weights, from->side->direction,
+    const pk__line line = {pk__gram_weights(from->side, graph), from->side->direction,
                            from->side->direction ? from->side->of->t + from->side->first + at : NULL};
     pk__arena arena = pk__gram_arena(gram, lane);
     pk__tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
-    pk_real *gradients = pk__gram_gradients_take(&arena, gram);
+    pk_real *gradients = pk__gram_gradients_take(&arena, gram), *ones = pk__gram_ones_take(&arena, gram);
+    const size_t back_rows = !gram->lean ? rows : from->side->first + at == 0;
     for (size_t n = 0; n < graph->node_count; n++)
         tape->value[n] = values->value[n] + row * graph->nodes[n].width;
     for (size_t l = 0; l < gram->layers; l++)
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
-                pk__gram_right(from->side, &gram->layer[l], at);
-    pk__gram_seed(gram, tape, from->side, at, rows);
-    pk__pass_reverse(tape, &line, rows, gram->outputs);
+                pk__gram_right(from->side, &gram->layer[l], from->side->node, at);
+    if (back_rows) {
+        pk__gram_seed(gram, tape, from->side, at, back_rows);
+        pk__pass_reverse(tape, &line, back_rows, gram->outputs);
+    }
     if (gradients)
         pk__gram_keep_tied(gram, tape, &line, from->side, at, rows, gradients);
     else
-        pk__gram_keep(gram, tape, &line, from->side, at, rows);
+        pk__gram_keep(gram, tape, &line, from->side, at, rows, ones);
 }
 
 /* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
@@ -361,7 +438,8 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
     const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
-    const pk__line line = {to->weights, to->direction, to->direction ? to->of->t + to->first + at : NULL};
+    const pk__line line = {pk__gram_weights(to, gram->graph), to->direction,
+                           to->direction ? to->of->t + to->first + at : NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
     const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
@@ -391,7 +469,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     }
 }
 
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1 at their node. Threads have passes of their own or, where
  * some of them would wait, share the operations of each: in no region around those, which would start threads anew. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
@@ -412,11 +490,26 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
     }
 }
 
+/* The same at all their nodes. */
+static void pk__gram_fill_nodes(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
+{
+    for (size_t node = 0; node < gram->nodes; node++) {
+        pk__gram_side *second = other && node < other->nodes ? other : NULL;
+        side->node = node;
+        if (second)
+            second->node = node;
+        if (node < side->nodes)
+            pk__gram_fill(gram, side, second);
+        else if (second)
+            pk__gram_fill(gram, second, NULL);
+    }
+}
+
 /* ---- tiles --------------------------------------------------------------------------------------------- */
 
-/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
+/* tile += weight times the sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
 static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
-                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
+                            pk_real weight, const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
                             const pk_real *y_right, size_t rows, size_t columns)
 {
     const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
@@ -428,7 +521,7 @@ static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, p
             const size_t count = pk__min(layer->examples, columns - j), across = count * positions;
             pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
                      lane->left, across);
-            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
+            pk__gemm(0, 1, together * kept, across * kept, depth, weight, x_right + p * kept * depth, depth,
                      y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
             for (size_t q = 0; q < together; q++)
                 for (size_t k = 0; k < kept; k++) {
@@ -443,51 +536,109 @@ static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, p
     }
 }
 
-/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one. */
+/* left (+)= weight times the products of the inputs of a layer's rows at a node. */
+static void pk__gram_inputs(const pk__gram_layer *layer, const pk__gram_side *x, size_t i, size_t rows,
+                            const pk__gram_side *y, size_t j, size_t columns, size_t node, double weight,
+                            int more, pk_real *left)
+{
+    const size_t in = layer->node->fan_in;
+    pk__gemm(0, 1, rows, columns, in, (pk_real)weight, pk__gram_left(x, layer, node, i),
+             layer->data ? x->inputs.ld : in, pk__gram_left(y, layer, node, j), layer->data ? y->inputs.ld : in,
+             (pk_real)more, left, columns);
+}
+
+/* right (+)= weight times the products of what is kept of a layer's cotangents at a node. */
+static void pk__gram_cotangents(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
+                                const pk__gram_side *x, size_t i, size_t rows, const pk__gram_side *y, size_t j,
+                                size_t columns, size_t node, int more, pk_real *right)
+{
+    const size_t kept = gram->kept, depth = layer->depth, terms = gram->terms, width = depth / terms;
+    const pk_real *x_right = pk__gram_right(x, layer, node, i);
+    if (layer->form == PK__GRAM_SLOPES) { /* the sum over outputs, taken to the left side */
+        const pk_real *factor = layer->factor + node * terms * depth;
+        for (size_t r = 0; r < rows; r++)
+            for (size_t term = 0; term < terms; term++)
+                for (size_t h = 0; h < width; h++)
+                    lane->scaled[r * depth + term * width + h] =
+                        x_right[r * depth + h] * factor[term * width + h] +
+                        (terms > 1 ? x_right[r * depth + width + h] * factor[(2 + term) * width + h] : 0);
+        x_right = lane->scaled;
+    }
+    pk__gemm(0, 1, rows * kept, columns * kept, depth, (pk_real)gram->node_weight[node], x_right, depth,
+             pk__gram_right(y, layer, node, j), depth, (pk_real)more, right, columns * kept);
+}
+
+/* tile += (left + bias) o right, or of constants instead of right. */
+static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane, size_t rows,
+                          size_t columns, pk_real bias)
+{
+    const size_t kept = gram->kept, ld = columns * kept;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t s = 0; s < ld; s++)
+            lane->spread[s] = lane->left[r * columns + s / kept] + bias;
+        for (size_t k = 0; k < kept; k++) {
+            pk_real *to = lane->tile + (r * kept + k) * ld;
+            const pk_real *right = lane->right + (r * kept + k) * ld;
+            if (layer->form != PK__GRAM_CONSTANT)
+                for (size_t s = 0; s < ld; s++)
+                    to[s] += lane->spread[s] * right[s];
+            else
+                for (size_t s = 0; s < kept; s++)
+                    for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
+                        to[t] += lane->spread[t] * layer->constant[k * kept + s];
+        }
+    }
+}
+
+/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one; the sum over the
+ * nodes. Where only one factor depends on the node, that one is summed first, in the products. */
 static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
                           size_t rows, const pk__gram_side *y, size_t j, size_t columns, int column)
 {
-    const size_t kept = gram->kept, ld = columns * kept;
-    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
+    const size_t kept = gram->kept, ld = columns * kept, nodes = gram->nodes;
+    const pk_node *input = NULL; /* whose Gram matrix is in lane->left, of all nodes */
     memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
         const size_t depth = layer->depth;
         if (column >= 0 && layer->column != column)
             continue;
-        const pk_real *x_right = pk__gram_right(x, layer, i), *y_right = pk__gram_right(y, layer, j);
-        if (layer->form == PK__GRAM_ROWS) {
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
-            continue;
-        }
-        const size_t in = layer->node->fan_in;
-        const pk_real *x_left = pk__gram_left(x, layer, i), *y_left = pk__gram_left(y, layer, j);
-        if (layer->form == PK__GRAM_PLACES) {
-            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
-            input = NULL;
-            continue;
-        }
-        if (input != pk__layer_input(gram->graph, layer->node))
-            pk__gemm(0, 1, rows, columns, in, 1, x_left, layer->data ? x->inputs.ld : in, y_left,
-                     layer->data ? y->inputs.ld : in, 0, lane->left, columns);
-        input = pk__layer_input(gram->graph, layer->node);
-        if (layer->form == PK__GRAM_OUTER)
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t s = 0; s < ld; s++)
-                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
-            for (size_t k = 0; k < kept; k++) {
-                pk_real *to = lane->tile + (r * kept + k) * ld;
-                const pk_real *right = lane->right + (r * kept + k) * ld;
-                if (layer->form == PK__GRAM_OUTER)
-                    for (size_t s = 0; s < ld; s++)
-                        to[s] += lane->spread[s] * right[s];
+        if (layer->form == PK__GRAM_ROWS || layer->form == PK__GRAM_PLACES) {
+            for (size_t q = 0; q < nodes; q++) {
+                const pk_real weight = (pk_real)gram->node_weight[q];
+                const pk_real *x_right = pk__gram_right(x, layer, q, i), *y_right = pk__gram_right(y, layer, q, j);
+                if (layer->form == PK__GRAM_ROWS)
+                    pk__gemm(0, 1, rows * kept, ld, depth, weight, x_right, depth, y_right, depth, 1, lane->tile,
+                             ld);
                 else
-                    for (size_t s = 0; s < kept; s++)
-                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
-                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
+                    pk__gram_places(gram, layer, lane, weight, pk__gram_left(x, layer, q, i), x_right,
+                                    pk__gram_left(y, layer, q, j), y_right, rows, columns);
             }
+            input = layer->form == PK__GRAM_ROWS ? input : NULL;
+            continue;
         }
+        const pk_node *own = pk__layer_input(gram->graph, layer->node);
+        const int constant = layer->form == PK__GRAM_CONSTANT;
+        if (nodes == 1 || layer->data) { /* inputs that all nodes share */
+            if (input != own)
+                pk__gram_inputs(layer, x, i, rows, y, j, columns, 0, 1, 0, lane->left);
+            input = own;
+            for (size_t q = 0; q < nodes && !constant; q++)
+                pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, q > 0, lane->right);
+            pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
+            continue;
+        }
+        input = NULL;
+        for (size_t q = 0; q < nodes; q++) {
+            pk__gram_inputs(layer, x, i, rows, y, j, columns, q, constant ? gram->node_weight[q] : 1,
+                            constant && q > 0, lane->left);
+            if (constant)
+                continue;
+            pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, 0, lane->right);
+            pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
+        }
+        if (constant)
+            pk__gram_join(gram, layer, lane, rows, columns, (pk_real)(layer->bias * gram->weight_sum));
     }
 }
 
@@ -518,12 +669,39 @@ static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t plane, 
     return bad;
 }
 
+/* The factors of slopes: sum_k (V0 + t V1)_kh (V0' + t' V1')_kh, term by term. */
+static void pk__gram_factor(const pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
+{
+    const size_t terms = gram->terms, C = gram->outputs;
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const size_t width = layer->depth / terms;
+        for (size_t q = 0; q < gram->nodes && layer->form == PK__GRAM_SLOPES; q++)
+            for (size_t term = 0; term < terms * terms; term++) {
+                const pk_real *v[2];
+                const pk__gram_side *sides[2] = {x, y};
+                const size_t of[2] = {term / terms, term % terms};
+                pk_real *to = layer->factor + (q * terms * terms + term) * width;
+                for (int s = 0; s < 2; s++)
+                    v[s] = layer->seen[!sides[s]->leads] +
+                           ((sides[s]->nodes > 1 ? q : 0) * terms + of[s]) * C * width;
+                for (size_t h = 0; h < width; h++) {
+                    double sum = 0;
+                    for (size_t k = 0; k < C; k++)
+                        sum += (double)v[0][k * width + h] * v[1][k * width + h];
+                    to[h] = (pk_real)sum;
+                }
+            }
+    }
+}
+
 /* All pairs of two sides, or of one with itself. */
 static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
 {
     const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
     const int half = x == y, workers = gram->threads;
     const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
+    pk__gram_factor(gram, x, y);
     for (size_t start = 0; start < tiles; start += most) {
         const size_t end = start + pk__min(most, tiles - start);
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
@@ -582,7 +760,11 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     const double factored =
         places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
     layer->column = pk__gram_column(gram->graph, node);
-    layer->form = outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+    layer->last = outer && gram->slopes && gram->terms * kept < gram->outputs
+                      ? pk__last_behind(gram->graph, node)
+                      : NULL;
+    layer->form = layer->last ? PK__GRAM_SLOPES
+                  : outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
                   : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
                                                                                  : PK__GRAM_ROWS;
     if (layer->form == PK__GRAM_ROWS) {
@@ -595,6 +777,8 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     layer->left = layer->data ? 0 : node->positions * node->fan_in;
     layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
     layer->depth = node->fan_out * group;
+    if (layer->form == PK__GRAM_SLOPES)
+        layer->right = layer->depth = node->width * gram->terms;
     if (layer->form == PK__GRAM_PLACES) {
         const size_t row = node->positions * kept;
         layer->places = pk__max(1, pk__min(node->positions, room / row / kept));
@@ -652,6 +836,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->unit = pk__max(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
+    gram->lean = !graph->tied;
     for (size_t l = 0; l < graph->layers; l++) {
         pk__gram_layer *layer = &gram->layer[gram->layers];
         layer->node = pk_graph_layer(graph, l);
@@ -667,6 +852,8 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         gram->layers++;
         if (graph->tied)
             continue;
+        gram->lean &= layer->form == PK__GRAM_CONSTANT || layer->form == PK__GRAM_SLOPES;
+        gram->scaled = pk__max(gram->scaled, layer->form == PK__GRAM_SLOPES ? layer->depth : 0);
         const size_t pairs = layer->places * layer->examples * layer->node->positions;
         gram->left = pk__max(gram->left, pairs);
         gram->right = pk__max(gram->right, pairs * kept * kept);
@@ -675,7 +862,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     gram->lane_bytes = arena.used;
-    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit)
+    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit / gram->nodes)
         return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
     return PK_OK;
 }
@@ -686,7 +873,7 @@ enum { PK__OPERATION_TILES = 8 };
 static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
 {
     pk_context *context = gram->context;
-    const size_t row = gram->numbers * sizeof(pk_real), unit = gram->unit,
+    const size_t row = gram->numbers * gram->nodes * sizeof(pk_real), unit = gram->unit,
                  used = context ? context->memory_used : 0;
     const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
     const int whole = gram->symmetric && x <= unit;
@@ -741,14 +928,14 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
         if (status)
             return status;
         x->rows = pk__min(x->capacity, rows - x->first);
-        pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
+        pk__gram_fill_nodes(gram, x, whole && !x->first ? y : NULL);
         if (gram->symmetric || whole)
             status = pk__gram_pairs(gram, x, whole ? y : x);
         /* Of a symmetric kernel the blocks below the diagonal. */
         const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
         for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
             y->rows = pk__min(y->capacity, end - y->first);
-            pk__gram_fill(gram, y, NULL);
+            pk__gram_fill_nodes(gram, y, NULL);
             status = pk__gram_pairs(gram, x, y);
         }
         y->first = 0;
@@ -762,7 +949,7 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
 static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
 {
     pk_context *context = gram->context;
-    const size_t row = gram->numbers;
+    const size_t row = gram->numbers * gram->nodes;
     size_t pair = SIZE_MAX;
     pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
     /* Both sides at once: glibc gives back to the system, and takes anew page by page at the next call, what is larger than
@@ -772,6 +959,7 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
             pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
     if (!status && x->factors)
         y->factors = x->factors + x->capacity * row;
+    x->numbers = y->numbers = gram->numbers;
     if (!status)
         status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
     if (!status)
@@ -820,8 +1008,9 @@ static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const
         return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
                         x->rows.rows, y->rows.rows, gram->outputs);
     status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
-    const pk_matrix read[4] = {x->rows, y->rows, pk__as_row(x->weights, graph->parameters),
-                               pk__as_row(y->weights, graph->parameters)};
+    const pk_matrix read[4] = {x->rows, y->rows,
+                               pk__as_row(x->weights, graph->parameters * (x->moves ? gram->nodes : 1)),
+                               pk__as_row(y->weights, graph->parameters * (y->moves ? gram->nodes : 1))};
     return status ? status : pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
 }
 
@@ -829,22 +1018,46 @@ static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const
 static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
 {
     const pk_graph *graph = gram->graph;
+    const size_t spread = graph->spread;
     pk_status status = PK_OK;
-    for (int s = 0; s < 2; s++) {
-        sides[s].weights = sides[s].of->weights;
-        sides[s].direction = sides[s].of->direction;
-    }
     if (graph->tied)
-        status = pk_allocate(gram->context, graph->spread, 4 * sizeof **memory, gram->name, memory);
-    for (int s = 0; !status && graph->tied && s < 2; s++) {
-        pk_real *own = *memory + (size_t)(2 * s) * graph->spread;
-        pk_graph_spread(graph, sides[s].weights, own);
-        sides[s].weights = own;
-        if (sides[s].direction) {
-            pk_graph_spread(graph, sides[s].direction, own + graph->spread);
-            sides[s].direction = own + graph->spread;
+        status = pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
+    for (int s = 0; s < 2; s++) {
+        pk__gram_side *side = &sides[s];
+        side->weights = side->of->weights;
+        side->direction = side->of->direction;
+        side->nodes = side->of->moves ? gram->nodes : 1;
+        if (status || !graph->tied)
+            continue;
+        pk_real *own = *memory + (size_t)s * (gram->nodes + 1) * spread;
+        for (size_t q = 0; q < side->nodes; q++)
+            pk_graph_spread(graph, side->weights + q * graph->parameters, own + q * spread);
+        side->weights = own;
+        if (side->direction) {
+            pk_graph_spread(graph, side->direction, own + gram->nodes * spread);
+            side->direction = own + gram->nodes * spread;
         }
     }
+    return status;
+}
+
+/* Constants of the layers, and what slopes are multiplied with; *memory is released by the caller. */
+static pk_status pk__gram_constants(pk__gram *gram, pk_real **memory)
+{
+    const size_t square = gram->kept * gram->kept, C = gram->outputs, nodes = gram->nodes;
+    pk_status status = PK_OK;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do
+        for (size_t l = 0; l < gram->layers; l++) {
+            pk__gram_layer *layer = &gram->layer[l];
+            const size_t depth = layer->form == PK__GRAM_SLOPES ? layer->depth * nodes : 0;
+            layer->constant = pk__arena_take(&arena, square, sizeof(pk_real));
+            for (int s = 0; s < 2; s++)
+                layer->seen[s] = pk__arena_take(&arena, depth, C * sizeof(pk_real));
+            layer->factor = pk__arena_take(&arena, depth, gram->terms * sizeof(pk_real));
+        }
+    while (pk__arena_again(gram->context, &arena, gram->name, &status));
+    *memory = (pk_real *)(void *)arena.base;
     return status;
 }
 
@@ -856,6 +1069,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     pk__gram gram;
     pk__gram_side sides[2];
     pk_real *constants = NULL, *spread = NULL;
+    const double one = 1;
     memset(&gram, 0, sizeof gram);
     memset(sides, 0, sizeof sides);
     gram.symmetric = !right;
@@ -864,7 +1078,14 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     gram.context = context;
     gram.graph = graph;
     gram.criterion = request->criterion;
-    gram.two_points = left->weights != right->weights || left->direction || right->direction;
+    gram.nodes = request->nodes ? request->nodes : 1;
+    gram.node_weight = request->nodes ? request->node_weight : &one;
+    for (size_t q = 0; q < gram.nodes; q++)
+        gram.weight_sum += gram.node_weight[q];
+    gram.two_points = left->weights != right->weights || left->moves != right->moves || left->direction ||
+                      right->direction;
+    gram.terms = left->direction || right->direction ? 2 : 1;
+    gram.slopes = request->summed && left->seeds == PK__SEEDS_UNITS && right->seeds == PK__SEEDS_UNITS;
     gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
     gram.result = result;
     gram.kept = (size_t)request->summed;
@@ -881,12 +1102,9 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     }
     status = pk_allocate(context, graph->layers, sizeof *gram.layer, gram.name, &gram.layer);
     if (!status)
-        status = pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, gram.name,
-                             &constants);
-    if (!status)
         status = pk__gram_plan(&gram, left->rows.rows, right->rows.rows);
-    for (size_t l = 0; !status && l < graph->layers; l++)
-        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
+    if (!status)
+        status = pk__gram_constants(&gram, &constants);
     sides[0].of = left;
     sides[0].inputs = left->rows;
     sides[0].leads = 1;

@@ -144,14 +144,6 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
     return pk__max(1, pk__min(points, ((size_t)1 << 21) / numbers / pk__max(outputs, 1)));
 }
 
-/* The last layer where only an elementwise operation stands between it and node. */
-static const pk_node *pk__last_behind(const pk_graph *graph, const pk_node *node)
-{
-    const pk_node *between = pk__only_reader(graph, node);
-    const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
-    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
-}
-
 static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *readout, int bounds,
                                         const pk__representation *representation)
 {
