@@ -15,6 +15,7 @@
 #include "pathkernel/kernels/sketch.h"
 #include "pathkernel/kernels/nodes.h"
 #include "pathkernel/run/train.h"
+#include "pathkernel/binding/layout.h"
 #endif
 
 #include <float.h>
