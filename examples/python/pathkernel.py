@@ -203,6 +203,7 @@ pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset 
 # Fields that are called: these are compared likewise.
 _CALLBACKS = {
     "pk_context.progress": "int (*)(void *user, const char *phase, double fraction)",
+    "pk_decompose_options.readout.function": "void (*)(void *user, size_t row, const pk_real *f, pk_real *h, pk_real *slope)",
     "pk_constants.load": "pk_status (*)(void *user, pk_context *context, const char *name, pk_array *array)",
 }
 
@@ -256,6 +257,9 @@ _STRUCTS: dict[str, dict[str, Any]] = {
         "readout.kind": c_uint,
         "readout.output": c_size_t,
         "readout.labels": c_void_p,
+        "readout.count": c_size_t,
+        "readout.function": c_void_p,
+        "readout.user": c_void_p,
         "keep": c_uint * 8,
         "groups": c_void_p,
         "group_count": c_size_t,
@@ -950,7 +954,7 @@ class Run:
     def decompose(
         self,
         x: Any,
-        outputs: str | int | Sequence[int] = "all",
+        outputs: str | int | Sequence[int] | Callable[[int, np.ndarray], Any] = "all",
         keep: str | Sequence[str] = "example",
         *,
         labels: Any = None,
@@ -967,8 +971,9 @@ class Run:
     ) -> Decomposition:
         """Decomposes f(w_S, x) over the training examples.
 
-        x: (M, D...), the axes in the network's order. outputs: "all"; the number of one; numbers of several; or "label", the
-        output that the network decides for, or labels (M,), one for each input. keep: which sums to keep, of "example" (or
+        x: (M, D...), the axes in the network's order. outputs: "all"; the number of one; numbers of several; "label", the
+        output that the network decides for, with labels (M,) one for each input; or a smooth function of (number of the input,
+        its outputs f (C,)), which gives numbers h (K,) and their slopes dh/df (K, C), such as a log-probability. keep: which sums to keep, of "example" (or
         "train"), "step", "layer", "group", and "total" for none; "example,step" keeps both axes in one array. groups: (N,)
         the number of each training example's group, for "group". bounds: a bound on the error of each entry of by_example.
         tolerance, unattributed: 0 for the library's own. progress: True or False for a bar of tqdm, which long calls
@@ -998,6 +1003,8 @@ class Run:
                 raise _refusal(f"outputs={outputs!r} does not go with labels")
             labels = self._labels(rows, labels)
             options.readout_kind, options.readout_labels = library.PK_READOUT_LABEL, labels.ctypes.data
+        elif callable(outputs):
+            readout = self._readout(call, outputs, rows, options)
         elif isinstance(outputs, str):
             if outputs != "all":
                 raise _refusal(
@@ -1221,6 +1228,47 @@ class Run:
                 Status.SHAPE, f"labels: an array of {found.shape}; each of {len(rows)} inputs has one"
             )
         return found
+
+    def _readout(
+        self, call: _Call, function: Callable[[int, np.ndarray], Any], rows: np.ndarray, options: Any
+    ) -> Any:
+        """Sets a function of the outputs; returns what has to outlive the call."""
+        outputs, real = self.outputs, _library().real
+        number = ctypes.c_float if real == np.float32 else c_double
+        if not len(rows):
+            return None  # the library refuses that
+        first, slopes = (np.asarray(one) for one in function(0, self(rows[:1])[0]))
+        count = first.size
+        if np.atleast_1d(first).ndim > 1 or np.atleast_2d(slopes).shape != (count, outputs):
+            raise InputError(
+                Status.SHAPE,
+                f"outputs: the function gives {first.shape} numbers, and {slopes.shape} slopes instead of ({count}, {outputs})",
+            )
+
+        def readout(user: Any, row: int, f: int, h: int | None, slope: int | None) -> None:
+            """Also called from the library's threads; several wait for each other."""
+            places = [(h, (count,), 0), (slope, (count, outputs), 1)]
+            try:
+                given = np.ctypeslib.as_array((number * outputs).from_address(f)).astype(np.float64)
+                results: Any = (0, 0) if call.error else function(row, given)
+            except BaseException as error:  # it cannot pass through the library
+                call.error = call.error or error
+                results = 0, 0
+            for place, shape, which in places:
+                if place:
+                    array = np.ctypeslib.as_array((number * math.prod(shape)).from_address(place)).reshape(
+                        shape
+                    )
+                    try:
+                        array[...] = results[which]
+                    except BaseException as error:
+                        call.error = call.error or error
+                        array[...] = 0
+
+        thunk = _library().callbacks["pk_decompose_options.readout.function"](readout)
+        options.readout_kind, options.readout_count = _library().PK_READOUT_FUNCTION, count
+        options.readout_function = ctypes.cast(thunk, c_void_p)
+        return thunk
 
     def _kernel_outputs(self, kernel: str, outputs: str | int | None, options: Any) -> None:
         library = _library()

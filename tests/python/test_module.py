@@ -125,7 +125,7 @@ class Declarations(unittest.TestCase):
         lines = ["#define PATHKERNEL_FLOAT" if library.real == np.float32 else "", '#include "pathkernel.h"']
         lines.append(pathkernel._FUNCTIONS)  # another declaration of a function is an error
         for name, type_ in pathkernel._CALLBACKS.items():
-            struct, field = name.split(".")
+            struct, field = name.split(".", 1)
             lines.append(
                 f"_Static_assert(_Generic((({struct} *)0)->{field}, {type_}: 1, default: 0), {name!r});"
             )
@@ -250,6 +250,36 @@ class Numbers(unittest.TestCase):
             given.by_example[:, 0], RESULT.by_example[rows, [0, 1, 1, 0, 1]], rtol=0, atol=1e-11
         )
         np.testing.assert_array_equal(RUN.decompose(TESTS, -1).by_example, one.by_example)
+
+    def test_functions(self):
+        """log p of the second class, and a linear function, by the chain rule of the definition: both close, one is known."""
+
+        def both(row, f):
+            p = np.exp(f - f.max()) / np.exp(f - f.max()).sum()
+            return [np.log(p[1]), f[0] + row * f[1]], [np.eye(2)[1] - p, [1, row]]
+
+        result = RUN.decompose(TESTS, both, keep=["example", "layer"])
+        p = np.exp(RESULT.final) / np.exp(RESULT.final).sum(1, keepdims=True)
+        np.testing.assert_allclose(result.final[:, 0], np.log(p[:, 1]), rtol=0, atol=1e-13)
+        rows = np.arange(M)[:, None]
+        wanted = RESULT.by_example[:, 0] + rows * RESULT.by_example[:, 1]
+        np.testing.assert_allclose(result.by_example[:, 1], wanted, rtol=0, atol=1e-10)
+        self.assertLess(np.abs(result.residual()).max(), 1e-13)
+        self.assertTrue(result.closed)
+        self.assertGreater(np.abs(result.by_example[:, 0]).max(), 1e-3)
+        one = RUN.decompose(TESTS, lambda row, f: (f[0], [1, 0]), threads=2)
+        np.testing.assert_allclose(one.by_example[:, 0], RESULT.by_example[:, 0], rtol=0, atol=1e-10)
+        calls = []
+
+        def failing(row, f):
+            calls.append(row)
+            if len(calls) > 3:
+                raise KeyError("mine")
+            return f[0], [1, 0]
+
+        self.assertRaisesRegex(KeyError, "mine", RUN.decompose, TESTS, failing, threads=2)
+        for wrong in (lambda row, f: (f[0], [1]), lambda row, f: (f, [1, 0])):
+            self.assertRaisesRegex(pathkernel.InputError, "slopes", RUN.decompose, TESTS, wrong)
 
     def test_keeps(self):
         groups = np.arange(N) % 3
