@@ -1004,7 +1004,7 @@ class Run:
             labels = self._labels(rows, labels)
             options.readout_kind, options.readout_labels = library.PK_READOUT_LABEL, labels.ctypes.data
         elif callable(outputs):
-            readout = self._readout(call, outputs, rows, options)
+            readout = self._readout(call, outputs, rows, options)  # called until the end
         elif isinstance(outputs, str):
             if outputs != "all":
                 raise _refusal(
@@ -1657,7 +1657,8 @@ class Decomposition:
         ax.barh(len(bars), self.final[row, output], color="tab:gray")
         ax.set_yticks(range(len(bars) + 1), [*(str(name) for name, _ in bars), "final"])
         ax.invert_yaxis()
-        ax.margins(x=0.15)
+        ax.use_sticky_edges = False
+        ax.margins(x=0.12)
         ax.set_title(f"input {row}, output {self._name(row, output)}")
         return ax
 

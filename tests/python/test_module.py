@@ -44,6 +44,11 @@ FOLDER = tempfile.TemporaryDirectory()
 names = itertools.count()
 
 
+def rounding(tolerance):
+    """A tolerance for double; of a library in float, as many of its roundings, but at most 2e-3."""
+    return tolerance if pathkernel._library().real == np.float64 else min(5e8 * tolerance, 2e-3)
+
+
 def new_folder():
     return os.path.join(FOLDER.name, f"run{next(names)}")
 
@@ -197,7 +202,7 @@ class Numbers(unittest.TestCase):
     def test_network(self):
         network = pathkernel.Network(SMOOTH)
         w = network.initialize(7)
-        np.testing.assert_allclose(network(w, X), forward(w, X)[1], rtol=0, atol=1e-14)
+        np.testing.assert_allclose(network(w, X), forward(w, X)[1], rtol=0, atol=rounding(1e-14))
         self.assertEqual((network.parameters, network.outputs, network.input_shape), (38, 2, (3,)))
 
     def test_definition(self):
@@ -214,25 +219,27 @@ class Numbers(unittest.TestCase):
                 for t, k in zip(nodes, factors)
             )
             wanted[m, c, :, s] = -rate / N * gradients[s] @ phi
-        np.testing.assert_allclose(result.by_example_step, wanted, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(result.by_example, wanted.sum(3), rtol=0, atol=1e-12)
-        np.testing.assert_allclose(result.initial, forward(weights[0], TESTS)[1], rtol=0, atol=1e-14)
-        np.testing.assert_allclose(result.final, forward(weights[-1], TESTS)[1], rtol=0, atol=1e-14)
-        self.assertLess(np.abs(result.residual()).max(), 1e-14)
-        self.assertLess(np.abs(result.closure).max(), 1e-13)
+        np.testing.assert_allclose(result.by_example_step, wanted, rtol=0, atol=rounding(1e-12))
+        np.testing.assert_allclose(result.by_example, wanted.sum(3), rtol=0, atol=rounding(1e-12))
+        np.testing.assert_allclose(
+            result.initial, forward(weights[0], TESTS)[1], rtol=0, atol=rounding(1e-14)
+        )
+        np.testing.assert_allclose(result.final, forward(weights[-1], TESTS)[1], rtol=0, atol=rounding(1e-14))
+        self.assertLess(np.abs(result.residual()).max(), rounding(1e-14))
+        self.assertLess(np.abs(result.closure).max(), rounding(1e-13))
 
     def test_parts(self):
         self.assertEqual(RESULT.by_example.shape, (M, 2, N))
         self.assertEqual(RESULT.by_step.shape, (M, 2, STEPS))
         self.assertEqual(RESULT.by_layer.shape, (M, 2, 2))
         for name in ("by_example", "by_step", "by_layer"):
-            np.testing.assert_allclose(RESULT[name].sum(2), RESULT.data, rtol=0, atol=1e-13)
+            np.testing.assert_allclose(RESULT[name].sum(2), RESULT.data, rtol=0, atol=rounding(1e-13))
         self.assertEqual(list(RESULT.parts), ["initial", "data", "decay", "unattributed", "closure"])
-        self.assertLess(np.abs(RESULT.residual()).max(), 1e-14)
+        self.assertLess(np.abs(RESULT.residual()).max(), rounding(1e-14))
         self.assertGreater(np.abs(RESULT.decay).max(), 1e-6)
         self.assertTrue(RESULT.closed)
         self.assertEqual(RESULT.status, pathkernel.Status.OK)
-        self.assertLess(RESULT.certificate["worst_closure"], 1e-12)
+        self.assertLess(RESULT.certificate["worst_closure"], rounding(1e-12))
         self.assertIn("by_example (5, 2, 24)", repr(RESULT))
 
     def test_outputs(self):
@@ -240,14 +247,18 @@ class Numbers(unittest.TestCase):
         several = RUN.decompose(TESTS, [1, 0, 1], keep=["example", "layer"])
         label = RUN.decompose(TESTS, "label")
         given = RUN.decompose(TESTS, labels=[0, 1, 1, 0, 1])
-        np.testing.assert_allclose(one.by_example, RESULT.by_example[:, 1:], rtol=0, atol=1e-11)
-        np.testing.assert_allclose(several.by_example, RESULT.by_example[:, [1, 0, 1]], rtol=0, atol=1e-11)
-        np.testing.assert_allclose(several.by_layer, RESULT.by_layer[:, [1, 0, 1]], rtol=0, atol=1e-11)
+        np.testing.assert_allclose(one.by_example, RESULT.by_example[:, 1:], rtol=0, atol=rounding(1e-11))
+        np.testing.assert_allclose(
+            several.by_example, RESULT.by_example[:, [1, 0, 1]], rtol=0, atol=rounding(1e-11)
+        )
+        np.testing.assert_allclose(
+            several.by_layer, RESULT.by_layer[:, [1, 0, 1]], rtol=0, atol=rounding(1e-11)
+        )
         rows = np.arange(M)
-        np.testing.assert_allclose(label.final[:, 0], RESULT.final.max(1), rtol=0, atol=1e-11)
+        np.testing.assert_allclose(label.final[:, 0], RESULT.final.max(1), rtol=0, atol=rounding(1e-11))
         np.testing.assert_array_equal(label.outputs, RESULT.final.argmax(1))
         np.testing.assert_allclose(
-            given.by_example[:, 0], RESULT.by_example[rows, [0, 1, 1, 0, 1]], rtol=0, atol=1e-11
+            given.by_example[:, 0], RESULT.by_example[rows, [0, 1, 1, 0, 1]], rtol=0, atol=rounding(1e-11)
         )
         np.testing.assert_array_equal(RUN.decompose(TESTS, -1).by_example, one.by_example)
 
@@ -260,15 +271,17 @@ class Numbers(unittest.TestCase):
 
         result = RUN.decompose(TESTS, both, keep=["example", "layer"])
         p = np.exp(RESULT.final) / np.exp(RESULT.final).sum(1, keepdims=True)
-        np.testing.assert_allclose(result.final[:, 0], np.log(p[:, 1]), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(result.final[:, 0], np.log(p[:, 1]), rtol=0, atol=rounding(1e-13))
         rows = np.arange(M)[:, None]
         wanted = RESULT.by_example[:, 0] + rows * RESULT.by_example[:, 1]
-        np.testing.assert_allclose(result.by_example[:, 1], wanted, rtol=0, atol=1e-10)
-        self.assertLess(np.abs(result.residual()).max(), 1e-13)
+        np.testing.assert_allclose(result.by_example[:, 1], wanted, rtol=0, atol=rounding(1e-10))
+        self.assertLess(np.abs(result.residual()).max(), rounding(1e-13))
         self.assertTrue(result.closed)
         self.assertGreater(np.abs(result.by_example[:, 0]).max(), 1e-3)
         one = RUN.decompose(TESTS, lambda row, f: (f[0], [1, 0]), threads=2)
-        np.testing.assert_allclose(one.by_example[:, 0], RESULT.by_example[:, 0], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            one.by_example[:, 0], RESULT.by_example[:, 0], rtol=0, atol=rounding(1e-10)
+        )
         calls = []
 
         def failing(row, f):
@@ -291,12 +304,14 @@ class Numbers(unittest.TestCase):
             ["by_group_step", "by_example_layer", "by_group"],
         )
         wanted = np.stack([RESULT.by_example[:, :, groups == g].sum(2) for g in range(3)], 2)
-        np.testing.assert_allclose(result.by_group, wanted, rtol=0, atol=1e-13)
-        np.testing.assert_allclose(result.by_group_step.sum(3), wanted, rtol=0, atol=1e-13)
-        np.testing.assert_allclose(result.by_example_layer.sum(2), RESULT.by_layer, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(result.by_group, wanted, rtol=0, atol=rounding(1e-13))
+        np.testing.assert_allclose(result.by_group_step.sum(3), wanted, rtol=0, atol=rounding(1e-13))
+        np.testing.assert_allclose(
+            result.by_example_layer.sum(2), RESULT.by_layer, rtol=0, atol=rounding(1e-13)
+        )
         total = RUN.decompose(TESTS, keep="total")
         self.assertFalse([name for name in total if name.startswith("by")])
-        self.assertLess(np.abs(total.residual()).max(), 1e-14)
+        self.assertLess(np.abs(total.residual()).max(), rounding(1e-14))
         with self.assertRaisesRegex(AttributeError, "by_step was not kept: keep='step'"):
             total.by_step
         with self.assertRaisesRegex(AttributeError, "no nonsense"):
@@ -305,9 +320,11 @@ class Numbers(unittest.TestCase):
     def test_bounds_and_step_closure(self):
         result = RUN.decompose(TESTS, bounds=True, step_closure=True)
         self.assertEqual(result.bounds.shape, (M, 2, N))
-        self.assertTrue((result.bounds > 0).all() and result.bounds.max() < 1e-9)
+        self.assertTrue(
+            (result.bounds > 0).all() and result.bounds.max() < (1e-9 if rounding(1e-9) == 1e-9 else 1)
+        )
         self.assertEqual(result.closure_by_step.shape, (M, 2, STEPS))
-        self.assertLess(np.abs(result.closure_by_step).max(), 1e-12)
+        self.assertLess(np.abs(result.closure_by_step).max(), rounding(1e-12))
 
     def test_rules_and_until(self):
         with self.assertWarnsRegex(pathkernel.ClosureWarning, "closure is .* the tolerance"):
@@ -316,10 +333,10 @@ class Numbers(unittest.TestCase):
         self.assertFalse(rough.closed)
         self.assertGreater(np.abs(rough.closure).max(), 1e-6)
         gauss = RUN.decompose(TESTS, quadrature="gauss:9", tolerance=1e-6)
-        np.testing.assert_allclose(gauss.by_example, RESULT.by_example, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(gauss.by_example, RESULT.by_example, rtol=0, atol=rounding(1e-9))
         early = pathkernel.Run(RUN.path, until=4)
         self.assertEqual((early.steps, early.decompose(TESTS, keep="step").by_step.shape[2]), (4, 4))
-        np.testing.assert_allclose(early.decompose(TESTS).final, RUN(TESTS, 4), rtol=0, atol=1e-14)
+        np.testing.assert_allclose(early.decompose(TESTS).final, RUN(TESTS, 4), rtol=0, atol=rounding(1e-14))
         np.testing.assert_array_equal(early(TESTS), RUN(TESTS, 4))
 
     def test_unattributed(self):
@@ -330,7 +347,7 @@ class Numbers(unittest.TestCase):
         with self.assertWarnsRegex(pathkernel.UnattributedWarning, "unattributed"):
             wrong = pathkernel.Run(folder).decompose(TESTS)
         self.assertEqual(wrong.status, pathkernel.Status.UNATTRIBUTED)
-        self.assertLess(np.abs(wrong.residual()).max(), 1e-14)
+        self.assertLess(np.abs(wrong.residual()).max(), rounding(1e-14))
 
     def test_helpers(self):
         row = RESULT.by_example[2, 1]
@@ -344,9 +361,12 @@ class Numbers(unittest.TestCase):
         self.assertEqual(RESULT.strongest(0, by="step").dtype.names, ("step", "contribution"))
         difference = RESULT.combine([1, -1])
         np.testing.assert_allclose(
-            difference.by_step[:, 0], RESULT.by_step[:, 0] - RESULT.by_step[:, 1], rtol=0, atol=1e-15
+            difference.by_step[:, 0],
+            RESULT.by_step[:, 0] - RESULT.by_step[:, 1],
+            rtol=0,
+            atol=rounding(1e-15),
         )
-        self.assertLess(np.abs(difference.residual()).max(), 1e-14)
+        self.assertLess(np.abs(difference.residual()).max(), rounding(1e-14))
 
     def test_save_and_load(self):
         folder = new_folder()
@@ -354,7 +374,7 @@ class Numbers(unittest.TestCase):
         again = pathkernel.load(folder, RUN)
         self.assertEqual(set(again), set(RESULT))
         np.testing.assert_array_equal(again.by_step, RESULT.by_step)
-        self.assertLess(np.abs(again.residual()).max(), 1e-14)
+        self.assertLess(np.abs(again.residual()).max(), rounding(1e-14))
 
     def test_program(self):
         if not PROGRAM:
@@ -370,8 +390,10 @@ class Numbers(unittest.TestCase):
         ours = RUN.decompose(TESTS, keep=["example", "step", "step,layer"], bounds=True, step_closure=True)
         self.assertEqual(set(theirs) | {"data"}, set(ours))
         for name in theirs:
-            np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-3, atol=1e-12, err_msg=name)
-        np.testing.assert_allclose(theirs.parts["data"], ours.data, rtol=0, atol=1e-13)
+            np.testing.assert_allclose(
+                theirs[name], ours[name], rtol=1e-3, atol=rounding(1e-12), err_msg=name
+            )
+        np.testing.assert_allclose(theirs.parts["data"], ours.data, rtol=0, atol=rounding(1e-13))
 
     def test_weights(self):
         stored = np.load(os.path.join(RUN.path, "weights.npy"))
@@ -389,8 +411,8 @@ class Numbers(unittest.TestCase):
         rules = RUN.compare(TESTS)
         self.assertEqual(len(rules), 10)
         exact = rules[rules["rule"] == "exact"][0]
-        self.assertLess(exact["residual_max"], 1e-12)
-        self.assertEqual(exact["spearman"], 1)
+        self.assertLess(exact["residual_max"], rounding(1e-12))
+        self.assertGreater(exact["spearman"], 1 - rounding(1e-12))
         self.assertGreater(rules[rules["rule"] == "left"][0]["residual_max"], 1e-5)
 
 
@@ -403,17 +425,19 @@ class Kernels(unittest.TestCase):
         left, right = self.jacobian(TESTS), self.jacobian(X)
         gram = RUN.kernel("ntk", TESTS, X, outputs="full")
         self.assertEqual(gram.axes, ("left", "left output", "right", "right output"))
-        np.testing.assert_allclose(gram, np.einsum("ikp,jlp->ikjl", left, right), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            gram, np.einsum("ikp,jlp->ikjl", left, right), rtol=0, atol=rounding(1e-12)
+        )
         trace = RUN.kernel("ntk", TESTS, "train")
         self.assertEqual((trace.shape, trace.axes), ((M, N), ("left", "right")))
-        np.testing.assert_allclose(trace, np.einsum("ikp,jkp->ij", left, right), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(trace, np.einsum("ikp,jkp->ij", left, right), rtol=0, atol=rounding(1e-12))
         self.assertEqual(RUN.kernel("ntk").shape, (N, N))
         np.testing.assert_array_equal(RUN.kernel("ntk", TESTS), RUN.kernel("ntk", TESTS).T)
         np.testing.assert_allclose(
             RUN.kernel("ntk", TESTS, outputs=1),
             np.einsum("ip,jp->ij", left[:, 1], left[:, 1]),
             rtol=0,
-            atol=1e-12,
+            atol=rounding(1e-12),
         )
         labels = np.array([0, 1, 1, 0, 1])
         chosen = left[np.arange(M), labels]
@@ -421,15 +445,15 @@ class Kernels(unittest.TestCase):
             RUN.kernel("ntk", TESTS, outputs="label", left_labels=labels),
             chosen @ chosen.T,
             rtol=0,
-            atol=1e-12,
+            atol=rounding(1e-12),
         )
         cosine = RUN.kernel("ntk", TESTS, map="cosine")
-        np.testing.assert_allclose(np.diag(cosine), 1, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(np.diag(cosine), 1, rtol=0, atol=rounding(1e-12))
 
     def test_steps(self):
         gram = RUN.kernel("ntk", TESTS, steps=range(0, 13, 4), by_layer=True)
         self.assertEqual((gram.shape, gram.axes), ((4, 2, M, M), ("step", "layer", "left", "right")))
-        np.testing.assert_allclose(gram[-1].sum(0), RUN.kernel("ntk", TESTS), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(gram[-1].sum(0), RUN.kernel("ntk", TESTS), rtol=0, atol=rounding(1e-12))
         for steps in ("final", [12], 12, -1, slice(12, None)):
             np.testing.assert_array_equal(RUN.kernel("ntk", TESTS, steps=steps), RUN.kernel("ntk", TESTS))
         self.assertEqual(RUN.kernel("ntk", TESTS, steps="all").shape, (STEPS + 1, M, M))
@@ -523,7 +547,7 @@ class Arrays(unittest.TestCase):
             (S.ARGUMENT, r"\[\('a'", np.zeros((1, 3), [("a", "f8")])),
             (S.ARGUMENT, "masked", np.ma.array(TESTS, mask=TESTS > 0)),
             (S.ARGUMENT, "uint64", np.full((1, 3), 2**64 - 1, np.uint64)),
-            (S.ARGUMENT, "too large for float64", np.full((1, 3), 2**53 + 1)),
+            (S.ARGUMENT, "whole numbers that are too large", np.full((1, 3), 2**53 + 1)),
             (S.ARGUMENT, "float64 does not have", np.zeros((1, 3), np.longdouble)),
         ):
             for call in (RUN.decompose, RUN, RUN.compare):
@@ -577,7 +601,7 @@ class Memory(unittest.TestCase):
         by_example += 1  # its own
         del by_example
         self.assertIsNotNone(held())
-        np.testing.assert_allclose(initial, RESULT.initial[1:], rtol=0, atol=1e-15)
+        np.testing.assert_allclose(initial, RESULT.initial[1:], rtol=0, atol=rounding(1e-15))
         del initial
         self.assertIsNone(held())
 
@@ -712,7 +736,7 @@ class Training(unittest.TestCase):
             network="input 3x1; propagate a; flatten; dense 2", constants={"a": matrix.astype(">f4")}
         )
         network = pathkernel.Network("input 3x1; propagate a; flatten; dense 2", {"a": matrix})
-        np.testing.assert_allclose(network(run.weights(), TESTS), run(TESTS), rtol=0, atol=1e-15)
+        np.testing.assert_allclose(network(run.weights(), TESTS), run(TESTS), rtol=0, atol=rounding(1e-15))
         self.assertRaisesRegex(ValueError, "names the array 'a'", trained, network="input 3x1; propagate a")
 
     def test_existing_and_resumed(self):
@@ -896,7 +920,9 @@ class Concurrency(unittest.TestCase):
             with multiprocessing.get_context(method).Pool(2) as pool:
                 tasks = [pool.apply_async(decompose_elsewhere, (RUN, TESTS[i : i + 2])) for i in (0, 2)]
                 found = np.concatenate([task.get(timeout=120) for task in tasks])
-            np.testing.assert_allclose(found, RUN.decompose(TESTS[:4]).by_example, rtol=0, atol=1e-14)
+            np.testing.assert_allclose(
+                found, RUN.decompose(TESTS[:4]).by_example, rtol=0, atol=rounding(1e-14)
+            )
         with multiprocessing.get_context("fork").Pool(1) as pool:
             task = pool.apply_async(decompose_elsewhere, (RUN, TESTS, 2))
             self.assertRaisesRegex(
@@ -950,7 +976,7 @@ class Pictures(unittest.TestCase):
         summary = RESULT.summary()
         self.assertEqual(summary.shape, (2 * M, 6))
         np.testing.assert_allclose(
-            summary.drop(columns="final").sum(axis=1), summary.final, rtol=0, atol=1e-13
+            summary.drop(columns="final").sum(axis=1), summary.final, rtol=0, atol=rounding(1e-13)
         )
         self.assertEqual(len(pandas.DataFrame(RUN.compare(TESTS))), 10)
 
